@@ -1,0 +1,42 @@
+# Every target makes what it needs; `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test quick lint format clean
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"remax-lightning needs Python 3.11 or newer, {sys.executable} is {v}: call make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in minutes
+	$(BIN)/remax demo
+
+test: $(VENV)/.installed-test ## run the whole suite
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.installed-test ## run the suite without its slow tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(VENV)/.installed-test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""ReMax, REINFORCE with a greedy baseline, as a modular experiment framework on PyTorch Lightning.
+
+Names are imported when they are first used, so that `import remax_lightning` stays light.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from remax_lightning.version import __version__
+
+_PUBLIC = {
+    "batch": ("PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
+    "callbacks": (
+        "BaselineMonitor",
+        "ExportPolicy",
+        "KLMonitor",
+        "PredictionWriter",
+        "SampleDump",
+        "TensorBoardReport",
+        "Throughput",
+    ),
+    "data": ("PromptDataModule", "SFTDataModule"),
+    "errors": ("DataError", "RewardError", "UserError"),
+    "models": ("PretrainedModel",),
+    "modules": (
+        "AdvantageConfig",
+        "KLConfig",
+        "LossConfig",
+        "ReMaxModule",
+        "SFTModule",
+        "WarmupCosine",
+        "WarmupLinear",
+    ),
+    "rewards": ("ClassifierReward", "FunctionReward", "Reward", "Scores", "WeightedReward"),
+    "rollout": ("AutoEngine", "HuggingFaceEngine", "PairedEngine", "RolloutEngine", "SamplingConfig"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"remax_lightning.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'remax_lightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

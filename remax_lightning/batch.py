@@ -1,0 +1,152 @@
+"""The nouns of the project: what a data loader yields, what a rollout makes of it, what a step hands to callbacks.
+
+Letters used for shapes everywhere: `B` prompts, `n` sampled responses per prompt, `S = B * n` sampled responses
+(those of one prompt stand next to each other), `N = B * (n + 1)` rows of a rollout, `P` prompt tokens,
+`R` response tokens, `T = P + R`, `V` vocabulary.
+
+NamedTuples, because Lightning moves those to the device and refuses frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class PromptBatch(NamedTuple):
+    """Prompts as a data loader yields them.
+
+    Args:
+        prompt_ids: `[B, P]` token ids, padded on the left.
+        prompt_mask: `[B, P]` bool, True on real tokens.
+        prompts: the `B` prompts as text, as the policy reads them.
+        rows: the `B` raw rows of the data set, for rewards that need more than the text.
+        split: which part of the rollout batch is trained on now, from 0; the same prompts arrive `num_splits` times.
+        num_splits: how many parts the rollout batch is trained in.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    prompts: list[str]
+    rows: list[dict[str, Any]]
+    split: int = 0
+    num_splits: int = 1
+
+
+class SupervisedBatch(NamedTuple):
+    """Prompts with the responses to imitate.
+
+    Args:
+        prompt_ids: `[B, P]` token ids, padded on the left.
+        prompt_mask: `[B, P]` bool, True on real tokens.
+        response_ids: `[B, R]` token ids, padded on the right; the end-of-sequence token is part of them.
+        response_mask: `[B, R]` bool, True on real tokens.
+        prompts: the `B` prompts as text.
+        rows: the `B` raw rows.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    prompts: list[str]
+    rows: list[dict[str, Any]]
+
+
+class Responses(NamedTuple):
+    """What the policy wrote, `M` responses of it (`M` is `S` for the sampled ones, `B` for the greedy ones).
+
+    Args:
+        response_ids: `[M, R]` token ids, padded on the right.
+        response_mask: `[M, R]` bool, True through the first end-of-sequence token, that one included.
+        truncated: `[M]` bool, True where the length limit came before the end of the sequence.
+        texts: the `M` responses as text, without special tokens.
+    """
+
+    response_ids: Tensor
+    response_mask: Tensor
+    truncated: Tensor
+    texts: list[str]
+
+    def rows(self, start: int, stop: int) -> Responses:
+        """Return responses `start` to `stop` (exclusive)."""
+        return Responses(
+            self.response_ids[start:stop],
+            self.response_mask[start:stop],
+            self.truncated[start:stop],
+            self.texts[start:stop],
+        )
+
+
+class Rollout(NamedTuple):
+    """Responses to a batch of prompts and their scores.
+
+    Args:
+        prompt: the `B` prompts.
+        sampled: the `S = B * n` sampled responses, prompt by prompt.
+        greedy: the `B` greedy responses; None where the baseline does not need them.
+        reward: `[S]` reward of the sampled responses.
+        baseline_reward: `[B]` reward of the greedy responses, or None.
+        reward_parts: the named parts of the reward of the sampled responses, each `[S]`.
+        reference_log_probs: `[S, R]` log-probs of the sampled tokens under the reference, or None without one.
+        log_probs: `[S, R]` log-probs under the policy that sampled them, or None where the training pass gives them.
+    """
+
+    prompt: PromptBatch
+    sampled: Responses
+    greedy: Responses | None
+    reward: Tensor
+    baseline_reward: Tensor | None
+    reward_parts: dict[str, Tensor]
+    reference_log_probs: Tensor | None
+    log_probs: Tensor | None
+
+    @property
+    def num_samples(self) -> int:
+        """Sampled responses per prompt, `n`."""
+        return self.reward.shape[0] // self.prompt.prompt_ids.shape[0]
+
+    def part(self, split: int, num_splits: int) -> Rollout:
+        """Return part `split` of `num_splits` equal parts; the responses of one prompt stay together."""
+        size = self.prompt.prompt_ids.shape[0] // num_splits
+        start, stop = split * size, (split + 1) * size
+        first, last = start * self.num_samples, stop * self.num_samples
+        return Rollout(
+            prompt=PromptBatch(
+                self.prompt.prompt_ids[start:stop],
+                self.prompt.prompt_mask[start:stop],
+                self.prompt.prompts[start:stop],
+                self.prompt.rows[start:stop],
+            ),
+            sampled=self.sampled.rows(first, last),
+            greedy=None if self.greedy is None else self.greedy.rows(start, stop),
+            reward=self.reward[first:last],
+            baseline_reward=None if self.baseline_reward is None else self.baseline_reward[start:stop],
+            reward_parts={name: value[first:last] for name, value in self.reward_parts.items()},
+            reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[first:last],
+            log_probs=None if self.log_probs is None else self.log_probs[first:last],
+        )
+
+
+class StepOutput(TypedDict):
+    """What `training_step` and `validation_step` of `ReMaxModule` return, and so what a callback receives as `outputs`.
+
+    Every tensor but `loss` is detached. A training step sees one part of a rollout batch at a time; `closes_step` says
+    that the optimizer stepped after this part, which is when a callback logs what it has gathered.
+    """
+
+    loss: NotRequired[Tensor]
+    """Scalar, scaled for the gradient; absent in validation."""
+    rollout: Rollout
+    """The part of the rollout that this step trained on (the whole batch in validation)."""
+    advantages: Tensor
+    """`[S, R]` advantages, 0 outside the response mask."""
+    kl: Tensor | None
+    """`[S, R]` unscaled KL estimate per token in nats, 0 outside the response mask; None without a reference."""
+    entropy: Tensor
+    """`[S, R]` entropy of the policy per token in nats, 0 outside the response mask."""
+    times: dict[str, float]
+    """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
+    closes_step: bool
+    """True where an optimizer step ends with this part; always True in validation."""

@@ -1,0 +1,23 @@
+"""Callbacks: they read what `training_step` and `validation_step` return, and never the module's insides."""
+
+from __future__ import annotations
+
+from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
+from remax_lightning.callbacks.export_policy import ExportPolicy
+from remax_lightning.callbacks.kl_monitor import KLMonitor
+from remax_lightning.callbacks.outputs import rollout_output
+from remax_lightning.callbacks.prediction_writer import PredictionWriter
+from remax_lightning.callbacks.sample_dump import SampleDump
+from remax_lightning.callbacks.tensorboard import TensorBoardReport
+from remax_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "BaselineMonitor",
+    "ExportPolicy",
+    "KLMonitor",
+    "PredictionWriter",
+    "SampleDump",
+    "TensorBoardReport",
+    "Throughput",
+    "rollout_output",
+]

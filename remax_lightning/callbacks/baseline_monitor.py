@@ -1,0 +1,111 @@
+"""Whether the greedy baseline earns its keep: it should lower the variance of the advantage."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from remax_lightning.callbacks.outputs import (
+    log_step,
+    response_baseline,
+    response_reward,
+    rollout_output,
+    sum_over_ranks,
+)
+from remax_lightning.errors import UserError
+
+
+class BaselineMonitor(Callback):
+    """Logs the health of the greedy baseline over the sampled responses of each optimizer step, on all ranks.
+
+    Logged, and nothing where no greedy responses are made:
+
+    - `train/reward_variance`: population variance of the reward.
+    - `train/advantage_variance`: population variance of reward - baseline reward, before KL, clipping and
+      whitening.
+    - `train/variance_ratio`: the second over the first. Below 1 the baseline helps. NaN where all
+      rewards are equal.
+    - `train/baseline_correlation`: Pearson's, of reward and baseline reward. NaN where either does not
+      vary.
+    - `train/zero_advantage_share`: share of responses whose reward equals the baseline's: they teach nothing.
+    - `train/greedy_win_rate`: share of responses whose prompt's greedy response has the higher reward.
+
+    Args:
+        patience: warn once if the variance ratio is above 1 at this many optimizer steps on end. 50 steps are
+            enough that it is not chance.
+
+    Raises:
+        UserError: if `patience` is below 1.
+    """
+
+    def __init__(self, patience: int = 50) -> None:
+        super().__init__()
+        if patience < 1:
+            raise UserError(f"baseline_monitor.patience must be at least 1 (optimizer steps), got {patience}")
+        self.patience = patience
+        self._reward: list[Tensor] = []
+        self._baseline: list[Tensor] = []
+        self._harmful_steps = 0
+        self._warned = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit left behind."""
+        self._clear()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather a part; log at the end of the optimizer step."""
+        output = rollout_output(outputs)
+        baseline = None if output is None else response_baseline(output)
+        if output is None or baseline is None:
+            return
+        self._reward.append(response_reward(output))
+        self._baseline.append(baseline)
+        if not output["closes_step"]:
+            return
+        values = _statistics(trainer, torch.cat(self._reward), torch.cat(self._baseline))
+        self._clear()
+        log_step(pl_module, values)
+        self._watch(values["train/variance_ratio"])
+
+    def _clear(self) -> None:
+        self._reward, self._baseline = [], []
+
+    def _watch(self, ratio: float) -> None:
+        if math.isnan(ratio):  # all rewards equal: says nothing about the baseline
+            return
+        self._harmful_steps = self._harmful_steps + 1 if ratio > 1 else 0
+        if self._harmful_steps >= self.patience and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The greedy baseline has raised the variance of the advantage at {self._harmful_steps} "
+                f"optimizer steps on end (train/variance_ratio is now {ratio:.3g}; below 1 it helps). Look at "
+                "train/baseline_correlation and the samples; another baseline may do better."
+            )
+
+
+def _statistics(trainer: Trainer, reward: Tensor, baseline: Tensor) -> dict[str, float]:
+    """Return what is logged for the rewards and baseline rewards (`[S]` each, float64) of this rank."""
+    means = [reward.sum(), baseline.sum(), (reward == baseline).sum(), (baseline > reward).sum()]
+    count, *sums = sum_over_ranks(trainer, [float(reward.numel()), *(value.item() for value in means)])
+    reward_mean, baseline_mean, zero_share, win_rate = (value / count for value in sums)
+    # Deviations from the mean of all ranks, so in a second pass: a variance from sums of squares would lose
+    # its digits where rewards are large and close to each other.
+    x, y = reward - reward_mean, baseline - baseline_mean
+    moments = [(x * x).sum(), (y * y).sum(), (x * y).sum(), ((x - y) ** 2).sum()]
+    xx, yy, xy, dd = (v / count for v in sum_over_ranks(trainer, [value.item() for value in moments]))
+    # NaN rather than nothing: Lightning would log the last value again.
+    return {
+        "train/reward_variance": xx,
+        "train/advantage_variance": dd,
+        "train/variance_ratio": dd / xx if xx > 0 else math.nan,
+        "train/baseline_correlation": xy / (xx**0.5 * yy**0.5) if xx > 0 and yy > 0 else math.nan,
+        "train/zero_advantage_share": zero_share,
+        "train/greedy_win_rate": win_rate,
+    }

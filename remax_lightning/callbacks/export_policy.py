@@ -1,0 +1,152 @@
+"""The trained policy as a Hugging Face folder, for everything that reads one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from remax_lightning.callbacks.hugging_face import policy_weights, save_policy
+from remax_lightning.callbacks.outputs import is_dry_run, run_folder
+from remax_lightning.errors import UserError
+
+
+class ExportPolicy(Callback):
+    """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
+
+    Works with every module that has `policy` and `tokenizer`. Weights are safetensors; LoRA adapters are
+    merged into a copy. A folder appears whole or not at all: it is written under another name first.
+
+    Args:
+        folder: where `last` and `best` go; `policy` in the run's folder by default. Give each run its own.
+        monitor: the logged metric that says which validation is best.
+        mode: whether more of it is better (`max`) or less (`min`).
+        best: whether to save at each new best of `monitor`.
+        last: whether to save at the end of fit.
+
+    Raises:
+        UserError: if `mode` or `monitor` cannot be used, or the strategy keeps weights where they cannot be
+            gathered.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        monitor: str = "val/reward",
+        mode: Literal["max", "min"] = "max",
+        best: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        if mode not in ("max", "min"):
+            raise UserError(f"export.mode must be max or min, got {mode!r}")
+        if best and not monitor:
+            raise UserError("export.monitor must name a logged metric where export.best is true, got ''")
+        self.folder = folder
+        self.monitor = monitor
+        self.mode = mode
+        self.best = best
+        self.last = last
+        self.best_score: float | None = None
+        self.best_path: str | None = None
+        self._directory: Path | None = None
+        self._metric_appeared = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder: here, because every rank has to ask for it."""
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        if stage != "fit" or is_dry_run(trainer):
+            self._directory = None
+            return
+        if isinstance(trainer.strategy, FSDPStrategy) and (self.best or self.last):
+            raise UserError(
+                "export.best and export.last must be false under trainer.strategy: fsdp, "
+                "whose flat parameters cannot be gathered from here, got true; or use DDP, DeepSpeed or "
+                "ModelParallelStrategy"
+            )
+        self._directory = Path(self.folder) if self.folder is not None else run_folder(trainer) / "policy"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the best policy of a resumed run lies, if that is another folder."""
+        self._metric_appeared = False
+        if self.best_path is not None and self._directory is not None and self._resolve("best") != self.best_path:
+            rank_zero_info(f"Best policy so far: {self.monitor} = {self.best_score:.4g}, in {self.best_path}.")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the policy if this validation is the best so far."""
+        if not self.best or trainer.sanity_checking or self._directory is None:
+            return
+        metric = trainer.callback_metrics.get(self.monitor)
+        if metric is None:
+            return
+        self._metric_appeared = True
+        # Rank 0 decides for all: saving may need every rank, and a metric need not be equal to the last
+        # digit.
+        score = float(trainer.strategy.broadcast(float(metric)))
+        if self._improves(score):
+            self.best_score, self.best_path = score, self._resolve("best")
+            self._export(trainer, pl_module, self._directory / "best")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the policy as it is, and say so if there was never a best one."""
+        if self._directory is None:
+            return
+        if self.last:
+            self._export(trainer, pl_module, self._directory / "last")
+        if self.best and not self._metric_appeared and hasattr(pl_module, "policy"):
+            names = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            rank_zero_warn(
+                f"No best policy was exported: export.monitor = {self.monitor!r} was never "
+                f"logged. Logged were: {names}. Set export.monitor to one of these, or export.best "
+                "to false."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score so far and where its policy lies."""
+        return {"monitor": self.monitor, "best_score": self.best_score, "best_path": self.best_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score from a checkpoint, unless it is one of another metric."""
+        if state_dict["monitor"] == self.monitor:
+            self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
+
+    def _resolve(self, name: str) -> str:
+        return str((cast("Path", self._directory) / name).resolve())
+
+    def _improves(self, score: float) -> bool:
+        if math.isnan(score) or self.best_score is None:
+            return not math.isnan(score)
+        return score > self.best_score if self.mode == "max" else score < self.best_score
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
+        module = cast("Any", pl_module)
+        if not hasattr(module, "policy") or not hasattr(module, "tokenizer"):
+            return
+        weights = policy_weights(module.policy, keep=trainer.is_global_zero)  # every rank takes part
+        if trainer.is_global_zero:
+            write_whole(target, lambda folder: save_policy(module.policy, module.tokenizer, weights, folder))
+        rank_zero_info(f"Exported the policy of optimizer step {trainer.global_step} to {target}.")
+        trainer.strategy.barrier("export_policy")
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with an empty folder beside `target`, then put that in the place of `target`."""
+    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (new, old):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        write(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""How far the policy is from the reference: logged, kept near a target, or a reason to stop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from remax_lightning.batch import StepOutput
+from remax_lightning.callbacks.outputs import (
+    log_step,
+    max_over_ranks,
+    response_kl,
+    response_reward,
+    rollout_output,
+    sum_over_ranks,
+)
+from remax_lightning.errors import UserError
+
+
+class KLMonitor(Callback):
+    """Logs the KL of each optimizer step, adapts its coefficient and stops a run that has drifted too far.
+
+    KL is counted in nats per response everywhere here: the estimate summed over a response's tokens, averaged
+    over the sampled responses of the optimizer step on all ranks.
+
+    Logged at each optimizer step, nothing where the module has no reference:
+
+    - `train/kl_per_response`: the mean KL, which `target_kl` and `stop_kl` speak of.
+    - `train/kl_max`: the largest KL of one response, in nats.
+    - `train/kl_share`: `kl_coef * sum|KL| / (kl_coef * sum|KL| + sum|reward|)`, sums over responses. 0: the
+      penalty is nothing beside the reward; 0.5: as large; 1: the reward is nothing beside the penalty.
+    - `train/kl_coef`: the coefficient that this step used.
+
+    Args:
+        target_kl: KL that the adaptive coefficient aims at, in nats per response. Needs `adaptive`.
+        adaptive: whether to change the module's `kl_coef` after each optimizer step in proportion to the
+            error, `kl_coef *= 1 + clip(KL / target_kl - 1, -0.2, 0.2) * responses / horizon` (Ziegler et al.
+            2019, arXiv 1909.08593, section 2.2; the horizon is of their code). Off, because the ReMax paper
+            holds the coefficient fixed.
+        horizon: sampled responses over which the controller acts; fewer is faster. 10,000 is what that code
+            uses.
+        stop_kl: the run stops after an optimizer step whose KL is above this, in nats per response.
+
+    Raises:
+        UserError: if a value is out of its range, `target_kl` and `adaptive` do not come together, or the
+            adaptive coefficient starts at 0 or finds no KL to act on.
+    """
+
+    def __init__(
+        self,
+        target_kl: float | None = None,
+        adaptive: bool = False,
+        horizon: int = 10_000,
+        stop_kl: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("target_kl", target_kl), ("stop_kl", stop_kl)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"kl_monitor.{name} must be above 0 and finite (nats per response), got {value}")
+        if horizon < 1:
+            raise UserError(f"kl_monitor.horizon must be at least 1 (sampled responses), got {horizon}")
+        if adaptive and target_kl is None:
+            raise UserError("kl_monitor.target_kl must be set where kl_monitor.adaptive is true, got null")
+        if target_kl is not None and not adaptive:
+            raise UserError(
+                f"kl_monitor.target_kl is used by the adaptive coefficient only, got {target_kl} with "
+                "kl_monitor.adaptive: false; set adaptive: true, or use kl_monitor.stop_kl to stop at a KL"
+            )
+        self.target_kl = target_kl
+        self.adaptive = adaptive
+        self.horizon = horizon
+        self.stop_kl = stop_kl
+        self._kl_coef: float | None = None
+        self._kl: list[Tensor] = []
+        self._reward: list[Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module the coefficient that a checkpoint held."""
+        self._clear()
+        module = cast("Any", pl_module)
+        if not self.adaptive or not hasattr(module, "kl_coef"):
+            return
+        if self._kl_coef is not None:
+            module.kl_coef = self._kl_coef
+        if module.kl_coef == 0:
+            raise UserError(
+                "kl_monitor.adaptive multiplies model.kl_coef, which must then be above 0, got 0; "
+                "give it a start such as 0.05"
+            )
+        self._kl_coef = float(module.kl_coef)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather a part; at the end of the optimizer step log, adapt and decide whether to stop."""
+        output = rollout_output(outputs)
+        if output is None or not self._gather(output) or not output["closes_step"]:
+            return
+        kl, reward = torch.cat(self._kl), torch.cat(self._reward)
+        self._clear()
+        local = [kl.sum().item(), kl.abs().sum().item(), reward.abs().sum().item(), float(kl.numel())]
+        kl_sum, kl_size, reward_size, responses = sum_over_ranks(trainer, local)
+        kl_max = max_over_ranks(trainer, [kl.max().item()])[0]
+        kl_coef = float(cast("Any", pl_module).kl_coef)
+        penalty = kl_coef * kl_size
+        share = penalty / (penalty + reward_size) if penalty + reward_size > 0 else 0.0
+        mean_kl = kl_sum / responses
+        values = {"train/kl_per_response": mean_kl, "train/kl_max": kl_max}
+        log_step(pl_module, {**values, "train/kl_share": share, "train/kl_coef": kl_coef})
+        if self.adaptive:
+            self._adapt(pl_module, mean_kl, responses)
+        self._stop(trainer, mean_kl)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the adaptive coefficient, None where it is fixed."""
+        return {"kl_coef": self._kl_coef}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the adaptive coefficient from a checkpoint."""
+        self._kl_coef = state_dict["kl_coef"]
+
+    def _gather(self, output: StepOutput) -> bool:
+        kl = response_kl(output)
+        if kl is None:
+            if self.adaptive:
+                raise UserError(
+                    "kl_monitor.adaptive needs a KL estimate, got a model without a reference; "
+                    "set model.kl_coef above 0 with a reference, or kl_monitor.adaptive: false"
+                )
+            return False
+        self._kl.append(kl)
+        self._reward.append(response_reward(output))
+        return True
+
+    def _clear(self) -> None:
+        self._kl, self._reward = [], []
+
+    def _adapt(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
+        if self.target_kl is None or math.isnan(mean_kl):  # one bad step must not spoil the coefficient for good
+            return
+        error = min(max(mean_kl / self.target_kl - 1, -0.2), 0.2)
+        module = cast("Any", pl_module)
+        # At most one horizon: a step of more than five would turn the coefficient negative.
+        module.kl_coef *= 1 + error * min(responses / self.horizon, 1.0)
+        self._kl_coef = float(module.kl_coef)
+
+    def _stop(self, trainer: Trainer, mean_kl: float) -> None:
+        if self.stop_kl is None or not mean_kl > self.stop_kl or trainer.should_stop:
+            return
+        trainer.should_stop = True
+        rank_zero_info(
+            f"Stopping at optimizer step {trainer.global_step}: KL {mean_kl:.4g} nats per response is above "
+            f"kl_monitor.stop_kl = {self.stop_kl:g}."
+        )

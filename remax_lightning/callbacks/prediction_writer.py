@@ -1,0 +1,75 @@
+"""What `remax predict` leaves behind: responses and rewards, one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from remax_lightning.callbacks.outputs import max_over_ranks, sum_over_ranks
+from remax_lightning.errors import UserError
+
+
+class PredictionWriter(Callback):
+    """Writes the dictionaries that `predict_step` returns to a JSONL file, batch by batch.
+
+    With several ranks each writes its own file: `predictions.rank0.jsonl` and so on.
+
+    Args:
+        path: the file; `predictions.jsonl` in `trainer.default_root_dir` by default. It must not exist.
+
+    Raises:
+        UserError: if the file exists when prediction starts.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._lines = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to write over, or behind, what another run wrote."""
+        self._lines = 0
+        path = self._file(trainer)
+        # Decided alike: a rank that stopped alone would leave the others waiting.
+        if max_over_ranks(trainer, [float(path.exists())])[0] > 0:
+            raise UserError(
+                f"predictions.path must be a file that does not exist yet, got {path}; "
+                "move it away or give another path"
+            )
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the predictions of a batch."""
+        if not isinstance(outputs, list) or not all(isinstance(line, dict) for line in outputs):
+            return
+        path = self._file(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Rows of Parquet files may hold dates and the like: as text. Lone surrogates: as \udXXX, which JSON
+        # reads.
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs)
+        self._lines += len(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the predictions are."""
+        total = int(sum_over_ranks(trainer, [float(self._lines)])[0])
+        if total:
+            others = "" if trainer.world_size == 1 else f" and the files of the {trainer.world_size - 1} other ranks"
+            rank_zero_info(f"Wrote {total} predictions to {self._file(trainer)}{others}.")
+
+    def _file(self, trainer: Trainer) -> Path:
+        path = Path(self.path) if self.path is not None else Path(trainer.default_root_dir) / "predictions.jsonl"
+        if trainer.world_size == 1:
+            return path
+        return path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")

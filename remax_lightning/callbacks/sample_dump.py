@@ -1,0 +1,209 @@
+"""What the policy writes, to be read by a person: JSONL and TensorBoard text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from remax_lightning.batch import StepOutput
+from remax_lightning.callbacks.outputs import (
+    is_dry_run,
+    response_advantage,
+    response_baseline,
+    response_kl,
+    response_length,
+    response_reward,
+    rollout_output,
+    run_folder,
+    tensorboard_writer,
+)
+from remax_lightning.errors import UserError
+
+Stage = Literal["train", "validation"]
+_COLUMNS = (
+    "prompt",
+    "response",
+    "greedy_response",
+    "reward",
+    "baseline_reward",
+    "advantage",
+    "kl",
+    "response_length",
+)
+
+
+class SampleDump(Callback):
+    """Writes a few sampled responses with their scores, at every k-th optimizer step and at each validation.
+
+    One JSON object per line in `train.jsonl` and `validation.jsonl`, with the keys `step` (optimizer steps
+    done), `stage`, `prompt`, `response`, `greedy_response`, `reward`, `baseline_reward`, `advantage` (mean
+    over the response's tokens), `kl` (nats per response), `response_length` (tokens), `truncated` and `parts`
+    (of the reward). What does not exist, or is not a finite number, is null. The same goes to TensorBoard's
+    text tab as a table.
+
+    Files are appended to. A resumed run first takes out the lines of steps that it is going to repeat. The
+    samples are those of rank 0.
+
+    Args:
+        every_n_steps: optimizer steps between dumps in training; 0 turns them off.
+        num_samples: sampled responses in a dump: the first ones of the step, and of each validation. 8 are
+            quickly read.
+        folder: where the files go; `samples` in the run's folder by default. Give each run its own.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    def __init__(self, every_n_steps: int = 50, num_samples: int = 8, folder: str | None = None) -> None:
+        super().__init__()
+        if every_n_steps < 0:
+            raise UserError(f"samples.every_n_steps must be 0 (off) or more, got {every_n_steps}")
+        if num_samples < 1:
+            raise UserError(f"samples.num_samples must be at least 1, got {num_samples}")
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.folder = folder
+        self._directory: Path | None = None
+        self._samples: dict[Stage, list[dict[str, Any]]] = {"train": [], "validation": []}
+        self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder: here, because every rank has to ask for it."""
+        folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "samples"
+        self._directory = None if is_dry_run(trainer) else folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take out the lines of steps that are about to be repeated."""
+        step = trainer.global_step
+        self._samples = {"train": [], "validation": []}
+        self._resumed = step > 0
+        if self._resumed and trainer.is_global_zero:
+            self._keep("train", lambda line_step: line_step <= step)
+            self._keep("validation", lambda line_step: line_step <= step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather samples of a step to be dumped; write them when it ends."""
+        output = rollout_output(outputs)
+        if output is None or self.every_n_steps == 0 or not trainer.is_global_zero:
+            return
+        # The count has already moved on where this part closed the step.
+        step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
+        if step % self.every_n_steps:
+            return
+        self._gather("train", output, step)
+        if output["closes_step"]:
+            self._write("train", trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Gather the first samples of a validation."""
+        output = rollout_output(outputs)
+        if output is not None and trainer.is_global_zero and not trainer.sanity_checking:
+            self._gather("validation", output, trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the samples of the validation."""
+        if trainer.sanity_checking or not self._samples["validation"]:
+            return
+        if self._resumed:  # the checkpoint may be older than the validation at the same step
+            step = trainer.global_step
+            self._keep("validation", lambda line_step: line_step < step)
+            self._resumed = False
+        self._write("validation", trainer)
+
+    def _gather(self, stage: Stage, output: StepOutput, step: int) -> None:
+        missing = self.num_samples - len(self._samples[stage])
+        if missing > 0:
+            self._samples[stage] += _describe(output, step, stage, missing)
+
+    def _write(self, stage: Stage, trainer: Trainer) -> None:
+        samples, self._samples[stage] = self._samples[stage], []
+        if self._directory is None:
+            return
+        path = self._directory / f"{stage}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate (half an emoji in the data set) cannot be encoded; as \udXXX it is JSON again.
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        writer = tensorboard_writer(trainer)
+        if writer is not None:
+            writer.add_text(f"samples/{stage}", _markdown_table(samples), samples[0]["step"])
+
+    def _keep(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
+        if self._directory is None or not (path := self._directory / f"{stage}.jsonl").exists():
+            return
+        kept = path.with_suffix(".tmp")
+        with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+            new.writelines(line for line in old if keeps(_step_of(line)))
+        kept.replace(path)
+
+
+def _step_of(line: str) -> int:
+    """Return the step of a line; one that a crash cut short counts as later than any other, and so goes."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**63
+
+
+def _describe(output: StepOutput, step: int, stage: Stage, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield the first `limit` sampled responses as they are written."""
+    rollout = output["rollout"]
+    reward, baseline, kl = response_reward(output), response_baseline(output), response_kl(output)
+    advantage, length = response_advantage(output), response_length(output)
+    truncated = rollout.sampled.truncated.cpu()
+    parts = {name: value.detach().double().cpu() for name, value in rollout.reward_parts.items()}
+    for i in range(min(limit, reward.shape[0])):
+        row = i // rollout.num_samples
+        yield {
+            "step": step,
+            "stage": stage,
+            "prompt": rollout.prompt.prompts[row],
+            "response": rollout.sampled.texts[i],
+            "greedy_response": None if rollout.greedy is None else rollout.greedy.texts[row],
+            "reward": _number(reward, i),
+            "baseline_reward": _number(baseline, i),
+            "advantage": _number(advantage, i),
+            "kl": _number(kl, i),
+            "response_length": int(length[i]),
+            "truncated": bool(truncated[i]),
+            "parts": {name: _number(value, i) for name, value in parts.items()},
+        }
+
+
+def _number(values: Tensor | None, i: int) -> float | None:
+    """Return a finite value or None: JSON has no NaN."""
+    value = math.nan if values is None else float(values[i])
+    return value if math.isfinite(value) else None
+
+
+def _markdown_table(samples: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table whose cells show the text as it is: no markup of it is taken for ours."""
+    lines = ["|".join(name.replace("_", " ") for name in _COLUMNS), "|".join("---" for _ in _COLUMNS)]
+    lines += ["|".join(_cell(sample[name]) for name in _COLUMNS) for sample in samples]
+    return "\n".join(f"|{line}|" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"  # noqa: RUF001
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\r\n|[\r\n]", "⏎", text).encode("utf-8", "backslashreplace").decode("utf-8")
+    # Numbered entities, because both Markdown and HTML read them and neither takes them for markup.
+    return re.sub(r"[^\w\s⏎]|_", lambda match: f"&#{ord(match[0])};", text)

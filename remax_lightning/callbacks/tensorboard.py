@@ -1,0 +1,114 @@
+"""What TensorBoard shows beyond single curves: grouped charts and histograms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from remax_lightning.batch import StepOutput
+from remax_lightning.callbacks.outputs import (
+    gather_over_ranks,
+    response_kl,
+    response_length,
+    response_reward,
+    rollout_output,
+    tensorboard_writer,
+)
+from remax_lightning.errors import UserError
+
+_CHARTS: dict[str, dict[str, list[str]]] = {
+    "Reward": {
+        "training: sampled and greedy": ["train/reward", "train/baseline_reward"],
+        "validation: sampled and greedy": ["val/reward", "val/baseline_reward"],
+        "training and validation": ["train/reward", "val/reward"],
+    },
+    "KL": {
+        "training and validation": ["train/kl", "val/kl"],
+        "of a response: mean and largest": ["train/kl_per_response", "train/kl_max"],
+        "coefficient and share": ["train/kl_coef", "train/kl_share"],
+    },
+    "Responses": {
+        "length": ["train/response_length", "val/response_length"],
+        "truncated": ["train/truncation_rate", "val/truncation_rate"],
+        "entropy": ["train/entropy", "val/entropy"],
+    },
+    "Baseline": {
+        "variance of reward and advantage": ["train/reward_variance", "train/advantage_variance"],
+        "variance ratio and correlation": ["train/variance_ratio", "train/baseline_correlation"],
+        "zero advantages and greedy wins": ["train/zero_advantage_share", "train/greedy_win_rate"],
+    },
+    "Time": {
+        "seconds of a step": ["time/rollout_s", "time/reward_s", "time/train_s", "time/step_s"],
+        "tokens per second": ["throughput/tokens_per_s", "throughput/rollout_tokens_per_s"],
+    },
+}
+
+
+class TensorBoardReport(Callback):
+    """Groups the run's scalars into charts (the Custom Scalars tab) and adds histograms of sampled responses.
+
+    Histograms: `distribution/reward`, `distribution/response_length` (tokens) and, with a reference,
+    `distribution/kl` (nats per response), over the responses of an optimizer step on all ranks. Without a
+    `TensorBoardLogger` nothing is done.
+
+    Args:
+        every_n_steps: optimizer steps between histograms; 0 turns them off. 10 keeps event files small.
+
+    Raises:
+        UserError: if `every_n_steps` is negative.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        super().__init__()
+        if every_n_steps < 0:
+            raise UserError(f"tensorboard.every_n_steps must be 0 (off) or more, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._has_layout = False
+        self._values: dict[str, list[Tensor]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit left behind."""
+        self._has_layout = False
+        self._values = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather the responses of a part; write histograms at the end of every n-th optimizer step."""
+        output = rollout_output(outputs)
+        writer = tensorboard_writer(trainer)
+        if output is None or writer is None:
+            return
+        if not self._has_layout:  # only now is it known that this module logs what the charts show
+            self._has_layout = True
+            writer.add_custom_scalars(_layout())
+        step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
+        if self.every_n_steps == 0 or step % self.every_n_steps:
+            return
+        self._gather(output)
+        if output["closes_step"]:
+            self._write(trainer, writer, step)
+
+    def _gather(self, output: StepOutput) -> None:
+        values = {"reward": response_reward(output), "response_length": response_length(output)}
+        kl = response_kl(output)
+        if kl is not None:
+            values["kl"] = kl
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def _write(self, trainer: Trainer, writer: Any, step: int) -> None:
+        values, self._values = self._values, {}
+        for name, parts in values.items():
+            local = torch.cat(parts)
+            gathered = gather_over_ranks(trainer, local[local.isfinite()])
+            if gathered.numel() > 0:
+                writer.add_histogram(f"distribution/{name}", gathered.numpy(), step)
+
+
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """Return the charts in the form that TensorBoard's writer takes."""
+    return {group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in _CHARTS.items()}

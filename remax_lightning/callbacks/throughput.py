@@ -1,0 +1,105 @@
+"""Where the time of an optimizer step goes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from remax_lightning.batch import PromptBatch, StepOutput
+from remax_lightning.callbacks.outputs import log_step, rollout_output, sum_over_ranks
+
+
+class Throughput(Callback):
+    """Logs seconds by phase and tokens per second of each optimizer step.
+
+    Seconds are sums over the parts of the step and means over ranks; tokens are those of responses, sampled
+    and greedy, summed over ranks.
+
+    - `time/rollout_s`, `time/reward_s`: as the module measured them.
+    - `time/train_s`: the rest, from the start of each batch to its end: reference, forward, backward,
+      optimizer, and waiting for other ranks. Loading data and validation are not part of it.
+    - `time/step_s`: the three together.
+    - `throughput/tokens_per_s`: tokens trained on (with their greedy responses) per second of the step. Where
+      several optimizer steps share a rollout batch, the first bears all the rollout's time.
+    - `throughput/rollout_tokens_per_s`: tokens per second of rollout of the latest rollout batch whose last
+      part has been trained on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = 0.0
+        self._rollout_rate: float | None = None
+        self._clear_step()
+        self._clear_rollout()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit left behind."""
+        self._clear_step()
+        self._clear_rollout()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; log at the end of the optimizer step."""
+        output = rollout_output(outputs)
+        if output is None:
+            return
+        if pl_module.device.type == "cuda":  # kernels run on after the call that started them
+            torch.cuda.synchronize(pl_module.device)
+        self._gather(output, time.perf_counter() - self._started)
+        if output["closes_step"]:
+            ends_rollout = not isinstance(batch, PromptBatch) or batch.split == batch.num_splits - 1
+            log_step(pl_module, self._close(trainer, ends_rollout))
+
+    def _gather(self, output: StepOutput, seconds: float) -> None:
+        rollout, times = output["rollout"], output["times"]
+        tokens = int(rollout.sampled.response_mask.sum())
+        tokens += 0 if rollout.greedy is None else int(rollout.greedy.response_mask.sum())
+        self._rollout_s += times["rollout"]
+        self._reward_s += times["reward"]
+        self._step_s += seconds
+        self._tokens += tokens
+        self._batch_rollout_s += times["rollout"]
+        self._batch_tokens += tokens
+
+    def _close(self, trainer: Trainer, ends_rollout: bool) -> dict[str, float]:
+        local = [
+            self._rollout_s,
+            self._reward_s,
+            self._step_s,
+            self._batch_rollout_s,
+            self._tokens,
+            self._batch_tokens,
+        ]
+        *seconds, tokens, batch_tokens = sum_over_ranks(trainer, local)
+        rollout_s, reward_s, step_s, batch_rollout_s = (value / trainer.world_size for value in seconds)
+        self._clear_step()
+        values = {
+            "time/rollout_s": rollout_s,
+            "time/reward_s": reward_s,
+            "time/train_s": max(step_s - rollout_s - reward_s, 0.0),
+            "time/step_s": step_s,
+            "throughput/tokens_per_s": tokens / step_s,
+        }
+        if ends_rollout:
+            self._clear_rollout()
+            if batch_rollout_s > 0:
+                self._rollout_rate = batch_tokens / batch_rollout_s
+        if self._rollout_rate is not None:
+            values["throughput/rollout_tokens_per_s"] = self._rollout_rate
+        return values
+
+    def _clear_step(self) -> None:
+        self._rollout_s = self._reward_s = self._step_s = 0.0
+        self._tokens = 0
+
+    def _clear_rollout(self) -> None:
+        self._batch_rollout_s = 0.0
+        self._batch_tokens = 0

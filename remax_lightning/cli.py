@@ -1,0 +1,119 @@
+"""The `remax` command: Lightning's command line with the project's modules, data and callbacks wired in."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from remax_lightning import callbacks, data, modules, rewards, rollout
+from remax_lightning.errors import UserError
+
+CALLBACKS = {
+    "kl_monitor": callbacks.KLMonitor,
+    "samples": callbacks.SampleDump,
+    "baseline_monitor": callbacks.BaselineMonitor,
+    "throughput": callbacks.Throughput,
+    "export": callbacks.ExportPolicy,
+    "tensorboard": callbacks.TensorBoardReport,
+    "predictions": callbacks.PredictionWriter,
+}
+"""The project's callbacks by the key that configures them; a user's own stand under `trainer.callbacks`."""
+
+# Imported so that their short names work as `class_path`.
+KNOWN = (data, modules, rewards, rollout)
+
+TOOLS = {"demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes")}
+"""Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
+
+
+class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the epilog."""
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configurations, in a wheel or in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _tokenizer_path(tokenizer: str | None, policy_path: str) -> str:
+    return tokenizer or policy_path
+
+
+class RemaxCLI(LightningCLI):
+    """LightningCLI with `configs/base.yaml` under every run and one tokenizer for module and data."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the top parser, whose help also names the subcommands that are not Lightning's."""
+        others = "\n".join(f"  {name:10}{text}" for name, (_, text) in TOOLS.items())
+        return super().init_parser(
+            prog="remax",
+            epilog=f"further subcommands:\n{others}",
+            formatter_class=_HelpFormatter,
+            **kwargs | {"description": "Align language models with ReMax, REINFORCE with a greedy baseline."},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the project's callbacks keys of their own, so that overlays merge into them."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.link_arguments(
+            ("model.init_args.tokenizer", "model.init_args.policy.path"),
+            "data.init_args.tokenizer",
+            compute_fn=_tokenizer_path,
+        )
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends it with a message and exit code 2, without a traceback."""
+    try:
+        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+            tool, _ = TOOLS[sys.argv[1]]
+            import_module(f"remax_lightning.tools.{tool}").main(sys.argv[2:])
+        else:
+            run()
+    except UserError as error:
+        print(f"remax: error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+
+
+def run(args: list[str] | None = None) -> RemaxCLI:
+    """Run one of Lightning's subcommands and return the command line with its trainer, module and data.
+
+    Args:
+        args: what stands after `remax`; None takes the process's own.
+    """
+    quieten()
+    base = str(config_folder() / "base.yaml")
+    return RemaxCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={name: {"default_config_files": [base]} for name in ("fit", "validate", "test", "predict")},
+        args=args,
+    )
+
+
+def quieten() -> None:
+    """Drop what libraries say about each other: a user can do nothing about it, and it hides our own lines."""
+    for message in (
+        "'set_vital' is deprecated",
+        r".*isinstance\(treespec, LeafSpec\)",
+        "LightningCLI's args parameter",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )

@@ -1,0 +1,96 @@
+"""From examples to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from remax_lightning.batch import PromptBatch, SupervisedBatch
+from remax_lightning.data.sampler import Key
+
+
+class Example(NamedTuple):
+    """One row, ready to be batched.
+
+    Args:
+        prompt_ids: token ids of the prompt.
+        prompt: the prompt as text, as the policy reads it.
+        row: the raw row.
+        where: its place in the source, for messages.
+        response_ids: token ids of the response to imitate, end-of-sequence token included; empty where there
+            is none.
+    """
+
+    prompt_ids: list[int]
+    prompt: str
+    row: dict[str, Any]
+    where: str
+    response_ids: Sequence[int] = ()
+
+
+class ExampleDataset(Dataset[tuple[Example, int]]):
+    """Examples by the keys of `SplitSampler`: each item is the example and its split."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: Key) -> tuple[Example, int]:
+        index, split = key if isinstance(key, tuple) else (key, 0)
+        return self.examples[index], split
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Pad token ids to the longest of them.
+
+    Args:
+        sequences: `B` sequences of token ids.
+        pad_id: id that fills up.
+        side: where it fills up.
+
+    Returns:
+        Ids `[B, L]` int64 and mask `[B, L]` bool, True on real tokens.
+    """
+    width = max(len(ids) for ids in sequences)
+    padded = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        start = width - len(ids) if side == "left" else 0
+        padded[row, start : start + len(ids)] = torch.tensor(ids, dtype=torch.long)
+        mask[row, start : start + len(ids)] = True
+    return padded, mask
+
+
+def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_splits: int) -> PromptBatch:
+    """Return the `PromptBatch` of examples, which are all of one split."""
+    examples = [example for example, _ in items]
+    ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")
+    return PromptBatch(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        prompts=[example.prompt for example in examples],
+        rows=[example.row for example in examples],
+        split=items[0][1],
+        num_splits=num_splits,
+    )
+
+
+def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int) -> SupervisedBatch:
+    """Return the `SupervisedBatch` of examples."""
+    examples = [example for example, _ in items]
+    prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
+    response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
+    return SupervisedBatch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=response_mask,
+        prompts=[example.prompt for example in examples],
+        rows=[example.row for example in examples],
+    )

@@ -1,0 +1,75 @@
+"""Prompts for ReMax: the policy writes the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from remax_lightning.batch import PromptBatch
+from remax_lightning.data.base import DEFAULT_LOADING, LoadingConfig, TextDataModule, check_at_least
+from remax_lightning.data.collate import collate_prompts
+from remax_lightning.errors import UserError
+
+
+class PromptDataModule(TextDataModule):
+    r"""Yields `PromptBatch`: each rollout batch of prompts once per micro-batch that is trained on.
+
+    Args:
+        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        tokenizer: folder or hub name of the policy's tokenizer.
+        val_path: validation rows, of the same kinds. Testing and predicting read them too.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template.
+        template: text around a plain prompt, with columns in braces, for instance `"Human:
+            {prompt}\n\nAssistant:"`.
+        batch_size: prompts per rollout and device.
+        micro_batch_size: prompts per training pass and device; divides `batch_size`. The same rollout batch
+            arrives `batch_size / micro_batch_size` times, once per part. None trains on the whole batch in
+            one pass.
+        max_prompt_length: longest prompt, in tokens.
+        seed: fixes the order of each epoch and the rows held out.
+        loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
+
+    Raises:
+        UserError: if a value is out of its range; the message names its key.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str,
+        val_path: str | None = None,
+        val_size: int = 0,
+        prompt_column: str = "prompt",
+        template: str | None = None,
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        max_prompt_length: int = 512,
+        seed: int = 0,
+        loading: LoadingConfig = DEFAULT_LOADING,
+    ) -> None:
+        super().__init__(
+            path=path,
+            tokenizer=tokenizer,
+            val_path=val_path,
+            val_size=val_size,
+            prompt_column=prompt_column,
+            template=template,
+            batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            seed=seed,
+            loading=loading,
+        )
+        if micro_batch_size is None:
+            micro_batch_size = batch_size
+        check_at_least(1, micro_batch_size=micro_batch_size)
+        if batch_size % micro_batch_size:
+            raise UserError(
+                f"data.micro_batch_size must divide data.batch_size {batch_size}, got {micro_batch_size}; "
+                "choose a divisor"
+            )
+        self.micro_batch_size = micro_batch_size
+        self.num_splits = batch_size // micro_batch_size
+
+    def _collate(self, num_splits: int) -> Callable[..., PromptBatch]:
+        return partial(collate_prompts, pad_id=int(self.tokenizer.pad_token_id), num_splits=num_splits)

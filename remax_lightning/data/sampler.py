@@ -1,0 +1,146 @@
+"""The order of the rows: known from seed and epoch, shared out over ranks, resumable at every position."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DistributedSampler
+
+from remax_lightning.errors import UserError
+
+Key = int | tuple[int, int]
+
+
+class SplitSampler(DistributedSampler[Key]):
+    """Yields the keys of each rollout batch `num_splits` times in a row, one split after the other.
+
+    A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per split. A
+    key is `(index, split)`, or the index alone where there is one split.
+
+    It is a `DistributedSampler` so that Lightning leaves it in place and tells it the epoch. Rank `r` of `W`
+    takes every `W`-th row, so the rows of one step over all ranks depend on `W * batch_size` only.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: prompts per rollout batch and rank.
+        num_splits: how often each batch is yielded.
+        shuffle: whether to shuffle, differently in each epoch. Else the rows come in their order.
+        drop_last: whether to leave out the rows that do not fill a batch on every rank. Where they are kept,
+            a rank that would have one batch less than another repeats a row, because ranks that disagree wait
+            for each other forever.
+        seed: with the epoch, fixes the order.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if short batches were to be split, which leaves their parts unequal.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        num_splits: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_splits > 1 and not drop_last:
+            raise ValueError(f"drop_last must be True where num_splits > 1, got num_splits={num_splits}")
+        rows: Any = range(num_rows)  # all that the base class asks of a data set is its length
+        super().__init__(rows, world_size, rank, shuffle, seed, drop_last)
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.num_splits = num_splits
+        full, own = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
+        batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
+        lacks_a_batch = not drop_last and math.ceil(own / batch_size) < batches
+        self.num_samples = full * batch_size if drop_last else own + lacks_a_batch
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices of this rank's rows in `epoch`, each once but for the repeated one."""
+        indices = list(range(self.num_rows))
+        if self.shuffle:
+            # a text, because the sum of seed and epoch would give run 1 the order of run 0 one epoch later
+            random.Random(f"{self.seed}/{epoch}").shuffle(indices)
+        own = indices[self.rank :: self.num_replicas]
+        return (own + indices[:1])[: self.num_samples]
+
+    def __iter__(self) -> Iterator[Key]:
+        return _Position(self)
+
+    def __len__(self) -> int:
+        """Keys in an epoch: rows of this rank times splits."""
+        return self.num_samples * self.num_splits
+
+    def signature(self) -> dict[str, int | bool]:
+        """Return what fixes the order besides the epoch; a position means nothing under another one."""
+        return {
+            "rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "num_splits": self.num_splits,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "world_size": self.num_replicas,
+        }
+
+
+class _Position(Iterator[Key]):
+    """A place in an epoch, which `StatefulDataLoader` saves and restores.
+
+    The epoch is read from the sampler at the first key: Lightning makes the iterator before it calls
+    `set_epoch`.
+    """
+
+    def __init__(self, sampler: SplitSampler) -> None:
+        self.sampler = sampler
+        self.yielded = 0
+        self._epoch: int | None = None
+        self._order: list[int] = []
+
+    def __next__(self) -> Key:
+        if self._epoch is None:
+            self._start(self.sampler.epoch)
+        if self.yielded >= len(self.sampler):
+            raise StopIteration
+        batch_size, num_splits = self.sampler.batch_size, self.sampler.num_splits
+        batch, rest = divmod(self.yielded, batch_size * num_splits)
+        split, offset = divmod(rest, batch_size)
+        self.yielded += 1
+        index = self._order[batch * batch_size + offset]
+        return index if num_splits == 1 else (index, split)
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch = self.sampler.epoch if self._epoch is None else self._epoch
+        return {
+            "epoch": epoch,
+            "yielded": self.yielded,
+            "length": len(self.sampler),
+            "signature": self.sampler.signature(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        epoch, yielded, saved = state["epoch"], state["yielded"], state["signature"]
+        if yielded >= state["length"]:
+            # Saved after the last batch of an epoch: what comes next is the next one.
+            epoch, yielded = epoch + 1, 0
+        now = self.sampler.signature()
+        changed = [f"{name} {saved[name]} to {now[name]}" for name in now if saved[name] != now[name]]
+        if yielded and changed:
+            raise UserError(
+                f"data: the checkpoint stands in the middle of an epoch whose order has changed: {', '.join(changed)}; "
+                "resume with its settings, or start a new run from its exported policy"
+            )
+        self.sampler.set_epoch(epoch)
+        self._start(epoch)
+        self.yielded = yielded
+
+    def _start(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = self.sampler.order(epoch)

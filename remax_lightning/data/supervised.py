@@ -1,0 +1,106 @@
+"""Prompts with responses to imitate, for the supervised stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from remax_lightning.batch import SupervisedBatch
+from remax_lightning.data.base import (
+    DEFAULT_LOADING,
+    LoadingConfig,
+    TextDataModule,
+    check_at_least,
+    within_limit,
+)
+from remax_lightning.data.collate import Example, collate_supervised
+from remax_lightning.data.formatting import column, encode_text
+from remax_lightning.errors import DataError
+
+
+class SFTDataModule(TextDataModule):
+    r"""Yields `SupervisedBatch`: prompts made as `PromptDataModule` makes them, and their responses.
+
+    A response is tokenised apart from its prompt, as the policy will write it: token by token after the
+    prompt. The end-of-sequence token is appended and trained.
+
+    Args:
+        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        tokenizer: folder or hub name of the policy's tokenizer.
+        val_path: validation rows, of the same kinds. Testing and predicting read them too.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template.
+        response_column: column of the response, text.
+        template: text around a plain prompt, with columns in braces, for instance `"Human:
+            {prompt}\n\nAssistant:"`.
+        batch_size: examples per pass and device.
+        max_prompt_length: longest prompt, in tokens.
+        max_response_length: longest response, in tokens, the end-of-sequence token included. Longer ones are
+            left out and
+            counted: a cut response would teach the policy never to end.
+        seed: fixes the order of each epoch and the rows held out.
+        loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
+
+    Raises:
+        UserError: if a value is out of its range; the message names its key.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str,
+        val_path: str | None = None,
+        val_size: int = 0,
+        prompt_column: str = "prompt",
+        response_column: str = "response",
+        template: str | None = None,
+        batch_size: int = 64,
+        max_prompt_length: int = 512,
+        max_response_length: int = 512,
+        seed: int = 0,
+        loading: LoadingConfig = DEFAULT_LOADING,
+    ) -> None:
+        super().__init__(
+            path=path,
+            tokenizer=tokenizer,
+            val_path=val_path,
+            val_size=val_size,
+            prompt_column=prompt_column,
+            template=template,
+            batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            seed=seed,
+            loading=loading,
+        )
+        check_at_least(1, max_response_length=max_response_length)
+        self.response_column = response_column
+        self.max_response_length = max_response_length
+
+    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:  # noqa: ARG002 - always one
+        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id))
+
+    def _complete(self, examples: list[Example], source: str) -> list[Example]:
+        eos_id = int(self.tokenizer.eos_token_id)
+        encoded = encode_text(self.tokenizer, [self._response(example) for example in examples])
+        complete = [
+            example._replace(response_ids=ids if ids[-1:] == [eos_id] else [*ids, eos_id])
+            for example, ids in zip(examples, encoded, strict=True)
+        ]
+        return within_limit(
+            complete,
+            [len(example.response_ids) for example in complete],
+            self.max_response_length,
+            key="data.max_response_length",
+            source=source,
+            policy="drop",
+        )
+
+    def _response(self, example: Example) -> str:
+        value = column(example.row, self.response_column, example.where, key="data.response_column")
+        if not isinstance(value, str):
+            raise DataError(
+                f"{example.where}: column {self.response_column!r} must be text, got {type(value).__name__}"
+            )
+        if not value:
+            raise DataError(f"{example.where}: the response in column {self.response_column!r} is empty")
+        return value

@@ -1,0 +1,34 @@
+"""Pure maths of ReMax: tensors in, tensors out; no logging, trainer, configuration or state."""
+
+from remax_lightning.functional.advantages import (
+    Baseline,
+    KLCredit,
+    RewardClipAt,
+    baseline_values,
+    remax_advantages,
+    whiten_advantages,
+)
+from remax_lightning.functional.kl import KLEstimator, kl_estimate
+from remax_lightning.functional.log_probs import TokenStatistics, token_statistics
+from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
+from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
+
+__all__ = [
+    "Baseline",
+    "KLCredit",
+    "KLEstimator",
+    "RewardClipAt",
+    "SurrogateLoss",
+    "TokenStatistics",
+    "baseline_values",
+    "clipped_surrogate_loss",
+    "kl_estimate",
+    "kl_loss",
+    "masked_mean",
+    "masked_sum",
+    "reinforce_loss",
+    "remax_advantages",
+    "response_mask",
+    "token_statistics",
+    "whiten_advantages",
+]

@@ -1,0 +1,217 @@
+"""Advantages of response tokens: reward against a baseline, KL, discount, clip and whitening."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from remax_lightning.functional._checks import (
+    check_choice,
+    check_mask,
+    check_shape,
+    check_that,
+    compute_dtype,
+)
+from remax_lightning.functional.masking import masked_sum
+
+Baseline: TypeAlias = Literal["greedy", "leave_one_out", "group_mean", "none"]
+"""What the reward is compared with: that of the greedy response, the mean of the others, of all, or 0."""
+
+KLCredit: TypeAlias = Literal["to_go", "one_step", "none"]
+"""Which KL a token pays for: its own and all that follow, its own only, or none."""
+
+RewardClipAt: TypeAlias = Literal["before_baseline", "after_baseline"]
+"""Whether the reward is clipped, or what is left of it after the baseline."""
+
+
+def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_reward: Tensor | None = None) -> Tensor:
+    """Return what the reward of each sampled response is compared with.
+
+    Args:
+        reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
+        num_samples: sampled responses per prompt, `n`.
+        kind: `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv 2310.10505);
+            `"leave_one_out"` the mean of the prompt's other samples (RLOO, arXiv 2402.14740); `"group_mean"`
+            the mean of all of the prompt's samples, its own included, which scales the expected gradient by
+            `(n - 1) / n`; `"none"` 0.
+        baseline_reward: `[B]` rewards of the greedy responses; needed by `"greedy"` only.
+
+    Returns:
+        `[S]` float32 (float64 if an input is).
+
+    Raises:
+        ValueError: if a shape does not fit, `kind` is unknown, `"greedy"` has no `baseline_reward`, or a
+            group has one sample.
+    """
+    check_choice("baseline", kind, get_args(Baseline))
+    check_shape("reward", reward, "[S]", (None,))
+    size = reward.shape[0]
+    check_that(num_samples >= 1, "num_samples", "at least 1", num_samples)
+    check_that(size % num_samples == 0, "num_samples", f"a divisor of the {size} rewards", num_samples)
+    if kind == "greedy":
+        if baseline_reward is None:
+            raise ValueError("baseline_reward must have shape [B] for baseline='greedy', got None")
+        check_shape("baseline_reward", baseline_reward, "[B]", (size // num_samples,))
+        return baseline_reward.to(compute_dtype(reward, baseline_reward)).repeat_interleave(num_samples)
+    reward = reward.to(compute_dtype(reward))
+    if kind == "none":
+        return torch.zeros_like(reward)
+    check_that(num_samples >= 2, "num_samples", f"at least 2 for baseline={kind!r}", num_samples)
+    group = reward.reshape(-1, num_samples)
+    total = group.sum(dim=1, keepdim=True)
+    if kind == "leave_one_out":
+        return ((total - group) / (num_samples - 1)).flatten()
+    return (total / num_samples).expand_as(group).flatten()
+
+
+def whiten_advantages(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return advantages with mean 0 and variance 1 over all masked tokens, 0 outside the mask.
+
+    `(A - mean) / sqrt(max(variance, 1e-8))`, with the biased variance: that of this very set of tokens.
+
+    Args:
+        advantages: `[S, R]`.
+        mask: `[S, R]` bool.
+        reduce: sums a tensor of at most two numbers over ranks, so that the moments are global; called
+            exactly twice, also on a rank without tokens, so that it may be a collective. None where there is
+            one process.
+
+    Raises:
+        ValueError: if the shapes differ or `mask` is not boolean.
+    """
+    add_ranks = reduce if reduce is not None else _identity
+    total = masked_sum(advantages, mask)
+    count, total = add_ranks(torch.stack([mask.sum().to(total.dtype), total])).unbind()
+    count = count.clamp(min=1)
+    deviations = torch.where(mask, advantages - total / count, 0.0)
+    # Squares of deviations, in a second reduction: mean of squares minus squared mean cancels in float32.
+    variance = add_ranks(deviations.square().sum().view(1)).squeeze(0) / count
+    return deviations * variance.clamp(min=1e-8).rsqrt()
+
+
+def remax_advantages(
+    reward: Tensor,
+    response_mask: Tensor,
+    *,
+    num_samples: int = 1,
+    baseline: Baseline = "greedy",
+    baseline_reward: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_credit: KLCredit = "to_go",
+    kl_in_baseline: bool = False,
+    gamma: float = 1.0,
+    reward_clip: float | None = None,
+    reward_clip_at: RewardClipAt = "after_baseline",
+    whiten: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the advantage of every response token: discounted reward above a baseline, and credit for KL.
+
+    `A_t = gamma^k · clip(reward - baseline) - β · KL_t`, with `β = kl_coef` and k the number of response
+    tokens from t to the last one, t included, so that the last token already gets gamma (the paper's code,
+    github.com/liziniu/ReMax). `KL_t` is `kl_t` with one-step credit and `Σ_{s≥t} gamma^(s-t) kl_s` to go, s
+    and t counting response tokens.
+
+    With gamma = 1, KL to go and no clip this is verl's `Σ_{s≥t} (r_s - β · kl_s) - b`, r on the last response
+    token. The defaults leave the policy gradient of `E[reward] - β · KL` unbiased; one-step credit, gamma <
+    1, a clip and whitening do not.
+
+    Args:
+        reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
+        response_mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
+        num_samples: sampled responses per prompt, `n`.
+        baseline: see `baseline_values`.
+        baseline_reward: `[B]` rewards of the greedy responses; needed by the greedy baseline only.
+        kl: `[S, R]` unscaled KL estimate per token in nats; no gradient passes through it.
+        kl_coef: reward that a nat of KL costs.
+        kl_credit: which KL a token pays for.
+        kl_in_baseline: take the baseline of `reward - β · Σ kl` in place of the reward (TRL's RLOO); for
+            baselines made of samples only, as the greedy response's KL is not known.
+        gamma: discount per token, above 0 and at most 1.
+        reward_clip: bound of the absolute value; None for no clip.
+        reward_clip_at: clip the reward and the greedy response's before they are compared, or their
+            difference.
+        whiten: normalise over all tokens last, see `whiten_advantages`.
+        reduce: sums over ranks for `whiten`.
+
+    Returns:
+        `[S, R]` float32 (float64 if an input is), detached, 0 outside the mask.
+
+    Raises:
+        ValueError: if a shape does not fit, a number is out of range, a choice is unknown, or an argument
+            that another one needs is None.
+    """
+    check_shape("reward", reward, "[S]", (None,))
+    check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
+    _check_numbers(gamma, reward_clip, reward_clip_at)
+    _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
+    dtype = compute_dtype(*(x for x in (reward, baseline_reward, kl) if x is not None))
+    bound = math.inf if reward_clip is None else reward_clip
+    before, after = (bound, math.inf) if reward_clip_at == "before_baseline" else (math.inf, bound)
+    reward = reward.detach().to(dtype).clamp(-before, before)
+    if baseline_reward is not None:
+        baseline_reward = baseline_reward.detach().to(dtype).clamp(-before, before)
+    penalty = torch.zeros_like(response_mask, dtype=dtype)
+    # A coefficient of 0 costs nothing, even where the estimate is infinite.
+    if kl is not None and kl_coef > 0 and kl_credit != "none":
+        penalty = torch.where(response_mask, kl_coef * kl.detach().to(dtype), 0.0)
+    compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
+    above = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
+    tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)
+    cost = _to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty
+    advantages = above.unsqueeze(1) * torch.pow(gamma, tokens_to_go) - cost
+    advantages = torch.where(response_mask, advantages, 0.0)
+    return whiten_advantages(advantages, response_mask, reduce) if whiten else advantages
+
+
+def _to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return `Σ_{s≥t} gamma^(masked tokens in [t, s)) · values_s` for every t."""
+    if gamma == 1.0:
+        return values.flip(1).cumsum(dim=1).flip(1)
+    # Recursive doubling: after a round, `total` sums over twice as many tokens and `decay` is the discount
+    # across them. That is log2(R) rounds, and only products of discounts: a cumulative sum divided by gamma^t
+    # would overflow on long responses.
+    total = values
+    decay = torch.where(mask, torch.full_like(values, gamma), 1.0)
+    width = 1
+    while width < values.shape[1]:
+        total = total + decay * F.pad(total[:, width:], (0, width))
+        decay = decay * F.pad(decay[:, width:], (0, width))
+        width *= 2
+    return total
+
+
+def _check_numbers(gamma: float, reward_clip: float | None, reward_clip_at: RewardClipAt) -> None:
+    check_that(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
+    check_that(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
+    check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
+
+
+def _check_kl(
+    kl: Tensor | None,
+    mask: Tensor,
+    kl_coef: float,
+    kl_credit: KLCredit,
+    kl_in_baseline: bool,
+    baseline: Baseline,
+) -> None:
+    check_choice("kl_credit", kl_credit, get_args(KLCredit))
+    check_that(kl_coef >= 0, "kl_coef", "at least 0", kl_coef)
+    if kl is not None:
+        check_shape("kl", kl, "[S, R]", mask.shape)
+    elif kl_coef > 0 and kl_credit != "none":
+        raise ValueError(f"kl must have shape [S, R] for kl_coef={kl_coef} with kl_credit={kl_credit!r}, got None")
+    if kl_in_baseline:
+        sampled = baseline in ("leave_one_out", "group_mean")
+        check_that(sampled, "kl_in_baseline", "False unless baseline is leave_one_out or group_mean", True)
+        check_that(kl_credit != "none", "kl_in_baseline", "False with kl_credit='none'", True)
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values

@@ -1,0 +1,144 @@
+"""Losses of policy-gradient steps, each with an explicit normaliser.
+
+The normaliser is given, not taken from the mask, so that it can be the number of response tokens of the whole
+optimizer step over all ranks: the gradient then does not depend on how the step was split.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional._checks import check_mask, check_shape, check_that, compute_dtype
+from remax_lightning.functional.kl import KLEstimator, kl_estimate
+from remax_lightning.functional.masking import divide, masked_mean
+
+MAX_LOG_RATIO = 40.0
+"""Where the log of a probability ratio stops, in nats. Without it exp overflows, and the gradient of a token
+that the clip rejects is 0 * inf = NaN; a ratio of e^40 is far outside any clip range."""
+
+
+class SurrogateLoss(NamedTuple):
+    """The clipped surrogate and how often it clipped.
+
+    Args:
+        loss: scalar, differentiable.
+        clip_fraction: scalar between 0 and 1, share of the masked tokens whose gradient one of the clips cut;
+            detached.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
+    """Return `-Σ A · log π / normaliser` over the masked tokens: ReMax (Li et al. 2023, arXiv 2310.10505).
+
+    Args:
+        log_probs: `[S, R]` log-probs of the sampled tokens under the policy.
+        advantages: `[S, R]`; no gradient passes through them.
+        mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
+        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+            ranks.
+
+    Returns:
+        scalar float32 (float64 if an input is); 0 for an empty mask.
+
+    Raises:
+        ValueError: if the shapes differ or `mask` is not boolean.
+    """
+    log_probs, advantages = _masked(mask, log_probs=log_probs, advantages=advantages)
+    return divide(-(advantages.detach() * log_probs).sum(), normaliser)
+
+
+def clipped_surrogate_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    normaliser: Tensor | float,
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+) -> SurrogateLoss:
+    """Return the clipped surrogate of PPO, for several updates per rollout (Schulman 2017, arXiv 1707.06347).
+
+    With a ratio of 1 its gradient is that of `reinforce_loss`.
+
+    Args:
+        log_probs: `[S, R]` log-probs of the sampled tokens under the policy.
+        old_log_probs: `[S, R]` log-probs of them under the policy that sampled; no gradient passes through
+            them.
+        advantages: `[S, R]`; no gradient passes through them.
+        mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
+        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+            ranks.
+        clip_range: the ratio earns nothing beyond `1 ± clip_range`; 0.2 is the paper's value.
+        dual_clip: bounds the loss of a token with a negative advantage by `-dual_clip · A` (Ye et al. 2020,
+            arXiv 1912.09729), where the plain clip leaves it unbounded; None for no bound.
+
+    Raises:
+        ValueError: if the shapes differ, `mask` is not boolean, `clip_range` is not in (0, 1) or `dual_clip`
+            is not above 1.
+    """
+    check_that(0 < clip_range < 1, "clip_range", "above 0 and below 1", clip_range)
+    check_that(dual_clip is None or dual_clip > 1, "dual_clip", "above 1 or None", dual_clip)
+    log_probs, old_log_probs, advantages = _masked(
+        mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages
+    )
+    advantages = advantages.detach()
+    ratio = (log_probs - old_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    plain = -advantages * ratio
+    loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return SurrogateLoss(divide(loss.sum(), normaliser), masked_mean((loss != plain).detach(), mask))
+
+
+def kl_loss(
+    log_ratio: Tensor,
+    mask: Tensor,
+    normaliser: Tensor | float,
+    estimator: KLEstimator,
+    clamp: float | None = None,
+) -> Tensor:
+    """Return `Σ kl / normaliser` over the masked tokens, to be added to the loss with the KL coefficient.
+
+    On-policy and in expectation, the gradient of k2 is that of each token's KL(policy || reference), and the
+    gradient of k3 that of KL(reference || policy).
+
+    Args:
+        log_ratio: `[S, R]` log-probs under the policy minus log-probs under the reference, differentiable.
+        mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
+        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+            ranks.
+        estimator: `"k2"` or `"k3"`.
+        clamp: as in `kl_estimate`; a clamped token has no gradient.
+
+    Returns:
+        scalar float32 (float64 for float64); 0 for an empty mask.
+
+    Raises:
+        ValueError: if the shapes differ, `mask` is not boolean, or `estimator` is `"k1"`, whose gradient is 0
+            in expectation: it would only add noise.
+    """
+    check_that(
+        estimator != "k1",
+        "estimator",
+        "k2 or k3 for a loss (the expected gradient of k1 is 0 on-policy)",
+        estimator,
+    )
+    (log_ratio,) = _masked(mask, log_ratio=log_ratio)
+    return divide(kl_estimate(log_ratio, estimator, clamp).sum(), normaliser)
+
+
+def _masked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
+    """Return `tensors` in one precision and 0 outside `mask`, before a gradient could become NaN there."""
+    first, *_ = tensors.values()
+    check_shape(next(iter(tensors)), first, "[S, R]", (None, None))
+    for name, tensor in tensors.items():
+        check_shape(name, tensor, "[S, R]", first.shape)
+    check_mask("mask", mask, "[S, R]", first.shape)
+    dtype = compute_dtype(*tensors.values())
+    return [torch.where(mask, tensor.to(dtype), 0.0) for tensor in tensors.values()]

@@ -1,0 +1,77 @@
+"""Which tokens of a response count, and means over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional._checks import check_mask, check_shape, compute_dtype
+
+
+def response_mask(response_ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """Return True through the first end-of-sequence token, that one included.
+
+    The mask asks where the first EOS stands and not where the padding is, so that EOS is trained also when
+    the tokenizer pads with it.
+
+    Args:
+        response_ids: `[M, R]` token ids, padded on the right.
+        eos_ids: token ids that end a response; with none, every token counts.
+
+    Returns:
+        `[M, R]` bool; all True in a row without EOS, which is one that the length limit cut.
+
+    Raises:
+        ValueError: if `response_ids` is not two-dimensional.
+    """
+    check_shape("response_ids", response_ids, "[M, R]", (None, None))
+    ends = torch.isin(response_ids, torch.tensor(list(eos_ids), dtype=response_ids.dtype, device=response_ids.device))
+    ends_before = ends.cumsum(dim=1) - ends.long()
+    return ends_before == 0
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Return the sum of `values` where `mask` is True, in float32 (float64 for float64).
+
+    Args:
+        values: any shape; what stands outside the mask may be infinite or NaN and reaches neither sum nor
+            gradient.
+        mask: bool of the same shape.
+        dim: dimension to sum over; all of them by default.
+
+    Raises:
+        ValueError: if the shapes differ or `mask` is not boolean.
+    """
+    check_mask("mask", mask, "values.shape", values.shape)
+    # Not `values * mask`: 0 * NaN is NaN, in the sum and in the gradient.
+    kept = torch.where(mask, values.to(compute_dtype(values)), 0.0)
+    return kept.sum() if dim is None else kept.sum(dim=dim)
+
+
+def divide(total: Tensor, normaliser: Tensor | float) -> Tensor:
+    """Return `total / normaliser`; a normaliser of 0 (no token counted, so `total` is 0) divides by 1."""
+    divisor = torch.as_tensor(normaliser, dtype=total.dtype, device=total.device)
+    return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+def masked_mean(
+    values: Tensor, mask: Tensor, normaliser: Tensor | float | None = None, dim: int | None = None
+) -> Tensor:
+    """Return the mean of `values` where `mask` is True, in float32 (float64 for float64); 0 if nothing is.
+
+    Args:
+        values: any shape.
+        mask: bool of the same shape.
+        normaliser: what the sum is divided by, instead of the number of True entries: a scalar, or of the
+            shape of the result.
+        dim: dimension to average over; all of them by default.
+
+    Raises:
+        ValueError: if the shapes differ or `mask` is not boolean.
+    """
+    total = masked_sum(values, mask, dim)
+    if normaliser is None:
+        normaliser = mask.sum() if dim is None else mask.sum(dim=dim)
+    return divide(total, normaliser)

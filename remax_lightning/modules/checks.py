@@ -1,0 +1,74 @@
+"""What is checked before a run starts, across keys that each are right alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules.options import KLConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: PretrainedModel | None) -> None:
+    """Refuse a KL coefficient without a reference to measure the KL to."""
+    if kl_coef < 0:
+        raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
+    if reference is None and (kl_coef > 0 or kl.loss_coef > 0):
+        key, value = ("kl_coef", kl_coef) if kl_coef > 0 else ("kl.loss_coef", kl.loss_coef)
+        raise UserError(
+            f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
+            f" model.reference.path (usually {policy.path!r}, where the policy starts) or model.{key} to 0"
+        )
+
+
+def check_vocabularies(
+    policy: PreTrainedModel, reference: PreTrainedModel, policy_path: str, reference_path: str
+) -> None:
+    """Refuse a reference whose tokens are not the policy's."""
+    own, other = (model.config.get_text_config().vocab_size for model in (policy, reference))
+    if own != other:
+        raise UserError(
+            f"model.reference {reference_path!r} has a vocabulary of {other}, the policy {policy_path!r} one of"
+            f" {own}; their log-probs cannot be compared"
+        )
+
+
+def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
+    """Refuse prompts and responses that together are longer than the policy can hold."""
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if max_prompt_length is None or room is None or max_prompt_length + max_response_length <= room:
+        return
+    raise UserError(
+        f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is more"
+        f" than the {room} positions that the policy has; lower one of them"
+    )
+
+
+def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str) -> int:
+    """Return how many optimizer steps one rollout batch is used for.
+
+    Args:
+        num_splits: micro-batches per rollout batch.
+        accumulate: micro-batches per optimizer step.
+        loss_kind: `reinforce` or `clipped`.
+
+    Raises:
+        UserError: if an optimizer step would reach into the next rollout, or the loss is not made for several updates.
+    """
+    if num_splits % accumulate:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_splits} micro-batches"
+            " (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next one; set"
+            f" trainer.accumulate_grad_batches to {num_splits}, or to a divisor of it for several updates per rollout"
+        )
+    updates = num_splits // accumulate
+    if updates > 1 and loss_kind == "reinforce":
+        raise UserError(
+            f"trainer.accumulate_grad_batches {accumulate} with {num_splits} micro-batches per rollout makes {updates}"
+            " updates per rollout; model.loss.kind reinforce is right for one only. Set"
+            f" trainer.accumulate_grad_batches to {num_splits}, or model.loss.kind to clipped"
+        )
+    return updates

@@ -1,0 +1,138 @@
+"""Making a rollout: responses, their text, and their rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.batch import PromptBatch, Responses, Rollout
+from remax_lightning.functional import response_mask
+from remax_lightning.rewards.base import Reward, checked_scores
+from remax_lightning.rollout import RolloutEngine, SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Stopping(NamedTuple):
+    """What ends a response, and what stands after its end."""
+
+    eos_ids: list[int]
+    pad_id: int
+
+
+def collect(
+    model: PreTrainedModel,
+    prompt: PromptBatch,
+    *,
+    engine: RolloutEngine,
+    sampling: SamplingConfig,
+    stopping: Stopping,
+    generator: torch.Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Reward,
+    greedy: bool,
+    truncation_penalty: float,
+    times: dict[str, float],
+) -> Rollout:
+    """Let the policy answer the prompts, and score sampled and greedy responses in one pass of the reward.
+
+    Args:
+        model: the policy.
+        prompt: `B` prompts.
+        engine: makes the responses.
+        sampling: how they are sampled.
+        stopping: what ends them.
+        generator: source of randomness.
+        tokenizer: turns them into text.
+        reward: scores them.
+        greedy: whether greedy responses are made too.
+        truncation_penalty: taken off the reward of every truncated response.
+        times: where the seconds are added, under `rollout` and `reward`.
+
+    Raises:
+        RewardError: if the reward fails or returns what must not be trained on.
+    """
+    with timed(times, "rollout", prompt.prompt_ids.device), torch.no_grad(), evaluating(model):
+        generated = engine.generate(
+            model,
+            prompt.prompt_ids,
+            prompt.prompt_mask,
+            sampling=sampling,
+            eos_ids=stopping.eos_ids,
+            pad_id=stopping.pad_id,
+            generator=generator,
+            greedy=greedy,
+        )
+        sampled = _responses(generated.sampled_ids, stopping.eos_ids, tokenizer)
+        likeliest = (
+            None if generated.greedy_ids is None else _responses(generated.greedy_ids, stopping.eos_ids, tokenizer)
+        )
+    with timed(times, "reward", prompt.prompt_ids.device), torch.no_grad():
+        return _scored(prompt, sampled, likeliest, reward, sampling.num_samples, truncation_penalty)
+
+
+def _responses(ids: Tensor, eos_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Responses:
+    mask = response_mask(ids, eos_ids)
+    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).any(-1)
+    tokens = [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return Responses(ids, mask, ~ends, list(texts))
+
+
+def _scored(
+    prompt: PromptBatch,
+    sampled: Responses,
+    greedy: Responses | None,
+    reward: Reward,
+    num_samples: int,
+    truncation_penalty: float,
+) -> Rollout:
+    repeated = [i for i in range(len(prompt.prompts)) for _ in range(num_samples)]
+    order = repeated + (list(range(len(prompt.prompts))) if greedy is not None else [])
+    scores = checked_scores(
+        reward,
+        [prompt.prompts[i] for i in order],
+        sampled.texts + (greedy.texts if greedy is not None else []),
+        [prompt.rows[i] for i in order],
+    )
+    device, count = prompt.prompt_ids.device, len(repeated)
+    total = scores.reward.to(device)
+    truncated = sampled.truncated if greedy is None else torch.cat([sampled.truncated, greedy.truncated])
+    total = total - truncation_penalty * truncated
+    return Rollout(
+        prompt=prompt,
+        sampled=sampled,
+        greedy=greedy,
+        reward=total[:count],
+        baseline_reward=None if greedy is None else total[count:],
+        reward_parts={name: part[:count].to(device) for name, part in scores.parts.items()},
+        reference_log_probs=None,
+        log_probs=None,
+    )
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode inside: in train mode with gradient checkpointing a model drops its cache and writes wrong tokens."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def timed(times: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+    """Add the seconds spent inside to `times[phase]`, the device's own work included."""
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    times[phase] = times.get(phase, 0.0) + time.perf_counter() - start

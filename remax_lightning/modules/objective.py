@@ -1,0 +1,140 @@
+"""From a rollout and log-probs to a loss: the configured choices put to the functions of `functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.batch import Rollout
+from remax_lightning.errors import UserError
+from remax_lightning.functional import (
+    clipped_surrogate_loss,
+    kl_estimate,
+    kl_loss,
+    reinforce_loss,
+    remax_advantages,
+)
+from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
+
+
+class Experience(NamedTuple):
+    """A rollout with what the training passes over it need.
+
+    Args:
+        rollout: `B` prompts with their responses and scores.
+        normalisers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
+        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout).
+        kl: `[S, R]` KL estimate that went into them, or None likewise.
+    """
+
+    rollout: Rollout
+    normalisers: Tensor
+    advantages: Tensor | None = None
+    kl: Tensor | None = None
+
+
+class Objective:
+    """The loss of ReMax in the variant that the configuration asks for; holds choices, no state."""
+
+    def __init__(self, kl: KLConfig, advantage: AdvantageConfig, loss: LossConfig, num_samples: int) -> None:
+        if advantage.baseline in ("leave_one_out", "group_mean") and num_samples < 2:
+            raise UserError(
+                f"model.advantage.baseline {advantage.baseline} needs model.sampling.num_samples of at least 2,"
+                f" got {num_samples}"
+            )
+        if kl.in_baseline and advantage.baseline not in ("leave_one_out", "group_mean"):
+            raise UserError(
+                "model.kl.in_baseline needs model.advantage.baseline leave_one_out or group_mean,"
+                f" got {advantage.baseline}: the KL of a greedy response is not known"
+            )
+        self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the baseline is the greedy response's reward."""
+        return self.advantage_config.baseline == "greedy"
+
+    @property
+    def truncation_penalty(self) -> float:
+        """Reward that a truncated response loses."""
+        config = self.advantage_config
+        return config.truncation_penalty if config.truncated == "penalize" else 0.0
+
+    def loss_mask(self, rollout: Rollout) -> Tensor:
+        """Return `[S, R]` bool, True on the tokens that are trained on."""
+        mask = rollout.sampled.response_mask
+        if self.advantage_config.truncated == "mask":
+            return mask & ~rollout.sampled.truncated[:, None]
+        return mask
+
+    def kl(self, log_probs: Tensor, rollout: Rollout) -> Tensor | None:
+        """Return the `[S, R]` unscaled KL estimate per token, without gradient; None without a reference."""
+        if rollout.reference_log_probs is None:
+            return None
+        config = self.kl_config
+        estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
+        return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
+
+    def advantages(
+        self, rollout: Rollout, kl: Tensor | None, kl_coef: float, reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return `[S, R]` advantages of the trained tokens; `reduce` sums a tensor over ranks."""
+        config = self.advantage_config
+        charged = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
+        return remax_advantages(
+            rollout.reward,
+            self.loss_mask(rollout),
+            num_samples=rollout.num_samples,
+            baseline=config.baseline,
+            baseline_reward=rollout.baseline_reward if config.baseline == "greedy" else None,
+            kl=kl if charged else None,
+            kl_coef=kl_coef if charged else 0.0,
+            kl_credit=self.kl_config.credit if charged else "none",
+            kl_in_baseline=self.kl_config.in_baseline and charged,
+            gamma=config.gamma,
+            reward_clip=config.reward_clip,
+            reward_clip_at=config.reward_clip_at,
+            whiten=config.whiten,
+            reduce=reduce,
+        )
+
+    def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
+        """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""
+        counted = self.loss_mask(rollout)
+        if self.loss_config.normaliser == "responses":
+            counted = torch.ones_like(counted[:, :1])
+        return counted.view(updates, -1).sum(-1).double()
+
+    def loss(
+        self, log_probs: Tensor, rollout: Rollout, advantages: Tensor, normaliser: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a part of a rollout and the share of its tokens whose ratio was clipped.
+
+        Args:
+            log_probs: `[S, R]` of the policy now, differentiable.
+            rollout: the part.
+            advantages: `[S, R]`.
+            normaliser: what the sum over tokens is divided by; this part's own tokens take its place where the
+                configuration says `micro_batch`.
+        """
+        mask, config = self.loss_mask(rollout), self.loss_config
+        if config.normaliser == "micro_batch":
+            normaliser = mask.sum().double()
+        normaliser = normaliser.clamp_min(1e-8).float()
+        clip_fraction = torch.zeros_like(normaliser)
+        if config.kind == "reinforce":
+            loss = reinforce_loss(log_probs, advantages, mask, normaliser)
+        else:
+            # On the first update the policy is the one that sampled: its own log-probs are the old ones.
+            old = log_probs.detach() if rollout.log_probs is None else rollout.log_probs
+            loss, clip_fraction = clipped_surrogate_loss(
+                log_probs, old, advantages, mask, normaliser, config.clip_range, config.dual_clip
+            )
+        if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
+            log_ratio = log_probs - rollout.reference_log_probs
+            term = kl_loss(log_ratio, mask, normaliser, self.kl_config.loss_estimator, self.kl_config.clamp)
+            loss = loss + self.kl_config.loss_coef * term
+        return loss, clip_fraction.detach()

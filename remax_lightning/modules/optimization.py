@@ -1,0 +1,52 @@
+"""The optimizer of a policy: its parameter groups, and the learning rates that its weights cannot take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from remax_lightning.errors import UserError
+
+LOST_SHARE = 0.5
+"""A run in which more than this share of the weights would never move is refused."""
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters in two groups; biases and norms, the second, take no weight decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if parameter.dim() > 1]
+    others = [parameter for parameter in trainable if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return groups
+
+
+def refuse_lost_updates(optimizer: Optimizer) -> None:
+    """Refuse a learning rate that the weights' own number format would round away.
+
+    An Adam-like step moves a weight by about the learning rate. A bfloat16 number has 8 significant bits, so 1e-6 added
+    to 0.02 gives 0.02 again: the loss looks alive and the policy never changes. Optimizers that keep float32 copies of
+    the weights (DeepSpeed, mixed precision) are not concerned.
+
+    Raises:
+        UserError: if more than half of the 16-bit weights would not change by a step of the learning rate's size.
+    """
+    kept, lost = 0, 0
+    for group in optimizer.param_groups:
+        rate = group.get("initial_lr", group["lr"])
+        for parameter in group["params"]:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                weights = parameter.detach().flatten()[:100_000]
+                unmoved = int((weights - rate == weights).sum())
+                lost, kept = lost + unmoved, kept + weights.numel() - unmoved
+    if lost > LOST_SHARE * (lost + kept):
+        rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+        raise UserError(
+            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + kept):.0%} of the policy's 16-bit weights"
+            " would round away: the policy would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
+            " use a DeepSpeed strategy (float32 copies), or raise the learning rate"
+        )

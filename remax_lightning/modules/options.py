@@ -1,0 +1,95 @@
+"""The choices that make one variant of the algorithm differ from another, grouped as the configuration groups them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from remax_lightning.errors import UserError
+
+
+def _require(holds: bool, key: str, expected: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"model.{key} must be {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """How the KL to the reference is estimated and charged. `model.kl_coef` scales what enters the reward.
+
+    Args:
+        estimator: k1, k2 or k3 of http://joschu.net/blog/kl-approx.html; k1 is unbiased and what to-go credit needs.
+        credit: `to_go` charges a token with the KL of itself and all later tokens, which is the exact gradient;
+            `one_step` with its own only, as the paper's code does; `none` keeps the KL out of the reward.
+        clamp: bound of a token's estimate in nats; None for no bound.
+        in_baseline: the baseline is taken of reward minus KL (TRL's RLOO); leave_one_out and group_mean only.
+        loss_coef: coefficient of the KL as a term of the loss, beside or instead of the one in the reward.
+        loss_estimator: estimator of that term. k2's gradient is that of the KL itself; k1's is zero on average.
+    """
+
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    credit: Literal["to_go", "one_step", "none"] = "to_go"
+    clamp: float | None = None
+    in_baseline: bool = False
+    loss_coef: float = 0.0
+    loss_estimator: Literal["k2", "k3"] = "k2"
+
+    def __post_init__(self) -> None:
+        _require(self.clamp is None or self.clamp > 0, "kl.clamp", "null or above 0", self.clamp)
+        _require(self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """How rewards become advantages.
+
+    Args:
+        baseline: what the reward is compared with: the `greedy` response's reward (ReMax), the mean of the other
+            samples (`leave_one_out`), of all samples (`group_mean`), or `none`.
+        gamma: discount per token towards the end of the response; 1 weighs all tokens of a response alike.
+        reward_clip: bound of the absolute reward; None, because clipping hides differences between good responses.
+        reward_clip_at: clip the rewards, or their difference to the baseline.
+        whiten: give the advantages mean 0 and variance 1 over all tokens of an optimizer step and all ranks.
+        truncated: what to do with a response that hit the length limit: `keep` it as it is, `mask` it out of the loss,
+            or `penalize` it, as a greedy response too, by `truncation_penalty`.
+        truncation_penalty: how much reward a truncated response loses under `penalize`.
+    """
+
+    baseline: Literal["greedy", "leave_one_out", "group_mean", "none"] = "greedy"
+    gamma: float = 1.0
+    reward_clip: float | None = None
+    reward_clip_at: Literal["before_baseline", "after_baseline"] = "after_baseline"
+    whiten: bool = False
+    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    truncation_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.gamma <= 1, "advantage.gamma", "above 0 and at most 1", self.gamma)
+        clip = self.reward_clip
+        _require(clip is None or clip > 0, "advantage.reward_clip", "null or above 0", clip)
+        penalty = self.truncation_penalty
+        _require(penalty >= 0, "advantage.truncation_penalty", "0 or more", penalty)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How advantages become a loss.
+
+    Args:
+        kind: `reinforce`, log-prob times advantage, right while there is one update per rollout; `clipped`, the clipped
+            surrogate of PPO, for several.
+        normaliser: what the sum over tokens is divided by: the response `tokens` of the whole optimizer step over all
+            ranks, its `responses` (the plain policy gradient: a long response counts for more), or the tokens of each
+            `micro_batch` alone (the paper's code; the gradient then depends on the micro-batch size).
+        clip_range: how far the ratio of new to old probability may move before its gradient is cut.
+        dual_clip: bound of the ratio where the advantage is negative (arXiv 1912.09729); None for no bound.
+    """
+
+    kind: Literal["reinforce", "clipped"] = "reinforce"
+    normaliser: Literal["tokens", "responses", "micro_batch"] = "tokens"
+    clip_range: float = 0.2
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 < self.clip_range < 1, "loss.clip_range", "above 0 and below 1", self.clip_range)
+        _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "null or above 1", self.dual_clip)

@@ -1,0 +1,120 @@
+"""What all stages that train a policy share: loading, optimizer and schedule, and what a checkpoint holds of chance."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+from remax_lightning.data.tokenizers import load_tokenizer
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules.optimization import parameter_groups, refuse_lost_updates
+from remax_lightning.modules.schedules import set_total_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class PolicyModule(LightningModule):
+    """Trains a causal language model, the policy.
+
+    The command line keeps the configuration beside the run, so a checkpoint holds no hyper-parameters: when a run is
+    resumed, what the configuration says counts.
+
+    Args:
+        policy: where the policy comes from.
+        tokenizer: its tokenizer, a folder or a hub name; None takes the policy's path.
+        optimizer: makes the optimizer from parameter groups.
+        lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
+    """
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        policy: PretrainedModel,
+        tokenizer: str | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__()
+        self.policy_source = policy
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.tokenizer_path = tokenizer or policy.path
+        self._random_state: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Load policy and tokenizer; Lightning calls this where each strategy wants its models built."""
+        if "policy" in self._modules:
+            return
+        self.policy = self.policy_source.load("model.policy")
+        # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
+        self.policy.train()
+        self.tokenizer = self._find_tokenizer()
+        vocabulary = self.policy.config.get_text_config().vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise UserError(
+                f"model.tokenizer {self.tokenizer_path!r} has {len(self.tokenizer)} tokens, the policy"
+                f" {self.policy_source.path!r} only {vocabulary}; give the tokenizer that belongs to the policy"
+            )
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the data module's own tokenizer where it has one, so that prompts and responses agree."""
+        shared = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if shared is not None:
+            return cast("PreTrainedTokenizerBase", shared)
+        source = self.policy_source
+        return load_tokenizer(
+            self.tokenizer_path,
+            trust_remote_code=source.trust_remote_code,
+            revision=source.revision,
+            key="model.tokenizer",
+        )
+
+    def eos_ids(self) -> list[int]:
+        """Return every token id that ends a response: the tokenizer's, and those of the policy's own configuration."""
+        own = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
+        named = [] if own is None else [own] if isinstance(own, int) else list(own)
+        return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make optimizer and schedule; a schedule of ours learns the length of the run here."""
+        optimizer = self.optimizer(parameter_groups(self.policy))
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            refuse_lost_updates(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        set_total_steps(scheduler, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of the random number generators, in types that `torch.load(weights_only=True)` reads."""
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        checkpoint["random_state"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the saved random state until the first batch: what Lightning does in between draws numbers too."""
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put the random number generators where the saved run had them."""
+        if self._random_state is None:
+            return
+        state, self._random_state = self._random_state, None
+        torch.set_rng_state(state["torch"].cpu())
+        random.setstate(state["python"])
+        if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])

@@ -1,0 +1,22 @@
+"""How responses are scored: the protocol, the check of every score, and the project's own rewards."""
+
+from __future__ import annotations
+
+from remax_lightning.rewards.base import Reward, Scores, checked_scores
+from remax_lightning.rewards.classifier import ClassifierReward
+from remax_lightning.rewards.function import FunctionReward
+from remax_lightning.rewards.verifiers import exact_match, length_penalty, numeric_answer, regex_format
+from remax_lightning.rewards.weighted import WeightedReward
+
+__all__ = [
+    "ClassifierReward",
+    "FunctionReward",
+    "Reward",
+    "Scores",
+    "WeightedReward",
+    "checked_scores",
+    "exact_match",
+    "length_penalty",
+    "numeric_answer",
+    "regex_format",
+]

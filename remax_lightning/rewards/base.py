@@ -1,0 +1,186 @@
+"""What a reward is, and the check that every score passes before anything is trained on it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import RewardError, UserError
+
+_SHOWN_CHARACTERS = 200
+
+
+class Scores(NamedTuple):
+    """Rewards of `M` responses.
+
+    Args:
+        reward: `[M]` float32, what is trained on.
+        parts: named parts of it, each `[M]` float32, for the logs; empty where there is one part only.
+    """
+
+    reward: Tensor
+    parts: dict[str, Tensor]
+
+
+class Reward(ABC):
+    """Scores responses. Subclass it, implement `score`, name your class under `model.reward.class_path`."""
+
+    def load(self, device: torch.device) -> None:  # noqa: B027
+        """Load what scoring needs onto `device`; called once, before the first `score`. Default: nothing."""
+
+    @abstractmethod
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Scores | Tensor | Sequence[float]:
+        """Return one finite number per response.
+
+        Args:
+            prompts: `M` prompts as text; a prompt with several responses stands there several times.
+            responses: `M` responses as text, without special tokens.
+            rows: `M` raw rows of the data set.
+        """
+
+    def __repr__(self) -> str:
+        """What error messages call this reward."""
+        return type(self).__name__
+
+
+def shown(text: str) -> str:
+    """Return `text` quoted on one line, cut to about 200 characters, both ends kept, for error messages."""
+    half = _SHOWN_CHARACTERS // 2
+    return repr(text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}")
+
+
+def checked_scores(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> Scores:
+    """Score `M` responses and refuse whatever must not be trained on.
+
+    Args:
+        reward: scores the responses.
+        prompts: `M` prompts as text.
+        responses: `M` responses as text.
+        rows: `M` raw rows of the data set.
+
+    Returns:
+        The reward and its parts, `[M]` float32 each, detached, on the device where `reward` left them.
+
+    Raises:
+        RewardError: if the reward raises, or returns another number of scores, another shape, something that
+            is not a number, NaN or infinity. The message shows the prompt and the response.
+        ValueError: if the three sequences are not equally long.
+    """
+    if not len(prompts) == len(responses) == len(rows):
+        lengths = f"{len(prompts)}, {len(responses)} and {len(rows)}"
+        raise ValueError(f"prompts, responses and rows must be equally long, got {lengths}")
+    result = _raw_scores(reward, prompts, responses, rows)
+    parts: Any = {}
+    if isinstance(result, Scores):
+        result, parts = result
+    if not isinstance(parts, dict):
+        raise RewardError(f"model.reward: {reward!r} must return its parts as a dict, got {type(parts).__name__}")
+    return Scores(
+        _checked(repr(reward), result, prompts, responses),
+        {name: _checked(f"{reward!r}, part {name!r},", part, prompts, responses) for name, part in parts.items()},
+    )
+
+
+def _raw_scores(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> Any:
+    """Return what `reward` returns; whatever it raises becomes a RewardError."""
+    try:
+        return reward.score(prompts, responses, rows)
+    except UserError:
+        raise
+    except Exception as error:
+        index = _failing_row(reward, type(error), prompts, responses, rows)
+        raise RewardError(
+            f"model.reward: {reward!r} raised {type(error).__name__}: {error}"
+            f"{_example(prompts, responses, index)}\nMake it return one finite number per response."
+        ) from error
+
+
+def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    """Return `scores` as `[M]` float32, or raise a RewardError that calls their source `name`."""
+    count = len(responses)
+
+    def wrong(what: str, index: int | None = None) -> RewardError:
+        return RewardError(
+            f"model.reward: {name} returned {what}; expected {count} finite numbers, one per response"
+            f"{_example(prompts, responses, index)}"
+        )
+
+    if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
+        for index, value in enumerate(scores):
+            if not _is_number(value):
+                found = f"{shown(str(value))} (a {type(value).__name__}) at index {index}"
+                raise wrong(found, index if index < count else None)
+        scores = [float(value) for value in scores]
+    try:
+        tensor = torch.as_tensor(scores).detach()
+    except Exception:  # text, a dict, None, a NumPy array of objects
+        raise wrong(f"a {type(scores).__name__}: {shown(str(scores))}") from None
+    if tensor.is_complex():
+        raise wrong("complex numbers")
+    if tensor.dim() != 1 or tensor.shape[0] != count:
+        raise wrong(f"scores of shape {list(tensor.shape)}")
+    tensor = tensor.to(torch.float32, copy=True)  # a reward may use its buffer again
+    bad = (~tensor.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        first = bad[0]
+        raise wrong(f"{tensor[first].item()} at index {first} ({len(bad)} of {count} not finite)", first)
+    return tensor
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str | bytes) or getattr(value, "ndim", 0) > 0:
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+    return True
+
+
+def _failing_row(
+    reward: Reward,
+    failure: type[Exception],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+) -> int | None:
+    """Find a response that makes `reward` raise `failure` by halving the batch; None if none alone does."""
+
+    def fails(start: int, stop: int) -> bool:
+        try:
+            reward.score(prompts[start:stop], responses[start:stop], rows[start:stop])
+        except failure:
+            return True
+        except Exception:
+            return False
+        return False
+
+    start, stop = 0, len(responses)
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if fails(start, middle):
+            stop = middle
+        elif fails(middle, stop):
+            start = middle
+        else:
+            return None
+    return start if responses else None
+
+
+def _example(prompts: Sequence[str], responses: Sequence[str], index: int | None) -> str:
+    """Two lines that show response `index`, or the first one where no single response is at fault."""
+    if not responses:
+        return ""
+    which = f"{index}" if index is not None else "0 (the first of the batch)"
+    index = index or 0
+    return f"\n  prompt {which}: {shown(prompts[index])}\n  response {which}: {shown(responses[index])}"

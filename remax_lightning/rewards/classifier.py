@@ -1,0 +1,231 @@
+"""A reward model: any sequence classifier of transformers with one label."""
+
+from __future__ import annotations
+
+import string
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.pooling import Pooling, choose_pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_KEY = "model.reward.init_args"
+
+
+class ClassifierReward(Reward):
+    r"""Scores the whole conversation with a reward model, read at its last real token.
+
+    Args:
+        path: folder or hub name of an `AutoModelForSequenceClassification` with one label, and of its
+            tokenizer.
+        template: how prompt and response become one text, such as `"Human: {prompt}\nAssistant: {response}"`.
+            Left out, the reward model's own chat template is used, over the row's `messages` where it has
+            them and the prompt as one user message elsewhere.
+        batch_size: texts scored at once.
+        max_length: most tokens of a text; longer ones lose their beginning. Left out, what model and
+            tokenizer can hold.
+        dtype: of the weights; left out, as they are saved.
+        trust_remote_code: whether code that comes with the model is run.
+        allow_pickle: whether weights may be read from a `.bin` file (then with `weights_only=True`) where
+            there are no safetensors.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: if `template` has other fields than prompt and response, or a number is too small.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        template: str | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        if template is not None:
+            _check_template(template)
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+            if value is not None and value < least:
+                raise UserError(f"{_KEY}.{name}: expected {least} or more, got {value}")
+        self.path = path
+        self.template = template
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
+        self.allow_pickle = allow_pickle
+        self.revision = revision
+        self.num_truncated = 0
+        self.model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._pooling: Pooling | None = None
+
+    def load(self, device: torch.device) -> None:
+        """Load model and tokenizer onto `device`, frozen and in eval mode.
+
+        Raises:
+            UserError: if they cannot be loaded or do not fit one another, if the model has no score head or
+                more than one label, or if there is neither a template nor a chat template.
+        """
+        self.tokenizer = self._load_tokenizer()
+        model: Any = self._load_model()  # transformers annotates `to` without a device
+        self.model = model = model.to(device).eval().requires_grad_(False)
+        model.config.use_cache = False  # nothing is generated
+        known, given = model.get_input_embeddings().num_embeddings, len(self.tokenizer)
+        if given > known:
+            raise UserError(
+                f"{_KEY}.path: expected a tokenizer of at most {known} tokens, the model's embeddings, got "
+                f"{given} in {self.path}; save the reward model's own tokenizer there"
+            )
+        if self.max_length is None:
+            # Tokenizers without a limit say 10^30; some configurations say nothing.
+            limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+            self.max_length = min((n for n in limits if n is not None and 1 < n < 10**9), default=None)
+        self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Tensor:
+        """Return the reward model's `[M]` float32 scores, on its device."""
+        if self.model is None or self._pooling is None:
+            raise RuntimeError("ClassifierReward.load(device) must be called before score")
+        texts = [self.text(*each) for each in zip(prompts, responses, rows, strict=True)]
+        ids = [self._token_ids(text) for text in texts]
+        # Texts of like length together: less padding. Each score goes back to where its text stood.
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        scores = torch.zeros(len(ids), device=self.model.device)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self.model.device)
+            scores[batch] = self._pooling(self.model, input_ids, mask)
+        return scores
+
+    def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:
+        """Return what the reward model reads."""
+        if self.template is not None:
+            return self.template.format(prompt=prompt, response=response)
+        assert self.tokenizer is not None
+        messages = list(row.get("messages") or [{"role": "user", "content": prompt}])
+        if messages[-1]["role"] == "assistant":  # the data set's response, whose place the policy's takes
+            messages.pop()
+        messages.append({"role": "assistant", "content": response})
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _token_ids(self, text: str) -> list[int]:
+        """Return the ids of `text`, its beginning cut off where it is too long."""
+        assert self.tokenizer is not None
+        # A chat template writes the special tokens itself, and so may a template: one at the start is enough.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is not None)["input_ids"]
+        first = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+        if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first:
+            ids = ids[1:]
+        if self.max_length is not None and len(ids) > self.max_length:
+            self._count_truncated(len(ids))
+            # The first token stays if it is a special one: encoders read their score there.
+            start = ids[:1] if ids[0] in first else []
+            ids = start + ids[len(ids) - self.max_length + len(start) :]
+        return ids or [self._pad_id]  # an empty text still has a score: that of its end
+
+    def _count_truncated(self, length: int) -> None:
+        self.num_truncated += 1
+        if self.num_truncated == 1:
+            warnings.warn(
+                f"the reward model {self.path} reads at most {self.max_length} tokens, a text has {length}; "
+                "texts that are too long lose their beginning. Shorten prompts or responses, or raise "
+                f"{_KEY}.max_length if the model holds more. (Said once; `num_truncated` counts on.)",
+                stacklevel=4,
+            )
+
+    @property
+    def _pad_id(self) -> int:
+        """What fills a batch. Any token would do, because only the mask decides what is real."""
+        assert self.tokenizer is not None
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in known if token is not None), 0)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, **options)
+        except Exception as error:
+            raise self._not_loaded("tokenizer", error) from error
+        # Without tokenizer files some model families get an empty tokenizer and no error.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise UserError(f"{_KEY}.path: no tokenizer in {self.path}; save the reward model's own there")
+        if self.template is None and tokenizer.chat_template is None:
+            raise UserError(
+                f"{_KEY}.template: the tokenizer of {self.path} has no chat template; say how the model "
+                'reads a conversation, for example template: "Human: {prompt}\\nAssistant: {response}"'
+            )
+        return tokenizer
+
+    def _load_model(self) -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(self.path, **options)
+        except Exception as error:
+            raise self._not_loaded("configuration", error) from error
+        if config.num_labels != 1:  # asked before gigabytes of weights are read
+            raise UserError(
+                f"{_KEY}.path: expected a reward model with one label, got {self.path} with "
+                f"{config.num_labels} labels; name a model trained as a reward model (a language model says 2)"
+            )
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.path,
+                config=config,
+                dtype=self.dtype or "auto",
+                use_safetensors=None if self.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:
+            raise self._not_loaded("model", error) from error
+        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+            missing = ", ".join(sorted(report["missing_keys"])[:4])
+            raise UserError(
+                f"{_KEY}.path: expected the weights of a sequence classifier, got {self.path} without "
+                f"{missing}; name a model that was trained as a reward model"
+            )
+        loaded: PreTrainedModel = model
+        return loaded
+
+    def _not_loaded(self, what: str, error: Exception) -> UserError:
+        hint = "name a folder or a hub model that holds a sequence classifier and its tokenizer"
+        if "safetensors" in str(error) and not self.allow_pickle:
+            hint = f"convert the weights to safetensors, or set {_KEY}.allow_pickle if you trust their source"
+        reason = f"{type(error).__name__}: {error}"
+        return UserError(f"{_KEY}.path: the {what} of {self.path!r} cannot be loaded; {hint}. {reason}")
+
+
+def _check_template(template: str) -> None:
+    expected = f"{_KEY}.template: expected a text with {{prompt}} and {{response}}, other braces doubled"
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise UserError(f"{expected}, got {template!r}: {error}") from error
+    if "response" not in fields or set(fields) - {"prompt", "response"}:
+        raise UserError(f"{expected}, got {', '.join(map(repr, fields)) or 'no field'} in {template!r}")
+
+
+def _pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, `[b, T]` each. On the right: every architecture then counts positions from 0."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask

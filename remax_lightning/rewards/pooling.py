@@ -1,0 +1,89 @@
+"""Where a sequence classifier's score is read.
+
+transformers' decoder classifiers score the last token that is not the pad id and do not look at the mask.
+With pad = eos and a text that ends in eos that is the token before the end. So the score is read here at the
+mask's last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Pooling = Callable[["PreTrainedModel", Tensor, Tensor], Tensor]
+"""Model, `[b, T]` ids padded on the right and their mask of ones and zeros, to `[b]` float32 scores."""
+
+
+def at_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Read a per-token head, `score`, at the last real token of each row."""
+    hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state
+    last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    head = cast("nn.Linear", model.score)
+    # In float32: half precision would round the scores of like responses to the same number.
+    bias = None if head.bias is None else head.bias.float()
+    return F.linear(last.float(), head.weight.float(), bias)[:, 0]
+
+
+def by_the_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Trust the model's own pooling: encoders read their first token, or a mean under the mask."""
+    logits: Tensor = model(input_ids, attention_mask=mask).logits
+    return logits[:, 0].float()
+
+
+def one_by_one(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Let the model's own pooling see each row without padding: slow, and right whatever it does."""
+    rows = [row[: int(length)][None] for row, length in zip(input_ids, mask.sum(1), strict=True)]
+    return torch.cat([by_the_model(model, row, torch.ones_like(row)) for row in rows])
+
+
+@torch.no_grad()
+def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
+    """Return the fastest pooling that gives the score of an unpadded text.
+
+    Names of classes and heads say too little (`classifier` stands over encoders and over some decoders), so a
+    probe decides: the first 3, 6, 9 and 11 of twelve ordinary tokens, scored alone by the model and then with the
+    remaining ones behind them, which only the mask calls padding. A pooling that goes by the pad id or by the end
+    of the row reads the same place in all four and is left out.
+
+    Args:
+        model: the classifier in eval mode.
+        special_ids: token ids that may mean something to the model, kept out of the probe.
+    """
+    ordinary = torch.tensor(_ordinary_ids(model, special_ids), device=model.device)
+    lengths = torch.tensor([3, 6, 9, 11], device=model.device)
+    input_ids = ordinary.expand(len(lengths), -1)
+    mask = (torch.arange(len(ordinary), device=model.device) < lengths[:, None]).long()
+    # Of the spread of the right scores; in half precision the shape of a batch alone changes the third digit.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+
+    def agrees(pooling: Pooling) -> bool:
+        try:
+            given, expected = pooling(model, input_ids, mask), one_by_one(model, input_ids, mask)
+        except Exception:  # for example no `last_hidden_state`, or a text that must end in eos
+            return False
+        return bool((given - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
+
+    has_token_head = isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
+    if has_token_head and agrees(at_last_token):
+        return at_last_token
+    if agrees(by_the_model):
+        return by_the_model
+    if not model.config.is_encoder_decoder:
+        # One row has no padding, so its last token is the last one, also when its id is the pad id.
+        model.config.pad_token_id = None
+    return one_by_one
+
+
+def _ordinary_ids(model: PreTrainedModel, special_ids: list[int]) -> list[int]:
+    """Twelve token ids without a meaning of their own, as far apart as the first ten thousand allow."""
+    special = {*special_ids, model.config.pad_token_id}
+    size = min(cast("nn.Embedding", model.get_input_embeddings()).num_embeddings, 10_000)
+    ordinary = [token for token in range(size) if token not in special]
+    return ordinary[:: max(1, len(ordinary) // 12)][:12]

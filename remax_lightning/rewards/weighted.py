@@ -1,0 +1,67 @@
+"""A reward made of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import RewardError, UserError
+from remax_lightning.rewards.base import Reward, Scores, checked_scores
+
+_KEY = "model.reward.init_args"
+
+
+class WeightedReward(Reward):
+    """The weighted sum of named rewards, each logged under its name, parts of a part as `outer/inner`.
+
+    Args:
+        parts: the rewards by name.
+        weights: what each is multiplied by; 1.0 where a name is left out.
+
+    Raises:
+        UserError: if there is no part, a name holds a slash, or a weight is not finite or belongs to no part.
+    """
+
+    def __init__(self, parts: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        weights = weights or {}
+        if not parts:
+            raise UserError(f"{_KEY}.parts: expected at least one named reward, got none")
+        for name in parts:
+            if "/" in name:
+                raise UserError(f"{_KEY}.parts: names hold no slash, got {name!r}; it parts a part from its own parts")
+        for name, weight in weights.items():
+            if name not in parts:
+                raise UserError(f"{_KEY}.weights.{name}: no part has this name; the parts are: {', '.join(parts)}")
+            if not math.isfinite(weight):
+                raise UserError(f"{_KEY}.weights.{name}: expected a finite number, got {weight}")
+        self.parts = dict(parts)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
+        self._device = torch.device("cpu")
+
+    def load(self, device: torch.device) -> None:
+        """Load every part onto `device`, where the sum is made too."""
+        self._device = device
+        for part in self.parts.values():
+            part.load(device)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Scores:
+        """Return the sum and every part of it.
+
+        Raises:
+            RewardError: if a part fails or returns what must not be trained on; the message names the part.
+        """
+        total = torch.zeros(len(responses), device=self._device)
+        parts: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            try:
+                scores = checked_scores(part, prompts, responses, rows)
+            except RewardError as error:
+                raise RewardError(f"part {name!r} of the reward: {error}") from error
+            parts[name] = scores.reward.to(self._device)
+            parts |= {f"{name}/{inner}": value.to(self._device) for inner, value in scores.parts.items()}
+            total = total + self.weights[name] * parts[name]
+        return Scores(total, parts)

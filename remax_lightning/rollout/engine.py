@@ -1,0 +1,104 @@
+"""What a rollout engine is, and how responses are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled. Nothing truncates the distribution unless it is asked for.
+
+    Args:
+        max_response_length: most tokens of a response, end-of-sequence token included.
+        min_response_length: fewest tokens before the end-of-sequence token may come.
+        num_samples: sampled responses per prompt, `n`. One is what the paper uses.
+        temperature: divides the logits.
+        top_k: sample from the `top_k` likeliest tokens only; 0 samples from all of them.
+        top_p: sample from the smallest set of likeliest tokens whose probability reaches `top_p`.
+        min_p: drop tokens less likely than `min_p` times the likeliest one.
+        scale_log_probs: whether the training pass divides the logits by the temperature too. True keeps the gradient
+            on-policy; False is what the paper's code does.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    max_response_length: int = 256
+    min_response_length: int = 0
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    scale_log_probs: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_response_length >= 1, "max_response_length", "at least 1"),
+            (0 <= self.min_response_length <= self.max_response_length, "min_response_length",
+             "between 0 and max_response_length"),
+            (self.num_samples >= 1, "num_samples", "at least 1"),
+            (self.temperature > 0, "temperature", "above 0 (the greedy response is made anyway, as the baseline)"),
+            (self.top_k >= 0, "top_k", "0 (all tokens) or more"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= self.min_p < 1, "min_p", "at least 0 and below 1"),
+        )  # fmt: skip
+        for holds, name, expected in checks:
+            if not holds:
+                raise UserError(f"model.sampling.{name} must be {expected}, got {getattr(self, name)}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether sampling leaves out part of the policy's distribution."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class Generated(NamedTuple):
+    """Token ids that an engine wrote.
+
+    Args:
+        sampled_ids: `[S, R]` sampled responses, prompt by prompt, padded on the right.
+        greedy_ids: `[B, R]` greedy responses, or None if they were not asked for.
+    """
+
+    sampled_ids: Tensor
+    greedy_ids: Tensor | None
+
+
+class RolloutEngine(Protocol):
+    """Makes responses with the policy's own weights."""
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        sampling: SamplingConfig,
+        eos_ids: list[int],
+        pad_id: int,
+        generator: torch.Generator,
+        greedy: bool = True,
+    ) -> Generated:
+        """Write `n` sampled responses and, if `greedy`, one greedy response to each prompt.
+
+        Args:
+            model: the policy, in eval mode.
+            prompt_ids: `[B, P]` token ids, padded on the left.
+            prompt_mask: `[B, P]` bool, True on real tokens.
+            sampling: how to sample.
+            eos_ids: token ids that end a response.
+            pad_id: what stands after the end of a response.
+            generator: the only source of randomness, on the model's device.
+            greedy: whether greedy responses are made too.
+        """

@@ -1,0 +1,1 @@
+"""Subcommands of `remax` beyond Lightning's own, one file each."""

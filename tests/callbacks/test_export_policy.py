@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callbacks.fakes import FakeModule, checkpoint_at, make_output, make_trainer
+from conftest import make_tokenizer, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+
+from remax_lightning.callbacks import ExportPolicy
+from remax_lightning.callbacks.export_policy import write_whole
+from remax_lightning.callbacks.hugging_face import export_generation_config, policy_weights, save_policy
+from remax_lightning.errors import UserError
+
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+expected = load_file(sys.argv[2])
+state = model.state_dict()
+assert set(expected) == set(state), set(expected) ^ set(state)
+assert all(torch.equal(state[name], expected[name]) for name in expected)
+ids = tokenizer("1+1=", return_tensors="pt").input_ids
+written = model.generate(ids, max_new_tokens=3, do_sample=False)
+assert written.shape[1] <= ids.shape[1] + 3 and tokenizer.decode(ids[0], skip_special_tokens=True) == "1+1="
+assert model.generation_config.use_cache and model.config.use_cache
+assert not any(name.startswith("remax_lightning") for name in sys.modules)
+print(model.generation_config.eos_token_id, model.generation_config.pad_token_id)
+"""
+
+
+def loads_with_transformers_alone(folder: Path, state: dict[str, torch.Tensor], scratch: Path) -> str:
+    """Load `folder` in a process without this package, compare the weights, and return what it printed."""
+    save_file({name: value.clone() for name, value in state.items()}, scratch / "expected.safetensors")
+    command = [sys.executable, "-c", LOAD, str(folder), str(scratch / "expected.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class PolicyModule(FakeModule):
+    """Fake steps, real policy: each step moves a weight, so that steps can be told apart."""
+
+    def __init__(self, steps: int, scores: list[float], policy: Any = None, **arguments: Any) -> None:
+        super().__init__([make_output(i) for i in range(steps)], [make_output(9)], scores=scores, **arguments)
+        self.policy = policy or tiny_model("llama")
+        self.tokenizer = make_tokenizer()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.policy.get_input_embeddings().weight[0, 0] = float(self.trainer.global_step + 1)
+        return super().training_step(batch, batch_idx)
+
+
+def step_of(folder: Path) -> float:
+    """The optimizer step whose policy lies in `folder`."""
+    return float(load_file(folder / "model.safetensors")["model.embed_tokens.weight"][0, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_alone_loads_the_exported_policy(tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama")
+    config.tie_word_embeddings, config.use_cache = tied, False
+    policy = AutoModelForCausalLM.from_config(config)
+    module = PolicyModule(1, [], policy)
+    make_trainer(tmp_path, [ExportPolicy(best=False)]).fit(module)
+    folder = tmp_path / "logs" / "policy" / "last"
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+    assert loads_with_transformers_alone(folder, policy.state_dict(), tmp_path) == "2 3"
+    assert policy.config.use_cache is False  # the policy in training is left as it was
+
+
+def test_last_is_the_end_and_best_is_the_best_validation(tmp_path: Path) -> None:
+    module = PolicyModule(4, [0.5, 0.9, float("nan"), 0.7])
+    export = ExportPolicy()
+    make_trainer(tmp_path, [export], num_sanity_val_steps=1, val_check_interval=1).fit(module)
+    folder = tmp_path / "logs" / "policy"
+    assert (step_of(folder / "best"), step_of(folder / "last")) == (2.0, 4.0)
+    assert export.best_score == pytest.approx(0.9)
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "last"]
+
+
+def test_least_can_be_best_and_the_folder_chosen(tmp_path: Path) -> None:
+    export = ExportPolicy(folder=str(tmp_path / "mine"), mode="min", last=False)
+    make_trainer(tmp_path, [export], val_check_interval=1).fit(PolicyModule(3, [0.5, 0.2, 0.3]))
+    assert step_of(tmp_path / "mine" / "best") == 2.0
+    assert not (tmp_path / "mine" / "last").exists()
+
+
+def test_nothing_is_exported_by_validate(tmp_path: Path) -> None:
+    make_trainer(tmp_path, [ExportPolicy()]).validate(PolicyModule(1, [0.5]), verbose=False)
+    assert not (tmp_path / "logs" / "policy").exists()
+
+
+def test_a_resumed_run_remembers_the_best_score(tmp_path: Path) -> None:
+    def run(scores: list[float], export: ExportPolicy, **arguments: Any) -> None:
+        trainer = make_trainer(tmp_path, [export, checkpoint_at(3, tmp_path)], val_check_interval=1)
+        trainer.fit(PolicyModule(5, scores), **arguments)
+
+    run([0.5, 0.9, 0.1, 0.0, 0.0], ExportPolicy())
+    best = tmp_path / "logs" / "policy" / "best"
+    resume = {"ckpt_path": tmp_path / "step=3.ckpt", "weights_only": True}
+    resumed = ExportPolicy()
+    run([0.1, 0.8, 0.8], resumed, **resume)
+    assert resumed.best_score == pytest.approx(0.9)
+    assert step_of(best) == 2.0
+    run([0.1, 0.95, 0.8], ExportPolicy(), **resume)
+    assert step_of(best) > 3.0
+    other = ExportPolicy(monitor="val/other")
+    run([0.1, 0.1, 0.1], other, **resume)
+    assert other.best_score is None
+
+
+def test_says_which_metrics_exist_when_the_monitored_one_does_not(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, [ExportPolicy(monitor="val/loss", last=False)])
+        trainer.fit(PolicyModule(1, [0.5]))
+    (message,) = [str(warning.message) for warning in caught if "No best policy" in str(warning.message)]
+    assert "'val/loss'" in message
+    assert "val/reward" in message
+
+
+def test_a_module_without_a_policy_is_left_alone(tmp_path: Path) -> None:
+    make_trainer(tmp_path, [ExportPolicy()]).fit(FakeModule([{}], [{}]))
+    assert not (tmp_path / "logs" / "policy").exists()
+
+
+def test_bad_arguments_name_their_key() -> None:
+    with pytest.raises(UserError, match=r"export\.mode"):
+        ExportPolicy(mode="most")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"export\.monitor"):
+        ExportPolicy(monitor="")
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "policy" / "best"
+
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_whole(target, fail)
+    assert not target.exists()
+    write_whole(target, lambda folder: (folder / "first").touch())
+    with pytest.raises(OSError, match="no space"):
+        write_whole(target, fail)
+    assert [path.name for path in target.iterdir()] == ["first"]
+    write_whole(target, lambda folder: (folder / "second").touch())
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in target.parent.iterdir()] == ["best"]
+
+
+def test_generation_settings_that_transformers_refuses_are_mended(tmp_path: Path) -> None:
+    policy, tokenizer = tiny_model("llama"), make_tokenizer()
+    policy.generation_config.temperature = 0.6
+    policy.generation_config.do_sample = False
+    policy.generation_config.eos_token_id = 7
+    policy.generation_config.pad_token_id = None
+    before = copy.deepcopy(policy.generation_config).to_dict()
+    with pytest.raises(ValueError, match="temperature"):
+        policy.save_pretrained(tmp_path / "plain")
+    config = export_generation_config(policy, tokenizer)
+    assert (config.eos_token_id, config.pad_token_id) == ([7, 2], 3)
+    assert (config.do_sample, config.temperature) == (True, 0.6)
+    save_policy(policy, tokenizer, None, tmp_path)
+    assert policy.generation_config.to_dict() == before
+
+
+def test_settings_beyond_mending_are_replaced(tmp_path: Path) -> None:
+    policy = tiny_model("llama")
+    policy.generation_config.early_stopping = True  # only beams have it
+    config = export_generation_config(policy, make_tokenizer())
+    config.save_pretrained(tmp_path)
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (2, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_lora_adapters_are_merged_into_a_copy(tmp_path: Path, wrapped: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    policy = tiny_model("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    expected = {name: value.clone() for name, value in policy.state_dict().items()}
+    if wrapped:
+        policy = get_peft_model(policy, lora)
+    else:
+        policy.add_adapter(lora)
+    adapted = {name: value.clone() for name, value in policy.state_dict().items()}
+    for name, down in adapted.items():
+        if "lora_A" in name:
+            key = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
+            up = adapted[name.replace("lora_A", "lora_B")]
+            expected[key] = expected[key] + (up @ down) * (lora.lora_alpha / lora.r)
+    (tmp_path / "out").mkdir()
+    save_policy(policy, make_tokenizer(), None, tmp_path / "out")
+    assert all(torch.equal(value, adapted[name]) for name, value in policy.state_dict().items())
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in exported.items():
+        torch.testing.assert_close(value, expected[name])
+    if wrapped:
+        loads_with_transformers_alone(tmp_path / "out", {**expected, **exported}, tmp_path)
+
+
+def test_weights_that_fsdp2_has_sharded_are_gathered(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    policy = tiny_model("llama")
+    expected = {name: value.clone() for name, value in policy.state_dict().items()}
+    assert policy_weights(policy, keep=True) is None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
+        weights = policy_weights(policy, keep=True)
+        assert weights is not None
+        assert policy_weights(policy, keep=False) == {}
+        (tmp_path / "out").mkdir()
+        save_policy(policy, make_tokenizer(), weights, tmp_path / "out")
+    finally:
+        dist.destroy_process_group()
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in exported.items())
+    assert len(exported) == len(expected)

@@ -1,0 +1,97 @@
+"""Tiny models and tokenizers, made here once a session: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+CHARACTERS = "0123456789+-=*?. abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n:,!#$<>/'"
+
+
+def make_tokenizer(*, pad_is_eos: bool = False, bos: bool = True, chat_template: str | None = None) -> Any:
+    """A character tokenizer of transformers' own class."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>", "<pad>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *CHARACTERS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    from tokenizers.decoders import Fuse
+
+    tokenizer.decoder = Fuse()
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>" if pad_is_eos else "<pad>",
+    )
+    if chat_template:
+        fast.chat_template = chat_template
+    return fast
+
+
+def tiny_config(family: str, vocab_size: int = 96) -> Any:
+    """The configuration of a two-layer model of `family`: llama, qwen2, gpt2 or opt."""
+    from transformers import GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": vocab_size}
+    if family == "llama":
+        return LlamaConfig(**small, **ids, intermediate_size=64, max_position_embeddings=256)
+    if family == "qwen2":
+        return Qwen2Config(**small, **ids, intermediate_size=64, num_key_value_heads=1, max_position_embeddings=256)
+    if family == "gpt2":
+        return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids)
+    if family == "opt":
+        return OPTConfig(**small, **ids, ffn_dim=64, max_position_embeddings=256, word_embed_proj_dim=32, dropout=0.0)
+    raise ValueError(family)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 96) -> Any:
+    """A random causal language model of `family` in eval mode, with logits far enough from uniform to tell apart."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama policy and its tokenizer, as `from_pretrained` reads it."""
+    path = tmp_path_factory.mktemp("policy")
+    tiny_model("llama").save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """The GSM8K folder, where this machine has it beside the project."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+    if not path.is_dir():
+        pytest.skip("no GSM8K beside this checkout")
+    return path

@@ -1,0 +1,172 @@
+"""The gradient of an optimizer step: whatever the split and the padding, and against an oracle written as loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles.advantages import whiten
+from runs import PROMPTS, Recorder, distance, fit, prompt_data, remax_module, save_policy
+from torch import Tensor
+
+from remax_lightning.batch import PromptBatch
+from remax_lightning.data import PromptDataModule
+from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.rollout import SamplingConfig
+
+Options = dict[str, Any]
+TOLERANCE = 1e-5
+"""Of the largest entry of the gradient, in float32."""
+
+VARIANTS: dict[str, Options] = {
+    "tokens": {},
+    "responses": {"loss": LossConfig(normaliser="responses")},
+    "clipped": {"loss": LossConfig("clipped")},
+    "clipped_responses": {"loss": LossConfig("clipped", "responses")},
+    "whitened": {"advantage": AdvantageConfig(whiten=True)},
+    "whitened_clipped": {"advantage": AdvantageConfig(whiten=True), "loss": LossConfig("clipped")},
+    "masked": {"advantage": AdvantageConfig(truncated="mask")},
+    "discounted": {"advantage": AdvantageConfig(gamma=0.9, reward_clip=1.0), "kl": KLConfig(credit="one_step")},
+    "kl_loss": {"kl": KLConfig(credit="none", loss_coef=0.3, loss_estimator="k3")},
+    "two_samples": {
+        "sampling": SamplingConfig(max_response_length=6, num_samples=2, temperature=0.8),
+        "advantage": AdvantageConfig(baseline="leave_one_out"),
+    },
+}
+
+
+class PaddedPrompts(PromptDataModule):
+    """Puts more columns of padding on the left than the prompts need."""
+
+    def _collate(self, num_splits: int) -> Callable[..., PromptBatch]:
+        collate = super()._collate(num_splits)
+
+        def padded(items: Any) -> PromptBatch:
+            batch = collate(items)
+            return batch._replace(
+                prompt_ids=torch.nn.functional.pad(batch.prompt_ids, (9, 0), value=3),
+                prompt_mask=torch.nn.functional.pad(batch.prompt_mask, (9, 0)),
+            )
+
+        return padded
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return save_policy(folder / "policy"), save_policy(folder / "reference", noise=0.02)
+
+
+def one_step(folders: tuple[str, str], folder: Path, splits: int, padded: bool = False, **options: Any) -> Recorder:
+    module = remax_module(*folders, **options)
+    data = prompt_data(folder, folders[0], micro_batch_size=len(PROMPTS) // splits)
+    if padded:
+        data.__class__ = PaddedPrompts
+    return fit(module, data, folder, accumulate_grad_batches=splits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_split_and_padding_leave_the_gradient(variant: str, folders: tuple[str, str], tmp_path: Path) -> None:
+    whole = one_step(folders, tmp_path, 1, **VARIANTS[variant])
+    lengths = whole.outputs[0]["rollout"].sampled.response_mask.sum(-1)
+    assert lengths.min() < lengths.max()
+    assert max(float(value.abs().max()) for value in whole.step().values()) > 1e-2
+    for splits in (2, 4):
+        parts = one_step(folders, tmp_path, splits, **VARIANTS[variant])
+        assert len(parts.outputs) == splits
+        assert distance(parts.step(), whole.step()) < TOLERANCE
+        for name in ("train/loss", "train/reward", "train/advantage", "train/kl"):
+            assert parts.logged[0][name] == pytest.approx(whole.logged[0][name], abs=2e-5)
+    padded = one_step(folders, tmp_path, 2, padded=True, **VARIANTS[variant])
+    assert distance(padded.step(), whole.step()) < TOLERANCE
+
+
+def test_mean_over_each_micro_batch_depends_on_the_split(folders: tuple[str, str], tmp_path: Path) -> None:
+    options = {"loss": LossConfig(normaliser="micro_batch")}
+    whole = one_step(folders, tmp_path, 1, **options).step()
+    assert distance(one_step(folders, tmp_path, 1).step(), whole) < TOLERANCE  # one micro-batch: the same as `tokens`
+    assert distance(one_step(folders, tmp_path, 2, **options).step(), whole) > 0.01
+
+
+def oracle(folders: tuple[str, str], recorder: Recorder, *, beta: float, white: bool, per_response: bool) -> Any:
+    """The gradient of `Σ A log π / normaliser` in double precision, one unpadded response after the other."""
+    from transformers import AutoModelForCausalLM
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in folders)
+    taken, log_ratios, above = [], [], []
+    for part in (output["rollout"] for output in recorder.outputs):
+        for i in range(len(part.reward)):
+            prompt = part.prompt.prompt_ids[i][part.prompt.prompt_mask[i]].tolist()
+            response = part.sampled.response_ids[i][part.sampled.response_mask[i]].tolist()
+            own = token_log_probs(policy, prompt, response)
+            with torch.no_grad():
+                other = token_log_probs(reference, prompt, response)
+            taken.append(own)
+            log_ratios.append([float(a) - float(b) for a, b in zip(own, other, strict=True)])
+            above.append(float(part.reward[i]) - float(part.baseline_reward[i]))
+    advantages = [
+        [above[i] - beta * sum(ratios[t:]) for t in range(len(ratios))] for i, ratios in enumerate(log_ratios)
+    ]
+    if white:
+        advantages = whiten(advantages, [[True] * len(row) for row in advantages])
+    tokens = sum(map(len, taken))
+    loss = -sum(a * lp for row, lps in zip(advantages, taken, strict=True) for a, lp in zip(row, lps, strict=True))
+    (loss / (len(taken) if per_response else tokens)).backward()
+    return {name: parameter.grad for name, parameter in policy.named_parameters()}
+
+
+def token_log_probs(model: Any, prompt: list[int], response: list[int]) -> list[Tensor]:
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
+    return [
+        logits[len(prompt) + t - 1][token] - torch.logsumexp(logits[len(prompt) + t - 1], 0)
+        for t, token in enumerate(response)
+    ]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("variant", "white", "per_response"), [
+    ("tokens", False, False),
+    ("responses", False, True),
+    ("clipped", False, False),
+    ("whitened", True, False),
+])  # fmt: skip
+def test_equals_the_oracle(
+    variant: str, white: bool, per_response: bool, splits: int, folders: tuple[str, str], tmp_path: Path
+) -> None:
+    recorder = one_step(folders, tmp_path, splits, kl_coef=0.3, **VARIANTS[variant])
+    expected = oracle(folders, recorder, beta=0.3, white=white, per_response=per_response)
+    assert distance(recorder.step(), expected) < TOLERANCE
+    without_kl = oracle(folders, recorder, beta=0.0, white=white, per_response=per_response)
+    assert distance(recorder.step(), without_kl) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt"])
+def test_equals_the_oracle_in_every_family(family: str, tmp_path: Path) -> None:
+    folders = save_policy(tmp_path / "policy", family), save_policy(tmp_path / "reference", family, noise=0.02)
+    recorder = one_step(folders, tmp_path, 2, padded=True, kl_coef=0.3)
+    expected = oracle(folders, recorder, beta=0.3, white=False, per_response=False)
+    assert distance(recorder.step(), expected) < TOLERANCE
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(folders: tuple[str, str], tmp_path: Path) -> None:
+    from remax_lightning.models import PretrainedModel
+
+    def run(checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+        module = remax_module(*folders)
+        module.policy_source = PretrainedModel(folders[0], gradient_checkpointing=checkpointing)
+        passes: list[bool] = []
+        module.configure_model = lambda: (type(module).configure_model(module), count(module.policy, passes))[0]
+        step = fit(module, prompt_data(tmp_path, folders[0]), tmp_path).step()
+        return step, sum(passes)
+
+    def count(policy: Any, passes: list[bool]) -> None:
+        layer = policy.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda module, inputs: passes.append(torch.is_grad_enabled()))
+
+    plain, once = run(False)
+    recomputed, twice = run(True)
+    assert distance(recomputed, plain) < TOLERANCE
+    assert (once, twice) == (1, 1 + once) or (once, twice) == (1, 2)

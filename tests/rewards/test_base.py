@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from remax_lightning.errors import RewardError, UserError
+from remax_lightning.rewards import Reward, Scores, checked_scores
+
+PROMPTS = ["prompt zero", "prompt one", "prompt two", "prompt three"]
+RESPONSES = ["response zero", "response one", "response two", "response three"]
+ROWS: list[dict[str, Any]] = [{}, {}, {}, {}]
+
+
+class Given(Reward):
+    """Returns what it is told to, or what a function makes of the responses."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
+        return self.result(responses) if isinstance(self.result, Callable) else self.result  # type: ignore[arg-type]
+
+
+def scored(result: Any) -> Scores:
+    return checked_scores(Given(result), PROMPTS, RESPONSES, ROWS)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, 2.5, True, -3],
+        (1, 2.5, 1, -3),
+        torch.tensor([1, 2.5, 1, -3], dtype=torch.float64, requires_grad=True),
+        np.array([1, 2.5, 1, -3]),
+        [np.float64(1), torch.tensor(2.5), np.bool_(True), -3],
+        Scores(torch.tensor([1, 2.5, 1, -3], dtype=torch.bfloat16), {}),
+    ],
+    ids=["list", "tuple", "tensor", "array", "scalars", "scores"],
+)
+def test_numbers_of_any_kind_become_float32(result: Any) -> None:
+    reward, parts = scored(result)
+    assert reward.dtype == torch.float32
+    assert not reward.requires_grad
+    assert reward.tolist() == [1.0, 2.5, 1.0, -3.0]
+    assert parts == {}
+
+
+def test_parts_are_kept_as_float32() -> None:
+    scores = scored(Scores(torch.zeros(4), {"length": [1, 2, 3, 4]}))  # type: ignore[dict-item]
+    assert scores.parts["length"].dtype == torch.float32
+    assert scores.parts["length"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("result", "found", "shows"),
+    [
+        ([1.0, 2.0, 3.0], r"shape \[3\]", "prompt zero"),
+        ([1.0] * 5, r"shape \[5\]", "prompt zero"),
+        (torch.zeros(4, 1), r"shape \[4, 1\]", "prompt zero"),
+        (torch.tensor(1.0), r"shape \[\]", "prompt zero"),
+        (np.zeros((4, 1)), r"shape \[4, 1\]", "prompt zero"),
+        (0.5, r"shape \[\]", "prompt zero"),
+        (None, "NoneType", "prompt zero"),
+        ({"reward": [1.0]}, "dict", "prompt zero"),
+        ("1234", "str", "prompt zero"),
+        ([1.0, 2.0, "3.0", 4.0], r"'3.0' \(a str\) at index 2", "response two"),
+        ([1.0, None, 3.0, 4.0], r"'None' \(a NoneType\) at index 1", "response one"),
+        ([[1.0], [2.0], [3.0], [4.0]], r"a list\) at index 0", "response zero"),
+        ([1.0, torch.zeros(1), 3.0, 4.0], r"a Tensor\) at index 1", "response one"),
+        ([1.0, 1j, 3.0, 4.0], r"a complex\) at index 1", "response one"),
+        (torch.zeros(4, dtype=torch.complex64), "complex", "prompt zero"),
+        ([1.0, 2.0, 3.0, float("nan")], r"nan at index 3 \(1 of 4", "response three"),
+        (torch.tensor([1.0, float("inf"), float("nan"), 0.0]), r"inf at index 1 \(2 of 4", "response one"),
+        (torch.tensor([1.0, 1e39, 0.0, 0.0], dtype=torch.float64), "inf at index 1", "response one"),
+    ],
+)
+def test_garbage_is_refused_with_the_prompt(result: Any, found: str, shows: str) -> None:
+    for garbage in (result, Scores(torch.zeros(4), {"bad": result})):
+        with pytest.raises(RewardError, match=found) as caught:
+            scored(garbage)
+        assert "Given" in str(caught.value)
+        assert shows in str(caught.value)
+    assert "part 'bad'" in str(caught.value)
+
+
+def test_parts_that_are_no_dict_are_refused() -> None:
+    with pytest.raises(RewardError, match="parts as a dict"):
+        scored(Scores(torch.zeros(4), [torch.zeros(4)]))  # type: ignore[arg-type]
+
+
+def test_scores_do_not_change_with_the_rewards_own_buffer() -> None:
+    buffer = torch.zeros(4)
+    scores = scored(Scores(buffer, {"part": buffer}))
+    buffer.fill_(1)
+    assert scores.reward.tolist() == scores.parts["part"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_the_response_that_makes_a_reward_raise_is_found(failing: int) -> None:
+    def score(responses: Sequence[str]) -> list[float]:
+        if RESPONSES[failing] in responses:
+            raise KeyError("no such thing")
+        return [0.0] * len(responses)
+
+    with pytest.raises(RewardError, match="Given raised KeyError: 'no such thing'") as caught:
+        scored(score)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert f"prompt {failing}: {PROMPTS[failing]!r}" in str(caught.value)
+    assert f"response {failing}: {RESPONSES[failing]!r}" in str(caught.value)
+
+
+def test_a_failure_of_the_whole_batch_shows_its_first_response() -> None:
+    def score(responses: Sequence[str]) -> list[float]:
+        if len(responses) == 4:
+            raise MemoryError("too many")
+        return [0.0] * len(responses)
+
+    with pytest.raises(RewardError, match="MemoryError") as caught:
+        scored(score)
+    assert "0 (the first of the batch): 'response zero'" in str(caught.value)
+
+
+def test_a_user_error_passes_through() -> None:
+    error = UserError("model.reward.init_args.url: is wrong")
+
+    def score(responses: Sequence[str]) -> list[float]:
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        scored(score)
+    assert caught.value is error
+
+
+def test_long_texts_are_shortened() -> None:
+    with pytest.raises(RewardError) as caught:
+        checked_scores(Given([float("nan")]), ["p" * 5000], ["r" * 5000], [{}])
+    assert len(str(caught.value)) < 800
+
+
+def test_no_responses_give_no_scores() -> None:
+    assert checked_scores(Given([]), [], [], []).reward.shape == (0,)
+
+
+def test_sequences_must_be_equally_long() -> None:
+    with pytest.raises(ValueError, match="4, 4 and 3"):
+        checked_scores(Given([1.0] * 4), PROMPTS, RESPONSES, ROWS[:3])

@@ -1,0 +1,316 @@
+"""The oracle throughout: one text at a time, no padding, hidden state of the last token times the score weight."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_config, tiny_model
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.rewards import ClassifierReward, checked_scores
+from remax_lightning.rewards.pooling import at_last_token, by_the_model, one_by_one
+
+PLAIN = "Human: {prompt}\nAssistant: {response}</s>"
+CHAT = (
+    "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}</s>"
+)
+PROMPTS = ["2+2=", "what is the sum of 123 and 456", "hi", "a much longer prompt " * 3, "x", "2+2="]
+RESPONSES = ["4", "579", "hello there, you", "no", "", "five"]
+ROWS: list[dict[str, Any]] = [{} for _ in PROMPTS]
+CPU = torch.device("cpu")
+
+
+def save_classifier(path: Path, config: Any, tokenizer: Any = None, num_labels: int = 1) -> str:
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(1)
+    config.num_labels = num_labels
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)  # scores far enough apart to tell tokens from one another
+    model.save_pretrained(path)
+    (tokenizer or make_tokenizer(chat_template=CHAT)).save_pretrained(path)
+    return str(path)
+
+
+def loaded(path: str | Path, **options: Any) -> ClassifierReward:
+    reward = ClassifierReward(str(path), **options)
+    reward.load(CPU)
+    return reward
+
+
+def last_token_score(model: Any, ids: list[int]) -> Tensor:
+    """Batch of one, hidden state of the last token times the weight of the head."""
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+    return (hidden.double() * model.score.weight[0].double()).sum().float()
+
+
+def expected_scores(reward: ClassifierReward, texts: list[str], *, special: bool = True) -> Tensor:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward.path).eval()
+    ids = [reward.tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]  # type: ignore[misc]
+    return torch.stack([last_token_score(model, each) for each in ids])
+
+
+def plain_texts() -> list[str]:
+    return [f"Human: {p}\nAssistant: {r}</s>" for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["pad", "eos", "none"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", "opt projected"])
+def test_scores_are_those_of_the_unpadded_text(tmp_path: Path, family: str, pad: str, side: str) -> None:
+    config = tiny_config(family.split()[0])
+    config.pad_token_id = {"pad": 3, "eos": 2, "none": None}[pad]
+    if family == "opt projected":  # hidden states leave the model with another width than they have in it
+        config.word_embed_proj_dim = 16
+    tokenizer = make_tokenizer(pad_is_eos=pad == "eos")
+    tokenizer.padding_side = side
+    if pad == "none":
+        tokenizer.pad_token = None
+    path = save_classifier(tmp_path, config, tokenizer)
+
+    reward = loaded(path, template=PLAIN, batch_size=4)
+    scores = reward.score(PROMPTS, RESPONSES, ROWS)
+    expected = expected_scores(reward, plain_texts())
+    assert reward._pooling is at_last_token
+    assert scores.dtype == torch.float32
+    assert expected.std() > 0.05
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_own_pooling_would_differ_with_pad_as_eos(tmp_path: Path) -> None:
+    """Why the score is not left to transformers: if this fails one day, `pooling.py` can go."""
+    config = tiny_config("llama")
+    config.pad_token_id = 2
+    reward = loaded(save_classifier(tmp_path, config, make_tokenizer(pad_is_eos=True)), template=PLAIN)
+    ids = torch.tensor([reward.tokenizer(plain_texts()[0])["input_ids"]])  # type: ignore[misc]
+    with torch.no_grad():
+        theirs = reward.model(ids).logits[0, 0]  # type: ignore[misc]
+    ours = reward.score(PROMPTS[:1], RESPONSES[:1], ROWS[:1])[0]
+    assert (theirs - ours).abs() > 1e-2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_the_order_of_the_batch_is_restored(tmp_path: Path, batch_size: int) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config("llama")), template=PLAIN, batch_size=batch_size)
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    first = reward.score(PROMPTS, RESPONSES, ROWS)
+    second = reward.score([PROMPTS[i] for i in order], [RESPONSES[i] for i in order], ROWS)
+    torch.testing.assert_close(second, first[order], rtol=1e-5, atol=1e-5)
+    assert reward.score([], [], []).shape == (0,)
+
+
+def encoder_config(name: str) -> Any:
+    from transformers import BertConfig, DebertaV2Config, RobertaConfig
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rest = {"intermediate_size": 64, "max_position_embeddings": 256, "pad_token_id": 3}
+    kinds = {"bert": BertConfig, "roberta": RobertaConfig, "deberta": DebertaV2Config}
+    return kinds[name](**sizes, **rest)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+def test_encoders_score_as_their_own_forward_does_without_padding(tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    path = save_classifier(tmp_path, encoder_config(name))
+    reward = loaded(path, template=PLAIN, batch_size=3)
+    assert reward._pooling is by_the_model
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    ids = [reward.tokenizer(text)["input_ids"] for text in plain_texts()]  # type: ignore[misc]
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([each])).logits[0, 0] for each in ids])
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_id", [2, 3])
+def test_a_decoder_with_another_head_is_scored_row_by_row(tmp_path: Path, pad_id: int) -> None:
+    """CTRL pools by the pad id and calls its head `classifier`."""
+    from transformers import AutoModelForSequenceClassification, CTRLConfig
+
+    config = CTRLConfig(vocab_size=96, n_embd=32, dff=64, n_layer=2, n_head=2, n_positions=256)
+    config.pad_token_id = pad_id
+    path = save_classifier(tmp_path, config, make_tokenizer(pad_is_eos=pad_id == 2))
+    reward = loaded(path, template=PLAIN)
+    assert reward._pooling is one_by_one
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = []
+    for text in plain_texts():
+        ids = torch.tensor([reward.tokenizer(text)["input_ids"]])  # type: ignore[misc]
+        with torch.no_grad():
+            expected.append(model.classifier(model.transformer(ids).last_hidden_state)[0, -1, 0])
+    torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_chat_template_is_used_without_a_template_and_writes_the_only_bos(tmp_path: Path) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
+    text = reward.text("2+2=", "4", {})
+    assert text == "<s>user: 2+2=\nassistant: 4\n</s>"
+    assert reward._token_ids(text).count(1) == 1
+    torch.testing.assert_close(reward.score(["2+2="], ["4"], [{}]), expected_scores(reward, [text], special=False))
+
+
+def test_messages_of_the_row_come_before_the_prompt(tmp_path: Path) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    wanted = "<s>system: be brief\nuser: hi\nassistant: yo\n</s>"
+    assert reward.text("as the policy reads it", "yo", {"messages": messages}) == wanted
+    answered = [*messages, {"role": "assistant", "content": "the data set's own"}]
+    assert reward.text("as the policy reads it", "yo", {"messages": answered}) == wanted
+    assert len(messages) == 2
+    assert len(answered) == 3
+
+
+def test_a_template_gets_one_bos_whether_it_writes_it_or_not(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"))
+    without, with_bos = loaded(path, template="Q: {prompt} A: {response}"), loaded(path, template="<s>Q: {response}")
+    assert without.text("p {x}", "r {y}", {"messages": []}) == "Q: p {x} A: r {y}"
+    for reward in (without, with_bos):
+        ids = reward._token_ids(reward.text("p", "r", {}))
+        assert ids[0] == 1
+        assert ids.count(1) == 1
+
+
+def test_an_empty_text_has_a_score(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"), make_tokenizer(bos=False))
+    scores = checked_scores(loaded(path, template="{response}"), ["p", "p"], ["", "a"], [{}, {}])
+    assert scores.reward.isfinite().all()
+
+
+def test_long_texts_lose_their_beginning_but_not_the_first_token(tmp_path: Path) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config("llama")), template=PLAIN, max_length=20)
+    whole = reward.tokenizer(plain_texts()[3])["input_ids"]  # type: ignore[misc]
+    with pytest.warns(UserWarning, match=r"at most 20 tokens, a text has \d+"):
+        ids = reward._token_ids(plain_texts()[3])
+    assert ids == [1, *whole[-19:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        reward.score(PROMPTS[:2], RESPONSES[:2], ROWS[:2])
+    assert reward.num_truncated == 3
+
+
+def test_the_default_limit_is_the_smaller_of_model_and_tokenizer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=CHAT)
+    assert loaded(save_classifier(tmp_path / "a", tiny_config("gpt2"), tokenizer)).max_length == 256
+    tokenizer.model_max_length = 100
+    assert loaded(save_classifier(tmp_path / "b", tiny_config("gpt2"), tokenizer)).max_length == 100
+
+
+def test_the_model_is_frozen_in_eval_mode_and_of_the_wished_dtype(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"))
+    reward = loaded(path)
+    model: Any = reward.model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not reward.score(["p"], ["r"], [{}]).requires_grad
+    half = loaded(path, dtype="bfloat16")
+    assert half.model is not None
+    assert half.model.dtype == torch.bfloat16
+    assert half._pooling is at_last_token
+    scores = half.score(PROMPTS, RESPONSES, ROWS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reward.score(PROMPTS, RESPONSES, ROWS), rtol=0.1, atol=0.3)
+
+
+def test_score_before_load_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="load"):
+        ClassifierReward("anywhere").score(["p"], ["r"], [{}])
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "{response} {x}", "{response.x}", "{}", "{response", "no field"])
+def test_a_template_with_other_fields_is_refused_when_constructed(template: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.reward\.init_args\.template: expected a text with \{prompt\}"):
+        ClassifierReward("anywhere", template=template)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length"])
+def test_numbers_that_are_too_small_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"init_args\.{name}: expected . or more, got 0"):
+        ClassifierReward("anywhere", **{name: 0})
+
+
+def test_more_than_one_label_is_refused(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"), num_labels=3)
+    with pytest.raises(UserError, match=r"init_args\.path: expected .*one label, got .* with 3 labels"):
+        loaded(path)
+
+
+def test_a_language_model_is_refused(policy_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 labels"):
+        loaded(policy_path, template=PLAIN)
+    model = tiny_model("llama")
+    model.config.num_labels = 1
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"init_args\.path: .* without score\.weight"):
+        loaded(tmp_path, template=PLAIN)
+
+
+def test_a_path_that_holds_nothing_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"init_args\.path: .* cannot be loaded"):
+            loaded(path, template=PLAIN)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # transformers makes up an empty tokenizer for GPT-2
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, family: str) -> None:
+    path = save_classifier(tmp_path, tiny_config(family))
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"init_args\.path: .*tokenizer"):
+        loaded(path, template=PLAIN)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama", vocab_size=40))
+    with pytest.raises(UserError, match=r"at most 40 tokens, .* got \d+"):
+        loaded(path, template=PLAIN)
+
+
+def test_neither_template_nor_chat_template_is_refused(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"), make_tokenizer())
+    with pytest.raises(UserError, match=r"init_args\.template: the tokenizer .* has no chat template"):
+        loaded(path)
+
+
+def test_pickled_weights_are_read_only_if_allowed(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = save_classifier(tmp_path, tiny_config("llama"))
+    expected = loaded(path).score(PROMPTS, RESPONSES, ROWS)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"convert the weights to safetensors, or set .*\.allow_pickle"):
+        loaded(path)
+    torch.testing.assert_close(loaded(path, allow_pickle=True).score(PROMPTS, RESPONSES, ROWS), expected)
+
+
+def test_pickled_weights_that_run_code_are_refused_even_then(tmp_path: Path) -> None:
+    path = save_classifier(tmp_path, tiny_config("llama"))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"score.weight": Harmful(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loaded(path, allow_pickle=True)
+    assert not (tmp_path / "touched").exists()
+
+
+class Harmful:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)

@@ -1,0 +1,186 @@
+"""Both engines against `model.generate` and against the model's own distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig
+
+FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
+ENGINES = [PairedEngine, HuggingFaceEngine]
+EOS, PAD = 2, 3
+
+
+def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 90, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return ids.where(mask, torch.tensor(PAD)), mask
+
+
+def run(engine: Any, model: Any, lengths: list[int], seed: int = 0, eos: int = EOS, **sampling: Any) -> Any:
+    ids, mask = left_padded(lengths)
+    return engine().generate(
+        model,
+        ids,
+        mask,
+        sampling=SamplingConfig(**sampling),
+        eos_ids=[eos],
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+def likely_token(model: Any) -> int:
+    """A token the greedy responses meet in their middle, so that it can play the end of the sequence."""
+    ids = run(PairedEngine, model, [3, 7, 5], max_response_length=12, eos=0).greedy_ids
+    return int(ids[0, 4])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_greedy_rows_are_those_of_generate(model: Any, engine: Any) -> None:
+    eos = likely_token(model)
+    ids, mask = left_padded([3, 7, 5])
+    expected = model.generate(
+        ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=12, eos_token_id=eos, pad_token_id=PAD
+    )[:, 7:]
+    greedy = run(engine, model, [3, 7, 5], max_response_length=12, eos=eos, num_samples=2).greedy_ids
+    assert (expected == eos).any()
+    assert torch.equal(greedy[:, : expected.shape[1]], expected)
+    assert (greedy[:, expected.shape[1] :] == PAD).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_left_padding_changes_no_greedy_response(model: Any, engine: Any) -> None:
+    ids, mask = left_padded([3, 7, 5])
+    together = run(engine, model, [3, 7, 5], max_response_length=8).greedy_ids
+    for row in range(3):
+        alone = model.generate(
+            ids[row][mask[row]][None], do_sample=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD
+        )[0, int(mask[row].sum()) :]
+        assert torch.equal(together[row, : len(alone)], alone)
+
+
+def test_the_engines_draw_the_same_responses_from_the_same_generator(model: Any) -> None:
+    arguments = {"max_response_length": 6, "num_samples": 3, "temperature": 0.8, "eos": 0}
+    paired = run(PairedEngine, model, [4, 6], seed=5, **arguments)
+    other = run(HuggingFaceEngine, model, [4, 6], seed=5, **arguments)
+    assert torch.equal(paired.sampled_ids, other.sampled_ids)
+    assert paired.sampled_ids.shape == (6, 6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rollouts_repeat_with_the_generator_and_ignore_the_global_one(model: Any, engine: Any) -> None:
+    first = run(engine, model, [4, 6], seed=1, max_response_length=6)
+    torch.manual_seed(123)
+    again = run(engine, model, [4, 6], seed=1, max_response_length=6)
+    other = run(engine, model, [4, 6], seed=2, max_response_length=6)
+    assert torch.equal(first.sampled_ids, again.sampled_ids)
+    assert not torch.equal(first.sampled_ids, other.sampled_ids)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sampled_tokens_follow_the_models_distribution(engine: Any) -> None:
+    model = tiny_model("llama", vocab_size=12)
+    ids = torch.tensor([[5, 6, 7]])
+    draws = 4000
+    generated = engine().generate(
+        model,
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        sampling=SamplingConfig(max_response_length=1, num_samples=draws, temperature=0.7),
+        eos_ids=[EOS],
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected = draws * (model(ids).logits[0, -1].double() / 0.7).softmax(-1)
+    counts = torch.bincount(generated.sampled_ids[:, 0], minlength=12)
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square < 31.3  # the 99.9 % quantile at 11 degrees of freedom
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_models_own_generation_config_adds_nothing(engine: Any) -> None:
+    model = tiny_model("llama", seed=3)
+    plain = run(engine, model, [4, 6], max_response_length=8)
+    model.generation_config.top_k = 1
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.1
+    assert torch.equal(plain.sampled_ids, run(engine, model, [4, 6], max_response_length=8).sampled_ids)
+    assert torch.equal(plain.greedy_ids, run(engine, model, [4, 6], max_response_length=8).greedy_ids)
+    assert model.generation_config.top_k == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_min_response_length_holds_back_the_end(engine: Any) -> None:
+    model = tiny_model("llama")
+    eos = likely_token(model)
+    free = run(engine, model, [3, 7, 5], max_response_length=12, eos=eos)
+    held = run(engine, model, [3, 7, 5], max_response_length=12, eos=eos, min_response_length=9)
+    assert (free.greedy_ids[:, :9] == eos).any()
+    assert not (held.greedy_ids[:, :9] == eos).any()
+    assert not (held.sampled_ids[:, :9] == eos).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_stands_after_the_end_but_padding(engine: Any) -> None:
+    model = tiny_model("llama")
+    eos = likely_token(model)
+    generated = run(engine, model, [3, 7, 5, 4], max_response_length=16, eos=eos, num_samples=8)
+    ids = torch.cat([generated.sampled_ids, generated.greedy_ids])
+    assert (ids == eos).any(-1).sum() > 4
+    after_end = (ids == eos).long().cumsum(-1).roll(1, -1)
+    after_end[:, 0] = 0
+    assert (ids[after_end > 0] == PAD).all()
+
+
+def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    eos = likely_token(model)
+    arguments = {"max_response_length": 24, "eos": eos, "num_samples": 1}
+    with_compaction = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
+    monkeypatch.setattr("remax_lightning.rollout.paired.COMPACT_BELOW", 0.0)
+    without = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
+    assert torch.equal(with_compaction.greedy_ids, without.greedy_ids)
+
+
+def test_without_greedy_rows() -> None:
+    ids, mask = left_padded([3, 5])
+    for engine in ENGINES:
+        generated = engine().generate(
+            tiny_model("llama"),
+            ids,
+            mask,
+            sampling=SamplingConfig(max_response_length=4, num_samples=2),
+            eos_ids=[EOS],
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(0),
+            greedy=False,
+        )
+        assert generated.greedy_ids is None
+        assert generated.sampled_ids.shape == (4, 4)
+
+
+def test_auto_engine_chooses_by_architecture(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(
+        MambaConfig(
+            hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4, pad_token_id=PAD, eos_token_id=EOS
+        )
+    ).eval()
+    with caplog.at_level("INFO"):
+        generated = run(AutoEngine, mamba, [4, 4], max_response_length=4)
+        run(AutoEngine, tiny_model("llama"), [4, 4], max_response_length=4)
+    assert generated.greedy_ids.shape == (2, 4)
+    assert "HuggingFaceEngine, since MambaForCausalLM" in caplog.text
+    assert "PairedEngine, since LlamaForCausalLM" in caplog.text
