@@ -6,15 +6,19 @@ import argparse
 import logging
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout
+from remax_lightning.cli_errors import RemaxParser, user_mistake
 from remax_lightning.errors import UserError
 
 CALLBACKS = {
@@ -50,6 +54,16 @@ def _tokenizer_path(tokenizer: str | None, policy_path: str) -> str:
     return tokenizer or policy_path
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration beside the run, and never over a file: without a logger that may be the user's own."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
+        self.config_filename = next(name for name in names if not (folder / name).exists())
+        super().setup(trainer, pl_module, stage)
+
+
 class RemaxCLI(LightningCLI):
     """LightningCLI with `configs/base.yaml` under every run and one tokenizer for module and data."""
 
@@ -73,6 +87,24 @@ class RemaxCLI(LightningCLI):
             compute_fn=_tokenizer_path,
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; what it refuses is the user's to correct."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Check that the checkpoint is there, and take nothing from it: what the configuration says counts.
+
+        Lightning would let hyper-parameters in a checkpoint beat the command line, and read the whole file for them.
+        """
+        subcommand = self.config.get("subcommand")
+        path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
+        elsewhere = path in ("best", "last", "hpc") or "://" in path or path.startswith("registry")
+        if not elsewhere and not Path(path).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give a .ckpt file of an earlier run")
+
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends it with a message and exit code 2, without a traceback."""
@@ -82,8 +114,11 @@ def main() -> None:
             import_module(f"remax_lightning.tools.{tool}").main(sys.argv[2:])
         else:
             run()
-    except UserError as error:
-        print(f"remax: error: {error}", file=sys.stderr)  # noqa: T201
+    except Exception as error:
+        mistake = user_mistake(error)
+        if mistake is None:
+            raise
+        print(f"remax: error: {mistake}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 
@@ -94,10 +129,15 @@ def run(args: list[str] | None = None) -> RemaxCLI:
         args: what stands after `remax`; None takes the process's own.
     """
     quieten()
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        # A user's classes lie in the current folder. Last, so that no file there hides an installed package.
+        sys.path.append(str(Path.cwd()))
     base = str(config_folder() / "base.yaml")
     return RemaxCLI(
         LightningModule,
         LightningDataModule,
+        parser_class=RemaxParser,
+        save_config_callback=_SaveConfig,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -114,6 +154,10 @@ def quieten() -> None:
         "LightningCLI's args parameter",
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):
+        logging.getLogger(name).addFilter(partial(_lacks, text))
+    disable_progress_bar()
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()

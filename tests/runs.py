@@ -19,7 +19,7 @@ from remax_lightning.data import PromptDataModule
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards.base import Reward, Scores
-from remax_lightning.rollout import SamplingConfig
+from remax_lightning.rollout import Generated, SamplingConfig
 
 EARLY_ENDS = (2, *range(4, 28))
 """Token ids that end a response of a random policy after a few tokens: without them nearly all would be cut."""
@@ -43,6 +43,18 @@ class CharacterReward(Reward):
         lengths = [(len(prompt) + 3 * len(text)) % 5 / 4 for prompt, text in zip(prompts, responses, strict=True)]
         parts = {"letters": torch.tensor(letters), "lengths": torch.tensor(lengths)}
         return Scores(sum(parts.values()), parts)
+
+
+class FixedEngine:
+    """Hands out the responses that it was made with."""
+
+    def __init__(self, sampled: Sequence[Sequence[int]], greedy: Sequence[Sequence[int]] = ()) -> None:
+        self.sampled, self.greedy = torch.tensor(sampled), torch.tensor(greedy)
+        self.asked: list[dict[str, Any]] = []
+
+    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> Generated:
+        self.asked.append(options)
+        return Generated(self.sampled.clone(), self.greedy.clone() if options["greedy"] else None)
 
 
 def save_policy(
@@ -72,23 +84,30 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
-def prompt_data(folder: Path, policy: str, prompts: Sequence[str] = PROMPTS, **options: Any) -> PromptDataModule:
+def prompt_data(
+    folder: Path,
+    policy: str,
+    prompts: Sequence[str] = PROMPTS,
+    kind: type[PromptDataModule] = PromptDataModule,
+    **options: Any,
+) -> PromptDataModule:
     """A data module over `prompts`, the same ones for validation; by default one batch holds them all."""
     path = write_rows(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
     defaults = {"val_path": path, "batch_size": len(prompts), "max_prompt_length": 64}
-    return PromptDataModule(path, policy, **(defaults | options))
+    return kind(path, policy, **(defaults | options))
 
 
-def remax_module(policy: str, reference: str | None = None, **options: Any) -> ReMaxModule:
+def remax_module(policy: str | PretrainedModel, reference: str | None = None, **options: Any) -> ReMaxModule:
     """A module with plain gradient descent of rate 1, so that a step's gradient is weights before minus after."""
     defaults: dict[str, Any] = {
+        "policy": PretrainedModel(policy) if isinstance(policy, str) else policy,
         "reward": CharacterReward(),
         "reference": None if reference is None else PretrainedModel(reference),
         "kl_coef": 0.0 if reference is None else 0.05,
         "sampling": SamplingConfig(max_response_length=6),
         "optimizer": partial(torch.optim.SGD, lr=1.0),
     }
-    return ReMaxModule(PretrainedModel(policy), **(defaults | options))
+    return ReMaxModule(**(defaults | options))
 
 
 def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:

@@ -18,9 +18,9 @@ class Throughput(Callback):
     Seconds are sums over the parts of the step and means over ranks; tokens are those of responses, sampled
     and greedy, summed over ranks.
 
-    - `time/rollout_s`, `time/reward_s`: as the module measured them.
-    - `time/train_s`: the rest, from the start of each batch to its end: reference, forward, backward,
-      optimizer, and waiting for other ranks. Loading data and validation are not part of it.
+    - `time/rollout_s`, `time/reward_s`: as the module measured them; the reference's pass is part of the latter.
+    - `time/train_s`: the rest, from the start of each batch to its end: forward, backward, optimizer, and
+      waiting for other ranks. Loading data and validation are not part of it.
     - `time/step_s`: the three together.
     - `throughput/tokens_per_s`: tokens trained on (with their greedy responses) per second of the step. Where
       several optimizer steps share a rollout batch, the first bears all the rollout's time.

@@ -126,7 +126,7 @@ class TextDataModule(LightningDataModule, ABC):
         has_val = self.val_path is not None or self.val_size > 0
         if stage in ("validate", "test", "predict") and not has_val:
             raise UserError(
-                f"data.val_path must name the rows to {stage} on, got null; set it, or set "
+                f"data.val_path must name the rows to {getattr(stage, 'value', stage)} on, got null; set it, or set "
                 "data.val_size to hold rows of data.path out"
             )
         if self._train is None and (stage in (None, "fit") or self.val_path is None):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules.options import KLConfig
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,22 +51,38 @@ def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_re
     )
 
 
-def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str) -> int:
+def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
+    """Refuse Lightning's own DeepSpeed strategy where it would make the gradient `accumulate` times too small."""
+    if accumulate > 1 and not isinstance(strategy, ReMaxDeepSpeedStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}, which with trainer.accumulate_grad_batches {accumulate}"
+            " divides the loss twice; take remax_lightning.strategies.ReMaxDeepSpeedStrategy, which has its arguments"
+        )
+
+
+def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf) -> int:
     """Return how many optimizer steps one rollout batch is used for.
 
     Args:
         num_splits: micro-batches per rollout batch.
         accumulate: micro-batches per optimizer step.
         loss_kind: `reinforce` or `clipped`.
+        num_batches: micro-batches per epoch, as far as they are known.
 
     Raises:
-        UserError: if an optimizer step would reach into the next rollout, or the loss is not made for several updates.
+        UserError: if an optimizer step would reach into the next rollout, an epoch would end within one, or the loss is
+            not made for several updates.
     """
     if num_splits % accumulate:
         raise UserError(
             f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_splits} micro-batches"
             " (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next one; set"
             f" trainer.accumulate_grad_batches to {num_splits}, or to a divisor of it for several updates per rollout"
+        )
+    if math.isfinite(num_batches) and num_batches % num_splits:
+        raise UserError(
+            f"trainer.limit_train_batches ends the epoch after {num_batches} micro-batches, in the middle of a rollout"
+            f" batch, which comes in {num_splits}; set it to a multiple of {num_splits}"
         )
     updates = num_splits // accumulate
     if updates > 1 and loss_kind == "reinforce":

@@ -50,6 +50,8 @@ class Objective:
                 "model.kl.in_baseline needs model.advantage.baseline leave_one_out or group_mean,"
                 f" got {advantage.baseline}: the KL of a greedy response is not known"
             )
+        if kl.in_baseline and kl.credit == "none":
+            raise UserError("model.kl.in_baseline needs model.kl.credit to_go or one_step, got none")
         self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
 
     @property

@@ -49,7 +49,7 @@ class AdvantageConfig:
         gamma: discount per token towards the end of the response; 1 weighs all tokens of a response alike.
         reward_clip: bound of the absolute reward; None, because clipping hides differences between good responses.
         reward_clip_at: clip the rewards, or their difference to the baseline.
-        whiten: give the advantages mean 0 and variance 1 over all tokens of an optimizer step and all ranks.
+        whiten: give the advantages mean 0 and variance 1 over all tokens of a rollout batch and all ranks.
         truncated: what to do with a response that hit the length limit: `keep` it as it is, `mask` it out of the loss,
             or `penalize` it, as a greedy response too, by `truncation_penalty`.
         truncation_penalty: how much reward a truncated response loses under `penalize`.

@@ -122,8 +122,8 @@ class ReMaxModule(PolicyModule):
         check_lengths(self.policy, longest, self.sampling.max_response_length)
 
     def _updates_per_rollout(self, num_splits: int) -> int:
-        accumulate = self.trainer.accumulate_grad_batches
-        return updates_per_rollout(num_splits, accumulate, self.objective.loss_config.kind)
+        trainer, kind = self.trainer, self.objective.loss_config.kind
+        return updates_per_rollout(num_splits, trainer.accumulate_grad_batches, kind, trainer.num_training_batches)
 
     # Training
 
@@ -232,7 +232,8 @@ class ReMaxModule(PolicyModule):
             sums.add(name, values, mask)
         sums.add("loss", output["loss"])
         if self.objective.loss_config.kind == "clipped":
-            sums.add("clip_fraction", clip_fraction)
+            mask = self.objective.loss_mask(part)
+            sums.add("clip_fraction", clip_fraction.expand_as(mask), mask)
         if not output["closes_step"]:
             return
         names, totals = sums.take()
@@ -268,12 +269,7 @@ class ReMaxModule(PolicyModule):
         for name, (values, mask) in step_values(output).items():
             weight = values.numel() if mask is None else int(mask.sum())
             mean = values.double().sum() / max(1, weight)
-            log(
-                f"{stage}/{name}",
-                mean.float(),
-                batch_size=weight,
-                prog_bar=name in ("reward", "baseline_reward"),
-            )
+            log(f"{stage}/{name}", mean.float(), batch_size=weight, prog_bar=name in ("reward", "baseline_reward"))
         return output
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

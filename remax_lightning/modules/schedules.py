@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -50,6 +51,11 @@ class _WithWarmup(LRScheduler):
             return 1.0
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.min_ratio + (1 - self.min_ratio) * self._decay(min(1.0, progress))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the schedule is; its shape stays out, so that a resumed run takes the configuration's."""
+        shape = ("warmup_steps", "total_steps", "min_ratio")
+        return {name: value for name, value in super().state_dict().items() if name not in shape}
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each parameter group for the coming step."""

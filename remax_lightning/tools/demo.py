@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
     seed = [f"--seed_everything={options.seed}"]
     started = time.perf_counter()
     _run("fit", "demo_sft.yaml", seed)
-    before = _run("validate", "demo.yaml", seed)
+    before = _run("validate", "demo.yaml", [*seed, "--trainer.logger.init_args.name=before"])
     steps = [] if options.max_steps is None else [f"--trainer.max_steps={options.max_steps}"]
     after = _run("fit", "demo.yaml", seed + steps)
     seconds = time.perf_counter() - started

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from oracles import policies
 from oracles.advantages import whiten
 from runs import PROMPTS, Recorder, distance, fit, prompt_data, remax_module, save_policy
-from torch import Tensor
 
 from remax_lightning.batch import PromptBatch
 from remax_lightning.data import PromptDataModule
+from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
 
@@ -62,9 +64,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def one_step(folders: tuple[str, str], folder: Path, splits: int, padded: bool = False, **options: Any) -> Recorder:
     module = remax_module(*folders, **options)
-    data = prompt_data(folder, folders[0], micro_batch_size=len(PROMPTS) // splits)
-    if padded:
-        data.__class__ = PaddedPrompts
+    kind = PaddedPrompts if padded else PromptDataModule
+    data = prompt_data(folder, folders[0], kind=kind, micro_batch_size=len(PROMPTS) // splits)
     return fit(module, data, folder, accumulate_grad_batches=splits)
 
 
@@ -92,38 +93,23 @@ def test_mean_over_each_micro_batch_depends_on_the_split(folders: tuple[str, str
 
 
 def oracle(folders: tuple[str, str], recorder: Recorder, *, beta: float, white: bool, per_response: bool) -> Any:
-    """The gradient of `Σ A log π / normaliser` in double precision, one unpadded response after the other."""
-    from transformers import AutoModelForCausalLM
-
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in folders)
-    taken, log_ratios, above = [], [], []
+    """The gradient of `-Σ A log π / normaliser` in double precision, one unpadded response after the other."""
+    policy, reference = map(policies.load, folders)
+    taken, advantages = [], []
     for part in (output["rollout"] for output in recorder.outputs):
-        for i in range(len(part.reward)):
-            prompt = part.prompt.prompt_ids[i][part.prompt.prompt_mask[i]].tolist()
-            response = part.sampled.response_ids[i][part.sampled.response_mask[i]].tolist()
-            own = token_log_probs(policy, prompt, response)
-            with torch.no_grad():
-                other = token_log_probs(reference, prompt, response)
-            taken.append(own)
-            log_ratios.append([float(a) - float(b) for a, b in zip(own, other, strict=True)])
-            above.append(float(part.reward[i]) - float(part.baseline_reward[i]))
-    advantages = [
-        [above[i] - beta * sum(ratios[t:]) for t in range(len(ratios))] for i, ratios in enumerate(log_ratios)
-    ]
+        for (prompt, response), reward, baseline in zip(
+            policies.rows(part), part.reward.tolist(), part.baseline_reward.tolist(), strict=True
+        ):
+            taken.append(policies.log_probs(policy, prompt, response))
+            other = policies.log_probs(reference, prompt, response)
+            ratios = [a.item() - b.item() for a, b in zip(taken[-1], other, strict=True)]
+            advantages.append([reward - baseline - beta * sum(ratios[t:]) for t in range(len(ratios))])
     if white:
         advantages = whiten(advantages, [[True] * len(row) for row in advantages])
     tokens = sum(map(len, taken))
     loss = -sum(a * lp for row, lps in zip(advantages, taken, strict=True) for a, lp in zip(row, lps, strict=True))
     (loss / (len(taken) if per_response else tokens)).backward()
-    return {name: parameter.grad for name, parameter in policy.named_parameters()}
-
-
-def token_log_probs(model: Any, prompt: list[int], response: list[int]) -> list[Tensor]:
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
-    return [
-        logits[len(prompt) + t - 1][token] - torch.logsumexp(logits[len(prompt) + t - 1], 0)
-        for t, token in enumerate(response)
-    ]
+    return policies.gradient(policy)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -151,22 +137,19 @@ def test_equals_the_oracle_in_every_family(family: str, tmp_path: Path) -> None:
     assert distance(recorder.step(), expected) < TOLERANCE
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(folders: tuple[str, str], tmp_path: Path) -> None:
-    from remax_lightning.models import PretrainedModel
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    checkpointing: bool, passes: int, folders: tuple[str, str], tmp_path: Path
+) -> None:
+    policy, reference = folders
+    module = remax_module(PretrainedModel(policy, gradient_checkpointing=checkpointing), reference)
+    counted: list[bool] = []
 
-    def run(checkpointing: bool) -> tuple[dict[str, Tensor], int]:
-        module = remax_module(*folders)
-        module.policy_source = PretrainedModel(folders[0], gradient_checkpointing=checkpointing)
-        passes: list[bool] = []
-        module.configure_model = lambda: (type(module).configure_model(module), count(module.policy, passes))[0]
-        step = fit(module, prompt_data(tmp_path, folders[0]), tmp_path).step()
-        return step, sum(passes)
+    class Count(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            layer = pl_module.policy.model.layers[0].mlp
+            layer.register_forward_pre_hook(lambda module, inputs: counted.append(torch.is_grad_enabled()))
 
-    def count(policy: Any, passes: list[bool]) -> None:
-        layer = policy.model.layers[0].mlp
-        layer.register_forward_pre_hook(lambda module, inputs: passes.append(torch.is_grad_enabled()))
-
-    plain, once = run(False)
-    recomputed, twice = run(True)
-    assert distance(recomputed, plain) < TOLERANCE
-    assert (once, twice) == (1, 1 + once) or (once, twice) == (1, 2)
+    recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, callbacks=[Count()])
+    assert sum(counted) == passes
+    assert distance(recorder.step(), one_step(folders, tmp_path, 1).step()) < TOLERANCE

@@ -1,0 +1,164 @@
+"""Write `configuration.md`, beside this file, from the signatures and docstrings of the package.
+
+`python docs/generate_configuration.py`; a test refuses a page that is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from docstring_parser import parse
+
+from remax_lightning import cli, data, models, modules, rewards, rollout
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `python docs/generate_configuration.py` from the code's own docstrings: change those. -->
+
+Every key of a configuration, with its default. A configuration is `configs/base.yaml` and over it every `--config` file
+and every `--key=value` in the order given; `remax fit ... --print_config` shows what comes out. *required* means that
+there is no default. A dotted key stands for nested mappings: `model.kl.credit: to_go` is
+
+```yaml
+model:
+  kl:
+    credit: to_go
+```
+
+`class_path` takes the short name of a class below or the full path of your own; its arguments stand under `init_args`.
+For `model` and `data` both may be left out: they are `ReMaxModule` and `PromptDataModule` unless you say otherwise.
+`trainer` is [Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), and
+`seed_everything` seeds weights, data order and sampling.
+"""
+
+
+_YAML = {"None": "null", "True": "true", "False": "false"}
+
+
+class Section(NamedTuple):
+    """A heading with the table of one class's or function's arguments.
+
+    Args:
+        key: where it is configured.
+        target: the class or function; its docstring describes the arguments.
+        is_choice: whether it is one of several that `class_path` chooses from.
+    """
+
+    key: str
+    target: Callable[..., Any]
+    is_choice: bool = False
+
+
+def sections() -> Iterator[Section]:
+    """Yield every part of a configuration that is this project's own, in the order of the page."""
+    yield Section("model", modules.ReMaxModule, is_choice=True)
+    yield Section("model.policy` and `model.reference", models.PretrainedModel)
+    yield Section("model.sampling", rollout.SamplingConfig)
+    yield Section("model.kl", modules.KLConfig)
+    yield Section("model.advantage", modules.AdvantageConfig)
+    yield Section("model.loss", modules.LossConfig)
+    for name in rewards.__all__:
+        target = getattr(rewards, name)
+        if inspect.isclass(target) and issubclass(target, rewards.Reward) and target is not rewards.Reward:
+            yield Section("model.reward", target, is_choice=True)
+    for name in rewards.__all__:
+        target = getattr(rewards, name)
+        if inspect.isfunction(target) and target.__module__.endswith(".verifiers"):
+            yield Section("model.reward.init_args.function", target, is_choice=True)
+    for engine in (rollout.AutoEngine, rollout.PairedEngine, rollout.HuggingFaceEngine):
+        yield Section("model.rollout", engine, is_choice=True)
+    for schedule in (modules.WarmupCosine, modules.WarmupLinear):
+        yield Section("model.lr_scheduler", schedule, is_choice=True)
+    yield Section("model", modules.SFTModule, is_choice=True)
+    yield Section("data", data.PromptDataModule, is_choice=True)
+    yield Section("data", data.SFTDataModule, is_choice=True)
+    yield Section("data.loading", data.LoadingConfig)
+    for key, callback in cli.CALLBACKS.items():
+        yield Section(key, callback)
+
+
+def arguments(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return what a user can set: the first parameters of a verifier and the optimizer of a schedule come from us."""
+    given = ("prompts", "responses", "rows", "optimizer") if not _is_module(target) else ()
+    found = dict(inspect.signature(target).parameters)
+    return {name: parameter for name, parameter in found.items() if name not in given}
+
+
+def _is_module(target: Callable[..., Any]) -> bool:
+    return hasattr(target, "configure_optimizers")
+
+
+def page() -> str:
+    """Return the whole page."""
+    return "\n".join([INTRODUCTION, *(_section(section) for section in sections())]).rstrip() + "\n"
+
+
+def _section(section: Section) -> str:
+    key, target, is_choice = section
+    documentation = parse(_docstring(target, ""))
+    lines = [f"## `{key}`" + (f": {_path(target)}" if is_choice else ""), "", _prose(documentation.short_description)]
+    known = arguments(target)
+    if known:
+        lines += ["", "| key | default | meaning |", "|---|---|---|"]
+    for name, parameter in known.items():
+        default = "the policy's" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
+        lines.append(f"| `{name}` | {default} | {_meaning(target, name)} |")
+    return "\n".join([*lines, ""])
+
+
+def _path(target: Callable[..., Any]) -> str:
+    """Return what a YAML calls it: our classes by their short name, functions by their path."""
+    return f"`{target.__name__}`" if inspect.isclass(target) else f"`{target.__module__}.{target.__name__}`"
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    value = parameter.default
+    if value is inspect.Parameter.empty:
+        return "*required*"
+    if is_dataclass(value) and not isinstance(value, type):
+        assert value == type(value)(), f"{parameter.name}: its own defaults are in its own table"
+        return "its own table"
+    if isinstance(value, type):
+        return f"`{value.__name__}`"
+    return f"`{_YAML.get(str(value), value)}`"
+
+
+def _meaning(target: Callable[..., Any], name: str) -> str:
+    """Return what the docstring says of an argument; a dataclass or a base class may say it."""
+    described = {each.arg_name: each.description for each in parse(_docstring(target, name)).params}
+    text = described.get(name)
+    assert text, f"{target.__name__} does not describe {name}"
+    return _prose(text)
+
+
+def _docstring(target: Callable[..., Any], name: str) -> str:
+    """Return the docstring of `target`, or the first of its base classes' that describes `name`."""
+    homes = inspect.getmro(target) if inspect.isclass(target) else (target,)
+    for home in homes:
+        text = inspect.cleandoc(home.__doc__ or "")
+        if not name or re.search(rf"^\s+{name}: ", text, re.MULTILINE):
+            return text
+    return ""
+
+
+def _prose(text: str | None) -> str:
+    """Put prose on one line, in the words of YAML; a bar would end the cell of a table."""
+    line = " ".join((text or "").split()).replace("|", "\\|")
+    return re.sub(r"\b(None|True|False)\b", lambda match: _YAML[match[0]], line)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

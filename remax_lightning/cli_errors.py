@@ -1,0 +1,179 @@
+"""What the command line says of a mistake: the key as it stands in the YAML, what is wrong, what would be right.
+
+jsonargparse prints the whole usage and a tree of every type that did not fit, with all values of the run. The lines
+that matter are picked out of that tree here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+from remax_lightning.errors import UserError
+
+_KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)')
+_CLASS = re.compile(r"Problem with given class_path '(.+)':")
+_NOISE = re.compile(
+    r"$|Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>$"
+    r"|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with|Expected a path but"
+)
+_WRAPPING = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
+_VALUES = re.compile(r"\. Got value: Namespace\(class_path='(.+?)',.*|\. Got value: (?:Namespace|\{).*")
+_GIVEN = re.compile(r"^ *Given value: ([\w.+-]{1,60})$", re.MULTILINE)
+_UNKNOWN = (
+    re.compile(r"Option '(?P<key>.+)' is not accepted"),
+    re.compile(r"Group '(?P<group>.+)' does not accept option '(?P<key>.+)'"),
+    re.compile(r"Subcommand '.+' does not accept option '(?P<key>.+)'"),
+    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+).*"),
+)
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(.+?)\](.*)")
+_TYPE = re.compile(r"Expected an? (?:<class '(?:.*\.)?(\w+)'>|(?:typing\.)?(\S+?))(\. .*)?")
+_NOT_IMPORTED = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_MODULE = re.compile(r"No module named '(.+)'")
+_TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+
+
+class RemaxParser(LightningArgumentParser):
+    """Ends with one message that names the key, instead of pages of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Else --trainer.max_step would be taken for --trainer.max_steps, and a typing error for another key.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        subcommands = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
+        parsers = [self, *(parser for choices in subcommands for parser in choices)]
+        known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
+        tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
+        self.exit(2, f"remax: error: {concise(message, known)}\n{tip}")
+
+
+def concise(message: str, known: Iterable[str] = ()) -> str:
+    """Return what a message of jsonargparse says, without what it repeats.
+
+    Args:
+        message: as jsonargparse words it.
+        known: the keys that are always there, to suggest one of them.
+    """
+    complaints: dict[str, list[str]] = {}
+    for leaf in _leaves(message):
+        key, text = _complaint(leaf, list(known))
+        complaints.setdefault(key, []).append(text)
+    given = _GIVEN.search(message)
+    lines = []
+    for key, texts in complaints.items():
+        text = "; ".join(dict.fromkeys(texts))
+        if all(each.startswith("expected ") for each in texts):  # the types of a union, none of which fits
+            text = text.replace("; expected ", ", or ")
+            text += f", got {given[1]}" if given and ", got " not in text else ""
+        lines.append(f"{key}: {text}" if key else text)
+    return "\n  ".join(lines) or message
+
+
+def user_mistake(error: BaseException | None) -> str | None:
+    """Return the message of the user's mistake behind an exception, or None where there is none.
+
+    While objects are made, jsonargparse wraps what their constructors raise.
+    """
+    while error is not None:
+        if isinstance(error, UserError | MisconfigurationException):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class _Leaf(NamedTuple):
+    """A line that says something: under which key, inside which class."""
+
+    key: str
+    class_path: str | None
+    text: str
+
+
+def _leaves(message: str) -> list[_Leaf]:
+    stack: list[tuple[int, str, str | None]] = []  # indentation tells what belongs together
+    leaves = []
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        indent = len(line) - len(line.lstrip())
+        if _NOISE.match(text):
+            continue
+        stack = [each for each in stack if each[0] < indent]
+        if (match := _VALUES.search(text)) and match[1]:
+            stack.append((indent, "init_args", match[1]))
+        text = _WRAPPING.sub("", _VALUES.sub("", text))
+        if match := _KEY.fullmatch(text):
+            stack.append((indent, match[1], None))
+            text = match[2]
+        if match := _CLASS.fullmatch(text):
+            # The outermost class, module or data, may leave out init_args, so its arguments are named without.
+            nested = any(class_path for _, _, class_path in stack)
+            stack.append((indent, "init_args" if nested else "", match[1]))
+        elif text and not _NOISE.match(text):
+            classes = [class_path for _, _, class_path in stack if class_path]
+            leaves.append(_Leaf(".".join(key for _, key, _ in stack if key), classes[-1] if classes else None, text))
+    return leaves
+
+
+def _complaint(leaf: _Leaf, known: list[str]) -> tuple[str, str]:
+    """Return the key and what is wrong with it."""
+    key, class_path, text = leaf
+    for pattern in _UNKNOWN:
+        if match := pattern.fullmatch(text):
+            return _unknown(leaf, match.groupdict().get("group"), match["key"], known)
+    if match := _REQUIRED.fullmatch(text):
+        missing = [f"{key}.{name}" if key else name for name in match[1].split(", ")]
+        return ", ".join(missing), "missing, and there is no default; set it in the YAML or on the command line"
+    if match := _LITERAL.fullmatch(text):
+        text = f"expected one of {match[1]}{match[2]}"
+    elif match := _NOT_IMPORTED.fullmatch(text):
+        text = f"there is no class {match[1]!r}; give a class of remax_lightning, or a path such as my_module.MyClass"
+    elif match := _NO_MODULE.fullmatch(text):
+        file = f"{match[1].replace('.', '/')}.py"
+        text = f"cannot import {class_path or match[1]}: there is no module {match[1]!r}; put {file} into this folder"
+    elif match := _TYPE.fullmatch(text):
+        name = match[1] or match[2]
+        text = f"expected {_TYPES.get(name, name)}{match[3] or ''}"
+    return key, text.replace(". Got value: ", ", got ")
+
+
+def _unknown(leaf: _Leaf, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
+    if name == "class_path":
+        return leaf.key, "beside class_path, the arguments of the class stand under init_args"
+    inner = f"{group}.{name}" if group else name
+    full = f"{leaf.key}.{inner}" if leaf.key else inner
+    parent, _, last = full.rpartition(".")
+    if leaf.class_path:
+        options = _arguments(leaf.class_path, inner.split(".")[:-1])
+    elif options := [dest.removeprefix(f"{parent}.") for dest in known if dest.startswith(f"{parent}.")]:
+        pass
+    else:
+        last, options = full.partition(".")[0], list(dict.fromkeys(dest.partition(".")[0] for dest in known))
+    close = difflib.get_close_matches(last, options, 1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(options)}" if options else "remove it"
+    return full, f"there is no such key; {hint}"
+
+
+def _arguments(class_path: str, groups: list[str]) -> list[str]:
+    """Return the arguments of a class, or the fields of the dataclass that its argument `groups` takes."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+        for group in groups:
+            hint = get_type_hints(kind.__init__)[group]
+            kind = next(each for each in (hint, *get_args(hint)) if is_dataclass(each))
+        return [each.name for each in fields(kind)] if groups else list(inspect.signature(kind).parameters)
+    except (ImportError, AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
+        return []

@@ -1,0 +1,66 @@
+"""What DeepSpeed needs from us beyond Lightning's own strategy."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+
+class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy with the loss divided once, and with the CPU as a device.
+
+    Lightning and DeepSpeed each divide the loss by `accumulate_grad_batches`, so the gradient is too small by that
+    factor; Adam hides it, gradient clipping does not. Here only Lightning divides. On CPU processes the same engine
+    runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU.
+
+    Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+    """
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.accelerator is not None and type(self.accelerator).__name__ == "CPUAccelerator"
+
+    def setup_environment(self) -> None:
+        """Start the processes; DeepSpeed's own way refuses a CPU."""
+        if self._on_cpu:
+            DDPStrategy.setup_environment(self)
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the process group, on a CPU over gloo."""
+        if not self._on_cpu:
+            super().setup_distributed()
+            return
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        reset_seed()
+        self.set_world_ranks()
+        # Otherwise compiled on first use, which takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._init_deepspeed_distributed()
+        atexit.register(_leave_process_group)
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process; DeepSpeed wants an index, a CPU's too."""
+        return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
+
+    def init_deepspeed(self) -> None:
+        """Make the engine, and keep it from dividing the loss once more."""
+        super().init_deepspeed()
+        if self.lightning_module is not None and self.lightning_module.trainer.training:
+            engine: Any = self.deepspeed_engine
+            engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,215 @@
+"""A run that was interrupted and resumed is, bit for bit, the run that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import PROMPTS, make_trainer, prompt_data, remax_module, save_policy, weights_of
+from torch import Tensor
+
+from remax_lightning.callbacks import KLMonitor
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules import KLConfig, LossConfig, WarmupCosine
+from remax_lightning.rollout import SamplingConfig
+
+HALF, WHOLE = 3, 6
+TIMES = ("time/", "throughput/")
+
+
+class Ledger(Callback):
+    """Figures and weights after each optimizer step; the clock's figures left out."""
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, float]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not outputs["closes_step"]:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith(TIMES)}
+        self.figures.append(values)
+        self.weights.append(weights_of(pl_module))
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["train/loss"] for step in self.figures]
+
+
+class Setting:
+    """One way to train; `start` makes module, data and trainer anew, as a new process would."""
+
+    def __init__(
+        self,
+        folder: Path,
+        family: str = "llama",
+        prompts: int = 8,
+        *,
+        dropout: bool = False,
+        data: dict[str, Any] | None = None,
+        module: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        callbacks: Callable[[], list[Any]] = list,
+        saves: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.prompts, self.dropout, self.callbacks = folder, PROMPTS[:prompts], dropout, callbacks
+        self.policy = save_policy(folder / "policy", family)
+        self.reference = save_policy(folder / "reference", family, noise=0.02)
+        self.data, self.module, self.trainer = data or {}, module or {}, trainer or {}
+        self.saves = {"save_top_k": -1, "every_n_train_steps": 1} if saves is None else saves
+
+    def start(self, seed: int, steps: int, checkpoint: Path | None = None) -> tuple[Ledger, Trainer]:
+        """Train up to `steps` optimizer steps and return what was recorded, and the trainer."""
+        torch.manual_seed(seed)
+        ledger = Ledger()
+        saves = ModelCheckpoint(self.folder / f"{seed}-{steps}", "{step}", **self.saves)
+        options = {
+            "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+            "sampling": SamplingConfig(max_response_length=5),
+            # The length of the whole run: the half that is run first must not decay faster.
+            "lr_scheduler": partial(WarmupCosine, warmup_steps=2, total_steps=WHOLE),
+        }
+        source = PretrainedModel(self.policy, disable_dropout=not self.dropout)
+        module = remax_module(source, self.reference, **(options | self.module))
+        trainer = make_trainer(
+            self.folder,
+            [saves, *self.callbacks(), ledger],
+            max_steps=steps,
+            enable_checkpointing=True,
+            **self.trainer,
+        )
+        data = prompt_data(self.folder, self.policy, self.prompts, **({"batch_size": 4} | self.data))
+        trainer.fit(module, data, ckpt_path=checkpoint)
+        return ledger, trainer
+
+    def saved(self, seed: int, steps: int, step: int) -> Path:
+        """The checkpoint that a run saved after optimizer step `step`."""
+        return self.folder / f"{seed}-{steps}" / f"step={step}.ckpt"
+
+
+def setting(name: str, folder: Path) -> Setting:
+    clipped = {"loss": LossConfig(kind="clipped")}
+    if name == "in the middle of an epoch":
+        return Setting(folder)  # two steps to an epoch
+    if name == "at the end of an epoch":
+        return Setting(folder, prompts=6, data={"batch_size": 2})
+    if name == "two micro-batches to a step":
+        return Setting(folder, data={"micro_batch_size": 2}, trainer={"accumulate_grad_batches": 2})
+    if name == "inside a rollout":  # four micro-batches, two updates: step 3 is the first of the second rollout
+        options = {"data": {"micro_batch_size": 1}, "trainer": {"accumulate_grad_batches": 2}}
+        return Setting(folder, module=clipped | {"kl": KLConfig(credit="one_step", loss_coef=0.1)}, **options)
+    assert name == "dropout, adaptive KL and validation"
+    return Setting(
+        folder,
+        "gpt2",
+        dropout=True,
+        data={"micro_batch_size": 2},
+        module=clipped,
+        trainer={"limit_val_batches": 1.0, "val_check_interval": 1, "gradient_clip_val": 0.5},
+        callbacks=lambda: [KLMonitor(target_kl=0.5, adaptive=True, horizon=20)],
+    )
+
+
+SETTINGS = (
+    "in the middle of an epoch",
+    "at the end of an epoch",
+    "two micro-batches to a step",
+    "inside a rollout",
+    "dropout, adaptive KL and validation",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_three_steps_and_three_are_six(name: str, tmp_path: Path) -> None:
+    run = setting(name, tmp_path)
+    whole, _ = run.start(seed=0, steps=WHOLE)
+    half, _ = run.start(seed=0, steps=HALF)
+    # Another seed: chance has to come from the checkpoint.
+    rest, trainer = run.start(seed=99, steps=WHOLE, checkpoint=run.saved(0, HALF, HALF))
+    assert trainer.global_step == WHOLE
+    assert len(set(whole.losses)) == WHOLE
+    assert half.losses + rest.losses == whole.losses
+    assert rest.figures[-1] == whole.figures[-1]
+    for first, second in zip(whole.weights, half.weights + rest.weights, strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("lost", ["random_state", "remax", "callbacks"])
+def test_each_part_of_the_state_is_needed(lost: str, tmp_path: Path) -> None:
+    """The setting above is strict enough to see what a checkpoint that forgets something would do."""
+    run = setting("dropout, adaptive KL and validation", tmp_path)
+    whole, _ = run.start(seed=0, steps=WHOLE)
+    checkpoint = torch.load(run.saved(0, WHOLE, HALF), weights_only=True)
+    checkpoint[lost] = {} if lost == "callbacks" else None
+    poorer = tmp_path / "poorer.ckpt"
+    torch.save(checkpoint, poorer)
+    if lost == "remax":  # the second half of a rollout without the rollout
+        with pytest.raises(ValueError, match="part 1 of a rollout batch came first"):
+            run.start(seed=0, steps=WHOLE, checkpoint=poorer)
+        return
+    rest, _ = run.start(seed=99, steps=WHOLE, checkpoint=poorer)
+    assert rest.figures[-1] != whole.figures[-1]
+
+
+def test_a_checkpoint_inside_a_rollout_carries_it_and_one_at_its_end_does_not(tmp_path: Path) -> None:
+    run = setting("inside a rollout", tmp_path)
+    run.start(seed=0, steps=4)
+    inside, done = (torch.load(run.saved(0, 4, step), weights_only=True)["remax"] for step in (3, 4))
+    assert inside["rollouts"] == done["rollouts"] == 2
+    assert inside["experience"]["advantages"].shape == (4, 5)
+    assert done["experience"] is None
+
+
+SAVES = {
+    "as Lightning does by default": {},
+    "every validation": {"save_top_k": -1, "save_on_train_epoch_end": False},
+    "every epoch": {"save_top_k": -1, "save_on_train_epoch_end": True},
+}
+VALIDATES = {"limit_val_batches": 1.0, "val_check_interval": 1}
+
+
+@pytest.mark.parametrize("moment", SAVES)
+def test_a_run_that_stopped_inside_an_epoch_goes_on_as_if_it_had_not(moment: str, tmp_path: Path) -> None:
+    run = Setting(tmp_path, trainer=VALIDATES, saves=SAVES[moment])
+    whole, _ = run.start(seed=0, steps=WHOLE)
+    run.start(seed=0, steps=HALF)
+    rest, _ = run.start(seed=5, steps=WHOLE, checkpoint=run.saved(0, HALF, HALF))
+    assert rest.losses == whole.losses[HALF:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["every step", *SAVES])
+def test_a_run_counted_in_epochs_resumes_from_all_its_checkpoints(moment: str, tmp_path: Path) -> None:
+    """The length of the schedule is then known from the data, which must not be read before the checkpoint."""
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "limit_val_batches": 1.0, "val_check_interval": 2}
+    module = {"loss": LossConfig(kind="clipped"), "lr_scheduler": partial(WarmupCosine, warmup_steps=2)}
+    data = {"micro_batch_size": 1}
+    run = Setting(tmp_path, data=data, module=module, trainer=options, saves=SAVES.get(moment))
+    whole, _ = run.start(seed=0, steps=-1)
+    assert len(set(whole.losses)) == len(whole.losses) == 8
+    checkpoints = sorted((tmp_path / "0--1").glob("*.ckpt"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        done = int(checkpoint.stem.removeprefix("step="))
+        rest, _ = run.start(seed=99, steps=-1, checkpoint=checkpoint)
+        assert rest.losses == whole.losses[done:]
+
+
+def test_the_schedule_of_a_resumed_run_has_the_length_that_the_configuration_says(tmp_path: Path) -> None:
+    run = Setting(tmp_path, module={"lr_scheduler": WarmupCosine})
+    _, short = run.start(seed=0, steps=HALF)
+    assert short.optimizers[0].param_groups[0]["lr"] == 0.0  # decayed to its end
+    _, longer = run.start(seed=0, steps=4 * HALF, checkpoint=run.saved(0, HALF, HALF))
+    assert longer.lr_scheduler_configs[0].scheduler.total_steps == 4 * HALF
+    assert longer.optimizers[0].param_groups[0]["lr"] == 0.0
+    _, extended = run.start(seed=1, steps=WHOLE - 1, checkpoint=run.saved(0, 4 * HALF, HALF + 1))
+    assert extended.lr_scheduler_configs[0].scheduler.total_steps == WHOLE - 1

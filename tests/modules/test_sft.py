@@ -1,0 +1,163 @@
+"""Supervised fine-tuning against transformers' own loss, and its validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_config
+from lightning.pytorch import Callback
+from runs import distance, fit, make_trainer, save_policy, write_rows
+from torch import Tensor
+
+from remax_lightning.batch import SupervisedBatch
+from remax_lightning.data import SFTDataModule
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules import SFTModule
+from remax_lightning.rewards.base import Reward
+from remax_lightning.rollout import SamplingConfig
+
+ROWS = [
+    {"prompt": "1+1=", "response": "2"},
+    {"prompt": "12+34=", "response": "46"},
+    {"prompt": "say a long word", "response": "incomprehensibilities"},
+    {"prompt": "x", "response": "yz"},
+    {"prompt": "9", "response": "10"},
+    {"prompt": "b", "response": "c"},
+    {"prompt": "hello", "response": "world"},
+    {"prompt": "q", "response": "r?"},
+]
+
+
+class Exact(Reward):
+    """1 for the response of the row, which it can tell only once it is loaded."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+
+    def load(self, device: torch.device) -> None:
+        self.loads += 1
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(text == row["response"] and self.loads > 0) for text, row in zip(responses, rows, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def sft_data(folder: Path, policy: str, **options: Any) -> SFTDataModule:
+    path = write_rows(folder / "rows.jsonl", ROWS)
+    defaults = {"val_path": path, "batch_size": 8, "max_prompt_length": 64, "max_response_length": 64}
+    return SFTDataModule(path, policy, **(defaults | options))
+
+
+def sft_module(policy: str, **options: Any) -> SFTModule:
+    defaults = {
+        "sampling": SamplingConfig(max_response_length=24),
+        "optimizer": partial(torch.optim.SGD, lr=1.0),
+    }
+    return SFTModule(PretrainedModel(policy), **(defaults | options))
+
+
+def cross_entropy(policy: str) -> tuple[Tensor, Any, int]:
+    """Mean over all response tokens, end of sequence included, by the labels of transformers; the model; the tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64), make_tokenizer()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in ROWS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], 2]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        total = total + model(torch.tensor([prompt + response]), labels=labels).loss * len(response)
+        tokens += len(response)
+    return total / tokens, model, tokens
+
+
+def test_loss_and_gradient_equal_plain_cross_entropy(policy: str, tmp_path: Path) -> None:
+    recorder = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
+    expected, model, _ = cross_entropy(policy)
+    expected.backward()
+    assert recorder.logged[0] == {"train/loss": pytest.approx(expected.item(), rel=1e-5)}
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert distance(recorder.step(), gradient) < 1e-5
+
+
+def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(policy: str, tmp_path: Path) -> None:
+    expected, _, _ = cross_entropy(policy)
+    for size in (8, 3):
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        (metrics,) = trainer.validate(sft_module(policy), sft_data(tmp_path, policy, batch_size=size), verbose=False)
+        assert metrics == {"val/loss": pytest.approx(expected.item(), rel=1e-5)}
+
+
+def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None:
+    class Wider(SFTDataModule):
+        def _collate(self, num_splits: int) -> Any:
+            collate = super()._collate(num_splits)
+
+            def wider(items: Any) -> SupervisedBatch:
+                batch = collate(items)
+                left, right = partial(torch.nn.functional.pad, pad=(5, 0)), partial(torch.nn.functional.pad, pad=(0, 7))
+                return batch._replace(
+                    prompt_ids=left(batch.prompt_ids, value=3),
+                    prompt_mask=left(batch.prompt_mask),
+                    response_ids=right(batch.response_ids, value=3),
+                    response_mask=right(batch.response_mask),
+                )
+
+            return wider
+
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    wide = fit(sft_module(policy), Wider(path, policy, batch_size=8, max_prompt_length=64), tmp_path)
+    plain = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
+    assert distance(wide.step(), plain.step()) < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_path: Path) -> None:
+    reward = Exact()
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    module, data = sft_module(policy, reward=reward), sft_data(tmp_path, policy, batch_size=4)
+    for _ in range(2):
+        (metrics,) = getattr(trainer, stage)(module, data, verbose=False)
+    assert reward.loads == 1
+    prefix = "val" if stage == "validate" else "test"
+    assert set(metrics) == {f"{prefix}/{name}" for name in ("loss", "reward", "baseline_reward")}
+    assert metrics[f"{prefix}/baseline_reward"] == 0.0
+
+
+def test_a_tiny_policy_learns_its_rows_by_heart(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    policy = str(tmp_path / "policy")
+
+    class Losses(Callback):
+        found: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any) -> None:
+            self.found.append(float(outputs["loss"]))
+
+    torch.manual_seed(0)
+    reward = Exact()
+    module = SFTModule(
+        PretrainedModel(policy, from_scratch=True),
+        reward=reward,
+        sampling=SamplingConfig(max_response_length=24),
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+    )
+    trainer = make_trainer(
+        tmp_path, [Losses()], max_steps=80, max_epochs=80, limit_val_batches=1.0, check_val_every_n_epoch=80
+    )
+    trainer.fit(module, sft_data(tmp_path, policy))
+    assert Losses.found[0] > 3
+    assert Losses.found[-1] < 0.05
+    assert float(trainer.callback_metrics["val/baseline_reward"]) == 1.0
+    assert float(trainer.callback_metrics["val/reward"]) >= 0.75
+    assert reward.loads == 1

@@ -1,0 +1,39 @@
+"""A step of two ranks, each in two parts, is the step of one process in one part."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from modules.two_ranks import VARIANTS, run
+from runs import distance, save_policy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    policy, reference = save_policy(folder / "policy"), save_policy(folder / "reference", noise=0.02)
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "modules.two_ranks", policy, reference, str(folder / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_leave_the_gradient_and_the_figures(variant: str, folder: Path) -> None:
+    run(variant, str(folder / "policy"), str(folder / "reference"), folder / "one" / variant, ranks=1, splits=1)
+    one = torch.load(folder / "one" / variant / "rank0.pt", weights_only=True)
+    for rank in (0, 1):
+        two = torch.load(folder / "two" / variant / f"rank{rank}.pt", weights_only=True)
+        assert distance(two["step"], one["step"]) < 1e-5
+        assert two["logged"] == pytest.approx(one["logged"], abs=2e-5)
+    assert max(float(value.abs().max()) for value in one["step"].values()) > 1e-2

@@ -1,0 +1,56 @@
+"""Run by test_two_ranks.py in a process of its own: one optimizer step on two ranks, in several variants."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import Recorder, fit, prompt_data, remax_module
+from torch import Tensor
+
+from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.rollout import Generated
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tokens": {},
+    "responses": {"loss": LossConfig(normaliser="responses")},
+    "whitened": {"advantage": AdvantageConfig(whiten=True)},
+    "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
+}
+
+
+class PromptEngine:
+    """Writes what the prompt alone decides, so that it does not matter which rank reads it."""
+
+    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> Generated:
+        rows = []
+        for ids, mask in zip(prompt_ids, prompt_mask, strict=True):
+            generator = torch.Generator().manual_seed(int((ids * mask).sum()))
+            rows.append(torch.randint(4, 90, (2, 6), generator=generator))
+            for row in rows[-1]:
+                row[int(torch.randint(0, 8, (1,), generator=generator)) :] = 2
+        sampled, greedy = torch.stack(rows, 1)
+        return Generated(sampled, greedy)
+
+
+class Keep(Recorder):
+    """Writes the step and the figures of a rank, since the recorder of another process cannot be read."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        path = Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt"
+        torch.save({"step": self.step(), "logged": self.logged[0]}, path)
+
+
+def run(variant: str, policy: str, reference: str, folder: Path, ranks: int, splits: int) -> None:
+    module = remax_module(policy, reference, rollout=PromptEngine(), **VARIANTS[variant])
+    folder.mkdir(parents=True)
+    data = prompt_data(folder, policy, batch_size=8 // ranks, micro_batch_size=8 // ranks // splits)
+    ddp = {"devices": ranks, "strategy": "ddp_fork"} if ranks > 1 else {}
+    fit(module, data, folder, callbacks=[Keep()], accumulate_grad_batches=splits, **ddp)
+
+
+if __name__ == "__main__":
+    for name in VARIANTS:
+        run(name, sys.argv[1], sys.argv[2], Path(sys.argv[3]) / name, ranks=2, splits=2)

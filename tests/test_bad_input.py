@@ -1,0 +1,417 @@
+"""A user's mistake ends the command with one message that names the key and the fix: no traceback, nothing trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Outcome, changed, in_folder, remax, small_config, write_config
+from conftest import make_tokenizer, tiny_config, tiny_model
+
+Config = dict[str, Any]
+Change = Callable[[Config, Path], Config]
+
+
+def refused(
+    config: Config, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, subcommand: str = "fit"
+) -> Outcome:
+    """Run the command, and check what holds of every mistake."""
+    with in_folder(folder):
+        outcome = remax(capsys, subcommand, "--config", write_config(folder / "run.yaml", config), *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("error:") == 1
+    assert "Traceback" not in outcome.err + outcome.out
+    assert "usage:" not in outcome.err
+    assert "Namespace(" not in outcome.err
+    assert not list(folder.rglob("*.ckpt"))
+    assert not list(folder.rglob(".*.new"))  # an export that was begun
+    assert not (folder / "runs" / "remax" / "version_0" / "policy").exists()
+    return outcome
+
+
+def message(outcome: Outcome) -> str:
+    """What follows `remax: error:`."""
+    return outcome.err.partition("remax: error: ")[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path, policy_path: Path) -> Config:
+    return small_config(tmp_path, policy_path)
+
+
+KEYS = {
+    "unknown key of the model": ({"model__kl_coeff": 1}, "model.kl_coeff: there is no such key; did you mean kl_coef?"),
+    "unknown key of a group": (
+        {"model__advantage__basline": "greedy"},
+        "model.advantage.basline: there is no such key; did you mean baseline?",
+    ),
+    "unknown key of a reward": (
+        {"model__reward__init_args__funktion": "f"},
+        "model.reward.init_args.funktion: there is no such key; did you mean function?",
+    ),
+    "unknown key of the optimizer": (
+        {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1e-3}}},
+        "model.optimizer.init_args.lrr: there is no such key; did you mean lr?",
+    ),
+    "unknown key of the data": ({"data__pathh": "x"}, "data.pathh: there is no such key; did you mean path?"),
+    "unknown key of the trainer": (
+        {"trainer__max_stepz": 3},
+        "trainer.max_stepz: there is no such key; did you mean max_steps?",
+    ),
+    "unknown key of a callback": (
+        {"samples": {"every": 3}},
+        "samples.every: there is no such key; there are every_n_steps, num_samples, folder",
+    ),
+    "unknown key at the top": ({"modle": {"kl_coef": 1}}, "modle.kl_coef: there is no such key; did you mean model?"),
+    "missing policy": ({"model__policy": ...}, "model.policy.path: missing"),
+    "missing reward": ({"model__reward": ...}, "model.reward: missing"),
+    "missing data": ({"data__path": ...}, "data.path: missing"),
+    "text for a number": ({"model__kl_coef": "high"}, "model.kl_coef: expected a number, got high"),
+    "text for a count": ({"data__batch_size": "four"}, "data.batch_size: expected a whole number, got four"),
+    "a float for a count": ({"trainer__max_steps": 1e3}, "trainer.max_steps: expected a whole number, got 1000.0"),
+    "a fraction": ({"model__sampling__top_k": 1.5}, "model.sampling.top_k: expected a whole number, got 1.5"),
+    "an unknown choice": (
+        {"model__advantage__baseline": "gredy"},
+        "model.advantage.baseline: expected one of 'greedy', 'leave_one_out', 'group_mean', 'none', got gredy",
+    ),
+    "an unknown precision": ({"trainer__precision": "bf17"}, "trainer.precision: expected "),
+    "an unknown class": (
+        {"model__reward__class_path": "FunctionRewrd"},
+        "model.reward: there is no class 'FunctionRewrd'; give a class of remax_lightning",
+    ),
+    "a class of another kind": (
+        {"model__reward__class_path": "remax_lightning.SFTModule"},
+        "remax_lightning.SFTModule does not correspond to a subclass of Reward",
+    ),
+    "a module that is not there": (
+        {"trainer__callbacks": [{"class_path": "nowhere.Mine"}]},
+        "trainer.callbacks: cannot import nowhere.Mine: there is no module 'nowhere'; put nowhere.py into this folder",
+    ),
+    "a class path beside its arguments": (
+        {"data__class_path": "PromptDataModule"},
+        "data: beside class_path, the arguments of the class stand under init_args",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", KEYS)
+def test_a_wrong_key_or_value_is_named(
+    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, expected = KEYS[mistake]
+    assert expected in message(refused(changed(config, **values), tmp_path, capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.kl_coeff", "3"], "model.kl_coeff: there is no such key; did you mean kl_coef?"),
+        (["--model.kl_coef", "abc"], "model.kl_coef: expected a number, got abc"),
+        (["--trainer.max_step", "3"], "trainer.max_step: there is no such key; did you mean max_steps?"),
+        (["--samples.every", "3"], "samples.every: there is no such key"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_so_it_is_on_the_command_line(
+    arguments: list[str], expected: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in message(refused(config, tmp_path, capsys, *arguments))
+
+
+VALUES = {
+    "temperature": ({"model__sampling__temperature": 0}, "model.sampling.temperature must be above 0", "got 0"),
+    "kl_coef": ({"model__kl_coef": -1}, "model.kl_coef must be 0 or more", "got -1"),
+    "KL without a reference": (
+        {"model__reference": ...},
+        "model.kl_coef is 0.05, but there is no model.reference",
+        "set model.reference.path",
+    ),
+    "KL loss without a reference": (
+        {"model__reference": ..., "model__kl_coef": 0.0, "model__kl": {"loss_coef": 0.1}},
+        "model.kl.loss_coef is 0.1, but there is no model.reference",
+        "or model.kl.loss_coef to 0",
+    ),
+    "leave-one-out of one": (
+        {"model__advantage__baseline": "leave_one_out"},
+        "model.advantage.baseline leave_one_out needs model.sampling.num_samples of at least 2",
+        "got 1",
+    ),
+    "micro-batch that does not divide": (
+        {"data__micro_batch_size": 3},
+        "data.micro_batch_size must divide data.batch_size 4, got 3",
+        "choose a divisor",
+    ),
+    "accumulation that does not divide": (
+        {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 3},
+        "trainer.accumulate_grad_batches is 3, but a rollout batch comes in 4 micro-batches",
+        "set trainer.accumulate_grad_batches to 4",
+    ),
+    "several updates without the surrogate": (
+        {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 2},
+        "makes 2 updates per rollout",
+        "model.loss.kind to clipped",
+    ),
+    "batch larger than the data": (
+        {"data__batch_size": 64},
+        "data.batch_size=64",
+        "lower data.batch_size or give more rows",
+    ),
+    "no room for the response": (
+        {"model__sampling__max_response_length": 250},
+        "data.max_prompt_length 16 + model.sampling.max_response_length 250 is more than the 256 positions",
+        "lower one of them",
+    ),
+    "schedule": (
+        {"model__lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": -1}}},
+        "model.lr_scheduler.init_args.warmup_steps must be 0 or more",
+        "got -1",
+    ),
+    "callback": ({"samples": {"every_n_steps": -1}}, "samples.every_n_steps must be 0 (off) or more", "got -1"),
+    "target without control": ({"kl_monitor": {"target_kl": 1.0}}, "kl_monitor.target_kl", "adaptive: true"),
+    "reward function that is not there": (
+        {"model__reward__init_args__function": "nowhere.score"},
+        "model.reward.init_args.function: 'nowhere.score' names the module 'nowhere', and there is none",
+        "Put nowhere.py into",
+    ),
+    "accelerator": ({"trainer__accelerator": "gpu"}, "trainer: ", "gpu"),
+    "strategy": ({"trainer__strategy": "nothing"}, "trainer: You selected an invalid strategy name", "nothing"),
+    "rounded updates": (
+        {
+            "trainer__precision": "bf16-true",
+            "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6}},
+        },
+        "model.optimizer.init_args.lr is 1e-06",
+        "Set trainer.precision to bf16-mixed",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", VALUES)
+def test_values_that_cannot_be_are_refused(
+    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if mistake == "accelerator" and gpu_is_there():
+        pytest.skip("this machine has one")
+    values, problem, fix = VALUES[mistake]
+    said = message(refused(changed(config, **values), tmp_path, capsys))
+    assert problem in said
+    assert fix in said
+
+
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def with_rows(text: str, name: str = "rows.jsonl") -> Change:
+    def change(config: Config, folder: Path) -> Config:
+        (folder / name).write_text(text)
+        return changed(config, data__path=str(folder / name))
+
+    return change
+
+
+def missing_file(config: Config, folder: Path) -> Config:
+    return changed(config, data__path=str(folder / "nowhere.jsonl"))
+
+
+GOOD = json.dumps({"prompt": "1+1=", "response": "2"}) + "\n"
+LONG = json.dumps({"prompt": "9" * 40}) + "\n"
+ROWS: dict[str, tuple[Change, list[str]]] = {
+    "missing file": (missing_file, ["data.path: there is no file", "nowhere.jsonl"]),
+    "empty file": (with_rows(""), ["data.path", "holds no rows"]),
+    "broken line": (with_rows(GOOD * 2 + '{"prompt": \n'), ["rows.jsonl, line 3", "not valid JSON"]),
+    "not an object": (with_rows(GOOD + "[1]\n"), ["rows.jsonl, line 2", "expected an object"]),
+    "missing column": (
+        with_rows(GOOD + '{"question": "1"}\n'),
+        ["line 2", "'prompt' (data.prompt_column)", "'question'"],
+    ),
+    "prompt of another type": (with_rows(GOOD + '{"prompt": 3}\n'), ["line 2", "column 'prompt' must be text"]),
+    "empty prompt": (with_rows(GOOD + '{"prompt": " "}\n'), ["line 2", "is empty"]),
+    "short CSV row": (
+        with_rows("prompt,response\n1,2\n3\n", "rows.csv"),
+        ["rows.csv, row 2", "expected 2 cells, got 1"],
+    ),
+    "all prompts too long": (with_rows(LONG * 9), ["data.max_prompt_length=16", "none is left", "raise the limit"]),
+    "unknown ending": (with_rows(GOOD, "rows.txt"), ["data.path", "rows.txt"]),
+}
+
+
+@pytest.mark.parametrize("mistake", ROWS)
+def test_rows_that_cannot_be_used_name_file_and_line(
+    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, parts = ROWS[mistake]
+    values = change(changed(config, data__val_size=0), tmp_path)
+    said = message(refused(values, tmp_path, capsys))
+    for part in parts:
+        assert part in said
+
+
+def test_a_prompt_longer_than_the_limit_stops_where_that_is_asked_for(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = with_rows(GOOD * 9 + LONG)(config, tmp_path)
+    said = message(refused(changed(values, data__loading__long_prompts="error", data__val_size=0), tmp_path, capsys))
+    assert "rows.jsonl, line 10: " in said
+    assert "over data.max_prompt_length=16" in said
+    assert "data.loading.long_prompts: drop" in said
+
+
+def saved_tokenizer(folder: Path, **absent: None) -> str:
+    """The path of a policy whose tokenizer lacks a special token."""
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    for name, value in absent.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("token", "fix"),
+    [
+        ("eos_token", "has no end-of-sequence token, so no response could ever end; save it with an eos_token"),
+        ("pad_token", "has no pad token; save it with one, or set data.loading.pad_token: eos"),
+    ],
+)
+def test_a_tokenizer_without_its_tokens(
+    token: str, fix: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_tokenizer(tmp_path / "policy", **{token: None})
+    said = message(refused(changed(config, model__policy__path=path), tmp_path, capsys))
+    assert said.startswith("data.tokenizer: ")
+    assert fix in said
+
+
+def test_the_advice_on_the_pad_token_works(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved_tokenizer(tmp_path / "policy", pad_token=None)
+    values = changed(config, model__policy__path=path, model__reference__path=path, data__loading__pad_token="eos")
+    with in_folder(tmp_path):
+        outcome = remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", values))
+    assert outcome.code == 0
+
+
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_a_model_that_is_not_there(
+    name: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = changed(config, **{f"model__{name}__path": "./nowhere"})
+    said = message(refused(values, tmp_path, capsys))
+    assert "there is no folder './nowhere'" in said
+    assert said.startswith("data.tokenizer" if name == "policy" else "model.reference.path")
+
+
+def test_vocabularies_that_differ(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama", vocab_size=100).save_pretrained(tmp_path / "other")
+    said = message(refused(changed(config, model__reference__path=str(tmp_path / "other")), tmp_path, capsys))
+    assert said.startswith("model.reference ")
+    assert "a vocabulary of 100" in said
+    assert "one of 96" in said
+
+
+def test_a_reward_model_with_two_labels(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    settings = tiny_config("llama")
+    settings.num_labels = 2
+    AutoModelForSequenceClassification.from_config(settings).save_pretrained(tmp_path / "reward")
+    make_tokenizer().save_pretrained(tmp_path / "reward")
+    reward = {"path": str(tmp_path / "reward"), "template": "{prompt}{response}"}
+    values = changed(config, model__reward={"class_path": "ClassifierReward", "init_args": reward})
+    said = message(refused(values, tmp_path, capsys))
+    assert said.startswith("model.reward.init_args.path: expected a reward model with one label")
+    assert "2 labels" in said
+
+
+REWARDS = """
+def nan(prompts, responses, rows): return [float("nan")] * len(responses)
+def too_few(prompts, responses, rows): return [0.0] * (len(responses) - 1)
+def raises(prompts, responses, rows): raise KeyError("gold")
+calls = []
+def nan_later(prompts, responses, rows):
+    calls.append(1)
+    return [float("nan") if len(calls) > 2 else 0.5] * len(responses)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        ("nan", "returned nan at index 0"),
+        ("too_few", "returned scores of shape [7]; expected 8 finite numbers"),
+        ("raises", "raised KeyError: 'gold'"),
+        ("nan_later", "returned nan at index 0"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_and_shows_the_prompt(
+    function: str, problem: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(REWARDS)
+    values = changed(config, model__reward__init_args__function=f"broken_rewards.{function}", trainer__max_steps=8)
+    values = changed(values, data__val_size=0)
+    sys.modules.pop("broken_rewards", None)
+    try:
+        said = message(refused(values, tmp_path, capsys))
+    finally:
+        sys.modules.pop("broken_rewards", None)
+    assert said.startswith(f"model.reward: FunctionReward(broken_rewards.{function})")
+    assert problem in said
+    assert "prompt 0" in said
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "predict"])
+def test_a_checkpoint_that_is_not_there(
+    subcommand: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = refused(config, tmp_path, capsys, "--ckpt_path", "nowhere.ckpt", subcommand=subcommand)
+    assert "ckpt_path: there is no checkpoint 'nowhere.ckpt'" in message(outcome)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validation_without_rows_for_it(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = refused(changed(config, data__val_size=0), tmp_path, capsys, subcommand="validate")
+    assert "data.val_path must name the rows to validate on" in message(outcome)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "subcommand"), (["fitt"], "invalid choice: 'fitt'")])
+def test_a_subcommand_is_needed(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = remax(capsys, *arguments)
+    assert outcome.code == 2
+    assert expected in message(outcome)
+    assert "remax --help" in outcome.err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from remax_lightning.modules import ReMaxModule
+
+    def fault(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ReMaxModule, "training_step", fault)
+    with in_folder(tmp_path), pytest.raises(ZeroDivisionError):
+        remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", config))
+
+
+@pytest.mark.slow
+def test_the_command_itself_ends_with_code_2_and_one_message(config: Config, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", changed(config, model__reference=...))
+    command = [sys.executable, "-c", "from remax_lightning.cli import main; main()", "fit", "--config", path]
+    python_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": python_path}
+    )
+    assert ended.returncode == 2
+    [line] = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert line.startswith("remax: error: model.kl_coef is 0.05, but there is no model.reference")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,167 @@
+"""The architecture, held by a test: who may import whom, how large a file may be, and what a light import loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import remax_lightning
+
+PACKAGE = Path(remax_lightning.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
+
+LOWER = {"functional", "batch", "errors"}
+ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
+ALLOWED = {
+    "__init__": {"version"},
+    "version": set(),
+    "errors": set(),
+    "batch": set(),
+    "functional": set(),
+    "rollout": LOWER,
+    "rewards": LOWER,
+    "models": LOWER,
+    "data": LOWER,
+    "callbacks": LOWER,
+    "strategies": LOWER,
+    "modules": LOWER | {"rollout", "rewards", "models", "strategies", "data.tokenizers"},
+    "cli_errors": {"errors"},
+    "cli": ANYTHING,
+    "tools": ANYTHING,
+}
+"""What each part of the package may import of it, beside itself."""
+
+
+def part_of(module: str) -> str:
+    """The folder or file of the package that a dotted name under it stands for; what it exports itself is `__init__`"""
+    first = module.split(".")[0]
+    return first if (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file() else "__init__"
+
+
+def imports(source: str, package: str = "remax_lightning") -> Iterator[str]:
+    """Every module that `source` imports, inside functions and conditions too; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the layer"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def of_package(source: str) -> list[str]:
+    """Dotted names under the package that `source` imports."""
+    prefix = "remax_lightning."
+    return [name.removeprefix(prefix) for name in imports(source) if name.startswith(prefix)]
+
+
+def forbidden(own: str, source: str) -> list[str]:
+    """The imports in `source`, a file of part `own`, that the layers forbid."""
+    allowed = ALLOWED[own] | {own}
+    return [
+        name
+        for name in of_package(source)
+        if part_of(name) not in allowed and not any(name.startswith(f"{each}.") for each in allowed if "." in each)
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_file_imports_only_what_its_layer_may(file: Path) -> None:
+    own = part_of(file.relative_to(PACKAGE).with_suffix("").parts[0])
+    assert forbidden(own, file.read_text()) == []
+
+
+def test_every_part_has_a_layer() -> None:
+    assert set(ALLOWED) >= ANYTHING
+
+
+@pytest.mark.parametrize(
+    ("own", "source"),
+    [
+        ("functional", "from remax_lightning.batch import Rollout"),
+        ("rewards", "def f():\n    from remax_lightning.models import PretrainedModel"),
+        ("callbacks", "import remax_lightning.modules.remax"),
+        ("modules", "from remax_lightning.data import PromptDataModule"),
+        ("modules", "from remax_lightning import cli"),
+        ("batch", "if True:\n    from remax_lightning.errors import UserError"),
+        ("data", "from remax_lightning import ReMaxModule"),
+    ],
+)
+def test_the_check_sees_a_wrong_import(own: str, source: str) -> None:
+    assert len(forbidden(own, source)) == 1
+
+
+def test_only_tools_import_the_command_line() -> None:
+    users = {part_of(name.split("/")[0].removesuffix(".py")) for name, file in zip(NAMES, FILES, strict=True)
+             if any(part_of(each) == "cli" for each in of_package(file.read_text()))}  # fmt: skip
+    assert users <= {"tools"}
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda file: file.name)
+def test_functional_needs_torch_alone(file: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(file.read_text())}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "remax_lightning"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_files_and_functions_are_short(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert len(lines) <= 300
+    functions = [
+        node
+        for node in ast.walk(ast.parse("\n".join(lines)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [f"{each.name} has {length(each)} lines" for each in functions if length(each) > 40] == []
+    constructors = [each for each in functions if each.name == "__init__"]
+    assert [each.lineno for each in constructors if len(each.args.args + each.args.kwonlyargs) - 1 > 12] == []
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    total = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return total
+    docstring = function.body[0]
+    return total - ((docstring.end_lineno or 0) - docstring.lineno + 1)
+
+
+LIGHT = """
+import json, sys
+{code}
+heavy = [name for name in sys.modules
+         if name.split(".")[0] in ("deepspeed", "datasets", "peft")
+         or name == "transformers.modeling_utils"
+         or (name.startswith("transformers.models.") and not name.startswith("transformers.models.auto.")
+             and ".modeling_" in name)]
+print(json.dumps(dict(heavy=heavy, torch="torch" in sys.modules)), file=sys.stderr)
+"""
+
+
+def loaded_by(code: str) -> dict[str, object]:
+    command = [sys.executable, "-c", LIGHT.format(code=code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return json.loads(result.stderr.splitlines()[-1])
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import remax_lightning") == {"heavy": [], "torch": False}
+
+
+@pytest.mark.slow
+def test_help_loads_neither_models_nor_deepspeed() -> None:
+    code = "\n".join(
+        [
+            "sys.argv = ['remax', '--help']",
+            "from remax_lightning.cli import main",
+            "try: main()",
+            "except SystemExit as end: assert end.code == 0",
+        ]
+    )
+    assert loaded_by(code)["heavy"] == []
