@@ -24,10 +24,10 @@ demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in m
 	$(BIN)/remax demo
 
 test: $(VENV)/.installed-test ## run the whole suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m 'not slow'
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
