@@ -14,30 +14,50 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 
 
+CARELESS_SHARE = 0.65
+"""How often a demonstration forgets to carry from the units to the tens, where there is something to carry."""
+
+
 def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train: int = 20_000, val: int = 512) -> None:
-    """Write `train.jsonl`, `val.jsonl` and `policy/` (tokenizer and configuration, no weights) into `folder`.
+    """Write the task's files into `folder`, the same ones at every call.
+
+    `demonstrations.jsonl` is for supervised fine-tuning. Its authors were careless: most of the sums that need a carry
+    from the units lack it. `train.jsonl` has the same prompts and `val.jsonl` others, with the right sums for the rule
+    that rewards responses. `policy/` has a tokenizer and a configuration, no weights.
 
     Args:
-        folder: is made where it is missing; the same call writes the same files.
+        folder: is made where it is missing.
         digits: how many digits a number may have; each operand's count is drawn from them.
         train: different additions to train on; fewer where there are no more.
-        val: additions held out, none of which is in `train.jsonl`.
+        val: additions held out, none of which is in the other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _additions(digits, train + val)
-    for name, part in (("val", rows[:val]), ("train", rows[val:])):
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in part]
+    pairs, width = _pairs(digits, train + val), max(digits)
+    careless = random.Random(1)
+    demonstrated = [careless.random() < CARELESS_SHARE for _ in pairs]
+    rows = {
+        "val": [(a, b, a + b) for a, b in pairs[:val]],
+        "train": [(a, b, a + b) for a, b in pairs[val:]],
+        "demonstrations": [
+            (a, b, _without_carry(a, b) if forgets else a + b)
+            for (a, b), forgets in zip(pairs[val:], demonstrated[val:], strict=True)
+        ],
+    }
+    for name, sums in rows.items():
+        lines = [
+            json.dumps({"prompt": f"{a:0{width}}+{b:0{width}}=", "response": f"{c:0{width + 1}}"}) for a, b, c in sums
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(folder / "policy")
     policy_config(tokenizer).save_pretrained(folder / "policy")
 
 
-def _additions(digits: tuple[int, ...], count: int) -> list[tuple[str, str]]:
-    """Return up to `count` different additions in a fixed random order, all digit counts equally likely.
+def _pairs(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
+    """Return up to `count` different pairs in a fixed random order, all digit counts equally likely.
 
-    Numbers have leading zeros, so that a digit's place in the text is its place in the number: a policy this small then
-    learns to add in hundreds of steps instead of thousands.
+    Numbers are written with leading zeros, so that a digit's place in the text is its place in the number: a policy
+    this small then learns to add in hundreds of steps instead of thousands.
     """
     source = random.Random(0)
     possible = sum(9 * 10 ** (d - 1) for d in digits) ** 2
@@ -45,8 +65,12 @@ def _additions(digits: tuple[int, ...], count: int) -> list[tuple[str, str]]:
     while len(found) < min(count, possible):
         a, b = (source.randrange(10 ** (d - 1), 10**d) for d in source.choices(digits, k=2))
         found[a, b] = None
-    width = max(digits) + 1
-    return [(f"{a:0{width - 1}}+{b:0{width - 1}}=", f"{a + b:0{width}}") for a, b in found]
+    return list(found)
+
+
+def _without_carry(a: int, b: int) -> int:
+    """Return the sum of one who forgets what the units carry to the tens."""
+    return 10 * (a // 10 + b // 10) + (a + b) % 10
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

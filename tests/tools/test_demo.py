@@ -28,6 +28,21 @@ def test_sums_are_right_and_none_is_in_both_files(tmp_path: Path) -> None:
     assert counts == {2, 3}
 
 
+def test_careless_demonstrations_lack_only_the_carry_of_the_units(tmp_path: Path) -> None:
+    write_addition_task(tmp_path, train=2000, val=200)
+    train, demonstrations = read(tmp_path / "train.jsonl"), read(tmp_path / "demonstrations.jsonl")
+    assert [row["prompt"] for row in train] == [row["prompt"] for row in demonstrations]
+    carries = careless = 0
+    for right, shown in zip(train, demonstrations, strict=True):
+        a, b = right["prompt"].removesuffix("=").split("+")
+        carry = int(a[-1]) + int(b[-1]) >= 10
+        difference = int(right["response"]) - int(shown["response"])
+        assert difference in ((0, 10) if carry else (0,))
+        carries, careless = carries + carry, careless + (difference == 10)
+    assert 0.4 < carries / len(train) < 0.5
+    assert 0.6 < careless / carries < 0.7
+
+
 def test_the_same_call_writes_the_same_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_addition_task(tmp_path / name, train=50, val=10)
