@@ -9,6 +9,8 @@ from torch import Tensor
 
 from remax_lightning.rollout.engine import Generated, SamplingConfig
 from remax_lightning.rollout.forward import model_inputs, takes
+from remax_lightning.rollout.kv_slots import repeat_into_slots
+from remax_lightning.rollout.packed import packed_linears
 from remax_lightning.rollout.sampling import next_tokens
 
 if TYPE_CHECKING:
@@ -39,14 +41,15 @@ class PairedEngine:
         greedy: bool = True,
     ) -> Generated:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
-        batch = prompt_ids.shape[0]
-        num_sampled = batch * sampling.num_samples
-        decoding = _Decoding(model, prompt_ids, prompt_mask, sampling, eos_ids, pad_id, greedy)
-        for step in range(sampling.max_response_length):
-            decoding.choose(step, generator)
-            if step + 1 == sampling.max_response_length or not decoding.compact():
-                break
-            decoding.advance(step)
+        num_sampled = len(prompt_ids) * sampling.num_samples
+        num_rows = num_sampled + (len(prompt_ids) if greedy else 0)
+        with packed_linears(model, num_rows):
+            decoding = _Decoding(model, prompt_ids, prompt_mask, sampling, eos_ids, pad_id, greedy)
+            for step in range(sampling.max_response_length):
+                decoding.choose(step, generator)
+                if step + 1 == sampling.max_response_length or not decoding.compact():
+                    break
+                decoding.advance(step)
         ids = decoding.response_ids
         return Generated(ids[:num_sampled], ids[num_sampled:] if greedy else None)
 
@@ -79,7 +82,7 @@ class _Decoding:
             inputs["logits_to_keep"] = 1
         logits = model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
         self.logits: Tensor = logits[rows]
-        self.cache.batch_select_indices(rows)
+        repeat_into_slots(self.cache, rows, sampling.max_response_length)
 
         self.response_ids = torch.full(
             (len(rows), sampling.max_response_length), pad_id, dtype=torch.long, device=device

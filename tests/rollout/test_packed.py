@@ -1,0 +1,66 @@
+"""Packed layers compute what plain ones do, from the weights as they are, and leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from remax_lightning.rollout import packed
+from remax_lightning.rollout.packed import packed_linears
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 25)[None].expand(3, -1)).logits
+
+
+def test_packed_layers_give_the_same_logits_and_the_old_forward_comes_back() -> None:
+    model = tiny_model("llama")
+    plain = outputs(model)
+    with packed_linears(model, 3):
+        assert "forward" in vars(model.lm_head)
+        torch.testing.assert_close(outputs(model), plain, atol=1e-5, rtol=1e-5)
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(outputs(model), plain)
+
+
+def test_weights_are_read_anew_each_time() -> None:
+    model = tiny_model("llama")
+    with packed_linears(model, 3):
+        before = outputs(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    with packed_linears(model, 3):
+        after = outputs(model)
+    torch.testing.assert_close(after, 2 * before, atol=1e-5, rtol=1e-5)
+
+
+def test_an_exception_inside_restores_the_layers() -> None:
+    model = tiny_model("opt")
+    with pytest.raises(RuntimeError, match="inside"), packed_linears(model, 3):
+        raise RuntimeError("inside")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_other_number_formats_subclasses_and_large_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(inputs)
+
+    for module in (nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).double(), Doubled(4, 4)):
+        with packed_linears(nn.Sequential(module), 2):
+            assert "forward" not in vars(module)
+    layer = nn.Linear(4, 4)
+    monkeypatch.setattr(packed, "MOST_BYTES", 8)
+    with packed_linears(nn.Sequential(layer), 2):
+        assert "forward" not in vars(layer)
+
+
+def test_a_bias_is_added_and_leading_dimensions_are_kept() -> None:
+    layer = nn.Linear(8, 6)
+    inputs = torch.randn(2, 3, 8)
+    with torch.no_grad(), packed_linears(nn.Sequential(layer), 6):
+        got = layer(inputs)
+    torch.testing.assert_close(got, torch.nn.functional.linear(inputs, layer.weight, layer.bias))
