@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.rollout.engine import Generated, RolloutEngine, SamplingConfig
-from remax_lightning.rollout.forward import takes
+from remax_lightning.rollout.forward import language_model, takes
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
 from remax_lightning.rollout.paired import PairedEngine
 
@@ -38,6 +38,7 @@ class AutoEngine:
         greedy: bool = True,
     ) -> Generated:
         """Write responses with the engine that fits `model`; see `RolloutEngine`."""
+        model = language_model(model)
         if self._engine is None:
             self._engine = choose_engine(model)
         return self._engine.generate(
@@ -54,12 +55,23 @@ class AutoEngine:
 
 def choose_engine(model: PreTrainedModel) -> RolloutEngine:
     """Return the fastest engine that is right for `model`."""
-    name = type(model).__name__
+    against = obstacle(model)
+    engine = HuggingFaceEngine() if against else PairedEngine()
+    reason = against or "takes a key-value cache"
+    log.info("rollout engine: %s, since %s %s", type(engine).__name__, type(model).__name__, reason)
+    return engine
+
+
+def obstacle(model: PreTrainedModel) -> str:
+    """Return what keeps `PairedEngine` from decoding with `model`, or nothing."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
     if getattr(model, "_is_stateful", False):
-        log.info("rollout engine: HuggingFaceEngine, since %s keeps a recurrent state", name)
-        return HuggingFaceEngine()
+        return "keeps a recurrent state"
     if not takes(model, "past_key_values"):
-        log.info("rollout engine: HuggingFaceEngine, since %s takes no key-value cache", name)
-        return HuggingFaceEngine()
-    log.info("rollout engine: PairedEngine, since %s takes a key-value cache", name)
-    return PairedEngine()
+        return "takes no key-value cache"
+    # Such layers keep a state of convolution or recurrence, whose rows cannot be selected as those of keys and values.
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+        return "keeps more than keys and values in its cache"
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -18,9 +18,17 @@ def _forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside of a PEFT wrapper that adapts its layers; a wrapper that prepends a prompt stays."""
+    wrapper: Any = model
+    if not hasattr(model, "get_base_model") or wrapper.active_peft_config.is_prompt_learning:
+        return model
+    return cast("PreTrainedModel", wrapper.get_base_model())
+
+
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's `forward` has a parameter of that name; `BLOOM`, for one, has no position ids."""
-    return argument in _forward_parameters(type(model).forward)
+    return argument in _forward_parameters(type(language_model(model)).forward)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.rollout.engine import Generated, SamplingConfig
+from remax_lightning.rollout.forward import language_model
 from remax_lightning.rollout.sampling import next_tokens
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class HuggingFaceEngine:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
         from transformers import GenerationConfig, LogitsProcessorList
 
+        model = language_model(model)  # a PEFT wrapper would write our configuration into the model's own
         batch, prompt_length = prompt_ids.shape
         num_sampled = batch * sampling.num_samples
         prompts = torch.arange(batch, device=prompt_ids.device)

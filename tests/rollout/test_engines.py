@@ -184,3 +184,18 @@ def test_auto_engine_chooses_by_architecture(caplog: pytest.LogCaptureFixture) -
     assert generated.greedy_ids.shape == (2, 4)
     assert "HuggingFaceEngine, since MambaForCausalLM" in caplog.text
     assert "PairedEngine, since LlamaForCausalLM" in caplog.text
+
+
+def test_a_lora_wrapper_is_seen_through() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from remax_lightning.rollout.forward import takes
+
+    model = tiny_model("gpt2")
+    model.generation_config.top_k = 7
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["c_attn"]))
+    assert takes(wrapped, "position_ids")
+    expected = run(PairedEngine, model, [3, 7, 5], max_response_length=6)
+    for engine in (AutoEngine, PairedEngine, HuggingFaceEngine):
+        assert torch.equal(run(engine, wrapped, [3, 7, 5], max_response_length=6).greedy_ids, expected.greedy_ids)
+    assert model.generation_config.top_k == 7
