@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's `forward` has a parameter of that name; `BLOOM`, for one, has no position ids."""
     return argument in _forward_parameters(type(language_model(model)).forward)
+
+
+def row_prompts(prompt_ids: Tensor, num_samples: int, greedy: bool) -> Tensor:
+    """Return `[N]` the prompt of each row: sampled rows first, prompt by prompt, then one greedy row per prompt."""
+    prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    return torch.cat([prompts.repeat_interleave(num_samples), prompts if greedy else prompts[:0]])
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.rollout.engine import Generated, SamplingConfig
-from remax_lightning.rollout.forward import language_model
+from remax_lightning.rollout.forward import language_model, row_prompts
 from remax_lightning.rollout.sampling import next_tokens
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ class HuggingFaceEngine:
         from transformers import GenerationConfig, LogitsProcessorList
 
         model = language_model(model)  # a PEFT wrapper would write our configuration into the model's own
-        batch, prompt_length = prompt_ids.shape
-        num_sampled = batch * sampling.num_samples
-        prompts = torch.arange(batch, device=prompt_ids.device)
-        rows = torch.cat([prompts.repeat_interleave(sampling.num_samples), prompts[: batch if greedy else 0]])
+        prompt_length, num_sampled = prompt_ids.shape[1], len(prompt_ids) * sampling.num_samples
+        rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
         choose = _Choose(sampling, num_sampled, prompt_length, eos_ids, generator)
         config = GenerationConfig(
             do_sample=False,

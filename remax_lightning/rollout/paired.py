@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.rollout.engine import Generated, SamplingConfig
-from remax_lightning.rollout.forward import model_inputs, takes
+from remax_lightning.rollout.forward import model_inputs, row_prompts, takes
 from remax_lightning.rollout.kv_slots import repeat_into_slots
 from remax_lightning.rollout.packed import packed_linears
 from remax_lightning.rollout.sampling import next_tokens
@@ -73,8 +73,7 @@ class _Decoding:
         device = prompt_ids.device
         batch, self.prompt_length = prompt_ids.shape
         self.eos_ids = torch.tensor(eos_ids, device=device)
-        prompts = torch.arange(batch, device=device)
-        rows = torch.cat([prompts.repeat_interleave(sampling.num_samples), prompts[: batch if greedy else 0]])
+        rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
 
         self.cache: DynamicCache = DynamicCache(config=model.config)
         inputs = model_inputs(model, prompt_ids, prompt_mask)
