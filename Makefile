@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test quick lint format clean
+.PHONY: help demo test quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"remax-lightning needs Python 3.11 or newer, {sys.executable} is {v}: call make PYTHON=python3.12")'
@@ -18,6 +18,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in minutes
@@ -37,6 +41,15 @@ lint: $(VENV)/.installed-test ## ruff and mypy
 format: $(VENV)/.installed-test ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-rollout: $(VENV)/.installed-bench ## measure rollouts beside other ways of making them
+	$(BIN)/python benchmarks/rollout.py
+
+bench-step: $(VENV)/.installed-bench ## measure a whole optimizer step beside the paper's way and TRL's
+	$(BIN)/python benchmarks/step.py
+
+bench-gpu: $(VENV)/.installed ## measure rollout and training pass against the limits of a CUDA device
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from remax_lightning import __version__
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "remax-lightning")
+PACKAGES = ("torch", "transformers", "lightning", "deepspeed")
 
 
 def description() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def description() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES} | {"remax-lightning": __version__},
     }
 
 

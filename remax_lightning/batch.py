@@ -91,6 +91,9 @@ class Rollout(NamedTuple):
         reward_parts: the named parts of the reward of the sampled responses, each `[S]`.
         reference_log_probs: `[S, R]` log-probs of the sampled tokens under the reference, or None without one.
         log_probs: `[S, R]` log-probs under the policy that sampled them, or None where the training pass gives them.
+        reference_hidden: `[S, R, D]` final hidden states of the reference that predict the sampled tokens, 0 outside
+            the response mask; None unless the KL is over the vocabulary. Of `[S, R, V]` logits they are a share D / V:
+            64 MiB instead of 2 GiB in bfloat16 for 8,192 tokens, D = 4,096 and V = 131,072.
     """
 
     prompt: PromptBatch
@@ -101,6 +104,7 @@ class Rollout(NamedTuple):
     reward_parts: dict[str, Tensor]
     reference_log_probs: Tensor | None
     log_probs: Tensor | None
+    reference_hidden: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -126,6 +130,7 @@ class Rollout(NamedTuple):
             reward_parts={name: value[first:last] for name, value in self.reward_parts.items()},
             reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[first:last],
             log_probs=None if self.log_probs is None else self.log_probs[first:last],
+            reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
         )
 
 

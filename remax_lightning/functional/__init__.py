@@ -9,7 +9,13 @@ from remax_lightning.functional.advantages import (
     whiten_advantages,
 )
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
-from remax_lightning.functional.log_probs import TokenStatistics, token_statistics
+from remax_lightning.functional.log_probs import (
+    OutputHead,
+    PolicyStatistics,
+    TokenStatistics,
+    hidden_statistics,
+    token_statistics,
+)
 from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
 
@@ -17,11 +23,14 @@ __all__ = [
     "Baseline",
     "KLCredit",
     "KLEstimator",
+    "OutputHead",
+    "PolicyStatistics",
     "RewardClipAt",
     "SurrogateLoss",
     "TokenStatistics",
     "baseline_values",
     "clipped_surrogate_loss",
+    "hidden_statistics",
     "kl_estimate",
     "kl_loss",
     "masked_mean",

@@ -1,13 +1,23 @@
-"""Log-probs of given tokens, and the entropy of the distributions that they come from."""
+"""Log-probs of given tokens, and entropy and KL of the distributions that they come from.
+
+From logits where these are there anyway, and from hidden states and the output embedding where they are not: then a
+few tokens' logits at a time, in the backward pass too, so that no tensor of tokens times vocabulary is ever alive.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
+
+LOGITS_AT_ONCE = 2**24
+"""How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of
+131,072. Two to three tensors of this size are what the pass needs beside its inputs and gradients."""
 
 
 class TokenStatistics(NamedTuple):
@@ -20,6 +30,37 @@ class TokenStatistics(NamedTuple):
 
     log_probs: Tensor
     entropy: Tensor
+
+
+class PolicyStatistics(NamedTuple):
+    """`TokenStatistics`, and how far the whole distribution is from the reference's.
+
+    Args:
+        log_probs: `[M]` or `[S, R]` log-probs of the given tokens in nats, differentiable.
+        entropy: of the same shape, entropy of the policy at that position in nats, detached.
+        kl: of the same shape, KL(policy || reference) over the vocabulary at that position in nats, differentiable;
+            None where no reference was given.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    kl: Tensor | None = None
+
+
+class OutputHead(NamedTuple):
+    """How a model makes logits of hidden states: `x = scale * (weight @ hidden + bias)`, then `cap * tanh(x / cap)`.
+
+    Args:
+        weight: `[V, D]` output embedding.
+        bias: `[V]`, or None.
+        scale: factor of the logits (Cohere multiplies them, Granite divides).
+        soft_cap: bound that the logits approach (Gemma 2), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
 
 
 def token_statistics(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> TokenStatistics:
@@ -45,3 +86,211 @@ def token_statistics(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> T
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
         entropy = torch.special.entr(log_softmax.exp()).sum(dim=-1)
     return TokenStatistics(log_probs, entropy)
+
+
+def hidden_statistics(
+    hidden: Tensor,
+    head: OutputHead,
+    ids: Tensor,
+    temperature: float = 1.0,
+    *,
+    reference: tuple[Tensor, OutputHead] | None = None,
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> PolicyStatistics:
+    """Return what `token_statistics` does, and the KL to a reference, without a tensor of all logits.
+
+    Forward and backward make the logits of as many tokens as `logits_at_once` allows and forget them again; for that
+    the backward pass makes a third matrix product. Where they all fit, the log-probs made of them are kept instead.
+    Logits are made in the weight's dtype (autocast's inside of autocast), as a model makes them, everything after that
+    in float32.
+
+    Args:
+        hidden: `[M, D]` final hidden states, those that predict `ids`.
+        head: makes logits of them.
+        ids: `[M]` token ids.
+        temperature: divides the logits, also those of the reference, after scale and soft cap.
+        reference: `[M, D']` final hidden states of the reference for the same tokens, and its head; gets no gradient.
+        logits_at_once: bound of tokens times vocabulary, at least one token.
+
+    Returns:
+        `[M]` float32 (float64 for float64), differentiable in `hidden`, `head.weight` and `head.bias`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or `temperature` or `logits_at_once` is not above 0.
+    """
+    check_shape("hidden", hidden, "[M, D]", (None, head.weight.shape[1]))
+    check_shape("ids", ids, "[M]", hidden.shape[:1])
+    check_that(temperature > 0, "temperature", "above 0", temperature)
+    check_that(logits_at_once > 0, "logits_at_once", "above 0", logits_at_once)
+    vocabulary, dtype = head.weight.shape[0], compute_dtype(hidden, head.weight)
+    compared: tuple[Any, ...] = (None, None, None, None)
+    if reference is not None:
+        other, other_head = reference
+        check_shape("the reference's weight", other_head.weight, "[V, D']", (vocabulary, None))
+        check_shape("the reference's hidden", other, "[M, D']", (hidden.shape[0], other_head.weight.shape[1]))
+        tensors = (None if x is None else x.detach() for x in (other, other_head.weight, other_head.bias))
+        compared = (*tensors, _Form.of(other_head, temperature, dtype))
+    form, rows = _Form.of(head, temperature, dtype), max(1, logits_at_once // vocabulary)
+    apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
+    return PolicyStatistics(*apply(hidden, head.weight, head.bias, form, *compared, ids.long(), rows))
+
+
+class _Form(NamedTuple):
+    """What of the way from hidden states to logits is no tensor."""
+
+    scale: float
+    soft_cap: float | None
+    temperature: float
+    product_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, head: OutputHead, temperature: float, dtype: torch.dtype) -> _Form:
+        product_dtype, device = head.weight.dtype, head.weight.device.type
+        if product_dtype != torch.float64 and torch.is_autocast_enabled(device):
+            product_dtype = torch.get_autocast_dtype(device)
+        return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype)
+
+    def prepared(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return them in the dtype of the product."""
+        return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return logits over the temperature, a new tensor."""
+        logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def log_softmax(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs of all tokens, and the derivative of the soft cap."""
+        logits = self.logits(hidden, weight, bias)
+        found = torch.log_softmax(logits, dim=-1)
+        if self.soft_cap is None:
+            return found, None
+        return found, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
+
+    def of_product(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+        """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""
+        if slope is not None:
+            gradient.mul_(slope)
+        factor = self.scale / self.temperature
+        return (gradient if factor == 1 else gradient.mul_(factor)).to(self.product_dtype)
+
+
+class _HiddenStatistics(torch.autograd.Function):
+    """Log-prob, entropy and, beside a reference, KL per token; backward makes logits again that did not fit at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        form: _Form,
+        other: Tensor | None,
+        other_weight: Tensor | None,
+        other_bias: Tensor | None,
+        other_form: _Form | None,
+        ids: Tensor,
+        rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=form.dtype) for _ in range(2))
+        kl, kept = None if other is None else torch.zeros_like(log_probs), None
+        keep = len(hidden) <= rows and form.soft_cap is None and any(ctx.needs_input_grad)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head, compared = form.prepared(weight, bias), _Compared.of(other, other_weight, other_bias, other_form)
+            for part in _slices(len(hidden), rows):
+                own = form.log_softmax(hidden[part], *head)[0]
+                log_probs[part] = own.gather(-1, ids[part, None]).squeeze(-1)
+                if compared is not None and kl is not None:
+                    kl[part] = compared.log_ratio(own, part).mul_(own.exp()).sum(-1)
+                # Tokens that cannot come have no entropy, where 0 * -inf would be NaN.
+                entropy[part] = -own.exp().mul_(own.clamp_min_(torch.finfo(form.dtype).min)).sum(-1)
+                kept = own if keep else None
+                del own  # or it would be alive beside the next chunk's
+        ctx.form, ctx.other_form, ctx.rows = form, other_form, rows
+        ctx.save_for_backward(hidden, weight, bias, other, other_weight, other_bias, ids, kl, kept)
+        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_log_probs: Tensor | None, _: None, of_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, other, other_weight, other_bias, ids, kl, kept = ctx.saved_tensors
+        form: _Form = ctx.form
+        sums = _Sums(hidden, weight, bias, ctx.needs_input_grad, form.dtype)
+        if of_log_probs is None:
+            of_log_probs = hidden.new_zeros(len(hidden), dtype=form.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head, compared = form.prepared(weight, bias), None
+            if of_kl is not None:
+                compared = _Compared.of(other, other_weight, other_bias, ctx.other_form)
+            for part in _slices(len(hidden), ctx.rows):
+                own, slope = (kept, None) if kept is not None else form.log_softmax(hidden[part], *head)
+                weights = -of_log_probs[part, None]
+                if compared is not None and of_kl is not None:
+                    weights = compared.log_ratio(own, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
+                gradient = own.exp().mul_(weights).scatter_add_(-1, ids[part, None], of_log_probs[part, None])
+                sums.add(part, form.of_product(gradient, slope), head[0])
+                del own, slope, weights, gradient  # or they would be alive beside the next chunk's
+        return (*sums.gradients(), *7 * [None])
+
+
+class _Compared(NamedTuple):
+    """The reference's side of a KL."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    form: _Form
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: _Form | None
+    ) -> _Compared | None:
+        if hidden is None or weight is None or form is None:
+            return None
+        return cls(hidden, *form.prepared(weight, bias), form)
+
+    def log_ratio(self, own: Tensor, rows: slice) -> Tensor:
+        """Return the log-probs `own` minus the reference's, 0 where the policy's are -inf; a new tensor."""
+        other = self.form.log_softmax(self.hidden[rows], self.weight, self.bias)[0]
+        return other.neg_().add_(own).masked_fill_(own <= torch.finfo(own.dtype).min, 0.0)
+
+
+class _Sums:
+    """The gradients that are asked for, added up over the chunks; float32 for a 16-bit weight too."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], dtype: torch.dtype
+    ) -> None:
+        self.inputs = hidden, weight, bias
+        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
+
+    def add(self, rows: slice, gradient: Tensor, weight: Tensor) -> None:
+        """Add what the `[rows, V]` gradient of the matrix product with `weight` gives."""
+        if self.hidden is not None:
+            self.hidden[rows] = (gradient @ weight).to(self.hidden.dtype)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        if self.weight is not None:
+            hidden = self.inputs[0][rows].to(gradient.dtype)
+            if gradient.dtype == self.weight.dtype:
+                self.weight.addmm_(gradient.T, hidden)
+            else:
+                self.weight += gradient.T @ hidden
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden, weight and bias in their dtypes."""
+        found = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
+        return tuple(None if sum_ is None or of is None else sum_.to(of.dtype) for sum_, of in found)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
+from remax_lightning.modules.head import required_head
 from remax_lightning.modules.options import KLConfig
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
@@ -26,6 +27,13 @@ def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: P
             f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
             f" model.reference.path (usually {policy.path!r}, where the policy starts) or model.{key} to 0"
         )
+
+
+def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Refuse a KL over the vocabulary to or from a model whose output head cannot be read."""
+    if kl.full:
+        required_head(policy, "model.policy")
+        required_head(reference, "model.reference")
 
 
 def check_vocabularies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from remax_lightning.functional import (
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
+    masked_mean,
     reinforce_loss,
     remax_advantages,
 )
@@ -72,12 +73,21 @@ class Objective:
             return mask & ~rollout.sampled.truncated[:, None]
         return mask
 
-    def kl(self, log_probs: Tensor, rollout: Rollout) -> Tensor | None:
-        """Return the `[S, R]` unscaled KL estimate per token, without gradient; None without a reference."""
+    def kl(self, log_probs: Tensor, rollout: Rollout, full_kl: Tensor | None = None) -> Tensor | None:
+        """Return the `[S, R]` unscaled KL estimate per token, without gradient; None without a reference.
+
+        Args:
+            log_probs: `[S, R]` of the policy.
+            rollout: the responses.
+            full_kl: `[S, R]` KL over the vocabulary; needed where the configuration says `full`.
+        """
         if rollout.reference_log_probs is None:
             return None
         config = self.kl_config
-        estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
+        if config.estimator == "full":
+            estimate = _clamped(full_kl, config.clamp).detach()
+        else:
+            estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
         return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
 
     def advantages(
@@ -111,7 +121,12 @@ class Objective:
         return counted.view(updates, -1).sum(-1).double()
 
     def loss(
-        self, log_probs: Tensor, rollout: Rollout, advantages: Tensor, normaliser: Tensor
+        self,
+        log_probs: Tensor,
+        rollout: Rollout,
+        advantages: Tensor,
+        normaliser: Tensor,
+        full_kl: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a part of a rollout and the share of its tokens whose ratio was clipped.
 
@@ -121,6 +136,7 @@ class Objective:
             advantages: `[S, R]`.
             normaliser: what the sum over tokens is divided by; this part's own tokens take its place where the
                 configuration says `micro_batch`.
+            full_kl: `[S, R]` KL over the vocabulary, differentiable; needed where the configuration says `full`.
         """
         mask, config = self.loss_mask(rollout), self.loss_config
         if config.normaliser == "micro_batch":
@@ -136,7 +152,18 @@ class Objective:
                 log_probs, old, advantages, mask, normaliser, config.clip_range, config.dual_clip
             )
         if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
-            log_ratio = log_probs - rollout.reference_log_probs
-            term = kl_loss(log_ratio, mask, normaliser, self.kl_config.loss_estimator, self.kl_config.clamp)
-            loss = loss + self.kl_config.loss_coef * term
+            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normaliser, full_kl)
         return loss, clip_fraction.detach()
+
+    def _kl_term(self, log_probs: Tensor, rollout: Rollout, normaliser: Tensor, full_kl: Tensor | None) -> Tensor:
+        mask, config = self.loss_mask(rollout), self.kl_config
+        if config.loss_estimator == "full":
+            return masked_mean(_clamped(full_kl, config.clamp), mask, normaliser)
+        log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)
+        return kl_loss(log_ratio, mask, normaliser, config.loss_estimator, config.clamp)
+
+
+def _clamped(full_kl: Tensor | None, clamp: float | None) -> Tensor:
+    if full_kl is None:
+        raise ValueError("full_kl must be a tensor [S, R] for a KL over the vocabulary, got None")
+    return full_kl if clamp is None else full_kl.clamp(max=clamp)

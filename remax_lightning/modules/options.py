@@ -19,24 +19,38 @@ class KLConfig:
 
     Args:
         estimator: k1, k2 or k3 of http://joschu.net/blog/kl-approx.html; k1 is unbiased and what to-go credit needs.
+            `full` is the KL over the vocabulary itself. It does not depend on the token that was sampled, so as a
+            reward it charges a token with later tokens only (to go) or with nothing on average (one step): what
+            to-go credit then lacks, `loss_estimator: full` with `loss_coef` equal to `model.kl_coef` adds.
         credit: `to_go` charges a token with the KL of itself and all later tokens, which is the exact gradient;
             `one_step` with its own only, as the paper's code does; `none` keeps the KL out of the reward.
         clamp: bound of a token's estimate in nats; None for no bound.
         in_baseline: the baseline is taken of reward minus KL (TRL's RLOO); leave_one_out and group_mean only.
         loss_coef: coefficient of the KL as a term of the loss, beside or instead of the one in the reward.
-        loss_estimator: estimator of that term. k2's gradient is that of the KL itself; k1's is zero on average.
+        loss_estimator: estimator of that term. k2's gradient is on average that of each token's KL, which `full` has
+            exactly; k1's is zero on average.
     """
 
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
     credit: Literal["to_go", "one_step", "none"] = "to_go"
     clamp: float | None = None
     in_baseline: bool = False
     loss_coef: float = 0.0
-    loss_estimator: Literal["k2", "k3"] = "k2"
+    loss_estimator: Literal["k2", "k3", "full"] = "k2"
 
     def __post_init__(self) -> None:
         _require(self.clamp is None or self.clamp > 0, "kl.clamp", "null or above 0", self.clamp)
         _require(self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
+
+    @property
+    def full_loss(self) -> bool:
+        """Whether the loss has a term with the KL over the vocabulary."""
+        return self.loss_coef > 0 and self.loss_estimator == "full"
+
+    @property
+    def full(self) -> bool:
+        """Whether the KL over the vocabulary is needed."""
+        return self.estimator == "full" or self.full_loss
 
 
 @dataclass(frozen=True)

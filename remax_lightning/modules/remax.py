@@ -12,16 +12,16 @@ from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, Rollout, StepOutput
 from remax_lightning.errors import UserError
-from remax_lightning.functional import TokenStatistics
+from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models import PretrainedModel, freeze
+from remax_lightning.modules import checks
 from remax_lightning.modules.checkpointing import experience_from_state, experience_state
-from remax_lightning.modules.checks import check_kl, check_lengths, check_vocabularies, updates_per_rollout
 from remax_lightning.modules.collect import Stopping, collect, timed
 from remax_lightning.modules.objective import Experience, Objective
 from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.modules.reporting import Sums, predictions, step_values
-from remax_lightning.modules.statistics import response_statistics
+from remax_lightning.modules.statistics import policy_statistics, with_reference
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 
@@ -69,7 +69,7 @@ class ReMaxModule(PolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, tokenizer, optimizer, lr_scheduler)
-        check_kl(kl_coef, kl, policy, reference)
+        checks.check_kl(kl_coef, kl, policy, reference)
         self.reward, self.reference_source = reward, reference
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self.sampling, self.kl_coef = sampling, kl_coef
@@ -93,7 +93,7 @@ class ReMaxModule(PolicyModule):
         if self.reference_source is None or self.reference is not None:
             return
         reference = freeze(self.reference_source.load("model.reference"))
-        check_vocabularies(self.policy, reference, self.policy_source.path, self.reference_source.path)
+        checks.check_vocabularies(self.policy, reference, self.policy_source.path, self.reference_source.path)
         self.__dict__["_reference"] = reference
 
     def on_fit_start(self) -> None:
@@ -113,17 +113,18 @@ class ReMaxModule(PolicyModule):
     def _prepare(self) -> None:
         if self.reference is not None:
             cast("torch.nn.Module", self.reference).to(self.device)
+            checks.check_full_kl(self.objective.kl_config, self.policy, self.reference)
         if self._reward_device != self.device:
             self.reward.load(self.device)
             self._reward_device = self.device
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**63
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        check_lengths(self.policy, longest, self.sampling.max_response_length)
+        checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
     def _updates_per_rollout(self, num_splits: int) -> int:
-        trainer, kind = self.trainer, self.objective.loss_config.kind
-        return updates_per_rollout(num_splits, trainer.accumulate_grad_batches, kind, trainer.num_training_batches)
+        accumulate, num_batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        return checks.updates_per_rollout(num_splits, accumulate, self.objective.loss_config.kind, num_batches)
 
     # Training
 
@@ -138,21 +139,20 @@ class ReMaxModule(PolicyModule):
         if split + 1 == num_splits:
             self._experience = None  # the last part: nothing to carry over, in memory or in a checkpoint
         part = experience.rollout.part(split, num_splits)
-        now = self._statistics(self.policy, part)  # the only pass with gradients
+        now = self._statistics(part)  # the only pass with gradients
         if experience.advantages is None:
-            kl = self.objective.kl(now.log_probs, part)
+            kl = self.objective.kl(now.log_probs, part, now.kl)
             advantages = self.objective.advantages(part, kl, self.kl_coef, self._sum_over_ranks)
         else:
             rows = slice(split * len(part.reward), (split + 1) * len(part.reward))
             advantages = experience.advantages[rows]
             kl = None if experience.kl is None else experience.kl[rows]
         accumulate = self.trainer.accumulate_grad_batches
-        loss, clip_fraction = self.objective.loss(
-            now.log_probs, part, advantages, self._share(experience.normalisers[split // accumulate])
-        )
+        normaliser = self._share(experience.normalisers[split // accumulate])
+        loss, clip_fraction = self.objective.loss(now.log_probs, part, advantages, normaliser, now.kl)
         output = StepOutput(
             loss=loss,
-            rollout=part,
+            rollout=part._replace(reference_hidden=None),  # a callback may keep outputs for long
             advantages=advantages,
             kl=kl,
             entropy=now.entropy.detach(),
@@ -177,8 +177,10 @@ class ReMaxModule(PolicyModule):
         if updates == 1 and not whitens_parts:
             return Experience(rollout, normalisers)
         with torch.no_grad(), timed(times, "reward", self.device):
-            rollout = rollout._replace(log_probs=self._log_probs(self.policy, rollout))
-        kl = self.objective.kl(cast(Tensor, rollout.log_probs), rollout)
+            now = self._statistics(rollout, passes=batch.num_splits)
+        kl = self.objective.kl(now.log_probs, rollout, now.kl)
+        hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
+        rollout = rollout._replace(log_probs=now.log_probs, reference_hidden=hidden)
         advantages = self.objective.advantages(rollout, kl, self.kl_coef, self._sum_over_ranks)
         return Experience(rollout, normalisers, advantages, kl)
 
@@ -202,17 +204,14 @@ class ReMaxModule(PolicyModule):
         if self.reference is None:
             return rollout
         with torch.no_grad(), timed(times, "reward", self.device):
-            return rollout._replace(reference_log_probs=self._log_probs(self.reference, rollout))
+            return with_reference(rollout, self.reference, self._temperature, self.objective.kl_config.full)
 
-    def _statistics(self, model: PreTrainedModel, rollout: Rollout) -> TokenStatistics:
-        temperature = self.sampling.temperature if self.sampling.scale_log_probs else 1.0
-        return response_statistics(model, rollout.prompt, rollout.sampled, temperature)
+    @property
+    def _temperature(self) -> float:
+        return self.sampling.temperature if self.sampling.scale_log_probs else 1.0
 
-    def _log_probs(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        """Return `[S, R]` log-probs of a whole rollout, in passes as large as a training pass."""
-        num_splits = rollout.prompt.num_splits
-        parts = [self._statistics(model, rollout.part(i, num_splits)).log_probs for i in range(num_splits)]
-        return torch.cat(parts)
+    def _statistics(self, rollout: Rollout, passes: int = 1) -> PolicyStatistics:
+        return policy_statistics(self.policy, rollout, self._temperature, self.reference, passes)
 
     def _generator(self, stage: int, count: int) -> torch.Generator:
         """Return a generator for one rollout, its seed made from run, rank, stage and number.
@@ -255,10 +254,10 @@ class ReMaxModule(PolicyModule):
     def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> StepOutput:
         times = {"rollout": 0.0, "reward": 0.0}
         rollout = self._roll_out(batch, self._generator(EVALUATION, batch_idx), True, times)
-        now = self._statistics(self.policy, rollout)
-        kl = self.objective.kl(now.log_probs, rollout)
+        now = self._statistics(rollout)
+        kl = self.objective.kl(now.log_probs, rollout, now.kl)
         output = StepOutput(
-            rollout=rollout,
+            rollout=rollout._replace(reference_hidden=None),
             advantages=self.objective.advantages(rollout, kl, self.kl_coef, lambda values: values),
             kl=kl,
             entropy=now.entropy,

@@ -20,14 +20,14 @@ def packed_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     A decoding step multiplies a few dozen rows with every weight of the model. At such shapes the general matrix
     product spends half its time arranging the weights, at every token anew; packed once per rollout, they are ready.
     The packed copy is made from the weights as they are now and dropped at the end, so it is never out of date.
-    Anything but plain float32 layers on a CPU is left alone.
+    Anything but plain float32 layers on a CPU is left alone, and so is mixed precision, which multiplies in bfloat16.
 
     Args:
         model: whose layers are packed.
         num_rows: rows of a decoding step, which the layout is chosen for.
     """
     layers: list[Any] = [module for module in model.modules() if _can_pack(module)]
-    if sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
+    if torch.is_autocast_enabled("cpu") or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
         layers = []
     packed: Any = torch.ops.mkldnn
     for layer in layers:

@@ -47,14 +47,21 @@ def random_rollout(num_samples: int, seed: int) -> tuple[Rollout, Tensor]:
     return rollout, now
 
 
-def expected_advantages(name: str, rollout: Rollout, now: Tensor) -> Matrix:
+def random_full_kl(seed: int) -> Tensor:
+    """A KL over the vocabulary, which no log-probs of sampled tokens tell."""
+    shape = cases.make(1, seed=seed).mask.shape
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
+
+
+def expected_advantages(name: str, rollout: Rollout, now: Tensor, full_kl: Tensor) -> Matrix:
     reward, mask = rollout.reward.tolist(), rollout.sampled.response_mask.tolist()
     kl = (now - rollout.reference_log_probs).tolist()
     greedy = oracle.greedy(rollout.baseline_reward.tolist(), 1)
     if name == "reference":
         return oracle.reference_implementation(reward, greedy, kl, mask, beta=0.05, gamma=0.99, bound=5.0)
     if name == "model_card":
-        return oracle.reference_implementation(reward, greedy, kl, mask, beta=0.1, gamma=0.99, bound=1.0)
+        full = full_kl.tolist()
+        return oracle.reference_implementation(reward, greedy, full, mask, beta=0.1, gamma=0.99, bound=1.0)
     if name == "verl":
         return oracle.verl(reward, greedy, kl, mask, beta=0.001)
     clamped = [[estimates.kl_estimate(value, "k1", 10.0) for value in row] for row in kl]
@@ -66,9 +73,10 @@ def expected_advantages(name: str, rollout: Rollout, now: Tensor) -> Matrix:
 def test_advantages_and_loss(name: str, seed: int) -> None:
     ours = objective(name)
     rollout, now = random_rollout(settings(name)["sampling"]["num_samples"], seed)
-    kl = ours.kl(now, rollout)
+    full_kl = random_full_kl(seed)
+    kl = ours.kl(now, rollout, full_kl if name == "model_card" else None)
     found = ours.advantages(rollout, kl, settings(name)["kl_coef"], lambda values: values)
-    expected = expected_advantages(name, rollout, now)
+    expected = expected_advantages(name, rollout, now, full_kl)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
     normaliser = torch.tensor(100.0)  # the tokens of an optimizer step of which this rollout is a part
@@ -101,14 +109,15 @@ def test_first_update_of_a_clipped_preset_is_plain_reinforce(name: str) -> None:
 # Rows 1 to 18 of parity.md, as far as a preset can say them.
 GOLDEN: dict[str, dict[str, Any]] = {
     "reference": {
-        "advantage.baseline": "greedy", "kl.in_baseline": False, "kl.credit": "one_step", "kl.clamp": None,
-        "kl_coef": 0.05, "advantage.gamma": 0.99, "advantage.reward_clip": 5.0,
+        "advantage.baseline": "greedy", "kl.in_baseline": False, "kl.credit": "one_step", "kl.estimator": "k1",
+        "kl.clamp": None, "kl_coef": 0.05, "advantage.gamma": 0.99, "advantage.reward_clip": 5.0,
         "advantage.reward_clip_at": "after_baseline", "advantage.whiten": False, "loss.kind": "reinforce",
         "loss.normaliser": "micro_batch", "sampling.temperature": 1.0, "sampling.top_p": 0.9, "sampling.top_k": 50,
         "sampling.scale_log_probs": False, "sampling.num_samples": 1, "sampling.min_p": 0.0,
     },
     "model_card": {
-        "advantage.baseline": "greedy", "kl.credit": "one_step", "kl_coef": 0.1, "advantage.gamma": 0.99,
+        "advantage.baseline": "greedy", "kl.credit": "one_step", "kl.estimator": "full", "kl.clamp": None,
+        "kl_coef": 0.1, "advantage.gamma": 0.99,
         "advantage.reward_clip": 1.0, "advantage.reward_clip_at": "after_baseline", "loss.kind": "reinforce",
         "loss.normaliser": "micro_batch", "sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.top_k": 50,
         "sampling.scale_log_probs": False, "sampling.max_response_length": 384, "optimizer.init_args.lr": 5e-7,
@@ -122,6 +131,7 @@ GOLDEN: dict[str, dict[str, Any]] = {
     },
     "openrlhf": {
         "advantage.baseline": "group_mean", "kl.in_baseline": False, "kl.credit": "to_go", "kl.clamp": 10.0,
+        "kl.estimator": "k1",
         "kl_coef": 0.01, "advantage.gamma": 1.0, "advantage.reward_clip": 10.0,
         "advantage.reward_clip_at": "after_baseline", "advantage.whiten": True, "loss.kind": "clipped",
         "loss.clip_range": 0.2, "loss.dual_clip": None, "loss.normaliser": "tokens", "sampling.temperature": 1.0,

@@ -10,9 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.batch import PromptBatch, Responses
-from remax_lightning.modules.statistics import response_statistics
+from remax_lightning.batch import PromptBatch, Responses, Rollout
+from remax_lightning.errors import UserError
+from remax_lightning.modules import statistics as statistics_module
+from remax_lightning.modules.head import FoundHead, find_head
+from remax_lightning.modules.statistics import policy_statistics, response_statistics, with_reference
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt")
 PROMPTS = [[1, 5, 6], [1, 9, 8, 7, 30, 31], [40]]
@@ -88,3 +93,173 @@ def test_gradient_comes_from_the_log_probs_of_counted_tokens_only() -> None:
     outside = ~responses.response_mask
     gradient = torch.autograd.grad(statistics.log_probs[outside].sum(), model.lm_head.weight, allow_unused=True)[0]
     assert gradient is None or float(gradient.abs().max()) == 0
+
+
+# With and without the model making its logits itself
+
+FORMS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gpt2": {},
+    "opt": {},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "cohere": {"logit_scale": 3.0},
+    "granite": {"logits_scaling": 0.2},
+}
+
+
+def model_of(family: str, seed: int = 0) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if family in FAMILIES:
+        return tiny_model(family, seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**sizes, **ids, **FORMS[family], intermediate_size=64, vocab_size=96)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def without_heads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it, and models make their logits themselves."""
+    return lambda: monkeypatch.setattr(statistics_module, "find_head", lambda model: FoundHead(None, "test"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", FORMS)
+def test_hidden_states_give_what_logits_give(family: str, temperature: float, without_heads: Any) -> None:
+    model = model_of(family)
+    assert find_head(model).head is not None
+    weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+
+    def found() -> tuple[Any, list[Tensor]]:
+        statistics = response_statistics(model, *batch(), temperature)
+        return statistics, torch.autograd.grad((weights * statistics.log_probs).sum(), list(model.parameters()))
+
+    statistics, gradients = found()
+    without_heads()
+    expected, expected_gradients = found()
+    for values, wanted in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(values, wanted, atol=1e-5, rtol=0)
+    assert expected.log_probs.std() > 0.3
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients)
+    assert max(map(distance, gradients, expected_gradients)) < 1e-5 * largest
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_without_a_head_either(family: str, without_heads: Any) -> None:
+    without_heads()
+    test_padding_changes_nothing(family)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor whose last dimension is the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            # The transposed weight has the vocabulary last, too.
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (500,) and tensor.shape != (32, 500):
+                self.tokens = max(self.tokens, tensor.numel() // 500)
+        return result
+
+
+def test_logits_are_made_of_a_few_counted_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, without_heads: Any) -> None:
+    model = tiny_model("llama", vocab_size=500)
+    find_head(model)
+    chunked = statistics_module.hidden_statistics
+    monkeypatch.setattr(
+        statistics_module, "hidden_statistics", lambda *inputs: chunked(*inputs, logits_at_once=4 * 500)
+    )
+    with Largest() as largest:
+        response_statistics(model, *batch()).log_probs.sum().backward()
+    assert largest.tokens == 4
+    without_heads()
+    with Largest() as largest:
+        response_statistics(model, *batch()).log_probs.sum().backward()
+    assert largest.tokens >= 6 * 5
+
+
+# The KL over the vocabulary
+
+
+def rollout_of(num_splits: int = 1, **padding: int) -> Rollout:
+    prompt, responses = batch(**padding)
+    nothing = torch.zeros(len(RESPONSES))
+    return Rollout(prompt._replace(num_splits=num_splits), responses, None, nothing, None, {}, None, None)
+
+
+def kl_one_by_one(policy: Any, reference: Any, temperature: float) -> list[list[float]]:
+    """KL(policy || reference) over the vocabulary, one unpadded response after the other, in double precision."""
+    doubles = [copy.deepcopy(model).double() for model in (policy, reference)]
+    found = []
+    for i, response in enumerate(RESPONSES):
+        prompt = PROMPTS[i // 2]
+        with torch.no_grad():
+            own, other = (
+                model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature for model in doubles
+            )
+        rows = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        found.append(
+            [
+                float(
+                    torch.distributions.kl_divergence(
+                        *(torch.distributions.Categorical(logits=x[t]) for x in (own, other))
+                    )
+                )
+                for t in rows
+            ]
+        )
+    return found
+
+
+@pytest.mark.parametrize("padding", [{}, {"extra_left": 3, "extra_right": 2}])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("family", "other"), [("llama", "llama"), ("gpt2", "opt"), ("gemma2", "cohere")])
+def test_kl_over_the_vocabulary(family: str, other: str, splits: int, padding: dict[str, int]) -> None:
+    policy, reference = model_of(family), model_of(other, seed=1)
+    with torch.no_grad():
+        rollout = with_reference(rollout_of(splits, **padding), reference, 0.6, keep_hidden=True)
+    width = rollout.sampled.response_mask.shape[1]
+    assert rollout.reference_hidden.shape == (6, width, 32)
+    assert rollout.reference_hidden[~rollout.sampled.response_mask].abs().max() == 0
+    found = policy_statistics(policy, rollout, 0.6, reference, passes=splits)
+    assert found.kl.requires_grad
+    for row, wanted in zip(found.kl.tolist(), kl_one_by_one(policy, reference, 0.6), strict=True):
+        assert row[: len(wanted)] == pytest.approx(wanted, abs=2e-5, rel=1e-5)
+        assert row[len(wanted) :] == [0.0] * (width - len(wanted))
+        assert max(wanted) > 0.05
+    plain = response_statistics(policy, rollout.prompt, rollout.sampled, 0.6)
+    torch.testing.assert_close(found.log_probs, plain.log_probs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.entropy, plain.entropy, atol=1e-6, rtol=0)
+
+
+def test_the_reference_keeps_nothing_unless_asked_and_changes_no_log_probs() -> None:
+    reference = tiny_model("llama")
+    with torch.no_grad():
+        rollout = with_reference(rollout_of(3), reference)
+        whole = with_reference(rollout_of(), reference, keep_hidden=True)
+    assert rollout.reference_hidden is None
+    assert policy_statistics(reference, rollout, 1.0, reference).kl is None
+    torch.testing.assert_close(rollout.reference_log_probs, whole.reference_log_probs, atol=1e-6, rtol=0)
+    assert policy_statistics(reference, whole, 1.0, reference).kl.abs().max() == 0
+
+
+def test_a_model_whose_head_cannot_be_read_has_no_kl_over_the_vocabulary() -> None:
+    policy, reference = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        rollout = with_reference(rollout_of(), reference, keep_hidden=True)
+    policy.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(UserError, match=r"model\.kl\.estimator .* the output head of model\.policy"):
+        policy_statistics(policy, rollout, 1.0, reference)
+    with pytest.raises(UserError, match=r"model\.kl\.estimator .* the output head of model\.reference"):
+        with_reference(rollout, policy, keep_hidden=True)

@@ -64,3 +64,11 @@ def test_a_bias_is_added_and_leading_dimensions_are_kept() -> None:
     with torch.no_grad(), packed_linears(nn.Sequential(layer), 6):
         got = layer(inputs)
     torch.testing.assert_close(got, torch.nn.functional.linear(inputs, layer.weight, layer.bias))
+
+
+def test_mixed_precision_keeps_its_own_product() -> None:
+    model = tiny_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = outputs(model)
+        with packed_linears(model, 3):
+            assert torch.equal(outputs(model), plain)

@@ -1,0 +1,115 @@
+"""The benchmarks run and write lines that can be read; what they measure at these sizes means nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark as Python does when it is run: with its own folder on the path, and nothing of it kept."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    yield importlib.import_module
+    for name in names & set(sys.modules):
+        del sys.modules[name]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rollout_compares_every_way_with_two_generate_calls(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rollout.jsonl"
+    command = ["--sizes", "toy", "--geometric", "toy", "--results", str(path), "--warmup", "0"]
+    command += ["--repetitions", "2", "--geometric-repetitions", "2"]
+    load("rollout").main(command)
+    lines = lines_of(path)
+    expected = {"two_generate_calls", "one_generate_call", "huggingface_engine", "ours"}
+    for kind in ("fixed", "geometric"):
+        found = {line["variant"]: line for line in lines if line["lengths"] == kind}
+        assert set(found) - {"trl_rloo"} == expected
+        assert found["two_generate_calls"]["ratio"] == 1
+        assert all(line["seconds"] > 0 and line["versions"]["torch"] for line in found.values())
+    assert all(line["mean_length"] == 8 for line in lines if line["lengths"] == "fixed")
+    assert all(line["mean_length"] < 5 for line in lines if line["lengths"] == "geometric")
+
+
+def test_a_new_measurement_takes_the_place_of_the_old_one(load: Any, tmp_path: Path) -> None:
+    path, timing = tmp_path / "results.jsonl", load("timing")
+    old = {"benchmark": "rollout", "size": "tiny", "variant": "ours", "seconds": 2.0}
+    timing.save(path, [old, old | {"size": "small"}])
+    timing.save(path, [old | {"seconds": 1.0}])
+    assert [(line["size"], line["seconds"]) for line in lines_of(path)] == [("small", 2.0), ("tiny", 1.0)]
+
+
+def test_variants_run_in_turn_and_warm_up_first(load: Any) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def variant(name: str) -> Any:
+        return lambda turn: calls.append((name, turn)) or {"seconds": float(turn)}
+
+    found = load("timing").interleaved({"a": variant("a"), "b": variant("b")}, repetitions=2, warmup=1)
+    assert calls == [("a", -1), ("b", -1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert found == {"a": {"seconds": [0.0, 1.0]}, "b": {"seconds": [0.0, 1.0]}}
+
+
+def test_lengths_are_geometric_with_the_mean_that_was_asked_for(load: Any) -> None:
+    shapes, rollout = load("shapes"), load("rollout")
+    shape = shapes.SHAPES["toy"]._replace(vocab=2048, response=32, prompts=64)
+    model = shapes.llama(shape)
+    shapes.set_ending(model, 1 / 8)
+    responses = rollout._two_calls(model, shapes.prompts(shape, 0), 0, shape)
+    lengths = torch.tensor([float(rollout._length(row)) for row in responses])
+    expected = 8 * (1 - (7 / 8) ** 32)
+    for half in lengths.split(64):  # sampled, greedy; eight standard deviations of one row make one of the mean
+        assert abs(float(half.mean()) - expected) < 3
+        assert float(half.std()) > 4
+
+
+def test_returns_of_the_papers_way_are_those_of_its_formula(load: Any) -> None:
+    log_ratio = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    found = load("papers_way")._returns(log_ratio, mask, torch.tensor([1.0, -2.0]))
+    first = [-0.05 + 0.99**3, 0.1 + 0.99**2, 0.99]
+    torch.testing.assert_close(found, torch.tensor([first, [-0.025 - 1.98, 0.0, 0.0]]))
+
+
+def test_step_measures_phases_and_memory(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "step.jsonl"
+    load("step").main(
+        ["--sizes", "toy", "--variants", "ours", "--repetitions", "1", "--warmup", "0", "--results", str(path)]
+    )
+    found = {line["variant"]: line for line in lines_of(path)}
+    assert set(found) == {"papers_way", "ours"}
+    for line in found.values():
+        assert line["seconds"] == pytest.approx(line["rollout"] + line["scoring"] + line["training"], rel=0.01)
+        assert min(line["rollout"], line["scoring"], line["training"]) > 0
+        assert 0 < line["peak_over_base_gb"] < 1
+
+
+def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    load("gpu").main(["--shape", "toy", "--device", "cpu", "--repetitions", "1", "--results", str(path)])
+    [line] = lines_of(path)
+    assert line["rollout_s"] > 0
+    assert line["training_tflops"] > 0
+    assert line["ppo_states_gb"] == pytest.approx(1.8 * line["remax_states_gb"], rel=1e-3)
+
+
+def test_gpu_says_so_where_there_is_no_cuda(load: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    load("gpu").main(["--results", str(tmp_path / "gpu.jsonl")])
+    assert "no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.jsonl").exists()
