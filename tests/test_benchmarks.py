@@ -21,9 +21,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a benchmark as Python does when it is run: with its own folder on the path, and nothing of it kept."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    # A folder of tests may have lent its name to a module already: tests/rollout, for one.
+    others = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
     yield importlib.import_module
     for name in names & set(sys.modules):
         del sys.modules[name]
+    sys.modules.update(others)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -48,9 +48,11 @@ def guesser(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def validated(guesser: str, folder: Path, steps: int, sign: float = 1.0, seed: int = 0, **options: Any) -> list[float]:
+def validated(
+    guesser: str, folder: Path, steps: int, sign: float = 1.0, lr: float = 3e-3, **options: Any
+) -> list[float]:
     """Train by ReMax and return sampled and greedy accuracy before and after."""
-    torch.manual_seed(seed)
+    torch.manual_seed(options.pop("seed", 0))
     splits = options.pop("splits", 1)
     module = ReMaxModule(
         PretrainedModel(guesser),
@@ -58,7 +60,7 @@ def validated(guesser: str, folder: Path, steps: int, sign: float = 1.0, seed: i
         PretrainedModel(guesser),
         sampling=options.pop("sampling", SamplingConfig(max_response_length=3)),
         kl_coef=0.01,
-        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        optimizer=partial(torch.optim.AdamW, lr=lr),
         **options,
     )
     data = prompt_data(folder, guesser, PROMPTS, micro_batch_size=len(PROMPTS) // splits)
@@ -80,7 +82,8 @@ def test_learns_to_copy_a_letter(guesser: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "options"), [
-    (180, {"splits": 2, "loss": LossConfig("clipped"), "seed": 1}),
+    # Two updates of half the prompts each: the larger rate may lose a letter before it was ever rewarded.
+    (240, {"splits": 2, "loss": LossConfig("clipped"), "lr": 1e-3}),
     (60, {"sampling": SamplingConfig(3, num_samples=4), "advantage": AdvantageConfig("leave_one_out")}),
 ])  # fmt: skip
 def test_learns_it_in_other_variants(steps: int, options: dict[str, Any], guesser: str, tmp_path: Path) -> None:
