@@ -51,8 +51,6 @@ def guesser(tmp_path_factory: pytest.TempPathFactory) -> str:
 def validated(
     guesser: str, folder: Path, steps: int, sign: float = 1.0, lr: float = 3e-3, **options: Any
 ) -> list[float]:
-    guesser: str, folder: Path, steps: int, sign: float = 1.0, lr: float = 3e-3, **options: Any
-) -> list[float]:
     """Train by ReMax and return sampled and greedy accuracy before and after."""
     torch.manual_seed(options.pop("seed", 0))
     splits = options.pop("splits", 1)
