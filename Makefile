@@ -24,6 +24,11 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
+$(VENV)-ppo/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-ppo
+	$(VENV)-ppo/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench-ppo]'
+	@touch $@
+
 demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in minutes
 	$(BIN)/remax demo
 
@@ -45,11 +50,11 @@ format: $(VENV)/.installed-test ## let ruff put the code in order
 bench-rollout: $(VENV)/.installed-bench ## measure rollouts beside other ways of making them
 	$(BIN)/python benchmarks/rollout.py
 
-bench-step: $(VENV)/.installed-bench ## measure a whole optimizer step beside the paper's way and TRL's
-	$(BIN)/python benchmarks/step.py
+bench-step: $(VENV)/.installed-bench $(VENV)-ppo/.installed ## measure a whole optimizer step beside the paper's way and TRL's
+	$(BIN)/python benchmarks/step.py --ppo-python $(VENV)-ppo/bin/python
 
 bench-gpu: $(VENV)/.installed ## measure rollout and training pass against the limits of a CUDA device
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ppo runs .pytest_cache .mypy_cache .ruff_cache

@@ -3,11 +3,14 @@
 Ours is `ReMaxModule` in a Lightning `Trainer`, with a reference and a `ClassifierReward` as large as the policy, all
 prompts in one training pass (`ours`) or four at a time (`ours_micro_batches`); `papers_way` is the paper's algorithm as
 its code takes it; `trl_rloo` is TRL's RLOOTrainer with two sampled responses per prompt instead of a sampled and a
-greedy one. No response ends before the limit; all train with AdamW in float32 on the CPU. `rollout` is making the
-responses, `scoring` everything between that and the only pass with gradients, `training` that pass and the optimizer.
+greedy one; `trl_ppo` is TRL's PPOTrainer with one response per prompt, a value model as large as the policy and a
+single epoch over the responses, which favours PPO: four are usual. No response ends before the limit; all train with
+AdamW in float32 on the CPU. `rollout` is making the responses, `scoring` everything between that and the only pass
+with gradients, `training` that pass and the optimizer.
 
-Memory is taken in a process of its own per variant: the most that a run of two steps held, over what it held when all
-models were loaded and the first step began.
+TRL's PPO is gone from the TRL whose RLOO is measured, so it takes its steps in turn with the others in a process of
+another environment. Memory is taken in a process of its own per variant: the most that a run of two steps held, over
+what it held when all models were loaded, PPO's value model among them, and the first step began.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from machine import RESULTS
 from shapes import SHAPES, Shape, prompt_texts, prompts
 from shapes import save as save_models
 from timing import interleaved, medians, save, trl_version
+from worker import Worker, serve
 
 BASE, PHASES = "papers_way", ("rollout", "scoring", "training")
 Step = Callable[[int], dict[str, float]]
@@ -46,47 +50,83 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl")
-    parser.add_argument("--memory-of", nargs=2, metavar=("FOLDER", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--ppo-python", type=Path, help="interpreter of an environment with '.[bench-ppo]'")
+    parser.add_argument("--serve", nargs=2, metavar=("FOLDER", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if options.memory_of:
-        print("MEMORY", json.dumps(_memory_here(Path(options.memory_of[0]), options.memory_of[1], options.sizes[0])))
+    if options.serve:
+        folder, name = options.serve
+        serve(lambda begin: MAKERS[name](Path(folder), SHAPES[options.sizes[0]], begin))
         return
-    if "trl_rloo" in options.variants and trl_version() is None:
-        from trl_peer import MISSING
-
-        print(MISSING, flush=True)
-        options.variants.remove("trl_rloo")
+    options.variants = _installed(options)
     for size in options.sizes:
         measure(size, options)
 
 
+def _installed(options: argparse.Namespace) -> list[str]:
+    """Return the variants without those whose TRL is not there, of which it tells the user."""
+    import ppo_peer
+    import trl_peer
+
+    missing = {}
+    if trl_version() is None:
+        missing["trl_rloo"] = trl_peer.MISSING
+    if options.ppo_python is None or not options.ppo_python.exists():
+        missing["trl_ppo"] = ppo_peer.MISSING
+    for name in missing.keys() & set(options.variants):
+        print(missing[name], flush=True)
+    return [name for name in options.variants if name not in missing]
+
+
 def measure(size: str, options: argparse.Namespace) -> None:
     """Measure the variants on one size, in turn, then the memory of each, and write the lines down."""
-    shape, names = SHAPES[size], list(dict.fromkeys([BASE, *options.variants]))
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        save_models(folder, shape)
-        steps = {name: MAKERS[name](folder, shape, lambda: None) for name in names}
-        found = {
-            name: medians(figures)
-            for name, figures in interleaved(
-                {name: _with_total(step) for name, step in steps.items()}, options.repetitions, options.warmup
-            ).items()
+    names = list(dict.fromkeys([BASE, *options.variants]))
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(Path(folder), SHAPES[size])
+        commands = {
+            name: [
+                str(options.ppo_python if name == "trl_ppo" else sys.executable),
+                *(__file__, "--sizes", size, "--serve", folder, name),
+            ]
+            for name in names
         }
-        del steps
-        memory = {name: _memory(folder, name, size) for name in names}
-    base = found[BASE]["seconds"]
+        found = _times(Path(folder), SHAPES[size], commands, options)
+        memory = {name: _memory(command) for name, command in commands.items()}
+    base, base_memory = found[BASE]["seconds"], memory[BASE]["peak_over_base_gb"]
     lines = []
     for name in names:
         line: dict[str, Any] = {"benchmark": "step", "size": size, "variant": name, "device": "cpu", "dtype": "float32"}
         line |= {"seconds": found[name]["seconds"], "ratio": found[name]["seconds"] / base}
-        line |= {phase: found[name][phase] for phase in PHASES}
-        line |= {"peak_over_base_gb": memory[name], "memory_ratio": memory[name] / max(memory[BASE], 1e-9)}
+        line |= {phase: found[name][phase] for phase in PHASES} | memory[name]
+        line |= {"memory_ratio": line["peak_over_base_gb"] / max(base_memory, 1e-9)}
         lines.append(line | {"repetitions": options.repetitions})
     save(options.results, lines)
+
+
+def _times(
+    folder: Path, shape: Shape, commands: dict[str, list[str]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return the median seconds of each variant, by phase and in all; `trl_ppo` runs as its command, others here."""
+    with ExitStack() as stack:
+        steps = {
+            name: stack.enter_context(Worker(command)).step
+            if name == "trl_ppo"
+            else MAKERS[name](folder, shape, lambda: None)
+            for name, command in commands.items()
+        }
+        totals = {name: _with_total(step) for name, step in steps.items()}
+        figures = interleaved(totals, options.repetitions, options.warmup)
+    return {name: medians(values) for name, values in figures.items()}
+
+
+def _memory(command: list[str]) -> dict[str, Any]:
+    """Return the peak over the base of a variant that runs as `command`, and the versions of the packages there."""
+    with Worker(command) as worker:
+        for turn in range(2):
+            worker.step(turn)
+    return {"peak_over_base_gb": worker.peak_over_base_gb, "versions": worker.versions}
 
 
 def _with_total(step: Step) -> Step:
@@ -214,44 +254,20 @@ def trl_rloo(folder: Path, shape: Shape, begin: Begin) -> Step:
     return trl_peer.timed_step(trainer, begin)
 
 
+def trl_ppo(folder: Path, shape: Shape, begin: Begin) -> Step:
+    """Return a step of TRL's PPOTrainer; for a process in an environment that has it."""
+    import ppo_peer
+
+    return ppo_peer.timed_step(ppo_peer.make_trainer(folder, shape), begin)
+
+
 MAKERS: dict[str, Callable[[Path, Shape, Begin], Step]] = {
     "papers_way": papers_way,
     "ours": ours,
     "ours_micro_batches": ours_micro_batches,
     "trl_rloo": trl_rloo,
+    "trl_ppo": trl_ppo,
 }
-
-
-# Memory
-
-
-def _memory(folder: Path, name: str, size: str) -> float:
-    """Return the peak of `name` over its base in GB, measured in a process of its own."""
-    command = [sys.executable, __file__, "--sizes", size, "--memory-of", str(folder), name]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    [found] = [line for line in output.splitlines() if line.startswith("MEMORY")]
-    return float(json.loads(found.removeprefix("MEMORY")))
-
-
-def _memory_here(folder: Path, name: str, size: str) -> float:
-    bases: list[float] = []
-
-    def begin() -> None:
-        if not bases:
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
-            bases.append(_resident("VmRSS"))
-
-    step = MAKERS[name](folder, SHAPES[size], begin)
-    for turn in range(2):
-        step(turn)
-    return _resident("VmHWM") - bases[0]
-
-
-def _resident(name: str) -> float:
-    """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in GB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [found] = [line for line in lines if line.startswith(name + ":")]
-    return int(found.split()[1]) * 1024 / 1e9
 
 
 if __name__ == "__main__":

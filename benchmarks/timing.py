@@ -66,8 +66,7 @@ def device_name(device: torch.device) -> str:
 
 def save(path: Path, lines: list[dict[str, Any]]) -> None:
     """Print the lines and write them to `path` as JSON, each in the place of an older one of the same `KEY`."""
-    machine = description()
-    machine["versions"] |= {"trl": trl_version()} if trl_version() else {}
+    machine = description() | {"versions": versions()}
     new = [machine | {name: _rounded(value) for name, value in line.items()} for line in lines]
     keys = [_key(line) for line in new]
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
@@ -76,6 +75,13 @@ def save(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *new]))
     for line in lines:
         print(json.dumps({name: _rounded(value) for name, value in line.items()}), flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages, TRL's among them where it is installed."""
+    found: dict[str, str] = description()["versions"]
+    trl = trl_version()
+    return found | {"trl": trl} if trl else found
 
 
 def trl_version() -> str | None:

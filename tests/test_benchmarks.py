@@ -102,6 +102,29 @@ def test_step_measures_phases_and_memory(load: Any, tmp_path: Path) -> None:
         assert 0 < line["peak_over_base_gb"] < 1
 
 
+def test_step_leaves_out_ppo_without_its_environment(load: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "step.jsonl"
+    command = ["--sizes", "toy", "--variants", "trl_ppo", "--repetitions", "1", "--warmup", "0"]
+    load("step").main([*command, "--ppo-python", str(tmp_path / "python"), "--results", str(path)])
+    assert "TRL's PPO is left out" in capsys.readouterr().out
+    assert [line["variant"] for line in lines_of(path)] == ["papers_way"]
+
+
+def test_a_worker_answers_past_what_its_libraries_print(load: Any) -> None:
+    lines = [f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})", "from worker import serve", "def make(begin):"]
+    lines += ["  print('loading')", "  def step(turn):", "    begin(); print('training'); bytearray(50_000_000)"]
+    lines += ["    return {'rollout': turn / 2}", "  return step", "serve(make)"]
+    with load("worker").Worker([sys.executable, "-c", "\n".join(lines)]) as worker:
+        assert worker.versions["torch"] == torch.__version__
+        assert [worker.step(turn) for turn in (-1, 3)] == [{"rollout": -0.5}, {"rollout": 1.5}]
+        assert 0.045 < worker.peak_over_base_gb < 0.1
+
+
+def test_a_worker_that_ends_says_how(load: Any) -> None:
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        load("worker").Worker([sys.executable, "-c", "raise SystemExit(3)"])
+
+
 def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
     load("gpu").main(["--shape", "toy", "--device", "cpu", "--repetitions", "1", "--results", str(path)])
