@@ -148,9 +148,13 @@ class StepOutput(TypedDict):
     advantages: Tensor
     """`[S, R]` advantages, 0 outside the response mask."""
     kl: Tensor | None
-    """`[S, R]` unscaled KL estimate per token in nats, 0 outside the response mask; None without a reference."""
+    """`[S, R]` unscaled KL estimate per token in nats, 0 outside the response mask; None without a reference, and in
+    training where the KL enters neither reward nor loss."""
     entropy: Tensor
-    """`[S, R]` entropy of the policy per token in nats, 0 outside the response mask."""
+    """`[S, R]` entropy of the policy per token in nats, 0 outside `entropy_mask`."""
+    entropy_mask: Tensor
+    """`[S, R]` bool, True on the response tokens that the policy was run over: in training without a KL, responses that
+    have no advantage are left out."""
     times: dict[str, float]
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
     closes_step: bool

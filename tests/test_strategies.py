@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from remax_lightning.errors import UserError
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy, loading_policy, whole_parameters
 
 
 @pytest.mark.slow
@@ -28,3 +32,27 @@ def test_the_loss_is_divided_once(accumulate: int, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
     [line] = [line for line in ended.stdout.splitlines() if line.startswith("RESULT")]
     assert json.loads(line.removeprefix("RESULT")) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_zero_3_does_not_start_from_scratch() -> None:
+    with (
+        pytest.raises(UserError, match=r"model\.policy\.from_scratch must be false under ZeRO-3"),
+        loading_policy(ReMaxDeepSpeedStrategy(stage=3), from_scratch=True),
+    ):
+        pass
+
+
+def test_a_partition_that_is_not_ours_is_refused() -> None:
+    """A policy under Lightning's own ZeRO-3: its parameters bear DeepSpeed's mark, nothing is known of its hooks."""
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.ds_id = 0
+    with pytest.raises(UserError, match="ReMaxDeepSpeedStrategy"), whole_parameters(layer):
+        pass
+
+
+def test_whole_parameters_leaves_a_plain_model_alone() -> None:
+    layer = torch.nn.Linear(2, 2)
+    weight = layer.weight
+    with whole_parameters(layer):
+        assert layer.weight is weight
+    assert layer.weight is weight

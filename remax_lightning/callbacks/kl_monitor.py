@@ -28,7 +28,7 @@ class KLMonitor(Callback):
     KL is counted in nats per response everywhere here: the estimate summed over a response's tokens, averaged
     over the sampled responses of the optimizer step on all ranks.
 
-    Logged at each optimizer step, nothing where the module has no reference:
+    Logged at each optimizer step, nothing where the module has no reference or its KL enters neither reward nor loss:
 
     - `train/kl_per_response`: the mean KL, which `target_kl` and `stop_kl` speak of.
     - `train/kl_max`: the largest KL of one response, in nats.
@@ -48,7 +48,7 @@ class KLMonitor(Callback):
 
     Raises:
         UserError: if a value is out of its range, `target_kl` and `adaptive` do not come together, or the
-            adaptive coefficient starts at 0 or finds no KL to act on.
+            adaptive coefficient starts at 0, or it or `stop_kl` finds no KL to act on.
     """
 
     def __init__(
@@ -127,10 +127,12 @@ class KLMonitor(Callback):
     def _gather(self, output: StepOutput) -> bool:
         kl = response_kl(output)
         if kl is None:
-            if self.adaptive:
+            if self.adaptive or self.stop_kl is not None:
+                key, off = ("adaptive", "false") if self.adaptive else ("stop_kl", "null")
                 raise UserError(
-                    "kl_monitor.adaptive needs a KL estimate, got a model without a reference; "
-                    "set model.kl_coef above 0 with a reference, or kl_monitor.adaptive: false"
+                    f"kl_monitor.{key} needs a KL estimate, which training makes only with a reference whose KL enters "
+                    f"the reward or the loss; set model.kl_coef (with model.kl.credit to_go or one_step) or "
+                    f"model.kl.loss_coef above 0, or kl_monitor.{key}: {off}"
                 )
             return False
         self._kl.append(kl)

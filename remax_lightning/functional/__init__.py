@@ -10,7 +10,6 @@ from remax_lightning.functional.advantages import (
 )
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
 from remax_lightning.functional.log_probs import (
-    OutputHead,
     PolicyStatistics,
     TokenStatistics,
     hidden_statistics,
@@ -18,11 +17,13 @@ from remax_lightning.functional.log_probs import (
 )
 from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
+from remax_lightning.functional.output_head import KeptTokens, OutputHead
 
 __all__ = [
     "Baseline",
     "KLCredit",
     "KLEstimator",
+    "KeptTokens",
     "OutputHead",
     "PolicyStatistics",
     "RewardClipAt",

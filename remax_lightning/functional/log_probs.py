@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
+from remax_lightning.functional.output_head import KeptTokens, LogitForm, OutputHead, truncated
 
 LOGITS_AT_ONCE = 2**24
 """How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of
-131,072. Two to three tensors of this size are what the pass needs beside its inputs and gradients."""
+131,072. Two to three tensors of this size are what the pass needs beside its inputs and gradients, and what finding the
+kept tokens needs where there is truncation: top-p sorts, which is four more."""
 
 
 class TokenStatistics(NamedTuple):
@@ -47,29 +48,16 @@ class PolicyStatistics(NamedTuple):
     kl: Tensor | None = None
 
 
-class OutputHead(NamedTuple):
-    """How a model makes logits of hidden states: `x = scale * (weight @ hidden + bias)`, then `cap * tanh(x / cap)`.
-
-    Args:
-        weight: `[V, D]` output embedding.
-        bias: `[V]`, or None.
-        scale: factor of the logits (Cohere multiplies them, Granite divides).
-        soft_cap: bound that the logits approach (Gemma 2), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-
-def token_statistics(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> TokenStatistics:
+def token_statistics(
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, kept: KeptTokens | None = None
+) -> TokenStatistics:
     """Return log-probs of `ids` and entropies, of the softmax of `logits / temperature`.
 
     Args:
         logits: `[S, R, V]`, those that predict `ids` (already shifted).
         ids: `[S, R]` token ids.
         temperature: divides the logits; the one that sampled keeps the gradient on-policy.
+        kept: says which tokens the softmax is over, `ids` always among them; None for all. A constant to the gradient.
 
     Returns:
         both `[S, R]` float32 (float64 for float64 logits).
@@ -80,8 +68,10 @@ def token_statistics(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> T
     check_shape("logits", logits, "[S, R, V]", (None, None, None))
     check_shape("ids", ids, "[S, R]", logits.shape[:2])
     check_that(temperature > 0, "temperature", "above 0", temperature)
-    log_softmax = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
-    log_probs = log_softmax.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    ids = ids.long()
+    tempered = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)
+    log_softmax = torch.log_softmax(truncated(tempered, ids.flatten(), kept), dim=-1).view(logits.shape)
+    log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
         entropy = torch.special.entr(log_softmax.exp()).sum(dim=-1)
@@ -95,6 +85,7 @@ def hidden_statistics(
     temperature: float = 1.0,
     *,
     reference: tuple[Tensor, OutputHead] | None = None,
+    kept: KeptTokens | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyStatistics:
     """Return what `token_statistics` does, and the KL to a reference, without a tensor of all logits.
@@ -110,6 +101,8 @@ def hidden_statistics(
         ids: `[M]` token ids.
         temperature: divides the logits, also those of the reference, after scale and soft cap.
         reference: `[M, D']` final hidden states of the reference for the same tokens, and its head; gets no gradient.
+        kept: says of each token's logits which tokens the policy's distribution is over, `ids` always among them; None
+            for all. A constant to the gradient. The reference keeps all of its tokens, so that the KL is finite.
         logits_at_once: bound of tokens times vocabulary, at least one token.
 
     Returns:
@@ -129,55 +122,10 @@ def hidden_statistics(
         check_shape("the reference's weight", other_head.weight, "[V, D']", (vocabulary, None))
         check_shape("the reference's hidden", other, "[M, D']", (hidden.shape[0], other_head.weight.shape[1]))
         tensors = (None if x is None else x.detach() for x in (other, other_head.weight, other_head.bias))
-        compared = (*tensors, _Form.of(other_head, temperature, dtype))
-    form, rows = _Form.of(head, temperature, dtype), max(1, logits_at_once // vocabulary)
+        compared = (*tensors, LogitForm.of(other_head, temperature, dtype))
+    form, rows = LogitForm.of(head, temperature, dtype, kept), max(1, logits_at_once // vocabulary)
     apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
     return PolicyStatistics(*apply(hidden, head.weight, head.bias, form, *compared, ids.long(), rows))
-
-
-class _Form(NamedTuple):
-    """What of the way from hidden states to logits is no tensor."""
-
-    scale: float
-    soft_cap: float | None
-    temperature: float
-    product_dtype: torch.dtype
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, head: OutputHead, temperature: float, dtype: torch.dtype) -> _Form:
-        product_dtype, device = head.weight.dtype, head.weight.device.type
-        if product_dtype != torch.float64 and torch.is_autocast_enabled(device):
-            product_dtype = torch.get_autocast_dtype(device)
-        return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype)
-
-    def prepared(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return them in the dtype of the product."""
-        return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return logits over the temperature, a new tensor."""
-        logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)
-        if self.scale != 1:
-            logits.mul_(self.scale)
-        if self.soft_cap is not None:
-            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def log_softmax(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return log-probs of all tokens, and the derivative of the soft cap."""
-        logits = self.logits(hidden, weight, bias)
-        found = torch.log_softmax(logits, dim=-1)
-        if self.soft_cap is None:
-            return found, None
-        return found, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
-
-    def of_product(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
-        """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""
-        if slope is not None:
-            gradient.mul_(slope)
-        factor = self.scale / self.temperature
-        return (gradient if factor == 1 else gradient.mul_(factor)).to(self.product_dtype)
 
 
 class _HiddenStatistics(torch.autograd.Function):
@@ -189,30 +137,30 @@ class _HiddenStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        form: _Form,
+        form: LogitForm,
         other: Tensor | None,
         other_weight: Tensor | None,
         other_bias: Tensor | None,
-        other_form: _Form | None,
+        other_form: LogitForm | None,
         ids: Tensor,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=form.dtype) for _ in range(2))
-        kl, kept = None if other is None else torch.zeros_like(log_probs), None
+        kl, whole = None if other is None else torch.zeros_like(log_probs), None
         keep = len(hidden) <= rows and form.soft_cap is None and any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             head, compared = form.prepared(weight, bias), _Compared.of(other, other_weight, other_bias, other_form)
             for part in _slices(len(hidden), rows):
-                own = form.log_softmax(hidden[part], *head)[0]
+                own = form.log_softmax(hidden[part], *head, ids[part])[0]
                 log_probs[part] = own.gather(-1, ids[part, None]).squeeze(-1)
                 if compared is not None and kl is not None:
                     kl[part] = compared.log_ratio(own, part).mul_(own.exp()).sum(-1)
                 # Tokens that cannot come have no entropy, where 0 * -inf would be NaN.
                 entropy[part] = -own.exp().mul_(own.clamp_min_(torch.finfo(form.dtype).min)).sum(-1)
-                kept = own if keep else None
+                whole = own if keep else None
                 del own  # or it would be alive beside the next chunk's
         ctx.form, ctx.other_form, ctx.rows = form, other_form, rows
-        ctx.save_for_backward(hidden, weight, bias, other, other_weight, other_bias, ids, kl, kept)
+        ctx.save_for_backward(hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole)
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         return log_probs, entropy, kl
@@ -220,8 +168,8 @@ class _HiddenStatistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_log_probs: Tensor | None, _: None, of_kl: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, other, other_weight, other_bias, ids, kl, kept = ctx.saved_tensors
-        form: _Form = ctx.form
+        hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole = ctx.saved_tensors
+        form: LogitForm = ctx.form
         sums = _Sums(hidden, weight, bias, ctx.needs_input_grad, form.dtype)
         if of_log_probs is None:
             of_log_probs = hidden.new_zeros(len(hidden), dtype=form.dtype)
@@ -230,7 +178,7 @@ class _HiddenStatistics(torch.autograd.Function):
             if of_kl is not None:
                 compared = _Compared.of(other, other_weight, other_bias, ctx.other_form)
             for part in _slices(len(hidden), ctx.rows):
-                own, slope = (kept, None) if kept is not None else form.log_softmax(hidden[part], *head)
+                own, slope = (whole, None) if whole is not None else form.log_softmax(hidden[part], *head, ids[part])
                 weights = -of_log_probs[part, None]
                 if compared is not None and of_kl is not None:
                     weights = compared.log_ratio(own, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
@@ -246,11 +194,11 @@ class _Compared(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    form: _Form
+    form: LogitForm
 
     @classmethod
     def of(
-        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: _Form | None
+        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: LogitForm | None
     ) -> _Compared | None:
         if hidden is None or weight is None or form is None:
             return None
@@ -258,7 +206,7 @@ class _Compared(NamedTuple):
 
     def log_ratio(self, own: Tensor, rows: slice) -> Tensor:
         """Return the log-probs `own` minus the reference's, 0 where the policy's are -inf; a new tensor."""
-        other = self.form.log_softmax(self.hidden[rows], self.weight, self.bias)[0]
+        other = torch.log_softmax(self.form.logits(self.hidden[rows], self.weight, self.bias), dim=-1)
         return other.neg_().add_(own).masked_fill_(own <= torch.finfo(own.dtype).min, 0.0)
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+
 from remax_lightning.batch import PromptBatch, Responses, Rollout
+from remax_lightning.errors import UserError
 from remax_lightning.modules.objective import Experience
 
 
@@ -30,6 +35,32 @@ def experience_from_state(state: dict[str, Any]) -> Experience:
     rollout["sampled"] = Responses(**rollout["sampled"])
     rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
     return Experience(**{**state, "rollout": Rollout(**rollout)})
+
+
+def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Return the state of every rank, on the CPU: most strategies save what rank 0 has. Every rank has to call this."""
+    own = move_data_to_device(state, torch.device("cpu"))
+    if not torch.distributed.is_initialized():
+        return [own]
+    states: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def own_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:
+    """Return what `states_of_ranks` took from this rank, on its device.
+
+    Raises:
+        UserError: if a rollout was half used when the checkpoint was saved, by another number of processes.
+    """
+    if not states or not any(states):  # None in a checkpoint of 0.1.0
+        return None
+    if len(states) != trainer.world_size:
+        raise UserError(
+            f"trainer.devices x num_nodes must be {len(states)}, got {trainer.world_size}: the checkpoint"
+            " holds a rollout that is half used; resume with as many processes, or from one between two rollouts"
+        )
+    return move_data_to_device(states[trainer.global_rank], trainer.strategy.root_device)
 
 
 def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:

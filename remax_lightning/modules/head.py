@@ -122,7 +122,7 @@ def _obstacle(model: PreTrainedModel) -> str:
         return "it has no separate body and output embedding"
     if type(layer) is not nn.Linear:
         return f"its output embedding is a {type(layer).__module__}.{type(layer).__qualname__}"
-    for module in {model, core, layer}:
+    for module in (model, core, layer):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"its {type(module).__name__} has hooks, which reading the weights would pass by"
     for parameter in (layer.weight, layer.bias):

@@ -27,14 +27,33 @@ class Experience(NamedTuple):
     Args:
         rollout: `B` prompts with their responses and scores.
         normalisers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
-        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout).
-        kl: `[S, R]` KL estimate that went into them, or None likewise.
+        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
+        kl: `[S, R]` KL estimate that went into them, or None likewise, and where no KL enters.
     """
 
     rollout: Rollout
     normalisers: Tensor
     advantages: Tensor | None = None
     kl: Tensor | None = None
+
+    def part(self, split: int, num_splits: int) -> Experience:
+        """Return part `split` of `num_splits` equal parts."""
+        rollout = self.rollout.part(split, num_splits)
+        rows = slice(split * len(rollout.reward), (split + 1) * len(rollout.reward))
+        advantages, kl = (None if each is None else each[rows] for each in (self.advantages, self.kl))
+        return self._replace(rollout=rollout, advantages=advantages, kl=kl)
+
+    def trained(self, num_splits: int = 1) -> Tensor:
+        """Return `[S]` bool, True on the responses that training has to run.
+
+        One whose advantages are all 0 has no gradient unless a KL enters. At least one of each of the `num_splits`
+        parts stays: backward hooks reduce gradients over ranks, and every rank has to meet them.
+        """
+        if self.advantages is None or self.rollout.reference_log_probs is not None:
+            return torch.ones_like(self.rollout.reward, dtype=torch.bool)
+        trained = (self.advantages != 0).any(-1).view(num_splits, -1)
+        trained[:, 0] |= ~trained.any(-1)
+        return trained.flatten()
 
 
 class Objective:
@@ -65,6 +84,10 @@ class Objective:
         """Reward that a truncated response loses."""
         config = self.advantage_config
         return config.truncation_penalty if config.truncated == "penalize" else 0.0
+
+    def uses_kl(self, kl_coef: float) -> bool:
+        """Whether a KL to the reference enters the advantages or the loss."""
+        return self.kl_config.loss_coef > 0 or (kl_coef > 0 and self.kl_config.credit != "none")
 
     def loss_mask(self, rollout: Rollout) -> Tensor:
         """Return `[S, R]` bool, True on the tokens that are trained on."""
@@ -112,6 +135,19 @@ class Objective:
             whiten=config.whiten,
             reduce=reduce,
         )
+
+    def credited(
+        self,
+        experience: Experience,
+        kl_coef: float,
+        reduce: Callable[[Tensor], Tensor],
+        log_probs: Tensor | None = None,
+        full_kl: Tensor | None = None,
+    ) -> Experience:
+        """Return `experience` with advantages and, where the policy's log-probs are given, with the KL."""
+        kl = None if log_probs is None else self.kl(log_probs, experience.rollout, full_kl)
+        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)
+        return experience._replace(advantages=advantages, kl=kl)
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
         """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""

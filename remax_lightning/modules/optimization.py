@@ -17,12 +17,17 @@ LOST_SHARE = 0.5
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Split the trainable parameters in two groups; biases and norms, the second, take no weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.dim() > 1]
-    others = [parameter for parameter in trainable if parameter.dim() <= 1]
+    decayed = [parameter for parameter in trainable if _num_dimensions(parameter) > 1]
+    others = [parameter for parameter in trainable if _num_dimensions(parameter) <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
     return groups
+
+
+def _num_dimensions(parameter: nn.Parameter) -> int:
+    """Return how many dimensions the whole parameter has; the rest that ZeRO-3 leaves of it has one."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def refuse_lost_updates(optimizer: Optimizer) -> None:

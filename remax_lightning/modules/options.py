@@ -29,6 +29,8 @@ class KLConfig:
         loss_coef: coefficient of the KL as a term of the loss, beside or instead of the one in the reward.
         loss_estimator: estimator of that term. k2's gradient is on average that of each token's KL, which `full` has
             exactly; k1's is zero on average.
+        reference_batch_size: responses per forward pass of the reference; None for those of a training micro-batch.
+            Nothing is kept for a gradient there, so more of them fit.
     """
 
     estimator: Literal["k1", "k2", "k3", "full"] = "k1"
@@ -37,10 +39,13 @@ class KLConfig:
     in_baseline: bool = False
     loss_coef: float = 0.0
     loss_estimator: Literal["k2", "k3", "full"] = "k2"
+    reference_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.clamp is None or self.clamp > 0, "kl.clamp", "null or above 0", self.clamp)
         _require(self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
+        size = self.reference_batch_size
+        _require(size is None or size >= 1, "kl.reference_batch_size", "null or at least 1", size)
 
     @property
     def full_loss(self) -> bool:

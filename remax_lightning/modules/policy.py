@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,6 +20,7 @@ from remax_lightning.modules.checkpointing import resume_after_last_batch
 from remax_lightning.modules.checks import check_deepspeed
 from remax_lightning.modules.optimization import parameter_groups, refuse_lost_updates
 from remax_lightning.modules.schedules import set_total_steps
+from remax_lightning.strategies import loading_policy, shard_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +61,12 @@ class PolicyModule(LightningModule):
         """Load policy and tokenizer; Lightning calls this where each strategy wants its models built."""
         if "policy" in self._modules:
             return
-        self.policy = self.policy_source.load("model.policy")
+        strategy = self.trainer.strategy
+        with loading_policy(strategy, from_scratch=self.policy_source.from_scratch):
+            policy = self.policy_source.load("model.policy")
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_policy(policy, strategy.device_mesh)
+        self.policy = policy
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -15,20 +14,20 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models import PretrainedModel, freeze
 from remax_lightning.modules import checks
-from remax_lightning.modules.checkpointing import experience_from_state, experience_state
+from remax_lightning.modules.checkpointing import experience_from_state, experience_state, own_state, states_of_ranks
 from remax_lightning.modules.collect import Stopping, collect, timed
 from remax_lightning.modules.objective import Experience, Objective
 from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.modules.policy import PolicyModule
+from remax_lightning.modules.randomness import EVALUATION, TRAINING, rollout_generator
 from remax_lightning.modules.reporting import Sums, predictions, step_values
 from remax_lightning.modules.statistics import policy_statistics, with_reference
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.strategies import outside_partitioning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TRAINING, EVALUATION = 0, 1
 
 
 class ReMaxModule(PolicyModule):
@@ -92,7 +91,8 @@ class ReMaxModule(PolicyModule):
         super().configure_model()
         if self.reference_source is None or self.reference is not None:
             return
-        reference = freeze(self.reference_source.load("model.reference"))
+        with outside_partitioning(self.trainer.strategy):
+            reference = freeze(self.reference_source.load("model.reference"))
         checks.check_vocabularies(self.policy, reference, self.policy_source.path, self.reference_source.path)
         self.__dict__["_reference"] = reference
 
@@ -135,111 +135,97 @@ class ReMaxModule(PolicyModule):
             self._experience = self._explore(batch, times)
         if self._experience is None:
             raise UserError(f"data: part {batch.split} of a rollout batch came first; a loader starts with part 0")
-        experience, split, num_splits = self._experience, batch.split, batch.num_splits
+        split, num_splits = batch.split, batch.num_splits
+        part = self._experience.part(split, num_splits)
         if split + 1 == num_splits:
             self._experience = None  # the last part: nothing to carry over, in memory or in a checkpoint
-        part = experience.rollout.part(split, num_splits)
-        now = self._statistics(part)  # the only pass with gradients
-        if experience.advantages is None:
-            kl = self.objective.kl(now.log_probs, part, now.kl)
-            advantages = self.objective.advantages(part, kl, self.kl_coef, self._sum_over_ranks)
-        else:
-            rows = slice(split * len(part.reward), (split + 1) * len(part.reward))
-            advantages = experience.advantages[rows]
-            kl = None if experience.kl is None else experience.kl[rows]
+        trained = part.trained()
+        now = self._statistics(part.rollout, trained)  # the only pass with gradients
+        if part.advantages is None:
+            part = self._credited(part, now.log_probs, now.kl)
+        rollout, advantages = part.rollout, cast(Tensor, part.advantages)
         accumulate = self.trainer.accumulate_grad_batches
-        normaliser = self._share(experience.normalisers[split // accumulate])
-        loss, clip_fraction = self.objective.loss(now.log_probs, part, advantages, normaliser, now.kl)
+        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
+        normaliser = part.normalisers[split // accumulate] / (accumulate * self.trainer.world_size)
+        loss, clip_fraction = self.objective.loss(now.log_probs, rollout, advantages, normaliser, now.kl)
         output = StepOutput(
             loss=loss,
-            rollout=part._replace(reference_hidden=None),  # a callback may keep outputs for long
+            rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs for long
             advantages=advantages,
-            kl=kl,
+            kl=part.kl,
             entropy=now.entropy.detach(),
+            entropy_mask=rollout.sampled.response_mask & trained[:, None],
             times=times,
             closes_step=(split + 1) % accumulate == 0,
         )
         self._log_training(output, clip_fraction)
         return output
 
-    def _share(self, normaliser: Tensor) -> Tensor:
-        """Undo the division by micro-batches and ranks that Lightning and the strategy apply to every gradient."""
-        return normaliser / (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-
     def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
         """Make a rollout with all that training on it needs."""
         updates = self._updates_per_rollout(batch.num_splits)
-        generator = self._generator(TRAINING, self._rollouts)
+        rollout = self._roll_out(batch, TRAINING, self._rollouts, times)
         self._rollouts += 1
-        rollout = self._roll_out(batch, generator, self.objective.needs_greedy, times)
-        normalisers = self._sum_over_ranks(self.objective.update_counts(rollout, updates))
+        if self.objective.uses_kl(self.kl_coef):
+            rollout = self._with_reference(rollout, times)
+        has_kl = rollout.reference_log_probs is not None
+        experience = Experience(rollout, self._sum_over_ranks(self.objective.update_counts(rollout, updates)))
+        if not has_kl:
+            experience = self._credited(experience)
         whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
-        if updates == 1 and not whitens_parts:
-            return Experience(rollout, normalisers)
+        if updates == 1 and not (has_kl and whitens_parts):
+            return experience  # the training pass gives what is missing
         with torch.no_grad(), timed(times, "reward", self.device):
-            now = self._statistics(rollout, passes=batch.num_splits)
-        kl = self.objective.kl(now.log_probs, rollout, now.kl)
+            trained, size = experience.trained(batch.num_splits), len(rollout.reward) // batch.num_splits
+            now = self._statistics(rollout, trained, size)
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
-        rollout = rollout._replace(log_probs=now.log_probs, reference_hidden=hidden)
-        advantages = self.objective.advantages(rollout, kl, self.kl_coef, self._sum_over_ranks)
-        return Experience(rollout, normalisers, advantages, kl)
+        experience = experience._replace(rollout=rollout._replace(log_probs=now.log_probs, reference_hidden=hidden))
+        return self._credited(experience, now.log_probs, now.kl) if has_kl else experience
 
-    def _roll_out(
-        self, batch: PromptBatch, generator: torch.Generator, greedy: bool, times: dict[str, float]
-    ) -> Rollout:
-        """Sample and decode greedily, score, and look the sampled tokens up in the reference."""
-        rollout = collect(
+    def _credited(self, experience: Experience, *policy: Tensor | None) -> Experience:
+        return self.objective.credited(experience, self.kl_coef, self._sum_over_ranks, *policy)
+
+    def _roll_out(self, batch: PromptBatch, stage: int, count: int, times: dict[str, float]) -> Rollout:
+        """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
+        return collect(
             self.policy,
             batch,
             engine=self.engine,
             sampling=self.sampling,
             stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-            generator=generator,
+            generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
             tokenizer=self.tokenizer,
             reward=self.reward,
-            greedy=greedy,
+            greedy=stage == EVALUATION or self.objective.needs_greedy,
             truncation_penalty=self.objective.truncation_penalty,
             times=times,
         )
+
+    def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
+        """Look the sampled tokens up in the reference, where there is one."""
         if self.reference is None:
             return rollout
+        kl = self.objective.kl_config
         with torch.no_grad(), timed(times, "reward", self.device):
-            return with_reference(rollout, self.reference, self._temperature, self.objective.kl_config.full)
+            return with_reference(rollout, self.reference, self.sampling, kl.full, kl.reference_batch_size)
 
-    @property
-    def _temperature(self) -> float:
-        return self.sampling.temperature if self.sampling.scale_log_probs else 1.0
-
-    def _statistics(self, rollout: Rollout, passes: int = 1) -> PolicyStatistics:
-        return policy_statistics(self.policy, rollout, self._temperature, self.reference, passes)
-
-    def _generator(self, stage: int, count: int) -> torch.Generator:
-        """Return a generator for one rollout, its seed made from run, rank, stage and number.
-
-        Nothing of it has to be saved but the count, on no rank, and evaluation draws nothing from training.
-        """
-        entropy = [cast(int, self._seed), self.global_rank, stage, count]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator(self.device).manual_seed(seed)
+    def _statistics(
+        self, rollout: Rollout, trained: Tensor | None = None, batch_size: int | None = None
+    ) -> PolicyStatistics:
+        return policy_statistics(self.policy, rollout, self.sampling, self.reference, trained, batch_size)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return cast(Tensor, self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     def _log_training(self, output: StepOutput, clip_fraction: Tensor) -> None:
-        sums, part = self._sums, output["rollout"]
-        for name, (values, mask) in step_values(output).items():
-            sums.add(name, values, mask)
-        sums.add("loss", output["loss"])
+        values = {**step_values(output), "loss": (output["loss"], None)}
         if self.objective.loss_config.kind == "clipped":
-            mask = self.objective.loss_mask(part)
-            sums.add("clip_fraction", clip_fraction.expand_as(mask), mask)
-        if not output["closes_step"]:
-            return
-        names, totals = sums.take()
-        total, weight = self._sum_over_ranks(totals).unbind(-1)
-        means = dict(zip(names, (total / weight.clamp_min(1)).tolist(), strict=True))
-        for name, mean in means.items():
-            self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=len(part.reward))
+            mask = self.objective.loss_mask(output["rollout"])
+            values["clip_fraction"] = (clip_fraction.expand_as(mask), mask)
+        self._sums.add(values)
+        if output["closes_step"]:
+            for name, mean in self._sums.means(self._sum_over_ranks).items():
+                self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
 
     # Evaluation
 
@@ -253,7 +239,7 @@ class ReMaxModule(PolicyModule):
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> StepOutput:
         times = {"rollout": 0.0, "reward": 0.0}
-        rollout = self._roll_out(batch, self._generator(EVALUATION, batch_idx), True, times)
+        rollout = self._with_reference(self._roll_out(batch, EVALUATION, batch_idx, times), times)
         now = self._statistics(rollout)
         kl = self.objective.kl(now.log_probs, rollout, now.kl)
         output = StepOutput(
@@ -261,6 +247,7 @@ class ReMaxModule(PolicyModule):
             advantages=self.objective.advantages(rollout, kl, self.kl_coef, lambda values: values),
             kl=kl,
             entropy=now.entropy,
+            entropy_mask=rollout.sampled.response_mask,
             times=times,
             closes_step=True,
         )
@@ -273,8 +260,7 @@ class ReMaxModule(PolicyModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return prompt, sampled and greedy response and their rewards, one dictionary per sampled response."""
-        rollout = self._roll_out(batch, self._generator(EVALUATION, batch_idx), True, {})
-        return predictions(rollout)
+        return predictions(self._roll_out(batch, EVALUATION, batch_idx, {}))
 
     # Checkpoints
 
@@ -284,7 +270,7 @@ class ReMaxModule(PolicyModule):
         checkpoint["remax"] = {
             "seed": self._seed,
             "rollouts": self._rollouts,
-            "experience": None if self._experience is None else experience_state(self._experience),
+            "experience": states_of_ranks(None if self._experience is None else experience_state(self._experience)),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -294,5 +280,5 @@ class ReMaxModule(PolicyModule):
         if state is None:
             return
         self._seed, self._rollouts = state["seed"], state["rollouts"]
-        if state["experience"] is not None:
-            self._experience = experience_from_state(state["experience"])
+        own = own_state(state["experience"], self.trainer)
+        self._experience = None if own is None else experience_from_state(own)

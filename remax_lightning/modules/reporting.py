@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.batch import Responses, Rollout, StepOutput
+
+Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
+"""By name, the values whose mean is logged and, where not all of them count, their mask."""
 
 
 class Sums:
@@ -16,29 +20,31 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add the values, or those under `mask`, each with weight 1."""
-        # Counts of tokens outgrow float32; Apple's GPUs have nothing wider.
-        values = values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
-        kept = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-        pair = torch.stack([values.masked_fill(kept == 0, 0.0).sum(), kept.sum()])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, figures: Figures) -> None:
+        """Add values, or those of them under their mask, each with weight 1."""
+        for name, (values, mask) in figures.items():
+            # Counts of tokens outgrow float32; Apple's GPUs have nothing wider.
+            values = values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
+            counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+            pair = torch.stack([values.masked_fill(counted == 0, 0.0).sum(), counted.sum()])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def take(self) -> tuple[list[str], Tensor]:
-        """Return the names and their `[K, 2]` sums and weights, and start anew."""
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the means by name, and start anew; `reduce` sums a tensor over ranks."""
         names, sums = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums = {}
-        return names, sums
+        total, weight = reduce(sums).unbind(-1)
+        return dict(zip(names, (total / weight.clamp_min(1)).tolist(), strict=True))
 
 
-def step_values(output: StepOutput) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return what is logged of a step: per name its values and, where not all of them count, their mask."""
+def step_values(output: StepOutput) -> Figures:
+    """Return what is logged of a step, in training and in evaluation."""
     rollout = output["rollout"]
     mask = rollout.sampled.response_mask
-    values: dict[str, tuple[Tensor, Tensor | None]] = {
+    values: Figures = {
         "reward": (rollout.reward, None),
         "advantage": (output["advantages"], mask),
-        "entropy": (output["entropy"], mask),
+        "entropy": (output["entropy"], output["entropy_mask"]),
         "response_length": (mask.sum(-1).float(), None),
         "truncation_rate": (rollout.sampled.truncated.float(), None),
     }

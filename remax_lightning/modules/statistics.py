@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, Responses, Rollout
 from remax_lightning.functional import PolicyStatistics, TokenStatistics, hidden_statistics, token_statistics
 from remax_lightning.modules.head import find_head, hidden_states, required_head
+from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.forward import model_inputs, takes
 
 if TYPE_CHECKING:
@@ -34,15 +35,18 @@ def response_statistics(
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
-    return _statistics(model, _rows(prompt, responses), temperature)[0]
+    (rows,) = _passes(prompt, responses)
+    found = _statistics(model, rows, temperature)[0]
+    return TokenStatistics(*(_spread([values], responses.response_mask) for values in found))
 
 
 def policy_statistics(
     policy: PreTrainedModel,
     rollout: Rollout,
-    temperature: float = 1.0,
+    sampling: SamplingConfig,
     reference: PreTrainedModel | None = None,
-    passes: int = 1,
+    trained: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> PolicyStatistics:
     """Return the statistics of the sampled responses, each `[S, R]` and 0 outside the response mask.
 
@@ -51,92 +55,123 @@ def policy_statistics(
     Args:
         policy: the model that is trained.
         rollout: the responses.
-        temperature: divides the logits of both models.
+        sampling: what the log-probs are of.
         reference: whose hidden states the rollout may hold.
-        passes: into how many forward passes the rollout is divided.
+        trained: `[S]` bool, the responses that are run; the others' statistics are 0. None for all.
+        batch_size: responses per forward pass, counting those that are not run; None for all at once.
 
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    found = []
-    for part in (rollout.part(i, passes) for i in range(passes)):
-        rows = _rows(part.prompt, part.sampled)
-        if part.reference_hidden is None or reference is None:
+    temperature = _temperature(sampling)
+    found: list[PolicyStatistics] = []
+    for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
+        if rollout.reference_hidden is None or reference is None:
             found.append(PolicyStatistics(*_statistics(policy, rows, temperature)[0]))
             continue
         head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
-        kept = part.reference_hidden[part.sampled.response_mask]
+        compared = rollout.reference_hidden[rows.places], other
         hidden, ids = _predicting(policy, rows), rows.ids[rows.mask]
-        values = hidden_statistics(hidden, head, ids, temperature, reference=(kept, other))
-        found.append(PolicyStatistics(*(rows.spread(cast(Tensor, each)) for each in values)))
+        found.append(hidden_statistics(hidden, head, ids, temperature, reference=compared))
+    mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*found, strict=True)
-    return PolicyStatistics(torch.cat(log_probs), torch.cat(entropy), None if None in kl else torch.cat(kl))
+    return PolicyStatistics(_spread(log_probs, mask), _spread(entropy, mask), None if None in kl else _spread(kl, mask))
 
 
 def with_reference(
-    rollout: Rollout, reference: PreTrainedModel, temperature: float = 1.0, keep_hidden: bool = False
+    rollout: Rollout,
+    reference: PreTrainedModel,
+    sampling: SamplingConfig,
+    keep_hidden: bool = False,
+    batch_size: int | None = None,
 ) -> Rollout:
-    """Return `rollout` with the log-probs of its sampled tokens under the reference, made in its `num_splits` passes.
+    """Return `rollout` with the log-probs of its sampled tokens under the reference.
+
+    Call it under `no_grad`. `inference_mode` would not do: autograd refuses to save its tensors for a backward pass,
+    and the hidden states are needed there.
 
     Args:
         rollout: the responses.
         reference: the frozen model.
-        temperature: divides the logits.
+        sampling: its temperature divides the logits.
         keep_hidden: keep the reference's hidden states too, for the KL over the vocabulary.
+        batch_size: responses per forward pass; None for those of a training pass, the rollout's share of `num_splits`.
 
     Raises:
         UserError: if `keep_hidden` and the reference's head cannot be read.
     """
-    passes, log_probs, kept = rollout.prompt.num_splits, [], []
+    log_probs, kept, mask = [], [], rollout.sampled.response_mask
     if keep_hidden:
         required_head(reference, "model.reference")
-    for part in (rollout.part(i, passes) for i in range(passes)):
-        rows = _rows(part.prompt, part.sampled)
-        statistics, hidden = _statistics(reference, rows, temperature)
+    for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_splits):
+        statistics, hidden = _statistics(reference, rows, _temperature(sampling))
         log_probs.append(statistics.log_probs)
         if keep_hidden and hidden is not None:
-            mask = part.sampled.response_mask
-            kept.append(hidden.new_zeros(*mask.shape, hidden.shape[-1]).masked_scatter(mask[..., None], hidden))
+            kept.append(hidden)
     return rollout._replace(
-        reference_log_probs=torch.cat(log_probs), reference_hidden=torch.cat(kept) if kept else None
+        reference_log_probs=_spread(log_probs, mask), reference_hidden=_spread(kept, mask) if kept else None
     )
 
 
+def _temperature(sampling: SamplingConfig) -> float:
+    return sampling.temperature if sampling.scale_log_probs else 1.0
+
+
 class _Rows(NamedTuple):
-    """Prompts and responses side by side, without columns that are padding in every row."""
+    """Prompts and responses side by side, without columns that are padding in every row.
+
+    Args:
+        input_ids: `[M, T]` token ids of `M` of the responses with their prompts.
+        input_mask: `[M, T]` bool, True on real tokens.
+        ids: `[M, L]` the responses alone.
+        mask: `[M, L]` their mask.
+        places: `[S, R]` bool, where the counted tokens stand among all responses.
+    """
 
     input_ids: Tensor
     input_mask: Tensor
     ids: Tensor
     mask: Tensor
-    width: int
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Return the values of the counted tokens at their places in `[S, R]`, 0 elsewhere."""
-        placed = values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
-        return F.pad(placed, (0, self.width - self.mask.shape[1]))
+    places: Tensor
 
 
-def _rows(prompt: PromptBatch, responses: Responses) -> _Rows:
-    first = int(prompt.prompt_mask.any(0).long().argmax())
-    length = max(1, int(responses.response_mask.sum(-1).max()))
-    repeats = responses.response_ids.shape[0] // prompt.prompt_ids.shape[0]
-    ids = responses.response_ids[:, :length]
-    mask = responses.response_mask[:, :length]
-    input_ids = torch.cat([prompt.prompt_ids[:, first:].repeat_interleave(repeats, 0), ids], dim=1)
-    input_mask = torch.cat([prompt.prompt_mask[:, first:].repeat_interleave(repeats, 0), mask], dim=1)
-    return _Rows(input_ids, input_mask, ids, mask, responses.response_ids.shape[1])
+def _passes(
+    prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
+) -> Iterator[_Rows]:
+    """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
+    # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
+    numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
+    for rows in numbers.split(batch_size or len(numbers)):
+        yield _rows(prompt, responses, rows if chosen is None else rows[chosen[rows]])
+
+
+def _rows(prompt: PromptBatch, responses: Responses, rows: Tensor) -> _Rows:
+    prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))
+    prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]
+    places = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
+    first = int(prompt_mask.any(0).long().argmax())
+    length = max(1, int(places.sum(-1).max()))
+    ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]
+    input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)
+    input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
+    return _Rows(input_ids, input_mask, ids, mask, places)
+
+
+def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the values of the tokens under `mask`, `[M]` or `[M, D]` in parts, at their places in `[S, R]`, else 0."""
+    joined = torch.cat(list(values))
+    mask = mask.view(*mask.shape, *(1 for _ in joined.shape[1:]))
+    return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
 
 
 def _statistics(model: PreTrainedModel, rows: _Rows, temperature: float) -> tuple[TokenStatistics, Tensor | None]:
-    """Return the statistics `[S, R]`, and the hidden states that they are made of where the head can be read."""
-    head = find_head(model).head
+    """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
+    head, ids = find_head(model).head, rows.ids[rows.mask]
     if head is None:
         statistics = token_statistics(_logits(model, rows), rows.ids, temperature)
-        return TokenStatistics(*(rows.spread(values[rows.mask]) for values in statistics)), None
+        return TokenStatistics(*(values[rows.mask] for values in statistics)), None
     hidden = _predicting(model, rows)
-    log_probs, entropy, _ = hidden_statistics(hidden, head, rows.ids[rows.mask], temperature)
-    return TokenStatistics(rows.spread(log_probs), rows.spread(entropy)), hidden
+    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature)[:2]), hidden
 
 
 def _predicting(model: PreTrainedModel, rows: _Rows) -> Tensor:

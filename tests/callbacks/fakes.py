@@ -50,6 +50,7 @@ def make_output(
         advantages=torch.randn(mask.shape, generator=random) * mask,
         kl=torch.randn(mask.shape, generator=random) * mask if kl else None,
         entropy=mask.float(),
+        entropy_mask=mask,
         times={"rollout": 0.0, "reward": 0.0},
         closes_step=closes,
     )

@@ -39,7 +39,7 @@ def test_logs_over_the_parts_of_an_optimizer_step(tmp_path: Path) -> None:
 
 
 def test_without_a_reference_nothing_is_logged(tmp_path: Path) -> None:
-    make_trainer(tmp_path, [KLMonitor(stop_kl=0.1)]).fit(FakeModule([make_output(0, kl=False)]))
+    make_trainer(tmp_path, [KLMonitor()]).fit(FakeModule([make_output(0, kl=False)]))
     assert scalars(tmp_path, "train/kl_max") == []
 
 
@@ -133,6 +133,11 @@ def test_a_fixed_coefficient_is_the_configured_one_after_resuming(tmp_path: Path
 def test_bad_arguments_name_their_key(arguments: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         KLMonitor(**arguments)
+
+
+def test_a_limit_needs_a_kl(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"kl_monitor\.stop_kl needs a KL .*model\.kl\.loss_coef.*stop_kl: null"):
+        make_trainer(tmp_path, [KLMonitor(stop_kl=0.1)]).fit(FakeModule([make_output(0, kl=False)]))
 
 
 def test_adaptive_needs_a_kl_and_a_start(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
-from runs import fit, prompt_data, remax_module, save_policy
+from runs import fit, make_trainer, prompt_data, remax_module, save_policy
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine, WarmupLinear
+from remax_lightning.modules.checkpointing import own_state
 from remax_lightning.modules.checks import updates_per_rollout
 from remax_lightning.modules.objective import Objective
 from remax_lightning.rollout import SamplingConfig
@@ -25,6 +26,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("make", "value", "message"), [
     (lambda v: KLConfig(clamp=v), 0.0, r"model\.kl\.clamp must be null or above 0, got 0\.0"),
     (lambda v: KLConfig(loss_coef=v), -1.0, r"model\.kl\.loss_coef must be 0 or more, got -1\.0"),
+    (lambda v: KLConfig(reference_batch_size=v), 0,
+     r"model\.kl\.reference_batch_size must be null or at least 1, got 0"),
     (lambda v: AdvantageConfig(gamma=v), 0.0, r"model\.advantage\.gamma must be above 0 and at most 1, got 0\.0"),
     (lambda v: AdvantageConfig(gamma=v), 1.1, r"model\.advantage\.gamma .* got 1\.1"),
     (lambda v: AdvantageConfig(reward_clip=v), 0.0, r"model\.advantage\.reward_clip must be null or above 0, got 0"),
@@ -33,7 +36,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     (lambda v: LossConfig(clip_range=v), 1.0, r"model\.loss\.clip_range .* got 1\.0"),
     (lambda v: LossConfig(dual_clip=v), 1.0, r"model\.loss\.dual_clip must be null or above 1, got 1\.0"),
 ])  # fmt: skip
-def test_numbers_out_of_range(make: Any, value: float, message: str) -> None:
+def test_values_out_of_range(make: Any, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(value)
 
@@ -153,3 +156,12 @@ def test_lightnings_own_deepspeed_strategy_is_refused_where_it_divides_twice() -
     check_deepspeed(ReMaxDeepSpeedStrategy(stage=2), 4)
     with pytest.raises(UserError, match=r"trainer\.strategy is DeepSpeedStrategy, .*accumulate_grad_batches 4"):
         check_deepspeed(DeepSpeedStrategy(stage=2), 4)
+
+
+def test_a_half_used_rollout_of_other_processes_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"trainer\.devices x num_nodes must be 2, got 1"):
+        own_state([{"part": 1}, {"part": 2}], trainer)
+    assert own_state([None, None], trainer) is None
+    assert own_state(None, trainer) is None  # as 0.1.0 saved it
+    assert own_state([{"part": 1}], trainer) == {"part": 1}

@@ -159,11 +159,11 @@ def test_truncated_responses_can_be_kept_or_masked(plain: str, tmp_path: Path) -
     kept, kept_gradient, _ = truncated(plain, tmp_path, "keep")
     masked, masked_gradient, recorder = truncated(plain, tmp_path, "mask")
     assert float(kept_gradient[2].abs().max()) > 1e-3
-    assert float(masked_gradient[2].abs().max()) == 0
+    assert len(masked_gradient) == 2  # the third is not even run
     assert torch.equal(masked["rollout"].reward, kept["rollout"].reward)
     assert masked["advantages"][2].tolist() == [0.0] * 4
     # The other four tokens share the whole weight: eight tokens were counted before.
-    torch.testing.assert_close(masked_gradient[:2], 2 * kept_gradient[:2])
+    torch.testing.assert_close(masked_gradient[:2], 2 * kept_gradient[:2, :4])
     assert recorder.logged[0]["train/truncation_rate"] == pytest.approx(1 / 3)
 
 

@@ -165,8 +165,8 @@ def test_a_checkpoint_inside_a_rollout_carries_it_and_one_at_its_end_does_not(tm
     run.start(seed=0, steps=4)
     inside, done = (torch.load(run.saved(0, 4, step), weights_only=True)["remax"] for step in (3, 4))
     assert inside["rollouts"] == done["rollouts"] == 2
-    assert inside["experience"]["advantages"].shape == (4, 5)
-    assert done["experience"] is None
+    assert inside["experience"][0]["advantages"].shape == (4, 5)
+    assert done["experience"] == [None]
 
 
 SAVES = {

@@ -18,11 +18,13 @@ from remax_lightning.errors import UserError
 from remax_lightning.modules import statistics as statistics_module
 from remax_lightning.modules.head import FoundHead, find_head
 from remax_lightning.modules.statistics import policy_statistics, response_statistics, with_reference
+from remax_lightning.rollout import SamplingConfig
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt")
 PROMPTS = [[1, 5, 6], [1, 9, 8, 7, 30, 31], [40]]
 RESPONSES = [[10, 11, 12, 2], [2], [13, 14], [15, 16, 17, 18, 19], [2], [20, 3, 21, 2]]  # two to a prompt
 PAD = 3
+PLAIN, TEMPERED = SamplingConfig(), SamplingConfig(temperature=0.6)
 
 
 def batch(extra_left: int = 0, extra_right: int = 0, pad: int = PAD) -> tuple[PromptBatch, Responses]:
@@ -178,7 +180,9 @@ def test_logits_are_made_of_a_few_counted_tokens_at_a_time(monkeypatch: pytest.M
     find_head(model)
     chunked = statistics_module.hidden_statistics
     monkeypatch.setattr(
-        statistics_module, "hidden_statistics", lambda *inputs: chunked(*inputs, logits_at_once=4 * 500)
+        statistics_module,
+        "hidden_statistics",
+        lambda *inputs, **options: chunked(*inputs, **options, logits_at_once=4 * 500),
     )
     with Largest() as largest:
         response_statistics(model, *batch()).log_probs.sum().backward()
@@ -228,11 +232,11 @@ def kl_one_by_one(policy: Any, reference: Any, temperature: float) -> list[list[
 def test_kl_over_the_vocabulary(family: str, other: str, splits: int, padding: dict[str, int]) -> None:
     policy, reference = model_of(family), model_of(other, seed=1)
     with torch.no_grad():
-        rollout = with_reference(rollout_of(splits, **padding), reference, 0.6, keep_hidden=True)
+        rollout = with_reference(rollout_of(splits, **padding), reference, TEMPERED, keep_hidden=True)
     width = rollout.sampled.response_mask.shape[1]
     assert rollout.reference_hidden.shape == (6, width, 32)
     assert rollout.reference_hidden[~rollout.sampled.response_mask].abs().max() == 0
-    found = policy_statistics(policy, rollout, 0.6, reference, passes=splits)
+    found = policy_statistics(policy, rollout, TEMPERED, reference, batch_size=6 // splits)
     assert found.kl.requires_grad
     for row, wanted in zip(found.kl.tolist(), kl_one_by_one(policy, reference, 0.6), strict=True):
         assert row[: len(wanted)] == pytest.approx(wanted, abs=2e-5, rel=1e-5)
@@ -246,20 +250,20 @@ def test_kl_over_the_vocabulary(family: str, other: str, splits: int, padding: d
 def test_the_reference_keeps_nothing_unless_asked_and_changes_no_log_probs() -> None:
     reference = tiny_model("llama")
     with torch.no_grad():
-        rollout = with_reference(rollout_of(3), reference)
-        whole = with_reference(rollout_of(), reference, keep_hidden=True)
+        rollout = with_reference(rollout_of(3), reference, PLAIN)
+        whole = with_reference(rollout_of(), reference, PLAIN, keep_hidden=True)
     assert rollout.reference_hidden is None
-    assert policy_statistics(reference, rollout, 1.0, reference).kl is None
+    assert policy_statistics(reference, rollout, PLAIN, reference).kl is None
     torch.testing.assert_close(rollout.reference_log_probs, whole.reference_log_probs, atol=1e-6, rtol=0)
-    assert policy_statistics(reference, whole, 1.0, reference).kl.abs().max() == 0
+    assert policy_statistics(reference, whole, PLAIN, reference).kl.abs().max() == 0
 
 
 def test_a_model_whose_head_cannot_be_read_has_no_kl_over_the_vocabulary() -> None:
     policy, reference = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
-        rollout = with_reference(rollout_of(), reference, keep_hidden=True)
+        rollout = with_reference(rollout_of(), reference, PLAIN, keep_hidden=True)
     policy.lm_head.register_forward_hook(lambda module, inputs, output: output)
     with pytest.raises(UserError, match=r"model\.kl\.estimator .* the output head of model\.policy"):
-        policy_statistics(policy, rollout, 1.0, reference)
+        policy_statistics(policy, rollout, PLAIN, reference)
     with pytest.raises(UserError, match=r"model\.kl\.estimator .* the output head of model\.reference"):
-        with_reference(rollout, policy, keep_hidden=True)
+        with_reference(rollout, policy, PLAIN, keep_hidden=True)

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Recorder, fit, prompt_data, remax_module
+from runs import PROMPTS, CharacterReward, Recorder, fit, prompt_data, remax_module
 from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.rewards.base import Scores
 from remax_lightning.rollout import Generated
+
+
+class OnePromptReward(CharacterReward):
+    """Rewards answers to one prompt: a rank that does not have it has nothing to learn from."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Scores:
+        found = super().score(prompts, responses, rows)
+        chosen = torch.tensor([prompt == PROMPTS[0] for prompt in prompts])
+        return Scores(found.reward * chosen, {})
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "responses": {"loss": LossConfig(normaliser="responses")},
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
     "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
+    "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},
 }
 
 

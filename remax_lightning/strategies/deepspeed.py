@@ -11,13 +11,16 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from remax_lightning.strategies import zero3
+
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with the loss divided once, and with the CPU as a device.
 
     Lightning and DeepSpeed each divide the loss by `accumulate_grad_batches`, so the gradient is too small by that
     factor; Adam hides it, gradient clipping does not. Here only Lightning divides. On CPU processes the same engine
-    runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU.
+    runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
+    offloaded, any optimizer is taken, not DeepSpeed's own alone.
 
     Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
@@ -28,6 +31,9 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Start the processes; DeepSpeed's own way refuses a CPU."""
+        if isinstance(self.config, dict):
+            # For DeepSpeed's log alone. Lightning would ask for the training data to find it, in validation too.
+            self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         if self._on_cpu:
             DDPStrategy.setup_environment(self)
         else:
@@ -55,7 +61,12 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Make the engine, and keep it from dividing the loss once more."""
+        if isinstance(self.config, dict):
+            # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
+            self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         super().init_deepspeed()
+        if self.zero_stage_3 and self.lightning_module is not None:
+            zero3.remember(self.lightning_module, self.deepspeed_engine)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)

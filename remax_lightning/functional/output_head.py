@@ -1,0 +1,89 @@
+"""How hidden states become logits, and which of these a distribution is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KeptTokens: TypeAlias = Callable[[Tensor], Tensor]
+"""Makes of `[M, V]` logits over the temperature a mask, True on the tokens that may be drawn."""
+
+
+class OutputHead(NamedTuple):
+    """How a model makes logits of hidden states: `x = scale * (weight @ hidden + bias)`, then `cap * tanh(x / cap)`.
+
+    Args:
+        weight: `[V, D]` output embedding.
+        bias: `[V]`, or None.
+        scale: factor of the logits (Cohere multiplies them, Granite divides).
+        soft_cap: bound that the logits approach (Gemma 2), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+def truncated(logits: Tensor, ids: Tensor, kept: KeptTokens | None) -> Tensor:
+    """Return `[M, V]` logits with minus infinity on the tokens that `kept` leaves out; never on `ids`, `[M]`.
+
+    Rounding, or an update since a token was drawn, may put it outside of the kept ones; its log-prob must stay finite.
+    """
+    if kept is None:
+        return logits
+    may_come = kept(logits.detach()).scatter(-1, ids[:, None], True)
+    return logits.masked_fill(may_come.logical_not_(), -torch.inf)
+
+
+class LogitForm(NamedTuple):
+    """What of the way from hidden states to logits is no tensor."""
+
+    scale: float
+    soft_cap: float | None
+    temperature: float
+    product_dtype: torch.dtype
+    dtype: torch.dtype
+    kept: KeptTokens | None = None
+
+    @classmethod
+    def of(cls, head: OutputHead, temperature: float, dtype: torch.dtype, kept: KeptTokens | None = None) -> LogitForm:
+        """Return that of a head, in the dtype of the product that autocast asks for."""
+        product_dtype, device = head.weight.dtype, head.weight.device.type
+        if product_dtype != torch.float64 and torch.is_autocast_enabled(device):
+            product_dtype = torch.get_autocast_dtype(device)
+        return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype, kept)
+
+    def prepared(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return them in the dtype of the product."""
+        return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return logits over the temperature, a new tensor."""
+        logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def log_softmax(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
+        logits = self.logits(hidden, weight, bias)
+        found = torch.log_softmax(truncated(logits, ids, self.kept), dim=-1)
+        if self.soft_cap is None:
+            return found, None
+        return found, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
+
+    def of_product(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+        """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""
+        if slope is not None:
+            gradient.mul_(slope)
+        factor = self.scale / self.temperature
+        return (gradient if factor == 1 else gradient.mul_(factor)).to(self.product_dtype)

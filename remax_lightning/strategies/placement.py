@@ -1,0 +1,62 @@
+"""Where models are built: the policy as the strategy wants it, frozen models whole on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from remax_lightning.errors import UserError
+from remax_lightning.strategies import zero3
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
+@contextmanager
+def loading_policy(strategy: Any, *, from_scratch: bool = False) -> Iterator[None]:
+    """Let `from_pretrained` inside spread real weights over the ranks where the strategy is ZeRO-3.
+
+    Args:
+        strategy: the trainer's.
+        from_scratch: whether there are no weights to load.
+
+    Raises:
+        UserError: if ZeRO-3 is to begin with random weights, which it would draw otherwise than one process does.
+    """
+    if not _partitions(strategy):
+        yield
+        return
+    if from_scratch:
+        raise UserError(
+            "model.policy.from_scratch must be false under ZeRO-3, got true: each rank would draw other weights than"
+            " one process does; save a random model first, or train from scratch under DDP or ZeRO-2"
+        )
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # Transformers finds it through a weak reference. Once it is gone, whatever is loaded is loaded whole.
+    alive = HfDeepSpeedConfig(strategy.config)
+    try:
+        with strategy.precision_plugin.tensor_init_context():  # Lightning leaves it out under ZeRO-3
+            yield
+    finally:
+        del alive
+
+
+@contextmanager
+def outside_partitioning(strategy: Strategy) -> Iterator[None]:
+    """Build models inside that ZeRO-3 knows nothing of: plain and whole on every rank, in the run's precision.
+
+    A frozen model that were partitioned would make every one of its forward passes a meeting of all ranks.
+    """
+    if not _partitions(strategy):
+        yield
+        return
+    with zero3.not_partitioning(), strategy.precision_plugin.tensor_init_context():
+        yield
+
+
+def _partitions(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3

@@ -1,0 +1,146 @@
+"""Runs whose policy is spread over two ranks; run by test_sharded.py, which reads what every rank wrote down."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed.invariance import make_strategy, whole_weights
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import make_trainer, prompt_data, remax_module
+
+from remax_lightning.callbacks import ExportPolicy
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules import LossConfig
+from remax_lightning.modules.head import find_head
+from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
+from remax_lightning.strategies import whole_parameters
+
+STRATEGIES = ("fsdp2", "zero2", "zero3")
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+LENGTHS = (2, 24)
+
+
+class UnevenEngine:
+    """Lets rank 1 write on long after rank 0 has ended, and looks whether a plain copy of the model writes the same."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.equal, self.lengths = path, None, []
+
+    def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> Generated:
+        options["sampling"] = SamplingConfig(max_response_length=LENGTHS[RANK], min_response_length=LENGTHS[RANK])
+        state = generator.get_state()
+        made = PairedEngine().generate(model, *args, generator=generator, **options)
+        self.lengths.append(made.sampled_ids.shape[1])
+        if self.equal is None:
+            generator.set_state(state)
+            plain = PretrainedModel(self.path).load("model.policy")
+            wanted = PairedEngine().generate(plain, *args, generator=generator, **options)
+            self.equal = torch.equal(made.sampled_ids, wanted.sampled_ids) and torch.equal(
+                made.greedy_ids, wanted.greedy_ids
+            )
+        return made
+
+
+class Look(Callback):
+    """Looks at policy and reference during the run."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"losses": [], "reasons": []}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        from safetensors.torch import load_file
+
+        policy, reference = pl_module.policy, pl_module.reference
+        self.seen["kept"] = sum(local(p).numel() for p in policy.parameters())
+        self.seen["reference"] = sum(p.numel() for p in reference.parameters())
+        self.seen["reference_is_plain"] = not any(hasattr(p, "ds_id") for p in reference.parameters())
+        file = load_file(Path(pl_module.policy_source.path) / "model.safetensors")
+        with whole_parameters(policy):
+            whole = {name: value.detach().clone() for name, value in policy.named_parameters()}
+            self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
+        self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
+        self.seen["file_equal"] = set(whole) == set(file) and all(torch.equal(whole[key], file[key]) for key in file)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
+        self.seen["reasons"].append(find_head(pl_module.policy).reason)
+        self.seen["kept_after"] = sum(local(p).numel() for p in pl_module.policy.parameters())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.whole = whole_weights(pl_module.policy)
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor if parameter.numel() == 0 else parameter
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def make_module(policy: str, reference: str, engine: Any) -> Any:
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    return remax_module(policy, reference, rollout=engine, optimizer=optimizer, loss=LossConfig("clipped"))
+
+
+def train(strategy: str, folder: Path, resume: str | None = None) -> tuple[Look, UnevenEngine]:
+    """Train for four steps, two with each rollout, or for those after the checkpoint in the middle of the first."""
+    policy, reference = str(folder / "policy"), str(folder / "reference")
+    engine, look = UnevenEngine(policy), Look()
+    module = make_module(policy, reference, engine)
+    own = folder / f"data{RANK}"
+    own.mkdir(exist_ok=True)
+    data = prompt_data(own, policy, batch_size=2, micro_batch_size=1)
+    files = folder / strategy / ("second" if resume else "first")
+    callbacks: list[Any] = [look, ExportPolicy(str(files / "export"), best=False)]
+    if resume is None:
+        callbacks.append(ModelCheckpoint(files, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    trainer = make_trainer(
+        files, callbacks, devices=2, strategy=make_strategy(strategy), max_steps=4, enable_checkpointing=resume is None
+    )
+    torch.manual_seed(0)
+    trainer.fit(module, data, ckpt_path=resume)
+    return look, engine
+
+
+def exported(folder: Path, whole: dict[str, torch.Tensor]) -> bool:
+    """Whether the exported policy is the one in training."""
+    model = PretrainedModel(str(folder)).load("export").state_dict()
+    return all(torch.equal(model[name], value) for name, value in whole.items())
+
+
+def validate(strategy: str, folder: Path) -> dict[str, float]:
+    """Evaluate without a fit before it."""
+    policy, reference = str(folder / "policy"), str(folder / "reference")
+    module = make_module(policy, reference, UnevenEngine(policy))
+    data = prompt_data(folder / f"data{RANK}", policy, batch_size=1)
+    trainer = make_trainer(folder, devices=2, strategy=make_strategy(strategy), limit_val_batches=2)
+    torch.manual_seed(0)
+    return dict(trainer.validate(module, data, verbose=False)[0])
+
+
+def check(strategy: str, folder: Path) -> dict[str, Any]:
+    look, engine = train(strategy, folder)
+    seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths}
+    seen["whole"] = sum(value.numel() for value in look.whole.values())
+    if RANK == 0:
+        seen["exported"] = exported(folder / strategy / "first" / "export" / "last", look.whole)
+    resumed, _ = train(strategy, folder, resume=str(folder / strategy / "first" / "step=1.ckpt"))
+    seen["resumed_losses"] = resumed.seen["losses"]
+    seen["validated"] = {name: value for name, value in validate(strategy, folder).items() if "time" not in name}
+    return seen
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for each in sys.argv[2:] or STRATEGIES:
+        found = check(each, root)
+        assert torch.distributed.get_world_size() == 2
+        (root / f"{each}-{RANK}.json").write_text(json.dumps(found))
+        print(each, json.dumps(found), flush=True)

@@ -1,0 +1,85 @@
+"""What a run with a policy in shards does beside its gradient: loading, rollouts, export, resuming, evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.processes import launch
+from distributed.sharded import LENGTHS, STRATEGIES
+from runs import save_policy
+
+pytestmark = pytest.mark.slow
+SHARDED = ("fsdp2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    save_policy(folder / "policy")
+    save_policy(folder / "reference", noise=0.02)
+    launch("distributed.sharded", str(folder))
+    return folder
+
+
+def found(folder: Path, strategy: str) -> list[dict[str, Any]]:
+    """What each rank saw."""
+    return [json.loads((folder / f"{strategy}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_policy_has_the_files_weights_and_is_exported_whole(strategy: str, folder: Path) -> None:
+    ranks = found(folder, strategy)
+    assert all(rank["file_equal"] for rank in ranks)
+    assert ranks[0]["exported"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_policy_is_in_shards_and_the_reference_whole(strategy: str, folder: Path) -> None:
+    ranks = found(folder, strategy)
+    whole = ranks[0]["whole"]
+    for key in ("kept", "kept_after"):  # after a step with its rollout, too
+        held = [rank[key] for rank in ranks]
+        assert held == [whole, whole] if strategy not in SHARDED else sum(held) == pytest.approx(whole, rel=0.01)
+    for rank in ranks:
+        assert rank["reference"] == whole
+        assert rank["reference_is_plain"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path) -> None:
+    for rank, seen in enumerate(found(folder, strategy)):
+        assert seen["lengths"] == [LENGTHS[rank]] * 2
+        assert seen["rollout_equal"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_goes_on_as_it_would_have(strategy: str, folder: Path) -> None:
+    """The checkpoint was saved with a rollout half used, and every rank has its own."""
+    for seen in found(folder, strategy):
+        assert len(seen["losses"]) == 4
+        assert seen["resumed_losses"] == pytest.approx(seen["losses"][1:], abs=1e-6)
+
+
+def test_strategies_agree(folder: Path) -> None:
+    """On every loss of the run and on an evaluation without a run before it."""
+    ours = [found(folder, strategy)[0] for strategy in STRATEGIES]
+    for each in ours[1:]:
+        assert each["losses"] == pytest.approx(ours[0]["losses"], abs=1e-5)
+        assert each["validated"] == pytest.approx(ours[0]["validated"], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_rank_decides_alike_whether_the_head_can_be_read(strategy: str, folder: Path) -> None:
+    first, second = found(folder, strategy)
+    assert first["reasons"] == second["reasons"]
+    assert all(bool(reason) == (strategy in SHARDED) for reason in first["reasons"])
+
+
+def test_deepspeeds_hooks_are_off_inside_and_on_outside(folder: Path) -> None:
+    """Fails when DeepSpeed renames what `strategies/zero3.py` reaches for."""
+    for seen in found(folder, "zero3"):
+        assert seen["hooks_inside"] == 0
+        assert seen["hooks_outside"] > 0
