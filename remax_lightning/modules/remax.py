@@ -23,7 +23,9 @@ from remax_lightning.modules.randomness import EVALUATION, TRAINING, rollout_gen
 from remax_lightning.modules.reporting import Sums, predictions, step_values
 from remax_lightning.modules.statistics import policy_statistics, with_reference
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, Ended, RolloutEngine, SamplingConfig
+from remax_lightning.rollout.generation_config import tell_ignored
+from remax_lightning.rollout.stopping import stop_string_check
 from remax_lightning.strategies import outside_partitioning
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class ReMaxModule(PolicyModule):
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self.sampling, self.kl_coef = sampling, kl_coef
         self.objective = Objective(kl, advantage, loss, sampling.num_samples)
+        self.stop_check: Ended | None = None
         self._experience: Experience | None = None
         self._sums = Sums()
         self._seed: int | None = None
@@ -115,6 +118,8 @@ class ReMaxModule(PolicyModule):
             cast("torch.nn.Module", self.reference).to(self.device)
             checks.check_full_kl(self.objective.kl_config, self.policy, self.reference)
         if self._reward_device != self.device:
+            tell_ignored(self.policy, self.sampling)
+            self.stop_check = stop_string_check(self.tokenizer, self.sampling.stop_strings)
             self.reward.load(self.device)
             self._reward_device = self.device
         if self._seed is None:
@@ -164,7 +169,11 @@ class ReMaxModule(PolicyModule):
     def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
         """Make a rollout with all that training on it needs."""
         updates = self._updates_per_rollout(batch.num_splits)
-        rollout = self._roll_out(batch, TRAINING, self._rollouts, times)
+        whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
+        charged = self.objective.uses_kl(self.kl_coef) and self.reference is not None
+        looks_back = updates > 1 or (charged and whitens_parts)  # needs the policy's log-probs before it is trained
+        log_probs = looks_back and self.objective.loss_config.old_log_probs == "rollout"
+        rollout = self._roll_out(batch, TRAINING, self._rollouts, times, log_probs)
         self._rollouts += 1
         if self.objective.uses_kl(self.kl_coef):
             rollout = self._with_reference(rollout, times)
@@ -172,9 +181,10 @@ class ReMaxModule(PolicyModule):
         experience = Experience(rollout, self._sum_over_ranks(self.objective.update_counts(rollout, updates)))
         if not has_kl:
             experience = self._credited(experience)
-        whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
-        if updates == 1 and not (has_kl and whitens_parts):
+        if not looks_back:
             return experience  # the training pass gives what is missing
+        if rollout.log_probs is not None:
+            return self._credited(experience, rollout.log_probs) if has_kl else experience
         with torch.no_grad(), timed(times, "reward", self.device):
             trained, size = experience.trained(batch.num_splits), len(rollout.reward) // batch.num_splits
             now = self._statistics(rollout, trained, size)
@@ -185,20 +195,23 @@ class ReMaxModule(PolicyModule):
     def _credited(self, experience: Experience, *policy: Tensor | None) -> Experience:
         return self.objective.credited(experience, self.kl_coef, self._sum_over_ranks, *policy)
 
-    def _roll_out(self, batch: PromptBatch, stage: int, count: int, times: dict[str, float]) -> Rollout:
+    def _roll_out(
+        self, batch: PromptBatch, stage: int, count: int, times: dict[str, float], log_probs: bool = False
+    ) -> Rollout:
         """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
         return collect(
             self.policy,
             batch,
             engine=self.engine,
             sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
+            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
             generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
             tokenizer=self.tokenizer,
             reward=self.reward,
             greedy=stage == EVALUATION or self.objective.needs_greedy,
             truncation_penalty=self.objective.truncation_penalty,
             times=times,
+            log_probs=log_probs,
         )
 
     def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
