@@ -17,6 +17,11 @@ EOS, PAD = 2, 3
 IDS = torch.randint(5, 90, (4, 7), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 3)
+
+
 def roll_out(engine: PairedEngine, model: Any, seed: int = 0, length: int = 40, **options: Any) -> Any:
     return engine.generate(
         model,
@@ -45,7 +50,8 @@ def test_replayed_rollouts_are_the_models_own_bit_for_bit(family: str) -> None:
     assert len(engine.recorder._replays) >= 2
 
 
-def test_a_shape_is_recorded_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_is_recorded_when_it_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 9)
     model, engine = tiny_model("llama"), PairedEngine()
     calls = []
     forward = type(model).forward
@@ -125,6 +131,7 @@ def test_an_adapter_that_is_switched_off_is_not_replayed() -> None:
 
 def test_the_shape_unused_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "MOST_SHAPES", 2)
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 1)
     recorder, inputs = Recorder(), (torch.ones(2),)
     model = nn.Linear(1, 1)
     for _ in range(2):
