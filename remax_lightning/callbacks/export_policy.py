@@ -19,7 +19,8 @@ from remax_lightning.errors import UserError
 class ExportPolicy(Callback):
     """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
 
-    Works with every module that has `policy` and `tokenizer`. Weights are safetensors. A folder appears whole or not at all: it is written under another name first.
+    Works with every module that has `policy` and `tokenizer`. Weights are safetensors. A folder appears whole or
+    not at all: it is written under another name first.
 
     Args:
         folder: where `last` and `best` go; `policy` in the run's folder by default. Give each run its own.
@@ -134,9 +135,7 @@ class ExportPolicy(Callback):
         policy, merge = module.policy, self.merge_lora
         weights = policy_weights(policy, keep=trainer.is_global_zero, merge_lora=merge)  # every rank takes part
         if trainer.is_global_zero:
-            write_whole(
-                target, lambda folder: save_policy(policy, module.tokenizer, weights, folder, merge_lora=merge)
-            )
+            write_whole(target, lambda folder: save_policy(policy, module.tokenizer, weights, folder, merge_lora=merge))
         rank_zero_info(f"Exported the policy of optimizer step {trainer.global_step} to {target}.")
         trainer.strategy.barrier("export_policy")
 

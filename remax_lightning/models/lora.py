@@ -93,7 +93,9 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
             adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
             adapted.load_adapter(lora.path, START)
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"{key}: cannot adapt" if lora.path is None else f"{key}.path: cannot load the adapter {lora.path!r} into"
+        where = (
+            f"{key}: cannot adapt" if lora.path is None else f"{key}.path: cannot load the adapter {lora.path!r} into"
+        )
         raise UserError(f"{where} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
     # Of the precision that is trained in, also where the base is kept in fewer bits.
     for name, parameter in adapted.named_parameters():
@@ -141,6 +143,6 @@ def _check_adapter(path: str, key: str) -> None:
         raise UserError(f"{key}.path: expected a LoRA adapter, got {config.peft_type.value} in {path!r}")
     if config.bias != "none":
         raise UserError(
-            f"{key}.path: expected an adapter that leaves the base's biases alone, got bias {config.bias!r} in {path!r};"
-            " merge it into the base and name that in model.policy.path"
+            f"{key}.path: expected an adapter that leaves the base's biases alone, got bias {config.bias!r} in"
+            f" {path!r}; merge it into the base and name that in model.policy.path"
         )

@@ -41,8 +41,8 @@ def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
     if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"model.policy.quantization is {policy.quantization}, which trainer.strategy {type(strategy).__name__}"
-            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or ReMaxDeepSpeedStrategy"
-            " of stage 1 or 2"
+            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or"
+            " ReMaxDeepSpeedStrategy of stage 1 or 2"
         )
 
 

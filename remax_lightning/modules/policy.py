@@ -117,7 +117,7 @@ class PolicyModule(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, of an adapted policy the adapter's alone: its base is read again where it came from."""
         state: dict[str, Any] = super().state_dict(*args, **options)
         if self.policy_source.lora is None:

@@ -1,4 +1,4 @@
-"""Runs that train an adapter on two ranks, under every strategy; run by test_lora.py, which reads what they wrote down."""
+"""Runs that train an adapter on two ranks, under every strategy; run by test_lora.py, which reads what they saw."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def train(
 
 
 def validate(strategy: str, folder: Path) -> dict[str, float]:
-    """Evaluate a policy that was not trained on rows of which one rank has one more, and so one more pass of the reference."""
+    """Evaluate before training, on rows of which one rank has one more, and so one more pass of the reference."""
     policy = str(folder / "policy")
     module = make_module(policy, LoRAConfig(r=2), kl=KLConfig(reference_batch_size=2))
     data = prompt_data(folder / f"data2-{RANK}", policy, PROMPTS[:5], batch_size=3)
@@ -109,4 +109,4 @@ if __name__ == "__main__":
         found = check(each, root)
         assert torch.distributed.get_world_size() == 2
         (root / f"{each}-{RANK}.json").write_text(json.dumps(found))
-        print(each, json.dumps({key: value for key, value in found.items() if key not in ("trained", "moved", "continued")}), flush=True)
+        print(each, found["losses"], flush=True)
