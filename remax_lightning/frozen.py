@@ -52,7 +52,7 @@ class FrozenModel:
         self.model, self.device = model.eval().requires_grad_(False), device
         if placement != "replicate" and getattr(model, "is_quantized", False):
             raise UserError(f"{key} must be replicate for a quantised model, got {placement}")
-        self._parked: list[tuple[Tensor, Tensor]] = []
+        self._parked: list[tuple[dict[str, Any], str]] = []
         self._body: nn.Module | None = None
         if placement == "cpu":
             self._park(resident)
@@ -78,26 +78,31 @@ class FrozenModel:
 
     def _park(self, resident: nn.Module | None) -> None:
         """Take the model to the host's memory, pinned where that makes copies faster."""
-        stays = {id(tensor) for tensor in _tensors(resident)} if resident is not None else set()
-        for tensor in _tensors(self.model):
-            if id(tensor) in stays:
-                tensor.data = tensor.data.to(self.device)
-                continue
-            host = tensor.data.cpu()
-            tensor.data = host.pin_memory() if self.device.type == "cuda" else host
-            self._parked.append((tensor, tensor.data))
+        stays = {id(tensor) for _, _, tensor in _slots(resident)} if resident is not None else set()
+        there: dict[int, Tensor] = {}
+        for slots, name, tensor in _slots(self.model):
+            if id(tensor) not in there:
+                pins = self.device.type == "cuda" and id(tensor) not in stays
+                there[id(tensor)] = _moved(tensor, self.device if id(tensor) in stays else torch.device("cpu"), pins)
+            slots[name] = there[id(tensor)]
+            if id(tensor) not in stays:
+                self._parked.append((slots, name))
 
     @contextmanager
     def _brought(self) -> Iterator[None]:
         """Bring what is parked to the device inside. Nothing changes it there, so nothing has to be copied back."""
-        for tensor, host in self._parked:
-            tensor.data = host.to(self.device, non_blocking=True)
+        away, here = [(slots, name, slots[name]) for slots, name in self._parked], dict[int, Tensor]()
+        for slots, name, host in away:
+            if id(host) not in here:  # tied weights stay tied
+                here[id(host)] = _moved(host, self.device)
+            slots[name] = here[id(host)]
         try:
             yield
         finally:
-            # The allocator of the device has the memory again as soon as nothing points to it.
-            for tensor, host in self._parked:
-                tensor.data = host
+            # The device's allocator has the memory again as soon as nothing points to it.
+            for slots, name, host in away:
+                # Some rotary embeddings put new frequencies in the place of the old.
+                slots[name] = host if slots[name] is here[id(host)] else _moved(slots[name], torch.device("cpu"))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -145,8 +150,19 @@ def _num_ranks() -> int:
     return torch.distributed.get_world_size() if initialised else 1
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield every place where a module keeps a parameter or buffer, with what is there; tied weights have several."""
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is not None:
+                    yield slots, name, tensor
+
+
+def _moved(tensor: Tensor, device: torch.device, pins: bool = False) -> Tensor:
+    moved = tensor.detach().to(device, non_blocking=device.type != "cpu")
+    moved = moved.pin_memory() if pins else moved
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:

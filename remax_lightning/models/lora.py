@@ -78,25 +78,25 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
     if lora.path is not None:
         _check_adapter(lora.path, key)
     try:
-        if lora.path is None:
-            settings = LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules or "all-linear",
-                task_type="CAUSAL_LM",
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if lora.path is not None:
+                adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
+                missing = adapted.load_adapter(lora.path, START).missing_keys
+                if missing:  # PEFT would leave them random
+                    raise ValueError(f"it has no {', '.join(missing[:2])}")
+            else:
+                settings = LoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=lora.target_modules or "all-linear",
+                    task_type="CAUSAL_LM",
+                )
                 adapted = get_peft_model(model, settings)
-        else:
-            adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
-            adapted.load_adapter(lora.path, START)
     except (OSError, RuntimeError, ValueError) as error:
-        where = (
-            f"{key}: cannot adapt" if lora.path is None else f"{key}.path: cannot load the adapter {lora.path!r} into"
-        )
-        raise UserError(f"{where} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
+        doing = "cannot adapt" if lora.path is None else f"cannot load the adapter {lora.path!r} into"
+        raise UserError(f"{key}: {doing} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
     # Of the precision that is trained in, also where the base is kept in fewer bits.
     for name, parameter in adapted.named_parameters():
         if not {TRAINED, START}.isdisjoint(name.split(".")):
