@@ -159,8 +159,7 @@ def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
 
 def _own_weights(policy: Any) -> dict[str, Tensor]:
     """Return the model's weights on the CPU, those of 4 bits as numbers."""
-    tensors = {**dict(policy.named_parameters(remove_duplicate=False)), **dict(policy.named_buffers())}
-    return {name: _numbers(value).detach().cpu() for name, value in tensors.items()}
+    return {name: _numbers(value).detach().cpu() for name, value in policy.state_dict(keep_vars=True).items()}
 
 
 def _numbers(value: Any) -> Tensor:

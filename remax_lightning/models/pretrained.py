@@ -82,11 +82,12 @@ class PretrainedModel:
         if looks_local(self.path) and not Path(self.path).is_dir():
             raise UserError(f"{key}.path: there is no folder {self.path!r}; give a folder or a hub name")
         dtype = torch.get_default_dtype() if self.dtype is None else getattr(torch, self.dtype)
-        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None:
-            common["attn_implementation"] = self.attn_implementation
-        if self.quantization is not None:
-            common["quantization_config"] = _four_bits(dtype)
+        common: dict[str, Any] = {
+            "trust_remote_code": self.trust_remote_code,
+            "attn_implementation": self.attn_implementation,
+            "quantization_config": _four_bits(dtype) if self.quantization == "nf4" else None,
+        }
+        common = {name: value for name, value in common.items() if value is not None}
         try:
             config = AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -106,6 +107,8 @@ class PretrainedModel:
                 )
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        if self.quantization is not None:
+            _keep_differentiable(model)
         if self.gradient_checkpointing:
             # Renamed in 5.23; the old name goes in 6.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -144,6 +147,13 @@ def _four_bits(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes on a CPU from a kernel that, once used in eval mode, gives earlier layers a gradient of 0."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def looks_local(path: str) -> bool:
