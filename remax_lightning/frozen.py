@@ -70,7 +70,7 @@ class FrozenModel:
         # What a strategy or FSDP2 keeps from a pass must not be a tensor of Lightning's `inference_mode`.
         with torch.inference_mode(False), torch.no_grad():
             if self._body is not None:
-                with in_step(self._body, self.device):
+                with equal_passes(self._body, self.device):
                     yield
             else:
                 with self._brought():
@@ -112,7 +112,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def in_step(module: nn.Module, device: torch.device) -> Iterator[None]:
+def equal_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Let ranks make unequal numbers of passes of a module whose every pass is a meeting of all ranks.
 
     Each pass is announced, and a rank that has made all of its own repeats its last one while others still make theirs.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
-from remax_lightning.frozen import FrozenModel, in_step
+from remax_lightning.frozen import FrozenModel, equal_passes
 from remax_lightning.models import PretrainedModel, at_start, freeze
 from remax_lightning.modules import checks
 from remax_lightning.modules.collect import evaluating
@@ -84,7 +84,7 @@ class SharedReference:
         policy = cast("nn.Module", self.model)
         with evaluating(self.model), at_start(policy):
             if passes_meet(policy):
-                with in_step(policy, next(policy.parameters()).device):
+                with equal_passes(policy, next(policy.parameters()).device):
                     yield
             else:
                 yield
