@@ -61,6 +61,7 @@ def sections() -> Iterator[Section]:
     """Yield every part of a configuration that is this project's own, in the order of the page."""
     yield Section("model", modules.ReMaxModule, is_choice=True)
     yield Section("model.policy` and `model.reference", models.PretrainedModel)
+    yield Section("model.policy.lora", models.LoRAConfig)
     yield Section("model.sampling", rollout.SamplingConfig)
     yield Section("model.kl", modules.KLConfig)
     yield Section("model.advantage", modules.AdvantageConfig)

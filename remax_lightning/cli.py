@@ -152,6 +152,7 @@ def quieten() -> None:
         "'set_vital' is deprecated",
         r".*isinstance\(treespec, LeafSpec\)",
         "LightningCLI's args parameter",
+        "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
     ):
         warnings.filterwarnings("ignore", message=message)
     for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):

@@ -137,6 +137,22 @@ VALUES = {
         "model.kl.loss_coef is 0.1, but there is no model.reference",
         "or model.kl.loss_coef to 0",
     ),
+    "a policy placed like a reference": (
+        {"model__policy__placement": "cpu"},
+        "model.policy.placement must be replicate, got cpu",
+        "trainer.strategy",
+    ),
+    "an adapter of rank 0": ({"model__policy__lora": {"r": 0}}, "model.policy.lora.r must be at least 1", "got 0"),
+    "an adapter that is not there": (
+        {"model__policy__lora": {"path": "./nowhere"}},
+        "model.policy.lora.path: there is no folder './nowhere'",
+        "folder or hub name of an adapter",
+    ),
+    "4 bits that are to be trained": (
+        {"model__policy__quantization": "nf4"},
+        "model.policy.quantization is nf4",
+        "set model.policy.lora",
+    ),
     "leave-one-out of one": (
         {"model__advantage__baseline": "leave_one_out"},
         "model.advantage.baseline leave_one_out needs model.sampling.num_samples of at least 2",

@@ -19,8 +19,8 @@ from remax_lightning.errors import UserError
 class ExportPolicy(Callback):
     """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
 
-    Works with every module that has `policy` and `tokenizer`. Weights are safetensors; LoRA adapters are
-    merged into a copy. A folder appears whole or not at all: it is written under another name first.
+    Works with every module that has `policy` and `tokenizer`. Weights are safetensors. A folder appears whole or
+    not at all: it is written under another name first.
 
     Args:
         folder: where `last` and `best` go; `policy` in the run's folder by default. Give each run its own.
@@ -28,6 +28,8 @@ class ExportPolicy(Callback):
         mode: whether more of it is better (`max`) or less (`min`).
         best: whether to save at each new best of `monitor`.
         last: whether to save at the end of fit.
+        merge_lora: whether the adapter of a policy with `model.policy.lora` is merged into a copy of the whole model;
+            false saves the adapter alone, as PEFT reads it, which needs the base beside it and is far smaller.
 
     Raises:
         UserError: if `mode` or `monitor` cannot be used, or the strategy keeps weights where they cannot be
@@ -41,6 +43,7 @@ class ExportPolicy(Callback):
         mode: Literal["max", "min"] = "max",
         best: bool = True,
         last: bool = True,
+        merge_lora: bool = True,
     ) -> None:
         super().__init__()
         if mode not in ("max", "min"):
@@ -52,6 +55,7 @@ class ExportPolicy(Callback):
         self.mode = mode
         self.best = best
         self.last = last
+        self.merge_lora = merge_lora
         self.best_score: float | None = None
         self.best_path: str | None = None
         self._directory: Path | None = None
@@ -128,9 +132,10 @@ class ExportPolicy(Callback):
         module = cast("Any", pl_module)
         if not hasattr(module, "policy") or not hasattr(module, "tokenizer"):
             return
-        weights = policy_weights(module.policy, keep=trainer.is_global_zero)  # every rank takes part
+        policy, merge = module.policy, self.merge_lora
+        weights = policy_weights(policy, keep=trainer.is_global_zero, merge_lora=merge)  # every rank takes part
         if trainer.is_global_zero:
-            write_whole(target, lambda folder: save_policy(module.policy, module.tokenizer, weights, folder))
+            write_whole(target, lambda folder: save_policy(policy, module.tokenizer, weights, folder, merge_lora=merge))
         rank_zero_info(f"Exported the policy of optimizer step {trainer.global_step} to {target}.")
         trainer.strategy.barrier("export_policy")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
@@ -16,12 +16,49 @@ from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from remax_lightning.modules.reference import Reference
+
+
+def check_policy(policy: PretrainedModel) -> None:
+    """Refuse what only a frozen model can be."""
+    if policy.placement != "replicate":
+        raise UserError(
+            f"model.policy.placement must be replicate, got {policy.placement}: where the policy is kept,"
+            " trainer.strategy decides (ZeRO-3 or FSDP2 for shares, offload_parameters for the host's memory)"
+        )
+    if policy.quantization is not None and policy.lora is None:
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, but weights of 4 bits cannot be trained; set"
+            " model.policy.lora (QLoRA), or leave model.policy.quantization out"
+        )
+
+
+def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
+    """Refuse a quantised policy where its weights would be cut into shares."""
+    if policy.quantization is None:
+        return
+    zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, which trainer.strategy {type(strategy).__name__}"
+            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or"
+            " ReMaxDeepSpeedStrategy of stage 1 or 2"
+        )
+
+
+def check_reference(reference: PretrainedModel | None) -> None:
+    """Refuse a reference with an adapter that was never trained."""
+    if reference is not None and reference.lora is not None and reference.lora.path is None:
+        raise UserError(
+            "model.reference.lora needs the path of a trained adapter: a new one changes nothing; leave it out"
+        )
+
 
 def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: PretrainedModel | None) -> None:
     """Refuse a KL coefficient without a reference to measure the KL to."""
     if kl_coef < 0:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
-    if reference is None and (kl_coef > 0 or kl.loss_coef > 0):
+    if reference is None and policy.lora is None and (kl_coef > 0 or kl.loss_coef > 0):
         key, value = ("kl_coef", kl_coef) if kl_coef > 0 else ("kl.loss_coef", kl.loss_coef)
         raise UserError(
             f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
@@ -29,11 +66,12 @@ def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: P
         )
 
 
-def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -> None:
     """Refuse a KL over the vocabulary to or from a model whose output head cannot be read."""
     if kl.full:
         required_head(policy, "model.policy")
-        required_head(reference, "model.reference")
+        with reference.running():
+            required_head(reference.model, "model.reference")
 
 
 def check_vocabularies(

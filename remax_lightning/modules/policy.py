@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,10 +18,10 @@ from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules.checkpointing import resume_after_last_batch
-from remax_lightning.modules.checks import check_deepspeed
+from remax_lightning.modules.checks import check_deepspeed, check_policy, check_quantization
 from remax_lightning.modules.optimization import parameter_groups, refuse_lost_updates
 from remax_lightning.modules.schedules import set_total_steps
-from remax_lightning.strategies import loading_policy, shard_policy
+from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class PolicyModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__()
+        check_policy(policy)
         self.policy_source = policy
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.tokenizer_path = tokenizer or policy.path
@@ -61,12 +63,7 @@ class PolicyModule(LightningModule):
         """Load policy and tokenizer; Lightning calls this where each strategy wants its models built."""
         if "policy" in self._modules:
             return
-        strategy = self.trainer.strategy
-        with loading_policy(strategy, from_scratch=self.policy_source.from_scratch):
-            policy = self.policy_source.load("model.policy")
-        if isinstance(strategy, ModelParallelStrategy):
-            shard_policy(policy, strategy.device_mesh)
-        self.policy = policy
+        self.policy = self._load_policy()
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()
@@ -76,6 +73,18 @@ class PolicyModule(LightningModule):
                 f"model.tokenizer {self.tokenizer_path!r} has {len(self.tokenizer)} tokens, the policy"
                 f" {self.policy_source.path!r} only {vocabulary}; give the tokenizer that belongs to the policy"
             )
+
+    def _load_policy(self) -> PreTrainedModel:
+        source, strategy = self.policy_source, self.trainer.strategy
+        check_quantization(source, strategy)
+        with loading_policy(strategy, from_scratch=source.from_scratch):
+            policy = source.load_base("model.policy")
+        # ZeRO-3 would cut an adapter into shares before it has its values; the engine does it afterwards.
+        with outside_partitioning(strategy):
+            policy = source.adapted(policy, "model.policy", strategy.broadcast(torch.initial_seed()))
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_policy(policy, strategy.device_mesh)
+        return policy
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the data module's own tokenizer where it has one, so that prompts and responses agree."""
@@ -107,6 +116,39 @@ class PolicyModule(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the weights, of an adapted policy the adapter's alone: its base is read again where it came from."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if self.policy_source.lora is None:
+            return state
+        trained = self._trained_names()
+        return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned.
+
+        Raises:
+            UserError: if the policy has another adapter, or only one of policy and checkpoint has one.
+        """
+        if self.policy_source.lora is None:
+            if any(".lora_" in name for name in state_dict):
+                raise UserError("ckpt_path: the checkpoint holds an adapter; set model.policy.lora as in its run")
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        other = sorted(state_dict.keys() ^ self._trained_names()) if strict else []
+        try:
+            found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:  # another rank
+            other = [str(error).splitlines()[-1].strip()]
+        if other:
+            raise UserError(
+                "ckpt_path: the checkpoint does not hold the adapter that model.policy.lora describes; set it as in the"
+                f" checkpoint's run. They differ in {len(other)} places: {', '.join(other[:2])}"
+            )
+        return found
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_train_start(self) -> None:
         """Tell schedules of ours the length of the run.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 
@@ -37,6 +38,9 @@ class ClassifierReward(Reward):
         allow_pickle: whether weights may be read from a `.bin` file (then with `weights_only=True`) where
             there are no safetensors.
         revision: branch, tag or commit on the hub.
+        placement: where the model is kept between its passes: `replicate`, whole on every device; `shard`, its
+            layers in equal shares over all devices, gathered one at a time; `cpu`, in the host's memory, brought
+            to the device whole to score a rollout.
 
     Raises:
         UserError: if `template` has other fields than prompt and response, or a number is too small.
@@ -52,12 +56,14 @@ class ClassifierReward(Reward):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
+        placement: Placement = "replicate",
     ) -> None:
         if template is not None:
             _check_template(template)
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value is not None and value < least:
                 raise UserError(f"{_KEY}.{name}: expected {least} or more, got {value}")
+        check_placement(placement, f"{_KEY}.placement")
         self.path = path
         self.template = template
         self.batch_size = batch_size
@@ -66,21 +72,23 @@ class ClassifierReward(Reward):
         self.trust_remote_code = trust_remote_code
         self.allow_pickle = allow_pickle
         self.revision = revision
+        self.placement = placement
         self.num_truncated = 0
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._frozen: FrozenModel | None = None
         self._pooling: Pooling | None = None
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer onto `device`, frozen and in eval mode.
+        """Load tokenizer and model, frozen and in eval mode, to run on `device`.
 
         Raises:
             UserError: if they cannot be loaded or do not fit one another, if the model has no score head or
                 more than one label, or if there is neither a template nor a chat template.
         """
         self.tokenizer = self._load_tokenizer()
-        model: Any = self._load_model()  # transformers annotates `to` without a device
-        self.model = model = model.to(device).eval().requires_grad_(False)
+        model: Any = self._load_model()
+        self.model = model
         model.config.use_cache = False  # nothing is generated
         known, given = model.get_input_embeddings().num_embeddings, len(self.tokenizer)
         if given > known:
@@ -92,22 +100,25 @@ class ClassifierReward(Reward):
             # Tokenizers without a limit say 10^30; some configurations say nothing.
             limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
             self.max_length = min((n for n in limits if n is not None and 1 < n < 10**9), default=None)
-        self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
+        self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
+        with self._frozen.running():
+            self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Tensor:
         """Return the reward model's `[M]` float32 scores, on its device."""
-        if self.model is None or self._pooling is None:
+        if self.model is None or self._frozen is None or self._pooling is None:
             raise RuntimeError("ClassifierReward.load(device) must be called before score")
         texts = [self.text(*each) for each in zip(prompts, responses, rows, strict=True)]
         ids = [self._token_ids(text) for text in texts]
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        scores = torch.zeros(len(ids), device=self.model.device)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self.model.device)
-            scores[batch] = self._pooling(self.model, input_ids, mask)
+        scores = torch.zeros(len(ids), device=self._frozen.device)
+        with self._frozen.running():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self._frozen.device)
+                scores[batch] = self._pooling(self.model, input_ids, mask)
         return scores
 
     def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:

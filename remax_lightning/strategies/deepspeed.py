@@ -22,7 +22,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
     offloaded, any optimizer is taken, not DeepSpeed's own alone.
 
-    Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+    Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`; `exclude_frozen_parameters` is always true.
     """
 
     @property
@@ -61,6 +61,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Make the engine, and keep it from dividing the loss once more."""
+        # The base of an adapter is read again where it came from, and nothing else in the module tree is frozen.
+        self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
             # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)

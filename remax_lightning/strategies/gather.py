@@ -32,3 +32,8 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def passes_meet(model: nn.Module) -> bool:
+    """Whether every pass of the model is a meeting of all ranks, because its parameters are spread over them."""
+    return zero3.is_partitioned(model) or fsdp2.is_sharded(model)
