@@ -26,7 +26,7 @@ ALLOWED = {
     "batch": set(),
     "functional": set(),
     "rollout": LOWER,
-    "rewards": LOWER,
+    "rewards": LOWER | {"data.conversations"},  # a reward model reads the tokens that it was trained on
     "models": LOWER,
     "data": LOWER,
     "callbacks": LOWER,
