@@ -54,6 +54,30 @@ class SupervisedBatch(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+class PreferenceBatch(NamedTuple):
+    """Pairs of responses, one preferred over the other, each with its prompt in front of it.
+
+    Args:
+        chosen_ids: `[B, T]` token ids of the conversations with the preferred responses.
+        chosen_mask: `[B, T]` bool, True on real tokens.
+        rejected_ids: `[B, T']` token ids of those with the other ones.
+        rejected_mask: `[B, T']` bool, True on real tokens.
+        margin: `[B]` float32, what the score of the chosen response has to be ahead by.
+        prompts: the `B` prompts as text.
+        rows: the `B` rows, prompt and responses apart.
+        places: where the `B` rows stand in their source; tells a row that is there twice, to fill up a rank.
+    """
+
+    chosen_ids: Tensor
+    chosen_mask: Tensor
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    margin: Tensor
+    prompts: list[str]
+    rows: list[dict[str, Any]]
+    places: list[str]
+
+
 class Responses(NamedTuple):
     """What the policy wrote, `M` responses of it (`M` is `S` for the sampled ones, `B` for the greedy ones).
 

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 from remax_lightning.batch import SupervisedBatch
-from remax_lightning.data.base import (
-    DEFAULT_LOADING,
-    LoadingConfig,
-    TextDataModule,
-    check_at_least,
-    within_limit,
-)
+from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
 from remax_lightning.data.formatting import column, encode_text
+from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
 
 
@@ -29,8 +26,9 @@ class SFTDataModule(TextDataModule):
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
-        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template.
-        response_column: column of the response, text.
+        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
+            whole conversations in `chosen` and `rejected` have it at their beginning instead.
+        response_column: column of the response, text; `chosen` of a pair. Messages without such a column end with it.
         template: text around a plain prompt, with columns in braces, for instance `"Human:
             {prompt}\n\nAssistant:"`.
         batch_size: examples per pass and device.
@@ -44,6 +42,8 @@ class SFTDataModule(TextDataModule):
     Raises:
         UserError: if a value is out of its range; the message names its key.
     """
+
+    stage = "supervised"
 
     def __init__(
         self,
@@ -94,6 +94,16 @@ class SFTDataModule(TextDataModule):
             source=source,
             policy="drop",
         )
+
+    def _row(self, row: Row, where: str) -> Row:
+        row = super()._row(row, where)
+        messages = row.get(self.prompt_column)
+        if self.response_column in row or not isinstance(messages, list) or not messages:
+            return row
+        last = messages[-1]
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            return row
+        return {**row, self.prompt_column: messages[:-1], self.response_column: last.get("content")}
 
     def _response(self, example: Example) -> str:
         value = column(example.row, self.response_column, example.where, key="data.response_column")
