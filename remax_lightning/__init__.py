@@ -27,6 +27,7 @@ _PUBLIC = {
         "KLConfig",
         "LossConfig",
         "ReMaxModule",
+        "RewardModelModule",
         "SFTModule",
         "WarmupCosine",
         "WarmupLinear",

@@ -9,6 +9,7 @@ NamedTuples, because Lightning moves those to the device and refuses frozen data
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
@@ -183,3 +184,17 @@ class StepOutput(TypedDict):
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
     closes_step: bool
     """True where an optimizer step ends with this part; always True in validation."""
+
+
+class Exported(NamedTuple):
+    """What `exported` of a module gives, whose saved model is not the one in training as it stands.
+
+    Args:
+        model: the model in training.
+        change: makes the weights to save of the whole ones, and says what the configuration needs beside them.
+        config: what is set in the saved configuration; None takes a name out.
+    """
+
+    model: Any
+    change: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
+    config: dict[str, Any]

@@ -68,7 +68,7 @@ class PretrainedModel:
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
             if self.disable_dropout:
-                _zero_dropout(config)
+                zero_dropout(config)
             if self.from_scratch:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
             else:
@@ -83,9 +83,7 @@ class PretrainedModel:
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
         if self.gradient_checkpointing:
-            # Renamed in 5.23; the old name goes in 6.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return cast("PreTrainedModel", model)
 
 
@@ -96,12 +94,19 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` recompute its activations in the backward pass."""
+    # Renamed in 5.23; the old name goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def looks_local(path: str) -> bool:
     """Whether `path` can only mean a folder on this machine: hub names are `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
-def _zero_dropout(config: Any) -> None:
+def zero_dropout(config: Any) -> None:
     """Set every dropout probability of a configuration to 0; families call them `dropout`, `attn_pdrop` and so on."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):

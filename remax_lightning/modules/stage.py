@@ -56,7 +56,7 @@ class StageModule(LightningModule):
         """The model whose weights the optimizer moves."""
         raise NotImplementedError
 
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _find_tokenizer(self, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
         """Return the data module's own tokenizer where it has one, so that prompts and responses agree."""
         shared = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if shared is not None:
@@ -66,6 +66,7 @@ class StageModule(LightningModule):
             self.tokenizer_path,
             trust_remote_code=source.trust_remote_code,
             revision=source.revision,
+            needs_eos=needs_eos,
             key="model.tokenizer",
         )
 
