@@ -45,6 +45,8 @@ class SupervisedBatch(NamedTuple):
         response_mask: `[B, R]` bool, True on real tokens.
         prompts: the `B` prompts as text.
         rows: the `B` raw rows.
+        step_batches: batches of this rank in the optimizer step that this one is part of; 0 where that is not known.
+        step_tokens: their response tokens.
     """
 
     prompt_ids: Tensor
@@ -53,6 +55,8 @@ class SupervisedBatch(NamedTuple):
     response_mask: Tensor
     prompts: list[str]
     rows: list[dict[str, Any]]
+    step_batches: int = 0
+    step_tokens: int = 0
 
 
 class PreferenceBatch(NamedTuple):

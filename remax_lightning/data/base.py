@@ -227,15 +227,20 @@ class TextDataModule(LightningDataModule, ABC):
         if dropped:
             rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
 
+    def _rows_at_once(self, num_splits: int) -> int:  # noqa: ARG002 - for subclasses
+        """Return how many rows the loader hands to `_collate`, for each of `num_splits` splits of them."""
+        return self.batch_size
+
     def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
         num_splits = self.num_splits if shuffle else 1
+        rows_at_once = self._rows_at_once(num_splits)
         sampler = SplitSampler(
             len(dataset),
-            self.batch_size,
+            rows_at_once,
             num_splits=num_splits,
             shuffle=shuffle,
             drop_last=shuffle,
@@ -245,7 +250,7 @@ class TextDataModule(LightningDataModule, ABC):
         )
         return StatefulDataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=rows_at_once,
             sampler=sampler,
             drop_last=shuffle,
             num_workers=self.loading.num_workers,

@@ -101,9 +101,16 @@ def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_sp
     )
 
 
-def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int) -> SupervisedBatch:
-    """Return the `SupervisedBatch` of examples."""
-    examples = [example for example, _ in items]
+def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int, num_splits: int = 1) -> SupervisedBatch:
+    """Return the `SupervisedBatch` of examples.
+
+    Args:
+        items: the examples of a whole optimizer step, all of one split: the part of them that the batch has.
+        pad_id: id that fills up.
+        num_splits: batches that the optimizer step comes in.
+    """
+    size, split = len(items) // num_splits, items[0][1]
+    examples = [example for example, _ in items[split * size : (split + 1) * size]]
     prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
     response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
     return SupervisedBatch(
@@ -113,6 +120,8 @@ def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int) -> 
         response_mask=response_mask,
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
+        step_batches=num_splits,
+        step_tokens=sum(len(example.response_ids) for example, _ in items),
     )
 
 

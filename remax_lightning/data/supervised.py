@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from remax_lightning.batch import SupervisedBatch
 from remax_lightning.data.base import TextDataModule
@@ -13,6 +14,9 @@ from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class SFTDataModule(TextDataModule):
@@ -76,8 +80,20 @@ class SFTDataModule(TextDataModule):
         self.response_column = response_column
         self.max_response_length = max_response_length
 
-    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:  # noqa: ARG002 - always one
-        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id))
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
+        """Shuffled batches, those of an optimizer step together, without the last short step. Resumable at each."""
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        short = self._train is not None and len(self._train) < self.batch_size * accumulate * ranks
+        alone = short or getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning takes its own order then
+        self.num_splits = 1 if alone else accumulate
+        return super().train_dataloader()
+
+    def _rows_at_once(self, num_splits: int) -> int:
+        return self.batch_size * num_splits
+
+    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:
+        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_splits=num_splits)
 
     def _complete(self, examples: list[Example], source: str) -> list[Example]:
         eos_id = int(self.tokenizer.eos_token_id)
