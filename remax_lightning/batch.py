@@ -70,7 +70,7 @@ class PreferenceBatch(NamedTuple):
         margin: `[B]` float32, what the score of the chosen response has to be ahead by.
         prompts: the `B` prompts as text.
         rows: the `B` rows, prompt and responses apart.
-        places: where the `B` rows stand in their source; tells a row that is there twice, to fill up a rank.
+        indices: the places of the `B` pairs in their data set; tell a pair that is there twice, to fill up a rank.
     """
 
     chosen_ids: Tensor
@@ -80,7 +80,7 @@ class PreferenceBatch(NamedTuple):
     margin: Tensor
     prompts: list[str]
     rows: list[dict[str, Any]]
-    places: list[str]
+    indices: list[int]
 
 
 class Responses(NamedTuple):

@@ -42,6 +42,7 @@ class PairExample(NamedTuple):
         prompt: the prompt as text.
         row: the row, its prompt and its responses apart.
         where: its place in the source, for messages.
+        number: its place among the pairs that were read.
     """
 
     chosen_ids: list[int]
@@ -50,6 +51,7 @@ class PairExample(NamedTuple):
     prompt: str
     row: dict[str, Any]
     where: str
+    number: int
 
 
 class ExampleDataset(Dataset[tuple[Any, int]]):
@@ -138,5 +140,5 @@ def collate_pairs(items: Sequence[tuple[PairExample, int]], *, pad_id: int) -> P
         margin=torch.tensor([example.margin for example in examples]),
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
-        places=[example.where for example in examples],
+        indices=[example.number for example in examples],
     )

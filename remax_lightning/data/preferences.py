@@ -105,7 +105,7 @@ class PreferenceDataModule(TextDataModule):
         chosen, rejected = (
             self._conversations(examples, name) for name in (self.pair_columns.chosen, self.pair_columns.rejected)
         )
-        pairs = []
+        pairs: list[PairExample] = []
         for example, first, second in zip(examples, chosen, rejected, strict=True):
             if first == second:
                 message = (
@@ -116,7 +116,7 @@ class PreferenceDataModule(TextDataModule):
                     raise PairError(message)
                 continue
             margin = self._margin(example.row, example.where)
-            pairs.append(PairExample(first, second, margin, example.prompt, example.row, example.where))
+            pairs.append(PairExample(first, second, margin, example.prompt, example.row, example.where, len(pairs)))
         self._tell_bad_pairs(len(examples) - len(pairs), len(examples), source)
         return within_limit(
             pairs,

@@ -59,22 +59,22 @@ class PairScoreSums:
     """Gathers scores batch by batch."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[float, float, float]] = {}
+        self._found: dict[int, tuple[float, float, float]] = {}
 
     def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
         """Add the `[B]` scores of a batch; a pair that has been there before counts once."""
         columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
-        self._found |= dict(zip(batch.places, zip(*columns, strict=True), strict=True))
+        self._found |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
 
     def gathered(self) -> PairScores | None:
         """Return the scores of all ranks, the same on each of them, or None where there are none; start anew."""
         found, self._found = self._found, {}
         if torch.distributed.is_initialized():
-            parts: list[dict[str, tuple[float, float, float]]] = [{}] * torch.distributed.get_world_size()
+            parts: list[dict[int, tuple[float, float, float]]] = [{}] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, found)
-            found = {place: scores for part in parts for place, scores in part.items()}
+            found = {index: scores for part in parts for index, scores in part.items()}
         if not found:
             return None
         # In one order on every rank: a sum of float64 depends on it in its last digit.
-        values = torch.tensor([found[place] for place in sorted(found)], dtype=torch.float64)
+        values = torch.tensor([found[index] for index in sorted(found)], dtype=torch.float64)
         return PairScores(*values.unbind(1))

@@ -43,7 +43,7 @@ def chat_path(tmp_path: Path) -> str:
 def batches(path: str, tokenizer: str | Path, **options: Any) -> list[PreferenceBatch]:
     data = PreferenceDataModule(path, str(tokenizer), **({"batch_size": 2} | options))
     data.setup("fit")
-    return sorted(data.train_dataloader(), key=lambda batch: batch.places)
+    return sorted(data.train_dataloader(), key=lambda batch: batch.indices)
 
 
 def sides(batch: PreferenceBatch) -> list[tuple[list[int], list[int]]]:
@@ -69,7 +69,7 @@ def test_a_pair_is_prompt_response_and_end_as_one_text(tmp_path: Path, policy_pa
             assert prompt == f"Q {row['prompt']}"
             for ids, name in zip(pair, ("chosen", "rejected"), strict=True):
                 assert ids == [*tokenizer(prompt + row[name])["input_ids"], EOS]
-    assert {place.split("line ")[1] for batch in found for place in batch.places} == set("123456")
+    assert sorted(index for batch in found for index in batch.indices) == list(range(6))
 
 
 def test_an_end_that_is_there_already_stands_once(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_pairs_that_teach_nothing_stop_or_are_dropped(
         batches(path, policy_path, batch_size=1)
     with pytest.warns(UserWarning, match=r"a\.jsonl: dropped 1 of 2 pairs \(data\.loading\.bad_pairs\)"):
         (batch,) = batches(path, policy_path, batch_size=1, loading=DROP)
-    assert batch.places == [f"{path}, line 1"]
+    assert batch.rows == [GOOD]
     with pytest.raises(DataError, match=r"b\.jsonl: not one of 1 pairs can be used"):
         batches(write(tmp_path / "b.jsonl", [row]), policy_path, batch_size=1, loading=DROP)
 
@@ -222,7 +222,7 @@ def test_long_pairs_are_left_out_and_counted(tmp_path: Path, policy_path: Path, 
     rows = [GOOD, GOOD, {**GOOD, "rejected": "3" * 40}, {**GOOD, "prompt": "1" * 30}]
     path = write(tmp_path / "a.jsonl", rows)
     found = batches(path, policy_path, batch_size=1, max_prompt_length=20, max_length=30)
-    assert [batch.places[0][-1] for batch in found] == ["1", "2"]
+    assert [batch.rows for batch in found] == [[GOOD], [GOOD]]
     said = [record.message for record in caplog.records]
     assert any("dropped 1 of 4 rows, longer than data.max_prompt_length=20" in each for each in said)
     assert any("dropped 1 of 3 rows, longer than data.max_length=30" in each for each in said)
@@ -253,7 +253,6 @@ def test_parquet(tmp_path: Path, policy_path: Path) -> None:
     make_tokenizer(chat_template=CHAT).save_pretrained(tmp_path / "chat")
     (batch,) = batches(str(tmp_path / "a.parquet"), tmp_path / "chat", batch_size=1)
     assert batch.rows[0]["chosen"] == "2"
-    assert batch.places == [f"{tmp_path / 'a.parquet'}, row 1"]
 
 
 def test_gsm8k_pairs_of_a_right_and_a_wrong_solution(gsm8k: Path, tmp_path: Path, policy_path: Path) -> None:
