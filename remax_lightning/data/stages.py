@@ -28,12 +28,12 @@ def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name:
     usable = len(shares) == len(STAGES) and all(math.isfinite(share) and share >= 0 for share in shares)
     if not usable or sum(shares) <= 0:
         raise UserError(
-            f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, such as [2, 4, 4]; got {list(shares)}"
+            f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, as [2, 4, 4] is; got {_shown(shares)}"
         )
     if stage is None:
-        raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {list(shares)}")
+        raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {_shown(shares)}")
     if shares[STAGES.index(stage)] == 0:
-        raise UserError(f"{_KEY} leaves nothing for {name}, got {list(shares)}; its stage is {stage}")
+        raise UserError(f"{_KEY} leaves nothing for {name}, got {_shown(shares)}; its stage is {stage}")
 
 
 def rows_of_stage(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) -> Rows:
@@ -49,5 +49,11 @@ def rows_of_stage(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) 
     number = STAGES.index(stage)
     own = sorted(order[bounds[number] : bounds[number + 1]])
     if not own:
-        raise DataError(f"{_KEY}={list(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}")
+        raise DataError(
+            f"{_KEY}={_shown(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"
+        )
     return rows.take(own)
+
+
+def _shown(shares: Sequence[float]) -> str:
+    return f"[{', '.join(f'{share:g}' for share in shares)}]"

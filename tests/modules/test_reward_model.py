@@ -44,10 +44,23 @@ FAMILIES = ("llama", "opt", "gpt2", "qwen2")
 CPU = torch.device("cpu")
 
 
+def config_of(family: str) -> Any:
+    from transformers import BloomConfig, FalconConfig, GPTNeoXConfig
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": 96, "hidden_size": 32}
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "gpt_neox":
+        return GPTNeoXConfig(**ids, **small, intermediate_size=64, max_position_embeddings=256)
+    if family == "falcon":
+        return FalconConfig(**ids, **small, bias=True)
+    if family == "bloom":
+        return BloomConfig(**ids, n_layer=2, n_head=2)
+    return encoder_config(family) if family == "bert" else tiny_config(family)
+
+
 def save_start(folder: Path, family: str = "llama", **options: Any) -> str:
     """A classifier with one label and its tokenizer, whose scores are far apart."""
-    config = encoder_config(family) if family == "bert" else tiny_config(family)
-    return save_classifier(folder, config, make_tokenizer(**options))
+    return save_classifier(folder, config_of(family), make_tokenizer(**options))
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +328,7 @@ def standardised(scores: Tensor) -> bool:
     return abs(float(scores.mean())) < 1e-4 and abs(float(scores.std(correction=0)) - 1) < 1e-4
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "falcon", "bloom", "bert"])
 def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1(tmp_path: Path, family: str) -> None:
     path = save_start(tmp_path / "start", family)
     module, _ = fitted(path, tmp_path)
@@ -346,6 +359,14 @@ def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1
     name = "classifier.weight" if family == "bert" else "score.weight"
     assert torch.equal(weights_of(module)[name], load_file(Path(path) / "model.safetensors")[name])
     assert not hasattr(module.reward_model.config, "score_normalisation")
+
+
+def test_a_run_without_a_validation_is_normalised_too(start: str, tmp_path: Path) -> None:
+    """It stops in the middle of its first epoch, at whose end it would have validated."""
+    module, trainer = fitted(start, tmp_path, rate=0.5, max_steps=2, data={"batch_size": 2})
+    assert "val/accuracy" not in trainer.callback_metrics
+    assert standardised(rewards_of(tmp_path / "model" / "last")[0])
+    assert module._normalised_at == 2
 
 
 def test_the_end_of_training_is_normalised_for_its_own_weights(start: str, tmp_path: Path) -> None:
