@@ -60,7 +60,7 @@ class Section(NamedTuple):
 def sections() -> Iterator[Section]:
     """Yield every part of a configuration that is this project's own, in the order of the page."""
     yield Section("model", modules.ReMaxModule, is_choice=True)
-    yield Section("model.policy` and `model.reference", models.PretrainedModel)
+    yield Section("model.policy`, `model.reference` and `model.reward_model", models.PretrainedModel)
     yield Section("model.policy.lora", models.LoRAConfig)
     yield Section("model.sampling", rollout.SamplingConfig)
     yield Section("model.kl", modules.KLConfig)
@@ -70,6 +70,7 @@ def sections() -> Iterator[Section]:
         target = getattr(rewards, name)
         if inspect.isclass(target) and issubclass(target, rewards.Reward) and target is not rewards.Reward:
             yield Section("model.reward", target, is_choice=True)
+    yield Section("model.reward.init_args.deepspeed_chat", rewards.DeepSpeedChatConfig)
     for name in rewards.__all__:
         target = getattr(rewards, name)
         if inspect.isfunction(target) and target.__module__.endswith(".verifiers"):
@@ -79,8 +80,11 @@ def sections() -> Iterator[Section]:
     for schedule in (modules.WarmupCosine, modules.WarmupLinear):
         yield Section("model.lr_scheduler", schedule, is_choice=True)
     yield Section("model", modules.SFTModule, is_choice=True)
+    yield Section("model", modules.RewardModelModule, is_choice=True)
     yield Section("data", data.PromptDataModule, is_choice=True)
     yield Section("data", data.SFTDataModule, is_choice=True)
+    yield Section("data", data.PreferenceDataModule, is_choice=True)
+    yield Section("data.pair_columns", data.PairColumns)
     yield Section("data.loading", data.LoadingConfig)
     for key, callback in cli.CALLBACKS.items():
         yield Section(key, callback)
@@ -110,7 +114,7 @@ def _section(section: Section) -> str:
     if known:
         lines += ["", "| key | default | meaning |", "|---|---|---|"]
     for name, parameter in known.items():
-        default = "the policy's" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
+        default = "that of `model`" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
         lines.append(f"| `{name}` | {default} | {_meaning(target, name)} |")
     return "\n".join([*lines, ""])
 

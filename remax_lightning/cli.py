@@ -9,7 +9,7 @@ import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -50,8 +50,12 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def _tokenizer_path(tokenizer: str | None, policy_path: str) -> str:
-    return tokenizer or policy_path
+def _tokenizer_path(module: Any, data: Any) -> str | None:
+    """Return the tokenizer of a module's model, whatever that is called; a module without one leaves it to the data."""
+    for name in ("policy", "reward_model"):
+        if module.get(name) is not None:
+            return str(module.get("tokenizer") or module[name]["path"])
+    return cast("str | None", data.get("tokenizer"))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -82,7 +86,7 @@ class RemaxCLI(LightningCLI):
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments(
-            ("model.init_args.tokenizer", "model.init_args.policy.path"),
+            ("model.init_args", "data.init_args"),
             "data.init_args.tokenizer",
             compute_fn=_tokenizer_path,
         )

@@ -27,7 +27,7 @@ ALLOWED = {
     "functional": set(),
     "frozen": {"errors"},  # reference and reward models are kept alike, and their layers do not know each other
     "rollout": LOWER,
-    "rewards": LOWER,
+    "rewards": LOWER | {"data.conversations"},  # a reward model reads the tokens that it was trained on
     "models": LOWER,
     "data": LOWER,
     "callbacks": LOWER,

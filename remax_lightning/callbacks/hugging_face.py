@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from remax_lightning.batch import Exported
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,16 +77,44 @@ def save_policy(
             _save_adapter(policy, weights, folder)
             return
         policy, weights = _merged(policy, weights), None
-    model = policy
-    # A second shell around the same weights: saving sets attributes, and training must not notice. Not
-    # `copy.copy`, because a model that FSDP has taken over builds itself anew.
+    shell = _shell(policy)
+    shell.generation_config = export_generation_config(policy, tokenizer)
+    shell.save_pretrained(folder, state_dict=weights)
+
+
+def save_exported(
+    exported: Exported, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None, folder: Path
+) -> None:
+    """Save a model whose weights are not those in training, so that `from_pretrained` reads it.
+
+    Args:
+        exported: the model, and how its weights are changed.
+        tokenizer: its tokenizer.
+        weights: whole weights on the CPU, or None to take the model's own.
+        folder: an existing folder.
+    """
+    shell = _shell(exported.model)
+    changed, config = exported.change(exported.model.state_dict() if weights is None else weights)
+    for name, value in {**exported.config, **config}.items():
+        if value is not None:
+            setattr(shell.config, name, value)
+        elif hasattr(shell.config, name):
+            delattr(shell.config, name)
+    shell.save_pretrained(folder, state_dict=changed)
+    tokenizer.save_pretrained(folder)
+
+
+def _shell(model: PreTrainedModel) -> Any:
+    """Return a second shell around the same weights: saving sets attributes, and training must not notice.
+
+    Not `copy.copy`, because a model that FSDP has taken over builds itself anew.
+    """
     shell: Any = object.__new__(type(model))
     shell.__dict__.update(model.__dict__)
     shell.config = copy.deepcopy(model.config)
-    shell.generation_config = export_generation_config(model, tokenizer)
     if getattr(shell.config, "use_cache", None) is False:  # off for activation checkpointing; slow ever after
         shell.config.use_cache = True
-    shell.save_pretrained(folder, state_dict=weights)
+    return shell
 
 
 def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

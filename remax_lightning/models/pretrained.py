@@ -93,7 +93,7 @@ class PretrainedModel:
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
             if self.disable_dropout:
-                _zero_dropout(config)
+                zero_dropout(config)
             if self.from_scratch:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
             else:
@@ -110,9 +110,7 @@ class PretrainedModel:
         if self.quantization is not None:
             _keep_differentiable(model)
         if self.gradient_checkpointing:
-            # Renamed in 5.23; the old name goes in 6.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return cast("PreTrainedModel", model)
 
     def _check(self, key: str) -> None:
@@ -156,12 +154,19 @@ def _keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` recompute its activations in the backward pass."""
+    # Renamed in 5.23; the old name goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def looks_local(path: str) -> bool:
     """Whether `path` can only mean a folder on this machine: hub names are `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
-def _zero_dropout(config: Any) -> None:
+def zero_dropout(config: Any) -> None:
     """Set every dropout probability of a configuration to 0; families call them `dropout`, `attn_pdrop` and so on."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):

@@ -6,15 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules.head import required_head
 from remax_lightning.modules.options import KLConfig
+from remax_lightning.rewards.pooling import Pooling, at_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remax_lightning.modules.reference import Reference
 
@@ -95,6 +97,57 @@ def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_re
         f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is more"
         f" than the {room} positions that the policy has; lower one of them"
     )
+
+
+def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse conversations that are longer than the reward model can hold."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and room is not None and max_length > room:
+        raise UserError(
+            f"data.max_length {max_length} is more than the {room} positions that the reward model has; lower it"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: PretrainedModel, vocabulary: int) -> None:
+    """Refuse a tokenizer that is not the reward model's: it would number the tokens in another way.
+
+    Raises:
+        UserError: if it has more tokens than the model, or other ones than the tokenizer beside the model.
+    """
+    path, given = source.path, tokenizer.name_or_path
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer {given!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
+            " the tokenizer that belongs to the reward model"
+        )
+    if given == path:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        ).get_vocab()
+    except Exception:  # there is none beside the model, which is why another was given
+        return
+    mixed = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    if mixed and len(own) > 0:
+        token = mixed[0]
+        raise UserError(
+            f"model.tokenizer {given!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
+            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {own[token]}; leave"
+            " model.tokenizer out"
+        )
+
+
+def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Pooling) -> None:
+    """Say that others will read the score one token early, where padding looks like the end of a text."""
+    if pooling is at_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        rank_zero_warn(
+            f"The reward model pads with its end-of-sequence token {tokenizer.eos_token!r}. ClassifierReward goes by"
+            " the mask, but transformers' own classifier takes the end of a text for padding and scores the token"
+            " before. If other tools shall use the model, set data.loading.pad_token to a token that no text holds."
+        )
 
 
 def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
