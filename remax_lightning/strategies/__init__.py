@@ -2,7 +2,7 @@
 
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
-from remax_lightning.strategies.gather import whole_parameters
+from remax_lightning.strategies.gather import rollout_parameters, whole_parameters
 from remax_lightning.strategies.placement import loading_policy, outside_partitioning
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ReMaxFSDP2Strategy",
     "loading_policy",
     "outside_partitioning",
+    "rollout_parameters",
     "shard_policy",
     "whole_parameters",
 ]

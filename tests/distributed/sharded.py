@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import LossConfig
 from remax_lightning.modules.head import find_head
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
-from remax_lightning.strategies import whole_parameters
+from remax_lightning.strategies import choice, whole_parameters
 
-STRATEGIES = ("fsdp2", "zero2", "zero3")
+STRATEGIES = ("fsdp2", "fsdp2-layerwise", "zero2", "zero3", "zero3-layerwise")
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LENGTHS = (2, 24)
 
@@ -31,12 +33,13 @@ class UnevenEngine:
     """Lets rank 1 write on long after rank 0 has ended, and looks whether a plain copy of the model writes the same."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.equal, self.lengths = path, None, []
+        self.path, self.equal, self.lengths, self.held = path, None, [], []
 
     def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> Generated:
         options["sampling"] = SamplingConfig(max_response_length=LENGTHS[RANK], min_response_length=LENGTHS[RANK])
         state = generator.get_state()
-        made = PairedEngine().generate(model, *args, generator=generator, **options)
+        with self.counting(model):
+            made = PairedEngine().generate(model, *args, generator=generator, **options)
         self.lengths.append(made.sampled_ids.shape[1])
         if self.equal is None:
             generator.set_state(state)
@@ -46,6 +49,22 @@ class UnevenEngine:
                 made.greedy_ids, wanted.greedy_ids
             )
         return made
+
+    @contextmanager
+    def counting(self, model: Any) -> Iterator[None]:
+        """Keep how many numbers of the model were whole on this rank whenever a layer had just run inside."""
+        hooks = [
+            layer.mlp.register_forward_hook(lambda *_: self.held.append(whole_numbers(model)))
+            for layer in model.model.layers
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_numbers(model: Any) -> int:
+    """How many numbers of the model's parameters this rank holds whole."""
+    return sum(p.numel() for p in model.parameters() if not hasattr(p, "to_local"))
 
 
 class Look(Callback):
@@ -65,16 +84,28 @@ class Look(Callback):
         with whole_parameters(policy):
             whole = {name: value.detach().clone() for name, value in policy.named_parameters()}
             self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
+        self.seen["layer"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.layers[0].parameters())
+        self.seen["layerwise"] = [layer_by_layer(policy, room=[1, 1]), layer_by_layer(policy, room=[1, 0])]
         self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["file_equal"] = set(whole) == set(file) and all(torch.equal(whole[key], file[key]) for key in file)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
         self.seen["reasons"].append(find_head(pl_module.policy).reason)
+        self.seen["external"] = sum(len(getattr(m, "_external_params", ())) for m in pl_module.modules())
         self.seen["kept_after"] = sum(local(p).numel() for p in pl_module.policy.parameters())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.whole = whole_weights(pl_module.policy)
+
+
+def layer_by_layer(policy: Any, room: list[int]) -> bool:
+    """What is chosen if each rank's device has room for so many of the policy."""
+    free, choice.free_bytes = choice.free_bytes, lambda device: room[RANK] * 2**30
+    try:
+        return choice.layer_by_layer(policy)
+    finally:
+        choice.free_bytes = free
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -127,7 +158,7 @@ def validate(strategy: str, folder: Path) -> dict[str, float]:
 
 def check(strategy: str, folder: Path) -> dict[str, Any]:
     look, engine = train(strategy, folder)
-    seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths}
+    seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths, "held": max(engine.held)}
     seen["whole"] = sum(value.numel() for value in look.whole.values())
     if RANK == 0:
         seen["exported"] = exported(folder / strategy / "first" / "export" / "last", look.whole)

@@ -12,7 +12,7 @@ from distributed.sharded import LENGTHS, STRATEGIES
 from runs import save_policy
 
 pytestmark = pytest.mark.slow
-SHARDED = ("fsdp2", "zero3")
+SHARDED = tuple(name for name in STRATEGIES if name != "zero2")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,20 @@ def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rollout_holds_the_policy_whole_or_one_layer_of_it(strategy: str, folder: Path) -> None:
+    for seen in found(folder, strategy):
+        assert seen["whole"] > 2 * seen["layer"] > 0
+        missing = seen["layer"] if strategy.endswith("layerwise") else 0  # the other one of the two
+        assert seen["held"] == seen["whole"] - missing
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_gather_layer_by_layer_if_one_lacks_room(strategy: str, folder: Path) -> None:
+    for seen in found(folder, strategy):
+        assert seen["layerwise"] == ([True, True] if strategy.endswith("layerwise") else [False, True])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_goes_on_as_it_would_have(strategy: str, folder: Path) -> None:
     """The checkpoint was saved with a rollout half used, and every rank has its own."""
     for seen in found(folder, strategy):
@@ -80,6 +94,7 @@ def test_every_rank_decides_alike_whether_the_head_can_be_read(strategy: str, fo
 
 def test_deepspeeds_hooks_are_off_inside_and_on_outside(folder: Path) -> None:
     """Fails when DeepSpeed renames what `strategies/zero3.py` reaches for."""
-    for seen in found(folder, "zero3"):
+    for seen in found(folder, "zero3") + found(folder, "zero3-layerwise"):
         assert seen["hooks_inside"] == 0
         assert seen["hooks_outside"] > 0
+        assert seen["external"] == 0  # a parameter that was looked at in a rollout, and would be gathered ever after
