@@ -27,7 +27,7 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool) -> dict[str, Tensor] 
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         whole: dict[str, Any] = get_model_state_dict(policy, options=options)
-        return whole if keep else {}
+        return share_tied(policy, whole) if keep else {}
     if any(hasattr(value, "ds_id") for value in values.values()):  # DeepSpeed ZeRO stage 3
         return _gather_zero_3(values, keep)
     return None
@@ -47,11 +47,23 @@ def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return {name: gathered[id(value)] for name, value in values.items()} if keep else {}
 
 
+def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` with one tensor for each parameter, also where the model has it under several names."""
+    first: dict[int, str] = {}
+    return {
+        name: weights[first.setdefault(id(value), name)]
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in weights
+    }
+
+
 def save_policy(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None,
     folder: Path,
+    *,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Save model, generation settings and tokenizer so that `from_pretrained` reads them.
 
@@ -60,6 +72,7 @@ def save_policy(
         tokenizer: its tokenizer.
         weights: whole weights on the CPU, or None to take the model's own.
         folder: an existing folder.
+        max_shard_size: most bytes of a file of weights.
     """
     model = _without_adapters(policy)
     # A second shell around the same weights: saving sets attributes, and training must not notice. Not
@@ -70,7 +83,7 @@ def save_policy(
     shell.generation_config = export_generation_config(model, tokenizer)
     if getattr(shell.config, "use_cache", None) is False:  # off for activation checkpointing; slow ever after
         shell.config.use_cache = True
-    shell.save_pretrained(folder, state_dict=weights)
+    shell.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
 
 
