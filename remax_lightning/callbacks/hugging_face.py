@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -36,15 +36,14 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool) -> dict[str, Tensor] 
 def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     import deepspeed
 
-    gathered: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
+    gathered: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
     for value in values.values():
-        if id(value) in gathered:
+        if id(value) in gathered:  # on every rank alike, for to gather is to meet
             continue
         # One at a time: the accelerator need not hold the whole model.
         with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
-            if keep:
-                gathered[id(value)] = value.detach().cpu().clone()
-    return {name: gathered[id(value)] for name, value in values.items()} if keep else {}
+            gathered[id(value)] = value.detach().cpu().clone() if keep else None
+    return {name: cast(Tensor, gathered[id(value)]) for name, value in values.items()} if keep else {}
 
 
 def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
