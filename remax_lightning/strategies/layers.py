@@ -52,6 +52,6 @@ def _announce_before(number: int, device: torch.device, *_: Any) -> None:
 
 def _announced(number: int, device: torch.device) -> torch.Tensor:
     """Announce a layer by its number, and return what a rank announces; those that do announce the same."""
-    announced = torch.tensor(number, device=device)
+    announced = torch.full((), number, device=device)
     torch.distributed.all_reduce(announced, torch.distributed.ReduceOp.MAX)
     return announced

@@ -77,4 +77,5 @@ if __name__ == "__main__":
     for each in strategies or STRATEGIES:
         for family in PRECISIONS if not strategies else ["opt"]:
             train(each, family, root, freeze=bool(strategies))
+            assert torch.distributed.get_world_size() == RANKS
             print(each, family, flush=True)

@@ -67,7 +67,7 @@ class Keep(Callback):
 def whole_weights(policy: Any) -> dict[str, Tensor]:
     """Copies of the whole weights on rank 0; every rank has to ask."""
     weights = policy_weights(policy, keep=True)
-    return {name: value.detach().clone() for name, value in (weights or policy.state_dict()).items()}
+    return {name: value.detach().cpu().clone() for name, value in (weights or policy.state_dict()).items()}
 
 
 def change(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed.processes import launch
 from distributed.sharded import LENGTHS, STRATEGIES
 from runs import save_policy
 
 pytestmark = pytest.mark.slow
+ALONE = ("zero2", "zero3", "zero3-layerwise")
 SHARDED = tuple(name for name in STRATEGIES if name != "zero2")
 
 
@@ -20,8 +22,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.sharded", str(folder))
+    launch("distributed.sharded", str(folder), "32-true", *STRATEGIES)
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The device, and what one rank with 16-bit weights saw on it: every part that it has to gather is its own."""
+    device, folder = request.param, tmp_path_factory.mktemp("alone")
+    save_policy(folder / "policy")
+    save_policy(folder / "reference", noise=0.02)
+    launch("distributed.sharded", str(folder), "bf16-true", *ALONE, ranks=1, timeout=300, cuda=device == "cuda")
+    return device, folder
 
 
 def found(folder: Path, strategy: str) -> list[dict[str, Any]]:
@@ -98,3 +110,30 @@ def test_deepspeeds_hooks_are_off_inside_and_on_outside(folder: Path) -> None:
         assert seen["hooks_inside"] == 0
         assert seen["hooks_outside"] > 0
         assert seen["external"] == 0  # a parameter that was looked at in a rollout, and would be gathered ever after
+
+
+HERE_AND_ON_CUDA = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
+    ),
+]
+
+
+@pytest.mark.parametrize("alone", HERE_AND_ON_CUDA, indirect=True)
+def test_one_rank_with_16_bit_weights_does_all_of_that_too(alone: tuple[str, Path]) -> None:
+    device, folder = alone
+    rounding = 1e-6 if device == "cpu" else 1e-2  # CUDA adds up in another order every time
+    ours = {strategy: json.loads((folder / f"{strategy}-0.json").read_text()) for strategy in ALONE}
+    for strategy, seen in ours.items():
+        assert seen["runs_on"] == [device, "torch.bfloat16"]
+        assert seen["file_equal"]
+        assert seen["exported"]
+        assert seen["rollout_equal"]
+        assert seen["lengths"] == [LENGTHS[1]] * 2
+        assert seen["held"] == seen["whole"] - (seen["layer"] if strategy.endswith("layerwise") else 0)
+        assert seen["kept"] == seen["kept_after"] == seen["whole"]
+        assert seen["resumed_losses"] == pytest.approx(seen["losses"][1:], abs=rounding)
+        assert seen["losses"] == pytest.approx(ours["zero2"]["losses"], abs=rounding)
+        assert seen["validated"] == pytest.approx(ours["zero2"]["validated"], abs=rounding)
