@@ -75,7 +75,7 @@ class Look(Callback):
     """Looks at policy and reference during the run."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"losses": [], "reasons": []}
+        self.seen: dict[str, Any] = {"losses": [], "reasons": [], "validations": []}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         from safetensors.torch import load_file
@@ -102,8 +102,16 @@ class Look(Callback):
         self.seen["external"] = sum(len(getattr(m, "_external_params", ())) for m in pl_module.modules())
         self.seen["kept_after"] = sum(local(p).numel() for p in pl_module.policy.parameters())
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen["validations"].append(figures(trainer.callback_metrics))
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.whole = whole_weights(pl_module.policy)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a validation measured, but for seconds."""
+    return {name: float(value) for name, value in metrics.items() if name.startswith("val/") and "time" not in name}
 
 
 def layer_by_layer(policy: Any, room: list[int]) -> bool:
@@ -128,7 +136,10 @@ def make_module(policy: str, reference: str, engine: Any) -> Any:
 
 
 def train(strategy: str, folder: Path, options: dict[str, Any], resume: str | None = None) -> tuple[Look, UnevenEngine]:
-    """Train for four steps, two with each rollout, or for those after the checkpoint in the middle of the first."""
+    """Train for four steps, two with each rollout, or for those after the checkpoint in the middle of the first.
+
+    The policy is validated after every second one.
+    """
     policy, reference = str(folder / "policy"), str(folder / "reference")
     engine, look = UnevenEngine(policy, DTYPES[options["precision"]]), Look()
     module = make_module(policy, reference, engine)
@@ -139,7 +150,8 @@ def train(strategy: str, folder: Path, options: dict[str, Any], resume: str | No
     callbacks: list[Any] = [look, ExportPolicy(str(files / "export"), best=False)]
     if resume is None:
         callbacks.append(ModelCheckpoint(files, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    options = options | {"strategy": make_strategy(strategy), "enable_checkpointing": resume is None}
+    options = options | {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": resume is None}
+    options["strategy"] = make_strategy(strategy)
     trainer = make_trainer(files, callbacks, max_steps=4, **options)
     torch.manual_seed(0)
     trainer.fit(module, data, ckpt_path=resume)
@@ -172,9 +184,7 @@ def check(strategy: str, folder: Path, precision: str) -> dict[str, Any]:
         seen["exported"] = exported(last, look.whole, DTYPES[precision])
     resumed, _ = train(strategy, folder, options, resume=str(folder / strategy / "first" / "step=1.ckpt"))
     seen["resumed_losses"] = resumed.seen["losses"]
-    seen["validated"] = {
-        name: value for name, value in validate(strategy, folder, options).items() if "time" not in name
-    }
+    seen["validated"] = figures(validate(strategy, folder, options))
     return seen
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.sharded", str(folder), "32-true", *STRATEGIES)
+    launch("distributed.sharded", str(folder), "32-true", *STRATEGIES, timeout=240)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_the_policy_is_in_shards_and_the_reference_whole(strategy: str, folder: 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path) -> None:
     for rank, seen in enumerate(found(folder, strategy)):
-        assert seen["lengths"] == [LENGTHS[rank]] * 2
+        assert seen["lengths"] == [LENGTHS[rank]] * 4  # two rollouts and two validations
         assert seen["rollout_equal"]
 
 
@@ -90,11 +90,14 @@ def test_a_resumed_run_goes_on_as_it_would_have(strategy: str, folder: Path) -> 
 
 
 def test_strategies_agree(folder: Path) -> None:
-    """On every loss of the run and on an evaluation without a run before it."""
+    """On every loss of the run, on its validations and on one without a run before it."""
     ours = [found(folder, strategy)[0] for strategy in STRATEGIES]
     for each in ours[1:]:
         assert each["losses"] == pytest.approx(ours[0]["losses"], abs=1e-5)
         assert each["validated"] == pytest.approx(ours[0]["validated"], abs=1e-5)
+        assert len(each["validations"]) == 2
+        for found_here, wanted in zip(each["validations"], ours[0]["validations"], strict=True):
+            assert found_here == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -131,7 +134,7 @@ def test_one_rank_with_16_bit_weights_does_all_of_that_too(alone: tuple[str, Pat
         assert seen["file_equal"]
         assert seen["exported"]
         assert seen["rollout_equal"]
-        assert seen["lengths"] == [LENGTHS[1]] * 2
+        assert seen["lengths"] == [LENGTHS[1]] * 4
         assert seen["held"] == seen["whole"] - (seen["layer"] if strategy.endswith("layerwise") else 0)
         assert seen["kept"] == seen["kept_after"] == seen["whole"]
         assert seen["resumed_losses"] == pytest.approx(seen["losses"][1:], abs=rounding)
