@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from docstring_parser import parse
 
-from remax_lightning import cli, data, models, modules, rewards, rollout
+from remax_lightning import cli, data, models, modules, rewards, rollout, strategies
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -86,6 +86,8 @@ def sections() -> Iterator[Section]:
     yield Section("data", data.PreferenceDataModule, is_choice=True)
     yield Section("data.pair_columns", data.PairColumns)
     yield Section("data.loading", data.LoadingConfig)
+    yield Section("trainer.strategy", strategies.ReMaxDeepSpeedStrategy, is_choice=True)
+    yield Section("trainer.strategy", strategies.ReMaxFSDP2Strategy, is_choice=True)
     for key, callback in cli.CALLBACKS.items():
         yield Section(key, callback)
 
@@ -94,7 +96,8 @@ def arguments(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return what a user can set: the first parameters of a verifier and the optimizer of a schedule come from us."""
     given = ("prompts", "responses", "rows", "optimizer") if not _is_module(target) else ()
     found = dict(inspect.signature(target).parameters)
-    return {name: parameter for name, parameter in found.items() if name not in given}
+    variable = inspect.Parameter.VAR_KEYWORD
+    return {name: each for name, each in found.items() if name not in given and each.kind is not variable}
 
 
 def _is_module(target: Callable[..., Any]) -> bool:
@@ -116,11 +119,16 @@ def _section(section: Section) -> str:
     for name, parameter in known.items():
         default = "that of `model`" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
         lines.append(f"| `{name}` | {default} | {_meaning(target, name)} |")
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            lines += ["", f"Further keys: {_meaning(target, name)}"]
     return "\n".join([*lines, ""])
 
 
 def _path(target: Callable[..., Any]) -> str:
-    """Return what a YAML calls it: our classes by their short name, functions by their path."""
+    """Return what a YAML calls it: our classes by their short name, functions and strategies by their path."""
+    if target.__name__ in strategies.__all__:
+        return f"`{strategies.__name__}.{target.__name__}`"
     return f"`{target.__name__}`" if inspect.isclass(target) else f"`{target.__module__}.{target.__name__}`"
 
 

@@ -35,7 +35,10 @@ CALLBACKS = {
 # Imported so that their short names work as `class_path`.
 KNOWN = (data, modules, rewards, rollout)
 
-TOOLS = {"demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes")}
+TOOLS = {
+    "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
+    "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
+}
 """Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
 
 

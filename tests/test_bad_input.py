@@ -59,6 +59,15 @@ KEYS = {
         {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1e-3}}},
         "model.optimizer.init_args.lrr: there is no such key; did you mean lr?",
     ),
+    "unknown key of the strategy": (
+        {
+            "trainer__strategy": {
+                "class_path": "remax_lightning.strategies.ReMaxDeepSpeedStrategy",
+                "init_args": {"stagee": 3},
+            }
+        },
+        "trainer.strategy.stagee: there is no such key; did you mean stage?",
+    ),
     "unknown key of the data": ({"data__pathh": "x"}, "data.pathh: there is no such key; did you mean path?"),
     "unknown key of the trainer": (
         {"trainer__max_stepz": 3},

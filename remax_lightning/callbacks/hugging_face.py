@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
         whole: dict[str, Any] = get_model_state_dict(policy, options=options)
-        return whole if keep else {}
+        return share_tied(policy, whole) if keep else {}
     if only_adapter:
         values = {name: value for name, value in values.items() if value.requires_grad}
     if any(hasattr(value, "ds_id") for value in values.values()):  # DeepSpeed ZeRO stage 3
@@ -43,15 +43,24 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
 def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     import deepspeed
 
-    gathered: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
+    gathered: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
     for value in values.values():
-        if id(value) in gathered:
+        if id(value) in gathered:  # on every rank alike, for to gather is to meet
             continue
         # One at a time: the accelerator need not hold the whole model.
         with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
-            if keep:
-                gathered[id(value)] = value.detach().cpu().clone()
-    return {name: gathered[id(value)] for name, value in values.items()} if keep else {}
+            gathered[id(value)] = value.detach().cpu().clone() if keep else None
+    return {name: cast(Tensor, gathered[id(value)]) for name, value in values.items()} if keep else {}
+
+
+def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` with one tensor for each parameter, also where the model has it under several names."""
+    first: dict[int, str] = {}
+    return {
+        name: weights[first.setdefault(id(value), name)]
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in weights
+    }
 
 
 def save_policy(
@@ -61,6 +70,7 @@ def save_policy(
     folder: Path,
     *,
     merge_lora: bool = True,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Save model, generation settings and tokenizer so that `from_pretrained` reads them.
 
@@ -70,6 +80,7 @@ def save_policy(
         weights: whole weights on the CPU, or None to take the model's own.
         folder: an existing folder.
         merge_lora: whether an adapted policy becomes one whole model; false saves its adapter alone, as PEFT reads it.
+        max_shard_size: most bytes of a file of weights.
     """
     tokenizer.save_pretrained(folder)
     if hasattr(policy, "peft_config"):
@@ -79,7 +90,7 @@ def save_policy(
         policy, weights = _merged(policy, weights), None
     shell = _shell(policy)
     shell.generation_config = export_generation_config(policy, tokenizer)
-    shell.save_pretrained(folder, state_dict=weights)
+    shell.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
 
 
 def save_exported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,11 +77,10 @@ class PretrainedModel:
 
     def load_base(self, key: str) -> PreTrainedModel:
         """Load the model without an adapter: a strategy may spread it over ranks, which is not for an adapter."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self._check(key)
-        if looks_local(self.path) and not Path(self.path).is_dir():
-            raise UserError(f"{key}.path: there is no folder {self.path!r}; give a folder or a hub name")
+        config = self._config(key)
         dtype = torch.get_default_dtype() if self.dtype is None else getattr(torch, self.dtype)
         common: dict[str, Any] = {
             "trust_remote_code": self.trust_remote_code,
@@ -89,11 +89,6 @@ class PretrainedModel:
         }
         common = {name: value for name, value in common.items() if value is not None}
         try:
-            config = AutoConfig.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            if self.disable_dropout:
-                zero_dropout(config)
             if self.from_scratch:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
             else:
@@ -126,6 +121,43 @@ class PretrainedModel:
                 f"{key}.quantization is {self.quantization}, which needs bitsandbytes: pip install bitsandbytes, or"
                 f" leave {key}.quantization out"
             )
+
+    def empty(self, key: str, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the model without weights: its class, configuration and generation settings, on the meta device.
+
+        Args:
+            key: the configuration key of this source, for messages.
+            dtype: of the weights that it would have.
+
+        Raises:
+            UserError: if there is no such model.
+        """
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        config = self._config(key)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.path: cannot make a model of {self.path!r}: {_first_line(error)}") from error
+        with suppress(OSError):  # it has no settings of its own
+            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+        return cast("PreTrainedModel", model)
+
+    def _config(self, key: str) -> Any:
+        from transformers import AutoConfig
+
+        if looks_local(self.path) and not Path(self.path).is_dir():
+            raise UserError(f"{key}.path: there is no folder {self.path!r}; give a folder or a hub name")
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        if self.disable_dropout:
+            zero_dropout(config)
+        return config
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from remax_lightning.batch import PromptBatch, Responses, Rollout
 from remax_lightning.functional import response_mask
 from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import Ended, RolloutEngine, SamplingConfig
-from remax_lightning.strategies import whole_parameters
+from remax_lightning.strategies import rollout_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def collect(
     asked: dict[str, Any] = {} if stopping.ended is None else {"ended": stopping.ended}
     if log_probs:
         asked["log_probs"] = True
-    with rolling_out, torch.no_grad(), evaluating(model), whole_parameters(model):
+    with rolling_out, torch.no_grad(), evaluating(model), rollout_parameters(model):
         generated = engine.generate(
             model,
             prompt.prompt_ids,

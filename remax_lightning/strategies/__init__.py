@@ -2,7 +2,7 @@
 
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
-from remax_lightning.strategies.gather import passes_meet, whole_parameters
+from remax_lightning.strategies.gather import passes_meet, rollout_parameters, whole_parameters
 from remax_lightning.strategies.placement import loading_policy, outside_partitioning
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "loading_policy",
     "outside_partitioning",
     "passes_meet",
+    "rollout_parameters",
     "shard_policy",
     "whole_parameters",
 ]

@@ -11,7 +11,9 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from remax_lightning.errors import UserError
 from remax_lightning.strategies import zero3
+from remax_lightning.strategies.choice import KEY, Gather, checked_gather, remember
 
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
@@ -22,8 +24,22 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
     offloaded, any optimizer is taken, not DeepSpeed's own alone.
 
-    Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`; `exclude_frozen_parameters` is always true.
+    `exclude_frozen_parameters` is always true.
+
+    Args:
+        gather: how a policy that stage 3 has spread over the processes makes a rollout. `once`: gathered before it and
+            held whole on every device until its end, which is fast. `layerwise`: a layer at a time, for every token
+            anew, which is many times slower and takes little memory. `auto` is `once` where every device has room.
+        options: the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        UserError: if there is no such way of gathering, or nothing to gather below stage 3.
     """
+
+    # Lightning's are more than forty, and the command line reads them from there.
+    def __init__(self, gather: Gather = "auto", **options: Any) -> None:
+        self.gather = checked_gather(gather)
+        super().__init__(**options)
 
     @property
     def _on_cpu(self) -> bool:
@@ -34,6 +50,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         if isinstance(self.config, dict):
             # For DeepSpeed's log alone. Lightning would ask for the training data to find it, in validation too.
             self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        if self.gather == "layerwise" and not self.zero_stage_3:
+            raise UserError(f"{KEY} must be auto or once below stage 3, where no device lacks a part, got layerwise")
         if self._on_cpu:
             DDPStrategy.setup_environment(self)
         else:
@@ -69,6 +87,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         super().init_deepspeed()
         if self.zero_stage_3 and self.lightning_module is not None:
             zero3.remember(self.lightning_module, self.deepspeed_engine)
+            remember(self.lightning_module, self.gather)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from remax_lightning.errors import UserError
+from remax_lightning.strategies.layers import in_step, layers_of
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
 """What partitions a module's parameters; weakly, because it holds the module."""
@@ -34,16 +35,68 @@ def remember(root: nn.Module, engine: Any) -> None:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Gather the model's parameters once, and take ZeRO-3's hooks off the whole module tree inside.
-
-    With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
-    early would leave the others waiting in it.
+    """Gather the model's parameters once, and keep ZeRO-3 from gathering any by itself inside.
 
     Raises:
         UserError: if the parameters are partitioned by an engine that is not ours.
     """
+    with _without_hooks(model), _gathered(model.parameters()):
+        yield
+
+
+@contextmanager
+def layerwise(model: nn.Module) -> Iterator[None]:
+    """Gather what is outside the layers once, and each layer for its own forward passes, on all ranks together.
+
+    ZeRO-3's own hooks would do that too, but with a collective for every module, and a search of their record of the
+    last training pass at each. Nothing is fetched ahead: a layer takes far longer to gather than to decode a token.
+
+    Raises:
+        UserError: if the parameters are partitioned by an engine that is not ours.
+    """
+    layers = layers_of(model)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(_without_hooks(model))
+        stack.enter_context(_gathered(each for each in model.parameters() if each not in inside))
+        stack.enter_context(in_step(layers, _take_part))
+        for layer in layers:
+            # Behind the announcement, which goes before all other hooks.
+            stack.callback(layer.register_forward_pre_hook(_gather).remove)
+            stack.callback(layer.register_forward_hook(_give_up).remove)
+        yield
+
+
+def _gather(layer: nn.Module, *_: Any) -> None:
+    parameters: list[Any] = list(layer.parameters())
+    parameters[0].all_gather_coalesced(parameters).wait()
+
+
+def _give_up(layer: nn.Module, *_: Any) -> None:
+    parameters: list[Any] = list(layer.parameters())
+    parameters[0].partition(parameters)
+
+
+def _take_part(layer: nn.Module) -> None:
+    _gather(layer)
+    _give_up(layer)
+
+
+@contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     import deepspeed
 
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Part all parameters, and keep ZeRO-3 from gathering any by itself inside.
+
+    With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
+    early would leave the others waiting in it. So is every look at a parameter during a training step.
+    """
     known = _offloads.get(model)
     offload = known() if known is not None else None
     if offload is None:
@@ -53,12 +106,16 @@ def whole(model: nn.Module) -> Iterator[None]:
         )
     # Gathering passes by a parameter that a hook has begun to fetch ahead, and would leave it empty.
     offload.partition_all_parameters()
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        _take_hooks_off(offload)
-        try:
-            yield
-        finally:
-            _put_hooks_on(offload)
+    looked_at = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
+    _take_hooks_off(offload)
+    for parameters in looked_at:
+        parameters._in_forward = False
+    try:
+        yield
+    finally:
+        for parameters in looked_at:
+            parameters._in_forward = True
+        _put_hooks_on(offload)
 
 
 def _take_hooks_off(offload: Any) -> None:
