@@ -115,7 +115,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def equal_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Let ranks make unequal numbers of passes of a module whose every pass is a meeting of all ranks.
 
-    Each pass is announced, and a rank that has made all of its own repeats its last one while others still make theirs.
+    Each pass is announced, and a rank that has made all of its own, at least one, repeats its last one while others
+    still make theirs.
 
     Args:
         module: through which every pass goes.

@@ -41,6 +41,8 @@ class PolicyModule(StageModule):
         super().__init__(policy, tokenizer, optimizer, lr_scheduler)
         check_policy(policy)
         self.policy_source = policy
+        if policy.lora is not None:
+            self.strict_loading = False  # the base is missed on purpose; the adapter is checked in `load_state_dict`
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -89,7 +91,7 @@ class PolicyModule(StageModule):
         return {name: value for name, value in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned.
+        """Load what `state_dict` returned; whatever `strict`, all of an adapter has to be there.
 
         Raises:
             UserError: if the policy has another adapter, or only one of policy and checkpoint has one.
@@ -98,7 +100,7 @@ class PolicyModule(StageModule):
             if any(".lora_" in name for name in state_dict):
                 raise UserError("ckpt_path: the checkpoint holds an adapter; set model.policy.lora as in its run")
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        other = sorted(state_dict.keys() ^ self._trained_names()) if strict else []
+        other = sorted(state_dict.keys() ^ self._trained_names())
         try:
             found = super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:  # another rank
