@@ -38,12 +38,14 @@ class Run(NamedTuple):
         tokenizer: folder or hub name.
         pad_token: `data.loading.pad_token`.
         lora: `model.policy.lora`, empty without one.
+        quantization: `model.policy.quantization`: in what the base was kept while an adapter was trained.
     """
 
     source: PretrainedModel
     tokenizer: str
     pad_token: str | None
     lora: dict[str, Any]
+    quantization: str | None
 
 
 def main(args: Sequence[str]) -> None:
@@ -62,7 +64,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--config", type=Path, help="the run's configuration; found beside the checkpoint by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA adapter alone, as PEFT reads it")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument("--max_shard_size", default="5GB", help="most bytes per file of weights (default: %(default)s)")
+    parser.add_argument("--max_shard_size", type=_size, default="5GB", help="of a file of weights (default: 5GB)")
     parser.add_argument(TRUST, action="store_true", help="read files that may run code of whoever wrote them")
     options = parser.parse_args(args)
     quieten()
@@ -90,6 +92,12 @@ def main(args: Sequence[str]) -> None:
 
     write_whole(out, write)
     print(f"Exported the {'adapter' if options.adapter else 'policy'} of {options.checkpoint} to {options.out}.")
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, got {text}")
+    return text
 
 
 def _checked_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
@@ -146,6 +154,7 @@ def read_run(path: Path) -> Run:
         tokenizer=model.get("tokenizer") or policy["path"],
         pad_token=_section(data, "loading").get("pad_token"),
         lora=_section(policy, "lora"),
+        quantization=policy.get("quantization"),
     )
 
 
@@ -188,6 +197,11 @@ def _adapter(weights: dict[str, Tensor], run: Run) -> Any:
 
 def _merged(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
     """Return the base with the adapter merged into its weights."""
+    if run.quantization is not None:
+        raise UserError(
+            f"model.policy.quantization is {run.quantization}: the adapter was trained on a base in few bits, and would"
+            " be merged into another one; export it with --adapter, or take what the run itself has exported"
+        )
     default = torch.get_default_dtype()
     torch.set_default_dtype(adapter_dtype(weights))  # in which the base was loaded
     try:

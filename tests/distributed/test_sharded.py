@@ -96,6 +96,7 @@ def test_strategies_agree(folder: Path) -> None:
         assert each["losses"] == pytest.approx(ours[0]["losses"], abs=1e-5)
         assert each["validated"] == pytest.approx(ours[0]["validated"], abs=1e-5)
         assert len(each["validations"]) == 2
+        assert "val/reward" in each["validated"].keys() & each["validations"][0].keys()
         for found_here, wanted in zip(each["validations"], ours[0]["validations"], strict=True):
             assert found_here == pytest.approx(wanted, abs=1e-5)
 

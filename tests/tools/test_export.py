@@ -18,7 +18,7 @@ from runs import save_policy
 from safetensors.torch import load_file
 
 ADAPTED = ("q_proj", "down_proj")
-LORA = {"r": 2, "alpha": 6, "dropout": 0.0, "target_modules": list(ADAPTED), "path": None}
+LORA: dict[str, Any] = {"r": 2, "alpha": 6, "dropout": 0.0, "target_modules": list(ADAPTED), "path": None}
 
 
 class Run:
@@ -44,15 +44,17 @@ class Run:
         state = {f"policy.{name}": value for name, value in policy.items()}
         torch.save({"state_dict": state, "loops": {}, **others}, self.checkpoint)
 
-    def adapt(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    def adapt(
+        self, dtype: torch.dtype = torch.float32, modules: list[str] | None = LORA["target_modules"], **policy: Any
+    ) -> dict[str, torch.Tensor]:
         """Save a checkpoint of an adapter alone, as a run with `model.policy.lora` does, and return it."""
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=2, lora_alpha=6, target_modules=list(ADAPTED), init_lora_weights=False)
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=modules or "all-linear", init_lora_weights=False)
         adapted = get_peft_model(tiny_model("llama"), config)
         weights = {name: value.to(dtype) for name, value in adapted.state_dict().items() if ".lora_" in name}
         self.save(weights)
-        self.configure(path=str(self.base), lora=LORA)
+        self.configure(path=str(self.base), lora={**LORA, "target_modules": modules}, **policy)
         return weights
 
     def export(self, capsys: Any, *arguments: str) -> Any:
@@ -116,6 +118,12 @@ def test_weights_are_split_as_asked_for(run: Run, capsys: Any) -> None:
     assert run.export(capsys, "--max_shard_size", "50KB").code == 0
     assert len(list(run.out.glob("*.safetensors"))) > 1
     assert same(written(run.out), run.policy.state_dict())
+
+
+def test_a_size_that_is_none_is_refused(run: Run, capsys: Any) -> None:
+    refused = run.export(capsys, "--max_shard_size", "big")
+    assert refused.code == 2
+    assert "must be a size such as 5GB or 500MB, got big" in refused.err
 
 
 def test_a_folder_is_replaced_only_when_told_so(run: Run, capsys: Any) -> None:
@@ -234,6 +242,10 @@ MISTAKES = {
         lambda run: (run.adapt(), run.configure(path=str(run.base))),
         "model.policy.lora must be in the configuration of the run",
     ),
+    "a base in four bits": (
+        lambda run: run.adapt(quantization="nf4"),
+        "model.policy.quantization is nf4",
+    ),
     "another adapter in the configuration": (
         lambda run: (run.adapt(), run.configure(path=str(run.base), lora={**LORA, "target_modules": ["v_proj"]})),
         "its adapter is not the one of model.policy.lora",
@@ -263,15 +275,18 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path, capsys: Any) -> No
     assert "it has untied, against its config, 1 weights (lm_head.weight)" in run.export(capsys).err
 
 
+@pytest.mark.parametrize("modules", [list(ADAPTED), None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_is_merged_into_its_base(dtype: torch.dtype, run: Run, capsys: Any) -> None:
-    adapter = run.adapt(dtype)
+def test_an_adapter_is_merged_into_its_base(
+    dtype: torch.dtype, modules: list[str] | None, run: Run, capsys: Any
+) -> None:
+    adapter = run.adapt(dtype, modules)
     assert run.export(capsys).code == 0
     found = written(run.out)
     for name, value in tiny_model("llama").state_dict().items():
         expected = value.to(dtype).double()
-        if any(part in name for part in ADAPTED):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if "_proj" in name and (modules is None or any(part in name for part in modules)):
             down, up = (adapter[f"{module}.lora_{part}.default.weight"].double() for part in "AB")
             expected = expected + 6 / 2 * up @ down
         assert found[name].dtype == dtype
