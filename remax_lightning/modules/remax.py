@@ -24,7 +24,7 @@ from remax_lightning.modules.reporting import Sums, predictions, step_values
 from remax_lightning.modules.statistics import policy_statistics, with_reference
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
-from remax_lightning.strategies import outside_partitioning
+from remax_lightning.strategies import outside_partitioning, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,19 +187,20 @@ class ReMaxModule(PolicyModule):
 
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, times: dict[str, float]) -> Rollout:
         """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
-        return collect(
-            self.policy,
-            batch,
-            engine=self.engine,
-            sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-            generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
-            tokenizer=self.tokenizer,
-            reward=self.reward,
-            greedy=stage == EVALUATION or self.objective.needs_greedy,
-            truncation_penalty=self.objective.truncation_penalty,
-            times=times,
-        )
+        with together(self.trainer):
+            return collect(
+                self.policy,
+                batch,
+                engine=self.engine,
+                sampling=self.sampling,
+                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
+                generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
+                tokenizer=self.tokenizer,
+                reward=self.reward,
+                greedy=stage == EVALUATION or self.objective.needs_greedy,
+                truncation_penalty=self.objective.truncation_penalty,
+                times=times,
+            )
 
     def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
         """Look the sampled tokens up in the reference, where there is one."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+
+from remax_lightning.errors import UserError
+from remax_lightning.strategies.checkpoints import whole_folder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +47,24 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         # Only now is it known how many there are.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        with whole_folder(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any number of processes.
+
+        Raises:
+            UserError: if another strategy has written it.
+        """
+        path = Path(checkpoint_path)
+        if path.is_dir() and not (path / "meta.pt").exists():
+            raise UserError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of FSDP2; set the trainer.strategy that it was saved under"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
