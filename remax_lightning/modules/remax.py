@@ -118,7 +118,8 @@ class ReMaxModule(PolicyModule):
             self.reward.load(self.device)
             self._reward_device = self.device
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**63
+            # Rank 0's, for it is what a checkpoint holds.
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 

@@ -99,6 +99,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
                 f"ckpt_path: {str(path)!r} is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it was"
                 " saved under"
             )
+        if self.zero_stage_3 and not self._fits:
+            return zero3.load_weights(self.lightning_module, path)
         if saved == self.world_size or not self._fits:
             return super().load_checkpoint(path, weights_only)
         with universal.spread_anew(self, path):
