@@ -126,10 +126,9 @@ class RemaxCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            death = None if user_mistake(error) else launched.death()
-            if death is None:
-                raise
-            raise SystemExit(f"remax: error: {death}") from None
+            if user_mistake(error) is None and (death := launched.death()):
+                raise SystemExit(f"remax: error: {death}") from None  # without it nothing had failed here
+            raise
         if any(launched.codes()):
             raise SystemExit(1)
 

@@ -54,7 +54,12 @@ class Launched:
         return found
 
     def death(self) -> str | None:
-        """Say which of them has been killed, so that this one's own error is but the echo; None if none was."""
+        """Say which of them has been killed, so that this one's own error is but the echo; None if none was.
+
+        In a process that was started itself, the other way round: if its launcher is gone, this one ends here.
+        """
+        if is_launched():
+            time.sleep(2 * _PAUSE)
         for rank, code in enumerate(self.codes(seconds=0.5), start=1):
             if code is not None and code < 0:
                 return f"rank {rank} of this machine was killed ({signal.Signals(-code).name}), and the run with it"
