@@ -27,6 +27,7 @@ from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, Ended, RolloutEngine, SamplingConfig
 from remax_lightning.rollout.generation_config import tell_ignored
 from remax_lightning.rollout.stopping import stop_string_check
+from remax_lightning.strategies import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,8 @@ class ReMaxModule(PolicyModule):
             self.reward.load(self.device)
             self._reward_device = self.device
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**63
+            # Rank 0's, for it is what a checkpoint holds.
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
@@ -199,20 +201,21 @@ class ReMaxModule(PolicyModule):
         self, batch: PromptBatch, stage: int, count: int, times: dict[str, float], log_probs: bool = False
     ) -> Rollout:
         """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
-        return collect(
-            self.policy,
-            batch,
-            engine=self.engine,
-            sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
-            generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
-            tokenizer=self.tokenizer,
-            reward=self.reward,
-            greedy=stage == EVALUATION or self.objective.needs_greedy,
-            truncation_penalty=self.objective.truncation_penalty,
-            times=times,
-            log_probs=log_probs,
-        )
+        with together(self.trainer):
+            return collect(
+                self.policy,
+                batch,
+                engine=self.engine,
+                sampling=self.sampling,
+                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
+                generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
+                tokenizer=self.tokenizer,
+                reward=self.reward,
+                greedy=stage == EVALUATION or self.objective.needs_greedy,
+                truncation_penalty=self.objective.truncation_penalty,
+                times=times,
+                log_probs=log_probs,
+            )
 
     def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
         """Look the sampled tokens up in the reference, where there is one."""

@@ -19,6 +19,7 @@ from remax_lightning.modules.reporting import Sums
 from remax_lightning.modules.statistics import response_statistics
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.strategies import together
 
 MAX_LOSS = 700.0
 """Nats per token whose exponential a float still holds."""
@@ -108,19 +109,20 @@ class SFTModule(PolicyModule):
         self._held_out.add({"loss": (-self._log_probs(batch, packing=False), None)})
         if self.reward is None:
             return
-        rollout = collect(
-            self.policy,
-            PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows),
-            engine=self.engine,
-            sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-            generator=torch.Generator(self.device).manual_seed(batch_idx),
-            tokenizer=self.tokenizer,
-            reward=self.reward,
-            greedy=True,
-            truncation_penalty=0.0,
-            times={},
-        )
+        with together(self.trainer):
+            rollout = collect(
+                self.policy,
+                PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows),
+                engine=self.engine,
+                sampling=self.sampling,
+                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
+                generator=torch.Generator(self.device).manual_seed(batch_idx),
+                tokenizer=self.tokenizer,
+                reward=self.reward,
+                greedy=True,
+                truncation_penalty=0.0,
+                times={},
+            )
         log(f"{stage}/reward", rollout.reward.mean(), batch_size=len(rollout.reward), prog_bar=True)
         baseline = cast(Tensor, rollout.baseline_reward)
         log(f"{stage}/baseline_reward", baseline.mean(), batch_size=len(baseline), prog_bar=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import zero3
+from remax_lightning.strategies import universal, zero3
+from remax_lightning.strategies.checkpoints import whole_folder
 from remax_lightning.strategies.choice import KEY, Gather, checked_gather, remember
 
 
@@ -40,6 +43,10 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     def __init__(self, gather: Gather = "auto", **options: Any) -> None:
         self.gather = checked_gather(gather)
         super().__init__(**options)
+
+    @property
+    def _fits(self) -> bool:
+        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _on_cpu(self) -> bool:
@@ -91,6 +98,33 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        with whole_folder(self, filepath) as path:
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, one of another number of processes too.
+
+        Raises:
+            UserError: if it is of another strategy, or DeepSpeed cannot share its optimizer's state out anew.
+        """
+        if self.load_full_weights and self.zero_stage_3:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        saved = universal.saved_ranks(path)
+        if not saved:
+            raise UserError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it was"
+                " saved under"
+            )
+        if self.zero_stage_3 and not self._fits:
+            return zero3.load_weights(self.lightning_module, path)
+        if saved == self.world_size or not self._fits:
+            return super().load_checkpoint(path, weights_only)
+        with universal.spread_anew(self, path):
+            return super().load_checkpoint(path, weights_only)
 
 
 def _leave_process_group() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from remax_lightning.errors import UserError
+from remax_lightning.strategies.checkpoints import whole_folder
 from remax_lightning.strategies.choice import Gather, checked_gather, remember
 from remax_lightning.strategies.layers import in_step, layers_of
 
@@ -61,6 +64,24 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
         if self.lightning_module is not None:
             remember(self.lightning_module, self.gather)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        with whole_folder(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any number of processes.
+
+        Raises:
+            UserError: if another strategy has written it.
+        """
+        path = Path(checkpoint_path)
+        if path.is_dir() and not (path / "meta.pt").exists():
+            raise UserError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of FSDP2; set the trainer.strategy that it was saved under"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
@@ -130,6 +132,42 @@ def _put_hooks_on(offload: Any) -> None:
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
     offload._register_deepspeed_module(offload.module)
+
+
+def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint of any number of ranks into an engine that does not train; DeepSpeed cannot.
+
+    Args:
+        root: the LightningModule, partitioned; every rank has to call this.
+        checkpoint: a folder of ZeRO-3.
+
+    Returns:
+        What else the checkpoint holds.
+
+    Raises:
+        UserError: if it is a checkpoint of another model.
+    """
+    import deepspeed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    strategy = root.trainer.strategy
+    weights: dict[str, Any] = {}
+    if strategy.is_global_zero:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
+    parameters = dict(root.named_parameters())
+    fit = all(name in weights and weights[name].shape == each.ds_shape for name, each in parameters.items())
+    if not strategy.broadcast(fit):
+        raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if strategy.is_global_zero:
+                parameter.data.copy_(weights[name])
+    file = checkpoint / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    buffers = dict(root.named_buffers())
+    for name in rest["buffer_names"]:
+        buffers[name].copy_(rest["module"][name])
+    return rest
 
 
 @contextmanager
