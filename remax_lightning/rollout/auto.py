@@ -99,7 +99,7 @@ def _tried(model: PreTrainedModel) -> str:
     slots = make_slots(cache, 2, length)
     fill_slots(slots, cache, torch.arange(2, device=ids.device), last)
     inputs = model_inputs(model, ids, mask)
-    whole = model(**inputs, use_cache=False).logits[:, -1]
+    whole = model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[:, -1]
     step = {name: values[:, -1:] for name, values in inputs.items()}
     step["attention_mask"] = torch.nn.functional.pad(mask.long(), (0, length - ids.shape[1]))
     position = torch.tensor([last], device=ids.device)
