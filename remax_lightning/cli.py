@@ -154,6 +154,7 @@ def quieten() -> None:
     for message in (
         "'set_vital' is deprecated",
         r".*isinstance\(treespec, LeafSpec\)",
+        "`is_gradient_checkpointing` is deprecated",
         "LightningCLI's args parameter",
     ):
         warnings.filterwarnings("ignore", message=message)
