@@ -215,6 +215,7 @@ def quieten() -> None:
     for message in (
         "'set_vital' is deprecated",
         r".*isinstance\(treespec, LeafSpec\)",
+        "`is_gradient_checkpointing` is deprecated",
         "LightningCLI's args parameter",
         "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
     ):
