@@ -1,4 +1,4 @@
-"""Linear layers with weights laid out for the processor's matrix unit, while a rollout runs on a CPU."""
+"""Linear layers with weights laid out for a decoding step, while a rollout runs on a CPU."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 MOST_BYTES = 2**31
-"""Packed weights are a second copy for the length of a rollout; a model larger than this keeps its own layout."""
-
-
-LEAST_WEIGHTS = 2**17
-"""A smaller layer costs less than oneDNN's own work around the product."""
+"""Laid out weights are a second copy for the length of a rollout; a model larger than this keeps its own layout."""
+LEAST_FOR_ONEDNN = 2**18
+"""Weights of a layer from which oneDNN's own work around a product is worth its quicker product."""
 
 
 @contextmanager
 def packed_linears(model: nn.Module, num_rows: int) -> Iterator[list[PackedLinear]]:
-    """Run the model's float32 linear layers through oneDNN with packed weights inside.
+    """Run the model's float32 linear layers on weights that are laid out for a decoding step inside.
 
-    A decoding step multiplies a few dozen rows with every weight of the model. At such shapes the general matrix
-    product spends half its time arranging the weights, at every token anew; packed once per rollout, they are ready.
-    The packed copy is made from the weights as they are now and dropped at the end, so it is never out of date.
-    Anything but plain float32 layers on a CPU is left alone, and so is mixed precision, which multiplies in bfloat16.
+    Such a step multiplies a few dozen rows with every weight of the model, and at such shapes the general matrix product
+    spends up to half its time arranging the weights, at every token anew. Laid out once per rollout, they are ready: of
+    large layers in oneDNN's own format, of small ones transposed. The copy is made from the weights as they are now and
+    dropped at the end, so it is never out of date. Anything but plain float32 layers on a CPU is left alone, and so is
+    mixed precision, which multiplies in bfloat16.
 
     Args:
         model: whose layers are packed.
@@ -54,8 +53,7 @@ def _can_pack(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
-        and module.weight.numel() >= LEAST_WEIGHTS
-        and torch.backends.mkldnn.is_available()
+        and module.weight.numel() > 0
     )
 
 
@@ -64,11 +62,20 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
         operators: Any = torch.ops.mkldnn
-        self.weight: Tensor = operators._reorder_linear_weight(weight.detach(), num_rows)
         self.bias = bias
+        self.is_onednn = weight.numel() >= LEAST_FOR_ONEDNN and torch.backends.mkldnn.is_available()
+        self.weight: Tensor = (
+            operators._reorder_linear_weight(weight.detach(), num_rows)
+            if self.is_onednn
+            else weight.detach().t().contiguous()
+        )
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return what the layer would."""
         operators: Any = torch.ops.mkldnn
-        output: Tensor = operators._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return output
+        if self.is_onednn:
+            output: Tensor = operators._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return output
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        product = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return product.view(*inputs.shape[:-1], -1)

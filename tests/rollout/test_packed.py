@@ -11,9 +11,9 @@ from remax_lightning.rollout import packed
 from remax_lightning.rollout.packed import packed_linears
 
 
-@pytest.fixture(autouse=True)
-def _pack_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+@pytest.fixture(autouse=True, params=[1, 10**9], ids=["onednn", "transposed"])
+def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_FOR_ONEDNN", request.param)
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -64,12 +64,10 @@ def test_other_number_formats_subclasses_and_large_models_are_left_alone(monkeyp
         assert weights == []
 
 
-def test_layers_that_are_too_small_to_gain_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 20)
-    small, large = nn.Linear(4, 4), nn.Linear(4, 5)
-    with packed_linears(nn.Sequential(small, large), 2) as weights:
-        assert "forward" not in vars(small)
-        assert vars(large)["forward"] is weights[0]
+def test_large_layers_take_the_format_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_FOR_ONEDNN", 20)
+    with packed_linears(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5)), 2) as weights:
+        assert [each.is_onednn for each in weights] == [False, True]
 
 
 def test_a_bias_is_added_and_leading_dimensions_are_kept() -> None:
