@@ -20,6 +20,7 @@ from remax_lightning.rollout.auto import obstacle
 from remax_lightning.rollout.forward import language_model, model_inputs, takes
 from remax_lightning.rollout.sampling import draw, shape_logits
 from remax_lightning.tools.allocations import LiveBytes
+from remax_lightning.tools.quantities import Moment, RolloutBytes, TrainingBytes, UpdateBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,51 +53,6 @@ class Work(NamedTuple):
         return self.prompt_length + self.sampling.max_response_length
 
 
-class RolloutBytes(NamedTuple):
-    """A rollout.
-
-    Args:
-        cache: keys and values of all rows at full length.
-        working: the most that anything else takes, logits among it.
-    """
-
-    cache: int
-    working: int
-
-
-class Moment(NamedTuple):
-    """A moment of a backward pass.
-
-    Args:
-        live: most bytes since the moment before, without gradients that are stored.
-        stored: parameters whose gradients are stored by then.
-    """
-
-    live: int
-    stored: int
-
-
-class TrainingBytes(NamedTuple):
-    """A forward and backward pass over a micro-batch.
-
-    Args:
-        activations: what the body of the model keeps for its backward pass.
-        forward: most bytes of the forward pass, logits among them.
-        backward: the moments of the backward pass, from first to last.
-    """
-
-    activations: int
-    forward: int
-    backward: tuple[Moment, ...]
-
-
-class UpdateBytes(NamedTuple):
-    """An optimizer: its state, and what an update holds beside it."""
-
-    state: int
-    working: int
-
-
 class StepPasses:
     """The passes of one step over models made inside `shapes_only`, in the order of the step.
 
@@ -118,7 +74,7 @@ class StepPasses:
         self.policy, self.work, self.autocast, self.whole_logits = policy, work, autocast, whole_logits
 
     def rollout(self, *, greedy: bool) -> RolloutBytes:
-        """Count a rollout by `PairedEngine`: reading the prompts, then the last decoding step, with all keys and values.
+        """Count a rollout by `PairedEngine`: reading the prompts, then the last decoding step.
 
         Raises:
             UserError: if the policy needs another engine.

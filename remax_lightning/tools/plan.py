@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.memory import PHASES, Parts, Strategy, peak, phases, trained
+from remax_lightning.tools.memory import PARTS, PHASES, host, least_devices, peak, phases
 from remax_lightning.tools.planned_run import PlannedRun, read_run
+from remax_lightning.tools.quantities import Strategy
 from remax_lightning.tools.sizes import Sizes, measure
+from remax_lightning.tools.trained import Parts
 
 HEADROOM = 0.1
 """Share of a GPU's memory that is left to CUDA, the communication library and what fragmentation wastes."""
-
-MOST_DEVICES = 1024
-"""More are not tried: by then only what every device holds whole is left."""
 
 GB = 1e9
 
@@ -61,14 +60,15 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
         memory: of a device; None leaves out whether the run fits.
     """
     found, ppo = remax_phases(sizes, run.strategy), ppo_phases(sizes, run.strategy)
-    host = trained(sizes.policy, sizes.step, run.strategy).host()
+    offloaded = host(sizes.policy, sizes.step, sizes.frozen, run.strategy)
+    ppo_offloaded = offloaded + host(sizes.value, sizes.step, {}, run.strategy)
     answer: dict[str, Any] = {
         "devices": run.strategy.devices,
         "parameters": sizes.policy.parameters,
         "phases": found,
         "peak": peak(found),
-        "host": host + _parked(sizes, run.strategy),
-        "ppo": {"phases": ppo, "peak": peak(ppo)},
+        "host": offloaded,
+        "ppo": {"phases": ppo, "peak": peak(ppo), "host": ppo_offloaded},
         "notes": list(run.notes),
     }
     if memory is not None:
@@ -86,26 +86,6 @@ def remax_phases(sizes: Sizes, strategy: Strategy) -> dict[str, Parts]:
 def ppo_phases(sizes: Sizes, strategy: Strategy) -> dict[str, Parts]:
     """Return what PPO would need for as many prompts and sampled responses, with the same strategy."""
     return phases(sizes.policy, sizes.ppo_step, sizes.frozen, strategy, sizes.value)
-
-
-def least_devices(needed: Callable[[int], int], memory: float) -> int | None:
-    """Return the fewest devices on which a run fits, or None.
-
-    Args:
-        needed: bytes per device for a number of devices; not more with more of them.
-        memory: that there is.
-    """
-    if needed(MOST_DEVICES) > memory:
-        return None
-    low, high = 0, MOST_DEVICES  # it fits on `high`, not on `low`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle) <= memory else (middle, high)
-    return high
-
-
-def _parked(sizes: Sizes, strategy: Strategy) -> int:
-    return sum(model.weights for model in sizes.frozen.values()) if strategy.frozen == "cpu" else 0
 
 
 def text(run: PlannedRun, answer: Mapping[str, Any]) -> str:
@@ -143,10 +123,7 @@ def _named(strategy: Strategy) -> str:
 
 
 def _table(found: Mapping[str, Parts], title: str) -> list[str]:
-    names = list(dict.fromkeys(name for phase in PHASES for name in found[phase]))
-    shown = [name for name in names if any(found[phase].get(name, 0) >= 0.0005 * GB for phase in PHASES)]
-    if not shown:  # a toy
-        shown = names
+    shown = [name for name in PARTS if any(found[phase].get(name) for phase in PHASES)]
     width = max(len(title), *map(len, shown)) + 2
     rows = [f"{title:{width}}" + "".join(f"{phase:>10}" for phase in PHASES)]
     rows += [f"{name:{width}}" + "".join(f"{_gb(found[phase].get(name, 0)):>10}" for phase in PHASES) for name in shown]

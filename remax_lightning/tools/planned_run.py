@@ -1,4 +1,4 @@
-"""A run as `remax plan` reads it: what `remax fit` would do with a configuration, without a device and without weights."""
+"""A run as `remax plan` reads it from what `remax fit` would run, without a device and without weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from remax_lightning.cli import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.tools.memory import Strategy
 from remax_lightning.tools.passes import Work
+from remax_lightning.tools.quantities import Strategy
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 OLD_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -213,7 +213,7 @@ def _zero(given: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
         raise UserError(f"trainer.strategy.init_args.stage: remax plan knows stages 1, 2 and 3 of ZeRO, got {stage}")
 
     def offloads(key: str) -> bool:
-        return zero.get(key, {}).get("device", "none") != "none"
+        return bool(zero.get(key, {}).get("device", "none") != "none")
 
     return Strategy(
         "zero",

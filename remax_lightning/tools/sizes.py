@@ -16,9 +16,9 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout.forward import language_model
 from remax_lightning.rollout.packed import MOST_BYTES
 from remax_lightning.tools.allocations import shapes_only
-from remax_lightning.tools.memory import FrozenModel, ModelSize, Step
 from remax_lightning.tools.passes import StepPasses, update_bytes
 from remax_lightning.tools.planned_run import PlannedRun, reward_models
+from remax_lightning.tools.quantities import FrozenModel, ModelSize, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
