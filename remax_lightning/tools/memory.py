@@ -9,7 +9,7 @@ from remax_lightning.tools.quantities import FrozenModel, ModelSize, Step, Strat
 from remax_lightning.tools.trained import Parts, trained
 
 PHASES = ("rollout", "scoring", "training", "update")
-"""Making responses; reward and reference; the pass with gradients; clipping and the optimizer."""
+"""Making responses; rewards and log-probs without gradients; the pass with gradients; clipping and the optimizer."""
 
 PARTS = (
     *("policy weights", "gradients", "gradient buffers", "master weights", "optimizer", "value model"),
@@ -17,7 +17,6 @@ PARTS = (
     *("KV cache", "reference hidden states", "activations", "logits and temporary"),
 )
 """All there are, in the order of a table."""
-
 
 MOST_DEVICES = 1024
 """More are not tried: by then only what every device holds whole is left."""
@@ -57,7 +56,8 @@ def phases(
         always + Counter(policy.backward(moment)) + Counter(kept | _training(body, moment.live))
         for moment in step.training.backward
     ]
-    return {phase: dict(max(moments, key=lambda parts: parts.total())) for phase, moments in found.items()}
+    highest = {phase: max(moments, key=Counter.total) for phase, moments in found.items()}
+    return {phase: dict(parts) for phase, parts in highest.items()}
 
 
 def peak(found: Mapping[str, Parts]) -> int:

@@ -34,6 +34,7 @@ class Work(NamedTuple):
         sampling: with `n` samples per prompt and `R` tokens per response.
         prompt_length: tokens of a prompt, `P`; all are taken for the longest.
         training_rows: responses per training pass.
+        scoring_rows: responses per pass of the policy without gradients.
         reference_rows: responses per pass of the reference.
         reward_rows: texts per pass of the reward model.
         reward_length: most tokens of a text; None for those of prompt and response.
@@ -43,6 +44,7 @@ class Work(NamedTuple):
     sampling: SamplingConfig
     prompt_length: int
     training_rows: int
+    scoring_rows: int
     reference_rows: int
     reward_rows: int = 0
     reward_length: int | None = None
@@ -105,7 +107,7 @@ class StepPasses:
     def policy_scoring(self) -> int:
         """Count a pass of the policy without gradients."""
         with LiveBytes([self.policy]) as live, self.autocast(), torch.no_grad():
-            self._log_probs(self.policy.train(), self.work.training_rows, live, self.whole_logits)
+            self._log_probs(self.policy.train(), self.work.scoring_rows, live, self.whole_logits)
         return live.peak
 
     def reference_scoring(self, reference: PreTrainedModel) -> int:

@@ -44,7 +44,7 @@ class PlannedRun(NamedTuple):
         work: of a device in a step.
         micro_batches: per optimizer step.
         passes: training passes per rollout.
-        old_log_probs: whether scoring has a pass of the policy, too.
+        scores_policy: whether scoring has a pass of the policy, too: for several updates per rollout, or in validation.
         strategy: how the run is spread.
         precision: `trainer.precision` in Lightning's newer words.
         device: what is planned for.
@@ -55,7 +55,7 @@ class PlannedRun(NamedTuple):
     work: Work
     micro_batches: int
     passes: int
-    old_log_probs: bool
+    scores_policy: bool
     strategy: Strategy
     precision: str
     device: Literal["cpu", "gpu"]
@@ -109,7 +109,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         work=_work(module, data, splits, known),
         micro_batches=accumulate,
         passes=splits,
-        old_log_probs=splits > accumulate or whitens_parts,
+        scores_policy=splits > accumulate or whitens_parts or _validates(data),
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
@@ -126,6 +126,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
             )
     sampling, kl = module.sampling, module.objective.kl_config
     responses = data.batch_size * sampling.num_samples
+    scored = responses if _validates(data) else responses // splits  # validation takes a batch in one pass
     texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
     limits = [each.max_length for each in rewards if each.max_length is not None]
     return Work(
@@ -133,10 +134,15 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
         sampling=sampling,
         prompt_length=data.max_prompt_length,
         training_rows=responses // splits,
-        reference_rows=kl.reference_batch_size or responses // splits,
+        scoring_rows=scored,
+        reference_rows=kl.reference_batch_size or scored,
         reward_rows=min(texts, max((each.batch_size for each in rewards), default=0)),
         reward_length=max(limits) if rewards and len(limits) == len(rewards) else None,
     )
+
+
+def _validates(data: Any) -> bool:
+    return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) > 0
 
 
 def _reward_models(reward: Reward) -> tuple[list[ClassifierReward], str]:

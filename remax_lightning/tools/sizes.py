@@ -75,7 +75,7 @@ def _measure(run: PlannedRun) -> Sizes:
     groups = parameter_groups(policy)
     step = Step(
         rollout=passes.rollout(greedy=module.objective.needs_greedy),
-        scoring=scoring if run.old_log_probs else 0,
+        scoring=scoring if run.scores_policy else 0,
         training=passes.training(reference if kl.full else None),
         update=update_bytes(module.optimizer, groups, foreach=run.device == "gpu"),
         flat_update=update_bytes(module.optimizer, _flat(groups), foreach=run.device == "gpu"),
