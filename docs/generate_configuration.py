@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from docstring_parser import parse
 
-from remax_lightning import cli, data, models, modules, rewards, rollout
+from remax_lightning import cli, data, models, modules, rewards, rollout, strategies
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -60,7 +60,8 @@ class Section(NamedTuple):
 def sections() -> Iterator[Section]:
     """Yield every part of a configuration that is this project's own, in the order of the page."""
     yield Section("model", modules.ReMaxModule, is_choice=True)
-    yield Section("model.policy` and `model.reference", models.PretrainedModel)
+    yield Section("model.policy`, `model.reference` and `model.reward_model", models.PretrainedModel)
+    yield Section("model.policy.lora", models.LoRAConfig)
     yield Section("model.sampling", rollout.SamplingConfig)
     yield Section("model.kl", modules.KLConfig)
     yield Section("model.advantage", modules.AdvantageConfig)
@@ -69,6 +70,7 @@ def sections() -> Iterator[Section]:
         target = getattr(rewards, name)
         if inspect.isclass(target) and issubclass(target, rewards.Reward) and target is not rewards.Reward:
             yield Section("model.reward", target, is_choice=True)
+    yield Section("model.reward.init_args.deepspeed_chat", rewards.DeepSpeedChatConfig)
     for name in rewards.__all__:
         target = getattr(rewards, name)
         if inspect.isfunction(target) and target.__module__.endswith(".verifiers"):
@@ -78,9 +80,14 @@ def sections() -> Iterator[Section]:
     for schedule in (modules.WarmupCosine, modules.WarmupLinear):
         yield Section("model.lr_scheduler", schedule, is_choice=True)
     yield Section("model", modules.SFTModule, is_choice=True)
+    yield Section("model", modules.RewardModelModule, is_choice=True)
     yield Section("data", data.PromptDataModule, is_choice=True)
     yield Section("data", data.SFTDataModule, is_choice=True)
+    yield Section("data", data.PreferenceDataModule, is_choice=True)
+    yield Section("data.pair_columns", data.PairColumns)
     yield Section("data.loading", data.LoadingConfig)
+    yield Section("trainer.strategy", strategies.ReMaxDeepSpeedStrategy, is_choice=True)
+    yield Section("trainer.strategy", strategies.ReMaxFSDP2Strategy, is_choice=True)
     for key, callback in cli.CALLBACKS.items():
         yield Section(key, callback)
 
@@ -89,7 +96,8 @@ def arguments(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return what a user can set: the first parameters of a verifier and the optimizer of a schedule come from us."""
     given = ("prompts", "responses", "rows", "optimizer") if not _is_module(target) else ()
     found = dict(inspect.signature(target).parameters)
-    return {name: parameter for name, parameter in found.items() if name not in given}
+    variable = inspect.Parameter.VAR_KEYWORD
+    return {name: each for name, each in found.items() if name not in given and each.kind is not variable}
 
 
 def _is_module(target: Callable[..., Any]) -> bool:
@@ -109,13 +117,18 @@ def _section(section: Section) -> str:
     if known:
         lines += ["", "| key | default | meaning |", "|---|---|---|"]
     for name, parameter in known.items():
-        default = "the policy's" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
+        default = "that of `model`" if (key, name) == ("data", "tokenizer") else _default(parameter)  # linked
         lines.append(f"| `{name}` | {default} | {_meaning(target, name)} |")
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            lines += ["", f"Further keys: {_meaning(target, name)}"]
     return "\n".join([*lines, ""])
 
 
 def _path(target: Callable[..., Any]) -> str:
-    """Return what a YAML calls it: our classes by their short name, functions by their path."""
+    """Return what a YAML calls it: our classes by their short name, functions and strategies by their path."""
+    if target.__name__ in strategies.__all__:
+        return f"`{strategies.__name__}.{target.__name__}`"
     return f"`{target.__name__}`" if inspect.isclass(target) else f"`{target.__module__}.{target.__name__}`"
 
 

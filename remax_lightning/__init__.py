@@ -9,7 +9,7 @@ from typing import Any
 from remax_lightning.version import __version__
 
 _PUBLIC = {
-    "batch": ("PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
+    "batch": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
     "callbacks": (
         "BaselineMonitor",
         "ExportPolicy",
@@ -19,7 +19,7 @@ _PUBLIC = {
         "TensorBoardReport",
         "Throughput",
     ),
-    "data": ("PromptDataModule", "SFTDataModule"),
+    "data": ("PreferenceDataModule", "PromptDataModule", "SFTDataModule"),
     "errors": ("DataError", "RewardError", "UserError"),
     "models": ("PretrainedModel",),
     "modules": (
@@ -27,6 +27,7 @@ _PUBLIC = {
         "KLConfig",
         "LossConfig",
         "ReMaxModule",
+        "RewardModelModule",
         "SFTModule",
         "WarmupCosine",
         "WarmupLinear",

@@ -9,6 +9,7 @@ NamedTuples, because Lightning moves those to the device and refuses frozen data
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
@@ -44,6 +45,8 @@ class SupervisedBatch(NamedTuple):
         response_mask: `[B, R]` bool, True on real tokens.
         prompts: the `B` prompts as text.
         rows: the `B` raw rows.
+        step_batches: batches of this rank in the optimizer step that this one is part of; 0 where that is not known.
+        step_tokens: their response tokens.
     """
 
     prompt_ids: Tensor
@@ -52,6 +55,32 @@ class SupervisedBatch(NamedTuple):
     response_mask: Tensor
     prompts: list[str]
     rows: list[dict[str, Any]]
+    step_batches: int = 0
+    step_tokens: int = 0
+
+
+class PreferenceBatch(NamedTuple):
+    """Pairs of responses, one preferred over the other, each with its prompt in front of it.
+
+    Args:
+        chosen_ids: `[B, T]` token ids of the conversations with the preferred responses.
+        chosen_mask: `[B, T]` bool, True on real tokens.
+        rejected_ids: `[B, T']` token ids of those with the other ones.
+        rejected_mask: `[B, T']` bool, True on real tokens.
+        margin: `[B]` float32, what the score of the chosen response has to be ahead by.
+        prompts: the `B` prompts as text.
+        rows: the `B` rows, prompt and responses apart.
+        indices: the places of the `B` pairs in their data set; tell a pair that is there twice, to fill up a rank.
+    """
+
+    chosen_ids: Tensor
+    chosen_mask: Tensor
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    margin: Tensor
+    prompts: list[str]
+    rows: list[dict[str, Any]]
+    indices: list[int]
 
 
 class Responses(NamedTuple):
@@ -159,3 +188,17 @@ class StepOutput(TypedDict):
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
     closes_step: bool
     """True where an optimizer step ends with this part; always True in validation."""
+
+
+class Exported(NamedTuple):
+    """What `exported` of a module gives, whose saved model is not the one in training as it stands.
+
+    Args:
+        model: the model in training.
+        change: makes the weights to save of the whole ones, and says what the configuration needs beside them.
+        config: what is set in the saved configuration; None takes a name out.
+    """
+
+    model: Any
+    change: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
+    config: dict[str, Any]

@@ -5,21 +5,27 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
-from remax_lightning import callbacks, data, modules, rewards, rollout
+from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import RemaxParser, user_mistake
-from remax_lightning.errors import UserError
+from remax_lightning.errors import RankError, RankUserError, UserError
+from remax_lightning.modules.checkpointing import earlier_folders
+from remax_lightning.modules.preemption import EXIT_CODE
+from remax_lightning.strategies import launcher
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
@@ -37,6 +43,7 @@ KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
+    "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),
 }
 """Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
@@ -53,8 +60,12 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def _tokenizer_path(tokenizer: str | None, policy_path: str) -> str:
-    return tokenizer or policy_path
+def _tokenizer_path(module: Any, data: Any) -> str | None:
+    """Return the tokenizer of a module's model, whatever that is called; a module without one leaves it to the data."""
+    for name in ("policy", "reward_model"):
+        if module.get(name) is not None:
+            return str(module.get("tokenizer") or module[name]["path"])
+    return cast("str | None", data.get("tokenizer"))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -85,7 +96,7 @@ class RemaxCLI(LightningCLI):
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments(
-            ("model.init_args.tokenizer", "model.init_args.policy.path"),
+            ("model.init_args", "data.init_args"),
             "data.init_args.tokenizer",
             compute_fn=_tokenizer_path,
         )
@@ -104,24 +115,75 @@ class RemaxCLI(LightningCLI):
         """
         subcommand = self.config.get("subcommand")
         path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
-        elsewhere = path in ("best", "last", "hpc") or "://" in path or path.startswith("registry")
-        if not elsewhere and not Path(path).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give a .ckpt file of an earlier run")
+        if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
+            return
+        strategies.settle(Path(path).parent)
+        if not Path(path).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give one of an earlier run, or last")
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, module and data, and find out which checkpoint is the last one."""
+        super().instantiate_classes()
+        arguments = self.config_init.get(self.subcommand) if self.subcommand else None
+        if arguments is not None and arguments.get("ckpt_path") == "last":
+            arguments["ckpt_path"] = self._last_checkpoint()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, in all the processes that Lightning starts for it: what they write and how they end belongs to it."""
+        launched = launcher.Launched(self.trainer)
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if user_mistake(error) is None and (death := launched.death()):
+                raise SystemExit(f"remax: error: {death}") from None  # without it nothing had failed here
+            raise
+        if any(launched.codes()):
+            raise SystemExit(1)
+
+    def _last_checkpoint(self) -> str | None:
+        """Return the youngest whole checkpoint of this run and of those before it, whatever its name.
+
+        Lightning would look for the name only, and in the folder of this run, which is new.
+        """
+        folders = earlier_folders(self.trainer)
+        found = strategies.newest(folders, requeued=Path(self.trainer.default_root_dir))
+        if found is not None:
+            return str(found)
+        if self.subcommand != "fit":
+            raise UserError("ckpt_path: last, and there is no checkpoint of an earlier run; give the path of one")
+        rank_zero_warn("ckpt_path: last, and there is no checkpoint of an earlier run yet: this one begins anew.")
+        return None
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends it with a message and exit code 2, without a traceback."""
+    """Run the command line.
+
+    A mistake of the user's ends it with a message and exit code 2, without a traceback; SIGTERM, after a last
+    checkpoint, with 143. The processes that Lightning starts for further devices come through here, too.
+    """
+    launched = launcher.is_launched()
+    if launched:
+        launcher.end_with_launcher()
+    else:
+        launcher.mark_launcher()
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             tool, _ = TOOLS[sys.argv[1]]
             import_module(f"remax_lightning.tools.{tool}").main(sys.argv[2:])
         else:
             run()
+    except SIGTERMException:
+        # Of the processes that it has started, Lightning takes any other code for a failure.
+        raise SystemExit(0 if launched else EXIT_CODE) from None
     except Exception as error:
+        agreed = isinstance(error, RankUserError | RankError)
+        if agreed and launched:
+            time.sleep(10)  # rank 0 says it; Lightning would kill it as soon as this process ends
         mistake = user_mistake(error)
         if mistake is None:
             raise
-        print(f"remax: error: {mistake}", file=sys.stderr)  # noqa: T201
+        if not agreed or getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"remax: error: {mistake}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 
@@ -155,7 +217,9 @@ def quieten() -> None:
     for message in (
         "'set_vital' is deprecated",
         r".*isinstance\(treespec, LeafSpec\)",
+        "`is_gradient_checkpointing` is deprecated",
         "LightningCLI's args parameter",
+        "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
     ):
         warnings.filterwarnings("ignore", message=message)
     for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
@@ -174,6 +174,15 @@ def _arguments(class_path: str, groups: list[str]) -> list[str]:
         for group in groups:
             hint = get_type_hints(kind.__init__)[group]
             kind = next(each for each in (hint, *get_args(hint)) if is_dataclass(each))
-        return [each.name for each in fields(kind)] if groups else list(inspect.signature(kind).parameters)
+        return [each.name for each in fields(kind)] if groups else list(_parameters(kind))
     except (ImportError, AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
         return []
+
+
+def _parameters(kind: Any) -> Iterator[str]:
+    """Yield the names of the arguments of a class or function, with those that it hands on to its base as `**`."""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            yield name
+        elif inspect.isclass(kind):
+            yield from _parameters(kind.__base__)

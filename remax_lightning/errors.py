@@ -14,3 +14,11 @@ class DataError(UserError):
 
 class RewardError(UserError):
     """A reward failed or returned something that must not be trained on; the message shows the prompt."""
+
+
+class RankUserError(UserError):
+    """One process of several met a `UserError`; raised on all of them, with the rank and its message."""
+
+
+class RankError(RuntimeError):
+    """One process of several failed; raised on all of them, with the rank and its message."""

@@ -97,12 +97,14 @@ def prompt_data(
     return kind(path, policy, **(defaults | options))
 
 
-def remax_module(policy: str | PretrainedModel, reference: str | None = None, **options: Any) -> ReMaxModule:
+def remax_module(
+    policy: str | PretrainedModel, reference: str | PretrainedModel | None = None, **options: Any
+) -> ReMaxModule:
     """A module with plain gradient descent of rate 1, so that a step's gradient is weights before minus after."""
     defaults: dict[str, Any] = {
         "policy": PretrainedModel(policy) if isinstance(policy, str) else policy,
         "reward": CharacterReward(),
-        "reference": None if reference is None else PretrainedModel(reference),
+        "reference": PretrainedModel(reference) if isinstance(reference, str) else reference,
         "kl_coef": 0.0 if reference is None else 0.05,
         "sampling": SamplingConfig(max_response_length=6),
         "optimizer": partial(torch.optim.SGD, lr=1.0),

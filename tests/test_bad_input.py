@@ -59,6 +59,15 @@ KEYS = {
         {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1e-3}}},
         "model.optimizer.init_args.lrr: there is no such key; did you mean lr?",
     ),
+    "unknown key of the strategy": (
+        {
+            "trainer__strategy": {
+                "class_path": "remax_lightning.strategies.ReMaxDeepSpeedStrategy",
+                "init_args": {"stagee": 3},
+            }
+        },
+        "trainer.strategy.stagee: there is no such key; did you mean stage?",
+    ),
     "unknown key of the data": ({"data__pathh": "x"}, "data.pathh: there is no such key; did you mean path?"),
     "unknown key of the trainer": (
         {"trainer__max_stepz": 3},
@@ -136,6 +145,22 @@ VALUES = {
         {"model__reference": ..., "model__kl_coef": 0.0, "model__kl": {"loss_coef": 0.1}},
         "model.kl.loss_coef is 0.1, but there is no model.reference",
         "or model.kl.loss_coef to 0",
+    ),
+    "a policy placed like a reference": (
+        {"model__policy__placement": "cpu"},
+        "model.policy.placement must be replicate, got cpu",
+        "trainer.strategy",
+    ),
+    "an adapter of rank 0": ({"model__policy__lora": {"r": 0}}, "model.policy.lora.r must be at least 1", "got 0"),
+    "an adapter that is not there": (
+        {"model__policy__lora": {"path": "./nowhere"}},
+        "model.policy.lora.path: there is no folder './nowhere'",
+        "folder or hub name of an adapter",
+    ),
+    "4 bits that are to be trained": (
+        {"model__policy__quantization": "nf4"},
+        "model.policy.quantization is nf4",
+        "set model.policy.lora",
     ),
     "leave-one-out of one": (
         {"model__advantage__baseline": "leave_one_out"},

@@ -125,6 +125,20 @@ def test_a_worker_that_ends_says_how(load: Any) -> None:
         load("worker").Worker([sys.executable, "-c", "raise SystemExit(3)"])
 
 
+def test_rollouts_in_shards_are_compared_with_those_of_a_whole_policy(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "zero3_rollout.jsonl"
+    command = ["--sizes", "toy", "--repetitions", "2", "--warmup", "0", "--results", str(path)]
+    load("zero3_rollout").main(command)
+    found = {line["variant"]: line for line in lines_of(path)}
+    sharded = {f"{kind}_{gather}" for kind in ("zero3", "fsdp2") for gather in ("once", "layerwise")}
+    assert set(found) == {"zero2", "zero3_hooks"} | sharded
+    assert found["zero2"]["ratio"] == 1
+    for line in found.values():
+        assert 0 < line["fastest"] <= line["seconds"] <= line["slowest"]
+        assert (line["repetitions"], line["ranks"], line["response"]) == (2, 2, 8)
+        assert line["versions"]["deepspeed"]
+
+
 def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
     load("gpu").main(["--shape", "toy", "--device", "cpu", "--repetitions", "1", "--results", str(path)])

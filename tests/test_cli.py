@@ -206,6 +206,30 @@ def test_a_users_data_module(tmp_path: Path, policy_path: Path) -> None:
     assert 0 <= float(cli.trainer.callback_metrics["val/reward"]) <= 1
 
 
+@pytest.mark.slow
+def test_an_adapter_is_trained_and_gone_on_with(tmp_path: Path, policy_path: Path) -> None:
+    """Its reference is its start; a reference or a reward model of its own may wait in the host's memory."""
+    config = changed(
+        small_config(tmp_path, policy_path),
+        model__policy__lora={"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        model__reference=...,
+        export__merge_lora=False,
+    )
+    with in_folder(tmp_path):
+        first = run(["fit", "--config", write_config(tmp_path / "first.yaml", config)])
+        adapter = tmp_path / "runs" / "remax" / "version_0" / "policy" / "last"
+        further = changed(config, model__policy__lora={"path": str(adapter)}, export__merge_lora=True)
+        second = run(["fit", "--config", write_config(tmp_path / "second.yaml", further)])
+        apart = changed(config, model__reference={"path": str(policy_path), "placement": "cpu"})
+        third = run(["fit", "--config", write_config(tmp_path / "third.yaml", apart)])
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert (adapter.parents[2] / "version_1" / "policy" / "last" / "model.safetensors").is_file()
+    assert first.model.reference is first.model.policy
+    assert second.model.reference is second.model.policy
+    assert third.model.reference is not third.model.policy
+    assert third.trainer.callback_metrics["train/loss"] == first.trainer.callback_metrics["train/loss"]
+
+
 def test_an_abbreviated_key_is_refused(tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path / "run.yaml", small_config(tmp_path, policy_path))
     refused = remax(capsys, "fit", "--config", config, "--trainer.max_step", "3")
@@ -223,5 +247,5 @@ def test_help_explains_our_keys(subcommand: str, capsys: pytest.CaptureFixture[s
 
 def test_the_top_help_names_all_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     shown: Any = remax(capsys, "--help").out
-    for subcommand in ("fit", "validate", "test", "predict", "demo"):
+    for subcommand in ("fit", "validate", "test", "predict", "demo", "export"):
         assert subcommand in shown

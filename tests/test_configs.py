@@ -37,7 +37,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
-    rows = ({"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(600))
+    rows = (
+        {"prompt": f"{n}+{n}=", "response": str(2 * n), "chosen": str(2 * n), "rejected": "no idea"} for n in range(600)
+    )
     return {
         "policy": str(folder / "policy"),
         "reward": str(folder / "reward"),
@@ -53,23 +55,34 @@ def parsed(capsys: pytest.CaptureFixture[str], *files: Path | str, subcommand: s
     return yaml.safe_load(printed.out)
 
 
+def sources(module: dict[str, Any]) -> list[dict[str, Any]]:
+    """The language models of a configuration, the one that is trained first."""
+    return [module[name] for name in ("policy", "reward_model", "reference") if module.get(name)]
+
+
 def made_small(config: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
     """The configuration with everything replaced that a laptop without a network does not have."""
     trainer, module, data = config["trainer"], config["model"]["init_args"], config["data"]["init_args"]
     parts = data["batch_size"] // (data.get("micro_batch_size") or data["batch_size"])
     trainer |= {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
-    trainer["fast_dev_run"] = 2 * parts  # two rollout batches
-    for source in (module["policy"], module.get("reference")):
-        if source:
-            source["path"] = local["policy"]
-    if module["reward"]["class_path"].endswith("ClassifierReward"):
+    # Two rollout batches, or two steps.
+    trainer["fast_dev_run"] = 2 * max(parts, trainer["accumulate_grad_batches"])
+    for source in sources(module):
+        source["path"] = local["policy"]
+    if "ClassifierReward" in str((module.get("reward") or {}).get("class_path")):
         module["reward"]["init_args"] |= {"path": local["reward"], "dtype": None, "max_length": None}
-    data |= {"path": local["data"], "batch_size": 2 * parts}
+    data |= {"path": local["data"], "batch_size": 2 * parts, "val_size": min(32, data["val_size"])}
     data |= {"micro_batch_size": 2} if data.get("micro_batch_size") else {}
     data |= {"val_path": local["data"]} if data.get("val_path") else {}
     # What the tiny policy's 256 positions hold.
-    data["max_prompt_length"] = min(64, data["max_prompt_length"])
-    module["sampling"]["max_response_length"] = min(8, module["sampling"]["max_response_length"])
+    for values, name, most in (
+        (data, "max_prompt_length", 64),
+        (data, "max_response_length", 64),
+        (data, "max_length", 128),
+        (module.get("sampling") or {}, "max_response_length", 8),
+    ):
+        if name in values:
+            values[name] = min(most, values[name])
     return config
 
 
@@ -79,7 +92,7 @@ def test_a_configuration_is_read(path: Path, subcommand: str, capsys: pytest.Cap
     own = yaml.safe_load(path.read_text())
     config = parsed(capsys, path, subcommand=subcommand)
     given = own["model"].get("init_args", own["model"])
-    assert config["model"]["init_args"]["policy"]["path"] == given["policy"]["path"]
+    assert sources(config["model"]["init_args"])[0]["path"] == sources(given)[0]["path"]
     assert config["seed_everything"] == 0  # of base.yaml, which lies under it
 
 
@@ -112,10 +125,8 @@ def test_a_configuration_trains_with_tiny_models(
     with in_folder(tmp_path):
         cli = run(["fit", "--config", write_config(tmp_path / "small.yaml", config)])
     assert cli.trainer.global_step >= 2
-    assert (
-        cli.model.policy_source.gradient_checkpointing
-        == config["model"]["init_args"]["policy"]["gradient_checkpointing"]
-    )
+    wanted = sources(config["model"]["init_args"])[0]["gradient_checkpointing"]
+    assert cli.model.trained_model.is_gradient_checkpointing == wanted
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("presets/*.yaml")), ids=name_of)
@@ -145,5 +156,7 @@ def test_a_strategy_can_be_made(path: Path) -> None:
 
 
 def test_there_is_something_to_read() -> None:
-    assert {"demo.yaml", "demo_sft.yaml", "opt1.3b.yaml", "llama2_7b.yaml"} <= {path.name for path in COMPLETE}
+    assert {"demo.yaml", "sft.yaml", "reward_model.yaml", "opt1.3b.yaml", "llama2_7b.yaml"} <= {
+        path.name for path in COMPLETE
+    }
     assert {"reference.yaml", "verl.yaml", "openrlhf.yaml", "model_card.yaml"} <= {path.name for path in OVERLAYS}

@@ -17,7 +17,7 @@ PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
-LOWER = {"functional", "batch", "errors"}
+LOWER = {"functional", "batch", "errors", "frozen"}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
@@ -25,8 +25,9 @@ ALLOWED = {
     "errors": set(),
     "batch": set(),
     "functional": set(),
+    "frozen": {"errors"},  # reference and reward models are kept alike, and their layers do not know each other
     "rollout": LOWER,
-    "rewards": LOWER,
+    "rewards": LOWER | {"data.conversations"},  # a reward model reads the tokens that it was trained on
     "models": LOWER,
     "data": LOWER,
     "callbacks": LOWER,

@@ -224,6 +224,20 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
     assert ended.err == blocks("text")[0]
 
 
+# Other pages
+
+
+@pytest.mark.parametrize("block", blocks("yaml", (ROOT / "docs" / "lora.md").read_text()))
+def test_the_yaml_of_the_page_on_adapters_is_read(
+    block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = "remax_lightning.rewards.verifiers.exact_match"
+    rest = f"model: {{reward: {{class_path: FunctionReward, init_args: {{function: {function}}}}}}}\n"
+    rest += "data: {init_args: {path: prompts.jsonl}}"
+    shown = remax(capsys, "fit", *write_blocks(tmp_path, rest, block), "--print_config")
+    assert shown.code == 0, shown.err
+
+
 # Examples
 
 

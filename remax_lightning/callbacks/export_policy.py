@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.callbacks.hugging_face import policy_weights, save_policy
+from remax_lightning.callbacks.hugging_face import policy_weights, save_exported, save_policy
 from remax_lightning.callbacks.outputs import is_dry_run, run_folder
 from remax_lightning.errors import UserError
 
@@ -19,8 +19,9 @@ from remax_lightning.errors import UserError
 class ExportPolicy(Callback):
     """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
 
-    Works with every module that has `policy` and `tokenizer`. Weights are safetensors; LoRA adapters are
-    merged into a copy. A folder appears whole or not at all: it is written under another name first.
+    Works with every module that has `policy` and `tokenizer`, and with one whose `exported` gives another model, such
+    as the reward model with its scores normalised. Weights are safetensors. A folder appears whole or not at all: it is
+    written under another name first.
 
     Args:
         folder: where `last` and `best` go; `policy` in the run's folder by default. Give each run its own.
@@ -28,6 +29,8 @@ class ExportPolicy(Callback):
         mode: whether more of it is better (`max`) or less (`min`).
         best: whether to save at each new best of `monitor`.
         last: whether to save at the end of fit.
+        merge_lora: whether the adapter of a policy with `model.policy.lora` is merged into a copy of the whole model;
+            false saves the adapter alone, as PEFT reads it, which needs the base beside it and is far smaller.
 
     Raises:
         UserError: if `mode` or `monitor` cannot be used, or the strategy keeps weights where they cannot be
@@ -41,6 +44,7 @@ class ExportPolicy(Callback):
         mode: Literal["max", "min"] = "max",
         best: bool = True,
         last: bool = True,
+        merge_lora: bool = True,
     ) -> None:
         super().__init__()
         if mode not in ("max", "min"):
@@ -52,6 +56,7 @@ class ExportPolicy(Callback):
         self.mode = mode
         self.best = best
         self.last = last
+        self.merge_lora = merge_lora
         self.best_score: float | None = None
         self.best_path: str | None = None
         self._directory: Path | None = None
@@ -99,7 +104,7 @@ class ExportPolicy(Callback):
             return
         if self.last:
             self._export(trainer, pl_module, self._directory / "last")
-        if self.best and not self._metric_appeared and hasattr(pl_module, "policy"):
+        if self.best and not self._metric_appeared and (hasattr(pl_module, "policy") or hasattr(pl_module, "exported")):
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
             rank_zero_warn(
                 f"No best policy was exported: export.monitor = {self.monitor!r} was never "
@@ -126,12 +131,17 @@ class ExportPolicy(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
         module = cast("Any", pl_module)
-        if not hasattr(module, "policy") or not hasattr(module, "tokenizer"):
+        exported = module.exported() if hasattr(module, "exported") else None
+        model = exported.model if exported is not None else getattr(module, "policy", None)
+        if model is None or not hasattr(module, "tokenizer"):
             return
-        weights = policy_weights(module.policy, keep=trainer.is_global_zero)  # every rank takes part
-        if trainer.is_global_zero:
-            write_whole(target, lambda folder: save_policy(module.policy, module.tokenizer, weights, folder))
-        rank_zero_info(f"Exported the policy of optimizer step {trainer.global_step} to {target}.")
+        merge = self.merge_lora
+        weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # every rank takes part
+        if trainer.is_global_zero and exported is not None:
+            write_whole(target, lambda folder: save_exported(exported, module.tokenizer, weights, folder))
+        elif trainer.is_global_zero:
+            write_whole(target, lambda folder: save_policy(model, module.tokenizer, weights, folder, merge_lora=merge))
+        rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
         trainer.strategy.barrier("export_policy")
 
 

@@ -1,8 +1,11 @@
-"""Prompts and supervised examples: reading, formatting, ordering, batching."""
+"""Prompts, supervised examples and preferences: reading, formatting, ordering, batching."""
 
 from __future__ import annotations
 
-from remax_lightning.data.base import LoadingConfig, TextDataModule
+from remax_lightning.data.base import TextDataModule
+from remax_lightning.data.options import LoadingConfig
+from remax_lightning.data.pairs import PairColumns
+from remax_lightning.data.preferences import PreferenceDataModule
 from remax_lightning.data.prompts import PromptDataModule
 from remax_lightning.data.reading import read_rows
 from remax_lightning.data.sampler import SplitSampler
@@ -11,6 +14,8 @@ from remax_lightning.data.tokenizers import load_tokenizer
 
 __all__ = [
     "LoadingConfig",
+    "PairColumns",
+    "PreferenceDataModule",
     "PromptDataModule",
     "SFTDataModule",
     "SplitSampler",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.collate import Example, ExampleDataset
 from remax_lightning.data.formatting import PromptFormatter, check_template
-from remax_lightning.data.reading import Rows, is_file_path, load_hub, read_rows
+from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.options import LoadingConfig
+from remax_lightning.data.pairs import PairColumns, PairError, with_prompt
+from remax_lightning.data.reading import Row, Rows, is_file_path, load_hub, read_rows
 from remax_lightning.data.sampler import SplitSampler
+from remax_lightning.data.stages import Stage, check_stage_split, rows_of_stage
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError
 
@@ -23,42 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class LoadingConfig:
-    """How rows and the tokenizer are loaded, where the defaults do not do.
-
-    Args:
-        long_prompts: what happens to a prompt over the limit: `drop` leaves the row out and counts it,
-            `error` stops. A prompt is never cut, because its end is what the policy answers.
-        num_workers: processes that collate; 0 does it in the training process, which is enough for tokenised
-            text.
-        pad_token: `eos`, or the text of a token of the vocabulary, for a tokenizer without a pad token.
-        trust_remote_code: whether code that comes with the tokenizer may run.
-        tokenizer_revision: branch, tag or commit of the tokenizer on the hub.
-        hub_name: configuration of a data set on the hub, for instance `main`.
-        train_split: split of `path` on the hub.
-        val_split: split of `val_path` on the hub.
-    """
-
-    long_prompts: Literal["drop", "error"] = "drop"
-    num_workers: int = 0
-    pad_token: str | None = None
-    trust_remote_code: bool = False
-    tokenizer_revision: str | None = None
-    hub_name: str | None = None
-    train_split: str = "train"
-    val_split: str = "test"
-
-
-DEFAULT_LOADING = LoadingConfig()
-
-
 class TextDataModule(LightningDataModule, ABC):
     """Reads rows, makes prompts of them and hands them out in an order known from the seed.
 
     A subclass says how examples become a batch (`_collate`), and may add to the examples (`_complete`). The
     arguments are those of the subclasses, where they are described.
     """
+
+    stage: ClassVar[Stage | None] = None
+    """Whose share of the rows it reads where `loading.stage_split` deals them out."""
+    needs_eos: ClassVar[bool] = True
+    """Whether the tokenizer must have an end-of-sequence token."""
 
     def __init__(
         self,
@@ -82,6 +60,7 @@ class TextDataModule(LightningDataModule, ABC):
             )
         if template is not None:
             check_template(template)
+        check_stage_split(loading.stage_split, self.stage, type(self).__name__)
         self.path = path
         self.tokenizer_path = tokenizer
         self.val_path = val_path
@@ -106,6 +85,7 @@ class TextDataModule(LightningDataModule, ABC):
                 trust_remote_code=self.loading.trust_remote_code,
                 revision=self.loading.tokenizer_revision,
                 pad_token=self.loading.pad_token,
+                needs_eos=self.needs_eos,
             )
         return self._tokenizer
 
@@ -164,7 +144,19 @@ class TextDataModule(LightningDataModule, ABC):
     def _collate(self, num_splits: int) -> Callable[..., Any]:
         """Return what makes a batch of examples."""
 
-    def _complete(self, examples: list[Example], source: str) -> list[Example]:  # noqa: ARG002 - for subclasses
+    def _row(self, row: Row, where: str) -> Row:
+        """Return a row with a prompt of its own; a pair of whole conversations has it at their beginning.
+
+        Raises:
+            PairError: if they do not share one.
+        """
+        columns = PairColumns()
+        is_pair = columns.chosen in row and columns.rejected in row
+        if not is_pair or (self.prompt_column in row and isinstance(row[columns.chosen], str)):
+            return row
+        return with_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
+
+    def _complete(self, examples: list[Example], source: str) -> Sequence[Any]:  # noqa: ARG002 - for subclasses
         """Add to examples of `source` whose prompts have been made; a subclass may leave some out."""
         return examples
 
@@ -179,6 +171,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _setup_train(self) -> None:
         rows = self._read(self.path, self.loading.train_split, "data.path")
+        if self.loading.stage_split is not None and self.stage is not None:
+            rows = rows_of_stage(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
         total = len(rows.values)
         if self.val_size >= total:
             raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {self.val_size}")
@@ -198,6 +192,7 @@ class TextDataModule(LightningDataModule, ABC):
         self._train = train
 
     def _dataset(self, rows: Rows) -> ExampleDataset:
+        rows = self._with_prompts(rows)
         formatter = PromptFormatter(self.tokenizer, self.prompt_column, self.template)
         prompts = [formatter.text(row, rows.where(i)) for i, row in enumerate(rows.values)]
         examples = [
@@ -214,15 +209,38 @@ class TextDataModule(LightningDataModule, ABC):
         )
         return ExampleDataset(self._complete(kept, rows.source))
 
+    def _with_prompts(self, rows: Rows) -> Rows:
+        made, kept = [], []
+        for i, row in enumerate(rows.values):
+            try:
+                made.append(self._row(row, rows.where(i)))
+                kept.append(i)
+            except PairError:
+                if self.loading.bad_pairs == "error":
+                    raise
+        self._tell_bad_pairs(len(rows.values) - len(made), len(rows.values), rows.source)
+        return rows.take(kept)._replace(values=made)
+
+    def _tell_bad_pairs(self, dropped: int, total: int, source: str) -> None:
+        if dropped == total:
+            raise DataError(f"{source}: not one of {total} pairs can be used; data.loading.bad_pairs: error says why")
+        if dropped:
+            rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
+
+    def _rows_at_once(self, num_splits: int) -> int:  # noqa: ARG002 - for subclasses
+        """Return how many rows the loader hands to `_collate`, for each of `num_splits` splits of them."""
+        return self.batch_size
+
     def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
         num_splits = self.num_splits if shuffle else 1
+        rows_at_once = self._rows_at_once(num_splits)
         sampler = SplitSampler(
             len(dataset),
-            self.batch_size,
+            rows_at_once,
             num_splits=num_splits,
             shuffle=shuffle,
             drop_last=shuffle,
@@ -232,52 +250,9 @@ class TextDataModule(LightningDataModule, ABC):
         )
         return StatefulDataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=rows_at_once,
             sampler=sampler,
             drop_last=shuffle,
             num_workers=self.loading.num_workers,
             collate_fn=self._collate(num_splits),
         )
-
-
-def check_at_least(least: int, **values: int) -> None:
-    """Check that every value is at least `least`; the names are keys under `data`.
-
-    Raises:
-        UserError: if one is below.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"data.{name} must be at least {least}, got {value}")
-
-
-def within_limit(
-    examples: Sequence[Example],
-    lengths: Sequence[int],
-    limit: int,
-    *,
-    key: str,
-    source: str,
-    policy: Literal["drop", "error"],
-) -> list[Example]:
-    """Return the examples that are within a limit in tokens, and say in one line how many are not.
-
-    Raises:
-        DataError: if `policy` is `error` and one is too long, or if none is left.
-    """
-    kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
-    dropped = len(examples) - len(kept)
-    if dropped and policy == "error":
-        first = next(i for i, length in enumerate(lengths) if length > limit)
-        raise DataError(
-            f"{examples[first].where}: {lengths[first]} tokens, over {key}={limit}, and so are {dropped} of "
-            f"{len(examples)} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
-        )
-    message = f"{source}: dropped {dropped} of {len(examples)} rows, longer than {key}={limit} tokens"
-    if not kept:
-        raise DataError(f"{message}; none is left, the shortest has {min(lengths)} tokens: raise the limit")
-    if dropped * 2 > len(examples):
-        rank_zero_warn(f"{message}: that is more than half of them")
-    else:
-        rank_zero_info(message)
-    return kept

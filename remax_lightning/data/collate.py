@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from remax_lightning.batch import PromptBatch, SupervisedBatch
+from remax_lightning.batch import PreferenceBatch, PromptBatch, SupervisedBatch
 from remax_lightning.data.sampler import Key
 
 
@@ -32,16 +32,38 @@ class Example(NamedTuple):
     response_ids: Sequence[int] = ()
 
 
-class ExampleDataset(Dataset[tuple[Example, int]]):
+class PairExample(NamedTuple):
+    """A pair of responses to one prompt, ready to be batched.
+
+    Args:
+        chosen_ids: token ids of the whole conversation with the preferred response.
+        rejected_ids: token ids of the one with the other response.
+        margin: what the chosen response's score has to be ahead by.
+        prompt: the prompt as text.
+        row: the row, its prompt and its responses apart.
+        where: its place in the source, for messages.
+        number: its place among the pairs that were read.
+    """
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float
+    prompt: str
+    row: dict[str, Any]
+    where: str
+    number: int
+
+
+class ExampleDataset(Dataset[tuple[Any, int]]):
     """Examples by the keys of `SplitSampler`: each item is the example and its split."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Any]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, key: Key) -> tuple[Example, int]:
+    def __getitem__(self, key: Key) -> tuple[Any, int]:
         index, split = key if isinstance(key, tuple) else (key, 0)
         return self.examples[index], split
 
@@ -81,9 +103,16 @@ def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_sp
     )
 
 
-def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int) -> SupervisedBatch:
-    """Return the `SupervisedBatch` of examples."""
-    examples = [example for example, _ in items]
+def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int, num_splits: int = 1) -> SupervisedBatch:
+    """Return the `SupervisedBatch` of examples.
+
+    Args:
+        items: the examples of a whole optimizer step, all of one split: the part of them that the batch has.
+        pad_id: id that fills up.
+        num_splits: batches that the optimizer step comes in.
+    """
+    size, split = len(items) // num_splits, items[0][1]
+    examples = [example for example, _ in items[split * size : (split + 1) * size]]
     prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
     response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
     return SupervisedBatch(
@@ -93,4 +122,23 @@ def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int) -> 
         response_mask=response_mask,
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
+        step_batches=num_splits,
+        step_tokens=sum(len(example.response_ids) for example, _ in items),
+    )
+
+
+def collate_pairs(items: Sequence[tuple[PairExample, int]], *, pad_id: int) -> PreferenceBatch:
+    """Return the `PreferenceBatch` of examples."""
+    examples = [example for example, _ in items]
+    chosen_ids, chosen_mask = pad([example.chosen_ids for example in examples], pad_id, "right")
+    rejected_ids, rejected_mask = pad([example.rejected_ids for example in examples], pad_id, "right")
+    return PreferenceBatch(
+        chosen_ids=chosen_ids,
+        chosen_mask=chosen_mask,
+        rejected_ids=rejected_ids,
+        rejected_mask=rejected_mask,
+        margin=torch.tensor([example.margin for example in examples]),
+        prompts=[example.prompt for example in examples],
+        rows=[example.row for example in examples],
+        indices=[example.number for example in examples],
     )

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from remax_lightning.batch import PromptBatch
-from remax_lightning.data.base import DEFAULT_LOADING, LoadingConfig, TextDataModule, check_at_least
+from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import collate_prompts
+from remax_lightning.data.limits import check_at_least
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.errors import UserError
 
 
@@ -19,7 +21,8 @@ class PromptDataModule(TextDataModule):
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
-        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template.
+        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
+            whole conversations in `chosen` and `rejected` have it at their beginning instead.
         template: text around a plain prompt, with columns in braces, for instance `"Human:
             {prompt}\n\nAssistant:"`.
         batch_size: prompts per rollout and device.
@@ -33,6 +36,8 @@ class PromptDataModule(TextDataModule):
     Raises:
         UserError: if a value is out of its range; the message names its key.
     """
+
+    stage = "remax"
 
     def __init__(
         self,

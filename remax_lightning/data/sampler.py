@@ -126,16 +126,23 @@ class _Position(Iterator[Key]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        epoch, yielded, saved = state["epoch"], state["yielded"], state["signature"]
+        epoch, yielded, saved = state["epoch"], state["yielded"], dict(state["signature"])
         if yielded >= state["length"]:
             # Saved after the last batch of an epoch: what comes next is the next one.
             epoch, yielded = epoch + 1, 0
         now = self.sampler.signature()
+        batches, rest = divmod(yielded, saved["batch_size"])
+        if _rows(saved) == _rows(now) and rest == 0 and batches % saved["num_splits"] == 0:
+            # Another number of ranks takes the same rows step by step: rank r always has every W-th of them.
+            saved |= {name: now[name] for name in ("batch_size", "world_size")}
+            yielded = batches * self.sampler.batch_size
         changed = [f"{name} {saved[name]} to {now[name]}" for name in now if saved[name] != now[name]]
         if yielded and changed:
             raise UserError(
                 f"data: the checkpoint stands in the middle of an epoch whose order has changed: {', '.join(changed)}; "
-                "resume with its settings, or start a new run from its exported policy"
+                "resume with its settings (on another number of processes with a data.batch_size that makes as many "
+                f"prompts, {_rows(state['signature'])}, and after a whole rollout), or start a new run from its "
+                "exported policy"
             )
         self.sampler.set_epoch(epoch)
         self._start(epoch)
@@ -144,3 +151,8 @@ class _Position(Iterator[Key]):
     def _start(self, epoch: int) -> None:
         self._epoch = epoch
         self._order = self.sampler.order(epoch)
+
+
+def _rows(signature: dict[str, Any]) -> int:
+    """Return how many rows make a rollout, on all ranks together."""
+    return int(signature["batch_size"] * signature["world_size"])

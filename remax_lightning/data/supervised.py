@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from remax_lightning.batch import SupervisedBatch
-from remax_lightning.data.base import (
-    DEFAULT_LOADING,
-    LoadingConfig,
-    TextDataModule,
-    check_at_least,
-    within_limit,
-)
+from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
 from remax_lightning.data.formatting import column, encode_text
+from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class SFTDataModule(TextDataModule):
@@ -29,8 +30,9 @@ class SFTDataModule(TextDataModule):
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
-        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template.
-        response_column: column of the response, text.
+        prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
+            whole conversations in `chosen` and `rejected` have it at their beginning instead.
+        response_column: column of the response, text; `chosen` of a pair. Messages without such a column end with it.
         template: text around a plain prompt, with columns in braces, for instance `"Human:
             {prompt}\n\nAssistant:"`.
         batch_size: examples per pass and device.
@@ -44,6 +46,8 @@ class SFTDataModule(TextDataModule):
     Raises:
         UserError: if a value is out of its range; the message names its key.
     """
+
+    stage = "supervised"
 
     def __init__(
         self,
@@ -76,8 +80,20 @@ class SFTDataModule(TextDataModule):
         self.response_column = response_column
         self.max_response_length = max_response_length
 
-    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:  # noqa: ARG002 - always one
-        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id))
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
+        """Shuffled batches, those of an optimizer step together, without the last short step. Resumable at each."""
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        short = self._train is not None and len(self._train) < self.batch_size * accumulate * ranks
+        alone = short or getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning takes its own order then
+        self.num_splits = 1 if alone else accumulate
+        return super().train_dataloader()
+
+    def _rows_at_once(self, num_splits: int) -> int:
+        return self.batch_size * num_splits
+
+    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:
+        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_splits=num_splits)
 
     def _complete(self, examples: list[Example], source: str) -> list[Example]:
         eos_id = int(self.tokenizer.eos_token_id)
@@ -94,6 +110,16 @@ class SFTDataModule(TextDataModule):
             source=source,
             policy="drop",
         )
+
+    def _row(self, row: Row, where: str) -> Row:
+        row = super()._row(row, where)
+        messages = row.get(self.prompt_column)
+        if self.response_column in row or not isinstance(messages, list) or not messages:
+            return row
+        last = messages[-1]
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            return row
+        return {**row, self.prompt_column: messages[:-1], self.response_column: last.get("content")}
 
     def _response(self, example: Example) -> str:
         value = column(example.row, self.response_column, example.where, key="data.response_column")

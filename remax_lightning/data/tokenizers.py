@@ -17,6 +17,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
     pad_token: str | None = None,
+    needs_eos: bool = True,
     key: str = "data.tokenizer",
     pad_key: str = "data.loading.pad_token",
 ) -> PreTrainedTokenizerBase:
@@ -30,6 +31,7 @@ def load_tokenizer(
         pad_token: `eos` to pad with the end-of-sequence token, or the text of a token of the vocabulary. None
             keeps the tokenizer's own. Padding with the end-of-sequence token is safe here: masks tell the two
             apart.
+        needs_eos: whether it must have an end-of-sequence token; a reward model's need not.
         key: configuration key of `path`, for messages.
         pad_key: configuration key of `pad_token`, for messages.
 
@@ -37,7 +39,7 @@ def load_tokenizer(
         UserError: if the tokenizer cannot be loaded, or lacks an end-of-sequence or a pad token.
     """
     tokenizer = _from_pretrained(path, trust_remote_code, revision, key)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_eos:
         raise UserError(
             f"{key}: the tokenizer {path!r} has no end-of-sequence token, so no response could ever end; "
             "save it with an eos_token that the policy was trained with"

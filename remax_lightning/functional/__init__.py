@@ -18,6 +18,7 @@ from remax_lightning.functional.log_probs import (
 from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
 from remax_lightning.functional.output_head import KeptTokens, OutputHead
+from remax_lightning.functional.preferences import bradley_terry_loss
 
 __all__ = [
     "Baseline",
@@ -30,6 +31,7 @@ __all__ = [
     "SurrogateLoss",
     "TokenStatistics",
     "baseline_values",
+    "bradley_terry_loss",
     "clipped_surrogate_loss",
     "hidden_statistics",
     "kl_estimate",

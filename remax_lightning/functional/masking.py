@@ -10,8 +10,8 @@ from torch import Tensor
 from remax_lightning.functional._checks import check_mask, check_shape, compute_dtype
 
 
-def response_mask(response_ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """Return True through the first end-of-sequence token, that one included.
+def response_mask(response_ids: Tensor, eos_ids: Sequence[int], stopped_at: Tensor | None = None) -> Tensor:
+    """Return True through the first end-of-sequence token, that one included, or through the end of a stop string.
 
     The mask asks where the first EOS stands and not where the padding is, so that EOS is trained also when
     the tokenizer pads with it.
@@ -19,17 +19,24 @@ def response_mask(response_ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
     Args:
         response_ids: `[M, R]` token ids, padded on the right.
         eos_ids: token ids that end a response; with none, every token counts.
+        stopped_at: `[M]` tokens of a response that something else has ended, 0 of the others; None for no such end.
 
     Returns:
-        `[M, R]` bool; all True in a row without EOS, which is one that the length limit cut.
+        `[M, R]` bool; all True in a row without an end, which is one that the length limit cut.
 
     Raises:
-        ValueError: if `response_ids` is not two-dimensional.
+        ValueError: if `response_ids` is not two-dimensional, or `stopped_at` not as long.
     """
     check_shape("response_ids", response_ids, "[M, R]", (None, None))
     ends = torch.isin(response_ids, torch.tensor(list(eos_ids), dtype=response_ids.dtype, device=response_ids.device))
     ends_before = ends.cumsum(dim=1) - ends.long()
-    return ends_before == 0
+    if stopped_at is None:
+        return ends_before == 0
+    check_shape("stopped_at", stopped_at, "[M]", response_ids.shape[:1])
+    # What stands after a stop string is padding, whose id may be that of an end.
+    place = torch.arange(response_ids.shape[1], device=response_ids.device)
+    length = stopped_at.where(stopped_at > 0, response_ids.shape[1])
+    return (ends_before == 0) & (place < length[:, None])
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

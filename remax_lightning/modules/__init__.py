@@ -2,6 +2,7 @@
 
 from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.modules.remax import ReMaxModule
+from remax_lightning.modules.reward_model import RewardModelModule
 from remax_lightning.modules.schedules import WarmupCosine, WarmupLinear
 from remax_lightning.modules.sft import SFTModule
 
@@ -10,6 +11,7 @@ __all__ = [
     "KLConfig",
     "LossConfig",
     "ReMaxModule",
+    "RewardModelModule",
     "SFTModule",
     "WarmupCosine",
     "WarmupLinear",

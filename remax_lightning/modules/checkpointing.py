@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +39,39 @@ def experience_from_state(state: dict[str, Any]) -> Experience:
 
 
 def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
-    """Return the state of every rank, on the CPU: most strategies save what rank 0 has. Every rank has to call this."""
+    """Return the state of every rank, on the CPU: strategies save what rank 0 has. Every rank has to call this."""
     own = move_data_to_device(state, torch.device("cpu"))
     if not torch.distributed.is_initialized():
         return [own]
     states: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, own)
     return states
+
+
+def checkpoint_folders(trainer: Trainer) -> set[Path]:
+    """Return the local folders of this run's checkpoints and of the one that it was resumed from."""
+    folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+    if trainer.ckpt_path is not None:
+        folders.append(str(Path(trainer.ckpt_path).parent))
+    return {Path(each) for each in folders if each is not None and "://" not in str(each)}
+
+
+def earlier_folders(trainer: Trainer) -> list[Path]:
+    """Return the folders where this run saves, and where runs before it with the same logger have saved.
+
+    A run with a logger has a folder of its own, a version, unless the configuration says where checkpoints go.
+    """
+    root, folders = Path(trainer.default_root_dir), []
+    for callback in trainer.checkpoint_callbacks:
+        given = getattr(callback, "dirpath", None)
+        if given is not None:
+            folders.append(Path(given))
+        elif trainer.logger is None:
+            folders.append(root / "checkpoints")
+        else:
+            runs = Path(trainer.logger.save_dir or root) / str(trainer.logger.name)
+            folders.extend(runs.glob("*/checkpoints"))
+    return folders
 
 
 def own_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules.head import required_head
 from remax_lightning.modules.options import KLConfig
+from remax_lightning.rewards.pooling import Pooling, at_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remax_lightning.modules.reference import Reference
+
+
+def check_policy(policy: PretrainedModel) -> None:
+    """Refuse what only a frozen model can be."""
+    if policy.placement != "replicate":
+        raise UserError(
+            f"model.policy.placement must be replicate, got {policy.placement}: where the policy is kept,"
+            " trainer.strategy decides (ZeRO-3 or FSDP2 for shares, offload_parameters for the host's memory)"
+        )
+    if policy.quantization is not None and policy.lora is None:
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, but weights of 4 bits cannot be trained; set"
+            " model.policy.lora (QLoRA), or leave model.policy.quantization out"
+        )
+
+
+def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
+    """Refuse a quantised policy where its weights would be cut into shares."""
+    if policy.quantization is None:
+        return
+    zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, which trainer.strategy {type(strategy).__name__}"
+            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or"
+            " ReMaxDeepSpeedStrategy of stage 1 or 2"
+        )
+
+
+def check_reference(reference: PretrainedModel | None) -> None:
+    """Refuse a reference with an adapter that was never trained."""
+    if reference is not None and reference.lora is not None and reference.lora.path is None:
+        raise UserError(
+            "model.reference.lora needs the path of a trained adapter: a new one changes nothing; leave it out"
+        )
 
 
 def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: PretrainedModel | None) -> None:
     """Refuse a KL coefficient without a reference to measure the KL to."""
     if kl_coef < 0:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
-    if reference is None and (kl_coef > 0 or kl.loss_coef > 0):
+    if reference is None and policy.lora is None and (kl_coef > 0 or kl.loss_coef > 0):
         key, value = ("kl_coef", kl_coef) if kl_coef > 0 else ("kl.loss_coef", kl.loss_coef)
         raise UserError(
             f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
@@ -29,11 +68,12 @@ def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: P
         )
 
 
-def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -> None:
     """Refuse a KL over the vocabulary to or from a model whose output head cannot be read."""
     if kl.full:
         required_head(policy, "model.policy")
-        required_head(reference, "model.reference")
+        with reference.running():
+            required_head(reference.model, "model.reference")
 
 
 def check_vocabularies(
@@ -57,6 +97,57 @@ def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_re
         f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is more"
         f" than the {room} positions that the policy has; lower one of them"
     )
+
+
+def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse conversations that are longer than the reward model can hold."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and room is not None and max_length > room:
+        raise UserError(
+            f"data.max_length {max_length} is more than the {room} positions that the reward model has; lower it"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: PretrainedModel, vocabulary: int) -> None:
+    """Refuse a tokenizer that is not the reward model's: it would number the tokens in another way.
+
+    Raises:
+        UserError: if it has more tokens than the model, or other ones than the tokenizer beside the model.
+    """
+    path, given = source.path, tokenizer.name_or_path
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer {given!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
+            " the tokenizer that belongs to the reward model"
+        )
+    if given == path:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        ).get_vocab()
+    except Exception:  # there is none beside the model, which is why another was given
+        return
+    mixed = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    if mixed and len(own) > 0:
+        token = mixed[0]
+        raise UserError(
+            f"model.tokenizer {given!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
+            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {own[token]}; leave"
+            " model.tokenizer out"
+        )
+
+
+def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Pooling) -> None:
+    """Say that others will read the score one token early, where padding looks like the end of a text."""
+    if pooling is at_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        rank_zero_warn(
+            f"The reward model pads with its end-of-sequence token {tokenizer.eos_token!r}. ClassifierReward goes by"
+            " the mask, but transformers' own classifier takes the end of a text for padding and scores the token"
+            " before. If other tools shall use the model, set data.loading.pad_token to a token that no text holds."
+        )
 
 
 def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +13,25 @@ from torch import Tensor
 from remax_lightning.batch import PromptBatch, Responses, Rollout
 from remax_lightning.functional import response_mask
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import RolloutEngine, SamplingConfig
-from remax_lightning.strategies import whole_parameters
+from remax_lightning.rollout import Ended, RolloutEngine, SamplingConfig
+from remax_lightning.strategies import rollout_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Stopping(NamedTuple):
-    """What ends a response, and what stands after its end."""
+    """What ends a response, and what stands after its end.
+
+    Args:
+        eos_ids: token ids that end a response.
+        pad_id: what stands after the end.
+        ended: what else ends it; None without stop strings.
+    """
 
     eos_ids: list[int]
     pad_id: int
+    ended: Ended | None = None
 
 
 def collect(
@@ -40,6 +47,7 @@ def collect(
     greedy: bool,
     truncation_penalty: float,
     times: dict[str, float],
+    log_probs: bool = False,
 ) -> Rollout:
     """Let the policy answer the prompts, and score sampled and greedy responses in one pass of the reward.
 
@@ -55,12 +63,16 @@ def collect(
         greedy: whether greedy responses are made too.
         truncation_penalty: taken off the reward of every truncated response.
         times: where the seconds are added, under `rollout` and `reward`.
+        log_probs: whether the engine is asked for the log-probs of what it samples.
 
     Raises:
         RewardError: if the reward fails or returns what must not be trained on.
     """
     rolling_out = timed(times, "rollout", prompt.prompt_ids.device)
-    with rolling_out, torch.no_grad(), evaluating(model), whole_parameters(model):
+    asked: dict[str, Any] = {} if stopping.ended is None else {"ended": stopping.ended}
+    if log_probs:
+        asked["log_probs"] = True
+    with rolling_out, torch.no_grad(), evaluating(model), rollout_parameters(model):
         generated = engine.generate(
             model,
             prompt.prompt_ids,
@@ -70,18 +82,26 @@ def collect(
             pad_id=stopping.pad_id,
             generator=generator,
             greedy=greedy,
+            **asked,
         )
-        sampled = _responses(generated.sampled_ids, stopping.eos_ids, tokenizer)
-        likeliest = (
-            None if generated.greedy_ids is None else _responses(generated.greedy_ids, stopping.eos_ids, tokenizer)
-        )
+        count, stopped_at = len(generated.sampled_ids), generated.stopped_at
+        at = (None, None) if stopped_at is None else (stopped_at[:count], stopped_at[count:])
+        sampled = _responses(generated.sampled_ids, stopping.eos_ids, at[0], tokenizer)
+        likeliest = None
+        if generated.greedy_ids is not None:
+            likeliest = _responses(generated.greedy_ids, stopping.eos_ids, at[1], tokenizer)
     with timed(times, "reward", prompt.prompt_ids.device), torch.no_grad():
-        return _scored(prompt, sampled, likeliest, reward, sampling.num_samples, truncation_penalty)
+        rollout = _scored(prompt, sampled, likeliest, reward, sampling.num_samples, truncation_penalty)
+    return rollout._replace(log_probs=generated.log_probs)
 
 
-def _responses(ids: Tensor, eos_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Responses:
-    mask = response_mask(ids, eos_ids)
+def _responses(
+    ids: Tensor, eos_ids: list[int], stopped_at: Tensor | None, tokenizer: PreTrainedTokenizerBase
+) -> Responses:
+    mask = response_mask(ids, eos_ids, stopped_at)
     ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).any(-1)
+    if stopped_at is not None:
+        ends |= stopped_at > 0
     tokens = [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return Responses(ids, mask, ~ends, list(texts))

@@ -72,6 +72,11 @@ class Objective:
             )
         if kl.in_baseline and kl.credit == "none":
             raise UserError("model.kl.in_baseline needs model.kl.credit to_go or one_step, got none")
+        if kl.full and loss.old_log_probs == "rollout":
+            raise UserError(
+                "model.loss.old_log_probs must be recompute where model.kl.estimator or loss_estimator is full, got"
+                " rollout: that KL needs the hidden states of a pass of its own"
+            )
         self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
 
     @property

@@ -1,4 +1,4 @@
-"""The optimizer of a policy: its parameter groups, and the learning rates that its weights cannot take."""
+"""The optimizer of a stage: its parameter groups, and the learning rates that its weights cannot take."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse_lost_updates(optimizer: Optimizer) -> None:
     """Refuse a learning rate that the weights' own number format would round away.
 
     An Adam-like step moves a weight by about the learning rate. A bfloat16 number has 8 significant bits, so 1e-6 added
-    to 0.02 gives 0.02 again: the loss looks alive and the policy never changes. Optimizers that keep float32 copies of
+    to 0.02 gives 0.02 again: the loss looks alive and the model never changes. Optimizers that keep float32 copies of
     the weights (DeepSpeed, mixed precision) are not concerned.
 
     Raises:
@@ -51,7 +51,7 @@ def refuse_lost_updates(optimizer: Optimizer) -> None:
     if lost > LOST_SHARE * (lost + kept):
         rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         raise UserError(
-            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + kept):.0%} of the policy's 16-bit weights"
-            " would round away: the policy would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
+            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + kept):.0%} of the model's 16-bit weights"
+            " would round away: it would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
             " use a DeepSpeed strategy (float32 copies), or raise the learning rate"
         )

@@ -102,12 +102,16 @@ class LossConfig:
             `micro_batch` alone (the paper's code; the gradient then depends on the micro-batch size).
         clip_range: how far the ratio of new to old probability may move before its gradient is cut.
         dual_clip: bound of the ratio where the advantage is negative (arXiv 1912.09729); None for no bound.
+        old_log_probs: where the log-probs before the first of several updates come from: `recompute` runs the training
+            pass without gradients once more, so that the ratio is exactly 1 at first; `rollout` takes those that
+            decoding made, which saves that pass, and in 16 bits differ by rounding.
     """
 
     kind: Literal["reinforce", "clipped"] = "reinforce"
     normaliser: Literal["tokens", "responses", "micro_batch"] = "tokens"
     clip_range: float = 0.2
     dual_clip: float | None = None
+    old_log_probs: Literal["recompute", "rollout"] = "recompute"
 
     def __post_init__(self) -> None:
         _require(0 < self.clip_range < 1, "loss.clip_range", "above 0 and below 1", self.clip_range)

@@ -1,6 +1,9 @@
-"""Where the random numbers of rollouts come from."""
+"""Where the random numbers of rollouts come from, and those of everything else."""
 
 from __future__ import annotations
+
+import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,3 +26,19 @@ def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torc
     entropy = [seed, rank, stage, count]
     own = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(own)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of this process's generators: torch's, Python's and, on a GPU, the device's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators where `random_state` found them."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

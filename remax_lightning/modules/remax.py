@@ -12,7 +12,7 @@ from torch import Tensor
 from remax_lightning.batch import PromptBatch, Rollout, StepOutput
 from remax_lightning.errors import UserError
 from remax_lightning.functional import PolicyStatistics
-from remax_lightning.models import PretrainedModel, freeze
+from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import checks
 from remax_lightning.modules.checkpointing import experience_from_state, experience_state, own_state, states_of_ranks
 from remax_lightning.modules.collect import Stopping, collect, timed
@@ -20,11 +20,14 @@ from remax_lightning.modules.objective import Experience, Objective
 from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.modules.randomness import EVALUATION, TRAINING, rollout_generator
+from remax_lightning.modules.reference import Reference, make_reference
 from remax_lightning.modules.reporting import Sums, predictions, step_values
 from remax_lightning.modules.statistics import policy_statistics, with_reference
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
-from remax_lightning.strategies import outside_partitioning
+from remax_lightning.rollout import AutoEngine, Ended, RolloutEngine, SamplingConfig
+from remax_lightning.rollout.generation_config import tell_ignored
+from remax_lightning.rollout.stopping import stop_string_check
+from remax_lightning.strategies import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +40,8 @@ class ReMaxModule(PolicyModule):
         policy: the language model that is trained.
         reward: scores responses.
         reference: frozen model that the policy is kept close to, usually the policy's own start; needed where
-            `kl_coef` or `kl.loss_coef` is above 0.
+            `kl_coef` or `kl.loss_coef` is above 0. With `policy.lora` leave it out: the policy's start is then the
+            reference, on the policy's own weights, without a second copy of them.
         tokenizer: folder or hub name; None takes the policy's.
         rollout: makes responses; None chooses the engine that fits the policy's architecture.
         sampling: how responses are sampled.
@@ -69,10 +73,13 @@ class ReMaxModule(PolicyModule):
     ) -> None:
         super().__init__(policy, tokenizer, optimizer, lr_scheduler)
         checks.check_kl(kl_coef, kl, policy, reference)
+        checks.check_reference(reference)
         self.reward, self.reference_source = reward, reference
+        self._reference: Reference | None = None
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self.sampling, self.kl_coef = sampling, kl_coef
         self.objective = Objective(kl, advantage, loss, sampling.num_samples)
+        self.stop_check: Ended | None = None
         self._experience: Experience | None = None
         self._sums = Sums()
         self._seed: int | None = None
@@ -83,18 +90,15 @@ class ReMaxModule(PolicyModule):
 
     @property
     def reference(self) -> PreTrainedModel | None:
-        """The frozen reference. Not a submodule: no optimizer, checkpoint or gradient reduction meets it."""
-        return self.__dict__.get("_reference")
+        """The reference's model; the policy's own where they share their weights."""
+        return None if self._reference is None else self._reference.model
 
     def configure_model(self) -> None:
         """Load policy, tokenizer and reference."""
         super().configure_model()
-        if self.reference_source is None or self.reference is not None:
-            return
-        with outside_partitioning(self.trainer.strategy):
-            reference = freeze(self.reference_source.load("model.reference"))
-        checks.check_vocabularies(self.policy, reference, self.policy_source.path, self.reference_source.path)
-        self.__dict__["_reference"] = reference
+        if self._reference is None:
+            strategy = self.trainer.strategy
+            self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
 
     def on_fit_start(self) -> None:
         """Bring the frozen models to the device and check what only the whole run can tell."""
@@ -111,14 +115,17 @@ class ReMaxModule(PolicyModule):
     on_predict_start = on_validation_start
 
     def _prepare(self) -> None:
-        if self.reference is not None:
-            cast("torch.nn.Module", self.reference).to(self.device)
-            checks.check_full_kl(self.objective.kl_config, self.policy, self.reference)
+        if self._reference is not None:
+            self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
+            checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
         if self._reward_device != self.device:
+            tell_ignored(self.policy, self.sampling)
+            self.stop_check = stop_string_check(self.tokenizer, self.sampling.stop_strings)
             self.reward.load(self.device)
             self._reward_device = self.device
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**63
+            # Rank 0's, for it is what a checkpoint holds.
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
@@ -164,7 +171,11 @@ class ReMaxModule(PolicyModule):
     def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
         """Make a rollout with all that training on it needs."""
         updates = self._updates_per_rollout(batch.num_splits)
-        rollout = self._roll_out(batch, TRAINING, self._rollouts, times)
+        whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
+        charged = self.objective.uses_kl(self.kl_coef) and self._reference is not None
+        looks_back = updates > 1 or (charged and whitens_parts)  # needs the policy's log-probs before it is trained
+        log_probs = looks_back and self.objective.loss_config.old_log_probs == "rollout"
+        rollout = self._roll_out(batch, TRAINING, self._rollouts, times, log_probs)
         self._rollouts += 1
         if self.objective.uses_kl(self.kl_coef):
             rollout = self._with_reference(rollout, times)
@@ -172,9 +183,10 @@ class ReMaxModule(PolicyModule):
         experience = Experience(rollout, self._sum_over_ranks(self.objective.update_counts(rollout, updates)))
         if not has_kl:
             experience = self._credited(experience)
-        whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
-        if updates == 1 and not (has_kl and whitens_parts):
+        if not looks_back:
             return experience  # the training pass gives what is missing
+        if rollout.log_probs is not None:
+            return self._credited(experience, rollout.log_probs) if has_kl else experience
         with torch.no_grad(), timed(times, "reward", self.device):
             trained, size = experience.trained(batch.num_splits), len(rollout.reward) // batch.num_splits
             now = self._statistics(rollout, trained, size)
@@ -185,29 +197,33 @@ class ReMaxModule(PolicyModule):
     def _credited(self, experience: Experience, *policy: Tensor | None) -> Experience:
         return self.objective.credited(experience, self.kl_coef, self._sum_over_ranks, *policy)
 
-    def _roll_out(self, batch: PromptBatch, stage: int, count: int, times: dict[str, float]) -> Rollout:
+    def _roll_out(
+        self, batch: PromptBatch, stage: int, count: int, times: dict[str, float], log_probs: bool = False
+    ) -> Rollout:
         """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
-        return collect(
-            self.policy,
-            batch,
-            engine=self.engine,
-            sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-            generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
-            tokenizer=self.tokenizer,
-            reward=self.reward,
-            greedy=stage == EVALUATION or self.objective.needs_greedy,
-            truncation_penalty=self.objective.truncation_penalty,
-            times=times,
-        )
+        with together(self.trainer):
+            return collect(
+                self.policy,
+                batch,
+                engine=self.engine,
+                sampling=self.sampling,
+                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
+                generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
+                tokenizer=self.tokenizer,
+                reward=self.reward,
+                greedy=stage == EVALUATION or self.objective.needs_greedy,
+                truncation_penalty=self.objective.truncation_penalty,
+                times=times,
+                log_probs=log_probs,
+            )
 
     def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
         """Look the sampled tokens up in the reference, where there is one."""
-        if self.reference is None:
+        if self._reference is None:
             return rollout
         kl = self.objective.kl_config
-        with torch.no_grad(), timed(times, "reward", self.device):
-            return with_reference(rollout, self.reference, self.sampling, kl.full, kl.reference_batch_size)
+        with timed(times, "reward", self.device), torch.no_grad(), self._reference.running():
+            return with_reference(rollout, self._reference.model, self.sampling, kl.full, kl.reference_batch_size)
 
     def _statistics(
         self, rollout: Rollout, trained: Tensor | None = None, batch_size: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import cast
 
@@ -10,22 +11,31 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, Responses, SupervisedBatch
-from remax_lightning.functional import masked_mean
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules.collect import Stopping, collect
+from remax_lightning.modules.packing import Parting, find_parting, pack, packed_log_probs
 from remax_lightning.modules.policy import PolicyModule
+from remax_lightning.modules.reporting import Sums
 from remax_lightning.modules.statistics import response_statistics
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.strategies import together
+
+MAX_LOSS = 700.0
+"""Nats per token whose exponential a float still holds."""
 
 
 class SFTModule(PolicyModule):
     """Fine-tunes a policy on the responses of a data set; the loss is over response tokens only.
 
+    It is a mean over the response tokens of the whole optimizer step, over all ranks, so that the gradient does not
+    depend on how the step is split.
+
     Args:
         policy: the language model that is trained.
         reward: if given, validation also scores the policy's greedy and sampled responses with it.
         tokenizer: folder or hub name; None takes the policy's.
+        packing: put several examples into a row in training, without padding; the loss is the same, in less time.
         rollout: makes responses in validation; None chooses the engine that fits the policy's architecture.
         sampling: how they are sampled.
         optimizer: AdamW by default.
@@ -37,37 +47,53 @@ class SFTModule(PolicyModule):
         policy: PretrainedModel,
         reward: Reward | None = None,
         tokenizer: str | None = None,
+        packing: bool = False,
         rollout: RolloutEngine | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, tokenizer, optimizer, lr_scheduler)
-        self.reward, self.sampling = reward, sampling
+        self.reward, self.packing, self.sampling = reward, packing, sampling
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self._reward_device: torch.device | None = None
+        self._parting: Parting = "positions"
+        self._training, self._held_out = Sums(), Sums()
 
     def on_fit_start(self) -> None:
+        """Load what scoring needs, and see whether the policy can be packed."""
+        self.on_validation_start()
+        if self.packing:
+            self._parting = find_parting(self.policy)
+
+    def on_validation_start(self) -> None:
         """Load what scoring needs."""
         if self.reward is not None and self._reward_device != self.device:
             self.reward.load(self.device)
             self._reward_device = self.device
 
-    on_validation_start = on_fit_start
-    on_test_start = on_fit_start
+    on_test_start = on_validation_start
 
-    def _losses(self, batch: SupervisedBatch) -> tuple[Tensor, Tensor]:
-        """Return the mean negative log-prob of the response tokens, and how many they are."""
+    def _log_probs(self, batch: SupervisedBatch, packing: bool) -> Tensor:
+        """Return `[M]` log-probs of the response tokens."""
+        if packing:
+            return packed_log_probs(self.policy, pack(batch), self._parting)
         mask = batch.response_mask
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         responses = Responses(batch.response_ids, mask, mask.new_zeros(len(mask)), [])
-        log_probs = response_statistics(self.policy, prompt, responses).log_probs
-        return -masked_mean(log_probs, mask), mask.sum()
+        return response_statistics(self.policy, prompt, responses).log_probs[mask]
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Take the negative log-likelihood of the responses."""
-        loss, _ = self._losses(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.rows))
+        nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        own = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
+        tokens = cast(Tensor, reduce(torch.tensor(float(own), device=self.device)))
+        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
+        loss = nll.sum() * (accumulate * self.trainer.world_size / tokens)
+        self._training.add({"loss": (nll, None)})
+        if (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch:
+            self.log("train/loss", self._training.means(reduce)["loss"], prog_bar=True, batch_size=1)
         return {"loss": loss}
 
     def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
@@ -80,23 +106,36 @@ class SFTModule(PolicyModule):
 
     def _evaluate(self, batch: SupervisedBatch, batch_idx: int, stage: str) -> None:
         log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
-        loss, tokens = self._losses(batch)
-        log(f"{stage}/loss", loss, batch_size=int(tokens))
+        self._held_out.add({"loss": (-self._log_probs(batch, packing=False), None)})
         if self.reward is None:
             return
-        rollout = collect(
-            self.policy,
-            PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows),
-            engine=self.engine,
-            sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-            generator=torch.Generator(self.device).manual_seed(batch_idx),
-            tokenizer=self.tokenizer,
-            reward=self.reward,
-            greedy=True,
-            truncation_penalty=0.0,
-            times={},
-        )
+        with together(self.trainer):
+            rollout = collect(
+                self.policy,
+                PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows),
+                engine=self.engine,
+                sampling=self.sampling,
+                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
+                generator=torch.Generator(self.device).manual_seed(batch_idx),
+                tokenizer=self.tokenizer,
+                reward=self.reward,
+                greedy=True,
+                truncation_penalty=0.0,
+                times={},
+            )
         log(f"{stage}/reward", rollout.reward.mean(), batch_size=len(rollout.reward), prog_bar=True)
         baseline = cast(Tensor, rollout.baseline_reward)
         log(f"{stage}/baseline_reward", baseline.mean(), batch_size=len(baseline), prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss per response token, and the perplexity: its exponential."""
+        self._log_loss("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log as in validation, under `test/`."""
+        self._log_loss("test")
+
+    def _log_loss(self, stage: str) -> None:
+        loss = self._held_out.means(partial(self.trainer.strategy.reduce, reduce_op="sum"))["loss"]
+        self.log(f"{stage}/loss", loss)
+        self.log(f"{stage}/perplexity", math.exp(loss) if loss < MAX_LOSS else math.inf)

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, Responses, Rollout
-from remax_lightning.functional import PolicyStatistics, TokenStatistics, hidden_statistics, token_statistics
+from remax_lightning.functional import (
+    KeptTokens,
+    PolicyStatistics,
+    TokenStatistics,
+    hidden_statistics,
+    token_statistics,
+)
 from remax_lightning.modules.head import find_head, hidden_states, required_head
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.forward import model_inputs, takes
+from remax_lightning.rollout.sampling import kept_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,16 +70,16 @@ def policy_statistics(
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    temperature = _temperature(sampling)
+    temperature, kept = _temperature(sampling), kept_tokens(sampling)
     found: list[PolicyStatistics] = []
     for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
-            found.append(PolicyStatistics(*_statistics(policy, rows, temperature)[0]))
+            found.append(PolicyStatistics(*_statistics(policy, rows, temperature, kept)[0]))
             continue
         head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
         compared = rollout.reference_hidden[rows.places], other
         hidden, ids = _predicting(policy, rows), rows.ids[rows.mask]
-        found.append(hidden_statistics(hidden, head, ids, temperature, reference=compared))
+        found.append(hidden_statistics(hidden, head, ids, temperature, reference=compared, kept=kept))
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*found, strict=True)
     return PolicyStatistics(_spread(log_probs, mask), _spread(entropy, mask), None if None in kl else _spread(kl, mask))
@@ -164,14 +171,16 @@ def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
     return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
 
 
-def _statistics(model: PreTrainedModel, rows: _Rows, temperature: float) -> tuple[TokenStatistics, Tensor | None]:
+def _statistics(
+    model: PreTrainedModel, rows: _Rows, temperature: float, kept: KeptTokens | None = None
+) -> tuple[TokenStatistics, Tensor | None]:
     """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
     head, ids = find_head(model).head, rows.ids[rows.mask]
     if head is None:
-        statistics = token_statistics(_logits(model, rows), rows.ids, temperature)
+        statistics = token_statistics(_logits(model, rows), rows.ids, temperature, kept)
         return TokenStatistics(*(values[rows.mask] for values in statistics)), None
     hidden = _predicting(model, rows)
-    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature)[:2]), hidden
+    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, kept=kept)[:2]), hidden
 
 
 def _predicting(model: PreTrainedModel, rows: _Rows) -> Tensor:

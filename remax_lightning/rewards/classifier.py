@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.deepspeed_chat import DeepSpeedChatConfig, ScoredEnd
+from remax_lightning.rewards.loading import (
+    ClassifierSource,
+    LoadedClassifier,
+    load_classifier,
+    not_loaded,
+    saved_template,
+    tokenizer_home,
+)
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 
 if TYPE_CHECKING:
@@ -24,11 +34,13 @@ class ClassifierReward(Reward):
     r"""Scores the whole conversation with a reward model, read at its last real token.
 
     Args:
-        path: folder or hub name of an `AutoModelForSequenceClassification` with one label, and of its
-            tokenizer.
-        template: how prompt and response become one text, such as `"Human: {prompt}\nAssistant: {response}"`.
-            Left out, the reward model's own chat template is used, over the row's `messages` where it has
-            them and the prompt as one user message elsewhere.
+        path: folder or hub name of a reward model with its tokenizer: an `AutoModelForSequenceClassification` with
+            one label (TRL's and `RewardModelModule`'s too), a reward model of DeepSpeed-Chat or OpenRLHF, a language
+            model with TRL's value head, or a PEFT adapter.
+        template: how prompt and response become one text, such as `"{prompt}{response}{eos}"`; `{eos}` is the
+            tokenizer's end-of-sequence token. Left out, it is the one that `RewardModelModule` has saved with the
+            model, or else the reward model's own chat template is used, over the row's `messages` (or a prompt that is
+            a list of them) where it has them and the prompt as one user message elsewhere.
         batch_size: texts scored at once.
         max_length: most tokens of a text; longer ones lose their beginning. Left out, what model and
             tokenizer can hold.
@@ -37,9 +49,15 @@ class ClassifierReward(Reward):
         allow_pickle: whether weights may be read from a `.bin` file (then with `weights_only=True`) where
             there are no safetensors.
         revision: branch, tag or commit on the hub.
+        placement: where the model is kept between its passes: `replicate`, whole on every device; `shard`, its
+            layers in equal shares over all devices, gathered one at a time; `cpu`, in the host's memory, brought
+            to the device whole to score a rollout.
+        normalise: whether scores are normalised where the model's configuration has a `mean` and a `std`, as OpenRLHF
+            saves them and `RewardModelModule` where the weights cannot hold them.
+        deepspeed_chat: what a reward model of DeepSpeed-Chat was trained with.
 
     Raises:
-        UserError: if `template` has other fields than prompt and response, or a number is too small.
+        UserError: if `template` has other fields than prompt, response and eos, or a number is too small.
     """
 
     def __init__(
@@ -52,12 +70,16 @@ class ClassifierReward(Reward):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
+        placement: Placement = "replicate",
+        normalise: bool = True,
+        deepspeed_chat: DeepSpeedChatConfig | None = None,
     ) -> None:
         if template is not None:
             _check_template(template)
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value is not None and value < least:
                 raise UserError(f"{_KEY}.{name}: expected {least} or more, got {value}")
+        check_placement(placement, f"{_KEY}.placement")
         self.path = path
         self.template = template
         self.batch_size = batch_size
@@ -66,21 +88,37 @@ class ClassifierReward(Reward):
         self.trust_remote_code = trust_remote_code
         self.allow_pickle = allow_pickle
         self.revision = revision
+        self.placement = placement
+        self.normalise = normalise
+        self.deepspeed_chat = deepspeed_chat
         self.num_truncated = 0
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._frozen: FrozenModel | None = None
         self._pooling: Pooling | None = None
+        self._end: ScoredEnd | None = None
+        self._text_template = template
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer onto `device`, frozen and in eval mode.
+        """Load tokenizer and model, frozen and in eval mode, to run on `device`.
 
         Raises:
             UserError: if they cannot be loaded or do not fit one another, if the model has no score head or
                 more than one label, or if there is neither a template nor a chat template.
         """
-        self.tokenizer = self._load_tokenizer()
-        model: Any = self._load_model()  # transformers annotates `to` without a device
-        self.model = model = model.to(device).eval().requires_grad_(False)
+        source = ClassifierSource(
+            self.path,
+            _KEY,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+            normalise=self.normalise,
+        )
+        self.tokenizer = self._load_tokenizer(source)
+        loaded = load_classifier(source)
+        model: Any = loaded.model
+        self.model = model
         model.config.use_cache = False  # nothing is generated
         known, given = model.get_input_embeddings().num_embeddings, len(self.tokenizer)
         if given > known:
@@ -92,30 +130,45 @@ class ClassifierReward(Reward):
             # Tokenizers without a limit say 10^30; some configurations say nothing.
             limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
             self.max_length = min((n for n in limits if n is not None and 1 < n < 10**9), default=None)
-        self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
+        self._end = self._scored_end(loaded, self.tokenizer)
+        if model.config.get_text_config().pad_token_id is None:
+            model.config.get_text_config().pad_token_id = self._pad_id  # without one it refuses batches
+        self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
+        with self._frozen.running():
+            self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
+
+    def _scored_end(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> ScoredEnd | None:
+        key = f"{_KEY}.deepspeed_chat"
+        if loaded.kind == "deepspeed_chat":
+            return ScoredEnd(self.deepspeed_chat or DeepSpeedChatConfig(), tokenizer, loaded.model.config, key)
+        if self.deepspeed_chat is not None:
+            raise UserError(f"{key}: {self.path} was not saved by DeepSpeed-Chat; remove the key")
+        return None
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Tensor:
         """Return the reward model's `[M]` float32 scores, on its device."""
-        if self.model is None or self._pooling is None:
+        if self.model is None or self._frozen is None or self._pooling is None:
             raise RuntimeError("ClassifierReward.load(device) must be called before score")
         texts = [self.text(*each) for each in zip(prompts, responses, rows, strict=True)]
         ids = [self._token_ids(text) for text in texts]
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        scores = torch.zeros(len(ids), device=self.model.device)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self.model.device)
-            scores[batch] = self._pooling(self.model, input_ids, mask)
+        scores = torch.zeros(len(ids), device=self._frozen.device)
+        with self._frozen.running():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self._frozen.device)
+                scores[batch] = self._pooling(self.model, input_ids, mask)
         return scores
 
     def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:
         """Return what the reward model reads."""
-        if self.template is not None:
-            return self.template.format(prompt=prompt, response=response)
         assert self.tokenizer is not None
-        messages = list(row.get("messages") or [{"role": "user", "content": prompt}])
+        if self._text_template is not None:
+            return self._text_template.format(prompt=prompt, response=response, eos=self.tokenizer.eos_token or "")
+        given = row.get("messages") or row.get("prompt")
+        messages = list(given) if isinstance(given, list) else [{"role": "user", "content": prompt}]
         if messages[-1]["role"] == "assistant":  # the data set's response, whose place the policy's takes
             messages.pop()
         messages.append({"role": "assistant", "content": response})
@@ -123,12 +176,13 @@ class ClassifierReward(Reward):
 
     def _token_ids(self, text: str) -> list[int]:
         """Return the ids of `text`, its beginning cut off where it is too long."""
+        from remax_lightning.data.conversations import conversation_ids  # late: the folder loads much
+
         assert self.tokenizer is not None
-        # A chat template writes the special tokens itself, and so may a template: one at the start is enough.
-        ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is not None)["input_ids"]
+        (ids,) = conversation_ids(self.tokenizer, [text], is_chat=self._text_template is None)
+        if self._end is not None:
+            ids = self._end.cut(ids)
         first = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
-        if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first:
-            ids = ids[1:]
         if self.max_length is not None and len(ids) > self.max_length:
             self._count_truncated(len(ids))
             # The first token stays if it is a special one: encoders read their score there.
@@ -153,73 +207,34 @@ class ClassifierReward(Reward):
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in known if token is not None), 0)
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self, source: ClassifierSource) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        home = tokenizer_home(source)
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, **options)
         except Exception as error:
-            raise self._not_loaded("tokenizer", error) from error
+            raise not_loaded(source, "tokenizer", error) from error
         # Without tokenizer files some model families get an empty tokenizer and no error.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise UserError(f"{_KEY}.path: no tokenizer in {self.path}; save the reward model's own there")
-        if self.template is None and tokenizer.chat_template is None:
+        self._text_template = self.template or saved_template(source)
+        if self._text_template is None and tokenizer.chat_template is None:
             raise UserError(
                 f"{_KEY}.template: the tokenizer of {self.path} has no chat template; say how the model "
-                'reads a conversation, for example template: "Human: {prompt}\\nAssistant: {response}"'
+                'reads a conversation, for example template: "Human: {prompt}\nAssistant: {response}"'
             )
         return tokenizer
 
-    def _load_model(self) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(self.path, **options)
-        except Exception as error:
-            raise self._not_loaded("configuration", error) from error
-        if config.num_labels != 1:  # asked before gigabytes of weights are read
-            raise UserError(
-                f"{_KEY}.path: expected a reward model with one label, got {self.path} with "
-                f"{config.num_labels} labels; name a model trained as a reward model (a language model says 2)"
-            )
-        try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.path,
-                config=config,
-                dtype=self.dtype or "auto",
-                use_safetensors=None if self.allow_pickle else True,
-                weights_only=True,
-                output_loading_info=True,
-                **options,
-            )
-        except Exception as error:
-            raise self._not_loaded("model", error) from error
-        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            missing = ", ".join(sorted(report["missing_keys"])[:4])
-            raise UserError(
-                f"{_KEY}.path: expected the weights of a sequence classifier, got {self.path} without "
-                f"{missing}; name a model that was trained as a reward model"
-            )
-        loaded: PreTrainedModel = model
-        return loaded
-
-    def _not_loaded(self, what: str, error: Exception) -> UserError:
-        hint = "name a folder or a hub model that holds a sequence classifier and its tokenizer"
-        if "safetensors" in str(error) and not self.allow_pickle:
-            hint = f"convert the weights to safetensors, or set {_KEY}.allow_pickle if you trust their source"
-        reason = f"{type(error).__name__}: {error}"
-        return UserError(f"{_KEY}.path: the {what} of {self.path!r} cannot be loaded; {hint}. {reason}")
-
 
 def _check_template(template: str) -> None:
-    expected = f"{_KEY}.template: expected a text with {{prompt}} and {{response}}, other braces doubled"
+    expected = f"{_KEY}.template: expected a text with {{prompt}}, {{response}} and {{eos}}, other braces doubled"
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise UserError(f"{expected}, got {template!r}: {error}") from error
-    if "response" not in fields or set(fields) - {"prompt", "response"}:
+    if "response" not in fields or set(fields) - {"prompt", "response", "eos"}:
         raise UserError(f"{expected}, got {', '.join(map(repr, fields)) or 'no field'} in {template!r}")
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from remax_lightning.rewards.score_head import score_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,13 +23,20 @@ Pooling = Callable[["PreTrainedModel", Tensor, Tensor], Tensor]
 
 
 def at_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Read a per-token head, `score`, at the last real token of each row."""
-    hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state
-    last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    head = cast("nn.Linear", model.score)
-    # In float32: half precision would round the scores of like responses to the same number.
-    bias = None if head.bias is None else head.bias.float()
-    return F.linear(last.float(), head.weight.float(), bias)[:, 0]
+    """Read a head that scores every token at the last real one of each row.
+
+    The whole model runs, and what its head says is listened to: a strategy that keeps the weights in shards brings them
+    together for the calls that it knows.
+    """
+    heard: list[Tensor] = []
+    head = cast("nn.Module", score_head(model))
+    handle = head.register_forward_hook(lambda _module, _inputs, scores: heard.append(scores))
+    try:
+        model(input_ids, attention_mask=mask)
+    finally:
+        handle.remove()
+    (scores,) = heard
+    return scores[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1, 0].float()
 
 
 def by_the_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -70,8 +78,7 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
             return False
         return bool((given - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
 
-    has_token_head = isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
-    if has_token_head and agrees(at_last_token):
+    if score_head(model) is not None and agrees(at_last_token):
         return at_last_token
     if agrees(by_the_model):
         return by_the_model

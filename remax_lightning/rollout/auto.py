@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout.engine import Generated, RolloutEngine, SamplingConfig
-from remax_lightning.rollout.forward import language_model, takes
+from remax_lightning.rollout.engine import Ended, Generated, RolloutEngine, SamplingConfig
+from remax_lightning.rollout.forward import language_model, model_inputs, takes
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
+from remax_lightning.rollout.kv_slots import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
 from remax_lightning.rollout.paired import PairedEngine
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class AutoEngine:
         pad_id: int,
         generator: torch.Generator,
         greedy: bool = True,
+        log_probs: bool = False,
+        ended: Ended | None = None,
     ) -> Generated:
         """Write responses with the engine that fits `model`; see `RolloutEngine`."""
         model = language_model(model)
@@ -50,6 +53,8 @@ class AutoEngine:
             pad_id=pad_id,
             generator=generator,
             greedy=greedy,
+            log_probs=log_probs,
+            ended=ended,
         )
 
 
@@ -63,15 +68,44 @@ def choose_engine(model: PreTrainedModel) -> RolloutEngine:
 
 
 def obstacle(model: PreTrainedModel) -> str:
-    """Return what keeps `PairedEngine` from decoding with `model`, or nothing."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
+    """Return what keeps `PairedEngine` from decoding with `model`, or nothing; runs a few tokens to see."""
     if getattr(model, "_is_stateful", False):
         return "keeps a recurrent state"
     if not takes(model, "past_key_values"):
         return "takes no key-value cache"
-    # Such layers keep a state of convolution or recurrence, whose rows cannot be selected as those of keys and values.
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+    try:
+        return _tried(model)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"cannot be tried ({type(error).__name__}: {error})"
+
+
+@torch.no_grad()
+def _tried(model: PreTrainedModel) -> str:
+    """Decode one token in slots, after a prompt with and one without padding, and compare with a plain forward pass."""
+    from transformers import DynamicCache
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 6), generator=generator).to(model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :3] = False
+    cache, last = DynamicCache(config=model.config), ids.shape[1] - 1
+    model(**model_inputs(model, ids[:, :-1], mask[:, :-1]), past_key_values=cache, use_cache=True)
+    layout = layout_of(cache)
+    if layout is None:
+        # A state of convolution or recurrence, for one, whose rows cannot be selected as those of keys and values.
         return "keeps more than keys and values in its cache"
-    return ""
+    length = attended_length(ids.shape[1])
+    slots = make_slots(cache, 2, length)
+    fill_slots(slots, cache, torch.arange(2, device=ids.device), last)
+    inputs = model_inputs(model, ids, mask)
+    whole = model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[:, -1]
+    step = {name: values[:, -1:] for name, values in inputs.items()}
+    step["attention_mask"] = torch.nn.functional.pad(mask.long(), (0, length - ids.shape[1]))
+    position = torch.tensor([last], device=ids.device)
+    decoded = model(**step, past_key_values=cache_of_slots(layout, slots, position, length), use_cache=True).logits[
+        :, -1
+    ]
+    tolerance = 1e-3 if whole.dtype == torch.float32 else 0.1  # of rounding; another mask or position is far from it
+    close = (decoded.double() - whole.double()).norm() <= tolerance * whole.double().norm()
+    return "" if close else "gives other logits when it decodes in slots"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from remax_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Ended: TypeAlias = Callable[[Tensor], Tensor]
+"""Says of `[M, t]` token ids of responses, `[M]` bool, whether their last token completes what ends a response."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -20,7 +24,9 @@ class SamplingConfig:
 
     Args:
         max_response_length: most tokens of a response, end-of-sequence token included.
-        min_response_length: fewest tokens before the end-of-sequence token may come.
+        min_response_length: fewest tokens before the end-of-sequence token may come, or a stop string counts.
+        stop_strings: texts that end a response as an end-of-sequence token does; the tokens that complete one belong to
+            the response.
         num_samples: sampled responses per prompt, `n`. One is what the paper uses.
         temperature: divides the logits.
         top_k: sample from the `top_k` likeliest tokens only; 0 samples from all of them.
@@ -28,6 +34,9 @@ class SamplingConfig:
         min_p: drop tokens less likely than `min_p` times the likeliest one.
         scale_log_probs: whether the training pass divides the logits by the temperature too. True keeps the gradient
             on-policy; False is what the paper's code does.
+        truncate_log_probs: whether the policy's log-probs are of the truncated distribution, over the tokens that
+            top-k, top-p and min-p keep. True keeps the gradient on-policy under truncation; False is what the paper's
+            code does. The reference keeps all tokens, so that the KL is finite.
 
     Raises:
         UserError: if a value is out of its range.
@@ -41,6 +50,8 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     scale_log_probs: bool = True
+    stop_strings: tuple[str, ...] = ()
+    truncate_log_probs: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -52,6 +63,9 @@ class SamplingConfig:
             (self.top_k >= 0, "top_k", "0 (all tokens) or more"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (0 <= self.min_p < 1, "min_p", "at least 0 and below 1"),
+            (all(self.stop_strings), "stop_strings", "texts of at least one character"),
+            (self.truncates or not self.truncate_log_probs, "truncate_log_probs",
+             "false where top_k, top_p and min_p leave nothing out"),
         )  # fmt: skip
         for holds, name, expected in checks:
             if not holds:
@@ -69,10 +83,16 @@ class Generated(NamedTuple):
     Args:
         sampled_ids: `[S, R]` sampled responses, prompt by prompt, padded on the right.
         greedy_ids: `[B, R]` greedy responses, or None if they were not asked for.
+        log_probs: `[S, R]` log-probs of the sampled tokens in nats under the policy that drew them, 0 after the end of
+            a response; None if they were not asked for.
+        stopped_at: `[N]` tokens through the end of a stop string, sampled responses first, 0 where none ended the
+            response; None without stop strings.
     """
 
     sampled_ids: Tensor
     greedy_ids: Tensor | None
+    log_probs: Tensor | None = None
+    stopped_at: Tensor | None = None
 
 
 class RolloutEngine(Protocol):
@@ -89,6 +109,8 @@ class RolloutEngine(Protocol):
         pad_id: int,
         generator: torch.Generator,
         greedy: bool = True,
+        log_probs: bool = False,
+        ended: Ended | None = None,
     ) -> Generated:
         """Write `n` sampled responses and, if `greedy`, one greedy response to each prompt.
 
@@ -101,4 +123,7 @@ class RolloutEngine(Protocol):
             pad_id: what stands after the end of a response.
             generator: the only source of randomness, on the model's device.
             greedy: whether greedy responses are made too.
+            log_probs: whether log-probs of the sampled tokens are returned, of the distribution that `sampling` says
+                the training pass makes them of. Only given where it is True.
+            ended: what ends a response beside `eos_ids`. Only given where there are stop strings.
         """

@@ -13,8 +13,12 @@ MOST_BYTES = 2**31
 """Packed weights are a second copy for the length of a rollout; a model larger than this keeps its own layout."""
 
 
+LEAST_WEIGHTS = 2**17
+"""A smaller layer costs less than oneDNN's own work around the product."""
+
+
 @contextmanager
-def packed_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
+def packed_linears(model: nn.Module, num_rows: int) -> Iterator[list[PackedLinear]]:
     """Run the model's float32 linear layers through oneDNN with packed weights inside.
 
     A decoding step multiplies a few dozen rows with every weight of the model. At such shapes the general matrix
@@ -25,16 +29,18 @@ def packed_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     Args:
         model: whose layers are packed.
         num_rows: rows of a decoding step, which the layout is chosen for.
+
+    Yields:
+        What runs in the place of the layers' own forward pass.
     """
     layers: list[Any] = [module for module in model.modules() if _can_pack(module)]
     if torch.is_autocast_enabled("cpu") or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
         layers = []
-    packed: Any = torch.ops.mkldnn
-    for layer in layers:
-        weight = packed._reorder_linear_weight(layer.weight.detach(), num_rows)
-        layer.forward = _Packed(weight, layer.bias)
+    packed = [PackedLinear(layer.weight, layer.bias, num_rows) for layer in layers]
+    for layer, instead in zip(layers, packed, strict=True):
+        layer.forward = instead
     try:
-        yield
+        yield packed
     finally:
         for layer in layers:
             del layer.forward
@@ -48,18 +54,21 @@ def _can_pack(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
-        and module.weight.numel() > 0
+        and module.weight.numel() >= LEAST_WEIGHTS
         and torch.backends.mkldnn.is_available()
     )
 
 
-class _Packed:
-    """The forward pass of one linear layer."""
+class PackedLinear:
+    """The forward pass of one linear layer, with its weights laid out for `num_rows` rows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
+        operators: Any = torch.ops.mkldnn
+        self.weight: Tensor = operators._reorder_linear_weight(weight.detach(), num_rows)
+        self.bias = bias
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        packed: Any = torch.ops.mkldnn
-        output: Tensor = packed._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        """Return what the layer would."""
+        operators: Any = torch.ops.mkldnn
+        output: Tensor = operators._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return output

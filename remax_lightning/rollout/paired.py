@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout.engine import Generated, SamplingConfig
-from remax_lightning.rollout.forward import model_inputs, row_prompts, takes
-from remax_lightning.rollout.kv_slots import repeat_into_slots
+from remax_lightning.rollout.decoding import Buffers, Decoding
+from remax_lightning.rollout.engine import Ended, Generated, SamplingConfig
+from remax_lightning.rollout.forward import language_model, row_prompts
 from remax_lightning.rollout.packed import packed_linears
-from remax_lightning.rollout.sampling import next_tokens
+from remax_lightning.rollout.recorded import Recorder
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
-
-COMPACT_BELOW = 0.5
-"""Rows that have ended leave the batch once this share of it is left: the copy of the cache then pays for itself."""
 
 
 class PairedEngine:
@@ -25,7 +22,18 @@ class PairedEngine:
 
     The greedy response costs one more row per prompt instead of one more `generate` call, and the prompt is read once.
     Works with every architecture of transformers whose `forward` takes a `Cache`; `HuggingFaceEngine` is for the rest.
+
+    Args:
+        record: record the decoding step once per shape and replay it, as a CUDA graph or, on a CPU, as its bare
+            operators. The responses are the same; only Python's work per token goes.
+        keep_slots: on CUDA, keep the memory of keys and values between rollouts, because graphs stay valid only with
+            it. False gives it back to the training pass, and the graphs are made anew in every rollout.
     """
+
+    def __init__(self, record: bool = True, keep_slots: bool = True) -> None:
+        self.recorder = Recorder() if record else None
+        self.keep_slots = keep_slots
+        self._buffers: Buffers | None = None
 
     @torch.no_grad()
     def generate(
@@ -39,88 +47,39 @@ class PairedEngine:
         pad_id: int,
         generator: torch.Generator,
         greedy: bool = True,
+        log_probs: bool = False,
+        ended: Ended | None = None,
     ) -> Generated:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
-        num_sampled = len(prompt_ids) * sampling.num_samples
-        num_rows = num_sampled + (len(prompt_ids) if greedy else 0)
-        with packed_linears(model, num_rows):
-            decoding = _Decoding(model, prompt_ids, prompt_mask, sampling, eos_ids, pad_id, greedy)
-            for step in range(sampling.max_response_length):
-                decoding.choose(step, generator)
-                if step + 1 == sampling.max_response_length or not decoding.compact():
-                    break
-                decoding.advance(step)
-        ids = decoding.response_ids
-        return Generated(ids[:num_sampled], ids[num_sampled:] if greedy else None)
-
-
-class _Decoding:
-    """The state of one decoding loop. Rows stand sampled first, prompt by prompt, then the greedy ones."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        sampling: SamplingConfig,
-        eos_ids: list[int],
-        pad_id: int,
-        greedy: bool,
-    ) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.sampling = model, sampling
-        device = prompt_ids.device
-        batch, self.prompt_length = prompt_ids.shape
-        self.eos_ids = torch.tensor(eos_ids, device=device)
+        model = language_model(model)
         rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
-
-        self.cache: DynamicCache = DynamicCache(config=model.config)
-        inputs = model_inputs(model, prompt_ids, prompt_mask)
-        if takes(model, "logits_to_keep"):
-            inputs["logits_to_keep"] = 1
-        logits = model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
-        self.logits: Tensor = logits[rows]
-        repeat_into_slots(self.cache, rows, sampling.max_response_length)
-
-        self.response_ids = torch.full(
-            (len(rows), sampling.max_response_length), pad_id, dtype=torch.long, device=device
+        if self.recorder is not None:
+            self.recorder.begin(model)
+        with packed_linears(model, len(rows)) as weights:
+            decoding = Decoding(model, prompt_ids, prompt_mask, rows, sampling, self.recorder, weights, self._room)
+            written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
+        self._end(prompt_ids.device)
+        num_sampled = len(prompt_ids) * sampling.num_samples
+        return Generated(
+            written.ids[:num_sampled],
+            written.ids[num_sampled:] if greedy else None,
+            None if written.log_probs is None else written.log_probs[:num_sampled],
+            written.stopped_at,
         )
-        # Row i of the model's batch writes row active[i] of the responses.
-        self.active = torch.arange(len(rows), device=device)
-        self.is_greedy = torch.arange(len(rows)) >= batch * sampling.num_samples
-        self.mask = prompt_mask.new_ones(len(rows), self.prompt_length + sampling.max_response_length)
-        self.mask[:, : self.prompt_length] = prompt_mask[rows]
-        self.positions = prompt_mask[rows].long().sum(-1, keepdim=True)
-        self.ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
-    def choose(self, step: int, generator: torch.Generator) -> None:
-        """Choose token `step` of every row that has not ended."""
-        if step < self.sampling.min_response_length:
-            self.logits[:, self.eos_ids] = -torch.inf
-        self.tokens = next_tokens(self.logits, self.is_greedy, self.sampling, generator)
-        self.response_ids[self.active[~self.ended], step] = self.tokens[~self.ended]
-        self.ended |= torch.isin(self.tokens, self.eos_ids)
+    def _room(self, cache: DynamicCache, num_rows: int, length: int) -> Buffers:
+        """Return buffers for a rollout: those of the last one where they are kept and large enough."""
+        if self._buffers is None or not self._buffers.fit(cache, num_rows, length):
+            if self._buffers is not None and self.recorder is not None:
+                self.recorder.forget()  # graphs read the old ones
+            self._buffers = None  # before there are new ones
+            self._buffers = Buffers.make(cache, num_rows, length)
+        return self._buffers
 
-    def compact(self) -> bool:
-        """Let ended rows leave the batch when that pays; return whether any row is left to decode."""
-        left = int((~self.ended).sum())
-        if left == 0:
-            return False
-        if left <= COMPACT_BELOW * len(self.ended):
-            keep = (~self.ended).nonzero().squeeze(-1)
-            self.cache.batch_select_indices(keep)
-            self.active, self.tokens, self.mask = self.active[keep], self.tokens[keep], self.mask[keep]
-            self.positions, self.ended = self.positions[keep], self.ended[keep]
-            self.is_greedy = self.is_greedy[keep.cpu()]
-        return True
-
-    def advance(self, step: int) -> None:
-        """Feed the chosen tokens and keep the logits that follow them."""
-        inputs = {
-            "input_ids": self.tokens[:, None],
-            "attention_mask": self.mask[:, : self.prompt_length + step + 1].long(),
-        }
-        if takes(self.model, "position_ids"):
-            inputs["position_ids"] = self.positions + step
-        self.logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+    def _end(self, device: torch.device) -> None:
+        """Give the buffers back unless graphs go on reading them."""
+        if device.type == "cuda" and self.keep_slots and self.recorder is not None and not self.recorder.obstacle:
+            return
+        self._buffers = None
+        if device.type == "cuda" and self.recorder is not None:
+            self.recorder.forget()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from remax_lightning.functional import KeptTokens
 from remax_lightning.rollout.engine import SamplingConfig
 
 
-def shape_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return `[M, V]` float32 logits after temperature, top-k, top-p and min-p, dropped tokens at minus infinity."""
-    logits = logits.float()
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
+def truncate(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return `[M, V]` logits over the temperature after top-k, top-p and min-p, dropped tokens at minus infinity."""
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -29,34 +27,81 @@ def shape_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Return float32 logits over the temperature."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
+
+
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token id per row of `[M, V]` logits.
 
     On a CPU `torch.multinomial` costs an order of magnitude more than inverting the distribution function, so that is
-    what is done there; on CUDA it is one fast kernel.
+    what is done there; on CUDA it is one fast kernel. The function is inverted in two steps, first to a block of the
+    vocabulary and then within it, because a running sum over all of it would cost more than the softmax.
     """
     probabilities = logits.softmax(-1)
     if logits.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-    cumulative = probabilities.cumsum(-1)
+    rows, vocabulary = probabilities.shape
+    size = 1 << vocabulary.bit_length() // 2
+    blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % size)).view(rows, -1, size)
+    cumulative = blocks.sum(-1).cumsum(-1)
+    uniform = torch.rand(rows, 1, generator=generator, dtype=cumulative.dtype)
+    point = uniform * cumulative[:, -1:]
+    block = _inverse(cumulative, point)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1).cumsum(-1)
+    return (block * size + _inverse(within, (point - before).clamp_min(0.0))).squeeze(-1)
+
+
+def _inverse(cumulative: Tensor, point: Tensor) -> Tensor:
+    """Return `[M, 1]` the first place where a running sum `[M, K]` is above the point, so one that it grew at."""
     total = cumulative[:, -1:]
-    uniform = torch.rand(total.shape, generator=generator, dtype=total.dtype)
-    # Rounding may lift uniform * total up to the total itself, past the last token of positive probability.
-    point = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    # Rounding may have lifted the point up to the total itself, past the last place.
+    below = torch.minimum(point, total * (1 - torch.finfo(total.dtype).eps))
+    place: Tensor = torch.searchsorted(cumulative, below, right=True)
+    return place
 
 
-def next_tokens(logits: Tensor, is_greedy: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """Choose the next token of each row: the likeliest one on greedy rows, a drawn one on the others.
+def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """Choose the next token of each row: a drawn one on the first `num_sampled` rows, the likeliest on the others.
 
     Args:
         logits: `[M, V]` logits of the last position.
-        is_greedy: `[M]` bool on the CPU.
-        sampling: how the other rows are sampled.
+        num_sampled: rows that are sampled; they stand first.
+        sampling: how.
         generator: source of randomness; one number per sampled row is drawn, whatever the other rows do.
     """
-    tokens = logits.argmax(-1)
-    sampled = (~is_greedy).nonzero().squeeze(-1).to(logits.device)
-    if sampled.numel():
-        tokens[sampled] = draw(shape_logits(logits[sampled], sampling), generator)
-    return tokens
+    likeliest = logits[num_sampled:].max(-1).indices  # the first of equal ones, as argmax, at a third of its time
+    if num_sampled == 0:
+        return likeliest
+    shaped = truncate(tempered(logits[:num_sampled], sampling.temperature), sampling)
+    return torch.cat([draw(shaped, generator), likeliest])
+
+
+def kept_tokens(sampling: SamplingConfig) -> KeptTokens | None:
+    """Return what says which tokens the policy's log-probs are over, of logits over the temperature of log-probs.
+
+    None for all tokens.
+    """
+    if not (sampling.truncate_log_probs and sampling.truncates):
+        return None
+    temperature = 1.0 if sampling.scale_log_probs else sampling.temperature
+    return lambda logits: truncate(tempered(logits, temperature), sampling) > -torch.inf
+
+
+def log_probs_of(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return `[M]` log-probs of `tokens` in nats, float32, as the training pass makes them for the same `sampling`.
+
+    Args:
+        logits: `[M, V]` of the last position.
+        tokens: `[M]` token ids.
+        sampling: `scale_log_probs` says whether they are over the temperature, `truncate_log_probs` whether the dropped
+            tokens are left out of the distribution.
+    """
+    scaled = tempered(logits, sampling.temperature if sampling.scale_log_probs else 1.0)
+    kept = kept_tokens(sampling)
+    if kept is not None:
+        scaled = scaled.masked_fill(~kept(scaled), -torch.inf)
+    return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

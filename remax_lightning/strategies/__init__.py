@@ -1,15 +1,25 @@
-"""Distributed training: how processes share the work, and how a policy that is spread over them is read whole."""
+"""Distributed training: how processes share the work, save it and fail together, and how a policy in parts is read."""
 
+from remax_lightning.strategies.agreement import max_over_ranks, together
+from remax_lightning.strategies.checkpoints import WholeFiles, newest, settle, sweep
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
-from remax_lightning.strategies.gather import whole_parameters
+from remax_lightning.strategies.gather import passes_meet, rollout_parameters, whole_parameters
 from remax_lightning.strategies.placement import loading_policy, outside_partitioning
 
 __all__ = [
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
+    "WholeFiles",
     "loading_policy",
+    "max_over_ranks",
+    "newest",
     "outside_partitioning",
+    "passes_meet",
+    "rollout_parameters",
+    "settle",
     "shard_policy",
+    "sweep",
+    "together",
     "whole_parameters",
 ]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
-from remax_lightning.strategies import zero3
+from remax_lightning.errors import UserError
+from remax_lightning.strategies import universal, zero3
+from remax_lightning.strategies.checkpoints import whole_folder
+from remax_lightning.strategies.choice import KEY, Gather, checked_gather, remember
 
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
@@ -22,8 +27,26 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
     offloaded, any optimizer is taken, not DeepSpeed's own alone.
 
-    Takes the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+    `exclude_frozen_parameters` is always true.
+
+    Args:
+        gather: how a policy that stage 3 has spread over the processes makes a rollout. `once`: gathered before it and
+            held whole on every device until its end, which is fast. `layerwise`: a layer at a time, for every token
+            anew, which is many times slower and takes little memory. `auto` is `once` where every device has room.
+        options: the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        UserError: if there is no such way of gathering, or nothing to gather below stage 3.
     """
+
+    # Lightning's are more than forty, and the command line reads them from there.
+    def __init__(self, gather: Gather = "auto", **options: Any) -> None:
+        self.gather = checked_gather(gather)
+        super().__init__(**options)
+
+    @property
+    def _fits(self) -> bool:
+        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _on_cpu(self) -> bool:
@@ -34,6 +57,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         if isinstance(self.config, dict):
             # For DeepSpeed's log alone. Lightning would ask for the training data to find it, in validation too.
             self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        if self.gather == "layerwise" and not self.zero_stage_3:
+            raise UserError(f"{KEY} must be auto or once below stage 3, where no device lacks a part, got layerwise")
         if self._on_cpu:
             DDPStrategy.setup_environment(self)
         else:
@@ -61,15 +86,45 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Make the engine, and keep it from dividing the loss once more."""
+        # The base of an adapter is read again where it came from, and nothing else in the module tree is frozen.
+        self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
             # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         super().init_deepspeed()
         if self.zero_stage_3 and self.lightning_module is not None:
             zero3.remember(self.lightning_module, self.deepspeed_engine)
+            remember(self.lightning_module, self.gather)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        with whole_folder(self, filepath) as path:
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, one of another number of processes too.
+
+        Raises:
+            UserError: if it is of another strategy, or DeepSpeed cannot share its optimizer's state out anew.
+        """
+        if self.load_full_weights and self.zero_stage_3:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        saved = universal.saved_ranks(path)
+        if not saved:
+            raise UserError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it was"
+                " saved under"
+            )
+        if self.zero_stage_3 and not self._fits:
+            return zero3.load_weights(self.lightning_module, path)
+        if saved == self.world_size or not self._fits:
+            return super().load_checkpoint(path, weights_only)
+        with universal.spread_anew(self, path):
+            return super().load_checkpoint(path, weights_only)
 
 
 def _leave_process_group() -> None:

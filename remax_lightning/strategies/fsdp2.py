@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from remax_lightning.errors import UserError
+from remax_lightning.strategies.checkpoints import whole_folder
+from remax_lightning.strategies.choice import Gather, checked_gather, remember
+from remax_lightning.strategies.layers import in_step, layers_of
+
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -23,6 +30,12 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: each rank writes its own shards; false gathers them into one file.
         process_group_backend: `nccl` or `gloo`; None takes what fits the device.
         timeout: how long a rank waits for the others; a rollout is one wait.
+        gather: how the policy makes a rollout. `once`: gathered before it and held whole on every device until its end,
+            which is fast. `layerwise`: a layer at a time, for every token anew, which is many times slower and takes
+            little memory. `auto` is `once` where every device has room.
+
+    Raises:
+        UserError: if there is no such way of gathering.
     """
 
     def __init__(
@@ -30,7 +43,9 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        gather: Gather = "auto",
     ) -> None:
+        self.gather = checked_gather(gather)
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -44,6 +59,30 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare the model, and note how it is to make rollouts."""
+        super().setup(trainer)
+        if self.lightning_module is not None:
+            remember(self.lightning_module, self.gather)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        with whole_folder(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any number of processes.
+
+        Raises:
+            UserError: if another strategy has written it.
+        """
+        path = Path(checkpoint_path)
+        if path.is_dir() and not (path / "meta.pt").exists():
+            raise UserError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of FSDP2; set the trainer.strategy that it was saved under"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
     """Shard a loaded policy in place: each of its layers is a group of its own, the rest is one.
@@ -55,10 +94,8 @@ def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
     group = mesh["data_parallel"]
-    names = set(getattr(policy, "_no_split_modules", None) or ())
-    for module in policy.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mesh=group)
+    for layer in layers_of(policy):
+        fully_shard(layer, mesh=group)
     fully_shard(policy, mesh=group)
 
 
@@ -72,17 +109,40 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Gather all groups of a sharded model once, and keep forward passes from giving them up inside."""
-    from torch.distributed.fsdp import FSDPModule
+    layers: list[Any] = list(layers_of(model))
+    with _held(model):
+        for layer in layers:
+            layer.unshard()
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+                layer.reshard()
 
-    # The root comes first: a layer that is met before it would take itself for a root.
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in groups:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
+
+@contextmanager
+def layerwise(model: nn.Module) -> Iterator[None]:
+    """Gather what is outside the layers once, and let forward passes gather layer by layer, on all ranks together."""
+    with _held(model), in_step(layers_of(model), _take_part):
+        yield
+
+
+def _take_part(layer: Any) -> None:
+    layer.unshard()
+    layer.reshard()
+
+
+@contextmanager
+def _held(model: Any) -> Iterator[None]:
+    """Hold the parameters of the model's own group whole: embeddings, head, and what else is in no layer."""
+    # Otherwise the first module that runs takes itself for the root, and an engine may run one inside a LoRA wrapper.
+    model._get_fsdp_state()._lazy_init()
+    model.unshard()
+    model.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for module in groups:
-            # FSDP2 keeps a root whole after a forward pass, because the backward pass begins there.
-            module.set_reshard_after_forward(module is not model, recurse=False)
-            module.reshard()
+        # Not set back: FSDP2 keeps a root whole after a forward pass, because the backward pass begins there.
+        model.reshard()

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def loading_policy(strategy: Any, *, from_scratch: bool = False) -> Iterator[None]:
+def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "model.policy") -> Iterator[None]:
     """Let `from_pretrained` inside spread real weights over the ranks where the strategy is ZeRO-3.
 
     Args:
         strategy: the trainer's.
         from_scratch: whether there are no weights to load.
+        key: the configuration key of the model, for messages.
 
     Raises:
         UserError: if ZeRO-3 is to begin with random weights, which it would draw otherwise than one process does.
@@ -31,7 +32,7 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False) -> Iterator[Non
         return
     if from_scratch:
         raise UserError(
-            "model.policy.from_scratch must be false under ZeRO-3, got true: each rank would draw other weights than"
+            f"{key}.from_scratch must be false under ZeRO-3, got true: each rank would draw other weights than"
             " one process does; save a random model first, or train from scratch under DDP or ZeRO-2"
         )
     from transformers.integrations.deepspeed import HfDeepSpeedConfig

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
+from remax_lightning.strategies.layers import in_step, layers_of
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
 """What partitions a module's parameters; weakly, because it holds the module."""
@@ -34,16 +37,68 @@ def remember(root: nn.Module, engine: Any) -> None:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Gather the model's parameters once, and take ZeRO-3's hooks off the whole module tree inside.
-
-    With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
-    early would leave the others waiting in it.
+    """Gather the model's parameters once, and keep ZeRO-3 from gathering any by itself inside.
 
     Raises:
         UserError: if the parameters are partitioned by an engine that is not ours.
     """
+    with _without_hooks(model), _gathered(model.parameters()):
+        yield
+
+
+@contextmanager
+def layerwise(model: nn.Module) -> Iterator[None]:
+    """Gather what is outside the layers once, and each layer for its own forward passes, on all ranks together.
+
+    ZeRO-3's own hooks would do that too, but with a collective for every module, and a search of their record of the
+    last training pass at each. Nothing is fetched ahead: a layer takes far longer to gather than to decode a token.
+
+    Raises:
+        UserError: if the parameters are partitioned by an engine that is not ours.
+    """
+    layers = layers_of(model)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(_without_hooks(model))
+        stack.enter_context(_gathered(each for each in model.parameters() if each not in inside))
+        stack.enter_context(in_step(layers, _take_part))
+        for layer in layers:
+            # Behind the announcement, which goes before all other hooks.
+            stack.callback(layer.register_forward_pre_hook(_gather).remove)
+            stack.callback(layer.register_forward_hook(_give_up).remove)
+        yield
+
+
+def _gather(layer: nn.Module, *_: Any) -> None:
+    parameters: list[Any] = list(layer.parameters())
+    parameters[0].all_gather_coalesced(parameters).wait()
+
+
+def _give_up(layer: nn.Module, *_: Any) -> None:
+    parameters: list[Any] = list(layer.parameters())
+    parameters[0].partition(parameters)
+
+
+def _take_part(layer: nn.Module) -> None:
+    _gather(layer)
+    _give_up(layer)
+
+
+@contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     import deepspeed
 
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Part all parameters, and keep ZeRO-3 from gathering any by itself inside.
+
+    With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
+    early would leave the others waiting in it. So is every look at a parameter during a training step.
+    """
     known = _offloads.get(model)
     offload = known() if known is not None else None
     if offload is None:
@@ -53,12 +108,16 @@ def whole(model: nn.Module) -> Iterator[None]:
         )
     # Gathering passes by a parameter that a hook has begun to fetch ahead, and would leave it empty.
     offload.partition_all_parameters()
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        _take_hooks_off(offload)
-        try:
-            yield
-        finally:
-            _put_hooks_on(offload)
+    looked_at = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
+    _take_hooks_off(offload)
+    for parameters in looked_at:
+        parameters._in_forward = False
+    try:
+        yield
+    finally:
+        for parameters in looked_at:
+            parameters._in_forward = True
+        _put_hooks_on(offload)
 
 
 def _take_hooks_off(offload: Any) -> None:
@@ -73,6 +132,42 @@ def _put_hooks_on(offload: Any) -> None:
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
     offload._register_deepspeed_module(offload.module)
+
+
+def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint of any number of ranks into an engine that does not train; DeepSpeed cannot.
+
+    Args:
+        root: the LightningModule, partitioned; every rank has to call this.
+        checkpoint: a folder of ZeRO-3.
+
+    Returns:
+        What else the checkpoint holds.
+
+    Raises:
+        UserError: if it is a checkpoint of another model.
+    """
+    import deepspeed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    strategy = root.trainer.strategy
+    weights: dict[str, Any] = {}
+    if strategy.is_global_zero:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
+    parameters = dict(root.named_parameters())
+    fit = all(name in weights and weights[name].shape == each.ds_shape for name, each in parameters.items())
+    if not strategy.broadcast(fit):
+        raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if strategy.is_global_zero:
+                parameter.data.copy_(weights[name])
+    file = checkpoint / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    buffers = dict(root.named_buffers())
+    for name in rest["buffer_names"]:
+        buffers[name].copy_(rest["module"][name])
+    return rest
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,10 +78,12 @@ def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    before = torch.get_default_dtype()
+    before, log = torch.get_default_dtype(), logging.getLogger("torch._subclasses.fake_tensor")
     torch.set_default_dtype(dtype)
+    log.disabled, quiet = True, log.disabled  # of what an operator cannot do without values the exception says enough
     try:
         with FakeTensorMode():
             yield
     finally:
+        log.disabled = quiet
         torch.set_default_dtype(before)

@@ -16,9 +16,9 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
 from remax_lightning.modules.head import SOFT_CAPS, hidden_states
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.auto import obstacle
-from remax_lightning.rollout.forward import language_model, model_inputs, takes
-from remax_lightning.rollout.sampling import draw, shape_logits
+from remax_lightning.rollout.forward import language_model, model_inputs, row_prompts, takes
+from remax_lightning.rollout.kv_slots import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
+from remax_lightning.rollout.sampling import kept_tokens, next_tokens
 from remax_lightning.tools.allocations import LiveBytes
 from remax_lightning.tools.quantities import Moment, RolloutBytes, TrainingBytes, UpdateBytes
 
@@ -56,13 +56,13 @@ class Work(NamedTuple):
 
 
 class StepPasses:
-    """The passes of one step over models made inside `shapes_only`, in the order of the step.
+    """The passes of one step over models made inside `shapes_only`, each on its own.
 
     Args:
         policy: the model that is trained, with gradient checkpointing as it will be.
         work: what it does.
-        autocast: the context that a step runs in.
-        whole_logits: the policy's output embedding cannot be read apart, so training makes all logits at once.
+        autocast: makes the context that a step runs in.
+        whole_logits: the policy's output embedding cannot be read apart, so its passes make all logits at once.
     """
 
     def __init__(
@@ -75,62 +75,75 @@ class StepPasses:
     ) -> None:
         self.policy, self.work, self.autocast, self.whole_logits = policy, work, autocast, whole_logits
 
+    @torch.no_grad()
     def rollout(self, *, greedy: bool) -> RolloutBytes:
-        """Count a rollout by `PairedEngine`: reading the prompts, then the last decoding step.
+        """Count a rollout by `PairedEngine`: reading the prompts, then the longest decoding step.
 
         Raises:
             UserError: if the policy needs another engine.
         """
-        from transformers import DynamicCache, StaticCache
+        from transformers import DynamicCache
 
-        model = language_model(self.policy)
-        if reason := obstacle(model):
-            raise UserError(f"model.policy.path: remax plan knows PairedEngine only; {type(model).__name__} {reason}")
+        model, sampling = language_model(self.policy), self.work.sampling
+        if getattr(model, "_is_stateful", False) or not takes(model, "past_key_values"):
+            raise _other_engine(model)
         model.eval()
-        prompts, sampling, length = self.work.prompts, self.work.sampling, self.work.length
-        sampled = prompts * sampling.num_samples
-        rows = sampled + prompts * greedy
-        with self.autocast(), torch.no_grad(), LiveBytes([model]) as live:
-            read = DynamicCache(config=model.config)
-            logits = _logits(model, prompts, self.work.prompt_length, self.work.prompt_length, read)
-            prefill = live.peak
-            # While the last layer's states are repeated to all rows: its prompt's, and a copy of half of them per row.
-            repeat = max(_layer_bytes(read)) * (1 + rows / prompts / 2) + logits.nbytes * (1 + rows / prompts)
-            del read, logits
-            live.reset()
-            slots = StaticCache(config=model.config, max_cache_len=length)
-            logits = _logits(model, rows, 1, length, slots)
-            draw(shape_logits(logits[:sampled].clone(), sampling), torch.Generator())
-        cache = sum(_layer_bytes(slots))
-        return RolloutBytes(cache, max(prefill - cache, int(repeat), live.peak - cache))
+        ids, mask = _rows(self.work.prompts, self.work.prompt_length)
+        rows = row_prompts(ids, sampling.num_samples, greedy)
+        with self.autocast(), LiveBytes([model]) as live:
+            cache = DynamicCache(config=model.config)
+            inputs = model_inputs(model, ids, mask)
+            if takes(model, "logits_to_keep"):
+                inputs["logits_to_keep"] = 1
+            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
+            layout = layout_of(cache)
+            if layout is None:
+                raise _other_engine(model)
+            length = attended_length(self.work.length)
+            slots = make_slots(cache, len(rows), length)
+            fill_slots(slots, cache, rows, self.work.prompt_length)
+            del cache
+            token, position = torch.zeros(len(rows), 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+            step = {"input_ids": token, "attention_mask": torch.ones(len(rows), length, dtype=torch.long)}
+            if takes(model, "position_ids"):
+                step["position_ids"] = token
+            filled = cache_of_slots(layout, slots, position, length)
+            logits = model(**step, past_key_values=filled, use_cache=True).logits[:, -1]
+            next_tokens(logits, self.work.prompts * sampling.num_samples, sampling, torch.Generator())
+        states = sum(slot.nbytes for slot in slots)
+        return RolloutBytes(states, live.peak - states)
 
+    @torch.no_grad()
     def policy_scoring(self) -> int:
         """Count a pass of the policy without gradients."""
-        with LiveBytes([self.policy]) as live, self.autocast(), torch.no_grad():
+        with LiveBytes([self.policy]) as live, self.autocast():
             self._log_probs(self.policy.train(), self.work.scoring_rows, live, self.whole_logits)
         return live.peak
 
+    @torch.no_grad()
     def reference_scoring(self, reference: PreTrainedModel) -> int:
-        """Count a pass of the reference."""
-        with LiveBytes([reference]) as live, self.autocast(), torch.no_grad():
-            self._log_probs(reference.eval(), self.work.reference_rows, live, False)
+        """Count a pass of the reference, which may be the policy itself."""
+        whole_logits = self.whole_logits and reference is self.policy
+        with LiveBytes([reference]) as live, self.autocast():
+            self._log_probs(reference.eval(), self.work.reference_rows, live, whole_logits)
         return live.peak
 
+    @torch.no_grad()
     def reward_scoring(self, reward: PreTrainedModel) -> int:
-        """Count a pass of the reward model."""
+        """Count a pass of a reward model."""
         reward.eval().config.use_cache = False
         ids, mask = _rows(self.work.reward_rows, self.work.reward_length or self.work.length)
-        with LiveBytes([reward]) as live, self.autocast(), torch.no_grad():
+        with LiveBytes([reward]) as live, self.autocast():
             reward.base_model(ids, attention_mask=mask.long())
         return live.peak
 
     def hidden(self, reference: PreTrainedModel, rows: int) -> int:
-        """Count the reference's hidden states of `rows` responses, where a KL over the vocabulary needs them."""
-        head = self._required_head(reference)
-        return rows * self.work.sampling.max_response_length * head.weight.shape[1] * head.weight.itemsize
+        """Count the reference's hidden states of `rows` responses, which a KL over the vocabulary needs."""
+        weight = self._required_head(reference).weight
+        return rows * self.work.sampling.max_response_length * weight.shape[1] * weight.itemsize
 
     def training(self, reference: PreTrainedModel | None = None) -> TrainingBytes:
-        """Count forward and backward pass; `reference` where the loss has a KL over the vocabulary."""
+        """Count forward and backward pass; `reference` where there is a KL over the vocabulary to it."""
         moments: list[Moment] = []
         stored = 0
 
@@ -141,17 +154,18 @@ class StepPasses:
             stored += parameter.numel()
             live.reset()
 
-        policy, rows = self.policy.train(), self.work.training_rows
+        policy = self.policy.train()
         hooks = [each.register_post_accumulate_grad_hook(store) for each in policy.parameters() if each.requires_grad]
         with LiveBytes([policy] if reference is None else [policy, reference]) as live:
             with self.autocast():
-                log_probs, activations = self._log_probs(policy, rows, live, self.whole_logits, reference)
+                log_probs, body = self._log_probs(policy, self.work.training_rows, live, self.whole_logits, reference)
             forward = live.peak
             live.reset()
             log_probs.sum().backward()
+            moments.append(Moment(live.peak, stored))
         for hook in hooks:
             hook.remove()
-        return TrainingBytes(activations, forward, tuple(moments))
+        return TrainingBytes(body, forward, tuple(moments))
 
     def _log_probs(
         self,
@@ -163,7 +177,9 @@ class StepPasses:
     ) -> tuple[Tensor, int]:
         """Return log-probs, as `policy_statistics` makes them, and what is alive when the body is through."""
         ids, mask = _rows(rows, self.work.length)
-        responses = ids[:, self.work.prompt_length :]
+        responses, kept = ids[:, self.work.prompt_length :], None
+        if model is self.policy:
+            kept = kept_tokens(self.work.sampling)
         predicting = slice(-responses.shape[1] - 1, -1)
         head = None if whole_logits else output_head(model)
         if head is None:
@@ -172,13 +188,13 @@ class StepPasses:
                 inputs["logits_to_keep"] = responses.shape[1] + 1
             logits = model(**inputs, use_cache=False).logits
             body = live.live - logits.nbytes
-            return token_statistics(logits[:, predicting], responses).log_probs, body
+            return token_statistics(logits[:, predicting], responses, kept=kept).log_probs, body
         hidden = hidden_states(model, ids, mask)[:, predicting].flatten(0, 1)
         body, compared = live.live, None
         if reference is not None:
             other = self._required_head(reference)
             compared = torch.empty(len(hidden), other.weight.shape[1], dtype=other.weight.dtype), other
-        found = hidden_statistics(hidden, head, responses.flatten(), reference=compared)
+        found = hidden_statistics(hidden, head, responses.flatten(), reference=compared, kept=kept)
         return found.log_probs if found.kl is None else found.log_probs + found.kl, body
 
     def _required_head(self, reference: PreTrainedModel) -> OutputHead:
@@ -228,20 +244,12 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     return OutputHead(layer.weight, layer.bias, soft_cap=next((cap for cap in caps if cap), None))
 
 
+def _other_engine(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"model.policy.path: remax plan knows the memory of PairedEngine only, which cannot decode with a"
+        f" {type(model).__name__}: it keeps more than keys and values"
+    )
+
+
 def _rows(count: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(count, length, dtype=torch.long), torch.ones(count, length, dtype=torch.bool)
-
-
-def _logits(model: PreTrainedModel, rows: int, tokens: int, length: int, cache: Any) -> Tensor:
-    """Return the last token's logits, of `tokens` new ones that see `length` in all."""
-    ids, mask = torch.zeros(rows, tokens, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if takes(model, "position_ids"):
-        inputs["position_ids"] = torch.zeros_like(ids)
-    if takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
-    return cast(Tensor, model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
-
-
-def _layer_bytes(cache: Any) -> list[int]:
-    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]

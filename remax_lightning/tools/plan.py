@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.memory import PARTS, PHASES, host, least_devices, peak, phases
+from remax_lightning.tools.memory import PARTS, PHASES, host, least_devices, peak, phases, settled
 from remax_lightning.tools.planned_run import PlannedRun, read_run
 from remax_lightning.tools.quantities import Strategy
 from remax_lightning.tools.sizes import Sizes, measure
@@ -59,33 +59,39 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
         sizes: of its models and passes.
         memory: of a device; None leaves out whether the run fits.
     """
-    found, ppo = remax_phases(sizes, run.strategy), ppo_phases(sizes, run.strategy)
+    usable = None if memory is None else (1 - HEADROOM) * memory
+
+    def needed(devices: int) -> dict[str, Parts]:
+        return remax_phases(sizes, replace(run.strategy, devices=devices), usable)
+
+    found, ppo = needed(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
     offloaded = host(sizes.policy, sizes.step, sizes.frozen, run.strategy)
-    ppo_offloaded = offloaded + host(sizes.value, sizes.step, {}, run.strategy)
+    value_offloaded = host(sizes.value, sizes.step, [], run.strategy)
     answer: dict[str, Any] = {
         "devices": run.strategy.devices,
-        "parameters": sizes.policy.parameters,
+        "parameters": sizes.parameters,
         "phases": found,
         "peak": peak(found),
         "host": offloaded,
-        "ppo": {"phases": ppo, "peak": peak(ppo), "host": ppo_offloaded},
+        "ppo": {"phases": ppo, "peak": peak(ppo), "host": offloaded + value_offloaded},
         "notes": list(run.notes),
     }
-    if memory is not None:
-        usable = (1 - HEADROOM) * memory
-        least = least_devices(lambda devices: peak(remax_phases(sizes, replace(run.strategy, devices=devices))), usable)
+    if usable is not None:
+        least = least_devices(lambda devices: peak(needed(devices)), usable)
         answer |= {"memory": memory, "fits": answer["peak"] <= usable, "least_devices": least}
     return answer
 
 
-def remax_phases(sizes: Sizes, strategy: Strategy) -> dict[str, Parts]:
-    """Return the parts of each phase's peak."""
-    return phases(sizes.policy, sizes.step, sizes.frozen, strategy)
+def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
+    """Return the parts of each phase's peak; `memory` decides how `gather: auto` gathers."""
+    sized = (sizes.policy, sizes.step, sizes.frozen)
+    return phases(*sized, settled(*sized, strategy, memory))
 
 
-def ppo_phases(sizes: Sizes, strategy: Strategy) -> dict[str, Parts]:
+def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
     """Return what PPO would need for as many prompts and sampled responses, with the same strategy."""
-    return phases(sizes.policy, sizes.ppo_step, sizes.frozen, strategy, sizes.value)
+    sized = (sizes.policy, sizes.ppo_step, sizes.frozen)
+    return phases(*sized, settled(*sized, strategy, memory), sizes.value)
 
 
 def text(run: PlannedRun, answer: Mapping[str, Any]) -> str:

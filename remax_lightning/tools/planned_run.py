@@ -14,12 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from remax_lightning.cli import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
+from remax_lightning.modules.checks import check_quantization, updates_per_rollout
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
+from remax_lightning.rollout import AutoEngine, PairedEngine
 from remax_lightning.tools.passes import Work
 from remax_lightning.tools.quantities import Strategy
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
-OLD_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 class PlanCLI(RemaxCLI):
@@ -31,6 +33,9 @@ class PlanCLI(RemaxCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ARG002
         """Leave it out: it would ask for the devices that are planned for."""
         return cast(Trainer, None)
+
+    def _last_checkpoint(self) -> None:
+        """None is read."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
@@ -85,6 +90,16 @@ class PlannedRun(NamedTuple):
         # Without the cache of cast weights, as Lightning opens it.
         return lambda: torch.autocast("cpu", DTYPES[number], cache_enabled=False)
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the memory of keys and values is kept between rollouts, for the graphs that read it."""
+        engine = self.module.engine
+        keeps = isinstance(engine, AutoEngine) or (
+            isinstance(engine, PairedEngine) and engine.keep_slots and engine.recorder is not None
+        )
+        # Weights that are gathered lie elsewhere in every rollout, so that there are no graphs.
+        return keeps and self.device == "gpu" and not self.strategy.shards_policy
+
 
 def read_run(args: Sequence[str]) -> PlannedRun:
     """Read what would stand after `remax fit`.
@@ -99,22 +114,29 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     device: Literal["cpu", "gpu"] = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
     devices, note = _devices(trainer["devices"], device)
     strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
+    check_quantization(module.policy_source, trainer["strategy"])
     splits, accumulate = getattr(data, "num_splits", 1), trainer["accumulate_grad_batches"]
-    objective = module.objective
-    whitens_parts = objective.advantage_config.whiten and splits > 1 and objective.uses_kl(module.kl_coef)
     known, unknown = _reward_models(module.reward)
-    notes = [note, f"the memory of {unknown} is not known and counts as none" if unknown else ""]
+    unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
     return PlannedRun(
         module=module,
         work=_work(module, data, splits, known),
         micro_batches=accumulate,
         passes=splits,
-        scores_policy=splits > accumulate or whitens_parts or _validates(data),
+        scores_policy=_looks_back(module, splits, accumulate) or _validates(data),
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
-        notes=tuple(each for each in notes if each),
+        notes=tuple(each for each in (note, unknown_note) if each),
     )
+
+
+def _looks_back(module: ReMaxModule, splits: int, accumulate: int) -> bool:
+    """Whether training needs the policy's log-probs beforehand, and they are not the rollout's."""
+    objective = module.objective
+    updates = updates_per_rollout(splits, accumulate, objective.loss_config.kind)
+    whitens_parts = objective.advantage_config.whiten and splits > 1 and objective.uses_kl(module.kl_coef)
+    return (updates > 1 or whitens_parts) and objective.loss_config.old_log_probs == "recompute"
 
 
 def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> Work:
@@ -170,12 +192,12 @@ def _devices(given: Any, device: str) -> tuple[int, str]:
         return int(text), ""
     if "," in text:
         return len([each for each in text.split(",") if each.strip()]), ""
-    found = torch.cuda.device_count() if device == "gpu" else 1
-    return max(1, found), f"trainer.devices is {text}: planned for {max(1, found)}, as this machine has"
+    found = max(1, torch.cuda.device_count()) if device == "gpu" else 1
+    return found, f"trainer.devices is {text}: planned for {found}, as this machine has; set it for others"
 
 
 def _precision(given: Any) -> str:
-    precision = "32-true" if given is None else OLD_PRECISIONS.get(str(given), str(given))
+    precision = OLD_PRECISIONS.get(str(given), str(given))
     number, _, mode = precision.partition("-")
     if number not in DTYPES or mode not in ("true", "mixed"):
         raise UserError(
@@ -197,13 +219,13 @@ def read_strategy(given: Any, devices: int, *, touched: bool) -> Strategy:
     """
     if isinstance(given, str) and given in StrategyRegistry.available_strategies():
         given = StrategyRegistry.get(given)
-    if isinstance(given, DDPStrategy) and type(given).__name__ == "DDPStrategy":
+    if type(given) is DDPStrategy:
         views = bool(given._ddp_kwargs.get("gradient_as_bucket_view"))
         return Strategy("ddp", devices, bucket_views=views, touched=touched)
     if isinstance(given, DeepSpeedStrategy):
         return _zero(given, devices, touched)
     if isinstance(given, ModelParallelStrategy):
-        return Strategy("fsdp2", devices, gather=getattr(given, "gather", "once"), touched=touched)
+        return Strategy("fsdp2", devices, gather=getattr(given, "gather", "auto"), touched=touched)
     if given == "auto" or type(given).__name__ == "SingleDeviceStrategy":
         return Strategy("single" if devices == 1 else "ddp", devices, touched=touched)
     name = given if isinstance(given, str) else type(given).__name__
@@ -231,7 +253,6 @@ def _zero(given: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
         max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         buckets=2 if zero.get("overlap_comm", stage == 3) else 1,
-        gather=getattr(given, "gather", "once"),
-        frozen=getattr(given, "frozen", "replicate"),
+        gather=getattr(given, "gather", "auto"),
         touched=touched,
     )

@@ -22,8 +22,8 @@ class Trained(ABC):
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
         self.size, self.step, self.strategy = size, step, strategy
-        self.weights = size.parameters * size.itemsize
         self.gradients = size.trainable * size.itemsize
+        self.accumulates = step.micro_batches > 1
 
     @abstractmethod
     def resident(self) -> Parts:
@@ -37,13 +37,17 @@ class Trained(ABC):
         """Return what else a rollout needs."""
         return {}
 
+    def scoring(self) -> Parts:
+        """Return what else a pass without gradients needs."""
+        return {}
+
     def body(self) -> Parts:
         """Return what else the forward pass needs before it makes logits."""
         return self.forward()
 
     def forward(self) -> Parts:
         """Return what else the forward pass needs when it makes logits."""
-        return {}
+        return self.scoring()
 
     @abstractmethod
     def backward(self, moment: Moment) -> Parts:
@@ -63,7 +67,7 @@ class Replicated(Trained):
 
     def resident(self) -> Parts:
         """Weights, optimizer, and DDP's buckets, a second copy of the gradients unless these are views of them."""
-        found = {"policy weights": self.weights, "optimizer": self.step.update.state}
+        found = {"policy weights": self.size.weights, "optimizer": self.step.update.state}
         return found | ({"gradient buffers": self.gradients} if self.strategy.kind == "ddp" else {})
 
     def between(self) -> Parts:
@@ -72,7 +76,7 @@ class Replicated(Trained):
 
     def backward(self, moment: Moment) -> Parts:
         """The gradients so far; all of them where an earlier micro-batch has left them."""
-        return {"gradients": self._stored(self.size.trainable if self.step.micro_batches > 1 else moment.stored)}
+        return {"gradients": self._stored(self.size.trainable if self.accumulates else moment.stored)}
 
     def update(self) -> Parts:
         """Gradients, and what the optimizer needs."""
@@ -88,7 +92,7 @@ class FullySharded(Trained):
     def resident(self) -> Parts:
         """A share of weights and optimizer."""
         share = self.strategy.share
-        return {"policy weights": share(self.weights), "optimizer": share(self.step.update.state)}
+        return {"policy weights": share(self.size.weights), "optimizer": share(self.step.update.state)}
 
     def between(self) -> Parts:
         """A share of the gradients of the step before."""
@@ -96,23 +100,21 @@ class FullySharded(Trained):
 
     def rollout(self) -> Parts:
         """All weights, or those of a layer, the next one and the rest."""
-        if self.strategy.gather == "once":
-            return {"gathered weights": self.weights}
-        return {"gathered weights": (self.size.outside + 2 * self.size.layer) * self.size.itemsize}
+        layers = self.size.outside + 2 * self.size.layer
+        return {"gathered weights": layers if self.strategy.gather == "layerwise" else self.size.weights}
 
-    def forward(self) -> Parts:
+    def scoring(self) -> Parts:
         """When the logits are made, what belongs to no layer."""
-        return {"gathered weights": self.size.outside * self.size.itemsize}
+        return {"gathered weights": self.size.outside}
 
     def backward(self, moment: Moment) -> Parts:
         """A layer, the next one and the rest; a share of the gradients, and a layer's own on their way."""
-        gathered = self.size.outside + (2 * self.size.layer if moment.stored else 0)
-        stored = self.size.trainable if self.step.micro_batches > 1 else moment.stored
-        passing = self.size.layer if moment.stored else 0
+        stored = self.size.trainable if self.accumulates else moment.stored
+        begun = moment.stored > 0
         return {
-            "gathered weights": gathered * self.size.itemsize,
+            "gathered weights": self.size.outside + 2 * self.size.layer * begun,
             "gradients": self.strategy.share(stored * self.size.itemsize),
-            "gradient buffers": passing * self.size.itemsize,
+            "gradient buffers": min(self.size.layer, self.gradients) * begun,
         }
 
     def update(self) -> Parts:
@@ -126,48 +128,50 @@ class Zero(Trained):
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
         super().__init__(size, step, strategy)
-        share = strategy.share
-        self.master, self.state = share(MASTER * size.trainable), share(step.flat_update.state)
-        self.working = share(MASTER * size.trainable) + share(step.flat_update.working)
-        """A float32 copy of the gradients, and what the optimizer needs."""
+        self.master = strategy.share(MASTER * size.trainable)
+        self.state = strategy.share(step.flat_update.state)
+        self.gradient_share = strategy.share(self.gradients)
+        # A float32 copy of the gradients, and what the optimizer needs.
+        self.working = self.master + strategy.share(step.flat_update.working)
         self.on_device = 0 if strategy.offload_optimizer else 1
 
     def resident(self) -> Parts:
         """Weights and a share of optimizer and master weights."""
-        found = {"policy weights": self.weights}
+        found = {"policy weights": self.size.weights}
         return found | {"master weights": self.master * self.on_device, "optimizer": self.state * self.on_device}
 
     def forward(self) -> Parts:
         """The gradients of earlier micro-batches: ZeRO-1 leaves them whole until the last."""
-        if self.step.micro_batches == 1:
+        if not self.accumulates:
             return {}
-        share = self.strategy.share(self.gradients) * self.on_device
-        return {"gradients": self.gradients if self.strategy.stage == 1 else share}
+        return {"gradients": self.gradients if self.strategy.stage == 1 else self.gradient_share * self.on_device}
 
     def backward(self, moment: Moment) -> Parts:
         """Buckets; from the first full one on a copy of the one that is reduced, and a share of the gradients."""
-        share, accumulated = self.strategy.share(self.gradients) * self.on_device, 0
-        if self.step.micro_batches > 1:  # ZeRO-1 reduces with the last micro-batch only
+        accumulated = 0
+        if self.accumulates:  # ZeRO-1 reduces with the last micro-batch only
             whole = self.gradients - moment.stored * self.size.itemsize
-            accumulated = whole if self.strategy.stage == 1 else share
+            accumulated = whole if self.strategy.stage == 1 else self.gradient_share * self.on_device
         if not moment.stored:
             return {"gradients": accumulated}
-        bucket, numbers = self.strategy.bucket, self.size.trainable
-        buffers = self.strategy.buckets * bucket
-        buffers = min(buffers, numbers) if self.strategy.touched else buffers
-        reduces = moment.stored >= min(bucket, numbers)
-        copied = min(bucket, numbers) if reduces else 0
-        gradients = accumulated + (share if reduces else 0)
+        buffers = self.strategy.buckets * self.strategy.bucket
+        buffers = min(buffers, self.size.trainable) if self.strategy.touched else buffers
+        copied = self._reduced(moment)
+        gradients = accumulated + (self.gradient_share * self.on_device if copied else 0)
         return {"gradients": gradients, "gradient buffers": (buffers + copied) * self.size.itemsize}
+
+    def _reduced(self, moment: Moment) -> int:
+        """Return the numbers in a bucket that is being reduced; 0 before the first is full."""
+        bucket = min(self.strategy.bucket, self.size.trainable)
+        return bucket if moment.stored >= bucket else 0
 
     def update(self) -> Parts:
         """The share of the gradients, kept until the last parameter group, with what works on it."""
-        share = self.strategy.share(self.gradients)
-        return {"gradients": share, "logits and temporary": self.working} if self.on_device else {}
+        return {"gradients": self.gradient_share, "logits and temporary": self.working} if self.on_device else {}
 
     def host(self) -> int:
         """Master weights, optimizer, gradients and what works on them."""
-        return 0 if self.on_device else self.master + self.state + self.working + self.strategy.share(self.gradients)
+        return 0 if self.on_device else self.master + self.state + self.working + self.gradient_share
 
 
 class Zero3(Zero):
@@ -175,37 +179,38 @@ class Zero3(Zero):
 
     def resident(self) -> Parts:
         """A share of everything, the gradients included, and the bucket that they are reduced through."""
-        share, strategy = self.strategy.share, self.strategy
+        strategy = self.strategy
         bucket = min(strategy.bucket, self.size.trainable) if strategy.touched else strategy.bucket
         return {
-            "policy weights": 0 if strategy.offload_parameters else share(self.weights),
-            "gradients": share(self.gradients) * self.on_device,
+            "policy weights": 0 if strategy.offload_parameters else strategy.share(self.size.weights),
+            "gradients": self.gradient_share * self.on_device,
             "gradient buffers": bucket * self.size.itemsize,
             "master weights": self.master * self.on_device,
             "optimizer": self.state * self.on_device,
         }
 
     def rollout(self) -> Parts:
-        """All weights, or a layer's."""
-        gathered = self.size.parameters if self.strategy.gather == "once" else self.size.layer
-        return {"gathered weights": gathered * self.size.itemsize}
+        """All weights; or what belongs to no layer, and a layer with the buffer that it comes in."""
+        layers = self.size.outside + 2 * self.size.layer
+        return {"gathered weights": layers if self.strategy.gather == "layerwise" else self.size.weights}
+
+    def scoring(self) -> Parts:
+        """One tensor at a time."""
+        return {"gathered weights": self.size.largest}
 
     def body(self) -> Parts:
         """What the forward pass has gathered, and the buffer that it came in."""
-        buffered = min(self.strategy.prefetch, self.size.parameters) if self._knows_order else 0
-        return {"gathered weights": (self._gathered + buffered) * self.size.itemsize}
+        buffered = min(self.strategy.prefetch * self.size.itemsize, self.size.weights) if self._knows_order else 0
+        return {"gathered weights": self._gathered + buffered}
 
     def forward(self) -> Parts:
         """What the forward pass has gathered."""
-        return {"gathered weights": self._gathered * self.size.itemsize}
+        return {"gathered weights": self._gathered}
 
     def backward(self, moment: Moment) -> Parts:
         """What is still gathered, and a copy of the bucket that is reduced."""
-        gathered = max(self.size.largest, self._gathered - moment.stored)
-        reduces = moment.stored >= min(self.strategy.bucket, self.size.trainable)
-        copied = min(self.strategy.bucket, self.size.trainable) if reduces else 0
-        weights, copy = gathered * self.size.itemsize, copied * self.size.itemsize
-        return {"gathered weights": weights, "gradient buffers": copy}
+        gathered = max(self.size.largest, self._gathered - moment.stored * self.size.itemsize)
+        return {"gathered weights": gathered, "gradient buffers": self._reduced(moment) * self.size.itemsize}
 
     @property
     def _knows_order(self) -> bool:
@@ -214,7 +219,8 @@ class Zero3(Zero):
 
     @property
     def _gathered(self) -> int:
-        return min(self.strategy.max_live, self.size.parameters) if self._knows_order else self.size.largest
+        most = self.strategy.max_live * self.size.itemsize
+        return min(most, self.size.weights) if self._knows_order else self.size.largest
 
     def update(self) -> Parts:
         """What works on the gradients, which stay where they are."""
@@ -222,13 +228,13 @@ class Zero3(Zero):
 
     def host(self) -> int:
         """As ZeRO-2, with the weights where they are offloaded."""
-        return super().host() + (self.strategy.share(self.weights) if self.strategy.offload_parameters else 0)
+        return super().host() + (self.strategy.share(self.size.weights) if self.strategy.offload_parameters else 0)
 
 
-TRAINED = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}
+KINDS = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}
 
 
 def trained(size: ModelSize, step: Step, strategy: Strategy) -> Trained:
     """Return what a device holds of a model that is trained under `strategy`."""
-    kind = TRAINED.get(strategy.kind, Zero3 if strategy.stage == 3 else Zero)
+    kind = KINDS.get(strategy.kind, Zero3 if strategy.stage == 3 else Zero)
     return kind(size, step, strategy)

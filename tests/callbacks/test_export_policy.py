@@ -236,3 +236,18 @@ def test_weights_that_fsdp2_has_sharded_are_gathered(tmp_path: Path) -> None:
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in exported.items())
     assert len(exported) == len(expected)
+
+
+def test_an_adapter_is_saved_alone(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    policy = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    policy.add_adapter("start", LoraConfig(target_modules=["q_proj"]))  # that training began with
+    assert policy_weights(policy, keep=True, merge_lora=False) is None  # all of it is here
+    save_policy(policy, make_tokenizer(), None, tmp_path, merge_lora=False)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2  # two matrices in two layers
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).state_dict()
+    assert all(torch.equal(value, policy.state_dict()[name]) for name, value in loaded.items())
+    assert not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "tokenizer.json").is_file()

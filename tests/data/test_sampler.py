@@ -158,6 +158,41 @@ def test_resume_under_another_order_is_refused(options: dict[str, int], message:
         next(iter(resumed))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+def test_another_number_of_ranks_goes_on_with_the_same_rows(before: int, after: int) -> None:
+    def ranks(world_size: int) -> list[Any]:
+        size = 8 // world_size
+        return [
+            loader(50, batch_size=size, num_splits=2, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+
+    def rows(batches: list[list[Any]]) -> list[list[int]]:
+        """Those of each step over all ranks; one rank's keys are `(row, split)`."""
+        return [sorted(key[0] for keys in step for key in keys) for step in zip(*batches, strict=True)]
+
+    whole = [list(each) for each in ranks(before)]
+    stopped = ranks(before)
+    for each in stopped:
+        batches = iter(each)
+        for _ in range(4):
+            next(batches)
+    rest = []
+    for each in ranks(after):
+        each.load_state_dict(stopped[0].state_dict())  # a checkpoint holds that of rank 0
+        rest.append(list(each))
+    assert rows(rest)[::2] == rows(whole)[4::2]
+    assert len(rows(rest)) == 8
+
+
+def test_another_number_of_ranks_cannot_take_over_half_a_rollout() -> None:
+    whole = loader(50, batch_size=4, num_splits=2, world_size=2)
+    next(iter(whole))
+    resumed = loader(50, batch_size=8, num_splits=2)
+    resumed.load_state_dict(whole.state_dict())
+    with pytest.raises(UserError, match=r"batch_size 4 to 8, world_size 2 to 1.*after a whole rollout"):
+        next(iter(resumed))
+
+
 def test_state_at_the_end_of_an_epoch_fits_another_batch_size() -> None:
     whole = loader()
     batches = iter(whole)

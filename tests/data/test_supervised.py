@@ -95,3 +95,31 @@ def test_gsm8k_columns(gsm8k: Path, policy_path: Path) -> None:
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
     assert (batch.response_ids * batch.response_mask == EOS).sum(1).tolist() == [1] * 8
+
+
+def test_messages_end_with_the_response(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    make_tokenizer(chat_template=template).save_pretrained(tmp_path / "chat")
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    path = write(tmp_path / "a.jsonl", [{"messages": messages}])
+    data = SFTDataModule(path, str(tmp_path / "chat"), prompt_column="messages", batch_size=1)
+    data.setup("fit")
+    (batch,) = list(data.train_dataloader())
+    assert batch.prompts == ["1+1>"]
+    assert batch.rows[0]["response"] == "2"
+    write(tmp_path / "a.jsonl", [{"messages": messages[:1]}])
+    with pytest.raises(DataError, match=r"there is no column 'response' \(data\.response_column\)"):
+        SFTDataModule(path, str(tmp_path / "chat"), prompt_column="messages", batch_size=1).setup("fit")
+
+
+def test_a_pair_of_message_lists_gives_the_chosen_response(tmp_path: Path) -> None:
+    make_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(
+        tmp_path / "chat"
+    )
+    user = {"role": "user", "content": "1+1"}
+    pair = {side: [user, {"role": "assistant", "content": text}] for side, text in (("chosen", "2"), ("rejected", "3"))}
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1+1", **pair}])
+    data = SFTDataModule(path, str(tmp_path / "chat"), response_column="chosen", batch_size=1)
+    data.setup("fit")
+    (batch,) = list(data.train_dataloader())
+    assert (batch.prompts, batch.rows[0]["chosen"]) == (["1+1"], "2")

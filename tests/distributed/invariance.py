@@ -37,12 +37,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def make_strategy(name: str) -> Strategy | str:
-    """The strategy, set so that ZeRO-3 spreads even the small parameters of a tiny model."""
+    """The strategy, set so that ZeRO-3 spreads even the small parameters of a tiny model; `-layerwise` may follow."""
+    name, _, gather = name.partition("-")
+    options: Any = {"gather": gather} if gather else {}
     if name == "fsdp2":
-        return ReMaxFSDP2Strategy()
+        return ReMaxFSDP2Strategy(**options)
     if not name.startswith("zero"):
         return name
-    strategy = ReMaxDeepSpeedStrategy(stage=int(name[-1]))
+    strategy = ReMaxDeepSpeedStrategy(stage=int(name[-1]), **options)
     strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return strategy
 
@@ -65,7 +67,7 @@ class Keep(Callback):
 def whole_weights(policy: Any) -> dict[str, Tensor]:
     """Copies of the whole weights on rank 0; every rank has to ask."""
     weights = policy_weights(policy, keep=True)
-    return {name: value.detach().clone() for name, value in (weights or policy.state_dict()).items()}
+    return {name: value.detach().cpu().clone() for name, value in (weights or policy.state_dict()).items()}
 
 
 def change(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:

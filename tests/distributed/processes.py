@@ -13,11 +13,14 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 
-def launch(module: str, *arguments: str, ranks: int = 2, timeout: float = 120) -> None:
-    """Run `python -m module` as `ranks` ranks; fail if one of them fails, or if they wait for each other for good."""
+def launch(module: str, *arguments: str, ranks: int = 2, timeout: float = 120, cuda: bool = False) -> None:
+    """Run `python -m module` as `ranks` ranks; fail if one of them fails, or if they wait for each other for good.
+
+    They see no CUDA device unless `cuda`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
-        common, processes = environment(ranks), []
+        common, processes = environment(ranks, cuda), []
         try:
             for rank, log in enumerate(logs):
                 command = [sys.executable, "-m", module, *arguments]
@@ -44,7 +47,7 @@ def wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
         time.sleep(0.05)
 
 
-def environment(ranks: int) -> dict[str, str]:
+def environment(ranks: int, cuda: bool = False) -> dict[str, str]:
     """What the ranks find each other by."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,7 +57,7 @@ def environment(ranks: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),

@@ -1,10 +1,12 @@
-"""Runs whose policy is spread over two ranks; run by test_sharded.py, which reads what every rank wrote down."""
+"""Runs whose policy is spread over the ranks; run by test_sharded.py, which reads what every rank wrote down."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,39 +22,60 @@ from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import LossConfig
 from remax_lightning.modules.head import find_head
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
-from remax_lightning.strategies import whole_parameters
+from remax_lightning.strategies import choice, whole_parameters
 
-STRATEGIES = ("fsdp2", "zero2", "zero3")
-RANK = int(os.environ.get("LOCAL_RANK", "0"))
+STRATEGIES = ("fsdp2", "fsdp2-layerwise", "zero2", "zero3", "zero3-layerwise")
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
 LENGTHS = (2, 24)
+"""Of the responses of two ranks; one rank alone writes the longer ones."""
+DTYPES: dict[str, Any] = {"32-true": "float32", "bf16-true": "bfloat16"}
 
 
 class UnevenEngine:
     """Lets rank 1 write on long after rank 0 has ended, and looks whether a plain copy of the model writes the same."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.equal, self.lengths = path, None, []
+    def __init__(self, path: str, dtype: Any) -> None:
+        self.plain, self.equal, self.lengths, self.held = PretrainedModel(path, dtype), None, [], []
 
     def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> Generated:
-        options["sampling"] = SamplingConfig(max_response_length=LENGTHS[RANK], min_response_length=LENGTHS[RANK])
+        length = LENGTHS[RANK - RANKS]
+        options["sampling"] = SamplingConfig(max_response_length=length, min_response_length=length)
         state = generator.get_state()
-        made = PairedEngine().generate(model, *args, generator=generator, **options)
+        with self.counting(model):
+            made = PairedEngine().generate(model, *args, generator=generator, **options)
         self.lengths.append(made.sampled_ids.shape[1])
         if self.equal is None:
             generator.set_state(state)
-            plain = PretrainedModel(self.path).load("model.policy")
+            plain = self.plain.load("model.policy")
+            plain.to(made.sampled_ids.device, plain.dtype)  # buffers too, as strategies convert them
             wanted = PairedEngine().generate(plain, *args, generator=generator, **options)
             self.equal = torch.equal(made.sampled_ids, wanted.sampled_ids) and torch.equal(
                 made.greedy_ids, wanted.greedy_ids
             )
         return made
 
+    @contextmanager
+    def counting(self, model: Any) -> Iterator[None]:
+        """Keep how many numbers of the model were whole on this rank whenever a layer had just run inside."""
+        hooks = [
+            layer.mlp.register_forward_hook(lambda *_: self.held.append(whole_numbers(model)))
+            for layer in model.model.layers
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_numbers(model: Any) -> int:
+    """How many numbers of the model's parameters this rank holds whole."""
+    return sum(p.numel() for p in model.parameters() if not hasattr(p, "to_local"))
+
 
 class Look(Callback):
     """Looks at policy and reference during the run."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"losses": [], "reasons": []}
+        self.seen: dict[str, Any] = {"losses": [], "reasons": [], "validations": []}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         from safetensors.torch import load_file
@@ -65,16 +88,39 @@ class Look(Callback):
         with whole_parameters(policy):
             whole = {name: value.detach().clone() for name, value in policy.named_parameters()}
             self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
+        self.seen["layer"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.layers[0].parameters())
+        self.seen["layerwise"] = [layer_by_layer(policy, room=[1, 1]), layer_by_layer(policy, room=[1, 0])]
         self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
-        self.seen["file_equal"] = set(whole) == set(file) and all(torch.equal(whole[key], file[key]) for key in file)
+        self.seen["file_equal"] = set(whole) == set(file) and all(
+            torch.equal(whole[key].cpu(), file[key].to(whole[key].dtype)) for key in file
+        )
+        self.seen["runs_on"] = [pl_module.device.type, str(next(iter(whole.values())).dtype)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
         self.seen["reasons"].append(find_head(pl_module.policy).reason)
+        self.seen["external"] = sum(len(getattr(m, "_external_params", ())) for m in pl_module.modules())
         self.seen["kept_after"] = sum(local(p).numel() for p in pl_module.policy.parameters())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen["validations"].append(figures(trainer.callback_metrics))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.whole = whole_weights(pl_module.policy)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a validation measured, but for seconds."""
+    return {name: float(value) for name, value in metrics.items() if name.startswith("val/") and "time" not in name}
+
+
+def layer_by_layer(policy: Any, room: list[int]) -> bool:
+    """What is chosen if each rank's device has room for so many of the policy."""
+    free, choice.free_bytes = choice.free_bytes, lambda device: room[RANK] * 2**30
+    try:
+        return choice.layer_by_layer(policy)
+    finally:
+        choice.free_bytes = free
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -89,10 +135,13 @@ def make_module(policy: str, reference: str, engine: Any) -> Any:
     return remax_module(policy, reference, rollout=engine, optimizer=optimizer, loss=LossConfig("clipped"))
 
 
-def train(strategy: str, folder: Path, resume: str | None = None) -> tuple[Look, UnevenEngine]:
-    """Train for four steps, two with each rollout, or for those after the checkpoint in the middle of the first."""
+def train(strategy: str, folder: Path, options: dict[str, Any], resume: str | None = None) -> tuple[Look, UnevenEngine]:
+    """Train for four steps, two with each rollout, or for those after the checkpoint in the middle of the first.
+
+    The policy is validated after every second one.
+    """
     policy, reference = str(folder / "policy"), str(folder / "reference")
-    engine, look = UnevenEngine(policy), Look()
+    engine, look = UnevenEngine(policy, DTYPES[options["precision"]]), Look()
     module = make_module(policy, reference, engine)
     own = folder / f"data{RANK}"
     own.mkdir(exist_ok=True)
@@ -101,46 +150,48 @@ def train(strategy: str, folder: Path, resume: str | None = None) -> tuple[Look,
     callbacks: list[Any] = [look, ExportPolicy(str(files / "export"), best=False)]
     if resume is None:
         callbacks.append(ModelCheckpoint(files, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    trainer = make_trainer(
-        files, callbacks, devices=2, strategy=make_strategy(strategy), max_steps=4, enable_checkpointing=resume is None
-    )
+    options = options | {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": resume is None}
+    options["strategy"] = make_strategy(strategy)
+    trainer = make_trainer(files, callbacks, max_steps=4, **options)
     torch.manual_seed(0)
     trainer.fit(module, data, ckpt_path=resume)
     return look, engine
 
 
-def exported(folder: Path, whole: dict[str, torch.Tensor]) -> bool:
+def exported(folder: Path, whole: dict[str, torch.Tensor], dtype: Any) -> bool:
     """Whether the exported policy is the one in training."""
-    model = PretrainedModel(str(folder)).load("export").state_dict()
+    model = PretrainedModel(str(folder), dtype).load("export").state_dict()
     return all(torch.equal(model[name], value) for name, value in whole.items())
 
 
-def validate(strategy: str, folder: Path) -> dict[str, float]:
+def validate(strategy: str, folder: Path, options: dict[str, Any]) -> dict[str, float]:
     """Evaluate without a fit before it."""
     policy, reference = str(folder / "policy"), str(folder / "reference")
-    module = make_module(policy, reference, UnevenEngine(policy))
+    module = make_module(policy, reference, UnevenEngine(policy, DTYPES[options["precision"]]))
     data = prompt_data(folder / f"data{RANK}", policy, batch_size=1)
-    trainer = make_trainer(folder, devices=2, strategy=make_strategy(strategy), limit_val_batches=2)
+    trainer = make_trainer(folder, strategy=make_strategy(strategy), limit_val_batches=2, **options)
     torch.manual_seed(0)
     return dict(trainer.validate(module, data, verbose=False)[0])
 
 
-def check(strategy: str, folder: Path) -> dict[str, Any]:
-    look, engine = train(strategy, folder)
-    seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths}
+def check(strategy: str, folder: Path, precision: str) -> dict[str, Any]:
+    options = {"devices": RANKS, "accelerator": "gpu" if torch.cuda.is_available() else "cpu", "precision": precision}
+    look, engine = train(strategy, folder, options)
+    seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths, "held": max(engine.held)}
     seen["whole"] = sum(value.numel() for value in look.whole.values())
     if RANK == 0:
-        seen["exported"] = exported(folder / strategy / "first" / "export" / "last", look.whole)
-    resumed, _ = train(strategy, folder, resume=str(folder / strategy / "first" / "step=1.ckpt"))
+        last = folder / strategy / "first" / "export" / "last"
+        seen["exported"] = exported(last, look.whole, DTYPES[precision])
+    resumed, _ = train(strategy, folder, options, resume=str(folder / strategy / "first" / "step=1.ckpt"))
     seen["resumed_losses"] = resumed.seen["losses"]
-    seen["validated"] = {name: value for name, value in validate(strategy, folder).items() if "time" not in name}
+    seen["validated"] = figures(validate(strategy, folder, options))
     return seen
 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    for each in sys.argv[2:] or STRATEGIES:
-        found = check(each, root)
-        assert torch.distributed.get_world_size() == 2
+    for each in sys.argv[3:]:
+        found = check(each, root, precision=sys.argv[2])
+        assert torch.distributed.get_world_size() == RANKS
         (root / f"{each}-{RANK}.json").write_text(json.dumps(found))
         print(each, json.dumps(found), flush=True)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed.processes import launch
 from distributed.sharded import LENGTHS, STRATEGIES
 from runs import save_policy
 
 pytestmark = pytest.mark.slow
-SHARDED = ("fsdp2", "zero3")
+ALONE = ("zero2", "zero3", "zero3-layerwise")
+SHARDED = tuple(name for name in STRATEGIES if name != "zero2")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +22,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.sharded", str(folder))
+    launch("distributed.sharded", str(folder), "32-true", *STRATEGIES, timeout=240)
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The device, and what one rank with 16-bit weights saw on it: every part that it has to gather is its own."""
+    device, folder = request.param, tmp_path_factory.mktemp("alone")
+    save_policy(folder / "policy")
+    save_policy(folder / "reference", noise=0.02)
+    launch("distributed.sharded", str(folder), "bf16-true", *ALONE, ranks=1, timeout=300, cuda=device == "cuda")
+    return device, folder
 
 
 def found(folder: Path, strategy: str) -> list[dict[str, Any]]:
@@ -51,8 +63,22 @@ def test_the_policy_is_in_shards_and_the_reference_whole(strategy: str, folder: 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path) -> None:
     for rank, seen in enumerate(found(folder, strategy)):
-        assert seen["lengths"] == [LENGTHS[rank]] * 2
+        assert seen["lengths"] == [LENGTHS[rank]] * 4  # two rollouts and two validations
         assert seen["rollout_equal"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rollout_holds_the_policy_whole_or_one_layer_of_it(strategy: str, folder: Path) -> None:
+    for seen in found(folder, strategy):
+        assert seen["whole"] > 2 * seen["layer"] > 0
+        missing = seen["layer"] if strategy.endswith("layerwise") else 0  # the other one of the two
+        assert seen["held"] == seen["whole"] - missing
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_gather_layer_by_layer_if_one_lacks_room(strategy: str, folder: Path) -> None:
+    for seen in found(folder, strategy):
+        assert seen["layerwise"] == ([True, True] if strategy.endswith("layerwise") else [False, True])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -64,11 +90,15 @@ def test_a_resumed_run_goes_on_as_it_would_have(strategy: str, folder: Path) -> 
 
 
 def test_strategies_agree(folder: Path) -> None:
-    """On every loss of the run and on an evaluation without a run before it."""
+    """On every loss of the run, on its validations and on one without a run before it."""
     ours = [found(folder, strategy)[0] for strategy in STRATEGIES]
     for each in ours[1:]:
         assert each["losses"] == pytest.approx(ours[0]["losses"], abs=1e-5)
         assert each["validated"] == pytest.approx(ours[0]["validated"], abs=1e-5)
+        assert len(each["validations"]) == 2
+        assert "val/reward" in each["validated"].keys() & each["validations"][0].keys()
+        for found_here, wanted in zip(each["validations"], ours[0]["validations"], strict=True):
+            assert found_here == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -80,6 +110,34 @@ def test_every_rank_decides_alike_whether_the_head_can_be_read(strategy: str, fo
 
 def test_deepspeeds_hooks_are_off_inside_and_on_outside(folder: Path) -> None:
     """Fails when DeepSpeed renames what `strategies/zero3.py` reaches for."""
-    for seen in found(folder, "zero3"):
+    for seen in found(folder, "zero3") + found(folder, "zero3-layerwise"):
         assert seen["hooks_inside"] == 0
         assert seen["hooks_outside"] > 0
+        assert seen["external"] == 0  # a parameter that was looked at in a rollout, and would be gathered ever after
+
+
+HERE_AND_ON_CUDA = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
+    ),
+]
+
+
+@pytest.mark.parametrize("alone", HERE_AND_ON_CUDA, indirect=True)
+def test_one_rank_with_16_bit_weights_does_all_of_that_too(alone: tuple[str, Path]) -> None:
+    device, folder = alone
+    rounding = 1e-6 if device == "cpu" else 1e-2  # CUDA adds up in another order every time
+    ours = {strategy: json.loads((folder / f"{strategy}-0.json").read_text()) for strategy in ALONE}
+    for strategy, seen in ours.items():
+        assert seen["runs_on"] == [device, "torch.bfloat16"]
+        assert seen["file_equal"]
+        assert seen["exported"]
+        assert seen["rollout_equal"]
+        assert seen["lengths"] == [LENGTHS[1]] * 4
+        assert seen["held"] == seen["whole"] - (seen["layer"] if strategy.endswith("layerwise") else 0)
+        assert seen["kept"] == seen["kept_after"] == seen["whole"]
+        assert seen["resumed_losses"] == pytest.approx(seen["losses"][1:], abs=rounding)
+        assert seen["losses"] == pytest.approx(ours["zero2"]["losses"], abs=rounding)
+        assert seen["validated"] == pytest.approx(ours["zero2"]["validated"], abs=rounding)

@@ -71,7 +71,7 @@ def test_half_of_the_weights_is_the_limit() -> None:
     weights = nn.Parameter(torch.tensor([1.0, 1.0, 1e-6, 1e-6], dtype=torch.bfloat16))
     refuse_lost_updates(torch.optim.SGD([weights], lr=1e-4))
     more = nn.Parameter(torch.ones(1, dtype=torch.float16))
-    with pytest.raises(UserError, match="60% of the policy's 16-bit weights"):
+    with pytest.raises(UserError, match="60% of the model's 16-bit weights"):
         refuse_lost_updates(torch.optim.SGD([weights, more], lr=1e-4))
 
 

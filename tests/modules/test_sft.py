@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from remax_lightning.batch import SupervisedBatch
 from remax_lightning.data import SFTDataModule
+from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
-from remax_lightning.modules import SFTModule
+from remax_lightning.modules import SFTModule, packing
+from remax_lightning.modules.head import FoundHead
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
 
@@ -94,7 +97,121 @@ def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(policy: str,
     for size in (8, 3):
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         (metrics,) = trainer.validate(sft_module(policy), sft_data(tmp_path, policy, batch_size=size), verbose=False)
-        assert metrics == {"val/loss": pytest.approx(expected.item(), rel=1e-5)}
+        assert metrics == {
+            "val/loss": pytest.approx(expected.item(), rel=1e-5),
+            "val/perplexity": pytest.approx(math.exp(expected.item()), rel=1e-4),
+        }
+
+
+def test_a_loss_too_large_for_its_exponential(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTModule, "_log_probs", lambda self, batch, packing: torch.full((3,), -1e4))
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    (metrics,) = trainer.validate(sft_module(policy), sft_data(tmp_path, policy), verbose=False)
+    assert metrics == {"val/loss": 1e4, "val/perplexity": math.inf}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
+def test_the_split_into_micro_batches_leaves_the_step(
+    policy: str, tmp_path: Path, batch_size: int, accumulate: int, packing: bool
+) -> None:
+    """Their responses have 2 to 22 tokens, so a mean of means would be another one."""
+    whole = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
+    data = sft_data(tmp_path, policy, batch_size=batch_size)
+    parts = fit(sft_module(policy, packing=packing), data, tmp_path, accumulate_grad_batches=accumulate)
+    assert distance(parts.step(), whole.step()) < 1e-5
+    assert parts.logged[0] == pytest.approx(whole.logged[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 3}, {"overfit_batches": 2, "accumulate_grad_batches": 2}]
+)
+def test_a_step_that_is_not_whole_still_trains(policy: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Too few rows for a step, or an order of Lightning's own: the tokens of the others are not known."""
+    recorder = fit(sft_module(policy), sft_data(tmp_path, policy, batch_size=4), tmp_path, **options)
+    assert max(float(value.abs().max()) for value in recorder.step().values()) > 1e-3
+
+
+# Packing
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+def test_packed_rows_take_the_same_step(tmp_path: Path, family: str) -> None:
+    path = save_policy(tmp_path / "policy", family)
+    plain = fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
+    packed = fit(sft_module(path, packing=True), sft_data(tmp_path, path), tmp_path)
+    assert distance(packed.step(), plain.step()) < 1e-5
+    assert packed.logged[0] == pytest.approx(plain.logged[0], rel=1e-5)
+
+
+def test_packed_rows_without_a_head_that_can_be_read(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
+    monkeypatch.setattr(packing, "find_head", lambda model: FoundHead(None, "it is sharded"))
+    packed = fit(sft_module(policy, packing=True), sft_data(tmp_path, policy), tmp_path)
+    assert distance(packed.step(), plain.step()) < 1e-5
+
+
+def test_rows_are_few_and_none_is_wider_than_the_longest_example(policy: str, tmp_path: Path) -> None:
+    data = sft_data(tmp_path, policy)
+    data.setup("fit")
+    (batch,) = list(data.train_dataloader())
+    rows = packing.pack(batch)
+    lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
+    fewest = math.ceil(sum(lengths) / max(lengths))
+    assert (fewest, len(lengths)) == (3, 8)
+    assert rows.input_ids.shape == rows.position_ids.shape == rows.targets.shape == (fewest, max(lengths))
+    assert int(rows.targets.sum()) == int(batch.response_mask.sum())
+    found = []
+    for ids, positions, targets in zip(*rows, strict=True):
+        starts = [i for i, position in enumerate(positions.tolist()) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            assert positions[start:end].tolist() == list(range(end - start))
+            if targets[start:end].any():
+                found.append(
+                    (ids[start:end][~targets[start:end]].tolist(), ids[start:end][targets[start:end]].tolist())
+                )
+    expected = [
+        (batch.prompt_ids[i][batch.prompt_mask[i]].tolist(), batch.response_ids[i][batch.response_mask[i]].tolist())
+        for i in range(len(lengths))
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_model_whose_examples_would_see_each_other_is_not_packed(tmp_path: Path) -> None:
+    """BLOOM takes no positions."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    config = BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    make_tokenizer().save_pretrained(tmp_path / "bloom")
+    path = str(tmp_path / "bloom")
+    with pytest.raises(UserError, match=r"model\.packing must be false for BloomForCausalLM, got true"):
+        fit(sft_module(path, packing=True), sft_data(tmp_path, path), tmp_path)
+    fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
+
+
+def test_a_mask_that_does_not_part_examples_is_seen(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    model = PretrainedModel(policy).load("model.policy")
+    assert packing.find_parting(model) == "positions"
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    assert packing.find_parting(model) == "mask"
+    monkeypatch.setattr(packing, "get_args", lambda kind: ("positions",))
+    with pytest.raises(UserError, match="would see each other"):
+        packing.find_parting(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_opt_is_given_a_mask(tmp_path: Path, attention: str) -> None:
+    path = save_policy(tmp_path / "policy", "opt")
+    source = PretrainedModel(path, attn_implementation=attention)
+    assert packing.find_parting(source.load("model.policy")) == "mask"
+    module = SFTModule(source, packing=True, optimizer=partial(torch.optim.SGD, lr=1.0))
+    plain = fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
+    assert distance(fit(module, sft_data(tmp_path, path), tmp_path).step(), plain.step()) < 1e-5
 
 
 def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None:
@@ -129,7 +246,7 @@ def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_pat
         (metrics,) = getattr(trainer, stage)(module, data, verbose=False)
     assert reward.loads == 1
     prefix = "val" if stage == "validate" else "test"
-    assert set(metrics) == {f"{prefix}/{name}" for name in ("loss", "reward", "baseline_reward")}
+    assert set(metrics) == {f"{prefix}/{name}" for name in ("loss", "perplexity", "reward", "baseline_reward")}
     assert metrics[f"{prefix}/baseline_reward"] == 0.0
 
 

@@ -136,7 +136,7 @@ def test_encoders_score_as_their_own_forward_does_without_padding(tmp_path: Path
 
 
 @pytest.mark.parametrize("pad_id", [2, 3])
-def test_a_decoder_with_another_head_is_scored_row_by_row(tmp_path: Path, pad_id: int) -> None:
+def test_a_decoder_whose_head_has_another_name_is_scored_like_the_others(tmp_path: Path, pad_id: int) -> None:
     """CTRL pools by the pad id and calls its head `classifier`."""
     from transformers import AutoModelForSequenceClassification, CTRLConfig
 
@@ -144,13 +144,30 @@ def test_a_decoder_with_another_head_is_scored_row_by_row(tmp_path: Path, pad_id
     config.pad_token_id = pad_id
     path = save_classifier(tmp_path, config, make_tokenizer(pad_is_eos=pad_id == 2))
     reward = loaded(path, template=PLAIN)
-    assert reward._pooling is one_by_one
+    assert reward._pooling is at_last_token
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     expected = []
     for text in plain_texts():
         ids = torch.tensor([reward.tokenizer(text)["input_ids"]])  # type: ignore[misc]
         with torch.no_grad():
             expected.append(model.classifier(model.transformer(ids).last_hidden_state)[0, -1, 0])
+    torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_reads_its_last_column_is_scored_row_by_row(tmp_path: Path) -> None:
+    """XLNet wants its padding on the left; its head sees one token of each row."""
+    from transformers import AutoModelForSequenceClassification, XLNetConfig
+
+    config = XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=2, d_inner=64, pad_token_id=3)
+    path = save_classifier(tmp_path, config)
+    reward = loaded(path, template=PLAIN)
+    assert reward._pooling is one_by_one
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = []
+    for text in plain_texts():
+        ids = torch.tensor([reward.tokenizer(text)["input_ids"]])  # type: ignore[misc]
+        with torch.no_grad():
+            expected.append(model.logits_proj(model.sequence_summary(model.transformer(ids)[0]))[0, 0])
     torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig, decoding
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
 ENGINES = [PairedEngine, HuggingFaceEngine]
@@ -22,7 +22,15 @@ def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.
     return ids.where(mask, torch.tensor(PAD)), mask
 
 
-def run(engine: Any, model: Any, lengths: list[int], seed: int = 0, eos: int = EOS, **sampling: Any) -> Any:
+def run(
+    engine: Any,
+    model: Any,
+    lengths: list[int],
+    seed: int = 0,
+    eos: int = EOS,
+    asked: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> Any:
     ids, mask = left_padded(lengths)
     return engine().generate(
         model,
@@ -32,6 +40,7 @@ def run(engine: Any, model: Any, lengths: list[int], seed: int = 0, eos: int = E
         eos_ids=[eos],
         pad_id=PAD,
         generator=torch.Generator().manual_seed(seed),
+        **(asked or {}),
     )
 
 
@@ -146,11 +155,29 @@ def test_nothing_stands_after_the_end_but_padding(engine: Any) -> None:
 def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     eos = likely_token(model)
-    arguments = {"max_response_length": 24, "eos": eos, "num_samples": 1}
+    arguments = {"max_response_length": 60, "eos": eos, "num_samples": 4}
     with_compaction = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
-    monkeypatch.setattr("remax_lightning.rollout.paired.COMPACT_BELOW", 0.0)
+    left = []
+    monkeypatch.setattr(
+        decoding.Decoding, "_rows_are_left", lambda self, _: left.append(self.ended) or not bool(self.ended.all())
+    )
     without = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
     assert torch.equal(with_compaction.greedy_ids, without.greedy_ids)
+    assert all(len(ended) == 20 for ended in left)
+    assert left[-1].sum() >= 10  # so rows would have left
+
+
+def test_rows_leave_the_batch_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny_model("llama"), []
+    eos = likely_token(model)
+    advance = decoding.Decoding._advance
+    monkeypatch.setattr(
+        decoding.Decoding, "_advance", lambda self, step: sizes.append(len(self.active)) or advance(self, step)
+    )
+    run(PairedEngine, model, [3, 7, 5, 4], max_response_length=200, eos=eos, num_samples=4)
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes) <= {20, 10, 5, 3, 2, 1}
+    assert len(set(sizes)) > 2
 
 
 def test_without_greedy_rows() -> None:
@@ -199,3 +226,95 @@ def test_a_lora_wrapper_is_seen_through() -> None:
     for engine in (AutoEngine, PairedEngine, HuggingFaceEngine):
         assert torch.equal(run(engine, wrapped, [3, 7, 5], max_response_length=6).greedy_ids, expected.greedy_ids)
     assert model.generation_config.top_k == 7
+
+
+# Log-probs of what is sampled
+
+
+LOG_PROBS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.7, "scale_log_probs": False, "top_p": 0.6},
+    {"temperature": 0.7, "top_p": 0.6, "top_k": 20, "truncate_log_probs": True},
+]
+
+
+@pytest.mark.parametrize("options", LOG_PROBS, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options: dict[str, Any]) -> None:
+    """Against the pass over the finished responses, whose rows end at several lengths."""
+    from remax_lightning.batch import PromptBatch, Responses, Rollout
+    from remax_lightning.functional import response_mask
+    from remax_lightning.modules.statistics import policy_statistics
+
+    model = tiny_model("llama")
+    lengths, eos = [3, 7, 5, 4], likely_token(model)
+    options = {"max_response_length": 16, "num_samples": 6, **options}
+    made = run(engine, model, lengths, eos=eos, asked={"log_probs": True}, **options)
+    ids, mask = left_padded(lengths)
+    counted = response_mask(made.sampled_ids, [eos])
+    empty = [""] * len(counted)
+    prompt = PromptBatch(ids, mask, empty[:4], [{}] * 4)
+    responses = Responses(made.sampled_ids, counted, counted.all(-1), empty)
+    rollout = Rollout(prompt, responses, None, torch.zeros(24), None, {}, None, None)
+    with torch.no_grad():
+        expected = policy_statistics(model, rollout, SamplingConfig(**options)).log_probs
+    assert not counted.all()
+    torch.testing.assert_close(made.log_probs, expected, atol=1e-4, rtol=1e-4)
+    assert run(engine, model, lengths, eos=eos, **options).log_probs is None
+
+
+# Stop strings
+
+
+def ended_by(*endings: tuple[int, ...]) -> Any:
+    """Says whether a response ends with one of the runs of tokens."""
+
+    def ended(ids: torch.Tensor) -> torch.Tensor:
+        rows = [any(row[-len(ending) :] == list(ending) for ending in endings) for row in ids.tolist()]
+        return torch.tensor(rows)
+
+    return ended
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "PAD", pad)
+    model = tiny_model("llama")
+    free = run(engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=2)
+    token = int(free.greedy_ids[0, 4])
+    made = run(
+        engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=2, asked={"ended": ended_by((token,))}
+    )
+    assert made.greedy_ids.shape == free.greedy_ids.shape
+    for row, whole, at in zip(made.greedy_ids, free.greedy_ids, made.stopped_at[6:].tolist(), strict=True):
+        found = (whole == token).nonzero()
+        expected = int(found[0]) + 1 if len(found) else 0
+        assert at == expected
+        length = at or 12
+        assert torch.equal(row[:length], whole[:length])
+        assert (row[length:] == pad).all()
+    assert (made.stopped_at[6:] > 0).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eos_before_it_counts_and_the_minimum_length_holds_it_back(engine: Any) -> None:
+    model = tiny_model("llama")
+    eos = likely_token(model)
+    asked = {"ended": ended_by((eos,))}
+    at_once = run(engine, model, [3, 7, 5], max_response_length=12, eos=eos, asked=asked)
+    assert (at_once.greedy_ids == eos).any()
+    assert (at_once.stopped_at == 0).all()
+    free = run(engine, model, [3, 7, 5], max_response_length=12, eos=0)
+    token = int(free.greedy_ids[0, 4])
+    held = run(
+        engine,
+        model,
+        [3, 7, 5],
+        max_response_length=12,
+        eos=0,
+        min_response_length=9,
+        asked={"ended": ended_by((token,))},
+    )
+    assert ((held.stopped_at == 0) | (held.stopped_at > 9)).all()

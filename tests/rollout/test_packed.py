@@ -11,6 +11,11 @@ from remax_lightning.rollout import packed
 from remax_lightning.rollout.packed import packed_linears
 
 
+@pytest.fixture(autouse=True)
+def _pack_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+
+
 def outputs(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(5, 25)[None].expand(3, -1)).logits
@@ -54,8 +59,17 @@ def test_other_number_formats_subclasses_and_large_models_are_left_alone(monkeyp
             assert "forward" not in vars(module)
     layer = nn.Linear(4, 4)
     monkeypatch.setattr(packed, "MOST_BYTES", 8)
-    with packed_linears(nn.Sequential(layer), 2):
+    with packed_linears(nn.Sequential(layer), 2) as weights:
         assert "forward" not in vars(layer)
+        assert weights == []
+
+
+def test_layers_that_are_too_small_to_gain_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 20)
+    small, large = nn.Linear(4, 4), nn.Linear(4, 5)
+    with packed_linears(nn.Sequential(small, large), 2) as weights:
+        assert "forward" not in vars(small)
+        assert vars(large)["forward"] is weights[0]
 
 
 def test_a_bias_is_added_and_leading_dimensions_are_kept() -> None:

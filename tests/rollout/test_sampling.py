@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import draw, next_tokens, shape_logits
+from remax_lightning.rollout.sampling import draw, kept_tokens, log_probs_of, next_tokens, tempered, truncate
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,7 @@ from remax_lightning.rollout.sampling import draw, next_tokens, shape_logits
         {"temperature": 1.3, "top_k": 12, "top_p": 0.8},
     ],
 )
-def test_shape_logits_equals_transformers_warpers(options: dict[str, float]) -> None:
+def test_truncated_logits_are_those_of_transformers_warpers(options: dict[str, float]) -> None:
     from transformers.generation import (
         MinPLogitsWarper,
         TemperatureLogitsWarper,
@@ -40,13 +43,14 @@ def test_shape_logits_equals_transformers_warpers(options: dict[str, float]) -> 
     for name, warper in warpers.items():
         if name in options:
             expected = warper(options[name])(torch.zeros(16, 1, dtype=torch.long), expected)
-    got = shape_logits(logits, SamplingConfig(**options))  # type: ignore[arg-type]
+    sampling = SamplingConfig(**options)  # type: ignore[arg-type]
+    got = truncate(tempered(logits, sampling.temperature), sampling)
     torch.testing.assert_close(got, expected)
 
 
 def test_nothing_is_truncated_by_default() -> None:
     logits = torch.randn(4, 200)
-    assert torch.equal(shape_logits(logits, SamplingConfig()), logits)
+    assert torch.equal(truncate(tempered(logits, 1.0), SamplingConfig()), logits)
     assert not SamplingConfig().truncates
 
 
@@ -59,12 +63,72 @@ def test_draw_never_takes_a_dropped_token() -> None:
     assert abs(share - torch.tensor([0.0, 1.0]).softmax(0)[1].item()) < 0.01
 
 
+@pytest.mark.parametrize("vocabulary", [2, 5, 64, 100, 1000])
+def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int) -> None:
+    """Blocks of the vocabulary are of several sizes, and the last of them is not full."""
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)).double()
+    logits[vocabulary // 3] = -torch.inf
+    draws = 60_000
+    tokens = draw(logits.float().expand(draws, -1), torch.Generator().manual_seed(0))
+    expected = draws * logits.softmax(-1)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    assert counts.shape == expected.shape
+    assert counts[vocabulary // 3] == 0
+    likely = expected > 5
+    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum().item()
+    assert chi_square < vocabulary + 4 * (2 * vocabulary) ** 0.5
+
+
+def test_draws_invert_the_distribution_function() -> None:
+    """Against a running sum over the whole vocabulary in float64."""
+    logits = 4 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    tokens = draw(logits, torch.Generator().manual_seed(7))
+    uniform = torch.rand(500, 1, generator=torch.Generator().manual_seed(7)).double()
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    at = torch.arange(500)
+    after = cumulative[at, tokens]
+    before = torch.where(tokens > 0, cumulative[at, tokens - 1], 0.0)
+    assert (before - 1e-5 <= uniform[:, 0]).all()
+    assert (uniform[:, 0] <= after + 1e-5).all()
+
+
 def test_greedy_rows_draw_nothing() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    is_greedy = torch.tensor([False, True, False, True, True, False])
-    tokens = next_tokens(logits, is_greedy, SamplingConfig(), torch.Generator().manual_seed(3))
-    assert torch.equal(tokens[is_greedy], logits[is_greedy].argmax(-1))
-    assert torch.equal(tokens[~is_greedy], draw(logits[~is_greedy], torch.Generator().manual_seed(3)))
+    tokens = next_tokens(logits, 4, SamplingConfig(), torch.Generator().manual_seed(3))
+    assert torch.equal(tokens[4:], logits[4:].argmax(-1))
+    assert torch.equal(tokens[:4], draw(logits[:4], torch.Generator().manual_seed(3)))
+
+
+def test_the_likeliest_of_equal_tokens_is_the_first() -> None:
+    logits = torch.randint(0, 3, (64, 50), generator=torch.Generator().manual_seed(0)).float()
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert next_tokens(logits, 0, SamplingConfig(), torch.Generator()).tolist() == first
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("truncated", [True, False])
+def test_log_probs_are_of_the_distribution_that_was_asked_for(scale: bool, truncated: bool) -> None:
+    """Against a loop in float64 over the tokens that sampling may draw."""
+    sampling = SamplingConfig(temperature=0.6, top_k=6, top_p=0.8, scale_log_probs=scale, truncate_log_probs=truncated)
+    logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    allowed = truncate(tempered(logits, 0.6), sampling) > -torch.inf
+    tokens = draw(truncate(tempered(logits, 0.6), sampling), torch.Generator().manual_seed(1))
+    got = log_probs_of(logits, tokens, sampling)
+    for row, token in enumerate(tokens.tolist()):
+        values = [(value / 0.6 if scale else value) for value in logits[row].double().tolist()]
+        counted = [math.exp(v) for v, may in zip(values, allowed[row].tolist(), strict=True) if may or not truncated]
+        assert got[row].item() == pytest.approx(values[token] - math.log(sum(counted)), abs=1e-5)
+    assert allowed.float().mean() < 0.6
+
+
+def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_probs() -> None:
+    logits = 2 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    kept = {}
+    for scale in (True, False):
+        sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, truncate_log_probs=True)
+        kept[scale] = kept_tokens(sampling)(logits / 0.5 if scale else logits)
+    assert torch.equal(kept[True], kept[False])
+    assert kept_tokens(SamplingConfig(top_p=0.7)) is None
 
 
 @pytest.mark.parametrize(
@@ -77,8 +141,10 @@ def test_greedy_rows_draw_nothing() -> None:
         ("top_k", -1),
         ("top_p", 0.0),
         ("min_p", 1.0),
+        ("stop_strings", ("end", "")),
+        ("truncate_log_probs", True),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"model\.sampling\.{name} must be .*, got {value}"):
+    with pytest.raises(UserError, match=rf"model\.sampling\.{name} must be .*, got {re.escape(str(value))}"):
         SamplingConfig(**{name: value})  # type: ignore[arg-type]

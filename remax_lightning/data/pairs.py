@@ -1,0 +1,104 @@
+"""A pair of responses, one preferred over the other, in the forms that data sets have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from remax_lightning.data.formatting import column
+from remax_lightning.data.reading import Row
+from remax_lightning.errors import DataError
+
+
+class PairError(DataError):
+    """A pair that can be read and teaches nothing; `data.loading.bad_pairs` says what happens to it."""
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Where a row has its two responses.
+
+    Args:
+        chosen: column of the preferred one: text, or a list of messages that ends with it.
+        rejected: column of the other one, of the same kind.
+        margin: column of a number, what the chosen response's score has to be ahead by; None for 0.
+    """
+
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    margin: str | None = None
+
+
+def with_prompt(
+    row: Row, where: str, prompt_column: str, columns: PairColumns, marker: str, template: str | None
+) -> Row:
+    """Return a row whose prompt and two responses stand apart, the responses as text.
+
+    Three forms are read. Text beside a prompt stays as it is. Text without a prompt is a pair of whole transcripts,
+    whose prompt reaches through the last `marker`. Lists of messages end with a response of the assistant; what stands
+    before it is the prompt, unless nothing does or a template wants the prompt as text: then it is that of the prompt's
+    own column.
+
+    Args:
+        row: the raw row.
+        where: where it stands, for messages.
+        prompt_column: column of the prompt, whether the row has it or gets it.
+        columns: columns of the responses.
+        marker: what stands before a response in a transcript.
+        template: text around a plain prompt.
+
+    Raises:
+        PairError: if the two do not share a prompt.
+        DataError: if a column is missing or holds something else.
+    """
+    chosen = column(row, columns.chosen, where, key="data.pair_columns.chosen")
+    rejected = column(row, columns.rejected, where, key="data.pair_columns.rejected")
+    for name, value in ((columns.chosen, chosen), (columns.rejected, rejected)):
+        if not isinstance(value, str | list):
+            raise DataError(f"{where}: column {name!r} must be text or messages, got {type(value).__name__}")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise DataError(
+            f"{where}: columns {columns.chosen!r} and {columns.rejected!r} must both be text or both be messages"
+        )
+    if isinstance(chosen, list):
+        first, first_response = _last_message(chosen, where, columns.chosen)
+        second, second_response = _last_message(rejected, where, columns.rejected)
+        if first != second:
+            raise PairError(
+                f"{where}: the messages in {columns.chosen!r} and {columns.rejected!r} do not share a prompt: they"
+                " differ before their last ones"
+            )
+        own = row.get(prompt_column)
+        wanted = own if not first or (template is not None and isinstance(own, str)) else first
+        parts = (wanted, first_response, second_response)
+    elif prompt_column in row:
+        parts = (row[prompt_column], chosen, rejected)
+    else:
+        parts = _split_transcripts(chosen, rejected, marker, where, prompt_column)
+    if parts[0] is None:
+        column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
+    return {**row, prompt_column: parts[0], columns.chosen: parts[1], columns.rejected: parts[2]}
+
+
+def _last_message(messages: list[Any], where: str, name: str) -> tuple[list[Any], str]:
+    """Return the messages before the last one, and the text of that one, which has to be the assistant's."""
+    last = messages[-1] if messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        raise DataError(
+            f'{where}: the messages in column {name!r} must end with {{"role": "assistant", "content": text}}, got'
+            f" {last!r}"
+        )
+    return messages[:-1], last["content"]
+
+
+def _split_transcripts(chosen: str, rejected: str, marker: str, where: str, prompt_column: str) -> tuple[str, str, str]:
+    ends = [text.rfind(marker) + len(marker) if marker in text else 0 for text in (chosen, rejected)]
+    prompt = chosen[: ends[0]]
+    if 0 in ends or prompt != rejected[: ends[1]]:
+        raise PairError(
+            f"{where}: there is no column {prompt_column!r} (data.prompt_column), and the transcripts do not share a"
+            f" prompt: they differ before the last {marker!r} (data.loading.response_marker), or have none"
+        )
+    if not prompt.removesuffix(marker).strip():
+        raise PairError(f"{where}: the prompt is empty: nothing stands before {marker!r}")
+    return prompt, chosen[ends[0] :], rejected[ends[1] :]

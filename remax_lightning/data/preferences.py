@@ -1,0 +1,162 @@
+"""Pairs of responses for the reward model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from remax_lightning.batch import PreferenceBatch
+from remax_lightning.data.base import TextDataModule
+from remax_lightning.data.collate import Example, PairExample, collate_pairs
+from remax_lightning.data.conversations import conversation_ids
+from remax_lightning.data.formatting import column
+from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.pairs import PairColumns, PairError, with_prompt
+from remax_lightning.data.reading import Row
+from remax_lightning.errors import DataError
+
+TEXT_TEMPLATE = "{prompt}{response}{eos}"
+"""What a reward model reads of a pair in plain text, in the words of `ClassifierReward.template`."""
+
+
+class PreferenceDataModule(TextDataModule):
+    r"""Yields `PreferenceBatch`: a prompt with a chosen and a rejected response, as whole conversations.
+
+    Plain text becomes prompt, response and end-of-sequence token, and is tokenised as one text, as `ClassifierReward`
+    does with the template `"{prompt}{response}{eos}"`; messages go through the tokenizer's chat template, as there
+    without one. Three forms are read: text beside a prompt, whole transcripts (hh-rlhf), and lists of messages.
+
+    Args:
+        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        tokenizer: folder or hub name of the reward model's tokenizer.
+        val_path: validation rows, of the same kinds. Testing and predicting read them too.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        prompt_column: column of the prompt: text, or a list of messages. Rows without it are whole conversations,
+            whose common beginning is the prompt.
+        pair_columns: columns of the two responses, and of a margin.
+        template: text around a plain prompt, with columns in braces, for instance `"Human: {prompt}\n\nAssistant:"`.
+        batch_size: pairs per pass and device.
+        max_prompt_length: longest prompt, in tokens.
+        max_length: longest conversation, in tokens; a pair with a longer one is left out and counted, since neither
+            prompt nor end can be spared.
+        seed: fixes the order of each epoch and the rows held out.
+        loading: rarer choices: pairs that cannot be used, overlong prompts, the three stages' shares, pad token.
+
+    Raises:
+        UserError: if a value is out of its range; the message names its key.
+    """
+
+    stage = "reward_model"
+    needs_eos = False
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str,
+        val_path: str | None = None,
+        val_size: int = 0,
+        prompt_column: str = "prompt",
+        pair_columns: PairColumns = PairColumns(),  # noqa: B008 (frozen)
+        template: str | None = None,
+        batch_size: int = 16,
+        max_prompt_length: int = 512,
+        max_length: int = 1024,
+        seed: int = 0,
+        loading: LoadingConfig = DEFAULT_LOADING,
+    ) -> None:
+        super().__init__(
+            path=path,
+            tokenizer=tokenizer,
+            val_path=val_path,
+            val_size=val_size,
+            prompt_column=prompt_column,
+            template=template,
+            batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            seed=seed,
+            loading=loading,
+        )
+        check_at_least(2, max_length=max_length)
+        self.pair_columns = pair_columns
+        self.max_length = max_length
+        self._kinds: set[bool] = set()
+
+    @property
+    def reward_template(self) -> str | None:
+        """How `ClassifierReward` makes the same text of prompt and response; None for its chat template."""
+        return None if True in self._kinds else TEXT_TEMPLATE
+
+    def _collate(self, num_splits: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
+        return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
+
+    def _row(self, row: Row, where: str) -> Row:
+        columns = self.pair_columns
+        row = with_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
+        if row[columns.chosen] == row[columns.rejected]:
+            raise PairError(f"{where}: {columns.chosen!r} and {columns.rejected!r} are equal, so neither is preferred")
+        if not row[columns.chosen].strip():
+            raise PairError(f"{where}: the chosen response in column {columns.chosen!r} is empty")
+        return row
+
+    def _complete(self, examples: list[Example], source: str) -> Sequence[PairExample]:
+        chosen, rejected = (
+            self._conversations(examples, name) for name in (self.pair_columns.chosen, self.pair_columns.rejected)
+        )
+        pairs: list[PairExample] = []
+        for example, first, second in zip(examples, chosen, rejected, strict=True):
+            if first == second:
+                message = (
+                    f"{example.where}: {self.pair_columns.chosen!r} and {self.pair_columns.rejected!r} are the same"
+                    " tokens, so neither is preferred"
+                )
+                if self.loading.bad_pairs == "error":
+                    raise PairError(message)
+                continue
+            margin = self._margin(example.row, example.where)
+            pairs.append(PairExample(first, second, margin, example.prompt, example.row, example.where, len(pairs)))
+        self._tell_bad_pairs(len(examples) - len(pairs), len(examples), source)
+        return within_limit(
+            pairs,
+            [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs],
+            self.max_length,
+            key="data.max_length",
+            source=source,
+            policy=self.loading.long_prompts,
+        )
+
+    def _conversations(self, examples: list[Example], name: str) -> list[list[int]]:
+        """Return the token ids of every prompt with its response in column `name`."""
+        eos = self.tokenizer.eos_token or ""
+        found: dict[int, list[int]] = {}
+        for is_chat in (False, True):
+            numbers = [
+                i for i, each in enumerate(examples) if isinstance(each.row[self.prompt_column], list) == is_chat
+            ]
+            texts = []
+            for each in (examples[i] for i in numbers):
+                response = each.row[name]
+                if is_chat:
+                    messages = [*each.row[self.prompt_column], {"role": "assistant", "content": response}]
+                    texts.append(str(self.tokenizer.apply_chat_template(messages, tokenize=False)))
+                else:
+                    texts.append(each.prompt + response + ("" if eos and response.endswith(eos) else eos))
+            found |= zip(numbers, conversation_ids(self.tokenizer, texts, is_chat=is_chat), strict=True)
+            self._kinds |= {is_chat} if numbers else set()
+        if len(self._kinds) > 1:
+            raise DataError(
+                f"{examples[0].where}: some prompts are text and some are messages, which a reward model cannot tell"
+                " apart later; make them alike, or set data.template where rows have both"
+            )
+        return [found[i] for i in range(len(examples))]
+
+    def _margin(self, row: Row, where: str) -> float:
+        name = self.pair_columns.margin
+        if name is None:
+            return 0.0
+        value: Any = column(row, name, where, key="data.pair_columns.margin")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{where}: column {name!r} must be a number, the margin of the pair, got {value!r}")
+        return float(value)

@@ -1,0 +1,148 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of a frozen model, the adapter, are all that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from remax_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINED, START = "default", "start"
+"""Names of the adapter in training, and of the frozen copy of one that training goes on with."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter that is trained in place of the model's own weights.
+
+    Args:
+        r: rank of each layer's update.
+        alpha: an update counts `alpha / r`-fold.
+        dropout: share of the adapter's inputs that training leaves out. 0, because the training pass would not see the
+            distribution that was sampled from.
+        target_modules: the layers that are adapted, by the last parts of their names (`q_proj`); None for every linear
+            layer but the output embedding.
+        path: folder or hub name of an adapter to go on with; the other keys are then those that it was saved with, and
+            must be left out.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, holds, expected in (
+            ("r", self.r, self.r >= 1, "at least 1"),
+            ("alpha", self.alpha, self.alpha > 0, "above 0"),
+            ("dropout", self.dropout, 0 <= self.dropout < 1, "0 or more and below 1"),
+            ("target_modules", "none", self.target_modules != [], "null or at least one name"),
+        ):
+            if not holds:
+                raise UserError(f"model.policy.lora.{name} must be {expected}, got {value}")
+        if self.path is not None and replace(self, path=None) != LoRAConfig():
+            raise UserError(
+                "model.policy.lora: r, alpha, dropout and target_modules are those of the adapter at"
+                f" path {self.path!r}; leave them out"
+            )
+
+
+def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -> PreTrainedModel:
+    """Return `model` frozen, with an adapter around it that is trained.
+
+    A new adapter changes nothing yet. One that was trained before is there twice, in training and as it was, so that
+    `at_start` finds its way back.
+
+    Args:
+        model: the base.
+        lora: the adapter.
+        key: the configuration key of `lora`, for messages.
+        seed: of a new adapter's random half, so that it is the same on all ranks and under every strategy.
+
+    Raises:
+        UserError: if the adapter cannot be made or loaded.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapted: Any
+    if lora.path is not None:
+        _check_adapter(lora.path, key)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if lora.path is not None:
+                adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
+                missing = adapted.load_adapter(lora.path, START).missing_keys
+                if missing:  # PEFT would leave them random
+                    raise ValueError(f"it has no {', '.join(missing[:2])}")
+            else:
+                settings = LoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=lora.target_modules or "all-linear",
+                    task_type="CAUSAL_LM",
+                )
+                adapted = get_peft_model(model, settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        doing = "cannot adapt" if lora.path is None else f"cannot load the adapter {lora.path!r} into"
+        raise UserError(f"{key}: {doing} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
+    # Of the precision that is trained in, also where the base is kept in fewer bits.
+    for name, parameter in adapted.named_parameters():
+        if not {TRAINED, START}.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(torch.get_default_dtype())
+    return cast("PreTrainedModel", adapted)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` was made by `add_adapter`."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+@contextmanager
+def at_start(policy: Any) -> Iterator[None]:
+    """Let an adapted policy be what it was when its training began: its base alone, or with the adapter it came with.
+
+    No second copy of the base is needed. Nothing may be trained inside.
+    """
+    if START not in policy.peft_config:
+        with policy.disable_adapter():
+            yield
+        return
+    policy.set_adapter(START, inference_mode=True)
+    try:
+        yield
+    finally:
+        policy.set_adapter(TRAINED)
+
+
+def _check_adapter(path: str, key: str) -> None:
+    """Refuse what is no LoRA adapter, before anything is loaded."""
+    from peft import PeftConfig
+
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UserError(f"{key}.path: there is no folder {path!r}; give the folder or hub name of an adapter")
+    try:
+        config: Any = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}.path: {path!r} is not an adapter (adapter_config.json is missing or unreadable); a whole model is"
+            " named in model.policy.path"
+        ) from error
+    if config.peft_type != "LORA":
+        raise UserError(f"{key}.path: expected a LoRA adapter, got {config.peft_type.value} in {path!r}")
+    if config.bias != "none":
+        raise UserError(
+            f"{key}.path: expected an adapter that leaves the base's biases alone, got bias {config.bias!r} in"
+            f" {path!r}; merge it into the base and name that in model.policy.path"
+        )

@@ -1,0 +1,252 @@
+"""The second stage: a reward model that learns from pairs of responses which of them is preferred."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remax_lightning.batch import Exported, PreferenceBatch
+from remax_lightning.errors import UserError
+from remax_lightning.functional import bradley_terry_loss
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules import checks
+from remax_lightning.modules.collect import evaluating
+from remax_lightning.modules.load_reward_model import load_reward_model
+from remax_lightning.modules.normalisation import Normalisation, ScoreLayers, fold, score_layers
+from remax_lightning.modules.pair_scores import PairScores, PairScoreSums
+from remax_lightning.modules.reporting import Sums
+from remax_lightning.modules.stage import StageModule
+from remax_lightning.rewards.pooling import Pooling, choose_pooling
+from remax_lightning.rewards.score_head import score_head
+from remax_lightning.strategies import loading_policy, shard_policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RewardModelModule(StageModule):
+    """Trains a reward model on pairs of responses with the likelihood of Bradley and Terry.
+
+    It starts from any model with a sequence classifier in transformers: a language model gets a new score head. The
+    score is read at the last real token, and validation says what has to be subtracted and divided to give scores of
+    mean 0 and variance 1 on its pairs; the exported classifier scores so.
+
+    Args:
+        reward_model: where the model starts: a language model, such as the one of the supervised stage, or a reward
+            model in a format that `ClassifierReward` reads.
+        tokenizer: folder or hub name; None takes the reward model's.
+        margin: what the score of a chosen response has to be ahead by, beside a row's own
+            (`data.pair_columns.margin`).
+        centering_coef: weight of the mean square of a pair's summed scores in the loss, which keeps scores around 0.
+            0.01 is its paper's choice; 0 leaves it out.
+        normalise: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
+        optimizer: AdamW by default.
+        lr_scheduler: stepped after each optimizer step.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    reward_model: PreTrainedModel
+
+    def __init__(
+        self,
+        reward_model: PretrainedModel,
+        tokenizer: str | None = None,
+        margin: float = 0.0,
+        centering_coef: float = 0.01,
+        normalise: bool = True,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler)
+        for name, value in (("margin", margin), ("centering_coef", centering_coef)):
+            if not 0 <= value < float("inf"):
+                raise UserError(f"model.{name} must be 0 or more, got {value}")
+        self.reward_model_source = reward_model
+        self.margin, self.centering_coef, self.normalise = margin, centering_coef, normalise
+        self._normalised_at: int | None = None
+        self._normalisation = Normalisation()
+        self._pooling: Pooling | None = None
+        self._layers = ScoreLayers(None, None)
+        self._training, self._held_out = Sums(), PairScoreSums()
+
+    # Loading
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The reward model."""
+        return self.reward_model
+
+    def configure_model(self) -> None:
+        """Load reward model and tokenizer; Lightning calls this where each strategy wants its models built."""
+        if "reward_model" in self._modules:
+            return
+        strategy, source = self.trainer.strategy, self.reward_model_source
+        with loading_policy(strategy, from_scratch=source.from_scratch, key="model.reward_model"):
+            model = load_reward_model(source)
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_policy(model, strategy.device_mesh)
+        self.reward_model = model
+        self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
+        self.tokenizer = self._find_tokenizer(needs_eos=False)
+        checks.check_tokenizer(
+            self.tokenizer, source, cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+        )
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+
+    def on_fit_start(self) -> None:
+        """Find out where the score is read, and check what only the whole run can tell."""
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
+        checks.check_text_length(self.reward_model, longest)
+        if self._pooling is not None:
+            return
+        with evaluating(self.reward_model):
+            self._pooling = choose_pooling(self.reward_model, self.tokenizer.all_special_ids)
+            ids = torch.tensor([[0, 1, 2]], device=self.device)
+            self._layers = score_layers(self.reward_model, ids)
+        checks.warn_of_shared_pad_token(self.tokenizer, self._pooling)
+
+    on_validation_start = on_fit_start
+    on_test_start = on_fit_start
+    on_predict_start = on_fit_start
+
+    # Training
+
+    def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Return the `[B]` float32 scores of chosen and rejected responses, made in one pass of the model."""
+        assert self._pooling is not None
+        pad_id = int(self.tokenizer.pad_token_id or 0)
+        input_ids, mask = _side_by_side(batch, pad_id)
+        chosen, rejected = self._pooling(self.reward_model, input_ids, mask.long()).chunk(2)
+        return chosen, rejected
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Take the negative log-likelihood of the preferences; a mean over pairs, so that micro-batches add up."""
+        chosen, rejected = self.scores(batch)
+        margin = batch.margin + self.margin
+        loss = bradley_terry_loss(chosen, rejected, len(chosen), margin, self.centering_coef)
+        ahead = (chosen - rejected).detach()
+        self._training.add({"loss": (loss, None), "accuracy": ((ahead > 0).float(), None), "margin": (ahead, None)})
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+            for name, mean in self._training.means(reduce).items():
+                self.log(f"train/{name}", mean, prog_bar=name != "margin", batch_size=1)
+        return {"loss": loss}
+
+    # Evaluation
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Score held-out pairs."""
+        self._held_out.add(batch, *self.scores(batch), batch.margin + self.margin)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Measure the pairs of all ranks, and remember what normalises their scores."""
+        self._measure("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Measure as in validation, logged under `test/`."""
+        self._measure("test")
+
+    def _measure(self, stage: str) -> None:
+        found = self._held_out.gathered()
+        if found is None:
+            return
+        for name, value in found.figures(self.centering_coef).items():  # the same on every rank already
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"))
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._remember(found)
+
+    def _remember(self, found: PairScores) -> None:
+        mean, std = found.moments()
+        if std == 0:
+            rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalised.")
+        self._normalisation, self._normalised_at = Normalisation(mean, std or 1.0), self.global_step
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return every pair with its scores, normalised as the last validation says."""
+        found = []
+        for i, (chosen, rejected) in enumerate(zip(*(scores.tolist() for scores in self.scores(batch)), strict=True)):
+            scores = {"chosen_reward": chosen, "rejected_reward": rejected}
+            mean, std = self._normalisation if self.normalise else Normalisation()
+            normalised = {name: (score - mean) / std for name, score in scores.items()}
+            found.append({"prompt": batch.prompts[i], **normalised, "row": batch.rows[i]})
+        return found
+
+    # Saving
+
+    def exported(self) -> Exported:
+        """Return what is saved as the reward model; every rank has to ask.
+
+        If the last validation was of other weights, the validation pairs are scored again.
+        """
+        if self.normalise and self._normalised_at != self.global_step:
+            self._score_validation_pairs()
+        template = getattr(getattr(self.trainer, "datamodule", None), "reward_template", None)
+        return Exported(
+            self.reward_model,
+            partial(
+                fold,
+                layers=self._layers,
+                head=score_head(self.reward_model),
+                normalisation=self._normalisation if self.normalise else Normalisation(),
+            ),
+            {
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "reward_template": template,
+                "score_normalisation": self._normalisation._asdict() if self.normalise else None,
+            },
+        )
+
+    def _score_validation_pairs(self) -> None:
+        loader, count = self.trainer.val_dataloaders, self.trainer.num_val_batches
+        if not loader or not count:
+            return
+        strategy = self.trainer.strategy
+        with evaluating(self.reward_model), torch.no_grad(), strategy.precision_plugin.val_step_context():
+            limit = count[0] if count[0] != float("inf") else None
+            for batch in islice(iter(loader), None if limit is None else int(limit)):
+                self.validation_step(strategy.batch_to_device(batch), 0)
+        found = self._held_out.gathered()
+        if found is not None:
+            self._remember(found)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what normalises the scores, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["score_normalisation"] = {**self._normalisation._asdict(), "step": self._normalised_at}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what normalises the scores."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("score_normalisation")
+        if state is not None:
+            self._normalisation = Normalisation(state["mean"], state["std"])
+            self._normalised_at = state["step"]
+
+
+def _side_by_side(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask `[2B, T]` of the chosen and then the rejected conversations, padded on the right alone.
+
+    Padding that is there already, on either side, goes: positions then count from 0 in every architecture, and a score
+    does not depend on what else is in the batch.
+    """
+    rows, masks = (batch.chosen_ids, batch.rejected_ids), (batch.chosen_mask, batch.rejected_mask)
+    width = max(each.shape[1] for each in rows)
+    ids = torch.cat([F.pad(each, (0, width - each.shape[1]), value=pad_id) for each in rows])
+    mask = torch.cat([F.pad(each, (0, width - each.shape[1]), value=False) for each in masks])
+    order = (~mask).long().argsort(dim=1, stable=True)
+    length = int(mask.sum(1).max())
+    ids, mask = ids.gather(1, order)[:, :length], mask.gather(1, order)[:, :length]
+    return ids.masked_fill(~mask, pad_id), mask

@@ -1,0 +1,143 @@
+"""What weight files of reward models hold, seen without loading them, and what other projects call their parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+
+Kind = Literal["transformers", "deepspeed_chat", "openrlhf", "trl_value_head"]
+
+DEEPSPEED_CHAT_BODIES = ("rwtranrsformer", "rwtransformer")
+"""What DeepSpeed-Chat calls the transformer: until 2023-11 with a slip of the pen, then without."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a weight file.
+
+    Args:
+        file: where it lies.
+        shape: its size in each dimension.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class RewardCheckpoint(NamedTuple):
+    """How a reward model was saved.
+
+    Args:
+        kind: whose format it is.
+        head: name of the score head's weight in the files; None where the model's own class knows it.
+        renames: patterns of stored names to the names of the transformers classifier.
+        bias: name of a bias of the score head that the transformers classifier has no place for.
+    """
+
+    kind: Kind
+    head: str | None = None
+    renames: dict[str, str] = {}  # noqa: RUF012 - never changed
+    bias: str | None = None
+
+    def renamed(self, name: str) -> str:
+        """Return what the transformers classifier calls a stored tensor."""
+        for pattern, target in self.renames.items():
+            name = re.sub(pattern, target, name)
+        return name
+
+
+def recognise(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
+    """Tell by the names of its tensors who saved a reward model.
+
+    Args:
+        names: the stored tensors.
+        config: its configuration.
+        body: what the transformers classifier calls its transformer, such as `model`.
+    """
+    for prefix in DEEPSPEED_CHAT_BODIES:
+        if any(name.startswith(f"{prefix}.") for name in names):
+            renames = {rf"^{prefix}\.": f"{body}.", r"^v_head\.": "score."}
+            return RewardCheckpoint("deepspeed_chat", "v_head.weight", renames)
+    if "v_head.summary.weight" in names:
+        bias = "v_head.summary.bias" if "v_head.summary.bias" in names else None
+        renames = {r"^v_head\.summary\.weight$": "score.weight"}
+        return RewardCheckpoint("trl_value_head", "v_head.summary.weight", renames, bias)
+    for head in (getattr(config, "value_head_prefix", None), "value_head"):
+        if head and f"{head}.weight" in names:
+            renames = {} if head == "score" else {rf"^{re.escape(head)}\.": "score."}
+            return RewardCheckpoint("openrlhf", f"{head}.weight", renames)
+    return RewardCheckpoint("transformers")
+
+
+def stored_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[str, StoredTensor]:
+    """Return the tensors in the weight files of a folder or a repository on the hub, without loading them.
+
+    Safetensors come first, whole or in shards. `.bin` files are opened where that is allowed, by
+    `torch.load(weights_only=True)`; where it is not, or there are no weights at all, nothing is returned, and whoever
+    loads the model will say so.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if name.endswith(".bin") and not allow_pickle:
+            break
+        if (whole := find_file(path, name, revision)) is not None:
+            return _tensors_in(whole)
+        if (index := find_file(path, f"{name}.index.json", revision)) is not None:
+            found: dict[str, StoredTensor] = {}
+            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                file = find_file(path, shard, revision)
+                if file is None:
+                    raise UserError(f"{index}: there is no file {shard!r}, which it names; complete the download")
+                found |= _tensors_in(file)
+            return found
+    return {}
+
+
+def find_file(path: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of a folder or of a repository on the hub, downloaded, or None where it has no such file."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def read_tensor(stored: StoredTensor, name: str) -> Tensor:
+    """Return one tensor of a weight file."""
+    from safetensors import safe_open
+
+    if stored.file.suffix == ".safetensors":
+        with safe_open(stored.file, "pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+    return _unpickled(stored.file, "cpu")[name]
+
+
+def _tensors_in(file: Path) -> dict[str, StoredTensor]:
+    from safetensors import safe_open
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            return {name: StoredTensor(file, tuple(opened.get_slice(name).get_shape())) for name in names}
+    weights = _unpickled(file, "meta")
+    return {name: StoredTensor(file, tuple(value.shape)) for name, value in weights.items() if hasattr(value, "shape")}
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+    # Mapped into memory, a file is read only where it is looked at; the format before 2020 cannot be.
+    weights = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    if not isinstance(weights, dict):
+        raise UserError(f"{file}: expected a dictionary of tensors by name, got a {type(weights).__name__}")
+    return weights

@@ -1,0 +1,73 @@
+"""The processes that Lightning starts beside the command, one for each further device: they end with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+_LAUNCHER = "REMAX_LAUNCHER"
+_PAUSE = 0.5
+
+
+def is_launched() -> bool:
+    """Whether Lightning has started this process beside a command's own."""
+    return _LAUNCHER in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def mark_launcher() -> None:
+    """Let the processes that Lightning starts from here know this one."""
+    os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def end_with_launcher() -> None:
+    """From now on end this process when the one that started it is gone, be it killed.
+
+    Nobody else would: Lightning watches over these processes from there. Without it they would wait for rank 0.
+    """
+    launcher = int(os.environ[_LAUNCHER])
+    threading.Thread(target=_watch, args=(launcher,), daemon=True, name="launcher-watch").start()
+
+
+class Launched:
+    """The processes that Lightning starts beside this one, if any.
+
+    Args:
+        trainer: whose they are; it starts them when it begins to run.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._launcher = trainer.strategy.launcher
+
+    def codes(self, seconds: float | None = None) -> list[int | None]:
+        """Wait for all of them to end, or so long, and return how they have ended; None where one has not."""
+        found: list[int | None] = []
+        for process in getattr(self._launcher, "procs", ()):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            found.append(process.poll())
+        return found
+
+    def death(self) -> str | None:
+        """Say which of them has been killed, so that this one's own error is but the echo; None if none was.
+
+        In a process that was started itself, the other way round: if its launcher is gone, this one ends here.
+        """
+        if is_launched():
+            time.sleep(2 * _PAUSE)
+        for rank, code in enumerate(self.codes(seconds=0.5), start=1):
+            if code is not None and code < 0:
+                return f"rank {rank} of this machine was killed ({signal.Signals(-code).name}), and the run with it"
+        return None
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_PAUSE)
+    sys.stderr.write(f"remax: process {launcher}, which started rank {os.environ['LOCAL_RANK']}, is gone; ending\n")
+    os._exit(1)  # whatever the process is doing or waiting for

@@ -1,0 +1,84 @@
+"""DeepSpeed's universal checkpoint: optimizer state by parameter, which any number of ranks can share out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from remax_lightning.errors import UserError
+
+FOLDER, LATEST = "universal", "latest_universal"
+
+
+def saved_ranks(checkpoint: Path) -> int:
+    """Return how many ranks have saved their part of the optimizer's state, 0 if it is no checkpoint of ZeRO."""
+    return len(list(checkpoint.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
+
+
+@contextmanager
+def spread_anew(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
+    """Let the engine inside load a checkpoint of another number of ranks; every rank has to enter and leave.
+
+    DeepSpeed's converter writes the checkpoint once more, by parameter, into the folder; it is gone afterwards.
+
+    Raises:
+        UserError: if the converter fails, as with optimizers other than Adam's kind.
+    """
+    ranks = saved_ranks(checkpoint)
+    rank_zero_info(f"Converting {checkpoint}, saved by {ranks} processes, for {strategy.world_size}.")
+    problem = _convert(checkpoint) if strategy.is_global_zero else ""
+    if problem := strategy.broadcast(problem):
+        raise UserError(
+            f"trainer.devices x num_nodes must be {ranks}, got {strategy.world_size}: DeepSpeed cannot spread the"
+            f" optimizer's state of {str(checkpoint)!r} over another number of processes: {problem}"
+        )
+    engine: Any = strategy.deepspeed_engine
+    kept = [dict(group) for group in engine.optimizer.optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+    _mend(engine.optimizer.optimizer, kept)
+    strategy.barrier("the universal checkpoint is read")
+    if strategy.is_global_zero:
+        _clear(checkpoint)
+
+
+def _convert(checkpoint: Path) -> str:
+    """Write the universal checkpoint; return what went wrong, or nothing."""
+    _clear(checkpoint)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / FOLDER)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode == 0:
+        return ""
+    _clear(checkpoint)
+    return (ended.stderr.strip() or "no message").splitlines()[-1]
+
+
+def _clear(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
+    (checkpoint / LATEST).unlink(missing_ok=True)
+
+
+def _mend(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
+    """Undo two things that DeepSpeed 0.19 does under ZeRO-3, wrong for torch's optimizers and for several groups.
+
+    All parameters come to share one tensor that counts the steps, which each of them would count up, and every group
+    gets the settings of the first, its weight decay among them.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    for group, before in zip(optimizer.param_groups, kept, strict=True):
+        group["weight_decay"] = before.get("weight_decay", 0.0)

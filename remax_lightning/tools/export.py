@@ -1,0 +1,211 @@
+"""`remax export`: a checkpoint of any strategy as one folder that transformers reads, or as a PEFT adapter."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from remax_lightning.callbacks.export_policy import write_whole
+from remax_lightning.callbacks.hugging_face import save_policy, share_tied
+from remax_lightning.cli import quieten
+from remax_lightning.data.tokenizers import load_tokenizer
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel
+from remax_lightning.models.adapters import adapter_dtype, holds_adapter, with_adapter
+from remax_lightning.models.checkpoints import TRUST, read_weights
+
+POLICY = "policy."
+"""What the names of the policy's weights begin with in a checkpoint."""
+_CONFIG = re.compile(r"config(_\d+)?\.yaml")
+_LEVELS = 3
+"""How far above a checkpoint its run's folder is looked for."""
+_KEPT = ("path", "dtype", "disable_dropout", "revision", "trust_remote_code", "allow_pickle")
+"""What of `model.policy` tells where the model comes from; the rest is about training."""
+
+
+class Run(NamedTuple):
+    """What the configuration of a run says of its policy.
+
+    Args:
+        source: where the policy came from; its weights are those of the start.
+        tokenizer: folder or hub name.
+        pad_token: `data.loading.pad_token`.
+        lora: `model.policy.lora`, empty without one.
+        quantization: `model.policy.quantization`: in what the base was kept while an adapter was trained.
+    """
+
+    source: PretrainedModel
+    tokenizer: str
+    pad_token: str | None
+    lora: dict[str, Any]
+    quantization: str | None
+
+
+def main(args: Sequence[str]) -> None:
+    """Write the policy of a checkpoint, with tokenizer and generation settings, for `from_pretrained` to read.
+
+    Takes checkpoints of one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2. LoRA adapters are merged into their
+    base. Memory holds one copy of the model, and of a checkpoint in shards one rank's.
+
+    Args:
+        args: what stands after `remax export`.
+    """
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax export", description=description, allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file or folder")
+    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
+    parser.add_argument("--config", type=Path, help="the run's configuration; found beside the checkpoint by default")
+    parser.add_argument("--adapter", action="store_true", help="write a LoRA adapter alone, as PEFT reads it")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument("--max_shard_size", type=_size, default="5GB", help="of a file of weights (default: 5GB)")
+    parser.add_argument(TRUST, action="store_true", help="read files that may run code of whoever wrote them")
+    options = parser.parse_args(args)
+    quieten()
+    out = _checked_target(options.out, options.checkpoint, options.overwrite)
+    weights = read_weights(options.checkpoint, POLICY, trusted=options.trust_checkpoint)
+    run = read_run(options.config or find_config(options.checkpoint))
+    tokenizer = load_tokenizer(
+        run.tokenizer,
+        trust_remote_code=run.source.trust_remote_code,
+        revision=run.source.revision,
+        pad_token=run.pad_token,
+        key="model.tokenizer",
+    )
+    if options.adapter:
+        adapter = _adapter(weights, run)
+
+        def write(folder: Path) -> None:
+            adapter.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    else:
+        model, whole = _merged(weights, run) if holds_adapter(weights) else _fitted(weights, run)
+
+        def write(folder: Path) -> None:
+            save_policy(model, tokenizer, whole, folder, max_shard_size=options.max_shard_size)
+
+    write_whole(out, write)
+    print(f"Exported the {'adapter' if options.adapter else 'policy'} of {options.checkpoint} to {options.out}.")
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, got {text}")
+    return text
+
+
+def _checked_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
+    """Return where to write, with nothing in the way that the user did not give up."""
+    target = out.resolve()
+    if target in (checkpoint.resolve(), *checkpoint.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()):
+        raise UserError(f"out must be a folder of its own, got {str(out)!r}, which holds other things")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"out must be a folder, and {str(out)!r} is a file; give another name")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"out: {str(out)!r} is not empty; give another folder, or --overwrite to replace it")
+    return target
+
+
+def find_config(checkpoint: Path) -> Path:
+    """Return the configuration that the command line saved in the folder of the checkpoint's run.
+
+    Raises:
+        UserError: if there is none, or several whose policies differ.
+    """
+    for folder in checkpoint.absolute().parents[:_LEVELS]:
+        found = [path for path in sorted(folder.glob("config*.yaml")) if _CONFIG.fullmatch(path.name)]
+        if not found:
+            continue
+        runs = [read_run(path) for path in found]
+        if any(run != runs[0] for run in runs):
+            names = ", ".join(path.name for path in found)
+            raise UserError(
+                f"--config must say which of {names} in {folder} is the checkpoint's: their policies differ"
+            )
+        return found[0]
+    raise UserError(
+        f"--config must name the configuration of the run of {str(checkpoint)!r}: there is no config.yaml in the"
+        " folders above it"
+    )
+
+
+def read_run(path: Path) -> Run:
+    """Read what a configuration says of the policy.
+
+    Raises:
+        UserError: if it cannot be read or names no policy.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    model, data = (_section(config, name) for name in ("model", "data"))
+    policy = _section(model, "policy")
+    if not isinstance(policy.get("path"), str):
+        raise UserError(f"--config: {str(path)!r} has no model.policy.path; give the configuration of the run")
+    return Run(
+        source=PretrainedModel(**{name: policy[name] for name in _KEPT if name in policy}),
+        tokenizer=model.get("tokenizer") or policy["path"],
+        pad_token=_section(data, "loading").get("pad_token"),
+        lora=_section(policy, "lora"),
+        quantization=policy.get("quantization"),
+    )
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    """Return a mapping of the configuration, what stands under `init_args` where it is that of a class."""
+    found = config.get(name) if isinstance(config, dict) else None
+    found = found if isinstance(found, dict) else {}
+    inner = found.get("init_args")
+    return inner if isinstance(inner, dict) else found
+
+
+def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
+    """Return the model without weights, and all that it needs."""
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    model: Any = run.source.empty("model.policy", dtype)
+    places: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    shared = share_tied(model, weights)
+    there = {id(places[name]): shared[name] for name in shared}  # one, whatever its names are
+    for names, what in (
+        ([name for name, place in places.items() if id(place) not in there], "lacks"),
+        ([name for name in weights if name not in places], "has, and model.policy.path has not,"),
+        ([name for name in shared if shared[name].shape != places[name].shape], "has, in another shape,"),
+        ([name for name in shared if not torch.equal(shared[name], weights[name])], "has untied, against its config,"),
+    ):
+        if names:
+            raise UserError(
+                f"checkpoint: it {what} {len(names)} weights ({', '.join(names[:3])}); give the configuration of its"
+                " run with --config"
+            )
+    return model, {name: there[id(place)] for name, place in places.items()}
+
+
+def _adapter(weights: dict[str, Tensor], run: Run) -> Any:
+    """Return the adapter around a model without weights."""
+    if not holds_adapter(weights):
+        raise UserError("--adapter is for a checkpoint with a LoRA adapter, and this one holds whole weights")
+    adapter = {name: value for name, value in weights.items() if ".lora_" in name}
+    return with_adapter(run.source.empty("model.policy", adapter_dtype(weights)), adapter, run.lora)
+
+
+def _merged(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
+    """Return the base with the adapter merged into its weights."""
+    if run.quantization is not None:
+        raise UserError(
+            f"model.policy.quantization is {run.quantization}: the adapter was trained on a base in few bits, and would"
+            " be merged into another one; export it with --adapter, or take what the run itself has exported"
+        )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(adapter_dtype(weights))  # in which the base was loaded
+    try:
+        base = run.source.load("model.policy")
+    finally:
+        torch.set_default_dtype(default)
+    return with_adapter(base, weights, run.lora).merge_and_unload(safe_merge=True), None

@@ -1,0 +1,222 @@
+"""Two processes under the real command, a callback that ends one of them, and what was left of the run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from commands import changed, small_config, write_config
+from distributed.processes import TESTS
+from lightning.pytorch import Callback
+
+from remax_lightning.cli import config_folder
+
+STEPS = 4
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PLACES = ("rollout", "between", "saving", "saved")
+PROMPTS = 24  # two epochs to a run
+
+
+class WriteLosses(Callback):
+    """Appends the loss of each step to a file of the rank's own, which stays when the process is killed."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = float(trainer.callback_metrics["train/loss"])
+        with (self.folder / f"losses-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.global_step, loss]) + "\n")
+
+
+class Hit(Callback):
+    """Sends one rank a signal at a place of the step after `step` others, and notes the time.
+
+    Args:
+        folder: where the time is written down.
+        place: `rollout`: in its middle; `between`: before its batch; `validation`; `saving`: with one of the
+            checkpoint's files half written; `saved`: as soon as the checkpoint is there.
+        rank: whose process.
+        step: optimizer steps done before.
+        signum: by name; SIGKILL is what a machine's end is to a process.
+    """
+
+    def __init__(self, folder: str, place: str, rank: int, step: int = 1, signum: str = "SIGKILL") -> None:
+        self.folder, self.place, self.rank, self.step = Path(folder), place, rank, step
+        self.signum = signal.Signals[signum]
+
+    def due(self, trainer: Any, place: str, after: int = 0) -> bool:
+        """Whether this is the place; `after` steps more are done than before the step."""
+        now = (place, trainer.global_rank, trainer.global_step - after)
+        return now == (self.place, self.rank, self.step)
+
+    def hit(self) -> None:
+        (self.folder / "hit").write_text(repr(time.time()))
+        os.kill(os.getpid(), self.signum)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        engine, save, write = pl_module.engine, trainer.save_checkpoint, torch.save
+        generate = engine.generate
+
+        def hit_in_rollout(*args: Any, **options: Any) -> Any:
+            if self.due(trainer, "rollout") and trainer.training:
+                self.hit()
+            return generate(*args, **options)
+
+        def hit_after_save(*args: Any, **options: Any) -> None:
+            save(*args, **options)
+            if self.due(trainer, "saved", after=1):
+                self.hit()
+
+        def hit_in_file(obj: Any, file: Any, *args: Any, **options: Any) -> None:
+            # Into memory tensors go that are sent to other ranks.
+            if self.due(trainer, "saving", after=1) and not isinstance(file, io.BytesIO):
+                whole = io.BytesIO()
+                write(obj, whole)
+                half = whole.getvalue()[: len(whole.getvalue()) // 2]
+                Path(file).write_bytes(half) if isinstance(file, str | Path) else file.write(half)
+                self.hit()
+            write(obj, file, *args, **options)
+
+        engine.generate, trainer.save_checkpoint, torch.save = hit_in_rollout, hit_after_save, hit_in_file
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(trainer, "between"):
+            self.hit()
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.due(trainer, "validation") and not trainer.sanity_checking:
+            self.hit()
+
+
+class StopAlone(Callback):
+    """Stops the run on one rank only, as a callback does that looks at its own figures."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop |= trainer.global_rank == 1 and trainer.global_step == 2
+
+
+CALLS = {"reward": 0}
+
+
+def reward(
+    prompts: list[str], responses: list[str], rows: list[dict[str, Any]], rank: int, waits: float = 0.0
+) -> list[float]:
+    """A reward that fails in the second rollout of one rank, or keeps it from the others for so many seconds."""
+    CALLS["reward"] += 1
+    if CALLS["reward"] == 2 and int(os.environ.get("LOCAL_RANK", "0")) == rank:
+        if not waits:
+            raise ConnectionError("the scorer is gone")
+        time.sleep(waits)
+    return [float(len(response)) for response in responses]
+
+
+class Ended(NamedTuple):
+    """How a run ended: exit code, what it printed, seconds from the hit to the end of its last process."""
+
+    code: int
+    out: str
+    seconds: float | None
+
+
+def write_run(
+    folder: Path, policy: str, strategy: str, callbacks: list[dict[str, Any]], save_every: int = 1, **values: Any
+) -> list[str]:
+    """Write the configuration of a run of four steps, each with a rollout and a checkpoint; return its arguments."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = {"every_n_train_steps": save_every, "filename": "{step}"}  # keeps the last one only, as by default
+    saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
+    losses = {"class_path": "distributed.killing.WriteLosses", "init_args": {"folder": str(folder)}}
+    config = small_config(folder, policy, rows=PROMPTS)
+    config = changed(
+        config,
+        trainer__devices=2,
+        trainer__max_steps=STEPS,
+        trainer__callbacks=[losses, saves, *callbacks],
+        data__batch_size=4,
+        export={"best": False, "last": False},
+        **values,
+    )
+    overlay = yaml.safe_load((config_folder() / "strategies" / f"{strategy}.yaml").read_text())
+    config["trainer"] |= overlay["trainer"]
+    if strategy == "zero3":  # spread even what is small
+        spread = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        init_args = {"config": {"zero_allow_untested_optimizer": True, "zero_optimization": spread}}
+        config["trainer"]["strategy"]["init_args"] = init_args
+    return ["fit", "--config", write_config(folder / "run.yaml", config)]
+
+
+def hit(folder: Path, place: str, rank: int, **options: Any) -> dict[str, Any]:
+    """The entry of `trainer.callbacks` that hits a rank."""
+    arguments = {"folder": str(folder), "place": place, "rank": rank, **options}
+    return {"class_path": "distributed.killing.Hit", "init_args": arguments}
+
+
+def remax(
+    folder: Path, *arguments: str, timeout: float = 100, during: Callable[[subprocess.Popen[bytes]], None] | None = None
+) -> Ended:
+    """Run the command in a session of its own and wait for all processes of that; `during` may look at it meanwhile."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    (folder / "hit").unlink(missing_ok=True)
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, str(TESTS / "command_script.py"), *arguments]
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            if during is not None:
+                during(process)
+            process.wait(timeout)
+            wait_for_session(process.pid, timeout=30)
+            ended = time.time()
+        finally:
+            end_session(process)
+        log.seek(0)
+        out = log.read().decode(errors="replace")
+    seconds = ended - float((folder / "hit").read_text()) if (folder / "hit").exists() else None
+    return Ended(process.returncode, out, seconds)
+
+
+def wait_for_session(group: int, timeout: float) -> None:
+    """Wait until no process of the session is left."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a process of the run is still there")
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def losses(folder: Path, rank: int = 0) -> dict[int, list[float]]:
+    """By step, its loss each time that the step was taken."""
+    found: dict[int, list[float]] = {}
+    path = folder / f"losses-{rank}.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        step, loss = json.loads(line)
+        found.setdefault(step, []).append(loss)
+    return found

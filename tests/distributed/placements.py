@@ -1,0 +1,95 @@
+"""Runs whose reference and reward model are kept in every place; run by test_placements.py on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed.invariance import make_strategy
+from distributed.sharded import local
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules.two_ranks import PromptEngine
+from runs import PROMPTS, make_trainer, prompt_data, remax_module, write_rows
+
+from remax_lightning.models import PretrainedModel
+from remax_lightning.modules import KLConfig
+from remax_lightning.rewards import ClassifierReward
+
+PLACEMENTS = ("replicate", "shard", "cpu")
+CASES = [("ddp", placement, estimator) for placement in PLACEMENTS for estimator in ("k1", "full")]
+# Replicated they are in every other test of these.
+CASES += [(strategy, placement, "k1") for strategy in ("fsdp2", "zero2", "zero3") for placement in ("shard", "cpu")]
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class Look(Callback):
+    """Looks at the frozen models between their passes, and at the figures."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"losses": []}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        frozen = {"reference": pl_module.reference, "reward": pl_module.reward.model}
+        for name, model in frozen.items():
+            self.seen[name] = sum(local(value).numel() for value in model.parameters())
+            self.seen[f"{name}_layers"] = sum(local(value).numel() for value in layers(model).parameters())
+        every = [value for model in frozen.values() for value in model.parameters()]
+        self.seen["gradients"] = sum(value.requires_grad or value.grad is not None for value in every)
+        optimized = {id(value) for group in trainer.optimizers[0].param_groups for value in group["params"]}
+        self.seen["optimized"] = sum(id(value) in optimized for value in every)
+        self.seen["registered"] = sum(value is each for value in every for each in pl_module.parameters())
+
+
+def layers(model: Any) -> Any:
+    return model.model.layers
+
+
+def run(strategy: str, placement: str, folder: Path, ranks: int = 2, estimator: str = "k1") -> dict[str, Any]:
+    """Train for two steps and validate, on rows of which one rank has one more, and so one more pass of each model."""
+    own, policy = folder / f"data{ranks}-{RANK}", str(folder / "policy")
+    own.mkdir(exist_ok=True)
+    look, files = Look(), folder / f"{strategy}-{placement}-{estimator}"
+    template = "{prompt} {response}"
+    module = remax_module(
+        policy,
+        reference=PretrainedModel(str(folder / "reference"), placement=placement),
+        kl_coef=0.05,
+        kl=KLConfig(estimator, reference_batch_size=2),
+        rollout=PromptEngine(),
+        reward=ClassifierReward(str(folder / "reward"), template, batch_size=2, placement=placement),
+    )
+    rows = write_rows(own / "validation.jsonl", ({"prompt": prompt} for prompt in PROMPTS[:5]))
+    data = prompt_data(own, policy, batch_size=6 // ranks, val_path=rows)
+    saves = ModelCheckpoint(files, filename="{step}", every_n_train_steps=2)
+    trainer = make_trainer(
+        folder,
+        [look, saves],
+        devices=ranks,
+        strategy=make_strategy(strategy),
+        max_steps=2,
+        enable_checkpointing=True,
+        num_sanity_val_steps=1,
+        limit_val_batches=1.0,
+        val_check_interval=1,
+    )
+    torch.manual_seed(0)
+    trainer.fit(module, data)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "time" not in name}
+    return {**look.seen, "validated": {name: value for name, value in figures.items() if name.startswith("val/")}}
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for case in CASES:
+        found = run(case[0], case[1], root, estimator=case[2])
+        assert torch.distributed.get_world_size() == 2
+        (root / f"{'-'.join(case)}-{RANK}.json").write_text(json.dumps(found))
+        print(*case, found["losses"], flush=True)

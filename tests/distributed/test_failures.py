@@ -1,0 +1,138 @@
+"""One process of two fails, is killed or is told to end, under the real command: all end, in seconds, and say why."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.killing import STEPS, STRATEGIES, hit, losses, remax, write_run
+from runs import save_policy
+
+pytestmark = pytest.mark.slow
+
+SOON = 15.0
+"""Seconds: Lightning looks for dead processes every 5, and the machine may be busy. A collective would wait 1800."""
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def whole(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = remax(folder, *write_run(folder, policy, "ddp", []))
+    assert ended.code == 0, ended.out
+    found = losses(folder)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return [found[step][0] for step in found]
+
+
+def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(policy: str, tmp_path: Path) -> None:
+    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1}}
+    started = time.monotonic()
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], model__reward__init_args=reward))
+    assert ended.code == 2, ended.out
+    message = "remax: error: rank 1: model.reward: FunctionReward(distributed.killing.reward) raised"
+    assert ended.out.count(message) == 1
+    assert "ConnectionError: the scorer is gone" in ended.out
+    assert "Traceback" not in ended.out
+    assert time.monotonic() - started < 60
+    assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [[1], [1]]
+
+
+@pytest.mark.parametrize(("rank", "code"), [(1, 1), (0, -9)])
+def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(rank: int, code: int, policy: str, tmp_path: Path) -> None:
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [hit(tmp_path, "rollout", rank)]))
+    assert ended.code == code, ended.out
+    assert ended.seconds is not None
+    assert ended.seconds < SOON
+    told = "rank 1 of this machine was killed (SIGKILL)" if rank == 1 else "which started rank 1, is gone"
+    assert told in ended.out
+    assert "Traceback" not in ended.out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, policy: str, tmp_path: Path) -> None:
+    """As on GPUs, where a broken connection is not noticed: the other rank is busy for long."""
+    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1 - rank, "waits": 100.0}}
+    killed = [hit(tmp_path, "rollout", rank)]
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", killed, model__reward__init_args=reward))
+    assert ended.code != 0
+    assert ended.seconds is not None
+    assert ended.seconds < SOON
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_killed_within_a_save_goes_on_from_the_checkpoint_before(
+    strategy: str, policy: str, whole: list[float], tmp_path: Path
+) -> None:
+    """Half of a file of the third checkpoint is there; the second is whole, and the first gone as it should be."""
+    writer = 0 if strategy == "ddp" else 1  # where every rank has a part, rank 0's may be complete
+    arguments = write_run(tmp_path, policy, strategy, [hit(tmp_path, "saving", writer, step=2)])
+    ended = remax(tmp_path, *arguments)
+    assert ended.code != 0
+    [folder] = tmp_path.glob("runs/remax/*/checkpoints")
+    assert [path.name for path in folder.glob("*.ckpt")] == ["step=2.ckpt"]
+    assert [path.name for path in folder.glob(".unfinished/*.ckpt")] == ["step=3.ckpt"]
+    arguments = write_run(tmp_path, policy, strategy, [])
+    ended = remax(tmp_path, *arguments, "--ckpt_path", "last")
+    assert ended.code == 0, ended.out
+    found = losses(tmp_path)
+    assert {step: len(times) for step, times in found.items()} == {1: 1, 2: 1, 3: 2, 4: 1}
+    assert found[3][0] == found[3][1]
+    assert [times[-1] for times in found.values()] == pytest.approx(whole, abs=1e-5)
+    assert not (folder / ".unfinished").exists()
+
+
+class Told:
+    """Sends SIGTERM to the command, as a scheduler does, once the first step is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, process: subprocess.Popen[bytes]) -> None:
+        while not losses(self.folder) and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_sigterm_to_the_command_saves_and_the_run_goes_on(
+    strategy: str, policy: str, whole: list[float], tmp_path: Path
+) -> None:
+    arguments = write_run(tmp_path, policy, strategy, [], save_every=100)
+    ended = remax(tmp_path, *arguments, during=Told(tmp_path))
+    assert ended.code == 143, ended.out
+    done = [losses(tmp_path, rank) for rank in (0, 1)]
+    assert len(done[0]) == len(done[1]) < STEPS
+    [saved] = tmp_path.glob("runs/remax/*/checkpoints/*")
+    assert saved.name == "last.ckpt"
+    ended = remax(tmp_path, *arguments, "--ckpt_path", "last")
+    assert ended.code == 0, ended.out
+    found = losses(tmp_path)
+    assert all(len(times) == 1 for times in found.values())
+    assert [found[step][0] for step in sorted(found)] == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["rollout", "validation"])
+def test_sigterm_to_another_rank_ends_all_at_the_same_step(place: str, policy: str, tmp_path: Path) -> None:
+    told = hit(tmp_path, place, rank=1, step=2, signum="SIGTERM")
+    arguments = write_run(tmp_path, policy, "ddp", [told])  # two steps to an epoch, which then validates
+    ended = remax(tmp_path, *arguments)
+    assert ended.code == 143, ended.out
+    steps = 3 if place == "rollout" else 2
+    assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [list(range(1, steps + 1))] * 2
+    assert [path.name for path in tmp_path.glob("runs/remax/*/checkpoints/*")] == [f"step={steps}.ckpt"]
+
+
+def test_a_callback_that_stops_one_rank_stops_all(policy: str, tmp_path: Path) -> None:
+    stop: dict[str, Any] = {"class_path": "distributed.killing.StopAlone"}
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [stop]))
+    assert ended.code == 0, ended.out
+    assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [[1, 2], [1, 2]]

@@ -1,0 +1,120 @@
+"""Four steps are two and two, under every strategy, and on another number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from distributed.invariance import STRATEGIES
+from distributed.processes import launch
+from runs import save_policy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    save_policy(folder / "policy", "gpt2")
+    save_policy(folder / "reference", "gpt2", noise=0.02)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exactly(folder: Path) -> Path:
+    launch("distributed.resume", str(folder), "exactly")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    """Checkpoints of two ranks."""
+    launch("distributed.resume", str(folder), "save")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(exactly: Path, two: Path) -> Path:
+    """Checkpoints of one rank, and what one rank makes of those of two."""
+    launch("distributed.resume", str(two), "save", "elsewhere=2", "refused", ranks=1)
+    return two
+
+
+@pytest.fixture(scope="module")
+def back(one: Path) -> Path:
+    """What two ranks make of those of one."""
+    launch("distributed.resume", str(one), "elsewhere=1")
+    return one
+
+
+def found(folder: Path, name: str, ranks: int = 2) -> list[Any]:
+    """What each rank wrote down."""
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_repeats_the_uninterrupted_one(strategy: str, exactly: Path) -> None:
+    """With dropout, and random numbers of its own on every rank."""
+    for rank in found(exactly, f"exactly-{strategy}"):
+        assert len(set(rank["whole"])) == 4
+        assert rank["2"] == rank["whole"][2:]
+        assert rank["3"] == rank["whole"][3:]  # from within a rollout
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_holds_the_policy_and_no_frozen_model(strategy: str, two: Path) -> None:
+    expected = {f"policy.{name}" for name in tiny_model("gpt2").state_dict()}
+    assert weights_in(two / f"save-2-{strategy}" / "step=2.ckpt") == expected
+
+
+def weights_in(checkpoint: Path) -> set[str]:
+    """The names of all weights that a checkpoint holds."""
+    if checkpoint.is_file():
+        return set(torch.load(checkpoint, weights_only=True)["state_dict"])
+    if (checkpoint / "meta.pt").exists():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
+    names = set()
+    for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
+        names |= set(torch.load(file, weights_only=False)["module"])
+    return names
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_process_goes_on_where_two_stopped(strategy: str, one: Path) -> None:
+    check_elsewhere(one, strategy, 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_go_on_where_one_stopped(strategy: str, back: Path) -> None:
+    check_elsewhere(back, strategy, 2)
+
+
+def check_elsewhere(folder: Path, strategy: str, ranks: int) -> None:
+    """Whether `ranks` ranks made of the other number's checkpoint what they would have made of their own."""
+    whole = found(folder, f"save-{ranks}-{strategy}", ranks)[0]
+    validated = found(folder, "from-2-ddp", 1)[0]["validated"]
+    for rank in found(folder, f"from-{3 - ranks}-{strategy}", ranks):
+        assert rank["losses"] == pytest.approx(whole[2:], abs=1e-5)
+        assert rank.get("validated", validated) == pytest.approx(validated, abs=1e-5)
+        assert not {"universal", "latest_universal"} & set(rank["left"])  # converted for a while only
+
+
+def test_what_cannot_be_resumed_is_refused_with_the_reason(one: Path) -> None:
+    messages = found(one, "refused", 1)[0]
+    expected = {
+        "within a rollout": "trainer.devices x num_nodes must be 2, got 1",
+        "a file for ZeRO": "is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy",
+        "a folder for DDP": "is a folder, as DeepSpeed and FSDP2 write it",
+        "ZeRO's folder for FSDP2": "is no checkpoint of FSDP2",
+        "SGD under ZeRO": "cannot spread the optimizer's state",
+    }
+    assert set(messages) == set(expected)
+    for name, text in expected.items():
+        assert text in messages[name]

@@ -1,0 +1,270 @@
+"""Recorded steps: the same numbers as the model's own, from the weights as they are now, or else no recording."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from remax_lightning.rollout import PairedEngine, SamplingConfig, decoding, recorded
+from remax_lightning.rollout.recorded import Recorder
+
+EOS, PAD = 2, 3
+IDS = torch.randint(5, 90, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 3)
+
+
+def roll_out(engine: PairedEngine, model: Any, seed: int = 0, length: int = 40, **options: Any) -> Any:
+    return engine.generate(
+        model,
+        IDS.to(model.device),
+        torch.ones_like(IDS, dtype=torch.bool, device=model.device),
+        sampling=SamplingConfig(max_response_length=length),
+        eos_ids=[EOS],
+        pad_id=PAD,
+        generator=torch.Generator(model.device).manual_seed(seed),
+        log_probs=True,
+        **options,
+    )
+
+
+def equal(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+def test_replayed_rollouts_are_the_models_own_bit_for_bit(family: str) -> None:
+    model = tiny_model(family)
+    engine, plain = PairedEngine(), PairedEngine(record=False)
+    for seed in (0, 1, 0, 1):
+        assert equal(roll_out(engine, model, seed), roll_out(plain, model, seed))
+    assert engine.recorder.obstacle == ""
+    assert len(engine.recorder._replays) >= 2
+
+
+def test_a_shape_is_recorded_when_it_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 9)
+    model, engine = tiny_model("llama"), PairedEngine()
+    calls = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    roll_out(engine, model, length=10)
+    assert len(calls) == 10  # the prompts, and a step for every token but the last
+    roll_out(engine, model, length=10)
+    assert len(calls) == 10 + 3  # the prompts; the step once to write it down, and once itself
+    roll_out(engine, model, length=10)
+    assert len(calls) == 10 + 3 + 1
+
+
+def test_replays_see_updates_of_the_weights() -> None:
+    model, engine = tiny_model("llama"), PairedEngine()
+    before = [roll_out(engine, model) for _ in range(3)][-1]
+    assert engine.recorder._replays
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    after = roll_out(engine, model)
+    assert engine.recorder._replays
+    assert equal(after, roll_out(PairedEngine(record=False), model))
+    assert not torch.equal(before.greedy_ids, after.greedy_ids)
+
+
+def test_weights_elsewhere_are_recorded_anew_and_not_at_all_when_they_keep_moving(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, engine = tiny_model("llama"), PairedEngine()
+    for _ in range(3):
+        roll_out(engine, model, length=4)
+    for move in (1, 2):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone() * 1.1
+        with caplog.at_level("INFO"):
+            moved = [roll_out(engine, model, length=4) for _ in range(3)]
+        assert equal(moved[-1], roll_out(PairedEngine(record=False), model, length=4))
+        assert bool(engine.recorder._replays) == (move == 1)
+    assert "not recorded, since its weights lie elsewhere in every rollout" in caplog.text
+
+
+def test_a_model_with_hooks_is_run_itself(caplog: pytest.LogCaptureFixture) -> None:
+    model, engine, seen = tiny_model("llama"), PairedEngine(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            roll_out(engine, model, length=5)
+    assert len(seen) == 15
+    assert "decoding steps of LlamaForCausalLM are not recorded, since it has hooks" in caplog.text
+
+
+def test_a_model_that_looks_at_its_values_is_run_itself(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = tiny_model("llama"), PairedEngine()
+    plain = roll_out(PairedEngine(record=False), model)
+    act = model.model.layers[0].mlp.act_fn
+    monkeypatch.setattr(type(act), "forward", lambda self, x: nn.functional.silu(x) if x.sum() > -1e9 else x)
+    with caplog.at_level("INFO"):
+        found = [roll_out(engine, model) for _ in range(3)]
+    assert all(equal(each, plain) for each in found)
+    assert "decoding steps of the policy are not recorded, since recording failed (RuntimeError" in caplog.text
+
+
+def test_an_adapter_that_is_switched_off_is_not_replayed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    engine = PairedEngine()
+    on = [roll_out(engine, wrapped) for _ in range(3)][-1]
+    assert engine.recorder._replays
+    with wrapped.disable_adapter():
+        off = roll_out(engine, wrapped)
+        assert equal(off, roll_out(PairedEngine(record=False), wrapped))
+    assert not equal(on, off)
+
+
+def test_the_shape_unused_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "MOST_SHAPES", 2)
+    monkeypatch.setattr(recorded, "RUNS_BEFORE", 1)
+    recorder, inputs = Recorder(), (torch.ones(2),)
+    model = nn.Linear(1, 1)
+    for _ in range(2):
+        recorder.begin(model)
+        for key in ("a", "b", "a", "c"):
+            recorder.run(key, lambda x: x + 1, inputs)
+    assert list(recorder._replays) == ["a", "c"]
+
+
+# Writing a step down
+
+
+def write_down(step: Any, *inputs: torch.Tensor) -> Any:
+    with torch.no_grad():
+        return recorded._write_down(step, inputs)
+
+
+def test_what_a_step_writes_into_is_made_anew_each_time() -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(3)
+        sums += x  # were the zeros a constant of the recording, sums would go on
+        return sums * torch.arange(3)
+
+    replay = write_down(step, torch.ones(3))
+    for _ in range(2):
+        assert replay(torch.full((3,), 2.0)).tolist() == [0.0, 2.0, 4.0]
+
+
+def test_inputs_are_written_into() -> None:
+    def step(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        x.index_copy_(0, place, torch.full((1,), 7.0))
+        return x[1:].sum()
+
+    replay = write_down(step, torch.zeros(4), torch.tensor([1]))
+    x = torch.zeros(4)
+    assert replay(x, torch.tensor([2])) == 7
+    assert x.tolist() == [0, 0, 7, 0]
+
+
+def test_what_is_known_beforehand_is_not_computed_again() -> None:
+    weight, operators = torch.randn(3, 4), []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    replay = write_down(lambda x: torch.arange(4).add(1) * (x @ weight.t().t()), torch.randn(2, 3))
+    x = torch.randn(2, 3)
+    with Count():
+        got = replay(x)
+    assert operators == ["mm", "mul"]
+    torch.testing.assert_close(got, torch.arange(1, 5) * (x @ weight))
+    weight *= 2
+    torch.testing.assert_close(replay(x), 2 * got)
+
+
+# CUDA
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where Python reads a tensor's values: a CUDA graph cannot, and a queue of kernels would have to wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("log_probs", [True, False])
+def test_between_two_looks_nothing_is_read_from_the_device(log_probs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decoding step does on CUDA, but on this device: the looks are left out, and then nothing may read."""
+    monkeypatch.setattr(decoding.Decoding, "_rows_are_left", lambda self, step: True)
+    model = tiny_model("llama")
+    sampling = SamplingConfig(max_response_length=8, min_response_length=2, top_p=0.9, top_k=5)
+    rows = torch.arange(4).repeat(2)
+    loop = decoding.Decoding(
+        model, IDS, torch.ones_like(IDS, dtype=torch.bool), rows, sampling, None, [], decoding.Buffers.make
+    )
+    with torch.no_grad(), NoHostReads():
+        written = loop.write([EOS], PAD, torch.Generator().manual_seed(0), log_probs, None)
+    assert written.ids.shape == (8, 8)
+
+
+def test_a_graph_is_captured_at_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what only CUDA has: what is warmed up, captured and replayed, and in which order."""
+    happened: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            happened.append("replay")
+
+    class Within:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.name = "capture" if args and isinstance(args[0], Graph) else "stream"
+
+        def __enter__(self) -> None:
+            happened.append(self.name)
+
+        def __exit__(self, *_: Any) -> None:
+            happened.append(f"end of {self.name}")
+
+        def wait_stream(self, _: Any) -> None:
+            pass
+
+    for name, fake in {
+        "Stream": Within, "stream": Within, "graph": Within, "CUDAGraph": Graph, "current_stream": Within,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        happened.append(f"step, autocast cache {torch.is_autocast_cache_enabled()}")
+        return x + 1
+
+    replay = recorded._capture(step, (torch.ones(1),))
+    run = "step, autocast cache False"
+    assert happened == ["stream", run, run, "end of stream", "capture", run, "end of capture"]
+    assert replay(torch.ones(1)).item() == 2
+    assert happened[-1] == "replay"
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep_slots", [True, False])
+def test_cuda_graphs_write_what_the_model_writes(dtype: torch.dtype, keep_slots: bool) -> None:
+    model = tiny_model("llama").to("cuda", dtype)
+    engine, plain = PairedEngine(keep_slots=keep_slots), PairedEngine(record=False)
+    for seed in (0, 1, 0):
+        assert equal(roll_out(engine, model, seed), roll_out(plain, model, seed))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+    assert engine.recorder.obstacle == ""
+    assert bool(engine.recorder._replays) == keep_slots
