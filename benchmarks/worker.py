@@ -69,21 +69,21 @@ def serve(make: Callable[[Callable[[], None]], Callable[[int], dict[str, float]]
     def begin() -> None:
         if not bases:
             Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
-            bases.append(_resident("VmRSS"))
+            bases.append(resident("VmRSS") / 1e9)
 
     step = make(begin)
     _say(versions())
     for line in sys.stdin:
         figures = step(int(line.removeprefix("step")))
-        _say({"figures": figures, "peak_over_base_gb": _resident("VmHWM") - bases[0]})
+        _say({"figures": figures, "peak_over_base_gb": resident("VmHWM") / 1e9 - bases[0]})
 
 
 def _say(answer: Any) -> None:
     print(ANSWER + json.dumps(answer), flush=True)
 
 
-def _resident(name: str) -> float:
-    """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in GB."""
+def resident(name: str) -> int:
+    """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     [found] = [line for line in lines if line.startswith(name + ":")]
-    return int(found.split()[1]) * 1024 / 1e9
+    return int(found.split()[1]) * 1024

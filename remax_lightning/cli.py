@@ -44,6 +44,7 @@ KNOWN = (data, modules, rewards, rollout)
 TOOLS = {
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
+    "plan": ("plan", "tell from a configuration what memory each device needs"),
 }
 """Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
 
@@ -186,18 +187,19 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def run(args: list[str] | None = None) -> RemaxCLI:
+def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> RemaxCLI:
     """Run one of Lightning's subcommands and return the command line with its trainer, module and data.
 
     Args:
         args: what stands after `remax`; None takes the process's own.
+        kind: what reads the configuration and makes the objects.
     """
     quieten()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # A user's classes lie in the current folder. Last, so that no file there hides an installed package.
         sys.path.append(str(Path.cwd()))
     base = str(config_folder() / "base.yaml")
-    return RemaxCLI(
+    return kind(
         LightningModule,
         LightningDataModule,
         parser_class=RemaxParser,
