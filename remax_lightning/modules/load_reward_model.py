@@ -25,8 +25,15 @@ def load_reward_model(source: PretrainedModel) -> PreTrainedModel:
     """Load a reward model, or make one of a language model: then its score head is new.
 
     Raises:
-        UserError: if there is no such model, it has no sequence classifier in transformers, or scores several things.
+        UserError: if it is to have an adapter, 4 bits or a placement, if there is no such model,
+            it has no sequence classifier in transformers, or scores several things.
     """
+    for name, neutral in (("lora", None), ("quantization", None), ("placement", "replicate")):
+        if getattr(source, name) != neutral:
+            raise UserError(
+                f"{KEY}.{name} must be left out, got {getattr(source, name)}: a reward model is trained whole, on every"
+                " device that its strategy gives it"
+            )
     if looks_local(source.path) and not _is_folder(source.path):
         raise UserError(f"{KEY}.path: there is no folder {source.path!r}; give a folder or a hub name")
     options: dict[str, Any] = {}

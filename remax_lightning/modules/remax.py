@@ -269,9 +269,9 @@ class ReMaxModule(PolicyModule):
         )
         log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
         for name, (values, mask) in step_values(output).items():
-            weight = values.numel() if mask is None else int(mask.sum())
-            mean = values.double().sum() / max(1, weight)
-            log(f"{stage}/{name}", mean.float(), batch_size=weight, prog_bar=name in ("reward", "baseline_reward"))
+            weight = float(values.numel() if mask is None else mask.sum())  # Lightning rounds a mean of integers
+            mean = (values.double().sum() / max(1.0, weight)).float()
+            log(f"{stage}/{name}", mean, batch_size=weight, prog_bar=name in ("reward", "baseline_reward"))
         return output
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ LEAST_FOR_ONEDNN = 2**18
 def packed_linears(model: nn.Module, num_rows: int) -> Iterator[list[PackedLinear]]:
     """Run the model's float32 linear layers on weights that are laid out for a decoding step inside.
 
-    Such a step multiplies a few dozen rows with every weight of the model, and at such shapes the general product spends
-    up to half its time arranging the weights, at every token anew. Laid out once per rollout, they are ready: of large
+    Such a step multiplies a few dozen rows with every weight of the model, and at such shapes a general product takes
+    up to half its time to arrange the weights, at every token anew. Laid out once per rollout, they are ready: of large
     layers in oneDNN's own format, of small ones transposed. The copy is made from the weights as they are now and
     dropped at the end, so it is never out of date. Anything but plain float32 layers on a CPU is left alone, and so is
     mixed precision, which multiplies in bfloat16.

@@ -25,8 +25,9 @@ from remax_lightning.batch import PreferenceBatch
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.data import PairColumns, PreferenceDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import LoRAConfig, PretrainedModel
 from remax_lightning.modules import RewardModelModule
+from remax_lightning.modules.load_reward_model import load_reward_model
 from remax_lightning.rewards import ClassifierReward
 
 ROWS = [
@@ -512,6 +513,12 @@ def test_numbers_are_checked() -> None:
 def test_conversations_must_fit_the_model(start: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.max_length 300 is more than the 256 positions"):
         train(reward_module(start), pair_data(tmp_path, start, max_length=300), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora", LoRAConfig()), ("quantization", "nf4"), ("placement", "cpu")])
+def test_what_is_for_other_models_is_refused(name: str, value: Any, start: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.reward_model\.{name} must be left out"):
+        load_reward_model(PretrainedModel(start, **{name: value}))
 
 
 def test_more_than_one_label_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules.two_ranks import VARIANTS, run
+from modules.two_ranks import VARIANTS, evaluate, run
 from runs import distance, save_policy
 
 pytestmark = pytest.mark.slow
@@ -39,3 +39,10 @@ def test_ranks_leave_the_gradient_and_the_figures(variant: str, folder: Path) ->
             two["logged"]["train/entropy"] = one["logged"]["train/entropy"]
         assert two["logged"] == pytest.approx(one["logged"], abs=2e-5)
     assert max(float(value.abs().max()) for value in one["step"].values()) > 1e-2
+
+
+def test_ranks_with_unequal_shares_leave_the_evaluation(folder: Path) -> None:
+    one = evaluate(str(folder / "policy"), str(folder / "reference"), folder / "one" / "evaluation", ranks=1)
+    two = torch.load(folder / "two" / "evaluation" / "found.pt", weights_only=True)
+    assert two == pytest.approx(one, abs=1e-5)
+    assert one["val/response_length"] % 1 > 0

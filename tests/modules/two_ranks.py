@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import PROMPTS, CharacterReward, Recorder, fit, prompt_data, remax_module
+from runs import PROMPTS, CharacterReward, Recorder, fit, make_trainer, prompt_data, remax_module
 from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
@@ -64,6 +64,18 @@ def run(variant: str, policy: str, reference: str, folder: Path, ranks: int, spl
     fit(module, data, folder, callbacks=[Keep()], accumulate_grad_batches=splits, **ddp)
 
 
+def evaluate(policy: str, reference: str, folder: Path, ranks: int) -> dict[str, float]:
+    """Evaluate on prompts that the ranks cannot share equally, and write the figures down."""
+    module = remax_module(policy, reference, rollout=PromptEngine())
+    folder.mkdir(parents=True)
+    data = prompt_data(folder, policy, PROMPTS[:7], batch_size=2)
+    ddp = {"devices": ranks, "strategy": "ddp_fork"} if ranks > 1 else {}
+    found = make_trainer(folder, limit_val_batches=1.0, **ddp).validate(module, data, verbose=False)[0]
+    torch.save(dict(found), folder / "found.pt")
+    return dict(found)
+
+
 if __name__ == "__main__":
+    evaluate(sys.argv[1], sys.argv[2], Path(sys.argv[3]) / "evaluation", ranks=2)
     for name in VARIANTS:
         run(name, sys.argv[1], sys.argv[2], Path(sys.argv[3]) / name, ranks=2, splits=2)
