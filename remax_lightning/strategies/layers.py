@@ -25,8 +25,8 @@ def in_step(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None])
     """Keep the ranks together inside, where running a layer gathers it from all of them.
 
     Before a layer gathers, its rank announces it to the others. A rank that is done at the end of the block goes on
-    listening, and takes part in gathering what the others announce, until none of them needs a layer any more. A
-    rank that fails does not: its exception is to end the run, not to wait for the others.
+    listening, and takes part in gathering what the others announce, until none of them needs a layer any more. So
+    does one that fails, before it lets its exception out: whatever tells the others of it must find them there.
 
     Args:
         layers: the same on every rank, in the same order.
@@ -39,11 +39,19 @@ def in_step(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None])
     ]
     try:
         yield
-        while number := int(_announced(0, device)):  # 0: this rank needs none
-            take_part(layers[number - 1])
+    except Exception:
+        _answer(layers, take_part, device)
+        raise
+    else:
+        _answer(layers, take_part, device)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _answer(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None], device: torch.device) -> None:
+    while number := int(_announced(0, device)):  # 0: this rank needs none
+        take_part(layers[number - 1])
 
 
 def _announce_before(number: int, device: torch.device, *_: Any) -> None:

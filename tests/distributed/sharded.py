@@ -22,7 +22,7 @@ from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import LossConfig
 from remax_lightning.modules.head import find_head
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
-from remax_lightning.strategies import choice, whole_parameters
+from remax_lightning.strategies import choice, rollout_parameters, whole_parameters
 
 STRATEGIES = ("fsdp2", "fsdp2-layerwise", "zero2", "zero3", "zero3-layerwise")
 RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
@@ -90,6 +90,7 @@ class Look(Callback):
             self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["layer"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.layers[0].parameters())
         self.seen["layerwise"] = [layer_by_layer(policy, room=[1, 1]), layer_by_layer(policy, room=[1, 0])]
+        self.seen["met_after_a_failure"] = met_after_a_failure(policy)
         self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["file_equal"] = set(whole) == set(file) and all(
             torch.equal(whole[key].cpu(), file[key].to(whole[key].dtype)) for key in file
@@ -107,6 +108,22 @@ class Look(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.whole = whole_weights(pl_module.policy)
+
+
+def met_after_a_failure(policy: Any) -> int:
+    """How many ranks meet after a rollout in which the first has failed and the second has gone on."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=policy.device)
+    try:
+        with torch.no_grad(), rollout_parameters(policy):
+            for _ in range(1 + 2 * RANK):
+                policy(ids)
+            if RANK == 0:
+                raise KeyError
+    except KeyError:
+        pass
+    ranks = torch.ones((), device=policy.device)
+    torch.distributed.all_reduce(ranks)
+    return int(ranks)
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, float]:

@@ -68,6 +68,11 @@ def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_fails_leaves_the_others_where_they_can_be_told(strategy: str, folder: Path) -> None:
+    assert [seen["met_after_a_failure"] for seen in found(folder, strategy)] == [2, 2]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rollout_holds_the_policy_whole_or_one_layer_of_it(strategy: str, folder: Path) -> None:
     for seen in found(folder, strategy):
         assert seen["whole"] > 2 * seen["layer"] > 0

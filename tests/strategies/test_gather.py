@@ -123,9 +123,16 @@ def test_a_rank_announces_every_layer_and_then_that_it_is_done(sums: list[int]) 
     assert len(sums) == 4
 
 
-def test_a_rank_that_fails_waits_for_nobody(sums: list[int]) -> None:
-    with pytest.raises(KeyError), in_step([nn.Linear(2, 2)], lambda layer: None):
-        raise KeyError
+def test_a_rank_that_fails_says_that_it_is_done_too(sums: list[int]) -> None:
+    layers = [nn.Linear(2, 2)]
+    with pytest.raises(RuntimeError, match="shapes"), in_step(layers, lambda layer: None):
+        layers[0](torch.ones(3))
+    assert sums == [1, 0]
+
+
+def test_a_rank_that_is_interrupted_does_not(sums: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt), in_step([nn.Linear(2, 2)], lambda layer: None):
+        raise KeyboardInterrupt
     assert sums == []
 
 
