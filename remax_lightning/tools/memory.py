@@ -20,8 +20,8 @@ PARTS = (
 )
 """All there are, in the order of a table."""
 
-MOST_DEVICES = 1024
-"""More are not tried: by then only what every device holds whole is left."""
+COUNTS = (*range(1, 65), *range(72, 1025, 8))
+"""Numbers of devices that are tried. By the last of them only what every device holds whole is left."""
 
 
 def phases(
@@ -83,19 +83,14 @@ def host(size: ModelSize, step: Step, frozen: Sequence[FrozenSize], strategy: St
 
 
 def least_devices(needed: Callable[[int], int], memory: float) -> int | None:
-    """Return the fewest devices on which a run fits, or None.
+    """Return the fewest devices on which a run fits, None if it fits on none of `COUNTS`.
 
     Args:
-        needed: bytes per device for a number of devices; not more with more of them.
+        needed: bytes per device for a number of devices. One more may need more: where there is room at last to gather
+            once.
         memory: that each has.
     """
-    if needed(MOST_DEVICES) > memory:
-        return None
-    low, high = 0, MOST_DEVICES  # it fits on `high`, not on `low`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle) <= memory else (middle, high)
-    return high
+    return next((count for count in COUNTS if needed(count) <= memory), None)
 
 
 def _always(policy: Trained, frozen: Sequence[FrozenSize], value: ModelSize | None = None) -> Counter[str]:
