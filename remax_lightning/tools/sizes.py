@@ -16,7 +16,7 @@ from remax_lightning.modules.optimization import parameter_groups
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.adapters import read_adapter
 from remax_lightning.rollout.forward import language_model
-from remax_lightning.rollout.packed import LEAST_WEIGHTS, MOST_BYTES
+from remax_lightning.rollout.packed import MOST_BYTES
 from remax_lightning.strategies.layers import layers_of
 from remax_lightning.tools.allocations import shapes_only
 from remax_lightning.tools.passes import StepPasses, update_bytes
@@ -175,7 +175,7 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     weights, layers = _bytes(policy), [_bytes(layer) for layer in layers_of(cast(nn.Module, core))]
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     packs = run.device == "cpu" and run.policy_dtype == torch.float32 and "mixed" not in run.precision
-    packed = sum(weight.nbytes for weight in linears if weight.numel() >= LEAST_WEIGHTS)
+    packed = sum(weight.nbytes for weight in linears)
     if run.module.policy_source.quantization is not None:
         head = core.get_output_embeddings()
         cut = [weight for weight in linears if head is None or weight is not head.weight]

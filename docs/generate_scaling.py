@@ -1,0 +1,132 @@
+"""Write the planning table of `scaling.md`, beside this file, from what `remax plan` says.
+
+`python docs/generate_scaling.py`; a test refuses a table that is out of date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from remax_lightning.cli import config_folder
+from remax_lightning.tools.plan import main as plan
+
+PAGE = Path(__file__).with_name("scaling.md")
+BEGIN, END = "<!-- made by docs/generate_scaling.py -->", "<!-- end of what is made -->"
+MEMORY = (40, 80, 141)
+
+
+def _llama(width: int, layers: int, inner: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "OPT-1.3B": {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 50272,
+        "hidden_size": 2048,
+        "word_embed_proj_dim": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "Llama-2-7B": _llama(4096, 32, 11008, 32, 32),
+    "Llama-2-13B": _llama(5120, 40, 13824, 40, 40),
+    "Llama-2-70B": _llama(8192, 80, 28672, 64, 8),
+}
+"""Shapes of the published models."""
+SHARDED = {"model": {"reference": {"placement": "shard"}, "reward": {"init_args": {"placement": "shard"}}}}
+WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "DDP": ("ddp", "bf16-mixed", {}),
+    "ZeRO-2": ("zero2", "bf16-true", {}),
+    "ZeRO-3": ("zero3", "bf16-true", SHARDED),
+    "ZeRO-3 with offload": ("zero3_offload", "bf16-true", SHARDED),
+    "FSDP2": ("fsdp2", "bf16-mixed", SHARDED),
+    "LoRA, ZeRO-3": ("zero3", "bf16-true", {"model": {"policy": {"lora": {"r": 16}}, "reference": None,
+                                                       "reward": {"init_args": {"placement": "shard"}}}}),
+}  # fmt: skip
+"""By the name in the table: overlay, precision, and what else the run says."""
+
+
+def run(folder: Path, precision: str) -> dict[str, Any]:
+    """Return the configuration of the paper's lengths: 256 + 256 tokens, 4 prompts per device and pass."""
+    return {
+        "trainer": {"accelerator": "gpu", "devices": 8, "precision": precision, "accumulate_grad_batches": 4},
+        "model": {
+            "policy": {"path": str(folder), "gradient_checkpointing": True},
+            "reference": {"path": str(folder), "dtype": "bfloat16"},
+            "reward": {
+                "class_path": "ClassifierReward",
+                "init_args": {"path": str(folder), "dtype": "bfloat16", "batch_size": 8, "max_length": 512},
+            },
+            "sampling": {"max_response_length": 256},
+        },
+        "data": {"path": "prompts.jsonl", "batch_size": 16, "micro_batch_size": 4, "max_prompt_length": 256},
+    }
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` on top, deeply; what is None is left out."""
+    found = dict(base)
+    for name, value in over.items():
+        if value is None:
+            found.pop(name, None)
+        else:
+            found[name] = merged(found.get(name, {}), value) if isinstance(value, dict) else value
+    return found
+
+
+def least(folder: Path, way: str, memory: float) -> str:
+    """Return the fewest GPUs of so many GB, or none where no number of them is enough."""
+    overlay, precision, more = WAYS[way]
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(merged(run(folder, precision), more)))
+    strategy = str(config_folder() / "strategies" / f"{overlay}.yaml")
+    with contextlib.redirect_stdout(io.StringIO()):
+        answer = plan(["--config", str(path), "--config", strategy, "--memory", str(memory), "--json"])
+    return str(answer["least_devices"] or "none")
+
+
+def cells(model: str, way: str) -> list[str]:
+    """Return the fewest GPUs of each memory, for one line of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(MODELS[model]))
+        return [least(folder, way, memory) for memory in MEMORY]
+
+
+def table() -> str:
+    """Return the whole table."""
+    heading = ["model", "strategy", *(f"{memory} GB" for memory in MEMORY)]
+    rows = [[model, way, *cells(model, way)] for model in MODELS for way in WAYS]
+    lines = ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Put the table into the page."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What `remax plan` says of a run, against sizes counted by hand and runs that are larger or spread further."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import changed, small_config
+from runs import save_policy
+
+from remax_lightning.cli import config_folder
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel
+from remax_lightning.tools.memory import least_devices
+from remax_lightning.tools.plan import main
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("plan") / "policy")
+
+
+def planned(folder: Path, policy: str, *arguments: str, **values: Any) -> dict[str, Any]:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(small_config(folder, policy), **values)))
+    return main(["--config", str(path), *arguments])
+
+
+def strategy(name: str, devices: int) -> list[str]:
+    return ["--config", str(config_folder() / "strategies" / f"{name}.yaml"), "--trainer.devices", str(devices)]
+
+
+def test_weights_gradients_and_optimizer_are_those_of_the_model(policy: str, tmp_path: Path) -> None:
+    count = sum(weight.numel() for weight in PretrainedModel(policy).load("model.policy").parameters())
+    answer = planned(tmp_path, policy)
+    assert answer["parameters"] == count
+    for phase in ("training", "update"):
+        parts = answer["phases"][phase]
+        assert parts["policy weights"] == parts["reference"] == parts["gradients"] == 4 * count
+        assert parts["optimizer"] == pytest.approx(8 * count, rel=0.01)  # AdamW has two moments, and counts its steps
+    assert answer["peak"] == max(sum(parts.values()) for parts in answer["phases"].values())
+
+
+def test_the_cache_has_a_slot_for_every_token_of_every_row(policy: str, tmp_path: Path) -> None:
+    """Two layers of keys and values of 32 numbers, 4 prompts with a sampled and a greedy row, 16 + 4 tokens in 32."""
+    assert planned(tmp_path, policy)["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 8 * 32
+    longer = planned(tmp_path, policy, model__sampling={"max_response_length": 40, "num_samples": 3})
+    assert longer["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 16 * 64
+
+
+def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:
+    answer = planned(tmp_path, policy, model__reference=..., model__kl_coef=0.0)
+    assert all("reference" not in parts for parts in answer["phases"].values())
+
+
+def test_ppo_needs_the_value_model_too(policy: str, tmp_path: Path) -> None:
+    answer = planned(tmp_path, policy)
+    value = answer["ppo"]["phases"]["update"]["value model"]
+    assert value >= 12 * answer["parameters"]
+    assert answer["ppo"]["peak"] > answer["peak"]
+
+
+@pytest.mark.parametrize(("name", "part", "divided"), [
+    ("ddp", "optimizer", False),
+    ("zero1", "optimizer", True),
+    ("zero2", "optimizer", True),
+    ("zero3", "policy weights", True),
+    ("fsdp2", "policy weights", True),
+    ("zero2", "policy weights", False),
+])  # fmt: skip
+def test_a_strategy_divides_what_it_says(name: str, part: str, divided: bool, policy: str, tmp_path: Path) -> None:
+    one, eight = (planned(tmp_path, policy, *strategy(name, n))["phases"]["update"][part] for n in (2, 8))
+    assert (eight < one / 3) == divided
+
+
+def test_offloaded_memory_is_the_hosts(policy: str, tmp_path: Path) -> None:
+    answer = planned(tmp_path, policy, *strategy("zero3_offload", 2))
+    assert "optimizer" not in answer["phases"]["update"]
+    assert answer["host"] > planned(tmp_path, policy, *strategy("zero3", 2))["host"] == 0
+
+
+def test_smaller_passes_need_less(policy: str, tmp_path: Path) -> None:
+    whole = planned(tmp_path, policy)["phases"]["training"]["activations"]
+    options = {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 4}
+    assert planned(tmp_path, policy, **options)["phases"]["training"]["activations"] < whole / 3
+    again = planned(tmp_path, policy, model__policy__gradient_checkpointing=True)
+    assert again["phases"]["training"]["activations"] < whole / 1.5
+
+
+def test_it_says_whether_a_run_fits_and_from_how_many_devices_on(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peak = planned(tmp_path, policy)["peak"]
+    assert planned(tmp_path, policy, "--memory", str(1.2 * peak / 1e9))["fits"]
+    assert not planned(tmp_path, policy, "--memory", str(1.05 * peak / 1e9))["fits"]  # a tenth is left free
+    assert "Does not fit" in capsys.readouterr().out
+    sharded = [*strategy("fsdp2", 1), "--memory", str(0.9 * peak / 1e9)]
+    least = planned(tmp_path, policy, *sharded)["least_devices"]
+    assert least > 1
+    sharded[3] = str(least)
+    assert planned(tmp_path, policy, *sharded)["fits"]
+
+
+def test_json_is_what_is_returned(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = planned(tmp_path, policy, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == answer
+
+
+def test_the_fewest_devices_of_a_need_that_jumps() -> None:
+    assert least_devices(lambda n: 100 // n + (30 if n >= 4 else 0), 34) == 3
+    assert least_devices(lambda n: 100, 34) is None
+
+
+def test_mistakes_name_the_argument(policy: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--memory must be above 0, got -1"):
+        planned(tmp_path, policy, "--memory", "-1")
+    with pytest.raises(UserError, match=r"model: remax plan is for ReMaxModule, got SFTModule"):
+        main(["--config", str(config_folder() / "demo_sft.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        planned(tmp_path, policy, model__kl_coeff=0.1)
+    assert ended.value.code == 2
+
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "generate_scaling.py"
+
+
+def scaling() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_scaling", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["OPT-1.3B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B"])
+def test_the_table_of_the_page_is_what_the_plan_says(model: str) -> None:
+    """Run `python docs/generate_scaling.py` after a change to the plan, or to what it plans."""
+    script = scaling()
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert set(script.MODELS) == {"OPT-1.3B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B"}
+    for way in script.WAYS:
+        assert "| " + " | ".join([model, way, *script.cells(model, way)]) + " |" in page
