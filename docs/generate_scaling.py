@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +13,9 @@ from typing import Any
 import yaml
 
 from remax_lightning.cli import config_folder
-from remax_lightning.tools.plan import main as plan
+from remax_lightning.tools.plan import plan
+from remax_lightning.tools.planned_run import read_run
+from remax_lightning.tools.sizes import measure
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- made by docs/generate_scaling.py -->", "<!-- end of what is made -->"
@@ -95,23 +95,17 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def least(folder: Path, way: str, memory: float) -> str:
-    """Return the fewest GPUs of so many GB, or none where no number of them is enough."""
-    overlay, precision, more = WAYS[way]
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(merged(run(folder, precision), more)))
-    strategy = str(config_folder() / "strategies" / f"{overlay}.yaml")
-    with contextlib.redirect_stdout(io.StringIO()):
-        answer = plan(["--config", str(path), "--config", strategy, "--memory", str(memory), "--json"])
-    return str(answer["least_devices"] or "none")
-
-
 def cells(model: str, way: str) -> list[str]:
     """Return the fewest GPUs of each memory, for one line of the table."""
+    overlay, precision, more = WAYS[way]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(MODELS[model]))
-        return [least(folder, way, memory) for memory in MEMORY]
+        (folder / "run.yaml").write_text(yaml.safe_dump(merged(run(folder, precision), more)))
+        strategy = config_folder() / "strategies" / f"{overlay}.yaml"
+        planned = read_run(["--config", str(folder / "run.yaml"), "--config", str(strategy)])
+        sizes = measure(planned)
+    return [str(plan(planned, sizes, 1e9 * memory)["least_devices"] or "none") for memory in MEMORY]
 
 
 def table() -> str:

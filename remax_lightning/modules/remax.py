@@ -271,7 +271,7 @@ class ReMaxModule(PolicyModule):
         for name, (values, mask) in step_values(output).items():
             weight = float(values.numel() if mask is None else mask.sum())  # Lightning rounds a mean of integers
             mean = (values.double().sum() / max(1.0, weight)).float()
-            log(f"{stage}/{name}", mean, batch_size=weight, prog_bar=name in ("reward", "baseline_reward"))
+            log(f"{stage}/{name}", mean, batch_size=cast(int, weight), prog_bar=name in ("reward", "baseline_reward"))
         return output
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import nn
@@ -114,7 +115,9 @@ def outline(source: PretrainedModel, key: str) -> PreTrainedModel:
 
         saved: Any = PeftConfig.from_pretrained(lora.path)
         lora = type(lora)(r=saved.r, alpha=saved.lora_alpha, target_modules=list(saved.target_modules))
-    return dataclasses.replace(source, lora=lora).adapted(plain, key, seed=0)
+    # PEFT moves what it makes to where the base is, which is where everything is here, and fake tensors refuse it.
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        return dataclasses.replace(source, lora=lora).adapted(plain, key, seed=0)
 
 
 def _rewards(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:

@@ -136,11 +136,12 @@ def scaling() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["OPT-1.3B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B"])
-def test_the_table_of_the_page_is_what_the_plan_says(model: str) -> None:
-    """Run `python docs/generate_scaling.py` after a change to the plan, or to what it plans."""
+@pytest.mark.parametrize(
+    ("model", "way"), [("OPT-1.3B", "FSDP2"), ("Llama-2-7B", "ZeRO-3"), ("Llama-2-70B", "LoRA, ZeRO-3")]
+)
+def test_the_table_of_the_page_is_what_the_plan_says(model: str, way: str) -> None:
+    """Some lines of it: all would take minutes. `python docs/generate_scaling.py` writes it anew."""
     script = scaling()
     page = script.PAGE.read_text(encoding="utf-8")
-    assert set(script.MODELS) == {"OPT-1.3B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B"}
-    for way in script.WAYS:
-        assert "| " + " | ".join([model, way, *script.cells(model, way)]) + " |" in page
+    assert "| " + " | ".join([model, way, *script.cells(model, way)]) + " |" in page
+    assert all(f"| {each} | {strategy} |" in page for each in script.MODELS for strategy in script.WAYS)
