@@ -154,8 +154,8 @@ class ClassifierReward(Reward):
         ids = [self._token_ids(text) for text in texts]
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        scores = torch.zeros(len(ids), device=self._frozen.device)
         with self._frozen.running():
+            scores = torch.zeros(len(ids), device=self._frozen.device)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self._frozen.device)

@@ -101,6 +101,8 @@ def sweep(folder: Path) -> None:
     for leftover in _entries(folder / UNFINISHED):
         if leftover.lstat().st_mtime < _STARTED:
             _delete(leftover)
+    with suppress(OSError):  # not there, or not empty
+        (folder / UNFINISHED).rmdir()
 
 
 def newest(folders: Iterable[Path], requeued: Path) -> Path | None:

@@ -27,7 +27,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
     offloaded, any optimizer is taken, not DeepSpeed's own alone.
 
-    `exclude_frozen_parameters` is always true.
+    With an adapter, `exclude_frozen_parameters` is always true.
 
     Args:
         gather: how a policy that stage 3 has spread over the processes makes a rollout. `once`: gathered before it and
@@ -86,8 +86,9 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Make the engine, and keep it from dividing the loss once more."""
-        # The base of an adapter is read again where it came from, and nothing else in the module tree is frozen.
-        self.exclude_frozen_parameters = True
+        source = getattr(self.lightning_module, "policy_source", None)
+        if getattr(source, "lora", None) is not None:  # its base is read again where it came from
+            self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
             # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)

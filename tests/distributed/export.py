@@ -40,8 +40,8 @@ class _Frozen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def load(self, key: str) -> Any:
-        model = self.source.load(key)
+    def load_base(self, key: str) -> Any:
+        model = self.source.load_base(key)
         model.model.decoder.layers[0].requires_grad_(False)
         return model
 
