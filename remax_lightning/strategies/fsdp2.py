@@ -130,6 +130,7 @@ def layerwise(model: nn.Module) -> Iterator[None]:
 
 
 def _take_part(layer: Any) -> None:
+    layer.reshard()  # which a pass that failed has not done
     layer.unshard()
     layer.reshard()
 

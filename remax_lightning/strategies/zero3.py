@@ -80,6 +80,7 @@ def _give_up(layer: nn.Module, *_: Any) -> None:
 
 
 def _take_part(layer: nn.Module) -> None:
+    _give_up(layer)  # which a pass that failed has not done
     _gather(layer)
     _give_up(layer)
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ class Look(Callback):
             self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["layer"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.layers[0].parameters())
         self.seen["layerwise"] = [layer_by_layer(policy, room=[1, 1]), layer_by_layer(policy, room=[1, 0])]
-        self.seen["met_after_a_failure"] = met_after_a_failure(policy)
         self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["file_equal"] = set(whole) == set(file) and all(
             torch.equal(whole[key].cpu(), file[key].to(whole[key].dtype)) for key in file
@@ -109,18 +108,22 @@ class Look(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.whole = whole_weights(pl_module.policy)
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen["met_after_a_failure"] = met_after_a_failure(pl_module.policy.eval())
+
 
 def met_after_a_failure(policy: Any) -> int:
-    """How many ranks meet after a rollout in which the first has failed and the second has gone on."""
+    """How many ranks meet after a rollout in which the first has failed inside a layer and the second has gone on."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    if RANK == 0:
+        policy.model.layers[1].mlp.register_forward_hook(fail)
     ids = torch.ones(1, 2, dtype=torch.long, device=policy.device)
-    try:
-        with torch.no_grad(), rollout_parameters(policy):
-            for _ in range(1 + 2 * RANK):
-                policy(ids)
-            if RANK == 0:
-                raise KeyError
-    except KeyError:
-        pass
+    with suppress(KeyError), torch.no_grad(), rollout_parameters(policy):
+        for _ in range(3):
+            policy(ids)
     ranks = torch.ones((), device=policy.device)
     torch.distributed.all_reduce(ranks)
     return int(ranks)
