@@ -1,6 +1,6 @@
 """What the passes of a step hold beside weights and stored gradients, found by running them on shapes alone.
 
-The model's own code runs, so no family needs a formula of its own. A test holds the bytes against real tensors.
+The model's own code runs, so no family needs a formula of its own.
 """
 
 from __future__ import annotations
