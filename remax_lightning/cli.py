@@ -45,6 +45,7 @@ TOOLS = {
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),
+    "report": ("report", "write a page about a run: curves, and samples to browse"),
 }
 """Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
 

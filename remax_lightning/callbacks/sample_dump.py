@@ -24,6 +24,7 @@ from remax_lightning.callbacks.outputs import (
     run_folder,
     tensorboard_writer,
 )
+from remax_lightning.callbacks.token_texts import token_texts
 from remax_lightning.errors import UserError
 
 Stage = Literal["train", "validation"]
@@ -44,9 +45,10 @@ class SampleDump(Callback):
 
     One JSON object per line in `train.jsonl` and `validation.jsonl`, with the keys `step` (optimizer steps
     done), `stage`, `prompt`, `response`, `greedy_response`, `reward`, `baseline_reward`, `advantage` (mean
-    over the response's tokens), `kl` (nats per response), `response_length` (tokens), `truncated` and `parts`
-    (of the reward). What does not exist, or is not a finite number, is null. The same goes to TensorBoard's
-    text tab as a table.
+    over the response's tokens), `kl` (nats per response), `response_length` (tokens), `truncated`, `parts`
+    (of the reward), and one entry per token of the response in `tokens` (the text that it wrote; together they
+    are `response`), `token_kl` (nats) and `token_advantages`, to six digits. What does not exist, or is not a
+    finite number, is null. But for the tokens, the same goes to TensorBoard's text tab as a table.
 
     Files are appended to. A resumed run first takes out the lines of steps that it is going to repeat. The
     samples are those of rank 0.
@@ -99,7 +101,7 @@ class SampleDump(Callback):
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if step % self.every_n_steps:
             return
-        self._gather("train", output, step)
+        self._gather("train", output, step, pl_module)
         if output["closes_step"]:
             self._write("train", trainer)
 
@@ -115,7 +117,7 @@ class SampleDump(Callback):
         """Gather the first samples of a validation."""
         output = rollout_output(outputs)
         if output is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            self._gather("validation", output, trainer.global_step)
+            self._gather("validation", output, trainer.global_step, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the validation."""
@@ -127,10 +129,11 @@ class SampleDump(Callback):
             self._resumed = False
         self._write("validation", trainer)
 
-    def _gather(self, stage: Stage, output: StepOutput, step: int) -> None:
+    def _gather(self, stage: Stage, output: StepOutput, step: int, pl_module: LightningModule) -> None:
         missing = self.num_samples - len(self._samples[stage])
         if missing > 0:
-            self._samples[stage] += _describe(output, step, stage, missing)
+            tokenizer = getattr(pl_module, "tokenizer", None)
+            self._samples[stage] += _describe(output, step, stage, missing, tokenizer)
 
     def _write(self, stage: Stage, trainer: Trainer) -> None:
         samples, self._samples[stage] = self._samples[stage], []
@@ -162,7 +165,9 @@ def _step_of(line: str) -> int:
         return 2**63
 
 
-def _describe(output: StepOutput, step: int, stage: Stage, limit: int) -> Iterator[dict[str, Any]]:
+def _describe(
+    output: StepOutput, step: int, stage: Stage, limit: int, tokenizer: Any | None
+) -> Iterator[dict[str, Any]]:
     """Yield the first `limit` sampled responses as they are written."""
     rollout = output["rollout"]
     reward, baseline, kl = response_reward(output), response_baseline(output), response_kl(output)
@@ -184,7 +189,24 @@ def _describe(output: StepOutput, step: int, stage: Stage, limit: int) -> Iterat
             "response_length": int(length[i]),
             "truncated": bool(truncated[i]),
             "parts": {name: _number(value, i) for name, value in parts.items()},
+            **_tokens(output, i, tokenizer),
         }
+
+
+def _tokens(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
+    """Return what is known of each token of response `i`."""
+    responses = output["rollout"].sampled
+    kept = responses.response_mask[i]
+    ids = responses.response_ids[i][kept].tolist()
+    figures = {"token_kl": output["kl"], "token_advantages": output["advantages"]}
+    return {
+        "tokens": None if tokenizer is None else token_texts(tokenizer, ids, responses.texts[i]),
+        **{name: None if each is None else _numbers(each[i][kept]) for name, each in figures.items()},
+    }
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.detach().double().tolist()]
 
 
 def _number(values: Tensor | None, i: int) -> float | None:

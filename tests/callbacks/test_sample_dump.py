@@ -17,6 +17,7 @@ from callbacks.fakes import (
     make_trainer,
     two_steps_of_two_parts,
 )
+from conftest import make_tokenizer
 
 from remax_lightning.callbacks import SampleDump
 from remax_lightning.errors import UserError
@@ -54,6 +55,9 @@ def test_a_line_holds_what_the_step_saw(tmp_path: Path) -> None:
         "response_length": int(mask.sum()),
         "truncated": True,
         "parts": {"half": float(rollout.reward[4]) / 2},
+        "tokens": None,  # this module has no tokenizer
+        "token_kl": pytest.approx(output["kl"][4][mask].tolist(), rel=1e-5),
+        "token_advantages": pytest.approx(output["advantages"][4][mask].tolist(), rel=1e-5),
     }
 
 
@@ -70,8 +74,27 @@ def test_what_does_not_exist_is_null(tmp_path: Path) -> None:
     output["advantages"][0, 0] = float("nan")
     make_trainer(tmp_path, [SampleDump(every_n_steps=1)]).fit(FakeModule([output]))
     line = lines(tmp_path)[0]
-    for name in ("greedy_response", "baseline_reward", "kl", "advantage"):
+    for name in ("greedy_response", "baseline_reward", "kl", "advantage", "tokens", "token_kl"):
         assert line[name] is None, name
+    assert line["token_advantages"][0] is None
+    assert None not in line["token_advantages"][1:]
+
+
+def test_tokens_are_those_of_the_modules_tokenizer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    ids = torch.full((6, 5), int(tokenizer.pad_token_id))
+    ids[:, :4] = torch.tensor([*tokenizer.encode("4+2", add_special_tokens=False), tokenizer.eos_token_id])
+    output = make_output(0, kl=False)
+    output["advantages"] = torch.arange(30.0).reshape(6, 5)
+    sampled = make_responses(["4+2"] * 6, [4, 4, 4, 4, 4, 5])._replace(response_ids=ids)
+    output["rollout"] = output["rollout"]._replace(sampled=sampled)
+    module = FakeModule([output], [output])
+    module.tokenizer = tokenizer
+    make_trainer(tmp_path, [SampleDump(every_n_steps=1)]).fit(module)
+    for stage in ("train", "validation"):
+        line = lines(tmp_path, stage)[1]
+        assert line["tokens"] == ["4", "+", "2", ""]
+        assert line["token_advantages"] == [5, 6, 7, 8]
 
 
 def test_validation_is_dumped_once_each_but_not_the_sanity_check(tmp_path: Path) -> None:

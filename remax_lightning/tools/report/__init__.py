@@ -1,0 +1,57 @@
+"""`remax report`: a run as one HTML page that needs no network and no other file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from remax_lightning.errors import UserError
+from remax_lightning.tools.report.page import page
+from remax_lightning.tools.report.run import read_run
+
+
+def main(args: Sequence[str]) -> Path:
+    """Write the page of a run.
+
+    Args:
+        args: what stands after `remax report`.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        UserError: if the folder is no run's, or the page cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="remax report",
+        description="Write one HTML page about a run: curves, KL against reward, the baseline's health, times, and its"
+        " samples, to be searched and sorted, every token shaded by its KL or advantage. The page needs no network.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/remax/version_0")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default: report.html in RUN)")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="figures of `remax test` (default: evaluation.json in RUN)"
+    )
+    parser.add_argument(
+        "--max_samples",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="sampled responses in the page (default: %(default)s, which a browser has no trouble with)",
+    )
+    options = parser.parse_args(args)
+    if options.max_samples < 1:
+        raise UserError(f"--max_samples must be at least 1, got {options.max_samples}")
+    out: Path = options.out or options.run / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
+    text = page(read_run(options.run, options.evaluation), options.max_samples)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
+    print(f"wrote {out} ({out.stat().st_size / 1000:,.0f} kB)")
+    return out

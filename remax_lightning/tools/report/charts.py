@@ -1,0 +1,224 @@
+"""The charts of the report: which curves each has, and the points that are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from remax_lightning.tools.report.run import Curve
+
+POINTS = 300
+"""Points drawn of a curve: more than a chart has room for helps nobody, and the page stays small."""
+
+WINDOWS = 25
+"""A curve is smoothed over a 25th of its points."""
+
+Smooth = tuple[list[int], list[float], list[float]]
+"""Steps, means and standard deviations."""
+
+
+class Line(NamedTuple):
+    """A curve in a chart.
+
+    Args:
+        key: what it is logged under.
+        label: its name in the legend.
+        colour: number in the palette; training and validation of one quantity share it.
+        points: drawn as single points, for what is measured now and then, in place of a smoothed line with a band.
+    """
+
+    key: str
+    label: str
+    colour: int = 0
+    points: bool = False
+
+
+class Chart(NamedTuple):
+    """A chart over optimizer steps.
+
+    Args:
+        title: what it shows, with the unit.
+        lines: its curves.
+        mark: value at which a line is drawn across, with what it means; None without.
+        stacked: whether the curves are parts of a whole.
+        wide: whether it has the page's whole width.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    mark: tuple[float, str] | None = None
+    stacked: bool = False
+    wide: bool = False
+
+
+def _both(name: str) -> tuple[Line, Line]:
+    return Line(f"train/{name}", "training"), Line(f"val/{name}", "validation", 1, points=True)
+
+
+SECTIONS: dict[str, tuple[Chart, ...]] = {
+    "Reward": (
+        Chart(
+            "Mean reward of the sampled and the greedy responses",
+            (
+                Line("train/reward", "sampled, training", 0),
+                Line("train/baseline_reward", "greedy, training", 1),
+                Line("val/reward", "sampled, validation", 0, points=True),
+                Line("val/baseline_reward", "greedy, validation", 1, points=True),
+            ),
+            wide=True,
+        ),
+    ),
+    "KL to the reference": (
+        Chart("KL, nats per token", _both("kl")),
+        Chart(
+            "KL, nats per response",
+            (Line("train/kl_per_response", "mean", 0), Line("train/kl_max", "largest of the step", 3)),
+        ),
+    ),
+    "Responses": (
+        Chart("Response length, tokens", _both("response_length")),
+        Chart("Truncation rate, share of responses", _both("truncation_rate")),
+        Chart("Entropy of the policy, nats per token", _both("entropy")),
+    ),
+    "Health of the baseline": (
+        Chart(
+            "Variance of the advantage over that of the reward",
+            (Line("train/variance_ratio", "variance ratio", 2),),
+            mark=(1.0, "below: the baseline helps"),
+        ),
+        Chart(
+            "Reward and baseline compared",
+            (
+                Line("train/baseline_correlation", "correlation", 0),
+                Line("train/greedy_win_rate", "greedy win rate", 1),
+                Line("train/zero_advantage_share", "zero advantages, share", 3),
+            ),
+        ),
+    ),
+    "Time": (
+        Chart(
+            "Seconds of an optimizer step, by phase",
+            (
+                Line("time/rollout_s", "rollout", 0),
+                Line("time/reward_s", "reward and reference", 1),
+                Line("time/train_s", "training pass and update", 2),
+            ),
+            stacked=True,
+        ),
+        Chart(
+            "Response tokens per second",
+            (
+                Line("throughput/tokens_per_s", "of the whole step", 0),
+                Line("throughput/rollout_tokens_per_s", "of the rollout", 1),
+            ),
+        ),
+    ),
+}
+"""By the section that they stand in."""
+
+_NOT_DRAWN = ("epoch", "hp_metric", "time/step_s")
+
+
+def smooth(curve: Curve, width: int | None = None) -> Smooth:
+    """Return mean and population standard deviation in a window of `width` points around each point.
+
+    Args:
+        curve: what is smoothed.
+        width: an even one counts as the odd one below; None takes a 25th of the points.
+    """
+    half = (max(1, len(curve.values) // WINDOWS) if width is None else width - 1) // 2
+    means, deviations = [], []
+    for i in range(len(curve.values)):
+        window = curve.values[max(0, i - half) : i + half + 1]
+        mean = math.fsum(window) / len(window)
+        means.append(mean)
+        deviations.append(math.sqrt(math.fsum((value - mean) ** 2 for value in window) / len(window)))
+    return curve.steps, means, deviations
+
+
+def smoothed(curve: Curve) -> Curve:
+    """Return the means of `smooth`."""
+    steps, means, _ = smooth(curve)
+    return Curve(steps, means)
+
+
+def thinned(length: int, points: int = POINTS) -> list[int]:
+    """Return at most `points` places out of `length`, evenly spread, the first and the last among them."""
+    if length <= points:
+        return list(range(length))
+    return [round(i * (length - 1) / max(1, points - 1)) for i in range(points)]
+
+
+def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return sections with their charts as the page's script reads them, and the titles of those without any curve."""
+    named = {line.key for charts in SECTIONS.values() for chart in charts for line in chart.lines}
+    others = sorted(key for key in curves if key not in named and key not in _NOT_DRAWN)
+    further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
+    sections, missing = [], []
+    for title, charts in {**SECTIONS, "Further curves": further}.items():
+        found = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
+        if title.startswith("KL") and (path := kl_against_reward(curves)):
+            found.append(path)
+        if found:
+            sections.append({"title": title, "charts": found})
+        elif charts:
+            missing.append(title)
+    return sections, missing
+
+
+def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
+    found = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
+    if chart.stacked:  # sums need the same steps throughout
+        common = sorted(set.intersection(*(set(curve.steps) for curve in found.values())))
+        found = {key: Curve(common, _at(curve, common)) for key, curve in found.items()}
+    lines = [_line(line, found[line.key]) for line in chart.lines if line.key in found]
+    return {
+        "kind": "stack" if chart.stacked else "curves",
+        "title": chart.title,
+        "lines": lines,
+        "mark": chart.mark,
+        "wide": chart.wide,
+    }
+
+
+def _line(line: Line, curve: Curve) -> dict[str, Any]:
+    description = {"label": line.label, "colour": line.colour, "points": line.points}
+    if line.points:
+        kept = thinned(len(curve.steps))
+        return {**description, "x": [curve.steps[i] for i in kept], "y": _short(curve.values[i] for i in kept)}
+    steps, means, deviations = smooth(curve)
+    kept = thinned(len(steps))
+    return {
+        **description,
+        "x": [steps[i] for i in kept],
+        "y": _short(means[i] for i in kept),
+        "low": _short(means[i] - deviations[i] for i in kept),
+        "high": _short(means[i] + deviations[i] for i in kept),
+    }
+
+
+def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
+    """Return the way of a run through KL and reward, smoothed, and the validations on it; None without a KL."""
+    lines = []
+    for stage, label in (("train", "training, smoothed"), ("val", "validation")):
+        kl, reward = curves.get(f"{stage}/kl"), curves.get(f"{stage}/reward")
+        if kl is None or reward is None:
+            continue
+        common = sorted(set(kl.steps) & set(reward.steps))
+        x, y = (_at(smoothed(curve) if stage == "train" else curve, common) for curve in (kl, reward))
+        kept = thinned(len(common), POINTS // 2)
+        line = {"step": [common[i] for i in kept], "x": _short(x[i] for i in kept), "y": _short(y[i] for i in kept)}
+        lines.append({**line, "label": label, "points": stage == "val"})
+    if not any(line["step"] for line in lines):
+        return None
+    return {"kind": "path", "title": "Mean reward against KL, nats per token", "lines": lines, "wide": False}
+
+
+def _at(curve: Curve, steps: Sequence[int]) -> list[float]:
+    values = dict(zip(curve.steps, curve.values, strict=True))
+    return [values[step] for step in steps]
+
+
+def _short(values: Any) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]

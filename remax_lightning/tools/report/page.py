@@ -1,0 +1,209 @@
+"""The page: what a run left, put into one HTML file that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from remax_lightning.tools.report.charts import drawn, smoothed, thinned
+from remax_lightning.tools.report.run import Curve, Run
+
+FILES = Path(__file__).parent
+SCRIPTS = ("dom.js", "charts.js", "samples.js")
+
+_TEXTS = ("stage", "prompt", "response", "greedy_response")
+_NUMBERS = ("step", "reward", "baseline_reward", "advantage", "kl", "response_length")
+
+TILES = (
+    ("Held-out reward, greedy", "val/baseline_reward"),
+    ("Held-out reward, sampled", "val/reward"),
+    ("Training reward", "train/reward"),
+    ("Held-out accuracy", "val/accuracy"),
+    ("Held-out perplexity", "val/perplexity"),
+    ("KL, nats per token", "val/kl"),
+    ("KL, nats per token", "train/kl"),
+    ("Response length, tokens", "val/response_length"),
+    ("Response length, tokens", "train/response_length"),
+    ("Truncation rate", "val/truncation_rate"),
+    ("Truncation rate", "train/truncation_rate"),
+    ("Entropy, nats per token", "val/entropy"),
+    ("Entropy, nats per token", "train/entropy"),
+)
+"""Figures at the top: label and key; of those with one label, the first that there is."""
+
+
+def page(run: Run, max_samples: int) -> str:
+    """Return the HTML of a run.
+
+    Args:
+        run: what there is of it.
+        max_samples: sampled responses that are put into the page; of more, these are spread evenly over the run.
+    """
+    sections, missing = drawn(run.curves)
+    kept = [run.samples[i] for i in thinned(len(run.samples), max_samples)]
+    notes = [*run.notes, *_missing(run, missing)]
+    if len(kept) < len(run.samples):
+        notes.append(f"{len(kept):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
+    script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _filled(
+        (FILES / "page.html").read_text(encoding="utf-8"),
+        {
+            # No other script runs, and nothing is fetched, whatever a sample holds.
+            "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+            "title": escape(_name(run.folder)),
+            "style": (FILES / "style.css").read_text(encoding="utf-8"),
+            "subtitle": escape(_subtitle(run)),
+            "tiles": _tiles(run),
+            "notes": _list(notes),
+            "config": _config(run.config),
+            "evaluation": _evaluation(run.figures),
+            "data": _data({"sections": sections, "samples": [_sample(sample) for sample in kept]}),
+            "script": script,
+        },
+    )
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Fill `{{name}}` in one pass, so that no value is searched for names."""
+    return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)
+
+
+def _name(folder: Path) -> str:
+    """Return the last folders of a path, enough to know the run by."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _subtitle(run: Run) -> str:
+    model = _mapping(run.settings.get("model"))
+    arguments = _mapping(model.get("init_args"))
+    name = next((name for name in ("policy", "reward_model") if arguments.get(name)), "policy")
+    reward, data = _mapping(arguments.get("reward")), _mapping(_mapping(run.settings.get("data")).get("init_args"))
+    named = {
+        "": str(model.get("class_path") or "").rpartition(".")[2],
+        f"{name.replace('_', ' ')} ": _mapping(arguments.get(name)).get("path"),
+        "reward ": _mapping(reward.get("init_args")).get("function") or reward.get("class_path"),
+        "data ": data.get("path"),
+    }
+    parts = [f"{word}{text}" for word, text in named.items() if text]
+    if run.started is not None:
+        parts.append(time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(run.started)).lstrip("0"))
+    return " · ".join(parts)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tiles(run: Run) -> str:
+    found: dict[str, str] = {}
+    if any(key.startswith("train/") for key in run.curves):
+        found["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
+    for label, key in TILES:
+        if key in run.curves and label not in found:
+            found[label] = _from_to(run.curves[key], noisy=key.startswith("train/"))
+    if rate := run.curves.get("throughput/tokens_per_s"):
+        found["Response tokens per second"] = _tile(number(sorted(rate.values)[len(rate.values) // 2]), "median")
+    if run.seconds > 0:
+        found["Time"] = _tile(duration(run.seconds), "first to last log")
+    return "".join(f"<div class=tile><dt>{escape(label)}</dt>{text}</div>" for label, text in found.items())
+
+
+def _from_to(curve: Curve, noisy: bool) -> str:
+    values = (smoothed(curve) if noisy else curve).values
+    before = f"from {number(values[0])}" if len(values) > 1 else ""
+    return _tile(number(values[-1]), f"{before} (smoothed)" if noisy and before else before)
+
+
+def _tile(value: str, note: str) -> str:
+    return f"<dd>{escape(value)}</dd><dd class=note>{escape(note)}</dd>"
+
+
+def number(value: float) -> str:
+    """Return a number as a person reads it, in four significant digits."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the two largest of their units."""
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else f"{hours[0]} h {hours[1]} min"
+
+
+def _missing(run: Run, sections: Sequence[str]) -> Iterable[str]:
+    if not run.curves:
+        yield "There are no TensorBoard event files, and so no curves."
+    elif sections:
+        yield f"Nothing was logged for: {', '.join(sections)}."
+    if run.curves and not any(key.startswith("val/") for key in run.curves):
+        yield "The run had no validation."
+    if run.curves and "train/kl" not in run.curves and "val/kl" not in run.curves:
+        yield "There is no KL: the run had no reference."
+    if not run.samples:
+        yield "There are no sample dumps (samples/train.jsonl, samples/validation.jsonl)."
+    elif not any(sample.get("tokens") for sample in run.samples):
+        yield "The sample dumps have no tokens, so none is shaded."
+    if not run.config:
+        yield "There is no config.yaml."
+
+
+def _list(notes: Sequence[str]) -> str:
+    return "<ul class=notes>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def _config(config: str) -> str:
+    return f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>" if config else ""
+
+
+def _evaluation(figures: Mapping[str, Mapping[str, float]]) -> str:
+    if not figures:
+        return ""
+    rows = "".join(f"<tr><th scope=row>{escape(name)}</th>{_cells(each)}</tr>" for name, each in figures.items())
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("figure", "value", "95 % interval", "n"))
+    table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    heading = "<h2 id=evaluation>Evaluation</h2>"
+    return f"<section aria-labelledby=evaluation>{heading}<div class=scroll>{table}</div></section>"
+
+
+def _cells(figure: Mapping[str, float]) -> str:
+    interval = f"{number(figure['low'])} to {number(figure['high'])}" if {"low", "high"} <= figure.keys() else "–"  # noqa: RUF001
+    value, count = (number(figure[key]) if key in figure else "–" for key in ("value", "n"))  # noqa: RUF001
+    return "".join(f"<td>{text}</td>" for text in (value, interval, count))
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of a sample; a dump of an earlier version, or of another program, may lack some."""
+    shown: dict[str, Any] = {name: str(sample[name]) for name in _TEXTS if sample.get(name) is not None}
+    shown |= {name: value for name in _NUMBERS if (value := _finite(sample.get(name))) is not None}
+    shown |= {"parts": {str(name): _finite(value) for name, value in _mapping(sample.get("parts")).items()}}
+    shown["truncated"] = bool(sample.get("truncated"))
+    tokens = sample.get("tokens")
+    if not isinstance(tokens, list) or "".join(map(str, tokens)) != shown["response"]:
+        return shown
+    shown["tokens"] = [str(token) for token in tokens]
+    for name in ("token_kl", "token_advantages"):
+        values = sample.get(name)
+        if isinstance(values, list) and len(values) == len(tokens):
+            shown[name] = [_finite(value, digits=4) for value in values]
+    return shown
+
+
+def _finite(value: Any, digits: int = 6) -> float | None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
+
+
+def _data(data: Any) -> str:
+    """Return JSON that ends no script element, whatever texts are in it."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,0 +1,163 @@
+"""What a run left in its folder: configuration, curves, samples and evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from remax_lightning.errors import UserError
+
+STAGES = ("train", "validation")
+"""Of the sample dumps; each has a file of its own."""
+
+
+class Curve(NamedTuple):
+    """One logged scalar.
+
+    Args:
+        steps: optimizer steps done, rising.
+        values: finite ones only.
+    """
+
+    steps: list[int]
+    values: list[float]
+
+
+class Run(NamedTuple):
+    """What there is of a run; what is missing is empty.
+
+    Args:
+        folder: where it lies.
+        config: the configuration as text.
+        settings: the same, read.
+        curves: scalars by the key that they are logged under.
+        samples: lines of the sample dumps, in the order of their steps.
+        figures: the evaluation's, by name: `value` and, where they are known, `low`, `high` and `n`.
+        started: when the first scalar was logged, in seconds since 1970; None without curves.
+        seconds: from the first scalar to the last.
+        notes: what could not be read.
+    """
+
+    folder: Path
+    config: str
+    settings: dict[str, Any]
+    curves: dict[str, Curve]
+    samples: list[dict[str, Any]]
+    figures: dict[str, dict[str, float]]
+    started: float | None
+    seconds: float
+    notes: list[str]
+
+
+def read_run(folder: Path, evaluation: Path | None = None) -> Run:
+    """Read what a run left in `folder`.
+
+    Args:
+        folder: of the run.
+        evaluation: the file of its evaluation; None takes `evaluation.json` in the folder, if it is there.
+
+    Raises:
+        UserError: if it is the folder of no run, or there is no file of that name.
+    """
+    if not _is_run(folder):
+        raise UserError(f"RUN: {_wrong(folder)}")
+    if evaluation is not None and not evaluation.is_file():
+        raise UserError(f"--evaluation: there is no file {evaluation}; give the evaluation.json that remax test wrote")
+    notes: list[str] = []
+    path = folder / "config.yaml"
+    config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    curves, times = _curves(folder)
+    samples = [sample for stage in STAGES for sample in _samples(folder / "samples" / f"{stage}.jsonl", stage, notes)]
+    samples.sort(key=lambda sample: sample["step"])
+    figures = _figures(evaluation or folder / "evaluation.json", notes)
+    started, seconds = (min(times), max(times) - min(times)) if times else (None, 0.0)
+    return Run(folder, config, _settings(config, notes), curves, samples, figures, started, seconds, notes)
+
+
+def _is_run(folder: Path) -> bool:
+    marks = ("events.out.tfevents.*", "samples/*.jsonl", "evaluation.json")
+    return any(next(folder.glob(mark), None) is not None for mark in marks)
+
+
+def _wrong(folder: Path) -> str:
+    expected = (
+        "expected the folder of a run, with TensorBoard's events.out.tfevents.*, samples/*.jsonl or evaluation.json in"
+        " it, such as runs/remax/version_0"
+    )
+    if not folder.exists():
+        return f"there is no {folder}; {expected}"
+    if not folder.is_dir():
+        return f"{folder} is a file; {expected}"
+    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_dir() and _is_run(path)]
+    if not found:
+        return f"{folder} is none; {expected}"
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return f"{folder} is none, but has some in it; give one of them, such as {newest}, the youngest"
+
+
+def _curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
+    """Return the scalars, and the times at which they were logged."""
+    if next(folder.glob("events.out.tfevents.*"), None) is None:
+        return {}, []
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: every value, not a sample
+    accumulator.Reload()
+    curves, times = {}, []
+    keys = accumulator.Tags()["scalars"]
+    # In training Lightning logs a step, and the validation after it, under the number of steps before it.
+    shift = int(any(key.startswith("train/") for key in keys))
+    for key in keys:
+        events = accumulator.Scalars(key)
+        times += [event.wall_time for event in (events[0], events[-1])]
+        latest = {event.step + shift: event.value for event in events if math.isfinite(event.value)}
+        if latest:
+            steps = sorted(latest)
+            curves[key] = Curve(steps, [latest[step] for step in steps])
+    return curves, times
+
+
+def _samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    broken = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                sample = json.loads(line)
+                sample = {**sample, "step": int(sample["step"]), "stage": stage, "response": str(sample["response"])}
+            except (ValueError, KeyError, TypeError):
+                broken += 1
+                continue
+            yield sample
+    if broken:
+        notes.append(f"{broken} line{'s' if broken > 1 else ''} of {path.name} could not be read and are left out.")
+
+
+def _figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
+    if not path.is_file():
+        return {}
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        read = {str(name): each if isinstance(each, dict) else {"value": each} for name, each in named.items()}
+        return {
+            name: {key: float(each[key]) for key in ("value", "low", "high", "n") if each.get(key) is not None}
+            for name, each in read.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        notes.append(f"{path.name} could not be read: expected an object with figures, numbers by name.")
+        return {}
+
+
+def _settings(config: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(config)
+    except yaml.YAMLError:
+        notes.append("config.yaml is no valid YAML; it is shown as it is.")
+        settings = None
+    return settings if isinstance(settings, dict) else {}

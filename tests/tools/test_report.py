@@ -1,0 +1,289 @@
+"""What `remax report` reads of a run and puts into its page; tests/tools/test_report_browser.py looks at the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import changed, remax, small_config, write_config
+from runs import save_policy
+from tools.report_run import HOSTILE, planted_curves, sample, write_events, write_run, write_samples
+
+from remax_lightning.errors import UserError
+from remax_lightning.tools.report import main
+from remax_lightning.tools.report.charts import drawn, kl_against_reward, smooth, thinned
+from remax_lightning.tools.report.page import duration, number
+from remax_lightning.tools.report.run import Curve, read_run
+
+
+def written(folder: Path, *arguments: str) -> str:
+    """The page of a run."""
+    return main([str(folder), *arguments]).read_text()
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def notes_of(page: str) -> list[str]:
+    return [unescape(note) for note in re.findall(r"<li>(.*?)</li>", page.split("<main>")[0])]
+
+
+def test_curves_are_read_as_they_were_logged(tmp_path: Path) -> None:
+    nan = float("nan")
+    write_events(tmp_path, {"train/reward": [(0, 1.0), (1, nan), (2, 3.0)], "val/reward": [(2, 2.0)]})
+    write_events(tmp_path, {"train/reward": [(2, 4.0), (3, 5.0)]})  # what a resumed run repeats counts
+    curves = read_run(tmp_path).curves
+    assert curves["train/reward"] == Curve([1, 3, 4], [1.0, 4.0, 5.0])
+    assert curves["val/reward"] == Curve([3], [2.0])
+
+
+def test_what_did_not_train_is_at_step_0(tmp_path: Path) -> None:
+    write_events(tmp_path, {"val/reward": [(0, 2.0)]})
+    assert read_run(tmp_path).curves["val/reward"].steps == [0]
+
+
+@pytest.mark.parametrize(("width", "half"), [(None, 2), (1, 0), (4, 1), (5, 2), (1000, 499)])
+def test_a_band_is_the_windows_own_deviation(width: int | None, half: int) -> None:
+    values = [value for _, value in planted_curves(130)["train/reward"]]
+    steps, means, deviations = smooth(Curve(list(range(130)), values), width)
+    assert steps == list(range(130))
+    for i in (0, 1, 64, 129):
+        window = [values[j] for j in range(130) if abs(i - j) <= half]
+        assert means[i] == pytest.approx(statistics.fmean(window))
+        assert deviations[i] == pytest.approx(statistics.pstdev(window))
+
+
+@pytest.mark.parametrize(("length", "points"), [(0, 3), (2, 3), (3, 3), (10, 3), (1001, 300)])
+def test_thinning_keeps_both_ends_and_repeats_nothing(length: int, points: int) -> None:
+    kept = thinned(length, points)
+    assert len(kept) == min(length, points)
+    assert kept == sorted(set(kept))
+    if length:
+        assert (kept[0], kept[-1]) == (0, length - 1)
+
+
+def test_one_sample_of_many_can_be_asked_for(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(i) for i in range(9)])
+    page = written(tmp_path, "--max_samples", "1")
+    assert [each["response"] for each in data_of(page)["samples"]] == ["answer 0"]
+    assert "1 of 9 samples are shown, spread evenly over the run." in notes_of(page)
+
+
+def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
+    curves = {key: Curve([step for step, _ in c], [y for _, y in c]) for key, c in planted_curves(1000).items()}
+    sections, missing = drawn(curves)
+    assert missing == []
+    assert [section["title"] for section in sections][-1] == "Further curves"
+    assert [chart["title"] for chart in sections[-1]["charts"]] == ["train/loss"]
+    line = sections[0]["charts"][0]["lines"][0]
+    steps, means, deviations = smooth(curves["train/reward"])
+    assert len(line["x"]) == 300
+    for at in (0, 150, 299):
+        i = steps.index(line["x"][at])
+        assert line["y"][at] == pytest.approx(means[i], rel=1e-4)
+        assert line["high"][at] - line["low"][at] == pytest.approx(2 * deviations[i], rel=1e-2)
+    points = sections[0]["charts"][0]["lines"][2]
+    assert points["y"] == pytest.approx(curves["val/reward"].values, rel=1e-4)
+
+
+def test_kl_against_reward_pairs_the_steps_that_both_have() -> None:
+    curves = {"val/kl": Curve([1, 2, 3], [0.1, 0.2, 0.3]), "val/reward": Curve([2, 3, 4], [5.0, 6.0, 7.0])}
+    path = kl_against_reward(curves)
+    assert path is not None
+    assert [(line["step"], line["x"], line["y"]) for line in path["lines"]] == [([2, 3], [0.2, 0.3], [5.0, 6.0])]
+    assert kl_against_reward({"train/kl": Curve([1], [0.1]), "train/reward": Curve([2], [1.0])}) is None
+
+
+def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
+    page = written(write_run(tmp_path / "version_0"))
+    assert notes_of(page) == []
+    assert "policy runs/demo/sft/last" in page
+    assert re.search(r"<dt>Optimizer steps</dt><dd>200</dd>", page)
+    assert re.search(r"<th scope=row>reward</th><td>0.87</td><td>0.85 to 0.89</td><td>512</td>", page)
+    assert len(data_of(page)["samples"]) == 69
+    assert not re.search(r"(src|href)=[\"']?(?!data:)\w", page.split('id="data"')[0])
+
+
+def test_nothing_in_a_sample_or_a_configuration_ends_its_element(tmp_path: Path) -> None:
+    page = written(write_run(tmp_path / "version_0"))
+    assert page.count("</script>") == 2  # the data's and the script's
+    assert "<img" not in page
+    assert "<i>not markup" not in page
+    assert data_of(page)["samples"][7]["response"] == HOSTILE
+
+
+def test_half_a_character_is_written(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(0, prompt="\ud800", tokens=None)])
+    assert data_of(written(tmp_path))["samples"][0]["prompt"] == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "note"),
+    [
+        ("kl", "There is no KL: the run had no reference."),
+        ("val/", "The run had no validation."),
+        ("time/", None),
+        ("train/variance_ratio", None),
+    ],
+)
+def test_a_missing_part_is_named_and_left_out(left_out: str, note: str | None, tmp_path: Path) -> None:
+    write_events(tmp_path, {key: curve for key, curve in planted_curves(20).items() if left_out not in key})
+    page = written(tmp_path)
+    assert note is None or note in notes_of(page)
+    assert {
+        "There are no sample dumps (samples/train.jsonl, samples/validation.jsonl).",
+        "There is no config.yaml.",
+    } <= {*notes_of(page)}
+    lines = [line for section in data_of(page)["sections"] for chart in section["charts"] for line in chart["lines"]]
+    assert lines
+    assert ("KL to the reference" in [section["title"] for section in data_of(page)["sections"]]) == (left_out != "kl")
+
+
+def test_a_section_without_a_curve_is_named(tmp_path: Path) -> None:
+    write_events(tmp_path, {"train/loss": [(0, 1.0)]})
+    named = "Nothing was logged for: Reward, KL to the reference, Responses, Health of the baseline, Time."
+    assert named in notes_of(written(tmp_path))
+
+
+def test_broken_lines_are_counted_and_old_ones_read(tmp_path: Path) -> None:
+    old = {"step": 3, "response": "yes", "reward": float("nan")}
+    write_samples(tmp_path, [old, sample(1)])
+    with (tmp_path / "samples" / "train.jsonl").open("a") as file:
+        file.write('[1]\n{"step": null, "response": ""}\n{"step": 2, "respo')
+    page = written(tmp_path)
+    assert "3 lines of train.jsonl could not be read and are left out." in notes_of(page)
+    first, second = data_of(page)["samples"]
+    assert first == {"step": 3, "stage": "train", "response": "yes", "parts": {}, "truncated": False}
+    assert second["tokens"] == [*"answer 1", ""]
+
+
+@pytest.mark.parametrize("tokens", [["answer", "1"], None, "answer 1", []])
+def test_tokens_that_are_not_the_texts_are_not_shown(tokens: Any, tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(1, tokens=tokens)])
+    page = written(tmp_path)
+    assert "tokens" not in data_of(page)["samples"][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ('{"figures": {"kl": {"value": 1, "low": null}}, "more": 1}', "<td>1</td><td>–</td><td>–</td>"),  # noqa: RUF001
+        ('{"figures": {"kl": 0.25}}', "<td>0.25</td>"),
+        ('{"figures": {}}', None),
+    ],
+)
+def test_an_evaluation_may_lack_parts(text: str, row: str | None, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    page = written(tmp_path)
+    assert (row or "<h1>") in page
+    assert ("Evaluation" in page) == (row is not None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"figures": [1]}', '{"figures": {"kl": {"value": "much"}}}'])
+def test_an_evaluation_that_is_none_is_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    assert any(note.startswith("evaluation.json could not be read") for note in notes_of(written(tmp_path)))
+
+
+def test_the_evaluation_may_lie_elsewhere(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(0)])
+    elsewhere = tmp_path / "tested.json"
+    elsewhere.write_text('{"figures": {"kl": {"value": 0.5}, "perplexity": {"value": null, "low": null}}}')
+    page = written(tmp_path, "--evaluation", str(elsewhere))
+    assert "<th scope=row>kl</th><td>0.5</td>" in page
+    assert "<th scope=row>perplexity</th><td>–</td>" in page  # noqa: RUF001
+    with pytest.raises(UserError, match=r"--evaluation: there is no file .*nowhere\.json"):
+        main([str(tmp_path), "--evaluation", str(tmp_path / "nowhere.json")])
+
+
+def test_a_configuration_that_is_no_yaml_is_shown_as_it_is(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(0)])
+    (tmp_path / "config.yaml").write_text("model: [<b>")
+    page = written(tmp_path)
+    assert "config.yaml is no valid YAML; it is shown as it is." in notes_of(page)
+    assert "model: [&lt;b&gt;" in page
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    expected = r"expected the folder of a run.*events\.out\.tfevents.*such as runs/remax/version_0"
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=f"RUN: .*{path}.*{expected}"):
+            main([str(path)])
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match=f"file is a file; {expected}"):
+        main([str(file)])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_folder_above_runs_names_the_youngest(tmp_path: Path) -> None:
+
+    for version, age in ((0, 10), (1, 20)):
+        write_samples(tmp_path / "remax" / f"version_{version}", [sample(0)])
+        os.utime(tmp_path / "remax" / f"version_{version}", (age, age))
+    with pytest.raises(UserError, match=r"give one of them, such as .*version_1, the youngest"):
+        main([str(tmp_path)])
+
+
+def test_a_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_samples(tmp_path, [sample(0)])
+    outcome = remax(capsys, "report", str(tmp_path), "--out", str(tmp_path / "samples"))
+    assert outcome.code == 2
+    assert "--out must be a file" in outcome.err
+    outcome = remax(capsys, "report", str(tmp_path), "--out", str(tmp_path / "samples" / "train.jsonl" / "x.html"))
+    assert outcome.code == 2
+    assert "--out: cannot write" in outcome.err
+    outcome = remax(capsys, "report", str(tmp_path), "--max_samples", "0")
+    assert outcome.code == 2
+    assert "--max_samples must be at least 1" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.4, "5 s"), (61, "1 min 1 s"), (3599.9, "60 min 0 s"), (7260, "2 h 1 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.123456, "0.1235"), (1234.5, "1,234"), (12, "12"), (1e-9, "1e-09")])
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.slow
+def test_the_report_of_a_real_run_has_its_samples_and_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, save_policy(tmp_path / "policy"))
+    config = changed(config, samples={"every_n_steps": 1}, trainer__val_check_interval=2)
+    assert remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", config)).code == 0
+    folder = next((tmp_path / "runs").glob("*/version_0"))
+    outcome = remax(capsys, "report", str(folder), "--out", str(tmp_path / "new" / "page.html"))
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert notes_of(page) == []
+    data = data_of(page)
+    assert [(each["stage"], each["step"]) for each in data["samples"]] == [
+        *[("train", 1)] * 4,
+        *[("train", 2)] * 4,
+        *[("validation", 2)] * 4,
+    ]
+    for each in data["samples"]:
+        assert len(each["tokens"]) == each["response_length"]
+        assert sum(each["token_kl"]) == pytest.approx(each["kl"], rel=1e-3, abs=1e-5)
+        assert each["advantage"] == pytest.approx(statistics.fmean(each["token_advantages"]), rel=1e-2, abs=1e-5)
+    reward = data["sections"][0]["charts"][0]["lines"]
+    assert [(line["label"], line["x"]) for line in reward][::2] == [
+        ("sampled, training", [1, 2]),
+        ("sampled, validation", [2]),
+    ]
