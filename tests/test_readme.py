@@ -24,6 +24,7 @@ from remax_lightning.rollout import SamplingConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -241,8 +242,9 @@ def test_the_yaml_of_the_page_on_adapters_is_read(
 # Examples
 
 
-def test_the_readme_shows_the_examples_as_they_are() -> None:
-    assert sorted(blocks("python")) == sorted(path.read_text() for path in EXAMPLES)
+def test_the_pages_show_the_examples_as_they_are() -> None:
+    assert sorted(blocks("python", EXTENDING)) == sorted(path.read_text() for path in EXAMPLES)
+    assert set(blocks("python")) <= set(blocks("python", EXTENDING))
     for path in EXAMPLES:
         lines = path.read_text().splitlines()
         assert lines[0].startswith(f"# examples/{path.name}: ")
@@ -262,7 +264,7 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 def test_the_examples_plug_in(users_folder: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = f"model: {{policy: {{path: {policy_path}}}, kl_coef: 0}}\ndata: {{init_args: {{batch_size: 8}}}}"
-    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml")[1]))
+    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml", EXTENDING)[0]))
     assert ended.code == 0, ended.err
     logged = scalars(users_folder / "runs" / "remax" / "version_0")
     assert {"train/distinct_responses", "train/reward_part/brief", "train/reward_part/polite"} <= logged
