@@ -105,12 +105,11 @@ def compare(
     pairs, notes = paired(first, second, common=common)
     left_out = incomparable(first, second, pairs)
     found = differences(pairs, left_out, num_resamples, seed)
-    pieces = [each for each in first.pieces if each in second.pieces]
-    texts = Pairs([first.pieces[each] for each in pieces], [second.pieces[each] for each in pieces])
-    if pieces and not (reason := _other_tokens(texts)) and len(pieces) == len(first.pieces) == len(second.pieces):
-        found |= differences(texts, {}, num_resamples, seed)
-    elif first.pieces or second.pieces:
+    texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
+    if first.pieces.keys() != second.pieces.keys() or _other_tokens(texts):
         left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they were not taken of the same text")
+    elif first.pieces:
+        found |= differences(texts, left_out, num_resamples, seed)
     won = [
         PromptRecord(None, "", {}, {}, {name: _won(one, two, whose) for name, whose in WIN_RATES.items()})
         for one, two in zip(*pairs, strict=True)
