@@ -21,7 +21,9 @@ def response_texts(rows: Sequence[dict[str, Any]], column: str) -> list[str | No
 def _text(value: Any) -> str | None:
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
         value = value[-1].get("content")
-    return value if isinstance(value, str) and value.strip() else None
+    if not isinstance(value, str) or not value.strip():
+        return None
+    return value.encode(errors="replace").decode()  # half an emoji stops tokenizers
 
 
 def held_out_responses(
