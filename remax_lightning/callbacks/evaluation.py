@@ -230,7 +230,7 @@ class Evaluation(Callback):
         found = {**module.settings(), "evaluation": {**own, "confidence": CONFIDENCE}}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
-                config = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+                config = yaml.safe_load(callback.parser.dump(callback.config))
                 arguments = config["model"].get("init_args", config["model"])
                 found |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
                 found["reward"] = arguments.get("reward", found["reward"])

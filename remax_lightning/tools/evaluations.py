@@ -46,7 +46,8 @@ def read_evaluation(path: Path) -> Evaluated:
             raise UserError(f"there is no file {file}; `remax test` writes an evaluation.json and .jsonl side by side")
     try:
         answer = json.loads(path.read_text(encoding="utf-8"))
-        records = [_record(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        # No `splitlines`: text of a user's may hold what that takes for the end of a line.
+        records = [_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
         answer["settings"]["reward"], answer["figures"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} (or {lines.name}) is no evaluation of `remax test` ({error!r})") from error
