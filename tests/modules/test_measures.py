@@ -170,14 +170,30 @@ def test_an_adapted_policy_is_compared_with_its_start(folders: tuple[str, str], 
     assert abs(metrics["val/perplexity"] / metrics["val/reference_perplexity"] - 1) > 1e-4
 
 
+class Noted(PairedEngine):
+    """Notes what seeds its rollouts have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+
+    def generate(self, *arguments: Any, **options: Any) -> Generated:
+        self.seeds.append(options["generator"].initial_seed())
+        return super().generate(*arguments, **options)
+
+
 def test_policy_and_reference_draw_independently(folders: tuple[str, str], tmp_path: Path) -> None:
-    found, metrics = measured(remax_module(folders[0], folders[0]), prompt_data(tmp_path, folders[0]), tmp_path)
+    engine, data = Noted(), prompt_data(tmp_path, folders[0], batch_size=3)
+    found, _ = measured(remax_module(folders[0], folders[0], rollout=engine), data, tmp_path)
+    assert len(set(engine.seeds)) == len(engine.seeds) == 2 * 3
     assert [record.responses["sampled"] for record in found] != [record.responses["reference"] for record in found]
-    again, _ = measured(remax_module(folders[0], folders[0]), prompt_data(tmp_path, folders[0]), tmp_path)
+
+
+def test_the_reference_leaves_the_policys_figures_alone(folders: tuple[str, str], tmp_path: Path) -> None:
+    found, metrics = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)
+    again, _ = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)
     assert again == found
-    alone, without = measured(
-        remax_module(folders[0], folders[0]), prompt_data(tmp_path, folders[0]), tmp_path, Measures()
-    )
+    alone, without = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path, Measures())
     assert [each.responses["sampled"] for each in alone] == [each.responses["sampled"] for each in found]
     assert {name: metrics[name] for name in without} == without
 
