@@ -85,6 +85,7 @@ class EvaluatedModule(PolicyModule):
     on_predict_start = on_validation_start
 
     def _prepare(self) -> None:
+        self.constants.restore()
         if self._reference is not None:
             self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)

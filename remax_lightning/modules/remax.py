@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, StepOutput
@@ -87,6 +88,7 @@ class ReMaxModule(EvaluatedModule):
         """Train on one part of a rollout batch; the first part makes the rollout."""
         times = {"rollout": 0.0, "reward": 0.0}
         if batch.split == 0:
+            self._drop_gradients()
             self._experience = self._explore(batch, times)
         if self._experience is None:
             raise UserError(f"data: part {batch.split} of a rollout batch came first; a loader starts with part 0")
@@ -115,6 +117,12 @@ class ReMaxModule(EvaluatedModule):
         )
         self._log_training(output, clip_fraction)
         return output
+
+    def _drop_gradients(self) -> None:
+        """Drop the gradients of the step before: Lightning would keep their memory through the rollout."""
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # drops its own
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
         """Make a rollout with all that training on it needs."""

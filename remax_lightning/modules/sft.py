@@ -68,6 +68,7 @@ class SFTModule(PolicyModule):
 
     def on_validation_start(self) -> None:
         """Load what scoring needs."""
+        self.constants.restore()
         if self.reward is not None and self._reward_device != self.device:
             self.reward.load(self.device)
             self._reward_device = self.device
