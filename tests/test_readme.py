@@ -214,6 +214,7 @@ def test_the_users_yaml_trains_resumes_and_predicts(
     for kept in ("config.yaml", "samples", "policy/best/tokenizer.json", "policy/last/model.safetensors"):
         assert (run / kept).exists()
     told = {key for row in table("key", 2) for key in re.findall(r"`([a-z]+/\w+)`", row[0])}
+    told |= set(re.findall(r"`(val/\w+)`", (ROOT / "docs" / "evaluation.md").read_text()))
     logged = {name for name in scalars(run) if "/" in name}
     assert logged == told - {"train/reward_part", "train/clip_fraction"}
 
@@ -228,10 +229,11 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
 # Other pages
 
 
-@pytest.mark.parametrize("block", blocks("yaml", (ROOT / "docs" / "lora.md").read_text()))
-def test_the_yaml_of_the_page_on_adapters_is_read(
-    block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [each for name in ("lora", "evaluation") for each in blocks("yaml", (ROOT / f"docs/{name}.md").read_text())],
+)
+def test_the_yaml_of_pages_is_read(block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     function = "remax_lightning.rewards.verifiers.exact_match"
     rest = f"model: {{reward: {{class_path: FunctionReward, init_args: {{function: {function}}}}}}}\n"
     rest += "data: {init_args: {path: prompts.jsonl}}"

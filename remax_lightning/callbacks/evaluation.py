@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from remax_lightning.batch import Measures, PromptRecord
 from remax_lightning.callbacks.figures import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
@@ -74,7 +75,7 @@ class Evaluation(Callback):
         self._target: Path | None = None
         self._text = ""
         self._asked: tuple[Measure, ...] | None = None
-        self._active = self._prints = False
+        self._active = self._prints = self._needs_responses = False
         self._records: list[PromptRecord] = []
 
     # Before
@@ -133,6 +134,9 @@ class Evaluation(Callback):
         self._records, self._asked = [], asked
         wanted = {name: True for name in MEASURES if asked is None or name in asked}
         wanted["perplexity"] = "perplexity" in wanted and self.text is None
+        # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
+        named = asked is not None or self.response_column != "chosen"
+        self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
         module.measures = Measures(**wanted, response_column=self.response_column, max_length=self.max_length)
 
     # Meanwhile
@@ -147,7 +151,7 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """See whether there is what was asked for."""
-        self._take(outputs, batch_idx, self.validation)
+        self._take(outputs, batch_idx)
 
     def on_test_batch_end(
         self,
@@ -159,15 +163,15 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep what was measured."""
-        self._records += self._take(outputs, batch_idx, self.test or ())
+        self._records += self._take(outputs, batch_idx)
 
-    def _take(self, outputs: Any, batch_idx: int, asked: tuple[Measure, ...]) -> list[PromptRecord]:
+    def _take(self, outputs: Any, batch_idx: int) -> list[PromptRecord]:
         output = rollout_output(outputs)
-        records = output.get("records", []) if self._active and output is not None else []
-        # Asked for by name: a first batch without it is a mistake, and hours later it would be one, too.
-        named = "win_rate_chosen" in asked or ("perplexity" in asked and self.text is None)
-        if batch_idx == 0 and records and (named or (self.response_column != "chosen" and self._asked != ())):
-            self._check_responses(records, cast("Any", output)["rollout"].prompt.rows)
+        if not self._active or output is None:
+            return []
+        records = output.get("records", [])
+        if batch_idx == 0 and self._needs_responses:
+            self._check_responses(records, output["rollout"].prompt.rows)
         return records
 
     def _check_responses(self, records: Sequence[PromptRecord], rows: Sequence[dict[str, Any]]) -> None:
@@ -205,7 +209,7 @@ class Evaluation(Callback):
                 "settings": self._settings(trainer, cast("Any", pl_module)),
             }
             _write(self._target, answer, [*records, *pieces])
-            print(f"Written to {self._target} and {_records_file(self._target)}.")  # noqa: T201
+            rank_zero_info(f"Wrote {self._target} and {_records_file(self._target)}.")
 
     def _log_text(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> list[PromptRecord]:
         wanted = self._active and (self._asked is None or "perplexity" in self._asked)

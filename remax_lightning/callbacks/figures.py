@@ -109,10 +109,14 @@ def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> d
 
 
 def with_interval(value: float, ends: Sequence[float], count: int) -> Figure:
-    """Return a figure as it is written: JSON has neither NaN nor infinity."""
+    """Return a figure with its interval, None in the place of what there is not."""
     low, high = ends if count > 1 else (math.nan, math.nan)
-    finite = [each if math.isfinite(each) else None for each in (value, low, high)]
-    return Figure(finite[0], finite[1], finite[2], count)
+    return Figure(finite(value), finite(low), finite(high), count)
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON has it, which knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

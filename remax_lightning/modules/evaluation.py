@@ -78,8 +78,9 @@ class EvaluatedModule(PolicyModule):
             self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
 
     def on_validation_start(self) -> None:
-        """Bring the frozen models to the device."""
+        """Bring the frozen models to the device, and forget an evaluation that was interrupted."""
         self._prepare()
+        self._evaluated = RecordSums()
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start

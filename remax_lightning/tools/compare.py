@@ -18,6 +18,7 @@ from remax_lightning.callbacks.figures import (
     Sums,
     as_figures,
     figures,
+    finite,
     interval,
     number,
     sums_of,
@@ -154,7 +155,8 @@ def differences(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, s
     for name, own, other, end, count in values:
         if count:
             changed = with_interval(other - own, end, count)._asdict()
-            found[name] = {"first": own, "second": other, "difference": changed.pop("value"), **changed}
+            values_of = {"first": finite(own), "second": finite(other)}
+            found[name] = {**values_of, "difference": changed.pop("value"), **changed}
     return found
 
 

@@ -57,6 +57,8 @@ def read_evaluation(path: Path) -> Evaluated:
 
 def _record(line: str) -> PromptRecord:
     record = PromptRecord(**json.loads(line))
+    if record.responses:
+        record.rewards["sampled"], record.rewards["greedy"]
     return record._replace(sums={name: (float(top), float(bottom)) for name, (top, bottom) in record.sums.items()})
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule
 from callbacks.fakes import make_trainer as fake_trainer
+from lightning.pytorch import Callback
 from runs import PROMPTS, Recorder, make_trainer, remax_module, save_policy, write_rows
 
 from remax_lightning.batch import PromptRecord
@@ -118,7 +119,6 @@ def test_the_table_has_every_figure_and_is_alone(evaluated: tuple[Path, dict[str
         assert number(figure["value"]) in line
         assert f"{number(figure['low'])} to {number(figure['high'])}" in line
     assert "Test metric" not in out  # Lightning's
-    assert f"Written to {folder / 'evaluation.json'}" in out
 
 
 def test_intervals_shrink_with_the_prompts_and_follow_the_seed() -> None:
@@ -207,6 +207,27 @@ def test_validation_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_
     assert run(folders, tmp_path, validates=True) == plain
 
 
+def test_an_interrupted_evaluation_is_forgotten(folders: tuple[str, str], tmp_path: Path) -> None:
+    class Once(Callback):
+        def on_validation_batch_end(self, *arguments: Any) -> None:
+            if not hasattr(self, "raised"):
+                self.raised = True
+                raise RuntimeError("once")
+
+    def data(rows: Sequence[dict[str, Any]]) -> PromptDataModule:
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        return PromptDataModule(path, folders[0], val_path=path, batch_size=4, max_prompt_length=64)
+
+    module, recorder = remax_module(*folders), Recorder()
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="once"):
+        make_trainer(tmp_path, [Once()], limit_val_batches=1.0).validate(module, data(ROWS[::-1]), verbose=False)
+    (metrics,) = make_trainer(tmp_path, [recorder], limit_val_batches=1.0).validate(module, data(ROWS), verbose=False)
+    rewards = [value for output in recorder.validations for value in output["rollout"].reward.tolist()]
+    assert len(rewards) == 8
+    assert metrics["val/reward"] == pytest.approx(sum(rewards) / 8)
+
+
 def test_a_test_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_path: Path) -> None:
     assert logged(run(folders, tmp_path, Evaluation(test=(), num_resamples=10)), "test") == set()
     found = run(folders, tmp_path, Evaluation(test=("win_rate_chosen",), num_resamples=10))
@@ -234,6 +255,12 @@ def test_what_is_asked_for_by_name_has_to_be_there(folders: tuple[str, str], tmp
             run(folders, tmp_path, Evaluation(**options), rows=plain)
     with pytest.raises(UserError, match=r"evaluation\.response_column: no row"):
         run(folders, tmp_path, Evaluation(validation=("win_rate_chosen",)), rows=plain, validates=True)
+
+
+def test_what_is_not_asked_for_need_not_be_there(folders: tuple[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    asked = Evaluation(test=("win_rate_reference",), response_column="reply", num_resamples=10)
+    assert logged(run(folders, tmp_path, asked, rows=rows), "test") == {"win_rate_reference", "reference_reward"}
 
 
 def test_another_column_is_read(folders: tuple[str, str], tmp_path: Path) -> None:
