@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
 from remax_lightning.callbacks.collapse_detector import CollapseDetector
+from remax_lightning.callbacks.evaluation import Evaluation
 from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.outputs import rollout_output
@@ -15,6 +16,7 @@ from remax_lightning.callbacks.throughput import Throughput
 __all__ = [
     "BaselineMonitor",
     "CollapseDetector",
+    "Evaluation",
     "ExportPolicy",
     "KLMonitor",
     "PredictionWriter",
