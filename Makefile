@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -31,6 +31,9 @@ $(VENV)-ppo/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in minutes
 	$(BIN)/remax demo
+
+pipeline: $(VENV)/.installed ## supervise, learn a reward, align, evaluate and report on this machine, in minutes
+	$(BIN)/remax pipeline
 
 test: $(VENV)/.installed-test ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto

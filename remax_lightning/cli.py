@@ -47,6 +47,7 @@ TOOLS = {
     "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
+    "pipeline": ("pipeline", "go from generated preferences to an aligned policy in three stages, in minutes"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),
     "report": ("report", "write a page about a run: curves, and samples to browse"),
 }

@@ -1,0 +1,179 @@
+"""`remax pipeline`: from generated preferences to an aligned policy, in all three stages, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remax_lightning.callbacks.figures import Figure, interval, number, table, with_interval
+from remax_lightning.errors import UserError
+from remax_lightning.functional import percentile_interval, resampled_ratios
+from remax_lightning.tools.dialogues import read_pairs, true_score, write_dialogue_task
+
+FOLDER = Path("runs/pipeline")
+"""Where the configurations `pipeline*.yaml` read and write."""
+
+HELD_OUT = FOLDER / "task" / "held_out.jsonl"
+NUM_RESAMPLES = 10_000
+
+ROWS = {
+    "true score, sampled": "true_score",
+    "true score, greedy": "greedy_true_score",
+    "learned reward, sampled": "reward",
+    "learned reward, greedy": "baseline_reward",
+    "win rate over the first stage": "win_rate_reference",
+    "win rate over chosen responses": "win_rate_chosen",
+    "KL to it, nats per response": "kl_per_response",
+    "response length, tokens": "response_length",
+    "perplexity of chosen responses": "perplexity",
+}
+"""The lines of the table, and the figures in them."""
+
+
+def main(args: Sequence[str]) -> dict[str, Any]:
+    """Write preferences, run the three stages on them, evaluate before and after, and make a report.
+
+    Args:
+        args: what stands after `remax pipeline`.
+
+    Returns:
+        `before` and `after`, figures by name, each with `value`, `low`, `high` and `n`; `reward_model_accuracy`
+        likewise, `rule_accuracy` and `seconds` by stage.
+    """
+    parser = argparse.ArgumentParser(prog="remax pipeline", description=main.__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
+    options = parser.parse_args(args)
+    steps = _Steps([f"--seed_everything={options.seed}"])
+    write_dialogue_task(FOLDER / "task")
+    print(f"Wrote dialogues with preferences to {FOLDER / 'task'}.")
+    steps.run("supervised", "fit", "pipeline_sft.yaml")
+    steps.run("reward model", "fit", "pipeline_reward_model.yaml")
+    accuracy = _accuracy(steps)
+    first = ["--model.policy.path", str(FOLDER / "sft/last"), "--trainer.logger.init_args.name", "before"]
+    before = _evaluated(steps, "evaluation before", first)
+    aligned = Path(steps.run("ReMax", "fit", "pipeline.yaml").log_dir)
+    last = ["--model.policy.path", str(FOLDER / "policy/last"), "--trainer.logger.init_args.name", "after"]
+    after = _evaluated(steps, "evaluation after", [*last, "--evaluation.path", str(aligned / "evaluation.json")])
+    report = steps.timed("report", lambda: _report(aligned))
+    rule = _rule_accuracy()
+    print(_text(before, after, accuracy, rule, steps.seconds, report, aligned))
+    return {
+        "before": {name: figure._asdict() for name, figure in before.items()},
+        "after": {name: figure._asdict() for name, figure in after.items()},
+        "reward_model_accuracy": accuracy._asdict(),
+        "rule_accuracy": rule,
+        "seconds": steps.seconds | {"all": sum(steps.seconds.values())},
+    }
+
+
+class _Steps:
+    """Runs subcommands of the command line, and keeps how long each took, in seconds."""
+
+    def __init__(self, common: list[str]) -> None:
+        self.common = common
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, subcommand: str, config: str, more: Sequence[str] = ()) -> Any:
+        """Run one and return its trainer."""
+        from remax_lightning.cli import config_folder, run
+
+        path = config_folder() / config
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        arguments = [*self.common, *more]
+        print(f"\n$ remax {subcommand} --config {shown} {' '.join(arguments)}", flush=True)
+        trainer: Any = self.timed(name, lambda: run([subcommand, "--config", str(path), *arguments]).trainer)
+        if trainer.interrupted:
+            raise UserError("remax pipeline was interrupted")
+        return trainer
+
+    def timed(self, name: str, step: Callable[[], Any]) -> Any:
+        """Run a step."""
+        started = time.perf_counter()
+        found = step()
+        self.seconds[name] = time.perf_counter() - started
+        return found
+
+
+def _accuracy(steps: _Steps) -> Figure:
+    """Measure the reward model on the held-out pairs."""
+    more = ["--model.reward_model.path", str(FOLDER / "reward_model/best"), "--data.val_path", str(HELD_OUT)]
+    more += ["--trainer.logger.init_args.name", "reward_model_test"]
+    trainer = steps.run("reward model's test", "test", "pipeline_reward_model.yaml", more)
+    pairs = len(read_pairs(HELD_OUT))
+    right = round(float(trainer.callback_metrics["test/accuracy"]) * pairs)
+    return mean_with_interval([[float(index < right)] for index in range(pairs)])
+
+
+def _rule_accuracy() -> float:
+    """Return how often the rule itself agrees with the held-out labels, a tie counting one half: no scorer can more."""
+    agreed = 0.0
+    for pair in read_pairs(HELD_OUT):
+        chosen, rejected = true_score([pair.prompt] * 2, [pair.chosen, pair.rejected], [{}, {}])
+        agreed += 0.5 + 0.5 * ((chosen > rejected) - (chosen < rejected))
+    return agreed / len(read_pairs(HELD_OUT))
+
+
+def _evaluated(steps: _Steps, name: str, more: Sequence[str]) -> dict[str, Figure]:
+    """Evaluate a policy on the held-out prompts, and score its responses with the rule, too."""
+    from remax_lightning.tools.evaluations import read_evaluation
+
+    trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
+    path = Path(more[-1]) if more[-2] == "--evaluation.path" else Path(trainer.log_dir)
+    found = read_evaluation(path)
+    figures = {name: Figure(**figure) for name, figure in found.answer["figures"].items()}
+    for name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
+        records = [(record.prompt, record.responses[whose]) for record in found.prompts.values()]
+        figures[name] = mean_with_interval(
+            [true_score([prompt] * len(texts), texts, [{}]) for prompt, texts in records]
+        )
+    return figures
+
+
+def mean_with_interval(scores: Sequence[Sequence[float]]) -> Figure:
+    """Return the mean of scores with its bootstrap interval; those of one prompt are one list."""
+    sums = torch.tensor([[sum(each), len(each)] for each in scores], dtype=torch.float64)
+    drawn = resampled_ratios(sums[:, :1], sums[:, 1:], NUM_RESAMPLES, torch.Generator().manual_seed(0))
+    total, count = sums.sum(0).tolist()
+    return with_interval(total / count, percentile_interval(drawn)[0].tolist(), len(scores))
+
+
+def _report(run: Path) -> Path:
+    from remax_lightning.tools.report import main as report
+
+    return report([str(run), "--out", str(FOLDER / "report.html")])
+
+
+def _text(
+    before: dict[str, Figure],
+    after: dict[str, Figure],
+    accuracy: Figure,
+    rule: float,
+    seconds: dict[str, float],
+    report: Path,
+    run: Path,
+) -> str:
+    count = before["true_score"].n
+    rows = [(f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")]
+    for label, name in ROWS.items():
+        cells = [cell for each in (before[name], after[name]) for cell in (number(each.value), interval(each))]
+        rows.append((label, *cells, ""))
+    return "\n".join(
+        [
+            "",
+            table(rows),
+            "",
+            f"reward model        right on {accuracy.value:.1%} of {accuracy.n} held-out pairs, 95 % interval"
+            f" {interval(accuracy)}; the rule that chose them on {rule:.1%}",
+            f"seconds             {', '.join(f'{name} {each:.0f}' for name, each in seconds.items())};"
+            f" {sum(seconds.values()):.0f} in all",
+            f"aligned policy      {FOLDER / 'policy' / 'last'}",
+            f"reward model        {FOLDER / 'reward_model' / 'best'}",
+            f"run                 {run}",
+            f"report              {report}, for any browser",
+        ]
+    )
