@@ -136,7 +136,7 @@ def test_intervals_shrink_with_the_prompts_and_follow_the_seed() -> None:
 
 def test_figures_stand_in_the_order_of_the_table() -> None:
     parts = [f"reward_part/{letter}" for letter in "hgfedcba"]
-    record = PromptRecord(0, "", {}, {}, {name: (1.0, 1.0) for name in (*parts, "kl", "reward")})
+    record = PromptRecord(0, "", {}, {}, dict.fromkeys((*parts, "kl", "reward"), (1.0, 1.0)))
     assert list(figures([record], 10, 0)) == ["reward", "kl", *parts]
 
 
