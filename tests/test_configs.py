@@ -60,6 +60,11 @@ def sources(module: dict[str, Any]) -> list[dict[str, Any]]:
     return [module[name] for name in ("policy", "reward_model", "reference") if module.get(name)]
 
 
+def rewards(reward: dict[str, Any]) -> list[dict[str, Any]]:
+    """A reward and its parts."""
+    return [reward, *reward.get("init_args", {}).get("parts", {}).values()]
+
+
 def made_small(config: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
     """The configuration with everything replaced that a laptop without a network does not have."""
     trainer, module, data = config["trainer"], config["model"]["init_args"], config["data"]["init_args"]
@@ -69,8 +74,9 @@ def made_small(config: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
     trainer["fast_dev_run"] = 2 * max(parts, trainer["accumulate_grad_batches"])
     for source in sources(module):
         source["path"] = local["policy"]
-    if "ClassifierReward" in str((module.get("reward") or {}).get("class_path")):
-        module["reward"]["init_args"] |= {"path": local["reward"], "dtype": None, "max_length": None}
+    for reward in rewards(module.get("reward") or {}):
+        if "ClassifierReward" in str(reward.get("class_path")):
+            reward["init_args"] |= {"path": local["reward"], "dtype": None, "max_length": None}
     data |= {"path": local["data"], "batch_size": 2 * parts, "val_size": min(32, data["val_size"])}
     data |= {"micro_batch_size": 2} if data.get("micro_batch_size") else {}
     data |= {"val_path": local["data"]} if data.get("val_path") else {}
