@@ -14,7 +14,8 @@ from machine import RESULTS, description
 
 SCRIPT = """
 import importlib, json, sys
-print("FIGURES", json.dumps(importlib.import_module("remax_lightning.tools." + sys.argv[1]).main(["--seed", sys.argv[2]])))
+tool = importlib.import_module("remax_lightning.tools." + sys.argv[1])
+print("FIGURES", json.dumps(tool.main(["--seed", sys.argv[2]])))
 """
 
 
