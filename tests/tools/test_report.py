@@ -96,6 +96,16 @@ def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
     assert points["y"] == pytest.approx(curves["val/reward"].values, rel=1e-4)
 
 
+def test_the_parts_of_a_reward_stand_beside_each_other() -> None:
+    curves = {f"{stage}/reward_part/{name}": Curve([1, 2], [0.0, 1.0]) for stage in ("train", "val") for name in "ab"}
+    (section,), _ = drawn(curves)
+    (chart,) = section["charts"]
+    labels = [(line["label"], line["colour"], line["points"]) for line in chart["lines"]]
+    assert labels == [
+        (f"{n}, {s}", i, p) for i, n in enumerate("ab") for s, p in (("training", False), ("validation", True))
+    ]
+
+
 def test_kl_against_reward_pairs_the_steps_that_both_have() -> None:
     curves = {"val/kl": Curve([1, 2, 3], [0.1, 0.2, 0.3]), "val/reward": Curve([2, 3, 4], [5.0, 6.0, 7.0])}
     path = kl_against_reward(curves)

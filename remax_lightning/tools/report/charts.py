@@ -14,6 +14,9 @@ POINTS = 300
 WINDOWS = 25
 """A curve is smoothed over a 25th of its points."""
 
+COLOURS = 4
+"""In the palette of `style.css`."""
+
 Smooth = tuple[list[int], list[float], list[float]]
 """Steps, means and standard deviations."""
 
@@ -152,11 +155,12 @@ def thinned(length: int, points: int = POINTS) -> list[int]:
 
 def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return sections with their charts as the page's script reads them, and the titles of those without any curve."""
-    named = {line.key for charts in SECTIONS.values() for chart in charts for line in chart.lines}
+    known = SECTIONS | {"Reward": (*SECTIONS["Reward"], *reward_parts(curves))}
+    named = {line.key for charts in known.values() for chart in charts for line in chart.lines}
     others = sorted(key for key in curves if key not in named and key not in _NOT_DRAWN)
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
     sections, missing = [], []
-    for title, charts in {**SECTIONS, "Further curves": further}.items():
+    for title, charts in {**known, "Further curves": further}.items():
         found = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
         if title.startswith("KL") and (path := kl_against_reward(curves)):
             found.append(path)
@@ -165,6 +169,17 @@ def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]
         elif charts:
             missing.append(title)
     return sections, missing
+
+
+def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
+    """Return a chart of the parts of a reward, also those that weigh nothing in it, if there are any."""
+    names = sorted({key.partition("/")[2] for key in curves if "/reward_part/" in key})
+    lines = []
+    for number, name in enumerate(names):
+        label, colour = name.removeprefix("reward_part/"), number % COLOURS
+        lines.append(Line(f"train/{name}", f"{label}, training", colour))
+        lines.append(Line(f"val/{name}", f"{label}, validation", colour, points=True))
+    return (Chart("Parts of the reward of sampled responses", tuple(lines), wide=True),) if lines else ()
 
 
 def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
