@@ -42,6 +42,7 @@ CALLBACKS = {
 KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
+    "doctor": ("doctor", "check a configuration's models and data before any training"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),
