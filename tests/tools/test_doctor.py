@@ -14,7 +14,7 @@ from tools.patients import healthy, preferred, supervised, with_reward_model
 
 from remax_lightning.cli import run
 from remax_lightning.tools.addition import write_addition_task
-from remax_lightning.tools.doctor_checks import CHECKS
+from remax_lightning.tools.doctor_checks import CHECKS, Subject, examine, read_subject
 
 NAMES = [check.name for check in CHECKS]
 
@@ -124,6 +124,19 @@ def test_a_tokenizer_larger_than_the_policy_fails(tmp_path: Path, capsys: pytest
     assert results["models"]["status"] == "fail"
     assert "only 64; give the tokenizer that belongs to the policy" in results["models"]["measured"]
     assert results["bos"]["status"] == "skip"
+    assert results["memory"]["status"] == "pass"  # of configurations alone
+
+
+def test_models_that_are_too_large_for_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(_: Subject) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Subject, "load_models", too_large)
+    subject = read_subject(["--config", write_config(tmp_path / "run.yaml", supervised(tmp_path))], 12)
+    results = {result.name: result for result in examine(subject)}
+    assert results["models"].status == "fail"
+    assert "--trainer.accelerator cpu" in results["models"].fix
+    assert results["memory"].measured == "needs models"
 
 
 def test_a_reward_that_cannot_be_loaded_leaves_the_policy_to_be_checked(

@@ -89,7 +89,7 @@ CHECKS = (
     Check("reward_truncation", rewards.reward_truncation, (ALIGNED,), ("data", "models", "reward")),
     Check("reward_padding", rewards.reward_padding, (ALIGNED, PREFERRED), ("data", "models", "reward")),
     Check("reward_spread", rewards.reward_spread, (ALIGNED,), ("data", "models", "reward")),
-    Check("memory", memory.memory, EVERY, ("models",)),
+    Check("memory", memory.memory, EVERY, ()),
 )
 """In the order in which they run: what later ones need is loaded first."""
 
@@ -122,6 +122,9 @@ def answer(check: Check, subject: Subject, failed: set[str]) -> Finding:
             return check.run(subject)
     except NotApplicable as reason:
         return Finding("skip", str(reason))
+    except torch.OutOfMemoryError:
+        fix = "a run over several devices may still fit: check it with --trainer.accelerator cpu, and see `memory`"
+        return Finding("fail", "this device has not enough memory for one process with all of it", fix)
     except UserError as error:
         return Finding("fail", str(error), "correct what the message names")
     except Exception as error:

@@ -53,6 +53,8 @@ def memory(subject: Subject) -> Finding:
 
 def _least(subject: Subject) -> Finding:
     """Compare weights, gradients and optimizer with the memory: what a stage needs before its passes."""
+    if not subject.module._modules:
+        raise NotApplicable("needs models")
     model = subject.module.trained_model
     optimizer = subject.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     moments = 2 if "betas" in optimizer.defaults else 0
