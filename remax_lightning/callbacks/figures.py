@@ -87,7 +87,8 @@ def sums_of(records: Sequence[PromptRecord], names: Iterable[str] | None = None)
     """
     # An advantage is what a step trains on, and no measure of a policy.
     found = {name: None for record in records for name in record.sums if name != "advantage"}
-    chosen = list(names) if names is not None else [*(n for n in MEANINGS if n in found), *(found.keys() - MEANINGS)]
+    ordered = [name for name in MEANINGS if name in found] + [name for name in found if name not in MEANINGS]
+    chosen = ordered if names is None else list(names)
     pairs = torch.tensor(
         [[record.sums.get(name, (0.0, 0.0)) for name in chosen] for record in records], dtype=torch.float64
     ).view(len(records), len(chosen), 2)

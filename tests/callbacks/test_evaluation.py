@@ -134,6 +134,12 @@ def test_intervals_shrink_with_the_prompts_and_follow_the_seed() -> None:
     assert figures(records(20), 2000, 0) == figures(records(20), 2000, 0) != figures(records(20), 2000, 1)
 
 
+def test_figures_stand_in_the_order_of_the_table() -> None:
+    parts = [f"reward_part/{letter}" for letter in "hgfedcba"]
+    record = PromptRecord(0, "", {}, {}, dict.fromkeys((*parts, "kl", "reward"), (1.0, 1.0)))
+    assert list(figures([record], 10, 0)) == ["reward", "kl", *parts]
+
+
 def test_what_cannot_be_said_is_left_empty() -> None:
     one = [PromptRecord(0, "", {}, {}, {"reward": (1.0, 1.0), "perplexity": (1e6, 1.0), "advantage": (1.0, 1.0)})]
     found = figures(one, 10, 0)
