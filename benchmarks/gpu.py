@@ -2,8 +2,9 @@
 
 On a CUDA device, for models of the shape of OPT-1.3B and Llama-2-7B with random weights in bfloat16: a rollout of ours
 with and without its greedy half, two `generate` calls, and the training pass, against what the device was measured to
-copy and to multiply. Lengths are the full ones. Without CUDA it says so and does nothing. Each shape has a share of
-`--seconds`; rounds that no longer fit are left out, and `repetitions` tells how many were made.
+copy and to multiply; peaks of memory stand beside what `remax plan` predicts. Lengths are the full ones. Without CUDA
+it says so and does nothing. Each shape has a share of `--seconds`; rounds that no longer fit are left out, and
+`repetitions` tells how many were made.
 `--shape toy --device cpu` runs the same code on a small model: a test, not a figure.
 """
 
@@ -19,8 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from machine import RESULTS
+from predicted import predicted
 from timing import device_name, save, seconds
 from torch import Tensor
+
+from remax_lightning.tools.allocations import shapes_only
 
 REMAX_BYTES, PPO_BYTES = 20, 36
 """Bytes per parameter of states where all models are of one size: bfloat16 weights and gradients with float32 master
@@ -108,14 +112,17 @@ def measure(
     work: Work, device: torch.device, repetitions: int, deadline: float, limits: dict[str, float]
 ) -> dict[str, Any]:
     """Measure rollouts and the training pass of one shape."""
-    model = build(work, device)
+    with shapes_only(torch.bfloat16):
+        plain = build(work, torch.device("cpu"))
+        expected = predicted(plain, work.prompts, work.prompt, work.response, work.micro_batch)
+    model = build(work, device).to(device)
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(10, work.config["vocab_size"], (work.prompts, work.prompt), device=device, generator=generator)
     figures = training(model, work, ids, device, repetitions, limits)
     figures |= rollouts(model, work, ids, device, repetitions, deadline, limits)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     states = {"remax_states_gb": REMAX_BYTES, "ppo_states_gb": PPO_BYTES, "ppo_extra_gb": PPO_BYTES - REMAX_BYTES}
-    return figures | {name: size * parameters / 1e9 for name, size in states.items()}
+    return figures | expected | {name: size * parameters / 1e9 for name, size in states.items()}
 
 
 def build(work: Work, device: torch.device) -> Any:
@@ -131,7 +138,7 @@ def build(work: Work, device: torch.device) -> Any:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def rollouts(

@@ -25,6 +25,8 @@ class PromptBatch(NamedTuple):
         rows: the `B` raw rows of the data set, for rewards that need more than the text.
         split: which part of the rollout batch is trained on now, from 0; the same prompts arrive `num_splits` times.
         num_splits: how many parts the rollout batch is trained in.
+        indices: the places of the `B` prompts in their data set; tell a prompt that is there twice, to fill up a rank,
+            which an evaluation then counts once. None where they are not known.
     """
 
     prompt_ids: Tensor
@@ -33,6 +35,7 @@ class PromptBatch(NamedTuple):
     rows: list[dict[str, Any]]
     split: int = 0
     num_splits: int = 1
+    indices: list[int] | None = None
 
 
 class SupervisedBatch(NamedTuple):
@@ -151,6 +154,7 @@ class Rollout(NamedTuple):
                 self.prompt.prompt_mask[start:stop],
                 self.prompt.prompts[start:stop],
                 self.prompt.rows[start:stop],
+                indices=None if self.prompt.indices is None else self.prompt.indices[start:stop],
             ),
             sampled=self.sampled.rows(first, last),
             greedy=None if self.greedy is None else self.greedy.rows(start, stop),
@@ -161,6 +165,43 @@ class Rollout(NamedTuple):
             log_probs=None if self.log_probs is None else self.log_probs[first:last],
             reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
         )
+
+
+class Measures(NamedTuple):
+    """What an evaluation measures beside the policy's own responses; each costs passes or responses of its own.
+
+    Args:
+        win_rate_reference: whether the reference answers the prompts too, and the rewards are compared.
+        win_rate_chosen: whether the rewards are compared with that of the data set's response.
+        perplexity: whether policy and reference are asked for the log-probs of the data set's response.
+        response_column: column of the data set's response.
+        max_length: tokens of such a response that are read for the perplexity.
+    """
+
+    win_rate_reference: bool = False
+    win_rate_chosen: bool = False
+    perplexity: bool = False
+    response_column: str = "chosen"
+    max_length: int = 1024
+
+
+class PromptRecord(NamedTuple):
+    """What was measured on one prompt. The sums of all prompts make the figures.
+
+    Args:
+        number: the prompt's place in its data set, or None where that is not known.
+        prompt: the prompt as text; empty for a piece of a text.
+        responses: responses by whose they are: `sampled`, `greedy`, `reference`, `chosen`.
+        rewards: their rewards.
+        sums: by the figure's name, a sum and what it is a sum over: rewards and responses, nats and tokens. The
+            figure is the ratio of both after they were summed over prompts, for a perplexity its exponential.
+    """
+
+    number: int | None
+    prompt: str
+    responses: dict[str, list[str]]
+    rewards: dict[str, list[float]]
+    sums: dict[str, tuple[float, float]]
 
 
 class StepOutput(TypedDict):
@@ -188,6 +229,8 @@ class StepOutput(TypedDict):
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
     closes_step: bool
     """True where an optimizer step ends with this part; always True in validation."""
+    records: NotRequired[list[PromptRecord]]
+    """What was measured on each prompt; absent in training."""
 
 
 class Exported(NamedTuple):

@@ -35,6 +35,7 @@ CALLBACKS = {
     "export": callbacks.ExportPolicy,
     "tensorboard": callbacks.TensorBoardReport,
     "predictions": callbacks.PredictionWriter,
+    "evaluation": callbacks.Evaluation,
 }
 """The project's callbacks by the key that configures them; a user's own stand under `trainer.callbacks`."""
 
@@ -43,6 +44,7 @@ KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
     "doctor": ("doctor", "check a configuration's models and data before any training"),
+    "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),

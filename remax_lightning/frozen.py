@@ -76,6 +76,21 @@ class FrozenModel:
                 with self._brought():
                     yield
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have the model whole on every rank for passes inside, of which no rank waits for another.
+
+        All ranks have to enter and leave. For many passes that keep what they made, as decoding does: under `shard`
+        layers are gathered once, and repeating a pass for others would write into its own cache.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self._body is None:
+                with self._brought():
+                    yield
+            else:
+                with _gathered(self._body):
+                    yield
+
     def _park(self, resident: nn.Module | None) -> None:
         """Take the model to the host's memory, pinned where that makes copies faster."""
         stays = {id(tensor) for _, _, tensor in _slots(resident)} if resident is not None else set()
@@ -109,6 +124,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model of transformers that must not be taken apart, as it names them itself."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+@contextmanager
+def _gathered(body: Any) -> Iterator[None]:
+    """Hold all groups of what `_shard_layers` returned whole inside."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups: list[Any] = [module for module in body.modules() if isinstance(module, FSDPModule)]
+    body._get_fsdp_state()._lazy_init()  # otherwise the first layer that runs takes itself for the root
+    for group in groups:
+        group.unshard()
+        group.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
 
 
 @contextmanager

@@ -145,7 +145,18 @@ def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     [line] = lines_of(path)
     assert line["rollout_s"] > 0
     assert line["training_tflops"] > 0
+    assert 0 < line["rollout_predicted_gb"] < line["training_predicted_gb"]
     assert line["ppo_states_gb"] == pytest.approx(1.8 * line["remax_states_gb"], rel=1e-3)
+
+
+def test_the_plan_is_held_against_the_memory_of_a_run(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.jsonl"
+    load("plan").main(["--only", "llama-85M-single-micro_batches", "--size", "toy", "--results", str(path)])
+    lines = lines_of(path)
+    assert [line["phase"] for line in lines] == ["rollout", "scoring", "training", "update"]
+    for line in lines:
+        assert line["predicted_mb"] > 0
+        assert line["error"] == pytest.approx(line["predicted_mb"] / line["measured_mb"] - 1, abs=0.01)
 
 
 def test_gpu_says_so_where_there_is_no_cuda(load: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

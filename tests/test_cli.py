@@ -247,5 +247,5 @@ def test_help_explains_our_keys(subcommand: str, capsys: pytest.CaptureFixture[s
 
 def test_the_top_help_names_all_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     shown: Any = remax(capsys, "--help").out
-    for subcommand in ("fit", "validate", "test", "predict", "demo", "export"):
+    for subcommand in ("fit", "validate", "test", "predict", "compare", "demo", "export"):
         assert subcommand in shown

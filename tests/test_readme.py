@@ -24,6 +24,7 @@ from remax_lightning.rollout import SamplingConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -213,6 +214,7 @@ def test_the_users_yaml_trains_resumes_and_predicts(
     for kept in ("config.yaml", "samples", "policy/best/tokenizer.json", "policy/last/model.safetensors"):
         assert (run / kept).exists()
     told = {key for row in table("key", 2) for key in re.findall(r"`([a-z]+/\w+)`", row[0])}
+    told |= set(re.findall(r"`(val/\w+)`", (ROOT / "docs" / "evaluation.md").read_text()))
     logged = {name for name in scalars(run) if "/" in name}
     assert logged == told - {"train/reward_part", "train/clip_fraction"}
 
@@ -227,10 +229,11 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
 # Other pages
 
 
-@pytest.mark.parametrize("block", blocks("yaml", (ROOT / "docs" / "lora.md").read_text()))
-def test_the_yaml_of_the_page_on_adapters_is_read(
-    block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [each for name in ("lora", "evaluation") for each in blocks("yaml", (ROOT / f"docs/{name}.md").read_text())],
+)
+def test_the_yaml_of_pages_is_read(block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     function = "remax_lightning.rewards.verifiers.exact_match"
     rest = f"model: {{reward: {{class_path: FunctionReward, init_args: {{function: {function}}}}}}}\n"
     rest += "data: {init_args: {path: prompts.jsonl}}"
@@ -241,8 +244,9 @@ def test_the_yaml_of_the_page_on_adapters_is_read(
 # Examples
 
 
-def test_the_readme_shows_the_examples_as_they_are() -> None:
-    assert sorted(blocks("python")) == sorted(path.read_text() for path in EXAMPLES)
+def test_the_pages_show_the_examples_as_they_are() -> None:
+    assert sorted(blocks("python", EXTENDING)) == sorted(path.read_text() for path in EXAMPLES)
+    assert set(blocks("python")) <= set(blocks("python", EXTENDING))
     for path in EXAMPLES:
         lines = path.read_text().splitlines()
         assert lines[0].startswith(f"# examples/{path.name}: ")
@@ -262,7 +266,7 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 def test_the_examples_plug_in(users_folder: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = f"model: {{policy: {{path: {policy_path}}}, kl_coef: 0}}\ndata: {{init_args: {{batch_size: 8}}}}"
-    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml")[1]))
+    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml", EXTENDING)[0]))
     assert ended.code == 0, ended.err
     logged = scalars(users_folder / "runs" / "remax" / "version_0")
     assert {"train/distinct_responses", "train/reward_part/brief", "train/reward_part/polite"} <= logged

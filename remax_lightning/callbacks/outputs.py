@@ -88,6 +88,15 @@ def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     return gathered[~gathered.isnan()]
 
 
+def gather_objects(trainer: Trainer, own: list[Any]) -> list[Any]:
+    """Return the objects of all ranks in one list, the same on each; every rank has to call this."""
+    if trainer.world_size == 1:
+        return own
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, own)
+    return [each for part in parts for each in part]
+
+
 def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
     """Log numbers of the optimizer step that has just ended; Lightning's `log_every_n_steps` holds."""
     pl_module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)

@@ -199,7 +199,7 @@ class TextDataModule(LightningDataModule, ABC):
         formatter = PromptFormatter(self.tokenizer, self.prompt_column, self.template)
         prompts = [formatter.text(row, rows.where(i)) for i, row in enumerate(rows.values)]
         examples = [
-            Example(ids, prompt.text, row, rows.where(i))
+            Example(ids, prompt.text, row, rows.where(i), number=i)
             for i, (ids, prompt, row) in enumerate(zip(formatter.encode(prompts), prompts, rows.values, strict=True))
         ]
         kept = within_limit(

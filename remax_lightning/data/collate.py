@@ -23,6 +23,7 @@ class Example(NamedTuple):
         where: its place in the source, for messages.
         response_ids: token ids of the response to imitate, end-of-sequence token included; empty where there
             is none.
+        number: the row's place among those that were read.
     """
 
     prompt_ids: list[int]
@@ -30,6 +31,7 @@ class Example(NamedTuple):
     row: dict[str, Any]
     where: str
     response_ids: Sequence[int] = ()
+    number: int = 0
 
 
 class PairExample(NamedTuple):
@@ -100,6 +102,7 @@ def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_sp
         rows=[example.row for example in examples],
         split=items[0][1],
         num_splits=num_splits,
+        indices=[example.number for example in examples],
     )
 
 

@@ -8,6 +8,7 @@ from remax_lightning.functional.advantages import (
     remax_advantages,
     whiten_advantages,
 )
+from remax_lightning.functional.bootstrap import percentile_interval, resampled_ratios, win_rates
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
 from remax_lightning.functional.log_probs import (
     PolicyStatistics,
@@ -38,9 +39,12 @@ __all__ = [
     "kl_loss",
     "masked_mean",
     "masked_sum",
+    "percentile_interval",
     "reinforce_loss",
     "remax_advantages",
+    "resampled_ratios",
     "response_mask",
     "token_statistics",
     "whiten_advantages",
+    "win_rates",
 ]

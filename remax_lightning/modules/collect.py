@@ -34,7 +34,21 @@ class Stopping(NamedTuple):
     ended: Ended | None = None
 
 
-def collect(
+class Written(NamedTuple):
+    """Responses before they are scored.
+
+    Args:
+        sampled: `S = B * n` sampled responses.
+        greedy: `B` greedy ones; None where they were not asked for.
+        log_probs: `[S, R]` log-probs of the sampled tokens; None where they were not asked for.
+    """
+
+    sampled: Responses
+    greedy: Responses | None
+    log_probs: Tensor | None
+
+
+def write(
     model: PreTrainedModel,
     prompt: PromptBatch,
     *,
@@ -43,30 +57,23 @@ def collect(
     stopping: Stopping,
     generator: torch.Generator,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Reward,
     greedy: bool,
-    truncation_penalty: float,
     times: dict[str, float],
     log_probs: bool = False,
-) -> Rollout:
-    """Let the policy answer the prompts, and score sampled and greedy responses in one pass of the reward.
+) -> Written:
+    """Let a model answer the prompts.
 
     Args:
-        model: the policy.
+        model: the policy, or whatever else answers.
         prompt: `B` prompts.
         engine: makes the responses.
         sampling: how they are sampled.
         stopping: what ends them.
         generator: source of randomness.
         tokenizer: turns them into text.
-        reward: scores them.
         greedy: whether greedy responses are made too.
-        truncation_penalty: taken off the reward of every truncated response.
-        times: where the seconds are added, under `rollout` and `reward`.
+        times: where the seconds are added, under `rollout`.
         log_probs: whether the engine is asked for the log-probs of what it samples.
-
-    Raises:
-        RewardError: if the reward fails or returns what must not be trained on.
     """
     rolling_out = timed(times, "rollout", prompt.prompt_ids.device)
     asked: dict[str, Any] = {} if stopping.ended is None else {"ended": stopping.ended}
@@ -90,9 +97,48 @@ def collect(
         likeliest = None
         if generated.greedy_ids is not None:
             likeliest = _responses(generated.greedy_ids, stopping.eos_ids, at[1], tokenizer)
+    return Written(sampled, likeliest, generated.log_probs)
+
+
+def scored(
+    prompt: PromptBatch, written: Written, reward: Reward, truncation_penalty: float, times: dict[str, float]
+) -> Rollout:
+    """Score sampled and greedy responses in one pass of the reward.
+
+    Args:
+        prompt: `B` prompts.
+        written: the responses.
+        reward: scores them.
+        truncation_penalty: taken off the reward of every truncated response.
+        times: where the seconds are added, under `reward`.
+
+    Raises:
+        RewardError: if the reward fails or returns what must not be trained on.
+    """
+    sampled, greedy = written.sampled, written.greedy
+    count, num_prompts = len(sampled.texts), len(prompt.prompts)
+    order = [i for i in range(num_prompts) for _ in range(count // num_prompts)]
+    order += list(range(num_prompts)) if greedy is not None else []
     with timed(times, "reward", prompt.prompt_ids.device), torch.no_grad():
-        rollout = _scored(prompt, sampled, likeliest, reward, sampling.num_samples, truncation_penalty)
-    return rollout._replace(log_probs=generated.log_probs)
+        scores = checked_scores(
+            reward,
+            [prompt.prompts[i] for i in order],
+            sampled.texts + (greedy.texts if greedy is not None else []),
+            [prompt.rows[i] for i in order],
+        )
+        device = prompt.prompt_ids.device
+        truncated = sampled.truncated if greedy is None else torch.cat([sampled.truncated, greedy.truncated])
+        total = scores.reward.to(device) - truncation_penalty * truncated
+    return Rollout(
+        prompt=prompt,
+        sampled=sampled,
+        greedy=greedy,
+        reward=total[:count],
+        baseline_reward=None if greedy is None else total[count:],
+        reward_parts={name: part[:count].to(device) for name, part in scores.parts.items()},
+        reference_log_probs=None,
+        log_probs=written.log_probs,
+    )
 
 
 def _responses(
@@ -105,38 +151,6 @@ def _responses(
     tokens = [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return Responses(ids, mask, ~ends, list(texts))
-
-
-def _scored(
-    prompt: PromptBatch,
-    sampled: Responses,
-    greedy: Responses | None,
-    reward: Reward,
-    num_samples: int,
-    truncation_penalty: float,
-) -> Rollout:
-    repeated = [i for i in range(len(prompt.prompts)) for _ in range(num_samples)]
-    order = repeated + (list(range(len(prompt.prompts))) if greedy is not None else [])
-    scores = checked_scores(
-        reward,
-        [prompt.prompts[i] for i in order],
-        sampled.texts + (greedy.texts if greedy is not None else []),
-        [prompt.rows[i] for i in order],
-    )
-    device, count = prompt.prompt_ids.device, len(repeated)
-    total = scores.reward.to(device)
-    truncated = sampled.truncated if greedy is None else torch.cat([sampled.truncated, greedy.truncated])
-    total = total - truncation_penalty * truncated
-    return Rollout(
-        prompt=prompt,
-        sampled=sampled,
-        greedy=greedy,
-        reward=total[:count],
-        baseline_reward=None if greedy is None else total[count:],
-        reward_parts={name: part[:count].to(device) for name, part in scores.parts.items()},
-        reference_log_probs=None,
-        log_probs=None,
-    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
+from remax_lightning.models.constants import Constants
 from remax_lightning.modules.checks import check_policy, check_quantization
 from remax_lightning.modules.stage import StageModule
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
@@ -30,6 +31,8 @@ class PolicyModule(StageModule):
     """
 
     policy: PreTrainedModel
+    constants: Constants
+    """The policy's, to be restored when the strategy has cast it."""
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class PolicyModule(StageModule):
         if "policy" in self._modules:
             return
         self.policy = self._load_policy()
+        self.constants = Constants(self.policy)
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-TRAINING, EVALUATION = 0, 1
+TRAINING, EVALUATION, REFERENCE = 0, 1, 2
+"""What rollouts are made for; the reference's responses in an evaluation have random numbers of their own, because a
+comparison is between independent ones."""
 
 
 def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torch.device) -> torch.Generator:
@@ -19,7 +21,7 @@ def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torc
     Args:
         seed: that of the run.
         rank: of this process.
-        stage: `TRAINING` or `EVALUATION`.
+        stage: `TRAINING`, `EVALUATION` or `REFERENCE`.
         count: how many rollouts the stage has made before.
         device: where the numbers are drawn.
     """

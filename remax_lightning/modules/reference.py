@@ -34,6 +34,9 @@ class Reference(Protocol):
     def running(self) -> Any:
         """Return a context in which the model is the reference; all ranks have to enter and leave."""
 
+    def writing(self) -> Any:
+        """Return one in which it can write responses, with as many passes as each rank needs."""
+
 
 class OwnReference:
     """A frozen model beside the policy. No part of the module tree: no optimizer, checkpoint or reduction meets it.
@@ -60,9 +63,16 @@ class OwnReference:
 
     def running(self) -> Any:
         """Return a context in which the model can be run."""
+        return self._prepared().running()
+
+    def writing(self) -> Any:
+        """Return a context in which the model is whole on every rank."""
+        return self._prepared().whole()
+
+    def _prepared(self) -> FrozenModel:
         if self._frozen is None:
-            raise RuntimeError("prepare(device) must be called before running()")
-        return self._frozen.running()
+            raise RuntimeError("prepare(device) must be called before the reference is run")
+        return self._frozen
 
 
 class SharedReference:
@@ -82,12 +92,18 @@ class SharedReference:
     def running(self) -> Iterator[None]:
         """Take the policy back to its start inside."""
         policy = cast("nn.Module", self.model)
-        with evaluating(self.model), at_start(policy):
+        with self.writing():
             if passes_meet(policy):
                 with equal_passes(policy, next(policy.parameters()).device):
                     yield
             else:
                 yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Take the policy back to its start inside; a rollout gathers it as one of the policy does."""
+        with evaluating(self.model), at_start(cast("nn.Module", self.model)):
+            yield
 
 
 def make_reference(

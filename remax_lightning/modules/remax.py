@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from remax_lightning.batch import PromptBatch, Rollout, StepOutput
+from remax_lightning.batch import PromptBatch, StepOutput
 from remax_lightning.errors import UserError
-from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import checks
 from remax_lightning.modules.checkpointing import experience_from_state, experience_state, own_state, states_of_ranks
-from remax_lightning.modules.collect import Stopping, collect, timed
+from remax_lightning.modules.collect import timed
+from remax_lightning.modules.evaluation import EvaluatedModule
 from remax_lightning.modules.objective import Experience, Objective
 from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.modules.randomness import EVALUATION, TRAINING, rollout_generator
-from remax_lightning.modules.reference import Reference, make_reference
-from remax_lightning.modules.reporting import Sums, predictions, step_values
-from remax_lightning.modules.statistics import policy_statistics, with_reference
+from remax_lightning.modules.randomness import TRAINING
+from remax_lightning.modules.reporting import Sums, step_values
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import AutoEngine, Ended, RolloutEngine, SamplingConfig
-from remax_lightning.rollout.generation_config import tell_ignored
-from remax_lightning.rollout.stopping import stop_string_check
-from remax_lightning.strategies import together
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from remax_lightning.rollout import RolloutEngine, SamplingConfig
 
 
-class ReMaxModule(PolicyModule):
+class ReMaxModule(EvaluatedModule):
     """Aligns a policy with a reward.
 
     Args:
@@ -71,34 +62,14 @@ class ReMaxModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, tokenizer, optimizer, lr_scheduler)
         checks.check_kl(kl_coef, kl, policy, reference)
-        checks.check_reference(reference)
-        self.reward, self.reference_source = reward, reference
-        self._reference: Reference | None = None
-        self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
-        self.sampling, self.kl_coef = sampling, kl_coef
-        self.objective = Objective(kl, advantage, loss, sampling.num_samples)
-        self.stop_check: Ended | None = None
+        objective = Objective(kl, advantage, loss, sampling.num_samples)
+        super().__init__(
+            policy, reward, reference, tokenizer, rollout, sampling, kl_coef, objective, optimizer, lr_scheduler
+        )
         self._experience: Experience | None = None
         self._sums = Sums()
-        self._seed: int | None = None
         self._rollouts = 0
-        self._reward_device: torch.device | None = None
-
-    # Loading
-
-    @property
-    def reference(self) -> PreTrainedModel | None:
-        """The reference's model; the policy's own where they share their weights."""
-        return None if self._reference is None else self._reference.model
-
-    def configure_model(self) -> None:
-        """Load policy, tokenizer and reference."""
-        super().configure_model()
-        if self._reference is None:
-            strategy = self.trainer.strategy
-            self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
 
     def on_fit_start(self) -> None:
         """Bring the frozen models to the device and check what only the whole run can tell."""
@@ -106,28 +77,6 @@ class ReMaxModule(PolicyModule):
         num_splits = getattr(getattr(self.trainer, "datamodule", None), "num_splits", None)
         if num_splits is not None:
             self._updates_per_rollout(num_splits)
-
-    def on_validation_start(self) -> None:
-        """Bring the frozen models to the device."""
-        self._prepare()
-
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
-
-    def _prepare(self) -> None:
-        if self._reference is not None:
-            self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
-            checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
-        if self._reward_device != self.device:
-            tell_ignored(self.policy, self.sampling)
-            self.stop_check = stop_string_check(self.tokenizer, self.sampling.stop_strings)
-            self.reward.load(self.device)
-            self._reward_device = self.device
-        if self._seed is None:
-            # Rank 0's, for it is what a checkpoint holds.
-            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
-        longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
     def _updates_per_rollout(self, num_splits: int) -> int:
         accumulate, num_batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
@@ -139,6 +88,7 @@ class ReMaxModule(PolicyModule):
         """Train on one part of a rollout batch; the first part makes the rollout."""
         times = {"rollout": 0.0, "reward": 0.0}
         if batch.split == 0:
+            self._drop_gradients()
             self._experience = self._explore(batch, times)
         if self._experience is None:
             raise UserError(f"data: part {batch.split} of a rollout batch came first; a loader starts with part 0")
@@ -167,6 +117,12 @@ class ReMaxModule(PolicyModule):
         )
         self._log_training(output, clip_fraction)
         return output
+
+    def _drop_gradients(self) -> None:
+        """Drop the gradients of the step before: Lightning would keep their memory through the rollout."""
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # drops its own
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
         """Make a rollout with all that training on it needs."""
@@ -197,42 +153,6 @@ class ReMaxModule(PolicyModule):
     def _credited(self, experience: Experience, *policy: Tensor | None) -> Experience:
         return self.objective.credited(experience, self.kl_coef, self._sum_over_ranks, *policy)
 
-    def _roll_out(
-        self, batch: PromptBatch, stage: int, count: int, times: dict[str, float], log_probs: bool = False
-    ) -> Rollout:
-        """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
-        with together(self.trainer):
-            return collect(
-                self.policy,
-                batch,
-                engine=self.engine,
-                sampling=self.sampling,
-                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
-                generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
-                tokenizer=self.tokenizer,
-                reward=self.reward,
-                greedy=stage == EVALUATION or self.objective.needs_greedy,
-                truncation_penalty=self.objective.truncation_penalty,
-                times=times,
-                log_probs=log_probs,
-            )
-
-    def _with_reference(self, rollout: Rollout, times: dict[str, float]) -> Rollout:
-        """Look the sampled tokens up in the reference, where there is one."""
-        if self._reference is None:
-            return rollout
-        kl = self.objective.kl_config
-        with timed(times, "reward", self.device), torch.no_grad(), self._reference.running():
-            return with_reference(rollout, self._reference.model, self.sampling, kl.full, kl.reference_batch_size)
-
-    def _statistics(
-        self, rollout: Rollout, trained: Tensor | None = None, batch_size: int | None = None
-    ) -> PolicyStatistics:
-        return policy_statistics(self.policy, rollout, self.sampling, self.reference, trained, batch_size)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(values, reduce_op="sum"))
-
     def _log_training(self, output: StepOutput, clip_fraction: Tensor) -> None:
         values = {**step_values(output), "loss": (output["loss"], None)}
         if self.objective.loss_config.kind == "clipped":
@@ -242,41 +162,6 @@ class ReMaxModule(PolicyModule):
         if output["closes_step"]:
             for name, mean in self._sums.means(self._sum_over_ranks).items():
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
-
-    # Evaluation
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        """Evaluate sampled and greedy responses; the same random numbers every time."""
-        return self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        """Evaluate as in validation, logged under `test/`."""
-        return self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> StepOutput:
-        times = {"rollout": 0.0, "reward": 0.0}
-        rollout = self._with_reference(self._roll_out(batch, EVALUATION, batch_idx, times), times)
-        now = self._statistics(rollout)
-        kl = self.objective.kl(now.log_probs, rollout, now.kl)
-        output = StepOutput(
-            rollout=rollout._replace(reference_hidden=None),
-            advantages=self.objective.advantages(rollout, kl, self.kl_coef, lambda values: values),
-            kl=kl,
-            entropy=now.entropy,
-            entropy_mask=rollout.sampled.response_mask,
-            times=times,
-            closes_step=True,
-        )
-        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
-        for name, (values, mask) in step_values(output).items():
-            weight = float(values.numel() if mask is None else mask.sum())  # Lightning rounds a mean of integers
-            mean = (values.double().sum() / max(1.0, weight)).float()
-            log(f"{stage}/{name}", mean, batch_size=cast(int, weight), prog_bar=name in ("reward", "baseline_reward"))
-        return output
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return prompt, sampled and greedy response and their rewards, one dictionary per sampled response."""
-        return predictions(self._roll_out(batch, EVALUATION, batch_idx, {}))
 
     # Checkpoints
 

@@ -18,6 +18,7 @@ from remax_lightning.batch import Exported, PreferenceBatch
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models import PretrainedModel
+from remax_lightning.models.constants import Constants
 from remax_lightning.modules import checks
 from remax_lightning.modules.collect import evaluating
 from remax_lightning.modules.load_reward_model import load_reward_model
@@ -96,7 +97,7 @@ class RewardModelModule(StageModule):
             model = load_reward_model(source)
         if isinstance(strategy, ModelParallelStrategy):
             shard_policy(model, strategy.device_mesh)
-        self.reward_model = model
+        self.reward_model, self.constants = model, Constants(model)
         self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
         self.tokenizer = self._find_tokenizer(needs_eos=False)
         checks.check_tokenizer(
@@ -108,6 +109,7 @@ class RewardModelModule(StageModule):
         """Find out where the score is read, and check what only the whole run can tell."""
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
         checks.check_text_length(self.reward_model, longest)
+        self.constants.restore()
         if self._pooling is not None:
             return
         with evaluating(self.reward_model):

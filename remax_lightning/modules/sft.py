@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remax_lightning.batch import PromptBatch, Responses, SupervisedBatch
 from remax_lightning.models import PretrainedModel
-from remax_lightning.modules.collect import Stopping, collect
+from remax_lightning.modules.collect import Stopping, scored, write
 from remax_lightning.modules.packing import Parting, find_parting, pack, packed_log_probs
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.modules.reporting import Sums
@@ -68,6 +68,7 @@ class SFTModule(PolicyModule):
 
     def on_validation_start(self) -> None:
         """Load what scoring needs."""
+        self.constants.restore()
         if self.reward is not None and self._reward_device != self.device:
             self.reward.load(self.device)
             self._reward_device = self.device
@@ -109,20 +110,20 @@ class SFTModule(PolicyModule):
         self._held_out.add({"loss": (-self._log_probs(batch, packing=False), None)})
         if self.reward is None:
             return
+        prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         with together(self.trainer):
-            rollout = collect(
+            written = write(
                 self.policy,
-                PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows),
+                prompt,
                 engine=self.engine,
                 sampling=self.sampling,
                 stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
                 generator=torch.Generator(self.device).manual_seed(batch_idx),
                 tokenizer=self.tokenizer,
-                reward=self.reward,
                 greedy=True,
-                truncation_penalty=0.0,
                 times={},
             )
+            rollout = scored(prompt, written, self.reward, 0.0, {})
         log(f"{stage}/reward", rollout.reward.mean(), batch_size=len(rollout.reward), prog_bar=True)
         baseline = cast(Tensor, rollout.baseline_reward)
         log(f"{stage}/baseline_reward", baseline.mean(), batch_size=len(baseline), prog_bar=True)

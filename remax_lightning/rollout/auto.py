@@ -58,6 +58,18 @@ class AutoEngine:
         )
 
 
+def engine_like(engine: RolloutEngine) -> RolloutEngine:
+    """Return an engine of the same kind for another model: one of ours keeps what it recorded of the last.
+
+    One of the user's own is taken as it is, since `generate` is told which model writes.
+    """
+    if type(engine) is AutoEngine:
+        return AutoEngine()
+    if type(engine) is PairedEngine:
+        return PairedEngine(record=engine.recorder is not None, keep_slots=engine.keep_slots)
+    return engine
+
+
 def choose_engine(model: PreTrainedModel) -> RolloutEngine:
     """Return the fastest engine that is right for `model`."""
     against = obstacle(model)

@@ -140,7 +140,8 @@ def _write_down(step: Step, inputs: tuple[Tensor, ...]) -> Step:
     """Return a replay of `step` as a function of its operators."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    traced: Any = make_fx(step)(*inputs)
+    # Of tensors without memory, which is quicker; a model that looks at its own values fails on them.
+    traced: Any = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     traced.graph.eliminate_dead_code()
     return _compiled(traced)
 
@@ -191,10 +192,8 @@ def _known_beforehand(traced: Any) -> dict[Any, Any]:
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             weights[node] = getattr(traced, node.target)
-        elif node.op == "call_function" and hasattr(node.target, "_schema") and node not in written:
+        elif _is_pure(node) and node not in written:
             inputs = node.all_input_nodes
-            if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
-                continue
             of_constants = all(each in constants for each in inputs)
             if of_constants or (_is_view(node.target) and all(each in weights for each in inputs)):
                 values = constants if of_constants else weights
@@ -203,15 +202,36 @@ def _known_beforehand(traced: Any) -> dict[Any, Any]:
     return weights | constants
 
 
+def _is_pure(node: Any) -> bool:
+    """Return whether a node is an operator whose result depends on its inputs alone, and which writes into none."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return False
+    return not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _is_mutable(node: Any) -> bool:
+    return node.op == "call_function" and hasattr(node.target, "_schema") and node.target._schema.is_mutable
+
+
 def _is_view(operator: Any) -> bool:
     return any(each.alias_info is not None for each in operator._schema.returns)
 
 
 def _written_to(graph: Any) -> set[Any]:
-    """Return the nodes that are written into, and all that they are made of."""
+    """Return the nodes that are written into, and all that they may be views of."""
     found: set[Any] = set()
     for node in reversed(graph.nodes):
-        writes = node.op == "call_function" and hasattr(node.target, "_schema") and node.target._schema.is_mutable
-        if writes or node in found:
+        if _is_mutable(node):
+            schema = node.target._schema.arguments
+            given = {each.name: value for each, value in zip(schema, node.args, strict=False)} | node.kwargs
+            for each in schema:
+                if each.alias_info is not None and each.alias_info.is_write:
+                    found.update(_nodes(given.get(each.name)))
+        elif node in found:
             found.update(node.all_input_nodes)
     return found
+
+
+def _nodes(argument: Any) -> list[Any]:
+    """Return the nodes of an argument, which may be a list of them."""
+    return [each for each in torch.utils._pytree.tree_leaves(argument) if isinstance(each, torch.fx.Node)]

@@ -39,14 +39,13 @@ def phases(
     policy = trained(size, step, strategy)
     always = _always(policy, frozen, value)
     kept = {"reference hidden states": step.hidden}
-    between = always + Counter(policy.between())
     rollout = {"KV cache": 0 if step.keeps_cache else step.rollout.cache, "logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
     found: dict[str, list[Counter[str]]] = {
-        "rollout": [between + Counter(policy.rollout() | rollout | {"packed weights": size.packed})],
-        "scoring": [between + Counter(each) for each in _scoring(policy, frozen)],
+        "rollout": [always + Counter(policy.rollout() | rollout | {"packed weights": size.packed})],
+        "scoring": [always + Counter(each) for each in _scoring(policy, frozen)],
         "training": [
-            between + Counter(parts | kept | _training(body, live))
+            always + Counter(parts | kept | _training(body, live))
             for parts, live in ((policy.body(), body), (policy.forward(), forward))
         ],
         "update": [always + Counter(policy.update())],
@@ -65,8 +64,7 @@ def settled(
     """Return the strategy with the way of gathering that `auto` chooses on devices of so much memory; None for much."""
     if strategy.gather != "auto":
         return strategy
-    policy = trained(size, step, strategy)
-    there = (_always(policy, frozen) + Counter(policy.between())).total()
+    there = _always(trained(size, step, strategy), frozen).total()
     fits = memory is None or size.weights <= SHARE * (memory - there)
     return replace(strategy, gather="once" if fits else "layerwise")
 
@@ -102,7 +100,8 @@ def _always(policy: Trained, frozen: Sequence[FrozenSize], value: ModelSize | No
         found["KV cache"] = step.rollout.cache
     if value is not None:
         other = trained(value, step.scaled(value.trainable / policy.size.trainable), policy.strategy)
-        found["value model"] = sum((other.resident() | other.between()).values())
+        # Its gradients too: both models are trained together.
+        found["value model"] = sum(other.resident().values()) + other.update().get("gradients", 0)
     return found
 
 

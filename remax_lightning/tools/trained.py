@@ -24,14 +24,11 @@ class Trained(ABC):
         self.size, self.step, self.strategy = size, step, strategy
         self.gradients = size.trainable * size.itemsize
         self.accumulates = step.micro_batches > 1
+        self.passes_follow = step.passes > 1  # so that a forward pass finds gradients of the one before it
 
     @abstractmethod
     def resident(self) -> Parts:
         """Return what is there in every phase."""
-
-    def between(self) -> Parts:
-        """Return what else is left of the step before, until the backward pass begins."""
-        return {}
 
     def rollout(self) -> Parts:
         """Return what else a rollout needs."""
@@ -70,9 +67,9 @@ class Replicated(Trained):
         found = {"policy weights": self.size.weights, "optimizer": self.step.update.state}
         return found | ({"gradient buffers": self.gradients} if self.strategy.kind == "ddp" else {})
 
-    def between(self) -> Parts:
-        """The gradients of the step before: Lightning drops them after the next forward pass, rollout included."""
-        return {"gradients": self._stored(self.size.trainable)}
+    def forward(self) -> Parts:
+        """The gradients of the pass before; none in a rollout's first one, see `ReMaxModule`."""
+        return {"gradients": self._stored(self.size.trainable)} if self.passes_follow else {}
 
     def backward(self, moment: Moment) -> Parts:
         """The gradients so far; all of them where an earlier micro-batch has left them."""
@@ -94,10 +91,6 @@ class FullySharded(Trained):
         share = self.strategy.share
         return {"policy weights": share(self.size.weights), "optimizer": share(self.step.update.state)}
 
-    def between(self) -> Parts:
-        """A share of the gradients of the step before."""
-        return {"gradients": self.strategy.share(self.gradients)}
-
     def rollout(self) -> Parts:
         """All weights, or those of a layer, the next one and the rest."""
         layers = self.size.outside + 2 * self.size.layer
@@ -106,6 +99,10 @@ class FullySharded(Trained):
     def scoring(self) -> Parts:
         """When the logits are made, what belongs to no layer."""
         return {"gathered weights": self.size.outside}
+
+    def forward(self) -> Parts:
+        """As much, and a share of the gradients of the pass before."""
+        return self.scoring() | ({"gradients": self.strategy.share(self.gradients)} if self.passes_follow else {})
 
     def backward(self, moment: Moment) -> Parts:
         """A layer, the next one and the rest; a share of the gradients, and a layer's own on their way."""

@@ -89,6 +89,7 @@ def test_figures_are_means_over_responses_or_tokens(
         add("baseline_reward", rollout.baseline_reward)
         add("truncation_rate", rollout.sampled.truncated.float())
         add("response_length", rollout.sampled.response_mask.sum(-1))
+        add("kl_per_response", output["kl"].sum(-1))
         for name, values in rollout.reward_parts.items():
             add(f"reward_part/{name}", values)
         for name, key in PER_TOKEN.items():

@@ -11,13 +11,24 @@ import torch
 from lightning.pytorch import Callback
 from oracles import policies
 from oracles.estimates import kl_estimate
-from runs import PROMPTS, CharacterReward, FixedEngine, Recorder, distance, fit, prompt_data, remax_module, save_policy
+from runs import (
+    PROMPTS,
+    CharacterReward,
+    FixedEngine,
+    Recorder,
+    distance,
+    fit,
+    make_trainer,
+    prompt_data,
+    remax_module,
+    save_policy,
+)
 from torch import Tensor
 
 from remax_lightning.batch import PromptBatch
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.rollout import SamplingConfig
+from remax_lightning.rollout import PairedEngine, SamplingConfig
 
 EOS = 2
 
@@ -58,7 +69,28 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_policy(tmp_path_factory.mktemp("plain"), ends=(EOS,), pad_is_eos=True)
 
 
+def test_a_rollout_finds_no_gradients_of_the_step_before(policy: str, tmp_path: Path) -> None:
+    """They would take the memory of a policy beside keys and values."""
+
+    class Watched(PairedEngine):
+        def generate(self, model: Any, *arguments: Any, **options: Any) -> Any:
+            found.append(sum(parameter.grad is not None for parameter in model.parameters()))
+            return super().generate(model, *arguments, **options)
+
+    found: list[int] = []
+    fit(remax_module(policy, rollout=Watched()), prompt_data(tmp_path, policy), tmp_path, max_steps=3)
+    assert found == [0, 0, 0]
+
+
 # KL
+
+
+def test_kl_is_zero_where_the_strategy_casts_the_policy_to_bfloat16(policy: str, tmp_path: Path) -> None:
+    module, data = remax_module(policy, policy), prompt_data(tmp_path, policy)
+    trainer = make_trainer(tmp_path, precision="bf16-true", limit_val_batches=1)
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert next(module.policy.parameters()).dtype == torch.bfloat16
+    assert found["val/kl"] == 0
 
 
 def test_kl_starts_at_zero_where_reference_is_policy(policy: str, tmp_path: Path) -> None:

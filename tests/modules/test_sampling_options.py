@@ -13,7 +13,7 @@ from runs import FixedEngine, distance, fit, prompt_data, remax_module, save_pol
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import KLConfig, LossConfig
-from remax_lightning.modules import remax as module_file
+from remax_lightning.modules import evaluation as module_file
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
 
 

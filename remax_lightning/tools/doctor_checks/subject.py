@@ -15,7 +15,7 @@ from torch import Tensor
 from remax_lightning.batch import PreferenceBatch, PromptBatch, Rollout, SupervisedBatch
 from remax_lightning.cli import RemaxCLI, run
 from remax_lightning.errors import UserError
-from remax_lightning.modules.collect import Stopping, collect
+from remax_lightning.modules.collect import Stopping, scored, write
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.modules.stage import StageModule
 from remax_lightning.rewards import Reward
@@ -160,7 +160,7 @@ class Subject:
         module: PolicyModule = self.module
         own = self.module.eos_ids() if eos_ids is None else eos_ids
         stop_check = getattr(module, "stop_check", None)
-        return collect(
+        written = write(
             module.policy,
             prompt,
             engine=self.module.engine,
@@ -168,12 +168,11 @@ class Subject:
             stopping=Stopping(own, int(cast(int, module.tokenizer.pad_token_id)), stop_check),
             generator=torch.Generator(module.device).manual_seed(seed),
             tokenizer=module.tokenizer,
-            reward=Unscored(),
             greedy=True,
-            truncation_penalty=0.0,
             times={},
             log_probs=log_probs,
         )
+        return scored(prompt, written, Unscored(), 0.0, {})
 
     @property
     def rounds(self) -> bool:

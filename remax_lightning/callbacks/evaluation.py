@@ -1,0 +1,293 @@
+"""What `remax test` leaves behind: figures with intervals, as a table and as JSON, and what they were made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+
+from remax_lightning.batch import Measures, PromptRecord
+from remax_lightning.callbacks.figures import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
+from remax_lightning.callbacks.outputs import gather_objects, is_dry_run, rollout_output, run_folder
+from remax_lightning.errors import UserError
+
+Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
+MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")
+MOST_RESAMPLES = 10**6
+
+
+class Evaluation(Callback):
+    """Evaluates a policy: rewards, win rates, KL, entropy, lengths and perplexities, each with a 95 % interval.
+
+    `remax test` prints a table and writes `evaluation.json` and, beside it, `evaluation.jsonl` with what was measured
+    on each prompt, which `remax compare` reads. The intervals are those of a bootstrap over prompts. Three measures
+    cost more than the policy's own responses: `win_rate_reference` (the reference answers the prompts too),
+    `win_rate_chosen` (the reward scores the data set's responses) and `perplexity` (passes of policy and reference over
+    held-out text).
+
+    Args:
+        path: the JSON file; `evaluation.json` in the run's folder by default, with a number where there is one. A file
+            that is named here must not exist.
+        test: what `remax test` measures beside the rest; None takes all of the three that can be measured.
+        validation: what validation measures beside the rest. Nothing by default, since it costs time at each.
+        response_column: column of the data set's response: text, or messages that end with it. Rows without one are
+            left out of its figures.
+        text: a text file to take the perplexity of, in place of the data set's responses.
+        max_length: tokens of held-out text that are read at once: responses are cut to it, a text file is read in
+            pieces of it.
+        num_resamples: draws of the bootstrap.
+        seed: of the bootstrap. Responses are sampled by `seed_everything`.
+
+    Raises:
+        UserError: if a value is out of its range, the file exists, or what is asked for cannot be measured.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        test: tuple[Measure, ...] | None = None,
+        validation: tuple[Measure, ...] = (),
+        response_column: str = "chosen",
+        text: str | None = None,
+        max_length: int = 1024,
+        num_resamples: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, holds, expected, got in (
+            ("path", path is None or path.endswith(".json"), "null or a name that ends in .json", path),
+            ("test", set(test or ()) <= set(MEASURES), f"null or some of {', '.join(MEASURES)}", test),
+            ("validation", set(validation) <= set(MEASURES), f"some of {', '.join(MEASURES)}", validation),
+            ("max_length", max_length >= 1, "at least 1", max_length),
+            ("num_resamples", 1 <= num_resamples <= MOST_RESAMPLES, "between 1 and a million", num_resamples),
+        ):
+            if not holds:
+                raise UserError(f"evaluation.{key} must be {expected}, got {got!r}")
+        self.path, self.test, self.validation = path, test, validation
+        self.response_column, self.text, self.max_length = response_column, text, max_length
+        self.num_resamples, self.seed = num_resamples, seed
+        self._target: Path | None = None
+        self._text = ""
+        self._asked: tuple[Measure, ...] | None = None
+        self._active = self._prints = self._needs_responses = False
+        self._records: list[PromptRecord] = []
+
+    # Before
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the text, and find where to write: here, before models are loaded."""
+        self._active = isinstance(getattr(pl_module, "measures", None), Measures)
+        if not self._active:
+            return
+        if self.text is not None:
+            self._text = _read(self.text)
+        self._target = self._find_target(trainer) if stage == "test" else None
+
+    def _find_target(self, trainer: Trainer) -> Path | None:
+        folder = run_folder(trainer)  # every rank has to ask
+        if is_dry_run(trainer):
+            return None
+        if self.path is None:
+            names = ("evaluation.json", *(f"evaluation_{number}.json" for number in range(1, 10_000)))
+            targets = [folder / name for name in names]
+        else:
+            targets = [Path(self.path)]
+        free = next((each for each in targets if not each.exists() and not _records_file(each).exists()), None)
+        free = trainer.strategy.broadcast(free)  # rank 0 is the one that writes
+        if free is None:
+            raise UserError(
+                f"evaluation.path must be a file that does not exist yet, got {self.path}, which exists or has an"
+                f" {_records_file(targets[0]).name} beside it; move it away or give another path"
+            )
+        if trainer.is_global_zero:
+            try:
+                free.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"evaluation.path: there can be no folder {free.parent} ({error})") from error
+        return free
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the module what to measure."""
+        self._begin(pl_module, self.validation, "validation")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the module what to measure, and keep Lightning's table from being printed beside ours."""
+        self._begin(pl_module, self.test, "test")
+        if self._active:
+            self._prints, trainer.test_loop.verbose = trainer.test_loop.verbose, False
+
+    def _begin(self, pl_module: LightningModule, asked: tuple[Measure, ...] | None, stage: str) -> None:
+        if not self._active:
+            return
+        module = cast("Any", pl_module)
+        if "win_rate_reference" in (asked or ()) and module.reference is None:
+            raise UserError(
+                f"evaluation.{stage} asks for win_rate_reference, but there is no model.reference; set it or leave the"
+                " measure out"
+            )
+        self._records, self._asked = [], asked
+        wanted = {name: True for name in MEASURES if asked is None or name in asked}
+        wanted["perplexity"] = "perplexity" in wanted and self.text is None
+        # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
+        named = asked is not None or self.response_column != "chosen"
+        self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
+        module.measures = Measures(**wanted, response_column=self.response_column, max_length=self.max_length)
+
+    # Meanwhile
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """See whether there is what was asked for."""
+        self._take(outputs, batch_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what was measured."""
+        self._records += self._take(outputs, batch_idx)
+
+    def _take(self, outputs: Any, batch_idx: int) -> list[PromptRecord]:
+        output = rollout_output(outputs)
+        if not self._active or output is None:
+            return []
+        records = output.get("records", [])
+        if batch_idx == 0 and self._needs_responses:
+            self._check_responses(records, output["rollout"].prompt.rows)
+        return records
+
+    def _check_responses(self, records: Sequence[PromptRecord], rows: Sequence[dict[str, Any]]) -> None:
+        if any("chosen" in each.responses or "perplexity" in each.sums for each in records):
+            return
+        columns = ", ".join(map(repr, rows[0])) or "none"
+        raise UserError(
+            f"evaluation.response_column: no row of the first batch has a response in column {self.response_column!r};"
+            f" the columns are {columns}"
+        )
+
+    # Afterwards
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the perplexity of the text."""
+        self._log_text(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the perplexity of the text; print the table and write the files."""
+        pieces = self._log_text(trainer, pl_module, "test")
+        records = gather_records(trainer, self._records)
+        self._records = []
+        if not records or not trainer.is_global_zero:
+            return
+        found = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
+        left_out = self._left_out(found, cast("Any", pl_module))
+        if self._prints:
+            _print(trainer.ckpt_path, len(records), found, left_out, self.num_resamples)
+        if self._target is not None:
+            answer = {
+                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+                "num_prompts": len(records),
+                "figures": {name: figure._asdict() for name, figure in found.items()},
+                "left_out": left_out,
+                "settings": self._settings(trainer, cast("Any", pl_module)),
+            }
+            _write(self._target, answer, [*records, *pieces])
+            rank_zero_info(f"Wrote {self._target} and {_records_file(self._target)}.")
+
+    def _log_text(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> list[PromptRecord]:
+        wanted = self._active and (self._asked is None or "perplexity" in self._asked)
+        if not wanted or self.text is None or trainer.sanity_checking:
+            return []
+        pieces = gather_records(trainer, cast("Any", pl_module).text_records(self._text))
+        for name, figure in figures(pieces, 1, self.seed).items():
+            if figure.value is not None:
+                pl_module.log(f"{stage}/{name}", figure.value)  # the same on every rank already
+        return pieces
+
+    def _left_out(self, found: dict[str, Figure], module: Any) -> dict[str, str]:
+        asked = MEASURES if self._asked is None else self._asked
+        missing = [name for name in asked if name not in found]
+        no_rows = f"no row has a response in column {self.response_column!r} (evaluation.response_column)"
+        why = {"win_rate_reference": "there is no model.reference"}
+        return {name: why.get(name, no_rows) for name in missing}
+
+    def _settings(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        """Return what the figures depend on; the reward with its arguments where the command line knows them."""
+        own = {name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")}
+        found = {**module.settings(), "evaluation": {**own, "confidence": CONFIDENCE}}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfigCallback):
+                config = yaml.safe_load(callback.parser.dump(callback.config))
+                arguments = config["model"].get("init_args", config["model"])
+                found |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
+                found["reward"] = arguments.get("reward", found["reward"])
+        return found
+
+
+def gather_records(trainer: Trainer, own: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """Return the records of all ranks in the order of the data set; one that fills up a rank is there once."""
+    every = gather_objects(trainer, list(own))
+    known: dict[int, PromptRecord] = {}
+    for record in every:
+        if record.number is not None:
+            known.setdefault(record.number, record)
+    return [*(known[each] for each in sorted(known)), *(record for record in every if record.number is None)]
+
+
+def _read(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"evaluation.text must be a text file in UTF-8, got {path!r}: {error}") from error
+    if not text.strip():
+        raise UserError(f"evaluation.text: {path!r} is empty; give a file with text, or leave the key out")
+    return text
+
+
+def _records_file(path: Path) -> Path:
+    return path.with_suffix(".jsonl")
+
+
+def _print(
+    checkpoint: Any, num_prompts: int, found: dict[str, Figure], left_out: dict[str, str], num_resamples: int
+) -> None:
+    rows = [("", "value", f"{CONFIDENCE:.0%} interval", "n", "")]
+    rows += [(name, number(each.value), interval(each), str(each.n), MEANINGS.get(name, ""))
+             for name, each in found.items()]  # fmt: skip
+    what = "the policy as it is loaded" if checkpoint is None else checkpoint
+    notes = [f"Left out: {name}, since {why}." for name, why in left_out.items()]
+    heading = f"Evaluation of {what} on {num_prompts} prompts; intervals of {num_resamples} draws of prompts."
+    print("\n".join(["", heading, "", table(rows), "", *notes]))  # noqa: T201
+
+
+def _write(path: Path, answer: dict[str, Any], records: Sequence[PromptRecord]) -> None:
+    """Write records first: where the JSON is, all is."""
+    lines = (json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records)
+    try:
+        for file, text in (
+            (_records_file(path), "".join(lines)),
+            (path, json.dumps(answer, ensure_ascii=False, indent=2, default=str) + "\n"),
+        ):
+            new = file.with_name(f".{file.name}.new")
+            # A lone surrogate of the data set cannot be encoded; as \udXXX it is JSON again.
+            new.write_text(text, encoding="utf-8", errors="backslashreplace")
+            new.replace(file)
+    except OSError as error:
+        raise UserError(f"evaluation.path: cannot write {path} ({error}); the table above has the figures") from error

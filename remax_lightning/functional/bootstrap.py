@@ -1,0 +1,86 @@
+"""Win rates, and how sure a figure is that was measured on a sample of prompts: the bootstrap over clusters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional._checks import check_shape, check_that
+
+_ENTRIES_AT_ONCE = 2**22
+"""Counts that a part of the resamples may take, 32 MiB in float64."""
+
+
+def win_rates(own: Tensor, other: Tensor) -> Tensor:
+    """Return the share of comparisons that `own` wins, a tie counting one half.
+
+    Every response is compared with every one of the other side to the same prompt, which uses all of them.
+
+    Args:
+        own: `[B, n]` rewards of responses to `B` prompts.
+        other: `[B, m]` rewards of the responses that they are compared with.
+
+    Returns:
+        `[B]` float64 between 0 and 1.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    check_shape("own", own, "[B, n]", (None, None))
+    check_shape("other", other, "[B, m]", (own.shape[0], None))
+    difference = own.unsqueeze(2) - other.unsqueeze(1)
+    return ((difference.sign().double() + 1) / 2).mean((1, 2))
+
+
+def resampled_ratios(
+    numerators: Tensor, denominators: Tensor, num_resamples: int, generator: torch.Generator
+) -> Tensor:
+    """Return ratios of sums over clusters that are drawn anew, with replacement and as many as there are.
+
+    The bootstrap of Efron (1979, doi 10.1214/aos/1176344552) over clusters: what belongs together, such as the samples
+    of one prompt, is drawn together. All columns share the draws, so that differences between them are paired.
+
+    Args:
+        numerators: `[P, F]` one column per figure, one row per cluster.
+        denominators: `[P, F]` likewise, 0 where a cluster has no part in a figure.
+        num_resamples: draws, `K`.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        `[K, F]` float64, NaN where a draw has nothing of a figure.
+
+    Raises:
+        ValueError: if the shapes do not fit, there is no cluster or no draw.
+    """
+    check_shape("numerators", numerators, "[P, F]", (None, None))
+    check_shape("denominators", denominators, "[P, F]", numerators.shape)
+    check_that(len(numerators) >= 1, "numerators", "at least one row", len(numerators))
+    check_that(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
+    clusters, sums = len(numerators), torch.cat([numerators, denominators], 1).double()
+    found: list[Tensor] = []
+    for part in torch.arange(num_resamples).split(max(1, _ENTRIES_AT_ONCE // clusters)):
+        drawn = torch.randint(clusters, (len(part), clusters), generator=generator)
+        counts = torch.zeros(len(part), clusters, dtype=torch.float64)
+        found.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ sums)
+    top, bottom = torch.cat(found).chunk(2, 1)
+    return (top / bottom).masked_fill(bottom == 0, torch.nan)
+
+
+def percentile_interval(resampled: Tensor, confidence: float = 0.95) -> Tensor:
+    """Return the bootstrap's percentile interval of each figure.
+
+    Args:
+        resampled: `[K, F]` figures of `K` draws; NaN are left out.
+        confidence: share of the draws that lies inside.
+
+    Returns:
+        `[F, 2]` its lower and upper ends, NaN where there was nothing.
+
+    Raises:
+        ValueError: if the shape does not fit, or `confidence` is not between 0 and 1.
+    """
+    check_shape("resampled", resampled, "[K, F]", (None, None))
+    check_that(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    # One after the other: torch takes no more than 2^24 entries at once.
+    return torch.stack([column.nanquantile(ends) for column in resampled.double().unbind(1)])

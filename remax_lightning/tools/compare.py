@@ -1,0 +1,260 @@
+"""`remax compare`: the evaluations of two checkpoints side by side, prompt by prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from remax_lightning.batch import PromptRecord
+from remax_lightning.callbacks.figures import (
+    CONFIDENCE,
+    MEANINGS,
+    Figure,
+    Sums,
+    as_figures,
+    figures,
+    finite,
+    interval,
+    number,
+    sums_of,
+    table,
+    with_interval,
+)
+from remax_lightning.errors import UserError
+from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
+from remax_lightning.tools.evaluations import Evaluated, read_evaluation
+
+EXECUTION = {"batch_size", "placement", "concurrency", "timeout", "retries", "backoff", "max_bytes"}
+"""Arguments of rewards that change how they are run, and no score."""
+WIN_RATES = {"win_rate": "sampled", "greedy_win_rate": "greedy"}
+"""What is measured of both together, and of whose responses."""
+
+
+class Pairs(NamedTuple):
+    """Records of both evaluations, row by row of the same prompt.
+
+    Args:
+        first: of the first.
+        second: of the second.
+    """
+
+    first: list[PromptRecord]
+    second: list[PromptRecord]
+
+
+def main(args: Sequence[str]) -> dict[str, Any]:
+    """Tell how the second policy differs from the first.
+
+    Args:
+        args: what stands after `remax compare`.
+
+    Returns:
+        What `--json` writes.
+
+    Raises:
+        UserError: if a file is missing or none of ours, or prompts or rewards differ.
+    """
+    parser = argparse.ArgumentParser(
+        prog="remax compare",
+        description="Set two evaluations of `remax test` side by side. Intervals are of the differences, from a"
+        " bootstrap that draws prompts for both together.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", type=Path, metavar="A", help="an evaluation.json, or the folder of one")
+    parser.add_argument("second", type=Path, metavar="B", help="likewise; differences are B minus A")
+    parser.add_argument("--common", action="store_true", help="compare on the prompts that both have, if not all do")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the comparison to this file")
+    parser.add_argument("--num_resamples", type=int, default=10_000, help="draws of the bootstrap (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    options = parser.parse_args(args)
+    if options.json is not None and options.json.exists():
+        raise UserError(f"--json must be a file that does not exist yet, got {options.json}; move it away")
+    if not 1 <= options.num_resamples <= 10**6:
+        raise UserError(f"--num_resamples must be between 1 and a million, got {options.num_resamples}")
+    first, second = read_evaluation(options.first), read_evaluation(options.second)
+    answer = compare(first, second, options.num_resamples, options.seed, common=options.common)
+    print(text(answer))
+    if options.json is not None:
+        try:
+            options.json.write_text(json.dumps(answer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {options.json} ({error})") from error
+    return answer
+
+
+def compare(
+    first: Evaluated, second: Evaluated, num_resamples: int = 10_000, seed: int = 0, *, common: bool = False
+) -> dict[str, Any]:
+    """Return the figures of both with their differences, and the second one's win rate over the first.
+
+    Args:
+        first: what is compared with.
+        second: what is compared.
+        num_resamples: draws of the bootstrap.
+        seed: of the bootstrap.
+        common: whether prompts that only one of them has are left out; otherwise they are refused.
+
+    Raises:
+        UserError: if prompts or rewards differ.
+    """
+    check_rewards(first, second)
+    pairs, notes = paired(first, second, common=common)
+    left_out = incomparable(first, second, pairs)
+    found = differences(pairs, left_out, num_resamples, seed)
+    texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
+    if first.pieces.keys() != second.pieces.keys() or _other_tokens(texts):
+        left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they were not taken of the same text")
+    elif first.pieces:
+        found |= differences(texts, left_out, num_resamples, seed)
+    won = [
+        PromptRecord(None, "", {}, {}, {name: _won(one, two, whose) for name, whose in WIN_RATES.items()})
+        for one, two in zip(*pairs, strict=True)
+    ]
+    notes += [f"Left out: {name}, since {why}." for name, why in left_out.items()]
+    notes += _other_sampling(first, second)
+    return {
+        "first": str(first.path),
+        "second": str(second.path),
+        "checkpoints": [each.answer.get("checkpoint") for each in (first, second)],
+        "num_prompts": len(won),
+        "confidence": CONFIDENCE,
+        "num_resamples": num_resamples,
+        "figures": found,
+        **{name: each._asdict() for name, each in figures(won, num_resamples, seed).items()},
+        "notes": notes,
+    }
+
+
+def differences(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, seed: int) -> dict[str, Any]:
+    """Return each figure of both, and the second minus the first with its interval.
+
+    Args:
+        pairs: at least one.
+        left_out: figures that are not compared.
+        num_resamples: draws, each of the same prompts for both.
+        seed: of the draws.
+    """
+    theirs = set(sums_of(pairs.second).names)
+    names = [name for name in sums_of(pairs.first).names if name in theirs and name not in left_out]
+    if not names:
+        return {}
+    one, two = (sums_of(records, names) for records in pairs)
+    shared = (one.denominators > 0) & (two.denominators > 0)
+    one, two = (Sums(names, each.numerators * shared, each.denominators * shared) for each in (one, two))
+    sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
+    drawn = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
+    before, after = (as_figures(names, part) for part in drawn.chunk(2, 1))
+    ends = percentile_interval(after - before, CONFIDENCE).tolist()
+    values = zip(names, one.values().tolist(), two.values().tolist(), ends, shared.sum(0).tolist(), strict=True)
+    found = {}
+    for name, own, other, end, count in values:
+        if count:
+            changed = with_interval(other - own, end, count)._asdict()
+            values_of = {"first": finite(own), "second": finite(other)}
+            found[name] = {**values_of, "difference": changed.pop("value"), **changed}
+    return found
+
+
+def check_rewards(first: Evaluated, second: Evaluated) -> None:
+    """Refuse two evaluations whose rewards are no measure of the same.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    one, two = (
+        _flat({name: each.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
+        for each in (first, second)
+    )
+    differing = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} {one.get(name)!r} and {two.get(name)!r}" for name in differing[:3])
+        raise UserError(
+            f"{first.path} and {second.path} were not scored alike: {shown}; evaluate both with one model.reward"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        if name not in EXECUTION:
+            found |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs, list[str]]:
+    """Return the records of the prompts that both have, and what has to be said about the others.
+
+    Raises:
+        UserError: if they have none in common, or not all and `common` does not allow that.
+    """
+    keys = [key for key in first.prompts if key in second.prompts]
+    only = [len(each.prompts) - len(keys) for each in (first, second)]
+    if not keys or (any(only) and not common):
+        hint = "; --common compares on the others" if keys else ""
+        raise UserError(
+            f"prompts differ: {only[0]} are in {first.path} only, {only[1]} in {second.path} only, {len(keys)} in"
+            f" both{hint}; evaluate both on the same data.val_path"
+        )
+    notes = [f"Left out: {only[0]} prompts that only A has, and {only[1]} that only B has."] if any(only) else []
+    return Pairs([first.prompts[key] for key in keys], [second.prompts[key] for key in keys]), notes
+
+
+def incomparable(first: Evaluated, second: Evaluated, pairs: Pairs) -> dict[str, str]:
+    """Return the figures that mean something else in the two evaluations, and why."""
+    one, two = (each.answer["settings"] for each in (first, second))
+    found: dict[str, str] = {}
+    if one.get("reference") != two.get("reference"):
+        names = ("kl", "kl_per_response", "reference_reward", "win_rate_reference", "reference_perplexity")
+        found |= dict.fromkeys(names, "the references differ")
+    elif any(one.get("kl", {}).get(name) != two.get("kl", {}).get(name) for name in ("estimator", "clamp")):
+        found |= dict.fromkeys(("kl", "kl_per_response"), "model.kl.estimator or model.kl.clamp differs")
+    both = list(zip(*pairs, strict=True))
+    if any(own.responses.get("chosen") != other.responses.get("chosen") for own, other in both):
+        found |= dict.fromkeys(("chosen_reward", "win_rate_chosen"), "the data set's responses differ")
+    if reason := _other_tokens(pairs):
+        found |= dict.fromkeys(("perplexity", "reference_perplexity"), reason)
+    measured = {name for records in pairs for record in records for name in record.sums}
+    return {name: why for name, why in found.items() if name in measured}
+
+
+def _other_tokens(pairs: Pairs) -> str:
+    counts = [[record.sums.get("perplexity", (0.0, 0.0))[1] for record in records] for records in pairs]
+    return "" if counts[0] == counts[1] else "held-out tokens differ (tokenizer, response_column or max_length)"
+
+
+def _won(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
+    one, two = (torch.tensor([each.rewards[whose]], dtype=torch.float64) for each in (first, second))
+    return float(win_rates(two, one)), 1.0
+
+
+def _other_sampling(first: Evaluated, second: Evaluated) -> list[str]:
+    one, two = (each.answer["settings"].get("sampling") or {} for each in (first, second))
+    names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+    return [f"Note: model.sampling differs in {', '.join(names)}."] if names else []
+
+
+def text(answer: Mapping[str, Any]) -> str:
+    """Return what a person reads."""
+    rows = [("", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "n", "")]
+    for name, each in answer["figures"].items():
+        changed = Figure(each["difference"], each["low"], each["high"], each["n"])
+        cells = (number(each["first"]), number(each["second"]), number(changed.value), interval(changed))
+        rows.append((name, *cells, str(changed.n), MEANINGS.get(name, "")))
+    lines = [f"{letter}: {path} ({checkpoint or 'the policy as it is loaded'})"
+             for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],
+                                                 strict=True)]  # fmt: skip
+    lines += ["", f"On {answer['num_prompts']} prompts; intervals of {answer['num_resamples']} draws of prompts.", ""]
+    lines += [table(rows), ""]
+    for name, whose in WIN_RATES.items():
+        if name in answer:
+            won = Figure(**answer[name])
+            lines.append(f"Win rate of B over A, {whose} responses under the reward: {number(won.value)}"
+                         f" ({interval(won)}), ties one half.")  # fmt: skip
+    return "\n".join([*lines, *answer["notes"]])

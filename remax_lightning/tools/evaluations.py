@@ -1,0 +1,71 @@
+"""Evaluations that `remax test` has written, read again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from remax_lightning.batch import PromptRecord
+from remax_lightning.errors import UserError
+
+
+class Evaluated(NamedTuple):
+    """What `remax test` left behind.
+
+    Args:
+        path: the JSON file.
+        answer: what it holds.
+        prompts: a record for each prompt, by its text and how often the text came before.
+        pieces: a record for each piece of a text, likewise by its number.
+    """
+
+    path: Path
+    answer: dict[str, Any]
+    prompts: dict[tuple[str, int], PromptRecord]
+    pieces: dict[tuple[str, int], PromptRecord]
+
+
+def read_evaluation(path: Path) -> Evaluated:
+    """Return the evaluation in a file or folder.
+
+    Raises:
+        UserError: if there is none, or more than one.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("evaluation*.json"))
+        if len(files) != 1:
+            found = f"{', '.join(each.name for each in files)}: name one of them" if files else "none: run `remax test`"
+            raise UserError(f"{path} must hold one evaluation.json, got {found}")
+        (path,) = files
+    lines = path.with_suffix(".jsonl")
+    for file in (path, lines):
+        if not file.is_file():
+            raise UserError(f"there is no file {file}; `remax test` writes an evaluation.json and .jsonl side by side")
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))
+        # No `splitlines`: text of a user's may hold what that takes for the end of a line.
+        records = [_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
+        answer["settings"]["reward"], answer["figures"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} (or {lines.name}) is no evaluation of `remax test` ({error!r})") from error
+    prompts = _by_text([each for each in records if each.responses])
+    return Evaluated(path, answer, prompts, _by_text([each for each in records if not each.responses]))
+
+
+def _record(line: str) -> PromptRecord:
+    record = PromptRecord(**json.loads(line))
+    if record.responses:
+        record.rewards["sampled"], record.rewards["greedy"]
+    return record._replace(sums={name: (float(top), float(bottom)) for name, (top, bottom) in record.sums.items()})
+
+
+def _by_text(records: Sequence[PromptRecord]) -> dict[tuple[str, int], PromptRecord]:
+    seen: Counter[str] = Counter()
+    found = {}
+    for record in records:
+        found[record.prompt, seen[record.prompt]] = record
+        seen[record.prompt] += 1
+    return found

@@ -1,0 +1,81 @@
+"""Tests of a policy on two ranks, with everything measured; run by test_evaluation.py, which reads what they wrote."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed.invariance import make_strategy
+from lightning.pytorch import Callback
+from modules.two_ranks import PromptEngine
+from runs import PROMPTS, make_trainer, remax_module, write_rows
+
+from remax_lightning.callbacks import Evaluation
+from remax_lightning.data import PromptDataModule
+from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.rollout import SamplingConfig
+
+CASES = {
+    "shared": ("ddp", "replicate"),
+    "filled": ("ddp", "replicate"),
+    "text": ("ddp", "replicate"),
+    "ddp": ("ddp", "shard"),
+    "fsdp2": ("fsdp2", "shard"),
+    "zero3": ("zero3", "cpu"),
+    "fsdp2_lora": ("fsdp2", None),
+    "zero3_lora": ("zero3", None),
+}
+"""What two ranks do: the strategy, and where the reference is kept; None where it is the adapted policy's start."""
+COLD = {"sampling": SamplingConfig(max_response_length=8, temperature=1e-4)}
+"""Sampling that is greedy decoding: the same on every rank, and of unequal lengths."""
+TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+class Move(Callback):
+    """Moves an adapter off its start, by the same on every rank and whatever the strategy has made of it."""
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            for name, value in pl_module.policy.named_parameters():
+                if ".lora_B." in name:
+                    local = value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value)
+                    local.fill_(0.2)
+
+
+def evaluate(case: str, folder: Path, ranks: int) -> None:
+    """Write the evaluation to `folder/<case><ranks>.json`."""
+    strategy, placement = CASES[case]
+    policy = str(folder / "policy")
+    lora = placement is None
+    reference = None if lora else PretrainedModel(str(folder / "reference"), placement=placement)
+    options: dict[str, Any] = {"rollout": PromptEngine()} if case in ("shared", "filled", "text") else COLD
+    source = PretrainedModel(policy, lora=LoRAConfig(r=2) if lora else None)
+    module = remax_module(source, reference, kl_coef=0.05, **options)
+    # Nine rows in batches of four: the second rank has one batch only, and is handed the first row once more.
+    prompts = [*PROMPTS, "ninth"] if case == "filled" else PROMPTS[:7]
+    rows = [{"prompt": prompt, "chosen": prompt[::-1]} for prompt in prompts]
+    path = write_rows(folder / f"{case}{ranks}.rows.jsonl", rows)
+    data = PromptDataModule(path, policy, val_path=path, batch_size=4 if case == "filled" else 2, max_prompt_length=64)
+    (folder / "text.txt").write_text(TEXT)
+    evaluation = Evaluation(
+        path=str(folder / f"{case}{ranks}.json"),
+        text=str(folder / "text.txt") if case == "text" else None,
+        max_length=20 if case == "text" else 1024,  # three pieces
+        num_resamples=200,
+    )
+    parallel = {"devices": ranks, "strategy": make_strategy(strategy)} if ranks > 1 else {}
+    torch.manual_seed(0)
+    trainer = make_trainer(folder, [evaluation, *([Move()] if lora else [])], **parallel)
+    (logged,) = trainer.test(module, data)
+    assert trainer.world_size == ranks
+    if trainer.is_global_zero:
+        (folder / f"{case}{ranks}.logged.json").write_text(json.dumps(logged))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        evaluate(name, Path(sys.argv[1]), ranks=2)
+        print(name, flush=True)

@@ -1,0 +1,141 @@
+"""Win rates and the bootstrap over clusters against loops, and how often its intervals hold a known truth."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from remax_lightning.functional import bootstrap, percentile_interval, resampled_ratios, win_rates
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def wins_by_hand(own: list[float], other: list[float]) -> float:
+    points = 0.0
+    for one in own:
+        for two in other:
+            points += 1.0 if one > two else 0.5 if one == two else 0.0
+    return points / (len(own) * len(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 3), (4, 1)])
+def test_every_response_is_compared_with_every_other(n: int, m: int, dtype: torch.dtype) -> None:
+    draw = random.Random(n + 10 * m)
+    own = [[draw.randrange(4) for _ in range(n)] for _ in range(50)]
+    other = [[draw.randrange(4) for _ in range(m)] for _ in range(50)]
+    found = win_rates(torch.tensor(own, dtype=dtype), torch.tensor(other, dtype=dtype))
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([wins_by_hand(*each) for each in zip(own, other, strict=True)], abs=1e-15)
+
+
+def test_a_tie_counts_one_half_and_both_sides_share_one() -> None:
+    own, other = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 3.0], [0.0, -1.0]])
+    assert win_rates(own, other).tolist() == [0.375, 0.75]  # half, lost, won, lost; half, won, half, won
+    assert (win_rates(own, other) + win_rates(other, own)).tolist() == [1.0, 1.0]
+
+
+def resampled_by_hand(tops: list[list[float]], bottoms: list[list[float]], draws: list[list[int]]) -> list[list[float]]:
+    found = []
+    for draw in draws:
+        row = []
+        for figure in range(len(tops[0])):
+            top = sum(tops[cluster][figure] for cluster in draw)
+            bottom = sum(bottoms[cluster][figure] for cluster in draw)
+            row.append(top / bottom if bottom else math.nan)
+        found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("at_once", [2**22, 21, 1])
+def test_ratios_are_those_of_the_drawn_clusters(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_ENTRIES_AT_ONCE", at_once)
+    draw = random.Random(0)
+    tops = [[draw.gauss(0, 1), draw.gauss(5, 2), 3.0 if i == 0 else 0.0] for i in range(7)]
+    bottoms = [[1.0, float(draw.randrange(1, 5)), 1.0 if i == 0 else 0.0] for i in range(7)]
+    found = resampled_ratios(torch.tensor(tops), torch.tensor(bottoms), 100, generator())
+    draws = torch.randint(7, (100, 7), generator=generator()).tolist()
+    expected = resampled_by_hand(tops, bottoms, draws)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0, equal_nan=True)
+    assert 10 < found[:, 2].isnan().sum() < 60  # (6 / 7)^7 of the draws have nothing of the third figure
+
+
+def test_the_spread_of_a_mean_is_its_standard_error() -> None:
+    values = torch.randn(200, 1, generator=generator(1), dtype=torch.float64)
+    found = resampled_ratios(values, torch.ones_like(values), 20_000, generator(2))
+    assert float(found.std()) == pytest.approx(float(values.std(correction=0)) / math.sqrt(200), rel=0.03)
+    assert float(found.mean()) == pytest.approx(float(values.mean()), abs=2e-3)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Of sorted values, with the straight line between two of them."""
+    place = share * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_an_interval_leaves_out_equally_many_on_both_sides(confidence: float) -> None:
+    draw = random.Random(3)
+    columns = [[draw.gauss(0, 1) for _ in range(999)], [draw.expovariate(1) for _ in range(999)]]
+    columns[1][::3] = [math.nan] * 333
+    found = percentile_interval(torch.tensor(columns, dtype=torch.float64).T, confidence)
+    for ends, column in zip(found.tolist(), columns, strict=True):
+        known = sorted(value for value in column if not math.isnan(value))
+        shares = ((1 - confidence) / 2, (1 + confidence) / 2)
+        assert ends == pytest.approx([percentile(known, share) for share in shares], abs=1e-12)
+
+
+def test_nothing_has_no_interval() -> None:
+    assert percentile_interval(torch.full((5, 1), math.nan)).isnan().all()
+
+
+def clusters(seed: int, count: int) -> Tensor:
+    """`[P, 4]` values of mean 1 whose larger part is common to a cluster."""
+    numbers = torch.randn(count, 5, generator=generator(seed), dtype=torch.float64)
+    return 1 + numbers[:, :1] + 0.3 * numbers[:, 1:]
+
+
+def covers(values: Tensor, seed: int) -> bool:
+    """Whether the interval for the mean of the rows of `values` holds the true one."""
+    tops, bottoms = values.sum(1, keepdim=True), torch.full((len(values), 1), float(values.shape[1]))
+    low, high = percentile_interval(resampled_ratios(tops, bottoms, 400, generator(seed)))[0].tolist()
+    return low <= 1 <= high
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Samples that were drawn one by one would hide that those of a prompt are alike."""
+    samples = [clusters(seed, 60) for seed in range(600)]
+    together = sum(covers(values, seed) for seed, values in enumerate(samples)) / 600
+    apart = sum(covers(values.reshape(-1, 1), seed) for seed, values in enumerate(samples)) / 600
+    assert 0.92 < together < 0.975  # 95 %, two standard errors of 0.9 % and what 60 clusters lack
+    assert apart < 0.8
+
+
+def test_the_seed_fixes_the_draws() -> None:
+    values = clusters(0, 20)
+    first, again, other = (resampled_ratios(values, torch.ones_like(values), 50, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    one = torch.ones(3, 2)
+    for call, text in (
+        (lambda: win_rates(one, torch.ones(2, 2)), r"other must have shape \[B, m\] = \[3, any\], got \[2, 2\]"),
+        (lambda: win_rates(one[0], one), "own must have shape"),
+        (lambda: resampled_ratios(one, one[:, :1], 5, generator()), r"denominators must have shape .*\[3, 2\]"),
+        (lambda: resampled_ratios(one[:0], one[:0], 5, generator()), "numerators must be at least one row, got 0"),
+        (lambda: resampled_ratios(one, one, 0, generator()), "num_resamples must be at least 1, got 0"),
+        (lambda: percentile_interval(one, 1.0), "confidence must be above 0 and below 1, got 1.0"),
+        (lambda: percentile_interval(one[0]), "resampled must have shape"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
