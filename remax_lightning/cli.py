@@ -44,6 +44,7 @@ CALLBACKS = {
 KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
+    "doctor": ("doctor", "check a configuration's models and data before any training"),
     "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),

@@ -72,6 +72,8 @@ class TextDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.loading = loading
         self.num_splits = 1
+        self.num_rows = self.num_left_out = 0
+        """Rows that were read, and those of them that are too long or were no pair."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: ExampleDataset | None = None
         self._val: ExampleDataset | None = None
@@ -192,6 +194,7 @@ class TextDataModule(LightningDataModule, ABC):
         self._train = train
 
     def _dataset(self, rows: Rows) -> ExampleDataset:
+        total = len(rows.values)
         rows = self._with_prompts(rows)
         formatter = PromptFormatter(self.tokenizer, self.prompt_column, self.template)
         prompts = [formatter.text(row, rows.where(i)) for i, row in enumerate(rows.values)]
@@ -207,7 +210,10 @@ class TextDataModule(LightningDataModule, ABC):
             source=rows.source,
             policy=self.loading.long_prompts,
         )
-        return ExampleDataset(self._complete(kept, rows.source))
+        examples = list(self._complete(kept, rows.source))
+        self.num_rows += total
+        self.num_left_out += total - len(examples)
+        return ExampleDataset(examples)
 
     def _with_prompts(self, rows: Rows) -> Rows:
         made, kept = [], []

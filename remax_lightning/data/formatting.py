@@ -45,7 +45,7 @@ class PromptFormatter:
         self.template = template
         if template is not None:
             check_template(template)
-        self.special_prefix = _special_prefix(tokenizer)
+        self.special_prefix = special_prefix(tokenizer)
 
     def text(self, row: Row, where: str) -> PromptText:
         """Return the prompt of `row`.
@@ -157,8 +157,8 @@ class _ColumnFormatter(string.Formatter):
         return kwargs[field_name], field_name
 
 
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text, found by looking at one."""
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that the tokenizer puts in front of a text, found by looking at one."""
     plain = encode_text(tokenizer, ["a"])[0]
     full = list(tokenizer("a", return_attention_mask=False)["input_ids"])
     for start in range(len(full) - len(plain) + 1):

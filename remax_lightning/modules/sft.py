@@ -89,7 +89,7 @@ class SFTModule(PolicyModule):
         nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
         reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
         own = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
-        tokens = cast(Tensor, reduce(torch.tensor(float(own), device=self.device)))
+        tokens = cast(Tensor, reduce(torch.tensor(float(own), dtype=torch.float32, device=self.device)))
         # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
         loss = nll.sum() * (accumulate * self.trainer.world_size / tokens)
         self._training.add({"loss": (nll, None)})

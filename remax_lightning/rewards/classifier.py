@@ -155,7 +155,7 @@ class ClassifierReward(Reward):
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         with self._frozen.running():
-            scores = torch.zeros(len(ids), device=self._frozen.device)
+            scores = torch.zeros(len(ids), dtype=torch.float32, device=self._frozen.device)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self._frozen.device)

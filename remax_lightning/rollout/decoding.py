@@ -140,7 +140,7 @@ class Decoding:
         ids = torch.full((len(self.active), sampling.max_response_length), pad_id, dtype=torch.long, device=device)
         written = Written(
             ids,
-            torch.zeros(ids.shape, device=device) if log_probs else None,
+            torch.zeros(ids.shape, dtype=torch.float32, device=device) if log_probs else None,
             None if ended is None else torch.zeros_like(ids[:, 0]),
         )
         ends = torch.tensor(eos_ids, device=device)

@@ -278,3 +278,11 @@ def test_a_tiny_policy_learns_its_rows_by_heart(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["val/baseline_reward"]) == 1.0
     assert float(trainer.callback_metrics["val/reward"]) >= 0.75
     assert reward.loads == 1
+
+
+def test_tokens_are_counted_in_32_bits_in_bf16_true(policy: str, tmp_path: Path) -> None:
+    """289 tokens: in 8 bits of precision they would be 288, and the gradient 0.35 % too large."""
+    rows = [{"prompt": "1+1=", "response": "a" * (36 if number == 0 else 35)} for number in range(8)]
+    data = SFTDataModule(write_rows(tmp_path / "rows.jsonl", rows), policy, batch_size=8)
+    seen = fit(sft_module(policy), data, tmp_path, precision="bf16-true")
+    assert float(seen.outputs[0]["loss"]) == pytest.approx(seen.logged[0]["train/loss"], rel=1e-3)

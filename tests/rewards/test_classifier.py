@@ -171,6 +171,18 @@ def test_a_model_that_reads_its_last_column_is_scored_row_by_row(tmp_path: Path)
     torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_scores_have_32_bits_in_a_run_of_16(tmp_path: Path) -> None:
+    """In `bf16-true` Lightning runs a step with bfloat16 as the default dtype."""
+    reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
+    expected = reward.score(PROMPTS, RESPONSES, ROWS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = reward.score(PROMPTS, RESPONSES, ROWS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(given, expected)
+
+
 def test_the_chat_template_is_used_without_a_template_and_writes_the_only_bos(tmp_path: Path) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
     text = reward.text("2+2=", "4", {})

@@ -264,6 +264,20 @@ def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options
     assert run(engine, model, lengths, eos=eos, **options).log_probs is None
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probs_have_32_bits_in_a_run_of_16(engine: Any) -> None:
+    """In `bf16-true` Lightning runs a step with bfloat16 as the default dtype."""
+    options: dict[str, Any] = {"max_response_length": 6, "asked": {"log_probs": True}}
+    expected = run(engine, tiny_model("llama"), [3, 7], **options).log_probs
+    model = tiny_model("llama")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = run(engine, model, [3, 7], **options).log_probs
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(given, expected)
+
+
 # Stop strings
 
 

@@ -1,0 +1,194 @@
+"""Checks of the policy by `remax doctor`: each fails on a fault that was planted, and its figures are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import changed
+from runs import save_policy
+from tools.patients import Liar, Talker, Wanderer, ask, healthy, loaded
+
+from remax_lightning.tools.doctor_checks import Subject
+
+SAMPLING = {"max_response_length": 24, "num_samples": 2}
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("well")
+    return loaded(folder, healthy(folder))
+
+
+@contextmanager
+def blind_to_padding(model: Any) -> Iterator[None]:
+    """Let the model ignore its attention mask inside."""
+    body = model.get_decoder()
+    forward = type(body).forward
+
+    def ignoring(*args: Any, **options: Any) -> Any:
+        given = options["attention_mask"]
+        return forward(body, *args, **options | {"attention_mask": None if given is None else torch.ones_like(given)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body, "forward", ignoring)
+        yield
+
+
+def test_healthy(well: Subject) -> None:
+    for name in ("kl_at_start", "log_probs", "on_policy", "greedy", "prompt_padding"):
+        assert ask(well, name).status == "pass", ask(well, name)
+
+
+# The reference
+
+
+@pytest.mark.parametrize(("noise", "status"), [(0.002, "warn"), (0.3, "fail")])
+def test_another_checkpoint_as_reference(tmp_path: Path, noise: float, status: str) -> None:
+    other = save_policy(tmp_path / "other", noise=noise)
+    subject = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reference={"path": other}))
+    found = ask(subject, "kl_at_start")
+    assert found.status == status
+    assert "is another checkpoint than model.policy.path" in found.fix
+    assert found.values["kl"] == pytest.approx(kl_of(subject), rel=1e-3)
+
+
+@torch.no_grad()
+def kl_of(subject: Subject) -> float:
+    """The mean of exp(-x) - 1 + x over all sampled tokens, one response after the other, without padding."""
+    rollout, total, count = subject.rollout, 0.0, 0
+    for i, (ids, mask) in enumerate(zip(rollout.sampled.response_ids, rollout.sampled.response_mask, strict=True)):
+        prompt = i // rollout.num_samples
+        start = rollout.prompt.prompt_ids[prompt][rollout.prompt.prompt_mask[prompt]]
+        response = ids[mask]
+        row = torch.cat([start, response])[None]
+        chosen = []
+        for model in (subject.module.policy, subject.module.reference):
+            log_probs = model(row).logits[0, len(start) - 1 : -1].double().log_softmax(-1)
+            chosen.append(log_probs[torch.arange(len(response)), response])
+        log_ratio = chosen[0] - chosen[1]
+        total += float((torch.exp(-log_ratio) - 1 + log_ratio).sum())
+        count += len(response)
+    return total / count
+
+
+def test_dropout_moves_the_training_pass(tmp_path: Path) -> None:
+    config = healthy(tmp_path, family="gpt2")  # with dropouts of 0.1
+    policy = config["model"]["init_args"]["policy"] | {"disable_dropout": False}
+    subject = loaded(tmp_path, changed(config, model__init_args__policy=policy))
+    for name in ("kl_at_start", "log_probs"):
+        found = ask(subject, name)
+        assert found.status == "fail"
+        assert "model.policy.disable_dropout: true" in found.fix
+    assert ask(subject, "greedy").status == "pass"  # rollouts are in eval mode
+
+
+def test_a_model_that_was_changed_after_loading(tmp_path: Path) -> None:
+    subject = loaded(tmp_path, healthy(tmp_path))
+    with torch.no_grad():
+        subject.module.policy.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    found = ask(subject, "kl_at_start")
+    assert found.status == "fail"
+    assert "differ in 1 tensors, such as model.layers.0.mlp.up_proj.weight" in found.fix
+
+
+def test_an_adapter_starts_as_nothing(tmp_path: Path) -> None:
+    config = healthy(tmp_path)
+    policy = config["model"]["init_args"]["policy"] | {"lora": {"r": 2, "alpha": 4}}
+    config = changed(config, model__init_args__policy=policy, model__init_args__reference=...)
+    subject = loaded(tmp_path, config)
+    assert ask(subject, "kl_at_start").status == "pass"
+    with torch.no_grad():
+        for name, weight in subject.module.policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    found = ask(subject, "kl_at_start")
+    assert found.status == "fail"
+    assert "the adapter changes the policy before training" in found.fix
+
+
+def test_a_reference_of_other_precision_is_told_by_its_rounding(tmp_path: Path) -> None:
+    config = healthy(tmp_path)
+    reference = config["model"]["init_args"]["reference"] | {"dtype": "bfloat16"}
+    subject = loaded(tmp_path, changed(config, model__init_args__reference=reference))
+    found = ask(subject, "kl_at_start")
+    assert found.values["kl"] > 1e-6
+    assert found.status == "pass"
+    assert "rounding explains 0.002" in found.measured
+
+
+def test_without_a_reference_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    config = changed(healthy(tmp_path), model__init_args__reference=..., model__init_args__kl_coef=0.0)
+    assert ask(loaded(tmp_path, config), "kl_at_start").status == "skip"
+
+
+# Decoding
+
+
+def test_log_probs_of_another_temperature(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "engine", Liar())
+    found = ask(well, "log_probs")
+    assert found.status == "fail"
+    assert "model.rollout" in found.fix
+
+
+def test_greedy_responses_that_are_drawn(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "engine", Wanderer())
+    found = ask(well, "greedy")
+    assert found.status == "fail"
+    assert "differ when they are made again" in found.measured
+
+
+def test_a_model_that_reads_padding(well: Subject) -> None:
+    with blind_to_padding(well.module.policy):
+        padding, greedy = ask(well, "prompt_padding"), ask(well, "greedy")
+    assert padding.status == "fail"
+    assert "attention_mask" in padding.fix
+    assert greedy.status == "fail"
+    assert "depends on the batch" in greedy.fix
+    assert greedy.values["largest_gap"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [
+        ({"top_p": 0.5}, {"truncate_log_probs": True}),
+        ({"temperature": 0.5, "scale_log_probs": False}, {"scale_log_probs": True}),
+        ({"min_response_length": 3}, {"min_response_length": 0}),
+    ],
+    ids=str,
+)
+def test_training_another_distribution_than_is_sampled(
+    tmp_path: Path, options: dict[str, Any], fixed: dict[str, Any]
+) -> None:
+    config = healthy(tmp_path)
+    subject = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options))
+    found = ask(subject, "on_policy")
+    assert found.status == "warn"
+    [key] = fixed
+    assert f"model.sampling.{key}" in found.fix
+    assert ask(subject, "log_probs").status == "pass"  # of what is trained, both passes say the same
+    subject = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options | fixed))
+    assert ask(subject, "on_policy").status == "pass"
+
+
+def test_truncation_makes_drawn_tokens_likelier_by_what_it_cuts_off(tmp_path: Path) -> None:
+    """With the two likeliest tokens alone, by minus the log of their mass."""
+    sampling = SAMPLING | {"top_k": 2}
+    subject = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__sampling=sampling))
+    rollout, cut = subject.rollout, []
+    for i, (ids, mask) in enumerate(zip(rollout.sampled.response_ids, rollout.sampled.response_mask, strict=True)):
+        start = rollout.prompt.prompt_ids[i // 2][rollout.prompt.prompt_mask[i // 2]]
+        with torch.no_grad():
+            logits = subject.module.policy(torch.cat([start, ids[mask]])[None]).logits[0, len(start) - 1 : -1]
+        cut.append(-logits.double().softmax(-1).topk(2).values.sum(-1).log())
+    assert ask(subject, "on_policy").values["difference"] == pytest.approx(float(torch.cat(cut).mean()), rel=1e-3)
+
+
+def test_an_engine_that_does_not_stop_is_not_greedys_fault(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "engine", Talker())
+    assert ask(well, "greedy").status == "pass"

@@ -1,0 +1,222 @@
+"""Checks of the reward and of memory by `remax doctor`: each fails on a fault that was planted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import changed
+from conftest import make_tokenizer
+from rewards.test_classifier import CHAT
+from runs import write_rows
+from tools.patients import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
+
+from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
+from remax_lightning.tools.doctor_checks import Subject, memory
+
+PLAIN = "{prompt}{response}{eos}"
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("well")
+    return loaded(folder, with_reward_model(healthy(folder), folder))
+
+
+def with_template(folder: Path, **options: Any) -> Subject:
+    return loaded(folder, with_reward_model(healthy(folder), folder, **options))
+
+
+def last_column(model: Any, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Read the score in the last column, as if there were no padding."""
+    hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state[:, -1]
+    scores: torch.Tensor = model.score(hidden)[:, 0].float()
+    return scores
+
+
+def test_healthy(well: Subject) -> None:
+    for name in ("reward_template", "reward_truncation", "reward_padding", "reward_spread", "memory"):
+        assert ask(well, name).status == "pass", ask(well, name)
+    assert "reads '<s>user: 7+49=" in ask(well, "reward_template").measured
+
+
+# What the reward model reads
+
+
+def test_another_template_than_it_was_trained_with(tmp_path: Path) -> None:
+    config = with_reward_model(healthy(tmp_path), tmp_path, template="{prompt} {response}{eos}")
+    file = tmp_path / "reward" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"reward_template": PLAIN}))
+    found = ask(loaded(tmp_path, config), "reward_template")
+    assert found.status == "fail"
+    assert f"it was trained with {PLAIN!r}" in found.measured
+    right = loaded(tmp_path, config, model__init_args__reward__init_args__template=PLAIN)
+    assert ask(right, "reward_template").status == "pass"
+
+
+def test_a_chat_template_that_leaves_the_response_out(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template="<s>{{ messages[0]['content'] }}</s>")
+    found = ask(with_template(tmp_path, tokenizer=tokenizer), "reward_template")
+    assert found.status == "fail"
+    assert "lack their response" in found.measured
+
+
+@pytest.mark.parametrize(
+    ("template", "status", "measured"),
+    [
+        (PLAIN, "pass", "reads '7+49="),
+        ("<s><s>" + PLAIN, "fail", "begin with two BOS"),
+        ("{prompt}{response}", "warn", "no special token ends it"),
+    ],
+)
+def test_how_the_text_begins_and_ends(tmp_path: Path, template: str, status: str, measured: str) -> None:
+    found = ask(with_template(tmp_path, template=template), "reward_template")
+    assert found.status == status
+    assert measured in found.measured
+
+
+def test_a_chat_template_without_bos(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=CHAT.removeprefix("<s>"))
+    found = ask(with_template(tmp_path, tokenizer=tokenizer), "reward_template")
+    assert found.status == "warn"
+    assert "begin without the tokenizer's BOS" in found.measured
+
+
+def test_the_policys_template_inside_of_the_reward_models(tmp_path: Path) -> None:
+    config = changed(with_reward_model(healthy(tmp_path), tmp_path), data__init_args__template="Q: {prompt}")
+    found = ask(loaded(tmp_path, config), "reward_template")
+    assert found.status == "warn"
+    assert "data.template stands inside of its own" in found.measured
+
+
+def test_special_tokens_of_the_policy_that_mean_nothing_to_the_reward_model(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    config = with_reward_model(healthy(tmp_path), tmp_path, tokenizer=tokenizer, template=PLAIN)
+    make_tokenizer(chat_template=TURNS).save_pretrained(tmp_path / "policy")
+    write_rows(tmp_path / "rows.jsonl", ({"prompt": [{"role": "user", "content": prompt}]} for prompt in PROMPTS))
+    found = ask(loaded(tmp_path, config), "reward_template")
+    assert found.status == "warn"
+    assert "'</s>' are the policy's special tokens and plain text to it" in found.measured
+
+
+@pytest.mark.parametrize(("length", "status"), [(256, "pass"), (33, "warn"), (8, "fail")])
+def test_conversations_that_are_cut(tmp_path: Path, length: int, status: str) -> None:
+    subject = with_template(tmp_path, max_length=length)
+    found = ask(subject, "reward_truncation")
+    assert found.status == status, found
+    assert isinstance(subject.reward, ClassifierReward)
+    assert subject.reward.num_truncated == 0  # what a run counts is its own
+
+
+def test_the_models_in_a_weighted_sum_are_looked_at(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(well.reward, ClassifierReward)
+    subject = Subject(well.args, well.module, well.data, well.trainer, 12)
+    subject.reward = WeightedReward({"model": well.reward})
+    monkeypatch.setattr(well.module, "reward", subject.reward)
+    monkeypatch.setattr(well.reward, "max_length", 8)
+    assert ask(subject, "reward_truncation").status == "fail"
+
+
+# Its scores
+
+
+def test_a_score_that_is_read_in_the_padding(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.reward, "_pooling", last_column)
+    found = ask(well, "reward_padding")
+    assert found.status == "fail"
+    assert found.measured.startswith("alone, scores move by")
+
+
+def test_a_reward_model_in_training_that_is_read_in_the_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = loaded(tmp_path, preferred(tmp_path))
+    assert ask(subject, "reward_padding").status == "pass"
+    monkeypatch.setattr(subject.module, "_pooling", last_column)
+    assert ask(subject, "reward_padding").status == "fail"
+
+
+COMPANY = {"Dice": "again", "Places": "alone", "Ranks": "alone", "Turns": "in another order"}
+
+
+@pytest.mark.parametrize(("kind", "company"), COMPANY.items())
+def test_a_reward_that_depends_on_more_than_its_response(tmp_path: Path, kind: str, company: str) -> None:
+    reward = {"class_path": f"tools.patients.{kind}"}
+    found = ask(loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reward=reward)), "reward_padding")
+    assert found.status == "fail"
+    assert company in found.measured
+
+
+class Constant(Reward):
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
+        return [self.values[index % len(self.values)] for index in range(len(responses))]
+
+
+def test_a_constant_reward(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "reward", Constant(0.5))
+    found = ask(well, "reward_spread")
+    assert found.status == "fail"
+    assert found.values == {"spread": 0, "mean": 0.5, "as_the_baseline": 1}
+
+
+def test_rewards_that_are_those_of_the_greedy_responses(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfPrompts(Reward):
+        def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
+            return [float(len(prompt)) for prompt in prompts]
+
+    monkeypatch.setattr(well.module, "reward", OfPrompts())
+    found = ask(well, "reward_spread")
+    assert found.status == "warn"
+    assert found.values["as_the_baseline"] == 1
+
+
+def test_a_reward_that_is_not_finite(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "reward", Constant(float("nan"), 1.0))
+    for name in ("reward_padding", "reward_spread"):
+        found = ask(well, name)
+        assert found.status == "fail"
+        assert "nan at index 0" in found.measured
+
+
+# Memory
+
+
+@pytest.mark.parametrize("stage", [healthy, supervised, preferred])
+def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any) -> None:
+    subject = loaded(tmp_path, stage(tmp_path))
+    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    assert ask(subject, "memory").status == "skip"
+    monkeypatch.setattr(memory, "host_memory", lambda: 1e5)
+    found = ask(subject, "memory")
+    assert found.status == "fail"
+    assert "configs/strategies" in found.fix
+    if stage is not healthy:  # weights, gradients and AdamW's two moments in 32 bits
+        count = sum(each.numel() for each in subject.module.trained_model.parameters())
+        assert found.values["least"] == 16 * count
+
+
+@pytest.mark.slow
+def test_processes_share_the_memory_of_their_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = loaded(tmp_path, healthy(tmp_path))
+    peak = ask(subject, "memory").values["peak"]
+    monkeypatch.setattr(memory, "host_memory", lambda: 1.5 * peak / 0.9)
+    assert ask(subject, "memory").status == "pass"
+    assert ask(loaded(tmp_path, healthy(tmp_path), trainer__devices=2), "memory").status == "fail"
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTROL_GROUP", limit)
+    whole = memory.host_memory()
+    assert whole is not None
+    limit.write_text("max\n")
+    assert memory.host_memory() == whole
+    limit.write_text("1000000\n")
+    assert memory.host_memory() == 1e6
