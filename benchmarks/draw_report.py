@@ -1,7 +1,6 @@
-"""Take the picture of a report that the README shows: the top of the page, and its table of samples.
+"""Take the picture of a report that the README shows: the top of the page, curves, and the table of samples.
 
-`remax report runs/demo/logs/remax/version_0`, then `python benchmarks/draw_report.py
-runs/demo/logs/remax/version_0/report.html`; needs Chromium and its driver, and selenium, which the test extras install.
+`remax pipeline`, then `python benchmarks/draw_report.py runs/pipeline/report.html`; needs Chromium and its driver, and selenium, which the test extras install.
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ LIMIT = 300_000
 """Largest picture in bytes: it lies in the repository and is loaded with the README."""
 
 WIDTH = 1280
-TOP, TABLE, GAP = 1130, 720, 10
-"""Pixels of the top of the page and of the table that are shown, and between them."""
+TOP, CURVES, TABLE, GAP = 285, 960, 620, 10
+"""Pixels of the top of the page, of its curves and of the table that are shown, and between them."""
+
+CURVES_BEGIN = "[...document.querySelectorAll('h2')].find(each => each.textContent === 'Reward').scrollIntoView()"
 
 
 def photograph(page: Path, search: str) -> Any:
-    """Return both parts of the page in one picture; the table shows the samples that have `search` in them.
+    """Return three parts of the page in one picture; the table shows the samples that have `search` in them.
 
     Raises:
         SystemExit: if there is no page or no Chromium.
@@ -46,13 +47,16 @@ def photograph(page: Path, search: str) -> Any:
         try:
             browser.get(page.resolve().as_uri())
             parts = [_part(browser, "scrollTo(0, 0)", TOP)]
+            parts.append(_part(browser, CURVES_BEGIN, CURVES))
             browser.find_element("name", "text").send_keys(search)
             parts.append(_part(browser, "document.getElementById('samples').scrollIntoView()", TABLE))
         finally:
             browser.quit()
-    picture = Image.new("RGB", (WIDTH, TOP + GAP + TABLE), "#8b95a3")
-    picture.paste(parts[0], (0, 0))
-    picture.paste(parts[1], (0, TOP + GAP))
+    picture = Image.new("RGB", (WIDTH, sum(part.height + GAP for part in parts) - GAP), "#8b95a3")
+    top = 0
+    for part in parts:
+        picture.paste(part, (0, top))
+        top += part.height + GAP
     return picture
 
 

@@ -44,9 +44,9 @@ CALLBACKS = {
 KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
-    "doctor": ("doctor", "check a configuration's models and data before any training"),
     "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
+    "doctor": ("doctor", "check a configuration's models and data before any training"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
     "pipeline": ("pipeline", "go from generated preferences to an aligned policy in three stages, in minutes"),
     "plan": ("plan", "tell from a configuration what memory each device needs"),

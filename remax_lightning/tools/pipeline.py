@@ -158,7 +158,9 @@ def _text(
     run: Path,
 ) -> str:
     count = before["true_score"].n
-    rows = [(f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")]
+    rows: list[tuple[str, ...]] = [
+        (f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")
+    ]
     for label, name in ROWS.items():
         cells = [cell for each in (before[name], after[name]) for cell in (number(each.value), interval(each))]
         rows.append((label, *cells, ""))

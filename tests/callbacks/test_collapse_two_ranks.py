@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,4 @@ def test_figures_are_those_of_both_ranks(run: Path) -> None:
     kls = [
         statistics.fmean([sum(row) for outputs in ranks for row in outputs[step]["kl"].tolist()]) for step in range(6)
     ]
-    assert scalars(run, "train/kl_slope")[1:] == pytest.approx(
-        [b - a for a, b in zip(kls, kls[1:], strict=False)], rel=1e-4
-    )
+    assert scalars(run, "train/kl_slope")[1:] == pytest.approx([b - a for a, b in pairwise(kls)], rel=1e-4)
