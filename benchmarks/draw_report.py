@@ -1,6 +1,7 @@
 """Take the picture of a report that the README shows: the top of the page, curves, and the table of samples.
 
-`remax pipeline`, then `python benchmarks/draw_report.py runs/pipeline/report.html`; needs Chromium and its driver, and selenium, which the test extras install.
+`remax pipeline`, then `python benchmarks/draw_report.py runs/pipeline/report.html`; needs Chromium and its driver, and
+selenium, which the test extras install.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     picture = photograph(options.page, options.search)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(128).save(options.output, optimize=True)  # a palette: a third of the bytes
+    picture.quantize(256).save(options.output, optimize=True)  # a palette: a third of the bytes
     if options.output.stat().st_size > LIMIT:
         raise SystemExit(f"{options.output} has {options.output.stat().st_size} bytes, more than {LIMIT}")
     print(f"wrote {options.output} ({options.output.stat().st_size / 1000:.0f} kB)")
