@@ -12,6 +12,7 @@ _PUBLIC = {
     "batch": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
     "callbacks": (
         "BaselineMonitor",
+        "CollapseDetector",
         "Evaluation",
         "ExportPolicy",
         "KLMonitor",
@@ -33,7 +34,7 @@ _PUBLIC = {
         "WarmupCosine",
         "WarmupLinear",
     ),
-    "rewards": ("ClassifierReward", "FunctionReward", "Reward", "Scores", "WeightedReward"),
+    "rewards": ("ClassifierReward", "FunctionReward", "HTTPReward", "Reward", "Scores", "WeightedReward"),
     "rollout": ("AutoEngine", "HuggingFaceEngine", "PairedEngine", "RolloutEngine", "SamplingConfig"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
