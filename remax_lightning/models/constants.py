@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Constants:
@@ -17,6 +22,7 @@ class Constants:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _make_exact(model)
         self._kept = [
             (module, name, buffer.detach().clone())
             for module in model.modules()
@@ -30,3 +36,15 @@ class Constants:
             now = module._buffers[name]
             if now is not None and now.dtype != kept.dtype:
                 module._buffers[name] = kept.to(now.device)
+
+
+def _make_exact(model: nn.Module) -> None:
+    """Have transformers make again in float32 what came out rounded: under ZeRO-3 it makes all in 16 bits."""
+    make: Any = getattr(model, "_init_weights", None)
+    for module in model.modules() if make is not None else ():
+        names = module._non_persistent_buffers_set
+        rounded = [name for name in names if getattr(module._buffers[name], "dtype", None) in HALVES]
+        if rounded and not list(module.parameters(recurse=False)):  # it would make weights anew, too
+            for name in rounded:
+                module._buffers[name] = cast(Tensor, module._buffers[name]).float()
+            make(module)

@@ -57,7 +57,8 @@ class PolicyModule(StageModule):
         if "policy" in self._modules:
             return
         self.policy = self._load_policy()
-        self.constants = Constants(self.policy)
+        with outside_partitioning(self.trainer.strategy):
+            self.constants = Constants(self.policy)
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()

@@ -28,7 +28,7 @@ from remax_lightning.modules.reporting import Sums
 from remax_lightning.modules.stage import StageModule
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
-from remax_lightning.strategies import loading_policy, shard_policy
+from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,9 @@ class RewardModelModule(StageModule):
             model = load_reward_model(source)
         if isinstance(strategy, ModelParallelStrategy):
             shard_policy(model, strategy.device_mesh)
-        self.reward_model, self.constants = model, Constants(model)
+        self.reward_model = model
+        with outside_partitioning(strategy):
+            self.constants = Constants(model)
         self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
         self.tokenizer = self._find_tokenizer(needs_eos=False)
         checks.check_tokenizer(

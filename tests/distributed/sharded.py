@@ -47,7 +47,7 @@ class UnevenEngine:
         if self.equal is None:
             generator.set_state(state)
             plain = self.plain.load("model.policy")
-            plain.to(made.sampled_ids.device, plain.dtype)  # buffers too, as strategies convert them
+            plain.to(made.sampled_ids.device)
             wanted = PairedEngine().generate(plain, *args, generator=generator, **options)
             self.equal = torch.equal(made.sampled_ids, wanted.sampled_ids) and torch.equal(
                 made.greedy_ids, wanted.greedy_ids
