@@ -31,6 +31,7 @@ CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
     "samples": callbacks.SampleDump,
     "baseline_monitor": callbacks.BaselineMonitor,
+    "collapse": callbacks.CollapseDetector,
     "throughput": callbacks.Throughput,
     "export": callbacks.ExportPolicy,
     "tensorboard": callbacks.TensorBoardReport,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
+from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.outputs import rollout_output
@@ -13,6 +14,7 @@ from remax_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "BaselineMonitor",
+    "CollapseDetector",
     "ExportPolicy",
     "KLMonitor",
     "PredictionWriter",

@@ -1,0 +1,234 @@
+"""Whether a run is on its way to ruin: guards over the figures of many optimizer steps, on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from remax_lightning.callbacks.outputs import log_step, rollout_output
+from remax_lightning.callbacks.step_figures import StepFigures
+from remax_lightning.errors import UserError
+
+GROWTH = 1.25
+"""Length over its start from which `max_length_correlation` counts: alone it may be the task's own."""
+
+ADVICE = {
+    "max_truncation_rate": "raise model.sampling.max_response_length, or set model.advantage.truncated: penalize; the"
+    " reward judges responses without their end",
+    "min_eos_share": "look whether the reward likes long responses; set model.advantage.truncated: penalize, or lower"
+    " the learning rate",
+    "min_entropy": "sampled and greedy responses are nearly the same, so there is little left to learn from: stop here"
+    " if the reward is as high as can be, otherwise raise model.kl_coef or lower the learning rate",
+    "min_entropy_share": "stop here if the reward is as high as can be, otherwise raise model.kl_coef or lower the"
+    " learning rate",
+    "max_kl_slope": "lower the learning rate, clip gradients (trainer.gradient_clip_val) or raise model.kl_coef",
+    "max_kl": "the reward model has hardly seen such responses: read the samples, take an earlier checkpoint, raise"
+    " model.kl_coef",
+    "max_length_correlation": "the reward pays for length: read the samples, and take length out of the reward or"
+    " lower model.sampling.max_response_length",
+    "min_distinct_share": "the policy gives the same to many prompts: read the samples, raise model.kl_coef or lower"
+    " the learning rate",
+}
+"""What to do about each guard, by its threshold."""
+
+
+class CollapseDetector(Callback):
+    """Warns of a policy that is collapsing, and can stop the run. [guards.md](guards.md) says what to do.
+
+    Each guard looks at the means of the last `window` optimizer steps, over all sampled responses of all ranks, and
+    some compare these with the first `window` steps of the run. It warns once when its threshold is crossed, and again
+    only after it has been on the right side for `window` steps on end. A threshold of None turns a guard off.
+
+    Logged at each optimizer step, NaN where there is nothing to tell it from:
+
+    - `train/eos_rate`: share of responses that ended by themselves.
+    - `train/distinct_share`: share of distinct texts among the responses.
+    - `train/length_correlation`: Pearson's, of reward and response length.
+    - `train/kl_slope`: nats per response and optimizer step, the least-squares line through the window.
+    - `train/collapse_alarms`: guards whose threshold is crossed.
+
+    Args:
+        window: optimizer steps that are looked at together; nothing is judged before as many. 20 are enough that it is
+            not chance, and few beside the length of a run.
+        action: what a guard does: `warn`, or `stop` the run after the optimizer step, too.
+        max_truncation_rate: share of responses at the length limit. Above a half, most of what is rewarded has no end.
+        min_eos_share: share of its start that the EOS rate may fall to. Training should not teach a policy to go on:
+            0.7 is seen before most responses are cut.
+        min_entropy: nats per token. Below 0.001 a response of 100 tokens hardly ever differs from the greedy one.
+        min_entropy_share: share of its start that the entropy may fall to. A task with one right response, once it is
+            learnt, leaves a few hundredths of it: hence 0.02.
+        max_kl_slope: nats per response and optimizer step. Healthy runs gain a nat in tens to hundreds of steps.
+        max_kl: nats per response. Beyond 100 a reward model judges what it has never seen (Gao et al. 2022, arXiv
+            2210.10760, have the reward of a better judge fall well before).
+        max_length_correlation: of reward and length, where the responses are longer by a quarter than at their start.
+            0.7 is half of the reward's variance.
+        min_distinct_share: share of its start that the share of distinct responses may fall to. Relative, because a
+            task of yes and no has few distinct responses from the start.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        window: int = 20,
+        action: Literal["warn", "stop"] = "warn",
+        max_truncation_rate: float | None = 0.5,
+        min_eos_share: float | None = 0.7,
+        min_entropy: float | None = 0.001,
+        min_entropy_share: float | None = 0.02,
+        max_kl_slope: float | None = 1.0,
+        max_kl: float | None = 100.0,
+        max_length_correlation: float | None = 0.7,
+        min_distinct_share: float | None = 0.2,
+    ) -> None:
+        super().__init__()
+        if window < 2:
+            raise UserError(f"collapse.window must be at least 2 (optimizer steps), got {window}")
+        if action not in ("warn", "stop"):
+            raise UserError(f"collapse.action must be warn or stop, got {action!r}")
+        self.window = window
+        self.action = action
+        self.thresholds = {
+            "max_truncation_rate": max_truncation_rate,
+            "min_eos_share": min_eos_share,
+            "min_entropy": min_entropy,
+            "min_entropy_share": min_entropy_share,
+            "max_kl_slope": max_kl_slope,
+            "max_kl": max_kl,
+            "max_length_correlation": max_length_correlation,
+            "min_distinct_share": min_distinct_share,
+        }
+        for name, value in self.thresholds.items():
+            highest = math.inf if name in ("min_entropy", "max_kl_slope", "max_kl") else 1.0
+            if value is not None and not (0 < value < highest or value == highest == 1):
+                upper = "and finite" if highest == math.inf else "and at most 1"
+                raise UserError(f"collapse.{name} must be above 0 {upper}, or null for no such guard, got {value}")
+        self._step = StepFigures()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._recent: dict[str, list[float]] = {}
+        self._start: dict[str, float] = {}
+        self._calm: dict[str, int] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit left behind; a resumed one has its state from the checkpoint."""
+        self._step = StepFigures()
+        if trainer.global_step == 0:
+            self._begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather a part; at the end of the optimizer step log, warn and decide whether to stop."""
+        output = rollout_output(outputs)
+        if output is None:
+            return
+        self._step.add(output)
+        if not output["closes_step"]:
+            return
+        figures = self._step.close(trainer)
+        self._remember(figures)
+        means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
+        slope = _slope(self._recent.get("kl", []), self.window)
+        crossed = self._crossed(means, slope)
+        alarms = self._alarms(crossed)
+        names = ("eos_rate", "distinct_share", "length_correlation")
+        log_step(
+            pl_module,
+            {f"train/{name}": figures.get(name, math.nan) for name in names}
+            | {"train/kl_slope": slope, "train/collapse_alarms": float(len(crossed))},
+        )
+        for name in alarms:
+            self._tell(name, crossed[name], trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the guards have seen."""
+        return {"recent": self._recent, "start": self._start, "calm": self._calm}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what the guards had seen; a shorter window than then keeps the latest steps."""
+        self._recent = {name: list(values)[-self.window :] for name, values in state_dict["recent"].items()}
+        self._start, self._calm = dict(state_dict["start"]), dict(state_dict["calm"])
+
+    def _remember(self, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                continue
+            recent = self._recent.setdefault(name, [])
+            recent.append(value)
+            del recent[: -self.window]
+            if name not in self._start and len(recent) == self.window:
+                self._start[name] = math.fsum(recent) / self.window
+
+    def _crossed(self, means: Mapping[str, float], slope: float) -> dict[str, str]:
+        """Return the guards whose threshold is crossed, with the figures that say so."""
+        judged = {name: means[name] for name in self._start}  # those with a full window
+
+        def share(name: str) -> float:
+            start = self._start.get(name, 0.0)
+            return judged[name] / start if start > 0 else math.nan
+
+        grown = share("response_length") >= GROWTH
+        values = {
+            "max_truncation_rate": 1 - judged.get("eos_rate", math.nan),
+            "min_eos_share": share("eos_rate"),
+            "min_entropy": judged.get("entropy", math.nan),
+            "min_entropy_share": share("entropy"),
+            "max_kl_slope": slope,
+            "max_kl": judged.get("kl", math.nan),
+            "max_length_correlation": judged.get("length_correlation", math.nan) if grown else math.nan,
+            "min_distinct_share": share("distinct_share"),
+        }
+        crossed = {}
+        for name, value in values.items():
+            limit = self.thresholds[name]
+            if limit is not None and (value > limit if name.startswith("max_") else value < limit):
+                crossed[name] = f"{_WATCHED[name]} is {value:.3g} over the last {self.window} optimizer steps"
+        return crossed
+
+    def _alarms(self, crossed: Mapping[str, str]) -> list[str]:
+        """Return the guards that have something new to say."""
+        new = [name for name in crossed if name not in self._calm]
+        for name in list(self._calm):
+            self._calm[name] += 1
+            if name not in crossed and self._calm[name] >= self.window:
+                del self._calm[name]
+        self._calm |= dict.fromkeys(crossed, 0)
+        return new
+
+    def _tell(self, name: str, what: str, trainer: Trainer) -> None:
+        side = "above" if name.startswith("max_") else "below"
+        rank_zero_warn(
+            f"Optimizer step {trainer.global_step}: {what}, {side} collapse.{name} = {self.thresholds[name]:g}."
+            f" What to do: {ADVICE[name]}. collapse.{name}: null turns this guard off."
+        )
+        if self.action == "stop" and not trainer.should_stop:
+            trainer.should_stop = True
+            rank_zero_info(f"Stopping at optimizer step {trainer.global_step}, as collapse.action says.")
+
+
+_WATCHED = {
+    "max_truncation_rate": "the share of responses at the length limit",
+    "min_eos_share": "the share of responses that end by themselves, over that at the start,",
+    "min_entropy": "the entropy (nats per token)",
+    "min_entropy_share": "the entropy, over that at the start,",
+    "max_kl_slope": "the growth of the KL (nats per response and step)",
+    "max_kl": "the KL (nats per response)",
+    "max_length_correlation": "the correlation of reward and length, while responses grow,",
+    "min_distinct_share": "the share of distinct responses, over that at the start,",
+}
+
+
+def _slope(values: list[float], window: int) -> float:
+    """Return the slope of the least-squares line through `window` values, NaN before there are as many."""
+    if len(values) < window:
+        return math.nan
+    middle, mean = (window - 1) / 2, math.fsum(values) / window
+    products = math.fsum((i - middle) * (value - mean) for i, value in enumerate(values))
+    return products / (window * (window**2 - 1) / 12)
