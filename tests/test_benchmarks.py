@@ -164,3 +164,20 @@ def test_gpu_says_so_where_there_is_no_cuda(load: Any, tmp_path: Path, capsys: A
     load("gpu").main(["--results", str(tmp_path / "gpu.jsonl")])
     assert "no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "gpu.jsonl").exists()
+
+
+def test_the_picture_of_a_report_is_drawn(load: Any, tmp_path: Path) -> None:
+    from PIL import Image
+    from tools.browser import chromium
+    from tools.report_run import write_run
+
+    from remax_lightning.tools.report import main
+
+    with chromium(tmp_path / "profile"):
+        pass  # skips, or fails, where there is none
+    page = main([str(write_run(tmp_path / "version_0"))])
+    picture = tmp_path / "report.png"
+    load("draw_report").main([str(page), "--output", str(picture)])
+    with Image.open(picture) as image:
+        assert image.width == 1280
+        assert len(image.getcolors() or []) > 50

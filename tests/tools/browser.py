@@ -43,12 +43,14 @@ def chromium(profile: Path) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(str(paths["chromedriver"])))
     try:
+        browser.get("about:blank")  # the browser's own first page is none of the tests'
         yield browser
     finally:
         browser.quit()
 
 
 def requests_of(browser: Any) -> list[str]:
-    """Every address that the browser has asked for since this was last called."""
+    """Every address that the browser has asked for since this was last called, but what lies within itself."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    urls = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("data:", "about:", "chrome:", "chrome-untrusted:"))]

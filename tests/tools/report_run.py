@@ -64,6 +64,11 @@ def planted_curves(steps: int = 200, seed: int = 0) -> dict[str, list[tuple[int,
     plant("train/baseline_correlation", 0.3, 0.4, 0.1)
     plant("train/greedy_win_rate", 0.3, 0.1, 0.03)
     plant("train/zero_advantage_share", 0.5, 0.8, 0.03)
+    plant("train/eos_rate", 0.9, 0.99, 0.01)
+    plant("train/distinct_share", 0.8, 0.7, 0.03)
+    plant("train/length_correlation", 0.1, 0.2, 0.1)
+    plant("train/kl_slope", 0.001, 0.0, 0.0003)
+    curves["train/collapse_alarms"] = [(step, 0.0) for step in range(steps)]
     for name, seconds in (("time/rollout_s", 0.2), ("time/reward_s", 0.05), ("time/train_s", 0.1)):
         plant(name, seconds, seconds, seconds / 10)
     plant("throughput/tokens_per_s", 3000, 3100, 90)

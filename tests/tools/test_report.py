@@ -159,10 +159,16 @@ def test_a_missing_part_is_named_and_left_out(left_out: str, note: str | None, t
     assert ("KL to the reference" in [section["title"] for section in data_of(page)["sections"]]) == (left_out != "kl")
 
 
+def test_a_guard_that_was_crossed_is_told(tmp_path: Path) -> None:
+    write_events(tmp_path, {"train/collapse_alarms": [(step, float(step >= 7)) for step in range(10)]})
+    note = "A guard against collapse was crossed at 3 optimizer steps, first 8: see Signs of collapse."
+    assert notes_of(written(tmp_path))[0] == note
+
+
 def test_a_section_without_a_curve_is_named(tmp_path: Path) -> None:
     write_events(tmp_path, {"train/loss": [(0, 1.0)]})
-    named = "Nothing was logged for: Reward, KL to the reference, Responses, Health of the baseline, Time."
-    assert named in notes_of(written(tmp_path))
+    named = "Reward, KL to the reference, Responses, Health of the baseline, Signs of collapse, Time"
+    assert f"Nothing was logged for: {named}." in notes_of(written(tmp_path))
 
 
 def test_broken_lines_are_counted_and_old_ones_read(tmp_path: Path) -> None:

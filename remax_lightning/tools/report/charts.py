@@ -99,6 +99,20 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             ),
         ),
     ),
+    "Signs of collapse": (
+        Chart(
+            "Shares of responses",
+            (Line("train/eos_rate", "ended by themselves", 0), Line("train/distinct_share", "distinct", 2)),
+        ),
+        Chart(
+            "Correlation of reward and response length",
+            (Line("train/length_correlation", "correlation", 1),),
+        ),
+        Chart(
+            "Slope of the KL, nats per response and step",
+            (Line("train/kl_slope", "slope", 3),),
+        ),
+    ),
     "Time": (
         Chart(
             "Seconds of an optimizer step, by phase",
@@ -120,7 +134,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
 }
 """By the section that they stand in."""
 
-_NOT_DRAWN = ("epoch", "hp_metric", "time/step_s")
+_NOT_DRAWN = ("epoch", "hp_metric", "time/step_s", "train/collapse_alarms")
 
 
 def smooth(curve: Curve, width: int | None = None) -> Smooth:

@@ -49,7 +49,7 @@ def page(run: Run, max_samples: int) -> str:
     """
     sections, missing = drawn(run.curves)
     kept = [run.samples[i] for i in thinned(len(run.samples), max_samples)]
-    notes = [*run.notes, *_missing(run, missing)]
+    notes = [*_alarms(run), *run.notes, *_missing(run, missing)]
     if len(kept) < len(run.samples):
         notes.append(f"{len(kept):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
     script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -138,6 +138,14 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else f"{hours[0]} h {hours[1]} min"
+
+
+def _alarms(run: Run) -> Iterable[str]:
+    curve = run.curves.get("train/collapse_alarms")
+    crossed = [] if curve is None else [step for step, value in zip(*curve, strict=True) if value > 0]
+    if crossed:
+        times = f"{len(crossed):,} optimizer steps, first" if len(crossed) > 1 else "an optimizer step,"
+        yield f"A guard against collapse was crossed at {times} {crossed[0]:,}: see Signs of collapse."
 
 
 def _missing(run: Run, sections: Sequence[str]) -> Iterable[str]:
