@@ -12,6 +12,7 @@ _PUBLIC = {
     "batch": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
     "callbacks": (
         "BaselineMonitor",
+        "CollapseDetector",
         "Evaluation",
         "ExportPolicy",
         "KLMonitor",
