@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,13 +63,15 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     report = steps.timed("report", lambda: _report(aligned))
     rule = _rule_accuracy()
     print(_text(before, after, accuracy, rule, steps.seconds, report, aligned))
-    return {
+    figures = {
         "before": {name: figure._asdict() for name, figure in before.items()},
         "after": {name: figure._asdict() for name, figure in after.items()},
         "reward_model_accuracy": accuracy._asdict(),
         "rule_accuracy": rule,
         "seconds": steps.seconds | {"all": sum(steps.seconds.values())},
     }
+    (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
 
 
 class _Steps:
@@ -176,6 +179,7 @@ def _text(
             f"aligned policy      {FOLDER / 'policy' / 'last'}",
             f"reward model        {FOLDER / 'reward_model' / 'best'}",
             f"run                 {run}",
+            f"figures             {FOLDER / 'figures.json'}",
             f"report              {report}, for any browser",
         ]
     )

@@ -64,7 +64,7 @@ def test_the_pipeline_runs_from_nothing_to_a_report(run: Any) -> None:
     assert accuracy["n"] == 48
     assert 0.6 < figures["rule_accuracy"] < 1
     assert figures["seconds"]["all"] == pytest.approx(sum(figures["seconds"].values()) / 2)
-    json.dumps(figures)
+    assert json.loads((out / "figures.json").read_text()) == figures
     assert "true score, sampled" in printed
     page = (out / "report.html").read_text()
     assert "true_score" in page
