@@ -92,17 +92,17 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def policy_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Return the configuration of a Llama of a third of a million parameters."""
+def policy_config(tokenizer: PreTrainedTokenizerFast, num_layers: int = 2) -> LlamaConfig:
+    """Return the configuration of a Llama of some hundred thousand parameters, as long as its tokenizer's texts."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        max_position_embeddings=32,
+        max_position_embeddings=tokenizer.model_max_length,
         # The defaults are made for wide models and long texts: here they double the steps that are needed.
         initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},

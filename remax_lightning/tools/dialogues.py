@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+from remax_lightning.tools.addition import SPECIAL_TOKENS, policy_config
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # fmt: off
 ADJECTIVES = (
@@ -169,7 +169,7 @@ def write_dialogue_task(folder: Path, *, train: int = 20_000, val: int = 256, he
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     tokenizer = train_tokenizer(text for pair in files["preferences"] for text in pair)
     tokenizer.save_pretrained(folder / "policy")
-    policy_config(tokenizer).save_pretrained(folder / "policy")
+    policy_config(tokenizer, num_layers=3).save_pretrained(folder / "policy")
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 896, longest: int = 96) -> PreTrainedTokenizerFast:
@@ -203,25 +203,4 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 896, longest: int = 
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=longest
-    )
-
-
-def policy_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Return the configuration of a Llama of half a million parameters."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        # The defaults are made for wide models and long texts, as in the addition task.
-        initializer_range=0.08,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
