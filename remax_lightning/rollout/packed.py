@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 MOST_BYTES = 2**31
 """Laid out weights are a second copy for the length of a rollout; a model larger than this keeps its own layout."""
-LEAST_FOR_ONEDNN = 2**18
+LEAST_FOR_ONEDNN = 2**21
 """Weights of a layer from which oneDNN's own work around a product is worth its quicker product."""
 
 

@@ -25,7 +25,7 @@ class PairedEngine:
 
     Args:
         record: record the decoding step once per shape and replay it, as a CUDA graph or, on a CPU, as its bare
-            operators. The responses are the same; only Python's work per token goes.
+            operators without Python between them. The responses are the same; only Python's work per token goes.
         keep_slots: on CUDA, keep the memory of keys and values between rollouts, because graphs stay valid only with
             it. False gives it back to the training pass, and the graphs are made anew in every rollout.
     """

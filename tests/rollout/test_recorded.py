@@ -141,54 +141,6 @@ def test_the_shape_unused_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatch
     assert list(recorder._replays) == ["a", "c"]
 
 
-# Writing a step down
-
-
-def write_down(step: Any, *inputs: torch.Tensor) -> Any:
-    with torch.no_grad():
-        return recorded._write_down(step, inputs)
-
-
-def test_what_a_step_writes_into_is_made_anew_each_time() -> None:
-    def step(x: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(3)
-        sums += x  # were the zeros a constant of the recording, sums would go on
-        return sums * torch.arange(3)
-
-    replay = write_down(step, torch.ones(3))
-    for _ in range(2):
-        assert replay(torch.full((3,), 2.0)).tolist() == [0.0, 2.0, 4.0]
-
-
-def test_inputs_are_written_into() -> None:
-    def step(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        x.index_copy_(0, place, torch.full((1,), 7.0))
-        return x[1:].sum()
-
-    replay = write_down(step, torch.zeros(4), torch.tensor([1]))
-    x = torch.zeros(4)
-    assert replay(x, torch.tensor([2])) == 7
-    assert x.tolist() == [0, 0, 7, 0]
-
-
-def test_what_is_known_beforehand_is_not_computed_again() -> None:
-    weight, operators = torch.randn(3, 4), []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            operators.append(func.overloadpacket.__name__)
-            return func(*args, **kwargs or {})
-
-    replay = write_down(lambda x: torch.arange(4).add(1) * (x @ weight.t().t()), torch.randn(2, 3))
-    x = torch.randn(2, 3)
-    with Count():
-        got = replay(x)
-    assert operators == ["mm", "mul"]
-    torch.testing.assert_close(got, torch.arange(1, 5) * (x @ weight))
-    weight *= 2
-    torch.testing.assert_close(replay(x), 2 * got)
-
-
 # CUDA
 
 
