@@ -154,21 +154,23 @@ def test_a_model_that_reads_padding(well: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "fixed"),
+    ("options", "fixed", "status"),
     [
-        ({"top_p": 0.5}, {"truncate_log_probs": True}),
-        ({"temperature": 0.5, "scale_log_probs": False}, {"scale_log_probs": True}),
-        ({"min_response_length": 3}, {"min_response_length": 0}),
+        ({"top_p": 0.9}, {"truncate_log_probs": True}, "warn"),
+        ({"top_k": 1}, {"truncate_log_probs": True}, "fail"),
+        ({"temperature": 0.9, "scale_log_probs": False}, {"scale_log_probs": True}, "warn"),
+        ({"temperature": 0.1, "scale_log_probs": False}, {"scale_log_probs": True}, "fail"),
+        ({"min_response_length": 3}, {"min_response_length": 0}, "warn"),
     ],
     ids=str,
 )
 def test_training_another_distribution_than_is_sampled(
-    tmp_path: Path, options: dict[str, Any], fixed: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any], fixed: dict[str, Any], status: str
 ) -> None:
     config = healthy(tmp_path)
     subject = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options))
     found = ask(subject, "on_policy")
-    assert found.status == "warn"
+    assert found.status == status
     [key] = fixed
     assert f"model.sampling.{key}" in found.fix
     assert ask(subject, "log_probs").status == "pass"  # of what is trained, both passes say the same

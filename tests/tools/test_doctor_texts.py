@@ -234,11 +234,39 @@ def test_responses_that_are_all_cut(tmp_path: Path) -> None:
     assert found.values["truncation_rate"] == 1
 
 
-def test_generation_settings_that_rollouts_ignore(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "status", "said"),
+    [
+        ({"temperature": 0.8, "repetition_penalty": 1.1}, "warn", "set model.sampling.temperature if they shall count"),
+        ({"suppress_tokens": [*range(3, 96, 2), *range(4, 80, 2)]}, "fail", "none of them can be set here"),
+        ({"temperature": 0.1}, "fail", "set model.sampling.temperature"),
+    ],
+    ids=str,
+)
+def test_generation_settings_that_rollouts_ignore(
+    well: Subject, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], status: str, said: str
+) -> None:
     assert "top_k 50, its default" in ask(well, "generation_config").measured
-    for name, value in (("temperature", 0.6), ("repetition_penalty", 1.2)):
+    for name, value in settings.items():
         monkeypatch.setattr(well.module.policy.generation_config, name, value)
     found = ask(well, "generation_config")
-    assert found.status == "warn"
-    assert found.measured == "model.generate would also take temperature 0.6, repetition_penalty 1.2"
-    assert "set model.sampling.temperature if they shall count" in found.fix
+    assert found.status == status, found
+    assert found.measured.startswith("model.generate would also take ")
+    assert all(f"{name} {value}" in found.measured for name, value in settings.items())
+    assert said in found.fix
+
+
+def test_how_far_generate_samples_from_rollouts(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of greedy settings: the surprise of the policy at its likeliest tokens, of a pass over whole responses."""
+    monkeypatch.setattr(well.module.policy.generation_config, "top_k", 1)
+    surprise: list[float] = []
+    for i, ids in enumerate(well.prompt.prompt_ids[:4]):
+        row = ids[well.prompt.prompt_mask[i]]
+        for _ in range(24):
+            with torch.no_grad():
+                log_probs = well.module.policy(row[None]).logits[0, -1].double().log_softmax(-1)
+            surprise.append(-float(log_probs.max()))
+            row = torch.cat([row, log_probs.argmax()[None]])
+            if int(row[-1]) in ENDS:
+                break
+    assert ask(well, "generation_config").values["kl"] == pytest.approx(sum(surprise) / len(surprise), rel=1e-4)

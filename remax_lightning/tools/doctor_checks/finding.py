@@ -8,6 +8,11 @@ Status = Literal["pass", "warn", "fail", "skip"]
 """`skip` where a check does not apply, or lacks what could not be loaded."""
 
 
+FAR = 0.5
+"""Nats per token, as a KL, from which two distributions are those of two policies: trained ones seldom end further from
+where they started."""
+
+
 class Finding(NamedTuple):
     """What a check has found.
 

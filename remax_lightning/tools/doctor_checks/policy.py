@@ -15,14 +15,12 @@ from remax_lightning.modules.statistics import policy_statistics, response_stati
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.forward import model_inputs
 from remax_lightning.tools.doctor_checks.batches import rows_of
-from remax_lightning.tools.doctor_checks.finding import Finding, NotApplicable, Tolerance, worst
+from remax_lightning.tools.doctor_checks.finding import FAR, Finding, NotApplicable, Tolerance, worst
 from remax_lightning.tools.doctor_checks.subject import Subject
 
 KL, KL_16_BITS = Tolerance(1e-6, 1e-4), Tolerance(2e-3, 2e-2)
 """Nats per token. The same weights give 0, but for rounding: in 16 bits a log-prob is off by a few hundredths of a nat,
 and half the square of that is the KL."""
-OTHER_CHECKPOINT = 0.5
-"""Nats per token to a reference that is another checkpoint on purpose; trained policies seldom end further away."""
 MEAN, MEAN_16_BITS = Tolerance(1e-4, 1e-2), Tolerance(0.05, 0.2)
 LARGEST, LARGEST_16_BITS = Tolerance(1e-2, 0.1), Tolerance(1.0, 3.0)
 """Nats between two log-probs of the same token: decoding and training multiply in other shapes and orders."""
@@ -48,7 +46,7 @@ def kl_at_start(subject: Subject) -> Finding:
     status, fix = tolerance.status(kl), ""
     if status != "pass":
         same = _named(module.policy_source) == _named(module.reference_source or module.policy_source)
-        status = status if same else "warn" if kl <= OTHER_CHECKPOINT else "fail"
+        status = status if same else "warn" if kl <= FAR else "fail"
         fix = _cause(module, dtypes, in_train_mode_only=tolerance.status(in_eval) == "pass", same=same)
     measured = f"{kl:.2g} nats per token, at most {largest:.2g} at one (rounding explains {tolerance.rounding:g})"
     return Finding(status, measured, fix, {"kl": kl, "kl_in_eval_mode": in_eval, "largest": largest})
@@ -177,7 +175,7 @@ def on_policy(subject: Subject) -> Finding:
     if keys == ["min_response_length"]:
         measured = f"EOS is barred from the first {sampling.min_response_length} tokens, and not in training"
     fix = "; ".join(fixes[key] for key in keys) + "; as it is, the gradient is off-policy"
-    return Finding("warn", measured, fix, {"difference": apart})
+    return Finding("warn" if apart <= FAR else "fail", measured, fix, {"difference": apart})
 
 
 def greedy(subject: Subject) -> Finding:

@@ -11,10 +11,11 @@ from torch import Tensor
 from remax_lightning.batch import PreferenceBatch, PromptBatch, Responses
 from remax_lightning.modules.collect import evaluating
 from remax_lightning.rewards.pooling import at_last_token
-from remax_lightning.rollout.forward import model_inputs
+from remax_lightning.rollout.forward import language_model, model_inputs
 from remax_lightning.rollout.generation_config import ignored_settings
+from remax_lightning.rollout.sampling import tempered
 from remax_lightning.tools.doctor_checks.batches import rows_of
-from remax_lightning.tools.doctor_checks.finding import Finding, NotApplicable, Status
+from remax_lightning.tools.doctor_checks.finding import FAR, Finding, NotApplicable, Status
 from remax_lightning.tools.doctor_checks.subject import Subject
 
 NEVER = 1e-30
@@ -23,6 +24,8 @@ RARELY = 1e-4
 """Highest probability of EOS, where no response ended, below which ends will hardly be found by sampling."""
 SHOWN = 4
 """End-of-sequence tokens that are named."""
+ROWS_OF_GENERATE, TOKENS_OF_GENERATE = 4, 32
+"""How much `model.generate` writes, for it keeps two numbers per token of the vocabulary at each of them."""
 MOSTLY_TRUNCATED = 0.25
 """Share of truncated responses from which the length limit decides about the reward."""
 
@@ -240,4 +243,33 @@ def generation_config(subject: Subject) -> Finding:
         + (f"set {', '.join(asked)} if they shall count" if asked else "none of them can be set here")
         + ", and take what is left out of generation_config.json, or it will be evaluated as something else"
     )
-    return Finding("warn", measured + named, fix, {"settings": float(len(ignored))})
+    away = _away_from_rollouts(subject)
+    measured += f"{named}, and so draw from {away:.2g} nats per token away"
+    values = {"settings": float(len(ignored)), "kl": away}
+    return Finding("warn" if away <= FAR else "fail", measured, fix, values)
+
+
+def _away_from_rollouts(subject: Subject) -> float:
+    """Return the KL, in nats per token, of what `model.generate` draws from to the policy at the run's temperature."""
+    policy, sampling = subject.module.policy, subject.module.sampling
+    prompt = rows_of(subject.prompt, range(min(ROWS_OF_GENERATE, len(subject.prompt.prompts))))
+    with evaluating(policy):
+        found = cast(Any, language_model(policy)).generate(
+            prompt.prompt_ids,
+            attention_mask=prompt.prompt_mask.long(),
+            do_sample=True,
+            num_beams=1,
+            max_new_tokens=min(TOKENS_OF_GENERATE, sampling.max_response_length),
+            pad_token_id=int(subject.tokenizer.pad_token_id),
+            eos_token_id=subject.module.eos_ids(),
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+    drawn = torch.stack(found.scores, 1).double().log_softmax(-1)
+    own = tempered(torch.stack(found.logits, 1), sampling.temperature).double().log_softmax(-1)
+    kl = (drawn.exp() * (drawn - own)).nan_to_num(0.0).sum(-1)  # 0 * inf of what is never drawn
+    ids = found.sequences[:, prompt.prompt_ids.shape[1] :]
+    ended = torch.isin(ids, _eos_tensor(subject)).long().cumsum(-1)
+    going_on = torch.nn.functional.pad(ended[:, :-1], (1, 0)) == 0
+    return float(kl[going_on].mean())
