@@ -33,19 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--geometric", nargs="*", choices=list(SHAPES), default=["tiny"], help="sizes, with EOS on")
     parser.add_argument("--variants", nargs="+", default=None, help=f"beside {BASE}; all by default")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--geometric-repetitions", type=int, default=15, help="more, since lengths are drawn")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--geometric-repetitions", type=int, default=31, help="more, since lengths are drawn")
+    parser.add_argument("--warmup", type=int, default=3, help="until decoding steps are recorded")
+    parser.add_argument("--geometric-warmup", type=int, default=15, help="more, since there are more shapes of steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS / "rollout.jsonl")
     options = parser.parse_args(arguments)
     for size in options.sizes:
-        measure(size, "fixed", options.repetitions, options)
+        measure(size, "fixed", options.warmup, options.repetitions, options)
     for size in options.geometric:
-        measure(size, "geometric", options.geometric_repetitions, options)
+        measure(size, "geometric", options.geometric_warmup, options.geometric_repetitions, options)
 
 
-def measure(size: str, lengths: str, repetitions: int, options: argparse.Namespace) -> None:
+def measure(size: str, lengths: str, warmup: int, repetitions: int, options: argparse.Namespace) -> None:
     """Measure all variants on one size, in turn, and write the lines down."""
     shape, device = SHAPES[size], torch.device(options.device)
     rate = 4 / shape.response if lengths == "geometric" else None
@@ -53,7 +54,7 @@ def measure(size: str, lengths: str, repetitions: int, options: argparse.Namespa
         runs = make_variants(shape, rate, device, getattr(torch, options.dtype), Path(folder))
         names = [BASE, *(name for name in runs if name != BASE and name in (options.variants or runs))]
         rounds = {name: _round(runs[name], shape, device) for name in names}
-        found = interleaved(rounds, repetitions, options.warmup)
+        found = interleaved(rounds, repetitions, warmup)
     base = medians(found[BASE])["seconds"]
     lines = []
     for name, figures in found.items():

@@ -19,6 +19,7 @@ from remax_lightning.rollout.kv_slots import (
     keep_rows,
     layout_of,
     make_slots,
+    slot_dtype,
     states_of,
 )
 from remax_lightning.rollout.packed import PackedLinear
@@ -61,12 +62,15 @@ class Buffers(NamedTuple):
         """Whether they serve such a rollout."""
         rows, slots = self.mask.shape
         return (
-            rows >= num_rows and slots >= length and [_kind(s) for s in self.states] == [*map(_kind, states_of(cache))]
+            rows >= num_rows
+            and slots >= length
+            and [_kind(each, each.dtype) for each in self.states]
+            == [_kind(each, slot_dtype(each)) for each in states_of(cache)]
         )
 
 
-def _kind(states: Tensor) -> tuple[Any, ...]:
-    return states.shape[1], states.shape[3], states.dtype, states.device
+def _kind(states: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    return states.shape[1], states.shape[3], dtype, states.device
 
 
 class Written(NamedTuple):

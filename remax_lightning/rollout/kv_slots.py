@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -46,7 +47,20 @@ def layout_of(cache: DynamicCache) -> Layout | None:
 
 def make_slots(cache: DynamicCache, num_rows: int, length: int) -> list[Tensor]:
     """Return `[N, H, length, D]` keys, then values of each layer; zeros, since masked slots are multiplied too."""
-    return [states.new_zeros(num_rows, states.shape[1], length, states.shape[3]) for states in states_of(cache)]
+    return [
+        states.new_zeros(num_rows, states.shape[1], length, states.shape[3], dtype=slot_dtype(states))
+        for states in states_of(cache)
+    ]
+
+
+def slot_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype of slots for such keys or values of a prefilled cache.
+
+    In mixed precision those are float32, as rotary keys are, and the attention makes 16 bits of them at each token: so
+    they are kept in 16 bits.
+    """
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def states_of(cache: DynamicCache) -> list[Tensor]:
@@ -116,8 +130,8 @@ def _slot_layer() -> Any:
             self.keys, self.values, self.position, self.attended = keys, values, position, attended
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys.index_copy_(2, self.position, key_states)
-            self.values.index_copy_(2, self.position, value_states)
+            self.keys.index_copy_(2, self.position, key_states.to(self.keys.dtype))
+            self.values.index_copy_(2, self.position, value_states.to(self.values.dtype))
             attended = slice(self.attended.start, self.attended.stop)
             return self.keys[:, :, attended], self.values[:, :, attended]
 

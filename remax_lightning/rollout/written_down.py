@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Container
-from typing import Any, TypeAlias
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,21 +21,55 @@ def write_down(step: Step, inputs: tuple[Tensor, ...]) -> Step:
     """Return a replay of `step` as its bare operators, which see what `inputs` hold then, and the weights as they are.
 
     Args:
-        step: runs the same operators on all inputs of such shapes. It runs once more meanwhile.
+        step: runs the same operators on all inputs of such shapes. It runs two or three times meanwhile.
         inputs: examples.
+
+    Raises:
+        RuntimeError: if the replay gives other numbers than `step`, bit for bit, or `step` looks at its own values.
     """
+    expected = step(*inputs)
+    # Tensors without memory are traced a third quicker, but some operators do not tell of them what they would give.
+    with suppress(Exception), _silent("torch._subclasses.fake_tensor"):
+        replay = _traced(step, inputs, "fake")
+        if _same(replay(*inputs), expected):
+            return replay
+    replay = _traced(step, inputs, "real")
+    if not _same(replay(*inputs), expected):
+        raise RuntimeError("its operators give other numbers when they are called again")
+    return replay
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a logger quiet inside."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _same(replayed: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(replayed, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _traced(step: Step, inputs: tuple[Tensor, ...], mode: Literal["fake", "real"]) -> Step:
+    """Return a replay of the operators that `step` runs on tensors like `inputs`, or on these themselves."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    # Of tensors without memory, which is quicker; a model that looks at its own values fails on them.
-    traced: Any = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    traced: Any = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
     traced.graph.eliminate_dead_code()
     known = _known_beforehand(traced)
     read = [node for node in known if not known.keys() >= set(node.users)]
     values = [known[node] for node in read]
-    run = _interpreted(_compiled(traced.graph, known, read), (*inputs, *values))
+    # Casts of mixed precision are among the operators.
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        run = _interpreted(_compiled(traced.graph, known, read), (*inputs, *values))
 
     def replay(*inputs: Tensor) -> Tensor:
-        return run(*inputs, *values)
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            return run(*inputs, *values)
 
     return replay
 
@@ -48,7 +83,7 @@ def _interpreted(replay: Step, inputs: tuple[Tensor, ...]) -> Step:
     Python does not matter beside them.
     """
     try:
-        with warnings.catch_warnings(), torch.inference_mode():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             script: Any = torch.jit.trace(replay, inputs, check_trace=False, _store_inputs=False)
     except Exception as error:  # whatever operator it does not know

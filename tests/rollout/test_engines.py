@@ -9,6 +9,8 @@ import torch
 from conftest import tiny_model
 
 from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig, decoding
+from remax_lightning.rollout.auto import obstacle
+from remax_lightning.rollout.kv_slots import make_slots
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
 ENGINES = [PairedEngine, HuggingFaceEngine]
@@ -211,6 +213,20 @@ def test_auto_engine_chooses_by_architecture(caplog: pytest.LogCaptureFixture) -
     assert generated.greedy_ids.shape == (2, 4)
     assert "HuggingFaceEngine, since MambaForCausalLM" in caplog.text
     assert "PairedEngine, since LlamaForCausalLM" in caplog.text
+
+
+def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
+    """Rotary keys are float32 then, and values bfloat16."""
+    from transformers import DynamicCache
+
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert obstacle(model) == ""
+        cache = DynamicCache(config=model.config)
+        model(torch.arange(5, 9)[None], past_key_values=cache)
+        assert {states.dtype for states in make_slots(cache, 1, 16)} == {torch.bfloat16}
+        expected = run(HuggingFaceEngine, model, [3, 7, 5], max_response_length=6)
+        assert torch.equal(run(PairedEngine, model, [3, 7, 5], max_response_length=6).greedy_ids, expected.greedy_ids)
 
 
 def test_a_lora_wrapper_is_seen_through() -> None:

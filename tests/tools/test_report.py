@@ -222,6 +222,17 @@ def test_the_evaluation_may_lie_elsewhere(tmp_path: Path) -> None:
         main([str(tmp_path), "--evaluation", str(tmp_path / "nowhere.json")])
 
 
+def test_of_several_evaluations_the_newest_is_shown(tmp_path: Path) -> None:
+    for age, (name, value) in enumerate({"evaluation_1": 0.75, "evaluation": 0.5, "evaluation_2": 0.25}.items()):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"figures": {"kl": {"value": value}}}))
+        os.utime(file, (1e9 - age, 1e9 - age))
+    page = written(tmp_path)
+    assert "<th scope=row>kl</th><td>0.75</td>" in page
+    [note] = [note for note in notes_of(page) if "newest" in note]
+    assert "evaluation_1.json; --evaluation shows another (evaluation_2.json, evaluation.json)" in note
+
+
 def test_a_configuration_that_is_no_yaml_is_shown_as_it_is(tmp_path: Path) -> None:
     write_samples(tmp_path, [sample(0)])
     (tmp_path / "config.yaml").write_text("model: [<b>")

@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> Path:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/remax/version_0")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default: report.html in RUN)")
     parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="figures of `remax test` (default: evaluation.json in RUN)"
+        "--evaluation", type=Path, metavar="FILE", help="figures of `remax test` (default: the newest in RUN)"
     )
     parser.add_argument(
         "--max_samples",

@@ -59,7 +59,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
 
     Args:
         folder: of the run.
-        evaluation: the file of its evaluation; None takes `evaluation.json` in the folder, if it is there.
+        evaluation: the file of its evaluation; None takes the newest `evaluation*.json` in the folder, if there is one.
 
     Raises:
         UserError: if it is the folder of no run, or there is no file of that name.
@@ -74,14 +74,23 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     curves, times = _curves(folder)
     samples = [sample for stage in STAGES for sample in _samples(folder / "samples" / f"{stage}.jsonl", stage, notes)]
     samples.sort(key=lambda sample: sample["step"])
-    figures = _figures(evaluation or folder / "evaluation.json", notes)
+    figures = _figures(evaluation or _newest_evaluation(folder, notes), notes)
     started, seconds = (min(times), max(times) - min(times)) if times else (None, 0.0)
     return Run(folder, config, _settings(config, notes), curves, samples, figures, started, seconds, notes)
 
 
 def _is_run(folder: Path) -> bool:
-    marks = ("events.out.tfevents.*", "samples/*.jsonl", "evaluation.json")
+    marks = ("events.out.tfevents.*", "samples/*.jsonl", "evaluation*.json")
     return any(next(folder.glob(mark), None) is not None for mark in marks)
+
+
+def _newest_evaluation(folder: Path, notes: list[str]) -> Path:
+    """Return the file that `remax test` wrote last: it gives a second one in the same folder a number."""
+    found = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        others = ", ".join(path.name for path in found[:-1])
+        notes.append(f"The evaluation is the newest, {found[-1].name}; --evaluation shows another ({others}).")
+    return found[-1] if found else folder / "evaluation.json"
 
 
 def _wrong(folder: Path) -> str:
