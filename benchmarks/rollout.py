@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=3, help="until decoding steps are recorded")
     parser.add_argument("--geometric-warmup", type=int, default=15, help="more, since there are more shapes of steps")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "mixed"], default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS / "rollout.jsonl")
     options = parser.parse_args(arguments)
     for size in options.sizes:
@@ -51,10 +51,13 @@ def measure(size: str, lengths: str, warmup: int, repetitions: int, options: arg
     shape, device = SHAPES[size], torch.device(options.device)
     rate = 4 / shape.response if lengths == "geometric" else None
     with tempfile.TemporaryDirectory() as folder:
-        runs = make_variants(shape, rate, device, getattr(torch, options.dtype), Path(folder))
+        dtype = torch.float32 if options.dtype == "mixed" else getattr(torch, options.dtype)
+        runs = make_variants(shape, rate, device, dtype, Path(folder))
         names = [BASE, *(name for name in runs if name != BASE and name in (options.variants or runs))]
         rounds = {name: _round(runs[name], shape, device) for name in names}
-        found = interleaved(rounds, repetitions, warmup)
+        # As Lightning opens it in mixed precision.
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "mixed", cache_enabled=False):
+            found = interleaved(rounds, repetitions, warmup)
     base = medians(found[BASE])["seconds"]
     lines = []
     for name, figures in found.items():

@@ -22,7 +22,7 @@ from remax_lightning.rollout.kv_slots import (
     slot_dtype,
     states_of,
 )
-from remax_lightning.rollout.packed import PackedLinear
+from remax_lightning.rollout.packed import Packed
 from remax_lightning.rollout.recorded import Recorder
 from remax_lightning.rollout.sampling import log_probs_of, next_tokens
 
@@ -103,7 +103,7 @@ class Decoding:
         rows: Tensor,
         sampling: SamplingConfig,
         recorder: Recorder | None,
-        weights: list[PackedLinear],
+        weights: list[Packed],
         room: Callable[[DynamicCache, int, int], Buffers],
     ) -> None:
         from transformers import DynamicCache

@@ -1,10 +1,10 @@
-"""Linear layers with weights laid out for a decoding step, while a rollout runs on a CPU."""
+"""Linear layers with weights laid out or cast for a decoding step, while a rollout runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,32 @@ LEAST_FOR_ONEDNN = 2**21
 
 
 @contextmanager
-def packed_linears(model: nn.Module, num_rows: int) -> Iterator[list[PackedLinear]]:
-    """Run the model's float32 linear layers on weights that are laid out for a decoding step inside.
+def packed_linears(model: nn.Module, num_rows: int, before: Sequence[Packed] = ()) -> Iterator[list[Packed]]:
+    """Run the model's float32 linear layers on weights that are prepared for a decoding step inside.
 
-    Such a step multiplies a few dozen rows with every weight of the model, and at such shapes a general product takes
-    up to half its time to arrange the weights, at every token anew. Laid out once per rollout, they are ready: of large
-    layers in oneDNN's own format, of small ones transposed. The copy is made from the weights as they are now and
-    dropped at the end, so it is never out of date. Anything but plain float32 layers on a CPU is left alone, and so is
-    mixed precision, which multiplies in bfloat16.
+    Such a step multiplies a few dozen rows with every weight of the model. On a CPU a general product takes up to half
+    its time at such shapes to arrange the weights, at every token anew. Laid out once per rollout, they are ready: of
+    large layers in oneDNN's own format, of small ones transposed. In mixed precision, autocast would make 16 bits of
+    all weights at every token; they are cast once per rollout, on every device. Either copy is made from the weights as
+    they are now, so it is never out of date. Anything but plain float32 layers is left alone.
 
     Args:
         model: whose layers are packed.
         num_rows: rows of a decoding step, which the layout is chosen for.
+        before: what an earlier call yielded. In mixed precision its memory is used again where it fits, so that CUDA
+            graphs go on reading it.
 
     Yields:
         What runs in the place of the layers' own forward pass.
     """
     layers: list[Any] = [module for module in model.modules() if _can_pack(module)]
-    if torch.is_autocast_enabled("cpu") or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
-        layers = []
-    packed = [PackedLinear(layer.weight, layer.bias, num_rows) for layer in layers]
-    for layer, instead in zip(layers, packed, strict=True):
+    packed = _packed(layers, num_rows, before)
+    for layer, instead in zip(layers, packed, strict=False):
         layer.forward = instead
     try:
         yield packed
     finally:
-        for layer in layers:
+        for layer, _ in zip(layers, packed, strict=False):
             del layer.forward
 
 
@@ -51,10 +51,43 @@ def _can_pack(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)
-        and module.weight.device.type == "cpu"
+        and module.weight.device.type in ("cpu", "cuda")
         and module.weight.dtype == torch.float32
         and module.weight.numel() > 0
     )
+
+
+def _packed(layers: Sequence[nn.Linear], num_rows: int, before: Sequence[Packed]) -> list[Packed]:
+    """Return what stands in for each layer, or nothing if all run themselves."""
+    device = layers[0].weight.device.type if layers else "cpu"
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if [_kind(each.weight, each.weight.dtype) for each in before] != [_kind(each.weight, dtype) for each in layers]:
+            return [CastLinear(layer, dtype) for layer in layers]
+        for each, layer in zip(before, layers, strict=True):
+            each.weight.copy_(layer.weight)
+            each.bias = layer.bias
+        return [*before]
+    if device != "cpu" or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
+        return []
+    return [PackedLinear(layer.weight, layer.bias, num_rows) for layer in layers]
+
+
+def _kind(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    return weight.shape, weight.device, dtype
+
+
+class CastLinear:
+    """The forward pass of one linear layer in mixed precision, with its weights in 16 bits."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return what the layer would: autocast makes 16 bits of inputs and bias."""
+        # As rows: of weights without gradients, torch would make a copy per row rather than fold some of the inputs.
+        rows = nn.functional.linear(inputs.reshape(-1, inputs.shape[-1]), self.weight, self.bias)
+        return rows.view(*inputs.shape[:-1], -1)
 
 
 class PackedLinear:
@@ -79,3 +112,7 @@ class PackedLinear:
         rows = inputs.reshape(-1, inputs.shape[-1])
         product = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
         return product.view(*inputs.shape[:-1], -1)
+
+
+Packed: TypeAlias = PackedLinear | CastLinear
+"""Has the copy of the weights as `weight`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from remax_lightning.rollout.decoding import Buffers, Decoding
 from remax_lightning.rollout.engine import Ended, Generated, SamplingConfig
 from remax_lightning.rollout.forward import language_model, row_prompts
-from remax_lightning.rollout.packed import packed_linears
+from remax_lightning.rollout.packed import Packed, packed_linears
 from remax_lightning.rollout.recorded import Recorder
 
 if TYPE_CHECKING:
@@ -26,14 +26,16 @@ class PairedEngine:
     Args:
         record: record the decoding step once per shape and replay it, as a CUDA graph or, on a CPU, as its bare
             operators without Python between them. The responses are the same; only Python's work per token goes.
-        keep_slots: on CUDA, keep the memory of keys and values between rollouts, because graphs stay valid only with
-            it. False gives it back to the training pass, and the graphs are made anew in every rollout.
+        keep_slots: on CUDA, keep the memory of keys and values, and in mixed precision that of the weights in 16 bits,
+            between rollouts, because graphs stay valid only with it. False gives it back to the training pass, and the
+            graphs are made anew in every rollout.
     """
 
     def __init__(self, record: bool = True, keep_slots: bool = True) -> None:
         self.recorder = Recorder() if record else None
         self.keep_slots = keep_slots
         self._buffers: Buffers | None = None
+        self._packed: list[Packed] = []
 
     @torch.no_grad()
     def generate(
@@ -53,9 +55,10 @@ class PairedEngine:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
         model = language_model(model)
         rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
-        if self.recorder is not None:
-            self.recorder.begin(model)
-        with packed_linears(model, len(rows)) as weights:
+        with packed_linears(model, len(rows), self._packed) as weights:
+            self._packed = weights
+            if self.recorder is not None:
+                self.recorder.begin(model, [each.weight for each in weights])
             decoding = Decoding(model, prompt_ids, prompt_mask, rows, sampling, self.recorder, weights, self._room)
             written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
         self._end(prompt_ids.device)
@@ -80,6 +83,6 @@ class PairedEngine:
         """Give the buffers back unless graphs go on reading them."""
         if device.type == "cuda" and self.keep_slots and self.recorder is not None and not self.recorder.obstacle:
             return
-        self._buffers = None
+        self._buffers, self._packed = None, []
         if device.type == "cuda" and self.recorder is not None:
             self.recorder.forget()

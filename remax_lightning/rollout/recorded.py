@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,16 @@ class Recorder:
         self._replays: OrderedDict[Hashable, Step] = OrderedDict()
         self._runs: Counter[Hashable] = Counter()
         self._moves = 0
-        self._weights: Hashable = None
+        self._weights: tuple[Hashable, list[int]] | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Begin a rollout: forget recordings of other weights, or of weights that lie elsewhere now."""
-        weights = _whereabouts(model)
+    def begin(self, model: nn.Module, packed: Sequence[Tensor] = ()) -> None:
+        """Begin a rollout: forget recordings of other weights, or of weights that lie elsewhere now.
+
+        Args:
+            model: the policy.
+            packed: copies of its weights, which a recording on a CPU is given, and one on CUDA reads where they are.
+        """
+        weights = _whereabouts(model), [each.data_ptr() for each in packed if each.device.type == "cuda"]
         if weights != self._weights:
             self._moves = self._moves + 1 if self._replays else 0
             self.forget()

@@ -39,10 +39,11 @@ def phases(
     policy = trained(size, step, strategy)
     always = _always(policy, frozen, value)
     kept = {"reference hidden states": step.hidden}
-    rollout = {"KV cache": 0 if step.keeps_cache else step.rollout.cache, "logits and temporary": step.rollout.working}
+    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "packed weights": size.packed}
+    rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
     found: dict[str, list[Counter[str]]] = {
-        "rollout": [always + Counter(policy.rollout() | rollout | {"packed weights": size.packed})],
+        "rollout": [always + Counter(policy.rollout() | rollout)],
         "scoring": [always + Counter(each) for each in _scoring(policy, frozen)],
         "training": [
             always + Counter(parts | kept | _training(body, live))
@@ -97,7 +98,7 @@ def _always(policy: Trained, frozen: Sequence[FrozenSize], value: ModelSize | No
     for each in frozen:
         found[each.name] += _parked(each, policy.strategy)
     if step.keeps_cache:
-        found["KV cache"] = step.rollout.cache
+        found.update({"KV cache": step.rollout.cache, "packed weights": policy.size.packed})
     if value is not None:
         other = trained(value, step.scaled(value.trainable / policy.size.trainable), policy.strategy)
         # Its gradients too: both models are trained together.

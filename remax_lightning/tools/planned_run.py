@@ -82,11 +82,16 @@ class PlannedRun(NamedTuple):
         return self.default_dtype if name is None else cast(torch.dtype, getattr(torch, name))
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether autocast chooses the precision; DeepSpeed casts the weights instead."""
+        return "mixed" in self.precision and self.strategy.kind != "zero"
+
+    @property
     def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         """What makes the context of a step."""
-        number, _, mode = self.precision.partition("-")
-        if mode == "true" or self.strategy.kind == "zero":
+        if not self.is_mixed:
             return nullcontext
+        number = self.precision.partition("-")[0]
         # Without the cache of cast weights, as Lightning opens it.
         return lambda: torch.autocast("cpu", DTYPES[number], cache_enabled=False)
 

@@ -59,7 +59,7 @@ class ModelSize(NamedTuple):
         largest: bytes of the largest tensor.
         layer: bytes of the largest layer.
         outside: bytes of what belongs to no layer.
-        packed: bytes of a second copy of weights that a rollout makes (on a CPU, in float32).
+        packed: bytes of a second copy of weights that a rollout makes (on a CPU in float32, and in mixed precision).
     """
 
     weights: int
@@ -151,7 +151,7 @@ class Step:
         micro_batches: per optimizer step.
         passes: training passes per rollout.
         hidden: bytes of the reference's hidden states that a rollout keeps.
-        keeps_cache: the memory of keys and values is kept between rollouts.
+        keeps_cache: the memory of keys and values, and of copies of weights, is kept between rollouts.
     """
 
     rollout: RolloutBytes

@@ -177,8 +177,11 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     own, core = list(policy.parameters()), language_model(policy)
     weights, layers = _bytes(policy), [_bytes(layer) for layer in layers_of(cast(nn.Module, core))]
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
-    packs = run.device == "cpu" and run.policy_dtype == torch.float32 and "mixed" not in run.precision
-    packed = sum(weight.nbytes for weight in linears)
+    packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32)
+    if run.is_mixed:
+        packed //= 2  # cast, on every device
+    elif run.device != "cpu" or packed > MOST_BYTES:
+        packed = 0
     if run.module.policy_source.quantization is not None:
         head = core.get_output_embeddings()
         cut = [weight for weight in linears if head is None or weight is not head.weight]
@@ -190,7 +193,7 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
         largest=max(each.nbytes for each in own),
         layer=max(layers, default=0),
         outside=_bytes(policy) - sum(layers),
-        packed=packed if packs and packed <= MOST_BYTES else 0,
+        packed=packed,
     )
 
 

@@ -225,8 +225,11 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
         cache = DynamicCache(config=model.config)
         model(torch.arange(5, 9)[None], past_key_values=cache)
         assert {states.dtype for states in make_slots(cache, 1, 16)} == {torch.bfloat16}
-        expected = run(HuggingFaceEngine, model, [3, 7, 5], max_response_length=6)
-        assert torch.equal(run(PairedEngine, model, [3, 7, 5], max_response_length=6).greedy_ids, expected.greedy_ids)
+        ids, mask = left_padded([3, 7, 5])
+        written = run(PairedEngine, model, [3, 7, 5], max_response_length=6, eos=0).greedy_ids
+        for prompt, real, response in zip(ids, mask, written, strict=True):
+            logits = model(torch.cat([prompt[real], response])[None]).logits[0, -7:-1]
+            assert (logits.max(-1).values - logits.gather(-1, response[:, None])[:, 0]).max() < 0.1  # a near-tie
 
 
 def test_a_lora_wrapper_is_seen_through() -> None:

@@ -78,9 +78,26 @@ def test_a_bias_is_added_and_leading_dimensions_are_kept() -> None:
     torch.testing.assert_close(got, torch.nn.functional.linear(inputs, layer.weight, layer.bias))
 
 
-def test_mixed_precision_keeps_its_own_product() -> None:
+def test_mixed_precision_multiplies_with_weights_that_were_cast_before() -> None:
     model = tiny_model("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = outputs(model)
-        with packed_linears(model, 3):
+        with packed_linears(model, 3) as weights:
+            assert {each.weight.dtype for each in weights} == {torch.bfloat16}
             assert torch.equal(outputs(model), plain)
+
+
+def test_in_mixed_precision_memory_is_used_again_for_the_weights_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    inputs = torch.randn(2, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with packed_linears(model, 2) as first:
+            places = [each.weight.data_ptr() for each in first]
+        for parameter in model.parameters():
+            parameter.data = 2 * parameter.data
+        plain = model(inputs)
+        with packed_linears(model, 2, first) as second:
+            assert [each.weight.data_ptr() for each in second] == places
+            assert torch.equal(model(inputs), plain)
+        with packed_linears(model[:1], 2, second) as third:
+            assert third[0].weight.data_ptr() not in places

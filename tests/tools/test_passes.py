@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from torch import nn
 
 from remax_lightning.batch import PromptBatch, Responses
 from remax_lightning.modules.statistics import response_statistics
@@ -20,8 +21,12 @@ SAMPLING = SamplingConfig(max_response_length=RESPONSE, min_response_length=RESP
 FAMILIES = ["llama", "qwen2", "opt", "gpt2"]
 
 
-def passes(model: Any) -> StepPasses:
-    return StepPasses(model, Work(PROMPTS, SAMPLING, PROMPT, 8, 8, 8), nullcontext, whole_logits=False)
+def passes(model: Any, autocast: Any = nullcontext) -> StepPasses:
+    return StepPasses(model, Work(PROMPTS, SAMPLING, PROMPT, 8, 8, 8), autocast, whole_logits=False)
+
+
+def mixed() -> Any:
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def rows() -> tuple[PromptBatch, Responses]:
@@ -32,12 +37,14 @@ def rows() -> tuple[PromptBatch, Responses]:
     return prompt, Responses(responses, mask, ~mask[:, 0], texts)
 
 
+@pytest.mark.parametrize("autocast", [nullcontext, mixed], ids=["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rollout(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout(family: str, autocast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "MOST_BYTES", 0)  # a copy of the weights, which the plan counts by itself
     model, (prompt, _) = tiny_model(family).eval(), rows()
-    expected = passes(model).rollout(greedy=True)
-    with LiveBytes([model]) as live:
+    copy = 2 * sum(each.weight.numel() for each in model.modules() if autocast is mixed and type(each) is nn.Linear)
+    expected = passes(model, autocast).rollout(greedy=True)
+    with LiveBytes([model]) as live, autocast():
         PairedEngine(record=False).generate(
             model,
             prompt.prompt_ids,
@@ -47,7 +54,7 @@ def test_a_rollout(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
             pad_id=0,
             generator=torch.Generator().manual_seed(0),
         )
-    assert expected.cache + expected.working == pytest.approx(live.peak, rel=0.1)
+    assert expected.cache + expected.working + copy == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

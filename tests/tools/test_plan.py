@@ -11,6 +11,7 @@ import pytest
 import yaml
 from commands import changed, small_config
 from runs import save_policy
+from torch import nn
 
 from remax_lightning.cli import config_folder
 from remax_lightning.errors import UserError
@@ -52,6 +53,17 @@ def test_the_cache_has_a_slot_for_every_token_of_every_row(policy: str, tmp_path
     assert planned(tmp_path, policy)["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 8 * 32
     longer = planned(tmp_path, policy, model__sampling={"max_response_length": 40, "num_samples": 3})
     assert longer["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 16 * 64
+
+
+def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_in_16_bits(
+    policy: str, tmp_path: Path
+) -> None:
+    model = PretrainedModel(policy).load("model.policy")
+    parts = planned(tmp_path, policy, trainer__precision="bf16-mixed")["phases"]["rollout"]
+    assert parts["KV cache"] == 2 * 2 * 32 * 2 * 8 * 32
+    assert parts["packed weights"] == 2 * sum(
+        each.weight.numel() for each in model.modules() if type(each) is nn.Linear
+    )
 
 
 def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:
