@@ -22,8 +22,9 @@ def packed_linears(model: nn.Module, num_rows: int, before: Sequence[Packed] = (
     Such a step multiplies a few dozen rows with every weight of the model. On a CPU a general product takes up to half
     its time at such shapes to arrange the weights, at every token anew. Laid out once per rollout, they are ready: of
     large layers in oneDNN's own format, of small ones transposed. In mixed precision, autocast would make 16 bits of
-    all weights at every token; they are cast once per rollout, on every device. Either copy is made from the weights as
-    they are now, so it is never out of date. Anything but plain float32 layers is left alone.
+    all weights at every token; they are cast once per rollout, on every device. FSDP2 is there to save memory, so what
+    it shares among devices is not copied then. Either copy is made from the weights as they are now, so it is never out
+    of date. Anything but plain float32 layers is left alone.
 
     Args:
         model: whose layers are packed.
@@ -35,7 +36,11 @@ def packed_linears(model: nn.Module, num_rows: int, before: Sequence[Packed] = (
         What runs in the place of the layers' own forward pass.
     """
     layers: list[Any] = [module for module in model.modules() if _can_pack(module)]
-    packed = _packed(layers, num_rows, before)
+    device = layers[0].weight.device.type if layers else "cpu"
+    if not torch.is_autocast_enabled(device):
+        packed = _laid_out(layers, num_rows)
+    else:
+        packed = [] if _is_sharded(model) else _cast(layers, torch.get_autocast_dtype(device), before)
     for layer, instead in zip(layers, packed, strict=False):
         layer.forward = instead
     try:
@@ -57,20 +62,32 @@ def _can_pack(module: nn.Module) -> bool:
     )
 
 
-def _packed(layers: Sequence[nn.Linear], num_rows: int, before: Sequence[Packed]) -> list[Packed]:
-    """Return what stands in for each layer, or nothing if all run themselves."""
-    device = layers[0].weight.device.type if layers else "cpu"
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if [_kind(each.weight, each.weight.dtype) for each in before] != [_kind(each.weight, dtype) for each in layers]:
-            return [CastLinear(layer, dtype) for layer in layers]
-        for each, layer in zip(before, layers, strict=True):
-            each.weight.copy_(layer.weight)
-            each.bias = layer.bias
-        return [*before]
-    if device != "cpu" or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
+def _laid_out(layers: Sequence[nn.Linear], num_rows: int) -> list[Packed]:
+    """Return what stands in for each layer on a CPU, or nothing if all run themselves."""
+    if any(layer.weight.device.type != "cpu" for layer in layers):
+        return []
+    if sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
         return []
     return [PackedLinear(layer.weight, layer.bias, num_rows) for layer in layers]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 shares the weights among devices, also while it has gathered them."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _cast(layers: Sequence[nn.Linear], dtype: torch.dtype, before: Sequence[Packed]) -> list[Packed]:
+    """Return what stands in for each layer in mixed precision, in the memory of `before` where that fits."""
+    if [_kind(each.weight, each.weight.dtype) for each in before] != [_kind(each.weight, dtype) for each in layers]:
+        return [CastLinear(layer, dtype) for layer in layers]
+    for each, layer in zip(before, layers, strict=True):
+        each.weight.copy_(layer.weight)
+        each.bias = layer.bias
+    return [*before]
 
 
 def _kind(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -179,7 +179,7 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32)
     if run.is_mixed:
-        packed //= 2  # cast, on every device
+        packed = 0 if run.strategy.shards_policy else packed // 2  # cast, on every device
     elif run.device != "cpu" or packed > MOST_BYTES:
         packed = 0
     if run.module.policy_source.quantization is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -101,3 +104,20 @@ def test_in_mixed_precision_memory_is_used_again_for_the_weights_as_they_are() -
             assert torch.equal(model(inputs), plain)
         with packed_linears(model[:1], 2, second) as third:
             assert third[0].weight.data_ptr() not in places
+
+
+def test_in_mixed_precision_weights_that_fsdp2_has_gathered_are_not_copied(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model: Any = fully_shard(tiny_model("llama"), mesh=init_device_mesh("cpu", (1,)))
+        model.unshard()
+        with packed_linears(model, 3) as weights:
+            assert weights  # they are whole
+        with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(model, 3) as weights:
+            assert weights == []
+    finally:
+        dist.destroy_process_group()
