@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_a_worker_answers_past_what_its_libraries_print(load: Any) -> None:
     lines += ["  print('loading')", "  def step(turn):", "    begin(); print('training'); bytearray(50_000_000)"]
     lines += ["    return {'rollout': turn / 2}", "  return step", "serve(make)"]
     with load("worker").Worker([sys.executable, "-c", "\n".join(lines)]) as worker:
-        assert worker.versions["torch"] == torch.__version__
+        assert worker.versions["torch"] == version("torch")
         assert [worker.step(turn) for turn in (-1, 3)] == [{"rollout": -0.5}, {"rollout": 1.5}]
         assert 0.045 < worker.peak_over_base_gb < 0.1
 

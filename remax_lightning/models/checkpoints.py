@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,31 @@ def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
     return metadata
 
 
+GETATTR = "builtins.getattr"
+"""What Python before 3.11.4 writes for the member of an enumeration: it is looked up in its class."""
+
+
+def enum_member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration; in place of `getattr`, which would return anything of anything.
+
+    Raises:
+        UserError: if it is something else that is looked up.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise UserError(
+            f"checkpoint: it looks up {name!r} in a {kind!r}, and to read that may run any code; if you trust whoever"
+            f" wrote it, add {TRUST}"
+        )
+    return kind[name]
+
+
 class _Metadata(pickle.Unpickler):
     """Reads the classes that such a table is made of, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class that is harmless."""
+        if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
+            return enum_member
         harmless = (
             module == "torch.distributed.checkpoint.metadata"
             or (module, name) in _HARMLESS

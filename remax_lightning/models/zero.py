@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.checkpoints import load_file, unreadable
+from remax_lightning.models.checkpoints import GETATTR, enum_member, load_file, unreadable
 
 
 def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
@@ -109,5 +109,5 @@ def _deepspeeds_classes() -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    classes = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    return torch.serialization.safe_globals(classes)
+    classes: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    return torch.serialization.safe_globals([*classes, (enum_member, GETATTR)])

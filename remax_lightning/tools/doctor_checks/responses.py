@@ -6,6 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from remax_lightning.batch import PreferenceBatch, PromptBatch, Responses
@@ -253,7 +254,8 @@ def _away_from_rollouts(subject: Subject) -> float:
     """Return the KL, in nats per token, of what `model.generate` draws from to the policy at the run's temperature."""
     policy, sampling = subject.module.policy, subject.module.sampling
     prompt = rows_of(subject.prompt, range(min(ROWS_OF_GENERATE, len(subject.prompt.prompts))))
-    with evaluating(policy):
+    with evaluating(policy), isolate_rng():
+        torch.manual_seed(0)  # transformers draws from the global generator
         found = cast(Any, language_model(policy)).generate(
             prompt.prompt_ids,
             attention_mask=prompt.prompt_mask.long(),
