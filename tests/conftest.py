@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 96) -> An
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
     return model.eval()
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A CUDA device that is really the CPU, for the length of a test."""
+    from pretended_cuda import pretend
+
+    with pretend(monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def _slot_layer() -> Any:
 
         def __init__(self, keys: Tensor, values: Tensor, position: Tensor, attended: range) -> None:
             super().__init__()
-            self.lazy_initialization(keys, values)
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             self.keys, self.values, self.position, self.attended = keys, values, position, attended
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

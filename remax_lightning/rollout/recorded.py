@@ -1,7 +1,8 @@
 """Steps of a fixed shape, recorded once and replayed without the Python of the model behind them.
 
 A decoding step runs the same operators on the same shapes token after token. On CUDA they are captured as a graph,
-which the device then runs without waiting for Python; on a CPU they are written down (`written_down.py`).
+which the device then runs without waiting for Python (`captured.py`); on a CPU they are written down
+(`written_down.py`).
 Either way the weights are read where they are, so a replay sees every update of them, and its result is that of the
 model's own forward pass, bit for bit.
 """
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from remax_lightning.rollout.captured import capture
 from remax_lightning.rollout.written_down import Step, write_down
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class Recorder:
         self.obstacle = ""
         self._replays: OrderedDict[Hashable, Step] = OrderedDict()
         self._runs: Counter[Hashable] = Counter()
+        self._pool: Any = None
         self._moves = 0
         self._weights: tuple[Hashable, list[int]] | None = None
 
@@ -62,6 +66,7 @@ class Recorder:
         """Drop all recordings."""
         self._replays.clear()
         self._runs.clear()
+        self._pool = None  # it is gone with its last graph
 
     def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return `step(*inputs)`, replayed where it is recorded.
@@ -77,13 +82,16 @@ class Recorder:
             return replay(*inputs)
         on_cuda = inputs[0].device.type == "cuda"
         if not self.obstacle and (on_cuda or self._runs[key] >= RUNS_BEFORE):
-            self._record(key, step, inputs, _capture if on_cuda else write_down)
+            self._record(key, step, inputs, on_cuda)
         self._runs[key] += 1
         return step(*inputs)
 
-    def _record(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...], how: Callable[..., Step]) -> None:
+    def _record(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...], on_cuda: bool) -> None:
         try:
-            self._replays[key] = how(step, inputs)
+            if on_cuda:
+                self._replays[key], self._pool = capture(step, inputs, self._pool)
+            else:
+                self._replays[key] = write_down(step, inputs)
         except Exception as error:  # whatever a model does that cannot be recorded
             self._give_up(None, f"recording failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})")
         if len(self._replays) > MOST_SHAPES:
@@ -112,29 +120,3 @@ def _whereabouts(model: nn.Module) -> Hashable:
 
 def _has_hooks(model: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def _capture(step: Step, inputs: tuple[Tensor, ...]) -> Step:
-    """Return a replay of `step` as a CUDA graph that reads `inputs` where they are."""
-    cached = torch.is_autocast_cache_enabled()
-    # Autocast's copies of the weights end with the training step; a graph must not read them then.
-    torch.set_autocast_cache_enabled(False)
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up on first calls
-            for _ in range(2):
-                step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins batches, may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = step(*inputs)
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-
-    def replay(*_: Tensor) -> Tensor:
-        graph.replay()
-        return output
-
-    return replay

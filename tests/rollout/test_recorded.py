@@ -177,44 +177,6 @@ def test_between_two_looks_nothing_is_read_from_the_device(log_probs: bool, monk
     assert written.ids.shape == (8, 8)
 
 
-def test_a_graph_is_captured_at_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what only CUDA has: what is warmed up, captured and replayed, and in which order."""
-    happened: list[str] = []
-
-    class Graph:
-        def replay(self) -> None:
-            happened.append("replay")
-
-    class Within:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.name = "capture" if args and isinstance(args[0], Graph) else "stream"
-
-        def __enter__(self) -> None:
-            happened.append(self.name)
-
-        def __exit__(self, *_: Any) -> None:
-            happened.append(f"end of {self.name}")
-
-        def wait_stream(self, _: Any) -> None:
-            pass
-
-    for name, fake in {
-        "Stream": Within, "stream": Within, "graph": Within, "CUDAGraph": Graph, "current_stream": Within,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        happened.append(f"step, autocast cache {torch.is_autocast_cache_enabled()}")
-        return x + 1
-
-    replay = recorded._capture(step, (torch.ones(1),))
-    run = "step, autocast cache False"
-    assert happened == ["stream", run, run, "end of stream", "capture", run, "end of capture"]
-    assert replay(torch.ones(1)).item() == 2
-    assert happened[-1] == "replay"
-    assert torch.is_autocast_cache_enabled()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

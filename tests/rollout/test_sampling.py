@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 import re
 
+from typing import Any
+
 import pytest
 import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import draw, kept_tokens, log_probs_of, next_tokens, tempered, truncate
+from remax_lightning.rollout.sampling import (
+    draw,
+    drawn_by_inversion,
+    drawn_by_race,
+    kept_tokens,
+    log_probs_of,
+    next_tokens,
+    tempered,
+    truncate,
+)
+
+WAYS = pytest.mark.parametrize("way", [drawn_by_inversion, drawn_by_race], ids=["inversion", "race"])
 
 
 @pytest.mark.parametrize(
@@ -54,22 +67,24 @@ def test_nothing_is_truncated_by_default() -> None:
     assert not SamplingConfig().truncates
 
 
-def test_draw_never_takes_a_dropped_token() -> None:
+@WAYS
+def test_draw_never_takes_a_dropped_token(way: Any) -> None:
     logits = torch.full((20_000, 8), -torch.inf)
     logits[:, 2], logits[:, 5] = 0.0, 1.0
-    tokens = draw(logits, torch.Generator().manual_seed(0))
+    tokens = way(logits, torch.Generator().manual_seed(0))
     assert set(tokens.tolist()) == {2, 5}
     share = (tokens == 5).double().mean().item()
     assert abs(share - torch.tensor([0.0, 1.0]).softmax(0)[1].item()) < 0.01
 
 
+@WAYS
 @pytest.mark.parametrize("vocabulary", [2, 5, 64, 100, 1000])
-def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int) -> None:
+def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int, way: Any) -> None:
     """Blocks of the vocabulary are of several sizes, and the last of them is not full."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)).double()
     logits[vocabulary // 3] = -torch.inf
     draws = 60_000
-    tokens = draw(logits.float().expand(draws, -1), torch.Generator().manual_seed(0))
+    tokens = way(logits.float().expand(draws, -1), torch.Generator().manual_seed(0))
     expected = draws * logits.softmax(-1)
     counts = torch.bincount(tokens, minlength=vocabulary).double()
     assert counts.shape == expected.shape
@@ -82,7 +97,7 @@ def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int) 
 def test_draws_invert_the_distribution_function() -> None:
     """Against a running sum over the whole vocabulary in float64."""
     logits = 4 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
-    tokens = draw(logits, torch.Generator().manual_seed(7))
+    tokens = drawn_by_inversion(logits, torch.Generator().manual_seed(7))
     uniform = torch.rand(500, 1, generator=torch.Generator().manual_seed(7)).double()
     cumulative = logits.double().softmax(-1).cumsum(-1)
     at = torch.arange(500)
@@ -90,6 +105,15 @@ def test_draws_invert_the_distribution_function() -> None:
     before = torch.where(tokens > 0, cumulative[at, tokens - 1], 0.0)
     assert (before - 1e-5 <= uniform[:, 0]).all()
     assert (uniform[:, 0] <= after + 1e-5).all()
+
+
+def test_a_race_is_won_by_the_first_clock_to_ring() -> None:
+    """Against times of rates in float64, from the same random numbers."""
+    logits = 4 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    tokens = drawn_by_race(logits, torch.Generator().manual_seed(7))
+    clocks = torch.empty(500, 300).exponential_(generator=torch.Generator().manual_seed(7)).double()
+    times = clocks / logits.double().softmax(-1)
+    assert torch.equal(times.argmin(-1), tokens)
 
 
 def test_greedy_rows_draw_nothing() -> None:

@@ -1,0 +1,136 @@
+"""Rollouts on a pretended CUDA device: graphs, the memory they read, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from pretended_cuda import CUDA, PretendedCuda, is_there
+from rollout.families import FAMILIES, Family, family_model
+from rollout.test_recorded import IDS, RECORDED, equal, roll_out
+
+from remax_lightning.rollout import PairedEngine, SamplingConfig
+from remax_lightning.rollout.captured import capture
+
+FALCONS = [family for family in RECORDED if "Falcon" in family.name]
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "mixed"]
+)
+
+
+def moved(family: Family, dtype: torch.dtype | None) -> torch.nn.Module:
+    return family_model(family, dtype or torch.float32, lora=dtype == torch.float32).to("cuda")
+
+
+def train(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+
+
+@DTYPES
+@pytest.mark.parametrize("family", [f for f in RECORDED if f not in FALCONS], ids=lambda family: family.name)
+def test_graphs_write_what_the_model_writes(
+    family: Family, dtype: torch.dtype | None, pretended_cuda: PretendedCuda
+) -> None:
+    model, engine, plain = moved(family, dtype), PairedEngine(), PairedEngine(record=False)
+    for seed in (0, 1, 0):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+            written, expected = roll_out(engine, model, seed), roll_out(plain, model, seed)
+        assert equal(written, expected)
+        assert is_there(written.sampled_ids)
+        train(model)
+    assert engine.recorder.obstacle == ""
+    assert sum(graph.replays for graph in pretended_cuda.graphs) > 20
+
+
+def test_graphs_are_captured_once_and_run_in_the_same_memory(pretended_cuda: PretendedCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    roll_out(engine, model)
+    captured = [*pretended_cuda.graphs]
+    assert len(captured) == 3  # 8 to 46 slots by sixteens
+    assert [graph.pool_given for graph in captured] == [None, captured[0].pool(), captured[0].pool()]
+    assert captured[0].pool() is not None
+    replays = sum(graph.replays for graph in captured)
+    roll_out(engine, model, seed=1)
+    assert pretended_cuda.graphs == captured
+    assert sum(graph.replays for graph in captured) - replays == 39  # a step for every token but the last
+
+
+def test_graphs_end_with_the_slots_that_they_read(pretended_cuda: PretendedCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine(keep_slots=False)
+    for seed in (0, 1):
+        assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(record=False), model, seed))
+        train(model)
+        assert not engine.recorder._replays
+    assert [graph.pool_given is None for graph in pretended_cuda.graphs] == 2 * [True, False, False]
+
+
+def test_longer_responses_ask_for_new_slots_and_new_graphs(pretended_cuda: PretendedCuda) -> None:
+    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
+    for length in (20, 60, 20):
+        assert equal(roll_out(engine, model, length=length), roll_out(plain, model, length=length))
+        train(model)
+    assert engine.recorder.obstacle == ""
+
+
+def test_the_host_waits_at_looks_only(pretended_cuda: PretendedCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    prompts, mask = IDS.to("cuda"), torch.ones_like(IDS, dtype=torch.bool, device="cuda")
+    roll_out(engine, model)
+    pretended_cuda.reads.clear()
+    engine.generate(
+        model, prompts, mask, sampling=SamplingConfig(max_response_length=40, min_response_length=2, top_p=0.9, top_k=5),
+        eos_ids=[95], pad_id=3, generator=torch.Generator("cuda").manual_seed(0), log_probs=True,
+    )  # fmt: skip
+    # The ids that end a response are copied there once. The prefill asks whether any prompt is padded; after 16 and 32
+    # tokens ended rows are counted.
+    assert pretended_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FALCONS, ids=lambda family: family.name)
+def test_a_model_that_copies_from_the_host_runs_without_graphs(
+    family: Family, dtype: torch.dtype | None, pretended_cuda: PretendedCuda
+) -> None:
+    """Falcon's attention indexes with a list, which is copied at each step; no capture of that must begin."""
+    model, engine = moved(family, dtype), PairedEngine()
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+        assert equal(roll_out(engine, model), roll_out(PairedEngine(record=False), model))
+    assert "called a synchronizing CUDA operation" in engine.recorder.obstacle
+    assert pretended_cuda.graphs == []
+    assert pretended_cuda.sync_debug_mode == 0
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_families_without_a_static_cache_are_rolled_out(pretended_cuda: PretendedCuda) -> None:
+    from remax_lightning.rollout import AutoEngine
+
+    for family in FAMILIES:
+        if family not in RECORDED:
+            model = moved(family, torch.bfloat16)
+            assert is_there(roll_out(AutoEngine(), model, length=4).sampled_ids)
+
+
+def test_a_capture_computes_nothing_and_its_cache_of_casts_is_off(pretended_cuda: PretendedCuda) -> None:
+    """The device of these tests, against what CUDA does."""
+    inputs, seen = torch.ones(3, device="cuda"), []
+
+    def step(values: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_cache_enabled())
+        return values * 2 + 1
+
+    replay, pool = capture(step, (inputs,))
+    assert seen == 3 * [False]
+    assert pool == pretended_cuda.graphs[0].pool()
+    inputs.fill_(5.0)
+    assert replay(inputs).device == CUDA
+    assert replay(inputs).tolist() == [11.0, 11.0, 11.0]
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        capture(lambda values: values[: int(values[0])], (inputs,))
+    with pytest.raises(RuntimeError, match="same device"):
+        inputs + torch.ones(3)
+    with pytest.raises(RuntimeError, match="generator"):
+        inputs.exponential_(generator=torch.Generator())
+    with pytest.raises(TypeError, match="numpy"):
+        inputs.numpy()
