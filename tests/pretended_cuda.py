@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-READS = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave", "_unique2"}
+READS = {
+    "_local_scalar_dense",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "_unique2",
+}
 """Operators whose result, or its shape, is told to the host."""
-ACROSS = {"copy_", "index", "index_put_", "_index_put_impl_"}
-"""Operators that take operands on two devices: copies, and indices of the host, which are copied."""
+ACROSS = {"copy_", "index", "index_put_", "_index_put_impl_", "_has_compatible_shallow_copy_type"}
+"""Operators that take operands on two devices: copies, indices of the host, which are copied, and a question."""
 GIBIBYTE = 2**30
 
 
@@ -100,23 +109,22 @@ class PretendedCuda(TorchDispatchMode):
         if any(there):
             self._check(name, args, operands, there)
         result = func(*args, **options)
-        fresh = not any(each.alias_info is not None for each in func._schema.returns)
-        if any(there) and fresh:
+        changes = func._schema.is_mutable
+        if any(there) and not changes:
             _put(result, True)
-        views_only = not fresh and not func._schema.is_mutable
-        if self.capturing is not None and not views_only:
-            new = [each.detach() for each in _tensors(result)] if fresh else _tensors(result)
-            self.capturing.operators.append((func, args, options, new if fresh else []))
+        # Not by the schema: `to` may give its operand or a copy.
+        given = {each.untyped_storage()._cdata for each in operands}
+        made = [] if changes else [each for each in _tensors(result) if each.untyped_storage()._cdata not in given]
+        if self.capturing is not None and (changes or made):
+            self.capturing.operators.append((func, args, options, [each.detach() for each in made]))
         return result
 
     def _check(self, name: str, args: Any, operands: list[Tensor], there: list[bool]) -> None:
         strangers = [each for each, on in zip(operands, there, strict=True) if not on and each.dim() > 0]
         if strangers and name not in ACROSS:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu ({name})"
-            )
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
         by_mask = name in ("index", "index_put_") and any(each.dtype == torch.bool for each in _tensors(args[1]))
-        if name in READS or strangers or by_mask:
+        if name in READS or (strangers and not name.startswith("_has")) or by_mask:
             self.read(name)
 
 
@@ -126,34 +134,47 @@ class _Python(TorchFunctionMode):
     def __init__(self, device: PretendedCuda) -> None:
         super().__init__()
         self.device = device
+        groups = {
+            self._asked: ("device", "is_cuda", "is_cpu"),
+            self._pinned: ("pin_memory", "is_pinned"),
+            self._read: ("numpy", "__array__", "tolist", "__repr__", "__format__"),
+            self._histogram: ("histc",),
+        }
+        self._there = {name: answer for answer, names in groups.items() for name in names}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options, name = kwargs or {}, getattr(func, "__name__", "")
-        owner = args[0] if args and isinstance(args[0], Tensor) else None
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-            if name == "device" and owner is not None and is_there(owner):
-                return CUDA
-            if name in ("is_cuda", "is_cpu") and owner is not None and is_there(owner):
-                return name == "is_cuda"
-        elif owner is not None and name in ("to", "cpu", "cuda"):
-            return self._moved(owner, name, args, options)
-        elif owner is not None and name in ("pin_memory", "is_pinned"):
-            assert not is_there(owner), "cannot pin memory of the device"
-            return _put(owner.clone(), False) if name == "pin_memory" else False
-        elif name in ("as_tensor", "asarray") and owner is not None and "device" in options:
-            return owner.to(**options)
-        elif name in ("numpy", "__array__") and owner is not None and is_there(owner):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
-        elif name == "__deepcopy__" and owner is not None:
-            return _put(func(*args, **options), is_there(owner))
-        elif name in ("tolist", "__repr__", "__format__") and owner is not None and is_there(owner):
-            self.device.read(name)
-            with _disable_current_modes():
-                return func(*args, **options)
-        elif name == "histc" and owner is not None and not owner.is_floating_point():  # no kernel of the CPU
-            return func(owner.float(), *args[1:], **options).to(owner.dtype)
+        if args and isinstance(args[0], Tensor):
+            if name in ("to", "cpu", "cuda") or (name in ("as_tensor", "asarray") and "device" in options):
+                return self._moved(args[0], name, args, options)
+            if name == "__deepcopy__":
+                return _put(func(*args, **options), is_there(args[0]))
+            if name in self._there:
+                return self._there[name](name, func, args, options)
         return self._made(func, args, options)
+
+    def _asked(self, name: str, func: Any, args: Any, options: Any) -> Any:
+        if not is_there(args[0]):
+            return func(*args, **options)
+        return CUDA if name == "device" else name == "is_cuda"
+
+    def _pinned(self, name: str, func: Any, args: Any, options: Any) -> Any:
+        assert not is_there(args[0]), "cannot pin memory of the device"
+        return _put(args[0].clone(), False) if name == "pin_memory" else False
+
+    def _read(self, name: str, func: Any, args: Any, options: Any) -> Any:
+        if is_there(args[0]):
+            if name in ("numpy", "__array__"):
+                raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+            self.device.read(name)
+        with _disable_current_modes():
+            return func(*args, **options)
+
+    def _histogram(self, name: str, func: Any, args: Any, options: Any) -> Any:
+        """The CPU has no kernel for integers."""
+        return func(args[0].float(), *args[1:], **options).to(args[0].dtype)
 
     def _made(self, func: Any, args: Any, options: dict[str, Any]) -> Any:
         generator = options.get("generator")
@@ -171,7 +192,7 @@ class _Python(TorchFunctionMode):
     def _moved(self, owner: Tensor, name: str, args: Any, options: dict[str, Any]) -> Any:
         was = is_there(owner)
         target, rest, options = name == "cuda" or (was and name != "cpu"), [], dict(options)
-        for each in [*args[1:], options.pop("device", None)] if name == "to" else ():
+        for each in [*args[1:], options.pop("device", None)]:
             place = each
             if isinstance(each, str | torch.device):
                 target, place = torch.device(each).type == "cuda", None
@@ -198,18 +219,12 @@ class _Generator(torch.Generator):
     device: Any = property(lambda self: self.place)
 
 
-class _Stream:
-    """All streams are one."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    wait_stream = synchronize = __init__
-
-
 @contextmanager
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     """Have one device of this kind inside."""
+    import peft  # noqa: F401 (brings bitsandbytes, which looks for a real device when it is imported)
+    import torch._dynamo
+
     device, default = PretendedCuda(), _Generator(CUDA)
 
     @contextmanager
@@ -223,13 +238,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
             device.capturing = None
         captured.poison()
 
-    properties = SimpleNamespace(total_memory=80 * GIBIBYTE, name="pretended", major=9, minor=0, multi_processor_count=1)
+    properties = SimpleNamespace(
+        total_memory=80 * GIBIBYTE, name="pretended", major=9, minor=0, multi_processor_count=1
+    )
     numbers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "synchronize": None,
         "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": GIBIBYTE,
         "memory_reserved": GIBIBYTE, "max_memory_allocated": GIBIBYTE, "mem_get_info": (70 * GIBIBYTE, 80 * GIBIBYTE),
         "get_device_name": "pretended", "get_device_capability": (9, 0), "get_device_properties": properties,
-        "is_bf16_supported": True, "memory_stats": {}, "_lazy_init": None, "current_stream": _Stream(),
+        "is_bf16_supported": True, "memory_stats": {}, "_lazy_init": None,
     }  # fmt: skip
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
@@ -238,10 +255,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(device, "sync_debug_mode", mode))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: default.get_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: default.set_state(state))
-    classes = {"Stream": _Stream, "stream": lambda _: nullcontext(), "CUDAGraph": Graph, "graph": graph}
-    for name, value in classes.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch, "Generator", _Generator)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # modes are of one thread
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         monkeypatch.setattr(torch, name, _for_cpu(getattr(torch, name)))
     with device, _Python(device):

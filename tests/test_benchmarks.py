@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -148,6 +149,19 @@ def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     assert line["training_tflops"] > 0
     assert 0 < line["rollout_predicted_gb"] < line["training_predicted_gb"]
     assert line["ppo_states_gb"] == pytest.approx(1.8 * line["remax_states_gb"], rel=1e-3)
+
+
+def test_gpu_captures_graphs_of_what_it_measures(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretended_cuda: PretendedCuda
+) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu, "device_limits", lambda _: {"copy_gb_per_s": 1.0, "matmul_tflops": 1.0})
+    gpu.main(["--shape", "toy", "--repetitions", "1", "--results", str(tmp_path / "gpu.jsonl")])
+    [line] = lines_of(tmp_path / "gpu.jsonl")
+    assert line["rollout_s"] > 0
+    assert line["rollout_peak_gb"] > 0
+    assert len(pretended_cuda.graphs) == 3  # of a rollout, of one half as long, and of one without greedy rows
+    assert all(graph.replays for graph in pretended_cuda.graphs)
 
 
 def test_the_plan_is_held_against_the_memory_of_a_run(load: Any, tmp_path: Path) -> None:

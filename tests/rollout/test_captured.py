@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
-from pretended_cuda import CUDA, PretendedCuda, is_there
+from pretended_cuda import PretendedCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
 from rollout.test_recorded import IDS, RECORDED, equal, roll_out
 
-from remax_lightning.rollout import PairedEngine, SamplingConfig
-from remax_lightning.rollout.captured import capture
+from remax_lightning.rollout import AutoEngine, PairedEngine, SamplingConfig
 
 FALCONS = [family for family in RECORDED if "Falcon" in family.name]
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "mixed"]
-)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "mixed"])
 
 
 def moved(family: Family, dtype: torch.dtype | None) -> torch.nn.Module:
@@ -79,10 +76,9 @@ def test_the_host_waits_at_looks_only(pretended_cuda: PretendedCuda) -> None:
     prompts, mask = IDS.to("cuda"), torch.ones_like(IDS, dtype=torch.bool, device="cuda")
     roll_out(engine, model)
     pretended_cuda.reads.clear()
-    engine.generate(
-        model, prompts, mask, sampling=SamplingConfig(max_response_length=40, min_response_length=2, top_p=0.9, top_k=5),
-        eos_ids=[95], pad_id=3, generator=torch.Generator("cuda").manual_seed(0), log_probs=True,
-    )  # fmt: skip
+    sampling = SamplingConfig(max_response_length=40, min_response_length=2, top_p=0.9, top_k=5)
+    chance = torch.Generator("cuda").manual_seed(0)
+    engine.generate(model, prompts, mask, sampling=sampling, eos_ids=[95], pad_id=3, generator=chance, log_probs=True)
     # The ids that end a response are copied there once. The prefill asks whether any prompt is padded; after 16 and 32
     # tokens ended rows are counted.
     assert pretended_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}
@@ -104,33 +100,7 @@ def test_a_model_that_copies_from_the_host_runs_without_graphs(
 
 
 def test_families_without_a_static_cache_are_rolled_out(pretended_cuda: PretendedCuda) -> None:
-    from remax_lightning.rollout import AutoEngine
-
     for family in FAMILIES:
         if family not in RECORDED:
             model = moved(family, torch.bfloat16)
             assert is_there(roll_out(AutoEngine(), model, length=4).sampled_ids)
-
-
-def test_a_capture_computes_nothing_and_its_cache_of_casts_is_off(pretended_cuda: PretendedCuda) -> None:
-    """The device of these tests, against what CUDA does."""
-    inputs, seen = torch.ones(3, device="cuda"), []
-
-    def step(values: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.is_autocast_cache_enabled())
-        return values * 2 + 1
-
-    replay, pool = capture(step, (inputs,))
-    assert seen == 3 * [False]
-    assert pool == pretended_cuda.graphs[0].pool()
-    inputs.fill_(5.0)
-    assert replay(inputs).device == CUDA
-    assert replay(inputs).tolist() == [11.0, 11.0, 11.0]
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        capture(lambda values: values[: int(values[0])], (inputs,))
-    with pytest.raises(RuntimeError, match="same device"):
-        inputs + torch.ones(3)
-    with pytest.raises(RuntimeError, match="generator"):
-        inputs.exponential_(generator=torch.Generator())
-    with pytest.raises(TypeError, match="numpy"):
-        inputs.numpy()
