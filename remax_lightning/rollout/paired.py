@@ -28,7 +28,7 @@ class PairedEngine:
             operators without Python between them. The responses are the same; only Python's work per token goes.
         keep_slots: on CUDA, keep the memory of keys and values, and in mixed precision that of the weights in 16 bits,
             between rollouts, because graphs stay valid only with it. False gives it back to the training pass, and the
-            graphs are made anew in every rollout.
+            graphs are made anew in every rollout, as they are where a strategy gathers the weights for each.
     """
 
     def __init__(self, record: bool = True, keep_slots: bool = True) -> None:
@@ -81,7 +81,7 @@ class PairedEngine:
 
     def _end(self, device: torch.device) -> None:
         """Give the buffers back unless graphs go on reading them."""
-        if device.type == "cuda" and self.keep_slots and self.recorder is not None and not self.recorder.obstacle:
+        if device.type == "cuda" and self.keep_slots and self.recorder is not None and self.recorder.lasts:
             return
         self._buffers, self._packed = None, []
         if device.type == "cuda" and self.recorder is not None:

@@ -28,13 +28,16 @@ RUNS_BEFORE = 32
 """How often a shape comes on a CPU before it is recorded: that costs about as much as forty runs of the model, and
 saves a third of each, or half where few rows are left. On CUDA it costs three runs and saves nearly all of each, so a
 graph is captured at once."""
+MOST_MOVES = 1
+"""How often in a row weights may lie elsewhere before they are taken to do so always. Loading a checkpoint moves them
+once, a strategy that shares them among devices gathers them anew for every rollout."""
 
 
 class Recorder:
     """Runs steps, and records those whose shape comes again.
 
-    What cannot be recorded (a model that looks at its own values, that calls hooks, whose weights lie elsewhere in
-    every rollout) runs as it is; the log says why.
+    What cannot be recorded (a model that looks at its own values, that calls hooks, on a CPU one whose weights lie
+    elsewhere in every rollout) runs as it is; the log says why.
     """
 
     def __init__(self) -> None:
@@ -54,13 +57,21 @@ class Recorder:
         """
         weights = _whereabouts(model), [each.data_ptr() for each in packed if each.device.type == "cuda"]
         if weights != self._weights:
-            self._moves = self._moves + 1 if self._replays else 0
+            moved = self._weights is not None and weights[0] != self._weights[0]
+            self._moves = self._moves + 1 if moved else 0
             self.forget()
             self._weights = weights
+        else:
+            self._moves = 0
         if _has_hooks(model):
             self._give_up(model, "it has hooks, which a recording would pass by")
-        elif self._moves > 1:
+        elif self._moves > MOST_MOVES and _device_type(model) == "cpu":
             self._give_up(model, "its weights lie elsewhere in every rollout")
+
+    @property
+    def lasts(self) -> bool:
+        """Whether what is recorded serves the next rollout too, as far as the last ones tell."""
+        return not self.obstacle and self._moves <= MOST_MOVES
 
     def forget(self) -> None:
         """Drop all recordings."""
@@ -113,9 +124,13 @@ def _whereabouts(model: nn.Module) -> Hashable:
         for module in model.modules()
         if hasattr(module, "merged_adapters")
     )
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    device = _device_type(model)
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return id(model), tensors, adapters, autocast
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
 def _has_hooks(model: nn.Module) -> bool:

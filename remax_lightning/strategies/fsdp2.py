@@ -110,7 +110,7 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(model: nn.Module) -> Iterator[None]:
     """Gather all groups of a sharded model once, and keep forward passes from giving them up inside."""
     layers: list[Any] = list(layers_of(model))
-    with _held(model):
+    with _held(model), _without_hooks([model, *layers]):
         for layer in layers:
             layer.unshard()
             layer.set_reshard_after_forward(False, recurse=False)
@@ -133,6 +133,25 @@ def _take_part(layer: Any) -> None:
     layer.reshard()  # which a pass that failed has not done
     layer.unshard()
     layer.reshard()
+
+
+@contextmanager
+def _without_hooks(groups: list[Any]) -> Iterator[None]:
+    """Run groups that are whole without FSDP2's hooks, which have nothing to do then: no step with hooks is recorded."""
+    taken: list[tuple[Any, int, Any]] = []
+    for group in groups:
+        state = group._get_fsdp_state()
+        for hooks, handle in (
+            (group._forward_pre_hooks, state._pre_forward_hook_handle),
+            (group._forward_hooks, state._post_forward_hook_handle),
+        ):
+            taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
+            hooks.move_to_end(key, last=False)  # before hooks of the user, as they were
 
 
 @contextmanager

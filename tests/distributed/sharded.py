@@ -41,6 +41,7 @@ class UnevenEngine:
         length = LENGTHS[RANK - RANKS]
         options["sampling"] = SamplingConfig(max_response_length=length, min_response_length=length)
         state = generator.get_state()
+        self.hooks = sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
         with self.counting(model):
             made = PairedEngine().generate(model, *args, generator=generator, **options)
         self.lengths.append(made.sampled_ids.shape[1])
@@ -198,6 +199,7 @@ def check(strategy: str, folder: Path, precision: str) -> dict[str, Any]:
     options = {"devices": RANKS, "accelerator": "gpu" if torch.cuda.is_available() else "cpu", "precision": precision}
     look, engine = train(strategy, folder, options)
     seen = {**look.seen, "rollout_equal": engine.equal, "lengths": engine.lengths, "held": max(engine.held)}
+    seen["hooks"] = engine.hooks
     seen["whole"] = sum(value.numel() for value in look.whole.values())
     if RANK == 0:
         last = folder / strategy / "first" / "export" / "last"

@@ -68,6 +68,12 @@ def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_policy_that_is_gathered_once_is_decoded_without_hooks(strategy: str, folder: Path) -> None:
+    """With hooks no decoding step would be recorded."""
+    assert all(bool(seen["hooks"]) == strategy.endswith("-layerwise") for seen in found(folder, strategy))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rank_that_fails_leaves_the_others_where_they_can_be_told(strategy: str, folder: Path) -> None:
     assert [seen["met_after_a_failure"] for seen in found(folder, strategy)] == [2, 2]
 

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from pretended_cuda import PretendedCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
-from rollout.test_recorded import IDS, RECORDED, equal, roll_out
+from rollout.test_recorded import IDS, RECORDED, equal, move, roll_out
 
 from remax_lightning.rollout import AutoEngine, PairedEngine, SamplingConfig
 
@@ -61,6 +61,23 @@ def test_graphs_end_with_the_slots_that_they_read(pretended_cuda: PretendedCuda)
         train(model)
         assert not engine.recorder._replays
     assert [graph.pool_given is None for graph in pretended_cuda.graphs] == 2 * [True, False, False]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_graphs_of_weights_that_keep_moving_are_of_one_rollout(mixed: bool, pretended_cuda: PretendedCuda) -> None:
+    model, engine, kept = tiny_model("llama").to("cuda"), PairedEngine(), []
+    for seed in range(5):
+        before = sum(graph.replays for graph in pretended_cuda.graphs)
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(record=False), model, seed))
+        assert sum(graph.replays for graph in pretended_cuda.graphs) - before == 39 - 3
+        kept.append(engine._buffers is not None)
+        assert bool(engine.recorder._replays) == bool(engine._buffers)
+        if seed < 3:
+            move(model)
+    assert kept == [True, True, False, False, True]  # from the second move in a row on, until they stay where they are
+    assert len(pretended_cuda.graphs) == 3 * 5
+    assert engine.recorder.obstacle == ""
 
 
 def test_longer_responses_ask_for_new_slots_and_new_graphs(pretended_cuda: PretendedCuda) -> None:

@@ -84,20 +84,31 @@ def test_replays_see_updates_of_the_weights() -> None:
     assert not torch.equal(before.greedy_ids, after.greedy_ids)
 
 
-def test_weights_elsewhere_are_recorded_anew_and_not_at_all_when_they_keep_moving(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def move(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.1
+
+
+def test_weights_elsewhere_are_recorded_anew(caplog: pytest.LogCaptureFixture) -> None:
     model, engine = tiny_model("llama"), PairedEngine()
     for _ in range(3):
-        roll_out(engine, model, length=4)
-    for move in (1, 2):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone() * 1.1
+        move(model)
         with caplog.at_level("INFO"):
-            moved = [roll_out(engine, model, length=4) for _ in range(3)]
-        assert equal(moved[-1], roll_out(PairedEngine(record=False), model, length=4))
-        assert bool(engine.recorder._replays) == (move == 1)
-    assert "not recorded, since its weights lie elsewhere in every rollout" in caplog.text
+            moved = [roll_out(engine, model, length=6) for _ in range(2)]
+        assert equal(moved[-1], roll_out(PairedEngine(record=False), model, length=6))
+        assert engine.recorder._replays
+    assert "not recorded" not in caplog.text
+
+
+def test_weights_that_keep_moving_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    model, engine = tiny_model("llama"), PairedEngine()
+    with caplog.at_level("INFO"):
+        for moves in range(4):
+            assert equal(roll_out(engine, model), roll_out(PairedEngine(record=False), model))
+            assert bool(engine.recorder._replays) == (moves < 2)
+            assert engine.recorder.lasts == (moves < 2)
+            move(model)
+    assert caplog.text.count("not recorded, since its weights lie elsewhere in every rollout") == 1
 
 
 def test_a_model_with_hooks_is_run_itself(caplog: pytest.LogCaptureFixture) -> None:
