@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="passes whose median time counts (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "log_probs_memory.jsonl", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=RESULTS / "log_probs_memory.jsonl", help="default: %(default)s")
     parser.add_argument("--way", choices=WAYS, help="measure this one only, in this process, and print it")
     options = parser.parse_args(arguments)
     if options.way:
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = {"benchmark": "log_probs_memory", "way": way, **sizes, **figures, **shares, **description()}
         lines.append(json.dumps(line))
         print(lines[-1], flush=True)
-    options.output.write_text("\n".join(lines) + "\n")
+    options.results.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

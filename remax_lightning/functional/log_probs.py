@@ -182,9 +182,12 @@ class _HiddenStatistics(torch.autograd.Function):
                 weights = -of_log_probs[part, None]
                 if compared is not None and of_kl is not None:
                     weights = compared.log_ratio(own, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
-                gradient = own.exp().mul_(weights).scatter_add_(-1, ids[part, None], of_log_probs[part, None])
-                sums.add(part, form.of_product(gradient, slope), head[0])
-                del own, slope, weights, gradient  # or they would be alive beside the next chunk's
+                gradient = (own.exp_() if whole is None else own.exp()).mul_(weights)
+                gradient.scatter_add_(-1, ids[part, None], of_log_probs[part, None])
+                product = form.of_product(gradient, slope)
+                del own, slope, weights, gradient  # or they would be alive beside what is next
+                sums.add(part, product, head[0])
+                del product
         return (*sums.gradients(), *7 * [None])
 
 

@@ -40,7 +40,7 @@ def packed_linears(model: nn.Module, num_rows: int, before: Sequence[Packed] = (
     if not torch.is_autocast_enabled(device):
         packed = _laid_out(layers, num_rows)
     else:
-        packed = [] if _is_sharded(model) else _cast(layers, torch.get_autocast_dtype(device), before)
+        packed = [] if is_shared(model) else _cast(layers, torch.get_autocast_dtype(device), before)
     for layer, instead in zip(layers, packed, strict=False):
         layer.forward = instead
     try:
@@ -71,8 +71,10 @@ def _laid_out(layers: Sequence[nn.Linear], num_rows: int) -> list[Packed]:
     return [PackedLinear(layer.weight, layer.bias, num_rows) for layer in layers]
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 shares the weights among devices, also while it has gathered them."""
+def is_shared(model: nn.Module) -> bool:
+    """Return whether ZeRO-3 or FSDP2 shares the weights among devices, also while they are gathered for a rollout."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule

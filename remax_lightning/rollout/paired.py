@@ -10,7 +10,7 @@ from torch import Tensor
 from remax_lightning.rollout.decoding import Buffers, Decoding
 from remax_lightning.rollout.engine import Ended, Generated, SamplingConfig
 from remax_lightning.rollout.forward import language_model, row_prompts
-from remax_lightning.rollout.packed import Packed, packed_linears
+from remax_lightning.rollout.packed import Packed, is_shared, packed_linears
 from remax_lightning.rollout.recorded import Recorder
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PairedEngine:
                 self.recorder.begin(model, [each.weight for each in weights])
             decoding = Decoding(model, prompt_ids, prompt_mask, rows, sampling, self.recorder, weights, self._room)
             written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
-        self._end(prompt_ids.device)
+        self._end(model, prompt_ids.device)
         num_sampled = len(prompt_ids) * sampling.num_samples
         return Generated(
             written.ids[:num_sampled],
@@ -79,9 +79,10 @@ class PairedEngine:
             self._buffers = Buffers.make(cache, num_rows, length)
         return self._buffers
 
-    def _end(self, device: torch.device) -> None:
+    def _end(self, model: PreTrainedModel, device: torch.device) -> None:
         """Give the buffers back unless graphs go on reading them."""
-        if device.type == "cuda" and self.keep_slots and self.recorder is not None and self.recorder.lasts:
+        lasts = self.recorder is not None and self.recorder.lasts and not is_shared(model)
+        if device.type == "cuda" and self.keep_slots and lasts:
             return
         self._buffers, self._packed = None, []
         if device.type == "cuda" and self.recorder is not None:

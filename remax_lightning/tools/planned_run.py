@@ -102,7 +102,7 @@ class PlannedRun(NamedTuple):
         keeps = isinstance(engine, AutoEngine) or (
             isinstance(engine, PairedEngine) and engine.keep_slots and engine.recorder is not None
         )
-        # Weights that are gathered lie elsewhere in every rollout, so that there are no graphs.
+        # Weights that are gathered lie elsewhere in every rollout, and so its graphs end with it.
         return keeps and self.device == "gpu" and not self.strategy.shards_policy
 
 

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "log_probs_memory.py"
 def test_it_runs_and_a_few_logits_need_less_than_all(tmp_path: Path) -> None:
     sizes = ("--tokens=256", "--vocabulary=131072", "--hidden=8", "--repeats=1", "--device=cpu")
     output = tmp_path / "figures.jsonl"
-    subprocess.run([sys.executable, str(SCRIPT), *sizes, f"--output={output}"], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(SCRIPT), *sizes, f"--results={output}"], check=True, capture_output=True)
     plain, chunked, plain_kl, chunked_kl = lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["way"] for line in lines] == ["plain", "chunked", "plain_kl", "chunked_kl"]
     assert plain["peak_mib"] > 2 * 128  # two tensors of all logits at least

@@ -80,6 +80,18 @@ def test_graphs_of_weights_that_keep_moving_are_of_one_rollout(mixed: bool, pret
     assert engine.recorder.obstacle == ""
 
 
+def test_weights_that_are_gathered_leave_no_graphs(pretended_cuda: PretendedCuda) -> None:
+    """ZeRO-3's are known by their ids before they have moved: the step after the first rollout needs the memory."""
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    for _ in range(2):
+        assert equal(roll_out(engine, model), roll_out(PairedEngine(record=False), model))
+        assert engine._buffers is None
+        assert not engine.recorder._replays
+    assert len(pretended_cuda.graphs) == 2 * 3
+
+
 def test_longer_responses_ask_for_new_slots_and_new_graphs(pretended_cuda: PretendedCuda) -> None:
     model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
     for length in (20, 60, 20):
