@@ -58,7 +58,7 @@ class PairedEngine:
         with packed_linears(model, len(rows), self._packed) as weights:
             self._packed = weights
             if self.recorder is not None:
-                self.recorder.begin(model, [each.weight for each in weights])
+                self.recorder.begin(model)
             decoding = Decoding(model, prompt_ids, prompt_mask, rows, sampling, self.recorder, weights, self._room)
             written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
         self._end(model, prompt_ids.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -46,23 +46,17 @@ class Recorder:
         self._runs: Counter[Hashable] = Counter()
         self._pool: Any = None
         self._moves = 0
-        self._weights: tuple[Hashable, list[int]] | None = None
+        self._weights: Hashable = None
 
-    def begin(self, model: nn.Module, packed: Sequence[Tensor] = ()) -> None:
-        """Begin a rollout: forget recordings of other weights, or of weights that lie elsewhere now.
-
-        Args:
-            model: the policy.
-            packed: copies of its weights, which a recording on a CPU is given, and one on CUDA reads where they are.
-        """
-        weights = _whereabouts(model), [each.data_ptr() for each in packed if each.device.type == "cuda"]
-        if weights != self._weights:
-            moved = self._weights is not None and weights[0] != self._weights[0]
-            self._moves = self._moves + 1 if moved else 0
+    def begin(self, model: nn.Module) -> None:
+        """Begin a rollout of `model`: forget recordings of other weights, or of weights that lie elsewhere now."""
+        weights = _whereabouts(model)
+        if weights == self._weights:
+            self._moves = 0
+        else:
+            self._moves = 0 if self._weights is None else self._moves + 1
             self.forget()
             self._weights = weights
-        else:
-            self._moves = 0
         if _has_hooks(model):
             self._give_up(model, "it has hooks, which a recording would pass by")
         elif self._moves > MOST_MOVES and _device_type(model) == "cpu":

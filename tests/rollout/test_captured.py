@@ -113,6 +113,17 @@ def test_the_host_waits_at_looks_only(pretended_cuda: PretendedCuda) -> None:
     assert pretended_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}
 
 
+def test_more_prompts_ask_for_new_slots_and_fewer_for_none(pretended_cuda: PretendedCuda) -> None:
+    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
+    slots = []
+    for count in (2, 4, 2):
+        assert equal(roll_out(engine, model, ids=IDS[:count]), roll_out(plain, model, ids=IDS[:count]))
+        slots.append(engine._buffers)
+        train(model)
+    assert slots[0] is not slots[1]
+    assert slots[1] is slots[2]
+
+
 @DTYPES
 @pytest.mark.parametrize("family", FALCONS, ids=lambda family: family.name)
 def test_a_model_that_copies_from_the_host_runs_without_graphs(

@@ -23,11 +23,13 @@ def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "RUNS_BEFORE", 3)
 
 
-def roll_out(engine: PairedEngine, model: Any, seed: int = 0, length: int = 40, **options: Any) -> Any:
+def roll_out(
+    engine: PairedEngine, model: Any, seed: int = 0, length: int = 40, ids: torch.Tensor = IDS, **options: Any
+) -> Any:
     return engine.generate(
         model,
-        IDS.to(model.device),
-        torch.ones_like(IDS, dtype=torch.bool, device=model.device),
+        ids.to(model.device),
+        torch.ones_like(ids, dtype=torch.bool, device=model.device),
         sampling=SamplingConfig(max_response_length=length),
         eos_ids=[EOS],
         pad_id=PAD,
