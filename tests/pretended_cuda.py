@@ -93,6 +93,7 @@ class PretendedCuda(TorchDispatchMode):
         self.graphs: list[Graph] = []
         self.capturing: Graph | None = None
         self.sync_debug_mode: int | str = 0
+        self.stream = "default"
 
     def read(self, name: str) -> None:
         """Note that the host waits for the device, which it must not in a capture."""
@@ -228,14 +229,23 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     device, default = PretendedCuda(), _Generator(CUDA)
 
     @contextmanager
+    def stream(chosen: str) -> Iterator[None]:
+        before, device.stream = device.stream, chosen
+        try:
+            yield
+        finally:
+            device.stream = before
+
+    @contextmanager
     def graph(captured: Graph, pool: Any = None, **_: Any) -> Iterator[None]:
-        device.capturing = captured
-        device.graphs.append(captured)
-        captured.pool_given = pool
+        captured.pool_given, device.capturing = pool, captured
+        before, device.stream = device.stream, "capturing"
         try:
             yield
         finally:
             device.capturing = None
+        device.stream = before  # not after an error: that is how torch does it
+        device.graphs.append(captured)
         captured.poison()
 
     properties = SimpleNamespace(
@@ -257,6 +267,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: default.set_state(state))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.stream)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # modes are of one thread
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):

@@ -65,7 +65,7 @@ def test_a_capture_computes_nothing_and_a_replay_reads_the_memory_it_captured(
 
     with torch.inference_mode(inference):
         replay, pool = capture(step, (inputs,))
-        assert seen == 3 * [False]
+        assert seen == 2 * [False]
         assert pool == pretended_cuda.graphs[0].pool()
         inputs.fill_(5.0)
         assert replay(inputs).tolist() == [11.0, 11.0]
@@ -85,6 +85,21 @@ def test_a_step_that_waits_is_not_captured(step: Any, pretended_cuda: PretendedC
     assert (pretended_cuda.sync_debug_mode, torch.is_autocast_cache_enabled()) == (0, True)
     with pytest.raises(RuntimeError, match="stream is capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         step(torch.ones(3, device="cuda"))
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(pretended_cuda: PretendedCuda) -> None:
+    calls: list[str] = []
+
+    def step(values: torch.Tensor) -> torch.Tensor:
+        calls.append(pretended_cuda.stream)
+        if len(calls) == 2:
+            raise RuntimeError("what only a capture refuses")
+        return values + 1
+
+    with pytest.raises(RuntimeError, match="only a capture"):
+        capture(step, (torch.ones(3, device="cuda"),))
+    assert calls == ["default", "capturing"]
+    assert pretended_cuda.stream == "default"
 
 
 # Commands

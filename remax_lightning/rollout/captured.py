@@ -14,7 +14,7 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
     """Return a replay of `step` that reads `inputs` and the weights where they are now, and the memory it runs in.
 
     Args:
-        step: queues the same kernels at every call. It runs three times meanwhile.
+        step: queues the same kernels at every call. It runs once meanwhile, and is captured.
         inputs: in memory that every replay reads.
         pool: the memory of other graphs, which this one may use too, since a replay's result is read before the next
             replay; None for memory of its own.
@@ -27,13 +27,16 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
     # Autocast's copies of the weights end with the training step; a graph must not read them then.
     torch.set_autocast_cache_enabled(False)
     try:
-        step(*inputs)  # libraries set themselves up on first calls
         torch.cuda.set_sync_debug_mode("error")
-        step(*inputs)
+        step(*inputs)  # also because libraries set themselves up on first calls
         torch.cuda.set_sync_debug_mode(synchronizing)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins batches, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # A capture that fails all the same would leave its own stream behind. Other threads, such as one that pins
+        # batches, may go on meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             output = step(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode(synchronizing)

@@ -37,6 +37,7 @@ class PairedEngine:
         self._buffers: Buffers | None = None
         self._packed: list[Packed] = []
 
+    @torch.inference_mode(False)  # training could not write into memory that is kept from a validation's
     @torch.no_grad()
     def generate(
         self,

@@ -26,7 +26,7 @@ MOST_SHAPES = 128
 """Recordings that are kept; the one that was not used for longest goes first."""
 RUNS_BEFORE = 32
 """How often a shape comes on a CPU before it is recorded: that costs about as much as forty runs of the model, and
-saves a third of each, or half where few rows are left. On CUDA it costs three runs and saves nearly all of each, so a
+saves a third of each, or half where few rows are left. On CUDA it costs two runs and saves nearly all of each, so a
 graph is captured at once."""
 MOST_MOVES = 1
 """How often in a row weights may lie elsewhere before they are taken to do so always. Loading a checkpoint moves them
@@ -81,15 +81,15 @@ class Recorder:
             step: what to run.
             inputs: everything that may change between two runs. On CUDA the same memory in each of them.
         """
-        replay = self._replays.get(key)
-        if replay is not None:
-            self._replays.move_to_end(key)
-            return replay(*inputs)
         on_cuda = inputs[0].device.type == "cuda"
-        if not self.obstacle and (on_cuda or self._runs[key] >= RUNS_BEFORE):
+        if key not in self._replays and not self.obstacle and (on_cuda or self._runs[key] >= RUNS_BEFORE):
             self._record(key, step, inputs, on_cuda)
-        self._runs[key] += 1
-        return step(*inputs)
+        replay = self._replays.get(key)
+        if replay is None:
+            self._runs[key] += 1
+            return step(*inputs)
+        self._replays.move_to_end(key)
+        return replay(*inputs)
 
     def _record(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...], on_cuda: bool) -> None:
         try:

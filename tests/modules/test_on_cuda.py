@@ -117,11 +117,15 @@ def test_remax_trains_as_on_a_cpu(case: str, folder: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_remax_trains_in_16_bits(precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README's first example does, with activations recomputed and gradients clipped."""
+
     def run(accelerator: str) -> Recorder:
-        data = prompt_data(tmp_path, str(folder / "policy"))
+        module = remax(folder, policy=PretrainedModel(str(folder / "policy"), gradient_checkpointing=True))
+        data = prompt_data(tmp_path, str(folder / "policy"), micro_batch_size=2)
         return fit(
-            remax(folder), data, tmp_path, accelerator=accelerator, max_steps=3, max_epochs=-1, precision=precision
-        )
+            module, data, tmp_path, accelerator=accelerator, max_steps=3, max_epochs=-1, precision=precision,
+            accumulate_grad_batches=4, gradient_clip_val=1.0,
+        )  # fmt: skip
 
     check_equal(*on_both(run, monkeypatch), tolerance=0.02)
 
@@ -158,6 +162,16 @@ def test_a_run_is_resumed(tmp_path: Path, pretended_cuda: PretendedCuda) -> None
     for name, value in whole.weights[-1].items():
         assert torch.equal(resumed.weights[-1][name], value)
     assert sum(graph.replays for graph in pretended_cuda.graphs) > 0
+
+
+def test_training_follows_a_validation(folder: Path, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
+    """In one process: what the rollouts of `Trainer.validate` keep is of its inference mode unless they take care."""
+    module, data = remax(folder), prompt_data(tmp_path, str(folder / "policy"))
+    make_trainer(tmp_path, accelerator="gpu", limit_val_batches=1.0).validate(module, data, verbose=False)
+    replays = sum(graph.replays for graph in pretended_cuda.graphs)
+    seen = fit(module, data, tmp_path, accelerator="gpu", max_steps=2, max_epochs=-1)
+    assert len(seen.logged) == 2
+    assert sum(graph.replays for graph in pretended_cuda.graphs) > replays > 0
 
 
 def test_a_policy_is_evaluated_as_on_a_cpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
