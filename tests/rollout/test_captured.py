@@ -31,9 +31,9 @@ def test_graphs_write_what_the_model_writes(
     family: Family, dtype: torch.dtype | None, pretended_cuda: PretendedCuda
 ) -> None:
     model, engine, plain = moved(family, dtype), PairedEngine(), PairedEngine(record=False)
-    for seed in (0, 1, 0):
+    for seed in (0, 1):
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
-            written, expected = roll_out(engine, model, seed), roll_out(plain, model, seed)
+            written, expected = (roll_out(each, model, seed, length=28) for each in (engine, plain))
         assert equal(written, expected)
         assert is_there(written.sampled_ids)
         train(model)
