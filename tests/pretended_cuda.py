@@ -33,8 +33,8 @@ READS = {
     "_unique2",
 }
 """Operators whose result, or its shape, is told to the host."""
-ACROSS = {"copy_", "index", "index_put_", "_index_put_impl_", "_has_compatible_shallow_copy_type"}
-"""Operators that take operands on two devices: copies, indices of the host, which are copied, and a question."""
+ACROSS = {"copy_", "index", "index_put_", "_index_put_impl_"}
+"""Operators that take operands on two devices: copies, and indices of the host, which are copied."""
 GIBIBYTE = 2**30
 
 
@@ -126,11 +126,13 @@ class PretendedCuda(TorchDispatchMode):
         return result
 
     def _check(self, name: str, args: Any, operands: list[Tensor], there: list[bool]) -> None:
+        if name == "_has_compatible_shallow_copy_type":  # a question about operands, wherever they are
+            return
         strangers = [each for each, on in zip(operands, there, strict=True) if not on and each.dim() > 0]
         if strangers and name not in ACROSS:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
         by_mask = name in ("index", "index_put_") and any(each.dtype == torch.bool for each in _tensors(args[1]))
-        if name in READS or (strangers and not name.startswith("_has")) or by_mask:
+        if name in READS or strangers or by_mask:
             self.read(name)
 
 
@@ -146,7 +148,7 @@ class _Python(TorchFunctionMode):
             self._read: ("numpy", "__array__", "tolist", "__repr__", "__format__"),
             self._histogram: ("histc",),
         }
-        self._there = {name: answer for answer, names in groups.items() for name in names}
+        self._answers = {name: answer for answer, names in groups.items() for name in names}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options, name = kwargs or {}, getattr(func, "__name__", "")
@@ -157,8 +159,8 @@ class _Python(TorchFunctionMode):
                 return self._moved(args[0], name, args, options)
             if name == "__deepcopy__":
                 return _put(func(*args, **options), is_there(args[0]))
-            if name in self._there:
-                return self._there[name](name, func, args, options)
+            if name in self._answers:
+                return self._answers[name](name, func, args, options)
         return self._made(func, args, options)
 
     def _asked(self, name: str, func: Any, args: Any, options: Any) -> Any:

@@ -22,9 +22,9 @@ def packed_linears(model: nn.Module, num_rows: int, before: Sequence[Packed] = (
     Such a step multiplies a few dozen rows with every weight of the model. On a CPU a general product takes up to half
     its time at such shapes to arrange the weights, at every token anew. Laid out once per rollout, they are ready: of
     large layers in oneDNN's own format, of small ones transposed. In mixed precision, autocast would make 16 bits of
-    all weights at every token; they are cast once per rollout, on every device. FSDP2 is there to save memory, so what
-    it shares among devices is not copied then. Either copy is made from the weights as they are now, so it is never out
-    of date. Anything but plain float32 layers is left alone.
+    all weights at every token; they are cast once per rollout, on every device. Weights are shared among devices to
+    save memory, so those are not copied. Either copy is made from the weights as they are now, so it is never out of
+    date. Anything but plain float32 layers is left alone.
 
     Args:
         model: whose layers are packed.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
-from modules.test_resume import HALF, WHOLE, Setting
+from modules.test_resume import HALF, TIMES, WHOLE, Setting
 from modules.test_reward_model import ROWS as PAIRS
 from modules.test_sft import ROWS as EXAMPLES
 from pretended_cuda import PretendedCuda, is_there, pretend
@@ -51,8 +51,7 @@ def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch) -> tuple
 
 def figures_of(logged: Mapping[str, Any]) -> dict[str, float]:
     """What was logged, without the clock's figures."""
-    clock = ("time/", "throughput/")
-    return {name: float(value) for name, value in logged.items() if not name.startswith(clock)}
+    return {name: float(value) for name, value in logged.items() if not name.startswith(TIMES)}
 
 
 def check_equal(here: Recorder, there: Recorder, tolerance: float = 1e-4) -> None:

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from pretended_cuda import PretendedCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
-from rollout.test_recorded import IDS, RECORDED, equal, move, roll_out
+from rollout.test_recorded import IDS, PAD, RECORDED, equal, move, roll_out
 
 from remax_lightning.rollout import AutoEngine, PairedEngine, SamplingConfig
 
@@ -100,14 +100,17 @@ def test_longer_responses_ask_for_new_slots_and_new_graphs(pretended_cuda: Prete
     assert engine.recorder.obstacle == ""
 
 
-def test_the_host_waits_at_looks_only(pretended_cuda: PretendedCuda) -> None:
-    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("log_probs", [True, False])
+def test_the_host_waits_at_looks_only(log_probs: bool, record: bool, pretended_cuda: PretendedCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine(record=record)
     prompts, mask = IDS.to("cuda"), torch.ones_like(IDS, dtype=torch.bool, device="cuda")
     roll_out(engine, model)
     pretended_cuda.reads.clear()
     sampling = SamplingConfig(max_response_length=40, min_response_length=2, top_p=0.9, top_k=5)
     chance = torch.Generator("cuda").manual_seed(0)
-    engine.generate(model, prompts, mask, sampling=sampling, eos_ids=[95], pad_id=3, generator=chance, log_probs=True)
+    options = {"sampling": sampling, "eos_ids": [95], "pad_id": PAD, "generator": chance, "log_probs": log_probs}
+    assert engine.generate(model, prompts, mask, **options).sampled_ids.shape == (4, 40)
     # The ids that end a response are copied there once. The prefill asks whether any prompt is padded; after 16 and 32
     # tokens ended rows are counted.
     assert pretended_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}

@@ -9,9 +9,8 @@ import torch
 from conftest import tiny_model
 from rollout.families import FAMILIES, Family, family_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.rollout import PairedEngine, SamplingConfig, decoding, recorded
+from remax_lightning.rollout import PairedEngine, SamplingConfig, recorded
 from remax_lightning.rollout.recorded import Recorder
 
 EOS, PAD = 2, 3
@@ -164,30 +163,6 @@ def test_the_shape_unused_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatch
 
 
 # CUDA
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where Python reads a tensor's values: a CUDA graph cannot, and a queue of kernels would have to wait."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("log_probs", [True, False])
-def test_between_two_looks_nothing_is_read_from_the_device(log_probs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a decoding step does on CUDA, but on this device: the looks are left out, and then nothing may read."""
-    monkeypatch.setattr(decoding.Decoding, "_rows_are_left", lambda self, step: True)
-    model = tiny_model("llama")
-    sampling = SamplingConfig(max_response_length=8, min_response_length=2, top_p=0.9, top_k=5)
-    rows = torch.arange(4).repeat(2)
-    loop = decoding.Decoding(
-        model, IDS, torch.ones_like(IDS, dtype=torch.bool), rows, sampling, None, [], decoding.Buffers.make
-    )
-    with torch.no_grad(), NoHostReads():
-        written = loop.write([EOS], PAD, torch.Generator().manual_seed(0), log_probs, None)
-    assert written.ids.shape == (8, 8)
 
 
 @pytest.mark.gpu
