@@ -24,7 +24,7 @@ from predicted import predicted
 from timing import device_name, save, seconds
 from torch import Tensor
 
-from remax_lightning.tools.allocations import shapes_only
+from remax_lightning.tools.plan.memory_tracker import shapes_only
 
 REMAX_BYTES, PPO_BYTES = 20, 36
 """Bytes per parameter of states where all models are of one size: bfloat16 weights and gradients with float32 master
@@ -235,8 +235,8 @@ def training(
     model: Any, work: Work, ids: Tensor, device: torch.device, repetitions: int, limits: dict[str, float]
 ) -> dict[str, float]:
     """Measure the training pass over all prompts, forward and backward, in micro-batches."""
-    from remax_lightning.batch import PromptBatch, Responses
-    from remax_lightning.modules.statistics import response_statistics
+    from remax_lightning.models.log_probs import response_statistics
+    from remax_lightning.types import PromptBatch, Responses
 
     responses = torch.randint(10, work.config["vocab_size"], (work.prompts, work.response), device=device)
     mask = torch.ones_like(responses, dtype=torch.bool)

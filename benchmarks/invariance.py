@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from distributed.invariance import OPTIMIZERS, STRATEGIES, change, run
 from distributed.processes import launch
-from runs import distance, save_policy
+from helpers.training import distance, save_policy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from machine import RESULTS, description
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from distributed.killing import PLACES, STEPS, STRATEGIES, hit, losses, remax, write_run
-from runs import save_policy
+from helpers.training import save_policy
 
 KILLED_AFTER = 2
 """Optimizer steps that are done, and saved, when the signal comes in the third."""

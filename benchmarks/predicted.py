@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.tools.passes import StepPasses, Work
+from remax_lightning.tools.plan.activation_memory import StepPasses, Work
 
 
 def predicted(model: Any, prompts: int, prompt: int, response: int, micro_batch: int) -> dict[str, float]:

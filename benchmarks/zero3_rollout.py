@@ -154,7 +154,8 @@ def make_ways(shape: Shape) -> dict[str, Way]:
 
 @contextmanager
 def _gathering(policy: nn.Module, gather: Any) -> Iterator[None]:
-    from remax_lightning.strategies import choice, rollout_parameters
+    from remax_lightning.strategies import gather_mode as choice
+    from remax_lightning.strategies import rollout_parameters
 
     choice.remember(policy, gather)
     with rollout_parameters(policy):

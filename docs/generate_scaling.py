@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from remax_lightning.cli import config_folder
-from remax_lightning.tools.plan import plan
-from remax_lightning.tools.planned_run import read_run
-from remax_lightning.tools.sizes import measure
+from remax_lightning.tools.plan.command import plan
+from remax_lightning.tools.plan.model_sizes import measure
+from remax_lightning.tools.plan.run_config import read_run
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- made by docs/generate_scaling.py -->", "<!-- end of what is made -->"

@@ -23,9 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import RemaxParser, user_mistake
 from remax_lightning.errors import RankError, RankUserError, UserError
-from remax_lightning.modules.checkpointing import earlier_folders
-from remax_lightning.modules.preemption import EXIT_CODE
-from remax_lightning.strategies import launcher
+from remax_lightning.strategies import process_watchdog as launcher
+from remax_lightning.training.preemption import EXIT_CODE
+from remax_lightning.training.resume import earlier_folders
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,

@@ -76,9 +76,9 @@ def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 96) -> An
 
 
 @pytest.fixture
-def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A CUDA device that is really the CPU, for the length of a test."""
-    from pretended_cuda import pretend
+    from fake_cuda import pretend
 
     with pretend(monkeypatch) as device:
         yield device

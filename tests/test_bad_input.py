@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Outcome, changed, in_folder, remax, small_config, write_config
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers.cli import Outcome, changed, in_folder, remax, small_config, write_config
 
 Config = dict[str, Any]
 Change = Callable[[Config, Path], Config]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cuda import PretendedCuda
+from fake_cuda import FakeCuda
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -152,7 +152,7 @@ def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
 
 
 def test_gpu_captures_graphs_of_what_it_measures(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretended_cuda: PretendedCuda
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_cuda: FakeCuda
 ) -> None:
     gpu = load("gpu")
     monkeypatch.setattr(gpu, "device_limits", lambda _: {"copy_gb_per_s": 1.0, "matmul_tflops": 1.0})
@@ -160,8 +160,8 @@ def test_gpu_captures_graphs_of_what_it_measures(
     [line] = lines_of(tmp_path / "gpu.jsonl")
     assert line["rollout_s"] > 0
     assert line["rollout_peak_gb"] > 0
-    assert len(pretended_cuda.graphs) == 3  # of a rollout, of one half as long, and of one without greedy rows
-    assert all(graph.replays for graph in pretended_cuda.graphs)
+    assert len(fake_cuda.graphs) == 3  # of a rollout, of one half as long, and of one without greedy rows
+    assert all(graph.replays for graph in fake_cuda.graphs)
 
 
 def test_the_plan_is_held_against_the_memory_of_a_run(load: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import Outcome, changed, in_folder, remax, small_config, write_config
+from helpers.cli import Outcome, changed, in_folder, remax, small_config, write_config
 
 from remax_lightning.cli import RemaxCLI, run
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import in_folder, remax, small_config, write_config
 from conftest import make_tokenizer, tiny_config, tiny_model
-from runs import write_rows
+from helpers.cli import in_folder, remax, small_config, write_config
+from helpers.training import write_rows
 
 from remax_lightning.cli import config_folder, run
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import in_folder, remax, write_config
-from runs import write_rows
+from helpers.cli import in_folder, remax, write_config
+from helpers.training import write_rows
 
 from remax_lightning.rewards import ClassifierReward
-from remax_lightning.tools.addition import policy_config
-from remax_lightning.tools.dialogues import train_tokenizer
+from remax_lightning.tasks.addition import policy_config
+from remax_lightning.tasks.dialogues import train_tokenizer
 from remax_lightning.tools.pipeline import mean_with_interval
 
 FOLDER = Path(os.environ.get("REMAX_GSM8K", Path(__file__).parents[2] / "shared" / "data" / "gsm8k"))

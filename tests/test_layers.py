@@ -85,7 +85,7 @@ def test_every_part_has_a_layer() -> None:
 @pytest.mark.parametrize(
     ("own", "source"),
     [
-        ("functional", "from remax_lightning.batch import Rollout"),
+        ("functional", "from remax_lightning.types import Rollout"),
         ("rewards", "def f():\n    from remax_lightning.models import PretrainedModel"),
         ("callbacks", "import remax_lightning.modules.remax"),
         ("modules", "from remax_lightning.data import PromptDataModule"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import changed, in_folder, remax, small_config, write_config
+from helpers.cli import changed, in_folder, remax, small_config, write_config
 
 from remax_lightning.cli import run
 from remax_lightning.rewards import exact_match

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import in_folder, remax
 from conftest import make_tokenizer, tiny_config
+from helpers.cli import in_folder, remax
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, ReMaxModule
 from remax_lightning.rollout import SamplingConfig

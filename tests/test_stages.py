@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import changed, in_folder, remax, write_config
 from conftest import make_tokenizer, tiny_config
+from helpers.cli import changed, in_folder, remax, write_config
+from helpers.training import write_rows
 from rewards.test_classifier import save_classifier
-from runs import write_rows
 from test_bad_input import message, refused
 
 from remax_lightning.rewards import ClassifierReward

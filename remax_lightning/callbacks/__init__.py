@@ -7,9 +7,9 @@ from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.evaluation import Evaluation
 from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.kl_monitor import KLMonitor
-from remax_lightning.callbacks.outputs import rollout_output
 from remax_lightning.callbacks.prediction_writer import PredictionWriter
 from remax_lightning.callbacks.sample_dump import SampleDump
+from remax_lightning.callbacks.step_output import rollout_output
 from remax_lightning.callbacks.tensorboard import TensorBoardReport
 from remax_lightning.callbacks.throughput import Throughput
 

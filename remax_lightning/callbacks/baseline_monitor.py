@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from remax_lightning.callbacks.outputs import (
+from remax_lightning.callbacks.step_output import (
     log_step,
     response_baseline,
     response_reward,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.callbacks.outputs import log_step, rollout_output
 from remax_lightning.callbacks.step_figures import StepFigures
+from remax_lightning.callbacks.step_output import log_step, rollout_output
 from remax_lightning.errors import UserError
 
 GROWTH = 1.25

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from remax_lightning.batch import Measures, PromptRecord
-from remax_lightning.callbacks.figures import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
-from remax_lightning.callbacks.outputs import gather_objects, is_dry_run, rollout_output, run_folder
+from remax_lightning.callbacks.step_output import gather_objects, is_dry_run, rollout_output, run_folder
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.intervals import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
+from remax_lightning.types import Measures, PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
 MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")

@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.callbacks.hugging_face import policy_weights, save_exported, save_policy
-from remax_lightning.callbacks.outputs import is_dry_run, run_folder
+from remax_lightning.callbacks.step_output import is_dry_run, run_folder
 from remax_lightning.errors import UserError
+from remax_lightning.models.hf_export import policy_weights, save_exported, save_policy
 
 
 class ExportPolicy(Callback):

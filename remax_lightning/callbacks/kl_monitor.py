@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from remax_lightning.batch import StepOutput
-from remax_lightning.callbacks.outputs import (
+from remax_lightning.callbacks.step_output import (
     log_step,
     max_over_ranks,
     response_kl,
@@ -20,6 +19,7 @@ from remax_lightning.callbacks.outputs import (
     sum_over_ranks,
 )
 from remax_lightning.errors import UserError
+from remax_lightning.types import StepOutput
 
 
 class KLMonitor(Callback):

@@ -12,8 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from remax_lightning.batch import StepOutput
-from remax_lightning.callbacks.outputs import (
+from remax_lightning.callbacks.step_output import (
     is_dry_run,
     response_advantage,
     response_baseline,
@@ -24,8 +23,9 @@ from remax_lightning.callbacks.outputs import (
     run_folder,
     tensorboard_writer,
 )
-from remax_lightning.callbacks.token_texts import token_texts
+from remax_lightning.callbacks.token_strings import token_texts
 from remax_lightning.errors import UserError
+from remax_lightning.types import StepOutput
 
 Stage = Literal["train", "validation"]
 _COLUMNS = (

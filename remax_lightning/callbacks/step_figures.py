@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from remax_lightning.batch import StepOutput
-from remax_lightning.callbacks.outputs import (
+from remax_lightning.callbacks.step_output import (
     gather_over_ranks,
     response_kl,
     response_length,
     response_reward,
     sum_over_ranks,
 )
+from remax_lightning.types import StepOutput
 
 
 class StepFigures:

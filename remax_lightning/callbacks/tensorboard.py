@@ -8,8 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from remax_lightning.batch import StepOutput
-from remax_lightning.callbacks.outputs import (
+from remax_lightning.callbacks.step_output import (
     gather_over_ranks,
     response_kl,
     response_length,
@@ -18,6 +17,7 @@ from remax_lightning.callbacks.outputs import (
     tensorboard_writer,
 )
 from remax_lightning.errors import UserError
+from remax_lightning.types import StepOutput
 
 _CHARTS: dict[str, dict[str, list[str]]] = {
     "Reward": {

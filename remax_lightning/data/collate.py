@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from remax_lightning.batch import PreferenceBatch, PromptBatch, SupervisedBatch
 from remax_lightning.data.sampler import Key
+from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
 
 
 class Example(NamedTuple):

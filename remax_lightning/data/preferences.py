@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from remax_lightning.batch import PreferenceBatch
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs
 from remax_lightning.data.conversations import conversation_ids
@@ -17,6 +16,7 @@ from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.pairs import PairColumns, PairError, with_prompt
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
+from remax_lightning.types import PreferenceBatch
 
 TEXT_TEMPLATE = "{prompt}{response}{eos}"
 """What a reward model reads of a pair in plain text, in the words of `ClassifierReward.template`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from remax_lightning.batch import PromptBatch
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import collate_prompts
 from remax_lightning.data.limits import check_at_least
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.errors import UserError
+from remax_lightning.types import PromptBatch
 
 
 class PromptDataModule(TextDataModule):

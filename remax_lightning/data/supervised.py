@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from remax_lightning.batch import SupervisedBatch
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
 from remax_lightning.data.formatting import column, encode_text
@@ -14,6 +13,7 @@ from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
+from remax_lightning.types import SupervisedBatch
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader

@@ -9,7 +9,9 @@ from remax_lightning.functional.advantages import (
     whiten_advantages,
 )
 from remax_lightning.functional.bootstrap import percentile_interval, resampled_ratios, win_rates
+from remax_lightning.functional.bradley_terry import bradley_terry_loss
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
+from remax_lightning.functional.lm_head import KeptTokens, OutputHead
 from remax_lightning.functional.log_probs import (
     PolicyStatistics,
     TokenStatistics,
@@ -18,8 +20,6 @@ from remax_lightning.functional.log_probs import (
 )
 from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
-from remax_lightning.functional.output_head import KeptTokens, OutputHead
-from remax_lightning.functional.preferences import bradley_terry_loss
 
 __all__ = [
     "Baseline",

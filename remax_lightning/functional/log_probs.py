@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
-from remax_lightning.functional.output_head import KeptTokens, LogitForm, OutputHead, truncated
+from remax_lightning.functional.lm_head import KeptTokens, LogitForm, OutputHead, truncated
 
 LOGITS_AT_ONCE = 2**24
 """How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of

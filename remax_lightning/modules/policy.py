@@ -11,10 +11,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
-from remax_lightning.models.constants import Constants
-from remax_lightning.modules.checks import check_policy, check_quantization
-from remax_lightning.modules.stage import StageModule
+from remax_lightning.models.float32_buffers import Constants
+from remax_lightning.modules.base import StageModule
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
+from remax_lightning.training.config_checks import check_policy, check_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

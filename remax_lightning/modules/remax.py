@@ -9,19 +9,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from remax_lightning.batch import PromptBatch, StepOutput
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.evaluator import EvaluatedModule
 from remax_lightning.models import PretrainedModel
-from remax_lightning.modules import checks
-from remax_lightning.modules.checkpointing import experience_from_state, experience_state, own_state, states_of_ranks
-from remax_lightning.modules.collect import timed
-from remax_lightning.modules.evaluation import EvaluatedModule
-from remax_lightning.modules.objective import Experience, Objective
-from remax_lightning.modules.options import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.modules.randomness import TRAINING
-from remax_lightning.modules.reporting import Sums, step_values
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
+from remax_lightning.training import config_checks as checks
+from remax_lightning.training.objective import Experience, Objective
+from remax_lightning.training.resume import experience_from_state, experience_state, own_state, states_of_ranks
+from remax_lightning.training.seeding import TRAINING
+from remax_lightning.training.step_metrics import Sums, step_values
+from remax_lightning.training.worker import timed
+from remax_lightning.types import PromptBatch, StepOutput
 
 
 class ReMaxModule(EvaluatedModule):

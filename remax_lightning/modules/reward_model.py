@@ -14,21 +14,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remax_lightning.batch import Exported, PreferenceBatch
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models import PretrainedModel
-from remax_lightning.models.constants import Constants
-from remax_lightning.modules import checks
-from remax_lightning.modules.collect import evaluating
-from remax_lightning.modules.load_reward_model import load_reward_model
-from remax_lightning.modules.normalisation import Normalisation, ScoreLayers, fold, score_layers
-from remax_lightning.modules.pair_scores import PairScores, PairScoreSums
-from remax_lightning.modules.reporting import Sums
-from remax_lightning.modules.stage import StageModule
+from remax_lightning.models.float32_buffers import Constants
+from remax_lightning.modules.base import StageModule
+from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
+from remax_lightning.rewards.score_normalization import Normalisation, ScoreLayers, fold, score_layers
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
+from remax_lightning.training import config_checks as checks
+from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
+from remax_lightning.training.step_metrics import Sums
+from remax_lightning.training.worker import evaluating
+from remax_lightning.types import Exported, PreferenceBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,16 +10,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from remax_lightning.batch import PromptBatch, Responses, SupervisedBatch
 from remax_lightning.models import PretrainedModel
-from remax_lightning.modules.collect import Stopping, scored, write
-from remax_lightning.modules.packing import Parting, find_parting, pack, packed_log_probs
+from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.modules.reporting import Sums
-from remax_lightning.modules.statistics import response_statistics
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.strategies import together
+from remax_lightning.training.packing import Parting, find_parting, pack, packed_log_probs
+from remax_lightning.training.step_metrics import Sums
+from remax_lightning.training.worker import Stopping, scored, write
+from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 
 MAX_LOSS = 700.0
 """Nats per token whose exponential a float still holds."""

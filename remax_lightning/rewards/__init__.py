@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from remax_lightning.rewards.base import Reward, Scores, checked_scores
 from remax_lightning.rewards.classifier import ClassifierReward
-from remax_lightning.rewards.deepspeed_chat import DeepSpeedChatConfig
+from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig
 from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.http import HTTPReward
 from remax_lightning.rewards.verifiers import exact_match, length_penalty, numeric_answer, regex_format

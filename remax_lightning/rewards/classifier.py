@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.frozen import FrozenModel, Placement, check_placement
+from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rewards.deepspeed_chat import DeepSpeedChatConfig, ScoredEnd
-from remax_lightning.rewards.loading import (
+from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, ScoredEnd
+from remax_lightning.rewards.formats.load import (
     ClassifierSource,
     LoadedClassifier,
     load_classifier,

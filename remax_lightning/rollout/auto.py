@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout.engine import Ended, Generated, RolloutEngine, SamplingConfig
-from remax_lightning.rollout.forward import language_model, model_inputs, takes
+from remax_lightning.models.forward import language_model, model_inputs, takes
+from remax_lightning.rollout.base import Ended, Generated, RolloutEngine, SamplingConfig
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
-from remax_lightning.rollout.kv_slots import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
 from remax_lightning.rollout.paired import PairedEngine
+from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import response_mask
-from remax_lightning.rollout.engine import Ended, Generated, SamplingConfig
-from remax_lightning.rollout.forward import language_model, row_prompts
+from remax_lightning.models.forward import language_model, row_prompts
+from remax_lightning.rollout.base import Ended, Generated, SamplingConfig
 from remax_lightning.rollout.sampling import log_probs_of, next_tokens
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout.decoding import Buffers, Decoding
-from remax_lightning.rollout.engine import Ended, Generated, SamplingConfig
-from remax_lightning.rollout.forward import language_model, row_prompts
-from remax_lightning.rollout.packed import Packed, is_shared, packed_linears
-from remax_lightning.rollout.recorded import Recorder
+from remax_lightning.models.forward import language_model, row_prompts
+from remax_lightning.rollout.base import Ended, Generated, SamplingConfig
+from remax_lightning.rollout.cast_linear import Packed, is_shared, packed_linears
+from remax_lightning.rollout.decode_loop import Buffers, Decoding
+from remax_lightning.rollout.step_cache import Recorder
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import KeptTokens
-from remax_lightning.rollout.engine import SamplingConfig
+from remax_lightning.rollout.base import SamplingConfig
 
 
 def truncate(logits: Tensor, sampling: SamplingConfig) -> Tensor:

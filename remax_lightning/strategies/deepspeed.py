@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import universal, zero3
-from remax_lightning.strategies.checkpoints import whole_folder
-from remax_lightning.strategies.choice import KEY, Gather, checked_gather, remember
+from remax_lightning.strategies import universal_checkpoint as universal
+from remax_lightning.strategies import zero3
+from remax_lightning.strategies.atomic_checkpoint import whole_folder
+from remax_lightning.strategies.gather_mode import KEY, Gather, checked_gather, remember
 
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies.checkpoints import whole_folder
-from remax_lightning.strategies.choice import Gather, checked_gather, remember
-from remax_lightning.strategies.layers import in_step, layers_of
+from remax_lightning.strategies.atomic_checkpoint import whole_folder
+from remax_lightning.strategies.gather_mode import Gather, checked_gather, remember
+from remax_lightning.strategies.layerwise import in_step, layers_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from remax_lightning.strategies import fsdp2, zero3
-from remax_lightning.strategies.choice import layer_by_layer
+from remax_lightning.strategies.gather_mode import layer_by_layer
 
 log = logging.getLogger(__name__)
 

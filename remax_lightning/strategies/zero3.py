@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies.layers import in_step, layers_of
+from remax_lightning.strategies.layerwise import in_step, layers_of
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
 """What partitions a module's parameters; weakly, because it holds the module."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from remax_lightning.batch import PromptRecord
-from remax_lightning.callbacks.figures import (
+from remax_lightning.errors import UserError
+from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
     MEANINGS,
     Figure,
@@ -25,9 +25,9 @@ from remax_lightning.callbacks.figures import (
     table,
     with_interval,
 )
-from remax_lightning.errors import UserError
 from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
 from remax_lightning.tools.evaluations import Evaluated, read_evaluation
+from remax_lightning.types import PromptRecord
 
 EXECUTION = {"batch_size", "placement", "concurrency", "timeout", "retries", "backoff", "max_bytes"}
 """Arguments of rewards that change how they are run, and no score."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.addition import write_addition_task
+from remax_lightning.tasks.addition import write_addition_task
 
 FOLDER = Path("runs/demo")
 """Where `configs/demo.yaml` and `configs/demo_sft.yaml` read and write."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from remax_lightning.batch import PromptRecord
 from remax_lightning.errors import UserError
+from remax_lightning.types import PromptRecord
 
 
 class Evaluated(NamedTuple):

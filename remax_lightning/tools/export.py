@@ -13,13 +13,13 @@ import yaml
 from torch import Tensor
 
 from remax_lightning.callbacks.export_policy import write_whole
-from remax_lightning.callbacks.hugging_face import save_policy, share_tied
 from remax_lightning.cli import quieten
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
-from remax_lightning.models.adapters import adapter_dtype, holds_adapter, with_adapter
-from remax_lightning.models.checkpoints import TRUST, read_weights
+from remax_lightning.models.checkpoint_reader import TRUST, read_weights
+from remax_lightning.models.hf_export import save_policy, share_tied
+from remax_lightning.models.lora_checkpoint import adapter_dtype, holds_adapter, with_adapter
 
 POLICY = "policy."
 """What the names of the policy's weights begin with in a checkpoint."""

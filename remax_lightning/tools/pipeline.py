@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from remax_lightning.callbacks.figures import Figure, interval, number, table, with_interval
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.intervals import Figure, interval, number, table, with_interval
 from remax_lightning.functional import percentile_interval, resampled_ratios
-from remax_lightning.tools.dialogues import read_pairs, true_score, write_dialogue_task
+from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
 
 FOLDER = Path("runs/pipeline")
 """Where the configurations `pipeline*.yaml` read and write."""

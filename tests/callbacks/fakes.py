@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from remax_lightning.batch import PromptBatch, Responses, Rollout, StepOutput
+from remax_lightning.types import PromptBatch, Responses, Rollout, StepOutput
 
 
 def make_responses(texts: list[str], lengths: list[int], truncated: list[bool] | None = None) -> Responses:

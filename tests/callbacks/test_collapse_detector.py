@@ -25,10 +25,10 @@ from callbacks.fakes import (
     two_steps_of_two_parts,
 )
 
-from remax_lightning.batch import Rollout, StepOutput
 from remax_lightning.callbacks import CollapseDetector
 from remax_lightning.callbacks.collapse_detector import ADVICE
 from remax_lightning.errors import UserError
+from remax_lightning.types import Rollout, StepOutput
 
 RESPONSES = 20
 WINDOW = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import changed, remax, small_config, write_config
-from runs import save_policy
+from helpers.cli import changed, remax, small_config, write_config
+from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule
 from callbacks.fakes import make_trainer as fake_trainer
+from helpers.training import PROMPTS, Recorder, make_trainer, remax_module, save_policy, write_rows
 from lightning.pytorch import Callback
-from runs import PROMPTS, Recorder, make_trainer, remax_module, save_policy, write_rows
 
-from remax_lightning.batch import PromptRecord
 from remax_lightning.callbacks import Evaluation
-from remax_lightning.callbacks.figures import MEANINGS, figures, number, table
 from remax_lightning.data import PromptDataModule
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.intervals import MEANINGS, figures, number, table
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.types import PromptRecord
 
 ALL = {*MEANINGS, "reward_part/letters", "reward_part/lengths"}
 ROWS = [{"prompt": prompt, "chosen": prompt[::-1]} for prompt in PROMPTS[:6]] + [
@@ -105,7 +105,7 @@ def test_records_hold_responses_and_rewards(evaluated: tuple[Path, dict[str, flo
 def test_the_settings_are_there(evaluated: tuple[Path, dict[str, float], str], folders: tuple[str, str]) -> None:
     settings = json.loads((evaluated[0] / "evaluation.json").read_text())["settings"]
     assert (settings["policy"], settings["reference"]) == folders
-    assert settings["reward"] == {"class_path": "runs.CharacterReward"}
+    assert settings["reward"] == {"class_path": "helpers.training.CharacterReward"}
     assert settings["sampling"]["num_samples"] == 2
     own = {"response_column": "chosen", "text": None, "max_length": 1024}
     assert settings["evaluation"] == {**own, "num_resamples": 500, "seed": 4, "confidence": 0.95}

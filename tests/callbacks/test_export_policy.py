@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.callbacks.export_policy import write_whole
-from remax_lightning.callbacks.hugging_face import export_generation_config, policy_weights, save_policy
 from remax_lightning.errors import UserError
+from remax_lightning.models.hf_export import export_generation_config, policy_weights, save_policy
 
 LOAD = """
 import sys, torch

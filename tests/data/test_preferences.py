@@ -12,9 +12,9 @@ import torch
 from conftest import make_tokenizer, tiny_config
 from rewards.test_classifier import loaded, save_classifier
 
-from remax_lightning.batch import PreferenceBatch
 from remax_lightning.data import LoadingConfig, PairColumns, PreferenceDataModule, PromptDataModule, SFTDataModule
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.types import PreferenceBatch
 
 BOS, EOS, PAD = 1, 2, 3
 CHAT = (

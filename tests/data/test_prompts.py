@@ -11,9 +11,9 @@ import torch
 from conftest import make_tokenizer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from remax_lightning.batch import PromptBatch
 from remax_lightning.data import LoadingConfig, PromptDataModule
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.types import PromptBatch
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

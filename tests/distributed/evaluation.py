@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from distributed.invariance import make_strategy
+from helpers.training import PROMPTS, make_trainer, remax_module, write_rows
 from lightning.pytorch import Callback
 from modules.two_ranks import PromptEngine
-from runs import PROMPTS, make_trainer, remax_module, write_rows
 
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule

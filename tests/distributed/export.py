@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import yaml
 from distributed.invariance import Keep, make_strategy
+from helpers.training import make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import make_trainer, prompt_data, remax_module
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.strategies import ReMaxFSDP2Strategy

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.training import make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
 from modules.two_ranks import PromptEngine
-from runs import make_trainer, prompt_data, remax_module
 from torch import Tensor
 
-from remax_lightning.callbacks.hugging_face import policy_weights
+from remax_lightning.models.hf_export import policy_weights
 from remax_lightning.modules import LossConfig
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy, ReMaxFSDP2Strategy
 

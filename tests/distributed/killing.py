@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from commands import changed, small_config, write_config
 from distributed.processes import TESTS
+from helpers.cli import changed, small_config, write_config
 from lightning.pytorch import Callback
 
 from remax_lightning.cli import config_folder

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from distributed.invariance import make_strategy, whole_weights
 from distributed.sharded import local
+from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
-from runs import PROMPTS, make_trainer, prompt_data, remax_module
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import LoRAConfig, PretrainedModel

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from distributed.invariance import make_strategy
 from distributed.sharded import local
+from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, write_rows
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
-from runs import PROMPTS, make_trainer, prompt_data, remax_module, write_rows
 
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import KLConfig

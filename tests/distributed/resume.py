@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from distributed.invariance import STRATEGIES, make_strategy
+from helpers.training import make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
-from runs import make_trainer, prompt_data, remax_module
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from distributed.invariance import make_strategy, whole_weights
+from helpers.training import make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import make_trainer, prompt_data, remax_module
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import PretrainedModel
+from remax_lightning.models.lm_head import find_head
 from remax_lightning.modules import LossConfig
-from remax_lightning.modules.head import find_head
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
-from remax_lightning.strategies import choice, rollout_parameters, whole_parameters
+from remax_lightning.strategies import gather_mode as choice
+from remax_lightning.strategies import rollout_parameters, whole_parameters
 
 STRATEGIES = ("fsdp2", "fsdp2-layerwise", "zero2", "zero3", "zero3-layerwise")
 RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from distributed.invariance import make_strategy, whole_weights
+from helpers.training import make_trainer, write_rows
 from lightning.pytorch import Callback
 from modules.test_reward_model import ROWS, pair_data
 from modules.test_sft import sft_data
-from runs import make_trainer, write_rows
 from torch import Tensor
 
 from remax_lightning.callbacks import ExportPolicy

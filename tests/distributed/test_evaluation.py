@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from distributed.evaluation import CASES, evaluate
 from distributed.processes import launch
-from runs import save_policy
+from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
 

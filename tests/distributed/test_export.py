@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Outcome, remax
 from distributed.export import PRECISIONS, STRATEGIES
 from distributed.processes import launch
-from runs import save_policy
+from helpers.cli import Outcome, remax
+from helpers.training import save_policy
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distributed.killing import STEPS, STRATEGIES, hit, losses, remax, write_run
-from runs import save_policy
+from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed.invariance import OPTIMIZERS, STRATEGIES, change, run
 from distributed.processes import launch
-from runs import distance, save_policy
+from helpers.training import distance, save_policy
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed.lora import LAUNCHES, train
 from distributed.processes import launch
-from runs import save_policy
+from helpers.training import save_policy
 from safetensors.torch import load_file
 from torch import Tensor
 

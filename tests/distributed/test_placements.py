@@ -11,8 +11,8 @@ from conftest import tiny_config
 from distributed.placements import CASES, run
 from distributed.processes import launch
 from distributed.test_lora import names_in
+from helpers.training import save_policy
 from rewards.test_classifier import save_classifier
-from runs import save_policy
 
 pytestmark = pytest.mark.slow
 each_case = pytest.mark.parametrize(("strategy", "placement", "estimator"), CASES)

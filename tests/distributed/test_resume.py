@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from distributed.invariance import STRATEGIES
 from distributed.processes import launch
-from runs import save_policy
+from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed.processes import launch
 from distributed.sharded import LENGTHS, STRATEGIES
-from runs import save_policy
+from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
 ALONE = ("zero2", "zero3", "zero3-layerwise")

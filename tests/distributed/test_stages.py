@@ -11,9 +11,9 @@ from conftest import make_tokenizer, tiny_config
 from distributed.invariance import change
 from distributed.processes import launch
 from distributed.stages import PACKED, STARTS, STRATEGIES, run
+from helpers.training import distance, save_policy
 from modules.test_reward_model import ROWS
 from rewards.test_classifier import save_classifier
-from runs import distance, save_policy
 from safetensors.torch import load_file
 
 from remax_lightning.rewards import ClassifierReward

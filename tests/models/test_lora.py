@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from runs import save_policy
+from helpers.training import save_policy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, PretrainedModel, at_start

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.training import EARLY_ENDS, fit, make_trainer, prompt_data, remax_module, save_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from runs import EARLY_ENDS, fit, make_trainer, prompt_data, remax_module, save_policy
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, PretrainedModel
-from remax_lightning.modules.checks import check_quantization
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy, ReMaxFSDP2Strategy
+from remax_lightning.training.config_checks import check_quantization
 
 QLORA = PretrainedModel("policy", quantization="nf4", lora=LoRAConfig(r=4))
 
 
 def test_without_bitsandbytes_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("remax_lightning.models.pretrained.find_spec", lambda name: None)
+    monkeypatch.setattr("remax_lightning.models.loading.find_spec", lambda name: None)
     source = PretrainedModel(save_policy(tmp_path), quantization="nf4")
     message = r"model\.policy\.quantization is nf4, which needs bitsandbytes: pip install bitsandbytes"
     with pytest.raises(UserError, match=message):

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import Recorder, distance, fit, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
 from oracles import policies
-from runs import Recorder, distance, fit, prompt_data, remax_module, save_policy
 from torch import Tensor
 
-from remax_lightning.batch import Rollout
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.modules.checkpointing import experience_from_state, experience_state
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.training.resume import experience_from_state, experience_state
+from remax_lightning.types import Rollout
 
 FULL = KLConfig("full")
 BOTH = KLConfig("full", loss_coef=0.3, loss_estimator="full")

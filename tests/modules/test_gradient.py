@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import PROMPTS, Recorder, distance, fit, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
 from oracles import policies
 from oracles.advantages import whiten
-from runs import PROMPTS, Recorder, distance, fit, prompt_data, remax_module, save_policy
 
-from remax_lightning.batch import PromptBatch
 from remax_lightning.data import PromptDataModule
 from remax_lightning.models import PretrainedModel
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.types import PromptBatch
 
 Options = dict[str, Any]
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
-from runs import make_trainer, prompt_data, write_rows
+from helpers.training import make_trainer, prompt_data, write_rows
 
 from remax_lightning.data import SFTDataModule
 from remax_lightning.models import PretrainedModel

@@ -10,19 +10,20 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from fake_cuda import FakeCuda, is_there, pretend
+from helpers.training import Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
 from modules.test_resume import HALF, TIMES, WHOLE, Setting
 from modules.test_reward_model import ROWS as PAIRS
 from modules.test_sft import ROWS as EXAMPLES
-from pretended_cuda import PretendedCuda, is_there, pretend
 from rewards.test_classifier import save_classifier
-from runs import Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
 
 from remax_lightning.callbacks import BaselineMonitor, CollapseDetector, Evaluation, KLMonitor, SampleDump, Throughput
 from remax_lightning.data import PreferenceDataModule, SFTDataModule
 from remax_lightning.models import LoRAConfig, PretrainedModel
 from remax_lightning.modules import KLConfig, LossConfig, RewardModelModule, SFTModule
 from remax_lightning.rewards import ClassifierReward
-from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig, decoding, sampling
+from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig, sampling
+from remax_lightning.rollout import decode_loop as decoding
 
 Ran = TypeVar("Ran")
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
@@ -152,7 +153,7 @@ def test_the_earlier_stages_train_as_on_a_cpu(folder: Path, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed(tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
+def test_a_run_is_resumed(tmp_path: Path, fake_cuda: FakeCuda) -> None:
     setting = Setting(tmp_path, "gpt2", dropout=True, trainer={"accelerator": "gpu", "precision": "bf16-mixed"})
     whole, _ = setting.start(0, WHOLE)
     setting.start(0, HALF)
@@ -160,17 +161,17 @@ def test_a_run_is_resumed(tmp_path: Path, pretended_cuda: PretendedCuda) -> None
     assert resumed.figures == whole.figures[HALF:]
     for name, value in whole.weights[-1].items():
         assert torch.equal(resumed.weights[-1][name], value)
-    assert sum(graph.replays for graph in pretended_cuda.graphs) > 0
+    assert sum(graph.replays for graph in fake_cuda.graphs) > 0
 
 
-def test_training_follows_a_validation(folder: Path, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
+def test_training_follows_a_validation(folder: Path, tmp_path: Path, fake_cuda: FakeCuda) -> None:
     """In one process: what the rollouts of `Trainer.validate` keep is of its inference mode unless they take care."""
     module, data = remax(folder), prompt_data(tmp_path, str(folder / "policy"))
     make_trainer(tmp_path, accelerator="gpu", limit_val_batches=1.0).validate(module, data, verbose=False)
-    replays = sum(graph.replays for graph in pretended_cuda.graphs)
+    replays = sum(graph.replays for graph in fake_cuda.graphs)
     seen = fit(module, data, tmp_path, accelerator="gpu", max_steps=2, max_epochs=-1)
     assert len(seen.logged) == 2
-    assert sum(graph.replays for graph in pretended_cuda.graphs) > replays > 0
+    assert sum(graph.replays for graph in fake_cuda.graphs) > replays > 0
 
 
 def test_a_policy_is_evaluated_as_on_a_cpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from oracles import advantages as oracle
 from oracles import cases, estimates
 from torch import Tensor
 
-from remax_lightning.batch import PromptBatch, Responses, Rollout
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.modules.objective import Objective
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.training.objective import Objective
+from remax_lightning.types import PromptBatch, Responses, Rollout
 
 FOLDER = Path(__file__).parents[2] / "configs" / "presets"
 NAMES = ("reference", "model_card", "verl", "openrlhf")

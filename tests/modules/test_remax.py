@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from oracles import policies
-from oracles.estimates import kl_estimate
-from runs import (
+from helpers.training import (
     PROMPTS,
     CharacterReward,
     FixedEngine,
@@ -23,12 +20,15 @@ from runs import (
     remax_module,
     save_policy,
 )
+from lightning.pytorch import Callback
+from oracles import policies
+from oracles.estimates import kl_estimate
 from torch import Tensor
 
-from remax_lightning.batch import PromptBatch
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import PairedEngine, SamplingConfig
+from remax_lightning.types import PromptBatch
 
 EOS = 2
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, save_policy, weights_of
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import PROMPTS, make_trainer, prompt_data, remax_module, save_policy, weights_of
 from torch import Tensor
 
 from remax_lightning.callbacks import KLMonitor

@@ -12,23 +12,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.training import distance, make_trainer, write_rows
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from oracles import preferences
 from rewards.test_classifier import encoder_config, save_classifier
 from rewards.test_formats import body_of, opts_tokenizer, save_deepspeed_chat
-from runs import distance, make_trainer, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from remax_lightning.batch import PreferenceBatch
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.data import PairColumns, PreferenceDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, PretrainedModel
 from remax_lightning.modules import RewardModelModule
-from remax_lightning.modules.load_reward_model import load_reward_model
 from remax_lightning.rewards import ClassifierReward
+from remax_lightning.rewards.new_reward_model import load_reward_model
+from remax_lightning.types import PreferenceBatch
 
 ROWS = [
     {"prompt": "1+1=", "chosen": "2", "rejected": "11", "gap": 0.0},
@@ -291,7 +291,7 @@ def test_figures_are_those_of_the_pairs(start: str, tmp_path: Path, batch_size: 
 
 
 def test_calibration_error_of_many_pairs() -> None:
-    from remax_lightning.modules.pair_scores import PairScores
+    from remax_lightning.training.preference_metrics import PairScores
 
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 400, generator=generator, dtype=torch.float64)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from runs import FixedEngine, distance, fit, prompt_data, remax_module, save_policy
+from helpers.training import FixedEngine, distance, fit, prompt_data, remax_module, save_policy
 
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation import evaluator as module_file
 from remax_lightning.modules import KLConfig, LossConfig
-from remax_lightning.modules import evaluation as module_file
 from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
 
 
@@ -130,12 +130,12 @@ def test_the_ratio_of_the_first_update_is_one_under_truncation(
 ) -> None:
     """Log-probs of the rollout and of the training pass are over the same tokens, with the model's head and without."""
     if not head:
-        from remax_lightning.modules import statistics
+        from remax_lightning.models import log_probs as statistics
 
         found = statistics.find_head
         monkeypatch.setattr(statistics, "find_head", lambda model: found(model)._replace(head=None))
     ratios: list[torch.Tensor] = []
-    from remax_lightning.modules import objective
+    from remax_lightning.training import objective
 
     surrogate = objective.clipped_surrogate_loss
 

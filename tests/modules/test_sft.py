@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.training import distance, fit, make_trainer, save_policy, write_rows
 from lightning.pytorch import Callback
-from runs import distance, fit, make_trainer, save_policy, write_rows
 from torch import Tensor
 
-from remax_lightning.batch import SupervisedBatch
 from remax_lightning.data import SFTDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
-from remax_lightning.modules import SFTModule, packing
-from remax_lightning.modules.head import FoundHead
+from remax_lightning.models.lm_head import FoundHead
+from remax_lightning.modules import SFTModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.training import packing
+from remax_lightning.types import SupervisedBatch
 
 ROWS = [
     {"prompt": "1+1=", "response": "2"},

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import FixedEngine, Recorder, distance, fit, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
-from runs import FixedEngine, Recorder, distance, fit, prompt_data, remax_module, save_policy
 from torch import Tensor
 
 from remax_lightning.callbacks import KLMonitor
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.modules.objective import Experience
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.training.objective import Experience
 
 EOS, J = 2, 30
 WRONG = [[40, 41, EOS, EOS, EOS, EOS], [42, 43, 44, 45, EOS, EOS]]

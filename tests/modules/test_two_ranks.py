@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training import distance, save_policy
 from modules.two_ranks import VARIANTS, evaluate, run
-from runs import distance, save_policy
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import PROMPTS, CharacterReward, Recorder, fit, make_trainer, prompt_data, remax_module
+from helpers.training import PROMPTS, CharacterReward, Recorder, fit, make_trainer, prompt_data, remax_module
 from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig

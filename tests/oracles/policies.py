@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remax_lightning.batch import Rollout
+from remax_lightning.types import Rollout
 
 
 def load(path: str, weights: dict[str, Tensor] | None = None) -> Any:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from remax_lightning.batch import PromptBatch
+from remax_lightning.types import PromptBatch
 
 
 class SquarePrompts(LightningDataModule):

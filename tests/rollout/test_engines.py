@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig, decoding
+from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import decode_loop as decoding
 from remax_lightning.rollout.auto import obstacle
-from remax_lightning.rollout.kv_slots import make_slots
+from remax_lightning.rollout.static_cache import make_slots
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
 ENGINES = [PairedEngine, HuggingFaceEngine]
@@ -235,7 +236,7 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
 def test_a_lora_wrapper_is_seen_through() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from remax_lightning.rollout.forward import takes
+    from remax_lightning.models.forward import takes
 
     model = tiny_model("gpt2")
     model.generation_config.top_k = 7
@@ -262,9 +263,9 @@ LOG_PROBS = [
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options: dict[str, Any]) -> None:
     """Against the pass over the finished responses, whose rows end at several lengths."""
-    from remax_lightning.batch import PromptBatch, Responses, Rollout
     from remax_lightning.functional import response_mask
-    from remax_lightning.modules.statistics import policy_statistics
+    from remax_lightning.models.log_probs import policy_statistics
+    from remax_lightning.types import PromptBatch, Responses, Rollout
 
     model = tiny_model("llama")
     lengths, eos = [3, 7, 5, 4], likely_token(model)

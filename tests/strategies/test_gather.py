@@ -20,7 +20,7 @@ from remax_lightning.strategies import (
     rollout_parameters,
     shard_policy,
 )
-from remax_lightning.strategies.layers import in_step, layers_of
+from remax_lightning.strategies.layerwise import in_step, layers_of
 
 
 @pytest.fixture

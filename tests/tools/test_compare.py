@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import changed, in_folder, remax, small_config, write_config
-from runs import write_rows
+from helpers.cli import changed, in_folder, remax, small_config, write_config
+from helpers.training import write_rows
 
 from remax_lightning.cli import run
 from remax_lightning.errors import UserError

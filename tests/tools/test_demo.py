@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from remax_lightning.tasks.addition import write_addition_task
 from remax_lightning.tools import demo
-from remax_lightning.tools.addition import write_addition_task
 
 
 def read(path: Path) -> list[dict[str, str]]:

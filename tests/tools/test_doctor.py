@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Outcome, changed, in_folder, remax, write_config
+from doctor_fixtures import healthy, preferred, supervised, with_reward_model
+from helpers.cli import Outcome, changed, in_folder, remax, write_config
 from test_readme import ROOT, tables
-from tools.patients import healthy, preferred, supervised, with_reward_model
 
 from remax_lightning.cli import run
-from remax_lightning.tools.addition import write_addition_task
-from remax_lightning.tools.doctor_checks import CHECKS, Subject, examine, read_subject
+from remax_lightning.tasks.addition import write_addition_task
+from remax_lightning.tools.doctor import CHECKS, Subject, examine, read_subject
 
 NAMES = [check.name for check in CHECKS]
 
@@ -72,7 +72,7 @@ def test_the_demo_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixtu
     with in_folder(tmp_path):
         write_addition_task(tmp_path / "runs" / "demo" / "task")
         run(["fit", "--config", str(ROOT / "configs" / "demo_sft.yaml"), "--trainer.max_steps=100"])
-        reward = "--model.reward=runs.CharacterReward"
+        reward = "--model.reward=helpers.training.CharacterReward"
         outcome = remax(capsys, "doctor", "--config", str(ROOT / "configs" / "demo.yaml"), reward)
     assert outcome.code == 0, outcome.out
     skipped = len([check for check in CHECKS if check.name in ("reward_template", "reward_truncation")])
@@ -153,7 +153,7 @@ def test_a_reward_that_cannot_be_loaded_leaves_the_policy_to_be_checked(
 def test_a_check_that_raises_has_failed_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = changed(healthy(tmp_path), model__init_args__rollout={"class_path": "tools.patients.Breaker"})
+    config = changed(healthy(tmp_path), model__init_args__rollout={"class_path": "doctor_fixtures.Breaker"})
     outcome, results = doctor(capsys, tmp_path, config)
     assert outcome.code == 1
     assert results["greedy"]["measured"] == "RuntimeError: the engine is out of order"

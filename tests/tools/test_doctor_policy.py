@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from commands import changed
-from runs import save_policy
-from tools.patients import Liar, Talker, Wanderer, ask, healthy, loaded
+from doctor_fixtures import Liar, Talker, Wanderer, ask, healthy, loaded
+from helpers.cli import changed
+from helpers.training import save_policy
 
-from remax_lightning.tools.doctor_checks import Subject
+from remax_lightning.tools.doctor import Subject
 
 SAMPLING = {"max_response_length": 24, "num_samples": 2}
 

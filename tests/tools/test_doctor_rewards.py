@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from commands import changed
 from conftest import make_tokenizer
+from doctor_fixtures import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
+from helpers.cli import changed
+from helpers.training import write_rows
 from rewards.test_classifier import CHAT
-from runs import write_rows
-from tools.patients import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.tools.doctor_checks import Subject, memory
+from remax_lightning.tools.doctor import Subject
+from remax_lightning.tools.doctor.command import memory
 
 PLAIN = "{prompt}{response}{eos}"
 
@@ -145,7 +146,7 @@ COMPANY = {"Dice": "again", "Places": "alone", "Ranks": "alone", "Turns": "in an
 
 @pytest.mark.parametrize(("kind", "company"), COMPANY.items())
 def test_a_reward_that_depends_on_more_than_its_response(tmp_path: Path, kind: str, company: str) -> None:
-    reward = {"class_path": f"tools.patients.{kind}"}
+    reward = {"class_path": f"doctor_fixtures.{kind}"}
     found = ask(loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reward=reward)), "reward_padding")
     assert found.status == "fail"
     assert company in found.measured

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import changed, in_folder, remax, small_config, write_config
 from conftest import make_tokenizer, tiny_model
-from runs import save_policy
+from helpers.cli import changed, in_folder, remax, small_config, write_config
+from helpers.training import save_policy
 from safetensors.torch import load_file
 
 ADAPTED = ("q_proj", "down_proj")

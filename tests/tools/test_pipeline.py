@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import in_folder
+from helpers.cli import in_folder
 
 from remax_lightning.data.reading import read_rows
 from remax_lightning.data.stages import STAGES, rows_of_stage

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import changed, small_config
-from runs import save_policy
+from helpers.cli import changed, small_config
+from helpers.training import save_policy
 from torch import nn
 
 from remax_lightning.cli import config_folder
 from remax_lightning.errors import UserError
 from remax_lightning.models import PretrainedModel
-from remax_lightning.tools.memory import least_devices
-from remax_lightning.tools.plan import main
+from remax_lightning.tools.plan.command import main
+from remax_lightning.tools.plan.phases import least_devices
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import changed, remax, small_config, write_config
-from runs import save_policy
+from helpers.cli import changed, remax, small_config, write_config
+from helpers.training import save_policy
 from tools.report_run import HOSTILE, planted_curves, sample, write_events, write_run, write_samples
 
 from remax_lightning.errors import UserError

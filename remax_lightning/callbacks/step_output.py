@@ -1,0 +1,119 @@
+"""What callbacks read from the outputs of a step, and how they add it up over ranks.
+
+Every sum is made in float64. A decision is only ever taken on reduced numbers, so that all ranks take the
+same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from remax_lightning.types import Rollout, StepOutput
+
+
+def rollout_output(outputs: object) -> StepOutput | None:
+    """Return `outputs` if a step of `ReMaxModule` made them, None for those of any other module."""
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("rollout"), Rollout):
+        return cast("StepOutput", outputs)
+    return None
+
+
+def response_kl(output: StepOutput) -> Tensor | None:
+    """Return the KL of each sampled response, `[S]` in nats (sum over tokens), None without a reference."""
+    kl = output["kl"]
+    return None if kl is None else kl.detach().double().sum(dim=-1).cpu()
+
+
+def response_advantage(output: StepOutput) -> Tensor:
+    """Return the advantage of each sampled response, `[S]`: the mean over its tokens."""
+    mask = output["rollout"].sampled.response_mask
+    advantages = output["advantages"].detach().double() * mask
+    return (advantages.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).cpu()
+
+
+def response_reward(output: StepOutput) -> Tensor:
+    """Return the reward of each sampled response, `[S]`."""
+    return output["rollout"].reward.detach().double().cpu()
+
+
+def response_baseline(output: StepOutput) -> Tensor | None:
+    """Return the greedy reward of each sampled response's prompt, `[S]`, or None without greedy responses."""
+    rollout = output["rollout"]
+    if rollout.baseline_reward is None:
+        return None
+    return rollout.baseline_reward.detach().double().cpu().repeat_interleave(rollout.num_samples)
+
+
+def response_length(output: StepOutput) -> Tensor:
+    """Return the length of each sampled response, `[S]` in tokens, end-of-sequence token included."""
+    return output["rollout"].sampled.response_mask.sum(dim=-1).double().cpu()
+
+
+def sum_over_ranks(trainer: Trainer, values: Sequence[float]) -> list[float]:
+    """Return the sum of each value over all ranks, the same list on every rank."""
+    return _reduce(trainer, values, "sum")
+
+
+def max_over_ranks(trainer: Trainer, values: Sequence[float]) -> list[float]:
+    """Return the largest of each value over all ranks, the same list on every rank."""
+    return _reduce(trainer, values, "max")
+
+
+def _reduce(trainer: Trainer, values: Sequence[float], operation: str) -> list[float]:
+    if trainer.world_size == 1:
+        return [float(value) for value in values]
+    # Backends for accelerators reduce what lies on the accelerator only.
+    local = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    reduced = trainer.strategy.reduce(local, reduce_op=operation)
+    return cast("list[float]", cast("Tensor", reduced).tolist())
+
+
+def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """Return the values (`[M]`, finite, `M` may differ by rank) of all ranks in one CPU float64 tensor."""
+    values = values.double()
+    if trainer.world_size == 1:
+        return values.cpu()
+    longest = int(max_over_ranks(trainer, [values.numel()])[0])
+    if longest == 0:
+        return values.cpu()
+    padded = torch.full((longest,), torch.nan, dtype=torch.float64, device=trainer.strategy.root_device)
+    padded[: values.numel()] = values.to(padded.device)
+    gathered = trainer.strategy.all_gather(padded).cpu().flatten()
+    return gathered[~gathered.isnan()]
+
+
+def gather_objects(trainer: Trainer, own: list[Any]) -> list[Any]:
+    """Return the objects of all ranks in one list, the same on each; every rank has to call this."""
+    if trainer.world_size == 1:
+        return own
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, own)
+    return [each for part in parts for each in part]
+
+
+def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
+    """Log numbers of the optimizer step that has just ended; Lightning's `log_every_n_steps` holds."""
+    pl_module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return where the run writes: the logger's folder, else `default_root_dir`. Call it on every rank."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Return whether this is a `fast_dev_run`, which leaves no files behind."""
+    return bool(cast("Any", trainer).fast_dev_run)
+
+
+def tensorboard_writer(trainer: Trainer) -> Any | None:
+    """Return TensorBoard's writer (a mute one above rank 0), None without a `TensorBoardLogger`."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)

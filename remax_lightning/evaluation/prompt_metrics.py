@@ -1,0 +1,117 @@
+"""What an evaluation measured, prompt by prompt: gathered over ranks, each prompt once, and the figures made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional import win_rates
+from remax_lightning.training.step_metrics import step_values
+from remax_lightning.types import PromptRecord, Responses, StepOutput
+
+MOST_NATS = 700.0
+"""Nats per token whose exponential a float still holds."""
+
+
+def prompt_records(output: StepOutput) -> list[PromptRecord]:
+    """Return what a step measured of the policy's own responses, one record for each of its `B` prompts."""
+    rollout = output["rollout"]
+    prompt, sampled, greedy = rollout.prompt, rollout.sampled, cast(Responses, rollout.greedy)
+    count = len(prompt.prompts)
+    columns = {name: sums_by_prompt(*each, count) for name, each in step_values(output).items()}
+    if output["kl"] is not None:
+        columns["kl_per_response"] = sums_by_prompt(output["kl"].sum(-1), None, count)
+    texts, rewards = by_prompt(sampled.texts, count), rollout.reward.view(count, -1).tolist()
+    baseline = cast(Tensor, rollout.baseline_reward).tolist()
+    return [
+        PromptRecord(
+            None if prompt.indices is None else prompt.indices[i],
+            prompt.prompts[i],
+            {"sampled": texts[i], "greedy": [greedy.texts[i]]},
+            {"sampled": rewards[i], "greedy": [baseline[i]]},
+            {name: column[i] for name, column in columns.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def sums_by_prompt(values: Tensor, mask: Tensor | None, num_prompts: int) -> list[tuple[float, float]]:
+    """Return for each prompt the sum of its values, and how many they are.
+
+    Args:
+        values: `[S]`, `[B]` or `[S, R]`, prompt by prompt.
+        mask: of the same shape, what is counted of them; None for all.
+        num_prompts: `B`.
+    """
+    counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    wide = values.cpu().double().masked_fill(~counted.cpu(), 0.0)
+    tops, bottoms = (each.reshape(num_prompts, -1).sum(1).tolist() for each in (wide, counted.cpu()))
+    return [(top, float(bottom)) for top, bottom in zip(tops, bottoms, strict=True)]
+
+
+def by_prompt(values: Sequence[str], num_prompts: int) -> list[list[str]]:
+    """Return `S` values as those of each prompt."""
+    size = len(values) // num_prompts
+    return [list(values[i * size : (i + 1) * size]) for i in range(num_prompts)]
+
+
+def compared(record: PromptRecord, other: str, texts: list[str], rewards: list[float]) -> PromptRecord:
+    """Return a record with responses of `other` to the same prompt, and how the policy's rewards compare with theirs.
+
+    Args:
+        record: what the policy wrote.
+        other: whose responses they are: `reference` or `chosen`.
+        texts: the responses.
+        rewards: their rewards.
+    """
+    own, theirs = (torch.tensor([each], dtype=torch.float64) for each in (record.rewards["sampled"], rewards))
+    sums = {f"{other}_reward": (sum(rewards), float(len(rewards))),
+            f"win_rate_{other}": (float(win_rates(own, theirs)), 1.0)}  # fmt: skip
+    return record._replace(
+        responses={**record.responses, other: texts},
+        rewards={**record.rewards, other: rewards},
+        sums={**record.sums, **sums},
+    )
+
+
+class RecordSums:
+    """Gathers records batch by batch, for the logs."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[str, tuple[float, float]]] = {}
+        self._others: list[dict[str, tuple[float, float]]] = []
+
+    def add(self, records: Sequence[PromptRecord]) -> None:
+        """Add the records of a batch."""
+        for record in records:
+            if record.number is None:
+                self._others.append(record.sums)
+            else:
+                self._known.setdefault(record.number, record.sums)
+
+    def means(self) -> dict[str, float]:
+        """Return the figures over all ranks, the same on each, and start anew; a prompt counts once."""
+        own, self._known, self._others = (self._known, self._others), {}, []
+        parts = [own]
+        if torch.distributed.is_initialized():
+            parts *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, own)
+        known: dict[int, dict[str, tuple[float, float]]] = {}
+        for first, _ in reversed(parts):  # of a prompt that two ranks have had, the first one's
+            known |= first
+        every = [*known.values(), *(sums for _, others in parts for sums in others)]
+        names = {name: None for sums in every for name in sums}
+        return {name: _figure(name, [sums[name] for sums in every if name in sums]) for name in names}
+
+
+def _figure(name: str, sums: Sequence[tuple[float, float]]) -> float:
+    # Rounded once, so that the order of the prompts, and with it the number of ranks, does not matter.
+    top, bottom = (math.fsum(column) for column in zip(*sums, strict=True))
+    ratio = top / max(1.0, bottom)
+    if not name.endswith("perplexity"):
+        return ratio
+    return math.exp(ratio) if ratio < MOST_NATS else math.inf

@@ -1,0 +1,190 @@
+"""The weights in a run's checkpoint, whichever strategy wrote it, read in one process and without running its code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+
+TRUST = "--trust_checkpoint"
+"""The option of `remax export` by which a user vouches for what a file would run."""
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed")
+_SHARDED = "state_dict."
+"""What Lightning's FSDP2 puts before the names of weights in a folder of shards."""
+
+
+def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, whole, on the CPU and in the dtype that they were trained in.
+
+    A checkpoint of one file is not copied to memory: its tensors are read from the disk when they are looked at. Of
+    shards, one rank's are in memory at a time, beside the whole that is made of them.
+
+    Args:
+        path: a `.ckpt` file, or the folder that DeepSpeed or FSDP2 made of one.
+        prefix: what the names of the wanted weights begin with; it is taken off.
+        trusted: whether files may run code of their own, as all that pickle reads may. Otherwise they hold tensors,
+            numbers and text, and what DeepSpeed and FSDP2 put beside them, and nothing else.
+
+    Raises:
+        UserError: if it is no checkpoint or not a whole one, would run code, or has no such weights.
+    """
+    if path.is_file():
+        found: Mapping[str, Any] = load_file(path, trusted).get("state_dict") or {}
+        weights = {name: value for name, value in found.items() if name.startswith(prefix)}
+    elif (path / ".metadata").is_file() or (path / "meta.pt").is_file():
+        weights = _read_shards(path, prefix, trusted)
+    elif (path / "latest").is_file():
+        from remax_lightning.models.zero_reader import read_zero
+
+        weights = {name: value for name, value in read_zero(path, trusted).items() if name.startswith(prefix)}
+    else:
+        what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "is not there"
+        raise UserError(f"checkpoint: {str(path)!r} {what}; give a checkpoint of `remax fit`, whole")
+    if not weights:
+        raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+def load_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
+    """Return what `torch.save` wrote; tensors stay on the disk until they are looked at.
+
+    Args:
+        file: its path.
+        trusted: whether it may run code.
+        known: in which further classes count as harmless.
+
+    Raises:
+        UserError: if it cannot be read, or would run code.
+    """
+    try:
+        with known or nullcontext():
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trusted)
+    except pickle.UnpicklingError as error:
+        refused = _REFUSED.search(str(error))
+        if refused is None:
+            raise unreadable(file, error) from error
+        raise UserError(
+            f"checkpoint: {str(file)!r} holds a {refused[1]}, and to read that may run any code; if you trust whoever"
+            f" wrote it, add {TRUST}"
+        ) from error
+    except (EOFError, OSError, RuntimeError) as error:
+        raise unreadable(file, error) from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint: {str(file)!r} holds a {type(content).__name__}; give a checkpoint of `remax fit`")
+    return content
+
+
+def unreadable(file: Path, error: BaseException | str) -> UserError:
+    """Return what says that a file is missing, cut short or of another kind."""
+    text = str(error).strip().splitlines()
+    return UserError(
+        f"checkpoint: {str(file)!r} cannot be read, so it is no checkpoint or only a part of one"
+        f" ({text[0] if text else type(error).__name__}); give one that was written to its end"
+    )
+
+
+def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
+    """Read what FSDP2 wrote with torch's distributed checkpoint."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader: Any = FileSystemReader(path)
+    if not trusted:
+        reader.read_metadata = partial(_read_metadata, path / ".metadata", reader.load_id)
+    metadata = reader.read_metadata()
+    _check_shards(path, metadata)
+    weights: dict[str, Any] = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in metadata.state_dict_metadata.items()
+        if name.startswith(_SHARDED + prefix) and isinstance(stored, TensorStorageMetadata)
+    }
+    if weights:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+                load(weights, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise unreadable(path, error) from error
+    return {name.removeprefix(_SHARDED): value for name, value in weights.items()}
+
+
+def _check_shards(path: Path, metadata: Any) -> None:
+    """Refuse a folder that lacks a file, or the end of one."""
+    for stored in metadata.storage_data.values():
+        file = path / stored.relative_path
+        if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
+            raise unreadable(file, "a shard is missing or cut short")
+
+
+def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
+    """Return the table of contents of torch's distributed checkpoint; torch would unpickle anything that is there."""
+    try:
+        with file.open("rb") as stream:
+            metadata = _Metadata(stream).load()
+    except (EOFError, OSError, pickle.UnpicklingError) as error:
+        raise unreadable(file, error) from error
+    metadata.storage_meta.load_id = load_id
+    return metadata
+
+
+GETATTR = "builtins.getattr"
+"""What Python before 3.11.4 writes for the member of an enumeration: it is looked up in its class."""
+
+
+def enum_member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration; in place of `getattr`, which would return anything of anything.
+
+    Raises:
+        UserError: if it is something else that is looked up.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise UserError(
+            f"checkpoint: it looks up {name!r} in a {kind!r}, and to read that may run any code; if you trust whoever"
+            f" wrote it, add {TRUST}"
+        )
+    return kind[name]
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the classes that such a table is made of, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that is harmless."""
+        if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
+            return enum_member
+        harmless = (
+            module == "torch.distributed.checkpoint.metadata"
+            or (module, name) in _HARMLESS
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        )
+        if not harmless:
+            raise UserError(
+                f"checkpoint: its .metadata holds a {module}.{name}, and to read that may run any code; if you trust"
+                f" whoever wrote it, add {TRUST}"
+            )
+        return super().find_class(module, name)
+
+
+_HARMLESS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}

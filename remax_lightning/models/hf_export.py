@@ -1,0 +1,211 @@
+"""A policy in training as the files of a Hugging Face model folder; the policy itself is left as it is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.types import Exported
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = True) -> dict[str, Tensor] | None:
+    """Return the whole weights on the CPU where a strategy has spread them over ranks, else None.
+
+    Args:
+        policy: the model; every rank has to call this.
+        keep: whether this rank needs the weights; the others get an empty dictionary.
+        merge_lora: false leaves out the frozen base of an adapted policy, which `save_policy` then does not need.
+    """
+    from torch.distributed.tensor import DTensor
+
+    only_adapter = not merge_lora and hasattr(policy, "peft_config")
+    values = policy.state_dict(keep_vars=True)
+    if any(isinstance(value, DTensor) for value in values.values()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
+        whole: dict[str, Any] = get_model_state_dict(policy, options=options)
+        return share_tied(policy, whole) if keep else {}
+    if only_adapter:
+        values = {name: value for name, value in values.items() if value.requires_grad}
+    if any(hasattr(value, "ds_id") for value in values.values()):  # DeepSpeed ZeRO stage 3
+        return _gather_zero_3(values, keep)
+    return None
+
+
+def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    import deepspeed
+
+    gathered: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
+    for value in values.values():
+        if id(value) in gathered:  # on every rank alike, for to gather is to meet
+            continue
+        # One at a time: the accelerator need not hold the whole model.
+        with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
+            gathered[id(value)] = value.detach().cpu().clone() if keep else None
+    return {name: cast(Tensor, gathered[id(value)]) for name, value in values.items()} if keep else {}
+
+
+def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` with one tensor for each parameter, also where the model has it under several names."""
+    first: dict[int, str] = {}
+    return {
+        name: weights[first.setdefault(id(value), name)]
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in weights
+    }
+
+
+def save_policy(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None,
+    folder: Path,
+    *,
+    merge_lora: bool = True,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Save model, generation settings and tokenizer so that `from_pretrained` reads them.
+
+    Args:
+        policy: the model, with or without LoRA adapters.
+        tokenizer: its tokenizer.
+        weights: whole weights on the CPU, or None to take the model's own.
+        folder: an existing folder.
+        merge_lora: whether an adapted policy becomes one whole model; false saves its adapter alone, as PEFT reads it.
+        max_shard_size: most bytes of a file of weights.
+    """
+    tokenizer.save_pretrained(folder)
+    if hasattr(policy, "peft_config"):
+        if not merge_lora:
+            _save_adapter(policy, weights, folder)
+            return
+        policy, weights = _merged(policy, weights), None
+    shell = _shell(policy)
+    shell.generation_config = export_generation_config(policy, tokenizer)
+    shell.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+
+
+def save_exported(
+    exported: Exported, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None, folder: Path
+) -> None:
+    """Save a model whose weights are not those in training, so that `from_pretrained` reads it.
+
+    Args:
+        exported: the model, and how its weights are changed.
+        tokenizer: its tokenizer.
+        weights: whole weights on the CPU, or None to take the model's own.
+        folder: an existing folder.
+    """
+    shell = _shell(exported.model)
+    changed, config = exported.change(exported.model.state_dict() if weights is None else weights)
+    for name, value in {**exported.config, **config}.items():
+        if value is not None:
+            setattr(shell.config, name, value)
+        elif hasattr(shell.config, name):
+            delattr(shell.config, name)
+    shell.save_pretrained(folder, state_dict=changed)
+    tokenizer.save_pretrained(folder)
+
+
+def _shell(model: PreTrainedModel) -> Any:
+    """Return a second shell around the same weights: saving sets attributes, and training must not notice.
+
+    Not `copy.copy`, because a model that FSDP has taken over builds itself anew.
+    """
+    shell: Any = object.__new__(type(model))
+    shell.__dict__.update(model.__dict__)
+    shell.config = copy.deepcopy(model.config)
+    if getattr(shell.config, "use_cache", None) is False:  # off for activation checkpointing; slow ever after
+        shell.config.use_cache = True
+    return shell
+
+
+def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return generation settings that transformers saves, and that end a response where training ended it."""
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(policy.generation_config) or GenerationConfig()
+    config.use_cache = True
+    eos = config.eos_token_id if config.eos_token_id is not None else []
+    ends = list(eos) if isinstance(eos, list | tuple) else [eos]
+    end: Any = tokenizer.eos_token_id
+    if end is not None and end not in ends:
+        ends.append(end)
+    config.eos_token_id = (ends[0] if len(ends) == 1 else ends) if ends else None
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        config.pad_token_id = tokenizer.pad_token_id
+    if _valid(config):
+        return config
+    # Published settings may hold a temperature without do_sample, which transformers loads but does not save.
+    config.do_sample = True
+    if _valid(config):
+        return config
+    plain = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    plain.bos_token_id = config.bos_token_id
+    return plain
+
+
+def _valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
+    # Wrapped by PEFT there may be a second adapter, the frozen one that training began with.
+    chosen = {"selected_adapters": [policy.active_adapter]} if hasattr(policy, "get_base_model") else {}
+    policy.save_pretrained(folder, state_dict=weights, **chosen)
+
+
+def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
+    """Return a model on the CPU with the adapter in training merged into the weights.
+
+    A new model, because merging and unmerging would round the weights in training, and because the policy may hold only
+    its share of them, or them in 4 bits; then they are those of its 4 bits.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = hasattr(policy, "get_base_model")
+    core, names = (policy.get_base_model(), [policy.active_adapter]) if wrapped else (policy, policy.active_adapters())
+    config = copy.deepcopy(core.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):  # only the places of the weights, which come afterwards
+        merged: Any = type(core)(config)
+        for name in names:
+            inject_adapter_in_model(policy.peft_config[name], merged, name)
+    weights = _own_weights(policy) if weights is None else weights
+    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    merged.load_state_dict({name: weights[name] for name in merged.state_dict()}, assign=True)
+    merged.tie_weights()
+    for name, layer in list(merged.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            merged.set_submodule(name, layer.get_base_layer())
+    merged._hf_peft_config_loaded = False
+    merged.generation_config = core.generation_config
+    return merged  # type: ignore[no-any-return]
+
+
+def _own_weights(policy: Any) -> dict[str, Tensor]:
+    """Return the model's weights on the CPU, those of 4 bits as numbers."""
+    return {name: _numbers(value).detach().cpu() for name, value in policy.state_dict(keep_vars=True).items()}
+
+
+def _numbers(value: Any) -> Tensor:
+    if getattr(value, "quant_state", None) is None:
+        return value  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(value.data, value.quant_state)  # type: ignore[no-any-return]

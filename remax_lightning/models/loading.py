@@ -1,0 +1,210 @@
+"""Loading a causal language model, as policy or as frozen reference."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from remax_lightning.errors import UserError
+from remax_lightning.models.frozen import Placement, check_placement
+from remax_lightning.models.lora import LoRAConfig, add_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """Where a language model comes from and how it is loaded.
+
+    Args:
+        path: a folder or a hub name.
+        dtype: type of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
+        gradient_checkpointing: recompute activations in the backward pass; about a third slower, far less memory.
+        disable_dropout: set every dropout of the model to 0. With dropout the training pass would not see the
+            distribution that was sampled from, and the KL to the reference would start above 0.
+        from_scratch: random weights from the configuration at `path`; for a first supervised stage on a new model.
+        attn_implementation: attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); None lets
+            transformers choose.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model. Off, because that code can do anything.
+        allow_pickle: also take weights in `.bin` files, read by `torch.load(weights_only=True)`; otherwise safetensors
+            only.
+        lora: train an adapter in place of the weights. The policy is then its own reference, with the adapter as it was
+            at the start, where `model.reference` is left out. A `reference` takes an adapter by its `path` only.
+        quantization: `nf4` keeps the weights in 4 bits (QLoRA, arXiv 2305.14314), which needs bitsandbytes; a policy
+            needs `lora` with it, and a strategy that leaves its weights whole: one process, DDP, ZeRO-1 or 2.
+        placement: where a reference is kept between its passes: `replicate`, whole on every device; `shard`, its layers
+            in equal shares over all devices, gathered one at a time; `cpu`, in the host's memory, brought to the device
+            whole for its passes. Where the policy is, `trainer.strategy` decides.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    gradient_checkpointing: bool = False
+    disable_dropout: bool = True
+    from_scratch: bool = False
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    lora: LoRAConfig | None = None
+    quantization: Literal["nf4"] | None = None
+    placement: Placement = "replicate"
+
+    def load(self, key: str) -> PreTrainedModel:
+        """Load the model, with its adapter where it has one.
+
+        Args:
+            key: the configuration key of this source, for messages (`model.policy`).
+
+        Raises:
+            UserError: if there is no such model or adapter, or its weights are not in a permitted format.
+        """
+        return self.adapted(self.load_base(key), key, torch.initial_seed())
+
+    def adapted(self, model: PreTrainedModel, key: str, seed: int) -> PreTrainedModel:
+        """Return `model`, what `load_base` gave, frozen and with the adapter around it where there is to be one."""
+        return model if self.lora is None else add_adapter(model, self.lora, f"{key}.lora", seed)
+
+    def load_base(self, key: str) -> PreTrainedModel:
+        """Load the model without an adapter: a strategy may spread it over ranks, which is not for an adapter."""
+        from transformers import AutoModelForCausalLM
+
+        self._check(key)
+        config = self._config(key)
+        dtype = torch.get_default_dtype() if self.dtype is None else getattr(torch, self.dtype)
+        common: dict[str, Any] = {
+            "trust_remote_code": self.trust_remote_code,
+            "attn_implementation": self.attn_implementation,
+            "quantization_config": _four_bits(dtype) if self.quantization == "nf4" else None,
+        }
+        common = {name: value for name, value in common.items() if value is not None}
+        try:
+            if self.from_scratch:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    config=config,
+                    dtype=dtype,
+                    revision=self.revision,
+                    use_safetensors=None if self.allow_pickle else True,
+                    **common,
+                )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        if self.quantization is not None:
+            _keep_differentiable(model)
+        if self.gradient_checkpointing:
+            checkpoint_activations(model)
+        return cast("PreTrainedModel", model)
+
+    def _check(self, key: str) -> None:
+        check_placement(self.placement, f"{key}.placement")
+        if self.from_scratch and (self.lora is not None or self.quantization is not None):
+            other = "lora" if self.lora is not None else "quantization"
+            raise UserError(
+                f"{key}.from_scratch must be false with {key}.{other}, got true: frozen random weights would be lost,"
+                " since no checkpoint holds them"
+            )
+        if self.quantization is not None and find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"{key}.quantization is {self.quantization}, which needs bitsandbytes: pip install bitsandbytes, or"
+                f" leave {key}.quantization out"
+            )
+
+    def empty(self, key: str, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the model without weights: its class, configuration and generation settings, on the meta device.
+
+        Args:
+            key: the configuration key of this source, for messages.
+            dtype: of the weights that it would have.
+
+        Raises:
+            UserError: if there is no such model.
+        """
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        config = self._config(key)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.path: cannot make a model of {self.path!r}: {_first_line(error)}") from error
+        with suppress(OSError):  # it has no settings of its own
+            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+        return cast("PreTrainedModel", model)
+
+    def _config(self, key: str) -> Any:
+        from transformers import AutoConfig
+
+        if looks_local(self.path) and not Path(self.path).is_dir():
+            raise UserError(f"{key}.path: there is no folder {self.path!r}; give a folder or a hub name")
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        if self.disable_dropout:
+            zero_dropout(config)
+        return config
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Put `model` in eval mode for good and let no gradient into it."""
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """Return the settings of QLoRA's paper: NormalFloat, with its scales in 8 bits."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes on a CPU from a kernel that, once used in eval mode, gives earlier layers a gradient of 0."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` recompute its activations in the backward pass."""
+    # Renamed in 5.23; the old name goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` can only mean a folder on this machine: hub names are `name` or `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+
+
+def zero_dropout(config: Any) -> None:
+    """Set every dropout probability of a configuration to 0; families call them `dropout`, `attn_pdrop` and so on."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):
+            setattr(config, name, 0.0)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

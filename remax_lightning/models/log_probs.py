@@ -1,0 +1,197 @@
+"""Log-probs, entropies and KL of responses under a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional import (
+    KeptTokens,
+    PolicyStatistics,
+    TokenStatistics,
+    hidden_statistics,
+    token_statistics,
+)
+from remax_lightning.models.forward import model_inputs, takes
+from remax_lightning.models.lm_head import find_head, hidden_states, required_head
+from remax_lightning.rollout import SamplingConfig
+from remax_lightning.rollout.sampling import kept_tokens
+from remax_lightning.types import PromptBatch, Responses, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def response_statistics(
+    model: PreTrainedModel, prompt: PromptBatch, responses: Responses, temperature: float = 1.0
+) -> TokenStatistics:
+    """Run `model` over prompts and responses and return statistics of the response tokens.
+
+    Logits are made for counted tokens only, a few at a time, where the model's head can be read; otherwise at response
+    positions. Columns that are padding in every row are left out, so padding costs nothing and changes nothing.
+
+    Args:
+        model: policy or reference.
+        prompt: `B` prompts, padded on the left.
+        responses: `M = B * n` responses, prompt by prompt, padded on the right.
+        temperature: divides the logits.
+
+    Returns:
+        Log-probs and entropies `[M, R]`, 0 outside the response mask.
+    """
+    (rows,) = _passes(prompt, responses)
+    found = _statistics(model, rows, temperature)[0]
+    return TokenStatistics(*(_spread([values], responses.response_mask) for values in found))
+
+
+def policy_statistics(
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    sampling: SamplingConfig,
+    reference: PreTrainedModel | None = None,
+    trained: Tensor | None = None,
+    batch_size: int | None = None,
+) -> PolicyStatistics:
+    """Return the statistics of the sampled responses, each `[S, R]` and 0 outside the response mask.
+
+    The KL over the vocabulary is among them where the rollout holds the reference's hidden states.
+
+    Args:
+        policy: the model that is trained.
+        rollout: the responses.
+        sampling: what the log-probs are of.
+        reference: whose hidden states the rollout may hold.
+        trained: `[S]` bool, the responses that are run; the others' statistics are 0. None for all.
+        batch_size: responses per forward pass, counting those that are not run; None for all at once.
+
+    Raises:
+        UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
+    """
+    temperature, kept = _temperature(sampling), kept_tokens(sampling)
+    found: list[PolicyStatistics] = []
+    for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
+        if rollout.reference_hidden is None or reference is None:
+            found.append(PolicyStatistics(*_statistics(policy, rows, temperature, kept)[0]))
+            continue
+        head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
+        compared = rollout.reference_hidden[rows.places], other
+        hidden, ids = _predicting(policy, rows), rows.ids[rows.mask]
+        found.append(hidden_statistics(hidden, head, ids, temperature, reference=compared, kept=kept))
+    mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
+    log_probs, entropy, kl = zip(*found, strict=True)
+    return PolicyStatistics(_spread(log_probs, mask), _spread(entropy, mask), None if None in kl else _spread(kl, mask))
+
+
+def with_reference(
+    rollout: Rollout,
+    reference: PreTrainedModel,
+    sampling: SamplingConfig,
+    keep_hidden: bool = False,
+    batch_size: int | None = None,
+) -> Rollout:
+    """Return `rollout` with the log-probs of its sampled tokens under the reference.
+
+    Call it under `no_grad`. `inference_mode` would not do: autograd refuses to save its tensors for a backward pass,
+    and the hidden states are needed there.
+
+    Args:
+        rollout: the responses.
+        reference: the frozen model.
+        sampling: its temperature divides the logits.
+        keep_hidden: keep the reference's hidden states too, for the KL over the vocabulary.
+        batch_size: responses per forward pass; None for those of a training pass, the rollout's share of `num_splits`.
+
+    Raises:
+        UserError: if `keep_hidden` and the reference's head cannot be read.
+    """
+    log_probs, kept, mask = [], [], rollout.sampled.response_mask
+    if keep_hidden:
+        required_head(reference, "model.reference")
+    for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_splits):
+        statistics, hidden = _statistics(reference, rows, _temperature(sampling))
+        log_probs.append(statistics.log_probs)
+        if keep_hidden and hidden is not None:
+            kept.append(hidden)
+    return rollout._replace(
+        reference_log_probs=_spread(log_probs, mask), reference_hidden=_spread(kept, mask) if kept else None
+    )
+
+
+def _temperature(sampling: SamplingConfig) -> float:
+    return sampling.temperature if sampling.scale_log_probs else 1.0
+
+
+class _Rows(NamedTuple):
+    """Prompts and responses side by side, without columns that are padding in every row.
+
+    Args:
+        input_ids: `[M, T]` token ids of `M` of the responses with their prompts.
+        input_mask: `[M, T]` bool, True on real tokens.
+        ids: `[M, L]` the responses alone.
+        mask: `[M, L]` their mask.
+        places: `[S, R]` bool, where the counted tokens stand among all responses.
+    """
+
+    input_ids: Tensor
+    input_mask: Tensor
+    ids: Tensor
+    mask: Tensor
+    places: Tensor
+
+
+def _passes(
+    prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
+) -> Iterator[_Rows]:
+    """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
+    # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
+    numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
+    for rows in numbers.split(batch_size or len(numbers)):
+        yield _rows(prompt, responses, rows if chosen is None else rows[chosen[rows]])
+
+
+def _rows(prompt: PromptBatch, responses: Responses, rows: Tensor) -> _Rows:
+    prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))
+    prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]
+    places = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
+    first = int(prompt_mask.any(0).long().argmax())
+    length = max(1, int(places.sum(-1).max()))
+    ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]
+    input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)
+    input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
+    return _Rows(input_ids, input_mask, ids, mask, places)
+
+
+def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the values of the tokens under `mask`, `[M]` or `[M, D]` in parts, at their places in `[S, R]`, else 0."""
+    joined = torch.cat(list(values))
+    mask = mask.view(*mask.shape, *(1 for _ in joined.shape[1:]))
+    return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
+
+
+def _statistics(
+    model: PreTrainedModel, rows: _Rows, temperature: float, kept: KeptTokens | None = None
+) -> tuple[TokenStatistics, Tensor | None]:
+    """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
+    head, ids = find_head(model).head, rows.ids[rows.mask]
+    if head is None:
+        statistics = token_statistics(_logits(model, rows), rows.ids, temperature, kept)
+        return TokenStatistics(*(values[rows.mask] for values in statistics)), None
+    hidden = _predicting(model, rows)
+    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, kept=kept)[:2]), hidden
+
+
+def _predicting(model: PreTrainedModel, rows: _Rows) -> Tensor:
+    """Return the hidden states that predict the counted tokens, one row for each."""
+    length = rows.ids.shape[1]
+    return hidden_states(model, rows.input_ids, rows.input_mask)[:, -length - 1 : -1][rows.mask]
+
+
+def _logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
+    length = rows.ids.shape[1]
+    inputs = model_inputs(model, rows.input_ids, rows.input_mask)
+    if takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = length + 1
+    return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -length - 1 : -1]

@@ -1,0 +1,113 @@
+"""The weights in a checkpoint of DeepSpeed ZeRO: whole from one file, or under stage 3 in a part for every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_file, unreadable
+
+
+def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint of ZeRO stages 1 to 3 in the dtype of the model that was trained.
+
+    Stages 1 and 2 have the model itself beside the optimizer's float32 weights. Stage 3 has those alone, a part per
+    rank, of which the model's were a rounded copy after every step; so they are rounded again.
+
+    Args:
+        path: the folder with the file `latest`.
+        trusted: whether files may run code of their own.
+
+    Raises:
+        UserError: if a file is missing or cannot be read.
+    """
+    folder = path / (path / "latest").read_text().strip()
+    whole = folder / "mp_rank_00_model_states.pt"
+    if whole.is_file():
+        return dict(load_file(whole, trusted)["module"])
+    first = _ranks_file(folder, 0, "model_states")
+    state = load_file(first, trusted)
+    if "param_shapes" not in state or "dp_world_size" not in state:
+        raise UserError(f"checkpoint: {str(first)!r} does not say how DeepSpeed has cut the weights up; give another")
+    ranks = int(state["dp_world_size"])
+    frozen = dict(state.get("frozen_param_shapes") or {})
+    trained = {name: shape for part in state["param_shapes"] for name, shape in part.items()}
+    dtype = _model_dtype(state["ds_config"])
+    weights = {name: torch.empty(shape, dtype=dtype) for name, shape in (trained | frozen).items()}
+    for rank in range(ranks):
+        _add(weights, trained, _flat(_ranks_file(folder, rank, "optim_states"), trusted), rank, ranks)
+        if frozen:
+            parts = load_file(_ranks_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
+            _add(weights, frozen, (parts[name] for name in frozen), rank, ranks)
+    buffers = {name: state["module"][name] for name in state.get("buffer_names") or ()}
+    tied = {name: weights[other] for name, other in (state.get("shared_params") or {}).items() if other in weights}
+    return weights | buffers | tied
+
+
+def _ranks_file(folder: Path, rank: int, kind: str) -> Path:
+    """Return a rank's file, whose name depends on the precision and on DeepSpeed's version."""
+    found = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
+    if not found:
+        raise unreadable(folder, f"there is no file of rank {rank}'s {kind}")
+    return found[0]
+
+
+def _flat(file: Path, trusted: bool) -> Iterator[Tensor]:
+    """Yield a rank's float32 weights: long tensors, in each of which parts of many parameters lie end to end."""
+    content = load_file(file, trusted, _deepspeeds_classes())
+    try:
+        groups = content["optimizer_state_dict"]["fp32_flat_groups"]
+    except KeyError as error:
+        raise unreadable(file, f"there is no {error.args[0]}") from error
+    yield from groups
+
+
+def _add(
+    weights: dict[str, Tensor], shapes: Mapping[str, torch.Size], tensors: Iterable[Tensor], rank: int, ranks: int
+) -> None:
+    """Copy one rank's parts to their places.
+
+    Args:
+        weights: the whole parameters.
+        shapes: of those whose parts come, in their order.
+        tensors: the parts, flat and end to end; each is as long as on any other rank, the last rank's padded.
+        rank: whose parts they are.
+        ranks: how many ranks have a part.
+    """
+    source, rest, position = iter(tensors), torch.empty(0), 0
+    for name, shape in shapes.items():
+        size = shape.numel()
+        length = -(-size // ranks)
+        if position == len(rest):
+            rest, position = next(source, torch.empty(0)), 0
+        part = rest[position : position + length]
+        if len(part) < length:
+            raise UserError(f"checkpoint: rank {rank}'s file lacks a part of {name}; give a whole checkpoint")
+        position += length
+        start = min(rank * length, size)
+        wanted = weights[name].view(-1)[start : start + length]
+        wanted.copy_(part[: len(wanted)])
+
+
+def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that DeepSpeed's configuration gives the model."""
+    for name, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if (config.get(name) or {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def _deepspeeds_classes() -> AbstractContextManager[Any]:
+    """Return a context in which what DeepSpeed writes beside weights can be read: numbers in classes of its own."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    return torch.serialization.safe_globals([*classes, (enum_member, GETATTR)])

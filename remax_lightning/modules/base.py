@@ -1,0 +1,140 @@
+"""What all stages share: optimizer and schedule, the tokenizer, and what a checkpoint holds of chance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from remax_lightning.data.tokenizers import load_tokenizer
+from remax_lightning.models import PretrainedModel
+from remax_lightning.strategies import WholeFiles, sweep
+from remax_lightning.training.config_checks import check_deepspeed
+from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
+from remax_lightning.training.preemption import StepEnds, note_signals
+from remax_lightning.training.resume import checkpoint_folders, resume_after_last_batch, states_of_ranks
+from remax_lightning.training.schedules import set_total_steps
+from remax_lightning.training.seeding import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class StageModule(LightningModule):
+    """Trains one model.
+
+    The command line keeps the configuration beside the run, so a checkpoint holds no hyper-parameters: when a run is
+    resumed, what the configuration says counts.
+
+    Args:
+        source: where the model comes from.
+        tokenizer: its tokenizer, a folder or a hub name; None takes the model's path.
+        optimizer: makes the optimizer from parameter groups.
+        lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        source: PretrainedModel,
+        tokenizer: str | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__()
+        self._source = source
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.tokenizer_path = tokenizer or source.path
+        self._random_state: dict[str, Any] | None = None
+        self._step_ends: StepEnds | None = None
+
+    def setup(self, stage: str) -> None:
+        """Have checkpoint files written whole or not at all, and signals wait for the end of a step."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeFiles()
+        note_signals(self.trainer)
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The model whose weights the optimizer moves."""
+        raise NotImplementedError
+
+    def _find_tokenizer(self, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
+        """Return the data module's own tokenizer where it has one, so that prompts and responses agree."""
+        shared = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if shared is not None:
+            return cast("PreTrainedTokenizerBase", shared)
+        source = self._source
+        return load_tokenizer(
+            self.tokenizer_path,
+            trust_remote_code=source.trust_remote_code,
+            revision=source.revision,
+            needs_eos=needs_eos,
+            key="model.tokenizer",
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make optimizer and schedule."""
+        optimizer = self.optimizer(parameter_groups(self.trained_model))
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            check_deepspeed(self.trainer.strategy, self.trainer.accumulate_grad_batches)
+        else:
+            refuse_lost_updates(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Begin to watch for the ends of optimizer steps; tell schedules of ours the length of the run.
+
+        No earlier: asking for it loads the data, and a loader that is there before the checkpoint's loops starts anew.
+        """
+        self._step_ends = StepEnds(self.trainer)
+        for each in self.trainer.lr_scheduler_configs:
+            if isinstance(each.scheduler, LRScheduler):
+                set_total_steps(each.scheduler, self.trainer.estimated_stepping_batches)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""
+        if self.trainer.is_global_zero:
+            for folder in checkpoint_folders(self.trainer):
+                sweep(folder)
+        checkpoint["random_state"] = states_of_ranks(self._random_state or random_state(self.device))
+        resume_after_last_batch(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the saved random state until the first batch: what Lightning does in between draws numbers too."""
+        saved = checkpoint.get("random_state")
+        states = [saved] if isinstance(saved, dict) else saved or []  # in 0.1.0 that of rank 0 alone
+        # Another number of ranks draws its own numbers from here on.
+        self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put the random number generators where training left them.
+
+        Validation and loaders draw numbers between two batches, and a resumed run need not go through the same.
+        """
+        state, self._random_state = self._random_state, None
+        if state is not None:
+            set_random_state(state, self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the random state for the next batch; after an optimizer step, end where a rank was told to."""
+        self._random_state = random_state(self.device)
+        cast(StepEnds, self._step_ends).after_batch()
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End where a rank was told to: a validation may take longer than the machine is left to us."""
+        if self._step_ends is not None:  # within training
+            self._step_ends.end_early_together()
+
+    def on_train_end(self) -> None:
+        """Let another fit begin with the random numbers of its own seed."""
+        self._random_state, self._step_ends = None, None

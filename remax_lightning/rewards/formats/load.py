@@ -1,0 +1,236 @@
+"""Loading a reward model, whoever saved it, as a sequence classifier of transformers with one label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from remax_lightning.errors import UserError
+from remax_lightning.rewards.formats.detect import (
+    Kind,
+    RewardCheckpoint,
+    StoredTensor,
+    find_file,
+    read_tensor,
+    recognise,
+    stored_tensors,
+)
+from remax_lightning.rewards.formats.peft import merge_adapter, read_adapter
+from remax_lightning.rewards.score_head import score_head, score_head_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ClassifierSource:
+    """Where a reward model comes from and how it is loaded.
+
+    Args:
+        path: a folder or a hub name: a sequence classifier of transformers, a reward model of DeepSpeed-Chat or
+            OpenRLHF, a language model with TRL's value head, or a PEFT adapter of a sequence classifier.
+        key: the configuration key of `path`'s parent, for messages.
+        dtype: of the weights; None as they are saved.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model.
+        allow_pickle: also take weights in `.bin` files, read by `torch.load(weights_only=True)`.
+        new_head: give a model without a score head a new one.
+        normalise: let the score head normalise as the configuration says.
+        configure: changes the configuration before the model is made.
+        options: further arguments of `from_pretrained`.
+    """
+
+    path: str
+    key: str
+    dtype: torch.dtype | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    new_head: bool = False
+    normalise: bool = True
+    configure: Callable[[Any], None] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class LoadedClassifier(NamedTuple):
+    """A reward model.
+
+    Args:
+        model: the classifier; its `ScoreHead` normalises as the checkpoint says.
+        kind: whose format it was saved in.
+        has_new_head: whether the weights of its score head are not from the checkpoint.
+    """
+
+    model: PreTrainedModel
+    kind: Kind
+    has_new_head: bool = False
+
+
+def load_classifier(source: ClassifierSource) -> LoadedClassifier:
+    """Load a reward model.
+
+    Raises:
+        UserError: if it cannot be loaded, has more than one label, or is not whole.
+    """
+    adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
+    if adapter is None:
+        return _load_whole(source)
+    base = _load_whole(
+        replace(source, path=adapter.base_path, revision=adapter.base_revision, new_head=True), of_adapter=source.path
+    )
+    model = merge_adapter(base.model, adapter, needs_head=base.has_new_head, key=source.key)
+    _set_normalisation(model, model.config if source.normalise else None, source.path)
+    return LoadedClassifier(model, base.kind)
+
+
+def tokenizer_home(source: ClassifierSource) -> str:
+    """Return where the tokenizer of a reward model lies: beside it, or beside the base of an adapter without one."""
+    adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
+    return source.path if adapter is None or adapter.has_tokenizer else adapter.base_path
+
+
+def _load_whole(source: ClassifierSource, of_adapter: str | None = None) -> LoadedClassifier:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
+
+    common: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.path, **common)
+        stored = stored_tensors(source.path, source.revision, source.allow_pickle)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's, pickle's and the libraries' own kinds
+        raise not_loaded(source, "configuration", error, of_adapter) from error
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    checkpoint = recognise(stored, config, getattr(known, "base_model_prefix", "model"))
+    _check_labels(source, config, checkpoint, stored)
+    config.num_labels = 1
+    if source.configure is not None:
+        source.configure(config)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.path,
+            config=config,
+            dtype=source.dtype or "auto",
+            use_safetensors=None if source.allow_pickle else True,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            key_mapping=checkpoint.renames or None,
+            **common,
+            **source.options,
+        )
+    except Exception as error:
+        raise not_loaded(source, "model", error, of_adapter) from error
+    _forget_renames(model, checkpoint)
+    has_new_head = _check_whole(source, model, report, checkpoint, stored)
+    bias = 0.0 if checkpoint.bias is None else float(read_tensor(stored[checkpoint.bias], checkpoint.bias))
+    _set_normalisation(model, config if source.normalise else None, source.path, bias)
+    return LoadedClassifier(model, checkpoint.kind, has_new_head)
+
+
+def not_loaded(source: ClassifierSource, what: str, error: Exception, of_adapter: str | None = None) -> UserError:
+    """Return the message for a part of a reward model that a library could not load."""
+    hint = "name a folder or a hub model that holds a sequence classifier and its tokenizer"
+    if "safetensors" in str(error) and not source.allow_pickle:
+        hint = f"convert the weights to safetensors, or set {source.key}.allow_pickle if you trust their source"
+    if of_adapter is not None:
+        hint = f"base_model_name_or_path in {of_adapter}/adapter_config.json names it; {hint}"
+    reason = f"{type(error).__name__}: {error}"
+    return UserError(f"{source.key}.path: the {what} of {source.path!r} cannot be loaded; {hint}. {reason}")
+
+
+def _check_labels(
+    source: ClassifierSource, config: Any, checkpoint: RewardCheckpoint, stored: dict[str, StoredTensor]
+) -> None:
+    """Refuse what scores more than one thing, before gigabytes of weights are read."""
+    key = f"{source.key}.path"
+    if not stored:  # no weights in a permitted format, which is what loading them will say
+        return
+    if checkpoint.head is None:
+        if config.num_labels != 1 and not source.new_head:
+            raise UserError(
+                f"{key}: expected a reward model with one label, got {source.path} with {config.num_labels} labels;"
+                " name a model trained as a reward model (a language model says 2)"
+            )
+        return
+    head = stored.get(checkpoint.head)
+    if head is None:
+        raise UserError(f"{key}: {source.path} has no {checkpoint.head}, the score head of {checkpoint.kind}")
+    if len(head.shape) != 2 or head.shape[0] != 1:
+        raise UserError(
+            f"{key}: {head.file}: expected {checkpoint.head} of shape [1, D], one score, got {list(head.shape)}"
+        )
+
+
+def _check_whole(
+    source: ClassifierSource,
+    model: PreTrainedModel,
+    report: dict[str, Any],
+    checkpoint: RewardCheckpoint,
+    stored: dict[str, StoredTensor],
+) -> bool:
+    """Refuse weights that transformers has filled with random numbers; return whether those of the head may be."""
+    files = {checkpoint.renamed(name): (name, tensor.file) for name, tensor in stored.items()}
+    for entry in sorted(report["mismatched_keys"]):
+        name, held, expected = entry[0], list(entry[1]), list(entry[2])
+        own, file = files.get(name, (name, source.path))
+        raise UserError(
+            f"{source.key}.path: {file}: {own} has shape {held}, the model that the configuration describes needs"
+            f" {expected}; the weights belong to another model" + _more_labels(model, name, held)
+        )
+    missing = set(report["missing_keys"])
+    head = score_head_name(model)
+    outside = {name for name in missing if not name.startswith(f"{model.base_model_prefix}.")}
+    if missing and source.new_head and missing == outside:
+        return f"{head}.weight" in missing
+    if missing:
+        raise UserError(
+            f"{source.key}.path: expected the weights of a sequence classifier, got {source.path} without"
+            f" {', '.join(sorted(missing)[:4])}; name a model that was trained as a reward model"
+        )
+    return False
+
+
+def _more_labels(model: PreTrainedModel, name: str, held: list[int]) -> str:
+    head = score_head_name(model)
+    return f" (a head for {held[0]} labels, where a reward model has one)" if name == f"{head}.weight" else ""
+
+
+def _forget_renames(model: Any, checkpoint: RewardCheckpoint) -> None:
+    """Keep transformers from saving the model under the names that it was loaded by."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        ours = set(checkpoint.renames)
+        model._weight_conversions = [each for each in conversions if not ours & set(_patterns(each))]
+
+
+def _patterns(conversion: Any) -> list[str]:
+    patterns = conversion.source_patterns
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _set_normalisation(model: PreTrainedModel, config: Any, path: str, bias: float = 0.0) -> None:
+    """Let the score head subtract and divide as the configuration says, in the words of OpenRLHF: `mean`, `std`."""
+    mean, std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
+    if not all(isinstance(each, int | float) and math.isfinite(each) for each in (mean, std)) or std <= 0:
+        raise UserError(
+            f"{path}/config.json: mean and std, which normalise the score, must be finite numbers and std above 0,"
+            f" got {mean!r} and {std!r}; correct or remove them"
+        )
+    head = score_head(model)
+    if head is not None:
+        head.mean, head.std = mean - bias, std
+    elif (mean - bias, std) != (0.0, 1.0):
+        raise UserError(f"{path}: no score head was found in {type(model).__name__} to normalise its scores")
+
+
+def saved_template(source: ClassifierSource) -> str | None:
+    """Return how a reward model's configuration says that prompt and response become its text, None if it does not."""
+    file = find_file(source.path, "config.json", source.revision)
+    template = None if file is None else json.loads(file.read_text()).get("reward_template")
+    return template if isinstance(template, str) else None

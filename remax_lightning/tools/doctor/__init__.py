@@ -1,0 +1,7 @@
+"""The checks of `remax doctor`, one function each."""
+
+from remax_lightning.tools.doctor.context import Subject, read_subject
+from remax_lightning.tools.doctor.finding import Finding
+from remax_lightning.tools.doctor.registry import CHECKS, Check, Result, examine
+
+__all__ = ["CHECKS", "Check", "Finding", "Result", "Subject", "examine", "read_subject"]

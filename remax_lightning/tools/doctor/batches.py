@@ -1,0 +1,87 @@
+"""A few rows out of a data loader's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
+
+
+def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | SupervisedBatch | PreferenceBatch:
+    """Return the first `count` rows of a loader, or all where there are fewer, as one batch.
+
+    Args:
+        loader: yields batches; a rollout batch that comes in parts is taken once.
+        count: how many rows.
+        pad_id: fills up what is shorter than the longest.
+
+    Raises:
+        UserError: if it yields nothing, or something else than the batches of this package.
+    """
+    batches: list[Any] = []
+    for batch in loader:
+        if not isinstance(batch, PromptBatch | SupervisedBatch | PreferenceBatch):
+            raise UserError(
+                f"data: its loader yields a {type(batch).__name__}; expected PromptBatch, SupervisedBatch or"
+                " PreferenceBatch of remax_lightning.types"
+            )
+        if getattr(batch, "split", 0) == 0:
+            batches.append(batch)
+        if sum(len(each.prompts) for each in batches) >= count:
+            break
+    if not batches:
+        raise UserError("data: its training loader yields no batch; give more rows, or lower data.batch_size")
+    return cast(PromptBatch, _cut(_joined(batches, pad_id), count))
+
+
+def _joined(batches: Sequence[Any], pad_id: int) -> Any:
+    """Return one batch of several of a kind."""
+    first = batches[0]
+    fields: dict[str, Any] = {}
+    for name in first._fields:
+        values = [getattr(batch, name) for batch in batches]
+        if isinstance(values[0], Tensor) and values[0].dim() == 2:
+            fields[name] = _side_by_side(values, 0 if name.endswith("mask") else pad_id, left="prompt" in name)
+        elif isinstance(values[0], Tensor):
+            fields[name] = torch.cat(values)
+        elif isinstance(values[0], list):
+            fields[name] = [each for value in values for each in value]
+    return type(first)(**fields)  # how a step was cut into parts does not matter here: defaults
+
+
+def _side_by_side(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
+    width = max(value.shape[1] for value in values)
+    missing = [width - value.shape[1] for value in values]
+    padded = [
+        torch.nn.functional.pad(value, (lacks, 0) if left else (0, lacks), value=fill)
+        for value, lacks in zip(values, missing, strict=True)
+    ]
+    return torch.cat(padded)
+
+
+def _cut(batch: Any, count: int) -> Any:
+    fields = {name: value[:count] for name, value in batch._asdict().items() if isinstance(value, Tensor | list)}
+    return batch._replace(**fields)
+
+
+def rows_of(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
+    """Return some of the prompts, without columns that are padding in all of them."""
+    chosen = list(indices)
+    mask = batch.prompt_mask[chosen]
+    first = int(mask.any(0).long().argmax())
+    return PromptBatch(
+        batch.prompt_ids[chosen, first:],
+        mask[:, first:],
+        [batch.prompts[i] for i in chosen],
+        [batch.rows[i] for i in chosen],
+    )
+
+
+def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the `B` rows of `[B, T]` ids without their padding."""
+    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]

@@ -1,0 +1,92 @@
+"""`remax doctor`: checks of a configuration on its real models and data, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from remax_lightning.errors import UserError
+from remax_lightning.tools.doctor import CHECKS, Result, examine, read_subject
+
+WIDTH = 110
+"""Columns of the output."""
+COLUMN = max(len(check.name) for check in CHECKS) + 2
+
+
+def main(args: Sequence[str]) -> list[Result]:
+    """Check what `remax fit` would do with the same arguments; train nothing and write nothing.
+
+    Args:
+        args: what stands after `remax doctor`.
+
+    Returns:
+        What came of every check.
+
+    Raises:
+        UserError: if the configuration is wrong.
+        SystemExit: with code 1 if a check failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="remax doctor",
+        usage="remax doctor --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
+        " [--json FILE]",
+        description="Load models and data as `remax fit` would, on one process, and check them on a few prompts."
+        " Nothing is trained or written. Exit code 1 if a check failed, 2 for a mistake in the configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num_prompts", type=int, default=16, metavar="N", help="prompts to look at (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    options, rest = parser.parse_known_args(args)
+    if options.num_prompts < 1:
+        raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: there is no folder {str(options.json.parent)!r}; make it, or name another file")
+    results = []
+    with _quiet():
+        for result in examine(read_subject(rest, options.num_prompts)):
+            print(text(result), flush=True)
+            results.append(result)
+    count = Counter(result.status for result in results)
+    print(
+        f"\n{len(results)} checks: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed,"
+        f" {count['skip']} did not apply."
+    )
+    if options.json is not None:
+        written = {"num_prompts": options.num_prompts, "checks": [result._asdict() for result in results]}
+        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if count["fail"]:
+        raise SystemExit(1)
+    return results
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Lightning says of devices and loaders out of the table; its warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def text(result: Result) -> str:
+    """Return the lines of a check: how it ended, its name, what was measured, and under it what to do."""
+    start, indent = f"{result.status:6}{result.name:{COLUMN}}", " " * (6 + COLUMN)
+    lines = textwrap.wrap(
+        result.measured, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
+    )
+    if result.fix:
+        lines += textwrap.wrap(
+            f"-> {result.fix}", WIDTH, initial_indent=indent, subsequent_indent=f"{indent}   ", break_on_hyphens=False
+        )
+    return "\n".join(lines or [start])

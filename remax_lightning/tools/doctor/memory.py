@@ -1,0 +1,91 @@
+"""Whether the run fits into the memory that is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remax_lightning.errors import UserError
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.finding import Finding, NotApplicable
+from remax_lightning.tools.plan.command import GB, HEADROOM, plan
+from remax_lightning.tools.plan.model_sizes import measure
+from remax_lightning.tools.plan.run_config import read_run
+
+CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
+"""What a container may use, where it says so."""
+
+
+def memory(subject: Subject) -> Finding:
+    """Compare what `remax plan` says with the memory of a device, or of the host where processes run on its CPU."""
+    if not isinstance(subject.module, ReMaxModule):
+        return _least(subject)
+    try:
+        run = read_run(subject.args)
+        on_cpu = run.device == "cpu"
+        there = host_memory() if on_cpu else device_memory()
+        each = None if there is None else there / run.strategy.devices if on_cpu else there
+        with torch.enable_grad():  # it follows a backward pass
+            answer = plan(run, measure(run), each)
+    except UserError as error:
+        return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; nothing else depends on it")
+    unit = "process" if on_cpu else "GPU"
+    needed = f"{answer['peak'] / GB:.3g} GB per {unit} on {run.strategy.devices}"
+    values = {"peak": float(answer["peak"])}
+    if each is None:
+        raise NotApplicable(f"{needed}, and there is no GPU here to compare with; see `remax plan --memory GB`")
+    measured = f"{needed}, of {(1 - HEADROOM) * each / GB:.3g} that count"
+    values["memory"] = each
+    if answer["fits"]:
+        return Finding("pass", measured, "", values)
+    least = answer["least_devices"]
+    fix = (
+        "lower data.batch_size or micro_batch_size, shorten responses, set gradient_checkpointing or"
+        f" model.policy.lora, or take an overlay of configs/strategies; `remax plan` shows the parts"
+        f"{'' if least is None else f' (as it is, it fits on {least})'}"
+    )
+    return Finding("fail", measured, fix, values)
+
+
+def _least(subject: Subject) -> Finding:
+    """Compare weights, gradients and optimizer with the memory: what a stage needs before its passes."""
+    if not subject.module._modules:
+        raise NotApplicable("needs models")
+    model = subject.module.trained_model
+    optimizer = subject.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    moments = 2 if "betas" in optimizer.defaults else 0
+    trained = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    needed = weights + trained * (1 + moments)
+    on_cpu = subject.trainer.strategy.root_device.type == "cpu"
+    there = host_memory() if on_cpu else device_memory()
+    measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
+    values = {"least": float(needed)}
+    if there is None:
+        raise NotApplicable(f"{measured}, and the memory here is not known")
+    measured += f", of {(1 - HEADROOM) * there / GB:.3g} that count"
+    if needed <= (1 - HEADROOM) * there:
+        return Finding("pass", measured, "", values)
+    fix = "train in bf16-true, or spread the model over devices with an overlay of configs/strategies"
+    return Finding("fail", measured, fix, values)
+
+
+def device_memory() -> float | None:
+    """Return the bytes of a GPU here, the smallest, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
+
+
+def host_memory() -> float | None:
+    """Return the bytes of the host that this process may use, None where it does not say."""
+    names: Any = os.sysconf_names
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CONTROL_GROUP.read_text().strip() if CONTROL_GROUP.is_file() else ""
+    return float(min(total, int(limit)) if limit.isdecimal() else total)

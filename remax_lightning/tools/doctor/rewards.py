@@ -1,0 +1,237 @@
+"""Whether the reward reads what it was made for, and says the same of a response wherever it stands."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.rewards import ClassifierReward, checked_scores
+from remax_lightning.rewards.formats.load import ClassifierSource, saved_template
+from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Tolerance, worst
+from remax_lightning.tools.doctor.prompts import judged_bos
+from remax_lightning.tools.plan.run_config import reward_models
+from remax_lightning.training.worker import evaluating
+from remax_lightning.types import PreferenceBatch, Responses, Rollout
+
+MOVED, MOVED_16_BITS = Tolerance(1e-3, 1e-2), Tolerance(0.1, 0.25)
+"""Of the spread of the scores: how far the score of a response may move with its company. In 16 bits the shape of a
+batch alone changes the third digit."""
+MOSTLY_CUT = 0.5
+"""Share of texts from which the reward model judges other conversations than were held."""
+
+
+class Scored(NamedTuple):
+    """`M` responses to be scored: sampled ones, then greedy ones."""
+
+    prompts: list[str]
+    responses: list[str]
+    rows: list[dict[str, Any]]
+
+    def some(self, indices: list[int]) -> Scored:
+        """Return those at `indices`."""
+        prompts, responses, rows = self
+        return Scored([prompts[i] for i in indices], [responses[i] for i in indices], [rows[i] for i in indices])
+
+
+def written(subject: Subject) -> Scored:
+    """Return what the policy has written, with its prompts."""
+    rollout: Rollout = subject.rollout
+    each = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
+    each += range(len(rollout.prompt.prompts))
+    texts = rollout.sampled.texts + cast(Responses, rollout.greedy).texts
+    return Scored([rollout.prompt.prompts[i] for i in each], texts, [rollout.prompt.rows[i] for i in each])
+
+
+def _models(subject: Subject) -> list[ClassifierReward]:
+    found = reward_models(cast(Any, subject.reward))
+    if not found:
+        raise NotApplicable("no ClassifierReward scores")
+    return found
+
+
+def reward_template(subject: Subject) -> Finding:
+    """Look at the text that the reward model reads: prompt, response, what ends it, and special tokens."""
+    return worst([_template(subject, model, written(subject)) for model in _models(subject)])
+
+
+def _template(subject: Subject, model: ClassifierReward, scored: Scored) -> Finding:
+    tokenizer: Any = model.tokenizer
+    texts = [model.text(*each) for each in zip(*scored, strict=True)]
+    shown = f"{model.path} reads {_shown(texts[0])}"
+    blind = sum(response.strip() not in text for text, response in zip(texts, scored.responses, strict=True))
+    if blind:
+        fix = "the chat template leaves the response out; set model.reward.init_args.template, or correct the template"
+        return Finding("fail", f"{shown}; {blind} of {len(texts)} texts lack their response", fix)
+    trained_with = saved_template(ClassifierSource(model.path, "model.reward.init_args", revision=model.revision))
+    if model.template is not None and trained_with is not None and model.template != trained_with:
+        fix = "leave model.reward.init_args.template out: the model's own is taken then"
+        return Finding("fail", f"{shown}; it was trained with {trained_with!r}", fix)
+    ids, _ = _token_ids(model, texts)
+    if tokenizer.bos_token_id is not None:
+        begins = judged_bos(ids, tokenizer, "texts of the reward model", "the data")
+        if begins.status != "pass":
+            return begins._replace(measured=f"{shown}; {begins.measured}")
+    wrong, fix = _foreign(subject, model, scored, texts) or _no_end(model, ids) or ("", "")
+    return Finding("warn", f"{shown}; {wrong}", fix) if wrong else Finding("pass", shown)
+
+
+def _foreign(subject: Subject, model: ClassifierReward, scored: Scored, texts: list[str]) -> tuple[str, str] | None:
+    """Look for what was written for the policy, and means nothing to the reward model."""
+    known = set(cast(Any, model.tokenizer).all_special_tokens)
+    foreign = [each for each in subject.tokenizer.all_special_tokens if each not in known and each in texts[0]]
+    fix = "give rows with messages, which the reward model's own chat template takes, or set its template"
+    if foreign:
+        return f"{', '.join(map(repr, foreign))} are the policy's special tokens and plain text to it", fix
+    own = scored.rows[0].get(getattr(subject.data, "prompt_column", "prompt"))
+    given = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
+    templated = isinstance(own, str) and own != scored.prompts[0]
+    if templated and model._text_template is None and not isinstance(given, list):
+        return "data.template stands inside of its own", fix
+    return None
+
+
+def _no_end(model: ClassifierReward, ids: list[list[int]]) -> tuple[str, str] | None:
+    """Look for a special token at the end; a template may write a line break behind it."""
+    special = set(cast(Any, model.tokenizer).all_special_ids)
+    # The score of a reward model of DeepSpeed-Chat is read at an end of its own.
+    if model._end is not None or not special or any(not special.isdisjoint(row[-3:]) for row in ids):
+        return None
+    return "no special token ends it", (
+        "end model.reward.init_args.template with {eos}, as RewardModelModule trains, unless the model was trained on"
+        " texts without an end: its score is read at the last token"
+    )
+
+
+def _token_ids(model: ClassifierReward, texts: list[str]) -> tuple[list[list[int]], int]:
+    """Return the ids that the model reads of texts, and how many of them are cut; its own count stays."""
+    before = model.num_truncated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = [model._token_ids(text) for text in texts]
+    cut, model.num_truncated = model.num_truncated - before, before
+    return ids, cut
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}")
+
+
+def reward_truncation(subject: Subject) -> Finding:
+    """Count the texts that are longer than the reward model reads, and lose their beginning."""
+    findings = []
+    for model in _models(subject):
+        texts = [model.text(*each) for each in zip(*written(subject), strict=True)]
+        cut, total = _token_ids(model, texts)[1], len(texts)
+        measured = f"{cut} of {total} texts are longer than the {model.max_length} tokens that {model.path} reads"
+        fix = "raise model.reward.init_args.max_length if the model holds more, or shorten prompts or responses"
+        status = "fail" if cut > MOSTLY_CUT * total else "warn" if cut else "pass"
+        findings.append(Finding(cast(Any, status), measured, fix if cut else "", {"truncated": cut / total}))
+    return worst(findings)
+
+
+def reward_padding(subject: Subject) -> Finding:
+    """Score all responses together, in another order, and each alone: a score may depend on its response only."""
+    if isinstance(subject.batch, PreferenceBatch):
+        together, orders = _pair_scores(subject, subject.batch)
+        in_16_bits = subject.rounds
+    else:
+        together, orders = _reward_scores(subject, written(subject))
+        loaded = [cast(Any, model.model).dtype for model in reward_models(cast(Any, subject.reward))]
+        in_16_bits = any(dtype != torch.float32 for dtype in loaded)
+    tolerance = MOVED_16_BITS if in_16_bits else MOVED
+    found = [_moved(name, other, together, tolerance) for name, other in orders.items()]
+    wrong = [each for each in found if each.status != "pass"]
+    if not wrong:
+        furthest = max(found, key=lambda each: each.values["moved"])
+        return furthest._replace(measured=f"again, alone and in another order, {furthest.measured.partition(', ')[2]}")
+    return wrong[0]
+
+
+MOVED_BY = {
+    "again": "the reward draws something, or remembers: make it a function of prompt and response",
+    "alone": "the reward depends on the company of a response: on padding (attention mask, pad token) or on the batch",
+    "in another order": "the reward mixes the responses of a batch: make it score each for itself",
+}
+"""What moves a score, by where it moved; the first of them is the plainest."""
+
+
+def _moved(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> Finding:
+    """Judge how far scores have moved."""
+    spread, moved = float(together.max() - together.min()), float((other - together).abs().max())
+    share = moved / spread if spread > 0 else float(moved > 0)
+    status = tolerance.status(share)
+    measured = f"{name}, scores move by {moved:.2g} at most, {share:.1%} of their spread"
+    return Finding(status, measured, "" if status == "pass" else MOVED_BY[name], {"moved": moved, "spread": spread})
+
+
+def _reward_scores(subject: Subject, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(some: Scored) -> Tensor:
+        return checked_scores(cast(Any, subject.reward), *_arguments(some)).reward.double().cpu()
+
+    count = len(scored.responses)
+    backwards = list(range(count))[::-1]
+    alone = torch.cat([score(scored.some([i])) for i in range(count)])
+    return score(scored), {
+        "again": score(scored),
+        "alone": alone,
+        "in another order": score(scored.some(backwards)).flip(0),
+    }
+
+
+def _arguments(scored: Scored) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+    return scored.prompts, scored.responses, scored.rows
+
+
+def _pair_scores(subject: Subject, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Score pairs with the reward model that is to be trained, as training does."""
+    module: Any = subject.module
+
+    def score(indices: list[int]) -> Tensor:
+        fields: dict[str, Any] = {}
+        for name in ("chosen", "rejected"):
+            mask = getattr(batch, f"{name}_mask")[indices]
+            width = int(mask.sum(-1).max())
+            fields |= {f"{name}_ids": getattr(batch, f"{name}_ids")[indices, :width], f"{name}_mask": mask[:, :width]}
+        with evaluating(module.reward_model):
+            return torch.stack(module.scores(batch._replace(**fields, margin=batch.margin[indices]))).double().cpu()
+
+    everything = list(range(len(batch.prompts)))
+    alone = torch.cat([score([i]) for i in everything], dim=1)
+    return score(everything), {
+        "again": score(everything),
+        "alone": alone,
+        "in another order": score(everything[::-1]).flip(1),
+    }
+
+
+def reward_spread(subject: Subject) -> Finding:
+    """Ask whether the rewards differ: between responses, and from those of the greedy ones."""
+    scored = written(subject)
+    rewards = checked_scores(cast(Any, subject.reward), *_arguments(scored)).reward.double().cpu()
+    rollout = subject.rollout
+    count = len(rollout.sampled.texts)
+    sampled, greedy = rewards[:count], rewards[count:].repeat_interleave(rollout.num_samples)
+    spread, alike = float(rewards.max() - rewards.min()), float((sampled == greedy).double().mean())
+    measured = (
+        f"rewards from {float(rewards.min()):.3g} to {float(rewards.max()):.3g}, on average"
+        f" {float(sampled.mean()):.3g}; {alike:.0%} of sampled responses have exactly their greedy one's"
+    )
+    values = {"spread": spread, "mean": float(sampled.mean()), "as_the_baseline": alike}
+    if spread == 0:
+        fix = (
+            "a constant reward teaches nothing: look at the responses (remax predict) and what the reward makes of"
+            " them; where the task is too hard or too easy for the policy, choose other prompts, and look at more of"
+            " them with --num_prompts"
+        )
+        return Finding("fail", measured, fix, values)
+    if alike == 1 and subject.module.objective.needs_greedy:
+        fix = (
+            "no response has an advantage: sample at a higher temperature, take prompts whose reward varies, or a"
+            " reward with more steps"
+        )
+        return Finding("warn", measured, fix, values)
+    return Finding("pass", measured, "", values)

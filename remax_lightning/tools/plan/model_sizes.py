@@ -1,0 +1,215 @@
+"""The sizes of a planned run: its models built from their configurations, its passes run on shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from unittest import mock
+
+import torch
+from torch import nn
+
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel, at_start
+from remax_lightning.models.forward import language_model
+from remax_lightning.rewards import ClassifierReward
+from remax_lightning.rewards.formats.peft import read_adapter
+from remax_lightning.rollout.cast_linear import MOST_BYTES
+from remax_lightning.strategies.layerwise import layers_of
+from remax_lightning.tools.plan.activation_memory import StepPasses, update_bytes
+from remax_lightning.tools.plan.memory_tracker import shapes_only
+from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
+from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step
+from remax_lightning.training.config_checks import check_lengths
+from remax_lightning.training.optim import parameter_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight under nf4: itself, a scale in 8 bits per 64 of them, and a scale of scales per 256 of those."""
+
+
+class Sizes(NamedTuple):
+    """What a run consists of.
+
+    Args:
+        parameters: of the policy, its adapter among them.
+        policy: the model that is trained.
+        value: the value model that PPO would train beside it: a policy with one number in place of logits.
+        frozen: reference and reward models.
+        step: the passes of a step.
+        ppo_step: those of PPO, which makes no greedy responses and has a pass of the policy more.
+    """
+
+    parameters: int
+    policy: ModelSize
+    value: ModelSize
+    frozen: list[FrozenSize]
+    step: Step
+    ppo_step: Step
+
+
+def measure(run: PlannedRun) -> Sizes:
+    """Return the sizes of a run. Downloads configurations at most.
+
+    Raises:
+        UserError: if a model's configuration cannot be read, or its passes cannot be followed.
+    """
+    try:
+        with shapes_only(run.default_dtype):
+            return _measure(run)
+    except RuntimeError as error:  # of an operator that asks for values
+        raise UserError(
+            f"model.policy.path: the passes of {run.module.policy_source.path!r} cannot be followed without running"
+            f" them ({str(error).splitlines()[0]}); in trainer.precision bf16-true more models can"
+        ) from error
+
+
+def _measure(run: PlannedRun) -> Sizes:
+    module, work, kl = run.module, run.work, run.module.objective.kl_config
+    policy = outline(dataclasses.replace(module.policy_source, dtype=_name(run.policy_dtype)), "model.policy")
+    check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
+    passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
+    source, shared = module.reference_source, 0
+    reference = None if source is None else outline(source, "model.reference").requires_grad_(False)
+    frozen = _rewards(run, passes)
+    if reference is not None and source is not None:
+        stays = _bytes(reference.get_output_embeddings()) if kl.full else 0
+        frozen.append(_frozen("reference", reference, passes.reference_scoring(reference), source.placement, stays))
+    elif module.policy_source.lora is not None:
+        reference = policy
+        with at_start(policy):
+            shared = passes.reference_scoring(policy)
+    scoring = passes.policy_scoring()
+    groups, foreach = parameter_groups(policy), run.device == "gpu"
+    compared = reference if kl.full else None
+    step = Step(
+        rollout=passes.rollout(greedy=module.objective.needs_greedy),
+        scoring=max(shared, scoring if run.scores_policy else 0),
+        training=passes.training(compared),
+        update=_update(run, groups, foreach),
+        flat_update=_update(run, _flat(groups), foreach),
+        micro_batches=run.micro_batches,
+        passes=run.passes,
+        hidden=0 if compared is None else passes.hidden(compared, work.prompts * work.sampling.num_samples),
+        keeps_cache=run.keeps_cache,
+    )
+    ppo = dataclasses.replace(step, rollout=passes.rollout(greedy=False), scoring=max(shared, scoring))
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    size = _size(policy, run)
+    return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
+
+
+def outline(source: PretrainedModel, key: str) -> PreTrainedModel:
+    """Return a model as `source` would load it, without its weights; call it inside `shapes_only`."""
+    # Its memory is that of PyTorch's own kernel, which needs no package and no GPU.
+    attention = None if (source.attn_implementation or "").startswith("flash") else source.attn_implementation
+    plain = dataclasses.replace(
+        source, from_scratch=True, lora=None, quantization=None, attn_implementation=attention
+    ).load_base(key)
+    lora = source.lora
+    if lora is not None and lora.path is not None:
+        from peft import PeftConfig
+
+        saved: Any = PeftConfig.from_pretrained(lora.path)
+        lora = type(lora)(r=saved.r, alpha=saved.lora_alpha, target_modules=list(saved.target_modules))
+    # PEFT moves what it makes to where the base is, which is where everything is here, and fake tensors refuse it.
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        return dataclasses.replace(source, lora=lora).adapted(plain, key, seed=0)
+
+
+def _rewards(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:
+    found = []
+    for reward in reward_models(run.module.reward):
+        model = _classifier(reward)
+        found.append(_frozen("reward model", model, passes.reward_scoring(model), reward.placement))
+    return found
+
+
+def _classifier(reward: ClassifierReward) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    key = "model.reward.init_args"
+    adapter = read_adapter(reward.path, reward.revision, reward.allow_pickle, key)
+    path, revision = reward.path, reward.revision
+    if adapter is not None:  # merged when it is loaded
+        path, revision = adapter.base_path, adapter.base_revision
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=reward.trust_remote_code)
+        config.num_labels = 1
+        dtype = config.dtype if reward.dtype is None else getattr(torch, reward.dtype)
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype or torch.float32, trust_remote_code=reward.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}.path: the configuration of {path!r} cannot be read: {reason}") from error
+    return cast("PreTrainedModel", model.requires_grad_(False))
+
+
+def _frozen(name: Any, model: PreTrainedModel, working: int, placement: Any, stays: int = 0) -> FrozenSize:
+    layers = [_bytes(layer) for layer in layers_of(cast(nn.Module, model))]
+    return FrozenSize(name, _bytes(model), working, sum(layers), max(layers, default=0), placement, stays)
+
+
+def _update(run: PlannedRun, groups: list[dict[str, Any]], foreach: bool) -> Any:
+    try:
+        return update_bytes(run.module.optimizer, groups, foreach=foreach)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UserError(
+            f"model.optimizer: it cannot be tried without weights ({reason}); plan with torch.optim.AdamW in its place,"
+            " or with what else has as many numbers per weight"
+        ) from error
+
+
+def _flat(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+    return [
+        group | {"params": [nn.Parameter(torch.empty(size, dtype=torch.float32))]}
+        for group, size in zip(groups, sizes, strict=True)
+    ]
+
+
+def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
+    own, core = list(policy.parameters()), language_model(policy)
+    weights, layers = _bytes(policy), [_bytes(layer) for layer in layers_of(cast(nn.Module, core))]
+    linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
+    packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32)
+    if run.is_mixed:
+        packed = 0 if run.strategy.shards_policy else packed // 2  # cast, on every device
+    elif run.device != "cpu" or packed > MOST_BYTES:
+        packed = 0
+    if run.module.policy_source.quantization is not None:
+        head = core.get_output_embeddings()
+        cut = [weight for weight in linears if head is None or weight is not head.weight]
+        weights -= sum(weight.nbytes - int(FOUR_BITS * weight.numel()) for weight in cut if not weight.requires_grad)
+    return ModelSize(
+        weights=weights,
+        trainable=sum(each.numel() for each in own if each.requires_grad),
+        itemsize=next(each.itemsize for each in own if each.requires_grad),
+        largest=max(each.nbytes for each in own),
+        layer=max(layers, default=0),
+        outside=_bytes(policy) - sum(layers),
+        packed=packed,
+    )
+
+
+def _value_size(policy: PreTrainedModel, size: ModelSize) -> ModelSize:
+    core = language_model(policy)
+    body = {id(each) for each in core.base_model.parameters()}
+    head = [each for each in core.parameters() if id(each) not in body]
+    weights = sum(each.nbytes for each in head)
+    trainable = size.trainable - sum(each.numel() for each in head if each.requires_grad)
+    return size._replace(weights=size.weights - weights, trainable=trainable, outside=max(0, size.outside - weights))
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(model: Any) -> int:
+    parameters: Iterable[nn.Parameter] = model.parameters()
+    return sum(parameter.nbytes for parameter in parameters)

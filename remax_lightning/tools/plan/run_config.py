@@ -1,0 +1,263 @@
+"""A run as `remax plan` reads it from what `remax fit` would run, without a device and without weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+
+from remax_lightning.cli import RemaxCLI, run
+from remax_lightning.errors import UserError
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
+from remax_lightning.rollout import AutoEngine, PairedEngine
+from remax_lightning.tools.plan.activation_memory import Work
+from remax_lightning.tools.plan.types import Strategy
+from remax_lightning.training.config_checks import check_quantization, updates_per_rollout
+
+DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+class PlanCLI(RemaxCLI):
+    """Reads a configuration as `remax fit` does and makes module and data, which load nothing yet, and no trainer."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ARG002
+        """Leave it out: it would ask for the devices that are planned for."""
+        return cast(Trainer, None)
+
+    def _last_checkpoint(self) -> None:
+        """None is read."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+class PlannedRun(NamedTuple):
+    """A run as its configuration has it.
+
+    Args:
+        module: not yet loaded.
+        work: of a device in a step.
+        micro_batches: per optimizer step.
+        passes: training passes per rollout.
+        scores_policy: whether scoring has a pass of the policy, too: for several updates per rollout, or in validation.
+        strategy: how the run is spread.
+        precision: `trainer.precision` in Lightning's newer words.
+        device: what is planned for.
+        notes: how the configuration was read where it leaves a choice.
+    """
+
+    module: ReMaxModule
+    work: Work
+    micro_batches: int
+    passes: int
+    scores_policy: bool
+    strategy: Strategy
+    precision: str
+    device: Literal["cpu", "gpu"]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """What models are loaded in that say nothing themselves."""
+        number, _, mode = self.precision.partition("-")
+        return DTYPES[number] if mode == "true" else torch.float32
+
+    @property
+    def policy_dtype(self) -> torch.dtype:
+        """What the policy is trained in; DeepSpeed casts it, in mixed precision too."""
+        number = self.precision.partition("-")[0]
+        if self.strategy.kind == "zero" and number in ("16", "bf16"):
+            return DTYPES[number]
+        name = self.module.policy_source.dtype
+        return self.default_dtype if name is None else cast(torch.dtype, getattr(torch, name))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether autocast chooses the precision; DeepSpeed casts the weights instead."""
+        return "mixed" in self.precision and self.strategy.kind != "zero"
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What makes the context of a step."""
+        if not self.is_mixed:
+            return nullcontext
+        number = self.precision.partition("-")[0]
+        # Without the cache of cast weights, as Lightning opens it.
+        return lambda: torch.autocast("cpu", DTYPES[number], cache_enabled=False)
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the memory of keys and values is kept between rollouts, for the graphs that read it."""
+        engine = self.module.engine
+        keeps = isinstance(engine, AutoEngine) or (
+            isinstance(engine, PairedEngine) and engine.keep_slots and engine.recorder is not None
+        )
+        # Weights that are gathered lie elsewhere in every rollout, and so its graphs end with it.
+        return keeps and self.device == "gpu" and not self.strategy.shards_policy
+
+
+def read_run(args: Sequence[str]) -> PlannedRun:
+    """Read what would stand after `remax fit`.
+
+    Raises:
+        UserError: if it is something that cannot be planned.
+    """
+    cli = run(["fit", *args], PlanCLI)
+    trainer, module, data = cli.config_init["fit"]["trainer"], cli.model, cli.datamodule
+    if not isinstance(module, ReMaxModule):
+        raise UserError(f"model: remax plan is for ReMaxModule, got {type(module).__name__}")
+    device: Literal["cpu", "gpu"] = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
+    devices, note = _devices(trainer["devices"], device)
+    strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
+    check_quantization(module.policy_source, trainer["strategy"])
+    splits, accumulate = getattr(data, "num_splits", 1), trainer["accumulate_grad_batches"]
+    known, unknown = _reward_models(module.reward)
+    unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
+    return PlannedRun(
+        module=module,
+        work=_work(module, data, splits, known),
+        micro_batches=accumulate,
+        passes=splits,
+        scores_policy=_looks_back(module, splits, accumulate) or _validates(data),
+        strategy=strategy,
+        precision=_precision(trainer["precision"]),
+        device=device,
+        notes=tuple(each for each in (note, unknown_note) if each),
+    )
+
+
+def _looks_back(module: ReMaxModule, splits: int, accumulate: int) -> bool:
+    """Whether training needs the policy's log-probs beforehand, and they are not the rollout's."""
+    objective = module.objective
+    updates = updates_per_rollout(splits, accumulate, objective.loss_config.kind)
+    whitens_parts = objective.advantage_config.whiten and splits > 1 and objective.uses_kl(module.kl_coef)
+    return (updates > 1 or whitens_parts) and objective.loss_config.old_log_probs == "recompute"
+
+
+def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> Work:
+    for name in ("batch_size", "max_prompt_length"):
+        if not isinstance(getattr(data, name, None), int):
+            raise UserError(
+                f"data: remax plan needs {name} of the DataModule, and {type(data).__name__} has none; give it an"
+                " attribute of that name"
+            )
+    sampling, kl = module.sampling, module.objective.kl_config
+    responses = data.batch_size * sampling.num_samples
+    scored = responses if _validates(data) else responses // splits  # validation takes a batch in one pass
+    texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
+    limits = [each.max_length for each in rewards if each.max_length is not None]
+    return Work(
+        prompts=data.batch_size,
+        sampling=sampling,
+        prompt_length=data.max_prompt_length,
+        training_rows=responses // splits,
+        scoring_rows=scored,
+        reference_rows=kl.reference_batch_size or scored,
+        reward_rows=min(texts, max((each.batch_size for each in rewards), default=0)),
+        reward_length=max(limits) if rewards and len(limits) == len(rewards) else None,
+    )
+
+
+def _validates(data: Any) -> bool:
+    return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) > 0
+
+
+def _reward_models(reward: Reward) -> tuple[list[ClassifierReward], str]:
+    """Return the reward models in a reward, and the names of rewards that may hold memory of their own."""
+    if isinstance(reward, ClassifierReward):
+        return [reward], ""
+    if isinstance(reward, WeightedReward):
+        found = [_reward_models(part) for part in reward.parts.values()]
+        return [each for models, _ in found for each in models], ", ".join(name for _, name in found if name)
+    own = type(reward).__module__.startswith("remax_lightning.")
+    return [], "" if own else type(reward).__name__
+
+
+def reward_models(reward: Reward) -> list[ClassifierReward]:
+    """Return the reward models in a reward."""
+    return _reward_models(reward)[0]
+
+
+def _devices(given: Any, device: str) -> tuple[int, str]:
+    """Return how many devices a node has, and a note where the configuration does not say."""
+    if isinstance(given, list):
+        return len(given), ""
+    text = str(given)
+    if re.fullmatch(r"[1-9]\d*", text):
+        return int(text), ""
+    if "," in text:
+        return len([each for each in text.split(",") if each.strip()]), ""
+    found = max(1, torch.cuda.device_count()) if device == "gpu" else 1
+    return found, f"trainer.devices is {text}: planned for {found}, as this machine has; set it for others"
+
+
+def _precision(given: Any) -> str:
+    precision = OLD_PRECISIONS.get(str(given), str(given))
+    number, _, mode = precision.partition("-")
+    if number not in DTYPES or mode not in ("true", "mixed"):
+        raise UserError(
+            f"trainer.precision: remax plan knows 32-true, bf16-true, bf16-mixed and the like, got {precision}"
+        )
+    return precision
+
+
+def read_strategy(given: Any, devices: int, *, touched: bool) -> Strategy:
+    """Return what is planned for a strategy of Lightning's or ours.
+
+    Args:
+        given: `trainer.strategy`: a name or an object.
+        devices: in all.
+        touched: see `Strategy`.
+
+    Raises:
+        UserError: if it is one that no run of ours is tested under.
+    """
+    if isinstance(given, str) and given in StrategyRegistry.available_strategies():
+        given = StrategyRegistry.get(given)
+    if type(given) is DDPStrategy:
+        views = bool(given._ddp_kwargs.get("gradient_as_bucket_view"))
+        return Strategy("ddp", devices, bucket_views=views, touched=touched)
+    if isinstance(given, DeepSpeedStrategy):
+        return _zero(given, devices, touched)
+    if isinstance(given, ModelParallelStrategy):
+        return Strategy("fsdp2", devices, gather=getattr(given, "gather", "auto"), touched=touched)
+    if given == "auto" or type(given).__name__ == "SingleDeviceStrategy":
+        return Strategy("single" if devices == 1 else "ddp", devices, touched=touched)
+    name = given if isinstance(given, str) else type(given).__name__
+    raise UserError(
+        f"trainer.strategy: remax plan knows auto, ddp, ReMaxDeepSpeedStrategy and ReMaxFSDP2Strategy, got {name!r}"
+    )
+
+
+def _zero(given: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
+    zero = cast("dict[str, Any]", given.config).get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"trainer.strategy.init_args.stage: remax plan knows stages 1, 2 and 3 of ZeRO, got {stage}")
+
+    def offloads(key: str) -> bool:
+        return bool(zero.get(key, {}).get("device", "none") != "none")
+
+    return Strategy(
+        "zero",
+        devices,
+        stage=stage,
+        offload_optimizer=offloads("offload_optimizer"),
+        offload_parameters=offloads("offload_param"),
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+        buckets=2 if zero.get("overlap_comm", stage == 3) else 1,
+        gather=getattr(given, "gather", "auto"),
+        touched=touched,
+    )

@@ -1,0 +1,193 @@
+"""What is checked before a run starts, across keys that each are right alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from remax_lightning.config import KLConfig
+from remax_lightning.errors import UserError
+from remax_lightning.models import PretrainedModel
+from remax_lightning.models.lm_head import required_head
+from remax_lightning.rewards.pooling import Pooling, at_last_token
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remax_lightning.training.reference import Reference
+
+
+def check_policy(policy: PretrainedModel) -> None:
+    """Refuse what only a frozen model can be."""
+    if policy.placement != "replicate":
+        raise UserError(
+            f"model.policy.placement must be replicate, got {policy.placement}: where the policy is kept,"
+            " trainer.strategy decides (ZeRO-3 or FSDP2 for shares, offload_parameters for the host's memory)"
+        )
+    if policy.quantization is not None and policy.lora is None:
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, but weights of 4 bits cannot be trained; set"
+            " model.policy.lora (QLoRA), or leave model.policy.quantization out"
+        )
+
+
+def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
+    """Refuse a quantised policy where its weights would be cut into shares."""
+    if policy.quantization is None:
+        return
+    zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"model.policy.quantization is {policy.quantization}, which trainer.strategy {type(strategy).__name__}"
+            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or"
+            " ReMaxDeepSpeedStrategy of stage 1 or 2"
+        )
+
+
+def check_reference(reference: PretrainedModel | None) -> None:
+    """Refuse a reference with an adapter that was never trained."""
+    if reference is not None and reference.lora is not None and reference.lora.path is None:
+        raise UserError(
+            "model.reference.lora needs the path of a trained adapter: a new one changes nothing; leave it out"
+        )
+
+
+def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: PretrainedModel | None) -> None:
+    """Refuse a KL coefficient without a reference to measure the KL to."""
+    if kl_coef < 0:
+        raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
+    if reference is None and policy.lora is None and (kl_coef > 0 or kl.loss_coef > 0):
+        key, value = ("kl_coef", kl_coef) if kl_coef > 0 else ("kl.loss_coef", kl.loss_coef)
+        raise UserError(
+            f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
+            f" model.reference.path (usually {policy.path!r}, where the policy starts) or model.{key} to 0"
+        )
+
+
+def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -> None:
+    """Refuse a KL over the vocabulary to or from a model whose output head cannot be read."""
+    if kl.full:
+        required_head(policy, "model.policy")
+        with reference.running():
+            required_head(reference.model, "model.reference")
+
+
+def check_vocabularies(
+    policy: PreTrainedModel, reference: PreTrainedModel, policy_path: str, reference_path: str
+) -> None:
+    """Refuse a reference whose tokens are not the policy's."""
+    own, other = (model.config.get_text_config().vocab_size for model in (policy, reference))
+    if own != other:
+        raise UserError(
+            f"model.reference {reference_path!r} has a vocabulary of {other}, the policy {policy_path!r} one of"
+            f" {own}; their log-probs cannot be compared"
+        )
+
+
+def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
+    """Refuse prompts and responses that together are longer than the policy can hold."""
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if max_prompt_length is None or room is None or max_prompt_length + max_response_length <= room:
+        return
+    raise UserError(
+        f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is more"
+        f" than the {room} positions that the policy has; lower one of them"
+    )
+
+
+def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse conversations that are longer than the reward model can hold."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and room is not None and max_length > room:
+        raise UserError(
+            f"data.max_length {max_length} is more than the {room} positions that the reward model has; lower it"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: PretrainedModel, vocabulary: int) -> None:
+    """Refuse a tokenizer that is not the reward model's: it would number the tokens in another way.
+
+    Raises:
+        UserError: if it has more tokens than the model, or other ones than the tokenizer beside the model.
+    """
+    path, given = source.path, tokenizer.name_or_path
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.tokenizer {given!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
+            " the tokenizer that belongs to the reward model"
+        )
+    if given == path:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        ).get_vocab()
+    except Exception:  # there is none beside the model, which is why another was given
+        return
+    mixed = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    if mixed and len(own) > 0:
+        token = mixed[0]
+        raise UserError(
+            f"model.tokenizer {given!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
+            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {own[token]}; leave"
+            " model.tokenizer out"
+        )
+
+
+def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Pooling) -> None:
+    """Say that others will read the score one token early, where padding looks like the end of a text."""
+    if pooling is at_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        rank_zero_warn(
+            f"The reward model pads with its end-of-sequence token {tokenizer.eos_token!r}. ClassifierReward goes by"
+            " the mask, but transformers' own classifier takes the end of a text for padding and scores the token"
+            " before. If other tools shall use the model, set data.loading.pad_token to a token that no text holds."
+        )
+
+
+def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
+    """Refuse Lightning's own DeepSpeed strategy where it would make the gradient `accumulate` times too small."""
+    if accumulate > 1 and not isinstance(strategy, ReMaxDeepSpeedStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}, which with trainer.accumulate_grad_batches {accumulate}"
+            " divides the loss twice; take remax_lightning.strategies.ReMaxDeepSpeedStrategy, which has its arguments"
+        )
+
+
+def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf) -> int:
+    """Return how many optimizer steps one rollout batch is used for.
+
+    Args:
+        num_splits: micro-batches per rollout batch.
+        accumulate: micro-batches per optimizer step.
+        loss_kind: `reinforce` or `clipped`.
+        num_batches: micro-batches per epoch, as far as they are known.
+
+    Raises:
+        UserError: if an optimizer step would reach into the next rollout, an epoch would end within one, or the loss is
+            not made for several updates.
+    """
+    if num_splits % accumulate:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_splits} micro-batches"
+            " (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next one; set"
+            f" trainer.accumulate_grad_batches to {num_splits}, or to a divisor of it for several updates per rollout"
+        )
+    if math.isfinite(num_batches) and num_batches % num_splits:
+        raise UserError(
+            f"trainer.limit_train_batches ends the epoch after {num_batches} micro-batches, in the middle of a rollout"
+            f" batch, which comes in {num_splits}; set it to a multiple of {num_splits}"
+        )
+    updates = num_splits // accumulate
+    if updates > 1 and loss_kind == "reinforce":
+        raise UserError(
+            f"trainer.accumulate_grad_batches {accumulate} with {num_splits} micro-batches per rollout makes {updates}"
+            " updates per rollout; model.loss.kind reinforce is right for one only. Set"
+            f" trainer.accumulate_grad_batches to {num_splits}, or model.loss.kind to clipped"
+        )
+    return updates

@@ -1,0 +1,210 @@
+"""From a rollout and log-probs to a loss: the configured choices put to the functions of `functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.errors import UserError
+from remax_lightning.functional import (
+    clipped_surrogate_loss,
+    kl_estimate,
+    kl_loss,
+    masked_mean,
+    reinforce_loss,
+    remax_advantages,
+)
+from remax_lightning.types import Rollout
+
+
+class Experience(NamedTuple):
+    """A rollout with what the training passes over it need.
+
+    Args:
+        rollout: `B` prompts with their responses and scores.
+        normalisers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
+        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
+        kl: `[S, R]` KL estimate that went into them, or None likewise, and where no KL enters.
+    """
+
+    rollout: Rollout
+    normalisers: Tensor
+    advantages: Tensor | None = None
+    kl: Tensor | None = None
+
+    def part(self, split: int, num_splits: int) -> Experience:
+        """Return part `split` of `num_splits` equal parts."""
+        rollout = self.rollout.part(split, num_splits)
+        rows = slice(split * len(rollout.reward), (split + 1) * len(rollout.reward))
+        advantages, kl = (None if each is None else each[rows] for each in (self.advantages, self.kl))
+        return self._replace(rollout=rollout, advantages=advantages, kl=kl)
+
+    def trained(self, num_splits: int = 1) -> Tensor:
+        """Return `[S]` bool, True on the responses that training has to run.
+
+        One whose advantages are all 0 has no gradient unless a KL enters. At least one of each of the `num_splits`
+        parts stays: backward hooks reduce gradients over ranks, and every rank has to meet them.
+        """
+        if self.advantages is None or self.rollout.reference_log_probs is not None:
+            return torch.ones_like(self.rollout.reward, dtype=torch.bool)
+        trained = (self.advantages != 0).any(-1).view(num_splits, -1)
+        trained[:, 0] |= ~trained.any(-1)
+        return trained.flatten()
+
+
+class Objective:
+    """The loss of ReMax in the variant that the configuration asks for; holds choices, no state."""
+
+    def __init__(self, kl: KLConfig, advantage: AdvantageConfig, loss: LossConfig, num_samples: int) -> None:
+        if advantage.baseline in ("leave_one_out", "group_mean") and num_samples < 2:
+            raise UserError(
+                f"model.advantage.baseline {advantage.baseline} needs model.sampling.num_samples of at least 2,"
+                f" got {num_samples}"
+            )
+        if kl.in_baseline and advantage.baseline not in ("leave_one_out", "group_mean"):
+            raise UserError(
+                "model.kl.in_baseline needs model.advantage.baseline leave_one_out or group_mean,"
+                f" got {advantage.baseline}: the KL of a greedy response is not known"
+            )
+        if kl.in_baseline and kl.credit == "none":
+            raise UserError("model.kl.in_baseline needs model.kl.credit to_go or one_step, got none")
+        if kl.full and loss.old_log_probs == "rollout":
+            raise UserError(
+                "model.loss.old_log_probs must be recompute where model.kl.estimator or loss_estimator is full, got"
+                " rollout: that KL needs the hidden states of a pass of its own"
+            )
+        self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the baseline is the greedy response's reward."""
+        return self.advantage_config.baseline == "greedy"
+
+    @property
+    def truncation_penalty(self) -> float:
+        """Reward that a truncated response loses."""
+        config = self.advantage_config
+        return config.truncation_penalty if config.truncated == "penalize" else 0.0
+
+    def uses_kl(self, kl_coef: float) -> bool:
+        """Whether a KL to the reference enters the advantages or the loss."""
+        return self.kl_config.loss_coef > 0 or (kl_coef > 0 and self.kl_config.credit != "none")
+
+    def loss_mask(self, rollout: Rollout) -> Tensor:
+        """Return `[S, R]` bool, True on the tokens that are trained on."""
+        mask = rollout.sampled.response_mask
+        if self.advantage_config.truncated == "mask":
+            return mask & ~rollout.sampled.truncated[:, None]
+        return mask
+
+    def kl(self, log_probs: Tensor, rollout: Rollout, full_kl: Tensor | None = None) -> Tensor | None:
+        """Return the `[S, R]` unscaled KL estimate per token, without gradient; None without a reference.
+
+        Args:
+            log_probs: `[S, R]` of the policy.
+            rollout: the responses.
+            full_kl: `[S, R]` KL over the vocabulary; needed where the configuration says `full`.
+        """
+        if rollout.reference_log_probs is None:
+            return None
+        config = self.kl_config
+        if config.estimator == "full":
+            estimate = _clamped(full_kl, config.clamp).detach()
+        else:
+            estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
+        return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
+
+    def advantages(
+        self, rollout: Rollout, kl: Tensor | None, kl_coef: float, reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return `[S, R]` advantages of the trained tokens; `reduce` sums a tensor over ranks."""
+        config = self.advantage_config
+        charged = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
+        return remax_advantages(
+            rollout.reward,
+            self.loss_mask(rollout),
+            num_samples=rollout.num_samples,
+            baseline=config.baseline,
+            baseline_reward=rollout.baseline_reward if config.baseline == "greedy" else None,
+            kl=kl if charged else None,
+            kl_coef=kl_coef if charged else 0.0,
+            kl_credit=self.kl_config.credit if charged else "none",
+            kl_in_baseline=self.kl_config.in_baseline and charged,
+            gamma=config.gamma,
+            reward_clip=config.reward_clip,
+            reward_clip_at=config.reward_clip_at,
+            whiten=config.whiten,
+            reduce=reduce,
+        )
+
+    def credited(
+        self,
+        experience: Experience,
+        kl_coef: float,
+        reduce: Callable[[Tensor], Tensor],
+        log_probs: Tensor | None = None,
+        full_kl: Tensor | None = None,
+    ) -> Experience:
+        """Return `experience` with advantages and, where the policy's log-probs are given, with the KL."""
+        kl = None if log_probs is None else self.kl(log_probs, experience.rollout, full_kl)
+        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)
+        return experience._replace(advantages=advantages, kl=kl)
+
+    def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
+        """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""
+        counted = self.loss_mask(rollout)
+        if self.loss_config.normaliser == "responses":
+            counted = torch.ones_like(counted[:, :1])
+        return counted.view(updates, -1).sum(-1).double()
+
+    def loss(
+        self,
+        log_probs: Tensor,
+        rollout: Rollout,
+        advantages: Tensor,
+        normaliser: Tensor,
+        full_kl: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a part of a rollout and the share of its tokens whose ratio was clipped.
+
+        Args:
+            log_probs: `[S, R]` of the policy now, differentiable.
+            rollout: the part.
+            advantages: `[S, R]`.
+            normaliser: what the sum over tokens is divided by; this part's own tokens take its place where the
+                configuration says `micro_batch`.
+            full_kl: `[S, R]` KL over the vocabulary, differentiable; needed where the configuration says `full`.
+        """
+        mask, config = self.loss_mask(rollout), self.loss_config
+        if config.normaliser == "micro_batch":
+            normaliser = mask.sum().double()
+        normaliser = normaliser.clamp_min(1e-8).float()
+        clip_fraction = torch.zeros_like(normaliser)
+        if config.kind == "reinforce":
+            loss = reinforce_loss(log_probs, advantages, mask, normaliser)
+        else:
+            # On the first update the policy is the one that sampled: its own log-probs are the old ones.
+            old = log_probs.detach() if rollout.log_probs is None else rollout.log_probs
+            loss, clip_fraction = clipped_surrogate_loss(
+                log_probs, old, advantages, mask, normaliser, config.clip_range, config.dual_clip
+            )
+        if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
+            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normaliser, full_kl)
+        return loss, clip_fraction.detach()
+
+    def _kl_term(self, log_probs: Tensor, rollout: Rollout, normaliser: Tensor, full_kl: Tensor | None) -> Tensor:
+        mask, config = self.loss_mask(rollout), self.kl_config
+        if config.loss_estimator == "full":
+            return masked_mean(_clamped(full_kl, config.clamp), mask, normaliser)
+        log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)
+        return kl_loss(log_ratio, mask, normaliser, config.loss_estimator, config.clamp)
+
+
+def _clamped(full_kl: Tensor | None, clamp: float | None) -> Tensor:
+    if full_kl is None:
+        raise ValueError("full_kl must be a tensor [S, R] for a KL over the vocabulary, got None")
+    return full_kl if clamp is None else full_kl.clamp(max=clamp)

@@ -1,0 +1,128 @@
+"""Several examples to a row: no padding is computed, and no example sees another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.functional import hidden_statistics, token_statistics
+from remax_lightning.models.forward import language_model, takes
+from remax_lightning.models.lm_head import find_head
+from remax_lightning.training.worker import evaluating
+from remax_lightning.types import SupervisedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Parting = Literal["positions", "mask"]
+"""What keeps the examples of a row apart: positions that begin again, or a mask of what each token sees."""
+
+
+class PackedRows(NamedTuple):
+    """Examples one behind the other.
+
+    Args:
+        input_ids: `[N, T]` token ids.
+        position_ids: `[N, T]` positions, from 0 again in each example.
+        targets: `[N, T]` bool, True on response tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+
+
+def pack(batch: SupervisedBatch) -> PackedRows:
+    """Put the examples of a batch into as few rows as first-fit decreasing finds, none longer than the longest example.
+
+    So a row is no wider than it would be without packing, and there are fewer of them.
+    """
+    prompt_lengths, response_lengths = batch.prompt_mask.sum(1).tolist(), batch.response_mask.sum(1).tolist()
+    lengths = [prompt + response for prompt, response in zip(prompt_lengths, response_lengths, strict=True)]
+    width = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((i for i, left in enumerate(room) if left >= lengths[example]), None)
+        if row is None:
+            rows.append([])
+            room.append(width)
+            row = len(rows) - 1
+        rows[row].append(example)
+        room[row] -= lengths[example]
+    # Tails count on from 0 as well, as one more example that is no target.
+    input_ids = batch.prompt_ids.new_zeros(len(rows), width)
+    position_ids = torch.zeros_like(input_ids)
+    targets = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, examples in enumerate(rows):
+        start = 0
+        for i in examples:
+            end, response = start + lengths[i], start + prompt_lengths[i]
+            ids = [batch.prompt_ids[i][batch.prompt_mask[i]], batch.response_ids[i][batch.response_mask[i]]]
+            input_ids[row, start:end] = torch.cat(ids)
+            position_ids[row, start:end] = torch.arange(lengths[i], device=input_ids.device)
+            targets[row, response:end] = True
+            start = end
+        position_ids[row, start:] = torch.arange(width - start, device=input_ids.device)
+    return PackedRows(input_ids, position_ids, targets)
+
+
+def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: Parting) -> Tensor:
+    """Return `[M]` log-probs of the target tokens, row by row."""
+    inputs = _inputs(model, rows.input_ids, rows.position_ids, parting)
+    ids, predicting = rows.input_ids[rows.targets], rows.targets.roll(-1, dims=1)
+    head = find_head(model).head
+    if head is None:
+        logits = cast(Tensor, model(**inputs).logits)[predicting]
+        return token_statistics(logits[None], ids[None]).log_probs[0]
+    hidden = language_model(model).base_model(**inputs).last_hidden_state[predicting]
+    return hidden_statistics(hidden, head, ids).log_probs
+
+
+@torch.no_grad()
+def find_parting(model: PreTrainedModel) -> Parting:
+    """Return what keeps the examples of a row apart in this model: a few tokens are run through it, together and apart.
+
+    Most models of transformers make a mask of positions that begin again at 0. Some, OPT among them, need to be given
+    one, and others hear of neither.
+
+    Raises:
+        UserError: if nothing does.
+    """
+    lengths, generator = (5, 3, 4), torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, size, (1, sum(lengths)), generator=generator).to(model.device)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
+    # In half precision the shape of a batch alone changes the third digit.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    with evaluating(model):
+        apart = torch.cat([model(input_ids=own, use_cache=False).logits[0] for own in ids.split(lengths, 1)])
+        for parting in get_args(Parting) if takes(model, "position_ids") else ():
+            try:
+                together = model(**_inputs(model, ids, positions, parting)).logits[0]
+            except (RuntimeError, TypeError, ValueError):  # an attention that takes no such mask
+                continue
+            if (together - apart).abs().max() <= tolerance * apart.std():
+                return cast(Parting, parting)
+    raise UserError(
+        f"model.packing must be false for {type(model).__name__}, got true: packed into one row, its examples would see"
+        " each other"
+    )
+
+
+def _inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, parting: Parting) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    if parting == "mask":
+        number = (position_ids == 0).cumsum(1)
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        seen = (number[:, :, None] == number[:, None, :]) & (place[:, None] >= place)
+        if model.config._attn_implementation == "sdpa":
+            inputs["attention_mask"] = seen[:, None]
+        else:  # what is added to the attention's logits
+            least = torch.finfo(model.dtype).min
+            inputs["attention_mask"] = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, least)[:, None]
+    return inputs

@@ -1,0 +1,80 @@
+"""Scores of held-out pairs: gathered over ranks, each pair once, and what is measured of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.functional import bradley_terry_loss
+from remax_lightning.types import PreferenceBatch
+
+CALIBRATION_BINS = 15
+"""Bins of equal width that probabilities are compared with frequencies in, as is usual (Guo et al. 2017)."""
+
+
+class PairScores(NamedTuple):
+    """Scores of pairs.
+
+    Args:
+        chosen: `[M]` float64 scores of the chosen responses.
+        rejected: `[M]` float64 scores of the rejected ones.
+        margin: `[M]` float64, what the first had to be ahead by.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    margin: Tensor
+
+    def figures(self, centering_coef: float) -> dict[str, float]:
+        """Return what is logged of the pairs.
+
+        `calibration_error` is the expected calibration error: the model gives the response that it scores higher a
+        probability of `sigmoid(difference)`, and is right about it as often as that, or not.
+        """
+        from torchmetrics.functional.classification import binary_calibration_error
+
+        ahead = self.chosen - self.rejected
+        right = (ahead > 0).long()
+        mean, std = self.moments()
+        loss = bradley_terry_loss(self.chosen, self.rejected, len(ahead), self.margin, centering_coef)
+        error = binary_calibration_error(torch.sigmoid(ahead.abs()), right, n_bins=CALIBRATION_BINS, norm="l1")
+        return {
+            "loss": float(loss),
+            "accuracy": float(right.double().mean()),
+            "calibration_error": float(error),
+            "margin": float(ahead.mean()),
+            "reward_mean": mean,
+            "reward_std": std,
+        }
+
+    def moments(self) -> tuple[float, float]:
+        """Return mean and standard deviation of all `2M` scores, the latter over `2M`, so that the variance is 1."""
+        scores = torch.cat([self.chosen, self.rejected])
+        return float(scores.mean()), float(scores.std(correction=0))
+
+
+class PairScoreSums:
+    """Gathers scores batch by batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[float, float, float]] = {}
+
+    def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
+        """Add the `[B]` scores of a batch; a pair that has been there before counts once."""
+        columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
+        self._found |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
+
+    def gathered(self) -> PairScores | None:
+        """Return the scores of all ranks, the same on each of them, or None where there are none; start anew."""
+        found, self._found = self._found, {}
+        if torch.distributed.is_initialized():
+            parts: list[dict[int, tuple[float, float, float]]] = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, found)
+            found = {index: scores for part in parts for index, scores in part.items()}
+        if not found:
+            return None
+        # In one order on every rank: a sum of float64 depends on it in its last digit.
+        values = torch.tensor([found[index] for index in sorted(found)], dtype=torch.float64)
+        return PairScores(*values.unbind(1))

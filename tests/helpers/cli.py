@@ -1,0 +1,102 @@
+"""The `remax` command inside this process: a small configuration, and what a call of it printed and left."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from helpers.training import write_rows
+
+PLUGINS = Path(__file__).parent / "plugins"
+
+
+class Outcome(NamedTuple):
+    """How a call of the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def small_config(folder: Path, policy: Path | str, rows: int = 16) -> dict[str, Any]:
+    """A run of two optimizer steps on the CPU; its files go to `folder`."""
+    data = write_rows(folder / "rows.jsonl", ({"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(rows)))
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "logger": {"init_args": {"save_dir": str(folder / "runs")}},
+        },
+        "model": {
+            "policy": {"path": str(policy)},
+            "reference": {"path": str(policy)},
+            "reward": {
+                "class_path": "FunctionReward",
+                "init_args": {"function": "remax_lightning.rewards.verifiers.exact_match"},
+            },
+            "sampling": {"max_response_length": 4},
+        },
+        "data": {"path": data, "val_size": 4, "batch_size": 4, "max_prompt_length": 16},
+    }
+
+
+def changed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A copy of `config` with keys set by dotted name (`__` for the dots); Ellipsis takes a key out."""
+    config = copy.deepcopy(config)
+    for dotted, value in values.items():
+        *folders, name = dotted.split("__")
+        node = config
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        if value is ...:
+            del node[name]
+        else:
+            node[name] = value
+    return config
+
+
+def write_config(path: Path, config: dict[str, Any]) -> str:
+    """Write a configuration as YAML and return its path as text."""
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+@contextmanager
+def in_folder(folder: Path, *, plugins: bool = False) -> Iterator[None]:
+    """Inside, `folder` is the current one, with the user's own modules in it if `plugins`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        for module in PLUGINS.glob("*.py") if plugins else ():
+            shutil.copy(module, folder)
+            patch.delitem(sys.modules, module.stem, raising=False)
+        yield
+        for module in PLUGINS.glob("*.py") if plugins else ():
+            sys.modules.pop(module.stem, None)
+
+
+def remax(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    """Call the command as its entry point does; an exception that it lets out is a traceback to the user."""
+    from remax_lightning.cli import main
+
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["remax", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return Outcome(code, out, err)

@@ -1,0 +1,191 @@
+"""Whatever a kill interrupts, what is found afterwards is a whole checkpoint: the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from remax_lightning.errors import UserError
+from remax_lightning.strategies import WholeFiles, newest, settle, sweep
+from remax_lightning.strategies import atomic_checkpoint as module
+
+PARTS = ("first.pt", "second.pt", "third.pt")
+
+
+class Killed(BaseException):
+    """What SIGKILL is to the code: nothing after it runs."""
+
+
+class Killer:
+    """Stands in for whatever changes the file system, and kills at one of these calls; None lets all pass."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.at: int | None = None
+        self.calls = 0
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+            patch.setattr(Path, name, self.before(getattr(Path, name)))
+        patch.setattr(shutil, "rmtree", self.amid(shutil.rmtree, half_removed))
+        patch.setattr(torch, "save", self.amid(torch.save, half_saved))
+
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.amid(function, lambda *_: None)
+
+    def amid(self, function: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.at:
+                half(*args)
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+
+def half_removed(path: Path) -> None:
+    os.remove(next(iter(path.rglob("*.pt"))))  # noqa: PTH107 - Path's own are watched
+
+
+def half_saved(_: Any, path: Path) -> None:
+    Path(path).write_bytes(b"PK")
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
+    monkeypatch.setattr(module, "_STARTED", float("inf"))  # every leftover is of an earlier process
+    return Killer(monkeypatch)
+
+
+def save_folder(target: Path, version: int) -> None:
+    with module.whole_folder(SingleDeviceStrategy("cpu"), target) as path:
+        path.mkdir(exist_ok=True)
+        for part in PARTS:
+            torch.save({"version": version}, path / part)
+
+
+def save_file(target: Path, version: int) -> None:
+    WholeFiles().save_checkpoint({"version": version}, target)
+
+
+def versions(checkpoint: Path) -> set[int]:
+    """The versions of its parts: one, if it is whole."""
+    files = [checkpoint / part for part in PARTS] if checkpoint.is_dir() else [checkpoint]
+    return {torch.load(file)["version"] for file in files}
+
+
+def begin(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder / "last.ckpt"
+
+
+KINDS = {"folder": save_folder, "file": save_file}
+
+
+@pytest.mark.parametrize("after", KINDS)
+@pytest.mark.parametrize("before", [*KINDS, "link", "nothing"])
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint(
+    before: str, after: str, killer: Killer, tmp_path: Path
+) -> None:
+    folder, kills = tmp_path / "checkpoints", 0
+    while True:
+        target = begin(folder)
+        if before == "link":
+            save_folder(folder / "step=1.ckpt", 1)
+            target.symlink_to("step=1.ckpt")
+        elif before != "nothing":
+            KINDS[before](target, 1)
+        killer.at, killer.calls, kills = kills + 1, 0, kills + 1
+        try:
+            KINDS[after](target, 2)
+        except Killed:
+            killer.at = None
+        else:
+            break
+        found = newest([folder], tmp_path)
+        assert (found is None and before == "nothing") or versions(found or folder) in ({1}, {2})
+        if target.exists() and kills % 2:  # a run that removes it must not bring half of the older one back
+            WholeFiles().remove_checkpoint(target)
+            left = newest([folder], tmp_path)
+            assert left is None or versions(left) in ({1}, {2})
+        sweep(folder)
+        KINDS[after](target, 3)  # the run that comes next
+        assert versions(target) == {3}
+        assert {path.name for path in folder.iterdir()} <= {"last.ckpt", "step=1.ckpt"}
+    killer.at = None
+    assert versions(target) == {2}
+    assert kills > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_during_a_removal_leaves_no_half_of_a_checkpoint(kind: str, killer: Killer, tmp_path: Path) -> None:
+    folder, kills = tmp_path / "checkpoints", 0
+    while True:
+        begin(folder)
+        old, new = folder / "step=1.ckpt", folder / "step=2.ckpt"
+        KINDS[kind](new, 2)
+        KINDS[kind](old, 1)  # younger, so that it would be taken if anything of it could be
+        killer.at, killer.calls, kills = kills + 1, 0, kills + 1
+        try:
+            WholeFiles().remove_checkpoint(old)
+        except Killed:
+            killer.at = None
+        else:
+            break
+        assert versions(newest([folder], tmp_path) or folder) in ({1}, {2})
+        sweep(folder)
+        assert not (folder / module.UNFINISHED).exists() or not list((folder / module.UNFINISHED).iterdir())
+    killer.at = None
+    assert not old.exists()
+    assert versions(new) == {2}
+
+
+def test_the_youngest_is_found_whatever_its_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "version_0", tmp_path / "version_1"
+    for age, target in ((30, first / "last.ckpt"), (20, second / "epoch=0-step=2.ckpt"), (10, first / "a.ckpt")):
+        save_file(target, age)
+        os.utime(target, (time.time() - age,) * 2)
+    (second / "dangling.ckpt").symlink_to("removed.ckpt")
+    (second / "notes.txt").touch()
+    assert newest([first, second], tmp_path) == first / "a.ckpt"
+    assert newest([second], tmp_path) == second / "epoch=0-step=2.ckpt"
+    assert newest([tmp_path / "none"], tmp_path) is None
+    save_folder(tmp_path / "hpc_ckpt_1.ckpt", 1)
+    assert newest([first, second], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
+
+
+def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
+    writing = tmp_path / module.UNFINISHED / "step=1.ckpt"
+    writing.mkdir(parents=True)
+    sweep(tmp_path)
+    assert writing.exists()
+    os.utime(writing, (0, 0))
+    sweep(tmp_path)
+    assert not writing.exists()
+
+
+def test_settling_a_folder_that_is_not_there_or_in_order_changes_nothing(tmp_path: Path) -> None:
+    settle(tmp_path / "none")
+    save_folder(tmp_path / "a.ckpt", 1)
+    settle(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    save_folder(tmp_path / "a.ckpt", 1)
+    with pytest.raises(OSError, match="full"), module.whole_folder(SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt"):
+        raise OSError("the disk is full")
+    assert versions(tmp_path / "a.ckpt") == {1}
+
+
+def test_a_folder_is_not_read_as_a_file(tmp_path: Path) -> None:
+    save_folder(tmp_path / "a.ckpt", 1)
+    with pytest.raises(UserError, match="is a folder, as DeepSpeed and FSDP2 write it"):
+        WholeFiles().load_checkpoint(tmp_path / "a.ckpt")

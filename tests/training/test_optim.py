@@ -1,0 +1,144 @@
+"""Parameter groups, learning rates that the weights cannot take, and schedules."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from helpers.training import fit, prompt_data, remax_module, save_policy
+from lightning.pytorch import Callback
+from torch import nn
+
+from remax_lightning.errors import UserError
+from remax_lightning.modules import WarmupCosine, WarmupLinear
+from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
+from remax_lightning.training.schedules import set_total_steps
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+# Parameter groups
+
+
+def test_biases_and_norms_take_no_weight_decay() -> None:
+    model = tiny_model("gpt2")
+    frozen = model.transformer.wpe.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    trained = [parameter for parameter in model.parameters() if parameter is not frozen]
+    assert sorted(decay) == sorted(map(id, trained))
+    assert {decay[id(p)] for p in trained if p.dim() > 1} == {0.3}
+    assert {decay[id(p)] for p in trained if p.dim() <= 1} == {0.0}
+
+
+def test_a_model_without_vectors_has_one_group() -> None:
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False))) == 1
+
+
+# Lost updates
+
+
+def test_bfloat16_weights_refuse_a_small_rate_before_training(policy: str, tmp_path: Path) -> None:
+    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=1e-6))
+    with pytest.raises(UserError, match=r"model\.optimizer\.init_args\.lr is 1e-06.*bf16-mixed"):
+        fit(module, prompt_data(tmp_path, policy), tmp_path, precision="bf16-true")
+    assert module.reward.scored == []
+
+
+@pytest.mark.parametrize(("precision", "rate", "dtype"), [
+    ("bf16-true", 1e-1, torch.bfloat16),
+    ("bf16-mixed", 1e-6, torch.float32),
+    ("32-true", 1e-6, torch.float32),
+])  # fmt: skip
+def test_other_rates_train(precision: Any, rate: float, dtype: torch.dtype, policy: str, tmp_path: Path) -> None:
+    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=rate))
+    recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, precision=precision)
+    assert next(module.policy.parameters()).dtype == dtype
+    moved = recorder.step()["model.layers.0.mlp.up_proj.weight"]
+    assert moved.dtype == dtype
+    assert float((moved != 0).float().mean()) > 0.5
+
+
+def test_half_of_the_weights_is_the_limit() -> None:
+    weights = nn.Parameter(torch.tensor([1.0, 1.0, 1e-6, 1e-6], dtype=torch.bfloat16))
+    refuse_lost_updates(torch.optim.SGD([weights], lr=1e-4))
+    more = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    with pytest.raises(UserError, match="60% of the model's 16-bit weights"):
+        refuse_lost_updates(torch.optim.SGD([weights, more], lr=1e-4))
+
+
+# Schedules
+
+
+def cosine(step: int, warmup: int, total: int, least: float) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= total:
+        return least
+    return least + (1 - least) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def linear(step: int, warmup: int, total: int, least: float) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= total:
+        return least
+    return 1 - (1 - least) * (step - warmup) / (total - warmup)
+
+
+SHAPES = [(WarmupCosine, cosine), (WarmupLinear, linear)]
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1])
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize(("kind", "shape"), SHAPES)
+def test_schedules_equal_their_formula(kind: Any, shape: Any, warmup: int, least: float) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in (2.0, 0.5)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = kind(optimizer, warmup_steps=warmup, total_steps=9, min_ratio=least)
+    for step in range(12):
+        expected = shape(step, warmup, 9, least)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2 * expected, expected / 2])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("options", [
+    {"max_steps": 4, "max_epochs": 4},
+    {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2},
+])  # fmt: skip
+@pytest.mark.parametrize(("kind", "shape"), SHAPES)
+def test_a_schedule_learns_the_length_of_the_run(
+    kind: Any, shape: Any, options: dict[str, int], policy: str, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    splits = options.get("accumulate_grad_batches", 1)
+    data = prompt_data(tmp_path, policy, batch_size=4, micro_batch_size=4 // splits)  # two steps an epoch
+    module = remax_module(policy, lr_scheduler=partial(kind, warmup_steps=1))
+    fit(module, data, tmp_path, callbacks=[Rates()], **options)
+    assert rates == pytest.approx([shape(step, 1, 4, 0.0) for step in range(4)])
+
+
+def test_a_given_length_stays_and_an_endless_run_decays_nothing() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    given, endless = WarmupCosine(optimizer, total_steps=7), WarmupLinear(optimizer)
+    set_total_steps(given, 100)
+    set_total_steps(endless, math.inf)
+    assert (given.total_steps, endless.total_steps) == (7, None)
+    for _ in range(5):
+        optimizer.step()
+        endless.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0

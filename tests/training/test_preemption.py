@@ -1,0 +1,177 @@
+"""A signal ends a run after the step that it found it in, with a checkpoint that repeats the uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, save_policy
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from remax_lightning.modules import LossConfig
+from remax_lightning.strategies import newest
+
+STEPS = 4
+RARELY = {"every_n_epochs": 9}
+
+
+class Tell(Callback):
+    """Keeps the losses of the steps, and sends this process a signal at a point of the run, named by its hook."""
+
+    def __init__(self, hook: str = "", step: int = 0, batch: int = 0, signum: int = signal.SIGTERM) -> None:
+        self.losses: list[float] = []
+        self.validated = 0
+        self.due = (hook, step, batch)
+        self.signum = signum
+
+    def told(self, trainer: Trainer, hook: str, batch: int) -> None:
+        if (hook, trainer.global_step, batch) == self.due and not trainer.sanity_checking:
+            os.kill(os.getpid(), self.signum)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.told(trainer, "train", batch.split)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs["closes_step"]:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self.told(trainer, "validation", batch_idx)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.validated += 1
+
+
+class Runs:
+    """Starts runs of four steps, of two micro-batches each, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.policy = save_policy(folder / "policy")
+        self.reference = save_policy(folder / "reference", noise=0.02)
+
+    def start(
+        self, tell: Tell, checkpoint: Path | None = None, saves: dict[str, Any] | None = RARELY, **options: Any
+    ) -> Trainer:
+        module = remax_module(self.policy, self.reference, loss=LossConfig("clipped"))
+        data = prompt_data(self.folder, self.policy, PROMPTS, batch_size=4, micro_batch_size=1)
+        callbacks: list[Callback] = [tell]
+        if saves is not None:
+            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", "{step}", **saves))
+        defaults = {"max_steps": STEPS, "accumulate_grad_batches": 2, "enable_checkpointing": saves is not None}
+        trainer = make_trainer(self.folder, callbacks, **defaults | options)
+        trainer.fit(module, data, ckpt_path=checkpoint)
+        return trainer
+
+    def saved(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    tell = Tell()
+    Runs(tmp_path_factory.mktemp("whole")).start(tell)
+    assert len(set(tell.losses)) == STEPS
+    return tell.losses
+
+
+@pytest.mark.parametrize("batch", [2, 3], ids=["before a step", "within a step"])
+def test_the_step_is_ended_saved_and_repeated(batch: int, whole: list[float], tmp_path: Path) -> None:
+    runs, told, rest = Runs(tmp_path), Tell("train", 1, batch), Tell()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        runs.start(told)
+    assert told.losses == whole[:2]
+    assert runs.saved() == ["last.ckpt"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    runs.start(rest, tmp_path / "checkpoints" / "last.ckpt")
+    assert rest.losses == whole[2:]
+
+
+def test_a_checkpoint_of_the_step_is_not_written_twice(whole: list[float], tmp_path: Path) -> None:
+    runs, told = Runs(tmp_path), Tell("train", 1, 2)
+    with pytest.raises(SIGTERMException):
+        runs.start(told, saves={"every_n_train_steps": 1})
+    assert runs.saved() == ["step=2.ckpt"]
+
+
+def test_a_validation_is_left_and_the_steps_before_it_are_kept(whole: list[float], tmp_path: Path) -> None:
+    validates = {"limit_val_batches": 1.0, "val_check_interval": 2}
+    runs, told, rest = Runs(tmp_path), Tell("validation", 2, 0), Tell()
+    with pytest.raises(SIGTERMException):
+        runs.start(told, **validates)
+    assert (told.losses, told.validated) == (whole[:2], 1)
+    runs.start(rest, tmp_path / "checkpoints" / "last.ckpt", **validates)
+    assert rest.losses == whole[2:]
+    assert rest.validated == 2
+
+
+def test_a_run_that_is_done_with_the_step_ends_as_ever(whole: list[float], tmp_path: Path) -> None:
+    runs, told = Runs(tmp_path), Tell("train", STEPS - 1, 2)
+    trainer = runs.start(told)
+    assert trainer.state.finished
+    assert told.losses == whole
+    assert runs.saved() == ["last.ckpt"]
+
+
+def test_a_run_counted_in_epochs_that_is_done_ends_as_ever(tmp_path: Path) -> None:
+    told = Tell("train", 2 * STEPS - 1, 2)
+    trainer = Runs(tmp_path).start(told, max_steps=-1, max_epochs=2)
+    assert trainer.state.finished
+    assert len(told.losses) == 2 * STEPS
+
+
+@pytest.mark.parametrize("saves", [None, {"save_weights_only": True}])
+def test_it_says_so_where_nothing_can_be_saved(saves: dict[str, Any] | None, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing is saved"), pytest.raises(SIGTERMException):
+        Runs(tmp_path).start(Tell("train", 0, 0), saves=saves)
+
+
+def test_an_early_stop_waits_for_the_end_of_the_step(whole: list[float], tmp_path: Path) -> None:
+    """A stop in the middle of a step would throw its gradients away, on this rank alone."""
+
+    class Stop(Tell):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            trainer.should_stop = trainer.global_step == 1 and batch.split == 2
+
+    stop = Stop()
+    trainer = Runs(tmp_path).start(stop)
+    assert trainer.state.finished
+    assert stop.losses == whole[:2]
+
+
+def test_slurms_signal_requeues_the_job_and_lightning_finds_the_checkpoint(
+    whole: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    scontrol = programs / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "17", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "training")
+    runs, told, rest = Runs(tmp_path), Tell("train", 1, 3, signal.SIGUSR1), Tell()
+    with pytest.raises(SIGTERMException):
+        runs.start(told, plugins=[SLURMEnvironment()])
+    assert told.losses == whole[:2]
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert newest([], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
+    runs.start(rest, None, plugins=[SLURMEnvironment()])  # as the job is run again: with the same command
+    assert rest.losses == whole[2:]
+
+
+def test_outside_of_training_it_ends_at_once(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    module, data = remax_module(runs.policy, runs.reference), prompt_data(tmp_path, runs.policy)
+    with pytest.raises(SystemExit) as ended:
+        make_trainer(tmp_path, [Tell("validation", 0, 0)], limit_val_batches=1.0).validate(module, data)
+    assert ended.value.code == 143
