@@ -54,6 +54,9 @@ TOOLS = {
 }
 """Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
 
+TOOL_MODULES = {"plan": "remax_lightning.tools.plan.command", "doctor": "remax_lightning.tools.doctor.command"}
+"""Tools that are packages: the module with their `main`; any other is a file of `tools`."""
+
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
@@ -175,7 +178,7 @@ def main() -> None:
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             tool, _ = TOOLS[sys.argv[1]]
-            import_module(f"remax_lightning.tools.{tool}").main(sys.argv[2:])
+            import_module(TOOL_MODULES.get(tool, f"remax_lightning.tools.{tool}")).main(sys.argv[2:])
         else:
             run()
     except SIGTERMException:

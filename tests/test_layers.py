@@ -17,22 +17,27 @@ PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
-LOWER = {"functional", "batch", "errors", "frozen"}
+LOWER = {"functional", "types", "config", "errors", "distributed", "sharding"}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
     "version": set(),
     "errors": set(),
-    "batch": set(),
+    "types": set(),
+    "config": {"errors"},
+    "distributed": {"errors"},
+    "sharding": {"errors"},
     "functional": set(),
-    "frozen": {"errors"},  # reference and reward models are kept alike, and their layers do not know each other
-    "rollout": LOWER,
-    "rewards": LOWER | {"data.conversations"},  # a reward model reads the tokens that it was trained on
-    "models": LOWER,
-    "data": LOWER,
-    "callbacks": LOWER,
+    "models": LOWER | {"strategies", "rollout"},
     "strategies": LOWER,
-    "modules": LOWER | {"rollout", "rewards", "models", "strategies", "data.tokenizers"},
+    "data": LOWER,
+    "rewards": LOWER | {"models", "data.conversations"},  # a reward model reads the tokens that it was trained on
+    "rollout": LOWER | {"models", "strategies"},
+    "training": LOWER | {"rollout", "rewards", "models", "strategies", "data.tokenizers"},
+    "evaluation": LOWER | {"rollout", "rewards", "models", "strategies", "training", "modules"},
+    "callbacks": LOWER | {"models", "evaluation", "strategies"},
+    "modules": LOWER | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"},
+    "tasks": ANYTHING,
     "cli_errors": {"errors"},
     "cli": ANYTHING,
     "tools": ANYTHING,
@@ -86,11 +91,11 @@ def test_every_part_has_a_layer() -> None:
     ("own", "source"),
     [
         ("functional", "from remax_lightning.types import Rollout"),
-        ("rewards", "def f():\n    from remax_lightning.models import PretrainedModel"),
+        ("rewards", "def f():\n    from remax_lightning.training import worker"),
         ("callbacks", "import remax_lightning.modules.remax"),
         ("modules", "from remax_lightning.data import PromptDataModule"),
         ("modules", "from remax_lightning import cli"),
-        ("batch", "if True:\n    from remax_lightning.errors import UserError"),
+        ("types", "if True:\n    from remax_lightning.errors import UserError"),
         ("data", "from remax_lightning import ReMaxModule"),
     ],
 )

@@ -16,7 +16,7 @@ from remax_lightning.rollout import AutoEngine, SamplingConfig
 from remax_lightning.strategies import (
     ReMaxDeepSpeedStrategy,
     ReMaxFSDP2Strategy,
-    choice,
+    gather_mode,
     rollout_parameters,
     shard_policy,
 )
@@ -87,30 +87,30 @@ def test_layers_within_layers_are_part_of_them() -> None:
 def test_auto_is_once_where_there_is_room(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_model("llama")
     size = 4 * sum(each.numel() for each in policy.parameters())
-    assert not choice.layer_by_layer(policy)  # on a CPU
-    for free, expected in ((size / choice.SHARE + 1, False), (size / choice.SHARE - 1, True)):
-        monkeypatch.setattr(choice, "free_bytes", lambda device, free=free: free)
-        assert choice.layer_by_layer(policy) is expected
+    assert not gather_mode.layer_by_layer(policy)  # on a CPU
+    for free, expected in ((size / gather_mode.SHARE + 1, False), (size / gather_mode.SHARE - 1, True)):
+        monkeypatch.setattr(gather_mode, "free_bytes", lambda device, free=free: free)
+        assert gather_mode.layer_by_layer(policy) is expected
     policy._no_split_modules = None
-    assert not choice.layer_by_layer(policy)
+    assert not gather_mode.layer_by_layer(policy)
 
 
 def test_what_was_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_model("llama")
-    monkeypatch.setattr(choice, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(gather_mode, "free_bytes", lambda device: 0)
     for gather, expected in (("once", False), ("layerwise", True)):
-        choice.remember(nn.ModuleList([policy]), gather)  # type: ignore[arg-type]
-        assert choice.layer_by_layer(policy) is expected
+        gather_mode.remember(nn.ModuleList([policy]), gather)  # type: ignore[arg-type]
+        assert gather_mode.layer_by_layer(policy) is expected
     policy._no_split_modules = None
     with pytest.raises(UserError, match=r"init_args\.gather must be once for a LlamaForCausalLM, got layerwise"):
-        choice.layer_by_layer(policy)
+        gather_mode.layer_by_layer(policy)
 
 
 def test_blocks_that_the_allocator_keeps_unused_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
-    assert choice.free_bytes(torch.device("cuda")) == 1300
+    assert gather_mode.free_bytes(torch.device("cuda")) == 1300
 
 
 def test_a_rank_announces_every_layer_and_then_that_it_is_done(sums: list[int]) -> None:
@@ -140,7 +140,7 @@ def test_a_rank_that_is_interrupted_does_not(sums: list[int]) -> None:
 def test_an_engine_may_run_the_model_inside_of_a_lora_wrapper(group: None, gather: Any) -> None:
     """It does so before the wrapper itself, which FSDP2 has to know for the root, has run."""
     policy = sharded(wrapped(tiny_model("llama")))
-    choice.remember(policy, gather)
+    gather_mode.remember(policy, gather)
     ids = torch.tensor([[1, 5, 6]])
     sampling = SamplingConfig(max_response_length=2)
     with torch.no_grad(), rollout_parameters(policy.eval()):

@@ -9,7 +9,7 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
-from remax_lightning.tools.doctor.command import memory, policy, prompts, responses, rewards
+from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
 from remax_lightning.tools.doctor.context import Subject
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Status
 
