@@ -32,7 +32,7 @@ weights and two moments make 16 for a model that is trained, 2 for a frozen one.
 frozen models, PPO the value model too."""
 
 
-class Work(NamedTuple):
+class StepShape(NamedTuple):
     """A model and the work it is given."""
 
     family: str
@@ -49,7 +49,7 @@ def _llama(width: int, layers: int, inner: int, vocab: int) -> dict[str, int]:
 
 
 WORKS = {
-    "opt-1.3b": Work(
+    "opt-1.3b": StepShape(
         "opt",
         {
             "hidden_size": 2048,
@@ -60,8 +60,8 @@ WORKS = {
             "num_hidden_layers": 24,
         },
     ),
-    "llama-2-7b": Work("llama", _llama(4096, 32, 11008, 32000), micro_batch=4),
-    "toy": Work("llama", _llama(64, 2, 128, 256), prompt=8, response=8, prompts=4, micro_batch=2),
+    "llama-2-7b": StepShape("llama", _llama(4096, 32, 11008, 32000), micro_batch=4),
+    "toy": StepShape("llama", _llama(64, 2, 128, 256), prompt=8, response=8, prompts=4, micro_batch=2),
 }
 
 
@@ -109,7 +109,7 @@ def _median(run: Callable[[], Any], device: torch.device, repetitions: int, warm
 
 
 def measure(
-    work: Work, device: torch.device, repetitions: int, deadline: float, limits: dict[str, float]
+    work: StepShape, device: torch.device, repetitions: int, deadline: float, limits: dict[str, float]
 ) -> dict[str, Any]:
     """Measure rollouts and the training pass of one shape."""
     with shapes_only(torch.bfloat16):
@@ -125,7 +125,7 @@ def measure(
     return figures | expected | {name: size * parameters / 1e9 for name, size in states.items()}
 
 
-def build(work: Work, device: torch.device) -> Any:
+def build(work: StepShape, device: torch.device) -> Any:
     """Return a random model, made on the device itself; no response of it ever ends."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,7 +143,7 @@ def build(work: Work, device: torch.device) -> Any:
 
 def rollouts(
     model: Any,
-    work: Work,
+    work: StepShape,
     ids: Tensor,
     device: torch.device,
     repetitions: int,
@@ -190,7 +190,7 @@ def rollouts(
     }
 
 
-def decode_bytes(model: Any, work: Work) -> float:
+def decode_bytes(model: Any, work: StepShape) -> float:
     """Return the bytes that a decoding step has to read, as a mean over the second half of the response.
 
     All weights but the embedding table, of which it reads a few rows (unless it is the output embedding too), and the
@@ -205,7 +205,7 @@ def decode_bytes(model: Any, work: Work) -> float:
     return weights + 2 * work.prompts * length * 2 * config.num_hidden_layers * config.hidden_size * 2
 
 
-def _ours(model: Any, work: Work, ids: Tensor, length: int, *, greedy: bool) -> Callable[[], Any]:
+def _ours(model: Any, work: StepShape, ids: Tensor, length: int, *, greedy: bool) -> Callable[[], Any]:
     from remax_lightning.rollout import AutoEngine, SamplingConfig
 
     engine, sampling = AutoEngine(), SamplingConfig(max_response_length=length)
@@ -225,14 +225,14 @@ def _ours(model: Any, work: Work, ids: Tensor, length: int, *, greedy: bool) -> 
     return run
 
 
-def _two_calls(model: Any, work: Work, ids: Tensor) -> None:
+def _two_calls(model: Any, work: StepShape, ids: Tensor) -> None:
     for sampled in ({"do_sample": True, "top_k": 0}, {"do_sample": False}):
         mask = torch.ones_like(ids)
         model.generate(ids, attention_mask=mask, max_new_tokens=work.response, pad_token_id=0, **sampled)
 
 
 def training(
-    model: Any, work: Work, ids: Tensor, device: torch.device, repetitions: int, limits: dict[str, float]
+    model: Any, work: StepShape, ids: Tensor, device: torch.device, repetitions: int, limits: dict[str, float]
 ) -> dict[str, float]:
     """Measure the training pass over all prompts, forward and backward, in micro-batches."""
     from remax_lightning.models.log_probs import response_statistics
@@ -263,7 +263,7 @@ def training(
     }
 
 
-def training_flops(model: Any, work: Work) -> float:
+def training_flops(model: Any, work: StepShape) -> float:
     """Return the training pass's operations: 6 per weight and token, causal attention, logits of responses only."""
     config, length = model.config, work.prompt + work.response
     tables = {id(each.weight): each.weight.numel() for each in (model.get_input_embeddings(), model.lm_head)}

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.tools.plan.activation_memory import StepPasses, Work
+from remax_lightning.tools.plan.activation_memory import StepPasses, StepShape
 
 
 def predicted(model: Any, prompts: int, prompt: int, response: int, micro_batch: int) -> dict[str, float]:
@@ -19,7 +19,9 @@ def predicted(model: Any, prompts: int, prompt: int, response: int, micro_batch:
         response: tokens.
         micro_batch: responses per training pass, of which there are several: gradients are there from the first on.
     """
-    work = Work(prompts, SamplingConfig(max_response_length=response), prompt, micro_batch, micro_batch, micro_batch)
+    work = StepShape(
+        prompts, SamplingConfig(max_response_length=response), prompt, micro_batch, micro_batch, micro_batch
+    )
     passes = StepPasses(model, work, nullcontext, whole_logits=False)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rollout, training = passes.rollout(greedy=True), passes.training()

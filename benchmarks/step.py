@@ -185,7 +185,7 @@ def ours(folder: Path, shape: Shape, begin: Begin, micro_batch_size: int | None 
     from lightning.pytorch import Trainer
 
     from remax_lightning.data import PromptDataModule
-    from remax_lightning.models import PretrainedModel
+    from remax_lightning.models import ModelConfig
     from remax_lightning.modules import ReMaxModule
     from remax_lightning.rewards import ClassifierReward
     from remax_lightning.rollout import SamplingConfig
@@ -199,9 +199,9 @@ def ours(folder: Path, shape: Shape, begin: Begin, micro_batch_size: int | None 
 
     policy = str(folder / "policy")
     module = ReMaxModule(
-        PretrainedModel(policy),
+        ModelConfig(policy),
         ClassifierReward(str(folder / "reward"), template="{prompt} {response}"),
-        reference=PretrainedModel(policy),
+        reference=ModelConfig(policy),
         sampling=SamplingConfig(max_response_length=shape.response),
         optimizer=optimizer,
     )

@@ -60,7 +60,7 @@ class Section(NamedTuple):
 def sections() -> Iterator[Section]:
     """Yield every part of a configuration that is this project's own, in the order of the page."""
     yield Section("model", modules.ReMaxModule, is_choice=True)
-    yield Section("model.policy`, `model.reference` and `model.reward_model", models.PretrainedModel)
+    yield Section("model.policy`, `model.reference` and `model.reward_model", models.ModelConfig)
     yield Section("model.policy.lora", models.LoRAConfig)
     yield Section("model.sampling", rollout.SamplingConfig)
     yield Section("model.kl", modules.KLConfig)

@@ -23,7 +23,7 @@ _PUBLIC = {
     ),
     "data": ("PreferenceDataModule", "PromptDataModule", "SFTDataModule"),
     "errors": ("DataError", "RewardError", "UserError"),
-    "models": ("PretrainedModel",),
+    "models": ("ModelConfig",),
     "modules": (
         "AdvantageConfig",
         "KLConfig",

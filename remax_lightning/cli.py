@@ -139,7 +139,7 @@ class RemaxCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it, in all the processes that Lightning starts for it: what they write and how they end belongs to it."""
-        launched = launcher.Launched(self.trainer)
+        launched = launcher.ChildProcesses(self.trainer)
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:

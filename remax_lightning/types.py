@@ -167,7 +167,7 @@ class Rollout(NamedTuple):
         )
 
 
-class Measures(NamedTuple):
+class EvalConfig(NamedTuple):
     """What an evaluation measures beside the policy's own responses; each costs passes or responses of its own.
 
     Args:
@@ -233,7 +233,7 @@ class StepOutput(TypedDict):
     """What was measured on each prompt; absent in training."""
 
 
-class Exported(NamedTuple):
+class ExportSpec(NamedTuple):
     """What `exported` of a module gives, whose saved model is not the one in training as it stands.
 
     Args:

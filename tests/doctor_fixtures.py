@@ -14,8 +14,8 @@ from rewards.test_classifier import CHAT, save_classifier
 
 from remax_lightning.data import PromptDataModule
 from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Generated, PairedEngine
-from remax_lightning.tools.doctor import CHECKS, Finding, Subject, read_subject
+from remax_lightning.rollout import GenerationOutput, PairedEngine
+from remax_lightning.tools.doctor import CHECKS, DoctorContext, Finding, read_subject
 from remax_lightning.tools.doctor.registry import answer
 from remax_lightning.types import PromptBatch
 
@@ -78,7 +78,7 @@ def preferred(folder: Path, **policy: Any) -> dict[str, Any]:
     return config | {"model": model, "data": {"class_path": "PreferenceDataModule", "init_args": init_args}}
 
 
-def loaded(folder: Path, config: dict[str, Any], **values: Any) -> Subject:
+def loaded(folder: Path, config: dict[str, Any], **values: Any) -> DoctorContext:
     """What `remax doctor` examines, loaded; `values` change keys of `model` and `data` by dotted name."""
     path = write_config(folder / "run.yaml", changed(config, **values))
     subject = read_subject(["--config", path], num_prompts=12)
@@ -87,17 +87,17 @@ def loaded(folder: Path, config: dict[str, Any], **values: Any) -> Subject:
     return subject
 
 
-def ask(subject: Subject, name: str) -> Finding:
+def ask(subject: DoctorContext, name: str) -> Finding:
     """What a check says of a loaded run as it is now, whatever was asked before."""
     [check] = [each for each in CHECKS if each.name == name]
-    fresh = Subject(subject.args, subject.module, subject.data, subject.trainer, subject.num_prompts)
+    fresh = DoctorContext(subject.args, subject.module, subject.data, subject.trainer, subject.num_prompts)
     return answer(check, fresh, set())
 
 
-class Cutter(PairedEngine):
+class EosStrippingEngine(PairedEngine):
     """Cuts EOS off the responses, as engines do that hand over text."""
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         found = super().generate(*args, **options)
         for ids in (found.sampled_ids, found.greedy_ids):
             if ids is not None:
@@ -105,17 +105,17 @@ class Cutter(PairedEngine):
         return found
 
 
-class Talker(PairedEngine):
+class NeverStopsEngine(PairedEngine):
     """Stops nowhere."""
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         return super().generate(*args, **options | {"eos_ids": [95]})
 
 
-class Wanderer(PairedEngine):
+class SampledAsGreedyEngine(PairedEngine):
     """Hands sampled responses out for greedy ones."""
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         found = super().generate(*args, **options)
         return found._replace(greedy_ids=found.sampled_ids[:: options["sampling"].num_samples])
 
@@ -123,7 +123,7 @@ class Wanderer(PairedEngine):
 class Liar(PairedEngine):
     """Says log-probs of another temperature."""
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         found = super().generate(*args, **options)
         return found if found.log_probs is None else found._replace(log_probs=found.log_probs / 2)
 
@@ -131,7 +131,7 @@ class Liar(PairedEngine):
 class Breaker(PairedEngine):
     """Cannot roll out."""
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         raise RuntimeError("the engine is out of order")
 
 

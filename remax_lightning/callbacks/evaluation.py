@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from remax_lightning.callbacks.step_output import gather_objects, is_dry_run, rollout_output, run_folder
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
-from remax_lightning.types import Measures, PromptRecord
+from remax_lightning.types import EvalConfig, PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
 MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")
@@ -82,7 +82,7 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text, and find where to write: here, before models are loaded."""
-        self._active = isinstance(getattr(pl_module, "measures", None), Measures)
+        self._active = isinstance(getattr(pl_module, "measures", None), EvalConfig)
         if not self._active:
             return
         if self.text is not None:
@@ -137,7 +137,7 @@ class Evaluation(Callback):
         # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
         named = asked is not None or self.response_column != "chosen"
         self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
-        module.measures = Measures(**wanted, response_column=self.response_column, max_length=self.max_length)
+        module.measures = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
 
     # Meanwhile
 

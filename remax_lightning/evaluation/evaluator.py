@@ -13,11 +13,11 @@ from torch import Tensor
 from remax_lightning.evaluation.dataset_texts import as_batch, held_out_responses, response_texts, text_pieces
 from remax_lightning.evaluation.prompt_metrics import RecordSums, by_prompt, compared, prompt_records, sums_by_prompt
 from remax_lightning.functional import PolicyStatistics
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import AutoEngine, Ended, RolloutEngine, SamplingConfig, engine_like
+from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig, StopCheck, engine_like
 from remax_lightning.rollout.generation_config import tell_ignored
 from remax_lightning.rollout.stop_strings import stop_string_check
 from remax_lightning.strategies import together
@@ -26,8 +26,8 @@ from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference, make_reference
 from remax_lightning.training.seeding import EVALUATION, REFERENCE, rollout_generator
 from remax_lightning.training.step_metrics import predictions
-from remax_lightning.training.worker import Stopping, Written, scored, timed, write
-from remax_lightning.types import Measures, PromptBatch, PromptRecord, Responses, Rollout, StepOutput
+from remax_lightning.training.worker import StoppingCriteria, Written, scored, timed, write
+from remax_lightning.types import EvalConfig, PromptBatch, PromptRecord, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +38,9 @@ class EvaluatedModule(PolicyModule):
 
     def __init__(
         self,
-        policy: PretrainedModel,
+        policy: ModelConfig,
         reward: Reward,
-        reference: PretrainedModel | None,
+        reference: ModelConfig | None,
         tokenizer: str | None,
         rollout: RolloutEngine | None,
         sampling: SamplingConfig,
@@ -54,8 +54,8 @@ class EvaluatedModule(PolicyModule):
         self.reward, self.reference_source = reward, reference
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self.sampling, self.kl_coef, self.objective = sampling, kl_coef, objective
-        self.measures = Measures()
-        self.stop_check: Ended | None = None
+        self.measures = EvalConfig()
+        self.stop_check: StopCheck | None = None
         self._reference: Reference | None = None
         # One engine for two models would forget at each change what it has recorded.
         self._reference_engine = engine_like(self.engine)
@@ -128,7 +128,7 @@ class EvaluatedModule(PolicyModule):
             batch,
             engine=engine,
             sampling=self.sampling,
-            stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
+            stopping=StoppingCriteria(self.eos_ids(), cast(int, self.tokenizer.pad_token_id), self.stop_check),
             generator=rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device),
             tokenizer=self.tokenizer,
             greedy=greedy,

@@ -11,7 +11,7 @@ from remax_lightning.functional.advantages import (
 from remax_lightning.functional.bootstrap import percentile_interval, resampled_ratios, win_rates
 from remax_lightning.functional.bradley_terry import bradley_terry_loss
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
-from remax_lightning.functional.lm_head import KeptTokens, OutputHead
+from remax_lightning.functional.lm_head import OutputHead, SamplingMask
 from remax_lightning.functional.log_probs import (
     PolicyStatistics,
     TokenStatistics,
@@ -25,10 +25,10 @@ __all__ = [
     "Baseline",
     "KLCredit",
     "KLEstimator",
-    "KeptTokens",
     "OutputHead",
     "PolicyStatistics",
     "RewardClipAt",
+    "SamplingMask",
     "SurrogateLoss",
     "TokenStatistics",
     "baseline_values",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KeptTokens: TypeAlias = Callable[[Tensor], Tensor]
+SamplingMask: TypeAlias = Callable[[Tensor], Tensor]
 """Makes of `[M, V]` logits over the temperature a mask, True on the tokens that may be drawn."""
 
 
@@ -29,7 +29,7 @@ class OutputHead(NamedTuple):
     soft_cap: float | None = None
 
 
-def truncated(logits: Tensor, ids: Tensor, kept: KeptTokens | None) -> Tensor:
+def truncated(logits: Tensor, ids: Tensor, kept: SamplingMask | None) -> Tensor:
     """Return `[M, V]` logits with minus infinity on the tokens that `kept` leaves out; never on `ids`, `[M]`.
 
     Rounding, or an update since a token was drawn, may put it outside of the kept ones; its log-prob must stay finite.
@@ -40,7 +40,7 @@ def truncated(logits: Tensor, ids: Tensor, kept: KeptTokens | None) -> Tensor:
     return logits.masked_fill(may_come.logical_not_(), -torch.inf)
 
 
-class LogitForm(NamedTuple):
+class LogitTransform(NamedTuple):
     """What of the way from hidden states to logits is no tensor."""
 
     scale: float
@@ -48,10 +48,12 @@ class LogitForm(NamedTuple):
     temperature: float
     product_dtype: torch.dtype
     dtype: torch.dtype
-    kept: KeptTokens | None = None
+    kept: SamplingMask | None = None
 
     @classmethod
-    def of(cls, head: OutputHead, temperature: float, dtype: torch.dtype, kept: KeptTokens | None = None) -> LogitForm:
+    def of(
+        cls, head: OutputHead, temperature: float, dtype: torch.dtype, kept: SamplingMask | None = None
+    ) -> LogitTransform:
         """Return that of a head, in the dtype of the product that autocast asks for."""
         product_dtype, device = head.weight.dtype, head.weight.device.type
         if product_dtype != torch.float64 and torch.is_autocast_enabled(device):

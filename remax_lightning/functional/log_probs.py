@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
-from remax_lightning.functional.lm_head import KeptTokens, LogitForm, OutputHead, truncated
+from remax_lightning.functional.lm_head import LogitTransform, OutputHead, SamplingMask, truncated
 
 LOGITS_AT_ONCE = 2**24
 """How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of
@@ -49,7 +49,7 @@ class PolicyStatistics(NamedTuple):
 
 
 def token_statistics(
-    logits: Tensor, ids: Tensor, temperature: float = 1.0, kept: KeptTokens | None = None
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, kept: SamplingMask | None = None
 ) -> TokenStatistics:
     """Return log-probs of `ids` and entropies, of the softmax of `logits / temperature`.
 
@@ -85,7 +85,7 @@ def hidden_statistics(
     temperature: float = 1.0,
     *,
     reference: tuple[Tensor, OutputHead] | None = None,
-    kept: KeptTokens | None = None,
+    kept: SamplingMask | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyStatistics:
     """Return what `token_statistics` does, and the KL to a reference, without a tensor of all logits.
@@ -122,8 +122,8 @@ def hidden_statistics(
         check_shape("the reference's weight", other_head.weight, "[V, D']", (vocabulary, None))
         check_shape("the reference's hidden", other, "[M, D']", (hidden.shape[0], other_head.weight.shape[1]))
         tensors = (None if x is None else x.detach() for x in (other, other_head.weight, other_head.bias))
-        compared = (*tensors, LogitForm.of(other_head, temperature, dtype))
-    form, rows = LogitForm.of(head, temperature, dtype, kept), max(1, logits_at_once // vocabulary)
+        compared = (*tensors, LogitTransform.of(other_head, temperature, dtype))
+    form, rows = LogitTransform.of(head, temperature, dtype, kept), max(1, logits_at_once // vocabulary)
     apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
     return PolicyStatistics(*apply(hidden, head.weight, head.bias, form, *compared, ids.long(), rows))
 
@@ -137,11 +137,11 @@ class _HiddenStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        form: LogitForm,
+        form: LogitTransform,
         other: Tensor | None,
         other_weight: Tensor | None,
         other_bias: Tensor | None,
-        other_form: LogitForm | None,
+        other_form: LogitTransform | None,
         ids: Tensor,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -169,7 +169,7 @@ class _HiddenStatistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_log_probs: Tensor | None, _: None, of_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole = ctx.saved_tensors
-        form: LogitForm = ctx.form
+        form: LogitTransform = ctx.form
         sums = _Sums(hidden, weight, bias, ctx.needs_input_grad, form.dtype)
         if of_log_probs is None:
             of_log_probs = hidden.new_zeros(len(hidden), dtype=form.dtype)
@@ -197,11 +197,11 @@ class _Compared(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    form: LogitForm
+    form: LogitTransform
 
     @classmethod
     def of(
-        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: LogitForm | None
+        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: LogitTransform | None
     ) -> _Compared | None:
         if hidden is None or weight is None or form is None:
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 HALVES = (torch.bfloat16, torch.float16)
 
 
-class Constants:
+class Float32Buffers:
     """The floating buffers of a model that no checkpoint holds, as they were made.
 
     transformers makes them in float32, whatever the weights are in. Lightning and DeepSpeed cast them with the weights,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from remax_lightning.types import Exported
+from remax_lightning.types import ExportSpec
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def save_policy(
 
 
 def save_exported(
-    exported: Exported, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None, folder: Path
+    exported: ExportSpec, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None, folder: Path
 ) -> None:
     """Save a model whose weights are not those in training, so that `from_pretrained` reads it.
 

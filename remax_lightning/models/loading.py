@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PretrainedModel:
+class ModelConfig:
     """Where a language model comes from and how it is loaded.
 
     Args:

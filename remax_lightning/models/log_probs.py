@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import (
-    KeptTokens,
     PolicyStatistics,
+    SamplingMask,
     TokenStatistics,
     hidden_statistics,
     token_statistics,
@@ -172,7 +172,7 @@ def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 def _statistics(
-    model: PreTrainedModel, rows: _Rows, temperature: float, kept: KeptTokens | None = None
+    model: PreTrainedModel, rows: _Rows, temperature: float, kept: SamplingMask | None = None
 ) -> tuple[TokenStatistics, Tensor | None]:
     """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
     head, ids = find_head(model).head, rows.ids[rows.mask]

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
-from remax_lightning.models import PretrainedModel
-from remax_lightning.strategies import WholeFiles, sweep
+from remax_lightning.models import ModelConfig
+from remax_lightning.strategies import AtomicCheckpointIO, sweep
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
-from remax_lightning.training.preemption import StepEnds, note_signals
+from remax_lightning.training.preemption import StopAtStepEnd, note_signals
 from remax_lightning.training.resume import checkpoint_folders, resume_after_last_batch, states_of_ranks
 from remax_lightning.training.schedules import set_total_steps
 from remax_lightning.training.seeding import random_state, set_random_state
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class StageModule(LightningModule):
+class BaseModule(LightningModule):
     """Trains one model.
 
     The command line keeps the configuration beside the run, so a checkpoint holds no hyper-parameters: when a run is
@@ -42,7 +42,7 @@ class StageModule(LightningModule):
 
     def __init__(
         self,
-        source: PretrainedModel,
+        source: ModelConfig,
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -52,12 +52,12 @@ class StageModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self._random_state: dict[str, Any] | None = None
-        self._step_ends: StepEnds | None = None
+        self._step_ends: StopAtStepEnd | None = None
 
     def setup(self, stage: str) -> None:
         """Have checkpoint files written whole or not at all, and signals wait for the end of a step."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = WholeFiles()
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         note_signals(self.trainer)
 
     @property
@@ -96,7 +96,7 @@ class StageModule(LightningModule):
 
         No earlier: asking for it loads the data, and a loader that is there before the checkpoint's loops starts anew.
         """
-        self._step_ends = StepEnds(self.trainer)
+        self._step_ends = StopAtStepEnd(self.trainer)
         for each in self.trainer.lr_scheduler_configs:
             if isinstance(each.scheduler, LRScheduler):
                 set_total_steps(each.scheduler, self.trainer.estimated_stepping_batches)
@@ -128,7 +128,7 @@ class StageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the random state for the next batch; after an optimizer step, end where a rank was told to."""
         self._random_state = random_state(self.device)
-        cast(StepEnds, self._step_ends).after_batch()
+        cast(StopAtStepEnd, self._step_ends).after_batch()
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """End where a rank was told to: a validation may take longer than the machine is left to us."""

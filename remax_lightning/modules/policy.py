@@ -10,9 +10,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
-from remax_lightning.models.float32_buffers import Constants
-from remax_lightning.modules.base import StageModule
+from remax_lightning.models import ModelConfig
+from remax_lightning.models.float32_buffers import Float32Buffers
+from remax_lightning.modules.base import BaseModule
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 from remax_lightning.training.config_checks import check_policy, check_quantization
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class PolicyModule(StageModule):
+class PolicyModule(BaseModule):
     """Trains a causal language model, the policy.
 
     Args:
@@ -31,12 +31,12 @@ class PolicyModule(StageModule):
     """
 
     policy: PreTrainedModel
-    constants: Constants
+    constants: Float32Buffers
     """The policy's, to be restored when the strategy has cast it."""
 
     def __init__(
         self,
-        policy: PretrainedModel,
+        policy: ModelConfig,
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -58,7 +58,7 @@ class PolicyModule(StageModule):
             return
         self.policy = self._load_policy()
         with outside_partitioning(self.trainer.strategy):
-            self.constants = Constants(self.policy)
+            self.constants = Float32Buffers(self.policy)
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()

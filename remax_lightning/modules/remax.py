@@ -12,7 +12,7 @@ from torch import Tensor
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import EvaluatedModule
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.training import config_checks as checks
@@ -49,9 +49,9 @@ class ReMaxModule(EvaluatedModule):
 
     def __init__(
         self,
-        policy: PretrainedModel,
+        policy: ModelConfig,
         reward: Reward,
-        reference: PretrainedModel | None = None,
+        reference: ModelConfig | None = None,
         tokenizer: str | None = None,
         rollout: RolloutEngine | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)

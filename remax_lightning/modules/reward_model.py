@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
-from remax_lightning.models import PretrainedModel
-from remax_lightning.models.float32_buffers import Constants
-from remax_lightning.modules.base import StageModule
+from remax_lightning.models import ModelConfig
+from remax_lightning.models.float32_buffers import Float32Buffers
+from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
@@ -28,13 +28,13 @@ from remax_lightning.training import config_checks as checks
 from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
 from remax_lightning.training.step_metrics import Sums
 from remax_lightning.training.worker import evaluating
-from remax_lightning.types import Exported, PreferenceBatch
+from remax_lightning.types import ExportSpec, PreferenceBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class RewardModelModule(StageModule):
+class RewardModelModule(BaseModule):
     """Trains a reward model on pairs of responses with the likelihood of Bradley and Terry.
 
     It starts from any model with a sequence classifier in transformers: a language model gets a new score head. The
@@ -61,7 +61,7 @@ class RewardModelModule(StageModule):
 
     def __init__(
         self,
-        reward_model: PretrainedModel,
+        reward_model: ModelConfig,
         tokenizer: str | None = None,
         margin: float = 0.0,
         centering_coef: float = 0.01,
@@ -99,7 +99,7 @@ class RewardModelModule(StageModule):
             shard_policy(model, strategy.device_mesh)
         self.reward_model = model
         with outside_partitioning(strategy):
-            self.constants = Constants(model)
+            self.constants = Float32Buffers(model)
         self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
         self.tokenizer = self._find_tokenizer(needs_eos=False)
         checks.check_tokenizer(
@@ -190,7 +190,7 @@ class RewardModelModule(StageModule):
 
     # Saving
 
-    def exported(self) -> Exported:
+    def exported(self) -> ExportSpec:
         """Return what is saved as the reward model; every rank has to ask.
 
         If the last validation was of other weights, the validation pairs are scored again.
@@ -198,7 +198,7 @@ class RewardModelModule(StageModule):
         if self.normalise and self._normalised_at != self.global_step:
             self._score_validation_pairs()
         template = getattr(getattr(self.trainer, "datamodule", None), "reward_template", None)
-        return Exported(
+        return ExportSpec(
             self.reward_model,
             partial(
                 fold,

@@ -10,15 +10,15 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.strategies import together
-from remax_lightning.training.packing import Parting, find_parting, pack, packed_log_probs
+from remax_lightning.training.packing import PackingMode, find_parting, pack, packed_log_probs
 from remax_lightning.training.step_metrics import Sums
-from remax_lightning.training.worker import Stopping, scored, write
+from remax_lightning.training.worker import StoppingCriteria, scored, write
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 
 MAX_LOSS = 700.0
@@ -44,7 +44,7 @@ class SFTModule(PolicyModule):
 
     def __init__(
         self,
-        policy: PretrainedModel,
+        policy: ModelConfig,
         reward: Reward | None = None,
         tokenizer: str | None = None,
         packing: bool = False,
@@ -57,7 +57,7 @@ class SFTModule(PolicyModule):
         self.reward, self.packing, self.sampling = reward, packing, sampling
         self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
         self._reward_device: torch.device | None = None
-        self._parting: Parting = "positions"
+        self._parting: PackingMode = "positions"
         self._training, self._held_out = Sums(), Sums()
 
     def on_fit_start(self) -> None:
@@ -117,7 +117,7 @@ class SFTModule(PolicyModule):
                 prompt,
                 engine=self.engine,
                 sampling=self.sampling,
-                stopping=Stopping(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
+                stopping=StoppingCriteria(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
                 generator=torch.Generator(self.device).manual_seed(batch_idx),
                 tokenizer=self.tokenizer,
                 greedy=True,

@@ -13,7 +13,7 @@ from torch import Tensor
 from remax_lightning.errors import UserError
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, ScoredEnd
+from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff
 from remax_lightning.rewards.formats.load import (
     ClassifierSource,
     LoadedClassifier,
@@ -96,7 +96,7 @@ class ClassifierReward(Reward):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._frozen: FrozenModel | None = None
         self._pooling: Pooling | None = None
-        self._end: ScoredEnd | None = None
+        self._end: PadCutoff | None = None
         self._text_template = template
 
     def load(self, device: torch.device) -> None:
@@ -137,10 +137,10 @@ class ClassifierReward(Reward):
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
 
-    def _scored_end(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> ScoredEnd | None:
+    def _scored_end(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> PadCutoff | None:
         key = f"{_KEY}.deepspeed_chat"
         if loaded.kind == "deepspeed_chat":
-            return ScoredEnd(self.deepspeed_chat or DeepSpeedChatConfig(), tokenizer, loaded.model.config, key)
+            return PadCutoff(self.deepspeed_chat or DeepSpeedChatConfig(), tokenizer, loaded.model.config, key)
         if self.deepspeed_chat is not None:
             raise UserError(f"{key}: {self.path} was not saved by DeepSpeed-Chat; remove the key")
         return None

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.loading import checkpoint_activations, looks_local, zero_dropout
 from remax_lightning.rewards.formats.load import ClassifierSource, load_classifier
 from remax_lightning.rewards.score_head import score_head
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KEY = "model.reward_model"
 
 
-def load_reward_model(source: PretrainedModel) -> PreTrainedModel:
+def load_reward_model(source: ModelConfig) -> PreTrainedModel:
     """Load a reward model, or make one of a language model: then its score head is new.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.models.forward import language_model, model_inputs, takes
-from remax_lightning.rollout.base import Ended, Generated, RolloutEngine, SamplingConfig
+from remax_lightning.rollout.base import GenerationOutput, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
 from remax_lightning.rollout.paired import PairedEngine
 from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
@@ -38,8 +38,8 @@ class AutoEngine:
         generator: torch.Generator,
         greedy: bool = True,
         log_probs: bool = False,
-        ended: Ended | None = None,
-    ) -> Generated:
+        ended: StopCheck | None = None,
+    ) -> GenerationOutput:
         """Write responses with the engine that fits `model`; see `RolloutEngine`."""
         model = language_model(model)
         if self._engine is None:

@@ -14,7 +14,7 @@ from remax_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Ended: TypeAlias = Callable[[Tensor], Tensor]
+StopCheck: TypeAlias = Callable[[Tensor], Tensor]
 """Says of `[M, t]` token ids of responses, `[M]` bool, whether their last token completes what ends a response."""
 
 
@@ -77,7 +77,7 @@ class SamplingConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-class Generated(NamedTuple):
+class GenerationOutput(NamedTuple):
     """Token ids that an engine wrote.
 
     Args:
@@ -110,8 +110,8 @@ class RolloutEngine(Protocol):
         generator: torch.Generator,
         greedy: bool = True,
         log_probs: bool = False,
-        ended: Ended | None = None,
-    ) -> Generated:
+        ended: StopCheck | None = None,
+    ) -> GenerationOutput:
         """Write `n` sampled responses and, if `greedy`, one greedy response to each prompt.
 
         Args:

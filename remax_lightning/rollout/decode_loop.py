@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import model_inputs, takes
-from remax_lightning.rollout.base import Ended, SamplingConfig
+from remax_lightning.rollout.base import SamplingConfig, StopCheck
 from remax_lightning.rollout.cast_linear import Packed
 from remax_lightning.rollout.sampling import log_probs_of, next_tokens
 from remax_lightning.rollout.static_cache import (
@@ -74,7 +74,7 @@ def _kind(states: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 class Written(NamedTuple):
-    """`N` responses: `ids` and `log_probs` `[N, R]`, `stopped_at` `[N]`; see `Generated`."""
+    """`N` responses: `ids` and `log_probs` `[N, R]`, `stopped_at` `[N]`; see `GenerationOutput`."""
 
     ids: Tensor
     log_probs: Tensor | None
@@ -137,7 +137,7 @@ class Decoding:
         buffers.slot.fill_(self.prompt_length)
 
     def write(
-        self, eos_ids: list[int], pad_id: int, generator: torch.Generator, log_probs: bool, ended: Ended | None
+        self, eos_ids: list[int], pad_id: int, generator: torch.Generator, log_probs: bool, ended: StopCheck | None
     ) -> Written:
         """Write all responses; the arguments are those of `RolloutEngine.generate`."""
         sampling, device = self.sampling, self.active.device
@@ -170,7 +170,7 @@ class Decoding:
             values = log_probs_of(self.logits[drawn], self.tokens[drawn], self.sampling)
             written.log_probs[self.active[drawn], step] = values.masked_fill(self.ended[drawn], 0.0)
 
-    def _stop(self, ended: Ended, written: Written, step: int) -> None:
+    def _stop(self, ended: StopCheck, written: Written, step: int) -> None:
         """End the rows whose last token completes a stop string."""
         stopped = ended(written.ids[self.active, : step + 1]) & ~self.ended
         if written.stopped_at is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import language_model, row_prompts
-from remax_lightning.rollout.base import Ended, Generated, SamplingConfig
+from remax_lightning.rollout.base import GenerationOutput, SamplingConfig, StopCheck
 from remax_lightning.rollout.sampling import log_probs_of, next_tokens
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class HuggingFaceEngine:
         generator: torch.Generator,
         greedy: bool = True,
         log_probs: bool = False,
-        ended: Ended | None = None,
-    ) -> Generated:
+        ended: StopCheck | None = None,
+    ) -> GenerationOutput:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
         model = language_model(model)  # a PEFT wrapper would write our configuration into the model's own
         prompt_length, num_sampled = prompt_ids.shape[1], len(prompt_ids) * sampling.num_samples
@@ -53,7 +53,7 @@ class HuggingFaceEngine:
             kept = torch.nn.functional.pad(torch.stack(choose.log_probs, 1), (0, missing))
             of_sampled = None if stopped_at is None else stopped_at[:num_sampled]
             kept = kept.masked_fill(~response_mask(ids[:num_sampled], eos_ids, of_sampled), 0.0)
-        return Generated(ids[:num_sampled], ids[num_sampled:] if greedy else None, kept, stopped_at)
+        return GenerationOutput(ids[:num_sampled], ids[num_sampled:] if greedy else None, kept, stopped_at)
 
 
 def _generate(
@@ -120,7 +120,7 @@ class _Choose:
 class _Stop:
     """A stopping criterion that notes which rows a stop string has ended, and where."""
 
-    def __init__(self, ended: Ended, min_response_length: int, prompt_length: int, eos_ids: list[int]) -> None:
+    def __init__(self, ended: StopCheck, min_response_length: int, prompt_length: int, eos_ids: list[int]) -> None:
         self.ended, self.min_response_length, self.prompt_length = ended, min_response_length, prompt_length
         self.eos_ids = torch.tensor(eos_ids)
         self.stopped_at = torch.zeros(0, dtype=torch.long)

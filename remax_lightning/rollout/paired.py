@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.models.forward import language_model, row_prompts
-from remax_lightning.rollout.base import Ended, Generated, SamplingConfig
+from remax_lightning.rollout.base import GenerationOutput, SamplingConfig, StopCheck
 from remax_lightning.rollout.cast_linear import Packed, is_shared, packed_linears
 from remax_lightning.rollout.decode_loop import Buffers, Decoding
 from remax_lightning.rollout.step_cache import Recorder
@@ -51,8 +51,8 @@ class PairedEngine:
         generator: torch.Generator,
         greedy: bool = True,
         log_probs: bool = False,
-        ended: Ended | None = None,
-    ) -> Generated:
+        ended: StopCheck | None = None,
+    ) -> GenerationOutput:
         """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
         model = language_model(model)
         rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
@@ -64,7 +64,7 @@ class PairedEngine:
             written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
         self._end(model, prompt_ids.device)
         num_sampled = len(prompt_ids) * sampling.num_samples
-        return Generated(
+        return GenerationOutput(
             written.ids[:num_sampled],
             written.ids[num_sampled:] if greedy else None,
             None if written.log_probs is None else written.log_probs[:num_sampled],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remax_lightning.functional import KeptTokens
+from remax_lightning.functional import SamplingMask
 from remax_lightning.rollout.base import SamplingConfig
 
 
@@ -92,7 +92,7 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
     return torch.cat([draw(shaped, generator), likeliest])
 
 
-def kept_tokens(sampling: SamplingConfig) -> KeptTokens | None:
+def kept_tokens(sampling: SamplingConfig) -> SamplingMask | None:
     """Return what says which tokens the policy's log-probs are over, of logits over the temperature of log-probs.
 
     None for all tokens.

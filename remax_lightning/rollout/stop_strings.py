@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from remax_lightning.rollout.base import Ended
+from remax_lightning.rollout.base import StopCheck
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Ended | None:
+def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopCheck | None:
     """Return what says whether the last token of a response completes one of the strings; None without strings.
 
     It is transformers' own check, which looks at token ids only: no text is made while decoding.

@@ -26,7 +26,7 @@ SUFFIX = ".ckpt"
 _STARTED = time.time()
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint file, moved to its place when it is complete.
 
     Lightning's own writes it to the folder for temporary files first; where that is another disk, the way from there is

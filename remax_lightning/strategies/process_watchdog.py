@@ -34,7 +34,7 @@ def end_with_launcher() -> None:
     threading.Thread(target=_watch, args=(launcher,), daemon=True, name="launcher-watch").start()
 
 
-class Launched:
+class ChildProcesses:
     """The processes that Lightning starts beside this one, if any.
 
     Args:

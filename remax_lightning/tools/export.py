@@ -16,7 +16,7 @@ from remax_lightning.callbacks.export_policy import write_whole
 from remax_lightning.cli import quieten
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST, read_weights
 from remax_lightning.models.hf_export import save_policy, share_tied
 from remax_lightning.models.lora_checkpoint import adapter_dtype, holds_adapter, with_adapter
@@ -41,7 +41,7 @@ class Run(NamedTuple):
         quantization: `model.policy.quantization`: in what the base was kept while an adapter was trained.
     """
 
-    source: PretrainedModel
+    source: ModelConfig
     tokenizer: str
     pad_token: str | None
     lora: dict[str, Any]
@@ -150,7 +150,7 @@ def read_run(path: Path) -> Run:
     if not isinstance(policy.get("path"), str):
         raise UserError(f"--config: {str(path)!r} has no model.policy.path; give the configuration of the run")
     return Run(
-        source=PretrainedModel(**{name: policy[name] for name in _KEPT if name in policy}),
+        source=ModelConfig(**{name: policy[name] for name in _KEPT if name in policy}),
         tokenizer=model.get("tokenizer") or policy["path"],
         pad_token=_section(data, "loading").get("pad_token"),
         lora=_section(policy, "lora"),

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.config import KLConfig
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import required_head
 from remax_lightning.rewards.pooling import Pooling, at_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from remax_lightning.training.reference import Reference
 
 
-def check_policy(policy: PretrainedModel) -> None:
+def check_policy(policy: ModelConfig) -> None:
     """Refuse what only a frozen model can be."""
     if policy.placement != "replicate":
         raise UserError(
@@ -35,7 +35,7 @@ def check_policy(policy: PretrainedModel) -> None:
         )
 
 
-def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
+def check_quantization(policy: ModelConfig, strategy: Any) -> None:
     """Refuse a quantised policy where its weights would be cut into shares."""
     if policy.quantization is None:
         return
@@ -48,7 +48,7 @@ def check_quantization(policy: PretrainedModel, strategy: Any) -> None:
         )
 
 
-def check_reference(reference: PretrainedModel | None) -> None:
+def check_reference(reference: ModelConfig | None) -> None:
     """Refuse a reference with an adapter that was never trained."""
     if reference is not None and reference.lora is not None and reference.lora.path is None:
         raise UserError(
@@ -56,7 +56,7 @@ def check_reference(reference: PretrainedModel | None) -> None:
         )
 
 
-def check_kl(kl_coef: float, kl: KLConfig, policy: PretrainedModel, reference: PretrainedModel | None) -> None:
+def check_kl(kl_coef: float, kl: KLConfig, policy: ModelConfig, reference: ModelConfig | None) -> None:
     """Refuse a KL coefficient without a reference to measure the KL to."""
     if kl_coef < 0:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
@@ -108,7 +108,7 @@ def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
         )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: PretrainedModel, vocabulary: int) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, vocabulary: int) -> None:
     """Refuse a tokenizer that is not the reward model's: it would number the tokens in another way.
 
     Raises:

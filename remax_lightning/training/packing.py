@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Parting = Literal["positions", "mask"]
+PackingMode = Literal["positions", "mask"]
 """What keeps the examples of a row apart: positions that begin again, or a mask of what each token sees."""
 
 
@@ -71,7 +71,7 @@ def pack(batch: SupervisedBatch) -> PackedRows:
     return PackedRows(input_ids, position_ids, targets)
 
 
-def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: Parting) -> Tensor:
+def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: PackingMode) -> Tensor:
     """Return `[M]` log-probs of the target tokens, row by row."""
     inputs = _inputs(model, rows.input_ids, rows.position_ids, parting)
     ids, predicting = rows.input_ids[rows.targets], rows.targets.roll(-1, dims=1)
@@ -84,7 +84,7 @@ def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: Parting)
 
 
 @torch.no_grad()
-def find_parting(model: PreTrainedModel) -> Parting:
+def find_parting(model: PreTrainedModel) -> PackingMode:
     """Return what keeps the examples of a row apart in this model: a few tokens are run through it, together and apart.
 
     Most models of transformers make a mask of positions that begin again at 0. Some, OPT among them, need to be given
@@ -101,20 +101,20 @@ def find_parting(model: PreTrainedModel) -> Parting:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with evaluating(model):
         apart = torch.cat([model(input_ids=own, use_cache=False).logits[0] for own in ids.split(lengths, 1)])
-        for parting in get_args(Parting) if takes(model, "position_ids") else ():
+        for parting in get_args(PackingMode) if takes(model, "position_ids") else ():
             try:
                 together = model(**_inputs(model, ids, positions, parting)).logits[0]
             except (RuntimeError, TypeError, ValueError):  # an attention that takes no such mask
                 continue
             if (together - apart).abs().max() <= tolerance * apart.std():
-                return cast(Parting, parting)
+                return cast(PackingMode, parting)
     raise UserError(
         f"model.packing must be false for {type(model).__name__}, got true: packed into one row, its examples would see"
         " each other"
     )
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, parting: Parting) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, parting: PackingMode) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     if parting == "mask":
         number = (position_ids == 0).cumsum(1)

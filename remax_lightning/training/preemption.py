@@ -22,7 +22,7 @@ END, REQUEUE = 1, 2
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class NotedSignals(_SignalConnector):
+class DeferredSignals(_SignalConnector):
     """Lightning's handling of signals, put off: `noted` says what is asked for."""
 
     noted = 0
@@ -51,11 +51,11 @@ class NotedSignals(_SignalConnector):
 
 def note_signals(trainer: Trainer) -> None:
     """Let signals wait for the end of the step; call it before Lightning takes its handlers."""
-    if not isinstance(trainer._signal_connector, NotedSignals):
-        trainer._signal_connector = NotedSignals(trainer)
+    if not isinstance(trainer._signal_connector, DeferredSignals):
+        trainer._signal_connector = DeferredSignals(trainer)
 
 
-class StepEnds:
+class StopAtStepEnd:
     """Ends a run at the end of an optimizer step, on all ranks where one was told to.
 
     Args:
@@ -64,7 +64,7 @@ class StepEnds:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._signals = cast(NotedSignals, trainer._signal_connector)
+        self._signals = cast(DeferredSignals, trainer._signal_connector)
         self._step, self._should_stop, self._told = trainer.global_step, False, False
 
     def after_batch(self) -> None:

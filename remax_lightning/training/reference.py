@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
-from remax_lightning.models import PretrainedModel, at_start, freeze
+from remax_lightning.models import ModelConfig, at_start, freeze
 from remax_lightning.models.frozen import FrozenModel, equal_passes
 from remax_lightning.strategies import outside_partitioning, passes_meet
 from remax_lightning.training import config_checks as checks
@@ -46,7 +46,7 @@ class OwnReference:
         strategy: the trainer's; whatever it is, the model is loaded whole.
     """
 
-    def __init__(self, source: PretrainedModel, strategy: Any) -> None:
+    def __init__(self, source: ModelConfig, strategy: Any) -> None:
         self.source = source
         with outside_partitioning(strategy):
             self.model = freeze(source.load("model.reference"))
@@ -107,7 +107,7 @@ class SharedReference:
 
 
 def make_reference(
-    source: PretrainedModel | None, policy: PreTrainedModel, policy_source: PretrainedModel, strategy: Any
+    source: ModelConfig | None, policy: PreTrainedModel, policy_source: ModelConfig, strategy: Any
 ) -> Reference | None:
     """Return the reference of a run, or None where it has none.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remax_lightning.functional import response_mask
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import Ended, RolloutEngine, SamplingConfig
+from remax_lightning.rollout import RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Stopping(NamedTuple):
+class StoppingCriteria(NamedTuple):
     """What ends a response, and what stands after its end.
 
     Args:
@@ -31,7 +31,7 @@ class Stopping(NamedTuple):
 
     eos_ids: list[int]
     pad_id: int
-    ended: Ended | None = None
+    ended: StopCheck | None = None
 
 
 class Written(NamedTuple):
@@ -54,7 +54,7 @@ def write(
     *,
     engine: RolloutEngine,
     sampling: SamplingConfig,
-    stopping: Stopping,
+    stopping: StoppingCriteria,
     generator: torch.Generator,
     tokenizer: PreTrainedTokenizerBase,
     greedy: bool,

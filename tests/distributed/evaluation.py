@@ -15,7 +15,7 @@ from modules.two_ranks import PromptEngine
 
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import SamplingConfig
 
 CASES = {
@@ -50,9 +50,9 @@ def evaluate(case: str, folder: Path, ranks: int) -> None:
     strategy, placement = CASES[case]
     policy = str(folder / "policy")
     lora = placement is None
-    reference = None if lora else PretrainedModel(str(folder / "reference"), placement=placement)
+    reference = None if lora else ModelConfig(str(folder / "reference"), placement=placement)
     options: dict[str, Any] = {"rollout": PromptEngine()} if case in ("shared", "filled", "text") else COLD
-    source = PretrainedModel(policy, lora=LoRAConfig(r=2) if lora else None)
+    source = ModelConfig(policy, lora=LoRAConfig(r=2) if lora else None)
     module = remax_module(source, reference, kl_coef=0.05, **options)
     # Nine rows in batches of four: the second rank has one batch only, and is handed the first row once more.
     prompts = [*PROMPTS, "ninth"] if case == "filled" else PROMPTS[:7]

@@ -123,7 +123,7 @@ def reward(
     return [float(len(response)) for response in responses]
 
 
-class Ended(NamedTuple):
+class StopCheck(NamedTuple):
     """How a run ended: exit code, what it printed, seconds from the hit to the end of its last process."""
 
     code: int
@@ -166,7 +166,7 @@ def hit(folder: Path, place: str, rank: int, **options: Any) -> dict[str, Any]:
 
 def remax(
     folder: Path, *arguments: str, timeout: float = 100, during: Callable[[subprocess.Popen[bytes]], None] | None = None
-) -> Ended:
+) -> StopCheck:
     """Run the command in a session of its own and wait for all processes of that; `during` may look at it meanwhile."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
@@ -190,7 +190,7 @@ def remax(
         log.seek(0)
         out = log.read().decode(errors="replace")
     seconds = ended - float((folder / "hit").read_text()) if (folder / "hit").exists() else None
-    return Ended(process.returncode, out, seconds)
+    return StopCheck(process.returncode, out, seconds)
 
 
 def wait_for_session(group: int, timeout: float) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import KLConfig, LossConfig
 from remax_lightning.strategies import ReMaxFSDP2Strategy
 
@@ -59,7 +59,7 @@ class Look(Callback):
 
 def make_module(policy: str, lora: LoRAConfig, **options: Any) -> Any:
     return remax_module(
-        PretrainedModel(policy, lora=lora, gradient_checkpointing=True),
+        ModelConfig(policy, lora=lora, gradient_checkpointing=True),
         kl_coef=0.05,
         rollout=PromptEngine(),
         optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1e-3),

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
 
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import KLConfig
 from remax_lightning.rewards import ClassifierReward
 
@@ -60,7 +60,7 @@ def run(strategy: str, placement: str, folder: Path, ranks: int = 2, estimator: 
     template = "{prompt} {response}"
     module = remax_module(
         policy,
-        reference=PretrainedModel(str(folder / "reference"), placement=placement),
+        reference=ModelConfig(str(folder / "reference"), placement=placement),
         kl_coef=0.05,
         kl=KLConfig(estimator, reference_batch_size=2),
         rollout=PromptEngine(),

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules.two_ranks import PromptEngine
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import LossConfig
 
 RANK, RANKS = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -45,7 +45,7 @@ def chosen(strategy: str) -> Any:
 
 def make_module(folder: Path, *, dropout: bool = False, optimizer: Any = ADAMW) -> Any:
     """A module whose responses do not depend on the rank, unless all is left to chance."""
-    policy = PretrainedModel(str(folder / "policy"), disable_dropout=not dropout)
+    policy = ModelConfig(str(folder / "policy"), disable_dropout=not dropout)
     options = {} if dropout else {"rollout": PromptEngine()}
     return remax_module(policy, str(folder / "reference"), optimizer=optimizer, loss=LossConfig("clipped"), **options)
 

@@ -18,10 +18,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import find_head
 from remax_lightning.modules import LossConfig
-from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, PairedEngine, SamplingConfig
 from remax_lightning.strategies import gather_mode as choice
 from remax_lightning.strategies import rollout_parameters, whole_parameters
 
@@ -36,9 +36,9 @@ class UnevenEngine:
     """Lets rank 1 write on long after rank 0 has ended, and looks whether a plain copy of the model writes the same."""
 
     def __init__(self, path: str, dtype: Any) -> None:
-        self.plain, self.equal, self.lengths, self.held = PretrainedModel(path, dtype), None, [], []
+        self.plain, self.equal, self.lengths, self.held = ModelConfig(path, dtype), None, [], []
 
-    def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> Generated:
+    def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> GenerationOutput:
         length = LENGTHS[RANK - RANKS]
         options["sampling"] = SamplingConfig(max_response_length=length, min_response_length=length)
         state = generator.get_state()
@@ -182,7 +182,7 @@ def train(strategy: str, folder: Path, options: dict[str, Any], resume: str | No
 
 def exported(folder: Path, whole: dict[str, torch.Tensor], dtype: Any) -> bool:
     """Whether the exported policy is the one in training."""
-    model = PretrainedModel(str(folder), dtype).load("export").state_dict()
+    model = ModelConfig(str(folder), dtype).load("export").state_dict()
     return all(torch.equal(model[name], value) for name, value in whole.items())
 
 

@@ -17,7 +17,7 @@ from modules.test_sft import sft_data
 from torch import Tensor
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import RewardModelModule, SFTModule
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -54,7 +54,7 @@ def fit(module: Any, data: Any, folder: Path, strategy: str, ranks: int, **optio
 
 def train_reward_model(strategy: str, start: str, folder: Path, ranks: int) -> dict[str, Any]:
     """One step of two micro-batches per rank, then a validation whose last batch not every rank can fill."""
-    module = RewardModelModule(PretrainedModel(start), optimizer=partial(torch.optim.SGD, lr=0.5))
+    module = RewardModelModule(ModelConfig(start), optimizer=partial(torch.optim.SGD, lr=0.5))
     folder.mkdir(parents=True, exist_ok=True)
     val = write_rows(folder / "val.jsonl", [*ROWS[:4], {**ROWS[4], "prompt": "another"}])
     data = pair_data(folder, start, batch_size=4 // ranks, val_path=val)
@@ -63,7 +63,7 @@ def train_reward_model(strategy: str, start: str, folder: Path, ranks: int) -> d
 
 def train_packed(strategy: str, start: str, folder: Path, ranks: int) -> dict[str, Any]:
     """One step of two micro-batches per rank, whose tokens differ in number."""
-    module = SFTModule(PretrainedModel(start), packing=True, optimizer=partial(torch.optim.SGD, lr=0.5))
+    module = SFTModule(ModelConfig(start), packing=True, optimizer=partial(torch.optim.SGD, lr=0.5))
     folder.mkdir(parents=True, exist_ok=True)
     return fit(module, sft_data(folder, start, batch_size=4 // ranks), folder, strategy, ranks, limit_val_batches=1.0)
 

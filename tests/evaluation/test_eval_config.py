@@ -16,14 +16,14 @@ from torch import Tensor
 
 from remax_lightning.data import PromptDataModule
 from remax_lightning.evaluation.dataset_texts import text_pieces
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import AutoEngine, Generated, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, PairedEngine, SamplingConfig
 from remax_lightning.rollout.auto import engine_like
-from remax_lightning.types import Measures, PromptBatch, PromptRecord
+from remax_lightning.types import EvalConfig, PromptBatch, PromptRecord
 
-ALL = Measures(win_rate_reference=True, win_rate_chosen=True, perplexity=True)
+ALL = EvalConfig(win_rate_reference=True, win_rate_chosen=True, perplexity=True)
 COLD = SamplingConfig(max_response_length=8, temperature=1e-4)
 """Sampling that is greedy decoding, but for ties."""
 CHOSEN = ["46", "", "yes, hello there to you", "2", "the end of the alphabet", "x", "answer", "James Bond"]
@@ -42,12 +42,12 @@ class Scripted:
     def __init__(self) -> None:
         self.scripts: dict[int, list[list[int]]] = {}
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> Generated:
+    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
         script = self.scripts[id(model)][: len(prompt_ids)]
         z = make_tokenizer().convert_tokens_to_ids("z")
         rows = [[z] * count + [2] * (5 - count) for counts in script for count in counts]
         greedy = torch.tensor([[z] * 2 + [2] * 3] * len(prompt_ids))
-        return Generated(torch.tensor(rows), greedy if options["greedy"] else None)
+        return GenerationOutput(torch.tensor(rows), greedy if options["greedy"] else None)
 
 
 class Start(Callback):
@@ -77,7 +77,7 @@ def rows_with(chosen: Sequence[Any] = CHOSEN) -> list[dict[str, Any]]:
 
 
 def measured(
-    module: Any, data: PromptDataModule, folder: Path, measures: Measures = ALL, callbacks: Sequence[Callback] = ()
+    module: Any, data: PromptDataModule, folder: Path, measures: EvalConfig = ALL, callbacks: Sequence[Callback] = ()
 ) -> tuple[list[PromptRecord], dict[str, float]]:
     recorder = Recorder()
     module.measures = measures
@@ -143,17 +143,17 @@ def greedy_texts(model: Any, prompts: Sequence[str]) -> list[str]:
 def test_the_reference_writes_its_own_responses(
     engine: Any, placement: Any, folders: tuple[str, str], tmp_path: Path
 ) -> None:
-    reference = PretrainedModel(folders[1], placement=placement)
+    reference = ModelConfig(folders[1], placement=placement)
     module = remax_module(folders[0], reference, sampling=COLD, rollout=engine())
     found, _ = measured(module, prompt_data(tmp_path, folders[0], batch_size=3), tmp_path)
-    expected = [greedy_texts(PretrainedModel(path).load("model.policy").eval(), PROMPTS) for path in folders]
+    expected = [greedy_texts(ModelConfig(path).load("model.policy").eval(), PROMPTS) for path in folders]
     assert [record.responses["sampled"][0] for record in found] == expected[0]
     assert [record.responses["reference"][0] for record in found] == expected[1]
     assert expected[0] != expected[1]
 
 
 def test_an_adapted_policy_is_compared_with_its_start(folders: tuple[str, str], tmp_path: Path) -> None:
-    module = remax_module(PretrainedModel(folders[0], lora=LoRAConfig(r=4)), sampling=COLD, kl_coef=0.05)
+    module = remax_module(ModelConfig(folders[0], lora=LoRAConfig(r=4)), sampling=COLD, kl_coef=0.05)
 
     def move(loaded: Any) -> None:
         with torch.no_grad():
@@ -162,7 +162,7 @@ def test_an_adapted_policy_is_compared_with_its_start(folders: tuple[str, str], 
                     value.copy_(0.5 * torch.randn(value.shape, generator=torch.Generator().manual_seed(7)))
 
     found, metrics = measured(module, data_of(tmp_path, folders[0], rows_with()), tmp_path, callbacks=[Start(move)])
-    base = PretrainedModel(folders[0]).load("model.policy").eval()
+    base = ModelConfig(folders[0]).load("model.policy").eval()
     assert [record.responses["reference"][0] for record in found] == greedy_texts(base, PROMPTS)
     assert [record.responses["sampled"][0] for record in found] != greedy_texts(base, PROMPTS)
     nats, tokens = likelihoods(base, CHOSEN)
@@ -177,7 +177,7 @@ class Noted(PairedEngine):
         super().__init__()
         self.seeds: list[int] = []
 
-    def generate(self, *arguments: Any, **options: Any) -> Generated:
+    def generate(self, *arguments: Any, **options: Any) -> GenerationOutput:
         self.seeds.append(options["generator"].initial_seed())
         return super().generate(*arguments, **options)
 
@@ -193,7 +193,7 @@ def test_the_reference_leaves_the_policys_figures_alone(folders: tuple[str, str]
     found, metrics = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)
     again, _ = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)
     assert again == found
-    alone, without = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path, Measures())
+    alone, without = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path, EvalConfig())
     assert [each.responses["sampled"] for each in alone] == [each.responses["sampled"] for each in found]
     assert {name: metrics[name] for name in without} == without
 
@@ -234,10 +234,10 @@ def test_the_perplexity_is_that_of_responses_and_their_ends(
     cut: int, batch_size: int, folders: tuple[str, str], tmp_path: Path
 ) -> None:
     data = data_of(tmp_path, folders[0], rows_with(), batch_size)
-    measures = Measures(perplexity=True, max_length=cut)
+    measures = EvalConfig(perplexity=True, max_length=cut)
     found, metrics = measured(remax_module(*folders), data, tmp_path, measures)
     for name, path in zip(("perplexity", "reference_perplexity"), folders, strict=True):
-        nats, tokens = likelihoods(PretrainedModel(path).load("model.policy").eval(), CHOSEN, cut)
+        nats, tokens = likelihoods(ModelConfig(path).load("model.policy").eval(), CHOSEN, cut)
         sums = [record.sums.get(name, (0.0, 0.0)) for record in found]
         assert [count for _, count in sums] == tokens
         assert [total for total, _ in sums] == pytest.approx(nats, rel=1e-5)
@@ -248,7 +248,7 @@ def test_responses_are_text_or_end_messages(folders: tuple[str, str], tmp_path: 
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "46"}]
     forms = [said, "46", said[:1], None, 7, [], "  ", [{"role": "assistant", "content": 3}]]
     rows = [{"prompt": "12+34=", "reply": form} for form in forms]
-    measures = Measures(perplexity=True, win_rate_chosen=True, response_column="reply")
+    measures = EvalConfig(perplexity=True, win_rate_chosen=True, response_column="reply")
     found, _ = measured(remax_module(*folders), data_of(tmp_path, folders[0], rows), tmp_path, measures)
     assert [record.responses.get("chosen") for record in found] == [["46"], ["46"], *[None] * 6]
     assert found[0].sums["perplexity"] == pytest.approx(found[1].sums["perplexity"])
@@ -273,13 +273,13 @@ def test_without_such_responses_nothing_is_measured_of_them(folders: tuple[str, 
 def test_long_responses_are_cut_to_the_positions(folders: tuple[str, str], tmp_path: Path) -> None:
     """The tiny policy has 256 of them."""
     data = data_of(tmp_path, folders[0], [{"prompt": "abcd", "chosen": "x" * 400}])
-    (record,), _ = measured(remax_module(*folders), data, tmp_path, Measures(perplexity=True))
+    (record,), _ = measured(remax_module(*folders), data, tmp_path, EvalConfig(perplexity=True))
     assert record.sums["perplexity"][1] == 256 - 1 - 4  # one token begins every text
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_every_token_of_a_text_is_predicted_once(bos: bool, folders: tuple[str, str]) -> None:
-    tokenizer, policy = make_tokenizer(), PretrainedModel(folders[0]).load("model.policy")
+    tokenizer, policy = make_tokenizer(), ModelConfig(folders[0]).load("model.policy")
     if not bos:
         tokenizer.bos_token = None
     text = "0123456789abc"

@@ -15,10 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from remax_lightning.data import PromptDataModule
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards.base import Reward, Scores
-from remax_lightning.rollout import Generated, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, SamplingConfig
 from remax_lightning.types import StepOutput
 
 EARLY_ENDS = (2, *range(4, 28))
@@ -52,9 +52,9 @@ class FixedEngine:
         self.sampled, self.greedy = torch.tensor(sampled), torch.tensor(greedy)
         self.asked: list[dict[str, Any]] = []
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> Generated:
+    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
         self.asked.append(options)
-        return Generated(self.sampled.clone(), self.greedy.clone() if options["greedy"] else None)
+        return GenerationOutput(self.sampled.clone(), self.greedy.clone() if options["greedy"] else None)
 
 
 def save_policy(
@@ -97,14 +97,12 @@ def prompt_data(
     return kind(path, policy, **(defaults | options))
 
 
-def remax_module(
-    policy: str | PretrainedModel, reference: str | PretrainedModel | None = None, **options: Any
-) -> ReMaxModule:
+def remax_module(policy: str | ModelConfig, reference: str | ModelConfig | None = None, **options: Any) -> ReMaxModule:
     """A module with plain gradient descent of rate 1, so that a step's gradient is weights before minus after."""
     defaults: dict[str, Any] = {
-        "policy": PretrainedModel(policy) if isinstance(policy, str) else policy,
+        "policy": ModelConfig(policy) if isinstance(policy, str) else policy,
         "reward": CharacterReward(),
-        "reference": PretrainedModel(reference) if isinstance(reference, str) else reference,
+        "reference": ModelConfig(reference) if isinstance(reference, str) else reference,
         "kl_coef": 0.0 if reference is None else 0.05,
         "sampling": SamplingConfig(max_response_length=6),
         "optimizer": partial(torch.optim.SGD, lr=1.0),

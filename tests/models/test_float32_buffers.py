@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from conftest import tiny_model
 
-from remax_lightning.models.float32_buffers import Constants
+from remax_lightning.models.float32_buffers import Float32Buffers
 
 
 def test_rotary_frequencies_survive_a_cast() -> None:
     model = tiny_model("llama")
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    constants = Constants(model)
+    constants = Float32Buffers(model)
     model.to(torch.bfloat16)
     assert not torch.equal(model.model.rotary_emb.inv_freq.float(), frequencies)
     constants.restore()
@@ -21,6 +21,6 @@ def test_rotary_frequencies_survive_a_cast() -> None:
 
 def test_what_was_not_cast_stays_as_it_is() -> None:
     model = tiny_model("llama")
-    constants, now = Constants(model), model.model.rotary_emb.inv_freq
+    constants, now = Float32Buffers(model), model.model.rotary_emb.inv_freq
     constants.restore()
     assert model.model.rotary_emb.inv_freq is now

@@ -9,11 +9,11 @@ import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel, freeze
+from remax_lightning.models import ModelConfig, freeze
 
 
 def test_weights_are_those_of_the_folder(policy_path: Path) -> None:
-    loaded = PretrainedModel(str(policy_path)).load("model.policy")
+    loaded = ModelConfig(str(policy_path)).load("model.policy")
     expected = tiny_model("llama").state_dict()
     assert loaded.dtype == torch.float32
     assert loaded.state_dict().keys() == expected.keys()
@@ -24,8 +24,8 @@ def test_weights_are_those_of_the_folder(policy_path: Path) -> None:
 def test_dtype_follows_the_default_unless_given(policy_path: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert PretrainedModel(str(policy_path)).load("model.policy").dtype == torch.bfloat16
-        assert PretrainedModel(str(policy_path), dtype="float32").load("model.policy").dtype == torch.float32
+        assert ModelConfig(str(policy_path)).load("model.policy").dtype == torch.bfloat16
+        assert ModelConfig(str(policy_path), dtype="float32").load("model.policy").dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -34,29 +34,29 @@ def test_dropout_is_off_unless_wanted(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     assert config.resid_pdrop > 0
     config.save_pretrained(tmp_path)
-    model = PretrainedModel(str(tmp_path), from_scratch=True).load("model.policy").train()
+    model = ModelConfig(str(tmp_path), from_scratch=True).load("model.policy").train()
     ids = torch.arange(5, 25)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
-    noisy = PretrainedModel(str(tmp_path), from_scratch=True, disable_dropout=False).load("model.policy").train()
+    noisy = ModelConfig(str(tmp_path), from_scratch=True, disable_dropout=False).load("model.policy").train()
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
 
 
 def test_from_scratch_needs_a_configuration_only(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     torch.manual_seed(0)
-    first = PretrainedModel(str(tmp_path), from_scratch=True).load("model.policy")
+    first = ModelConfig(str(tmp_path), from_scratch=True).load("model.policy")
     torch.manual_seed(1)
-    other = PretrainedModel(str(tmp_path), from_scratch=True).load("model.policy")
+    other = ModelConfig(str(tmp_path), from_scratch=True).load("model.policy")
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     with pytest.raises(UserError, match=r"model\.policy\.path: cannot load"):
-        PretrainedModel(str(tmp_path)).load("model.policy")
+        ModelConfig(str(tmp_path)).load("model.policy")
 
 
 def test_gradient_checkpointing_changes_no_gradient(policy_path: Path) -> None:
     ids = torch.arange(5, 25)[None]
     gradients = []
     for checkpointing in (False, True):
-        model = PretrainedModel(str(policy_path), gradient_checkpointing=checkpointing).load("model.policy").train()
+        model = ModelConfig(str(policy_path), gradient_checkpointing=checkpointing).load("model.policy").train()
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == checkpointing
         model(ids, labels=ids).loss.backward()
         gradients.append(model.lm_head.weight.grad)
@@ -68,23 +68,23 @@ def test_pickled_weights_need_consent(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot load"):
-        PretrainedModel(str(tmp_path)).load("model.policy")
-    loaded = PretrainedModel(str(tmp_path), allow_pickle=True).load("model.policy")
+        ModelConfig(str(tmp_path)).load("model.policy")
+    loaded = ModelConfig(str(tmp_path), allow_pickle=True).load("model.policy")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.reference\.path: there is no folder '.*nowhere'"):
-        PretrainedModel(str(tmp_path / "nowhere")).load("model.reference")
+        ModelConfig(str(tmp_path / "nowhere")).load("model.reference")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.policy\.path: cannot load"):
-        PretrainedModel(str(tmp_path)).load("model.policy")
+        ModelConfig(str(tmp_path)).load("model.policy")
 
 
 def test_freeze(policy_path: Path) -> None:
-    model = freeze(PretrainedModel(str(policy_path)).load("model.reference").train())
+    model = freeze(ModelConfig(str(policy_path)).load("model.reference").train())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

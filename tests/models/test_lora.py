@@ -11,7 +11,7 @@ from conftest import tiny_model
 from helpers.training import save_policy
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, PretrainedModel, at_start
+from remax_lightning.models import LoRAConfig, ModelConfig, at_start
 
 IDS = torch.arange(5, 25)[None]
 
@@ -32,7 +32,7 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def adapted(base: str, lora: LoRAConfig, **options: Any) -> Any:
-    return PretrainedModel(base, lora=lora, **options).load("model.policy")
+    return ModelConfig(base, lora=lora, **options).load("model.policy")
 
 
 def moved(model: Any) -> None:
@@ -88,7 +88,7 @@ def test_an_adapter_is_drawn_from_the_seed_alone(base: str) -> None:
     torch.rand(7)
     second = trainable(adapted(base, LoRAConfig()))
     torch.manual_seed(3)
-    PretrainedModel(base).load("model.policy")
+    ModelConfig(base).load("model.policy")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.rand(1), following)
     torch.manual_seed(4)
@@ -209,4 +209,4 @@ def test_an_adapter_of_another_model_is_refused(trained: str, tmp_path: Path) ->
 @pytest.mark.parametrize("other", [{"lora": LoRAConfig()}, {"quantization": "nf4"}])
 def test_a_frozen_base_does_not_start_from_scratch(base: str, other: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.policy\.from_scratch must be false with model\.policy\.(lora|quanti)"):
-        PretrainedModel(base, from_scratch=True, **other).load("model.policy")
+        ModelConfig(base, from_scratch=True, **other).load("model.policy")

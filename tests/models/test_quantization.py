@@ -15,16 +15,16 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy, ReMaxFSDP2Strategy
 from remax_lightning.training.config_checks import check_quantization
 
-QLORA = PretrainedModel("policy", quantization="nf4", lora=LoRAConfig(r=4))
+QLORA = ModelConfig("policy", quantization="nf4", lora=LoRAConfig(r=4))
 
 
 def test_without_bitsandbytes_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("remax_lightning.models.loading.find_spec", lambda name: None)
-    source = PretrainedModel(save_policy(tmp_path), quantization="nf4")
+    source = ModelConfig(save_policy(tmp_path), quantization="nf4")
     message = r"model\.policy\.quantization is nf4, which needs bitsandbytes: pip install bitsandbytes"
     with pytest.raises(UserError, match=message):
         source.load("model.policy")
@@ -32,7 +32,7 @@ def test_without_bitsandbytes_it_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_4_bits_cannot_be_trained() -> None:
     with pytest.raises(UserError, match=r"model\.policy\.quantization is nf4, .* set model\.policy\.lora"):
-        remax_module(PretrainedModel("policy", quantization="nf4"))
+        remax_module(ModelConfig("policy", quantization="nf4"))
 
 
 @pytest.mark.parametrize("strategy", [ReMaxDeepSpeedStrategy(stage=3), ReMaxFSDP2Strategy(), FSDPStrategy()])
@@ -40,7 +40,7 @@ def test_strategies_that_cut_weights_up_are_refused(strategy: Any) -> None:
     message = rf"model\.policy\.quantization is nf4, which trainer\.strategy {type(strategy).__name__}"
     with pytest.raises(UserError, match=message):
         check_quantization(QLORA, strategy)
-    check_quantization(PretrainedModel("policy"), strategy)
+    check_quantization(ModelConfig("policy"), strategy)
 
 
 @pytest.mark.parametrize("strategy", [ReMaxDeepSpeedStrategy(stage=2), DDPStrategy()])
@@ -66,7 +66,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def module(policy: str, **options: Any) -> Any:
-    source = PretrainedModel(policy, quantization="nf4", lora=LoRAConfig(r=4), gradient_checkpointing=True)
+    source = ModelConfig(policy, quantization="nf4", lora=LoRAConfig(r=4), gradient_checkpointing=True)
     return remax_module(source, kl_coef=0.05, optimizer=partial(torch.optim.AdamW, lr=1e-2), **options)
 
 
@@ -107,7 +107,7 @@ def test_the_merged_policy_is_that_of_the_4_bits(policy: str, tmp_path: Path) ->
 
 
 def test_a_reference_of_4_bits(policy: str, tmp_path: Path) -> None:
-    made = remax_module(policy, PretrainedModel(policy, quantization="nf4"))
+    made = remax_module(policy, ModelConfig(policy, quantization="nf4"))
     seen = fit(made, prompt_data(tmp_path, policy), tmp_path)
     assert made.reference.is_quantized
     assert 0 < abs(seen.logged[0]["train/kl"]) < 1  # what the rounding to 4 bits costs

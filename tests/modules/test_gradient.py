@@ -14,7 +14,7 @@ from oracles import policies
 from oracles.advantages import whiten
 
 from remax_lightning.data import PromptDataModule
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     checkpointing: bool, passes: int, folders: tuple[str, str], tmp_path: Path
 ) -> None:
     policy, reference = folders
-    module = remax_module(PretrainedModel(policy, gradient_checkpointing=checkpointing), reference)
+    module = remax_module(ModelConfig(policy, gradient_checkpointing=checkpointing), reference)
     counted: list[bool] = []
 
     class Count(Callback):

@@ -13,7 +13,7 @@ from conftest import make_tokenizer, tiny_config
 from helpers.training import make_trainer, prompt_data, write_rows
 
 from remax_lightning.data import SFTDataModule
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import AdvantageConfig, LossConfig, ReMaxModule, SFTModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
@@ -41,7 +41,7 @@ def guesser(tmp_path_factory: pytest.TempPathFactory) -> str:
     usual = {"a": "bbbcca", "b": "cccaab", "c": "aaabbc"}
     rows = [{"prompt": prompt, "response": letter} for prompt in PROMPTS for letter in usual[prompt[-1]]]
     torch.manual_seed(0)
-    module = SFTModule(PretrainedModel(str(folder), from_scratch=True), optimizer=partial(torch.optim.AdamW, lr=3e-3))
+    module = SFTModule(ModelConfig(str(folder), from_scratch=True), optimizer=partial(torch.optim.AdamW, lr=3e-3))
     path = write_rows(folder / "rows.jsonl", rows)
     make_trainer(folder, max_steps=80, max_epochs=-1).fit(module, SFTDataModule(path, str(folder), batch_size=144))
     module.policy.save_pretrained(folder)
@@ -55,9 +55,9 @@ def validated(
     torch.manual_seed(options.pop("seed", 0))
     splits = options.pop("splits", 1)
     module = ReMaxModule(
-        PretrainedModel(guesser),
+        ModelConfig(guesser),
         CopyLastLetter(sign),
-        PretrainedModel(guesser),
+        ModelConfig(guesser),
         sampling=options.pop("sampling", SamplingConfig(max_response_length=3)),
         kl_coef=0.01,
         optimizer=partial(torch.optim.AdamW, lr=lr),

@@ -19,7 +19,7 @@ from rewards.test_classifier import save_classifier
 
 from remax_lightning.callbacks import BaselineMonitor, CollapseDetector, Evaluation, KLMonitor, SampleDump, Throughput
 from remax_lightning.data import PreferenceDataModule, SFTDataModule
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import KLConfig, LossConfig, RewardModelModule, SFTModule
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig, sampling
@@ -68,14 +68,14 @@ def check_equal(here: Recorder, there: Recorder, tolerance: float = 1e-4) -> Non
 
 
 def remax(path: Path, **options: Any) -> Any:
-    policy, reference = str(path / "policy"), PretrainedModel(str(path / "reference"), placement="cpu")
+    policy, reference = str(path / "policy"), ModelConfig(str(path / "reference"), placement="cpu")
     reward = ClassifierReward(str(path / "reward"), "{prompt}{response}", batch_size=3, placement="cpu")
     defaults = {"policy": policy, "reference": reference, "kl_coef": 0.05, "reward": reward, "optimizer": ADAMW}
     return remax_module(**(defaults | options))
 
 
 def adapted(path: Path, **options: Any) -> Any:
-    policy = PretrainedModel(str(path / "policy"), lora=LoRAConfig(r=4), gradient_checkpointing=True)
+    policy = ModelConfig(str(path / "policy"), lora=LoRAConfig(r=4), gradient_checkpointing=True)
     return remax(path, policy=policy, reference=None, kl_coef=0.05, **options)
 
 
@@ -83,7 +83,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "parked models": remax,
     "resident models": lambda path: remax(
         path,
-        reference=PretrainedModel(str(path / "reference")),
+        reference=ModelConfig(str(path / "reference")),
         reward=ClassifierReward(str(path / "reward"), "{prompt}{response}"),
     ),
     "adapter": adapted,
@@ -120,7 +120,7 @@ def test_remax_trains_in_16_bits(precision: str, folder: Path, tmp_path: Path, m
     """As the README's first example does, with activations recomputed and gradients clipped."""
 
     def run(accelerator: str) -> Recorder:
-        module = remax(folder, policy=PretrainedModel(str(folder / "policy"), gradient_checkpointing=True))
+        module = remax(folder, policy=ModelConfig(str(folder / "policy"), gradient_checkpointing=True))
         data = prompt_data(tmp_path, str(folder / "policy"), micro_batch_size=2)
         return fit(
             module, data, tmp_path, accelerator=accelerator, max_steps=3, max_epochs=-1, precision=precision,
@@ -135,12 +135,12 @@ def test_the_earlier_stages_train_as_on_a_cpu(folder: Path, tmp_path: Path, monk
     examples, pairs = write_rows(tmp_path / "examples.jsonl", EXAMPLES), write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
     def tuned(accelerator: str) -> Recorder:
-        module = SFTModule(PretrainedModel(policy), packing=True, optimizer=ADAMW)
+        module = SFTModule(ModelConfig(policy), packing=True, optimizer=ADAMW)
         data = SFTDataModule(examples, policy, examples, batch_size=4, max_prompt_length=32)
         return fit(module, data, tmp_path, accelerator=accelerator, max_steps=2, limit_val_batches=1.0)
 
     def compared(accelerator: str) -> dict[str, float]:
-        module = RewardModelModule(PretrainedModel(policy), optimizer=ADAMW)
+        module = RewardModelModule(ModelConfig(policy), optimizer=ADAMW)
         data = PreferenceDataModule(pairs, policy, pairs, batch_size=4, max_prompt_length=32, max_length=64)
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path, accelerator=accelerator, max_steps=2, limit_val_batches=1.0)

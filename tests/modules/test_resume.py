@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from remax_lightning.callbacks import KLMonitor
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.modules import KLConfig, LossConfig, WarmupCosine
 from remax_lightning.rollout import SamplingConfig
 
@@ -77,7 +77,7 @@ class Setting:
             # The length of the whole run: the half that is run first must not decay faster.
             "lr_scheduler": partial(WarmupCosine, warmup_steps=2, total_steps=WHOLE),
         }
-        source = PretrainedModel(self.policy, disable_dropout=not self.dropout)
+        source = ModelConfig(self.policy, disable_dropout=not self.dropout)
         module = remax_module(source, self.reference, **(options | self.module))
         trainer = make_trainer(
             self.folder,

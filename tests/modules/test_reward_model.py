@@ -24,7 +24,7 @@ from torch import Tensor
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.data import PairColumns, PreferenceDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import RewardModelModule
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.new_reward_model import load_reward_model
@@ -81,7 +81,7 @@ def pair_data(
 def reward_module(path: str, **options: Any) -> RewardModelModule:
     """Plain gradient descent of rate 1, so that a step's gradient is weights before minus after."""
     defaults = {"optimizer": partial(torch.optim.SGD, lr=1.0)}
-    return RewardModelModule(PretrainedModel(path), **(defaults | options))
+    return RewardModelModule(ModelConfig(path), **(defaults | options))
 
 
 class Recorder(Callback):
@@ -214,7 +214,7 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path, family: str) -> 
 def test_gradient_checkpointing_leaves_the_step(start: str, tmp_path: Path) -> None:
     plain = train(reward_module(start), pair_data(tmp_path, start), tmp_path)
     module = RewardModelModule(
-        PretrainedModel(start, gradient_checkpointing=True), optimizer=partial(torch.optim.SGD, lr=1.0)
+        ModelConfig(start, gradient_checkpointing=True), optimizer=partial(torch.optim.SGD, lr=1.0)
     )
     assert distance(train(module, pair_data(tmp_path, start), tmp_path).step(), plain.step()) < 1e-5
     assert module.reward_model.is_gradient_checkpointing
@@ -248,7 +248,7 @@ def test_from_scratch(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "start")
     make_tokenizer().save_pretrained(tmp_path / "start")
     path = str(tmp_path / "start")
-    module = RewardModelModule(PretrainedModel(path, from_scratch=True), optimizer=partial(torch.optim.SGD, lr=1.0))
+    module = RewardModelModule(ModelConfig(path, from_scratch=True), optimizer=partial(torch.optim.SGD, lr=1.0))
     recorder = train(module, pair_data(tmp_path, path), tmp_path)
     assert recorder.weights[0]["score.weight"].shape == (1, 32)
 
@@ -405,7 +405,7 @@ def test_equal_scores_are_not_divided_by_0(tmp_path: Path) -> None:
 def test_a_reward_model_of_deepspeed_chat_goes_on_and_is_exported_plainly(tmp_path: Path) -> None:
     body, v_head = body_of("opt"), torch.randn(1, 32)
     path = save_deepspeed_chat(tmp_path / "start", body, v_head, opts_tokenizer())
-    module = RewardModelModule(PretrainedModel(path, allow_pickle=True), optimizer=partial(torch.optim.SGD, lr=0.0))
+    module = RewardModelModule(ModelConfig(path, allow_pickle=True), optimizer=partial(torch.optim.SGD, lr=0.0))
     trainer = make_trainer(tmp_path, [ExportPolicy(str(tmp_path / "model"), best=False)], limit_val_batches=1.0)
     trainer.fit(module, pair_data(tmp_path, path))
     weights = load_file(tmp_path / "model" / "last" / "model.safetensors")
@@ -490,7 +490,7 @@ def test_a_tiny_reward_model_learns_a_rule_and_tells_new_pairs_apart(tmp_path: P
         write_rows(tmp_path / "train.jsonl", pairs(256)),
         write_rows(tmp_path / "val.jsonl", pairs(64)),
     )
-    module = RewardModelModule(PretrainedModel(path, from_scratch=True), optimizer=partial(torch.optim.AdamW, lr=3e-3))
+    module = RewardModelModule(ModelConfig(path, from_scratch=True), optimizer=partial(torch.optim.AdamW, lr=3e-3))
     data = PreferenceDataModule(train_path, path, val_path, batch_size=32, max_prompt_length=32, max_length=64)
     torch.manual_seed(0)
     trainer = make_trainer(tmp_path, max_steps=48, max_epochs=6, limit_val_batches=1.0, num_sanity_val_steps=1)
@@ -518,7 +518,7 @@ def test_conversations_must_fit_the_model(start: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "value"), [("lora", LoRAConfig()), ("quantization", "nf4"), ("placement", "cpu")])
 def test_what_is_for_other_models_is_refused(name: str, value: Any, start: str) -> None:
     with pytest.raises(UserError, match=rf"model\.reward_model\.{name} must be left out"):
-        load_reward_model(PretrainedModel(start, **{name: value}))
+        load_reward_model(ModelConfig(start, **{name: value}))
 
 
 def test_more_than_one_label_is_refused(tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_more_than_one_label_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(start: str, tmp_path: Path) -> None:
-    module = RewardModelModule(PretrainedModel("./nowhere"), tokenizer=start)
+    module = RewardModelModule(ModelConfig("./nowhere"), tokenizer=start)
     with pytest.raises(UserError, match=r"model\.reward_model\.path: there is no folder '\./nowhere'"):
         train(module, pair_data(tmp_path, start), tmp_path)
 

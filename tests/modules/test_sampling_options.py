@@ -14,7 +14,7 @@ from helpers.training import FixedEngine, distance, fit, prompt_data, remax_modu
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation import evaluator as module_file
 from remax_lightning.modules import KLConfig, LossConfig
-from remax_lightning.rollout import Generated, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, PairedEngine, SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ class StoppedEngine(FixedEngine):
         self.stopped_at = torch.tensor([len(row) if len(row) < length else 0 for row in ids])
         super().__init__([[*row, *(length - len(row)) * [pad]] for row in ids])
 
-    def generate(self, *args: Any, **options: Any) -> Generated:
+    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
         ended = options.pop("ended")
         assert ended(self.sampled[:, :3]).tolist() == [True, False, False]
         made = super().generate(*args, **options)
-        return Generated(made.sampled_ids, made.sampled_ids[:], None, self.stopped_at.repeat(2))
+        return GenerationOutput(made.sampled_ids, made.sampled_ids[:], None, self.stopped_at.repeat(2))
 
 
 @pytest.mark.parametrize("pad_is_eos", [True, False])
@@ -105,7 +105,7 @@ def test_the_rollout_is_not_asked_for_log_probs_that_nothing_reads(folders: tupl
     class Asked(PairedEngine):
         asked = None
 
-        def generate(self, *args: Any, **options: Any) -> Generated:
+        def generate(self, *args: Any, **options: Any) -> GenerationOutput:
             self.asked = set(options)
             return super().generate(*args, **options)
 

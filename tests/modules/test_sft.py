@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remax_lightning.data import SFTDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import FoundHead
 from remax_lightning.modules import SFTModule
 from remax_lightning.rewards.base import Reward
@@ -66,7 +66,7 @@ def sft_module(policy: str, **options: Any) -> SFTModule:
         "sampling": SamplingConfig(max_response_length=24),
         "optimizer": partial(torch.optim.SGD, lr=1.0),
     }
-    return SFTModule(PretrainedModel(policy), **(defaults | options))
+    return SFTModule(ModelConfig(policy), **(defaults | options))
 
 
 def cross_entropy(policy: str) -> tuple[Tensor, Any, int]:
@@ -196,7 +196,7 @@ def test_a_model_whose_examples_would_see_each_other_is_not_packed(tmp_path: Pat
 def test_a_mask_that_does_not_part_examples_is_seen(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import masking_utils
 
-    model = PretrainedModel(policy).load("model.policy")
+    model = ModelConfig(policy).load("model.policy")
     assert packing.find_parting(model) == "positions"
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     assert packing.find_parting(model) == "mask"
@@ -208,7 +208,7 @@ def test_a_mask_that_does_not_part_examples_is_seen(policy: str, monkeypatch: py
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_opt_is_given_a_mask(tmp_path: Path, attention: str) -> None:
     path = save_policy(tmp_path / "policy", "opt")
-    source = PretrainedModel(path, attn_implementation=attention)
+    source = ModelConfig(path, attn_implementation=attention)
     assert packing.find_parting(source.load("model.policy")) == "mask"
     module = SFTModule(source, packing=True, optimizer=partial(torch.optim.SGD, lr=1.0))
     plain = fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
@@ -265,7 +265,7 @@ def test_a_tiny_policy_learns_its_rows_by_heart(tmp_path: Path) -> None:
     torch.manual_seed(0)
     reward = Exact()
     module = SFTModule(
-        PretrainedModel(policy, from_scratch=True),
+        ModelConfig(policy, from_scratch=True),
         reward=reward,
         sampling=SamplingConfig(max_response_length=24),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),

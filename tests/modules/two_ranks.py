@@ -13,7 +13,7 @@ from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Scores
-from remax_lightning.rollout import Generated
+from remax_lightning.rollout import GenerationOutput
 
 
 class OnePromptReward(CharacterReward):
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class PromptEngine:
     """Writes what the prompt alone decides, so that it does not matter which rank reads it."""
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> Generated:
+    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
         rows = []
         for ids, mask in zip(prompt_ids, prompt_mask, strict=True):
             generator = torch.Generator().manual_seed(int((ids * mask).sum()))
@@ -45,7 +45,7 @@ class PromptEngine:
             for row in rows[-1]:
                 row[int(torch.randint(0, 8, (1,), generator=generator)) :] = 2
         sampled, greedy = torch.stack(rows, 1)
-        return Generated(sampled, greedy)
+        return GenerationOutput(sampled, greedy)
 
 
 class Keep(Recorder):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout import AutoEngine, Generated, HuggingFaceEngine, RolloutEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, RolloutEngine, SamplingConfig
 from remax_lightning.rollout.auto import choose_engine, obstacle
 
 VOCABULARY, PAD = 64, 3
@@ -128,7 +128,9 @@ def prompts() -> tuple[Tensor, Tensor]:
     return ids.where(mask, torch.tensor(PAD)), mask
 
 
-def rollout(engine: RolloutEngine, model: Any, ids: Tensor, mask: Tensor, *, eos: int, **sampling: Any) -> Generated:
+def rollout(
+    engine: RolloutEngine, model: Any, ids: Tensor, mask: Tensor, *, eos: int, **sampling: Any
+) -> GenerationOutput:
     """Call `engine` with a generator of its own."""
     return engine.generate(
         model,

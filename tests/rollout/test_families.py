@@ -24,7 +24,7 @@ from rollout.families import (
     sampled_agrees,
 )
 
-from remax_lightning.rollout import AutoEngine, Generated, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, PairedEngine, SamplingConfig
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "generate_families.py"
 COMMITTED = SCRIPT.with_name("families.md").read_text(encoding="utf-8")
@@ -103,13 +103,13 @@ def test_an_adapted_policy_is_decoded_by_the_fast_engine(caplog: pytest.LogCaptu
 class _Faulty:
     """An engine with a fault between it and a right one."""
 
-    def generate(self, model: Any, prompt_ids: Any, prompt_mask: Any, **arguments: Any) -> Generated:
+    def generate(self, model: Any, prompt_ids: Any, prompt_mask: Any, **arguments: Any) -> GenerationOutput:
         return self.spoil(HuggingFaceEngine().generate(model, prompt_ids, self.mask(prompt_mask), **arguments))
 
     def mask(self, mask: torch.Tensor) -> torch.Tensor:
         return mask
 
-    def spoil(self, generated: Generated) -> Generated:
+    def spoil(self, generated: GenerationOutput) -> GenerationOutput:
         return generated
 
 
@@ -121,13 +121,15 @@ class IgnoresPadding(_Faulty):
 class MixesRows(_Faulty):
     """Right first tokens, and second tokens that belong to other first ones of the same prompt."""
 
-    def spoil(self, generated: Generated) -> Generated:
+    def spoil(self, generated: GenerationOutput) -> GenerationOutput:
         ids = generated.sampled_ids.clone().view(2, DRAWS, -1)
         ids[:, :, 1] = ids[:, :, 1].roll(1, 1)
         return generated._replace(sampled_ids=ids.flatten(0, 1))
 
 
-def _generate(engine: Any, model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: SamplingConfig) -> Generated:
+def _generate(
+    engine: Any, model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: SamplingConfig
+) -> GenerationOutput:
     generator = torch.Generator().manual_seed(0)
     return engine.generate(model, ids, mask, sampling=sampling, eos_ids=[2], pad_id=3, generator=generator)
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import WholeFiles, newest, settle, sweep
+from remax_lightning.strategies import AtomicCheckpointIO, newest, settle, sweep
 from remax_lightning.strategies import atomic_checkpoint as module
 
 PARTS = ("first.pt", "second.pt", "third.pt")
@@ -71,7 +71,7 @@ def save_folder(target: Path, version: int) -> None:
 
 
 def save_file(target: Path, version: int) -> None:
-    WholeFiles().save_checkpoint({"version": version}, target)
+    AtomicCheckpointIO().save_checkpoint({"version": version}, target)
 
 
 def versions(checkpoint: Path) -> set[int]:
@@ -112,7 +112,7 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(
         found = newest([folder], tmp_path)
         assert (found is None and before == "nothing") or versions(found or folder) in ({1}, {2})
         if target.exists() and kills % 2:  # a run that removes it must not bring half of the older one back
-            WholeFiles().remove_checkpoint(target)
+            AtomicCheckpointIO().remove_checkpoint(target)
             left = newest([folder], tmp_path)
             assert left is None or versions(left) in ({1}, {2})
         sweep(folder)
@@ -134,7 +134,7 @@ def test_a_kill_during_a_removal_leaves_no_half_of_a_checkpoint(kind: str, kille
         KINDS[kind](old, 1)  # younger, so that it would be taken if anything of it could be
         killer.at, killer.calls, kills = kills + 1, 0, kills + 1
         try:
-            WholeFiles().remove_checkpoint(old)
+            AtomicCheckpointIO().remove_checkpoint(old)
         except Killed:
             killer.at = None
         else:
@@ -188,4 +188,4 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_is_not_read_as_a_file(tmp_path: Path) -> None:
     save_folder(tmp_path / "a.ckpt", 1)
     with pytest.raises(UserError, match="is a folder, as DeepSpeed and FSDP2 write it"):
-        WholeFiles().load_checkpoint(tmp_path / "a.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")

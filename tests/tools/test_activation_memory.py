@@ -13,7 +13,7 @@ from torch import nn
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.rollout import PairedEngine, SamplingConfig
 from remax_lightning.rollout import cast_linear as packed
-from remax_lightning.tools.plan.activation_memory import StepPasses, Work
+from remax_lightning.tools.plan.activation_memory import StepPasses, StepShape
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
 from remax_lightning.types import PromptBatch, Responses
 
@@ -23,7 +23,7 @@ FAMILIES = ["llama", "qwen2", "opt", "gpt2"]
 
 
 def passes(model: Any, autocast: Any = nullcontext) -> StepPasses:
-    return StepPasses(model, Work(PROMPTS, SAMPLING, PROMPT, 8, 8, 8), autocast, whole_logits=False)
+    return StepPasses(model, StepShape(PROMPTS, SAMPLING, PROMPT, 8, 8, 8), autocast, whole_logits=False)
 
 
 def mixed() -> Any:

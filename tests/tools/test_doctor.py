@@ -14,7 +14,7 @@ from test_readme import ROOT, tables
 
 from remax_lightning.cli import run
 from remax_lightning.tasks.addition import write_addition_task
-from remax_lightning.tools.doctor import CHECKS, Subject, examine, read_subject
+from remax_lightning.tools.doctor import CHECKS, DoctorContext, examine, read_subject
 
 NAMES = [check.name for check in CHECKS]
 
@@ -128,10 +128,10 @@ def test_a_tokenizer_larger_than_the_policy_fails(tmp_path: Path, capsys: pytest
 
 
 def test_models_that_are_too_large_for_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(_: Subject) -> None:
+    def too_large(_: DoctorContext) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Subject, "load_models", too_large)
+    monkeypatch.setattr(DoctorContext, "load_models", too_large)
     subject = read_subject(["--config", write_config(tmp_path / "run.yaml", supervised(tmp_path))], 12)
     results = {result.name: result for result in examine(subject)}
     assert results["models"].status == "fail"

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_fixtures import Liar, Talker, Wanderer, ask, healthy, loaded
+from doctor_fixtures import Liar, NeverStopsEngine, SampledAsGreedyEngine, ask, healthy, loaded
 from helpers.cli import changed
 from helpers.training import save_policy
 
-from remax_lightning.tools.doctor import Subject
+from remax_lightning.tools.doctor import DoctorContext
 
 SAMPLING = {"max_response_length": 24, "num_samples": 2}
 
 
 @pytest.fixture(scope="module")
-def well(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def well(tmp_path_factory: pytest.TempPathFactory) -> DoctorContext:
     folder = tmp_path_factory.mktemp("well")
     return loaded(folder, healthy(folder))
 
@@ -39,7 +39,7 @@ def blind_to_padding(model: Any) -> Iterator[None]:
         yield
 
 
-def test_healthy(well: Subject) -> None:
+def test_healthy(well: DoctorContext) -> None:
     for name in ("kl_at_start", "log_probs", "on_policy", "greedy", "prompt_padding"):
         assert ask(well, name).status == "pass", ask(well, name)
 
@@ -58,7 +58,7 @@ def test_another_checkpoint_as_reference(tmp_path: Path, noise: float, status: s
 
 
 @torch.no_grad()
-def kl_of(subject: Subject) -> float:
+def kl_of(subject: DoctorContext) -> float:
     """The mean of exp(-x) - 1 + x over all sampled tokens, one response after the other, without padding."""
     rollout, total, count = subject.rollout, 0.0, 0
     for i, (ids, mask) in enumerate(zip(rollout.sampled.response_ids, rollout.sampled.response_mask, strict=True)):
@@ -129,21 +129,21 @@ def test_without_a_reference_there_is_nothing_to_compare(tmp_path: Path) -> None
 # Decoding
 
 
-def test_log_probs_of_another_temperature(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_of_another_temperature(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.module, "engine", Liar())
     found = ask(well, "log_probs")
     assert found.status == "fail"
     assert "model.rollout" in found.fix
 
 
-def test_greedy_responses_that_are_drawn(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "engine", Wanderer())
+def test_greedy_responses_that_are_drawn(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.module, "engine", SampledAsGreedyEngine())
     found = ask(well, "greedy")
     assert found.status == "fail"
     assert "differ when they are made again" in found.measured
 
 
-def test_a_model_that_reads_padding(well: Subject) -> None:
+def test_a_model_that_reads_padding(well: DoctorContext) -> None:
     with blind_to_padding(well.module.policy):
         padding, greedy = ask(well, "prompt_padding"), ask(well, "greedy")
     assert padding.status == "fail"
@@ -191,6 +191,8 @@ def test_truncation_makes_drawn_tokens_likelier_by_what_it_cuts_off(tmp_path: Pa
     assert ask(subject, "on_policy").values["difference"] == pytest.approx(float(torch.cat(cut).mean()), rel=1e-3)
 
 
-def test_an_engine_that_does_not_stop_is_not_greedys_fault(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "engine", Talker())
+def test_an_engine_that_does_not_stop_is_not_greedys_fault(
+    well: DoctorContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(well.module, "engine", NeverStopsEngine())
     assert ask(well, "greedy").status == "pass"

@@ -15,19 +15,19 @@ from helpers.training import write_rows
 from rewards.test_classifier import CHAT
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.tools.doctor import Subject
+from remax_lightning.tools.doctor import DoctorContext
 from remax_lightning.tools.doctor.command import memory
 
 PLAIN = "{prompt}{response}{eos}"
 
 
 @pytest.fixture(scope="module")
-def well(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def well(tmp_path_factory: pytest.TempPathFactory) -> DoctorContext:
     folder = tmp_path_factory.mktemp("well")
     return loaded(folder, with_reward_model(healthy(folder), folder))
 
 
-def with_template(folder: Path, **options: Any) -> Subject:
+def with_template(folder: Path, **options: Any) -> DoctorContext:
     return loaded(folder, with_reward_model(healthy(folder), folder, **options))
 
 
@@ -38,7 +38,7 @@ def last_column(model: Any, input_ids: torch.Tensor, mask: torch.Tensor) -> torc
     return scores
 
 
-def test_healthy(well: Subject) -> None:
+def test_healthy(well: DoctorContext) -> None:
     for name in ("reward_template", "reward_truncation", "reward_padding", "reward_spread", "memory"):
         assert ask(well, name).status == "pass", ask(well, name)
     assert "reads '<s>user: 7+49=" in ask(well, "reward_template").measured
@@ -113,9 +113,9 @@ def test_conversations_that_are_cut(tmp_path: Path, length: int, status: str) ->
     assert subject.reward.num_truncated == 0  # what a run counts is its own
 
 
-def test_the_models_in_a_weighted_sum_are_looked_at(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_in_a_weighted_sum_are_looked_at(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(well.reward, ClassifierReward)
-    subject = Subject(well.args, well.module, well.data, well.trainer, 12)
+    subject = DoctorContext(well.args, well.module, well.data, well.trainer, 12)
     subject.reward = WeightedReward({"model": well.reward})
     monkeypatch.setattr(well.module, "reward", subject.reward)
     monkeypatch.setattr(well.reward, "max_length", 8)
@@ -125,7 +125,7 @@ def test_the_models_in_a_weighted_sum_are_looked_at(well: Subject, monkeypatch: 
 # Its scores
 
 
-def test_a_score_that_is_read_in_the_padding(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_read_in_the_padding(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.reward, "_pooling", last_column)
     found = ask(well, "reward_padding")
     assert found.status == "fail"
@@ -160,14 +160,14 @@ class Constant(Reward):
         return [self.values[index % len(self.values)] for index in range(len(responses))]
 
 
-def test_a_constant_reward(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_reward(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.module, "reward", Constant(0.5))
     found = ask(well, "reward_spread")
     assert found.status == "fail"
     assert found.values == {"spread": 0, "mean": 0.5, "as_the_baseline": 1}
 
 
-def test_rewards_that_are_those_of_the_greedy_responses(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_that_are_those_of_the_greedy_responses(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     class OfPrompts(Reward):
         def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
             return [float(len(prompt)) for prompt in prompts]
@@ -178,7 +178,7 @@ def test_rewards_that_are_those_of_the_greedy_responses(well: Subject, monkeypat
     assert found.values["as_the_baseline"] == 1
 
 
-def test_a_reward_that_is_not_finite(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_that_is_not_finite(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.module, "reward", Constant(float("nan"), 1.0))
     for name in ("reward_padding", "reward_spread"):
         found = ask(well, name)

@@ -9,20 +9,31 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from doctor_fixtures import ENDS, PROMPTS, TURNS, Cutter, Talker, ask, healthy, loaded, preferred, supervised
+from doctor_fixtures import (
+    ENDS,
+    PROMPTS,
+    TURNS,
+    EosStrippingEngine,
+    NeverStopsEngine,
+    ask,
+    healthy,
+    loaded,
+    preferred,
+    supervised,
+)
 from helpers.cli import changed
 from helpers.training import write_rows
 
-from remax_lightning.tools.doctor import Subject
+from remax_lightning.tools.doctor import DoctorContext
 
 
 @pytest.fixture(scope="module")
-def well(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def well(tmp_path_factory: pytest.TempPathFactory) -> DoctorContext:
     folder = tmp_path_factory.mktemp("well")
     return loaded(folder, healthy(folder))
 
 
-def with_prompts(folder: Path, prompts: list[Any], template: str | None = None, **values: Any) -> Subject:
+def with_prompts(folder: Path, prompts: list[Any], template: str | None = None, **values: Any) -> DoctorContext:
     """A healthy run but for its prompts, which `template` makes of messages."""
     config = healthy(folder)
     write_rows(folder / "rows.jsonl", ({"prompt": prompt} for prompt in prompts))
@@ -38,7 +49,7 @@ def said(text: str) -> list[dict[str, str]]:
 # Prompts
 
 
-def test_healthy(well: Subject) -> None:
+def test_healthy(well: DoctorContext) -> None:
     for name in ("prompts", "bos", "prompt_eos", "pad_token", "eos", "eos_trained", "truncation", "generation_config"):
         assert ask(well, name).status == "pass", ask(well, name)
 
@@ -118,7 +129,7 @@ def test_a_mask_of_ids_hides_eos_where_it_pads(tmp_path: Path) -> None:
     assert found.values == {"pad_is_eos": 1, "rows_with_holes": 12}
 
 
-def test_a_pad_token_that_the_model_lacks(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pad_token_that_the_model_lacks(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.module.policy, "get_input_embeddings", lambda: SimpleNamespace(num_embeddings=3))
     found = ask(well, "pad_token")
     assert found.status == "fail"
@@ -143,14 +154,14 @@ def test_a_reward_model_that_pads_with_eos(tmp_path: Path) -> None:
 # Ends
 
 
-def test_an_eos_that_is_no_token(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eos_that_is_no_token(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(well.module.policy.generation_config, "eos_token_id", [2, 200])
     found = ask(well, "eos")
     assert found.status == "fail"
     assert "EOS 200 is not among the policy's 96 tokens" in found.measured
 
 
-def test_an_eos_that_is_never_written(well: Subject) -> None:
+def test_an_eos_that_is_never_written(well: DoctorContext) -> None:
     def never(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill(-1, torch.tensor(ENDS), -1e4)
 
@@ -163,7 +174,7 @@ def test_an_eos_that_is_never_written(well: Subject) -> None:
     assert found.values == {"highest_probability": 0, "ended": 0}
 
 
-def test_the_highest_probability_of_eos_is_that_of_a_plain_pass(well: Subject) -> None:
+def test_the_highest_probability_of_eos_is_that_of_a_plain_pass(well: DoctorContext) -> None:
     highest, rollout = 0.0, well.rollout
     for i in range(0, len(rollout.sampled.response_ids), 2):
         start = rollout.prompt.prompt_ids[i // 2][rollout.prompt.prompt_mask[i // 2]]
@@ -182,10 +193,10 @@ def test_a_tokenizer_whose_eos_the_policy_does_not_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "measured"),
-    [(Cutter(), "one is padded without an EOS before"), (Talker(), "one goes on behind its end")],
+    [(EosStrippingEngine(), "one is padded without an EOS before"), (NeverStopsEngine(), "one goes on behind its end")],
 )
 def test_an_engine_that_mistreats_ends(
-    well: Subject, monkeypatch: pytest.MonkeyPatch, engine: Any, measured: str
+    well: DoctorContext, monkeypatch: pytest.MonkeyPatch, engine: Any, measured: str
 ) -> None:
     monkeypatch.setattr(well.module, "engine", engine)
     found = ask(well, "eos_trained")
@@ -200,7 +211,7 @@ def test_where_nothing_ends_another_token_stands_in(tmp_path: Path, monkeypatch:
     found = ask(subject, "eos_trained")
     assert found.status == "pass"
     assert "ended at a token in place of EOS" in found.measured
-    monkeypatch.setattr(subject.module, "engine", Talker())
+    monkeypatch.setattr(subject.module, "engine", NeverStopsEngine())
     assert ask(subject, "eos_trained").status == "fail"
 
 
@@ -208,7 +219,7 @@ def test_responses_to_imitate_without_an_end(tmp_path: Path, monkeypatch: pytest
     subject = loaded(tmp_path, supervised(tmp_path))
     assert ask(subject, "eos_trained").status == "pass"
     batch: Any = subject.batch
-    monkeypatch.setattr(Subject, "batch", batch._replace(response_mask=batch.response_ids > 3))
+    monkeypatch.setattr(DoctorContext, "batch", batch._replace(response_mask=batch.response_ids > 3))
     found = ask(subject, "eos_trained")
     assert found.status == "fail"
     assert "0 of 12 responses" in found.measured
@@ -244,7 +255,7 @@ def test_responses_that_are_all_cut(tmp_path: Path) -> None:
     ids=str,
 )
 def test_generation_settings_that_rollouts_ignore(
-    well: Subject, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], status: str, said: str
+    well: DoctorContext, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], status: str, said: str
 ) -> None:
     assert "top_k 50, its default" in ask(well, "generation_config").measured
     for name, value in settings.items():
@@ -256,7 +267,7 @@ def test_generation_settings_that_rollouts_ignore(
     assert said in found.fix
 
 
-def test_how_far_generate_samples_from_rollouts(well: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_far_generate_samples_from_rollouts(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of greedy settings: the surprise of the policy at its likeliest tokens, of a pass over whole responses."""
     monkeypatch.setattr(well.module.policy.generation_config, "top_k", 1)
     surprise: list[float] = []

@@ -15,7 +15,7 @@ from torch import nn
 
 from remax_lightning.cli import config_folder
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel
+from remax_lightning.models import ModelConfig
 from remax_lightning.tools.plan.command import main
 from remax_lightning.tools.plan.phases import least_devices
 
@@ -36,7 +36,7 @@ def strategy(name: str, devices: int) -> list[str]:
 
 
 def test_weights_gradients_and_optimizer_are_those_of_the_model(policy: str, tmp_path: Path) -> None:
-    count = sum(weight.numel() for weight in PretrainedModel(policy).load("model.policy").parameters())
+    count = sum(weight.numel() for weight in ModelConfig(policy).load("model.policy").parameters())
     answer = planned(tmp_path, policy)
     assert answer["parameters"] == count
     for phase in ("training", "update"):
@@ -58,7 +58,7 @@ def test_the_cache_has_a_slot_for_every_token_of_every_row(policy: str, tmp_path
 def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_in_16_bits(
     policy: str, tmp_path: Path
 ) -> None:
-    model = PretrainedModel(policy).load("model.policy")
+    model = ModelConfig(policy).load("model.policy")
     parts = planned(tmp_path, policy, trainer__precision="bf16-mixed")["phases"]["rollout"]
     assert parts["KV cache"] == 2 * 2 * 32 * 2 * 8 * 32
     assert parts["packed weights"] == 2 * sum(

@@ -12,7 +12,7 @@ from helpers.training import PROMPTS, Recorder, fit, make_trainer, prompt_data, 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, PretrainedModel
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import KLConfig, LossConfig, SFTModule
 
 STEPS = {"max_steps": 3, "limit_val_batches": 1, "val_check_interval": 1}
@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of an adapter that was trained before."""
     folder = tmp_path_factory.mktemp("trained")
-    model: Any = PretrainedModel(base, lora=LoRAConfig(r=2)).load("model.policy")
+    model: Any = ModelConfig(base, lora=LoRAConfig(r=2)).load("model.policy")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,10 +37,10 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def make(base: str, lora: LoRAConfig, reference: PretrainedModel | None = None, **options: Any) -> Any:
+def make(base: str, lora: LoRAConfig, reference: ModelConfig | None = None, **options: Any) -> Any:
     optimizer = partial(torch.optim.AdamW, lr=3e-2)
     defaults: dict[str, Any] = {"kl_coef": 0.05, "optimizer": optimizer}
-    return remax_module(PretrainedModel(base, lora=lora), reference, **(defaults | options))
+    return remax_module(ModelConfig(base, lora=lora), reference, **(defaults | options))
 
 
 def figures(seen: Recorder) -> list[dict[str, float]]:
@@ -60,7 +60,7 @@ def test_figures_are_those_with_a_second_copy(
     variant: str, continued: bool, base: str, trained: str, tmp_path: Path
 ) -> None:
     lora = LoRAConfig(path=trained) if continued else LoRAConfig(r=2)
-    copy = PretrainedModel(base, lora=lora if continued else None)
+    copy = ModelConfig(base, lora=lora if continued else None)
     shared, apart = (make(base, lora, each, **VARIANTS[variant]) for each in (None, copy))
     first, second = (fit(each, prompt_data(tmp_path, base), tmp_path, **STEPS) for each in (shared, apart))
     assert shared.reference is shared.policy
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_of_the_adapters_size(base: str, checkpoints: Path) -> N
 
 
 def make_policy(base: str) -> Any:
-    return PretrainedModel(base, lora=LoRAConfig(r=2)).load("model.policy")
+    return ModelConfig(base, lora=LoRAConfig(r=2)).load("model.policy")
 
 
 @pytest.mark.parametrize("lora", [LoRAConfig(r=3), LoRAConfig(r=2, target_modules=["q_proj"])])
@@ -155,16 +155,16 @@ def test_a_whole_policy_does_not_resume_from_an_adapter_nor_an_adapter_from_it(
 
 def test_a_policy_is_not_placed_as_a_frozen_model_is() -> None:
     with pytest.raises(UserError, match=r"model\.policy\.placement must be replicate, got cpu: .*trainer\.strategy"):
-        remax_module(PretrainedModel("policy", placement="cpu"))
+        remax_module(ModelConfig("policy", placement="cpu"))
 
 
 def test_a_reference_takes_no_adapter_that_was_never_trained() -> None:
     with pytest.raises(UserError, match=r"model\.reference\.lora needs the path of a trained adapter"):
-        remax_module("policy", PretrainedModel("policy", lora=LoRAConfig()))
+        remax_module("policy", ModelConfig("policy", lora=LoRAConfig()))
 
 
 def test_a_placement_that_there_is_not(base: str, tmp_path: Path) -> None:
-    reference = PretrainedModel(base, placement="disk")  # type: ignore[arg-type]
+    reference = ModelConfig(base, placement="disk")  # type: ignore[arg-type]
     with pytest.raises(
         UserError, match=r"model\.reference\.placement must be one of replicate, shard, cpu, got 'disk'"
     ):
@@ -178,7 +178,7 @@ def test_supervised_training_of_an_adapter(base: str, tmp_path: Path) -> None:
     from remax_lightning.data import SFTDataModule
 
     path = write_rows(tmp_path / "rows.jsonl", ({"prompt": prompt, "response": "7"} for prompt in PROMPTS))
-    source = PretrainedModel(base, lora=LoRAConfig(r=2))
+    source = ModelConfig(base, lora=LoRAConfig(r=2))
     module = SFTModule(source, optimizer=partial(torch.optim.AdamW, lr=3e-2))
     seen = fit(module, SFTDataModule(path, base, batch_size=8), tmp_path, max_steps=3)
     moved = {name for name, value in seen.weights[0].items() if not torch.equal(value, weights(module)[name])}

@@ -27,7 +27,7 @@ class DeepSpeedChatConfig:
     pad_token: str | None = None
 
 
-class ScoredEnd:
+class PadCutoff:
     """Cuts texts behind the token whose score counts: the one before the first pad token after those at the beginning.
 
     Args:

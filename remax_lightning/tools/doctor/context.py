@@ -14,11 +14,11 @@ from torch import Tensor
 
 from remax_lightning.cli import RemaxCLI, run
 from remax_lightning.errors import UserError
-from remax_lightning.modules.base import StageModule
+from remax_lightning.modules.base import BaseModule
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards import Reward
 from remax_lightning.tools.doctor.batches import first_rows
-from remax_lightning.training.worker import Stopping, scored, write
+from remax_lightning.training.worker import StoppingCriteria, scored, write
 from remax_lightning.types import PreferenceBatch, PromptBatch, Rollout, SupervisedBatch
 
 Batch = PromptBatch | SupervisedBatch | PreferenceBatch
@@ -55,7 +55,7 @@ class DoctorCLI(RemaxCLI):
         """Nothing is run."""
 
 
-class Unscored(Reward):
+class ZeroReward(Reward):
     """Gives every response 0: for rollouts whose rewards are looked at apart."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Tensor:  # noqa: ARG002
@@ -63,7 +63,7 @@ class Unscored(Reward):
         return torch.zeros(len(responses))
 
 
-class Subject:
+class DoctorContext:
     """A run before its first step.
 
     Args:
@@ -110,7 +110,7 @@ class Subject:
         if self.reward is None:
             yield
             return
-        self.module.reward = Unscored()
+        self.module.reward = ZeroReward()
         try:
             yield
         finally:
@@ -165,14 +165,14 @@ class Subject:
             prompt,
             engine=self.module.engine,
             sampling=self.module.sampling,
-            stopping=Stopping(own, int(cast(int, module.tokenizer.pad_token_id)), stop_check),
+            stopping=StoppingCriteria(own, int(cast(int, module.tokenizer.pad_token_id)), stop_check),
             generator=torch.Generator(module.device).manual_seed(seed),
             tokenizer=module.tokenizer,
             greedy=True,
             times={},
             log_probs=log_probs,
         )
-        return scored(prompt, written, Unscored(), 0.0, {})
+        return scored(prompt, written, ZeroReward(), 0.0, {})
 
     @property
     def rounds(self) -> bool:
@@ -181,19 +181,19 @@ class Subject:
         return "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
 
 
-def read_subject(args: Sequence[str], num_prompts: int) -> Subject:
+def read_subject(args: Sequence[str], num_prompts: int) -> DoctorContext:
     """Read what would stand after `remax fit`; nothing is loaded yet.
 
     Raises:
         UserError: if the configuration is wrong, or is for a module that there are no checks for.
     """
     cli = run(["fit", *args], DoctorCLI)
-    if not isinstance(cli.model, StageModule):
+    if not isinstance(cli.model, BaseModule):
         raise UserError(
             "model: remax doctor is for ReMaxModule, SFTModule and RewardModelModule, and what is made of them; got"
             f" {type(cli.model).__name__}"
         )
-    subject = Subject(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
+    subject = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
     given = cli.config_init["fit"]["trainer"]
     if given["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         subject.note = " (there is no GPU here)"

@@ -10,7 +10,7 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable
 from remax_lightning.tools.plan.command import GB, HEADROOM, plan
 from remax_lightning.tools.plan.model_sizes import measure
@@ -20,7 +20,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, where it says so."""
 
 
-def memory(subject: Subject) -> Finding:
+def memory(subject: DoctorContext) -> Finding:
     """Compare what `remax plan` says with the memory of a device, or of the host where processes run on its CPU."""
     if not isinstance(subject.module, ReMaxModule):
         return _least(subject)
@@ -51,7 +51,7 @@ def memory(subject: Subject) -> Finding:
     return Finding("fail", measured, fix, values)
 
 
-def _least(subject: Subject) -> Finding:
+def _least(subject: DoctorContext) -> Finding:
     """Compare weights, gradients and optimizer with the memory: what a stage needs before its passes."""
     if not subject.module._modules:
         raise NotApplicable("needs models")

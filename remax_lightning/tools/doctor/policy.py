@@ -13,7 +13,7 @@ from remax_lightning.models.forward import model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.tools.doctor.batches import rows_of
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Tolerance, worst
 from remax_lightning.training.worker import evaluating
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -30,7 +30,7 @@ ALONE = 4
 """Prompts that are also run alone."""
 
 
-def kl_at_start(subject: Subject) -> Finding:
+def kl_at_start(subject: DoctorContext) -> Finding:
     """Compare the policy, as training runs it, with the reference, on the policy's own responses."""
     module: Any = subject.module
     if module.reference is None:
@@ -100,7 +100,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.to(second), second)
 
 
-def log_probs(subject: Subject) -> Finding:
+def log_probs(subject: DoctorContext) -> Finding:
     """Compare the log-probs that decoding made with those of the training pass."""
     module, rollout = subject.module, subject.rollout
     if rollout.log_probs is None:
@@ -138,7 +138,7 @@ def _apart(first: Tensor, second: Tensor) -> tuple[float, float]:
     return float(difference.mean()), float(difference.max())
 
 
-def _compared(subject: Subject, what: str, mean: float, largest: float) -> Finding:
+def _compared(subject: DoctorContext, what: str, mean: float, largest: float) -> Finding:
     tolerances = (MEAN_16_BITS, LARGEST_16_BITS) if subject.rounds else (MEAN, LARGEST)
     measured = f"{what} {mean:.2g} nats per token on average, by {largest:.2g} at most"
     values = {"mean": mean, "largest": largest}
@@ -146,7 +146,7 @@ def _compared(subject: Subject, what: str, mean: float, largest: float) -> Findi
     return worst([Finding(each.status(value), measured, "", values) for each, value in judged])
 
 
-def on_policy(subject: Subject) -> Finding:
+def on_policy(subject: DoctorContext) -> Finding:
     """Ask whether responses are drawn from the distribution whose log-probs are trained."""
     module, rollout = subject.module, subject.rollout
     sampling: SamplingConfig = module.sampling
@@ -178,7 +178,7 @@ def on_policy(subject: Subject) -> Finding:
     return Finding("warn" if apart <= FAR else "fail", measured, fix, {"difference": apart})
 
 
-def greedy(subject: Subject) -> Finding:
+def greedy(subject: DoctorContext) -> Finding:
     """Decode greedily again, and some prompts alone: the baseline may depend on the prompt only."""
     first = cast(Responses, subject.rollout.greedy).response_ids
     second = cast(Responses, subject.roll_out(subject.prompt, seed=1).greedy).response_ids
@@ -206,7 +206,7 @@ def greedy(subject: Subject) -> Finding:
     return Finding("fail", measured, fix, values)
 
 
-def _gap_where_they_part(subject: Subject, index: int, ids: Tensor) -> float | None:
+def _gap_where_they_part(subject: DoctorContext, index: int, ids: Tensor) -> float | None:
     """Decode prompt `index` alone; return how far apart in log-prob the first two tokens are that differ."""
     prompt = rows_of(subject.prompt, [index])
     other = cast(Responses, subject.roll_out(prompt).greedy).response_ids[0]
@@ -221,7 +221,7 @@ def _gap_where_they_part(subject: Subject, index: int, ids: Tensor) -> float | N
     return abs(float(logits[ids[at]] - logits[other[at]]))
 
 
-def prompt_padding(subject: Subject) -> Finding:
+def prompt_padding(subject: DoctorContext) -> Finding:
     """Compare the log-probs of responses to prompts alone with those beside longer ones, padded on the left."""
     prompt, model = subject.prompt, subject.module.policy
     responses = _responses(subject)
@@ -249,7 +249,7 @@ def prompt_padding(subject: Subject) -> Finding:
     )
 
 
-def _responses(subject: Subject) -> Responses:
+def _responses(subject: DoctorContext) -> Responses:
     """Return one response to each prompt: the data set's to imitate, or the policy's greedy one."""
     batch: Any = subject.batch
     if not hasattr(batch, "response_ids"):

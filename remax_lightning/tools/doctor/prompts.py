@@ -7,7 +7,7 @@ from typing import Any
 from remax_lightning.data.formatting import special_prefix
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.tools.doctor.batches import token_ids
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable
 from remax_lightning.types import PreferenceBatch
 
@@ -16,7 +16,7 @@ SOME_LEFT_OUT = 0.05
 """Shares of the rows from which the data that is trained on is another than the data that was given."""
 
 
-def prompt_eos(subject: Subject) -> Finding:
+def prompt_eos(subject: DoctorContext) -> Finding:
     """Look for EOS in prompts: at their end it says that all is said."""
     batch: Any = subject.batch
     if isinstance(batch, PreferenceBatch):
@@ -48,11 +48,11 @@ def prompt_eos(subject: Subject) -> Finding:
     return Finding("warn", f"{measured}, {plain} of them plain text", fix, values)
 
 
-def _is_chat(subject: Subject, row: dict[str, Any]) -> bool:
+def _is_chat(subject: DoctorContext, row: dict[str, Any]) -> bool:
     return isinstance(row.get(getattr(subject.data, "prompt_column", "prompt")), list)
 
 
-def bos(subject: Subject) -> Finding:
+def bos(subject: DoctorContext) -> Finding:
     """Look whether texts begin with one BOS, where the tokenizer has it put there, and not with two."""
     tokenizer, batch = subject.tokenizer, subject.batch
     named = ["prompt"] if not isinstance(batch, PreferenceBatch) else ["chosen", "rejected"]
@@ -94,7 +94,7 @@ def judged_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> 
     return Finding("pass", f"all of {len(rows)} {what} {how}", "", values)
 
 
-def prompts(subject: Subject) -> Finding:
+def prompts(subject: DoctorContext) -> Finding:
     """Look for prompts that say nothing, and count the rows that were left out."""
     batch, special = subject.batch, set(subject.tokenizer.all_special_ids)
     empty = sum(not text.strip() for text in batch.prompts)

@@ -10,7 +10,7 @@ import torch
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
 from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Status
 
 ALIGNED, SUPERVISED, PREFERRED = ReMaxModule, SFTModule, RewardModelModule
@@ -29,7 +29,7 @@ class Check(NamedTuple):
     """
 
     name: str
-    run: Callable[[Subject], Finding]
+    run: Callable[[DoctorContext], Finding]
     stages: tuple[type, ...] = (ALIGNED,)
     needs: tuple[str, ...] = ("data", "models")
 
@@ -44,14 +44,14 @@ class Result(NamedTuple):
     values: dict[str, float]
 
 
-def data(subject: Subject) -> Finding:
+def data(subject: DoctorContext) -> Finding:
     """Load the data."""
     subject.load_data()
     kind, path = type(subject.data).__name__, getattr(subject.data, "path", "")
     return Finding("pass", f"{kind} reads {path or 'its rows'}")
 
 
-def models(subject: Subject) -> Finding:
+def models(subject: DoctorContext) -> Finding:
     """Load the models and let the module check itself."""
     subject.load_models()
     model = subject.module.trained_model
@@ -60,7 +60,7 @@ def models(subject: Subject) -> Finding:
     return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{subject.note}")
 
 
-def reward(subject: Subject) -> Finding:
+def reward(subject: DoctorContext) -> Finding:
     """Load the reward."""
     if subject.reward is None:
         raise NotApplicable("there is no model.reward")
@@ -94,7 +94,7 @@ CHECKS = (
 """In the order in which they run: what later ones need is loaded first."""
 
 
-def examine(subject: Subject) -> Iterator[Result]:
+def examine(subject: DoctorContext) -> Iterator[Result]:
     """Yield what comes of each check; one that raises has failed, and the others go on."""
     failed: set[str] = set()
     for check in CHECKS:
@@ -104,7 +104,7 @@ def examine(subject: Subject) -> Iterator[Result]:
         yield Result(check.name, *finding)
 
 
-def answer(check: Check, subject: Subject, failed: set[str]) -> Finding:
+def answer(check: Check, subject: DoctorContext, failed: set[str]) -> Finding:
     """Return what comes of one check.
 
     Args:

@@ -14,7 +14,7 @@ from remax_lightning.rewards.pooling import at_last_token
 from remax_lightning.rollout.generation_config import ignored_settings
 from remax_lightning.rollout.sampling import tempered
 from remax_lightning.tools.doctor.batches import rows_of
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Status
 from remax_lightning.training.worker import evaluating
 from remax_lightning.types import PreferenceBatch, PromptBatch, Responses
@@ -31,7 +31,7 @@ MOSTLY_TRUNCATED = 0.25
 """Share of truncated responses from which the length limit decides about the reward."""
 
 
-def eos(subject: Subject) -> Finding:
+def eos(subject: DoctorContext) -> Finding:
     """Ask whether the tokens that end a response are the policy's, and have a chance to be written."""
     module: Any = subject.module
     ids, own = module.eos_ids(), int(module.tokenizer.eos_token_id)
@@ -73,7 +73,7 @@ def _listed(ids: list[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _highest_probability(subject: Subject, eos_ids: list[int]) -> float:
+def _highest_probability(subject: DoctorContext, eos_ids: list[int]) -> float:
     """Return the highest probability of EOS anywhere in a sampled response to each prompt; a row at a time fits."""
     policy, sampled, prompt = subject.module.policy, subject.rollout.sampled, subject.prompt
     num_samples, highest = subject.rollout.num_samples, -math.inf
@@ -89,7 +89,7 @@ def _highest_probability(subject: Subject, eos_ids: list[int]) -> float:
     return math.exp(highest)
 
 
-def eos_trained(subject: Subject) -> Finding:
+def eos_trained(subject: DoctorContext) -> Finding:
     """Look where responses end: the engine has to stop there, and the loss to count the token that ends them."""
     batch: Any = subject.batch
     if not isinstance(batch, PromptBatch):
@@ -145,7 +145,7 @@ def _fault(responses: Responses, eos_ids: list[int], pad_id: int, stop_strings: 
     return ""
 
 
-def _imitated_ends(subject: Subject, ids: Tensor, mask: Tensor) -> Finding:
+def _imitated_ends(subject: DoctorContext, ids: Tensor, mask: Tensor) -> Finding:
     eos_ids = torch.tensor(subject.module.eos_ids(), device=ids.device)
     lasts = ids.gather(1, (mask.sum(-1) - 1).clamp_min(0)[:, None])[:, 0]
     ended = int((torch.isin(lasts, eos_ids) & mask.any(-1)).sum())
@@ -159,7 +159,7 @@ def _imitated_ends(subject: Subject, ids: Tensor, mask: Tensor) -> Finding:
     return Finding("fail", measured, fix, {"ended": float(ended)})
 
 
-def pad_token(subject: Subject) -> Finding:
+def pad_token(subject: DoctorContext) -> Finding:
     """Look whether masks say what is real, also where padding is made of EOS."""
     module, batch, tokenizer = subject.module, subject.batch, subject.tokenizer
     pad_id, size = int(tokenizer.pad_token_id), module.trained_model.get_input_embeddings().num_embeddings
@@ -190,11 +190,11 @@ def pad_token(subject: Subject) -> Finding:
     return Finding("pass", f"{measured}; masks cover the texts, and of each response one EOS at most", "", values)
 
 
-def _eos_tensor(subject: Subject) -> Tensor:
+def _eos_tensor(subject: DoctorContext) -> Tensor:
     return torch.tensor(subject.module.eos_ids(), device=subject.trainer.strategy.root_device)
 
 
-def _responses(subject: Subject) -> tuple[Tensor, Tensor]:
+def _responses(subject: DoctorContext) -> tuple[Tensor, Tensor]:
     batch: Any = subject.batch
     found = subject.rollout.sampled if isinstance(batch, PromptBatch) else batch
     return found.response_ids, found.response_mask
@@ -207,7 +207,7 @@ def _holes(mask: Tensor, *, left: bool) -> int:
     return int(((steps < 0).any(1) | ~reaches).sum())
 
 
-def truncation(subject: Subject) -> Finding:
+def truncation(subject: DoctorContext) -> Finding:
     """Measure how many of the policy's own responses hit the length limit, and how long they are."""
     sampled, limit = subject.rollout.sampled, subject.module.sampling.max_response_length
     share, lengths = float(sampled.truncated.float().mean()), sampled.response_mask.sum(-1)
@@ -226,7 +226,7 @@ def truncation(subject: Subject) -> Finding:
     return Finding("fail" if bool(sampled.truncated.all()) else "warn", measured, fix, values)
 
 
-def generation_config(subject: Subject) -> Finding:
+def generation_config(subject: DoctorContext) -> Finding:
     """Say what the model's own generation settings would have changed in sampling; here they change nothing."""
     module: Any = subject.module
     ignored = ignored_settings(module.policy, module.sampling)
@@ -250,7 +250,7 @@ def generation_config(subject: Subject) -> Finding:
     return Finding("warn" if away <= FAR else "fail", measured, fix, values)
 
 
-def _away_from_rollouts(subject: Subject) -> float:
+def _away_from_rollouts(subject: DoctorContext) -> float:
     """Return the KL, in nats per token, of what `model.generate` draws from to the policy at the run's temperature."""
     policy, sampling = subject.module.policy, subject.module.sampling
     prompt = rows_of(subject.prompt, range(min(ROWS_OF_GENERATE, len(subject.prompt.prompts))))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.formats.load import ClassifierSource, saved_template
-from remax_lightning.tools.doctor.context import Subject
+from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Tolerance, worst
 from remax_lightning.tools.doctor.prompts import judged_bos
 from remax_lightning.tools.plan.run_config import reward_models
@@ -37,7 +37,7 @@ class Scored(NamedTuple):
         return Scored([prompts[i] for i in indices], [responses[i] for i in indices], [rows[i] for i in indices])
 
 
-def written(subject: Subject) -> Scored:
+def written(subject: DoctorContext) -> Scored:
     """Return what the policy has written, with its prompts."""
     rollout: Rollout = subject.rollout
     each = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
@@ -46,19 +46,19 @@ def written(subject: Subject) -> Scored:
     return Scored([rollout.prompt.prompts[i] for i in each], texts, [rollout.prompt.rows[i] for i in each])
 
 
-def _models(subject: Subject) -> list[ClassifierReward]:
+def _models(subject: DoctorContext) -> list[ClassifierReward]:
     found = reward_models(cast(Any, subject.reward))
     if not found:
         raise NotApplicable("no ClassifierReward scores")
     return found
 
 
-def reward_template(subject: Subject) -> Finding:
+def reward_template(subject: DoctorContext) -> Finding:
     """Look at the text that the reward model reads: prompt, response, what ends it, and special tokens."""
     return worst([_template(subject, model, written(subject)) for model in _models(subject)])
 
 
-def _template(subject: Subject, model: ClassifierReward, scored: Scored) -> Finding:
+def _template(subject: DoctorContext, model: ClassifierReward, scored: Scored) -> Finding:
     tokenizer: Any = model.tokenizer
     texts = [model.text(*each) for each in zip(*scored, strict=True)]
     shown = f"{model.path} reads {_shown(texts[0])}"
@@ -79,7 +79,9 @@ def _template(subject: Subject, model: ClassifierReward, scored: Scored) -> Find
     return Finding("warn", f"{shown}; {wrong}", fix) if wrong else Finding("pass", shown)
 
 
-def _foreign(subject: Subject, model: ClassifierReward, scored: Scored, texts: list[str]) -> tuple[str, str] | None:
+def _foreign(
+    subject: DoctorContext, model: ClassifierReward, scored: Scored, texts: list[str]
+) -> tuple[str, str] | None:
     """Look for what was written for the policy, and means nothing to the reward model."""
     known = set(cast(Any, model.tokenizer).all_special_tokens)
     foreign = [each for each in subject.tokenizer.all_special_tokens if each not in known and each in texts[0]]
@@ -120,7 +122,7 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}")
 
 
-def reward_truncation(subject: Subject) -> Finding:
+def reward_truncation(subject: DoctorContext) -> Finding:
     """Count the texts that are longer than the reward model reads, and lose their beginning."""
     findings = []
     for model in _models(subject):
@@ -133,7 +135,7 @@ def reward_truncation(subject: Subject) -> Finding:
     return worst(findings)
 
 
-def reward_padding(subject: Subject) -> Finding:
+def reward_padding(subject: DoctorContext) -> Finding:
     """Score all responses together, in another order, and each alone: a score may depend on its response only."""
     if isinstance(subject.batch, PreferenceBatch):
         together, orders = _pair_scores(subject, subject.batch)
@@ -168,7 +170,7 @@ def _moved(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> 
     return Finding(status, measured, "" if status == "pass" else MOVED_BY[name], {"moved": moved, "spread": spread})
 
 
-def _reward_scores(subject: Subject, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+def _reward_scores(subject: DoctorContext, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
     def score(some: Scored) -> Tensor:
         return checked_scores(cast(Any, subject.reward), *_arguments(some)).reward.double().cpu()
 
@@ -186,7 +188,7 @@ def _arguments(scored: Scored) -> tuple[list[str], list[str], list[dict[str, Any
     return scored.prompts, scored.responses, scored.rows
 
 
-def _pair_scores(subject: Subject, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _pair_scores(subject: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Score pairs with the reward model that is to be trained, as training does."""
     module: Any = subject.module
 
@@ -208,7 +210,7 @@ def _pair_scores(subject: Subject, batch: PreferenceBatch) -> tuple[Tensor, dict
     }
 
 
-def reward_spread(subject: Subject) -> Finding:
+def reward_spread(subject: DoctorContext) -> Finding:
     """Ask whether the rewards differ: between responses, and from those of the greedy ones."""
     scored = written(subject)
     rewards = checked_scores(cast(Any, subject.reward), *_arguments(scored)).reward.double().cpu()

@@ -20,13 +20,13 @@ from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.sampling import kept_tokens, next_tokens
 from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
-from remax_lightning.tools.plan.types import Moment, RolloutBytes, TrainingBytes, UpdateBytes
+from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Work(NamedTuple):
+class StepShape(NamedTuple):
     """What a device does in a step.
 
     Args:
@@ -68,7 +68,7 @@ class StepPasses:
     def __init__(
         self,
         policy: PreTrainedModel,
-        work: Work,
+        work: StepShape,
         autocast: Callable[[], AbstractContextManager[Any]],
         *,
         whole_logits: bool,
@@ -144,13 +144,13 @@ class StepPasses:
 
     def training(self, reference: PreTrainedModel | None = None) -> TrainingBytes:
         """Count forward and backward pass; `reference` where there is a KL over the vocabulary to it."""
-        moments: list[Moment] = []
+        moments: list[BackwardPeak] = []
         stored = 0
 
         def store(parameter: Tensor) -> None:
             nonlocal stored
             parameter.grad = None
-            moments.append(Moment(live.peak, stored))
+            moments.append(BackwardPeak(live.peak, stored))
             stored += parameter.numel()
             live.reset()
 
@@ -162,7 +162,7 @@ class StepPasses:
             forward = live.peak
             live.reset()
             log_probs.sum().backward()
-            moments.append(Moment(live.peak, stored))
+            moments.append(BackwardPeak(live.peak, stored))
         for hook in hooks:
             hook.remove()
         return TrainingBytes(body, forward, tuple(moments))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import PretrainedModel, at_start
+from remax_lightning.models import ModelConfig, at_start
 from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
@@ -102,7 +102,7 @@ def _measure(run: PlannedRun) -> Sizes:
     return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
 
 
-def outline(source: PretrainedModel, key: str) -> PreTrainedModel:
+def outline(source: ModelConfig, key: str) -> PreTrainedModel:
     """Return a model as `source` would load it, without its weights; call it inside `shapes_only`."""
     # Its memory is that of PyTorch's own kernel, which needs no package and no GPU.
     attention = None if (source.attn_implementation or "").startswith("flash") else source.attn_implementation

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from remax_lightning.strategies.gather_mode import SHARE
-from remax_lightning.tools.plan.strategy_memory import Parts, Trained, trained
+from remax_lightning.tools.plan.strategy_memory import Parts, StrategyMemory, trained
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step, Strategy
 
 PHASES = ("rollout", "scoring", "training", "update")
@@ -92,7 +92,7 @@ def least_devices(needed: Callable[[int], int], memory: float) -> int | None:
     return next((count for count in COUNTS if needed(count) <= memory), None)
 
 
-def _always(policy: Trained, frozen: Sequence[FrozenSize], value: ModelSize | None = None) -> Counter[str]:
+def _always(policy: StrategyMemory, frozen: Sequence[FrozenSize], value: ModelSize | None = None) -> Counter[str]:
     """Return what is there in every phase."""
     step, found = policy.step, Counter(policy.resident())
     for each in frozen:
@@ -121,7 +121,7 @@ def _parked(model: FrozenSize, strategy: Strategy) -> int:
     return model.weights - model.layers + strategy.share(model.layers) if _shards(model, strategy) else model.weights
 
 
-def _scoring(policy: Trained, frozen: Sequence[FrozenSize]) -> Iterator[Parts]:
+def _scoring(policy: StrategyMemory, frozen: Sequence[FrozenSize]) -> Iterator[Parts]:
     """Yield what each pass of the scoring adds, one after the other."""
     step = policy.step
     hidden = {"reference hidden states": step.hidden}

@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.rollout import AutoEngine, PairedEngine
-from remax_lightning.tools.plan.activation_memory import Work
+from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization, updates_per_rollout
 
@@ -57,7 +57,7 @@ class PlannedRun(NamedTuple):
     """
 
     module: ReMaxModule
-    work: Work
+    work: StepShape
     micro_batches: int
     passes: int
     scores_policy: bool
@@ -144,7 +144,7 @@ def _looks_back(module: ReMaxModule, splits: int, accumulate: int) -> bool:
     return (updates > 1 or whitens_parts) and objective.loss_config.old_log_probs == "recompute"
 
 
-def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> Work:
+def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> StepShape:
     for name in ("batch_size", "max_prompt_length"):
         if not isinstance(getattr(data, name, None), int):
             raise UserError(
@@ -156,7 +156,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
     scored = responses if _validates(data) else responses // splits  # validation takes a batch in one pass
     texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
     limits = [each.max_length for each in rewards if each.max_length is not None]
-    return Work(
+    return StepShape(
         prompts=data.batch_size,
         sampling=sampling,
         prompt_length=data.max_prompt_length,

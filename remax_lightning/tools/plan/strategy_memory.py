@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from remax_lightning.tools.plan.types import ModelSize, Moment, Step, Strategy
+from remax_lightning.tools.plan.types import BackwardPeak, ModelSize, Step, Strategy
 
 MASTER = 4
 """Bytes of a float32 number, in which DeepSpeed keeps a copy of the weights, of any dtype."""
@@ -17,7 +17,7 @@ Parts = dict[str, int]
 """Bytes by part."""
 
 
-class Trained(ABC):
+class StrategyMemory(ABC):
     """A model that is trained under one of the strategies: what a device holds of it beside activations."""
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
@@ -47,7 +47,7 @@ class Trained(ABC):
         return self.scoring()
 
     @abstractmethod
-    def backward(self, moment: Moment) -> Parts:
+    def backward(self, moment: BackwardPeak) -> Parts:
         """Return what else is there at a moment of the backward pass."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Trained(ABC):
         return 0
 
 
-class Replicated(Trained):
+class Replicated(StrategyMemory):
     """One process, or DDP."""
 
     def resident(self) -> Parts:
@@ -71,7 +71,7 @@ class Replicated(Trained):
         """The gradients of the pass before; none in a rollout's first one, see `ReMaxModule`."""
         return {"gradients": self._stored(self.size.trainable)} if self.passes_follow else {}
 
-    def backward(self, moment: Moment) -> Parts:
+    def backward(self, moment: BackwardPeak) -> Parts:
         """The gradients so far; all of them where an earlier micro-batch has left them."""
         return {"gradients": self._stored(self.size.trainable if self.accumulates else moment.stored)}
 
@@ -83,7 +83,7 @@ class Replicated(Trained):
         return 0 if self.strategy.kind == "ddp" and self.strategy.bucket_views else count * self.size.itemsize
 
 
-class FullySharded(Trained):
+class FullySharded(StrategyMemory):
     """FSDP2: every layer is a group, and what belongs to no layer is one."""
 
     def resident(self) -> Parts:
@@ -104,7 +104,7 @@ class FullySharded(Trained):
         """As much, and a share of the gradients of the pass before."""
         return self.scoring() | ({"gradients": self.strategy.share(self.gradients)} if self.passes_follow else {})
 
-    def backward(self, moment: Moment) -> Parts:
+    def backward(self, moment: BackwardPeak) -> Parts:
         """A layer, the next one and the rest; a share of the gradients, and a layer's own on their way."""
         stored = self.size.trainable if self.accumulates else moment.stored
         begun = moment.stored > 0
@@ -120,7 +120,7 @@ class FullySharded(Trained):
         return {"gradients": share(self.gradients), "logits and temporary": share(self.step.update.working)}
 
 
-class Zero(Trained):
+class Zero(StrategyMemory):
     """DeepSpeed's ZeRO-1 and 2, which differ here in the gradients of several micro-batches only."""
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
@@ -143,7 +143,7 @@ class Zero(Trained):
             return {}
         return {"gradients": self.gradients if self.strategy.stage == 1 else self.gradient_share * self.on_device}
 
-    def backward(self, moment: Moment) -> Parts:
+    def backward(self, moment: BackwardPeak) -> Parts:
         """Buckets; from the first full one on a copy of the one that is reduced, and a share of the gradients."""
         accumulated = 0
         if self.accumulates:  # ZeRO-1 reduces with the last micro-batch only
@@ -157,7 +157,7 @@ class Zero(Trained):
         gradients = accumulated + (self.gradient_share * self.on_device if copied else 0)
         return {"gradients": gradients, "gradient buffers": (buffers + copied) * self.size.itemsize}
 
-    def _reduced(self, moment: Moment) -> int:
+    def _reduced(self, moment: BackwardPeak) -> int:
         """Return the numbers in a bucket that is being reduced; 0 before the first is full."""
         bucket = min(self.strategy.bucket, self.size.trainable)
         return bucket if moment.stored >= bucket else 0
@@ -204,7 +204,7 @@ class Zero3(Zero):
         """What the forward pass has gathered."""
         return {"gathered weights": self._gathered}
 
-    def backward(self, moment: Moment) -> Parts:
+    def backward(self, moment: BackwardPeak) -> Parts:
         """What is still gathered, and a copy of the bucket that is reduced."""
         gathered = max(self.size.largest, self._gathered - moment.stored * self.size.itemsize)
         return {"gathered weights": gathered, "gradient buffers": self._reduced(moment) * self.size.itemsize}
@@ -231,7 +231,7 @@ class Zero3(Zero):
 KINDS = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}
 
 
-def trained(size: ModelSize, step: Step, strategy: Strategy) -> Trained:
+def trained(size: ModelSize, step: Step, strategy: Strategy) -> StrategyMemory:
     """Return what a device holds of a model that is trained under `strategy`."""
     kind = KINDS.get(strategy.kind, Zero3 if strategy.stage == 3 else Zero)
     return kind(size, step, strategy)

@@ -105,7 +105,7 @@ class RolloutBytes(NamedTuple):
     working: int
 
 
-class Moment(NamedTuple):
+class BackwardPeak(NamedTuple):
     """A moment of a backward pass.
 
     Args:
@@ -128,7 +128,7 @@ class TrainingBytes(NamedTuple):
 
     activations: int
     forward: int
-    backward: tuple[Moment, ...]
+    backward: tuple[BackwardPeak, ...]
 
 
 class UpdateBytes(NamedTuple):
