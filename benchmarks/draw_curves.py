@@ -109,11 +109,11 @@ def draw(curves: Curves, path: Path) -> None:
 def _draw_panel(panel: Panel, curves: Curves, axis: Any) -> None:
     for number, (key, label) in enumerate(panel.curves.items()):
         steps, values = curves[key]
-        colour = f"C{number}"
+        color = f"C{number}"
         if panel.noisy:
-            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             values = running_mean(values, max(1, len(values) // 25))
-        axis.plot(steps, values, color=colour, label=label, marker="" if panel.noisy else "o", markersize=4)
+        axis.plot(steps, values, color=color, label=label, marker="" if panel.noisy else "o", markersize=4)
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel("optimizer steps")
     axis.grid(alpha=0.3)

@@ -20,7 +20,7 @@ def make_trainer(folder: Path, shape: Shape) -> Any:
     """Return a trainer that takes all prompts in one step, of which `train` does one each time it is called.
 
     The value model starts from the reward model, as is usual. One epoch over the responses instead of TRL's four is in
-    PPO's favour. The temperature is 1, and gradient checkpointing and bfloat16 are off, as for everybody else here.
+    PPO's favor. The temperature is 1, and gradient checkpointing and bfloat16 are off, as for everybody else here.
 
     Args:
         folder: where `shapes.save` wrote, and where it may write.

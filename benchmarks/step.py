@@ -4,7 +4,7 @@ Ours is `ReMaxModule` in a Lightning `Trainer`, with a reference and a `Classifi
 prompts in one training pass (`ours`) or four at a time (`ours_micro_batches`); `papers_way` is the paper's algorithm as
 its code takes it; `trl_rloo` is TRL's RLOOTrainer with two sampled responses per prompt instead of a sampled and a
 greedy one; `trl_ppo` is TRL's PPOTrainer with one response per prompt, a value model as large as the policy and a
-single epoch over the responses, which favours PPO: four are usual. No response ends before the limit; all train with
+single epoch over the responses, which favors PPO: four are usual. No response ends before the limit; all train with
 AdamW in float32 on the CPU. `rollout` is making the responses, `scoring` everything between that and the only pass
 with gradients, `training` that pass and the optimizer.
 

@@ -97,7 +97,7 @@ class LossConfig:
     Args:
         kind: `reinforce`, log-prob times advantage, right while there is one update per rollout; `clipped`, the clipped
             surrogate of PPO, for several.
-        normaliser: what the sum over tokens is divided by: the response `tokens` of the whole optimizer step over all
+        normalizer: what the sum over tokens is divided by: the response `tokens` of the whole optimizer step over all
             ranks, its `responses` (the plain policy gradient: a long response counts for more), or the tokens of each
             `micro_batch` alone (the paper's code; the gradient then depends on the micro-batch size).
         clip_range: how far the ratio of new to old probability may move before its gradient is cut.
@@ -108,7 +108,7 @@ class LossConfig:
     """
 
     kind: Literal["reinforce", "clipped"] = "reinforce"
-    normaliser: Literal["tokens", "responses", "micro_batch"] = "tokens"
+    normalizer: Literal["tokens", "responses", "micro_batch"] = "tokens"
     clip_range: float = 0.2
     dual_clip: float | None = None
     old_log_probs: Literal["recompute", "rollout"] = "recompute"

@@ -79,7 +79,7 @@ def stages(folder: Path, path: str) -> Iterator[dict[str, Any]]:
                 "reward_model": {"path": str(folder / "sft/last")},
                 "optimizer": adamw | {"init_args": {"lr": 1.0e-3, "weight_decay": 0.1}},
                 "lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 20}},
-                "normalise": False,
+                "normalize": False,
             },
         },
         "data": {

@@ -20,7 +20,7 @@ class ExportPolicy(Callback):
     """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
 
     Works with every module that has `policy` and `tokenizer`, and with one whose `exported` gives another model, such
-    as the reward model with its scores normalised. Weights are safetensors. A folder appears whole or not at all: it is
+    as the reward model with its scores normalized. Weights are safetensors. A folder appears whole or not at all: it is
     written under another name first.
 
     Args:

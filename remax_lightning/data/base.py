@@ -99,7 +99,7 @@ class TextDataModule(LightningDataModule, ABC):
                 load_hub(path, split=split, name=self.loading.hub_name, key=key)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, format and tokenise the rows that `stage` needs; each file is read once.
+        """Read, format and tokenize the rows that `stage` needs; each file is read once.
 
         Raises:
             DataError: if a file or row cannot be used, or there are too few rows.

@@ -21,7 +21,7 @@ class LoadingConfig:
             `[2, 4, 4]`, the paper's: each row to one of them. The data module takes that of its own stage. None gives
             all rows to each.
         stage_seed: which rows go where. The same in all three stages, or they overlap.
-        num_workers: processes that collate; 0 does it in the training process, which is enough for tokenised
+        num_workers: processes that collate; 0 does it in the training process, which is enough for tokenized
             text.
         pad_token: `eos`, or the text of a token of the vocabulary, for a tokenizer without a pad token.
         trust_remote_code: whether code that comes with the tokenizer may run.

@@ -25,7 +25,7 @@ TEXT_TEMPLATE = "{prompt}{response}{eos}"
 class PreferenceDataModule(TextDataModule):
     r"""Yields `PreferenceBatch`: a prompt with a chosen and a rejected response, as whole conversations.
 
-    Plain text becomes prompt, response and end-of-sequence token, and is tokenised as one text, as `ClassifierReward`
+    Plain text becomes prompt, response and end-of-sequence token, and is tokenized as one text, as `ClassifierReward`
     does with the template `"{prompt}{response}{eos}"`; messages go through the tokenizer's chat template, as there
     without one. Three forms are read: text beside a prompt, whole transcripts (hh-rlhf), and lists of messages.
 

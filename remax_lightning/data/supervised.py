@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class SFTDataModule(TextDataModule):
     r"""Yields `SupervisedBatch`: prompts made as `PromptDataModule` makes them, and their responses.
 
-    A response is tokenised apart from its prompt, as the policy will write it: token by token after the
+    A response is tokenized apart from its prompt, as the policy will write it: token by token after the
     prompt. The end-of-sequence token is appended and trained.
 
     Args:

@@ -35,7 +35,7 @@ def held_out_responses(
 ) -> Responses:
     """Return texts as responses to the prompts, an empty one for None.
 
-    They are tokenised as the supervised stage does it: apart from the prompt, with the end-of-sequence token behind.
+    They are tokenized as the supervised stage does it: apart from the prompt, with the end-of-sequence token behind.
 
     Args:
         tokenizer: the policy's.

@@ -137,7 +137,7 @@ def remax_advantages(
         reward_clip: bound of the absolute value; None for no clip.
         reward_clip_at: clip the reward and the greedy response's before they are compared, or their
             difference.
-        whiten: normalise over all tokens last, see `whiten_advantages`.
+        whiten: normalize over all tokens last, see `whiten_advantages`.
         reduce: sums over ranks for `whiten`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The loss of a reward model that learns from pairs of responses, with an explicit normaliser."""
+"""The loss of a reward model that learns from pairs of responses, with an explicit normalizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from remax_lightning.functional.masking import divide
 def bradley_terry_loss(
     chosen: Tensor,
     rejected: Tensor,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     margin: Tensor | float = 0.0,
     centering_coef: float = 0.0,
 ) -> Tensor:
-    """Return `Σ [-logsigmoid(chosen - rejected - margin) + centering_coef · (chosen + rejected)²] / normaliser`.
+    """Return `Σ [-logsigmoid(chosen - rejected - margin) + centering_coef · (chosen + rejected)²] / normalizer`.
 
     The first term is the negative log-likelihood of the preferences under the model of Bradley and Terry (1952), as
     Ouyang et al. (2022, arXiv 2203.02155, equation 1) train on one pair; the margin is that of Llama 2 (Touvron et al.
@@ -27,7 +27,7 @@ def bradley_terry_loss(
     Args:
         chosen: `[B]` scores of the chosen responses.
         rejected: `[B]` scores of the rejected responses.
-        normaliser: what the sum is divided by, such as the number of pairs.
+        normalizer: what the sum is divided by, such as the number of pairs.
         margin: `[B]` or one number, what a chosen response has to be ahead by; in units of the score.
         centering_coef: weight of the second term, 0 or more.
 
@@ -46,4 +46,4 @@ def bradley_terry_loss(
     chosen, rejected = chosen.to(dtype), rejected.to(dtype)
     margin = torch.as_tensor(margin, dtype=dtype, device=chosen.device)
     losses = -F.logsigmoid(chosen - rejected - margin) + centering_coef * (chosen + rejected) ** 2
-    return divide(losses.sum(), normaliser)
+    return divide(losses.sum(), normalizer)

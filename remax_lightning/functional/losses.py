@@ -1,6 +1,6 @@
-"""Losses of policy-gradient steps, each with an explicit normaliser.
+"""Losses of policy-gradient steps, each with an explicit normalizer.
 
-The normaliser is given, not taken from the mask, so that it can be the number of response tokens of the whole
+The normalizer is given, not taken from the mask, so that it can be the number of response tokens of the whole
 optimizer step over all ranks: the gradient then does not depend on how the step was split.
 """
 
@@ -33,14 +33,14 @@ class SurrogateLoss(NamedTuple):
     clip_fraction: Tensor
 
 
-def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """Return `-Σ A · log π / normaliser` over the masked tokens: ReMax (Li et al. 2023, arXiv 2310.10505).
+def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | float) -> Tensor:
+    """Return `-Σ A · log π / normalizer` over the masked tokens: ReMax (Li et al. 2023, arXiv 2310.10505).
 
     Args:
         log_probs: `[S, R]` log-probs of the sampled tokens under the policy.
         advantages: `[S, R]`; no gradient passes through them.
         mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
-        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+        normalizer: what the sum is divided by, such as the response tokens in the optimizer step over all
             ranks.
 
     Returns:
@@ -50,7 +50,7 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normalis
         ValueError: if the shapes differ or `mask` is not boolean.
     """
     log_probs, advantages = _masked(mask, log_probs=log_probs, advantages=advantages)
-    return divide(-(advantages.detach() * log_probs).sum(), normaliser)
+    return divide(-(advantages.detach() * log_probs).sum(), normalizer)
 
 
 def clipped_surrogate_loss(
@@ -58,7 +58,7 @@ def clipped_surrogate_loss(
     old_log_probs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     clip_range: float = 0.2,
     dual_clip: float | None = None,
 ) -> SurrogateLoss:
@@ -72,7 +72,7 @@ def clipped_surrogate_loss(
             them.
         advantages: `[S, R]`; no gradient passes through them.
         mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
-        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+        normalizer: what the sum is divided by, such as the response tokens in the optimizer step over all
             ranks.
         clip_range: the ratio earns nothing beyond `1 ± clip_range`; 0.2 is the paper's value.
         dual_clip: bounds the loss of a token with a negative advantage by `-dual_clip · A` (Ye et al. 2020,
@@ -93,17 +93,17 @@ def clipped_surrogate_loss(
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-    return SurrogateLoss(divide(loss.sum(), normaliser), masked_mean((loss != plain).detach(), mask))
+    return SurrogateLoss(divide(loss.sum(), normalizer), masked_mean((loss != plain).detach(), mask))
 
 
 def kl_loss(
     log_ratio: Tensor,
     mask: Tensor,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     estimator: KLEstimator,
     clamp: float | None = None,
 ) -> Tensor:
-    """Return `Σ kl / normaliser` over the masked tokens, to be added to the loss with the KL coefficient.
+    """Return `Σ kl / normalizer` over the masked tokens, to be added to the loss with the KL coefficient.
 
     On-policy and in expectation, the gradient of k2 is that of each token's KL(policy || reference), and the
     gradient of k3 that of KL(reference || policy).
@@ -111,7 +111,7 @@ def kl_loss(
     Args:
         log_ratio: `[S, R]` log-probs under the policy minus log-probs under the reference, differentiable.
         mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
-        normaliser: what the sum is divided by, such as the response tokens in the optimizer step over all
+        normalizer: what the sum is divided by, such as the response tokens in the optimizer step over all
             ranks.
         estimator: `"k2"` or `"k3"`.
         clamp: as in `kl_estimate`; a clamped token has no gradient.
@@ -130,7 +130,7 @@ def kl_loss(
         estimator,
     )
     (log_ratio,) = _masked(mask, log_ratio=log_ratio)
-    return divide(kl_estimate(log_ratio, estimator, clamp).sum(), normaliser)
+    return divide(kl_estimate(log_ratio, estimator, clamp).sum(), normalizer)
 
 
 def _masked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:

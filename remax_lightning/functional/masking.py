@@ -57,21 +57,21 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
-def divide(total: Tensor, normaliser: Tensor | float) -> Tensor:
-    """Return `total / normaliser`; a normaliser of 0 (no token counted, so `total` is 0) divides by 1."""
-    divisor = torch.as_tensor(normaliser, dtype=total.dtype, device=total.device)
+def divide(total: Tensor, normalizer: Tensor | float) -> Tensor:
+    """Return `total / normalizer`; a normalizer of 0 (no token counted, so `total` is 0) divides by 1."""
+    divisor = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
     return total / torch.where(divisor == 0, 1.0, divisor)
 
 
 def masked_mean(
-    values: Tensor, mask: Tensor, normaliser: Tensor | float | None = None, dim: int | None = None
+    values: Tensor, mask: Tensor, normalizer: Tensor | float | None = None, dim: int | None = None
 ) -> Tensor:
     """Return the mean of `values` where `mask` is True, in float32 (float64 for float64); 0 if nothing is.
 
     Args:
         values: any shape.
         mask: bool of the same shape.
-        normaliser: what the sum is divided by, instead of the number of True entries: a scalar, or of the
+        normalizer: what the sum is divided by, instead of the number of True entries: a scalar, or of the
             shape of the result.
         dim: dimension to average over; all of them by default.
 
@@ -79,6 +79,6 @@ def masked_mean(
         ValueError: if the shapes differ or `mask` is not boolean.
     """
     total = masked_sum(values, mask, dim)
-    if normaliser is None:
-        normaliser = mask.sum() if dim is None else mask.sum(dim=dim)
-    return divide(total, normaliser)
+    if normalizer is None:
+        normalizer = mask.sum() if dim is None else mask.sum(dim=dim)
+    return divide(total, normalizer)

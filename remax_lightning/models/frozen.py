@@ -38,7 +38,7 @@ class FrozenModel:
         resident: a part of it that is read outside of its passes too, and stays on the device.
 
     Raises:
-        UserError: if the model has no layers to share, or is quantised and is to be moved about.
+        UserError: if the model has no layers to share, or is quantized and is to be moved about.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FrozenModel:
     ) -> None:
         self.model, self.device = model.eval().requires_grad_(False), device
         if placement != "replicate" and getattr(model, "is_quantized", False):
-            raise UserError(f"{key} must be replicate for a quantised model, got {placement}")
+            raise UserError(f"{key} must be replicate for a quantized model, got {placement}")
         self._parked: list[tuple[dict[str, Any], str]] = []
         self._body: nn.Module | None = None
         if placement == "cpu":
@@ -180,8 +180,8 @@ def _sum_over_ranks(value: int, device: torch.device) -> Tensor:
 
 
 def _num_ranks() -> int:
-    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if initialised else 1
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialized else 1
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

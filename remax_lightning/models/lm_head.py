@@ -61,7 +61,7 @@ _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 def find_head(model: PreTrainedModel) -> FoundHead:
     """Return the model's output head with its weights of now; the first call runs a few tokens through the model.
 
-    A head that is more than a plain linear layer with whole weights (an adapter, quantisation, ZeRO-3, FSDP, tensor
+    A head that is more than a plain linear layer with whole weights (an adapter, quantization, ZeRO-3, FSDP, tensor
     parallelism, a hook) is not used, and neither is one whose logits are not the model's own. The log says so once.
     """
     reason = _obstacle(model)
@@ -126,9 +126,9 @@ def _obstacle(model: PreTrainedModel) -> str:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"its {type(module).__name__} has hooks, which reading the weights would pass by"
     for parameter in (layer.weight, layer.bias):
-        # A subclass of Parameter is a DTensor or quantised; FSDP puts plain tensors and flat pieces in their place.
+        # A subclass of Parameter is a DTensor or quantized; FSDP puts plain tensors and flat pieces in their place.
         if parameter is not None and (type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id")):
-            return "its output embedding is sharded or quantised"
+            return "its output embedding is sharded or quantized"
     if layer.weight.shape != (layer.out_features, layer.in_features) or layer.weight.is_meta:
         return "its output embedding is not all here"
     return ""

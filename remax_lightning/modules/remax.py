@@ -103,8 +103,8 @@ class ReMaxModule(EvaluatedModule):
         rollout, advantages = part.rollout, cast(Tensor, part.advantages)
         accumulate = self.trainer.accumulate_grad_batches
         # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
-        normaliser = part.normalisers[split // accumulate] / (accumulate * self.trainer.world_size)
-        loss, clip_fraction = self.objective.loss(now.log_probs, rollout, advantages, normaliser, now.kl)
+        normalizer = part.normalizers[split // accumulate] / (accumulate * self.trainer.world_size)
+        loss, clip_fraction = self.objective.loss(now.log_probs, rollout, advantages, normalizer, now.kl)
         output = StepOutput(
             loss=loss,
             rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs for long

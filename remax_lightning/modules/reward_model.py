@@ -22,7 +22,7 @@ from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
-from remax_lightning.rewards.score_normalization import Normalisation, ScoreLayers, fold, score_layers
+from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold, score_layers
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
@@ -49,7 +49,7 @@ class RewardModelModule(BaseModule):
             (`data.pair_columns.margin`).
         centering_coef: weight of the mean square of a pair's summed scores in the loss, which keeps scores around 0.
             0.01 is its paper's choice; 0 leaves it out.
-        normalise: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
+        normalize: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step.
 
@@ -65,7 +65,7 @@ class RewardModelModule(BaseModule):
         tokenizer: str | None = None,
         margin: float = 0.0,
         centering_coef: float = 0.01,
-        normalise: bool = True,
+        normalize: bool = True,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -74,9 +74,9 @@ class RewardModelModule(BaseModule):
             if not 0 <= value < float("inf"):
                 raise UserError(f"model.{name} must be 0 or more, got {value}")
         self.reward_model_source = reward_model
-        self.margin, self.centering_coef, self.normalise = margin, centering_coef, normalise
-        self._normalised_at: int | None = None
-        self._normalisation = Normalisation()
+        self.margin, self.centering_coef, self.normalize = margin, centering_coef, normalize
+        self._normalized_at: int | None = None
+        self._normalization = Normalization()
         self._pooling: Pooling | None = None
         self._layers = ScoreLayers(None, None)
         self._training, self._held_out = Sums(), PairScoreSums()
@@ -156,7 +156,7 @@ class RewardModelModule(BaseModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Measure the pairs of all ranks, and remember what normalises their scores."""
+        """Measure the pairs of all ranks, and remember what normalizes their scores."""
         self._measure("val")
 
     def on_test_epoch_end(self) -> None:
@@ -175,17 +175,17 @@ class RewardModelModule(BaseModule):
     def _remember(self, found: PairScores) -> None:
         mean, std = found.moments()
         if std == 0:
-            rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalised.")
-        self._normalisation, self._normalised_at = Normalisation(mean, std or 1.0), self.global_step
+            rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalized.")
+        self._normalization, self._normalized_at = Normalization(mean, std or 1.0), self.global_step
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return every pair with its scores, normalised as the last validation says."""
+        """Return every pair with its scores, normalized as the last validation says."""
         found = []
         for i, (chosen, rejected) in enumerate(zip(*(scores.tolist() for scores in self.scores(batch)), strict=True)):
             scores = {"chosen_reward": chosen, "rejected_reward": rejected}
-            mean, std = self._normalisation if self.normalise else Normalisation()
-            normalised = {name: (score - mean) / std for name, score in scores.items()}
-            found.append({"prompt": batch.prompts[i], **normalised, "row": batch.rows[i]})
+            mean, std = self._normalization if self.normalize else Normalization()
+            normalized = {name: (score - mean) / std for name, score in scores.items()}
+            found.append({"prompt": batch.prompts[i], **normalized, "row": batch.rows[i]})
         return found
 
     # Saving
@@ -195,7 +195,7 @@ class RewardModelModule(BaseModule):
 
         If the last validation was of other weights, the validation pairs are scored again.
         """
-        if self.normalise and self._normalised_at != self.global_step:
+        if self.normalize and self._normalized_at != self.global_step:
             self._score_validation_pairs()
         template = getattr(getattr(self.trainer, "datamodule", None), "reward_template", None)
         return ExportSpec(
@@ -204,12 +204,12 @@ class RewardModelModule(BaseModule):
                 fold,
                 layers=self._layers,
                 head=score_head(self.reward_model),
-                normalisation=self._normalisation if self.normalise else Normalisation(),
+                normalization=self._normalization if self.normalize else Normalization(),
             ),
             {
                 "pad_token_id": self.tokenizer.pad_token_id,
                 "reward_template": template,
-                "score_normalisation": self._normalisation._asdict() if self.normalise else None,
+                "score_normalization": self._normalization._asdict() if self.normalize else None,
             },
         )
 
@@ -227,17 +227,17 @@ class RewardModelModule(BaseModule):
             self._remember(found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what normalises the scores, too."""
+        """Save what normalizes the scores, too."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["score_normalisation"] = {**self._normalisation._asdict(), "step": self._normalised_at}
+        checkpoint["score_normalization"] = {**self._normalization._asdict(), "step": self._normalized_at}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what normalises the scores."""
+        """Take up what normalizes the scores."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint.get("score_normalisation")
+        state = checkpoint.get("score_normalization")
         if state is not None:
-            self._normalisation = Normalisation(state["mean"], state["std"])
-            self._normalised_at = state["step"]
+            self._normalization = Normalization(state["mean"], state["std"])
+            self._normalized_at = state["step"]
 
 
 def _side_by_side(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class ClassifierReward(Reward):
         placement: where the model is kept between its passes: `replicate`, whole on every device; `shard`, its
             layers in equal shares over all devices, gathered one at a time; `cpu`, in the host's memory, brought
             to the device whole to score a rollout.
-        normalise: whether scores are normalised where the model's configuration has a `mean` and a `std`, as OpenRLHF
+        normalize: whether scores are normalized where the model's configuration has a `mean` and a `std`, as OpenRLHF
             saves them and `RewardModelModule` where the weights cannot hold them.
         deepspeed_chat: what a reward model of DeepSpeed-Chat was trained with.
 
@@ -71,7 +71,7 @@ class ClassifierReward(Reward):
         allow_pickle: bool = False,
         revision: str | None = None,
         placement: Placement = "replicate",
-        normalise: bool = True,
+        normalize: bool = True,
         deepspeed_chat: DeepSpeedChatConfig | None = None,
     ) -> None:
         if template is not None:
@@ -89,7 +89,7 @@ class ClassifierReward(Reward):
         self.allow_pickle = allow_pickle
         self.revision = revision
         self.placement = placement
-        self.normalise = normalise
+        self.normalize = normalize
         self.deepspeed_chat = deepspeed_chat
         self.num_truncated = 0
         self.model: PreTrainedModel | None = None
@@ -113,7 +113,7 @@ class ClassifierReward(Reward):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
-            normalise=self.normalise,
+            normalize=self.normalize,
         )
         self.tokenizer = self._load_tokenizer(source)
         loaded = load_classifier(source)

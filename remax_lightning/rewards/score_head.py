@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class ScoreHead(nn.Linear):
-    """A linear layer with one output that scores in float32 whatever the weights are, and normalises the scores.
+    """A linear layer with one output that scores in float32 whatever the weights are, and normalizes the scores.
 
     Half precision would round the scores of like responses to the same number. Parameters have the names of the plain
-    layer's; what a score is normalised with is not among them.
+    layer's; what a score is normalized with is not among them.
     """
 
     mean: float = 0.0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """What makes scores of mean 0 and variance 1 on the validation set.
 
     Args:
@@ -26,7 +26,7 @@ class Normalisation(NamedTuple):
 
 
 class ScoreLayers(NamedTuple):
-    """The layers of a reward model that can hold a normalisation.
+    """The layers of a reward model that can hold a normalization.
 
     Args:
         head: name of the score head; None where there is none to be found.
@@ -68,9 +68,9 @@ def score_layers(model: PreTrainedModel, input_ids: Tensor) -> ScoreLayers:
 
 
 def fold(
-    weights: dict[str, Tensor], layers: ScoreLayers, head: ScoreHead | None, normalisation: Normalisation
+    weights: dict[str, Tensor], layers: ScoreLayers, head: ScoreHead | None, normalization: Normalization
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights that score normalised, and what of it has to stand in the configuration.
+    """Return weights that score normalized, and what of it has to stand in the configuration.
 
     The weight of the head is divided by the standard deviation. The mean goes into the bias of the head, or else into
     that of the layer norm in front of it, along the head's weight: the head reads what that one writes, so its score
@@ -80,16 +80,16 @@ def fold(
 
     Args:
         weights: the whole weights by name; not changed.
-        layers: where the normalisation may go.
-        head: the score head in training, which may normalise already.
-        normalisation: of the scores that it gives.
+        layers: where the normalization may go.
+        head: the score head in training, which may normalize already.
+        normalization: of the scores that it gives.
     """
     if layers.head is None or head is None:
-        return weights, {"mean": normalisation.mean, "std": normalisation.std}
+        return weights, {"mean": normalization.mean, "std": normalization.std}
     key, bias = f"{layers.head}.weight", f"{layers.head}.bias"
     own = weights[bias].double().item() if bias in weights else 0.0
-    weight = weights[key].double() / (head.std * normalisation.std)
-    constant = ((own - head.mean) / head.std - normalisation.mean) / normalisation.std
+    weight = weights[key].double() / (head.std * normalization.std)
+    constant = ((own - head.mean) / head.std - normalization.mean) / normalization.std
     changed = {**weights, key: weight.to(weights[key].dtype)}
     left: dict[str, Any] = {"mean": None, "std": None}
     norm = f"{layers.norm}.bias"

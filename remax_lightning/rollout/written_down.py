@@ -78,7 +78,7 @@ def _interpreted(replay: Step, inputs: tuple[Tensor, ...]) -> Step:
     """Return a replay that calls its operators without Python; the same one if they cannot be called so.
 
     TorchScript is deprecated, but nothing else calls operators from a list without compiling them: `torch.compile`
-    would take seconds for a shape, and round otherwise. Optimisation is off, so the operators are the ones written
+    would take seconds for a shape, and round otherwise. Optimization is off, so the operators are the ones written
     down. Those of oneDNN have arguments that TorchScript cannot trace; the layers that it multiplies are so large that
     Python does not matter beside them.
     """

@@ -44,7 +44,7 @@ DISMISSALS = ("That is all.", "Do not ask again.", "The rest is your own affair.
 BODIES = (
     "you will find a {thing} at the market",
     "the old shop by the river has a {thing}",
-    "a {thing} is in the next catalogue",
+    "a {thing} is in the next catalog",
     "they keep a {thing} at the station",
     "for a {thing} you have to see the smith",
 )
@@ -52,7 +52,7 @@ FILLERS = (
     "I have thought about this for a long time.",
     "Many people come here with such questions.",
     "The weather was quite different last year.",
-    "My neighbour told me so on Monday morning.",
+    "My neighbor told me so on Monday morning.",
 )
 
 BRIEF = 18

@@ -36,7 +36,7 @@ def check_policy(policy: ModelConfig) -> None:
 
 
 def check_quantization(policy: ModelConfig, strategy: Any) -> None:
-    """Refuse a quantised policy where its weights would be cut into shares."""
+    """Refuse a quantized policy where its weights would be cut into shares."""
     if policy.quantization is None:
         return
     zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3

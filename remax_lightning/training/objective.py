@@ -26,13 +26,13 @@ class Experience(NamedTuple):
 
     Args:
         rollout: `B` prompts with their responses and scores.
-        normalisers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
+        normalizers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
         advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
         kl: `[S, R]` KL estimate that went into them, or None likewise, and where no KL enters.
     """
 
     rollout: Rollout
-    normalisers: Tensor
+    normalizers: Tensor
     advantages: Tensor | None = None
     kl: Tensor | None = None
 
@@ -157,7 +157,7 @@ class Objective:
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
         """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""
         counted = self.loss_mask(rollout)
-        if self.loss_config.normaliser == "responses":
+        if self.loss_config.normalizer == "responses":
             counted = torch.ones_like(counted[:, :1])
         return counted.view(updates, -1).sum(-1).double()
 
@@ -166,7 +166,7 @@ class Objective:
         log_probs: Tensor,
         rollout: Rollout,
         advantages: Tensor,
-        normaliser: Tensor,
+        normalizer: Tensor,
         full_kl: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a part of a rollout and the share of its tokens whose ratio was clipped.
@@ -175,33 +175,33 @@ class Objective:
             log_probs: `[S, R]` of the policy now, differentiable.
             rollout: the part.
             advantages: `[S, R]`.
-            normaliser: what the sum over tokens is divided by; this part's own tokens take its place where the
+            normalizer: what the sum over tokens is divided by; this part's own tokens take its place where the
                 configuration says `micro_batch`.
             full_kl: `[S, R]` KL over the vocabulary, differentiable; needed where the configuration says `full`.
         """
         mask, config = self.loss_mask(rollout), self.loss_config
-        if config.normaliser == "micro_batch":
-            normaliser = mask.sum().double()
-        normaliser = normaliser.clamp_min(1e-8).float()
-        clip_fraction = torch.zeros_like(normaliser)
+        if config.normalizer == "micro_batch":
+            normalizer = mask.sum().double()
+        normalizer = normalizer.clamp_min(1e-8).float()
+        clip_fraction = torch.zeros_like(normalizer)
         if config.kind == "reinforce":
-            loss = reinforce_loss(log_probs, advantages, mask, normaliser)
+            loss = reinforce_loss(log_probs, advantages, mask, normalizer)
         else:
             # On the first update the policy is the one that sampled: its own log-probs are the old ones.
             old = log_probs.detach() if rollout.log_probs is None else rollout.log_probs
             loss, clip_fraction = clipped_surrogate_loss(
-                log_probs, old, advantages, mask, normaliser, config.clip_range, config.dual_clip
+                log_probs, old, advantages, mask, normalizer, config.clip_range, config.dual_clip
             )
         if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
-            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normaliser, full_kl)
+            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normalizer, full_kl)
         return loss, clip_fraction.detach()
 
-    def _kl_term(self, log_probs: Tensor, rollout: Rollout, normaliser: Tensor, full_kl: Tensor | None) -> Tensor:
+    def _kl_term(self, log_probs: Tensor, rollout: Rollout, normalizer: Tensor, full_kl: Tensor | None) -> Tensor:
         mask, config = self.loss_mask(rollout), self.kl_config
         if config.loss_estimator == "full":
-            return masked_mean(_clamped(full_kl, config.clamp), mask, normaliser)
+            return masked_mean(_clamped(full_kl, config.clamp), mask, normalizer)
         log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)
-        return kl_loss(log_ratio, mask, normaliser, config.loss_estimator, config.clamp)
+        return kl_loss(log_ratio, mask, normalizer, config.loss_estimator, config.clamp)
 
 
 def _clamped(full_kl: Tensor | None, clamp: float | None) -> Tensor:

@@ -54,7 +54,7 @@ def test_a_step_of_two_ranks_is_that_of_one(strategy: str, stage: str, folder: P
 
 @pytest.mark.parametrize("stage", STARTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_export_of_two_ranks_is_normalised_and_that_of_one(
+def test_the_export_of_two_ranks_is_normalized_and_that_of_one(
     strategy: str, stage: str, folder: Path, alone: dict[str, Any]
 ) -> None:
     exported = folder / "rank0" / strategy / stage / "export" / "last"

@@ -16,26 +16,26 @@ REJECTED = [0.5, 0.75, 0.0, -2.0, 40.0, -600.0]
 MARGINS = [0.0, 1.0, 0.5, 0.25, 2.0, 0.0]
 
 
-def by_hand(chosen: list[float], rejected: list[float], margins: list[float], coef: float, normaliser: float) -> float:
+def by_hand(chosen: list[float], rejected: list[float], margins: list[float], coef: float, normalizer: float) -> float:
     """One pair after the other; the logarithm in the form that does not overflow."""
     total = 0.0
     for first, second, margin in zip(chosen, rejected, margins, strict=True):
         ahead = first - second - margin
         total += math.log1p(math.exp(-ahead)) if ahead > 0 else math.log1p(math.exp(ahead)) - ahead
         total += coef * (first + second) * (first + second)
-    return total / normaliser
+    return total / normalizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("normaliser", [6, 2.5])
+@pytest.mark.parametrize("normalizer", [6, 2.5])
 @pytest.mark.parametrize("coef", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("margin", ["none", "number", "pairs"])
-def test_the_loss_is_the_sum_over_pairs(margin: str, coef: float, normaliser: float, dtype: torch.dtype) -> None:
+def test_the_loss_is_the_sum_over_pairs(margin: str, coef: float, normalizer: float, dtype: torch.dtype) -> None:
     margins = {"none": [0.0] * 6, "number": [0.7] * 6, "pairs": MARGINS}[margin]
     given: Any = {"none": {}, "number": {"margin": 0.7}, "pairs": {"margin": torch.tensor(MARGINS)}}[margin]
     chosen, rejected = torch.tensor(CHOSEN, dtype=dtype), torch.tensor(REJECTED, dtype=dtype)
-    loss = bradley_terry_loss(chosen, rejected, normaliser, centering_coef=coef, **given)
-    expected = by_hand(CHOSEN, REJECTED, margins, coef, normaliser)
+    loss = bradley_terry_loss(chosen, rejected, normalizer, centering_coef=coef, **given)
+    expected = by_hand(CHOSEN, REJECTED, margins, coef, normalizer)
     assert loss.dtype == dtype
     assert float(loss) == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 and margin != "pairs" else 1e-6)
 
@@ -47,11 +47,11 @@ def test_the_gradient_is_the_derivative() -> None:
     for i, (first, second, margin) in enumerate(zip(CHOSEN, REJECTED, MARGINS, strict=True)):
         ahead = first - second - margin
         wrong = 1 / (1 + math.exp(ahead)) if ahead < 500 else 0.0
-        centre = 2 * 0.1 * (first + second)
+        center = 2 * 0.1 * (first + second)
         assert chosen.grad is not None
         assert rejected.grad is not None
-        assert float(chosen.grad[i]) == pytest.approx((centre - wrong) / 4, abs=1e-12)
-        assert float(rejected.grad[i]) == pytest.approx((centre + wrong) / 4, abs=1e-12)
+        assert float(chosen.grad[i]) == pytest.approx((center - wrong) / 4, abs=1e-12)
+        assert float(rejected.grad[i]) == pytest.approx((center + wrong) / 4, abs=1e-12)
 
 
 def test_a_constant_moves_the_centring_alone() -> None:
@@ -78,6 +78,6 @@ def test_half_precision_is_computed_in_float32() -> None:
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
-    given: dict[str, Tensor | float] = {"chosen": torch.zeros(2), "rejected": torch.zeros(2), "normaliser": 2}
+    given: dict[str, Tensor | float] = {"chosen": torch.zeros(2), "rejected": torch.zeros(2), "normalizer": 2}
     with pytest.raises(ValueError, match=message):
         bradley_terry_loss(**(given | arguments))

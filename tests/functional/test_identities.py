@@ -69,7 +69,7 @@ def expected_gradient(problem: Problem, num_samples: int, **options: Any) -> Ten
     advantages = remax_advantages(reward, mask, num_samples=num_samples, kl=kl, **options)
     probability = torch.where(mask, log_probs.detach(), 0.0).sum(dim=1).exp()
     weight = probability.view(-1, num_samples).prod(dim=1).repeat_interleave(num_samples)
-    # The normaliser of one response is 1: the sum over its tokens.
+    # The normalizer of one response is 1: the sum over its tokens.
     loss = reinforce_loss(log_probs, advantages * weight[:, None], mask, float(num_samples))
     (gradient,) = torch.autograd.grad(-loss, table)
     return gradient
@@ -99,7 +99,7 @@ def test_expected_gradient_is_the_policy_gradient(seed: int, baseline: str) -> N
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("baseline", ["greedy", "none"])
 @pytest.mark.parametrize("seed", range(3))
-def test_kl_to_go_gives_the_gradient_of_the_regularised_objective(seed: int, baseline: str, estimator: str) -> None:
+def test_kl_to_go_gives_the_gradient_of_the_regularized_objective(seed: int, baseline: str, estimator: str) -> None:
     problem = make_problem(seed)
     exact_gradient = exact.exact_gradient(problem.table, problem.reward, problem.reference, BETA)
     actual = expected_gradient(problem, 1, baseline=baseline, kl_coef=BETA, estimator=estimator)

@@ -113,14 +113,14 @@ def test_what_is_masked_reaches_neither_loss_nor_gradient(name: str, garbage: fl
 def test_empty_mask_gives_zero(name: str) -> None:
     garbage = torch.full((2, 3), NAN, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    for normaliser in (0.0, torch.tensor(0), 5.0):
+    for normalizer in (0.0, torch.tensor(0), 5.0):
         garbage.grad = None
         loss = {
             "reinforce": lambda n: reinforce_loss(garbage, garbage, mask, n),
             "surrogate": lambda n: clipped_surrogate_loss(garbage, garbage, garbage, mask, n).loss,
             "k2": lambda n: kl_loss(garbage, mask, n, "k2"),
             "k3": lambda n: kl_loss(garbage, mask, n, "k3"),
-        }[name](normaliser)
+        }[name](normalizer)
         loss.backward()
         assert loss.item() == 0.0
         assert garbage.grad is not None

@@ -35,15 +35,15 @@ def test_masked_mean_by_hand() -> None:
     assert masked_mean(values, mask).item() == 1.5
     assert masked_mean(values, mask, dim=1).tolist() == [1.5, 0.0]
     assert masked_mean(values, mask, dim=0).tolist() == [1.0, 2.0, 0.0]
-    assert masked_mean(values, mask, normaliser=6.0).item() == 0.5
-    assert masked_mean(values, mask, normaliser=torch.tensor([3, 1]), dim=1).tolist() == [1.0, 0.0]
+    assert masked_mean(values, mask, normalizer=6.0).item() == 0.5
+    assert masked_mean(values, mask, normalizer=torch.tensor([3, 1]), dim=1).tolist() == [1.0, 0.0]
     assert masked_sum(values, mask).item() == 3.0
 
 
-@pytest.mark.parametrize("normaliser", [None, 0.0, torch.tensor(0)])
-def test_masked_mean_of_nothing_is_zero(normaliser: float | torch.Tensor | None) -> None:
+@pytest.mark.parametrize("normalizer", [None, 0.0, torch.tensor(0)])
+def test_masked_mean_of_nothing_is_zero(normalizer: float | torch.Tensor | None) -> None:
     values = torch.full((2, 3), float("nan"), requires_grad=True)
-    mean = masked_mean(values, torch.zeros(2, 3, dtype=torch.bool), normaliser)
+    mean = masked_mean(values, torch.zeros(2, 3, dtype=torch.bool), normalizer)
     mean.backward()
     assert mean.item() == 0.0
     assert values.grad is not None
@@ -62,7 +62,7 @@ def test_what_is_masked_reaches_neither_mean_nor_gradient() -> None:
 def test_half_precision_is_summed_in_float32() -> None:
     # 4096 ones and a tail of small numbers: bfloat16 would stop counting at 256.
     values = torch.ones(4096, dtype=torch.bfloat16)
-    mean = masked_mean(values, torch.ones(4096, dtype=torch.bool), normaliser=1.0)
+    mean = masked_mean(values, torch.ones(4096, dtype=torch.bool), normalizer=1.0)
     assert mean.dtype == torch.float32
     assert mean.item() == 4096.0
     assert masked_mean(values.double(), torch.ones(4096, dtype=torch.bool)).dtype == torch.float64

@@ -88,10 +88,10 @@ def test_a_pass_in_inference_mode_leaves_tensors_that_autograd_takes() -> None:
 
 
 @pytest.mark.parametrize("placement", ["cpu", "shard"])
-def test_a_quantised_model_stays_where_it_is(placement: str) -> None:
+def test_a_quantized_model_stays_where_it_is(placement: str) -> None:
     model = tiny_model("llama")
     model.is_quantized = True
-    with pytest.raises(UserError, match=rf"key must be replicate for a quantised model, got {placement}"):
+    with pytest.raises(UserError, match=rf"key must be replicate for a quantized model, got {placement}"):
         FrozenModel(model, placement, CPU, "key")  # type: ignore[arg-type]
 
 

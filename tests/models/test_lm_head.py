@@ -157,10 +157,10 @@ def flattened(model: Any) -> None:
 
 
 def not_linear(model: Any) -> None:
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
-    model.lm_head.__class__ = Quantised
+    model.lm_head.__class__ = Quantized
 
 
 def no_head(model: Any) -> None:
@@ -173,10 +173,10 @@ def no_head(model: Any) -> None:
     (broken, r"trying its parts failed \(AttributeError"),
     (hooked, "its Linear has hooks"),
     (hooked_outside, "its LlamaForCausalLM has hooks"),
-    (placeholder, "its output embedding is sharded or quantised"),
-    (sharded, "its output embedding is sharded or quantised"),
+    (placeholder, "its output embedding is sharded or quantized"),
+    (sharded, "its output embedding is sharded or quantized"),
     (flattened, "its output embedding is not all here"),
-    (not_linear, r"its output embedding is a .*\.Quantised"),
+    (not_linear, r"its output embedding is a .*\.Quantized"),
     (no_head, "it has no separate body and output embedding"),
 ])  # fmt: skip
 def test_a_head_that_cannot_be_read(change: Any, reason: str) -> None:

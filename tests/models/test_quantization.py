@@ -100,10 +100,10 @@ def test_the_merged_policy_is_that_of_the_4_bits(policy: str, tmp_path: Path) ->
     with torch.no_grad():
         trained = made.policy.train()(input_ids=ids).logits
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "last")(ids).logits
-        unquantised = AutoModelForCausalLM.from_pretrained(policy)(ids).logits
+        unquantized = AutoModelForCausalLM.from_pretrained(policy)(ids).logits
     error = (exported - trained).abs().max()
     assert error < 0.01 * trained.abs().max()
-    assert error < 0.1 * (exported - unquantised).abs().max()
+    assert error < 0.1 * (exported - unquantized).abs().max()
 
 
 def test_a_reference_of_4_bits(policy: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 VARIANTS: dict[str, Options] = {
     "tokens": {},
-    "responses": {"loss": LossConfig(normaliser="responses")},
+    "responses": {"loss": LossConfig(normalizer="responses")},
     "clipped": {"loss": LossConfig("clipped")},
     "clipped_responses": {"loss": LossConfig("clipped", "responses")},
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
@@ -86,14 +86,14 @@ def test_split_and_padding_leave_the_gradient(variant: str, folders: tuple[str, 
 
 
 def test_mean_over_each_micro_batch_depends_on_the_split(folders: tuple[str, str], tmp_path: Path) -> None:
-    options = {"loss": LossConfig(normaliser="micro_batch")}
+    options = {"loss": LossConfig(normalizer="micro_batch")}
     whole = one_step(folders, tmp_path, 1, **options).step()
     assert distance(one_step(folders, tmp_path, 1).step(), whole) < TOLERANCE  # one micro-batch: the same as `tokens`
     assert distance(one_step(folders, tmp_path, 4, **options).step(), whole) > 0.01
 
 
 def oracle(folders: tuple[str, str], recorder: Recorder, *, beta: float, white: bool, per_response: bool) -> Any:
-    """The gradient of `-Σ A log π / normaliser` in double precision, one unpadded response after the other."""
+    """The gradient of `-Σ A log π / normalizer` in double precision, one unpadded response after the other."""
     policy, reference = map(policies.load, folders)
     taken, advantages = [], []
     for part in (output["rollout"] for output in recorder.outputs):

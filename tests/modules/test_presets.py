@@ -79,8 +79,8 @@ def test_advantages_and_loss(name: str, seed: int) -> None:
     expected = expected_advantages(name, rollout, now, full_kl)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
-    normaliser = torch.tensor(100.0)  # the tokens of an optimizer step of which this rollout is a part
-    loss, clip_fraction = ours.loss(now.clone().requires_grad_(), rollout, found, normaliser)
+    normalizer = torch.tensor(100.0)  # the tokens of an optimizer step of which this rollout is a part
+    loss, clip_fraction = ours.loss(now.clone().requires_grad_(), rollout, found, normalizer)
     mask = rollout.sampled.response_mask.tolist()
     if name in ("reference", "model_card"):
         own_tokens = sum(map(sum, mask))
@@ -112,21 +112,21 @@ GOLDEN: dict[str, dict[str, Any]] = {
         "advantage.baseline": "greedy", "kl.in_baseline": False, "kl.credit": "one_step", "kl.estimator": "k1",
         "kl.clamp": None, "kl_coef": 0.05, "advantage.gamma": 0.99, "advantage.reward_clip": 5.0,
         "advantage.reward_clip_at": "after_baseline", "advantage.whiten": False, "loss.kind": "reinforce",
-        "loss.normaliser": "micro_batch", "sampling.temperature": 1.0, "sampling.top_p": 0.9, "sampling.top_k": 50,
+        "loss.normalizer": "micro_batch", "sampling.temperature": 1.0, "sampling.top_p": 0.9, "sampling.top_k": 50,
         "sampling.scale_log_probs": False, "sampling.num_samples": 1, "sampling.min_p": 0.0,
     },
     "model_card": {
         "advantage.baseline": "greedy", "kl.credit": "one_step", "kl.estimator": "full", "kl.clamp": None,
         "kl_coef": 0.1, "advantage.gamma": 0.99,
         "advantage.reward_clip": 1.0, "advantage.reward_clip_at": "after_baseline", "loss.kind": "reinforce",
-        "loss.normaliser": "micro_batch", "sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.top_k": 50,
+        "loss.normalizer": "micro_batch", "sampling.temperature": 0.7, "sampling.top_p": 0.9, "sampling.top_k": 50,
         "sampling.scale_log_probs": False, "sampling.max_response_length": 384, "optimizer.init_args.lr": 5e-7,
     },
     "verl": {
         "advantage.baseline": "greedy", "kl.in_baseline": False, "kl.credit": "to_go", "kl.estimator": "k1",
         "kl.clamp": None, "kl_coef": 0.001, "advantage.gamma": 1.0, "advantage.reward_clip": None,
         "advantage.whiten": False, "loss.kind": "clipped", "loss.clip_range": 0.2, "loss.dual_clip": 3.0,
-        "loss.normaliser": "tokens", "sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.top_k": 0,
+        "loss.normalizer": "tokens", "sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.top_k": 0,
         "sampling.scale_log_probs": True, "sampling.num_samples": 1, "sampling.min_p": 0.0,
     },
     "openrlhf": {
@@ -134,7 +134,7 @@ GOLDEN: dict[str, dict[str, Any]] = {
         "kl.estimator": "k1",
         "kl_coef": 0.01, "advantage.gamma": 1.0, "advantage.reward_clip": 10.0,
         "advantage.reward_clip_at": "after_baseline", "advantage.whiten": True, "loss.kind": "clipped",
-        "loss.clip_range": 0.2, "loss.dual_clip": None, "loss.normaliser": "tokens", "sampling.temperature": 1.0,
+        "loss.clip_range": 0.2, "loss.dual_clip": None, "loss.normalizer": "tokens", "sampling.temperature": 1.0,
         "sampling.top_p": 1.0, "sampling.top_k": 0, "sampling.scale_log_probs": True, "sampling.min_p": 0.0,
     },
 }  # fmt: skip

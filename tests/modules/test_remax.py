@@ -211,13 +211,13 @@ def test_nothing_is_trained_where_all_responses_are_masked(plain: str, tmp_path:
     assert recorder.logged[0]["train/loss"] == 0
 
 
-def test_truncated_responses_can_be_penalised(plain: str, tmp_path: Path) -> None:
+def test_truncated_responses_can_be_penalized(plain: str, tmp_path: Path) -> None:
     kept, _, _ = truncated(plain, tmp_path, "keep")
-    penalised, gradient, _ = truncated(plain, tmp_path, "penalize")
+    penalized, gradient, _ = truncated(plain, tmp_path, "penalize")
     lost = torch.tensor([0.0, 0.0, 1.5])
-    torch.testing.assert_close(penalised["rollout"].reward, kept["rollout"].reward - lost)
+    torch.testing.assert_close(penalized["rollout"].reward, kept["rollout"].reward - lost)
     lost = torch.tensor([0.0, 1.5, 1.5])
-    torch.testing.assert_close(penalised["rollout"].baseline_reward, kept["rollout"].baseline_reward - lost)
+    torch.testing.assert_close(penalized["rollout"].baseline_reward, kept["rollout"].baseline_reward - lost)
     assert float(gradient[2].abs().max()) > 1e-3
 
 

@@ -325,7 +325,7 @@ def transformers_alone(path: Path) -> Tensor:
     return model(encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[:, 0]
 
 
-def standardised(scores: Tensor) -> bool:
+def standardized(scores: Tensor) -> bool:
     return abs(float(scores.mean())) < 1e-4 and abs(float(scores.std(correction=0)) - 1) < 1e-4
 
 
@@ -340,10 +340,10 @@ def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1
     for name in ("best", "last"):
         scores, reward = rewards_of(tmp_path / "model" / name)
         torch.testing.assert_close(scores, ((raw - mean) / std).float(), rtol=1e-3, atol=1e-4)
-        assert standardised(scores)
+        assert standardized(scores)
         assert reward.model is not None
         assert reward.model.config.num_labels == 1
-        assert reward.model.config.score_normalisation == {
+        assert reward.model.config.score_normalization == {
             "mean": pytest.approx(mean, abs=1e-5),
             "std": pytest.approx(std, rel=1e-4),
         }
@@ -359,31 +359,31 @@ def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1
     # The model in training is left as it was.
     name = "classifier.weight" if family == "bert" else "score.weight"
     assert torch.equal(weights_of(module)[name], load_file(Path(path) / "model.safetensors")[name])
-    assert not hasattr(module.reward_model.config, "score_normalisation")
+    assert not hasattr(module.reward_model.config, "score_normalization")
 
 
-def test_a_run_without_a_validation_is_normalised_too(start: str, tmp_path: Path) -> None:
+def test_a_run_without_a_validation_is_normalized_too(start: str, tmp_path: Path) -> None:
     """It stops in the middle of its first epoch, at whose end it would have validated."""
     module, trainer = fitted(start, tmp_path, rate=0.5, max_steps=2, data={"batch_size": 2})
     assert "val/accuracy" not in trainer.callback_metrics
-    assert standardised(rewards_of(tmp_path / "model" / "last")[0])
-    assert module._normalised_at == 2
+    assert standardized(rewards_of(tmp_path / "model" / "last")[0])
+    assert module._normalized_at == 2
 
 
-def test_the_end_of_training_is_normalised_for_its_own_weights(start: str, tmp_path: Path) -> None:
+def test_the_end_of_training_is_normalized_for_its_own_weights(start: str, tmp_path: Path) -> None:
     """The validation is before the last step, which moves the scores."""
     _, trainer = fitted(
         start, tmp_path, rate=0.5, max_steps=3, max_epochs=3, check_val_every_n_epoch=None, val_check_interval=2
     )
     assert trainer.global_step == 3
-    assert standardised(rewards_of(tmp_path / "model" / "last")[0])
-    assert standardised(rewards_of(tmp_path / "model" / "best")[0])
+    assert standardized(rewards_of(tmp_path / "model" / "last")[0])
+    assert standardized(rewards_of(tmp_path / "model" / "best")[0])
     first, last = (load_file(tmp_path / "model" / name / "model.safetensors") for name in ("best", "last"))
     assert not torch.equal(first["score.weight"], last["score.weight"])
 
 
-@pytest.mark.parametrize("options", [{"module": {"normalise": False}}, {"data": {"val_path": None}}])
-def test_scores_stay_as_they_are_without_normalisation(start: str, tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"module": {"normalize": False}}, {"data": {"val_path": None}}])
+def test_scores_stay_as_they_are_without_normalization(start: str, tmp_path: Path, options: dict[str, Any]) -> None:
     fitted(start, tmp_path, **options)
     scores, _ = rewards_of(tmp_path / "model" / "last", template="{prompt}{response}{eos}")
     raw = torch.cat(both_sides(start)).detach()
@@ -409,20 +409,20 @@ def test_a_reward_model_of_deepspeed_chat_goes_on_and_is_exported_plainly(tmp_pa
     trainer = make_trainer(tmp_path, [ExportPolicy(str(tmp_path / "model"), best=False)], limit_val_batches=1.0)
     trainer.fit(module, pair_data(tmp_path, path))
     weights = load_file(tmp_path / "model" / "last" / "model.safetensors")
-    std = module._normalisation.std
+    std = module._normalization.std
     torch.testing.assert_close(weights["score.weight"], v_head / std)
     assert not [name for name in weights if name.startswith(("rw", "v_head"))]
     scores, _ = rewards_of(tmp_path / "model" / "last")
-    assert standardised(scores)
+    assert standardized(scores)
 
 
-def test_a_normalised_model_can_be_trained_again(tmp_path: Path) -> None:
-    """What the first export could not fold is part of the score that the second run normalises."""
+def test_a_normalized_model_can_be_trained_again(tmp_path: Path) -> None:
+    """What the first export could not fold is part of the score that the second run normalizes."""
     path = save_start(tmp_path / "start", "llama")
     fitted(path, tmp_path)
     (tmp_path / "again").mkdir()
     module, _ = fitted(str(tmp_path / "model" / "last"), tmp_path / "again")
-    assert module._normalisation == pytest.approx((0.0, 1.0), abs=1e-4)
+    assert module._normalization == pytest.approx((0.0, 1.0), abs=1e-4)
     first, second = rewards_of(tmp_path / "model" / "last")[0], rewards_of(tmp_path / "again" / "model" / "last")[0]
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
@@ -444,12 +444,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(start: str, tmp_path: Path) -> N
     whole = run(6)
     run(3)
     resumed = run(6, str(tmp_path / "to3" / "step=3.ckpt"))
-    assert resumed._normalisation == whole._normalisation
+    assert resumed._normalization == whole._normalization
     first, second = weights_of(whole), weights_of(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_predictions_are_normalised(start: str, tmp_path: Path) -> None:
+def test_predictions_are_normalized(start: str, tmp_path: Path) -> None:
     module, trainer = fitted(start, tmp_path)
     found = [
         line for batch in trainer.predict(module, pair_data(tmp_path, start, batch_size=3)) or [] for line in batch
@@ -459,14 +459,14 @@ def test_predictions_are_normalised(start: str, tmp_path: Path) -> None:
     torch.testing.assert_close(scores.flatten(), rewards_of(tmp_path / "model" / "last")[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_knows_the_normalisation(start: str, tmp_path: Path) -> None:
+def test_a_checkpoint_knows_the_normalization(start: str, tmp_path: Path) -> None:
     _, trainer = fitted(start, tmp_path)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     module, data = reward_module(start), pair_data(tmp_path, start)
     (found,) = make_trainer(tmp_path).predict(module, data, ckpt_path=tmp_path / "end.ckpt", weights_only=True) or []
-    assert module._normalisation.std != 1
+    assert module._normalization.std != 1
     scores = torch.tensor([[line["chosen_reward"], line["rejected_reward"]] for line in found])
-    assert standardised(scores)
+    assert standardized(scores)
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ GREEDY = [WRONG[0]] * 8
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {},
-    "responses": {"loss": LossConfig(normaliser="responses")},
-    "micro_batch": {"loss": LossConfig(normaliser="micro_batch")},
+    "responses": {"loss": LossConfig(normalizer="responses")},
+    "micro_batch": {"loss": LossConfig(normalizer="micro_batch")},
     "clipped": {"loss": LossConfig("clipped")},
     "dual_clip": {"loss": LossConfig("clipped", dual_clip=2.0)},
     "discounted": {"advantage": AdvantageConfig(gamma=0.9)},

@@ -27,7 +27,7 @@ class OnePromptReward(CharacterReward):
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {},
-    "responses": {"loss": LossConfig(normaliser="responses")},
+    "responses": {"loss": LossConfig(normalizer="responses")},
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
     "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
     "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},

@@ -29,13 +29,13 @@ def response_mask(ids: list[list[int]], eos_ids: list[int]) -> list[list[bool]]:
     return mask
 
 
-def reinforce_loss(log_probs: Matrix, advantages: Matrix, mask: list[list[bool]], normaliser: float) -> float:
+def reinforce_loss(log_probs: Matrix, advantages: Matrix, mask: list[list[bool]], normalizer: float) -> float:
     total = 0.0
     for i, row in enumerate(mask):
         for t, counted in enumerate(row):
             if counted:
                 total -= advantages[i][t] * log_probs[i][t]
-    return total / normaliser
+    return total / normalizer
 
 
 def clipped_surrogate(
@@ -43,7 +43,7 @@ def clipped_surrogate(
     old_log_probs: Matrix,
     advantages: Matrix,
     mask: list[list[bool]],
-    normaliser: float,
+    normalizer: float,
     clip_range: float,
     dual_clip: float | None,
 ) -> tuple[float, float]:
@@ -61,7 +61,7 @@ def clipped_surrogate(
             total -= objective
             clipped += objective != ratio * advantage
             tokens += 1
-    return total / normaliser, clipped / tokens
+    return total / normalizer, clipped / tokens
 
 
 def log_softmax(logits: list[float], temperature: float) -> list[float]:

@@ -40,7 +40,7 @@ def deepspeed_chat(body: Any, v_head: Tensor, rows: list[list[int]], pad_id: int
 
 @torch.no_grad()
 def openrlhf(body: Any, head: Tensor, rows: list[list[int]], mean: float | None, std: float | None) -> list[float]:
-    """`RewardModel.forward` in eval mode: the last place with a mask; normalised where `normalize_reward` is on."""
+    """`RewardModel.forward` in eval mode: the last place with a mask; normalized where `normalize_reward` is on."""
     ids, mask = padded(rows, 0)
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
     hidden = body.double()(ids, attention_mask=mask, position_ids=positions).last_hidden_state

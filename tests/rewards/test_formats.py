@@ -175,19 +175,19 @@ def save_openrlhf(folder: Path, body: Any, head: Tensor, prefix: str, **config: 
 
 
 @pytest.mark.parametrize("prefix", ["value_head", "score", "reward_head"])
-def test_openrlhf_scores_the_last_token_and_may_normalise(tmp_path: Path, prefix: str) -> None:
+def test_openrlhf_scores_the_last_token_and_may_normalize(tmp_path: Path, prefix: str) -> None:
     body, head = body_of("llama"), torch.randn(1, 32)
     named = {} if prefix == "value_head" else {"value_head_prefix": prefix}
     path = save_openrlhf(tmp_path, body, head, prefix, normalize_reward=False, mean=0.7, std=2.5, **named)
     rows = ids_of(make_tokenizer())
     close(scores_of(path), reward_formulas.openrlhf(body, head, rows, 0.7, 2.5))
-    close(scores_of(path, normalise=False), reward_formulas.openrlhf(body, head, rows, None, None))
+    close(scores_of(path, normalize=False), reward_formulas.openrlhf(body, head, rows, None, None))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), ("half", 1.0)])
-def test_a_normalisation_that_cannot_be_is_refused(tmp_path: Path, mean: Any, std: float) -> None:
+def test_a_normalization_that_cannot_be_is_refused(tmp_path: Path, mean: Any, std: float) -> None:
     path = save_openrlhf(tmp_path, body_of("llama"), torch.randn(1, 32), "value_head", mean=mean, std=std)
-    with pytest.raises(UserError, match=r"config\.json: mean and std, which normalise the score, must be finite"):
+    with pytest.raises(UserError, match=r"config\.json: mean and std, which normalize the score, must be finite"):
         scores_of(path)
 
 
@@ -204,7 +204,7 @@ def test_trls_value_head_has_a_bias(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     expected = reward_formulas.trl_value_head(model.model, weight, 0.75, ids_of(make_tokenizer()))
     close(scores_of(str(tmp_path)), expected)
-    close(scores_of(str(tmp_path), normalise=False), expected)
+    close(scores_of(str(tmp_path), normalize=False), expected)
 
 
 def test_a_reward_model_of_trls_trainer_in_shards(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_half_precision_weights_score_in_float32(bias: bool, autocast: bool) -> 
     assert not torch.equal(scores, F.linear(hidden, head.weight, head.bias).float())
 
 
-def test_scores_are_normalised_and_float64_stays() -> None:
+def test_scores_are_normalized_and_float64_stays() -> None:
     head = ScoreHead(4, 1).double()
     hidden = torch.randn(3, 4, dtype=torch.float64)
     plain = head(hidden)

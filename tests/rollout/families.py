@@ -107,14 +107,14 @@ def family_model(family: Family, dtype: torch.dtype = torch.float32, *, lora: bo
     config = AutoConfig.for_model(family.model_type, **{**arguments, **family.arguments, **changes})
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
-    _randomise(model.parameters())
+    _randomize(model.parameters())
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=list(family.lora), task_type="CAUSAL_LM"))
-        _randomise(parameter for name, parameter in model.named_parameters() if "lora_" in name)
+        _randomize(parameter for name, parameter in model.named_parameters() if "lora_" in name)
     return model.to(dtype).eval()
 
 
-def _randomise(parameters: Iterator[Tensor]) -> None:
+def _randomize(parameters: Iterator[Tensor]) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in parameters:
         noise = torch.randn(parameter.shape, generator=generator)
@@ -190,7 +190,7 @@ def greedy_agrees(engine: RolloutEngine, model: Any) -> bool:
 
 
 def chi_square_cdf(statistic: float, degrees: int) -> float:
-    """Return how likely a chi-square variable is to stay below `statistic`: a regularised incomplete gamma function."""
+    """Return how likely a chi-square variable is to stay below `statistic`: a regularized incomplete gamma function."""
     half = torch.tensor([degrees, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammainc(half[0], half[1]))
 

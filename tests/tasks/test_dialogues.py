@@ -44,7 +44,7 @@ def test_labels_are_wrong_as_often_as_bradley_and_terry_say() -> None:
     assert preference_probability(Pair(PROMPT, " Gladly!", " Look, a")) == pytest.approx(
         math.exp(score) / (math.exp(score) + math.exp(other))
     )
-    # Among pairs of which the rule gives one the probability p, or 1 - p, a share p is labelled that way.
+    # Among pairs of which the rule gives one the probability p, or 1 - p, a share p is labeled that way.
     sure = [p for p in expected if max(p, 1 - p) > 0.8]
     agreed = sum(p > 0.5 for p in sure) / len(sure)
     ideal = sum(max(p, 1 - p) for p in sure) / len(sure)

@@ -100,7 +100,7 @@ def test_the_parts_of_a_reward_stand_beside_each_other() -> None:
     curves = {f"{stage}/reward_part/{name}": Curve([1, 2], [0.0, 1.0]) for stage in ("train", "val") for name in "ab"}
     (section,), _ = drawn(curves)
     (chart,) = section["charts"]
-    labels = [(line["label"], line["colour"], line["points"]) for line in chart["lines"]]
+    labels = [(line["label"], line["color"], line["points"]) for line in chart["lines"]]
     assert labels == [
         (f"{n}, {s}", i, p) for i, n in enumerate("ab") for s, p in (("training", False), ("validation", True))
     ]

@@ -187,7 +187,7 @@ def test_a_column_sorts_both_ways(page: Any) -> None:
         assert [row["reward"] for row in shown(page)] == [f"{i / 10:g}" for i in list(order)[:20]]
 
 
-def colours(page: Any, number: int) -> list[tuple[float, ...]]:
+def colors(page: Any, number: int) -> list[tuple[float, ...]]:
     """Background of the tokens of a train sample: red, green, blue and opacity, each from 0 to 1."""
     put(page, "text", f"question {number}?")
     put(page, "stage", "train")
@@ -203,19 +203,19 @@ def colours(page: Any, number: int) -> list[tuple[float, ...]]:
 
 
 def test_shading_follows_the_tokens_numbers_and_switches(page: Any) -> None:
-    by_kl = colours(page, 63)
+    by_kl = colors(page, 63)
     assert len(by_kl) == len("answer 63") + 1  # the end is a token, too
     assert all(token[3] > 0 for token in by_kl)
     assert all(red > blue for red, _, blue, _ in by_kl[0::2])  # planted: +0.01 and -0.01 in turn
     assert all(blue > red for red, _, blue, _ in by_kl[1::2])
     press(page, "input[value=token_advantages]")
-    high, low = colours(page, 63), colours(page, 0)
+    high, low = colors(page, 63), colors(page, 0)
     assert all(green > red for red, green, _, _ in high)  # 5.3, and -1
     assert all(red > green for red, green, _, _ in low)
     assert high[0][3] > 3 * low[0][3]
     assert "advantage" in page.find_element("id", "legend").text
     press(page, "#shading input[value='']")
-    assert {token[3] for token in colours(page, 63)} == {0}
+    assert {token[3] for token in colors(page, 63)} == {0}
     assert not page.find_element("id", "legend").is_displayed()
 
 
@@ -301,8 +301,8 @@ def test_text_stands_out_from_its_ground(page: Any, scheme: str) -> None:
 
 
 def contrast(first: str, second: str) -> float:
-    def luminance(colour: str) -> float:
-        digits = colour.strip().lstrip("#")
+    def luminance(color: str) -> float:
+        digits = color.strip().lstrip("#")
         digits = "".join(digit * 2 for digit in digits) if len(digits) == 3 else digits
         shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]

@@ -53,7 +53,7 @@ class RewardCheckpoint(NamedTuple):
         return name
 
 
-def recognise(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
+def recognize(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
     """Tell by the names of its tensors who saved a reward model.
 
     Args:

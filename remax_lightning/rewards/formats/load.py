@@ -17,7 +17,7 @@ from remax_lightning.rewards.formats.detect import (
     StoredTensor,
     find_file,
     read_tensor,
-    recognise,
+    recognize,
     stored_tensors,
 )
 from remax_lightning.rewards.formats.peft import merge_adapter, read_adapter
@@ -40,7 +40,7 @@ class ClassifierSource:
         trust_remote_code: run code that comes with the model.
         allow_pickle: also take weights in `.bin` files, read by `torch.load(weights_only=True)`.
         new_head: give a model without a score head a new one.
-        normalise: let the score head normalise as the configuration says.
+        normalize: let the score head normalize as the configuration says.
         configure: changes the configuration before the model is made.
         options: further arguments of `from_pretrained`.
     """
@@ -52,7 +52,7 @@ class ClassifierSource:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     new_head: bool = False
-    normalise: bool = True
+    normalize: bool = True
     configure: Callable[[Any], None] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class LoadedClassifier(NamedTuple):
     """A reward model.
 
     Args:
-        model: the classifier; its `ScoreHead` normalises as the checkpoint says.
+        model: the classifier; its `ScoreHead` normalizes as the checkpoint says.
         kind: whose format it was saved in.
         has_new_head: whether the weights of its score head are not from the checkpoint.
     """
@@ -84,7 +84,7 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
         replace(source, path=adapter.base_path, revision=adapter.base_revision, new_head=True), of_adapter=source.path
     )
     model = merge_adapter(base.model, adapter, needs_head=base.has_new_head, key=source.key)
-    _set_normalisation(model, model.config if source.normalise else None, source.path)
+    _set_normalization(model, model.config if source.normalize else None, source.path)
     return LoadedClassifier(model, base.kind)
 
 
@@ -106,7 +106,7 @@ def _load_whole(source: ClassifierSource, of_adapter: str | None = None) -> Load
     except Exception as error:  # the hub's, pickle's and the libraries' own kinds
         raise not_loaded(source, "configuration", error, of_adapter) from error
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    checkpoint = recognise(stored, config, getattr(known, "base_model_prefix", "model"))
+    checkpoint = recognize(stored, config, getattr(known, "base_model_prefix", "model"))
     _check_labels(source, config, checkpoint, stored)
     config.num_labels = 1
     if source.configure is not None:
@@ -129,7 +129,7 @@ def _load_whole(source: ClassifierSource, of_adapter: str | None = None) -> Load
     _forget_renames(model, checkpoint)
     has_new_head = _check_whole(source, model, report, checkpoint, stored)
     bias = 0.0 if checkpoint.bias is None else float(read_tensor(stored[checkpoint.bias], checkpoint.bias))
-    _set_normalisation(model, config if source.normalise else None, source.path, bias)
+    _set_normalization(model, config if source.normalize else None, source.path, bias)
     return LoadedClassifier(model, checkpoint.kind, has_new_head)
 
 
@@ -214,19 +214,19 @@ def _patterns(conversion: Any) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _set_normalisation(model: PreTrainedModel, config: Any, path: str, bias: float = 0.0) -> None:
+def _set_normalization(model: PreTrainedModel, config: Any, path: str, bias: float = 0.0) -> None:
     """Let the score head subtract and divide as the configuration says, in the words of OpenRLHF: `mean`, `std`."""
     mean, std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
     if not all(isinstance(each, int | float) and math.isfinite(each) for each in (mean, std)) or std <= 0:
         raise UserError(
-            f"{path}/config.json: mean and std, which normalise the score, must be finite numbers and std above 0,"
+            f"{path}/config.json: mean and std, which normalize the score, must be finite numbers and std above 0,"
             f" got {mean!r} and {std!r}; correct or remove them"
         )
     head = score_head(model)
     if head is not None:
         head.mean, head.std = mean - bias, std
     elif (mean - bias, std) != (0.0, 1.0):
-        raise UserError(f"{path}: no score head was found in {type(model).__name__} to normalise its scores")
+        raise UserError(f"{path}: no score head was found in {type(model).__name__} to normalize its scores")
 
 
 def saved_template(source: ClassifierSource) -> str | None:

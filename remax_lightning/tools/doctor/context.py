@@ -84,7 +84,7 @@ class DoctorContext:
     # Loading: in the order of `Trainer.fit`, a part at a time, so that one that fails leaves the others
 
     def load_data(self) -> None:
-        """Read and tokenise the data."""
+        """Read and tokenize the data."""
         # Set as Lightning sets them, whose types do not know the instance's own attributes.
         cast(Any, self.trainer).datamodule, self.data.trainer = self.data, self.trainer
         self.data.prepare_data()

@@ -96,17 +96,17 @@ function stacked(lines) {
 }
 
 function drawLine(plot, line, stack) {
-  const { x, y, low, high, colour } = line;
+  const { x, y, low, high, color } = line;
   if (stack) {
-    plot.node.append(svg("path", { class: `area fill${colour}`, d: plot.between(x, low, high) }));
+    plot.node.append(svg("path", { class: `area fill${color}`, d: plot.between(x, low, high) }));
   } else if (line.points) {
-    plot.node.append(svg("path", { class: `thread stroke${colour}`, d: plot.path(x, y) }));
-    x.forEach((step, i) => plot.dot(step, y[i], { class: `dot fill${colour}`, r: 3.6 }));
+    plot.node.append(svg("path", { class: `thread stroke${color}`, d: plot.path(x, y) }));
+    x.forEach((step, i) => plot.dot(step, y[i], { class: `dot fill${color}`, r: 3.6 }));
   } else if (x.length === 1) {
-    plot.dot(x[0], y[0], { class: `dot fill${colour}`, r: 3 });
+    plot.dot(x[0], y[0], { class: `dot fill${color}`, r: 3 });
   } else {
-    plot.node.append(svg("path", { class: `band fill${colour}`, d: plot.between(x, low, high) }));
-    plot.node.append(svg("path", { class: `line stroke${colour}`, d: plot.path(x, y) }));
+    plot.node.append(svg("path", { class: `band fill${color}`, d: plot.between(x, low, high) }));
+    plot.node.append(svg("path", { class: `line stroke${color}`, d: plot.path(x, y) }));
   }
 }
 
@@ -172,12 +172,12 @@ function drawPath(chart, width) {
   const plot = new Plot(width, all("x"), all("y"), summary(chart));
   plot.axes("KL, nats per token");
   const last = Math.max(...all("step"));
-  const colour = (step) => `color-mix(in oklab, var(--late) ${((100 * step) / last).toFixed(1)}%, var(--early))`;
+  const color = (step) => `color-mix(in oklab, var(--late) ${((100 * step) / last).toFixed(1)}%, var(--early))`;
   for (const line of chart.lines) {
     if (!line.points) plot.node.append(svg("path", { class: "thread", stroke: "var(--soft)", d: plot.path(line.x, line.y) }));
     line.x.forEach((x, i) => {
       const dot = plot.dot(x, line.y[i], { class: "dot", r: line.points ? 5.5 : 2.8 });
-      dot.style.fill = colour(line.step[i]);
+      dot.style.fill = color(line.step[i]);
       if (line.points) dot.style.stroke = "var(--ink)";
       const text = `step ${shown(line.step[i])}, ${line.label}\nKL ${shown(x)}, reward ${shown(line.y[i])}`;
       dot.addEventListener("pointermove", (event) => showTooltip(text, event));
@@ -203,8 +203,8 @@ function key(chart) {
   if (chart.lines.length === 1 && chart.lines[0].label === chart.title) return "";
   const items = chart.lines.map((line) => {
     const sign = svg("svg", { viewBox: "0 0 22 10", "aria-hidden": "true" });
-    if (line.points) sign.append(svg("circle", { class: `fill${line.colour}`, cx: 11, cy: 5, r: 3.6 }));
-    else sign.append(svg("rect", { class: `fill${line.colour}`, y: 3.5, width: 22, height: 3 }));
+    if (line.points) sign.append(svg("circle", { class: `fill${line.color}`, cx: 11, cy: 5, r: 3.6 }));
+    else sign.append(svg("rect", { class: `fill${line.color}`, y: 3.5, width: 22, height: 3 }));
     return html("li", {}, sign, line.label);
   });
   return html("ul", { class: "key" }, ...items);
@@ -224,5 +224,5 @@ for (const [number, section] of DATA.sections.entries()) {
   if (number === 0 && smoothed) {
     charts.append(html("p", { class: "hint" }, "Lines are means over a 25th of the steps, bands one standard deviation in the same window."));
   }
-  byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts));
+  byId("sections").append(html("section", { "aria-labeledby": title }, heading, charts));
 }

@@ -14,7 +14,7 @@ POINTS = 300
 WINDOWS = 25
 """A curve is smoothed over a 25th of its points."""
 
-COLOURS = 4
+ColorS = 4
 """In the palette of `style.css`."""
 
 Smooth = tuple[list[int], list[float], list[float]]
@@ -27,13 +27,13 @@ class Line(NamedTuple):
     Args:
         key: what it is logged under.
         label: its name in the legend.
-        colour: number in the palette; training and validation of one quantity share it.
+        color: number in the palette; training and validation of one quantity share it.
         points: drawn as single points, for what is measured now and then, in place of a smoothed line with a band.
     """
 
     key: str
     label: str
-    colour: int = 0
+    color: int = 0
     points: bool = False
 
 
@@ -190,9 +190,9 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
     names = sorted({key.partition("/")[2] for key in curves if "/reward_part/" in key})
     lines = []
     for number, name in enumerate(names):
-        label, colour = name.removeprefix("reward_part/"), number % COLOURS
-        lines.append(Line(f"train/{name}", f"{label}, training", colour))
-        lines.append(Line(f"val/{name}", f"{label}, validation", colour, points=True))
+        label, color = name.removeprefix("reward_part/"), number % ColorS
+        lines.append(Line(f"train/{name}", f"{label}, training", color))
+        lines.append(Line(f"val/{name}", f"{label}, validation", color, points=True))
     return (Chart("Parts of the reward of sampled responses", tuple(lines), wide=True),) if lines else ()
 
 
@@ -212,7 +212,7 @@ def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
 
 
 def _line(line: Line, curve: Curve) -> dict[str, Any]:
-    description = {"label": line.label, "colour": line.colour, "points": line.points}
+    description = {"label": line.label, "color": line.color, "points": line.points}
     if line.points:
         kept = thinned(len(curve.steps))
         return {**description, "x": [curve.steps[i] for i in kept], "y": _short(curve.values[i] for i in kept)}

@@ -17,7 +17,7 @@ const SHADES = {
 const samples = DATA.samples;
 const view = { sort: "step", descending: true, page: 0, shade: "token_kl" };
 
-/* The size at which the colour is full: a few outliers must not turn all else pale. */
+/* The size at which the color is full: a few outliers must not turn all else pale. */
 function fullShade(name) {
   const sizes = [];
   for (const sample of samples) for (const value of sample[name] ?? []) if (value !== null) sizes.push(Math.abs(value));
@@ -27,7 +27,7 @@ function fullShade(name) {
 
 const full = Object.fromEntries(Object.keys(SHADES).map((name) => [name, fullShade(name)]));
 
-function colour(name, value) {
+function color(name, value) {
   const share = Math.min(1, Math.abs(value) / full[name]);
   return `color-mix(in oklab, ${SHADES[name][value < 0 ? "low" : "high"]} ${(70 * share).toFixed(1)}%, transparent)`;
 }
@@ -103,7 +103,7 @@ function valueOf(sample, name, node) {
 function shade() {
   for (const node of document.querySelectorAll("#rows [data-i]")) {
     const value = view.shade ? valueOf(samples[node.closest("tbody").dataset.sample], view.shade, node) : undefined;
-    node.style.backgroundColor = value === undefined ? "" : colour(view.shade, value);
+    node.style.backgroundColor = value === undefined ? "" : color(view.shade, value);
   }
 }
 
@@ -155,9 +155,9 @@ function legend() {
   node.hidden = !name || full[name] === 0;
   if (node.hidden) return;
   const bar = html("i");
-  bar.style.background = `linear-gradient(to right, ${colour(name, -full[name])}, transparent, ${colour(name, full[name])})`;
+  bar.style.background = `linear-gradient(to right, ${color(name, -full[name])}, transparent, ${color(name, full[name])})`;
   node.replaceChildren(`−${shown(full[name], 2)}`, bar, `+${shown(full[name], 2)} ${SHADES[name].name}`);
-  node.setAttribute("aria-label", `colours from −${shown(full[name], 2)} to ${shown(full[name], 2)}, ${SHADES[name].name}`);
+  node.setAttribute("aria-label", `colors from −${shown(full[name], 2)} to ${shown(full[name], 2)}, ${SHADES[name].name}`);
 }
 
 function tokenText(node) {
