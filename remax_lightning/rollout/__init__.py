@@ -7,11 +7,11 @@ from remax_lightning.rollout.paired import PairedEngine
 
 __all__ = [
     "AutoEngine",
-    "Ended",
-    "Generated",
+    "GenerationOutput",
     "HuggingFaceEngine",
     "PairedEngine",
     "RolloutEngine",
     "SamplingConfig",
+    "StopCheck",
     "engine_like",
 ]

@@ -15,8 +15,7 @@ from helpers.training import write_rows
 from rewards.test_classifier import CHAT
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.tools.doctor import DoctorContext
-from remax_lightning.tools.doctor.command import memory
+from remax_lightning.tools.doctor import DoctorContext, memory
 
 PLAIN = "{prompt}{response}{eos}"
 
