@@ -206,21 +206,21 @@ def decode_bytes(model: Any, work: StepShape) -> float:
 
 
 def _ours(model: Any, work: StepShape, ids: Tensor, length: int, *, greedy: bool) -> Callable[[], Any]:
-    from remax_lightning.rollout import AutoEngine, SamplingConfig
+    from remax_lightning.rollout import AutoEngine, GenerationRequest, SamplingConfig
 
     engine, sampling = AutoEngine(), SamplingConfig(max_response_length=length)
 
     def run() -> Any:
-        return engine.generate(
-            model,
-            ids,
-            torch.ones_like(ids, dtype=torch.bool),
+        request = GenerationRequest(
+            prompt_ids=ids,
+            prompt_mask=torch.ones_like(ids, dtype=torch.bool),
             sampling=sampling,
             eos_ids=[work.config["vocab_size"]],  # a token that does not exist
             pad_id=0,
             generator=torch.Generator(ids.device).manual_seed(0),
             greedy=greedy,
         )
+        return engine.generate(model, request)
 
     return run
 

@@ -162,21 +162,15 @@ def _one_call(model: Any, prompt_ids: Tensor, seed: int, shape: Shape) -> list[T
 
 def _engine(engine: Any, model: Any, shape: Shape) -> Run:
     """Return the rollout by an engine of the package."""
-    from remax_lightning.rollout import SamplingConfig
+    from remax_lightning.rollout import GenerationRequest, SamplingConfig
 
     sampling = SamplingConfig(max_response_length=shape.response)
 
     def run(prompt_ids: Tensor, seed: int) -> list[Tensor]:
-        found = engine.generate(
-            model,
-            prompt_ids,
-            torch.ones_like(prompt_ids, dtype=torch.bool),
-            sampling=sampling,
-            eos_ids=[EOS],
-            pad_id=PAD,
-            generator=torch.Generator(prompt_ids.device).manual_seed(seed),
-        )
-        return [*found.sampled_ids, *found.greedy_ids]
+        mask, generator = torch.ones_like(prompt_ids, dtype=torch.bool), torch.Generator(prompt_ids.device)
+        request = GenerationRequest(prompt_ids, mask, sampling, [EOS], PAD, generator.manual_seed(seed))
+        output = engine.generate(model, request)
+        return [*output.sampled_ids, *output.greedy_ids]
 
     return run
 

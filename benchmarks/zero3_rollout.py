@@ -105,23 +105,23 @@ def _line(size: str, name: str, seconds: list[float], base: float) -> dict[str, 
 
 def _round(name: str, way: Way, shape: Shape, responses: dict[int, Tensor], turn: int) -> dict[str, float]:
     """Train, make a rollout and time it, from when all ranks begin until all have ended."""
-    from remax_lightning.rollout import PairedEngine, SamplingConfig
+    from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 
     ids = prompts(shape, seed=turn + 1000 * (1 + distributed.get_rank()))
     way.train(ids)
     way.policy.eval()
+    request = GenerationRequest(
+        prompt_ids=ids,
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool),
+        sampling=SamplingConfig(max_response_length=shape.response),
+        eos_ids=[EOS],
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(turn + 1000),
+    )
     distributed.barrier()
     start = time.perf_counter()
     with torch.no_grad(), way.gathering():
-        made = PairedEngine().generate(
-            way.policy,
-            ids,
-            torch.ones_like(ids, dtype=torch.bool),
-            sampling=SamplingConfig(max_response_length=shape.response),
-            eos_ids=[EOS],
-            pad_id=PAD,
-            generator=torch.Generator().manual_seed(turn + 1000),
-        )
+        made = PairedEngine().generate(way.policy, request)
     distributed.barrier()
     seconds = time.perf_counter() - start
     way.policy.train()

@@ -35,7 +35,15 @@ _PUBLIC = {
         "WarmupLinear",
     ),
     "rewards": ("ClassifierReward", "FunctionReward", "HTTPReward", "Reward", "Scores", "WeightedReward"),
-    "rollout": ("AutoEngine", "HuggingFaceEngine", "PairedEngine", "RolloutEngine", "SamplingConfig"),
+    "rollout": (
+        "AutoEngine",
+        "GenerationOutput",
+        "GenerationRequest",
+        "HuggingFaceEngine",
+        "PairedEngine",
+        "RolloutEngine",
+        "SamplingConfig",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rewards.test_classifier import CHAT, save_classifier
 
 from remax_lightning.data import PromptDataModule
 from remax_lightning.rewards import Reward
-from remax_lightning.rollout import GenerationOutput, PairedEngine
+from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine
 from remax_lightning.tools.doctor import CHECKS, DoctorContext, Finding, read_subject
 from remax_lightning.tools.doctor.registry import answer
 from remax_lightning.types import PromptBatch
@@ -97,41 +98,41 @@ def ask(subject: DoctorContext, name: str) -> Finding:
 class EosStrippingEngine(PairedEngine):
     """Cuts EOS off the responses, as engines do that hand over text."""
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-        found = super().generate(*args, **options)
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        found = super().generate(model, request)
         for ids in (found.sampled_ids, found.greedy_ids):
             if ids is not None:
-                ids[torch.isin(ids, torch.tensor(options["eos_ids"]))] = options["pad_id"]
+                ids[torch.isin(ids, torch.tensor(request.eos_ids))] = request.pad_id
         return found
 
 
 class NeverStopsEngine(PairedEngine):
     """Stops nowhere."""
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-        return super().generate(*args, **options | {"eos_ids": [95]})
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, eos_ids=[95]))
 
 
 class SampledAsGreedyEngine(PairedEngine):
     """Hands sampled responses out for greedy ones."""
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-        found = super().generate(*args, **options)
-        return found._replace(greedy_ids=found.sampled_ids[:: options["sampling"].num_samples])
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        found = super().generate(model, request)
+        return found._replace(greedy_ids=found.sampled_ids[:: request.sampling.num_samples])
 
 
 class Liar(PairedEngine):
     """Says log-probs of another temperature."""
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-        found = super().generate(*args, **options)
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        found = super().generate(model, request)
         return found if found.log_probs is None else found._replace(log_probs=found.log_probs / 2)
 
 
 class Breaker(PairedEngine):
     """Cannot roll out."""
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
         raise RuntimeError("the engine is out of order")
 
 

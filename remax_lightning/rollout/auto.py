@@ -6,10 +6,9 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from remax_lightning.models.forward import language_model, model_inputs, takes
-from remax_lightning.rollout.base import GenerationOutput, RolloutEngine, SamplingConfig, StopCheck
+from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
 from remax_lightning.rollout.paired import PairedEngine
 from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
@@ -26,36 +25,12 @@ class AutoEngine:
     def __init__(self) -> None:
         self._engine: RolloutEngine | None = None
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        *,
-        sampling: SamplingConfig,
-        eos_ids: list[int],
-        pad_id: int,
-        generator: torch.Generator,
-        greedy: bool = True,
-        log_probs: bool = False,
-        ended: StopCheck | None = None,
-    ) -> GenerationOutput:
-        """Write responses with the engine that fits `model`; see `RolloutEngine`."""
+    def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
+        """Generate responses with the engine that fits `model`; see `RolloutEngine`."""
         model = language_model(model)
         if self._engine is None:
             self._engine = choose_engine(model)
-        return self._engine.generate(
-            model,
-            prompt_ids,
-            prompt_mask,
-            sampling=sampling,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            generator=generator,
-            greedy=greedy,
-            log_probs=log_probs,
-            ended=ended,
-        )
+        return self._engine.generate(model, request)
 
 
 def engine_like(engine: RolloutEngine) -> RolloutEngine:

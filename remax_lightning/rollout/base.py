@@ -77,6 +77,39 @@ class SamplingConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """What a rollout engine is asked for. Callers fill in every field, so an engine never has to guess.
+
+    Args:
+        prompt_ids: `[B, P]` token ids, padded on the left.
+        prompt_mask: `[B, P]` bool, True on real tokens.
+        sampling: how to sample; `sampling.num_samples` is `n`, so there are `S = B * n` sampled responses.
+        eos_ids: token ids that end a response.
+        pad_id: token id that fills a row after its response has ended.
+        generator: the only source of randomness, on the model's device.
+        greedy: whether to decode one greedy response per prompt too. ReMax needs it as the baseline.
+        return_log_probs: whether to return the log-probs of the sampled tokens, under the distribution that `sampling`
+            says the training pass uses.
+        stop_check: ends a response in addition to `eos_ids`; None without stop strings.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    sampling: SamplingConfig
+    eos_ids: list[int]
+    pad_id: int
+    generator: torch.Generator
+    greedy: bool = True
+    return_log_probs: bool = False
+    stop_check: StopCheck | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of sampled responses, `S = B * n`."""
+        return len(self.prompt_ids) * self.sampling.num_samples
+
+
 class GenerationOutput(NamedTuple):
     """Token ids that an engine wrote.
 
@@ -96,34 +129,12 @@ class GenerationOutput(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Makes responses with the policy's own weights."""
+    """Generates responses with the policy's own weights."""
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        *,
-        sampling: SamplingConfig,
-        eos_ids: list[int],
-        pad_id: int,
-        generator: torch.Generator,
-        greedy: bool = True,
-        log_probs: bool = False,
-        ended: StopCheck | None = None,
-    ) -> GenerationOutput:
-        """Write `n` sampled responses and, if `greedy`, one greedy response to each prompt.
+    def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
+        """Generate `n` sampled responses and, if `request.greedy`, one greedy response to each prompt.
 
         Args:
             model: the policy, in eval mode.
-            prompt_ids: `[B, P]` token ids, padded on the left.
-            prompt_mask: `[B, P]` bool, True on real tokens.
-            sampling: how to sample.
-            eos_ids: token ids that end a response.
-            pad_id: what stands after the end of a response.
-            generator: the only source of randomness, on the model's device.
-            greedy: whether greedy responses are made too.
-            log_probs: whether log-probs of the sampled tokens are returned, of the distribution that `sampling` says
-                the training pass makes them of. Only given where it is True.
-            ended: what ends a response beside `eos_ids`. Only given where there are stop strings.
+            request: prompts, sampling settings, and what to return.
         """

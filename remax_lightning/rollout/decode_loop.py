@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import model_inputs, takes
-from remax_lightning.rollout.base import SamplingConfig, StopCheck
+from remax_lightning.rollout.base import GenerationRequest, StopCheck
 from remax_lightning.rollout.cast_linear import Packed
 from remax_lightning.rollout.sampling import log_probs_of, next_tokens
 from remax_lightning.rollout.static_cache import (
@@ -86,10 +86,8 @@ class Decoding:
 
     Args:
         model: the policy.
-        prompt_ids: `[B, P]` token ids, padded on the left.
-        prompt_mask: `[B, P]` bool.
+        request: prompts, sampling settings, and what to return.
         rows: `[N]` which prompt each row continues.
-        sampling: how to sample.
         recorder: replays the decoding step; None runs the model each time.
         weights: of the model's layers that run on packed ones.
         room: gives buffers for a prefilled cache, rows and slots.
@@ -98,20 +96,18 @@ class Decoding:
     def __init__(
         self,
         model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
+        request: GenerationRequest,
         rows: Tensor,
-        sampling: SamplingConfig,
         recorder: Recorder | None,
         weights: list[Packed],
         room: Callable[[DynamicCache, int, int], Buffers],
     ) -> None:
         from transformers import DynamicCache
 
-        self.model, self.sampling, self.recorder, self.weights = model, sampling, recorder, weights
-        self.prompt_length, self.num_sampled = prompt_ids.shape[1], len(prompt_ids) * sampling.num_samples
+        self.model, self.request, self.recorder, self.weights = model, request, recorder, weights
+        self.prompt_length, self.num_sampled = request.prompt_ids.shape[1], request.num_sampled
         cache = DynamicCache(config=model.config)
-        inputs = model_inputs(model, prompt_ids, prompt_mask)
+        inputs = model_inputs(model, request.prompt_ids, request.prompt_mask)
         if takes(model, "logits_to_keep"):
             inputs["logits_to_keep"] = 1
         self.logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
@@ -122,8 +118,9 @@ class Decoding:
                 " and values; leave model.rollout out, or set it to HuggingFaceEngine"
             )
         self.layout = layout
-        self.buffers = room(cache, len(rows), attended_length(self.prompt_length + sampling.max_response_length))
-        self._fill(cache, prompt_mask[rows].long(), rows)
+        length = attended_length(self.prompt_length + request.sampling.max_response_length)
+        self.buffers = room(cache, len(rows), length)
+        self._fill(cache, request.prompt_mask[rows].long(), rows)
         # Row i of the model's batch writes row active[i] of the responses, until that has ended.
         self.active = torch.arange(len(rows), device=rows.device)
         self.ended = torch.zeros_like(rows, dtype=torch.bool)
@@ -136,43 +133,42 @@ class Decoding:
         buffers.positions[:count, 0] = mask.sum(-1)
         buffers.slot.fill_(self.prompt_length)
 
-    def write(
-        self, eos_ids: list[int], pad_id: int, generator: torch.Generator, log_probs: bool, ended: StopCheck | None
-    ) -> Written:
-        """Write all responses; the arguments are those of `RolloutEngine.generate`."""
-        sampling, device = self.sampling, self.active.device
-        ids = torch.full((len(self.active), sampling.max_response_length), pad_id, dtype=torch.long, device=device)
+    def write(self) -> Written:
+        """Write all responses."""
+        request, sampling, device = self.request, self.request.sampling, self.active.device
+        shape = len(self.active), sampling.max_response_length
+        ids = torch.full(shape, request.pad_id, dtype=torch.long, device=device)  # [N, R]
         written = Written(
             ids,
-            torch.zeros(ids.shape, dtype=torch.float32, device=device) if log_probs else None,
-            None if ended is None else torch.zeros_like(ids[:, 0]),
+            torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
+            None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
         )
-        ends = torch.tensor(eos_ids, device=device)
+        ends = torch.tensor(request.eos_ids, device=device)
         for step in range(sampling.max_response_length):
             may_end = step >= sampling.min_response_length
             if not may_end:
                 self.logits = self.logits.index_fill(1, ends, -torch.inf)
-            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, generator)
-            self._note(written, step, pad_id)
+            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)
+            self._note(written, step)
             self.ended = self.ended | torch.isin(self.tokens, ends)
-            if ended is not None and may_end:
-                self._stop(ended, written, step)
+            if request.stop_check is not None and may_end:
+                self._stop(request.stop_check, written, step)
             if step + 1 == sampling.max_response_length or not self._rows_are_left(step):
                 break
             self._advance(step)
         return written
 
-    def _note(self, written: Written, step: int, pad_id: int) -> None:
+    def _note(self, written: Written, step: int) -> None:
         """Write down the tokens of the rows that go on, and their log-probs."""
-        written.ids[self.active, step] = self.tokens.masked_fill(self.ended, pad_id)
+        written.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
         if written.log_probs is not None:
             drawn = slice(0, self.num_sampled)
-            values = log_probs_of(self.logits[drawn], self.tokens[drawn], self.sampling)
+            values = log_probs_of(self.logits[drawn], self.tokens[drawn], self.request.sampling)
             written.log_probs[self.active[drawn], step] = values.masked_fill(self.ended[drawn], 0.0)
 
-    def _stop(self, ended: StopCheck, written: Written, step: int) -> None:
+    def _stop(self, stop_check: StopCheck, written: Written, step: int) -> None:
         """End the rows whose last token completes a stop string."""
-        stopped = ended(written.ids[self.active, : step + 1]) & ~self.ended
+        stopped = stop_check(written.ids[self.active, : step + 1]) & ~self.ended
         if written.stopped_at is not None:
             written.stopped_at[self.active] = written.stopped_at[self.active].masked_fill(stopped, step + 1)
         self.ended = self.ended | stopped

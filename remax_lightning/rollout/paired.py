@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from remax_lightning.models.forward import language_model, row_prompts
-from remax_lightning.rollout.base import GenerationOutput, SamplingConfig, StopCheck
+from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
 from remax_lightning.rollout.cast_linear import Packed, is_shared, packed_linears
 from remax_lightning.rollout.decode_loop import Buffers, Decoding
 from remax_lightning.rollout.step_cache import Recorder
@@ -39,34 +38,20 @@ class PairedEngine:
 
     @torch.inference_mode(False)  # training could not write into memory that is kept from a validation's
     @torch.no_grad()
-    def generate(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        *,
-        sampling: SamplingConfig,
-        eos_ids: list[int],
-        pad_id: int,
-        generator: torch.Generator,
-        greedy: bool = True,
-        log_probs: bool = False,
-        ended: StopCheck | None = None,
-    ) -> GenerationOutput:
-        """Write `n` sampled responses and, if `greedy`, one greedy response per prompt; see `RolloutEngine`."""
+    def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
+        """Write `n` sampled responses and, if `request.greedy`, one greedy response per prompt; see `RolloutEngine`."""
         model = language_model(model)
-        rows = row_prompts(prompt_ids, sampling.num_samples, greedy)
+        rows = row_prompts(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
         with packed_linears(model, len(rows), self._packed) as weights:
             self._packed = weights
             if self.recorder is not None:
                 self.recorder.begin(model)
-            decoding = Decoding(model, prompt_ids, prompt_mask, rows, sampling, self.recorder, weights, self._room)
-            written = decoding.write(eos_ids, pad_id, generator, log_probs, ended)
-        self._end(model, prompt_ids.device)
-        num_sampled = len(prompt_ids) * sampling.num_samples
+            written = Decoding(model, request, rows, self.recorder, weights, self._room).write()
+        self._end(model, request.prompt_ids.device)
+        num_sampled = request.num_sampled
         return GenerationOutput(
             written.ids[:num_sampled],
-            written.ids[num_sampled:] if greedy else None,
+            written.ids[num_sampled:] if request.greedy else None,
             None if written.log_probs is None else written.log_probs[:num_sampled],
             written.stopped_at,
         )

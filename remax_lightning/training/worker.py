@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from remax_lightning.functional import response_mask
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import RolloutEngine, SamplingConfig, StopCheck
+from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
@@ -76,21 +76,19 @@ def write(
         log_probs: whether the engine is asked for the log-probs of what it samples.
     """
     rolling_out = timed(times, "rollout", prompt.prompt_ids.device)
-    asked: dict[str, Any] = {} if stopping.ended is None else {"ended": stopping.ended}
-    if log_probs:
-        asked["log_probs"] = True
+    request = GenerationRequest(
+        prompt_ids=prompt.prompt_ids,
+        prompt_mask=prompt.prompt_mask,
+        sampling=sampling,
+        eos_ids=stopping.eos_ids,
+        pad_id=stopping.pad_id,
+        generator=generator,
+        greedy=greedy,
+        return_log_probs=log_probs,
+        stop_check=stopping.ended,
+    )
     with rolling_out, torch.no_grad(), evaluating(model), rollout_parameters(model):
-        generated = engine.generate(
-            model,
-            prompt.prompt_ids,
-            prompt.prompt_mask,
-            sampling=sampling,
-            eos_ids=stopping.eos_ids,
-            pad_id=stopping.pad_id,
-            generator=generator,
-            greedy=greedy,
-            **asked,
-        )
+        generated = engine.generate(model, request)
         count, stopped_at = len(generated.sampled_ids), generated.stopped_at
         at = (None, None) if stopped_at is None else (stopped_at[:count], stopped_at[count:])
         sampled = _responses(generated.sampled_ids, stopping.eos_ids, at[0], tokenizer)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import find_head
 from remax_lightning.modules import LossConfig
-from remax_lightning.rollout import GenerationOutput, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.strategies import gather_mode as choice
 from remax_lightning.strategies import rollout_parameters, whole_parameters
 
@@ -38,19 +39,19 @@ class UnevenEngine:
     def __init__(self, path: str, dtype: Any) -> None:
         self.plain, self.equal, self.lengths, self.held = ModelConfig(path, dtype), None, [], []
 
-    def generate(self, model: Any, *args: Any, generator: torch.Generator, **options: Any) -> GenerationOutput:
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
         length = LENGTHS[RANK - RANKS]
-        options["sampling"] = SamplingConfig(max_response_length=length, min_response_length=length)
-        state = generator.get_state()
+        sampling = SamplingConfig(max_response_length=length, min_response_length=length)
+        request, state = replace(request, sampling=sampling), request.generator.get_state()
         self.hooks = sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
         with self.counting(model):
-            made = PairedEngine().generate(model, *args, generator=generator, **options)
+            made = PairedEngine().generate(model, request)
         self.lengths.append(made.sampled_ids.shape[1])
         if self.equal is None:
-            generator.set_state(state)
+            request.generator.set_state(state)
             plain = self.plain.load("model.policy")
             plain.to(made.sampled_ids.device)
-            wanted = PairedEngine().generate(plain, *args, generator=generator, **options)
+            wanted = PairedEngine().generate(plain, request)
             self.equal = torch.equal(made.sampled_ids, wanted.sampled_ids) and torch.equal(
                 made.greedy_ids, wanted.greedy_ids
             )

@@ -12,14 +12,20 @@ import torch
 from conftest import make_tokenizer
 from helpers.training import PROMPTS, Recorder, make_trainer, prompt_data, remax_module, save_policy, write_rows
 from lightning.pytorch import Callback
-from torch import Tensor
 
 from remax_lightning.data import PromptDataModule
 from remax_lightning.evaluation.dataset_texts import text_pieces
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import (
+    AutoEngine,
+    GenerationOutput,
+    GenerationRequest,
+    HuggingFaceEngine,
+    PairedEngine,
+    SamplingConfig,
+)
 from remax_lightning.rollout.auto import engine_like
 from remax_lightning.types import EvalConfig, PromptBatch, PromptRecord
 
@@ -42,12 +48,12 @@ class Scripted:
     def __init__(self) -> None:
         self.scripts: dict[int, list[list[int]]] = {}
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
-        script = self.scripts[id(model)][: len(prompt_ids)]
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        script = self.scripts[id(model)][: len(request.prompt_ids)]
         z = make_tokenizer().convert_tokens_to_ids("z")
         rows = [[z] * count + [2] * (5 - count) for counts in script for count in counts]
-        greedy = torch.tensor([[z] * 2 + [2] * 3] * len(prompt_ids))
-        return GenerationOutput(torch.tensor(rows), greedy if options["greedy"] else None)
+        greedy = torch.tensor([[z] * 2 + [2] * 3] * len(request.prompt_ids))
+        return GenerationOutput(torch.tensor(rows), greedy if request.greedy else None)
 
 
 class Start(Callback):
@@ -177,9 +183,9 @@ class Noted(PairedEngine):
         super().__init__()
         self.seeds: list[int] = []
 
-    def generate(self, *arguments: Any, **options: Any) -> GenerationOutput:
-        self.seeds.append(options["generator"].initial_seed())
-        return super().generate(*arguments, **options)
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        self.seeds.append(request.generator.initial_seed())
+        return super().generate(model, request)
 
 
 def test_policy_and_reference_draw_independently(folders: tuple[str, str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from remax_lightning.data import PromptDataModule
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards.base import Reward, Scores
-from remax_lightning.rollout import GenerationOutput, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, GenerationRequest, SamplingConfig
 from remax_lightning.types import StepOutput
 
 EARLY_ENDS = (2, *range(4, 28))
@@ -50,11 +50,11 @@ class FixedEngine:
 
     def __init__(self, sampled: Sequence[Sequence[int]], greedy: Sequence[Sequence[int]] = ()) -> None:
         self.sampled, self.greedy = torch.tensor(sampled), torch.tensor(greedy)
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[GenerationRequest] = []
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
-        self.asked.append(options)
-        return GenerationOutput(self.sampled.clone(), self.greedy.clone() if options["greedy"] else None)
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        self.requests.append(request)
+        return GenerationOutput(self.sampled.clone(), self.greedy.clone() if request.greedy else None)
 
 
 def save_policy(

@@ -73,9 +73,9 @@ def test_a_rollout_finds_no_gradients_of_the_step_before(policy: str, tmp_path: 
     """They would take the memory of a policy beside keys and values."""
 
     class Watched(PairedEngine):
-        def generate(self, model: Any, *arguments: Any, **options: Any) -> Any:
+        def generate(self, model: Any, request: Any) -> Any:
             found.append(sum(parameter.grad is not None for parameter in model.parameters()))
-            return super().generate(model, *arguments, **options)
+            return super().generate(model, request)
 
     found: list[int] = []
     fit(remax_module(policy, rollout=Watched()), prompt_data(tmp_path, policy), tmp_path, max_steps=3)

@@ -14,7 +14,7 @@ from helpers.training import FixedEngine, distance, fit, prompt_data, remax_modu
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation import evaluator as module_file
 from remax_lightning.modules import KLConfig, LossConfig
-from remax_lightning.rollout import GenerationOutput, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ class StoppedEngine(FixedEngine):
         self.stopped_at = torch.tensor([len(row) if len(row) < length else 0 for row in ids])
         super().__init__([[*row, *(length - len(row)) * [pad]] for row in ids])
 
-    def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-        ended = options.pop("ended")
-        assert ended(self.sampled[:, :3]).tolist() == [True, False, False]
-        made = super().generate(*args, **options)
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        assert request.stop_check is not None
+        assert request.stop_check(self.sampled[:, :3]).tolist() == [True, False, False]
+        made = super().generate(model, request)
         return GenerationOutput(made.sampled_ids, made.sampled_ids[:], None, self.stopped_at.repeat(2))
 
 
@@ -103,17 +103,18 @@ def test_log_probs_of_the_rollout_take_the_place_of_a_pass(
 
 def test_the_rollout_is_not_asked_for_log_probs_that_nothing_reads(folders: tuple[str, str], tmp_path: Path) -> None:
     class Asked(PairedEngine):
-        asked = None
+        request = None
 
-        def generate(self, *args: Any, **options: Any) -> GenerationOutput:
-            self.asked = set(options)
-            return super().generate(*args, **options)
+        def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+            self.request = request
+            return super().generate(model, request)
 
     engine = Asked()
     module = remax_module(*folders, rollout=engine, loss=LossConfig("clipped", old_log_probs="rollout"))
     fit(module, prompt_data(tmp_path, folders[0]), tmp_path)
-    assert engine.asked is not None
-    assert not {"log_probs", "ended"} & engine.asked
+    assert engine.request is not None
+    assert not engine.request.return_log_probs
+    assert engine.request.stop_check is None
 
 
 def test_a_kl_over_the_vocabulary_needs_a_pass_of_its_own(folders: tuple[str, str]) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from helpers.training import PROMPTS, CharacterReward, Recorder, fit, make_trainer, prompt_data, remax_module
-from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Scores
-from remax_lightning.rollout import GenerationOutput
+from remax_lightning.rollout import GenerationOutput, GenerationRequest
 
 
 class OnePromptReward(CharacterReward):
@@ -37,9 +36,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class PromptEngine:
     """Writes what the prompt alone decides, so that it does not matter which rank reads it."""
 
-    def generate(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, **options: Any) -> GenerationOutput:
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
         rows = []
-        for ids, mask in zip(prompt_ids, prompt_mask, strict=True):
+        for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True):
             generator = torch.Generator().manual_seed(int((ids * mask).sum()))
             rows.append(torch.randint(4, 90, (2, 6), generator=generator))
             for row in rows[-1]:

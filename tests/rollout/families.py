@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, RolloutEngine, SamplingConfig
+from remax_lightning.rollout import (
+    AutoEngine,
+    GenerationOutput,
+    GenerationRequest,
+    HuggingFaceEngine,
+    RolloutEngine,
+    SamplingConfig,
+)
 from remax_lightning.rollout.auto import choose_engine, obstacle
 
 VOCABULARY, PAD = 64, 3
@@ -132,15 +139,8 @@ def rollout(
     engine: RolloutEngine, model: Any, ids: Tensor, mask: Tensor, *, eos: int, **sampling: Any
 ) -> GenerationOutput:
     """Call `engine` with a generator of its own."""
-    return engine.generate(
-        model,
-        ids,
-        mask,
-        sampling=SamplingConfig(**sampling),
-        eos_ids=[eos],
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(0),
-    )
+    generator = torch.Generator().manual_seed(0)
+    return engine.generate(model, GenerationRequest(ids, mask, SamplingConfig(**sampling), [eos], PAD, generator))
 
 
 # Greedy rows

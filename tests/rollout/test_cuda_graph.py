@@ -9,7 +9,7 @@ from fake_cuda import FakeCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
 from rollout.test_step_cache import IDS, PAD, RECORDED, equal, move, roll_out
 
-from remax_lightning.rollout import AutoEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationRequest, PairedEngine, SamplingConfig
 
 FALCONS = [family for family in RECORDED if "Falcon" in family.name]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "mixed"])
@@ -107,8 +107,8 @@ def test_the_host_waits_at_looks_only(log_probs: bool, record: bool, fake_cuda: 
     fake_cuda.reads.clear()
     sampling = SamplingConfig(max_response_length=40, min_response_length=2, top_p=0.9, top_k=5)
     chance = torch.Generator("cuda").manual_seed(0)
-    options = {"sampling": sampling, "eos_ids": [95], "pad_id": PAD, "generator": chance, "log_probs": log_probs}
-    assert engine.generate(model, prompts, mask, **options).sampled_ids.shape == (4, 40)
+    request = GenerationRequest(prompts, mask, sampling, [95], PAD, chance, return_log_probs=log_probs)
+    assert engine.generate(model, request).sampled_ids.shape == (4, 40)
     # The ids that end a response are copied there once. The prefill asks whether any prompt is padded; after 16 and 32
     # tokens ended rows are counted.
     assert fake_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}

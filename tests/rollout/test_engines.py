@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from remax_lightning.rollout import AutoEngine, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationRequest, HuggingFaceEngine, PairedEngine, SamplingConfig
 from remax_lightning.rollout import decode_loop as decoding
 from remax_lightning.rollout.auto import obstacle
 from remax_lightning.rollout.static_cache import make_slots
@@ -35,16 +35,9 @@ def run(
     **sampling: Any,
 ) -> Any:
     ids, mask = left_padded(lengths)
-    return engine().generate(
-        model,
-        ids,
-        mask,
-        sampling=SamplingConfig(**sampling),
-        eos_ids=[eos],
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        **(asked or {}),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    request = GenerationRequest(ids, mask, SamplingConfig(**sampling), [eos], PAD, generator, **(asked or {}))
+    return engine().generate(model, request)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -105,15 +98,15 @@ def test_sampled_tokens_follow_the_models_distribution(engine: Any) -> None:
     model = tiny_model("llama", vocab_size=12)
     ids = torch.tensor([[5, 6, 7]])
     draws = 4000
-    generated = engine().generate(
-        model,
-        ids,
-        torch.ones_like(ids, dtype=torch.bool),
+    request = GenerationRequest(
+        prompt_ids=ids,
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool),
         sampling=SamplingConfig(max_response_length=1, num_samples=draws, temperature=0.7),
         eos_ids=[EOS],
         pad_id=PAD,
         generator=torch.Generator().manual_seed(0),
     )
+    generated = engine().generate(model, request)
     expected = draws * (model(ids).logits[0, -1].double() / 0.7).softmax(-1)
     counts = torch.bincount(generated.sampled_ids[:, 0], minlength=12)
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
@@ -184,18 +177,9 @@ def test_rows_leave_the_batch_by_halves(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_greedy_rows() -> None:
-    ids, mask = left_padded([3, 5])
     for engine in ENGINES:
-        generated = engine().generate(
-            tiny_model("llama"),
-            ids,
-            mask,
-            sampling=SamplingConfig(max_response_length=4, num_samples=2),
-            eos_ids=[EOS],
-            pad_id=PAD,
-            generator=torch.Generator().manual_seed(0),
-            greedy=False,
-        )
+        asked = {"greedy": False}
+        generated = run(engine, tiny_model("llama"), [3, 5], asked=asked, max_response_length=4, num_samples=2)
         assert generated.greedy_ids is None
         assert generated.sampled_ids.shape == (4, 4)
 
@@ -270,7 +254,7 @@ def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options
     model = tiny_model("llama")
     lengths, eos = [3, 7, 5, 4], likely_token(model)
     options = {"max_response_length": 16, "num_samples": 6, **options}
-    made = run(engine, model, lengths, eos=eos, asked={"log_probs": True}, **options)
+    made = run(engine, model, lengths, eos=eos, asked={"return_log_probs": True}, **options)
     ids, mask = left_padded(lengths)
     counted = response_mask(made.sampled_ids, [eos])
     empty = [""] * len(counted)
@@ -287,7 +271,7 @@ def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_have_32_bits_in_a_run_of_16(engine: Any) -> None:
     """In `bf16-true` Lightning runs a step with bfloat16 as the default dtype."""
-    options: dict[str, Any] = {"max_response_length": 6, "asked": {"log_probs": True}}
+    options: dict[str, Any] = {"max_response_length": 6, "asked": {"return_log_probs": True}}
     expected = run(engine, tiny_model("llama"), [3, 7], **options).log_probs
     model = tiny_model("llama")
     torch.set_default_dtype(torch.bfloat16)
@@ -319,7 +303,7 @@ def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, mo
     free = run(engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=2)
     token = int(free.greedy_ids[0, 4])
     made = run(
-        engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=2, asked={"ended": ended_by((token,))}
+        engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=2, asked={"stop_check": ended_by((token,))}
     )
     assert made.greedy_ids.shape == free.greedy_ids.shape
     for row, whole, at in zip(made.greedy_ids, free.greedy_ids, made.stopped_at[6:].tolist(), strict=True):
@@ -336,7 +320,7 @@ def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, mo
 def test_eos_before_it_counts_and_the_minimum_length_holds_it_back(engine: Any) -> None:
     model = tiny_model("llama")
     eos = likely_token(model)
-    asked = {"ended": ended_by((eos,))}
+    asked = {"stop_check": ended_by((eos,))}
     at_once = run(engine, model, [3, 7, 5], max_response_length=12, eos=eos, asked=asked)
     assert (at_once.greedy_ids == eos).any()
     assert (at_once.stopped_at == 0).all()
@@ -349,6 +333,6 @@ def test_eos_before_it_counts_and_the_minimum_length_holds_it_back(engine: Any) 
         max_response_length=12,
         eos=0,
         min_response_length=9,
-        asked={"ended": ended_by((token,))},
+        asked={"stop_check": ended_by((token,))},
     )
     assert ((held.stopped_at == 0) | (held.stopped_at > 9)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from rollout.families import (
     sampled_agrees,
 )
 
-from remax_lightning.rollout import AutoEngine, GenerationOutput, HuggingFaceEngine, PairedEngine, SamplingConfig
+from remax_lightning.rollout import (
+    AutoEngine,
+    GenerationOutput,
+    GenerationRequest,
+    HuggingFaceEngine,
+    PairedEngine,
+    SamplingConfig,
+)
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "generate_families.py"
 COMMITTED = SCRIPT.with_name("families.md").read_text(encoding="utf-8")
@@ -103,8 +111,9 @@ def test_an_adapted_policy_is_decoded_by_the_fast_engine(caplog: pytest.LogCaptu
 class _Faulty:
     """An engine with a fault between it and a right one."""
 
-    def generate(self, model: Any, prompt_ids: Any, prompt_mask: Any, **arguments: Any) -> GenerationOutput:
-        return self.spoil(HuggingFaceEngine().generate(model, prompt_ids, self.mask(prompt_mask), **arguments))
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        request = replace(request, prompt_mask=self.mask(request.prompt_mask))
+        return self.spoil(HuggingFaceEngine().generate(model, request))
 
     def mask(self, mask: torch.Tensor) -> torch.Tensor:
         return mask
@@ -131,7 +140,7 @@ def _generate(
     engine: Any, model: Any, ids: torch.Tensor, mask: torch.Tensor, sampling: SamplingConfig
 ) -> GenerationOutput:
     generator = torch.Generator().manual_seed(0)
-    return engine.generate(model, ids, mask, sampling=sampling, eos_ids=[2], pad_id=3, generator=generator)
+    return engine.generate(model, GenerationRequest(ids, mask, sampling, [2], 3, generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

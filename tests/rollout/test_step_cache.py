@@ -10,7 +10,7 @@ from conftest import tiny_model
 from rollout.families import FAMILIES, Family, family_model
 from torch import nn
 
-from remax_lightning.rollout import PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationRequest, PairedEngine, RolloutEngine, SamplingConfig
 from remax_lightning.rollout import step_cache as recorded
 from remax_lightning.rollout.step_cache import Recorder
 
@@ -23,20 +23,17 @@ def _record_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "RUNS_BEFORE", 3)
 
 
-def roll_out(
-    engine: PairedEngine, model: Any, seed: int = 0, length: int = 40, ids: torch.Tensor = IDS, **options: Any
-) -> Any:
-    return engine.generate(
-        model,
-        ids.to(model.device),
-        torch.ones_like(ids, dtype=torch.bool, device=model.device),
+def roll_out(engine: RolloutEngine, model: Any, seed: int = 0, length: int = 40, ids: torch.Tensor = IDS) -> Any:
+    request = GenerationRequest(
+        prompt_ids=ids.to(model.device),
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool, device=model.device),
         sampling=SamplingConfig(max_response_length=length),
         eos_ids=[EOS],
         pad_id=PAD,
         generator=torch.Generator(model.device).manual_seed(seed),
-        log_probs=True,
-        **options,
+        return_log_probs=True,
     )
+    return engine.generate(model, request)
 
 
 def equal(first: Any, second: Any) -> bool:

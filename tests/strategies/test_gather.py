@@ -12,7 +12,7 @@ from conftest import tiny_model
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.rollout import AutoEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, GenerationRequest, SamplingConfig
 from remax_lightning.strategies import (
     ReMaxDeepSpeedStrategy,
     ReMaxFSDP2Strategy,
@@ -144,7 +144,5 @@ def test_an_engine_may_run_the_model_inside_of_a_lora_wrapper(group: None, gathe
     ids = torch.tensor([[1, 5, 6]])
     sampling = SamplingConfig(max_response_length=2)
     with torch.no_grad(), rollout_parameters(policy.eval()):
-        AutoEngine().generate(
-            policy, ids, ids > 0, sampling=sampling, eos_ids=[2], pad_id=3, generator=torch.Generator()
-        )
+        AutoEngine().generate(policy, GenerationRequest(ids, ids > 0, sampling, [2], 3, torch.Generator()))
     policy(ids).logits.sum().backward()

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from torch import nn
 
 from remax_lightning.models.log_probs import response_statistics
-from remax_lightning.rollout import PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.rollout import cast_linear as packed
 from remax_lightning.tools.plan.activation_memory import StepPasses, StepShape
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
@@ -46,15 +46,9 @@ def test_a_rollout(family: str, autocast: Any, monkeypatch: pytest.MonkeyPatch) 
     copy = 2 * sum(each.weight.numel() for each in model.modules() if autocast is mixed and type(each) is nn.Linear)
     expected = passes(model, autocast).rollout(greedy=True)
     with LiveBytes([model]) as live, autocast():
-        PairedEngine(record=False).generate(
-            model,
-            prompt.prompt_ids,
-            prompt.prompt_mask,
-            sampling=SAMPLING,
-            eos_ids=[2],
-            pad_id=0,
-            generator=torch.Generator().manual_seed(0),
-        )
+        generator = torch.Generator().manual_seed(0)
+        request = GenerationRequest(prompt.prompt_ids, prompt.prompt_mask, SAMPLING, [2], 0, generator)
+        PairedEngine(record=False).generate(model, request)
     assert expected.cache + expected.working + copy == pytest.approx(live.peak, rel=0.1)
 
 
