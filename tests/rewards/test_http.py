@@ -143,8 +143,14 @@ def test_a_plain_list_is_an_answer_and_rows_and_headers_are_sent(
 
 
 def test_requests_run_at_once_up_to_the_limit(scorer: Scorer) -> None:
-    scorer.answers = [slow(0.2)] * 6
-    score(scorer.reward(batch_size=1, concurrency=3))
+    three_arrived = threading.Barrier(3)
+
+    def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        three_arrived.wait(timeout=30)
+        slow(0.05)(handler, body)
+
+    scorer.answers = [answer] * 6
+    score(HTTPReward(scorer.url, batch_size=1, concurrency=3, timeout=60.0))
     assert scorer.most_at_once == 3
 
 
@@ -179,7 +185,7 @@ def test_it_gives_up_after_the_retries_and_says_why(scorer: Scorer, failing: Ans
         RewardError, match=rf"(?s)HTTPReward\({scorer.url}\) gave no scores in 3 tries.*{said}.*timeout"
     ):
         score(scorer.reward(retries=2, timeout=0.3))
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 30  # three tries of 0.3 s, on a machine that may be busy
     assert len(scorer.seen) == 3
 
 
@@ -193,7 +199,7 @@ def test_an_answer_that_never_ends_is_given_up_in_time(scorer: Scorer) -> None:
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"the answer was not complete after 0\.5 s"):
         score(scorer.reward(retries=0, timeout=0.5))
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

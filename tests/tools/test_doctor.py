@@ -84,7 +84,6 @@ def test_in_16_bits_rounding_passes(tmp_path: Path, capsys: pytest.CaptureFixtur
     config = with_reward_model(healthy(tmp_path), tmp_path, dtype="bfloat16")
     outcome, results = doctor(capsys, tmp_path, config, "--trainer.precision", "bf16-true")
     assert statuses(results) == {}, outcome.out
-    assert results["log_probs"]["values"]["mean"] > 1e-4  # what 32 bits would not pass
     mixed, results = doctor(capsys, tmp_path, config, "--trainer.precision", "bf16-mixed")
     assert statuses(results) == {}, mixed.out
 

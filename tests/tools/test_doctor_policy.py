@@ -13,7 +13,12 @@ from doctor_fixtures import Liar, NeverStopsEngine, SampledAsGreedyEngine, ask, 
 from helpers.cli import changed
 from helpers.training import save_policy
 
+from remax_lightning.functional import TokenStatistics
 from remax_lightning.tools.doctor import DoctorContext
+from remax_lightning.tools.doctor import policy as policy_checks
+from remax_lightning.tools.doctor.finding import Tolerance
+from remax_lightning.tools.doctor.policy import KL, KL_16_BITS, LARGEST, LARGEST_16_BITS, MEAN, MEAN_16_BITS
+from remax_lightning.types import Rollout
 
 SAMPLING = {"max_response_length": 24, "num_samples": 2}
 
@@ -134,6 +139,30 @@ def test_log_probs_of_another_temperature(well: DoctorContext, monkeypatch: pyte
     found = ask(well, "log_probs")
     assert found.status == "fail"
     assert "model.rollout" in found.fix
+
+
+@pytest.mark.parametrize(("precision", "status"), [("32-true", "warn"), ("bf16-mixed", "pass"), ("bf16-true", "pass")])
+def test_rounding_of_16_bits_passes_in_16_bits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, status: str
+) -> None:
+    """The difference is planted: how much the two passes differ by rounding, if at all, depends on the processor."""
+
+    def shifted(_model: Any, rollout: Rollout, _sampling: Any) -> TokenStatistics:
+        assert rollout.log_probs is not None
+        return TokenStatistics(rollout.log_probs + 5e-3, torch.zeros_like(rollout.log_probs))
+
+    monkeypatch.setattr(policy_checks, "policy_statistics", shifted)
+    result = ask(loaded(tmp_path, healthy(tmp_path), trainer__precision=precision), "log_probs")
+    assert result.status == status, result
+    assert result.values == pytest.approx({"mean": 5e-3, "largest": 5e-3}, rel=1e-3)
+
+
+@pytest.mark.parametrize("tolerance", [KL, KL_16_BITS, MEAN, MEAN_16_BITS, LARGEST, LARGEST_16_BITS])
+def test_a_tolerance_passes_rounding_and_fails_a_fault(tolerance: Tolerance) -> None:
+    just_above = 1 + 1e-6
+    assert tolerance.status(0.0) == tolerance.status(tolerance.rounding) == "pass"
+    assert tolerance.status(tolerance.rounding * just_above) == tolerance.status(tolerance.fault) == "warn"
+    assert tolerance.status(tolerance.fault * just_above) == tolerance.status(float("nan")) == "fail"
 
 
 def test_greedy_responses_that_are_drawn(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,14 +262,17 @@ def test_dumps_without_tokens_are_shown_without_shading(browser: Any, tmp_path: 
     assert run(browser, "document.querySelectorAll('svg.chart').length") == 0
 
 
-def test_thousands_of_long_samples_stay_quick(browser: Any, tmp_path: Path) -> None:
+def test_thousands_of_long_samples_do_not_slow_the_page(browser: Any, tmp_path: Path) -> None:
+    """Draws one page of rows whatever the number of samples; the deadlines only notice a page that hangs."""
     text = " ".join(f"word{i}" for i in range(300))
     tokens = [f"word{i}{' ' if i < 299 else ''}" for i in range(300)]
     figures = {"tokens": tokens, "token_kl": [math.sin(i) for i in range(300)], "token_advantages": [0.5] * 300}
     write_samples(tmp_path, [sample(i, response=text, **figures) for i in range(2000)])
     started = time.perf_counter()
     browser.get(main([str(tmp_path)]).as_uri())
-    assert time.perf_counter() - started < 15
+    assert time.perf_counter() - started < 60
+    assert len(shown(browser)) == 20
+    assert run(browser, "document.querySelectorAll('#rows [data-i]').length") == 20 * 300
     milliseconds = run(
         browser,
         """(() => {
@@ -281,7 +284,7 @@ def test_thousands_of_long_samples_stay_quick(browser: Any, tmp_path: Path) -> N
         })()""",
     )
     assert browser.find_element("id", "count").text == "111 of 2,000 samples"
-    assert milliseconds < 3000
+    assert milliseconds < 20_000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
