@@ -14,6 +14,64 @@ def _require(holds: bool, key: str, expected: str, got: object) -> None:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled. By default nothing truncates the distribution.
+
+    Args:
+        max_response_length: maximum number of tokens in a response, including the end-of-sequence token.
+        min_response_length: minimum number of tokens before a response may end.
+        num_samples: sampled responses per prompt, `n`. The paper uses one.
+        temperature: divides the logits.
+        top_k: sample from the `top_k` most likely tokens only; 0 samples from all of them.
+        top_p: sample from the smallest set of most likely tokens whose probability reaches `top_p`.
+        min_p: drop tokens less likely than `min_p` times the most likely one.
+        scale_log_probs: divide the logits by the temperature in the training pass too. True keeps the gradient
+            on-policy; False is what the paper's code does.
+        stop_strings: strings that end a response as an end-of-sequence token does; the tokens that complete one belong
+            to the response.
+        processed_log_probs: take the policy's log-probs under the truncated distribution, over the tokens that top-k,
+            top-p and min-p keep. True keeps the gradient on-policy under truncation; False is what the paper's code
+            does. The reference always keeps all tokens, so that the KL is finite.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    max_response_length: int = 256
+    min_response_length: int = 0
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    scale_log_probs: bool = True
+    stop_strings: tuple[str, ...] = ()
+    processed_log_probs: bool = False
+
+    def __post_init__(self) -> None:
+        limit = self.max_response_length
+        checks = (
+            (limit >= 1, "max_response_length", "at least 1"),
+            (0 <= self.min_response_length <= limit, "min_response_length", "between 0 and max_response_length"),
+            (self.num_samples >= 1, "num_samples", "at least 1"),
+            (self.temperature > 0, "temperature", "above 0 (the greedy response is decoded anyway, as the baseline)"),
+            (self.top_k >= 0, "top_k", "0 (all tokens) or more"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= self.min_p < 1, "min_p", "at least 0 and below 1"),
+            (all(self.stop_strings), "stop_strings", "strings of at least one character"),
+            (self.truncates or not self.processed_log_probs, "processed_log_probs",
+             "false where top_k, top_p and min_p drop no token"),
+        )  # fmt: skip
+        for holds, name, expected in checks:
+            _require(holds, f"sampling.{name}", expected, getattr(self, name))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether sampling drops part of the policy's distribution."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True)
 class KLConfig:
     """How the KL to the reference is estimated and charged. `model.kl_coef` scales what enters the reward.
 

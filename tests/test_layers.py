@@ -28,7 +28,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "sharding": {"errors"},
     "functional": set(),
-    "models": LOWER | {"strategies", "rollout"},
+    "models": LOWER | {"strategies"},
     "strategies": LOWER,
     "data": LOWER,
     "rewards": LOWER | {"models", "data.conversations"},  # a reward model reads the tokens that it was trained on

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import (
     PolicyStatistics,
     SamplingMask,
@@ -17,8 +18,7 @@ from remax_lightning.functional import (
 )
 from remax_lightning.models.forward import model_inputs, takes
 from remax_lightning.models.lm_head import find_head, hidden_states, required_head
-from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import kept_tokens
+from remax_lightning.models.sampling_mask import sampling_mask
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def policy_statistics(
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    temperature, kept = _temperature(sampling), kept_tokens(sampling)
+    temperature, kept = _temperature(sampling), sampling_mask(sampling)
     found: list[PolicyStatistics] = []
     for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:

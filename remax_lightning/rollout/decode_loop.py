@@ -11,9 +11,10 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import model_inputs, takes
+from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationRequest, StopCheck
 from remax_lightning.rollout.cast_linear import Packed
-from remax_lightning.rollout.sampling import log_probs_of, next_tokens
+from remax_lightning.rollout.sampling import next_tokens
 from remax_lightning.rollout.static_cache import (
     attended_length,
     cache_of_slots,
@@ -163,7 +164,7 @@ class Decoding:
         written.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
         if written.log_probs is not None:
             drawn = slice(0, self.num_sampled)
-            values = log_probs_of(self.logits[drawn], self.tokens[drawn], self.request.sampling)
+            values = gather_log_probs(self.logits[drawn], self.tokens[drawn], self.request.sampling)
             written.log_probs[self.active[drawn], step] = values.masked_fill(self.ended[drawn], 0.0)
 
     def _stop(self, stop_check: StopCheck, written: Written, step: int) -> None:

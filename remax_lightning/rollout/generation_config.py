@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from remax_lightning.rollout.base import SamplingConfig
+from remax_lightning.config import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import language_model, row_prompts
+from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
-from remax_lightning.rollout.sampling import log_probs_of, next_tokens
+from remax_lightning.rollout.sampling import next_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ class _Choose:
         tokens = next_tokens(scores, request.num_sampled, sampling, request.generator)  # [N]
         if request.return_log_probs:
             sampled = slice(0, request.num_sampled)
-            self.log_probs.append(log_probs_of(scores[sampled], tokens[sampled], sampling))
+            self.log_probs.append(gather_log_probs(scores[sampled], tokens[sampled], sampling))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 

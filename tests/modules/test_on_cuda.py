@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch) -> tuple[Ran, Ran]:
     """Make a run on the CPU, which draws as CUDA does for it, and on the pretended device."""
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "drawn_by_inversion", sampling.drawn_by_race)
+        patch.setattr(sampling, "sample_inverse_cdf", sampling.sample_exponential_race)
         patch.setattr(decoding, "STEPS_BETWEEN_LOOKS", 1)  # on CUDA too: rows that are left draw other numbers
         here = run("cpu")
         with pretend(patch):
@@ -92,7 +92,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
         path,
         sampling=SamplingConfig(
             num_samples=2, top_k=20, top_p=0.9, min_p=0.01, temperature=0.7, max_response_length=20,
-            min_response_length=2, truncate_log_probs=True, stop_strings=["a"],
+            min_response_length=2, processed_log_probs=True, stop_strings=["a"],
         ),
         loss=LossConfig("clipped", old_log_probs="rollout"),
     ),

@@ -146,7 +146,7 @@ def test_the_ratio_of_the_first_update_is_one_under_truncation(
 
     monkeypatch.setattr(objective, "clipped_surrogate_loss", seen)
     sampling = partial(SamplingConfig, max_response_length=6, temperature=1.2, top_p=0.5, min_p=0.01)
-    two_updates(folders, tmp_path / "with", "rollout", sampling=sampling(truncate_log_probs=True))
+    two_updates(folders, tmp_path / "with", "rollout", sampling=sampling(processed_log_probs=True))
     assert ratios[0].abs().max() < 1e-4
     ratios.clear()
     two_updates(folders, tmp_path / "without", "rollout", sampling=sampling())
@@ -156,7 +156,7 @@ def test_the_ratio_of_the_first_update_is_one_under_truncation(
 def test_truncated_log_probs_are_larger_and_train_another_gradient(folders: tuple[str, str], tmp_path: Path) -> None:
     steps = {}
     for truncate in (True, False):
-        sampling = SamplingConfig(max_response_length=6, top_k=5, truncate_log_probs=truncate)
+        sampling = SamplingConfig(max_response_length=6, top_k=5, processed_log_probs=truncate)
         data = prompt_data(tmp_path, folders[0])
         steps[truncate] = fit(remax_module(folders[0], sampling=sampling), data, tmp_path)
     ids = [steps[each].outputs[0]["rollout"].sampled.response_ids for each in (True, False)]

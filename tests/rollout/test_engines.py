@@ -239,7 +239,7 @@ LOG_PROBS = [
     {},
     {"temperature": 0.7},
     {"temperature": 0.7, "scale_log_probs": False, "top_p": 0.6},
-    {"temperature": 0.7, "top_p": 0.6, "top_k": 20, "truncate_log_probs": True},
+    {"temperature": 0.7, "top_p": 0.6, "top_k": 20, "processed_log_probs": True},
 ]
 
 

@@ -10,19 +10,16 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import (
-    draw,
-    drawn_by_inversion,
-    drawn_by_race,
-    kept_tokens,
-    log_probs_of,
-    next_tokens,
-    tempered,
-    truncate,
+from remax_lightning.models.sampling_mask import (
+    apply_temperature,
+    apply_top_k_top_p,
+    gather_log_probs,
+    sampling_mask,
 )
+from remax_lightning.rollout import SamplingConfig
+from remax_lightning.rollout.sampling import next_tokens, sample, sample_exponential_race, sample_inverse_cdf
 
-WAYS = pytest.mark.parametrize("way", [drawn_by_inversion, drawn_by_race], ids=["inversion", "race"])
+WAYS = pytest.mark.parametrize("way", [sample_inverse_cdf, sample_exponential_race], ids=["inversion", "race"])
 
 
 @pytest.mark.parametrize(
@@ -56,13 +53,13 @@ def test_truncated_logits_are_those_of_transformers_warpers(options: dict[str, f
         if name in options:
             expected = warper(options[name])(torch.zeros(16, 1, dtype=torch.long), expected)
     sampling = SamplingConfig(**options)  # type: ignore[arg-type]
-    got = truncate(tempered(logits, sampling.temperature), sampling)
+    got = apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
     torch.testing.assert_close(got, expected)
 
 
 def test_nothing_is_truncated_by_default() -> None:
     logits = torch.randn(4, 200)
-    assert torch.equal(truncate(tempered(logits, 1.0), SamplingConfig()), logits)
+    assert torch.equal(apply_top_k_top_p(apply_temperature(logits, 1.0), SamplingConfig()), logits)
     assert not SamplingConfig().truncates
 
 
@@ -96,7 +93,7 @@ def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int, 
 def test_draws_invert_the_distribution_function() -> None:
     """Against a running sum over the whole vocabulary in float64."""
     logits = 4 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
-    tokens = drawn_by_inversion(logits, torch.Generator().manual_seed(7))
+    tokens = sample_inverse_cdf(logits, torch.Generator().manual_seed(7))
     uniform = torch.rand(500, 1, generator=torch.Generator().manual_seed(7)).double()
     cumulative = logits.double().softmax(-1).cumsum(-1)
     at = torch.arange(500)
@@ -109,7 +106,7 @@ def test_draws_invert_the_distribution_function() -> None:
 def test_a_race_is_won_by_the_first_clock_to_ring() -> None:
     """Against times of rates in float64, from the same random numbers."""
     logits = 4 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
-    tokens = drawn_by_race(logits, torch.Generator().manual_seed(7))
+    tokens = sample_exponential_race(logits, torch.Generator().manual_seed(7))
     clocks = torch.empty(500, 300).exponential_(generator=torch.Generator().manual_seed(7)).double()
     times = clocks / logits.double().softmax(-1)
     assert torch.equal(times.argmin(-1), tokens)
@@ -119,7 +116,7 @@ def test_greedy_rows_draw_nothing() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     tokens = next_tokens(logits, 4, SamplingConfig(), torch.Generator().manual_seed(3))
     assert torch.equal(tokens[4:], logits[4:].argmax(-1))
-    assert torch.equal(tokens[:4], draw(logits[:4], torch.Generator().manual_seed(3)))
+    assert torch.equal(tokens[:4], sample(logits[:4], torch.Generator().manual_seed(3)))
 
 
 def test_the_likeliest_of_equal_tokens_is_the_first() -> None:
@@ -132,11 +129,11 @@ def test_the_likeliest_of_equal_tokens_is_the_first() -> None:
 @pytest.mark.parametrize("truncated", [True, False])
 def test_log_probs_are_of_the_distribution_that_was_asked_for(scale: bool, truncated: bool) -> None:
     """Against a loop in float64 over the tokens that sampling may draw."""
-    sampling = SamplingConfig(temperature=0.6, top_k=6, top_p=0.8, scale_log_probs=scale, truncate_log_probs=truncated)
+    sampling = SamplingConfig(temperature=0.6, top_k=6, top_p=0.8, scale_log_probs=scale, processed_log_probs=truncated)
     logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
-    allowed = truncate(tempered(logits, 0.6), sampling) > -torch.inf
-    tokens = draw(truncate(tempered(logits, 0.6), sampling), torch.Generator().manual_seed(1))
-    got = log_probs_of(logits, tokens, sampling)
+    allowed = apply_top_k_top_p(apply_temperature(logits, 0.6), sampling) > -torch.inf
+    tokens = sample(apply_top_k_top_p(apply_temperature(logits, 0.6), sampling), torch.Generator().manual_seed(1))
+    got = gather_log_probs(logits, tokens, sampling)
     for row, token in enumerate(tokens.tolist()):
         values = [(value / 0.6 if scale else value) for value in logits[row].double().tolist()]
         counted = [math.exp(v) for v, may in zip(values, allowed[row].tolist(), strict=True) if may or not truncated]
@@ -148,10 +145,10 @@ def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_pr
     logits = 2 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     kept = {}
     for scale in (True, False):
-        sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, truncate_log_probs=True)
-        kept[scale] = kept_tokens(sampling)(logits / 0.5 if scale else logits)
+        sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, processed_log_probs=True)
+        kept[scale] = sampling_mask(sampling)(logits / 0.5 if scale else logits)
     assert torch.equal(kept[True], kept[False])
-    assert kept_tokens(SamplingConfig(top_p=0.7)) is None
+    assert sampling_mask(SamplingConfig(top_p=0.7)) is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +162,7 @@ def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_pr
         ("top_p", 0.0),
         ("min_p", 1.0),
         ("stop_strings", ("end", "")),
-        ("truncate_log_probs", True),
+        ("processed_log_probs", True),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: float) -> None:

@@ -185,8 +185,8 @@ def test_a_model_that_reads_padding(well: DoctorContext) -> None:
 @pytest.mark.parametrize(
     ("options", "fixed", "status"),
     [
-        ({"top_p": 0.9}, {"truncate_log_probs": True}, "warn"),
-        ({"top_k": 1}, {"truncate_log_probs": True}, "fail"),
+        ({"top_p": 0.9}, {"processed_log_probs": True}, "warn"),
+        ({"top_k": 1}, {"processed_log_probs": True}, "fail"),
         ({"temperature": 0.9, "scale_log_probs": False}, {"scale_log_probs": True}, "warn"),
         ({"temperature": 0.1, "scale_log_probs": False}, {"scale_log_probs": True}, "fail"),
         ({"min_response_length": 3}, {"min_response_length": 0}, "warn"),

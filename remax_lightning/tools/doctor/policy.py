@@ -36,7 +36,7 @@ def kl_at_start(subject: DoctorContext) -> Finding:
     if module.reference is None:
         raise NotApplicable("there is no reference")
     rollout = module._with_reference(subject.rollout, {})._replace(reference_hidden=None)
-    sampling = replace(module.sampling, truncate_log_probs=False)  # the reference keeps all tokens, too
+    sampling = replace(module.sampling, processed_log_probs=False)  # the reference keeps all tokens, too
     kl, largest = _distance(module.policy, rollout, sampling)
     with evaluating(module.policy):
         in_eval, _ = _distance(module.policy, rollout, sampling)
@@ -150,10 +150,10 @@ def on_policy(subject: DoctorContext) -> Finding:
     """Ask whether responses are drawn from the distribution whose log-probs are trained."""
     module, rollout = subject.module, subject.rollout
     sampling: SamplingConfig = module.sampling
-    drawn = replace(sampling, scale_log_probs=True, truncate_log_probs=sampling.truncates)
+    drawn = replace(sampling, scale_log_probs=True, processed_log_probs=sampling.truncates)
     if sampling.temperature == 1:
         drawn = replace(drawn, scale_log_probs=sampling.scale_log_probs)
-    options = ("scale_log_probs", "truncate_log_probs")
+    options = ("scale_log_probs", "processed_log_probs")
     keys = [name for name in options if getattr(drawn, name) != getattr(sampling, name)]
     if sampling.min_response_length > 0:
         keys.append("min_response_length")
@@ -167,7 +167,7 @@ def on_policy(subject: DoctorContext) -> Finding:
     apart = float((as_drawn - trained)[finite].double().mean()) if finite.any() else 0.0
     fixes = {
         "scale_log_probs": "model.sampling.scale_log_probs: true trains the tempered policy",
-        "truncate_log_probs": "model.sampling.truncate_log_probs: true trains the truncated policy",
+        "processed_log_probs": "model.sampling.processed_log_probs: true trains the truncated policy",
         "min_response_length": "model.sampling.min_response_length bars EOS from tokens that are trained without a bar;"
         " 0 leaves it free",
     }

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from remax_lightning.models.forward import language_model, model_inputs
+from remax_lightning.models.sampling_mask import apply_temperature
 from remax_lightning.rewards.pooling import at_last_token
 from remax_lightning.rollout.generation_config import ignored_settings
-from remax_lightning.rollout.sampling import tempered
 from remax_lightning.tools.doctor.batches import rows_of
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Status
@@ -269,7 +269,7 @@ def _away_from_rollouts(subject: DoctorContext) -> float:
             output_logits=True,
         )
     drawn = torch.stack(found.scores, 1).double().log_softmax(-1)
-    own = tempered(torch.stack(found.logits, 1), sampling.temperature).double().log_softmax(-1)
+    own = apply_temperature(torch.stack(found.logits, 1), sampling.temperature).double().log_softmax(-1)
     kl = (drawn.exp() * (drawn - own)).nan_to_num(0.0).sum(-1)  # 0 * inf of what is never drawn
     ids = found.sequences[:, prompt.prompt_ids.shape[1] :]
     ended = torch.isin(ids, _eos_tensor(subject)).long().cumsum(-1)

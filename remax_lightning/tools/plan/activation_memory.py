@@ -16,8 +16,9 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
 from remax_lightning.models.forward import language_model, model_inputs, row_prompts, takes
 from remax_lightning.models.lm_head import SOFT_CAPS, hidden_states
+from remax_lightning.models.sampling_mask import sampling_mask
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import kept_tokens, next_tokens
+from remax_lightning.rollout.sampling import next_tokens
 from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
@@ -179,7 +180,7 @@ class StepPasses:
         ids, mask = _rows(rows, self.work.length)
         responses, kept = ids[:, self.work.prompt_length :], None
         if model is self.policy:
-            kept = kept_tokens(self.work.sampling)
+            kept = sampling_mask(self.work.sampling)
         predicting = slice(-responses.shape[1] - 1, -1)
         head = None if whole_logits else output_head(model)
         if head is None:
