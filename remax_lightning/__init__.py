@@ -9,7 +9,6 @@ from typing import Any
 from remax_lightning.version import __version__
 
 _PUBLIC = {
-    "batch": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
     "callbacks": (
         "BaselineMonitor",
         "CollapseDetector",
@@ -44,6 +43,7 @@ _PUBLIC = {
         "RolloutEngine",
         "SamplingConfig",
     ),
+    "types": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

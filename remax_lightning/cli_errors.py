@@ -39,6 +39,32 @@ _LITERAL = re.compile(r"Expected a typing\.Literal\[(.+?)\](.*)")
 _TYPE = re.compile(r"Expected an? (?:<class '(?:.*\.)?(\w+)'>|(?:typing\.)?(\S+?))(\. .*)?")
 _NOT_IMPORTED = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_MODULE = re.compile(r"No module named '(.+)'")
+RENAMED_KEYS = {
+    "sampling.truncate_log_probs": "processed_log_probs",
+    "advantage.truncated": "overlong",
+    "loss.normaliser": "normalizer",
+    "rollout.record": "cuda_graphs",
+    "rollout.keep_slots": "keep_cache",
+}
+"""Keys of version 0.1, as group and key without `init_args`, to the key's name today."""
+
+MOVED_NAMES = {
+    "remax_lightning.PretrainedModel": "remax_lightning.ModelConfig",
+    "remax_lightning.models.PretrainedModel": "remax_lightning.models.ModelConfig",
+    "remax_lightning.batch": "remax_lightning.types",
+    "remax_lightning.frozen": "remax_lightning.models.frozen",
+    "remax_lightning.modules.options": "remax_lightning.config",
+    "remax_lightning.modules.schedules": "remax_lightning.training.schedules",
+    "remax_lightning.rewards.deepspeed_chat": "remax_lightning.rewards.formats.deepspeed_chat",
+    "remax_lightning.rollout.engine": "remax_lightning.rollout.base",
+    "remax_lightning.strategies.checkpoints": "remax_lightning.strategies.atomic_checkpoint",
+    "remax_lightning.tools.addition": "remax_lightning.tasks.addition",
+    "remax_lightning.tools.dialogues": "remax_lightning.tasks.dialogues",
+}
+"""Dotted names of version 0.1 that a configuration could hold, modules or classes, to where they are today."""
+
+_NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
+_DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
 _TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 
 
@@ -67,6 +93,8 @@ def concise(message: str, known: Iterable[str] = ()) -> str:
         message: as jsonargparse words it.
         known: the keys that are always there, to suggest one of them.
     """
+    if hint := _new_place(message):
+        return hint
     complaints: dict[str, list[str]] = {}
     for leaf in _leaves(message):
         key, text = _complaint(leaf, list(known))
@@ -89,8 +117,22 @@ def user_mistake(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if isinstance(error, UserError | MisconfigurationException):
-            return str(error)
+            hint = _new_place(str(error))
+            return f"{error}; {hint}" if hint else str(error)
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _new_place(message: str) -> str | None:
+    """Return where an old dotted name in a message is today, None where there is no such name.
+
+    Python names a missing attribute apart from its module; both are put together again.
+    """
+    message = _NO_ATTRIBUTE.sub(r"\1.\2", message)
+    for dotted in _DOTTED.findall(message):
+        for old, new in MOVED_NAMES.items():
+            if f"{dotted}.".startswith(f"{old}."):
+                return f"{dotted} was moved; write {new}{dotted[len(old) :]}"
     return None
 
 
@@ -161,6 +203,10 @@ def _unknown(leaf: _Leaf, group: str | None, name: str, known: list[str]) -> tup
         pass
     else:
         last, options = full.partition(".")[0], list(dict.fromkeys(dest.partition(".")[0] for dest in known))
+    path = [part for part in full.split(".") if part != "init_args"]
+    renamed = RENAMED_KEYS.get(".".join(path[-2:]))
+    if renamed is not None and (renamed in options or not options):
+        return full, f"was renamed; write {full.removesuffix(last)}{renamed}"
     close = difflib.get_close_matches(last, options, 1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(options)}" if options else "remove it"
     return full, f"there is no such key; {hint}"

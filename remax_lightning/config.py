@@ -127,7 +127,7 @@ class AdvantageConfig:
         reward_clip: bound of the absolute reward; None, because clipping hides differences between good responses.
         reward_clip_at: clip the rewards, or their difference to the baseline.
         whiten: give the advantages mean 0 and variance 1 over all tokens of a rollout batch and all ranks.
-        truncated: what to do with a response that hit the length limit: `keep` it as it is, `mask` it out of the loss,
+        overlong: what to do with a response that hit the length limit: `keep` it as it is, `mask` it out of the loss,
             or `penalize` it, as a greedy response too, by `truncation_penalty`.
         truncation_penalty: how much reward a truncated response loses under `penalize`.
     """
@@ -137,7 +137,7 @@ class AdvantageConfig:
     reward_clip: float | None = None
     reward_clip_at: Literal["before_baseline", "after_baseline"] = "after_baseline"
     whiten: bool = False
-    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    overlong: Literal["keep", "mask", "penalize"] = "keep"
     truncation_penalty: float = 1.0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -13,6 +15,10 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.cli import Outcome, changed, in_folder, remax, small_config, write_config
+
+from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS
+from remax_lightning.config import AdvantageConfig, LossConfig
+from remax_lightning.rollout import PairedEngine, SamplingConfig
 
 Config = dict[str, Any]
 Change = Callable[[Config, Path], Config]
@@ -131,6 +137,69 @@ def test_so_it_is_on_the_command_line(
     arguments: list[str], expected: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in message(refused(config, tmp_path, capsys, *arguments))
+
+
+GROUPS = {
+    "sampling": SamplingConfig,
+    "advantage": AdvantageConfig,
+    "loss": LossConfig,
+    "rollout": PairedEngine,
+}
+
+
+def renamed_keys() -> list[Any]:
+    """Every row of the table, under its group of the model: the old key, a value of its kind, the new key."""
+    values = {"truncate_log_probs": True, "truncated": "mask", "normaliser": "tokens", "record": False, "keep_slots": 0}
+    rows = []
+    for dotted, new in RENAMED_KEYS.items():
+        group, _, old = dotted.partition(".")
+        if new in inspect.signature(GROUPS[group]).parameters:
+            rows.append(pytest.param(group, old, values[old], new, id=dotted))
+    return rows
+
+
+@pytest.mark.parametrize(("group", "old", "value", "new"), renamed_keys())
+@pytest.mark.parametrize("command_line", [False, True])
+def test_a_renamed_key_is_refused_with_its_new_name(
+    group: str,
+    old: str,
+    value: Any,
+    new: str,
+    command_line: bool,
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values: Config = {}
+    section = f"model.{group}"
+    if group == "rollout":
+        values = {"model__rollout": {"class_path": "PairedEngine", "init_args": {}}}
+        section += ".init_args"
+    arguments = [f"--{section}.{old}", str(value).lower()] if command_line else []
+    if not command_line:
+        values[f"{section.replace('.', '__')}__{old}"] = value
+    outcome = refused(changed(config, **values), tmp_path, capsys, *arguments)
+    assert message(outcome).strip() == f"{section}.{old}: was renamed; write {section}.{new}"
+
+
+@pytest.mark.parametrize("old", MOVED_NAMES)
+def test_a_name_that_moved_is_refused_with_its_new_place(
+    old: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = MOVED_NAMES[old]
+    module, _, name = new.rpartition(".")
+    assert importlib.util.find_spec(new if name.islower() else module) is not None
+    name = ".Something" if name.islower() else ""
+    outcome = refused(changed(config, model__reward__class_path=f"{old}{name}"), tmp_path, capsys)
+    assert f"was moved; write {new}" in message(outcome)
+
+
+def test_a_function_that_moved_is_refused_with_its_new_place(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = "remax_lightning.tools.dialogues.true_score"
+    outcome = refused(changed(config, model__reward__init_args__function=old), tmp_path, capsys)
+    assert f"{old} was moved; write remax_lightning.tasks.dialogues.true_score" in message(outcome)
 
 
 VALUES = {

@@ -17,9 +17,9 @@ GROWTH = 1.25
 """Length over its start from which `max_length_correlation` counts: alone it may be the task's own."""
 
 ADVICE = {
-    "max_truncation_rate": "raise model.sampling.max_response_length, or set model.advantage.truncated: penalize; the"
+    "max_truncation_rate": "raise model.sampling.max_response_length, or set model.advantage.overlong: penalize; the"
     " reward judges responses without their end",
-    "min_eos_share": "look whether the reward likes long responses; set model.advantage.truncated: penalize, or lower"
+    "min_eos_share": "look whether the reward likes long responses; set model.advantage.overlong: penalize, or lower"
     " the learning rate",
     "min_entropy": "sampled and greedy responses are nearly the same, so there is little left to learn from: stop here"
     " if the reward is as high as can be, otherwise raise model.kl_coef or lower the learning rate",

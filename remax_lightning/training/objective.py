@@ -88,7 +88,7 @@ class Objective:
     def truncation_penalty(self) -> float:
         """Reward that a truncated response loses."""
         config = self.advantage_config
-        return config.truncation_penalty if config.truncated == "penalize" else 0.0
+        return config.truncation_penalty if config.overlong == "penalize" else 0.0
 
     def uses_kl(self, kl_coef: float) -> bool:
         """Whether a KL to the reference enters the advantages or the loss."""
@@ -97,7 +97,7 @@ class Objective:
     def loss_mask(self, rollout: Rollout) -> Tensor:
         """Return `[S, R]` bool, True on the tokens that are trained on."""
         mask = rollout.sampled.response_mask
-        if self.advantage_config.truncated == "mask":
+        if self.advantage_config.overlong == "mask":
             return mask & ~rollout.sampled.truncated[:, None]
         return mask
 

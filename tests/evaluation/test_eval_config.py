@@ -123,7 +123,7 @@ def test_the_penalty_of_truncation_is_the_references_too(folders: tuple[str, str
     engine = Scripted()
     module = remax_module(
         *folders, reward=Letters(), rollout=engine, sampling=SamplingConfig(5),
-        advantage=AdvantageConfig(truncated="penalize", truncation_penalty=10.0),
+        advantage=AdvantageConfig(overlong="penalize", truncation_penalty=10.0),
     )  # fmt: skip
 
     def script(loaded: Any) -> None:

@@ -70,7 +70,7 @@ def test_greedy_figures_do_not_depend_on_the_batches(folders: tuple[str, str], t
     {"sampling": SamplingConfig(max_response_length=3)},
     {"sampling": SamplingConfig(max_response_length=3, num_samples=3)},
     {"sampling": SamplingConfig(max_response_length=3, num_samples=2),
-     "advantage": AdvantageConfig(baseline="leave_one_out", truncated="penalize")},
+     "advantage": AdvantageConfig(baseline="leave_one_out", overlong="penalize")},
 ])  # fmt: skip
 def test_figures_are_means_over_responses_or_tokens(
     options: dict[str, Any], folders: tuple[str, str], tmp_path: Path

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers.training import write_rows
 
-PLUGINS = Path(__file__).parent / "plugins"
+PLUGINS = Path(__file__).parent.parent / "plugins"
 
 
 class Outcome(NamedTuple):

@@ -30,7 +30,7 @@ VARIANTS: dict[str, Options] = {
     "clipped_responses": {"loss": LossConfig("clipped", "responses")},
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
     "whitened_clipped": {"advantage": AdvantageConfig(whiten=True), "loss": LossConfig("clipped")},
-    "masked": {"advantage": AdvantageConfig(truncated="mask")},
+    "masked": {"advantage": AdvantageConfig(overlong="mask")},
     "discounted": {"advantage": AdvantageConfig(gamma=0.9, reward_clip=1.0), "kl": KLConfig(credit="one_step")},
     "kl_loss": {"kl": KLConfig(credit="none", loss_coef=0.3, loss_estimator="k3")},
     "two_samples": {

@@ -156,7 +156,7 @@ def test_choices_are_those_of_the_implementation(name: str) -> None:
             found = found[step]
         assert found == expected, key
     assert made["kl"].loss_coef == 0
-    assert made["advantage"].truncated == "keep"
+    assert made["advantage"].overlong == "keep"
 
 
 def test_every_preset_is_tested() -> None:

@@ -181,7 +181,7 @@ def truncated(plain: str, folder: Path, how: Any, **options: Any) -> tuple[Any, 
         plain,
         rollout=FixedEngine(ENDED, GREEDY),
         sampling=SamplingConfig(max_response_length=4),
-        advantage=AdvantageConfig(truncated=how, truncation_penalty=1.5, **options),
+        advantage=AdvantageConfig(overlong=how, truncation_penalty=1.5, **options),
     )
     recorder = fit(module, three_prompts(folder, plain), folder, callbacks=[watch])
     return recorder.outputs[0], watch.logit_gradients[0], recorder
@@ -204,7 +204,7 @@ def test_nothing_is_trained_where_all_responses_are_masked(plain: str, tmp_path:
         plain,
         rollout=FixedEngine([[4, 5, 6, 7]] * 3, GREEDY),
         sampling=SamplingConfig(max_response_length=4),
-        advantage=AdvantageConfig(truncated="mask", whiten=True),
+        advantage=AdvantageConfig(overlong="mask", whiten=True),
     )
     recorder = fit(module, three_prompts(tmp_path, plain), tmp_path)
     assert all(float(value.abs().max()) == 0 for value in recorder.step().values())

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"loss": LossConfig("clipped")},
     "dual_clip": {"loss": LossConfig("clipped", dual_clip=2.0)},
     "discounted": {"advantage": AdvantageConfig(gamma=0.9)},
-    "masked": {"advantage": AdvantageConfig(truncated="mask")},
+    "masked": {"advantage": AdvantageConfig(overlong="mask")},
 }
 
 

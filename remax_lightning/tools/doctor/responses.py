@@ -221,7 +221,7 @@ def truncation(subject: DoctorContext) -> Finding:
         return Finding("pass", measured, "", values)
     fix = (
         "a cut response is rewarded for what it did not get to say: raise model.sampling.max_response_length, start"
-        " from a policy that was fine-tuned to end, or set model.advantage.truncated to mask or penalize"
+        " from a policy that was fine-tuned to end, or set model.advantage.overlong to mask or penalize"
     )
     return Finding("fail" if bool(sampled.truncated.all()) else "warn", measured, fix, values)
 
