@@ -15,8 +15,8 @@ from remax_lightning.callbacks.step_output import (
     response_baseline,
     response_reward,
     rollout_output,
-    sum_over_ranks,
 )
+from remax_lightning.distributed import sum_over_ranks
 from remax_lightning.errors import UserError
 
 

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from remax_lightning.callbacks.step_output import gather_objects, is_dry_run, rollout_output, run_folder
+from remax_lightning.callbacks.step_output import is_dry_run, rollout_output, run_folder
+from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
 from remax_lightning.types import EvalConfig, PromptRecord
@@ -99,7 +100,7 @@ class Evaluation(Callback):
         else:
             targets = [Path(self.path)]
         free = next((each for each in targets if not each.exists() and not _records_file(each).exists()), None)
-        free = trainer.strategy.broadcast(free)  # rank 0 is the one that writes
+        free = broadcast(trainer.strategy, free)  # rank 0 is the one that writes
         if free is None:
             raise UserError(
                 f"evaluation.path must be a file that does not exist yet, got {self.path}, which exists or has an"
@@ -192,7 +193,7 @@ class Evaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the perplexity of the text; print the table and write the files."""
         pieces = self._log_text(trainer, pl_module, "test")
-        records = gather_records(trainer, self._records)
+        records = gather_records(self._records)
         self._records = []
         if not records or not trainer.is_global_zero:
             return
@@ -215,7 +216,7 @@ class Evaluation(Callback):
         wanted = self._active and (self._asked is None or "perplexity" in self._asked)
         if not wanted or self.text is None or trainer.sanity_checking:
             return []
-        pieces = gather_records(trainer, cast("Any", pl_module).text_records(self._text))
+        pieces = gather_records(cast("Any", pl_module).text_records(self._text))
         for name, figure in figures(pieces, 1, self.seed).items():
             if figure.value is not None:
                 pl_module.log(f"{stage}/{name}", figure.value)  # the same on every rank already
@@ -241,9 +242,9 @@ class Evaluation(Callback):
         return found
 
 
-def gather_records(trainer: Trainer, own: Sequence[PromptRecord]) -> list[PromptRecord]:
+def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
     """Return the records of all ranks in the order of the data set; one that fills up a rank is there once."""
-    every = gather_objects(trainer, list(own))
+    every = [record for part in gather_objects(list(local)) for record in part]
     known: dict[int, PromptRecord] = {}
     for record in every:
         if record.number is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.callbacks.step_output import is_dry_run, run_folder
+from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import policy_weights, save_exported, save_policy
 
@@ -93,7 +94,7 @@ class ExportPolicy(Callback):
         self._metric_appeared = True
         # Rank 0 decides for all: saving may need every rank, and a metric need not be equal to the last
         # digit.
-        score = float(trainer.strategy.broadcast(float(metric)))
+        score = broadcast(trainer.strategy, float(metric))
         if self._improves(score):
             self.best_score, self.best_path = score, self._resolve("best")
             self._export(trainer, pl_module, self._directory / "best")
@@ -142,7 +143,7 @@ class ExportPolicy(Callback):
         elif trainer.is_global_zero:
             write_whole(target, lambda folder: save_policy(model, module.tokenizer, weights, folder, merge_lora=merge))
         rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
-        trainer.strategy.barrier("export_policy")
+        barrier(trainer.strategy, "export_policy")
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -10,14 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import (
-    log_step,
-    max_over_ranks,
-    response_kl,
-    response_reward,
-    rollout_output,
-    sum_over_ranks,
-)
+from remax_lightning.callbacks.step_output import log_step, response_kl, response_reward, rollout_output
+from remax_lightning.distributed import max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.types import StepOutput
 

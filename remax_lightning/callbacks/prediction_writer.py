@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from remax_lightning.callbacks.step_output import max_over_ranks, sum_over_ranks
+from remax_lightning.distributed import max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError
 
 

@@ -9,13 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import (
-    gather_over_ranks,
-    response_kl,
-    response_length,
-    response_reward,
-    sum_over_ranks,
-)
+from remax_lightning.callbacks.step_output import response_kl, response_length, response_reward
+from remax_lightning.distributed import gather_over_ranks, sum_over_ranks
 from remax_lightning.types import StepOutput
 
 

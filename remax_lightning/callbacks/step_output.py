@@ -1,16 +1,15 @@
-"""What callbacks read from the outputs of a step, and how they add it up over ranks.
+"""What callbacks read from the outputs of a step, and what several of them share.
 
-Every sum is made in float64. A decision is only ever taken on reduced numbers, so that all ranks take the
+Sums over ranks are made in float64. A decision is only ever taken on reduced numbers, so that all ranks take the
 same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -53,48 +52,6 @@ def response_baseline(output: StepOutput) -> Tensor | None:
 def response_length(output: StepOutput) -> Tensor:
     """Return the length of each sampled response, `[S]` in tokens, end-of-sequence token included."""
     return output["rollout"].sampled.response_mask.sum(dim=-1).double().cpu()
-
-
-def sum_over_ranks(trainer: Trainer, values: Sequence[float]) -> list[float]:
-    """Return the sum of each value over all ranks, the same list on every rank."""
-    return _reduce(trainer, values, "sum")
-
-
-def max_over_ranks(trainer: Trainer, values: Sequence[float]) -> list[float]:
-    """Return the largest of each value over all ranks, the same list on every rank."""
-    return _reduce(trainer, values, "max")
-
-
-def _reduce(trainer: Trainer, values: Sequence[float], operation: str) -> list[float]:
-    if trainer.world_size == 1:
-        return [float(value) for value in values]
-    # Backends for accelerators reduce what lies on the accelerator only.
-    local = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-    reduced = trainer.strategy.reduce(local, reduce_op=operation)
-    return cast("list[float]", cast("Tensor", reduced).tolist())
-
-
-def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
-    """Return the values (`[M]`, finite, `M` may differ by rank) of all ranks in one CPU float64 tensor."""
-    values = values.double()
-    if trainer.world_size == 1:
-        return values.cpu()
-    longest = int(max_over_ranks(trainer, [values.numel()])[0])
-    if longest == 0:
-        return values.cpu()
-    padded = torch.full((longest,), torch.nan, dtype=torch.float64, device=trainer.strategy.root_device)
-    padded[: values.numel()] = values.to(padded.device)
-    gathered = trainer.strategy.all_gather(padded).cpu().flatten()
-    return gathered[~gathered.isnan()]
-
-
-def gather_objects(trainer: Trainer, own: list[Any]) -> list[Any]:
-    """Return the objects of all ranks in one list, the same on each; every rank has to call this."""
-    if trainer.world_size == 1:
-        return own
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, own)
-    return [each for part in parts for each in part]
 
 
 def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:

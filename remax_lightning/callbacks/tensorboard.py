@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import (
-    gather_over_ranks,
     response_kl,
     response_length,
     response_reward,
     rollout_output,
     tensorboard_writer,
 )
+from remax_lightning.distributed import gather_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.types import StepOutput
 

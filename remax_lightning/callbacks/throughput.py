@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from remax_lightning.callbacks.step_output import log_step, rollout_output, sum_over_ranks
+from remax_lightning.callbacks.step_output import log_step, rollout_output
+from remax_lightning.distributed import sum_over_ranks
 from remax_lightning.types import PromptBatch, StepOutput
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from remax_lightning.distributed import broadcast, raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.evaluation.dataset_texts import as_batch, held_out_responses, response_texts, text_pieces
 from remax_lightning.evaluation.prompt_metrics import RecordSums, by_prompt, compared, prompt_records, sums_by_prompt
 from remax_lightning.functional import PolicyStatistics
@@ -20,7 +21,6 @@ from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig, StopCheck, engine_like
 from remax_lightning.rollout.generation_config import tell_ignored
 from remax_lightning.rollout.stop_strings import stop_string_check
-from remax_lightning.strategies import together
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference, make_reference
@@ -97,7 +97,7 @@ class EvaluatedModule(PolicyModule):
             self._reward_device = self.device
         if self._seed is None:
             # Rank 0's, for it is what a checkpoint holds.
-            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+            self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
@@ -108,7 +108,7 @@ class EvaluatedModule(PolicyModule):
     ) -> Rollout:
         """Sample and decode greedily, and score; `count` rollouts of the stage were made before."""
         greedy = stage == EVALUATION or self.objective.needs_greedy
-        with together(self.trainer):
+        with raise_on_all_ranks(self.trainer):
             written = self._write(self.policy, batch, self.engine, stage, count, times, greedy, log_probs)
             return scored(batch, written, self.reward, self.objective.truncation_penalty, times)
 
@@ -150,7 +150,7 @@ class EvaluatedModule(PolicyModule):
         return policy_statistics(self.policy, rollout, self.sampling, self.reference, trained, batch_size)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(values, reduce_op="sum"))
+        return sum_tensor_over_ranks(self.trainer, values)
 
     # Evaluation
 
@@ -193,10 +193,10 @@ class EvaluatedModule(PolicyModule):
     ) -> list[PromptRecord]:
         """Compare with the reference's and the data set's responses, as far as `measures` asks for it."""
         if self.measures.win_rate_reference and self._reference is not None:
-            with together(self.trainer), self._reference.writing():
+            with raise_on_all_ranks(self.trainer), self._reference.writing():
                 model, engine = self._reference.model, self._reference_engine
                 written = self._write(model, batch, engine, REFERENCE, batch_idx, times, greedy=False)
-            with together(self.trainer):
+            with raise_on_all_ranks(self.trainer):
                 # An engine may decode greedily, whether it is asked to or not.
                 written, penalty = written._replace(greedy=None), self.objective.truncation_penalty
                 rollout = scored(batch, written, self.reward, penalty, times)
@@ -216,7 +216,7 @@ class EvaluatedModule(PolicyModule):
         # Where there is none, the policy's own stands in: it has been scored before, so it can be.
         pairs = zip(texts, records, strict=True)
         chosen = [record.responses["sampled"][0] if text is None else text for text, record in pairs]
-        with together(self.trainer), timed(times, "reward", self.device), torch.no_grad():
+        with raise_on_all_ranks(self.trainer), timed(times, "reward", self.device), torch.no_grad():
             rewards = checked_scores(self.reward, batch.prompts, chosen, batch.rows).reward.tolist()
         return [
             record if text is None else compared(record, "chosen", [text], [reward])

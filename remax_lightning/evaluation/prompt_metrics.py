@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from remax_lightning.distributed import gather_objects
 from remax_lightning.functional import win_rates
 from remax_lightning.training.step_metrics import step_values
 from remax_lightning.types import PromptRecord, Responses, StepOutput
@@ -96,10 +97,7 @@ class RecordSums:
     def means(self) -> dict[str, float]:
         """Return the figures over all ranks, the same on each, and start anew; a prompt counts once."""
         own, self._known, self._others = (self._known, self._others), {}, []
-        parts = [own]
-        if torch.distributed.is_initialized():
-            parts *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, own)
+        parts = gather_objects(own)
         known: dict[int, dict[str, tuple[float, float]]] = {}
         for first, _ in reversed(parts):  # of a prompt that two ranks have had, the first one's
             known |= first

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from remax_lightning.distributed import all_reduce, num_ranks
 from remax_lightning.errors import UserError
 
 Placement = Literal["replicate", "shard", "cpu"]
@@ -57,7 +58,7 @@ class FrozenModel:
         if placement == "cpu":
             self._park(resident)
             return
-        if placement == "shard" and _num_ranks() > 1:
+        if placement == "shard" and num_ranks() > 1:
             self._body = _shard_layers(model, device, key)
         model.to(device)
 
@@ -160,7 +161,7 @@ def equal_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
     def announce(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal last
         last = args, kwargs
-        _sum_over_ranks(1, device)
+        all_reduce(torch.ones((), dtype=torch.long, device=device), "sum")
 
     handle = module.register_forward_pre_hook(announce, with_kwargs=True)
     try:
@@ -168,20 +169,9 @@ def equal_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         handle.remove()
     # Only without an error: after one there is no pass to go on with, and the run is over.
-    while int(_sum_over_ranks(0, device)) > 0:
+    while int(all_reduce(torch.zeros((), dtype=torch.long, device=device), "sum")) > 0:
         with torch.no_grad():
             module(*last[0], **last[1])
-
-
-def _sum_over_ranks(value: int, device: torch.device) -> Tensor:
-    total = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(total)
-    return total
-
-
-def _num_ranks() -> int:
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if initialized else 1
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -215,7 +205,7 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
             f"{key} shard needs a model that names its layers (_no_split_modules), got {type(core).__name__};"
             " set it to cpu or replicate"
         )
-    mesh = init_device_mesh(device.type, (_num_ranks(),))
+    mesh = init_device_mesh(device.type, (num_ranks(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     shared = {id(parameter) for layer in layers for parameter in layer.parameters()}

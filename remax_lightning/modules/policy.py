@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.float32_buffers import Float32Buffers
@@ -76,7 +77,7 @@ class PolicyModule(BaseModule):
             policy = source.load_base("model.policy")
         # ZeRO-3 would cut an adapter into shares before it has its values; the engine does it afterwards.
         with outside_partitioning(strategy):
-            policy = source.adapted(policy, "model.policy", strategy.broadcast(torch.initial_seed()))
+            policy = source.adapted(policy, "model.policy", broadcast(strategy, torch.initial_seed()))
         if isinstance(strategy, ModelParallelStrategy):
             shard_policy(policy, strategy.device_mesh)
         return policy

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remax_lightning.distributed import sum_tensor_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models import ModelConfig
@@ -142,7 +143,7 @@ class RewardModelModule(BaseModule):
         ahead = (chosen - rejected).detach()
         self._training.add({"loss": (loss, None), "accuracy": ((ahead > 0).float(), None), "margin": (ahead, None)})
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
-            reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+            reduce = partial(sum_tensor_over_ranks, self.trainer)
             for name, mean in self._training.means(reduce).items():
                 self.log(f"train/{name}", mean, prog_bar=name != "margin", batch_size=1)
         return {"loss": loss}

@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from remax_lightning.distributed import raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
-from remax_lightning.strategies import together
 from remax_lightning.training.packing import PackingMode, find_parting, pack, packed_log_probs
 from remax_lightning.training.step_metrics import Sums
 from remax_lightning.training.worker import StoppingCriteria, scored, write
@@ -87,9 +87,9 @@ class SFTModule(PolicyModule):
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Take the negative log-likelihood of the responses."""
         nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
-        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        reduce = partial(sum_tensor_over_ranks, self.trainer)
         own = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
-        tokens = cast(Tensor, reduce(torch.tensor(float(own), dtype=torch.float32, device=self.device)))
+        tokens = reduce(torch.tensor(float(own), dtype=torch.float32, device=self.device))
         # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
         loss = nll.sum() * (accumulate * self.trainer.world_size / tokens)
         self._training.add({"loss": (nll, None)})
@@ -111,7 +111,7 @@ class SFTModule(PolicyModule):
         if self.reward is None:
             return
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
-        with together(self.trainer):
+        with raise_on_all_ranks(self.trainer):
             written = write(
                 self.policy,
                 prompt,
@@ -137,6 +137,6 @@ class SFTModule(PolicyModule):
         self._log_loss("test")
 
     def _log_loss(self, stage: str) -> None:
-        loss = self._held_out.means(partial(self.trainer.strategy.reduce, reduce_op="sum"))["loss"]
+        loss = self._held_out.means(partial(sum_tensor_over_ranks, self.trainer))["loss"]
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/perplexity", math.exp(loss) if loss < MAX_LOSS else math.inf)

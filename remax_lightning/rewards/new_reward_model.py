@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from remax_lightning.distributed import rank
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.loading import checkpoint_activations, looks_local, zero_dropout
@@ -97,7 +98,7 @@ def _draw(head: nn.Linear) -> None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
+            if rank() == 0:
                 head.weight.copy_(weight)
     else:
         head.weight.copy_(weight)

@@ -1,6 +1,5 @@
 """Distributed training: how processes share the work, save it and fail together, and how a policy in parts is read."""
 
-from remax_lightning.distributed import max_over_ranks, together
 from remax_lightning.strategies.atomic_checkpoint import AtomicCheckpointIO, newest, settle, sweep
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
@@ -12,7 +11,6 @@ __all__ = [
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
     "loading_policy",
-    "max_over_ranks",
     "newest",
     "outside_partitioning",
     "passes_meet",
@@ -20,6 +18,5 @@ __all__ = [
     "settle",
     "shard_policy",
     "sweep",
-    "together",
     "whole_parameters",
 ]

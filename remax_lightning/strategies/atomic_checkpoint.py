@@ -19,6 +19,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import Strategy
 
+from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
@@ -73,11 +74,11 @@ def whole_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
         strategy: the trainer's; every rank has to enter and leave.
         target: where the checkpoint is to be; rank 0's counts.
     """
-    target = Path(strategy.broadcast(target))
+    target = Path(broadcast(strategy, target))
     new = _prepared(target) if strategy.is_global_zero else _beside(target, UNFINISHED)
-    strategy.barrier("an empty place for the checkpoint")
+    barrier(strategy, "an empty place for the checkpoint")
     yield new
-    strategy.barrier("every part of the checkpoint is written")
+    barrier(strategy, "every part of the checkpoint is written")
     if strategy.is_global_zero:
         _put_in_place(new, target)
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from remax_lightning.distributed import broadcast, leave_process_group
 from remax_lightning.errors import UserError
 from remax_lightning.strategies import universal_checkpoint as universal
 from remax_lightning.strategies import zero3
@@ -78,7 +79,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         # Otherwise compiled on first use, which takes minutes and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._init_deepspeed_distributed()
-        atexit.register(_leave_process_group)
+        atexit.register(leave_process_group)
 
     @property
     def root_device(self) -> torch.device:
@@ -114,7 +115,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         """
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        path = Path(self.broadcast(checkpoint_path))
+        path = Path(broadcast(self, checkpoint_path))
         saved = universal.saved_ranks(path)
         if not saved:
             raise UserError(
@@ -127,8 +128,3 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             return super().load_checkpoint(path, weights_only)
         with universal.spread_anew(self, path):
             return super().load_checkpoint(path, weights_only)
-
-
-def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

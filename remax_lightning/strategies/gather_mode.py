@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from remax_lightning.distributed import all_reduce
 from remax_lightning.errors import UserError
 from remax_lightning.strategies.layerwise import layers_of
 
@@ -59,9 +60,7 @@ def fits(model: nn.Module) -> bool:
     device = next(model.parameters()).device
     free = free_bytes(device)
     enough = free is None or sum(whole_bytes(each) for each in model.parameters()) <= SHARE * free
-    everywhere = torch.tensor(int(enough), device=device)
-    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-    return bool(everywhere)
+    return bool(all_reduce(torch.tensor(int(enough), device=device), "min"))
 
 
 def whole_bytes(parameter: Tensor) -> int:

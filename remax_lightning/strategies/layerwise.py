@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from remax_lightning.distributed import all_reduce
+
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """Return the outermost modules that the model's family says must stay in one piece: its layers."""
@@ -61,5 +63,4 @@ def _announce_before(number: int, device: torch.device, *_: Any) -> None:
 def _announced(number: int, device: torch.device) -> torch.Tensor:
     """Announce a layer by its number, and return what a rank announces; those that do announce the same."""
     announced = torch.full((), number, device=device)
-    torch.distributed.all_reduce(announced, torch.distributed.ReduceOp.MAX)
-    return announced
+    return all_reduce(announced, "max")

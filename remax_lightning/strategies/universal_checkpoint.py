@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 
 FOLDER, LATEST = "universal", "latest_universal"
@@ -36,7 +37,7 @@ def spread_anew(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]
     ranks = saved_ranks(checkpoint)
     rank_zero_info(f"Converting {checkpoint}, saved by {ranks} processes, for {strategy.world_size}.")
     problem = _convert(checkpoint) if strategy.is_global_zero else ""
-    if problem := strategy.broadcast(problem):
+    if problem := broadcast(strategy, problem):
         raise UserError(
             f"trainer.devices x num_nodes must be {ranks}, got {strategy.world_size}: DeepSpeed cannot spread the"
             f" optimizer's state of {str(checkpoint)!r} over another number of processes: {problem}"
@@ -49,7 +50,7 @@ def spread_anew(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]
     finally:
         engine._config.load_universal_checkpoint = False
     _mend(engine.optimizer.optimizer, kept)
-    strategy.barrier("the universal checkpoint is read")
+    barrier(strategy, "the universal checkpoint is read")
     if strategy.is_global_zero:
         _clear(checkpoint)
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.strategies.layerwise import in_step, layers_of
 
@@ -157,7 +158,7 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
     parameters = dict(root.named_parameters())
     fit = all(name in weights and weights[name].shape == each.ds_shape for name, each in parameters.items())
-    if not strategy.broadcast(fit):
+    if not broadcast(strategy, fit):
         raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
     for name, parameter in parameters.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

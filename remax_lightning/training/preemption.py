@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.strategies import max_over_ranks
+from remax_lightning.distributed import max_over_ranks
 
 END, REQUEUE = 1, 2
 EXIT_CODE = 128 + signal.SIGTERM
@@ -83,7 +83,7 @@ class StopAtStepEnd:
     def end_early_together(self) -> None:
         """Make `should_stop` the same on all ranks, and after a signal save the run and let Lightning end it."""
         trainer, signals = self._trainer, self._signals
-        noted, stop = max_over_ranks(trainer, [signals.noted, int(trainer.should_stop)])
+        noted, stop = map(int, max_over_ranks(trainer, [signals.noted, trainer.should_stop]))
         trainer.should_stop = bool(stop)
         if not noted or self._told:
             return

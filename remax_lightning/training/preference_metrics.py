@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from remax_lightning.distributed import gather_objects
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.types import PreferenceBatch
 
@@ -59,22 +60,19 @@ class PairScoreSums:
     """Gathers scores batch by batch."""
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[float, float, float]] = {}
+        self._scores: dict[int, tuple[float, float, float]] = {}
 
     def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
         """Add the `[B]` scores of a batch; a pair that has been there before counts once."""
         columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
-        self._found |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
+        self._scores |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
 
     def gathered(self) -> PairScores | None:
         """Return the scores of all ranks, the same on each of them, or None where there are none; start anew."""
-        found, self._found = self._found, {}
-        if torch.distributed.is_initialized():
-            parts: list[dict[int, tuple[float, float, float]]] = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, found)
-            found = {index: scores for part in parts for index, scores in part.items()}
-        if not found:
+        local, self._scores = self._scores, {}
+        scores = {index: row for part in gather_objects(local) for index, row in part.items()}
+        if not scores:
             return None
         # In one order on every rank: a sum of float64 depends on it in its last digit.
-        values = torch.tensor([found[index] for index in sorted(found)], dtype=torch.float64)
+        values = torch.tensor([scores[index] for index in sorted(scores)], dtype=torch.float64)  # [M, 3]
         return PairScores(*values.unbind(1))

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
+from remax_lightning.distributed import gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.training.objective import Experience
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -40,12 +41,7 @@ def experience_from_state(state: dict[str, Any]) -> Experience:
 
 def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
     """Return the state of every rank, on the CPU: strategies save what rank 0 has. Every rank has to call this."""
-    own = move_data_to_device(state, torch.device("cpu"))
-    if not torch.distributed.is_initialized():
-        return [own]
-    states: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, own)
-    return states
+    return gather_objects(move_data_to_device(state, torch.device("cpu")))
 
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:
