@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", default=None, help=f"beside {BASE}; all by default")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--geometric-repetitions", type=int, default=31, help="more, since lengths are drawn")
-    parser.add_argument("--warmup", type=int, default=3, help="until decoding steps are recorded")
+    parser.add_argument("--warmup", type=int, default=3, help="until CUDA graphs are captured")
     parser.add_argument("--geometric-warmup", type=int, default=15, help="more, since there are more shapes of steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "mixed"], default="float32")

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["tiny", "small"])
     parser.add_argument("--variants", nargs="+", choices=list(MAKERS), default=list(MAKERS))
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=3, help="until decoding steps are recorded")
+    parser.add_argument("--warmup", type=int, default=3, help="until CUDA graphs are captured")
     parser.add_argument("--results", type=Path, default=RESULTS / "step.jsonl")
     parser.add_argument("--ppo-python", type=Path, help="interpreter of an environment with '.[bench-ppo]'")
     parser.add_argument("--serve", nargs=2, metavar=("FOLDER", "VARIANT"), help=argparse.SUPPRESS)

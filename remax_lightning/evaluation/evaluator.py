@@ -18,8 +18,8 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig, StopCheck, engine_like
-from remax_lightning.rollout.generation_config import tell_ignored
+from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig, StopCheck, clone_engine
+from remax_lightning.rollout.generation_config import log_ignored_settings
 from remax_lightning.rollout.stop_strings import stop_string_check
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.objective import Objective
@@ -57,8 +57,8 @@ class EvaluatedModule(PolicyModule):
         self.measures = EvalConfig()
         self.stop_check: StopCheck | None = None
         self._reference: Reference | None = None
-        # One engine for two models would forget at each change what it has recorded.
-        self._reference_engine = engine_like(self.engine)
+        # One engine for two models would drop its CUDA graphs at each change.
+        self._reference_engine = clone_engine(self.engine)
         self._evaluated = RecordSums()
         self._seed: int | None = None
         self._reward_device: torch.device | None = None
@@ -91,7 +91,7 @@ class EvaluatedModule(PolicyModule):
             self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
         if self._reward_device != self.device:
-            tell_ignored(self.policy, self.sampling)
+            log_ignored_settings(self.policy, self.sampling)
             self.stop_check = stop_string_check(self.tokenizer, self.sampling.stop_strings)
             self.reward.load(self.device)
             self._reward_device = self.device

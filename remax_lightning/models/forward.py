@@ -27,13 +27,13 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", wrapper.get_base_model())
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's `forward` has a parameter of that name; `BLOOM`, for one, has no position ids."""
+def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
+    """Return whether the model's `forward` has a parameter of that name; BLOOM, for example, has no `position_ids`."""
     return argument in _forward_parameters(type(language_model(model)).forward)
 
 
-def row_prompts(prompt_ids: Tensor, num_samples: int, greedy: bool) -> Tensor:
-    """Return `[N]` the prompt of each row: sampled rows first, prompt by prompt, then one greedy row per prompt."""
+def prompt_index_per_row(prompt_ids: Tensor, num_samples: int, greedy: bool) -> Tensor:
+    """Return `[N]` the index of each row's prompt: sampled rows first, prompt by prompt, then one greedy row each."""
     prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)
     return torch.cat([prompts.repeat_interleave(num_samples), prompts if greedy else prompts[:0]])
 
@@ -52,6 +52,6 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> dic
         mask: `[M, T]` bool, True on real tokens.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask.long()}
-    if takes(model, "position_ids"):
+    if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = position_ids(mask)
     return inputs

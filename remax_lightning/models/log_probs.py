@@ -16,7 +16,7 @@ from remax_lightning.functional import (
     hidden_statistics,
     token_statistics,
 )
-from remax_lightning.models.forward import model_inputs, takes
+from remax_lightning.models.forward import accepts_argument, model_inputs
 from remax_lightning.models.lm_head import find_head, hidden_states, required_head
 from remax_lightning.models.sampling_mask import sampling_mask
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -192,6 +192,6 @@ def _predicting(model: PreTrainedModel, rows: _Rows) -> Tensor:
 def _logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
     length = rows.ids.shape[1]
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
-    if takes(model, "logits_to_keep"):
+    if accepts_argument(model, "logits_to_keep"):
         inputs["logits_to_keep"] = length + 1
     return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -length - 1 : -1]

@@ -1,7 +1,7 @@
 """How responses are made: engines that sample and decode greedily with the policy's own weights."""
 
 from remax_lightning.config import SamplingConfig
-from remax_lightning.rollout.auto import AutoEngine, engine_like
+from remax_lightning.rollout.auto import AutoEngine, clone_engine
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine, StopCheck
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
 from remax_lightning.rollout.paired import PairedEngine
@@ -15,5 +15,5 @@ __all__ = [
     "RolloutEngine",
     "SamplingConfig",
     "StopCheck",
-    "engine_like",
+    "clone_engine",
 ]

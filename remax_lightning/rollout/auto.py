@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from remax_lightning.models.forward import language_model, model_inputs, takes
+from remax_lightning.models.forward import accepts_argument, language_model, model_inputs
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine
 from remax_lightning.rollout.huggingface import HuggingFaceEngine
 from remax_lightning.rollout.paired import PairedEngine
-from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
+from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class AutoEngine:
-    """`PairedEngine` where the model can hold it, `HuggingFaceEngine` otherwise; the log says which and why."""
+    """`PairedEngine` if it supports the model, `HuggingFaceEngine` otherwise; the log says which and why."""
 
     def __init__(self) -> None:
         self._engine: RolloutEngine | None = None
@@ -33,42 +33,42 @@ class AutoEngine:
         return self._engine.generate(model, request)
 
 
-def engine_like(engine: RolloutEngine) -> RolloutEngine:
-    """Return an engine of the same kind for another model: one of ours keeps what it recorded of the last.
+def clone_engine(engine: RolloutEngine) -> RolloutEngine:
+    """Return an engine of the same kind for another model, because ours keep CUDA graphs of the last one.
 
-    One of the user's own is taken as it is, since `generate` is told which model writes.
+    An engine of the user's own is returned as it is.
     """
     if type(engine) is AutoEngine:
         return AutoEngine()
     if type(engine) is PairedEngine:
-        return PairedEngine(record=engine.recorder is not None, keep_slots=engine.keep_slots)
+        return PairedEngine(cuda_graphs=engine.cuda_graphs, keep_cache=engine.keep_cache)
     return engine
 
 
 def choose_engine(model: PreTrainedModel) -> RolloutEngine:
-    """Return the fastest engine that is right for `model`."""
-    against = obstacle(model)
-    engine = HuggingFaceEngine() if against else PairedEngine()
-    reason = against or "takes a key-value cache"
+    """Return the fastest engine that supports `model`."""
+    unsupported = why_unsupported(model)
+    engine = HuggingFaceEngine() if unsupported else PairedEngine()
+    reason = unsupported or "takes a key-value cache"
     log.info("rollout engine: %s, since %s %s", type(engine).__name__, type(model).__name__, reason)
     return engine
 
 
-def obstacle(model: PreTrainedModel) -> str:
-    """Return what keeps `PairedEngine` from decoding with `model`, or nothing; runs a few tokens to see."""
+def why_unsupported(model: PreTrainedModel) -> str:
+    """Return why `PairedEngine` cannot decode with `model`, or an empty string; runs the model on a few tokens."""
     if getattr(model, "_is_stateful", False):
         return "keeps a recurrent state"
-    if not takes(model, "past_key_values"):
+    if not accepts_argument(model, "past_key_values"):
         return "takes no key-value cache"
     try:
-        return _tried(model)
+        return _probe(model)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"cannot be tried ({type(error).__name__}: {error})"
 
 
 @torch.no_grad()
-def _tried(model: PreTrainedModel) -> str:
-    """Decode one token in slots, after a prompt with and one without padding, and compare with a plain forward pass."""
+def _probe(model: PreTrainedModel) -> str:
+    """Decode one token with and without left padding, and compare its logits with those of a plain forward pass."""
     from transformers import DynamicCache
 
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def _tried(model: PreTrainedModel) -> str:
     if layout is None:
         # A state of convolution or recurrence, for one, whose rows cannot be selected as those of keys and values.
         return "keeps more than keys and values in its cache"
-    length = attended_length(ids.shape[1])
+    length = bucketed_length(ids.shape[1])
     slots = make_slots(cache, 2, length)
     fill_slots(slots, cache, torch.arange(2, device=ids.device), last)
     inputs = model_inputs(model, ids, mask)

@@ -1,49 +1,151 @@
-"""A step's kernels, captured once as a CUDA graph and launched again without the Python of the model around them."""
+"""Decoding steps as CUDA graphs: captured once per shape, then replayed without the Python of the model.
+
+A decoding step launches the same kernels on the same shapes token after token, so a replay is exact: it reads the
+weights where they are, sees every update of them, and returns what the model's forward pass would, bit for bit. On a
+CPU there are no graphs and every step runs as it is.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from remax_lightning.rollout.written_down import Step
+log = logging.getLogger(__name__)
+
+Step: TypeAlias = Callable[..., Tensor]
+"""A function of tensors that returns one tensor."""
+MAX_GRAPHS = 128
+"""Number of graphs to keep; the least recently used one goes first."""
+MAX_MOVES = 1
+"""How many rollouts in a row may find the weights at new addresses before graphs count as good for one rollout only.
+Loading a checkpoint moves weights once; a strategy that shards them gathers them anew for every rollout."""
+
+
+class StepCache:
+    """Runs decoding steps, on CUDA as graphs that are captured at the first step of each shape.
+
+    A model that cannot be captured, since it has hooks or synchronizes with the host, runs as it is; the log says why.
+    """
+
+    def __init__(self) -> None:
+        self.why_unsupported = ""
+        self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
+        self._pool: Any = None
+        self._moves = 0
+        self._weights: Hashable = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Start a rollout of `model`: drop graphs of other weights, or of weights at other addresses."""
+        if _device_type(model) != "cuda":
+            return
+        weights = _weights_fingerprint(model)
+        if weights == self._weights:
+            self._moves = 0
+        else:
+            self._moves = 0 if self._weights is None else self._moves + 1
+            self.clear()
+            self._weights = weights
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            self._give_up(type(model).__name__, "it has hooks, which a graph would skip")
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the next rollout can use the graphs too, judging by the last ones."""
+        return not self.why_unsupported and self._moves <= MAX_MOVES
+
+    def clear(self) -> None:
+        """Drop all graphs, and their memory with the last of them."""
+        self._graphs.clear()
+        self._pool = None
+
+    def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return `step(*inputs)`, from a graph where possible.
+
+        Args:
+            key: identifies shapes, dtypes, and everything else that decides which kernels the step launches.
+            step: what to run.
+            inputs: everything that may change between two runs, in the same memory each time.
+        """
+        if inputs[0].device.type != "cuda" or self.why_unsupported:
+            return step(*inputs)
+        if key not in self._graphs:
+            try:
+                self._graphs[key], self._pool = capture(step, inputs, self._pool)
+            except Exception as error:  # whatever a model does that cannot be captured
+                reason = f"capture failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+                self._give_up("the policy", reason)
+                return step(*inputs)
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._graphs[key](*inputs)
+
+    def _give_up(self, name: str, reason: str) -> None:
+        if not self.why_unsupported:
+            log.info("decoding steps of %s are not captured as CUDA graphs, since %s", name, reason)
+        self.why_unsupported = reason
+        self.clear()
 
 
 def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[Step, Any]:
-    """Return a replay of `step` that reads `inputs` and the weights where they are now, and the memory it runs in.
+    """Capture `step` as a CUDA graph that reads `inputs` and the weights where they are now.
 
     Args:
-        step: queues the same kernels at every call. It runs once meanwhile, and is captured.
-        inputs: in memory that every replay reads.
-        pool: the memory of other graphs, which this one may use too, since a replay's result is read before the next
-            replay; None for memory of its own.
+        step: launches the same kernels at every call. It runs once before the capture.
+        inputs: tensors whose memory every replay reads.
+        pool: memory of other graphs to share, which is safe because the result of a replay is read before the next
+            replay; None for new memory.
+
+    Returns:
+        The replay, and the memory pool that it runs in.
 
     Raises:
-        RuntimeError: if `step` waits for the device or copies from the host, which a graph cannot. That is looked for
-            before the capture: torch does not recover from one that fails.
+        RuntimeError: if `step` synchronizes with the device or copies from the host. A graph can do neither, and torch
+            does not recover from a failed capture, so this is checked before it.
     """
-    cached, synchronizing = torch.is_autocast_cache_enabled(), torch.cuda.get_sync_debug_mode()
-    # Autocast's copies of the weights end with the training step; a graph must not read them then.
+    cache_enabled, sync_debug_mode = torch.is_autocast_cache_enabled(), torch.cuda.get_sync_debug_mode()
+    # Autocast frees its copies of the weights after the training step; a graph must not read them then.
     torch.set_autocast_cache_enabled(False)
     try:
+        # Check for synchronization, and let libraries initialize on their first calls.
         torch.cuda.set_sync_debug_mode("error")
-        step(*inputs)  # also because libraries set themselves up on first calls
-        torch.cuda.set_sync_debug_mode(synchronizing)
+        step(*inputs)
+        torch.cuda.set_sync_debug_mode(sync_debug_mode)
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails all the same would leave its own stream behind. Other threads, such as one that pins
-        # batches, may go on meanwhile.
+        # The outer context restores the stream if the capture fails after all. With thread_local, other threads, such
+        # as one that pins batches, may go on meanwhile.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
         ):
             output = step(*inputs)
     finally:
-        torch.cuda.set_sync_debug_mode(synchronizing)
-        torch.set_autocast_cache_enabled(cached)
+        torch.cuda.set_sync_debug_mode(sync_debug_mode)
+        torch.set_autocast_cache_enabled(cache_enabled)
 
     def replay(*_: Tensor) -> Tensor:
         graph.replay()
         return output
 
     return replay, graph.pool()
+
+
+def _weights_fingerprint(model: nn.Module) -> Hashable:
+    """Return what changes if a graph no longer reads the model's weights, or would run its adapters differently."""
+    addresses = tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    adapters = tuple(
+        (str(module.active_adapters), module.disable_adapters, str(module.merged_adapters))
+        for module in model.modules()
+        if hasattr(module, "merged_adapters")
+    )
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return id(model), addresses, adapters, autocast
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")

@@ -1,4 +1,4 @@
-"""The decoding loop: all rows of a rollout, a token at a time, in memory that stays where it is."""
+"""The decoding loop: one prefill, then all rows of a rollout token by token, in buffers that stay in place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.forward import model_inputs, takes
+from remax_lightning.models.forward import accepts_argument, model_inputs
 from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationRequest, StopCheck
-from remax_lightning.rollout.cast_linear import Packed
+from remax_lightning.rollout.cuda_graph import StepCache
 from remax_lightning.rollout.sampling import next_tokens
 from remax_lightning.rollout.static_cache import (
-    attended_length,
+    bucketed_length,
     cache_of_slots,
     fill_slots,
     keep_rows,
@@ -25,25 +25,24 @@ from remax_lightning.rollout.static_cache import (
     slot_dtype,
     states_of,
 )
-from remax_lightning.rollout.step_cache import Recorder
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-STEPS_BETWEEN_LOOKS = 16
-"""On CUDA, tokens between two looks at which rows have ended: at each look Python waits for the device, and then the
-device for Python. On a CPU every token is looked at."""
+EOS_CHECK_INTERVAL = 16
+"""On CUDA, tokens between two checks for finished rows, since each check synchronizes the host with the device. On a
+CPU, rows are checked at every token."""
 
 
-class Buffers(NamedTuple):
-    """What a decoding step reads and writes.
+class DecodeBuffers(NamedTuple):
+    """What a decoding step reads and writes; `C` is the number of cache slots.
 
     Args:
-        tokens: `[N, 1]` the tokens that are fed.
+        tokens: `[N, 1]` the tokens to feed.
         positions: `[N, 1]` their positions.
-        mask: `[N, S]` 1 on the slots of real tokens, 0 on padding and on what was not written yet.
-        slot: `[1]` the slot that is written next.
-        states: `[N, H, S, D]` slots of keys, then values of each layer.
+        mask: `[N, C]` 1 on the slots of real tokens, 0 on padding and on slots that are still empty.
+        slot: `[1]` the slot to write next.
+        states: `[N, H, C, D]` keys, then values of each layer.
     """
 
     tokens: Tensor
@@ -53,20 +52,20 @@ class Buffers(NamedTuple):
     states: list[Tensor]
 
     @classmethod
-    def make(cls, cache: DynamicCache, num_rows: int, length: int) -> Buffers:
-        """Return buffers for `N` rows and `S` slots of a model with such a cache."""
+    def create(cls, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
+        """Allocate buffers for `num_rows` rows and `length` slots of a model with such a prefilled cache."""
         states = make_slots(cache, num_rows, length)
         zeros = partial(torch.zeros, dtype=torch.long, device=states[0].device)
         return cls(zeros(num_rows, 1), zeros(num_rows, 1), zeros(num_rows, length), zeros(1), states)
 
-    def fit(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
-        """Whether they serve such a rollout."""
+    def fits(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
+        """Return whether a rollout of this size and model can use these buffers."""
         rows, slots = self.mask.shape
         return (
             rows >= num_rows
             and slots >= length
-            and [_kind(each, each.dtype) for each in self.states]
-            == [_kind(each, slot_dtype(each)) for each in states_of(cache)]
+            and [_kind(states, states.dtype) for states in self.states]
+            == [_kind(states, slot_dtype(states)) for states in states_of(cache)]
         )
 
 
@@ -74,7 +73,7 @@ def _kind(states: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     return states.shape[1], states.shape[3], dtype, states.device
 
 
-class Written(NamedTuple):
+class DecodeOutput(NamedTuple):
     """`N` responses: `ids` and `log_probs` `[N, R]`, `stopped_at` `[N]`; see `GenerationOutput`."""
 
     ids: Tensor
@@ -82,16 +81,20 @@ class Written(NamedTuple):
     stopped_at: Tensor | None
 
 
-class Decoding:
-    """The state of one decoding loop. Rows stand sampled first, prompt by prompt, then the greedy ones.
+class DecodeLoop:
+    """The state of one decoding loop. Sampled rows come first, prompt by prompt, then the greedy ones.
+
+    Finished rows leave the batch: row `i` of the model's batch writes row `active[i]` of the responses.
 
     Args:
         model: the policy.
         request: prompts, sampling settings, and what to return.
-        rows: `[N]` which prompt each row continues.
-        recorder: replays the decoding step; None runs the model each time.
-        weights: of the model's layers that run on packed ones.
-        room: gives buffers for a prefilled cache, rows and slots.
+        rows: `[N]` index of the prompt that each row continues.
+        step_cache: replays the decoding step as a CUDA graph; None runs the model each time.
+        allocate: returns buffers for a prefilled cache, a number of rows, and a number of slots.
+
+    Raises:
+        UserError: if the model's cache has other states than keys and values.
     """
 
     def __init__(
@@ -99,19 +102,20 @@ class Decoding:
         model: PreTrainedModel,
         request: GenerationRequest,
         rows: Tensor,
-        recorder: Recorder | None,
-        weights: list[Packed],
-        room: Callable[[DynamicCache, int, int], Buffers],
+        step_cache: StepCache | None,
+        allocate: Callable[[DynamicCache, int, int], DecodeBuffers],
     ) -> None:
         from transformers import DynamicCache
 
-        self.model, self.request, self.recorder, self.weights = model, request, recorder, weights
+        self.model, self.request, self.step_cache = model, request, step_cache
         self.prompt_length, self.num_sampled = request.prompt_ids.shape[1], request.num_sampled
+        # Prefill: every prompt once, whatever the number of its rows.
         cache = DynamicCache(config=model.config)
         inputs = model_inputs(model, request.prompt_ids, request.prompt_mask)
-        if takes(model, "logits_to_keep"):
+        if accepts_argument(model, "logits_to_keep"):
             inputs["logits_to_keep"] = 1
-        self.logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
+        prompt_logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # [B, V]
+        self.logits = prompt_logits[rows]  # [N, V]
         layout = layout_of(cache)
         if layout is None:
             raise UserError(
@@ -119,118 +123,121 @@ class Decoding:
                 " and values; leave model.rollout out, or set it to HuggingFaceEngine"
             )
         self.layout = layout
-        length = attended_length(self.prompt_length + request.sampling.max_response_length)
-        self.buffers = room(cache, len(rows), length)
+        length = bucketed_length(self.prompt_length + request.sampling.max_response_length)
+        self.buffers = allocate(cache, len(rows), length)
         self._fill(cache, request.prompt_mask[rows].long(), rows)
-        # Row i of the model's batch writes row active[i] of the responses, until that has ended.
-        self.active = torch.arange(len(rows), device=rows.device)
-        self.ended = torch.zeros_like(rows, dtype=torch.bool)
-        self._inputs: tuple[int, int, tuple[Tensor, ...]] | None = None
+        self.active = torch.arange(len(rows), device=rows.device)  # [M]
+        self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
+        self._views: tuple[int, int, tuple[Tensor, ...]] | None = None
 
     def _fill(self, cache: DynamicCache, mask: Tensor, rows: Tensor) -> None:
-        count, buffers = len(rows), self.buffers
+        """Copy each prompt's keys and values into the slots of its rows, and reset mask and positions."""
+        num_rows, buffers = len(rows), self.buffers
         fill_slots(buffers.states, cache, rows, self.prompt_length)
-        buffers.mask[:count] = torch.nn.functional.pad(mask, (0, buffers.mask.shape[1] - self.prompt_length))
-        buffers.positions[:count, 0] = mask.sum(-1)
+        buffers.mask[:num_rows] = torch.nn.functional.pad(mask, (0, buffers.mask.shape[1] - self.prompt_length))
+        buffers.positions[:num_rows, 0] = mask.sum(-1)
         buffers.slot.fill_(self.prompt_length)
 
-    def write(self) -> Written:
-        """Write all responses."""
+    def run(self) -> DecodeOutput:
+        """Decode until every row has ended or reached the maximum length."""
         request, sampling, device = self.request, self.request.sampling, self.active.device
         shape = len(self.active), sampling.max_response_length
         ids = torch.full(shape, request.pad_id, dtype=torch.long, device=device)  # [N, R]
-        written = Written(
+        output = DecodeOutput(
             ids,
             torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
             None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
         )
-        ends = torch.tensor(request.eos_ids, device=device)
+        eos_ids = torch.tensor(request.eos_ids, device=device)
         for step in range(sampling.max_response_length):
+            # Choose the next token of every row.
             may_end = step >= sampling.min_response_length
             if not may_end:
-                self.logits = self.logits.index_fill(1, ends, -torch.inf)
-            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)
-            self._note(written, step)
-            self.ended = self.ended | torch.isin(self.tokens, ends)
+                self.logits = self.logits.index_fill(1, eos_ids, -torch.inf)
+            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
+            self._store_tokens(output, step)
+            # Find rows that end here.
+            self.ended = self.ended | torch.isin(self.tokens, eos_ids)
             if request.stop_check is not None and may_end:
-                self._stop(request.stop_check, written, step)
+                self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length or not self._rows_are_left(step):
                 break
-            self._advance(step)
-        return written
+            self._decode_step(step)
+        return output
 
-    def _note(self, written: Written, step: int) -> None:
-        """Write down the tokens of the rows that go on, and their log-probs."""
-        written.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
-        if written.log_probs is not None:
-            drawn = slice(0, self.num_sampled)
-            values = gather_log_probs(self.logits[drawn], self.tokens[drawn], self.request.sampling)
-            written.log_probs[self.active[drawn], step] = values.masked_fill(self.ended[drawn], 0.0)
+    def _store_tokens(self, output: DecodeOutput, step: int) -> None:
+        """Store the tokens of unfinished rows, and the log-probs of the sampled ones."""
+        output.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
+        if output.log_probs is not None:
+            sampled = slice(0, self.num_sampled)
+            log_probs = gather_log_probs(self.logits[sampled], self.tokens[sampled], self.request.sampling)
+            output.log_probs[self.active[sampled], step] = log_probs.masked_fill(self.ended[sampled], 0.0)
 
-    def _stop(self, stop_check: StopCheck, written: Written, step: int) -> None:
+    def _apply_stop_check(self, stop_check: StopCheck, output: DecodeOutput, step: int) -> None:
         """End the rows whose last token completes a stop string."""
-        stopped = stop_check(written.ids[self.active, : step + 1]) & ~self.ended
-        if written.stopped_at is not None:
-            written.stopped_at[self.active] = written.stopped_at[self.active].masked_fill(stopped, step + 1)
+        stopped = stop_check(output.ids[self.active, : step + 1]) & ~self.ended  # [M]
+        if output.stopped_at is not None:
+            output.stopped_at[self.active] = output.stopped_at[self.active].masked_fill(stopped, step + 1)
         self.ended = self.ended | stopped
 
     def _rows_are_left(self, step: int) -> bool:
-        """Return whether any row is left to decode; let ended ones leave where the others fit into half the batch."""
-        if self.active.device.type == "cuda" and (step + 1) % STEPS_BETWEEN_LOOKS:
+        """Return whether any row is unfinished; shrink the batch once the unfinished rows fit into half of it."""
+        if self.active.device.type == "cuda" and (step + 1) % EOS_CHECK_INTERVAL:
             return True
         left, size = int((~self.ended).sum()), len(self.ended)
-        # By halves: few shapes to record, and the copy of keys and values pays for itself.
+        # Halving keeps the number of shapes small, and copying keys and values pays off.
         while left and size > 1 and left <= (size + 1) // 2:
             size = (size + 1) // 2
         if left and size < len(self.ended):
-            alive, over = (~self.ended).nonzero().squeeze(-1), self.ended.nonzero().squeeze(-1)
-            self._keep(torch.cat([alive, over[: size - left]]).sort().values, self.prompt_length + step)
+            unfinished, finished = (~self.ended).nonzero().squeeze(-1), self.ended.nonzero().squeeze(-1)
+            self._compact_rows(
+                torch.cat([unfinished, finished[: size - left]]).sort().values, self.prompt_length + step
+            )
         return left > 0
 
-    def _keep(self, rows: Tensor, filled: int) -> None:
+    def _compact_rows(self, rows: Tensor, filled: int) -> None:
+        """Move the given rows, with their first `filled` slots, to the front of the buffers and drop the others."""
         keep_rows(self.buffers.states, rows, filled)
         for buffer in (self.buffers.positions, self.buffers.mask):
             buffer[: len(rows)] = buffer[rows]
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
 
-    def _advance(self, step: int) -> None:
-        """Feed the chosen tokens and keep the logits that follow them."""
-        count, slot = len(self.active), self.prompt_length + step
-        length = attended_length(slot + 1)
-        if self._inputs is None or self._inputs[:2] != (count, length):
-            self._inputs = count, length, self._views(count, length)
-        tokens, positions, mask, *_ = inputs = self._inputs[2]
+    def _decode_step(self, step: int) -> None:
+        """Feed the chosen tokens; their successors' logits replace `self.logits`."""
+        num_rows, slot = len(self.active), self.prompt_length + step
+        length = bucketed_length(slot + 1)
+        # Views are made once per shape: slicing every buffer costs time at each token.
+        if self._views is None or self._views[:2] != (num_rows, length):
+            self._views = num_rows, length, self._slice_buffers(num_rows, length)
+        tokens, positions, mask, *_ = inputs = self._views[2]
         tokens[:, 0] = self.tokens
         mask[:, slot] = 1
-        if self.recorder is None:
-            self.logits = self._run(length, *inputs)
+        if self.step_cache is None:
+            self.logits = self._forward(length, *inputs)
         else:
-            shape = count, length, self.buffers.mask.shape[1], len(self.weights), self.layout
-            self.logits = self.recorder.run(shape, lambda *views: self._run(length, *views), inputs)
+            key = num_rows, length, self.buffers.mask.shape[1], self.layout
+            self.logits = self.step_cache.run(key, partial(self._forward, length), inputs)  # [M, V]
         positions.add_(1)
         self.buffers.slot.add_(1)
 
-    def _views(self, count: int, length: int) -> tuple[Tensor, ...]:
+    def _slice_buffers(self, num_rows: int, length: int) -> tuple[Tensor, ...]:
         tokens, positions, mask, slot, states = self.buffers
-        rows = (each[:count] for each in states)
-        return tokens[:count], positions[:count], mask[:count, :length], slot, *rows, *(w.weight for w in self.weights)
+        return (
+            tokens[:num_rows],
+            positions[:num_rows],
+            mask[:num_rows, :length],
+            slot,
+            *(layer[:num_rows] for layer in states),
+        )
 
-    def _run(
+    def _forward(
         self, length: int, tokens: Tensor, positions: Tensor, mask: Tensor, slot: Tensor, *states: Tensor
     ) -> Tensor:
-        """Return `[N, V]` logits. This is what is recorded: a function of its arguments and of the model's weights."""
-        slots = states[: 2 * len(self.layout)]
+        """Return `[M, V]` logits. CUDA graphs capture this: a function of its arguments and the model's weights."""
         inputs = {"input_ids": tokens, "attention_mask": mask}
-        if takes(self.model, "position_ids"):
+        if accepts_argument(self.model, "position_ids"):
             inputs["position_ids"] = positions
-        cache = cache_of_slots(self.layout, slots, slot, length)
-        own = [packed.weight for packed in self.weights]
-        for packed, weight in zip(self.weights, states[len(slots) :], strict=True):
-            packed.weight = weight
-        try:
-            logits: Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        finally:
-            for packed, weight in zip(self.weights, own, strict=True):
-                packed.weight = weight
+        cache = cache_of_slots(self.layout, states, slot, length)
+        logits: Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
         return logits

@@ -1,4 +1,4 @@
-"""What a model's own generation settings would have added to sampling, which here they never do."""
+"""The settings in a model's `generation_config` that sampling ignores: `SamplingConfig` alone decides."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ NEUTRAL: dict[str, Any] = {
     "guidance_scale": 1.0,
     "watermarking_config": None,
 }
-"""Settings of transformers that change what is drawn, and the value with which they do not."""
+"""Settings of transformers that change the sampled distribution, and the value with which they do not."""
 IMPLICIT_TOP_K = 50
-"""What transformers 5 takes where sampling is asked for and no top-k is set."""
+"""The top-k that transformers 5 uses if sampling is on and none is set."""
 
 
 def ignored_settings(model: PreTrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
@@ -47,15 +47,15 @@ def ignored_settings(model: PreTrainedModel, sampling: SamplingConfig) -> dict[s
     config: Any = model.generation_config
     if config is None:
         return {}
-    own = {name: getattr(config, name, None) for name in NEUTRAL}
-    if own["top_k"] is None:
-        own["top_k"] = IMPLICIT_TOP_K
-    asked = {name: getattr(sampling, name, neutral) for name, neutral in NEUTRAL.items()}
-    return {name: value for name, value in own.items() if value is not None and value != asked[name]}
+    settings = {name: getattr(config, name, None) for name in NEUTRAL}
+    if settings["top_k"] is None:
+        settings["top_k"] = IMPLICIT_TOP_K
+    wanted = {name: getattr(sampling, name, neutral) for name, neutral in NEUTRAL.items()}
+    return {name: value for name, value in settings.items() if value is not None and value != wanted[name]}
 
 
-def tell_ignored(model: PreTrainedModel, sampling: SamplingConfig) -> None:
-    """Say in the log what is left out."""
+def log_ignored_settings(model: PreTrainedModel, sampling: SamplingConfig) -> None:
+    """Log the settings of the model that sampling ignores."""
     ignored = ignored_settings(model, sampling)
     if ignored:
         log.info(

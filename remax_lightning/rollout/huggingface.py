@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import response_mask
-from remax_lightning.models.forward import language_model, row_prompts
+from remax_lightning.models.forward import language_model, prompt_index_per_row
 from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.sampling import next_tokens
@@ -47,7 +47,7 @@ def _generate(model: PreTrainedModel, request: GenerationRequest, choose: _Choos
     """Return `[N, P + longest response]` token ids of prompts and responses."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    rows = row_prompts(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
+    rows = prompt_index_per_row(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=request.sampling.max_response_length,

@@ -1,4 +1,4 @@
-"""The own rollout engine: sampled and greedy responses of a prompt decoded together, on the trainer's own weights."""
+"""The default rollout engine: sampled and greedy responses decoded together, on the weights that are trained."""
 
 from __future__ import annotations
 
@@ -6,70 +6,71 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from remax_lightning.models.forward import language_model, row_prompts
+from remax_lightning.models.forward import language_model, prompt_index_per_row
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
-from remax_lightning.rollout.cast_linear import Packed, is_shared, packed_linears
-from remax_lightning.rollout.decode_loop import Buffers, Decoding
-from remax_lightning.rollout.step_cache import Recorder
+from remax_lightning.rollout.cast_linear import CastLinear, cast_linears, is_shared
+from remax_lightning.rollout.cuda_graph import StepCache
+from remax_lightning.rollout.decode_loop import DecodeBuffers, DecodeLoop
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 
 class PairedEngine:
-    """One prefill of the `B` prompts, its cache repeated to `N = B * (n + 1)` rows, one decoding loop for all of them.
+    """Prefills the `B` prompts once, repeats their cache to `N = B * (n + 1)` rows, and decodes all rows in one loop.
 
-    The greedy response costs one more row per prompt instead of one more `generate` call, and the prompt is read once.
-    Works with every architecture of transformers whose `forward` takes a `Cache`; `HuggingFaceEngine` is for the rest.
+    The greedy response costs one more row per prompt instead of one more `generate` call, and every prompt is read
+    once. Works with every architecture of transformers whose `forward` takes a `Cache`; use `HuggingFaceEngine` for the
+    rest.
 
     Args:
-        record: record the decoding step once per shape and replay it, as a CUDA graph or, on a CPU, as its bare
-            operators without Python between them. The responses are the same; only Python's work per token goes.
-        keep_slots: on CUDA, keep the memory of keys and values, and in mixed precision that of the weights in 16 bits,
-            between rollouts, because graphs stay valid only with it. False gives it back to the training pass, and the
-            graphs are made anew in every rollout, as they are where a strategy gathers the weights for each.
+        cuda_graphs: on CUDA, capture the decoding step once per shape as a CUDA graph and replay it. The responses are
+            the same, without Python's overhead per token. On a CPU it changes nothing.
+        keep_cache: on CUDA, keep the key-value cache, and in mixed precision the 16-bit copy of the weights, between
+            rollouts, because graphs stay valid only with them. False frees both for the training pass, and graphs are
+            then captured anew in every rollout, as they are where a strategy gathers the weights for each.
     """
 
-    def __init__(self, record: bool = True, keep_slots: bool = True) -> None:
-        self.recorder = Recorder() if record else None
-        self.keep_slots = keep_slots
-        self._buffers: Buffers | None = None
-        self._packed: list[Packed] = []
+    def __init__(self, cuda_graphs: bool = True, keep_cache: bool = True) -> None:
+        self.cuda_graphs, self.keep_cache = cuda_graphs, keep_cache
+        self._step_cache = StepCache() if cuda_graphs else None
+        self._buffers: DecodeBuffers | None = None
+        self._casts: list[CastLinear] = []
 
-    @torch.inference_mode(False)  # training could not write into memory that is kept from a validation's
+    @torch.inference_mode(False)  # training cannot write into buffers that a validation allocated in inference mode
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
-        """Write `n` sampled responses and, if `request.greedy`, one greedy response per prompt; see `RolloutEngine`."""
-        model = language_model(model)
-        rows = row_prompts(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
-        with packed_linears(model, len(rows), self._packed) as weights:
-            self._packed = weights
-            if self.recorder is not None:
-                self.recorder.begin(model)
-            written = Decoding(model, request, rows, self.recorder, weights, self._room).write()
-        self._end(model, request.prompt_ids.device)
-        num_sampled = request.num_sampled
+        """Generate `n` sampled responses and, if `request.greedy`, one greedy response per prompt."""
+        model, num_sampled = language_model(model), request.num_sampled
+        rows = prompt_index_per_row(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
+        with cast_linears(model, self._casts) as casts:
+            if self._step_cache is not None:
+                self._step_cache.begin(model)
+                if casts != self._casts:
+                    self._step_cache.clear()  # its graphs read the old copies
+            self._casts = casts
+            output = DecodeLoop(model, request, rows, self._step_cache, self._allocate).run()
+        self._free(model, request.prompt_ids.device)
         return GenerationOutput(
-            written.ids[:num_sampled],
-            written.ids[num_sampled:] if request.greedy else None,
-            None if written.log_probs is None else written.log_probs[:num_sampled],
-            written.stopped_at,
+            sampled_ids=output.ids[:num_sampled],  # [S, R]
+            greedy_ids=output.ids[num_sampled:] if request.greedy else None,  # [B, R]
+            log_probs=None if output.log_probs is None else output.log_probs[:num_sampled],  # [S, R]
+            stopped_at=output.stopped_at,  # [N]
         )
 
-    def _room(self, cache: DynamicCache, num_rows: int, length: int) -> Buffers:
-        """Return buffers for a rollout: those of the last one where they are kept and large enough."""
-        if self._buffers is None or not self._buffers.fit(cache, num_rows, length):
-            if self._buffers is not None and self.recorder is not None:
-                self.recorder.forget()  # graphs read the old ones
-            self._buffers = None  # before there are new ones
-            self._buffers = Buffers.make(cache, num_rows, length)
+    def _allocate(self, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
+        """Return buffers for a rollout: those of the last one if they are kept and large enough."""
+        if self._buffers is None or not self._buffers.fits(cache, num_rows, length):
+            if self._buffers is not None and self._step_cache is not None:
+                self._step_cache.clear()  # its graphs read the old buffers
+            self._buffers = None  # free the old ones before allocating new ones
+            self._buffers = DecodeBuffers.create(cache, num_rows, length)
         return self._buffers
 
-    def _end(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Give the buffers back unless graphs go on reading them."""
-        lasts = self.recorder is not None and self.recorder.lasts and not is_shared(model)
-        if device.type == "cuda" and self.keep_slots and lasts:
-            return
-        self._buffers, self._packed = None, []
-        if device.type == "cuda" and self.recorder is not None:
-            self.recorder.forget()
+    def _free(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Free buffers and graphs, unless the next rollout can replay the graphs."""
+        if device.type == "cuda" and self._step_cache is not None:
+            if self.keep_cache and self._step_cache.is_reusable and not is_shared(model):
+                return
+            self._step_cache.clear()
+        self._buffers, self._casts = None, []

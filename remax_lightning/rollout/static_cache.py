@@ -1,7 +1,7 @@
 """A key-value cache with a slot for every token of prompt and response: a decoding step writes one and copies none.
 
 Slots make the step's shape fixed, too: the model attends to all slots of a length, and the mask leaves out those that
-are still empty. So the same step serves many tokens, which is what recording it asks for (`recorded.py`).
+are still empty. So many tokens share one shape, as CUDA graphs need it (`cuda_graph.py`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-FINEST = 16
+MIN_BUCKET = 16
 """Attended lengths are multiples of this, and of a sixteenth of the next power of two: few shapes, little wasted."""
 
 
-def attended_length(filled: int) -> int:
-    """Return how many slots a step attends to that needs `filled` of them."""
+def bucketed_length(filled: int) -> int:
+    """Return the number of slots that a step attends to, at least `filled`, rounded up to a bucket."""
     step = _spacing(filled)
     return -(-filled // step) * step
 
 
 def _spacing(length: int) -> int:
-    return max(FINEST, 1 << max(0, (length - 1).bit_length() - 4))
+    return max(MIN_BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
 
 
 Layout: TypeAlias = tuple[int | None, ...]
@@ -94,7 +94,7 @@ def cache_of_slots(layout: Layout, slots: Sequence[Tensor], position: Tensor, le
     Args:
         layout: of the cache that the slots were filled from.
         slots: `[M, H, S, D]` keys, then values of each layer.
-        position: `[1]` the slot to be written, one of the last `attended_length` admits for `length`.
+        position: `[1]` the slot to be written, one of the last `bucketed_length` admits for `length`.
         length: of the slots that are attended to.
     """
     from transformers import DynamicCache

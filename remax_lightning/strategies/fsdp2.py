@@ -137,7 +137,7 @@ def _take_part(layer: Any) -> None:
 
 @contextmanager
 def _without_hooks(groups: list[Any]) -> Iterator[None]:
-    """Run groups that are whole without FSDP2's hooks, which have nothing to do: no step with hooks is recorded."""
+    """Run groups that are whole without FSDP2's hooks, which have nothing to do: no step with hooks is captured."""
     taken: list[tuple[Any, int, Any]] = []
     for group in groups:
         state = group._get_fsdp_state()

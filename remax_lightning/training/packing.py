@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import hidden_statistics, token_statistics
-from remax_lightning.models.forward import language_model, takes
+from remax_lightning.models.forward import accepts_argument, language_model
 from remax_lightning.models.lm_head import find_head
 from remax_lightning.training.worker import evaluating
 from remax_lightning.types import SupervisedBatch
@@ -101,7 +101,7 @@ def find_parting(model: PreTrainedModel) -> PackingMode:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with evaluating(model):
         apart = torch.cat([model(input_ids=own, use_cache=False).logits[0] for own in ids.split(lengths, 1)])
-        for parting in get_args(PackingMode) if takes(model, "position_ids") else ():
+        for parting in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
             try:
                 together = model(**_inputs(model, ids, positions, parting)).logits[0]
             except (RuntimeError, TypeError, ValueError):  # an attention that takes no such mask

@@ -69,7 +69,7 @@ def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_policy_that_is_gathered_once_is_decoded_without_hooks(strategy: str, folder: Path) -> None:
-    """With hooks no decoding step would be recorded."""
+    """With hooks no decoding step would be captured."""
     assert all(bool(seen["hooks"]) == strategy.endswith("-layerwise") for seen in found(folder, strategy))
 
 

@@ -26,7 +26,7 @@ from remax_lightning.rollout import (
     PairedEngine,
     SamplingConfig,
 )
-from remax_lightning.rollout.auto import engine_like
+from remax_lightning.rollout.auto import clone_engine
 from remax_lightning.types import EvalConfig, PromptBatch, PromptRecord
 
 ALL = EvalConfig(win_rate_reference=True, win_rate_chosen=True, perplexity=True)
@@ -205,13 +205,13 @@ def test_the_reference_leaves_the_policys_figures_alone(folders: tuple[str, str]
 
 
 def test_an_engine_is_not_shared_by_two_models() -> None:
-    for engine in (AutoEngine(), PairedEngine(record=False, keep_slots=False)):
-        other = engine_like(engine)
+    for engine in (AutoEngine(), PairedEngine(cuda_graphs=False, keep_cache=False)):
+        other = clone_engine(engine)
         assert type(other) is type(engine)
         assert other is not engine
-    assert vars(engine_like(PairedEngine(record=False, keep_slots=False))) == vars(PairedEngine(False, False))
+    assert vars(clone_engine(PairedEngine(cuda_graphs=False, keep_cache=False))) == vars(PairedEngine(False, False))
     own = Scripted()
-    assert engine_like(own) is own
+    assert clone_engine(own) is own
 
 
 # Perplexity

@@ -43,7 +43,7 @@ def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch) -> tuple
     """Make a run on the CPU, which draws as CUDA does for it, and on the pretended device."""
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "sample_inverse_cdf", sampling.sample_exponential_race)
-        patch.setattr(decoding, "STEPS_BETWEEN_LOOKS", 1)  # on CUDA too: rows that are left draw other numbers
+        patch.setattr(decoding, "EOS_CHECK_INTERVAL", 1)  # on CUDA too: rows that are left draw other numbers
         here = run("cpu")
         with pretend(patch):
             there = run("gpu")

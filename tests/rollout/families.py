@@ -16,7 +16,7 @@ from remax_lightning.rollout import (
     RolloutEngine,
     SamplingConfig,
 )
-from remax_lightning.rollout.auto import choose_engine, obstacle
+from remax_lightning.rollout.auto import choose_engine, why_unsupported
 
 VOCABULARY, PAD = 64, 3
 WINDOW = 4
@@ -243,7 +243,7 @@ def sampled_agrees(engine: RolloutEngine, model: Any, temperature: float = 1.0) 
 def engine_cells(family: Family) -> list[str]:
     """Return the engine that `AutoEngine` chooses, and why."""
     model = family_model(family)
-    return [type(choose_engine(model)).__name__, obstacle(model) or "takes a key-value cache"]
+    return [type(choose_engine(model)).__name__, why_unsupported(model) or "takes a key-value cache"]
 
 
 def check_cells(family: Family) -> list[str]:

@@ -1,16 +1,49 @@
-"""Rollouts on a pretended CUDA device: graphs, the memory they read, and nothing that waits for the device."""
+"""Rollouts as CUDA graphs on a fake CUDA device: their memory, their lifetime, and no waiting for the device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
 from fake_cuda import FakeCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
-from rollout.test_step_cache import IDS, PAD, RECORDED, equal, move, roll_out
+from torch import nn
 
-from remax_lightning.rollout import AutoEngine, GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.rollout import (
+    AutoEngine,
+    GenerationRequest,
+    PairedEngine,
+    RolloutEngine,
+    SamplingConfig,
+    cuda_graph,
+)
+from remax_lightning.rollout.cuda_graph import StepCache
 
+EOS, PAD = 2, 3
+IDS = torch.randint(5, 60, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+def roll_out(engine: RolloutEngine, model: Any, seed: int = 0, length: int = 40, ids: torch.Tensor = IDS) -> Any:
+    request = GenerationRequest(
+        prompt_ids=ids.to(model.device),
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool, device=model.device),
+        sampling=SamplingConfig(max_response_length=length),
+        eos_ids=[EOS],
+        pad_id=PAD,
+        generator=torch.Generator(model.device).manual_seed(seed),
+        return_log_probs=True,
+    )
+    return engine.generate(model, request)
+
+
+def equal(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+WITH_A_STATE = ("state space", "hybrid")
+RECORDED = [family for family in FAMILIES if not any(kind in family.name for kind in WITH_A_STATE)]
 FALCONS = [family for family in RECORDED if "Falcon" in family.name]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "mixed"])
 
@@ -28,14 +61,14 @@ def train(model: torch.nn.Module) -> None:
 @DTYPES
 @pytest.mark.parametrize("family", [f for f in RECORDED if f not in FALCONS], ids=lambda family: family.name)
 def test_graphs_write_what_the_model_writes(family: Family, dtype: torch.dtype | None, fake_cuda: FakeCuda) -> None:
-    model, engine, plain = moved(family, dtype), PairedEngine(), PairedEngine(record=False)
+    model, engine, plain = moved(family, dtype), PairedEngine(), PairedEngine(cuda_graphs=False)
     for seed in (0, 1):
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
             written, expected = (roll_out(each, model, seed, length=28) for each in (engine, plain))
         assert equal(written, expected)
         assert is_there(written.sampled_ids)
         train(model)
-    assert engine.recorder.obstacle == ""
+    assert engine._step_cache.why_unsupported == ""
     assert sum(graph.replays for graph in fake_cuda.graphs) > 20
 
 
@@ -53,11 +86,11 @@ def test_graphs_are_captured_once_and_run_in_the_same_memory(fake_cuda: FakeCuda
 
 
 def test_graphs_end_with_the_slots_that_they_read(fake_cuda: FakeCuda) -> None:
-    model, engine = tiny_model("llama").to("cuda"), PairedEngine(keep_slots=False)
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine(keep_cache=False)
     for seed in (0, 1):
-        assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(record=False), model, seed))
+        assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(cuda_graphs=False), model, seed))
         train(model)
-        assert not engine.recorder._replays
+        assert not engine._step_cache._graphs
     assert [graph.pool_given is None for graph in fake_cuda.graphs] == 2 * [True, False, False]
 
 
@@ -67,15 +100,15 @@ def test_graphs_of_weights_that_keep_moving_are_of_one_rollout(mixed: bool, fake
     for seed in range(5):
         before = sum(graph.replays for graph in fake_cuda.graphs)
         with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-            assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(record=False), model, seed))
+            assert equal(roll_out(engine, model, seed), roll_out(PairedEngine(cuda_graphs=False), model, seed))
         assert sum(graph.replays for graph in fake_cuda.graphs) - before == 39  # one for every token but the last
         kept.append(engine._buffers is not None)
-        assert bool(engine.recorder._replays) == bool(engine._buffers)
+        assert bool(engine._step_cache._graphs) == bool(engine._buffers)
         if seed < 3:
             move(model)
     assert kept == [True, True, False, False, True]  # from the second move in a row on, until they stay where they are
     assert len(fake_cuda.graphs) == 3 * 5
-    assert engine.recorder.obstacle == ""
+    assert engine._step_cache.why_unsupported == ""
 
 
 def test_weights_that_are_gathered_leave_no_graphs(fake_cuda: FakeCuda) -> None:
@@ -84,24 +117,24 @@ def test_weights_that_are_gathered_leave_no_graphs(fake_cuda: FakeCuda) -> None:
     for parameter in model.parameters():
         parameter.ds_id = 0
     for _ in range(2):
-        assert equal(roll_out(engine, model), roll_out(PairedEngine(record=False), model))
+        assert equal(roll_out(engine, model), roll_out(PairedEngine(cuda_graphs=False), model))
         assert engine._buffers is None
-        assert not engine.recorder._replays
+        assert not engine._step_cache._graphs
     assert len(fake_cuda.graphs) == 2 * 3
 
 
 def test_longer_responses_ask_for_new_slots_and_new_graphs(fake_cuda: FakeCuda) -> None:
-    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
+    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(cuda_graphs=False)
     for length in (20, 60, 20):
         assert equal(roll_out(engine, model, length=length), roll_out(plain, model, length=length))
         train(model)
-    assert engine.recorder.obstacle == ""
+    assert engine._step_cache.why_unsupported == ""
 
 
-@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize("log_probs", [True, False])
-def test_the_host_waits_at_looks_only(log_probs: bool, record: bool, fake_cuda: FakeCuda) -> None:
-    model, engine = tiny_model("llama").to("cuda"), PairedEngine(record=record)
+def test_the_host_waits_at_looks_only(log_probs: bool, cuda_graphs: bool, fake_cuda: FakeCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine(cuda_graphs=cuda_graphs)
     prompts, mask = IDS.to("cuda"), torch.ones_like(IDS, dtype=torch.bool, device="cuda")
     roll_out(engine, model)
     fake_cuda.reads.clear()
@@ -116,7 +149,7 @@ def test_the_host_waits_at_looks_only(log_probs: bool, record: bool, fake_cuda: 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_follows_a_validation_in_inference_mode(mixed: bool, fake_cuda: FakeCuda) -> None:
-    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
+    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(cuda_graphs=False)
     for inference in (True, False, True):
         with torch.inference_mode(inference), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
             assert equal(roll_out(engine, model), roll_out(plain, model))
@@ -124,7 +157,7 @@ def test_training_follows_a_validation_in_inference_mode(mixed: bool, fake_cuda:
 
 
 def test_more_prompts_ask_for_new_slots_and_fewer_for_none(fake_cuda: FakeCuda) -> None:
-    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(record=False)
+    model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(cuda_graphs=False)
     slots = []
     for count in (2, 4, 2):
         assert equal(roll_out(engine, model, ids=IDS[:count]), roll_out(plain, model, ids=IDS[:count]))
@@ -142,8 +175,8 @@ def test_a_model_that_copies_from_the_host_runs_without_graphs(
     """Falcon's attention indexes with a list, which is copied at each step; no capture of that must begin."""
     model, engine = moved(family, dtype), PairedEngine()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
-        assert equal(roll_out(engine, model), roll_out(PairedEngine(record=False), model))
-    assert "called a synchronizing CUDA operation" in engine.recorder.obstacle
+        assert equal(roll_out(engine, model), roll_out(PairedEngine(cuda_graphs=False), model))
+    assert "called a synchronizing CUDA operation" in engine._step_cache.why_unsupported
     assert fake_cuda.graphs == []
     assert fake_cuda.sync_debug_mode == 0
     assert torch.is_autocast_cache_enabled()
@@ -154,3 +187,94 @@ def test_families_without_a_static_cache_are_rolled_out(fake_cuda: FakeCuda) -> 
         if family not in RECORDED:
             model = moved(family, torch.bfloat16)
             assert is_there(roll_out(AutoEngine(), model, length=4).sampled_ids)
+
+
+def move(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.1
+
+
+# What is not captured, or captured anew
+
+
+def test_weights_elsewhere_are_captured_anew(fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    for _ in range(3):
+        move(model)
+        with caplog.at_level("INFO"):
+            moved = [roll_out(engine, model, length=6) for _ in range(2)]
+        assert equal(moved[-1], roll_out(PairedEngine(cuda_graphs=False), model, length=6))
+        assert engine._step_cache._graphs
+    assert "not captured" not in caplog.text
+
+
+def test_a_model_with_hooks_is_run_itself(fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
+    model, engine, seen = tiny_model("llama").to("cuda"), PairedEngine(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            roll_out(engine, model, length=5)
+    assert len(seen) == 15
+    assert "decoding steps of LlamaForCausalLM are not captured as CUDA graphs, since it has hooks" in caplog.text
+
+
+def test_a_model_that_looks_at_its_values_is_run_itself(
+    fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    plain = roll_out(PairedEngine(cuda_graphs=False), model)
+    act = model.model.layers[0].mlp.act_fn
+    monkeypatch.setattr(type(act), "forward", lambda self, x: nn.functional.silu(x) if x.sum() > -1e9 else x)
+    with caplog.at_level("INFO"):
+        outputs = [roll_out(engine, model) for _ in range(3)]
+    assert all(equal(output, plain) for output in outputs)
+    assert "decoding steps of the policy are not captured as CUDA graphs, since capture failed" in caplog.text
+
+
+def test_an_adapter_that_is_switched_off_is_not_replayed(fake_cuda: FakeCuda) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(tiny_model("llama"), config).to("cuda")
+    engine = PairedEngine()
+    on = [roll_out(engine, wrapped) for _ in range(2)][-1]
+    assert engine._step_cache._graphs
+    with wrapped.disable_adapter():
+        off = roll_out(engine, wrapped)
+        assert equal(off, roll_out(PairedEngine(cuda_graphs=False), wrapped))
+    assert not equal(on, off)
+
+
+def test_the_least_recently_used_graph_is_dropped(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 2)
+    cache, inputs = StepCache(), (torch.ones(2, device="cuda"),)
+    cache.begin(nn.Linear(1, 1).to("cuda"))
+    for key in ("a", "b", "a", "c"):
+        cache.run(key, lambda x: x + 1, inputs)
+    assert list(cache._graphs) == ["a", "c"]
+
+
+def test_on_a_cpu_every_step_runs_itself() -> None:
+    model, engine = tiny_model("llama"), PairedEngine()
+    assert equal(roll_out(engine, model), roll_out(PairedEngine(cuda_graphs=False), model))
+    assert not engine._step_cache._graphs
+    assert engine._buffers is None
+
+
+# On a real device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep_cache", [True, False])
+def test_cuda_graphs_write_what_the_model_writes(dtype: torch.dtype, keep_cache: bool) -> None:
+    model = tiny_model("llama").to("cuda", dtype)
+    engine, plain = PairedEngine(keep_cache=keep_cache), PairedEngine(cuda_graphs=False)
+    for seed in (0, 1, 0):
+        assert equal(roll_out(engine, model, seed), roll_out(plain, model, seed))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+    assert engine._step_cache.why_unsupported == ""
+    assert bool(engine._step_cache._graphs) == keep_cache

@@ -8,9 +8,15 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from remax_lightning.rollout import AutoEngine, GenerationRequest, HuggingFaceEngine, PairedEngine, SamplingConfig
-from remax_lightning.rollout import decode_loop as decoding
-from remax_lightning.rollout.auto import obstacle
+from remax_lightning.rollout import (
+    AutoEngine,
+    GenerationRequest,
+    HuggingFaceEngine,
+    PairedEngine,
+    SamplingConfig,
+    decode_loop,
+)
+from remax_lightning.rollout.auto import why_unsupported
 from remax_lightning.rollout.static_cache import make_slots
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
@@ -155,7 +161,7 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with_compaction = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
     left = []
     monkeypatch.setattr(
-        decoding.Decoding, "_rows_are_left", lambda self, _: left.append(self.ended) or not bool(self.ended.all())
+        decode_loop.DecodeLoop, "_rows_are_left", lambda self, _: left.append(self.ended) or not bool(self.ended.all())
     )
     without = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
     assert torch.equal(with_compaction.greedy_ids, without.greedy_ids)
@@ -166,9 +172,9 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_leave_the_batch_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     eos = likely_token(model)
-    advance = decoding.Decoding._advance
+    advance = decode_loop.DecodeLoop._decode_step
     monkeypatch.setattr(
-        decoding.Decoding, "_advance", lambda self, step: sizes.append(len(self.active)) or advance(self, step)
+        decode_loop.DecodeLoop, "_decode_step", lambda self, step: sizes.append(len(self.active)) or advance(self, step)
     )
     run(PairedEngine, model, [3, 7, 5, 4], max_response_length=200, eos=eos, num_samples=4)
     assert sizes == sorted(sizes, reverse=True)
@@ -206,7 +212,7 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
 
     model = tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
-        assert obstacle(model) == ""
+        assert why_unsupported(model) == ""
         cache = DynamicCache(config=model.config)
         model(torch.arange(5, 9)[None], past_key_values=cache)
         assert {states.dtype for states in make_slots(cache, 1, 16)} == {torch.bfloat16}
@@ -220,12 +226,12 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
 def test_a_lora_wrapper_is_seen_through() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from remax_lightning.models.forward import takes
+    from remax_lightning.models.forward import accepts_argument
 
     model = tiny_model("gpt2")
     model.generation_config.top_k = 7
     wrapped = get_peft_model(model, LoraConfig(target_modules=["c_attn"]))
-    assert takes(wrapped, "position_ids")
+    assert accepts_argument(wrapped, "position_ids")
     expected = run(PairedEngine, model, [3, 7, 5], max_response_length=6)
     for engine in (AutoEngine, PairedEngine, HuggingFaceEngine):
         assert torch.equal(run(engine, wrapped, [3, 7, 5], max_response_length=6).greedy_ids, expected.greedy_ids)

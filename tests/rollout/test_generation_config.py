@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_model
 
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.generation_config import ignored_settings, tell_ignored
+from remax_lightning.rollout.generation_config import ignored_settings, log_ignored_settings
 
 
 def test_the_implicit_top_k_of_transformers_is_named() -> None:
@@ -32,7 +32,7 @@ def test_published_settings_are_named_with_their_values(caplog: pytest.LogCaptur
     sampling = SamplingConfig(temperature=0.7, top_p=0.8)
     assert ignored_settings(model, sampling) == {"top_k": 20, "repetition_penalty": 1.05}
     with caplog.at_level("INFO"):
-        tell_ignored(model, sampling)
+        log_ignored_settings(model, sampling)
     assert "model.generate would also have taken top_k 20, repetition_penalty 1.05" in caplog.text
 
 
@@ -40,5 +40,5 @@ def test_nothing_is_said_where_nothing_is_left_out(caplog: pytest.LogCaptureFixt
     model = tiny_model("llama")
     model.generation_config.top_k = 0
     with caplog.at_level("INFO"):
-        tell_ignored(model, SamplingConfig())
+        log_ignored_settings(model, SamplingConfig())
     assert caplog.text == ""

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from remax_lightning.rollout.static_cache import (
-    attended_length,
+    bucketed_length,
     cache_of_slots,
     fill_slots,
     keep_rows,
@@ -42,14 +42,14 @@ def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
     model = make()
     own, other = filled(model), filled(model)
     layout = layout_of(own)
-    slots = make_slots(own, len(ROWS), attended_length(PROMPT + 12))
+    slots = make_slots(own, len(ROWS), bucketed_length(PROMPT + 12))
     fill_slots(slots, own, ROWS, PROMPT)
     other.batch_select_indices(ROWS)
     kept, count, lengths = torch.tensor([1, 4, 6]), len(ROWS), set()
     with torch.no_grad():
         for step in range(12):
             tokens = torch.arange(count)[:, None] + 10 * step
-            position, length = PROMPT + step, attended_length(PROMPT + step + 1)
+            position, length = PROMPT + step, bucketed_length(PROMPT + step + 1)
             lengths.add(length)
             cache = cache_of_slots(layout, [each[:count] for each in slots], torch.tensor([position]), length)
             mask = (torch.arange(length) <= position).long().expand(count, -1)
@@ -79,10 +79,10 @@ def test_a_step_writes_into_the_memory_that_was_made() -> None:
 
 @pytest.mark.parametrize("filled", [1, 31, 32, 33, 64, 65, 250, 257, 300, 512, 513, 1000, 1025, 4000])
 def test_attended_lengths_are_few_and_waste_little(filled: int) -> None:
-    length = attended_length(filled)
+    length = bucketed_length(filled)
     assert filled <= length <= max(filled + 15, 1.125 * filled)
-    assert attended_length(length) == length
-    assert len({attended_length(each) for each in range(1, filled + 1)}) <= 16 + 8 * max(0, filled.bit_length() - 8)
+    assert bucketed_length(length) == length
+    assert len({bucketed_length(each) for each in range(1, filled + 1)}) <= 16 + 8 * max(0, filled.bit_length() - 8)
 
 
 def test_a_cache_with_other_states_has_no_layout() -> None:

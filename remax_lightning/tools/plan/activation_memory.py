@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
-from remax_lightning.models.forward import language_model, model_inputs, row_prompts, takes
+from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
 from remax_lightning.models.lm_head import SOFT_CAPS, hidden_states
 from remax_lightning.models.sampling_mask import sampling_mask
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.sampling import next_tokens
-from remax_lightning.rollout.static_cache import attended_length, cache_of_slots, fill_slots, layout_of, make_slots
+from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 
@@ -86,27 +86,27 @@ class StepPasses:
         from transformers import DynamicCache
 
         model, sampling = language_model(self.policy), self.work.sampling
-        if getattr(model, "_is_stateful", False) or not takes(model, "past_key_values"):
+        if getattr(model, "_is_stateful", False) or not accepts_argument(model, "past_key_values"):
             raise _other_engine(model)
         model.eval()
         ids, mask = _rows(self.work.prompts, self.work.prompt_length)
-        rows = row_prompts(ids, sampling.num_samples, greedy)
+        rows = prompt_index_per_row(ids, sampling.num_samples, greedy)
         with self.autocast(), LiveBytes([model]) as live:
             cache = DynamicCache(config=model.config)
             inputs = model_inputs(model, ids, mask)
-            if takes(model, "logits_to_keep"):
+            if accepts_argument(model, "logits_to_keep"):
                 inputs["logits_to_keep"] = 1
             logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
             layout = layout_of(cache)
             if layout is None:
                 raise _other_engine(model)
-            length = attended_length(self.work.length)
+            length = bucketed_length(self.work.length)
             slots = make_slots(cache, len(rows), length)
             fill_slots(slots, cache, rows, self.work.prompt_length)
             del cache
             token, position = torch.zeros(len(rows), 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
             step = {"input_ids": token, "attention_mask": torch.ones(len(rows), length, dtype=torch.long)}
-            if takes(model, "position_ids"):
+            if accepts_argument(model, "position_ids"):
                 step["position_ids"] = token
             filled = cache_of_slots(layout, slots, position, length)
             logits = model(**step, past_key_values=filled, use_cache=True).logits[:, -1]
@@ -185,7 +185,7 @@ class StepPasses:
         head = None if whole_logits else output_head(model)
         if head is None:
             inputs = model_inputs(model, ids, mask)
-            if takes(model, "logits_to_keep"):
+            if accepts_argument(model, "logits_to_keep"):
                 inputs["logits_to_keep"] = responses.shape[1] + 1
             logits = model(**inputs, use_cache=False).logits
             body = live.live - logits.nbytes

@@ -15,7 +15,6 @@ from remax_lightning.models import ModelConfig, at_start
 from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
-from remax_lightning.rollout.cast_linear import MOST_BYTES
 from remax_lightning.strategies.layerwise import layers_of
 from remax_lightning.tools.plan.activation_memory import StepPasses, update_bytes
 from remax_lightning.tools.plan.memory_tracker import shapes_only
@@ -177,11 +176,9 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     own, core = list(policy.parameters()), language_model(policy)
     weights, layers = _bytes(policy), [_bytes(layer) for layer in layers_of(cast(nn.Module, core))]
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
-    packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32)
-    if run.is_mixed:
-        packed = 0 if run.strategy.shards_policy else packed // 2  # cast, on every device
-    elif run.device != "cpu" or packed > MOST_BYTES:
-        packed = 0
+    packed = 0
+    if run.is_mixed and not run.strategy.shards_policy:  # float32 weights cast to 16 bits, on every device
+        packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
     if run.module.policy_source.quantization is not None:
         head = core.get_output_embeddings()
         cut = [weight for weight in linears if head is None or weight is not head.weight]

@@ -100,7 +100,7 @@ class PlannedRun(NamedTuple):
         """Whether the memory of keys and values is kept between rollouts, for the graphs that read it."""
         engine = self.module.engine
         keeps = isinstance(engine, AutoEngine) or (
-            isinstance(engine, PairedEngine) and engine.keep_slots and engine.recorder is not None
+            isinstance(engine, PairedEngine) and engine.keep_cache and engine.cuda_graphs
         )
         # Weights that are gathered lie elsewhere in every rollout, and so its graphs end with it.
         return keeps and self.device == "gpu" and not self.strategy.shards_policy

@@ -59,7 +59,7 @@ class ModelSize(NamedTuple):
         largest: bytes of the largest tensor.
         layer: bytes of the largest layer.
         outside: bytes of what belongs to no layer.
-        packed: bytes of a second copy of weights that a rollout makes (on a CPU in float32, and in mixed precision).
+        packed: bytes of a second copy of weights that a rollout makes in mixed precision.
     """
 
     weights: int
