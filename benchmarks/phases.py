@@ -69,8 +69,8 @@ class PhasedReMax(ReMaxModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin a step with its rollout."""
         super().on_train_batch_start(batch, batch_idx)
-        self.closes_step = (batch.split + 1) % self.trainer.accumulate_grad_batches == 0
-        if batch.split == 0:
+        self.closes_step = (batch.micro_batch_index + 1) % self.trainer.accumulate_grad_batches == 0
+        if batch.micro_batch_index == 0:
             RECORD.steps.append({})
             RECORD.enter("rollout")
 

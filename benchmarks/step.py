@@ -164,7 +164,7 @@ class Clock(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start with the first part of a rollout batch."""
-        if batch.split == 0:
+        if batch.micro_batch_index == 0:
             self.begin()
             self.times, self.start = {"rollout": 0.0, "reward": 0.0}, time.perf_counter()
 
@@ -221,7 +221,7 @@ def ours(folder: Path, shape: Shape, begin: Begin, micro_batch_size: int | None 
             accelerator="cpu",
             devices=1,
             max_steps=1,
-            accumulate_grad_batches=data.num_splits,
+            accumulate_grad_batches=data.num_micro_batches,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,

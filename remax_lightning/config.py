@@ -174,3 +174,22 @@ class LossConfig:
     def __post_init__(self) -> None:
         _require(0 < self.clip_range < 1, "loss.clip_range", "above 0 and below 1", self.clip_range)
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "null or above 1", self.dual_clip)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What an evaluation measures beside the policy's own responses; each costs passes or responses of its own.
+
+    Args:
+        win_rate_reference: whether the reference answers the prompts too, and the rewards are compared.
+        win_rate_chosen: whether the rewards are compared with that of the data set's response.
+        perplexity: whether policy and reference are asked for the log-probs of the data set's response.
+        response_column: column of the data set's response.
+        max_length: tokens of such a response that are read for the perplexity.
+    """
+
+    win_rate_reference: bool = False
+    win_rate_chosen: bool = False
+    perplexity: bool = False
+    response_column: str = "chosen"
+    max_length: int = 1024

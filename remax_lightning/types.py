@@ -23,8 +23,9 @@ class PromptBatch(NamedTuple):
         prompt_mask: `[B, P]` bool, True on real tokens.
         prompts: the `B` prompts as text, as the policy reads them.
         rows: the `B` raw rows of the data set, for rewards that need more than the text.
-        split: which part of the rollout batch is trained on now, from 0; the same prompts arrive `num_splits` times.
-        num_splits: how many parts the rollout batch is trained in.
+        micro_batch_index: which micro-batch of the rollout batch is trained on now, from 0; the same prompts arrive
+            `num_micro_batches` times.
+        num_micro_batches: how many micro-batches the rollout batch is trained in.
         indices: the places of the `B` prompts in their data set; tell a prompt that is there twice, to fill up a rank,
             which an evaluation then counts once. None where they are not known.
     """
@@ -33,8 +34,8 @@ class PromptBatch(NamedTuple):
     prompt_mask: Tensor
     prompts: list[str]
     rows: list[dict[str, Any]]
-    split: int = 0
-    num_splits: int = 1
+    micro_batch_index: int = 0
+    num_micro_batches: int = 1
     indices: list[int] | None = None
 
 
@@ -143,10 +144,10 @@ class Rollout(NamedTuple):
         """Sampled responses per prompt, `n`."""
         return self.reward.shape[0] // self.prompt.prompt_ids.shape[0]
 
-    def part(self, split: int, num_splits: int) -> Rollout:
-        """Return part `split` of `num_splits` equal parts; the responses of one prompt stay together."""
-        size = self.prompt.prompt_ids.shape[0] // num_splits
-        start, stop = split * size, (split + 1) * size
+    def micro_batch(self, index: int, num_micro_batches: int) -> Rollout:
+        """Return micro-batch `index` of `num_micro_batches` equal ones; the responses of a prompt stay together."""
+        size = self.prompt.prompt_ids.shape[0] // num_micro_batches
+        start, stop = index * size, (index + 1) * size
         first, last = start * self.num_samples, stop * self.num_samples
         return Rollout(
             prompt=PromptBatch(
@@ -165,24 +166,6 @@ class Rollout(NamedTuple):
             log_probs=None if self.log_probs is None else self.log_probs[first:last],
             reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
         )
-
-
-class EvalConfig(NamedTuple):
-    """What an evaluation measures beside the policy's own responses; each costs passes or responses of its own.
-
-    Args:
-        win_rate_reference: whether the reference answers the prompts too, and the rewards are compared.
-        win_rate_chosen: whether the rewards are compared with that of the data set's response.
-        perplexity: whether policy and reference are asked for the log-probs of the data set's response.
-        response_column: column of the data set's response.
-        max_length: tokens of such a response that are read for the perplexity.
-    """
-
-    win_rate_reference: bool = False
-    win_rate_chosen: bool = False
-    perplexity: bool = False
-    response_column: str = "chosen"
-    max_length: int = 1024
 
 
 class PromptRecord(NamedTuple):

@@ -139,8 +139,8 @@ class Breaker(PairedEngine):
 class HidesPads(PromptDataModule):
     """Makes the mask of ids, as the paper's code does: with pad = eos it hides an EOS inside a prompt."""
 
-    def _collate(self, num_splits: int) -> Any:
-        collate, pad_id = super()._collate(num_splits), self.tokenizer.pad_token_id
+    def _collate(self, num_micro_batches: int) -> Any:
+        collate, pad_id = super()._collate(num_micro_batches), self.tokenizer.pad_token_id
 
         def hiding(items: Any) -> PromptBatch:
             batch: PromptBatch = collate(items)

@@ -13,10 +13,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from remax_lightning.callbacks.step_output import is_dry_run, rollout_output, run_folder
+from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.evaluation.intervals import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
-from remax_lightning.types import EvalConfig, PromptRecord
+from remax_lightning.types import PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
 MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")
@@ -83,7 +85,7 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text, and find where to write: here, before models are loaded."""
-        self._active = isinstance(getattr(pl_module, "measures", None), EvalConfig)
+        self._active = isinstance(getattr(pl_module, "evaluator", None), Evaluator)
         if not self._active:
             return
         if self.text is not None:
@@ -138,7 +140,7 @@ class Evaluation(Callback):
         # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
         named = asked is not None or self.response_column != "chosen"
         self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
-        module.measures = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
+        module.evaluator.config = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
 
     # Meanwhile
 
@@ -216,7 +218,7 @@ class Evaluation(Callback):
         wanted = self._active and (self._asked is None or "perplexity" in self._asked)
         if not wanted or self.text is None or trainer.sanity_checking:
             return []
-        pieces = gather_records(cast("Any", pl_module).text_records(self._text))
+        pieces = gather_records(cast("Any", pl_module).evaluator.text_records(self._text))
         for name, figure in figures(pieces, 1, self.seed).items():
             if figure.value is not None:
                 pl_module.log(f"{stage}/{name}", figure.value)  # the same on every rank already

@@ -56,7 +56,7 @@ class Throughput(Callback):
             torch.cuda.synchronize(pl_module.device)
         self._gather(output, time.perf_counter() - self._started)
         if output["closes_step"]:
-            ends_rollout = not isinstance(batch, PromptBatch) or batch.split == batch.num_splits - 1
+            ends_rollout = not isinstance(batch, PromptBatch) or batch.micro_batch_index == batch.num_micro_batches - 1
             log_step(pl_module, self._close(trainer, ends_rollout))
 
     def _gather(self, output: StepOutput, seconds: float) -> None:

@@ -71,7 +71,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.max_prompt_length = max_prompt_length
         self.seed = seed
         self.loading = loading
-        self.num_splits = 1
+        self.num_micro_batches = 1
         self.num_rows = self.num_left_out = 0
         """Rows that were read, and those of them that are too long or were no pair."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -123,10 +123,10 @@ class TextDataModule(LightningDataModule, ABC):
             UserError: if Lightning would replace the sampler that hands out the splits.
         """
         overfit = getattr(self.trainer, "overfit_batches", 0)  # set on the instance, unknown to its type
-        if self.num_splits > 1 and overfit > 0:
+        if self.num_micro_batches > 1 and overfit > 0:
             raise UserError(
                 "data.micro_batch_size must equal data.batch_size where trainer.overfit_batches is set: "
-                f"Lightning then takes the batches in its own order; got {self.num_splits} parts per batch"
+                f"Lightning then takes the batches in its own order; got {self.num_micro_batches} parts per batch"
             )
         return self._loader(self._train, shuffle=True)
 
@@ -143,7 +143,7 @@ class TextDataModule(LightningDataModule, ABC):
         return self.val_dataloader()
 
     @abstractmethod
-    def _collate(self, num_splits: int) -> Callable[..., Any]:
+    def _collate(self, num_micro_batches: int) -> Callable[..., Any]:
         """Return what makes a batch of examples."""
 
     def _row(self, row: Row, where: str) -> Row:
@@ -233,8 +233,8 @@ class TextDataModule(LightningDataModule, ABC):
         if dropped:
             rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
 
-    def _rows_at_once(self, num_splits: int) -> int:  # noqa: ARG002 - for subclasses
-        """Return how many rows the loader hands to `_collate`, for each of `num_splits` splits of them."""
+    def _rows_at_once(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
+        """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` splits of them."""
         return self.batch_size
 
     def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:
@@ -242,12 +242,12 @@ class TextDataModule(LightningDataModule, ABC):
 
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
-        num_splits = self.num_splits if shuffle else 1
-        rows_at_once = self._rows_at_once(num_splits)
+        num_micro_batches = self.num_micro_batches if shuffle else 1
+        rows_at_once = self._rows_at_once(num_micro_batches)
         sampler = SplitSampler(
             len(dataset),
             rows_at_once,
-            num_splits=num_splits,
+            num_micro_batches=num_micro_batches,
             shuffle=shuffle,
             drop_last=shuffle,
             seed=self.seed,
@@ -260,5 +260,5 @@ class TextDataModule(LightningDataModule, ABC):
             sampler=sampler,
             drop_last=shuffle,
             num_workers=self.loading.num_workers,
-            collate_fn=self._collate(num_splits),
+            collate_fn=self._collate(num_micro_batches),
         )

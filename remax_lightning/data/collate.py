@@ -91,7 +91,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     return padded, mask
 
 
-def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_splits: int) -> PromptBatch:
+def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_micro_batches: int) -> PromptBatch:
     """Return the `PromptBatch` of examples, which are all of one split."""
     examples = [example for example, _ in items]
     ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")
@@ -100,21 +100,23 @@ def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_sp
         prompt_mask=mask,
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
-        split=items[0][1],
-        num_splits=num_splits,
+        micro_batch_index=items[0][1],
+        num_micro_batches=num_micro_batches,
         indices=[example.number for example in examples],
     )
 
 
-def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int, num_splits: int = 1) -> SupervisedBatch:
+def collate_supervised(
+    items: Sequence[tuple[Example, int]], *, pad_id: int, num_micro_batches: int = 1
+) -> SupervisedBatch:
     """Return the `SupervisedBatch` of examples.
 
     Args:
         items: the examples of a whole optimizer step, all of one split: the part of them that the batch has.
         pad_id: id that fills up.
-        num_splits: batches that the optimizer step comes in.
+        num_micro_batches: batches that the optimizer step comes in.
     """
-    size, split = len(items) // num_splits, items[0][1]
+    size, split = len(items) // num_micro_batches, items[0][1]
     examples = [example for example, _ in items[split * size : (split + 1) * size]]
     prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
     response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
@@ -125,7 +127,7 @@ def collate_supervised(items: Sequence[tuple[Example, int]], *, pad_id: int, num
         response_mask=response_mask,
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
-        step_batches=num_splits,
+        step_batches=num_micro_batches,
         step_tokens=sum(len(example.response_ids) for example, _ in items),
     )
 

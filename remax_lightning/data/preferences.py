@@ -89,7 +89,7 @@ class PreferenceDataModule(TextDataModule):
         """How `ClassifierReward` makes the same text of prompt and response; None for its chat template."""
         return None if True in self._kinds else TEXT_TEMPLATE
 
-    def _collate(self, num_splits: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
+    def _collate(self, num_micro_batches: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
         return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
 
     def _row(self, row: Row, where: str) -> Row:

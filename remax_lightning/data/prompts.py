@@ -74,7 +74,7 @@ class PromptDataModule(TextDataModule):
                 "choose a divisor"
             )
         self.micro_batch_size = micro_batch_size
-        self.num_splits = batch_size // micro_batch_size
+        self.num_micro_batches = batch_size // micro_batch_size
 
-    def _collate(self, num_splits: int) -> Callable[..., PromptBatch]:
-        return partial(collate_prompts, pad_id=int(self.tokenizer.pad_token_id), num_splits=num_splits)
+    def _collate(self, num_micro_batches: int) -> Callable[..., PromptBatch]:
+        return partial(collate_prompts, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)

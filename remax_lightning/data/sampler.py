@@ -15,7 +15,7 @@ Key = int | tuple[int, int]
 
 
 class SplitSampler(DistributedSampler[Key]):
-    """Yields the keys of each rollout batch `num_splits` times in a row, one split after the other.
+    """Yields the keys of each rollout batch `num_micro_batches` times in a row, one split after the other.
 
     A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per split. A
     key is `(index, split)`, or the index alone where there is one split.
@@ -26,7 +26,7 @@ class SplitSampler(DistributedSampler[Key]):
     Args:
         num_rows: rows of the data set.
         batch_size: prompts per rollout batch and rank.
-        num_splits: how often each batch is yielded.
+        num_micro_batches: how often each batch is yielded.
         shuffle: whether to shuffle, differently in each epoch. Else the rows come in their order.
         drop_last: whether to leave out the rows that do not fill a batch on every rank. Where they are kept,
             a rank that would have one batch less than another repeats a row, because ranks that disagree wait
@@ -44,20 +44,22 @@ class SplitSampler(DistributedSampler[Key]):
         num_rows: int,
         batch_size: int,
         *,
-        num_splits: int = 1,
+        num_micro_batches: int = 1,
         shuffle: bool = True,
         drop_last: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if num_splits > 1 and not drop_last:
-            raise ValueError(f"drop_last must be True where num_splits > 1, got num_splits={num_splits}")
+        if num_micro_batches > 1 and not drop_last:
+            raise ValueError(
+                f"drop_last must be True where num_micro_batches > 1, got num_micro_batches={num_micro_batches}"
+            )
         rows: Any = range(num_rows)  # all that the base class asks of a data set is its length
         super().__init__(rows, world_size, rank, shuffle, seed, drop_last)
         self.num_rows = num_rows
         self.batch_size = batch_size
-        self.num_splits = num_splits
+        self.num_micro_batches = num_micro_batches
         full, own = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
         batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
         lacks_a_batch = not drop_last and math.ceil(own / batch_size) < batches
@@ -77,14 +79,14 @@ class SplitSampler(DistributedSampler[Key]):
 
     def __len__(self) -> int:
         """Keys in an epoch: rows of this rank times splits."""
-        return self.num_samples * self.num_splits
+        return self.num_samples * self.num_micro_batches
 
     def signature(self) -> dict[str, int | bool]:
         """Return what fixes the order besides the epoch; a position means nothing under another one."""
         return {
             "rows": self.num_rows,
             "batch_size": self.batch_size,
-            "num_splits": self.num_splits,
+            "num_micro_batches": self.num_micro_batches,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "world_size": self.num_replicas,
@@ -109,12 +111,12 @@ class _Position(Iterator[Key]):
             self._start(self.sampler.epoch)
         if self.yielded >= len(self.sampler):
             raise StopIteration
-        batch_size, num_splits = self.sampler.batch_size, self.sampler.num_splits
-        batch, rest = divmod(self.yielded, batch_size * num_splits)
+        batch_size, num_micro_batches = self.sampler.batch_size, self.sampler.num_micro_batches
+        batch, rest = divmod(self.yielded, batch_size * num_micro_batches)
         split, offset = divmod(rest, batch_size)
         self.yielded += 1
         index = self._order[batch * batch_size + offset]
-        return index if num_splits == 1 else (index, split)
+        return index if num_micro_batches == 1 else (index, split)
 
     def state_dict(self) -> dict[str, Any]:
         epoch = self.sampler.epoch if self._epoch is None else self._epoch
@@ -127,12 +129,14 @@ class _Position(Iterator[Key]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         epoch, yielded, saved = state["epoch"], state["yielded"], dict(state["signature"])
+        if "num_splits" in saved:  # as version 0.1 named it
+            saved["num_micro_batches"] = saved.pop("num_splits")
         if yielded >= state["length"]:
             # Saved after the last batch of an epoch: what comes next is the next one.
             epoch, yielded = epoch + 1, 0
         now = self.sampler.signature()
         batches, rest = divmod(yielded, saved["batch_size"])
-        if _rows(saved) == _rows(now) and rest == 0 and batches % saved["num_splits"] == 0:
+        if _rows(saved) == _rows(now) and rest == 0 and batches % saved["num_micro_batches"] == 0:
             # Another number of ranks takes the same rows step by step: rank r always has every W-th of them.
             saved |= {name: now[name] for name in ("batch_size", "world_size")}
             yielded = batches * self.sampler.batch_size

@@ -86,14 +86,14 @@ class SFTDataModule(TextDataModule):
         ranks = 1 if self.trainer is None else self.trainer.world_size
         short = self._train is not None and len(self._train) < self.batch_size * accumulate * ranks
         alone = short or getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning takes its own order then
-        self.num_splits = 1 if alone else accumulate
+        self.num_micro_batches = 1 if alone else accumulate
         return super().train_dataloader()
 
-    def _rows_at_once(self, num_splits: int) -> int:
-        return self.batch_size * num_splits
+    def _rows_at_once(self, num_micro_batches: int) -> int:
+        return self.batch_size * num_micro_batches
 
-    def _collate(self, num_splits: int) -> Callable[..., SupervisedBatch]:
-        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_splits=num_splits)
+    def _collate(self, num_micro_batches: int) -> Callable[..., SupervisedBatch]:
+        return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)
 
     def _complete(self, examples: list[Example], source: str) -> list[Example]:
         eos_id = int(self.tokenizer.eos_token_id)

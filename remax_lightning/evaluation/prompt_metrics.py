@@ -69,9 +69,10 @@ def compared(record: PromptRecord, other: str, texts: list[str], rewards: list[f
         texts: the responses.
         rewards: their rewards.
     """
-    own, theirs = (torch.tensor([each], dtype=torch.float64) for each in (record.rewards["sampled"], rewards))
+    policy_rewards = torch.tensor([record.rewards["sampled"]], dtype=torch.float64)  # [1, n]
+    other_rewards = torch.tensor([rewards], dtype=torch.float64)
     sums = {f"{other}_reward": (sum(rewards), float(len(rewards))),
-            f"win_rate_{other}": (float(win_rates(own, theirs)), 1.0)}  # fmt: skip
+            f"win_rate_{other}": (float(win_rates(policy_rewards, other_rewards)), 1.0)}  # fmt: skip
     return record._replace(
         responses={**record.responses, other: texts},
         rewards={**record.rewards, other: rewards},
@@ -79,7 +80,7 @@ def compared(record: PromptRecord, other: str, texts: list[str], rewards: list[f
     )
 
 
-class RecordSums:
+class PromptSums:
     """Gathers records batch by batch, for the logs."""
 
     def __init__(self) -> None:

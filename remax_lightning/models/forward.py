@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,3 +56,17 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> dic
     if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = position_ids(mask)
     return inputs
+
+
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into eval mode inside.
+
+    In train mode with gradient checkpointing a model drops its cache, and so generates wrong tokens.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

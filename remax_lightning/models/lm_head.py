@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead
-from remax_lightning.models.forward import model_inputs
-from remax_lightning.training.worker import evaluating
+from remax_lightning.models.forward import eval_mode, model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,7 +165,7 @@ def _probe(model: PreTrainedModel) -> _Recipe:
     ids, mask = ids.to(layer.weight.device), mask.to(layer.weight.device)
     handle = layer.register_forward_hook(replace)
     try:
-        with evaluating(model):
+        with eval_mode(model):
             logits = model(**model_inputs(core, ids, mask), use_cache=False).logits
             hidden = hidden_states(model, ids, mask)
     finally:

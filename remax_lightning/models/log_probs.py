@@ -102,7 +102,8 @@ def with_reference(
         reference: the frozen model.
         sampling: its temperature divides the logits.
         keep_hidden: keep the reference's hidden states too, for the KL over the vocabulary.
-        batch_size: responses per forward pass; None for those of a training pass, the rollout's share of `num_splits`.
+        batch_size: responses per forward pass; None for those of a training pass, the rollout's share of
+            `num_micro_batches`.
 
     Raises:
         UserError: if `keep_hidden` and the reference's head cannot be read.
@@ -110,7 +111,7 @@ def with_reference(
     log_probs, kept, mask = [], [], rollout.sampled.response_mask
     if keep_hidden:
         required_head(reference, "model.reference")
-    for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_splits):
+    for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches):
         statistics, hidden = _statistics(reference, rows, _temperature(sampling))
         log_probs.append(statistics.log_probs)
         if keep_hidden and hidden is not None:

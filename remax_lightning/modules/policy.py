@@ -14,8 +14,12 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.float32_buffers import Float32Buffers
 from remax_lightning.modules.base import BaseModule
+from remax_lightning.rewards.base import Reward
+from remax_lightning.rollout import RolloutEngine, SamplingConfig
+from remax_lightning.rollout.generation_config import log_ignored_settings
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 from remax_lightning.training.config_checks import check_policy, check_quantization
+from remax_lightning.training.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +30,7 @@ class PolicyModule(BaseModule):
 
     Args:
         policy: where the policy comes from.
+        worker: generates responses with it and scores them.
         tokenizer: its tokenizer, a folder or a hub name; None takes the policy's path.
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
@@ -38,13 +43,14 @@ class PolicyModule(BaseModule):
     def __init__(
         self,
         policy: ModelConfig,
+        worker: RolloutWorker,
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__(policy, tokenizer, optimizer, lr_scheduler)
         check_policy(policy)
-        self.policy_source = policy
+        self.policy_source, self.worker = policy, worker
         if policy.lora is not None:
             self.strict_loading = False  # the base is missed on purpose; the adapter is checked in `load_state_dict`
 
@@ -52,6 +58,27 @@ class PolicyModule(BaseModule):
     def trained_model(self) -> PreTrainedModel:
         """The policy."""
         return self.policy
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What generates the responses."""
+        return self.worker.engine
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How responses are sampled."""
+        return self.worker.sampling
+
+    @property
+    def reward(self) -> Reward | None:
+        """What scores the responses; None where nothing does."""
+        return self.worker.reward
+
+    def prepare_rollouts(self) -> None:
+        """Get the worker ready: stop strings, end-of-sequence tokens, and the reward on the device."""
+        if self.worker.device != self.device:
+            log_ignored_settings(self.policy, self.sampling)
+        self.worker.prepare(self.tokenizer, self.eos_ids(), self.device)
 
     def configure_model(self) -> None:
         """Load policy and tokenizer; Lightning calls this where each strategy wants its models built."""

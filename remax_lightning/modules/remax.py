@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,21 +11,29 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.errors import UserError
-from remax_lightning.evaluation.evaluator import EvaluatedModule
+from remax_lightning.distributed import broadcast, raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.evaluation.evaluator import Evaluator
+from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models import ModelConfig
+from remax_lightning.models.log_probs import policy_statistics, with_reference
+from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rollout import RolloutEngine, SamplingConfig
+from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training import config_checks as checks
-from remax_lightning.training.objective import Experience, Objective
-from remax_lightning.training.resume import experience_from_state, experience_state, own_state, states_of_ranks
-from remax_lightning.training.seeding import TRAINING
-from remax_lightning.training.step_metrics import Sums, step_values
-from remax_lightning.training.worker import timed
-from remax_lightning.types import PromptBatch, StepOutput
+from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.objective import Objective, UpdatePlan
+from remax_lightning.training.reference import Reference, make_reference
+from remax_lightning.training.resume import own_state, states_of_ranks
+from remax_lightning.training.seeding import EVALUATION, TRAINING
+from remax_lightning.training.step_metrics import MeanMetrics, predictions, step_values
+from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.types import PromptBatch, Rollout, StepOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class ReMaxModule(EvaluatedModule):
+class ReMaxModule(PolicyModule):
     """Aligns a policy with a reward.
 
     Args:
@@ -63,60 +72,146 @@ class ReMaxModule(EvaluatedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         checks.check_kl(kl_coef, kl, policy, reference)
+        checks.check_reference(reference)
         objective = Objective(kl, advantage, loss, sampling.num_samples)
-        super().__init__(
-            policy, reward, reference, tokenizer, rollout, sampling, kl_coef, objective, optimizer, lr_scheduler
-        )
-        self._experience: Experience | None = None
-        self._sums = Sums()
-        self._rollouts = 0
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, objective.truncation_penalty)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler)
+        self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
+        self.evaluator = Evaluator(worker, objective)
+        self.buffer = RolloutBuffer()
+        self._plans: dict[int, UpdatePlan] = {}
+        self._reference: Reference | None = None
+        self._metrics = MeanMetrics()
+        self._num_rollouts = 0
+        self._seed: int | None = None
+
+    # Loading
+
+    @property
+    def reference(self) -> PreTrainedModel | None:
+        """The reference's model; the policy's own where they share their weights."""
+        return None if self._reference is None else self._reference.model
+
+    def configure_model(self) -> None:
+        """Load policy, tokenizer and reference."""
+        super().configure_model()
+        if self._reference is None:
+            strategy = self.trainer.strategy
+            self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
 
     def on_fit_start(self) -> None:
-        """Bring the frozen models to the device and check what only the whole run can tell."""
+        """Bring the frozen models to the device, plan the updates and check what only the whole run can tell."""
         self._prepare()
-        num_splits = getattr(getattr(self.trainer, "datamodule", None), "num_splits", None)
-        if num_splits is not None:
-            self._updates_per_rollout(num_splits)
+        self._plans.clear()
+        num_micro_batches = getattr(getattr(self.trainer, "datamodule", None), "num_micro_batches", None)
+        if num_micro_batches is not None:
+            self.plan_of(num_micro_batches)
 
-    def _updates_per_rollout(self, num_splits: int) -> int:
-        accumulate, num_batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        return checks.updates_per_rollout(num_splits, accumulate, self.objective.loss_config.kind, num_batches)
+    def on_train_start(self) -> None:
+        """Check that no epoch ends within a rollout: only now is the length of an epoch known."""
+        super().on_train_start()
+        num_micro_batches = list(self._plans)
+        self._plans.clear()
+        for number in num_micro_batches:
+            self.plan_of(number)
+
+    def on_validation_start(self) -> None:
+        """Bring the frozen models to the device, and start an evaluation."""
+        self._prepare()
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def _prepare(self) -> None:
+        self.constants.restore()
+        if self._reference is not None:
+            self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
+            checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
+        self.prepare_rollouts()
+        if self._seed is None:
+            # Rank 0's seed, because that is what a checkpoint holds.
+            self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
+        self.evaluator.prepare(self.trainer, self.policy, self._reference, self._seed)
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
+        checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
+
+    def plan_of(self, num_micro_batches: int) -> UpdatePlan:
+        """Return the plan of rollout batches in so many micro-batches; made at fit start for our data modules.
+
+        Raises:
+            UserError: if an optimizer step reaches into the next rollout, or the loss does not allow several updates.
+        """
+        if num_micro_batches not in self._plans:
+            self._plans[num_micro_batches] = self.objective.plan_update(
+                num_micro_batches,
+                self.trainer.accumulate_grad_batches,
+                kl_coef=self.kl_coef,
+                has_reference=self._reference is not None,
+                num_batches=self.trainer.num_training_batches,
+            )
+        return self._plans[num_micro_batches]
 
     # Training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        """Train on one part of a rollout batch; the first part makes the rollout."""
-        times = {"rollout": 0.0, "reward": 0.0}
-        if batch.split == 0:
-            self._drop_gradients()
-            self._experience = self._explore(batch, times)
-        if self._experience is None:
-            raise UserError(f"data: part {batch.split} of a rollout batch came first; a loader starts with part 0")
-        split, num_splits = batch.split, batch.num_splits
-        part = self._experience.part(split, num_splits)
-        if split + 1 == num_splits:
-            self._experience = None  # the last part: nothing to carry over, in memory or in a checkpoint
-        trained = part.trained()
-        now = self._statistics(part.rollout, trained)  # the only pass with gradients
-        if part.advantages is None:
-            part = self._credited(part, now.log_probs, now.kl)
-        rollout, advantages = part.rollout, cast(Tensor, part.advantages)
+        """Train on one micro-batch of a rollout; the first one makes the rollout."""
+        if batch.micro_batch_index == 0:
+            # y ~ pi(.|x) and y* greedy, decoded together; r = reward(x, y), b = reward(x, y*); log pi_ref(y_t)
+            self.buffer.fill(self._make_experience(batch))
+        experience = self.buffer.micro_batch(batch.micro_batch_index)  # r [S], b [B], mask [S, R]
+        active = experience.active_responses()  # [S], False where every advantage is 0
+        stats = self.token_statistics(experience.rollout, active)  # log pi(y_t) [S, R]: the only pass with gradients
+        experience = self._with_advantages(experience, stats)  # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
+        normalizer = self._normalizer(experience, batch.micro_batch_index)  # N, over all ranks
+        # - sum_t A_t log pi(y_t) / N
+        loss, clip_fraction = self.objective.loss(stats.log_probs, experience, normalizer, stats.kl)
+        return self._report(loss, clip_fraction, experience, stats, active, batch.micro_batch_index)
+
+    def _make_experience(self, batch: PromptBatch) -> Experience:
+        """Roll out, with everything that training on the rollout needs."""
+        plan = self.plan_of(batch.num_micro_batches)
+        self._drop_gradients()
+        rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
+        self._num_rollouts += 1
+        if plan.has_kl:
+            rollout = self.with_reference(rollout)  # log pi_ref(y_t) [S, R]
+        # N of each update: response tokens (or responses) over all ranks
+        normalizers = self._sum_over_ranks(self.objective.update_counts(rollout, plan.updates_per_rollout))  # [U]
+        experience = Experience(rollout, normalizers)
+        if not plan.has_kl:
+            experience = self._with_advantages(experience)  # A_t needs nothing of the policy
+        if plan.needs_old_log_probs:
+            experience = self._with_old_log_probs(experience, plan)
+        return experience  # what is still missing, the training pass gives
+
+    def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
+        """Add log pi_old(y_t), and with them the advantages that have a KL."""
+        rollout = experience.rollout
+        if rollout.log_probs is not None:
+            return self._with_advantages(experience, PolicyStatistics(rollout.log_probs, rollout.log_probs, None))
+        with torch.no_grad(), self.worker.timer.measure("reward", self.device):
+            active = experience.active_responses(plan.num_micro_batches)  # [S]
+            size = len(rollout.reward) // plan.num_micro_batches
+            stats = self.token_statistics(rollout, active, size)
+        # The training passes need the reference's hidden states again only for a loss over the vocabulary.
+        hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
+        experience = experience._replace(rollout=rollout._replace(log_probs=stats.log_probs, reference_hidden=hidden))
+        return self._with_advantages(experience, stats)
+
+    def _with_advantages(self, experience: Experience, stats: PolicyStatistics | None = None) -> Experience:
+        log_probs, full_kl = (None, None) if stats is None else (stats.log_probs, stats.kl)
+        return self.objective.with_advantages(experience, self.kl_coef, self._sum_over_ranks, log_probs, full_kl)
+
+    def token_statistics(
+        self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
+    ) -> PolicyStatistics:
+        """Return log-probs, entropies and, where it is needed, the full KL of the sampled tokens, each `[S, R]`."""
+        return policy_statistics(self.policy, rollout, self.sampling, self.reference, active, batch_size)
+
+    def _normalizer(self, experience: Experience, micro_batch_index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
-        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
-        normalizer = part.normalizers[split // accumulate] / (accumulate * self.trainer.world_size)
-        loss, clip_fraction = self.objective.loss(now.log_probs, rollout, advantages, normalizer, now.kl)
-        output = StepOutput(
-            loss=loss,
-            rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs for long
-            advantages=advantages,
-            kl=part.kl,
-            entropy=now.entropy.detach(),
-            entropy_mask=rollout.sampled.response_mask & trained[:, None],
-            times=times,
-            closes_step=(split + 1) % accumulate == 0,
-        )
-        self._log_training(output, clip_fraction)
-        return output
+        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
+        return experience.normalizers[micro_batch_index // accumulate] / (accumulate * self.trainer.world_size)
 
     def _drop_gradients(self) -> None:
         """Drop the gradients of the step before: Lightning would keep their memory through the rollout."""
@@ -124,44 +219,93 @@ class ReMaxModule(EvaluatedModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
-    def _explore(self, batch: PromptBatch, times: dict[str, float]) -> Experience:
-        """Make a rollout with all that training on it needs."""
-        updates = self._updates_per_rollout(batch.num_splits)
-        whitens_parts = self.objective.advantage_config.whiten and batch.num_splits > 1
-        charged = self.objective.uses_kl(self.kl_coef) and self._reference is not None
-        looks_back = updates > 1 or (charged and whitens_parts)  # needs the policy's log-probs before it is trained
-        log_probs = looks_back and self.objective.loss_config.old_log_probs == "rollout"
-        rollout = self._roll_out(batch, TRAINING, self._rollouts, times, log_probs)
-        self._rollouts += 1
-        if self.objective.uses_kl(self.kl_coef):
-            rollout = self._with_reference(rollout, times)
-        has_kl = rollout.reference_log_probs is not None
-        experience = Experience(rollout, self._sum_over_ranks(self.objective.update_counts(rollout, updates)))
-        if not has_kl:
-            experience = self._credited(experience)
-        if not looks_back:
-            return experience  # the training pass gives what is missing
-        if rollout.log_probs is not None:
-            return self._credited(experience, rollout.log_probs) if has_kl else experience
-        with torch.no_grad(), timed(times, "reward", self.device):
-            trained, size = experience.trained(batch.num_splits), len(rollout.reward) // batch.num_splits
-            now = self._statistics(rollout, trained, size)
-        hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
-        experience = experience._replace(rollout=rollout._replace(log_probs=now.log_probs, reference_hidden=hidden))
-        return self._credited(experience, now.log_probs, now.kl) if has_kl else experience
-
-    def _credited(self, experience: Experience, *policy: Tensor | None) -> Experience:
-        return self.objective.credited(experience, self.kl_coef, self._sum_over_ranks, *policy)
-
-    def _log_training(self, output: StepOutput, clip_fraction: Tensor) -> None:
+    def _report(
+        self,
+        loss: Tensor,
+        clip_fraction: Tensor,
+        experience: Experience,
+        stats: PolicyStatistics,
+        active: Tensor,
+        micro_batch_index: int,
+    ) -> StepOutput:
+        """Return what callbacks receive, and log the means of an optimizer step at its end."""
+        rollout = experience.rollout
+        output = StepOutput(
+            loss=loss,
+            rollout=rollout._replace(reference_hidden=None),  # a callback may hold outputs for long
+            advantages=cast(Tensor, experience.advantages),
+            kl=experience.kl,
+            entropy=stats.entropy.detach(),
+            entropy_mask=rollout.sampled.response_mask & active[:, None],
+            times=self.worker.timer.pop(),
+            closes_step=(micro_batch_index + 1) % self.trainer.accumulate_grad_batches == 0,
+        )
         values = {**step_values(output), "loss": (output["loss"], None)}
         if self.objective.loss_config.kind == "clipped":
-            mask = self.objective.loss_mask(output["rollout"])
+            mask = self.objective.loss_mask(rollout)
             values["clip_fraction"] = (clip_fraction.expand_as(mask), mask)
-        self._sums.add(values)
+        self._metrics.add(values)
         if output["closes_step"]:
-            for name, mean in self._sums.means(self._sum_over_ranks).items():
+            for name, mean in self._metrics.means(self._sum_over_ranks).items():
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
+        return output
+
+    # Rollouts
+
+    def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
+        """Sample, decode greedily and score; `count` rollouts of the stage were made before."""
+        greedy = stage == EVALUATION or self.objective.needs_greedy
+        generator = self.evaluator.generator(stage, count)
+        with raise_on_all_ranks(self.trainer):
+            return self.worker.roll_out(self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs)
+
+    def with_reference(self, rollout: Rollout) -> Rollout:
+        """Return `rollout` with the log-probs of its sampled tokens under the reference, where there is one."""
+        if self._reference is None:
+            return rollout
+        kl = self.objective.kl_config
+        with self.worker.timer.measure("reward", self.device), torch.no_grad(), self._reference.running():
+            return with_reference(rollout, self._reference.model, self.sampling, kl.full, kl.reference_batch_size)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return sum_tensor_over_ranks(self.trainer, values)
+
+    # Evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        """Evaluate sampled and greedy responses, with the same random numbers every time."""
+        rollout = self.with_reference(self._roll_out(batch, EVALUATION, batch_idx))
+        return self.evaluator.evaluate(rollout, self.token_statistics(rollout), self.kl_coef, batch_idx)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log as in validation, under `test/`."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, mean in self.evaluator.means().items():  # the same on every rank already
+            self.log(f"{stage}/{name}", mean, prog_bar=name in ("reward", "baseline_reward"))
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return prompt, sampled and greedy response and their rewards, one dictionary per sampled response."""
+        return predictions(self._roll_out(batch, EVALUATION, batch_idx))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what an evaluation depends on, ready for JSON."""
+        reference = None if self.reference_source is None else self.reference_source.path
+        return {
+            "policy": self.policy_source.path,
+            "reference": "the policy's start" if reference is None and self._reference is not None else reference,
+            "reward": {"class_path": f"{type(self.reward).__module__}.{type(self.reward).__qualname__}"},
+            "truncation_penalty": self.objective.truncation_penalty,
+            "sampling": asdict(self.sampling),
+            "kl": asdict(self.objective.kl_config),
+        }
 
     # Checkpoints
 
@@ -170,16 +314,15 @@ class ReMaxModule(EvaluatedModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["remax"] = {
             "seed": self._seed,
-            "rollouts": self._rollouts,
-            "experience": states_of_ranks(None if self._experience is None else experience_state(self._experience)),
+            "rollouts": self._num_rollouts,
+            "experience": states_of_ranks(self.buffer.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up where the saved run was."""
+        """Resume where the saved run was."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("remax")
         if state is None:
             return
-        self._seed, self._rollouts = state["seed"], state["rollouts"]
-        own = own_state(state["experience"], self.trainer)
-        self._experience = None if own is None else experience_from_state(own)
+        self._seed, self._num_rollouts = state["seed"], state["rollouts"]
+        self.buffer.load_state_dict(own_state(state["experience"], self.trainer))

@@ -19,6 +19,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.float32_buffers import Float32Buffers
+from remax_lightning.models.forward import eval_mode
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
@@ -27,8 +28,7 @@ from remax_lightning.rewards.score_normalization import Normalization, ScoreLaye
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
-from remax_lightning.training.step_metrics import Sums
-from remax_lightning.training.worker import evaluating
+from remax_lightning.training.step_metrics import MeanMetrics
 from remax_lightning.types import ExportSpec, PreferenceBatch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class RewardModelModule(BaseModule):
         self._normalization = Normalization()
         self._pooling: Pooling | None = None
         self._layers = ScoreLayers(None, None)
-        self._training, self._held_out = Sums(), PairScoreSums()
+        self._training, self._held_out = MeanMetrics(), PairScoreSums()
 
     # Loading
 
@@ -115,7 +115,7 @@ class RewardModelModule(BaseModule):
         self.constants.restore()
         if self._pooling is not None:
             return
-        with evaluating(self.reward_model):
+        with eval_mode(self.reward_model):
             self._pooling = choose_pooling(self.reward_model, self.tokenizer.all_special_ids)
             ids = torch.tensor([[0, 1, 2]], device=self.device)
             self._layers = score_layers(self.reward_model, ids)
@@ -219,7 +219,7 @@ class RewardModelModule(BaseModule):
         if not loader or not count:
             return
         strategy = self.trainer.strategy
-        with evaluating(self.reward_model), torch.no_grad(), strategy.precision_plugin.val_step_context():
+        with eval_mode(self.reward_model), torch.no_grad(), strategy.precision_plugin.val_step_context():
             limit = count[0] if count[0] != float("inf") else None
             for batch in islice(iter(loader), None if limit is None else int(limit)):
                 self.validation_step(strategy.batch_to_device(batch), 0)

@@ -17,8 +17,8 @@ from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training.packing import PackingMode, find_parting, pack, packed_log_probs
-from remax_lightning.training.step_metrics import Sums
-from remax_lightning.training.worker import StoppingCriteria, scored, write
+from remax_lightning.training.step_metrics import MeanMetrics
+from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 
 MAX_LOSS = 700.0
@@ -53,32 +53,29 @@ class SFTModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, tokenizer, optimizer, lr_scheduler)
-        self.reward, self.packing, self.sampling = reward, packing, sampling
-        self.engine: RolloutEngine = rollout if rollout is not None else AutoEngine()
-        self._reward_device: torch.device | None = None
-        self._parting: PackingMode = "positions"
-        self._training, self._held_out = Sums(), Sums()
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, reward)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler)
+        self.packing = packing
+        self._packing_mode: PackingMode = "positions"
+        self._training, self._held_out = MeanMetrics(), MeanMetrics()
 
     def on_fit_start(self) -> None:
         """Load what scoring needs, and see whether the policy can be packed."""
         self.on_validation_start()
         if self.packing:
-            self._parting = find_parting(self.policy)
+            self._packing_mode = find_parting(self.policy)
 
     def on_validation_start(self) -> None:
         """Load what scoring needs."""
         self.constants.restore()
-        if self.reward is not None and self._reward_device != self.device:
-            self.reward.load(self.device)
-            self._reward_device = self.device
+        self.prepare_rollouts()
 
     on_test_start = on_validation_start
 
     def _log_probs(self, batch: SupervisedBatch, packing: bool) -> Tensor:
         """Return `[M]` log-probs of the response tokens."""
         if packing:
-            return packed_log_probs(self.policy, pack(batch), self._parting)
+            return packed_log_probs(self.policy, pack(batch), self._packing_mode)
         mask = batch.response_mask
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         responses = Responses(batch.response_ids, mask, mask.new_zeros(len(mask)), [])
@@ -111,19 +108,9 @@ class SFTModule(PolicyModule):
         if self.reward is None:
             return
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
         with raise_on_all_ranks(self.trainer):
-            written = write(
-                self.policy,
-                prompt,
-                engine=self.engine,
-                sampling=self.sampling,
-                stopping=StoppingCriteria(self.eos_ids(), cast(int, self.tokenizer.pad_token_id)),
-                generator=torch.Generator(self.device).manual_seed(batch_idx),
-                tokenizer=self.tokenizer,
-                greedy=True,
-                times={},
-            )
-            rollout = scored(prompt, written, self.reward, 0.0, {})
+            rollout = self.worker.roll_out(self.policy, prompt, generator, greedy=True)
         log(f"{stage}/reward", rollout.reward.mean(), batch_size=len(rollout.reward), prog_bar=True)
         baseline = cast(Tensor, rollout.baseline_reward)
         log(f"{stage}/baseline_reward", baseline.mean(), batch_size=len(baseline), prog_bar=True)

@@ -159,11 +159,13 @@ def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
         )
 
 
-def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf) -> int:
+def updates_per_rollout(
+    num_micro_batches: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf
+) -> int:
     """Return how many optimizer steps one rollout batch is used for.
 
     Args:
-        num_splits: micro-batches per rollout batch.
+        num_micro_batches: micro-batches per rollout batch.
         accumulate: micro-batches per optimizer step.
         loss_kind: `reinforce` or `clipped`.
         num_batches: micro-batches per epoch, as far as they are known.
@@ -172,22 +174,23 @@ def updates_per_rollout(num_splits: int, accumulate: int, loss_kind: str, num_ba
         UserError: if an optimizer step would reach into the next rollout, an epoch would end within one, or the loss is
             not made for several updates.
     """
-    if num_splits % accumulate:
+    if num_micro_batches % accumulate:
         raise UserError(
-            f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_splits} micro-batches"
-            " (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next one; set"
-            f" trainer.accumulate_grad_batches to {num_splits}, or to a divisor of it for several updates per rollout"
+            f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_micro_batches}"
+            " micro-batches (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next"
+            f" one; set trainer.accumulate_grad_batches to {num_micro_batches}, or to a divisor of it for several"
+            " updates per rollout"
         )
-    if math.isfinite(num_batches) and num_batches % num_splits:
+    if math.isfinite(num_batches) and num_batches % num_micro_batches:
         raise UserError(
             f"trainer.limit_train_batches ends the epoch after {num_batches} micro-batches, in the middle of a rollout"
-            f" batch, which comes in {num_splits}; set it to a multiple of {num_splits}"
+            f" batch, which comes in {num_micro_batches}; set it to a multiple of {num_micro_batches}"
         )
-    updates = num_splits // accumulate
+    updates = num_micro_batches // accumulate
     if updates > 1 and loss_kind == "reinforce":
         raise UserError(
-            f"trainer.accumulate_grad_batches {accumulate} with {num_splits} micro-batches per rollout makes {updates}"
-            " updates per rollout; model.loss.kind reinforce is right for one only. Set"
-            f" trainer.accumulate_grad_batches to {num_splits}, or model.loss.kind to clipped"
+            f"trainer.accumulate_grad_batches {accumulate} with {num_micro_batches} micro-batches per rollout makes"
+            f" {updates} updates per rollout; model.loss.kind reinforce is right for one only. Set"
+            f" trainer.accumulate_grad_batches to {num_micro_batches}, or model.loss.kind to clipped"
         )
     return updates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -18,42 +19,33 @@ from remax_lightning.functional import (
     reinforce_loss,
     remax_advantages,
 )
+from remax_lightning.training.config_checks import updates_per_rollout
+from remax_lightning.training.experience import Experience
 from remax_lightning.types import Rollout
 
 
-class Experience(NamedTuple):
-    """A rollout with what the training passes over it need.
+class UpdatePlan(NamedTuple):
+    """How a rollout is trained on. It follows from the configuration alone, so it is made once and can be shown.
 
     Args:
-        rollout: `B` prompts with their responses and scores.
-        normalizers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
-        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
-        kl: `[S, R]` KL estimate that went into them, or None likewise, and where no KL enters.
+        num_micro_batches: training passes per rollout batch.
+        updates_per_rollout: optimizer steps per rollout batch, `U`.
+        has_kl: whether a KL to the reference enters advantages or loss.
+        needs_old_log_probs: whether training needs the policy's log-probs from before its first update: for the ratio
+            of several updates, and to whiten advantages with a KL over all micro-batches.
+        old_log_probs_from_rollout: whether those are the ones that decoding made; otherwise a pass without gradients.
     """
 
-    rollout: Rollout
-    normalizers: Tensor
-    advantages: Tensor | None = None
-    kl: Tensor | None = None
+    num_micro_batches: int
+    updates_per_rollout: int
+    has_kl: bool
+    needs_old_log_probs: bool
+    old_log_probs_from_rollout: bool
 
-    def part(self, split: int, num_splits: int) -> Experience:
-        """Return part `split` of `num_splits` equal parts."""
-        rollout = self.rollout.part(split, num_splits)
-        rows = slice(split * len(rollout.reward), (split + 1) * len(rollout.reward))
-        advantages, kl = (None if each is None else each[rows] for each in (self.advantages, self.kl))
-        return self._replace(rollout=rollout, advantages=advantages, kl=kl)
-
-    def trained(self, num_splits: int = 1) -> Tensor:
-        """Return `[S]` bool, True on the responses that training has to run.
-
-        One whose advantages are all 0 has no gradient unless a KL enters. At least one of each of the `num_splits`
-        parts stays: backward hooks reduce gradients over ranks, and every rank has to meet them.
-        """
-        if self.advantages is None or self.rollout.reference_log_probs is not None:
-            return torch.ones_like(self.rollout.reward, dtype=torch.bool)
-        trained = (self.advantages != 0).any(-1).view(num_splits, -1)
-        trained[:, 0] |= ~trained.any(-1)
-        return trained.flatten()
+    @property
+    def runs_policy_before_training(self) -> bool:
+        """Whether the policy runs once more, without gradients, before the training passes."""
+        return self.needs_old_log_probs and not self.old_log_probs_from_rollout
 
 
 class Objective:
@@ -89,6 +81,34 @@ class Objective:
         """Reward that a truncated response loses."""
         config = self.advantage_config
         return config.truncation_penalty if config.overlong == "penalize" else 0.0
+
+    def plan_update(
+        self,
+        num_micro_batches: int,
+        accumulate: int,
+        *,
+        kl_coef: float,
+        has_reference: bool,
+        num_batches: int | float = math.inf,
+    ) -> UpdatePlan:
+        """Return how rollouts are trained on.
+
+        Args:
+            num_micro_batches: training passes per rollout batch.
+            accumulate: training passes per optimizer step.
+            kl_coef: weight of the KL in the reward.
+            has_reference: whether there is a reference.
+            num_batches: training passes per epoch, as far as known.
+
+        Raises:
+            UserError: if an optimizer step reaches into the next rollout, or the loss does not allow several updates.
+        """
+        updates = updates_per_rollout(num_micro_batches, accumulate, self.loss_config.kind, num_batches)
+        has_kl = self.uses_kl(kl_coef) and has_reference
+        whitens_micro_batches = self.advantage_config.whiten and num_micro_batches > 1
+        needs_old = updates > 1 or (has_kl and whitens_micro_batches)
+        from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
+        return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout)
 
     def uses_kl(self, kl_coef: float) -> bool:
         """Whether a KL to the reference enters the advantages or the loss."""
@@ -141,7 +161,7 @@ class Objective:
             reduce=reduce,
         )
 
-    def credited(
+    def with_advantages(
         self,
         experience: Experience,
         kl_coef: float,
@@ -149,9 +169,21 @@ class Objective:
         log_probs: Tensor | None = None,
         full_kl: Tensor | None = None,
     ) -> Experience:
-        """Return `experience` with advantages and, where the policy's log-probs are given, with the KL."""
-        kl = None if log_probs is None else self.kl(log_probs, experience.rollout, full_kl)
-        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)
+        """Return `experience` with its advantages, A_t = r - b - beta * sum_{s>=t} kl_s by default.
+
+        Nothing changes where it has them already, from before the training pass.
+
+        Args:
+            experience: a rollout, or a micro-batch of one.
+            kl_coef: beta.
+            reduce: sums a tensor over ranks.
+            log_probs: `[S, R]` of the policy; None where no KL enters.
+            full_kl: `[S, R]` KL over the vocabulary; needed where the configuration says `full`.
+        """
+        if experience.advantages is not None:
+            return experience
+        kl = None if log_probs is None else self.kl(log_probs, experience.rollout, full_kl)  # [S, R]
+        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)  # [S, R]
         return experience._replace(advantages=advantages, kl=kl)
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
@@ -164,21 +196,20 @@ class Objective:
     def loss(
         self,
         log_probs: Tensor,
-        rollout: Rollout,
-        advantages: Tensor,
+        experience: Experience,
         normalizer: Tensor,
         full_kl: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a part of a rollout and the share of its tokens whose ratio was clipped.
+        """Return the loss of a micro-batch and the share of its tokens whose ratio was clipped.
 
         Args:
             log_probs: `[S, R]` of the policy now, differentiable.
-            rollout: the part.
-            advantages: `[S, R]`.
-            normalizer: what the sum over tokens is divided by; this part's own tokens take its place where the
-                configuration says `micro_batch`.
+            experience: the micro-batch, with its advantages.
+            normalizer: what the sum over tokens is divided by, N; the micro-batch's own tokens take its place where
+                the configuration says `micro_batch`.
             full_kl: `[S, R]` KL over the vocabulary, differentiable; needed where the configuration says `full`.
         """
+        rollout, advantages = experience.rollout, cast(Tensor, experience.advantages)
         mask, config = self.loss_mask(rollout), self.loss_config
         if config.normalizer == "micro_batch":
             normalizer = mask.sum().double()

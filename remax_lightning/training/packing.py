@@ -9,9 +9,8 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import hidden_statistics, token_statistics
-from remax_lightning.models.forward import accepts_argument, language_model
+from remax_lightning.models.forward import accepts_argument, eval_mode, language_model
 from remax_lightning.models.lm_head import find_head
-from remax_lightning.training.worker import evaluating
 from remax_lightning.types import SupervisedBatch
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def find_parting(model: PreTrainedModel) -> PackingMode:
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
     # In half precision the shape of a batch alone changes the third digit.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    with evaluating(model):
+    with eval_mode(model):
         apart = torch.cat([model(input_ids=own, use_cache=False).logits[0] for own in ids.split(lengths, 1)])
         for parting in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
             try:

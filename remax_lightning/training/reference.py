@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from remax_lightning.models import ModelConfig, at_start, freeze
+from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.frozen import FrozenModel, equal_passes
 from remax_lightning.strategies import outside_partitioning, passes_meet
 from remax_lightning.training import config_checks as checks
-from remax_lightning.training.worker import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +102,7 @@ class SharedReference:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Take the policy back to its start inside; a rollout gathers it as one of the policy does."""
-        with evaluating(self.model), at_start(cast("nn.Module", self.model)):
+        with eval_mode(self.model), at_start(cast("nn.Module", self.model)):
             yield
 
 

@@ -11,32 +11,6 @@ from lightning.pytorch import Trainer
 
 from remax_lightning.distributed import gather_objects
 from remax_lightning.errors import UserError
-from remax_lightning.training.objective import Experience
-from remax_lightning.types import PromptBatch, Responses, Rollout
-
-
-def experience_state(experience: Experience) -> dict[str, Any]:
-    """Return the experience as nested dictionaries of tensors, numbers and text: `weights_only=True` reads those.
-
-    The rows of the data set stay out: they may hold anything, and once a rollout is scored nothing reads them.
-    """
-    rollout = experience.rollout
-    state = experience._asdict()
-    state["rollout"] = rollout._asdict() | {
-        "prompt": rollout.prompt._replace(rows=[])._asdict(),
-        "sampled": rollout.sampled._asdict(),
-        "greedy": None if rollout.greedy is None else rollout.greedy._asdict(),
-    }
-    return state
-
-
-def experience_from_state(state: dict[str, Any]) -> Experience:
-    """Return the experience that `experience_state` took apart."""
-    rollout = dict(state["rollout"])
-    rollout["prompt"] = PromptBatch(**rollout["prompt"])
-    rollout["sampled"] = Responses(**rollout["sampled"])
-    rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
-    return Experience(**{**state, "rollout": Rollout(**rollout)})
 
 
 def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:

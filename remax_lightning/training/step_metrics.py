@@ -14,7 +14,7 @@ Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 """By name, the values whose mean is logged and, where not all of them count, their mask."""
 
 
-class Sums:
+class MeanMetrics:
     """Weighted sums by name, gathered over the parts of an optimizer step; one reduction over ranks makes means."""
 
     def __init__(self) -> None:
@@ -62,10 +62,10 @@ def predictions(rollout: Rollout) -> list[dict[str, Any]]:
     greedy = cast(Responses, rollout.greedy)
     baseline = cast(Tensor, rollout.baseline_reward).tolist()
     lengths = rollout.sampled.response_mask.sum(-1).tolist()
-    found = []
+    rows = []
     for i, reward in enumerate(rollout.reward.tolist()):
         prompt = i // rollout.num_samples
-        found.append(
+        rows.append(
             {
                 "prompt": rollout.prompt.prompts[prompt],
                 "response": rollout.sampled.texts[i],
@@ -77,4 +77,4 @@ def predictions(rollout: Rollout) -> list[dict[str, Any]]:
                 "row": rollout.prompt.rows[prompt],
             }
         )
-    return found
+    return rows

@@ -1,46 +1,32 @@
-"""Making a rollout: responses, their text, and their rewards."""
+"""From prompts to a scored rollout: generate, decode to text, score. ReMax, SFT and doctor share this one worker."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.functional import response_mask
+from remax_lightning.models.forward import eval_mode
 from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
+from remax_lightning.rollout.stop_strings import stop_string_check
 from remax_lightning.strategies import rollout_parameters
+from remax_lightning.training.timer import PhaseTimer
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class StoppingCriteria(NamedTuple):
-    """What ends a response, and what stands after its end.
+class GeneratedResponses(NamedTuple):
+    """Responses that are not scored yet.
 
     Args:
-        eos_ids: token ids that end a response.
-        pad_id: what stands after the end.
-        ended: what else ends it; None without stop strings.
-    """
-
-    eos_ids: list[int]
-    pad_id: int
-    ended: StopCheck | None = None
-
-
-class Written(NamedTuple):
-    """Responses before they are scored.
-
-    Args:
-        sampled: `S = B * n` sampled responses.
-        greedy: `B` greedy ones; None where they were not asked for.
-        log_probs: `[S, R]` log-probs of the sampled tokens; None where they were not asked for.
+        sampled: `S = B * n` sampled responses, prompt by prompt.
+        greedy: `B` greedy responses; None where they were not requested.
+        log_probs: `[S, R]` log-probs of the sampled tokens; None where they were not requested.
     """
 
     sampled: Responses
@@ -48,125 +34,148 @@ class Written(NamedTuple):
     log_probs: Tensor | None
 
 
-def write(
-    model: PreTrainedModel,
-    prompt: PromptBatch,
-    *,
-    engine: RolloutEngine,
-    sampling: SamplingConfig,
-    stopping: StoppingCriteria,
-    generator: torch.Generator,
-    tokenizer: PreTrainedTokenizerBase,
-    greedy: bool,
-    times: dict[str, float],
-    log_probs: bool = False,
-) -> Written:
-    """Let a model answer the prompts.
+class RolloutWorker:
+    """Generates responses with a model and scores them. Call `prepare` before the first rollout.
 
     Args:
-        model: the policy, or whatever else answers.
-        prompt: `B` prompts.
-        engine: makes the responses.
-        sampling: how they are sampled.
-        stopping: what ends them.
-        generator: source of randomness.
-        tokenizer: turns them into text.
-        greedy: whether greedy responses are made too.
-        times: where the seconds are added, under `rollout`.
-        log_probs: whether the engine is asked for the log-probs of what it samples.
+        engine: generates token ids.
+        sampling: how responses are sampled, and which strings stop them.
+        reward: scores responses; None where the worker only generates.
+        truncation_penalty: reward that a truncated response loses, sampled or greedy.
+        timer: receives the seconds of `rollout` and `reward`; None makes a new one.
     """
-    rolling_out = timed(times, "rollout", prompt.prompt_ids.device)
-    request = GenerationRequest(
-        prompt_ids=prompt.prompt_ids,
-        prompt_mask=prompt.prompt_mask,
-        sampling=sampling,
-        eos_ids=stopping.eos_ids,
-        pad_id=stopping.pad_id,
-        generator=generator,
-        greedy=greedy,
-        return_log_probs=log_probs,
-        stop_check=stopping.ended,
-    )
-    with rolling_out, torch.no_grad(), evaluating(model), rollout_parameters(model):
-        generated = engine.generate(model, request)
-        count, stopped_at = len(generated.sampled_ids), generated.stopped_at
-        at = (None, None) if stopped_at is None else (stopped_at[:count], stopped_at[count:])
-        sampled = _responses(generated.sampled_ids, stopping.eos_ids, at[0], tokenizer)
-        likeliest = None
-        if generated.greedy_ids is not None:
-            likeliest = _responses(generated.greedy_ids, stopping.eos_ids, at[1], tokenizer)
-    return Written(sampled, likeliest, generated.log_probs)
 
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: list[int]
+    stop_check: StopCheck | None
 
-def scored(
-    prompt: PromptBatch, written: Written, reward: Reward, truncation_penalty: float, times: dict[str, float]
-) -> Rollout:
-    """Score sampled and greedy responses in one pass of the reward.
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        sampling: SamplingConfig,
+        reward: Reward | None = None,
+        truncation_penalty: float = 0.0,
+        timer: PhaseTimer | None = None,
+    ) -> None:
+        self.engine, self.sampling, self.reward = engine, sampling, reward
+        self.truncation_penalty = truncation_penalty
+        self.timer = timer if timer is not None else PhaseTimer()
+        self.device: torch.device | None = None
 
-    Args:
-        prompt: `B` prompts.
-        written: the responses.
-        reward: scores them.
-        truncation_penalty: taken off the reward of every truncated response.
-        times: where the seconds are added, under `reward`.
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], device: torch.device) -> None:
+        """Get ready to roll out on a device; the reward is loaded once for each device.
 
-    Raises:
-        RewardError: if the reward fails or returns what must not be trained on.
-    """
-    sampled, greedy = written.sampled, written.greedy
-    count, num_prompts = len(sampled.texts), len(prompt.prompts)
-    order = [i for i in range(num_prompts) for _ in range(count // num_prompts)]
-    order += list(range(num_prompts)) if greedy is not None else []
-    with timed(times, "reward", prompt.prompt_ids.device), torch.no_grad():
-        scores = checked_scores(
-            reward,
-            [prompt.prompts[i] for i in order],
-            sampled.texts + (greedy.texts if greedy is not None else []),
-            [prompt.rows[i] for i in order],
+        Args:
+            tokenizer: the policy's; turns token ids into text.
+            eos_ids: token ids that end a response.
+            device: of the prompts.
+        """
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        if self.device == device:
+            return
+        self.stop_check = stop_string_check(tokenizer, self.sampling.stop_strings)
+        if self.reward is not None:
+            self.reward.load(device)
+        self.device = device
+
+    def roll_out(
+        self,
+        model: PreTrainedModel,
+        prompt: PromptBatch,
+        generator: torch.Generator,
+        *,
+        greedy: bool,
+        return_log_probs: bool = False,
+    ) -> Rollout:
+        """Generate responses to the prompts and score them; see `generate_responses` and `score_responses`."""
+        responses = self.generate_responses(model, prompt, generator, greedy=greedy, return_log_probs=return_log_probs)
+        return self.score_responses(prompt, responses)
+
+    def generate_responses(
+        self,
+        model: PreTrainedModel,
+        prompt: PromptBatch,
+        generator: torch.Generator,
+        *,
+        greedy: bool,
+        return_log_probs: bool = False,
+    ) -> GeneratedResponses:
+        """Let a model respond to the prompts.
+
+        Args:
+            model: the policy, or whatever else responds.
+            prompt: `B` prompts.
+            generator: the only source of randomness.
+            greedy: whether greedy responses are generated too.
+            return_log_probs: whether the engine returns the log-probs of the tokens that it samples.
+        """
+        request = GenerationRequest(
+            prompt_ids=prompt.prompt_ids,  # [B, P]
+            prompt_mask=prompt.prompt_mask,  # [B, P]
+            sampling=self.sampling,
+            eos_ids=self.eos_ids,
+            pad_id=int(cast(int, self.tokenizer.pad_token_id)),
+            generator=generator,
+            greedy=greedy,
+            return_log_probs=return_log_probs,
+            stop_check=self.stop_check,
         )
+        measure = self.timer.measure("rollout", prompt.prompt_ids.device)
+        with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):
+            output = self.engine.generate(model, request)
+            # `stopped_at` counts the sampled rows first, then the greedy ones.
+            num_sampled, stopped_at = len(output.sampled_ids), output.stopped_at
+            sampled = self._responses(output.sampled_ids, None if stopped_at is None else stopped_at[:num_sampled])
+            greedy_responses = None
+            if output.greedy_ids is not None:
+                stops = None if stopped_at is None else stopped_at[num_sampled:]
+                greedy_responses = self._responses(output.greedy_ids, stops)
+        return GeneratedResponses(sampled, greedy_responses, output.log_probs)
+
+    def _responses(self, ids: Tensor, stopped_at: Tensor | None) -> Responses:
+        """Return token ids `[M, R]` with their mask, whether each was truncated, and their text."""
+        mask = response_mask(ids, self.eos_ids, stopped_at)  # [M, R]
+        ends = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).any(-1)  # [M]
+        if stopped_at is not None:
+            ends |= stopped_at > 0
+        tokens = [row[row_mask].tolist() for row, row_mask in zip(ids.cpu(), mask.cpu(), strict=True)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return Responses(ids, mask, ~ends, list(texts))
+
+    def score_responses(self, prompt: PromptBatch, responses: GeneratedResponses) -> Rollout:
+        """Score sampled and greedy responses in one pass of the reward.
+
+        Args:
+            prompt: `B` prompts.
+            responses: to these prompts.
+
+        Raises:
+            RewardError: if the reward fails or returns what must not be trained on.
+        """
+        sampled, greedy = responses.sampled, responses.greedy
+        num_sampled, num_prompts = len(sampled.texts), len(prompt.prompts)
         device = prompt.prompt_ids.device
-        truncated = sampled.truncated if greedy is None else torch.cat([sampled.truncated, greedy.truncated])
-        total = scores.reward.to(device) - truncation_penalty * truncated
-    return Rollout(
-        prompt=prompt,
-        sampled=sampled,
-        greedy=greedy,
-        reward=total[:count],
-        baseline_reward=None if greedy is None else total[count:],
-        reward_parts={name: part[:count].to(device) for name, part in scores.parts.items()},
-        reference_log_probs=None,
-        log_probs=written.log_probs,
-    )
-
-
-def _responses(
-    ids: Tensor, eos_ids: list[int], stopped_at: Tensor | None, tokenizer: PreTrainedTokenizerBase
-) -> Responses:
-    mask = response_mask(ids, eos_ids, stopped_at)
-    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).any(-1)
-    if stopped_at is not None:
-        ends |= stopped_at > 0
-    tokens = [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return Responses(ids, mask, ~ends, list(texts))
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode inside: in train mode with gradient checkpointing a model drops its cache and writes wrong tokens."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def timed(times: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
-    """Add the seconds spent inside to `times[phase]`, the device's own work included."""
-    start = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    times[phase] = times.get(phase, 0.0) + time.perf_counter() - start
+        # The prompt of each row: n times each for the sampled responses, once for the greedy ones.
+        rows = [i for i in range(num_prompts) for _ in range(num_sampled // num_prompts)]
+        texts, truncated = sampled.texts, sampled.truncated
+        if greedy is not None:
+            rows = rows + list(range(num_prompts))
+            texts, truncated = texts + greedy.texts, torch.cat([truncated, greedy.truncated])
+        with self.timer.measure("reward", device), torch.no_grad():
+            scores = checked_scores(
+                cast(Reward, self.reward),
+                [prompt.prompts[i] for i in rows],
+                texts,
+                [prompt.rows[i] for i in rows],
+            )
+            reward = scores.reward.to(device) - self.truncation_penalty * truncated  # [S + B]
+        return Rollout(
+            prompt=prompt,
+            sampled=sampled,
+            greedy=greedy,
+            reward=reward[:num_sampled],  # r(x, y) [S]
+            baseline_reward=None if greedy is None else reward[num_sampled:],  # r(x, y*) [B]
+            reward_parts={name: part[:num_sampled].to(device) for name, part in scores.parts.items()},
+            reference_log_probs=None,
+            log_probs=responses.log_probs,
+        )

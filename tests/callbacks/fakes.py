@@ -20,9 +20,9 @@ def make_responses(texts: list[str], lengths: list[int], truncated: list[bool] |
     return Responses(ids, mask, torch.tensor(truncated or [False] * len(texts)), texts)
 
 
-def make_prompt(prompts: list[str], split: int = 0, num_splits: int = 1) -> PromptBatch:
+def make_prompt(prompts: list[str], split: int = 0, num_micro_batches: int = 1) -> PromptBatch:
     ids = torch.ones(len(prompts), 3, dtype=torch.long)
-    return PromptBatch(ids, ids.bool(), prompts, [{"i": i} for i in range(len(prompts))], split, num_splits)
+    return PromptBatch(ids, ids.bool(), prompts, [{"i": i} for i in range(len(prompts))], split, num_micro_batches)
 
 
 def make_output(

@@ -19,9 +19,9 @@ class SlowModule(FakeModule):
         return super().training_step(batch, batch_idx)
 
 
-def part(seed: int, split: int, num_splits: int, *, closes: bool, rollout: float, reward: float = 0.0) -> Any:
+def part(seed: int, split: int, num_micro_batches: int, *, closes: bool, rollout: float, reward: float = 0.0) -> Any:
     output = make_output(seed, closes=closes)
-    prompt = make_prompt(output["rollout"].prompt.prompts, split, num_splits)
+    prompt = make_prompt(output["rollout"].prompt.prompts, split, num_micro_batches)
     output["rollout"] = output["rollout"]._replace(prompt=prompt)
     output["times"] = {"rollout": rollout, "reward": reward}
     return output

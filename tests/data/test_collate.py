@@ -9,13 +9,13 @@ LONG = Example([5, 9, 6], "abc", {"n": 1}, "f, line 2", [2])
 
 
 def test_prompts_are_padded_on_the_left() -> None:
-    batch = collate_prompts([(SHORT, 1), (LONG, 1)], pad_id=9, num_splits=3)
+    batch = collate_prompts([(SHORT, 1), (LONG, 1)], pad_id=9, num_micro_batches=3)
     assert batch.prompt_ids.tolist() == [[9, 9, 5], [5, 9, 6]]
     assert batch.prompt_ids.dtype == torch.int64
     # a pad id inside a prompt is a token like any other
     assert batch.prompt_mask.tolist() == [[False, False, True], [True, True, True]]
     assert (batch.prompts, batch.rows) == (["a", "abc"], [{"n": 0}, {"n": 1}])
-    assert (batch.split, batch.num_splits) == (1, 3)
+    assert (batch.micro_batch_index, batch.num_micro_batches) == (1, 3)
 
 
 def test_responses_are_padded_on_the_right() -> None:

@@ -63,7 +63,7 @@ class Recorder(lightning.LightningModule):
         self.predicted: list[list[int]] = []
 
     def training_step(self, batch: PromptBatch) -> torch.Tensor:
-        self.trained.append((self.current_epoch, batch.split, [row["n"] for row in batch.rows]))
+        self.trained.append((self.current_epoch, batch.micro_batch_index, [row["n"] for row in batch.rows]))
         return self.weight.sum() * batch.prompt_mask.sum()
 
     def validation_step(self, batch: PromptBatch) -> None:
@@ -83,7 +83,7 @@ def test_batches(train: str, val: str, tokenizer_path: str) -> None:
     )
     data.setup()
     batches = list(data.train_dataloader())
-    assert [(batch.split, batch.num_splits) for batch in batches] == [(0, 3), (1, 3), (2, 3)] * 3
+    assert [(batch.micro_batch_index, batch.num_micro_batches) for batch in batches] == [(0, 3), (1, 3), (2, 3)] * 3
     first = batches[0]
     assert first.prompts == [f"Q {n}+{n}=" for n in numbers([first])[0]]
     tokenizer = make_tokenizer()
@@ -92,7 +92,7 @@ def test_batches(train: str, val: str, tokenizer_path: str) -> None:
         assert set(ids[~mask].tolist()) <= {tokenizer.pad_token_id}
     assert first.prompt_mask[:, -1].all(), "padding is on the left"
     assert numbers(data.val_dataloader()) == [[0, 1, 2, 3, 4, 5], [6]]
-    assert {(batch.split, batch.num_splits) for batch in data.val_dataloader()} == {(0, 1)}
+    assert {(batch.micro_batch_index, batch.num_micro_batches) for batch in data.val_dataloader()} == {(0, 1)}
     assert numbers(data.test_dataloader()) == numbers(data.predict_dataloader()) == numbers(data.val_dataloader())
 
 

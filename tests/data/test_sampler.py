@@ -35,8 +35,8 @@ def loader(num_rows: int = 23, batch_size: int = 4, num_workers: int = 0, **opti
 
 
 def test_each_batch_comes_once_per_split() -> None:
-    batches = list(loader(num_splits=3))
-    assert len(batches) == len(loader(num_splits=3)) == 15
+    batches = list(loader(num_micro_batches=3))
+    assert len(batches) == len(loader(num_micro_batches=3)) == 15
     seen = []
     for start in range(0, 15, 3):
         group = batches[start : start + 3]
@@ -109,7 +109,7 @@ def test_epoch_may_be_set_after_the_iterator_is_made() -> None:
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize("done", [1, 4, 7])
 def test_resume_within_an_epoch_is_exact(num_workers: int, epoch: int, done: int) -> None:
-    whole = loader(num_splits=2, num_workers=num_workers)
+    whole = loader(num_micro_batches=2, num_workers=num_workers)
     whole.sampler.set_epoch(epoch)
     batches = iter(whole)
     for _ in range(done):
@@ -118,7 +118,7 @@ def test_resume_within_an_epoch_is_exact(num_workers: int, epoch: int, done: int
     rest = list(batches)
     assert len(rest) == 10 - done
 
-    resumed = loader(num_splits=2, num_workers=num_workers)
+    resumed = loader(num_micro_batches=2, num_workers=num_workers)
     resumed.load_state_dict(state)
     assert list(resumed) == rest
     resumed.sampler.set_epoch(epoch + 1)
@@ -145,7 +145,7 @@ def test_state_after_the_last_batch_leads_into_the_next_epoch(exhausted: bool) -
     [
         ({"num_rows": 24}, "rows 23 to 24"),
         ({"seed": 1}, "seed 0 to 1"),
-        ({"num_splits": 2}, "num_splits 1 to 2"),
+        ({"num_micro_batches": 2}, "num_micro_batches 1 to 2"),
         ({"world_size": 2}, "world_size 1 to 2"),
     ],
 )
@@ -163,7 +163,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(before: int, after: 
     def ranks(world_size: int) -> list[Any]:
         size = 8 // world_size
         return [
-            loader(50, batch_size=size, num_splits=2, rank=rank, world_size=world_size) for rank in range(world_size)
+            loader(50, batch_size=size, num_micro_batches=2, rank=rank, world_size=world_size)
+            for rank in range(world_size)
         ]
 
     def rows(batches: list[list[Any]]) -> list[list[int]]:
@@ -185,9 +186,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(before: int, after: 
 
 
 def test_another_number_of_ranks_cannot_take_over_half_a_rollout() -> None:
-    whole = loader(50, batch_size=4, num_splits=2, world_size=2)
+    whole = loader(50, batch_size=4, num_micro_batches=2, world_size=2)
     next(iter(whole))
-    resumed = loader(50, batch_size=8, num_splits=2)
+    resumed = loader(50, batch_size=8, num_micro_batches=2)
     resumed.load_state_dict(whole.state_dict())
     with pytest.raises(UserError, match=r"batch_size 4 to 8, world_size 2 to 1.*after a whole rollout"):
         next(iter(resumed))
@@ -205,7 +206,7 @@ def test_state_at_the_end_of_an_epoch_fits_another_batch_size() -> None:
 
 def test_short_batches_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="drop_last must be True"):
-        SplitSampler(10, 4, num_splits=2, drop_last=False)
+        SplitSampler(10, 4, num_micro_batches=2, drop_last=False)
 
 
 def test_sizes_that_deepspeed_and_lightning_look_for() -> None:

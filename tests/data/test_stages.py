@@ -87,7 +87,7 @@ def test_shares_are_checked(split: Any, message: str) -> None:
 
 def test_a_data_module_of_no_stage_takes_no_share() -> None:
     class Own(TextDataModule):
-        def _collate(self, num_splits: int) -> Any: ...
+        def _collate(self, num_micro_batches: int) -> Any: ...
 
     with pytest.raises(UserError, match="stage_split must be null for Own, which belongs to no stage"):
         Own("x.jsonl", "y", None, 0, "prompt", None, 1, 1, 0, LoadingConfig(stage_split=(2, 4, 4)))

@@ -13,6 +13,7 @@ from conftest import make_tokenizer
 from helpers.training import PROMPTS, Recorder, make_trainer, prompt_data, remax_module, save_policy, write_rows
 from lightning.pytorch import Callback
 
+from remax_lightning.config import EvalConfig
 from remax_lightning.data import PromptDataModule
 from remax_lightning.evaluation.dataset_texts import text_pieces
 from remax_lightning.models import LoRAConfig, ModelConfig
@@ -27,7 +28,7 @@ from remax_lightning.rollout import (
     SamplingConfig,
 )
 from remax_lightning.rollout.auto import clone_engine
-from remax_lightning.types import EvalConfig, PromptBatch, PromptRecord
+from remax_lightning.types import PromptBatch, PromptRecord
 
 ALL = EvalConfig(win_rate_reference=True, win_rate_chosen=True, perplexity=True)
 COLD = SamplingConfig(max_response_length=8, temperature=1e-4)
@@ -86,7 +87,7 @@ def measured(
     module: Any, data: PromptDataModule, folder: Path, measures: EvalConfig = ALL, callbacks: Sequence[Callback] = ()
 ) -> tuple[list[PromptRecord], dict[str, float]]:
     recorder = Recorder()
-    module.measures = measures
+    module.evaluator.config = measures
     torch.manual_seed(0)
     trainer = make_trainer(folder, [recorder, *callbacks], limit_val_batches=1.0)
     (metrics,) = trainer.validate(module, data, verbose=False)

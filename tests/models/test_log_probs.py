@@ -196,10 +196,10 @@ def test_logits_are_made_of_a_few_counted_tokens_at_a_time(monkeypatch: pytest.M
 # The KL over the vocabulary
 
 
-def rollout_of(num_splits: int = 1, **padding: int) -> Rollout:
+def rollout_of(num_micro_batches: int = 1, **padding: int) -> Rollout:
     prompt, responses = batch(**padding)
     nothing = torch.zeros(len(RESPONSES))
-    return Rollout(prompt._replace(num_splits=num_splits), responses, None, nothing, None, {}, None, None)
+    return Rollout(prompt._replace(num_micro_batches=num_micro_batches), responses, None, nothing, None, {}, None, None)
 
 
 def kl_one_by_one(policy: Any, reference: Any, temperature: float) -> list[list[float]]:

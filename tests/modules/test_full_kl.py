@@ -15,7 +15,7 @@ from torch import Tensor
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.training.resume import experience_from_state, experience_state
+from remax_lightning.training.experience import Experience, RolloutBuffer
 from remax_lightning.types import Rollout
 
 FULL = KLConfig("full")
@@ -109,8 +109,9 @@ def test_several_updates_keep_hidden_states_for_the_loss_only(
 
     class Look(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if pl_module._experience is not None:
-                states.append(experience_state(pl_module._experience))
+            state = pl_module.buffer.state_dict()
+            if state is not None:
+                states.append(state)
 
     module = remax_module(*folders, kl=kl, loss=LossConfig("clipped"))
     data = prompt_data(tmp_path, folders[0], micro_batch_size=4)
@@ -118,12 +119,13 @@ def test_several_updates_keep_hidden_states_for_the_loss_only(
     assert len(recorder.logged) == 2
     (state,) = states
     assert (state["rollout"]["reference_hidden"] is not None) == kept
-    experience = experience_from_state(state)
-    again, before = experience.rollout.reference_hidden, state["rollout"]["reference_hidden"]
+    buffer = RolloutBuffer()
+    buffer.load_state_dict(state)
+    again, before = buffer.state_dict()["rollout"]["reference_hidden"], state["rollout"]["reference_hidden"]
     assert again is before if before is None else torch.equal(again, before)
     first, second = recorder.outputs
-    assert torch.equal(first["kl"], experience.kl[:4])
-    assert torch.equal(second["kl"], experience.kl[4:])
+    assert torch.equal(first["kl"], buffer.micro_batch(0).kl)
+    assert torch.equal(second["kl"], buffer.micro_batch(1).kl)
 
 
 def test_evaluation_measures_it_too(folders: tuple[str, str], tmp_path: Path) -> None:
@@ -163,5 +165,6 @@ def test_the_objective_needs_the_kl_that_it_is_configured_for(folders: tuple[str
     rollout: Rollout = output["rollout"]
     with pytest.raises(ValueError, match="full_kl must be a tensor"):
         module.objective.kl(rollout.reference_log_probs, rollout)
+    experience = Experience(rollout, torch.ones(1), output["advantages"])
     with pytest.raises(ValueError, match="full_kl must be a tensor"):
-        module.objective.loss(rollout.reference_log_probs, rollout, output["advantages"], torch.tensor(1.0))
+        module.objective.loss(rollout.reference_log_probs, experience, torch.tensor(1.0))

@@ -43,8 +43,8 @@ VARIANTS: dict[str, Options] = {
 class PaddedPrompts(PromptDataModule):
     """Puts more columns of padding on the left than the prompts need."""
 
-    def _collate(self, num_splits: int) -> Callable[..., PromptBatch]:
-        collate = super()._collate(num_splits)
+    def _collate(self, num_micro_batches: int) -> Callable[..., PromptBatch]:
+        collate = super()._collate(num_micro_batches)
 
         def padded(items: Any) -> PromptBatch:
             batch = collate(items)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.training.experience import Experience
 from remax_lightning.training.objective import Objective
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
@@ -80,7 +81,9 @@ def test_advantages_and_loss(name: str, seed: int) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
     normalizer = torch.tensor(100.0)  # the tokens of an optimizer step of which this rollout is a part
-    loss, clip_fraction = ours.loss(now.clone().requires_grad_(), rollout, found, normalizer)
+    loss, clip_fraction = ours.loss(
+        now.clone().requires_grad_(), Experience(rollout, normalizer[None], found), normalizer
+    )
     mask = rollout.sampled.response_mask.tolist()
     if name in ("reference", "model_card"):
         own_tokens = sum(map(sum, mask))
@@ -100,7 +103,9 @@ def test_first_update_of_a_clipped_preset_is_plain_reinforce(name: str) -> None:
     rollout, now = random_rollout(settings(name)["sampling"]["num_samples"], 0)
     leaf = now.clone().requires_grad_()
     advantages = ours.advantages(rollout, ours.kl(now, rollout), 0.01, lambda values: values)
-    loss, clip_fraction = ours.loss(leaf, rollout._replace(log_probs=None), advantages, torch.tensor(50.0))
+    loss, clip_fraction = ours.loss(
+        leaf, Experience(rollout._replace(log_probs=None), torch.tensor([50.0]), advantages), torch.tensor(50.0)
+    )
     loss.backward()
     torch.testing.assert_close(leaf.grad, -advantages / 50)
     assert clip_fraction == 0

@@ -289,6 +289,8 @@ def test_several_updates_per_rollout(policy: str, reference: str, tmp_path: Path
 
 
 def test_a_later_part_without_its_rollout_is_refused(policy: str) -> None:
-    batch = PromptBatch(torch.tensor([[5]]), torch.tensor([[True]]), ["a"], [{}], split=1, num_splits=2)
+    batch = PromptBatch(
+        torch.tensor([[5]]), torch.tensor([[True]]), ["a"], [{}], micro_batch_index=1, num_micro_batches=2
+    )
     with pytest.raises(UserError, match="part 1 of a rollout batch came first"):
         remax_module(policy).training_step(batch, 0)

@@ -189,8 +189,8 @@ def test_the_split_into_micro_batches_leaves_the_step(
 @pytest.mark.parametrize("family", ["llama", "opt", "bert"])
 def test_padding_on_either_side_changes_nothing(tmp_path: Path, family: str) -> None:
     class Wider(PreferenceDataModule):
-        def _collate(self, num_splits: int) -> Any:
-            collate = super()._collate(num_splits)
+        def _collate(self, num_micro_batches: int) -> Any:
+            collate = super()._collate(num_micro_batches)
 
             def wider(items: Any) -> PreferenceBatch:
                 batch = collate(items)

@@ -12,8 +12,8 @@ from conftest import make_tokenizer
 from helpers.training import FixedEngine, distance, fit, prompt_data, remax_module, save_policy
 
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation import evaluator as module_file
 from remax_lightning.modules import KLConfig, LossConfig
+from remax_lightning.modules import remax as module_file
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 
 

@@ -217,8 +217,8 @@ def test_opt_is_given_a_mask(tmp_path: Path, attention: str) -> None:
 
 def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None:
     class Wider(SFTDataModule):
-        def _collate(self, num_splits: int) -> Any:
-            collate = super()._collate(num_splits)
+        def _collate(self, num_micro_batches: int) -> Any:
+            collate = super()._collate(num_micro_batches)
 
             def wider(items: Any) -> SupervisedBatch:
                 batch = collate(items)

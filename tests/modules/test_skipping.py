@@ -16,7 +16,7 @@ from remax_lightning.callbacks import KLMonitor
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.training.objective import Experience
+from remax_lightning.training.experience import Experience
 
 EOS, J = 2, 30
 WRONG = [[40, 41, EOS, EOS, EOS, EOS], [42, 43, 44, 45, EOS, EOS]]
@@ -94,7 +94,7 @@ def one_step(
     return recorder, watch
 
 
-def run_all(self: Experience, num_splits: int = 1) -> Tensor:
+def run_all(self: Experience, num_micro_batches: int = 1) -> Tensor:
     return torch.ones_like(self.rollout.reward, dtype=torch.bool)
 
 
@@ -122,7 +122,7 @@ def test_rows_without_an_advantage_are_not_run_and_the_gradient_stays(
     assert watch.rows == [len(ran) - 1, 1]
     assert sum(watch.tokens) == sum(sizes[row] for row in ran)
 
-    monkeypatch.setattr(Experience, "trained", run_all)
+    monkeypatch.setattr(Experience, "active_responses", run_all)
     whole, all_run = one_step((folders[0], None), tmp_path, **VARIANTS[variant])
     assert all_run.rows == [4, 4]
     assert sum(all_run.tokens) == sum(sizes)
@@ -146,7 +146,7 @@ def test_whitened_advantages_are_hardly_ever_zero(
     options = {"advantage": AdvantageConfig(whiten=True)}
     _, watch = one_step((folders[0], None), tmp_path, **options)
     assert watch.rows == [4, 4]  # and no pass before them: without a KL the rewards say all
-    monkeypatch.setattr(Experience, "trained", run_all)
+    monkeypatch.setattr(Experience, "active_responses", run_all)
     _, all_run = one_step((folders[0], None), tmp_path, **options)
     assert distance(watch.gradients[0], all_run.gradients[0]) < 1e-6
 
@@ -162,7 +162,7 @@ def test_other_baselines_leave_out_prompts_whose_samples_agree(
     options["rollout"].sampled[1] = torch.tensor(WRONG[1])
     _, watch = one_step((folders[0], None), tmp_path, **options)
     assert watch.rows == [2, 1]  # both samples of the first prompt, and the one that stays
-    monkeypatch.setattr(Experience, "trained", run_all)
+    monkeypatch.setattr(Experience, "active_responses", run_all)
     _, all_run = one_step((folders[0], None), tmp_path, **options)
     assert distance(watch.gradients[0], all_run.gradients[0]) < 1e-6
 
@@ -174,7 +174,7 @@ def test_several_updates_leave_them_out_of_the_old_log_probs_too(
     options = {"loss": LossConfig("clipped", clip_range=0.1), "rollout": FixedEngine(sampled, GREEDY)}
     recorder, watch = one_step((folders[0], None), tmp_path, updates=2, **options)
     assert watch.rows == [1, 1, 1, 1]  # before the updates, then in them
-    monkeypatch.setattr(Experience, "trained", run_all)
+    monkeypatch.setattr(Experience, "active_responses", run_all)
     whole, all_run = one_step((folders[0], None), tmp_path, updates=2, **options)
     assert distance(watch.gradients[1], all_run.gradients[1]) < 1e-6
     assert recorder.logged[1]["train/clip_fraction"] == pytest.approx(whole.logged[1]["train/clip_fraction"])

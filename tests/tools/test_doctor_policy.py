@@ -135,7 +135,7 @@ def test_without_a_reference_there_is_nothing_to_compare(tmp_path: Path) -> None
 
 
 def test_log_probs_of_another_temperature(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "engine", Liar())
+    monkeypatch.setattr(well.module.worker, "engine", Liar())
     found = ask(well, "log_probs")
     assert found.status == "fail"
     assert "model.rollout" in found.fix
@@ -166,7 +166,7 @@ def test_a_tolerance_passes_rounding_and_fails_a_fault(tolerance: Tolerance) -> 
 
 
 def test_greedy_responses_that_are_drawn(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "engine", SampledAsGreedyEngine())
+    monkeypatch.setattr(well.module.worker, "engine", SampledAsGreedyEngine())
     found = ask(well, "greedy")
     assert found.status == "fail"
     assert "differ when they are made again" in found.measured
@@ -223,5 +223,5 @@ def test_truncation_makes_drawn_tokens_likelier_by_what_it_cuts_off(tmp_path: Pa
 def test_an_engine_that_does_not_stop_is_not_greedys_fault(
     well: DoctorContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(well.module, "engine", NeverStopsEngine())
+    monkeypatch.setattr(well.module.worker, "engine", NeverStopsEngine())
     assert ask(well, "greedy").status == "pass"

@@ -116,7 +116,7 @@ def test_the_models_in_a_weighted_sum_are_looked_at(well: DoctorContext, monkeyp
     assert isinstance(well.reward, ClassifierReward)
     subject = DoctorContext(well.args, well.module, well.data, well.trainer, 12)
     subject.reward = WeightedReward({"model": well.reward})
-    monkeypatch.setattr(well.module, "reward", subject.reward)
+    monkeypatch.setattr(well.module.worker, "reward", subject.reward)
     monkeypatch.setattr(well.reward, "max_length", 8)
     assert ask(subject, "reward_truncation").status == "fail"
 
@@ -160,7 +160,7 @@ class Constant(Reward):
 
 
 def test_a_constant_reward(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "reward", Constant(0.5))
+    monkeypatch.setattr(well.module.worker, "reward", Constant(0.5))
     found = ask(well, "reward_spread")
     assert found.status == "fail"
     assert found.values == {"spread": 0, "mean": 0.5, "as_the_baseline": 1}
@@ -171,14 +171,14 @@ def test_rewards_that_are_those_of_the_greedy_responses(well: DoctorContext, mon
         def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
             return [float(len(prompt)) for prompt in prompts]
 
-    monkeypatch.setattr(well.module, "reward", OfPrompts())
+    monkeypatch.setattr(well.module.worker, "reward", OfPrompts())
     found = ask(well, "reward_spread")
     assert found.status == "warn"
     assert found.values["as_the_baseline"] == 1
 
 
 def test_a_reward_that_is_not_finite(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(well.module, "reward", Constant(float("nan"), 1.0))
+    monkeypatch.setattr(well.module.worker, "reward", Constant(float("nan"), 1.0))
     for name in ("reward_padding", "reward_spread"):
         found = ask(well, name)
         assert found.status == "fail"

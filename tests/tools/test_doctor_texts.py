@@ -198,7 +198,7 @@ def test_a_tokenizer_whose_eos_the_policy_does_not_name(tmp_path: Path) -> None:
 def test_an_engine_that_mistreats_ends(
     well: DoctorContext, monkeypatch: pytest.MonkeyPatch, engine: Any, measured: str
 ) -> None:
-    monkeypatch.setattr(well.module, "engine", engine)
+    monkeypatch.setattr(well.module.worker, "engine", engine)
     found = ask(well, "eos_trained")
     assert found.status == "fail"
     assert measured in found.measured
@@ -211,7 +211,7 @@ def test_where_nothing_ends_another_token_stands_in(tmp_path: Path, monkeypatch:
     found = ask(subject, "eos_trained")
     assert found.status == "pass"
     assert "ended at a token in place of EOS" in found.measured
-    monkeypatch.setattr(subject.module, "engine", NeverStopsEngine())
+    monkeypatch.setattr(subject.module.worker, "engine", NeverStopsEngine())
     assert ask(subject, "eos_trained").status == "fail"
 
 

@@ -36,7 +36,7 @@ class Tell(Callback):
             os.kill(os.getpid(), self.signum)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.told(trainer, "train", batch.split)
+        self.told(trainer, "train", batch.micro_batch_index)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if outputs["closes_step"]:
@@ -139,7 +139,7 @@ def test_an_early_stop_waits_for_the_end_of_the_step(whole: list[float], tmp_pat
 
     class Stop(Tell):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            trainer.should_stop = trainer.global_step == 1 and batch.split == 2
+            trainer.should_stop = trainer.global_step == 1 and batch.micro_batch_index == 2
 
     stop = Stop()
     trainer = Runs(tmp_path).start(stop)

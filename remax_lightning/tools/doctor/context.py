@@ -18,7 +18,7 @@ from remax_lightning.modules.base import BaseModule
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards import Reward
 from remax_lightning.tools.doctor.batches import first_rows
-from remax_lightning.training.worker import StoppingCriteria, scored, write
+from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PreferenceBatch, PromptBatch, Rollout, SupervisedBatch
 
 Batch = PromptBatch | SupervisedBatch | PreferenceBatch
@@ -110,11 +110,11 @@ class DoctorContext:
         if self.reward is None:
             yield
             return
-        self.module.reward = ZeroReward()
+        self.module.worker.reward = ZeroReward()
         try:
             yield
         finally:
-            self.module.reward = self.reward
+            self.module.worker.reward = self.reward
 
     def load_reward(self) -> None:
         """Load what the reward needs."""
@@ -157,22 +157,11 @@ class DoctorContext:
             eos_ids: what ends a response, in place of the run's own.
             log_probs: whether the engine is asked for them.
         """
-        module: PolicyModule = self.module
-        own = self.module.eos_ids() if eos_ids is None else eos_ids
-        stop_check = getattr(module, "stop_check", None)
-        written = write(
-            module.policy,
-            prompt,
-            engine=self.module.engine,
-            sampling=self.module.sampling,
-            stopping=StoppingCriteria(own, int(cast(int, module.tokenizer.pad_token_id)), stop_check),
-            generator=torch.Generator(module.device).manual_seed(seed),
-            tokenizer=module.tokenizer,
-            greedy=True,
-            times={},
-            log_probs=log_probs,
-        )
-        return scored(prompt, written, ZeroReward(), 0.0, {})
+        module = cast(PolicyModule, self.module)
+        worker = RolloutWorker(module.worker.engine, module.worker.sampling, ZeroReward())
+        worker.prepare(module.tokenizer, module.eos_ids() if eos_ids is None else eos_ids, module.device)
+        generator = torch.Generator(module.device).manual_seed(seed)
+        return worker.roll_out(module.policy, prompt, generator, greedy=True, return_log_probs=log_probs)
 
     @property
     def rounds(self) -> bool:

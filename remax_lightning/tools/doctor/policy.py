@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import kl_estimate
-from remax_lightning.models.forward import model_inputs
+from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.tools.doctor.batches import rows_of
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Tolerance, worst
-from remax_lightning.training.worker import evaluating
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 KL, KL_16_BITS = Tolerance(1e-6, 1e-4), Tolerance(2e-3, 2e-2)
@@ -35,10 +34,10 @@ def kl_at_start(subject: DoctorContext) -> Finding:
     module: Any = subject.module
     if module.reference is None:
         raise NotApplicable("there is no reference")
-    rollout = module._with_reference(subject.rollout, {})._replace(reference_hidden=None)
+    rollout = module.with_reference(subject.rollout)._replace(reference_hidden=None)
     sampling = replace(module.sampling, processed_log_probs=False)  # the reference keeps all tokens, too
     kl, largest = _distance(module.policy, rollout, sampling)
-    with evaluating(module.policy):
+    with eval_mode(module.policy):
         in_eval, _ = _distance(module.policy, rollout, sampling)
     dtypes = {str(model.dtype).removeprefix("torch.") for model in (module.policy, module.reference)}
     rounds = subject.rounds or bool(dtypes & {"float16", "bfloat16"})
@@ -116,7 +115,7 @@ def log_probs(subject: DoctorContext) -> Finding:
     found = _compared(subject, "decoding and training differ by", *apart())
     if found.status == "pass":
         return found
-    with evaluating(module.policy):
+    with eval_mode(module.policy):
         in_eval = _compared(subject, "", *apart())
     if in_eval.status == "pass":
         return found._replace(fix="in eval mode they agree: set model.policy.disable_dropout: true")
@@ -160,7 +159,7 @@ def on_policy(subject: DoctorContext) -> Finding:
     if not keys:
         return Finding("pass", "responses are drawn from the distribution that is trained")
     mask = rollout.sampled.response_mask
-    with evaluating(module.policy):
+    with eval_mode(module.policy):
         as_drawn = policy_statistics(module.policy, rollout, drawn).log_probs[mask]
         trained = policy_statistics(module.policy, rollout, sampling).log_probs[mask]
     finite = as_drawn.isfinite()  # rounding may leave a token out that was just kept
@@ -215,7 +214,7 @@ def _gap_where_they_part(subject: DoctorContext, index: int, ids: Tensor) -> flo
         return None
     at, policy = int(differ[0]), subject.module.policy
     input_ids = torch.cat([prompt.prompt_ids, ids[None, :at]], dim=1)
-    with evaluating(policy):
+    with eval_mode(policy):
         inputs = model_inputs(policy, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
         logits = policy(**inputs, use_cache=False).logits[0, -1]
     return abs(float(logits[ids[at]] - logits[other[at]]))
@@ -232,7 +231,7 @@ def prompt_padding(subject: DoctorContext) -> Finding:
             continue
         ids, kept = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
         answer = Responses(ids, kept, responses.truncated[[i, i]], [])
-        with evaluating(model):
+        with eval_mode(model):
             together = response_statistics(model, pair, answer).log_probs[1]
             alone = response_statistics(model, rows_of(pair, [1]), answer.rows(1, 2)).log_probs[0]
         found.append(_apart(alone[kept[1]], together[kept[1]]))

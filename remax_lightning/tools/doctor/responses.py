@@ -9,14 +9,13 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from remax_lightning.models.forward import language_model, model_inputs
+from remax_lightning.models.forward import eval_mode, language_model, model_inputs
 from remax_lightning.models.sampling_mask import apply_temperature
 from remax_lightning.rewards.pooling import at_last_token
 from remax_lightning.rollout.generation_config import ignored_settings
 from remax_lightning.tools.doctor.batches import rows_of
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Status
-from remax_lightning.training.worker import evaluating
 from remax_lightning.types import PreferenceBatch, PromptBatch, Responses
 
 NEVER = 1e-30
@@ -81,7 +80,7 @@ def _highest_probability(subject: DoctorContext, eos_ids: list[int]) -> float:
         one = rows_of(prompt, [i // num_samples])
         length = int(sampled.response_mask[i].sum())
         ids = torch.cat([one.prompt_ids, sampled.response_ids[i : i + 1, :length]], dim=1)
-        with evaluating(policy):
+        with eval_mode(policy):
             inputs = model_inputs(policy, ids, torch.ones_like(ids, dtype=torch.bool))
             logits: Tensor = policy(**inputs, use_cache=False).logits[0, one.prompt_ids.shape[1] - 1 : -1]
         ends = logits.float().log_softmax(-1)[:, eos_ids].logsumexp(-1)
@@ -254,7 +253,7 @@ def _away_from_rollouts(subject: DoctorContext) -> float:
     """Return the KL, in nats per token, of what `model.generate` draws from to the policy at the run's temperature."""
     policy, sampling = subject.module.policy, subject.module.sampling
     prompt = rows_of(subject.prompt, range(min(ROWS_OF_GENERATE, len(subject.prompt.prompts))))
-    with evaluating(policy), isolate_rng():
+    with eval_mode(policy), isolate_rng():
         torch.manual_seed(0)  # transformers draws from the global generator
         found = cast(Any, language_model(policy)).generate(
             prompt.prompt_ids,

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.models.forward import eval_mode
 from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.formats.load import ClassifierSource, saved_template
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Tolerance, worst
 from remax_lightning.tools.doctor.prompts import judged_bos
 from remax_lightning.tools.plan.run_config import reward_models
-from remax_lightning.training.worker import evaluating
 from remax_lightning.types import PreferenceBatch, Responses, Rollout
 
 MOVED, MOVED_16_BITS = Tolerance(1e-3, 1e-2), Tolerance(0.1, 0.25)
@@ -198,7 +198,7 @@ def _pair_scores(subject: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor
             mask = getattr(batch, f"{name}_mask")[indices]
             width = int(mask.sum(-1).max())
             fields |= {f"{name}_ids": getattr(batch, f"{name}_ids")[indices, :width], f"{name}_mask": mask[:, :width]}
-        with evaluating(module.reward_model):
+        with eval_mode(module.reward_model):
             return torch.stack(module.scores(batch._replace(**fields, margin=batch.margin[indices]))).double().cpu()
 
     everything = list(range(len(batch.prompts)))

@@ -18,7 +18,8 @@ from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.rollout import AutoEngine, PairedEngine
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
-from remax_lightning.training.config_checks import check_quantization, updates_per_rollout
+from remax_lightning.training.config_checks import check_quantization
+from remax_lightning.training.objective import UpdatePlan
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -120,7 +121,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     devices, note = _devices(trainer["devices"], device)
     strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
     check_quantization(module.policy_source, trainer["strategy"])
-    splits, accumulate = getattr(data, "num_splits", 1), trainer["accumulate_grad_batches"]
+    splits, accumulate = getattr(data, "num_micro_batches", 1), trainer["accumulate_grad_batches"]
     known, unknown = _reward_models(module.reward)
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
     return PlannedRun(
@@ -128,7 +129,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         work=_work(module, data, splits, known),
         micro_batches=accumulate,
         passes=splits,
-        scores_policy=_looks_back(module, splits, accumulate) or _validates(data),
+        scores_policy=_plan(module, splits, accumulate).runs_policy_before_training or _validates(data),
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
@@ -136,12 +137,12 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     )
 
 
-def _looks_back(module: ReMaxModule, splits: int, accumulate: int) -> bool:
-    """Whether training needs the policy's log-probs beforehand, and they are not the rollout's."""
-    objective = module.objective
-    updates = updates_per_rollout(splits, accumulate, objective.loss_config.kind)
-    whitens_parts = objective.advantage_config.whiten and splits > 1 and objective.uses_kl(module.kl_coef)
-    return (updates > 1 or whitens_parts) and objective.loss_config.old_log_probs == "recompute"
+def _plan(module: ReMaxModule, num_micro_batches: int, accumulate: int) -> UpdatePlan:
+    """Return the plan of an update that the run itself makes when it starts."""
+    has_reference = module.reference_source is not None or module.policy_source.lora is not None
+    return module.objective.plan_update(
+        num_micro_batches, accumulate, kl_coef=module.kl_coef, has_reference=has_reference
+    )
 
 
 def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> StepShape:

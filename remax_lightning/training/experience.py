@@ -1,0 +1,114 @@
+"""A rollout with what training on it needs, and the buffer that hands it out one micro-batch at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.types import PromptBatch, Responses, Rollout
+
+
+class Experience(NamedTuple):
+    """A rollout with what the training passes over it need.
+
+    Args:
+        rollout: `B` prompts with their responses and scores.
+        normalizers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
+        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
+        kl: `[S, R]` KL estimate that entered the advantages, or None likewise, and where no KL enters.
+    """
+
+    rollout: Rollout
+    normalizers: Tensor
+    advantages: Tensor | None = None
+    kl: Tensor | None = None
+
+    def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
+        """Return micro-batch `index` of `num_micro_batches` equal ones."""
+        rollout = self.rollout.micro_batch(index, num_micro_batches)
+        size = len(rollout.reward)
+        rows = slice(index * size, (index + 1) * size)
+        advantages = None if self.advantages is None else self.advantages[rows]
+        kl = None if self.kl is None else self.kl[rows]
+        return self._replace(rollout=rollout, advantages=advantages, kl=kl)
+
+    def active_responses(self, num_micro_batches: int = 1) -> Tensor:
+        """Return `[S]` bool, True on the responses that training has to run.
+
+        One whose advantages are all 0 has no gradient unless a KL enters. At least one of each micro-batch stays:
+        backward hooks reduce gradients over ranks, and every rank has to meet them.
+        """
+        if self.advantages is None or self.rollout.reference_log_probs is not None:
+            return torch.ones_like(self.rollout.reward, dtype=torch.bool)
+        active = (self.advantages != 0).any(-1).view(num_micro_batches, -1)
+        active[:, 0] |= ~active.any(-1)
+        return active.flatten()
+
+
+class RolloutBuffer:
+    """Holds the rollout that is being trained on; empty between two rollouts, in memory and in checkpoints."""
+
+    def __init__(self) -> None:
+        self._experience: Experience | None = None
+
+    def fill(self, experience: Experience) -> None:
+        """Replace what is held by a new rollout."""
+        self._experience = experience
+
+    def micro_batch(self, index: int) -> Experience:
+        """Return micro-batch `index` of the rollout; the last one empties the buffer.
+
+        Raises:
+            UserError: if a loader starts in the middle of a rollout batch.
+        """
+        if self._experience is None:
+            raise UserError(f"data: part {index} of a rollout batch came first; a loader starts with part 0")
+        experience, num_micro_batches = self._experience, self._experience.rollout.prompt.num_micro_batches
+        if index + 1 == num_micro_batches:
+            self._experience = None
+        return experience.micro_batch(index, num_micro_batches)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the rollout as nested dictionaries of tensors, numbers and text, which `weights_only=True` reads.
+
+        None where the buffer is empty. The rows of the data set stay out: they may hold anything, and once a rollout
+        is scored nothing reads them.
+        """
+        if self._experience is None:
+            return None
+        rollout = self._experience.rollout
+        state = self._experience._asdict()
+        state["rollout"] = rollout._asdict() | {
+            "prompt": rollout.prompt._replace(rows=[])._asdict(),
+            "sampled": rollout.sampled._asdict(),
+            "greedy": None if rollout.greedy is None else rollout.greedy._asdict(),
+        }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take the rollout of a checkpoint, also of one that version 0.1 saved."""
+        if state is None:
+            self._experience = None
+            return
+        rollout = dict(state["rollout"])
+        rollout["prompt"] = PromptBatch(**_renamed(rollout["prompt"]))
+        rollout["sampled"] = Responses(**rollout["sampled"])
+        rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
+        self._experience = Experience(**{**_renamed(state), "rollout": Rollout(**rollout)})
+
+
+# Names of version 0.1, spelled in two parts so that no search and replace takes them along.
+_OLD_NAMES = {
+    "normal" + "isers": "normalizers",
+    "sp" + "lit": "micro_batch_index",
+    "num_sp" + "lits": "num_micro_batches",
+}
+
+
+def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+    return {_OLD_NAMES.get(name, name): value for name, value in state.items()}

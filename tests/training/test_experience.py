@@ -1,0 +1,69 @@
+"""The rollout buffer: micro-batches in turn, and what its checkpoints hold, those of version 0.1 included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from remax_lightning.errors import UserError
+from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.types import PromptBatch, Responses, Rollout
+
+
+def experience(num_micro_batches: int = 2) -> Experience:
+    ids, mask = torch.arange(8).view(4, 2), torch.ones(4, 2, dtype=torch.bool)
+    prompt = PromptBatch(ids, mask, list("abcd"), [{} for _ in range(4)], 0, num_micro_batches, [0, 1, 2, 3])
+    responses = Responses(ids + 10, mask, torch.zeros(4, dtype=torch.bool), list("wxyz"))
+    reward = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rollout = Rollout(prompt, responses, responses, reward, reward - 1, {"part": reward}, None, None)
+    return Experience(rollout, torch.tensor([8.0]), advantages=reward[:, None].expand(4, 2))
+
+
+def filled(num_micro_batches: int = 2) -> RolloutBuffer:
+    buffer = RolloutBuffer()
+    buffer.fill(experience(num_micro_batches))
+    return buffer
+
+
+def test_micro_batches_come_in_turn_and_the_last_empties_the_buffer() -> None:
+    buffer = filled()
+    first = buffer.micro_batch(0)
+    assert first.rollout.reward.tolist() == [1.0, 2.0]
+    assert first.rollout.prompt.indices == [0, 1]
+    assert buffer.state_dict() is not None
+    second = buffer.micro_batch(1)
+    assert second.rollout.sampled.texts == ["y", "z"]
+    assert second.advantages is not None
+    assert second.advantages[:, 0].tolist() == [3.0, 4.0]
+    assert buffer.state_dict() is None
+    with pytest.raises(UserError, match="part 1 of a rollout batch came first"):
+        buffer.micro_batch(1)
+
+
+def of_0_1(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state as version 0.1 named its parts."""
+    prompt = dict(state["rollout"]["prompt"])
+    prompt["split"], prompt["num_splits"] = prompt.pop("micro_batch_index"), prompt.pop("num_micro_batches")
+    old = {**state, "rollout": {**state["rollout"], "prompt": prompt}}
+    old["normalisers"] = old.pop("normalizers")
+    return old
+
+
+@pytest.mark.parametrize("convert", [dict, of_0_1], ids=["now", "0.1"])
+def test_a_half_used_rollout_is_resumed(convert: Any) -> None:
+    state = convert(filled().state_dict())
+    buffer = RolloutBuffer()
+    buffer.load_state_dict(state)
+    resumed, expected = buffer.micro_batch(1), experience().micro_batch(1, 2)
+    assert torch.equal(resumed.rollout.reward, expected.rollout.reward)
+    assert torch.equal(resumed.normalizers, expected.normalizers)
+    assert torch.equal(resumed.rollout.prompt.prompt_ids, expected.rollout.prompt.prompt_ids)
+    assert resumed.rollout.sampled.texts == expected.rollout.sampled.texts
+
+
+def test_an_empty_state_empties_the_buffer() -> None:
+    buffer = filled()
+    buffer.load_state_dict(None)
+    assert buffer.state_dict() is None

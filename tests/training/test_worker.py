@@ -1,0 +1,84 @@
+"""The worker that ReMax, SFT and doctor share: stop strings, penalties and the seconds of its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from helpers.training import CharacterReward, FixedEngine, make_trainer, save_policy, write_rows
+
+from remax_lightning.data import SFTDataModule
+from remax_lightning.models import ModelConfig
+from remax_lightning.modules import SFTModule
+from remax_lightning.rewards.base import Reward
+from remax_lightning.rollout import AutoEngine, SamplingConfig
+from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.types import PromptBatch
+
+
+def prompt(count: int = 2) -> PromptBatch:
+    ids = torch.full((count, 3), 20)
+    return PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), ["aaa"] * count, [{} for _ in range(count)])
+
+
+def worker(engine: Any, **options: Any) -> RolloutWorker:
+    made = RolloutWorker(engine, options.pop("sampling", SamplingConfig(max_response_length=4)), **options)
+    made.prepare(make_tokenizer(), [2], torch.device("cpu"))
+    return made
+
+
+def test_a_truncated_response_loses_the_penalty_sampled_or_greedy() -> None:
+    engine = FixedEngine([[20, 2, 3, 3], [20, 20, 20, 20]], [[20, 20, 20, 20], [21, 2, 3, 3]])
+    plain, penalized = (
+        worker(engine, reward=CharacterReward(), truncation_penalty=penalty).roll_out(
+            tiny_model(), prompt(), torch.Generator(), greedy=True
+        )
+        for penalty in (0.0, 2.0)
+    )
+    assert plain.sampled.truncated.tolist() == [False, True]
+    assert (plain.reward - penalized.reward).tolist() == [0.0, 2.0]
+    assert plain.baseline_reward is not None
+    assert penalized.baseline_reward is not None
+    assert (plain.baseline_reward - penalized.baseline_reward).tolist() == [2.0, 0.0]
+
+
+def test_seconds_are_counted_once_and_start_again() -> None:
+    made = worker(FixedEngine([[20, 2, 3, 3]] * 2), reward=CharacterReward())
+    made.roll_out(tiny_model(), prompt(), torch.Generator(), greedy=False)
+    seconds = made.timer.pop()
+    assert set(seconds) == {"rollout", "reward"}
+    assert min(seconds.values()) > 0
+    assert made.timer.pop() == {"rollout": 0.0, "reward": 0.0}
+
+
+def test_the_reward_is_loaded_once_for_a_device() -> None:
+    reward = CharacterReward()
+    made = worker(FixedEngine([[20, 2, 3, 3]]), reward=reward)
+    made.prepare(make_tokenizer(), [2], torch.device("cpu"))
+    assert reward.loaded == 1
+
+
+class Texts(Reward):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+        self.texts += responses
+        return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize("strings", [(), ("e",)])
+def test_stop_strings_end_the_responses_of_supervised_validation_too(strings: tuple[str, ...], tmp_path: Path) -> None:
+    policy, reward = save_policy(tmp_path / "policy", ends=()), Texts()
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}+{i}=", "response": "x"} for i in range(8)])
+    sampling = SamplingConfig(max_response_length=24, stop_strings=strings)
+    module = SFTModule(ModelConfig(policy), reward=reward, rollout=AutoEngine(), sampling=sampling)
+    data = SFTDataModule(path, policy, val_path=path, batch_size=8)
+    make_trainer(tmp_path, limit_val_batches=1.0).validate(module, data, verbose=False)
+    cut = [text for text in reward.texts if "e" in text]
+    assert cut  # the random policy writes the letter
+    assert all(text.endswith("e") and text.count("e") == 1 for text in cut) == bool(strings)
