@@ -115,29 +115,6 @@ def test_functional_needs_torch_alone(file: Path) -> None:
     assert roots - set(sys.stdlib_module_names) <= {"torch", "remax_lightning"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_files_and_functions_are_short(file: Path) -> None:
-    lines = file.read_text().splitlines()
-    assert len(lines) <= 300
-    functions = [
-        node
-        for node in ast.walk(ast.parse("\n".join(lines)))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    assert [f"{each.name} has {length(each)} lines" for each in functions if length(each) > 40] == []
-    constructors = [each for each in functions if each.name == "__init__"]
-    assert [each.lineno for each in constructors if len(each.args.args + each.args.kwonlyargs) - 1 > 12] == []
-
-
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring."""
-    total = (function.end_lineno or 0) - function.lineno + 1
-    if ast.get_docstring(function) is None:
-        return total
-    docstring = function.body[0]
-    return total - ((docstring.end_lineno or 0) - docstring.lineno + 1)
-
-
 LIGHT = """
 import json, sys
 {code}

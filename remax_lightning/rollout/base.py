@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 StopCheck: TypeAlias = Callable[[Tensor], Tensor]
 """Maps `[M, t]` token ids of responses to `[M]` bool: whether the last token completes a stop string."""
@@ -72,10 +69,11 @@ class GenerationOutput(NamedTuple):
 class RolloutEngine(Protocol):
     """Generates responses with the policy's own weights."""
 
-    def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
         """Generate `n` sampled responses and, if `request.greedy`, one greedy response to each prompt.
 
         Args:
-            model: the policy, in eval mode.
+            model: the policy, a `PreTrainedModel` in eval mode. Annotated as Any, because the command line compares
+                annotations, and an engine of the user's may say either.
             request: prompts, sampling settings, and what to return.
         """
