@@ -57,10 +57,10 @@ def measure(size: str, lengths: str, warmup: int, repetitions: int, options: arg
         rounds = {name: _round(runs[name], shape, device) for name in names}
         # As Lightning opens it in mixed precision.
         with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "mixed", cache_enabled=False):
-            found = interleaved(rounds, repetitions, warmup)
-    base = medians(found[BASE])["seconds"]
+            measured = interleaved(rounds, repetitions, warmup)
+    base = medians(measured[BASE])["seconds"]
     lines = []
-    for name, figures in found.items():
+    for name, figures in measured.items():
         middle = medians(figures)
         lines.append(
             {
@@ -137,13 +137,13 @@ def _two_calls(model: Any, prompt_ids: Tensor, seed: int, shape: Shape) -> list[
 
 
 def _one_call(model: Any, prompt_ids: Tensor, seed: int, shape: Shape) -> list[Tensor]:
-    """Sample twice the rows; on the second half a logits processor leaves only the likeliest token."""
+    """Sample twice the rows; on the second half a logits processor leaves only the most likely token."""
     from transformers import LogitsProcessorList
 
     torch.manual_seed(seed)
     batch, start = prompt_ids.shape
 
-    def likeliest(input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG001 (transformers hands both over)
+    def greedy_on_second_half(input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG001 (transformers hands both over)
         greedy = scores[batch:]
         only = torch.full_like(greedy, -torch.inf).scatter_(1, greedy.argmax(-1, keepdim=True), 0.0)
         return torch.cat([scores[:batch], only])
@@ -154,7 +154,7 @@ def _one_call(model: Any, prompt_ids: Tensor, seed: int, shape: Shape) -> list[T
         attention_mask=torch.ones_like(twice),
         do_sample=True,
         top_k=0,
-        logits_processor=LogitsProcessorList([likeliest]),
+        logits_processor=LogitsProcessorList([greedy_on_second_half]),
         **_options(shape),
     )
     return [*ids[:, start:]]

@@ -1,4 +1,4 @@
-"""How responses are made: engines that sample and decode greedily with the policy's own weights."""
+"""Rollout engines: they sample and decode greedily with the policy's own weights."""
 
 from remax_lightning.config import SamplingConfig
 from remax_lightning.rollout.auto import AutoEngine, clone_engine

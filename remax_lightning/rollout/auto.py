@@ -71,28 +71,31 @@ def _probe(model: PreTrainedModel) -> str:
     """Decode one token with and without left padding, and compare its logits with those of a plain forward pass."""
     from transformers import DynamicCache
 
+    # Two prompts of random tokens, one of them with left padding.
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, 6), generator=generator).to(model.device)
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab_size, (2, 6), generator=generator).to(model.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :3] = False
     cache, last = DynamicCache(config=model.config), ids.shape[1] - 1
     model(**model_inputs(model, ids[:, :-1], mask[:, :-1]), past_key_values=cache, use_cache=True)
     layout = layout_of(cache)
     if layout is None:
-        # A state of convolution or recurrence, for one, whose rows cannot be selected as those of keys and values.
+        # For example a convolutional or recurrent state, whose rows cannot be selected like those of keys and values.
         return "keeps more than keys and values in its cache"
+    # The expected logits, by one pass over all tokens.
+    inputs = model_inputs(model, ids, mask)
+    full_cache = DynamicCache(config=model.config)
+    expected = model(**inputs, past_key_values=full_cache, use_cache=True).logits[:, -1]  # [2, V]
+    # The last token decoded on a static cache.
     length = bucketed_length(ids.shape[1])
     slots = make_slots(cache, 2, length)
     fill_slots(slots, cache, torch.arange(2, device=ids.device), last)
-    inputs = model_inputs(model, ids, mask)
-    whole = model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[:, -1]
     step = {name: values[:, -1:] for name, values in inputs.items()}
     step["attention_mask"] = torch.nn.functional.pad(mask.long(), (0, length - ids.shape[1]))
-    position = torch.tensor([last], device=ids.device)
-    decoded = model(**step, past_key_values=cache_of_slots(layout, slots, position, length), use_cache=True).logits[
-        :, -1
-    ]
-    tolerance = 1e-3 if whole.dtype == torch.float32 else 0.1  # of rounding; another mask or position is far from it
-    close = (decoded.double() - whole.double()).norm() <= tolerance * whole.double().norm()
+    static_cache = cache_of_slots(layout, slots, torch.tensor([last], device=ids.device), length)
+    decoded = model(**step, past_key_values=static_cache, use_cache=True).logits[:, -1]  # [2, V]
+    # The tolerance allows for rounding; a wrong mask or position is far outside it.
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
+    close = (decoded.double() - expected.double()).norm() <= tolerance * expected.double().norm()
     return "" if close else "gives other logits when it decodes in slots"

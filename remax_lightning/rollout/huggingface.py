@@ -27,7 +27,7 @@ class HuggingFaceEngine:
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
         """Write `n` sampled responses and, if `request.greedy`, one greedy response per prompt; see `RolloutEngine`."""
-        model = language_model(model)  # a PEFT wrapper would write our configuration into the model's own
+        model = language_model(model)  # a PEFT wrapper would write our configuration into the model
         prompt_length, num_sampled = request.prompt_ids.shape[1], request.num_sampled
         choose = _Choose(request)
         stop = None if request.stop_check is None else _Stop(request.stop_check, request)
@@ -55,8 +55,8 @@ def _generate(model: PreTrainedModel, request: GenerationRequest, choose: _Choos
         pad_token_id=request.pad_id,
         use_cache=True,
     )
-    # generate fills whatever is unset here from the model's own configuration, so that is put aside meanwhile.
-    own_config, model.generation_config = model.generation_config, GenerationConfig()
+    # generate fills unset values from the model's own generation_config, so that is set aside during the call.
+    model_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output = cast("Any", model).generate(
             inputs=request.prompt_ids[rows],
@@ -66,16 +66,16 @@ def _generate(model: PreTrainedModel, request: GenerationRequest, choose: _Choos
             stopping_criteria=StoppingCriteriaList([] if stop is None else [cast("Any", stop)]),
         )
     finally:
-        model.generation_config = own_config
+        model.generation_config = model_config
     return cast(Tensor, output)
 
 
 class _Choose:
-    """A logits processor that leaves one token possible in each row: the one that was chosen."""
+    """A logits processor that chooses the next token of every row and masks all others."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self.log_probs: list[Tensor] = []  # [S] of each token
+        self.log_probs: list[Tensor] = []  # one [S] per step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         request, sampling = self.request, self.request.sampling
@@ -90,7 +90,7 @@ class _Choose:
 
 
 class _Stop:
-    """A stopping criterion that notes which rows a stop string has ended, and where."""
+    """A stopping criterion that records where a stop string ends each row."""
 
     def __init__(self, stop_check: StopCheck, request: GenerationRequest) -> None:
         self.stop_check, self.prompt_length = stop_check, request.prompt_ids.shape[1]
@@ -104,6 +104,6 @@ class _Stop:
             self.stopped_at = torch.zeros_like(ids[:, 0])
             self.eos_ids = self.eos_ids.to(ids.device)
         if ids.shape[1] > self.min_response_length:
-            over = (self.stopped_at > 0) | torch.isin(ids, self.eos_ids).any(-1)
-            self.stopped_at = self.stopped_at.masked_fill(self.stop_check(ids) & ~over, ids.shape[1])
+            ended = (self.stopped_at > 0) | torch.isin(ids, self.eos_ids).any(-1)
+            self.stopped_at = self.stopped_at.masked_fill(self.stop_check(ids) & ~ended, ids.shape[1])
         return self.stopped_at > 0

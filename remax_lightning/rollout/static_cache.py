@@ -1,7 +1,7 @@
-"""A key-value cache with a slot for every token of prompt and response: a decoding step writes one and copies none.
+"""A static key-value cache with one slot per token: a decoding step writes one slot and copies none.
 
-Slots make the step's shape fixed, too: the model attends to all slots of a length, and the mask leaves out those that
-are still empty. So many tokens share one shape, as CUDA graphs need it (`cuda_graph.py`).
+The model attends to a bucketed number of slots, and the mask excludes those that are still empty. So many tokens share
+one shape, which CUDA graphs require (`cuda_graph.py`).
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 MIN_BUCKET = 16
-"""Attended lengths are multiples of this, and of a sixteenth of the next power of two: few shapes, little wasted."""
+"""Bucketed lengths are multiples of this, and of 1/16 of the next power of two: few shapes, at most 1/8 wasted."""
 
 
 def bucketed_length(filled: int) -> int:
     """Return the number of slots that a step attends to, at least `filled`, rounded up to a bucket."""
-    step = _spacing(filled)
-    return -(-filled // step) * step
+    size = _bucket_size(filled)
+    return -(-filled // size) * size
 
 
-def _spacing(length: int) -> int:
+def _bucket_size(length: int) -> int:
     return max(MIN_BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
 
 
 Layout: TypeAlias = tuple[int | None, ...]
-"""What of a cache is no tensor: for each layer its sliding window, in tokens, or None."""
+"""The part of a cache that is not tensors: the sliding window of each layer in tokens, or None."""
 
 
 def layout_of(cache: DynamicCache) -> Layout | None:
-    """Return the layout of a prefilled cache, or None if it has layers that slots cannot stand for."""
+    """Return the layout of a prefilled cache, or None if it has layers with other states than keys and values."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers: list[Any] = cache.layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not all(type(layer) in known and layer.is_initialized for layer in layers):
+    supported = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not all(type(layer) in supported and layer.is_initialized for layer in layers):
         return None
     return tuple(getattr(layer, "sliding_window", None) for layer in layers)
 
 
 def make_slots(cache: DynamicCache, num_rows: int, length: int) -> list[Tensor]:
-    """Return `[N, H, length, D]` keys, then values of each layer; zeros, since masked slots are multiplied too."""
+    """Return `[N, H, length, D]` keys, then values of each layer; zeros, as attention multiplies masked slots too."""
     return [
         states.new_zeros(num_rows, states.shape[1], length, states.shape[3], dtype=slot_dtype(states))
         for states in states_of(cache)
@@ -56,8 +56,8 @@ def make_slots(cache: DynamicCache, num_rows: int, length: int) -> list[Tensor]:
 def slot_dtype(states: Tensor) -> torch.dtype:
     """Return the dtype of slots for such keys or values of a prefilled cache.
 
-    In mixed precision those are float32, as rotary keys are, and the attention makes 16 bits of them at each token: so
-    they are kept in 16 bits.
+    In mixed precision some are float32, as rotary keys are, and attention would cast them at every token; so slots are
+    stored in 16 bits.
     """
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
@@ -70,12 +70,12 @@ def states_of(cache: DynamicCache) -> list[Tensor]:
 
 
 def fill_slots(slots: list[Tensor], cache: DynamicCache, rows: Tensor, prompt_length: int) -> None:
-    """Write the prompts' keys and values into the slots of the rows that continue them.
+    """Copy the prompts' keys and values into the slots of the rows that continue them.
 
     Args:
-        slots: as `make_slots` makes them; may have more rows.
-        cache: holds the `B` prompts. A sliding window holds the last tokens of them only.
-        rows: `[N]` which prompt each row continues.
+        slots: from `make_slots`; may have more rows.
+        cache: the prefilled cache of the `B` prompts. Layers with a sliding window hold the last tokens only.
+        rows: `[N]` index of the prompt that each row continues.
         prompt_length: `P`.
     """
     for slot, prompt in zip(slots, states_of(cache), strict=True):
@@ -83,7 +83,7 @@ def fill_slots(slots: list[Tensor], cache: DynamicCache, rows: Tensor, prompt_le
 
 
 def keep_rows(slots: list[Tensor], rows: Tensor, length: int) -> None:
-    """Move the given rows' first `length` slots to the front."""
+    """Move `rows`, with their first `length` slots, to the front."""
     for slot in slots:
         slot[: len(rows), :, :length] = slot[:, :, :length].index_select(0, rows)
 
@@ -92,36 +92,36 @@ def cache_of_slots(layout: Layout, slots: Sequence[Tensor], position: Tensor, le
     """Return a cache that writes a token's keys and values at `position` and attends to `length` slots.
 
     Args:
-        layout: of the cache that the slots were filled from.
-        slots: `[M, H, S, D]` keys, then values of each layer.
-        position: `[1]` the slot to be written, one of the last `bucketed_length` admits for `length`.
-        length: of the slots that are attended to.
+        layout: layout of the cache that the slots were filled from.
+        slots: `[M, H, C, D]` keys, then values of each layer.
+        position: `[1]` the slot to write; `bucketed_length(position + 1)` is `length`.
+        length: number of slots to attend to.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache()
     layers: list[Any] = cache.layers
     for index, window in enumerate(layout):
-        # Behind a window, even the first position that this length serves sees nothing.
-        first = 0 if window is None else max(0, length - _spacing(length) - window + 1)
+        # Slots before this one are outside the window for every position in this bucket.
+        first = 0 if window is None else max(0, length - _bucket_size(length) - window + 1)
         layer = _slot_layer()(slots[2 * index], slots[2 * index + 1], position, range(first, length))
         layer.is_sliding = window is not None
         layers.append(layer)
-    cache.layer_class_to_replicate = None  # all layers are there
+    cache.layer_class_to_replicate = None  # no layers are added lazily
     return cache
 
 
 @lru_cache(maxsize=1)
 def _slot_layer() -> Any:
-    """Return the class of our layers; a function, so that importing this file stays light."""
+    """Return the layer class, defined here so that importing this file does not import transformers."""
     from transformers.cache_utils import DynamicLayer
 
-    plain: Any = DynamicLayer
+    base: Any = DynamicLayer
 
-    class SlotLayer(plain):  # type: ignore[misc]
-        """Keys and values in slots."""
+    class SlotLayer(base):  # type: ignore[misc]
+        """The keys and values of one layer in slots."""
 
-        # Keeps transformers from reading the mask's values to do without it.
+        # Stops transformers from reading the mask on the host to see whether it can be left out.
         is_compileable = True
 
         def __init__(self, keys: Tensor, values: Tensor, position: Tensor, attended: range) -> None:
@@ -138,7 +138,7 @@ def _slot_layer() -> Any:
         def get_seq_length(self) -> Any:
             return self.position
 
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 (transformers hands it over)
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 (part of the interface)
             return len(self.attended), self.attended.start
 
     return SlotLayer

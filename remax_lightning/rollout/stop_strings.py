@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopCheck | None:
-    """Return what says whether the last token of a response completes one of the strings; None without strings.
+    """Return a check whether the last token of a response completes one of the strings; None without strings.
 
-    It is transformers' own check, which looks at token ids only: no text is made while decoding.
+    It wraps transformers' `StopStringCriteria`, which reads token ids only, so decoding makes no text.
     """
     if not strings:
         return None
@@ -24,8 +24,8 @@ def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
 
     criteria: Any = StopStringCriteria(tokenizer, list(strings))
 
-    def ended(ids: Tensor) -> Tensor:
-        found: Tensor = criteria(ids, None)
-        return found
+    def stop_check(ids: Tensor) -> Tensor:
+        is_stopped: Tensor = criteria(ids, None)  # [M]
+        return is_stopped
 
-    return ended
+    return stop_check

@@ -219,7 +219,7 @@ def sampled_agrees(engine: RolloutEngine, model: Any, temperature: float = 1.0) 
 
     The prompts are the shortest, on which padding weighs most, and the longest.
     """
-    ids, mask = (each[:2] for each in prompts())
+    ids, mask = (tensor[:2] for tensor in prompts())
     eos = 2
     drawn = rollout(
         engine, model, ids, mask, eos=eos, max_response_length=2, num_samples=DRAWS, temperature=temperature

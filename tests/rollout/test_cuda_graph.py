@@ -64,7 +64,7 @@ def test_graphs_write_what_the_model_writes(family: Family, dtype: torch.dtype |
     model, engine, plain = moved(family, dtype), PairedEngine(), PairedEngine(cuda_graphs=False)
     for seed in (0, 1):
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
-            written, expected = (roll_out(each, model, seed, length=28) for each in (engine, plain))
+            written, expected = (roll_out(either, model, seed, length=28) for either in (engine, plain))
         assert equal(written, expected)
         assert is_there(written.sampled_ids)
         train(model)

@@ -282,10 +282,10 @@ def test_log_probs_have_32_bits_in_a_run_of_16(engine: Any) -> None:
     model = tiny_model("llama")
     torch.set_default_dtype(torch.bfloat16)
     try:
-        given = run(engine, model, [3, 7], **options).log_probs
+        actual = run(engine, model, [3, 7], **options).log_probs
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(given, expected)
+    assert torch.equal(actual, expected)
 
 
 # Stop strings
@@ -313,8 +313,8 @@ def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, mo
     )
     assert made.greedy_ids.shape == free.greedy_ids.shape
     for row, whole, at in zip(made.greedy_ids, free.greedy_ids, made.stopped_at[6:].tolist(), strict=True):
-        found = (whole == token).nonzero()
-        expected = int(found[0]) + 1 if len(found) else 0
+        places = (whole == token).nonzero()
+        expected = int(places[0]) + 1 if len(places) else 0
         assert at == expected
         length = at or 12
         assert torch.equal(row[:length], whole[:length])

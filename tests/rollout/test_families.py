@@ -51,7 +51,7 @@ def is_slow(family: Family) -> bool:
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 each_family_slow = pytest.mark.parametrize(
     "family",
-    [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if is_slow(each) else []) for each in FAMILIES],
+    [pytest.param(family, id=family.name, marks=[pytest.mark.slow] if is_slow(family) else []) for family in FAMILIES],
 )
 
 

@@ -143,11 +143,11 @@ def test_log_probs_are_of_the_distribution_that_was_asked_for(scale: bool, trunc
 
 def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_probs() -> None:
     logits = 2 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
-    kept = {}
+    masks = {}
     for scale in (True, False):
         sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, processed_log_probs=True)
-        kept[scale] = sampling_mask(sampling)(logits / 0.5 if scale else logits)
-    assert torch.equal(kept[True], kept[False])
+        masks[scale] = sampling_mask(sampling)(logits / 0.5 if scale else logits)
+    assert torch.equal(masks[True], masks[False])
     assert sampling_mask(SamplingConfig(top_p=0.7)) is None
 
 

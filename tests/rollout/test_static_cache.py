@@ -40,26 +40,26 @@ def filled(model: torch.nn.Module) -> DynamicCache:
 def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
     """Across a change of the attended length, with rows leaving in the middle."""
     model = make()
-    own, other = filled(model), filled(model)
-    layout = layout_of(own)
-    slots = make_slots(own, len(ROWS), bucketed_length(PROMPT + 12))
-    fill_slots(slots, own, ROWS, PROMPT)
+    ours, other = filled(model), filled(model)
+    layout = layout_of(ours)
+    slots = make_slots(ours, len(ROWS), bucketed_length(PROMPT + 12))
+    fill_slots(slots, ours, ROWS, PROMPT)
     other.batch_select_indices(ROWS)
-    kept, count, lengths = torch.tensor([1, 4, 6]), len(ROWS), set()
+    rows, count, lengths = torch.tensor([1, 4, 6]), len(ROWS), set()
     with torch.no_grad():
         for step in range(12):
             tokens = torch.arange(count)[:, None] + 10 * step
             position, length = PROMPT + step, bucketed_length(PROMPT + step + 1)
             lengths.add(length)
-            cache = cache_of_slots(layout, [each[:count] for each in slots], torch.tensor([position]), length)
+            cache = cache_of_slots(layout, [slot[:count] for slot in slots], torch.tensor([position]), length)
             mask = (torch.arange(length) <= position).long().expand(count, -1)
             place = torch.full((count, 1), position)
             got = model(tokens, attention_mask=mask, position_ids=place, past_key_values=cache).logits
             torch.testing.assert_close(got, model(tokens, past_key_values=other).logits, atol=1e-5, rtol=1e-4)
             if step == 5:
-                keep_rows(slots, kept, position + 1)
-                other.batch_select_indices(kept)
-                count = len(kept)
+                keep_rows(slots, rows, position + 1)
+                other.batch_select_indices(rows)
+                count = len(rows)
     assert lengths == {32, 48}
 
 
@@ -68,10 +68,10 @@ def test_a_step_writes_into_the_memory_that_was_made() -> None:
     cache = filled(model)
     slots = make_slots(cache, 3, 32)
     fill_slots(slots, cache, torch.arange(3), PROMPT)
-    before = [each.clone() for each in slots]
-    own = cache_of_slots(layout_of(cache), slots, torch.tensor([30]), 32)
+    before = [slot.clone() for slot in slots]
+    ours = cache_of_slots(layout_of(cache), slots, torch.tensor([30]), 32)
     with torch.no_grad():
-        model(torch.ones(3, 1, dtype=torch.long), attention_mask=torch.ones(3, 32).long(), past_key_values=own)
+        model(torch.ones(3, 1, dtype=torch.long), attention_mask=torch.ones(3, 32).long(), past_key_values=ours)
     for slot, old in zip(slots, before, strict=True):
         changed = (slot != old).any(-1).any(0).any(0)
         assert changed.nonzero().flatten().tolist() == [30]
@@ -82,7 +82,7 @@ def test_attended_lengths_are_few_and_waste_little(filled: int) -> None:
     length = bucketed_length(filled)
     assert filled <= length <= max(filled + 15, 1.125 * filled)
     assert bucketed_length(length) == length
-    assert len({bucketed_length(each) for each in range(1, filled + 1)}) <= 16 + 8 * max(0, filled.bit_length() - 8)
+    assert len({bucketed_length(n) for n in range(1, filled + 1)}) <= 16 + 8 * max(0, filled.bit_length() - 8)
 
 
 def test_a_cache_with_other_states_has_no_layout() -> None:
