@@ -45,6 +45,7 @@ KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
     "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
+    "convert-reward": ("convert_reward", "write another project's reward model as a plain sequence classifier"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "doctor": ("doctor", "check a configuration's models and data before any training"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
@@ -92,7 +93,7 @@ class RemaxCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the top parser, whose help also names the subcommands that are not Lightning's."""
-        others = "\n".join(f"  {name:10}{text}" for name, (_, text) in TOOLS.items())
+        others = "\n".join(f"  {name:16}{text}" for name, (_, text) in TOOLS.items())
         return super().init_parser(
             prog="remax",
             epilog=f"further subcommands:\n{others}",
@@ -150,17 +151,19 @@ class RemaxCLI(LightningCLI):
             raise SystemExit(1)
 
     def _last_checkpoint(self) -> str | None:
-        """Return the youngest whole checkpoint of this run and of those before it, whatever its name.
+        """Return the latest complete checkpoint of this run and of those before it, whatever its name.
 
         Lightning would look for the name only, and in the folder of this run, which is new.
         """
         folders = earlier_folders(self.trainer)
-        found = strategies.newest(folders, requeued=Path(self.trainer.default_root_dir))
-        if found is not None:
-            return str(found)
+        checkpoint = strategies.newest(folders, requeued=Path(self.trainer.default_root_dir))
+        if checkpoint is not None:
+            return str(checkpoint)
         if self.subcommand != "fit":
             raise UserError("ckpt_path: last, and there is no checkpoint of an earlier run; give the path of one")
-        rank_zero_warn("ckpt_path: last, and there is no checkpoint of an earlier run yet: this one begins anew.")
+        rank_zero_warn(
+            "ckpt_path: last, and there is no checkpoint of an earlier run yet: this one starts from scratch."
+        )
         return None
 
 

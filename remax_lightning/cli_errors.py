@@ -99,13 +99,13 @@ def concise(message: str, known: Iterable[str] = ()) -> str:
     for leaf in _leaves(message):
         key, text = _complaint(leaf, list(known))
         complaints.setdefault(key, []).append(text)
-    given = _GIVEN.search(message)
+    value = _GIVEN.search(message)
     lines = []
     for key, texts in complaints.items():
         text = "; ".join(dict.fromkeys(texts))
-        if all(each.startswith("expected ") for each in texts):  # the types of a union, none of which fits
+        if all(part.startswith("expected ") for part in texts):  # the types of a union, none of which fits
             text = text.replace("; expected ", ", or ")
-            text += f", got {given[1]}" if given and ", got " not in text else ""
+            text += f", got {value[1]}" if value and ", got " not in text else ""
         lines.append(f"{key}: {text}" if key else text)
     return "\n  ".join(lines) or message
 
@@ -152,7 +152,7 @@ def _leaves(message: str) -> list[_Leaf]:
         indent = len(line) - len(line.lstrip())
         if _NOISE.match(text):
             continue
-        stack = [each for each in stack if each[0] < indent]
+        stack = [entry for entry in stack if entry[0] < indent]
         if (match := _VALUES.search(text)) and match[1]:
             stack.append((indent, "init_args", match[1]))
         text = _WRAPPING.sub("", _VALUES.sub("", text))
@@ -219,8 +219,8 @@ def _arguments(class_path: str, groups: list[str]) -> list[str]:
         kind = getattr(import_module(module), name)
         for group in groups:
             hint = get_type_hints(kind.__init__)[group]
-            kind = next(each for each in (hint, *get_args(hint)) if is_dataclass(each))
-        return [each.name for each in fields(kind)] if groups else list(_parameters(kind))
+            kind = next(option for option in (hint, *get_args(hint)) if is_dataclass(option))
+        return [field.name for field in fields(kind)] if groups else list(_parameters(kind))
     except (ImportError, AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
         return []
 

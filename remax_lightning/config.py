@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from remax_lightning.errors import UserError
+from remax_lightning.functional.advantages import Baseline, KLCredit, RewardClipAt
+
+WeightDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""The dtypes that a model's weights can be loaded in."""
 
 
 def _require(holds: bool, key: str, expected: str, got: object) -> None:
@@ -92,7 +96,7 @@ class KLConfig:
     """
 
     estimator: Literal["k1", "k2", "k3", "full"] = "k1"
-    credit: Literal["to_go", "one_step", "none"] = "to_go"
+    credit: KLCredit = "to_go"
     clamp: float | None = None
     in_baseline: bool = False
     loss_coef: float = 0.0
@@ -132,10 +136,10 @@ class AdvantageConfig:
         truncation_penalty: how much reward a truncated response loses under `penalize`.
     """
 
-    baseline: Literal["greedy", "leave_one_out", "group_mean", "none"] = "greedy"
+    baseline: Baseline = "greedy"
     gamma: float = 1.0
     reward_clip: float | None = None
-    reward_clip_at: Literal["before_baseline", "after_baseline"] = "after_baseline"
+    reward_clip_at: RewardClipAt = "after_baseline"
     whiten: bool = False
     overlong: Literal["keep", "mask", "penalize"] = "keep"
     truncation_penalty: float = 1.0

@@ -173,7 +173,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(
     values: Config = {}
     section = f"model.{group}"
     if group == "rollout":
-        values = {"model__rollout": {"class_path": "PairedEngine", "init_args": {}}}
+        values = {"model__rollout": {"class_path": "remax_lightning.rollout.PairedEngine", "init_args": {}}}
         section += ".init_args"
     arguments = [f"--{section}.{old}", str(value).lower()] if command_line else []
     if not command_line:

@@ -24,7 +24,7 @@ ALLOWED = {
     "version": set(),
     "errors": set(),
     "types": set(),
-    "config": {"errors"},
+    "config": {"errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},
     "functional": set(),

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from remax_lightning.callbacks.step_figures import StepFigures
-from remax_lightning.callbacks.step_output import log_step, rollout_output
+from remax_lightning.callbacks.step_output import (
+    log_step,
+    response_kl,
+    response_length,
+    response_reward,
+    rollout_output,
+)
+from remax_lightning.distributed import gather_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.types import StepOutput
 
 GROWTH = 1.25
 """Length over its start from which `max_length_correlation` counts: alone it may be the task's own."""
@@ -132,7 +142,7 @@ class CollapseDetector(Callback):
         self._step.add(output)
         if not output["closes_step"]:
             return
-        figures = self._step.close(trainer)
+        figures, self._step = self._step.reduce(trainer), StepFigures()
         self._remember(figures)
         means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
         slope = _slope(self._recent.get("kl", []), self.window)
@@ -232,3 +242,56 @@ def _slope(values: list[float], window: int) -> float:
     middle, mean = (window - 1) / 2, math.fsum(values) / window
     products = math.fsum((i - middle) * (value - mean) for i, value in enumerate(values))
     return products / (window * (window**2 - 1) / 12)
+
+
+class StepFigures:
+    """Collects the micro-batches of an optimizer step and reduces them over all ranks."""
+
+    def __init__(self) -> None:
+        self._reward: list[Tensor] = []  # [S] of each micro-batch, like the next two
+        self._length: list[Tensor] = []
+        self._ended: list[Tensor] = []
+        self._texts: list[float] = []
+        self._sums = dict.fromkeys(("entropy", "entropy_tokens", "kl", "kl_responses"), 0.0)
+
+    def add(self, output: StepOutput) -> None:
+        """Add a micro-batch."""
+        responses = output["rollout"].sampled
+        self._reward.append(response_reward(output))
+        self._length.append(response_length(output))
+        self._ended.append(~responses.truncated.cpu())
+        self._texts += [_number(text) for text in responses.texts]
+        mask = output["entropy_mask"]
+        self._sums["entropy"] += output["entropy"].detach().double().masked_fill(~mask, 0.0).sum().item()
+        self._sums["entropy_tokens"] += mask.sum().item()
+        if (kl := response_kl(output)) is not None:
+            self._sums["kl"] += kl.sum().item()
+            self._sums["kl_responses"] += kl.numel()
+
+    def reduce(self, trainer: Trainer) -> dict[str, float]:
+        """Return the figures of the step over all ranks; NaN where there is nothing to count.
+
+        Returns:
+            `eos_rate`, `response_length` (tokens), `entropy` (nats per token), `kl` (nats per response),
+            `length_correlation` (Pearson's, of reward and length) and `distinct_share`, the same on every rank.
+        """
+        reward, length, ended = torch.cat(self._reward), torch.cat(self._length), torch.cat(self._ended)
+        texts, sums = torch.tensor(self._texts, dtype=torch.float64), list(self._sums.values())
+        local = [float(reward.numel()), ended.sum().item(), length.sum().item(), reward.sum().item(), *sums]
+        count, num_ended, tokens, rewards, entropy, entropy_tokens, kl, kl_responses = sum_over_ranks(trainer, local)
+        # In a second pass, because a variance from sums of squares would lose its digits.
+        x, y = reward - rewards / count, length - tokens / count
+        xx, yy, xy = sum_over_ranks(trainer, [(x * x).sum().item(), (y * y).sum().item(), (x * y).sum().item()])
+        return {
+            "eos_rate": num_ended / count,
+            "response_length": tokens / count,
+            "entropy": entropy / entropy_tokens if entropy_tokens else math.nan,
+            "kl": kl / kl_responses if kl_responses else math.nan,
+            "length_correlation": xy / (xx**0.5 * yy**0.5) if xx > 0 and yy > 0 else math.nan,
+            "distinct_share": len(gather_over_ranks(trainer, texts).unique()) / count,
+        }
+
+
+def _number(text: str) -> float:
+    """Return a number for a text, on every rank the same: 48 bits, which float64 holds and ranks can gather."""
+    return float(int.from_bytes(blake2b(text.encode("utf-8", "backslashreplace"), digest_size=6).digest(), "big"))

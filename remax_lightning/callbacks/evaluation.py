@@ -77,7 +77,7 @@ class Evaluation(Callback):
         self.num_resamples, self.seed = num_resamples, seed
         self._target: Path | None = None
         self._text = ""
-        self._asked: tuple[Measure, ...] | None = None
+        self._requested: tuple[Measure, ...] | None = None
         self._active = self._prints = self._needs_responses = False
         self._records: list[PromptRecord] = []
 
@@ -101,7 +101,7 @@ class Evaluation(Callback):
             targets = [folder / name for name in names]
         else:
             targets = [Path(self.path)]
-        free = next((each for each in targets if not each.exists() and not _records_file(each).exists()), None)
+        free = next((path for path in targets if not path.exists() and not _records_file(path).exists()), None)
         free = broadcast(trainer.strategy, free)  # rank 0 is the one that writes
         if free is None:
             raise UserError(
@@ -125,20 +125,20 @@ class Evaluation(Callback):
         if self._active:
             self._prints, trainer.test_loop.verbose = trainer.test_loop.verbose, False
 
-    def _begin(self, pl_module: LightningModule, asked: tuple[Measure, ...] | None, stage: str) -> None:
+    def _begin(self, pl_module: LightningModule, requested: tuple[Measure, ...] | None, stage: str) -> None:
         if not self._active:
             return
         module = cast("Any", pl_module)
-        if "win_rate_reference" in (asked or ()) and module.reference is None:
+        if "win_rate_reference" in (requested or ()) and module.reference is None:
             raise UserError(
                 f"evaluation.{stage} asks for win_rate_reference, but there is no model.reference; set it or leave the"
                 " measure out"
             )
-        self._records, self._asked = [], asked
-        wanted = {name: True for name in MEASURES if asked is None or name in asked}
+        self._records, self._requested = [], requested
+        wanted = {name: True for name in MEASURES if requested is None or name in requested}
         wanted["perplexity"] = "perplexity" in wanted and self.text is None
         # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
-        named = asked is not None or self.response_column != "chosen"
+        named = requested is not None or self.response_column != "chosen"
         self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
         module.evaluator.config = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
 
@@ -153,7 +153,7 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """See whether there is what was asked for."""
+        """See whether there is what was requested for."""
         self._take(outputs, batch_idx)
 
     def on_test_batch_end(
@@ -178,7 +178,7 @@ class Evaluation(Callback):
         return records
 
     def _check_responses(self, records: Sequence[PromptRecord], rows: Sequence[dict[str, Any]]) -> None:
-        if any("chosen" in each.responses or "perplexity" in each.sums for each in records):
+        if any("chosen" in record.responses or "perplexity" in record.sums for record in records):
             return
         columns = ", ".join(map(repr, rows[0])) or "none"
         raise UserError(
@@ -199,15 +199,15 @@ class Evaluation(Callback):
         self._records = []
         if not records or not trainer.is_global_zero:
             return
-        found = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
-        left_out = self._left_out(found, cast("Any", pl_module))
+        measured = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
+        left_out = self._left_out(measured, cast("Any", pl_module))
         if self._prints:
-            _print(trainer.ckpt_path, len(records), found, left_out, self.num_resamples)
+            _print(trainer.ckpt_path, len(records), measured, left_out, self.num_resamples)
         if self._target is not None:
             answer = {
                 "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
                 "num_prompts": len(records),
-                "figures": {name: figure._asdict() for name, figure in found.items()},
+                "figures": {name: figure._asdict() for name, figure in measured.items()},
                 "left_out": left_out,
                 "settings": self._settings(trainer, cast("Any", pl_module)),
             }
@@ -215,7 +215,7 @@ class Evaluation(Callback):
             rank_zero_info(f"Wrote {self._target} and {_records_file(self._target)}.")
 
     def _log_text(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> list[PromptRecord]:
-        wanted = self._active and (self._asked is None or "perplexity" in self._asked)
+        wanted = self._active and (self._requested is None or "perplexity" in self._requested)
         if not wanted or self.text is None or trainer.sanity_checking:
             return []
         pieces = gather_records(cast("Any", pl_module).evaluator.text_records(self._text))
@@ -224,24 +224,26 @@ class Evaluation(Callback):
                 pl_module.log(f"{stage}/{name}", figure.value)  # the same on every rank already
         return pieces
 
-    def _left_out(self, found: dict[str, Figure], module: Any) -> dict[str, str]:
-        asked = MEASURES if self._asked is None else self._asked
-        missing = [name for name in asked if name not in found]
+    def _left_out(self, measured: dict[str, Figure], module: Any) -> dict[str, str]:
+        requested = MEASURES if self._requested is None else self._requested
+        missing = [name for name in requested if name not in measured]
         no_rows = f"no row has a response in column {self.response_column!r} (evaluation.response_column)"
         why = {"win_rate_reference": "there is no model.reference"}
         return {name: why.get(name, no_rows) for name in missing}
 
     def _settings(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Return what the figures depend on; the reward with its arguments where the command line knows them."""
-        own = {name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")}
-        found = {**module.settings(), "evaluation": {**own, "confidence": CONFIDENCE}}
+        options = {
+            name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")
+        }
+        settings = {**module.settings(), "evaluation": {**options, "confidence": CONFIDENCE}}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 config = yaml.safe_load(callback.parser.dump(callback.config))
                 arguments = config["model"].get("init_args", config["model"])
-                found |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
-                found["reward"] = arguments.get("reward", found["reward"])
-        return found
+                settings |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
+                settings["reward"] = arguments.get("reward", settings["reward"])
+        return settings
 
 
 def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
@@ -251,7 +253,7 @@ def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
     for record in every:
         if record.number is not None:
             known.setdefault(record.number, record)
-    return [*(known[each] for each in sorted(known)), *(record for record in every if record.number is None)]
+    return [*(known[prompt] for prompt in sorted(known)), *(record for record in every if record.number is None)]
 
 
 def _read(path: str) -> str:
@@ -269,11 +271,11 @@ def _records_file(path: Path) -> Path:
 
 
 def _print(
-    checkpoint: Any, num_prompts: int, found: dict[str, Figure], left_out: dict[str, str], num_resamples: int
+    checkpoint: Any, num_prompts: int, measured: dict[str, Figure], left_out: dict[str, str], num_resamples: int
 ) -> None:
     rows = [("", "value", f"{CONFIDENCE:.0%} interval", "n", "")]
-    rows += [(name, number(each.value), interval(each), str(each.n), MEANINGS.get(name, ""))
-             for name, each in found.items()]  # fmt: skip
+    rows += [(name, number(figure.value), interval(figure), str(figure.n), MEANINGS.get(name, ""))
+             for name, figure in measured.items()]  # fmt: skip
     what = "the policy as it is loaded" if checkpoint is None else checkpoint
     notes = [f"Left out: {name}, since {why}." for name, why in left_out.items()]
     heading = f"Evaluation of {what} on {num_prompts} prompts; intervals of {num_resamples} draws of prompts."

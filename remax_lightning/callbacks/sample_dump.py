@@ -151,10 +151,10 @@ class SampleDump(Callback):
     def _keep(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
         if self._directory is None or not (path := self._directory / f"{stage}.jsonl").exists():
             return
-        kept = path.with_suffix(".tmp")
-        with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+        rewritten = path.with_suffix(".tmp")
+        with path.open(encoding="utf-8") as old, rewritten.open("w", encoding="utf-8") as new:
             new.writelines(line for line in old if keeps(_step_of(line)))
-        kept.replace(path)
+        rewritten.replace(path)
 
 
 def _step_of(line: str) -> int:
@@ -196,12 +196,12 @@ def _describe(
 def _tokens(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
     """Return what is known of each token of response `i`."""
     responses = output["rollout"].sampled
-    kept = responses.response_mask[i]
-    ids = responses.response_ids[i][kept].tolist()
+    mask = responses.response_mask[i]  # [R]
+    ids = responses.response_ids[i][mask].tolist()
     figures = {"token_kl": output["kl"], "token_advantages": output["advantages"]}
     return {
         "tokens": None if tokenizer is None else token_texts(tokenizer, ids, responses.texts[i]),
-        **{name: None if each is None else _numbers(each[i][kept]) for name, each in figures.items()},
+        **{name: None if values is None else _numbers(values[i][mask]) for name, values in figures.items()},
     }
 
 

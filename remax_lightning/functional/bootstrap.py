@@ -57,12 +57,12 @@ def resampled_ratios(
     check_that(len(numerators) >= 1, "numerators", "at least one row", len(numerators))
     check_that(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
     clusters, sums = len(numerators), torch.cat([numerators, denominators], 1).double()
-    found: list[Tensor] = []
+    sums_of_draws: list[Tensor] = []  # [k, 2 F] of each part
     for part in torch.arange(num_resamples).split(max(1, _ENTRIES_AT_ONCE // clusters)):
-        drawn = torch.randint(clusters, (len(part), clusters), generator=generator)
+        drawn = torch.randint(clusters, (len(part), clusters), generator=generator)  # [k, P]
         counts = torch.zeros(len(part), clusters, dtype=torch.float64)
-        found.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ sums)
-    top, bottom = torch.cat(found).chunk(2, 1)
+        sums_of_draws.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ sums)
+    top, bottom = torch.cat(sums_of_draws).chunk(2, 1)
     return (top / bottom).masked_fill(bottom == 0, torch.nan)
 
 

@@ -36,8 +36,8 @@ def truncated(logits: Tensor, ids: Tensor, kept: SamplingMask | None) -> Tensor:
     """
     if kept is None:
         return logits
-    may_come = kept(logits.detach()).scatter(-1, ids[:, None], True)
-    return logits.masked_fill(may_come.logical_not_(), -torch.inf)
+    allowed = kept(logits.detach()).scatter(-1, ids[:, None], True)  # [M, V]
+    return logits.masked_fill(allowed.logical_not_(), -torch.inf)
 
 
 class LogitTransform(NamedTuple):
@@ -78,10 +78,10 @@ class LogitTransform(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
         logits = self.logits(hidden, weight, bias)
-        found = torch.log_softmax(truncated(logits, ids, self.kept), dim=-1)
+        log_probs = torch.log_softmax(truncated(logits, ids, self.kept), dim=-1)
         if self.soft_cap is None:
-            return found, None
-        return found, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
+            return log_probs, None
+        return log_probs, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
 
     def of_product(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
         """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""

@@ -40,8 +40,8 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
         UserError: if it is no checkpoint or not a whole one, would run code, or has no such weights.
     """
     if path.is_file():
-        found: Mapping[str, Any] = load_file(path, trusted).get("state_dict") or {}
-        weights = {name: value for name, value in found.items() if name.startswith(prefix)}
+        state: Mapping[str, Any] = load_file(path, trusted).get("state_dict") or {}
+        weights = {name: value for name, value in state.items() if name.startswith(prefix)}
     elif (path / ".metadata").is_file() or (path / "meta.pt").is_file():
         weights = _read_shards(path, prefix, trusted)
     elif (path / "latest").is_file():

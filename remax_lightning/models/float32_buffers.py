@@ -23,7 +23,7 @@ class Float32Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         _make_exact(model)
-        self._kept = [
+        self._float32_copies = [
             (module, name, buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
@@ -32,10 +32,10 @@ class Float32Buffers:
 
     def restore(self) -> None:
         """Put back those that were cast, on the device where the model is now."""
-        for module, name, kept in self._kept:
+        for module, name, buffer in self._float32_copies:
             now = module._buffers[name]
-            if now is not None and now.dtype != kept.dtype:
-                module._buffers[name] = kept.to(now.device)
+            if now is not None and now.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(now.device)
 
 
 def _make_exact(model: nn.Module) -> None:

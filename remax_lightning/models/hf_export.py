@@ -31,8 +31,8 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
-        whole: dict[str, Any] = get_model_state_dict(policy, options=options)
-        return share_tied(policy, whole) if keep else {}
+        weights: dict[str, Any] = get_model_state_dict(policy, options=options)
+        return share_tied(policy, weights) if keep else {}
     if only_adapter:
         values = {name: value for name, value in values.items() if value.requires_grad}
     if any(hasattr(value, "ds_id") for value in values.values()):  # DeepSpeed ZeRO stage 3

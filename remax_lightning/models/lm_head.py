@@ -33,7 +33,7 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 """Where configurations name the bound of their logits: Gemma 2 and later; RecurrentGemma; xLSTM."""
 
 
-class FoundHead(NamedTuple):
+class HeadSearch(NamedTuple):
     """The head of a model, or why it cannot be used.
 
     Args:
@@ -57,7 +57,7 @@ _recipes: WeakKeyDictionary[nn.Module, _Recipe] = WeakKeyDictionary()
 _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def find_head(model: PreTrainedModel) -> FoundHead:
+def find_head(model: PreTrainedModel) -> HeadSearch:
     """Return the model's output head with its weights of now; the first call runs a few tokens through the model.
 
     A head that is more than a plain linear layer with whole weights (an adapter, quantization, ZeRO-3, FSDP, tensor
@@ -75,9 +75,9 @@ def find_head(model: PreTrainedModel) -> FoundHead:
             else "logits are made a few tokens at a time",
         )
     if recipe.reason:
-        return FoundHead(None, recipe.reason)
+        return HeadSearch(None, recipe.reason)
     layer = _core(model).get_output_embeddings()
-    return FoundHead(OutputHead(layer.weight, layer.bias, recipe.scale, recipe.soft_cap))
+    return HeadSearch(OutputHead(layer.weight, layer.bias, recipe.scale, recipe.soft_cap))
 
 
 def required_head(model: PreTrainedModel, key: str) -> OutputHead:
@@ -179,10 +179,10 @@ def _probe(model: PreTrainedModel) -> _Recipe:
     return _Recipe(reason="it changes its logits in a way that is not known here")
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
+def _close(logits: Tensor, expected: Tensor) -> bool:
     """Whether two tensors differ by rounding only, in the coarser of their dtypes."""
-    tolerance = max(1e-4, *(2 * torch.finfo(tensor.dtype).eps for tensor in (found, wanted)))
-    return bool((found.double() - wanted.double()).norm() <= tolerance * wanted.double().norm())
+    tolerance = max(1e-4, *(2 * torch.finfo(tensor.dtype).eps for tensor in (logits, expected)))
+    return bool((logits.double() - expected.double()).norm() <= tolerance * expected.double().norm())
 
 
 def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:
@@ -193,5 +193,5 @@ def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:
 
 def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
     """Return what numbers above 0 the configuration, or that of its text part, has under `names`."""
-    values = [getattr(each, name, None) for each in (config.get_text_config(), config) for name in names]
+    values = [getattr(part, name, None) for part in (config.get_text_config(), config) for name in names]
     return [float(value) for value in dict.fromkeys(values) if isinstance(value, int | float) and value > 0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from remax_lightning.config import WeightDType
 from remax_lightning.errors import UserError
 from remax_lightning.models.frozen import Placement, check_placement
 from remax_lightning.models.lora import LoRAConfig, add_adapter
@@ -48,7 +49,7 @@ class ModelConfig:
     """
 
     path: str
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: WeightDType | None = None
     gradient_checkpointing: bool = False
     disable_dropout: bool = True
     from_scratch: bool = False

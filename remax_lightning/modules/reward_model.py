@@ -24,7 +24,7 @@ from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
-from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold, score_layers
+from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold_into_weights, score_layers
 from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
@@ -202,7 +202,7 @@ class RewardModelModule(BaseModule):
         return ExportSpec(
             self.reward_model,
             partial(
-                fold,
+                fold_into_weights,
                 layers=self._layers,
                 head=score_head(self.reward_model),
                 normalization=self._normalization if self.normalize else Normalization(),

@@ -49,7 +49,7 @@ class Reward(ABC):
         return type(self).__name__
 
 
-def shown(text: str) -> str:
+def shorten(text: str) -> str:
     """Return `text` quoted on one line, cut to about 200 characters, both ends kept, for error messages."""
     half = _SHOWN_CHARACTERS // 2
     return repr(text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}")
@@ -118,13 +118,13 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
     if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
         for index, value in enumerate(scores):
             if not _is_number(value):
-                found = f"{shown(str(value))} (a {type(value).__name__}) at index {index}"
-                raise wrong(found, index if index < count else None)
+                description = f"{shorten(str(value))} (a {type(value).__name__}) at index {index}"
+                raise wrong(description, index if index < count else None)
         scores = [float(value) for value in scores]
     try:
         tensor = torch.as_tensor(scores).detach()
     except Exception:  # text, a dict, None, a NumPy array of objects
-        raise wrong(f"a {type(scores).__name__}: {shown(str(scores))}") from None
+        raise wrong(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
     if tensor.is_complex():
         raise wrong("complex numbers")
     if tensor.dim() != 1 or tensor.shape[0] != count:
@@ -183,4 +183,4 @@ def _example(prompts: Sequence[str], responses: Sequence[str], index: int | None
         return ""
     which = f"{index}" if index is not None else "0 (the first of the batch)"
     index = index or 0
-    return f"\n  prompt {which}: {shown(prompts[index])}\n  response {which}: {shown(responses[index])}"
+    return f"\n  prompt {which}: {shorten(prompts[index])}\n  response {which}: {shorten(responses[index])}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import string
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from remax_lightning.config import WeightDType
 from remax_lightning.errors import UserError
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
@@ -66,7 +67,7 @@ class ClassifierReward(Reward):
         template: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        dtype: WeightDType | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
@@ -75,7 +76,7 @@ class ClassifierReward(Reward):
         deepspeed_chat: DeepSpeedChatConfig | None = None,
     ) -> None:
         if template is not None:
-            _check_template(template)
+            check_template(template, f"{_KEY}.template")
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value is not None and value < least:
                 raise UserError(f"{_KEY}.{name}: expected {least} or more, got {value}")
@@ -96,7 +97,7 @@ class ClassifierReward(Reward):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._frozen: FrozenModel | None = None
         self._pooling: Pooling | None = None
-        self._end: PadCutoff | None = None
+        self._cutoff: PadCutoff | None = None
         self._text_template = template
 
     def load(self, device: torch.device) -> None:
@@ -120,24 +121,24 @@ class ClassifierReward(Reward):
         model: Any = loaded.model
         self.model = model
         model.config.use_cache = False  # nothing is generated
-        known, given = model.get_input_embeddings().num_embeddings, len(self.tokenizer)
-        if given > known:
+        num_embeddings, num_tokens = model.get_input_embeddings().num_embeddings, len(self.tokenizer)
+        if num_tokens > num_embeddings:
             raise UserError(
-                f"{_KEY}.path: expected a tokenizer of at most {known} tokens, the model's embeddings, got "
-                f"{given} in {self.path}; save the reward model's own tokenizer there"
+                f"{_KEY}.path: expected a tokenizer of at most {num_embeddings} tokens, the model's embeddings, got "
+                f"{num_tokens} in {self.path}; save the reward model's own tokenizer there"
             )
         if self.max_length is None:
             # Tokenizers without a limit say 10^30; some configurations say nothing.
             limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
             self.max_length = min((n for n in limits if n is not None and 1 < n < 10**9), default=None)
-        self._end = self._scored_end(loaded, self.tokenizer)
+        self._cutoff = self._pad_cutoff(loaded, self.tokenizer)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self._pad_id  # without one it refuses batches
         self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
 
-    def _scored_end(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> PadCutoff | None:
+    def _pad_cutoff(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> PadCutoff | None:
         key = f"{_KEY}.deepspeed_chat"
         if loaded.kind == "deepspeed_chat":
             return PadCutoff(self.deepspeed_chat or DeepSpeedChatConfig(), tokenizer, loaded.model.config, key)
@@ -150,7 +151,7 @@ class ClassifierReward(Reward):
         """Return the reward model's `[M]` float32 scores, on its device."""
         if self.model is None or self._frozen is None or self._pooling is None:
             raise RuntimeError("ClassifierReward.load(device) must be called before score")
-        texts = [self.text(*each) for each in zip(prompts, responses, rows, strict=True)]
+        texts = [self.text(*example) for example in zip(prompts, responses, rows, strict=True)]
         ids = [self._token_ids(text) for text in texts]
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -167,8 +168,8 @@ class ClassifierReward(Reward):
         assert self.tokenizer is not None
         if self._text_template is not None:
             return self._text_template.format(prompt=prompt, response=response, eos=self.tokenizer.eos_token or "")
-        given = row.get("messages") or row.get("prompt")
-        messages = list(given) if isinstance(given, list) else [{"role": "user", "content": prompt}]
+        conversation = row.get("messages") or row.get("prompt")
+        messages = list(conversation) if isinstance(conversation, list) else [{"role": "user", "content": prompt}]
         if messages[-1]["role"] == "assistant":  # the data set's response, whose place the policy's takes
             messages.pop()
         messages.append({"role": "assistant", "content": response})
@@ -180,8 +181,8 @@ class ClassifierReward(Reward):
 
         assert self.tokenizer is not None
         (ids,) = conversation_ids(self.tokenizer, [text], is_chat=self._text_template is None)
-        if self._end is not None:
-            ids = self._end.cut(ids)
+        if self._cutoff is not None:
+            ids = self._cutoff.cut(ids)
         first = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
         if self.max_length is not None and len(ids) > self.max_length:
             self._count_truncated(len(ids))
@@ -228,8 +229,17 @@ class ClassifierReward(Reward):
         return tokenizer
 
 
-def _check_template(template: str) -> None:
-    expected = f"{_KEY}.template: expected a text with {{prompt}}, {{response}} and {{eos}}, other braces doubled"
+def check_template(template: str, key: str) -> None:
+    """Refuse a template whose fields are not among prompt, response and eos, or that has no response.
+
+    Args:
+        template: the text with its fields in braces.
+        key: the configuration key or option, for messages.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    expected = f"{key}: expected a text with {{prompt}}, {{response}} and {{eos}}, other braces doubled"
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:

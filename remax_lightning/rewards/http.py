@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import Reward, shown
+from remax_lightning.rewards.base import Reward, shorten
 
 _KEY = "model.reward.init_args"
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -132,7 +132,7 @@ class HTTPReward(Reward):
                 if reply.status_code != 200:
                     again = _seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
                     text = self._read(reply, deadline).decode(errors="replace")
-                    return None, f"status {reply.status_code} {reply.reason}: {shown(text)}", again
+                    return None, f"status {reply.status_code} {reply.reason}: {shorten(text)}", again
                 return self._read(reply, deadline), "", None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             return None, f"{type(error).__name__}: {error}", 0.0
@@ -143,33 +143,35 @@ class HTTPReward(Reward):
         """Return the body, as far as time and size allow."""
         import requests
 
-        found = bytearray()
+        body = bytearray()
         for chunk in reply.iter_content(2**14):
-            found += chunk
-            if len(found) > self.max_bytes:
+            body += chunk
+            if len(body) > self.max_bytes:
                 raise RewardError(
                     f"model.reward: {self!r} answered with more than {_KEY}.max_bytes {self.max_bytes} bytes; expected"
                     " a list of numbers"
                 )
             if time.monotonic() > deadline:
                 raise requests.Timeout(f"the answer was not complete after {self.timeout:g} s")
-        return bytes(found)
+        return bytes(body)
 
     def _checked(self, answer: bytes, batch: dict[str, list[Any]]) -> list[float]:
         count = len(batch["responses"])
         try:
             scores = json.loads(answer)
         except ValueError:
-            raise self._wrong(f"no JSON: {shown(answer.decode(errors='replace'))}", count) from None
+            raise self._wrong(f"no JSON: {shorten(answer.decode(errors='replace'))}", count) from None
         if isinstance(scores, dict) and "scores" in scores:
             scores = scores["scores"]
         if not isinstance(scores, list):
-            raise self._wrong(f"{shown(json.dumps(scores))}", count)
+            raise self._wrong(f"{shorten(json.dumps(scores))}", count)
         if len(scores) != count:
             raise self._wrong(f"{len(scores)} scores", count)
         for index, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                where = f"\n  prompt: {shown(batch['prompts'][index])}\n  response: {shown(batch['responses'][index])}"
+                where = (
+                    f"\n  prompt: {shorten(batch['prompts'][index])}\n  response: {shorten(batch['responses'][index])}"
+                )
                 raise self._wrong(f"{score!r} at index {index}", count, where)
         return [float(score) for score in scores]
 

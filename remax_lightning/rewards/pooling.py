@@ -22,33 +22,33 @@ Pooling = Callable[["PreTrainedModel", Tensor, Tensor], Tensor]
 """Model, `[b, T]` ids padded on the right and their mask of ones and zeros, to `[b]` float32 scores."""
 
 
-def at_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def pool_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Read a head that scores every token at the last real one of each row.
 
-    The whole model runs, and what its head says is listened to: a strategy that keeps the weights in shards brings them
-    together for the calls that it knows.
+    A forward hook takes the scores, because a strategy that shards the weights gathers them only inside the model's own
+    forward pass.
     """
-    heard: list[Tensor] = []
+    head_outputs: list[Tensor] = []
     head = cast("nn.Module", score_head(model))
-    handle = head.register_forward_hook(lambda _module, _inputs, scores: heard.append(scores))
+    handle = head.register_forward_hook(lambda _module, _inputs, scores: head_outputs.append(scores))
     try:
         model(input_ids, attention_mask=mask)
     finally:
         handle.remove()
-    (scores,) = heard
+    (scores,) = head_outputs  # [b, T, 1]
     return scores[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1, 0].float()
 
 
-def by_the_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Trust the model's own pooling: encoders read their first token, or a mean under the mask."""
+def pool_by_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Take the model's own pooling: encoders read their first token, or a mean under the mask."""
     logits: Tensor = model(input_ids, attention_mask=mask).logits
     return logits[:, 0].float()
 
 
-def one_by_one(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Let the model's own pooling see each row without padding: slow, and right whatever it does."""
+def pool_unpadded(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Let the model's own pooling see each row without padding: slow, and right for every model."""
     rows = [row[: int(length)][None] for row, length in zip(input_ids, mask.sum(1), strict=True)]
-    return torch.cat([by_the_model(model, row, torch.ones_like(row)) for row in rows])
+    return torch.cat([pool_by_model(model, row, torch.ones_like(row)) for row in rows])
 
 
 @torch.no_grad()
@@ -73,19 +73,19 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
 
     def agrees(pooling: Pooling) -> bool:
         try:
-            given, expected = pooling(model, input_ids, mask), one_by_one(model, input_ids, mask)
+            scores, expected = pooling(model, input_ids, mask), pool_unpadded(model, input_ids, mask)  # [4] each
         except Exception:  # for example no `last_hidden_state`, or a text that must end in eos
             return False
-        return bool((given - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
+        return bool((scores - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
 
-    if score_head(model) is not None and agrees(at_last_token):
-        return at_last_token
-    if agrees(by_the_model):
-        return by_the_model
+    if score_head(model) is not None and agrees(pool_last_token):
+        return pool_last_token
+    if agrees(pool_by_model):
+        return pool_by_model
     if not model.config.is_encoder_decoder:
         # One row has no padding, so its last token is the last one, also when its id is the pad id.
         model.config.pad_token_id = None
-    return one_by_one
+    return pool_unpadded
 
 
 def _ordinary_ids(model: PreTrainedModel, special_ids: list[int]) -> list[int]:

@@ -45,29 +45,32 @@ def score_layers(model: PreTrainedModel, input_ids: Tensor) -> ScoreLayers:
         model: the reward model.
         input_ids: `[1, T]` token ids.
     """
-    name, head = score_head_name(model), score_head(model)
-    if name is None or head is None:
+    head_name, head = score_head_name(model), score_head(model)
+    if head_name is None or head is None:
         return ScoreLayers(None, None)
-    written: dict[int, str] = {}
-    read: list[Tensor] = []
-    norms = {each: key for key, each in model.named_modules() if isinstance(each, nn.LayerNorm)}
-    norms = {each: key for each, key in norms.items() if each.bias is not None}
+    norm_outputs: dict[int, str] = {}  # address of its output -> name of the layer norm
+    head_inputs: list[Tensor] = []
+    norms = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and module.bias is not None
+    }
 
-    def write(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        written[output.data_ptr()] = norms[module]  # type: ignore[index]
+    def record_output(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        norm_outputs[output.data_ptr()] = norms[module]  # type: ignore[index]
 
-    handles = [norm.register_forward_hook(write) for norm in norms]
-    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
+    handles = [norm.register_forward_hook(record_output) for norm in norms]
+    handles.append(head.register_forward_pre_hook(lambda _module, inputs: head_inputs.append(inputs[0])))
     try:
         model(input_ids, attention_mask=torch.ones_like(input_ids))
     finally:
         for handle in handles:
             handle.remove()
-    whole = len(read) == 1 and read[0].shape[:2] == input_ids.shape
-    return ScoreLayers(name, written.get(read[0].data_ptr()) if whole else None)
+    reads_all_tokens = len(head_inputs) == 1 and head_inputs[0].shape[:2] == input_ids.shape
+    return ScoreLayers(head_name, norm_outputs.get(head_inputs[0].data_ptr()) if reads_all_tokens else None)
 
 
-def fold(
+def fold_into_weights(
     weights: dict[str, Tensor], layers: ScoreLayers, head: ScoreHead | None, normalization: Normalization
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights that score normalized, and what of it has to stand in the configuration.
@@ -87,11 +90,11 @@ def fold(
     if layers.head is None or head is None:
         return weights, {"mean": normalization.mean, "std": normalization.std}
     key, bias = f"{layers.head}.weight", f"{layers.head}.bias"
-    own = weights[bias].double().item() if bias in weights else 0.0
+    head_bias = weights[bias].double().item() if bias in weights else 0.0
     weight = weights[key].double() / (head.std * normalization.std)
-    constant = ((own - head.mean) / head.std - normalization.mean) / normalization.std
+    constant = ((head_bias - head.mean) / head.std - normalization.mean) / normalization.std
     changed = {**weights, key: weight.to(weights[key].dtype)}
-    left: dict[str, Any] = {"mean": None, "std": None}
+    settings: dict[str, Any] = {"mean": None, "std": None}
     norm = f"{layers.norm}.bias"
     if bias in weights:
         changed[bias] = torch.full_like(weights[bias], constant)
@@ -99,5 +102,5 @@ def fold(
         shift = constant * weight[0] / weight.square().sum()
         changed[norm] = (weights[norm].double() + shift).to(weights[norm].dtype)
     elif constant:
-        left = {"mean": -constant, "std": 1.0}
-    return changed, left
+        settings = {"mean": -constant, "std": 1.0}
+    return changed, settings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import shown
+from remax_lightning.rewards.base import shorten
 
 # A minus after a letter, a digit or a bracket is a subtraction or a hyphen. Commas count as part of a number
 # only where they part thousands, so that "1, 2,3" holds three numbers.
@@ -69,13 +69,13 @@ def numeric_answer(
     """
     scores = []
     for prompt, response, right in zip(prompts, responses, _column(prompts, rows, column), strict=True):
-        expected, given = last_number(right), last_number(response)
+        expected, answer = last_number(right), last_number(response)
         if expected is None:
             raise RewardError(
-                f"numeric_answer: expected a number in column {column!r}, got {shown(right)} for the prompt "
-                f"{shown(prompt)}; correct the row or name another column in {_KEY}.column"
+                f"numeric_answer: expected a number in column {column!r}, got {shorten(right)} for the prompt "
+                f"{shorten(prompt)}; correct the row or name another column in {_KEY}.column"
             )
-        scores.append(float(given is not None and abs(given - expected) <= tolerance))
+        scores.append(float(answer is not None and abs(answer - expected) <= tolerance))
     return scores
 
 
@@ -147,7 +147,7 @@ def _column(prompts: Sequence[str], rows: Sequence[dict[str, Any]], column: str)
             filled = ", ".join(sorted(str(name) for name, value in row.items() if value is not None))
             raise RewardError(
                 f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
-                f"the columns {filled or 'none'} for the prompt {shown(prompt)}; name one of these there or "
+                f"the columns {filled or 'none'} for the prompt {shorten(prompt)}; name one of these there or "
                 "complete the data"
             )
     return [str(row[column]) for row in rows]

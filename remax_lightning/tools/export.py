@@ -68,7 +68,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(TRUST, action="store_true", help="read files that may run code of whoever wrote them")
     options = parser.parse_args(args)
     quieten()
-    out = _checked_target(options.out, options.checkpoint, options.overwrite)
+    out = checked_target(options.out, options.checkpoint, options.overwrite)
     weights = read_weights(options.checkpoint, POLICY, trusted=options.trust_checkpoint)
     run = read_run(options.config or find_config(options.checkpoint))
     tokenizer = load_tokenizer(
@@ -100,8 +100,17 @@ def _size(text: str) -> str:
     return text
 
 
-def _checked_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
-    """Return where to write, with nothing in the way that the user did not give up."""
+def checked_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
+    """Return the resolved folder to write to.
+
+    Args:
+        out: the folder that the user names.
+        checkpoint: what is read, which `out` must not hold.
+        overwrite: whether a folder that is not empty may be replaced.
+
+    Raises:
+        UserError: if `out` is a file, is not empty, or holds the checkpoint or the current folder.
+    """
     target = out.resolve()
     if target in (checkpoint.resolve(), *checkpoint.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()):
         raise UserError(f"out must be a folder of its own, got {str(out)!r}, which holds other things")

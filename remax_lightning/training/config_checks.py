@@ -12,7 +12,7 @@ from remax_lightning.config import KLConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import required_head
-from remax_lightning.rewards.pooling import Pooling, at_last_token
+from remax_lightning.rewards.pooling import Pooling, pool_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
 
 def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Pooling) -> None:
     """Say that others will read the score one token early, where padding looks like the end of a text."""
-    if pooling is at_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if pooling is pool_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
         rank_zero_warn(
             f"The reward model pads with its end-of-sequence token {tokenizer.eos_token!r}. ClassifierReward goes by"
             " the mask, but transformers' own classifier takes the end of a text for padding and scores the token"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import log_probs as statistics_module
-from remax_lightning.models.lm_head import FoundHead, find_head
+from remax_lightning.models.lm_head import HeadSearch, find_head
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -125,7 +125,7 @@ def model_of(family: str, seed: int = 0) -> Any:
 @pytest.fixture
 def without_heads(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it, and models make their logits themselves."""
-    return lambda: monkeypatch.setattr(statistics_module, "find_head", lambda model: FoundHead(None, "test"))
+    return lambda: monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -18,7 +18,7 @@ from torch import Tensor
 from remax_lightning.data import SFTDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.lm_head import FoundHead
+from remax_lightning.models.lm_head import HeadSearch
 from remax_lightning.modules import SFTModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
@@ -149,7 +149,7 @@ def test_packed_rows_without_a_head_that_can_be_read(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
-    monkeypatch.setattr(packing, "find_head", lambda model: FoundHead(None, "it is sharded"))
+    monkeypatch.setattr(packing, "find_head", lambda model: HeadSearch(None, "it is sharded"))
     packed = fit(sft_module(policy, packing=True), sft_data(tmp_path, policy), tmp_path)
     assert distance(packed.step(), plain.step()) < 1e-5
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.rewards import ClassifierReward, checked_scores
-from remax_lightning.rewards.pooling import at_last_token, by_the_model, one_by_one
+from remax_lightning.rewards.pooling import pool_by_model, pool_last_token, pool_unpadded
 
 PLAIN = "Human: {prompt}\nAssistant: {response}</s>"
 CHAT = (
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_unpadded_text(tmp_path: Path, family: str, pad:
     reward = loaded(path, template=PLAIN, batch_size=4)
     scores = reward.score(PROMPTS, RESPONSES, ROWS)
     expected = expected_scores(reward, plain_texts())
-    assert reward._pooling is at_last_token
+    assert reward._pooling is pool_last_token
     assert scores.dtype == torch.float32
     assert expected.std() > 0.05
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
@@ -126,7 +126,7 @@ def test_encoders_score_as_their_own_forward_does_without_padding(tmp_path: Path
 
     path = save_classifier(tmp_path, encoder_config(name))
     reward = loaded(path, template=PLAIN, batch_size=3)
-    assert reward._pooling is by_the_model
+    assert reward._pooling is pool_by_model
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     ids = [reward.tokenizer(text)["input_ids"] for text in plain_texts()]  # type: ignore[misc]
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_decoder_whose_head_has_another_name_is_scored_like_the_others(tmp_pat
     config.pad_token_id = pad_id
     path = save_classifier(tmp_path, config, make_tokenizer(pad_is_eos=pad_id == 2))
     reward = loaded(path, template=PLAIN)
-    assert reward._pooling is at_last_token
+    assert reward._pooling is pool_last_token
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     expected = []
     for text in plain_texts():
@@ -161,7 +161,7 @@ def test_a_model_that_reads_its_last_column_is_scored_row_by_row(tmp_path: Path)
     config = XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=2, d_inner=64, pad_token_id=3)
     path = save_classifier(tmp_path, config)
     reward = loaded(path, template=PLAIN)
-    assert reward._pooling is one_by_one
+    assert reward._pooling is pool_unpadded
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     expected = []
     for text in plain_texts():
@@ -247,7 +247,7 @@ def test_the_model_is_frozen_in_eval_mode_and_of_the_wished_dtype(tmp_path: Path
     half = loaded(path, dtype="bfloat16")
     assert half.model is not None
     assert half.model.dtype == torch.bfloat16
-    assert half._pooling is at_last_token
+    assert half._pooling is pool_last_token
     scores = half.score(PROMPTS, RESPONSES, ROWS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, reward.score(PROMPTS, RESPONSES, ROWS), rtol=0.1, atol=0.3)

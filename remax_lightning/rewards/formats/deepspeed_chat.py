@@ -76,9 +76,9 @@ def _pad_id(pad_token: str | None, tokenizer: PreTrainedTokenizerBase, model_con
                 f"{key}.pad_token must be eos or a token of the reward model's tokenizer, got {pad_token!r}"
             )
         return known[text]
-    named = [each for each in (tokenizer.pad_token_id, model_config.pad_token_id) if isinstance(each, int)]
+    named = [token for token in (tokenizer.pad_token_id, model_config.pad_token_id) if isinstance(token, int)]
     if len(set(named)) != 1:
-        tokens = " and ".join(repr(tokenizer.convert_ids_to_tokens(each)) for each in named) or "neither"
+        tokens = " and ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in named) or "neither"
         raise UserError(
             f"{key}.pad_token must say what the reward model was padded with in training, because its score is read"
             f" before that token; tokenizer and configuration say {tokens}. DeepSpeed-Chat takes eos for most models"

@@ -86,16 +86,16 @@ def stored_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name.endswith(".bin") and not allow_pickle:
             break
-        if (whole := find_file(path, name, revision)) is not None:
-            return _tensors_in(whole)
+        if (single := find_file(path, name, revision)) is not None:
+            return _tensors_in(single)
         if (index := find_file(path, f"{name}.index.json", revision)) is not None:
-            found: dict[str, StoredTensor] = {}
+            tensors: dict[str, StoredTensor] = {}
             for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
                 file = find_file(path, shard, revision)
                 if file is None:
                     raise UserError(f"{index}: there is no file {shard!r}, which it names; complete the download")
-                found |= _tensors_in(file)
-            return found
+                tensors |= _tensors_in(file)
+            return tensors
     return {}
 
 
@@ -103,7 +103,7 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
     """Return a file of a folder or of a repository on the hub, downloaded, or None where it has no such file."""
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
+    file = cached_file(
         path,
         name,
         revision=revision,
@@ -111,7 +111,7 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else Path(found)
+    return None if file is None else Path(file)
 
 
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:

@@ -79,8 +79,8 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
     """
     adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
     if adapter is None:
-        return _load_whole(source)
-    base = _load_whole(
+        return _load_model(source)
+    base = _load_model(
         replace(source, path=adapter.base_path, revision=adapter.base_revision, new_head=True), of_adapter=source.path
     )
     model = merge_adapter(base.model, adapter, needs_head=base.has_new_head, key=source.key)
@@ -94,7 +94,7 @@ def tokenizer_home(source: ClassifierSource) -> str:
     return source.path if adapter is None or adapter.has_tokenizer else adapter.base_path
 
 
-def _load_whole(source: ClassifierSource, of_adapter: str | None = None) -> LoadedClassifier:
+def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> LoadedClassifier:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
     common: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
@@ -126,8 +126,8 @@ def _load_whole(source: ClassifierSource, of_adapter: str | None = None) -> Load
         )
     except Exception as error:
         raise not_loaded(source, "model", error, of_adapter) from error
-    _forget_renames(model, checkpoint)
-    has_new_head = _check_whole(source, model, report, checkpoint, stored)
+    _drop_key_mapping(model, checkpoint)
+    has_new_head = _check_complete(source, model, report, checkpoint, stored)
     bias = 0.0 if checkpoint.bias is None else float(read_tensor(stored[checkpoint.bias], checkpoint.bias))
     _set_normalization(model, config if source.normalize else None, source.path, bias)
     return LoadedClassifier(model, checkpoint.kind, has_new_head)
@@ -167,7 +167,7 @@ def _check_labels(
         )
 
 
-def _check_whole(
+def _check_complete(
     source: ClassifierSource,
     model: PreTrainedModel,
     report: dict[str, Any],
@@ -177,11 +177,11 @@ def _check_whole(
     """Refuse weights that transformers has filled with random numbers; return whether those of the head may be."""
     files = {checkpoint.renamed(name): (name, tensor.file) for name, tensor in stored.items()}
     for entry in sorted(report["mismatched_keys"]):
-        name, held, expected = entry[0], list(entry[1]), list(entry[2])
-        own, file = files.get(name, (name, source.path))
+        name, shape, expected = entry[0], list(entry[1]), list(entry[2])
+        stored_name, file = files.get(name, (name, source.path))
         raise UserError(
-            f"{source.key}.path: {file}: {own} has shape {held}, the model that the configuration describes needs"
-            f" {expected}; the weights belong to another model" + _more_labels(model, name, held)
+            f"{source.key}.path: {file}: {stored_name} has shape {shape}, the model that the configuration describes"
+            f" needs {expected}; the weights belong to another model" + _more_labels(model, name, shape)
         )
     missing = set(report["missing_keys"])
     head = score_head_name(model)
@@ -196,17 +196,17 @@ def _check_whole(
     return False
 
 
-def _more_labels(model: PreTrainedModel, name: str, held: list[int]) -> str:
+def _more_labels(model: PreTrainedModel, name: str, shape: list[int]) -> str:
     head = score_head_name(model)
-    return f" (a head for {held[0]} labels, where a reward model has one)" if name == f"{head}.weight" else ""
+    return f" (a head for {shape[0]} labels, where a reward model has one)" if name == f"{head}.weight" else ""
 
 
-def _forget_renames(model: Any, checkpoint: RewardCheckpoint) -> None:
+def _drop_key_mapping(model: Any, checkpoint: RewardCheckpoint) -> None:
     """Keep transformers from saving the model under the names that it was loaded by."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:
         ours = set(checkpoint.renames)
-        model._weight_conversions = [each for each in conversions if not ours & set(_patterns(each))]
+        model._weight_conversions = [rule for rule in conversions if not ours & set(_patterns(rule))]
 
 
 def _patterns(conversion: Any) -> list[str]:
@@ -217,7 +217,7 @@ def _patterns(conversion: Any) -> list[str]:
 def _set_normalization(model: PreTrainedModel, config: Any, path: str, bias: float = 0.0) -> None:
     """Let the score head subtract and divide as the configuration says, in the words of OpenRLHF: `mean`, `std`."""
     mean, std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
-    if not all(isinstance(each, int | float) and math.isfinite(each) for each in (mean, std)) or std <= 0:
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in (mean, std)) or std <= 0:
         raise UserError(
             f"{path}/config.json: mean and std, which normalize the score, must be finite numbers and std above 0,"
             f" got {mean!r} and {std!r}; correct or remove them"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remax_lightning.models.forward import eval_mode, language_model, model_inputs
 from remax_lightning.models.sampling_mask import apply_temperature
-from remax_lightning.rewards.pooling import at_last_token
+from remax_lightning.rewards.pooling import pool_last_token
 from remax_lightning.rollout.generation_config import ignored_settings
 from remax_lightning.tools.doctor.batches import rows_of
 from remax_lightning.tools.doctor.context import DoctorContext
@@ -176,7 +176,7 @@ def pad_token(subject: DoctorContext) -> Finding:
         )
         return Finding("fail", f"{measured}; {holes} masks have holes in their text, or padding inside", fix, values)
     if isinstance(batch, PreferenceBatch):
-        if shared and module._pooling is at_last_token:
+        if shared and module._pooling is pool_last_token:
             fix = "set data.loading.pad_token to a token that no text holds, if other tools shall read the reward model"
             measured += "; transformers' own classifier will score the token before a final EOS"
             return Finding("warn", measured, fix, values)

@@ -100,7 +100,7 @@ def _no_end(model: ClassifierReward, ids: list[list[int]]) -> tuple[str, str] | 
     """Look for a special token at the end; a template may write a line break behind it."""
     special = set(cast(Any, model.tokenizer).all_special_ids)
     # The score of a reward model of DeepSpeed-Chat is read at an end of its own.
-    if model._end is not None or not special or any(not special.isdisjoint(row[-3:]) for row in ids):
+    if model._cutoff is not None or not special or any(not special.isdisjoint(row[-3:]) for row in ids):
         return None
     return "no special token ends it", (
         "end model.reward.init_args.template with {eos}, as RewardModelModule trains, unless the model was trained on"

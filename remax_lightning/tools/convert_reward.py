@@ -1,0 +1,143 @@
+"""`remax convert-reward`: a reward model of another project as a plain sequence classifier of transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from remax_lightning.callbacks.export_policy import write_whole
+from remax_lightning.cli import quieten
+from remax_lightning.errors import UserError
+from remax_lightning.rewards.classifier import check_template
+from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff
+from remax_lightning.rewards.formats.load import (
+    ClassifierSource,
+    LoadedClassifier,
+    load_classifier,
+    not_loaded,
+    saved_template,
+    tokenizer_home,
+)
+from remax_lightning.rewards.score_head import score_head
+from remax_lightning.rewards.score_normalization import Normalization, fold_into_weights, score_layers
+from remax_lightning.tools.export import checked_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEY = "convert-reward"
+
+
+def main(args: Sequence[str]) -> None:
+    """Convert a reward model of OpenRLHF, DeepSpeed-Chat, TRL or PEFT into a plain sequence classifier.
+
+    The folder loads with transformers' AutoModelForSequenceClassification and scores as the original does. A bias of
+    the score head and a saved mean and std go into the weights where these can hold them, and into config.json
+    otherwise. Adapters are merged into their base.
+
+    Args:
+        args: what stands after `remax convert-reward`.
+
+    Raises:
+        UserError: if the source is not a reward model, or the target cannot be written.
+    """
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog=f"remax {KEY}", description=description, allow_abbrev=False)
+    parser.add_argument("source", help="a folder or a hub name")
+    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
+    parser.add_argument("--template", help="how prompt and response become one text, saved with the model")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--allow_pickle", action="store_true", help="also read .bin files, with weights_only=True")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument("--deepspeed_chat.pad_token", dest="pad_token", help="eos, or the token it was padded with")
+    options = parser.parse_args(args)
+    quieten()
+    out = checked_target(options.out, Path(options.source), options.overwrite)
+    if options.template is not None:
+        check_template(options.template, "--template")
+    source = ClassifierSource(
+        options.source,
+        KEY,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+    )
+    tokenizer = _load_tokenizer(source)
+    loaded = load_classifier(source)
+    template = options.template or saved_template(source)
+    if loaded.kind == "deepspeed_chat":
+        template = _without_padding(template, options.pad_token, tokenizer, loaded)
+    elif options.pad_token is not None:
+        raise UserError(
+            f"--deepspeed_chat.pad_token: {options.source} was not saved by DeepSpeed-Chat; remove the option"
+        )
+    write_whole(out, lambda folder: save_classifier(loaded, tokenizer, template, folder))
+    print(f"Converted the reward model {options.source} ({loaded.kind}) to {options.out}.")
+
+
+def save_classifier(
+    loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase, template: str | None, folder: Path
+) -> None:
+    """Write a reward model and its tokenizer in the format of transformers.
+
+    Args:
+        loaded: the reward model.
+        tokenizer: the tokenizer to save with it.
+        template: how prompt and response become one text; None where the tokenizer's chat template is used.
+        folder: an empty folder.
+    """
+    model: Any = loaded.model
+    model.eval()
+    # The normalization of the score head goes into the weights. A few tokens show which layer can hold its mean.
+    input_ids = torch.arange(4, device=model.device)[None]  # [1, 4]
+    weights, remainder = fold_into_weights(
+        dict(model.state_dict()), score_layers(model, input_ids), score_head(model), Normalization()
+    )
+    settings = {"value_head_prefix": None, "normalize_reward": None, **remainder, "reward_template": template}
+    for name, value in settings.items():
+        if value is not None:
+            setattr(model.config, name, value)
+        elif hasattr(model.config, name):
+            delattr(model.config, name)
+    # Without a pad token transformers' own forward pass refuses batches.
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(source: ClassifierSource) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer_home(source), revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub's and the libraries' own kinds
+        raise not_loaded(source, "tokenizer", error) from error
+    return tokenizer
+
+
+def _without_padding(
+    template: str | None, pad_token: str | None, tokenizer: PreTrainedTokenizerBase, loaded: LoadedClassifier
+) -> str | None:
+    """Return the template without an end that DeepSpeed-Chat takes for padding.
+
+    DeepSpeed-Chat scores the token before the first pad token, a plain classifier scores the last token of the text.
+    Where it pads with the end-of-sequence token, both read the same token of a text without that end.
+    """
+    cutoff = PadCutoff(DeepSpeedChatConfig(pad_token=pad_token), tokenizer, loaded.model.config, "--deepspeed_chat")
+    if cutoff.pad_id != tokenizer.eos_token_id:
+        return template
+    if template is None:
+        print("DeepSpeed-Chat scores the token before the end-of-sequence token: leave {eos} out of the template.")
+        return None
+    return template.removesuffix("{eos}")
