@@ -18,8 +18,7 @@ from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import clone_engine
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
-from remax_lightning.training.seeding import REFERENCE, rollout_generator
-from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
 from remax_lightning.types import PromptBatch, PromptRecord, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:
@@ -102,7 +101,8 @@ class Evaluator:
         """Let the reference respond to the same prompts, and compare the rewards."""
         if self.reference is None:
             return records
-        generator = self.generator(REFERENCE, batch_idx)
+        device = self.trainer.strategy.root_device
+        generator = rollout_generator(self.seed, self.trainer.global_rank, REFERENCE, batch_idx, device)
         with raise_on_all_ranks(self.trainer), self.reference.writing():
             responses = self._reference_worker.generate_responses(self.reference.model, prompt, generator, greedy=False)
         with raise_on_all_ranks(self.trainer):
@@ -174,7 +174,3 @@ class Evaluator:
     def _all_missing(self, texts: Sequence[str | None]) -> bool:
         """Whether no row has a response. Of several ranks all go on: a sharded model runs on each or on none."""
         return self.trainer.world_size == 1 and not any(texts)
-
-    def generator(self, stage: int, count: int) -> torch.Generator:
-        """Return the random numbers of one rollout; the same every time for the same stage and count."""
-        return rollout_generator(self.seed, self.trainer.global_rank, stage, count, self.trainer.strategy.root_device)

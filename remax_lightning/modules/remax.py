@@ -24,9 +24,8 @@ from remax_lightning.training.experience import Experience, RolloutBuffer
 from remax_lightning.training.objective import Objective, UpdatePlan
 from remax_lightning.training.reference import Reference, make_reference
 from remax_lightning.training.resume import own_state, states_of_ranks
-from remax_lightning.training.seeding import EVALUATION, TRAINING
 from remax_lightning.training.step_metrics import MeanMetrics, predictions, step_values
-from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
 
 if TYPE_CHECKING:
@@ -206,7 +205,7 @@ class ReMaxModule(PolicyModule):
         self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
     ) -> PolicyStatistics:
         """Return log-probs, entropies and, where it is needed, the full KL of the sampled tokens, each `[S, R]`."""
-        return policy_statistics(self.policy, rollout, self.sampling, self.reference, active, batch_size)
+        return policy_statistics(self.policy, rollout, self.worker.sampling, self.reference, active, batch_size)
 
     def _normalizer(self, experience: Experience, micro_batch_index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
@@ -255,7 +254,7 @@ class ReMaxModule(PolicyModule):
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
         """Sample, decode greedily and score; `count` rollouts of the stage were made before."""
         greedy = stage == EVALUATION or self.objective.needs_greedy
-        generator = self.evaluator.generator(stage, count)
+        generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
         with raise_on_all_ranks(self.trainer):
             return self.worker.roll_out(self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs)
 
@@ -265,7 +264,9 @@ class ReMaxModule(PolicyModule):
             return rollout
         kl = self.objective.kl_config
         with self.worker.timer.measure("reward", self.device), torch.no_grad(), self._reference.running():
-            return with_reference(rollout, self._reference.model, self.sampling, kl.full, kl.reference_batch_size)
+            return with_reference(
+                rollout, self._reference.model, self.worker.sampling, kl.full, kl.reference_batch_size
+            )
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return sum_tensor_over_ranks(self.trainer, values)

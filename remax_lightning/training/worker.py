@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +17,62 @@ from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.stop_strings import stop_string_check
 from remax_lightning.strategies import rollout_parameters
-from remax_lightning.training.timer import PhaseTimer
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Phase: TypeAlias = Literal["rollout", "reward"]
+"""`rollout` makes responses; `reward` scores them and runs the passes that need no gradient."""
+
+
+class PhaseTimer:
+    """Adds up the seconds of each phase until the end of a step, the device's own work included."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(get_args(Phase), 0.0)
+
+    @contextmanager
+    def measure(self, phase: Phase, device: torch.device) -> Iterator[None]:
+        """Add the seconds spent inside to a phase.
+
+        Args:
+            phase: what the time is spent on.
+            device: where the work runs; CUDA is waited for, because its kernels are only queued.
+        """
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._seconds[phase] += time.perf_counter() - start
+
+    def pop(self) -> dict[str, float]:
+        """Return the seconds by phase, 0.0 where a phase did not run, and start again from zero."""
+        seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)
+        return seconds
+
+
+TRAINING, EVALUATION, REFERENCE = 0, 1, 2
+"""What rollouts are made for; the reference's responses in an evaluation have random numbers of their own, because a
+comparison is between independent ones."""
+
+
+def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torch.device) -> torch.Generator:
+    """Return a generator for one rollout, its seed made from run, rank, stage and number.
+
+    Nothing of it has to be saved but the count, on no rank, and evaluation draws nothing from training.
+
+    Args:
+        seed: that of the run.
+        rank: of this process.
+        stage: `TRAINING`, `EVALUATION` or `REFERENCE`.
+        count: how many rollouts the stage has made before.
+        device: where the numbers are drawn.
+    """
+    entropy = [seed, rank, stage, count]
+    own = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(own)
 
 
 class GeneratedResponses(NamedTuple):
