@@ -157,7 +157,7 @@ def _gathering(policy: nn.Module, gather: Any) -> Iterator[None]:
     from remax_lightning.strategies import gather_mode as choice
     from remax_lightning.strategies import rollout_parameters
 
-    choice.remember(policy, gather)
+    choice.register_gather_mode(policy, gather)
     with rollout_parameters(policy):
         yield
 
@@ -181,7 +181,7 @@ def _zero(shape: Shape, stage: int) -> tuple[Any, Callable[[Tensor], None]]:
     optimizer = torch.optim.SGD(root.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=config, dist_init_required=False)
     if stage == 3:
-        zero3.remember(root, engine)
+        zero3.register_engine(root, engine)
 
     def train(ids: Tensor) -> None:
         engine.backward(engine(ids))

@@ -127,7 +127,7 @@ class RemaxCLI(LightningCLI):
         path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
         if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
             return
-        strategies.settle(Path(path).parent)
+        strategies.recover_interrupted(Path(path).parent)
         if not Path(path).exists():
             raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give one of an earlier run, or last")
 
@@ -156,7 +156,7 @@ class RemaxCLI(LightningCLI):
         Lightning would look for the name only, and in the folder of this run, which is new.
         """
         folders = earlier_folders(self.trainer)
-        checkpoint = strategies.newest(folders, requeued=Path(self.trainer.default_root_dir))
+        checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
         if checkpoint is not None:
             return str(checkpoint)
         if self.subcommand != "fit":

@@ -28,7 +28,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "sharding": {"errors"},
     "functional": set(),
-    "models": LOWER | {"strategies"},
+    "models": LOWER,
     "strategies": LOWER,
     "data": LOWER,
     "rewards": LOWER | {"models", "data.conversations"},  # a reward model reads the tokens that it was trained on
@@ -107,6 +107,80 @@ def test_only_tools_import_the_command_line() -> None:
     users = {part_of(name.split("/")[0].removesuffix(".py")) for name, file in zip(NAMES, FILES, strict=True)
              if any(part_of(each) == "cli" for each in of_package(file.read_text()))}  # fmt: skip
     assert users <= {"tools"}
+
+
+SHARDING_NAMES = {"ds_id", "ds_shape", "ds_numel", "FSDPModule", "GatheredParameters", "get_base_model"}
+COLLECTIVES = {
+    "all_gather", "all_gather_object", "all_reduce", "all_to_all", "barrier", "broadcast", "broadcast_object_list",
+    "destroy_process_group", "gather_object", "get_rank", "get_world_size", "init_process_group", "new_group",
+    "reduce_scatter", "scatter_object_list",
+}  # fmt: skip
+"""What talks to other ranks, as a method of `torch.distributed` or of Lightning's strategies."""
+
+
+def mentions(source: str, names: set[str]) -> set[str]:
+    """The names that `source` uses: as an attribute, as an import, or in a string of its own, as `getattr` takes it."""
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used.add(node.value)
+    return used & names
+
+
+def calls_collectives(source: str) -> bool:
+    """Whether `source` calls a collective, or asks `torch.distributed` for its process group."""
+    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    # Others may have a method `reduce` too.
+    reduces = any(node.attr == "reduce" and ast.unparse(node.value).endswith("strategy") for node in attributes)
+    from_torch = {f"torch.distributed.{name}" for name in COLLECTIVES} & set(imports(source))
+    return bool(
+        {node.attr for node in attributes} & COLLECTIVES
+        or reduces
+        or from_torch
+        or "torch.distributed.is_initialized" in source
+    )
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name != "sharding.py"], ids=lambda file: file.name)
+def test_only_sharding_knows_how_engines_mark_what_they_shard(file: Path) -> None:
+    assert mentions(file.read_text(), SHARDING_NAMES) == set()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name != "distributed.py"], ids=lambda file: file.name)
+def test_only_distributed_calls_collectives(file: Path) -> None:
+    assert not calls_collectives(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.distributed.all_reduce(x)",
+        "total = trainer.strategy.reduce(x, reduce_op='sum')",
+        "from functools import partial\nf = partial(trainer.strategy.reduce, reduce_op='sum')",
+        "from torch.distributed import all_gather_object",
+        "self.broadcast(path)",
+        "ranks = torch.distributed.get_world_size()",
+    ],
+)
+def test_the_check_sees_a_collective(source: str) -> None:
+    assert calls_collectives(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "parameter.ds_id",
+        "getattr(p, 'ds_shape', None)",
+        "from torch.distributed.fsdp import FSDPModule",
+        "m.get_base_model()",
+    ],
+)
+def test_the_check_sees_a_mark_of_sharding(source: str) -> None:
+    assert mentions(source, SHARDING_NAMES)
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda file: file.name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import ReMaxDeepSpeedStrategy, loading_policy, whole_parameters
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy, full_parameters, loading_policy
 
 
 @pytest.mark.slow
@@ -46,13 +46,13 @@ def test_a_partition_that_is_not_ours_is_refused() -> None:
     """A policy under Lightning's own ZeRO-3: its parameters bear DeepSpeed's mark, nothing is known of its hooks."""
     layer = torch.nn.Linear(2, 2)
     layer.weight.ds_id = 0
-    with pytest.raises(UserError, match="ReMaxDeepSpeedStrategy"), whole_parameters(layer):
+    with pytest.raises(UserError, match="ReMaxDeepSpeedStrategy"), full_parameters(layer):
         pass
 
 
 def test_whole_parameters_leaves_a_plain_model_alone() -> None:
     layer = torch.nn.Linear(2, 2)
     weight = layer.weight
-    with whole_parameters(layer):
+    with full_parameters(layer):
         assert layer.weight is weight
     assert layer.weight is weight

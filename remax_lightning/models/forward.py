@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.sharding import is_peft_wrapper, unwrap_peft
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -23,9 +25,9 @@ def _forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model inside of a PEFT wrapper that adapts its layers; a wrapper that prepends a prompt stays."""
     wrapper: Any = model
-    if not hasattr(model, "get_base_model") or wrapper.active_peft_config.is_prompt_learning:
+    if not is_peft_wrapper(model) or wrapper.active_peft_config.is_prompt_learning:
         return model
-    return cast("PreTrainedModel", wrapper.get_base_model())
+    return cast("PreTrainedModel", unwrap_peft(model))
 
 
 def accepts_argument(model: PreTrainedModel, argument: str) -> bool:

@@ -1,4 +1,4 @@
-"""Models that only ever run forward, the reference and reward models, and where they are kept between their passes."""
+"""Frozen models (reference and reward model), and where their weights are kept between forward passes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from remax_lightning.distributed import all_reduce, num_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.sharding import decoder_layers, fsdp2_groups, unwrap_peft
 
 Placement = Literal["replicate", "shard", "cpu"]
 
 
 def check_placement(placement: str, key: str) -> None:
-    """Refuse a placement that there is not.
+    """Refuse an unknown placement.
 
     Raises:
         UserError: naming `key`.
@@ -30,16 +31,15 @@ class FrozenModel:
 
     Args:
         model: on the CPU or on `device`, the same on every rank; it is changed in place.
-        placement: `replicate` keeps it whole on the device. `shard` keeps its layers in equal shares over all ranks and
-            gathers each for the moment in which it runs; embeddings, last norm and head stay whole. `cpu` keeps it in
-            the host's memory and brings it whole to the device for its passes. One process has nobody to share with,
-            so `shard` is `replicate` there.
+        placement: `replicate` keeps it unsharded on the device. `shard` shards its layers over all ranks and gathers
+            each one while it runs; embeddings, last norm and head stay unsharded. `cpu` keeps it in the host's memory
+            and copies it to the device for its forward passes. On one process `shard` is `replicate`.
         device: where it runs.
         key: of the placement in the configuration, for messages.
-        resident: a part of it that is read outside of its passes too, and stays on the device.
+        resident: a submodule that is also read outside of forward passes, and stays on the device.
 
     Raises:
-        UserError: if the model has no layers to share, or is quantized and is to be moved about.
+        UserError: if `shard` finds no layers, or the model is quantized and the placement is not `replicate`.
     """
 
     def __init__(
@@ -64,49 +64,51 @@ class FrozenModel:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Have the model ready for passes inside.
+        """Have the model ready for forward passes inside.
 
-        Under `shard` all ranks have to enter and leave; how many passes each of them makes is its own affair.
+        Under `shard` all ranks have to enter and leave; they may run different numbers of passes.
         """
         # What a strategy or FSDP2 keeps from a pass must not be a tensor of Lightning's `inference_mode`.
         with torch.inference_mode(False), torch.no_grad():
             if self._body is not None:
-                with equal_passes(self._body, self.device):
+                with equalize_passes(self._body, self.device):
                     yield
             else:
-                with self._brought():
+                with self._on_device():
                     yield
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Have the model whole on every rank for passes inside, of which no rank waits for another.
+    def unsharded(self) -> Iterator[None]:
+        """Have the model unsharded on every rank, so that forward passes inside need no communication.
 
-        All ranks have to enter and leave. For many passes that keep what they made, as decoding does: under `shard`
-        layers are gathered once, and repeating a pass for others would write into its own cache.
+        All ranks have to enter and leave. This is for decoding: under `shard` layers are gathered once, and a pass that
+        is repeated for other ranks (`running`) would write into the cache of keys and values.
         """
         with torch.inference_mode(False), torch.no_grad():
             if self._body is None:
-                with self._brought():
+                with self._on_device():
                     yield
             else:
-                with _gathered(self._body):
+                with _unsharded_groups(self._body):
                     yield
 
     def _park(self, resident: nn.Module | None) -> None:
-        """Take the model to the host's memory, pinned where that makes copies faster."""
+        """Move the model to the host's memory, pinned where that makes copies faster."""
         stays = {id(tensor) for _, _, tensor in _slots(resident)} if resident is not None else set()
-        there: dict[int, Tensor] = {}
+        host_tensors: dict[int, Tensor] = {}
         for slots, name, tensor in _slots(self.model):
-            if id(tensor) not in there:
+            if id(tensor) not in host_tensors:
                 pins = self.device.type == "cuda" and id(tensor) not in stays
-                there[id(tensor)] = _moved(tensor, self.device if id(tensor) in stays else torch.device("cpu"), pins)
-            slots[name] = there[id(tensor)]
+                host_tensors[id(tensor)] = _moved(
+                    tensor, self.device if id(tensor) in stays else torch.device("cpu"), pins
+                )
+            slots[name] = host_tensors[id(tensor)]
             if id(tensor) not in stays:
                 self._parked.append((slots, name))
 
     @contextmanager
-    def _brought(self) -> Iterator[None]:
-        """Bring what is parked to the device inside. Nothing changes it there, so nothing has to be copied back."""
+    def _on_device(self) -> Iterator[None]:
+        """Have the parked tensors on the device inside. They are not changed there, so nothing is copied back."""
         away, here = [(slots, name, slots[name]) for slots, name in self._parked], dict[int, Tensor]()
         for slots, name, host in away:
             if id(host) not in here:  # tied weights stay tied
@@ -121,18 +123,10 @@ class FrozenModel:
                 slots[name] = host if slots[name] is here[id(host)] else _moved(slots[name], torch.device("cpu"))
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model of transformers that must not be taken apart, as it names them itself."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 @contextmanager
-def _gathered(body: Any) -> Iterator[None]:
-    """Hold all groups of what `_shard_layers` returned whole inside."""
-    from torch.distributed.fsdp import FSDPModule
-
-    groups: list[Any] = [module for module in body.modules() if isinstance(module, FSDPModule)]
+def _unsharded_groups(body: Any) -> Iterator[None]:
+    """Hold all groups of what `_shard_layers` returned unsharded inside."""
+    groups = fsdp2_groups(body)
     body._get_fsdp_state()._lazy_init()  # otherwise the first layer that runs takes itself for the root
     for group in groups:
         group.unshard()
@@ -146,11 +140,11 @@ def _gathered(body: Any) -> Iterator[None]:
 
 
 @contextmanager
-def equal_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let ranks make unequal numbers of passes of a module whose every pass is a meeting of all ranks.
+def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let ranks run different numbers of passes of a module whose every pass is a collective.
 
-    Each pass is announced, and a rank that has made all of its own, at least one, repeats its last one while others
-    still make theirs.
+    Each pass is announced. A rank that has finished its own passes, at least one, repeats the last one while others
+    still run theirs.
 
     Args:
         module: through which every pass goes.
@@ -190,15 +184,15 @@ def _moved(tensor: Tensor, device: torch.device, pins: bool = False) -> Tensor:
 
 
 def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
-    """Spread the layers over all ranks by FSDP2, whatever the strategy of the policy, and return their parent.
+    """Shard the layers over all ranks by FSDP2, whatever the strategy of the policy, and return their parent.
 
     The parent is what every pass goes through, also one that reads hidden states and leaves the head out; what is
-    beside the layers stays whole, so that a head can be read where it stands.
+    beside the layers stays unsharded, so that a head can be read directly.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = unwrap_peft(model)
     layers = decoder_layers(core)
     if not layers:
         raise UserError(
@@ -208,8 +202,8 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
     mesh = init_device_mesh(device.type, (num_ranks(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    shared = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    beside = {parameter for parameter in core.parameters() if id(parameter) not in shared}
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    beside = {parameter for parameter in core.parameters() if id(parameter) not in in_layers}
     # One parent for all layers, so that the next is fetched while one runs.
     parent = _parent(core, layers)
     fully_shard(parent, mesh=mesh, reshard_after_forward=True, ignored_params=beside)
@@ -218,5 +212,5 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
 
 def _parent(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     """Return the innermost module that runs all of the layers. Some models go to it directly, past their base model."""
-    around = [each for each in model.modules() if set(layers) <= set(each.modules())]
-    return [each for each in around if not isinstance(each, nn.ModuleList)][-1]
+    ancestors = [module for module in model.modules() if set(layers) <= set(module.modules())]
+    return [module for module in ancestors if not isinstance(module, nn.ModuleList)][-1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.sharding import gathered, is_peft_wrapper, is_zero3_sharded, unwrap_peft
 from remax_lightning.types import ExportSpec
 
 if TYPE_CHECKING:
@@ -35,22 +36,20 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
         return share_tied(policy, weights) if keep else {}
     if only_adapter:
         values = {name: value for name, value in values.items() if value.requires_grad}
-    if any(hasattr(value, "ds_id") for value in values.values()):  # DeepSpeed ZeRO stage 3
+    if any(is_zero3_sharded(value) for value in values.values()):  # DeepSpeed ZeRO stage 3
         return _gather_zero_3(values, keep)
     return None
 
 
 def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    import deepspeed
-
-    gathered: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
+    copies: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
     for value in values.values():
-        if id(value) in gathered:  # on every rank alike, for to gather is to meet
+        if id(value) in copies:  # on every rank alike, for to gather is to meet
             continue
         # One at a time: the accelerator need not hold the whole model.
-        with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
-            gathered[id(value)] = value.detach().cpu().clone() if keep else None
-    return {name: cast(Tensor, gathered[id(value)]) for name, value in values.items()} if keep else {}
+        with gathered([value]):
+            copies[id(value)] = value.detach().cpu().clone() if keep else None
+    return {name: cast(Tensor, copies[id(value)]) for name, value in values.items()} if keep else {}
 
 
 def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +162,7 @@ def _valid(config: GenerationConfig) -> bool:
 
 def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
     # Wrapped by PEFT there may be a second adapter, the frozen one that training began with.
-    chosen = {"selected_adapters": [policy.active_adapter]} if hasattr(policy, "get_base_model") else {}
+    chosen = {"selected_adapters": [policy.active_adapter]} if is_peft_wrapper(policy) else {}
     policy.save_pretrained(folder, state_dict=weights, **chosen)
 
 
@@ -176,8 +175,8 @@ def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrapped = hasattr(policy, "get_base_model")
-    core, names = (policy.get_base_model(), [policy.active_adapter]) if wrapped else (policy, policy.active_adapters())
+    wrapped = is_peft_wrapper(policy)
+    core, names = unwrap_peft(policy), [policy.active_adapter] if wrapped else policy.active_adapters()
     config = copy.deepcopy(core.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

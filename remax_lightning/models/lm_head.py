@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead
 from remax_lightning.models.forward import eval_mode, model_inputs
+from remax_lightning.sharding import is_zero3_sharded, unwrap_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,8 +110,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Te
 
 def _core(model: PreTrainedModel) -> Any:
     """Return the language model inside of a PEFT wrapper; its adapters are part of its layers."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrap_peft(model)
 
 
 def _obstacle(model: PreTrainedModel) -> str:
@@ -126,7 +126,7 @@ def _obstacle(model: PreTrainedModel) -> str:
             return f"its {type(module).__name__} has hooks, which reading the weights would pass by"
     for parameter in (layer.weight, layer.bias):
         # A subclass of Parameter is a DTensor or quantized; FSDP puts plain tensors and flat pieces in their place.
-        if parameter is not None and (type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id")):
+        if parameter is not None and (type(parameter) is not nn.Parameter or is_zero3_sharded(parameter)):
             return "its output embedding is sharded or quantized"
     if layer.weight.shape != (layer.out_features, layer.in_features) or layer.weight.is_meta:
         return "its output embedding is not all here"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
+from remax_lightning.sharding import is_peft_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,7 +107,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether `model` was made by `add_adapter`."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return hasattr(model, "peft_config") and is_peft_wrapper(model)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint of DeepSpeed ZeRO: whole from one file, or under stage 3 in a part for every rank."""
+"""The weights in a checkpoint of DeepSpeed ZeRO: one file under stages 1 and 2, one shard per rank under stage 3."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_
 def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     """Return the weights of a checkpoint of ZeRO stages 1 to 3 in the dtype of the model that was trained.
 
-    Stages 1 and 2 have the model itself beside the optimizer's float32 weights. Stage 3 has those alone, a part per
-    rank, of which the model's were a rounded copy after every step; so they are rounded again.
+    Stages 1 and 2 save the model itself beside the optimizer's float32 weights. Stage 3 saves the latter alone, one
+    shard per rank. The model's weights were a rounded copy of them after every step, so they are rounded again.
 
     Args:
         path: the folder with the file `latest`.
@@ -28,13 +28,13 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
         UserError: if a file is missing or cannot be read.
     """
     folder = path / (path / "latest").read_text().strip()
-    whole = folder / "mp_rank_00_model_states.pt"
-    if whole.is_file():
-        return dict(load_file(whole, trusted)["module"])
+    full = folder / "mp_rank_00_model_states.pt"
+    if full.is_file():
+        return dict(load_file(full, trusted)["module"])
     first = _ranks_file(folder, 0, "model_states")
     state = load_file(first, trusted)
     if "param_shapes" not in state or "dp_world_size" not in state:
-        raise UserError(f"checkpoint: {str(first)!r} does not say how DeepSpeed has cut the weights up; give another")
+        raise UserError(f"checkpoint: {str(first)!r} does not say how DeepSpeed has sharded the weights; give another")
     ranks = int(state["dp_world_size"])
     frozen = dict(state.get("frozen_param_shapes") or {})
     trained = {name: shape for part in state["param_shapes"] for name, shape in part.items()}
@@ -52,10 +52,10 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
 
 def _ranks_file(folder: Path, rank: int, kind: str) -> Path:
     """Return a rank's file, whose name depends on the precision and on DeepSpeed's version."""
-    found = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
-    if not found:
+    files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
+    if not files:
         raise unreadable(folder, f"there is no file of rank {rank}'s {kind}")
-    return found[0]
+    return files[0]
 
 
 def _flat(file: Path, trusted: bool) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ def _add(
     """Copy one rank's parts to their places.
 
     Args:
-        weights: the whole parameters.
+        weights: the full parameters, filled in place.
         shapes: of those whose parts come, in their order.
         tensors: the parts, flat and end to end; each is as long as on any other rank, the last rank's padded.
         rank: whose parts they are.
@@ -88,7 +88,7 @@ def _add(
             rest, position = next(source, torch.empty(0)), 0
         part = rest[position : position + length]
         if len(part) < length:
-            raise UserError(f"checkpoint: rank {rank}'s file lacks a part of {name}; give a whole checkpoint")
+            raise UserError(f"checkpoint: rank {rank}'s file lacks a part of {name}; give a complete checkpoint")
         position += length
         start = min(rank * length, size)
         wanted = weights[name].view(-1)[start : start + length]

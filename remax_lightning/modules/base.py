@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
-from remax_lightning.strategies import AtomicCheckpointIO, sweep
+from remax_lightning.strategies import AtomicCheckpointIO, remove_stale
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
 from remax_lightning.training.preemption import StopAtStepEnd, note_signals
@@ -105,7 +105,7 @@ class BaseModule(LightningModule):
         """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""
         if self.trainer.is_global_zero:
             for folder in checkpoint_folders(self.trainer):
-                sweep(folder)
+                remove_stale(folder)
         checkpoint["random_state"] = states_of_ranks(self._random_state or random_state(self.device))
         resume_after_last_batch(checkpoint)
 
@@ -133,7 +133,7 @@ class BaseModule(LightningModule):
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """End where a rank was told to: a validation may take longer than the machine is left to us."""
         if self._step_ends is not None:  # within training
-            self._step_ends.end_early_together()
+            self._step_ends.stop_on_all_ranks()
 
     def on_train_end(self) -> None:
         """Let another fit begin with the random numbers of its own seed."""

@@ -15,6 +15,7 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.loading import checkpoint_activations, looks_local, zero_dropout
 from remax_lightning.rewards.formats.load import ClassifierSource, load_classifier
 from remax_lightning.rewards.score_head import score_head
+from remax_lightning.sharding import gathered, is_zero3_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,13 +95,8 @@ def _draw(head: nn.Linear) -> None:
     """
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     weight = torch.randn(1, head.in_features, generator=generator) / math.sqrt(head.in_features + 1)
-    if hasattr(head.weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0):
-            if rank() == 0:
-                head.weight.copy_(weight)
-    else:
-        head.weight.copy_(weight)
-    if head.bias is not None and not hasattr(head.bias, "ds_id"):
+    with gathered([head.weight], writer_rank=0):
+        if rank() == 0 or not is_zero3_sharded(head.weight):
+            head.weight.copy_(weight)
+    if head.bias is not None and not is_zero3_sharded(head.bias):
         head.bias.zero_()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remax_lightning.sharding import is_sharded
+
 
 @contextmanager
 def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Iterator[list[CastLinear]]:
@@ -27,7 +29,7 @@ def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Itera
     layers: list[Any] = [module for module in model.modules() if _can_cast(module)]
     device = layers[0].weight.device.type if layers else "cpu"
     casts: list[CastLinear] = []
-    if layers and torch.is_autocast_enabled(device) and not is_shared(model):
+    if layers and torch.is_autocast_enabled(device) and not is_sharded(model):
         casts = _cast(layers, torch.get_autocast_dtype(device), previous)
     for layer, cast in zip(layers, casts, strict=False):  # no casts where nothing changes
         layer.forward = cast
@@ -48,17 +50,6 @@ def _can_cast(module: nn.Module) -> bool:
         and module.weight.dtype == torch.float32
         and module.weight.numel() > 0
     )
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Return whether ZeRO-3 or FSDP2 shares the weights among devices, also while they are gathered for a rollout."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return True
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _cast(layers: Sequence[nn.Linear], dtype: torch.dtype, previous: Sequence[CastLinear]) -> list[CastLinear]:

@@ -8,9 +8,10 @@ import torch
 
 from remax_lightning.models.forward import language_model, prompt_index_per_row
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
-from remax_lightning.rollout.cast_linear import CastLinear, cast_linears, is_shared
+from remax_lightning.rollout.cast_linear import CastLinear, cast_linears
 from remax_lightning.rollout.cuda_graph import StepCache
 from remax_lightning.rollout.decode_loop import DecodeBuffers, DecodeLoop
+from remax_lightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -70,7 +71,7 @@ class PairedEngine:
     def _free(self, model: PreTrainedModel, device: torch.device) -> None:
         """Free buffers and graphs, unless the next rollout can replay the graphs."""
         if device.type == "cuda" and self._step_cache is not None:
-            if self.keep_cache and self._step_cache.is_reusable and not is_shared(model):
+            if self.keep_cache and self._step_cache.is_reusable and not is_sharded(model):
                 return
             self._step_cache.clear()
         self._buffers, self._casts = None, []

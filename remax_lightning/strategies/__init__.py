@@ -1,22 +1,27 @@
-"""Distributed training: how processes share the work, save it and fail together, and how a policy in parts is read."""
+"""Strategies for distributed training: sharding, gathering for rollouts, and atomic checkpoints."""
 
-from remax_lightning.strategies.atomic_checkpoint import AtomicCheckpointIO, newest, settle, sweep
+from remax_lightning.strategies.atomic_checkpoint import (
+    AtomicCheckpointIO,
+    latest_checkpoint,
+    recover_interrupted,
+    remove_stale,
+)
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
-from remax_lightning.strategies.gather import passes_meet, rollout_parameters, whole_parameters
+from remax_lightning.strategies.gather import forward_is_collective, full_parameters, rollout_parameters
 from remax_lightning.strategies.model_init import loading_policy, outside_partitioning
 
 __all__ = [
     "AtomicCheckpointIO",
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
+    "forward_is_collective",
+    "full_parameters",
+    "latest_checkpoint",
     "loading_policy",
-    "newest",
     "outside_partitioning",
-    "passes_meet",
+    "recover_interrupted",
+    "remove_stale",
     "rollout_parameters",
-    "settle",
     "shard_policy",
-    "sweep",
-    "whole_parameters",
 ]

@@ -1,7 +1,8 @@
-"""Checkpoints that are there whole or not at all, whenever the run is killed.
+"""Checkpoints that are written atomically: whenever a run is killed, the latest complete checkpoint can be loaded.
 
-A checkpoint is written under `.unfinished/` in its folder and moved to its place once it is complete. A file is
-replaced in one go. A folder cannot be: an older one of the same name lies in `.replaced/` until the new one is there.
+A checkpoint is written to a unique temporary name beside its place, `.NAME.ID.tmp`, and renamed once it is complete.
+One rename replaces a file. A folder cannot be replaced by a rename, so the older one is first renamed to `.NAME.old`:
+a run killed between the two renames leaves that, and `recover_interrupted` gives it its name back.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,27 +24,34 @@ from lightning.pytorch.strategies import Strategy
 from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 
-UNFINISHED, REPLACED = ".unfinished", ".replaced"
+TEMPORARY, OLD = ".tmp", ".old"
+"""Suffixes of what is no checkpoint: incomplete or about to be deleted, and complete but about to be replaced."""
+
 SUFFIX = ".ckpt"
 _STARTED = time.time()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, moved to its place when it is complete.
+    """Lightning's checkpoint file, renamed to its place when it is complete.
 
-    Lightning's own writes it to the folder for temporary files first; where that is another disk, the way from there is
-    a copy, which a kill cuts in two.
+    Lightning itself writes to the system's folder for temporary files first. Where that is another disk, moving the
+    file is a copy, which a killed process leaves incomplete.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the file whole or not at all; on a remote file system Lightning's way."""
+        """Write the file atomically; on a remote file system as Lightning does."""
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        new = _prepared(target)
-        torch.save(checkpoint, new)
-        _put_in_place(new, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = _temporary(target)
+        try:
+            torch.save(checkpoint, new)
+        except Exception:
+            _delete(new)  # a full disk, for one
+            raise
+        _replace(new, target)
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         """Read the file.
@@ -58,99 +67,110 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove the file or folder; what a kill leaves of a folder is not where a checkpoint would be."""
+        """Remove the file or folder; a kill meanwhile leaves no incomplete folder under the checkpoint's name."""
         target = Path(path)
         if not _is_local_file_protocol(path) or target.is_symlink() or not target.is_dir():
             super().remove_checkpoint(path)
             return
-        _discard(target, target)
+        _discard(target)
 
 
 @contextmanager
-def whole_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
-    """Give a path to write a checkpoint folder to, which goes to its place once all ranks have written their part.
+def atomic_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
+    """Yield a temporary path to write a checkpoint folder to; it is renamed once all ranks have written their part.
 
     Args:
         strategy: the trainer's; every rank has to enter and leave.
-        target: where the checkpoint is to be; rank 0's counts.
+        target: where the checkpoint goes; rank 0's counts.
     """
-    target = Path(broadcast(strategy, target))
-    new = _prepared(target) if strategy.is_global_zero else _beside(target, UNFINISHED)
-    barrier(strategy, "an empty place for the checkpoint")
+    # Every rank has to write to the one unique name, so rank 0 chooses it.
+    target, new = broadcast(strategy, (Path(target), _temporary(Path(target))))
+    if strategy.is_global_zero:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    barrier(strategy, "the folder of checkpoints exists")
     yield new
     barrier(strategy, "every part of the checkpoint is written")
     if strategy.is_global_zero:
-        _put_in_place(new, target)
+        _replace(new, target)
 
 
-def settle(folder: Path) -> None:
-    """Put back a checkpoint that was to be replaced when the run was killed; any rank may do it."""
-    for old in _entries(folder / REPLACED):
-        if not (folder / old.name).exists():
-            with suppress(OSError):  # another rank was quicker
-                old.rename(folder / old.name)
+def recover_interrupted(folder: Path) -> None:
+    """Restore a checkpoint whose replacement was interrupted between the two renames; any rank may call this."""
+    for old in _entries(folder, OLD):
+        target = _target(old)
+        if not os.path.lexists(target):
+            with suppress(OSError):  # another rank was faster
+                old.rename(target)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what earlier runs left unfinished in a folder of checkpoints.
+def remove_stale(folder: Path) -> None:
+    """Delete what earlier runs left behind in a folder of checkpoints.
 
-    What is younger than this process may belong to a run that is going on.
+    What is younger than this process may belong to a run that is still going on.
     """
-    settle(folder)
-    for old in _entries(folder / REPLACED):
-        _discard(old, folder / old.name)
-    for leftover in _entries(folder / UNFINISHED):
+    recover_interrupted(folder)
+    for old in _entries(folder, OLD):
+        _discard(old)
+    for leftover in _entries(folder, TEMPORARY):
         if leftover.lstat().st_mtime < _STARTED:
             _delete(leftover)
-    with suppress(OSError):  # not there, or not empty
-        (folder / UNFINISHED).rmdir()
 
 
-def newest(folders: Iterable[Path], requeued: Path) -> Path | None:
-    """Return the youngest whole checkpoint, None if there is none.
+def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
+    """Return the latest complete checkpoint, None if there is none.
 
     Args:
-        folders: where checkpoints lie, under any name.
-        requeued: where Lightning puts those of a SLURM job that is to run again, under a name of its own.
+        folders: where checkpoints are saved, under any name.
+        requeued: where Lightning saves those of a SLURM job that will run again, under names of its own.
     """
     places = [(folder, f"*{SUFFIX}") for folder in folders] + [(requeued, f"hpc_ckpt_*{SUFFIX}")]
-    found = []
+    checkpoints: list[Path] = []
     for folder, pattern in places:
-        settle(folder)
-        found += [path for path in folder.glob(pattern) if path.exists()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        recover_interrupted(folder)
+        checkpoints += [path for path in folder.glob(pattern) if path.exists()]
+    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _beside(target: Path, name: str) -> Path:
-    return target.parent / name / target.name
+# Names beside a checkpoint
 
 
-def _prepared(target: Path) -> Path:
-    """Return an unused path for the unfinished checkpoint."""
-    new = _beside(target, UNFINISHED)
-    _delete(new)
-    new.parent.mkdir(parents=True, exist_ok=True)
-    return new
+def _temporary(target: Path) -> Path:
+    """Return an unused name beside the target, which no pattern of checkpoints matches."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
-def _put_in_place(new: Path, target: Path) -> None:
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}{OLD}")
+
+
+def _target(old: Path) -> Path:
+    return old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+
+
+def _entries(folder: Path, suffix: str) -> list[Path]:
+    return list(folder.glob(f".*{suffix}"))
+
+
+# Changes on disk
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put a complete checkpoint in the place of the target, which may exist as file, link or folder."""
     for path in (new, *new.rglob("*")):
-        _write_through(path)
-    old = _beside(target, REPLACED)
+        _sync(path)
+    old = _old(target)
     if os.path.lexists(target) and (new.is_dir() or (target.is_dir() and not target.is_symlink())):
-        _discard(old, target)
-        old.parent.mkdir(exist_ok=True)
+        # No system call replaces a folder. Killed after the first rename, `old` is complete and `target` missing,
+        # which is what `recover_interrupted` looks for.
+        _discard(old)
         target.rename(old)
     new.replace(target)
-    _write_through(target.parent)
-    _discard(old, target)
-    for name in (UNFINISHED, REPLACED):
-        with suppress(OSError):  # not empty, or not there
-            (target.parent / name).rmdir()
+    _sync(target.parent)
+    _discard(old)
 
 
-def _write_through(path: Path) -> None:
-    """Wait until the disk has it: a name that is there after a loss of power must not lead to nothing."""
+def _sync(path: Path) -> None:
+    """Wait until the disk has the data: a name must not survive a loss of power without its content."""
     if os.name == "nt":  # cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -160,16 +180,12 @@ def _write_through(path: Path) -> None:
         os.close(descriptor)
 
 
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _discard(path: Path, target: Path) -> None:
-    """Delete what is or was the checkpoint `target`: its name goes first, for a kill to leave no half of it there."""
+def _discard(path: Path) -> None:
+    """Delete a checkpoint if it exists. Its name goes first, so that a kill leaves no part of it under that name."""
     if os.path.lexists(path):
-        gone = _prepared(target.with_name(f"{target.name}.gone"))
-        path.rename(gone)
-        _delete(gone)
+        stale = _temporary(path)
+        path.rename(stale)
+        _delete(stale)
 
 
 def _delete(path: Path) -> None:

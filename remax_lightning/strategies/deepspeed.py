@@ -17,8 +17,8 @@ from remax_lightning.distributed import broadcast, leave_process_group
 from remax_lightning.errors import UserError
 from remax_lightning.strategies import universal_checkpoint as universal
 from remax_lightning.strategies import zero3
-from remax_lightning.strategies.atomic_checkpoint import whole_folder
-from remax_lightning.strategies.gather_mode import KEY, Gather, checked_gather, remember
+from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.gather_mode import KEY, Gather, check_gather, register_gather_mode
 
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
@@ -32,18 +32,19 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     With an adapter, `exclude_frozen_parameters` is always true.
 
     Args:
-        gather: how a policy that stage 3 has spread over the processes makes a rollout. `once`: gathered before it and
-            held whole on every device until its end, which is fast. `layerwise`: a layer at a time, for every token
-            anew, which is many times slower and takes little memory. `auto` is `once` where every device has room.
+        gather: how rollouts gather a policy that stage 3 has sharded. `once` gathers it
+            before the rollout and holds it on every device until the end, which is fast. `layerwise` gathers one layer
+            at a time, for every token, which is many times slower and takes little memory. `auto` is `once` where every
+            device has enough free memory.
         options: the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
-        UserError: if there is no such way of gathering, or nothing to gather below stage 3.
+        UserError: if `gather` is unknown, or `layerwise` below stage 3, which shards no parameters.
     """
 
     # Lightning's are more than forty, and the command line reads them from there.
     def __init__(self, gather: Gather = "auto", **options: Any) -> None:
-        self.gather = checked_gather(gather)
+        self.gather = check_gather(gather)
         super().__init__(**options)
 
     @property
@@ -87,31 +88,31 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     def init_deepspeed(self) -> None:
-        """Make the engine, and keep it from dividing the loss once more."""
+        """Create the engine, and keep it from dividing the loss a second time."""
         source = getattr(self.lightning_module, "policy_source", None)
-        if getattr(source, "lora", None) is not None:  # its base is read again where it came from
+        if getattr(source, "lora", None) is not None:  # the base is loaded again from its own checkpoint
             self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
             # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         super().init_deepspeed()
         if self.zero_stage_3 and self.lightning_module is not None:
-            zero3.remember(self.lightning_module, self.deepspeed_engine)
-            remember(self.lightning_module, self.gather)
+            zero3.register_engine(self.lightning_module, self.deepspeed_engine)
+            register_gather_mode(self.lightning_module, self.gather)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint whole or not at all."""
-        with whole_folder(self, filepath) as path:
+        """Write the checkpoint atomically."""
+        with atomic_folder(self, filepath) as path:
             super().save_checkpoint(checkpoint, str(path), storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, one of another number of processes too.
 
         Raises:
-            UserError: if it is of another strategy, or DeepSpeed cannot share its optimizer's state out anew.
+            UserError: if it is of another strategy, or DeepSpeed cannot reshard its optimizer state.
         """
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -126,5 +127,5 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             return zero3.load_weights(self.lightning_module, path)
         if saved == self.world_size or not self._fits:
             return super().load_checkpoint(path, weights_only)
-        with universal.spread_anew(self, path):
+        with universal.reshard(self, path):
             return super().load_checkpoint(path, weights_only)

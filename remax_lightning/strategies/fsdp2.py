@@ -12,9 +12,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies.atomic_checkpoint import whole_folder
-from remax_lightning.strategies.gather_mode import Gather, checked_gather, remember
-from remax_lightning.strategies.layerwise import in_step, layers_of
+from remax_lightning.sharding import decoder_layers
+from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.gather_mode import Gather, check_gather, register_gather_mode
+from remax_lightning.strategies.layerwise import lockstep
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -30,12 +31,13 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: each rank writes its own shards; false gathers them into one file.
         process_group_backend: `nccl` or `gloo`; None takes what fits the device.
         timeout: how long a rank waits for the others; a rollout is one wait.
-        gather: how the policy makes a rollout. `once`: gathered before it and held whole on every device until its end,
-            which is fast. `layerwise`: a layer at a time, for every token anew, which is many times slower and takes
-            little memory. `auto` is `once` where every device has room.
+        gather: how rollouts gather the policy. `once` gathers it
+            before the rollout and holds it on every device until the end, which is fast. `layerwise` gathers one layer
+            at a time, for every token, which is many times slower and takes little memory. `auto` is `once` where every
+            device has enough free memory.
 
     Raises:
-        UserError: if there is no such way of gathering.
+        UserError: if `gather` is unknown.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         timeout: timedelta = timedelta(minutes=30),
         gather: Gather = "auto",
     ) -> None:
-        self.gather = checked_gather(gather)
+        self.gather = check_gather(gather)
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -60,14 +62,14 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the model, and note how it is to make rollouts."""
+        """Prepare the model, and register how rollouts gather it."""
         super().setup(trainer)
         if self.lightning_module is not None:
-            remember(self.lightning_module, self.gather)
+            register_gather_mode(self.lightning_module, self.gather)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint whole or not at all."""
-        with whole_folder(self, filepath) as path:
+        """Write the checkpoint atomically."""
+        with atomic_folder(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -88,29 +90,22 @@ def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
     """Shard a loaded policy in place: each of its layers is a group of its own, the rest is one.
 
     Args:
-        policy: a whole model, the same on every rank.
+        policy: an unsharded model, the same on every rank.
         mesh: Lightning's mesh of `data_parallel` and `tensor_parallel`.
     """
     from torch.distributed.fsdp import fully_shard
 
     group = mesh["data_parallel"]
-    for layer in layers_of(policy):
+    for layer in decoder_layers(policy):
         fully_shard(layer, mesh=group)
     fully_shard(policy, mesh=group)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the model."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
-
-
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Gather all groups of a sharded model once, and keep forward passes from giving them up inside."""
-    layers: list[Any] = list(layers_of(model))
-    with _held(model), _without_hooks([model, *layers]):
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Gather all groups of a sharded model once, and keep forward passes from resharding them inside."""
+    layers: list[Any] = list(decoder_layers(model))
+    with _unsharded_root(model), _without_hooks([model, *layers]):
         for layer in layers:
             layer.unshard()
             layer.set_reshard_after_forward(False, recurse=False)
@@ -124,20 +119,20 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def layerwise(model: nn.Module) -> Iterator[None]:
-    """Gather what is outside the layers once, and let forward passes gather layer by layer, on all ranks together."""
-    with _held(model), in_step(layers_of(model), _take_part):
+    """Gather what is outside the layers once, and let forward passes gather each layer, in lockstep on all ranks."""
+    with _unsharded_root(model), lockstep(decoder_layers(model), _gather_and_reshard):
         yield
 
 
-def _take_part(layer: Any) -> None:
-    layer.reshard()  # which a pass that failed has not done
+def _gather_and_reshard(layer: Any) -> None:
+    layer.reshard()  # a failed forward pass has not done so
     layer.unshard()
     layer.reshard()
 
 
 @contextmanager
 def _without_hooks(groups: list[Any]) -> Iterator[None]:
-    """Run groups that are whole without FSDP2's hooks, which have nothing to do: no step with hooks is captured."""
+    """Run unsharded groups without FSDP2's hooks, which have nothing to do and prevent CUDA graphs."""
     taken: list[tuple[Any, int, Any]] = []
     for group in groups:
         state = group._get_fsdp_state()
@@ -155,8 +150,8 @@ def _without_hooks(groups: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _held(model: Any) -> Iterator[None]:
-    """Hold the parameters of the model's own group whole: embeddings, head, and what else is in no layer."""
+def _unsharded_root(model: Any) -> Iterator[None]:
+    """Hold the root group unsharded: embeddings, head, and what else is in no layer."""
     # Otherwise the first module that runs takes itself for the root, and an engine may run one inside a LoRA wrapper.
     model._get_fsdp_state()._lazy_init()
     model.unshard()
@@ -164,5 +159,5 @@ def _held(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not set back: FSDP2 keeps a root whole after a forward pass, because the backward pass begins there.
+        # Not set back: FSDP2 keeps a root unsharded after a forward pass, because the backward pass begins there.
         model.reshard()

@@ -1,4 +1,4 @@
-"""Reading a policy whole, and rolling out with it, whatever the strategy has done with its parameters."""
+"""Gathering a sharded policy, for reading its parameters and for rollouts, under whatever strategy it is trained."""
 
 from __future__ import annotations
 
@@ -10,70 +10,72 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from remax_lightning.sharding import is_fsdp2_root, is_zero3_sharded
 from remax_lightning.strategies import fsdp2, zero3
-from remax_lightning.strategies.gather_mode import layer_by_layer
+from remax_lightning.strategies.gather_mode import uses_layerwise_gather
 
 log = logging.getLogger(__name__)
 
-_told: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_logged_modes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Hold the model's parameters whole on every rank inside, and let its forward passes wait for no other rank.
+def full_parameters(model: nn.Module) -> Iterator[None]:
+    """Hold the model's unsharded parameters on every rank inside, so that its forward passes need no communication.
 
-    One gathering at the start is all the communication, so ranks may run as many forward passes as each of them needs.
-    All ranks have to enter and leave. A device has to hold the whole model for that time. Nothing happens where the
-    parameters are whole anyway (one process, DDP, ZeRO-1 and ZeRO-2). Parameters must not be changed inside.
+    Parameters are gathered once, at the start, so each rank may run as many forward passes as it needs. All ranks have
+    to enter and leave. Every device needs memory for the whole model. Nothing happens where parameters are not sharded
+    (one process, DDP, ZeRO-1 and ZeRO-2). Parameters must not be changed inside.
 
     Args:
         model: the policy.
 
     Raises:
-        UserError: if Lightning's own DeepSpeed strategy has partitioned it.
+        UserError: if Lightning's own DeepSpeed strategy has sharded it.
     """
-    sharding = _sharding(model)
-    if sharding is None:
+    engine = _sharding_engine(model)
+    if engine is None:
         yield
         return
-    with sharding.whole(model):
+    with engine.unsharded(model):
         yield
 
 
 @contextmanager
 def rollout_parameters(model: nn.Module) -> Iterator[None]:
-    """Let every rank run as many forward passes of the model inside as it needs, gathered as the strategy says.
+    """Let every rank run as many forward passes of the model as it needs, gathered as the strategy's `gather` says.
 
-    Once, as `whole_parameters` does, or layer by layer: a device then holds one layer at a time, beside embeddings and
-    head, and a rank that leaves early keeps answering those that still decode. All ranks have to enter and leave.
-    Parameters must not be changed inside.
+    Either once, as `full_parameters` does, or layer by layer. Then a device holds one layer at a time beside embeddings
+    and head, and a rank that finishes early still takes part in gathering layers for those that are decoding. All ranks
+    have to enter and leave. Parameters must not be changed inside.
 
     Args:
         model: the policy, in eval mode and without gradients.
 
     Raises:
-        UserError: if Lightning's own DeepSpeed strategy has partitioned it, or if it has to be gathered layer by layer
-            and does not say what its layers are.
+        UserError: if Lightning's own DeepSpeed strategy has sharded it, or if `gather` is `layerwise` and the model
+            does not name its layers.
     """
-    sharding = _sharding(model)
-    if sharding is None:
+    engine = _sharding_engine(model)
+    if engine is None:
         yield
         return
-    layerwise = layer_by_layer(model)
-    if _told.get(model) != layerwise:
-        _told[model] = layerwise
+    layerwise = uses_layerwise_gather(model)
+    if _logged_modes.get(model) != layerwise:
+        _logged_modes[model] = layerwise
         log.info("rollouts gather the policy %s", "layer by layer" if layerwise else "once")
-    with sharding.layerwise(model) if layerwise else sharding.whole(model):
+    with engine.layerwise(model) if layerwise else engine.unsharded(model):
         yield
 
 
-def _sharding(model: nn.Module) -> Any:
-    """Return the module here that knows how the model's parameters are spread, or None where they are not."""
-    if zero3.is_partitioned(model):
+def forward_is_collective(model: nn.Module) -> bool:
+    """Whether every forward pass of the model communicates with all ranks, because its parameters are sharded."""
+    return _sharding_engine(model) is not None
+
+
+def _sharding_engine(model: nn.Module) -> Any:
+    """Return the module of this folder for the engine that has sharded the model, or None if it is not sharded."""
+    if is_zero3_sharded(model):
         return zero3
-    return fsdp2 if fsdp2.is_sharded(model) else None
-
-
-def passes_meet(model: nn.Module) -> bool:
-    """Whether every pass of the model is a meeting of all ranks, because its parameters are spread over them."""
-    return _sharding(model) is not None
+    # A frozen model may have groups of FSDP2 inside; `FrozenModel` gathers those.
+    return fsdp2 if is_fsdp2_root(model) else None

@@ -1,4 +1,4 @@
-"""Once or layer by layer: what the configuration wants for a rollout, and what the devices have room for."""
+"""How rollouts gather a sharded policy, once or layer by layer: the configuration's choice and the free memory."""
 
 from __future__ import annotations
 
@@ -10,66 +10,66 @@ from torch import Tensor, nn
 
 from remax_lightning.distributed import all_reduce
 from remax_lightning.errors import UserError
-from remax_lightning.strategies.layerwise import layers_of
+from remax_lightning.sharding import decoder_layers, full_numel
 
 Gather = Literal["auto", "once", "layerwise"]
 KEY = "trainer.strategy.init_args.gather"
-SHARE = 0.7
-"""The most of a device's free memory that the gathered policy may take by `auto`. The rest is for keys and values: with
-32 rows of 512 tokens these are two thirds of a 7B policy's weights in 16 bits, a third in 32."""
+MAX_MEMORY_SHARE = 0.7
+"""The largest share of a device's free memory that `auto` lets the gathered policy take. The rest is for keys and
+values: with 32 rows of 512 tokens these are two thirds of a 7B policy's weights in 16 bits, a third in 32."""
 
 _wanted: WeakKeyDictionary[nn.Module, Gather] = WeakKeyDictionary()
 
 
-def checked_gather(gather: Gather) -> Gather:
-    """Return the choice.
+def check_gather(gather: Gather) -> Gather:
+    """Return the gather mode.
 
     Raises:
-        UserError: if there is no such choice.
+        UserError: if it is not one of `Gather`.
     """
     if gather not in get_args(Gather):
         raise UserError(f"{KEY} must be auto, once or layerwise, got {gather!r}")
     return gather
 
 
-def remember(root: nn.Module, gather: Gather) -> None:
-    """Note how the modules under `root` are gathered for a rollout, so that `layer_by_layer` finds it for any."""
+def register_gather_mode(root: nn.Module, gather: Gather) -> None:
+    """Record how the modules under `root` are gathered for a rollout; `uses_layerwise_gather` looks it up."""
     _wanted.update(dict.fromkeys(root.modules(), gather))
 
 
-def layer_by_layer(model: nn.Module) -> bool:
-    """Whether a rollout of now gathers the model's layers one at a time. The same on all ranks, which all have to ask.
+def uses_layerwise_gather(model: nn.Module) -> bool:
+    """Whether the next rollout gathers the model layer by layer; the same on all ranks, which all have to call this.
 
     Raises:
-        UserError: if that is wanted of a model that does not say what its layers are.
+        UserError: if `gather` is `layerwise` and the model does not name its layers.
     """
-    wanted, possible = _wanted.get(model, "auto"), bool(layers_of(model))
+    wanted, possible = _wanted.get(model, "auto"), bool(decoder_layers(model))
     if wanted == "layerwise" and not possible:
         raise UserError(
-            f"{KEY} must be once for a {type(model).__name__}, got layerwise: it does not say which of its modules are"
-            " layers (_no_split_modules)"
+            f"{KEY} must be once for a {type(model).__name__}, got layerwise: it does not name its layers"
+            " (_no_split_modules)"
         )
     return wanted == "layerwise" or (wanted == "auto" and possible and not fits(model))
 
 
 def fits(model: nn.Module) -> bool:
-    """Whether every rank's device has room for the whole model now.
+    """Whether every rank's device has memory for the unsharded model now.
 
-    Asked before each rollout: the optimizer's state, for one, may come into being at the first step.
+    Checked before each rollout, because free memory changes: the optimizer's state appears at the first step.
     """
     device = next(model.parameters()).device
     free = free_bytes(device)
-    enough = free is None or sum(whole_bytes(each) for each in model.parameters()) <= SHARE * free
+    enough = free is None or sum(full_bytes(parameter) for parameter in model.parameters()) <= MAX_MEMORY_SHARE * free
     return bool(all_reduce(torch.tensor(int(enough), device=device), "min"))
 
 
-def whole_bytes(parameter: Tensor) -> int:
-    """Return the size of a parameter once it is gathered."""
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+def full_bytes(parameter: Tensor) -> int:
+    """Return the bytes of the unsharded parameter."""
+    return full_numel(parameter) * parameter.element_size()
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return what is free on a CUDA device, the allocator's unused blocks included; None on any other device."""
+    """Return the free bytes of a CUDA device, the allocator's unused blocks included; None on any other device."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Where models are built: the policy as the strategy wants it, frozen models whole on every rank."""
+"""Contexts in which models are built: the policy sharded by its strategy, frozen models unsharded on every rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "model.policy") -> Iterator[None]:
-    """Let `from_pretrained` inside spread real weights over the ranks where the strategy is ZeRO-3.
+    """Let `from_pretrained` shard the weights as it loads them, where the strategy is ZeRO-3.
 
     Args:
         strategy: the trainer's.
@@ -25,7 +25,7 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "mod
         key: the configuration key of the model, for messages.
 
     Raises:
-        UserError: if ZeRO-3 is to begin with random weights, which it would draw otherwise than one process does.
+        UserError: if ZeRO-3 were to start from random weights, which would differ from those of one process.
     """
     if not _partitions(strategy):
         yield
@@ -37,7 +37,7 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "mod
         )
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # Transformers finds it through a weak reference. Once it is gone, whatever is loaded is loaded whole.
+    # Transformers finds it through a weak reference. Once it is gone, models load unsharded.
     alive = HfDeepSpeedConfig(strategy.config)
     try:
         with strategy.precision_plugin.tensor_init_context():  # Lightning leaves it out under ZeRO-3
@@ -48,9 +48,9 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "mod
 
 @contextmanager
 def outside_partitioning(strategy: Strategy) -> Iterator[None]:
-    """Build models inside that ZeRO-3 knows nothing of: plain and whole on every rank, in the run's precision.
+    """Build models that ZeRO-3 does not shard: full on every rank, in the run's precision.
 
-    A frozen model that were partitioned would make every one of its forward passes a meeting of all ranks.
+    Every forward pass of a sharded model is a collective, which a frozen model has no need for.
     """
     if not _partitions(strategy):
         yield

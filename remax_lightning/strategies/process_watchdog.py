@@ -1,4 +1,4 @@
-"""The processes that Lightning starts beside the command, one for each further device: they end with it."""
+"""Processes that Lightning starts for further devices: none of them outlives the command."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def mark_launcher() -> None:
 
 
 def end_with_launcher() -> None:
-    """From now on end this process when the one that started it is gone, be it killed.
+    """End this process as soon as the one that started it is gone.
 
-    Nobody else would: Lightning watches over these processes from there. Without it they would wait for rank 0.
+    Lightning's watchdog runs in the process that may be killed; without it this one would wait for rank 0 until a
+    timeout.
     """
     launcher = int(os.environ[_LAUNCHER])
     threading.Thread(target=_watch, args=(launcher,), daemon=True, name="launcher-watch").start()
@@ -46,12 +47,12 @@ class ChildProcesses:
 
     def codes(self, seconds: float | None = None) -> list[int | None]:
         """Wait for all of them to end, or so long, and return how they have ended; None where one has not."""
-        found: list[int | None] = []
+        codes: list[int | None] = []
         for process in getattr(self._launcher, "procs", ()):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            found.append(process.poll())
-        return found
+            codes.append(process.poll())
+        return codes
 
     def death(self) -> str | None:
         """Say which of them has been killed, so that this one's own error is but the echo; None if none was.

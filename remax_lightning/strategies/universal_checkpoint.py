@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoint: optimizer state by parameter, which any number of ranks can share out."""
+"""DeepSpeed's universal checkpoint: optimizer state by parameter, which any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ FOLDER, LATEST = "universal", "latest_universal"
 
 
 def saved_ranks(checkpoint: Path) -> int:
-    """Return how many ranks have saved their part of the optimizer's state, 0 if it is no checkpoint of ZeRO."""
+    """Return how many ranks have saved their shard of the optimizer state, 0 if it is no checkpoint of ZeRO."""
     return len(list(checkpoint.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
 
 
 @contextmanager
-def spread_anew(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
+def reshard(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
     """Let the engine inside load a checkpoint of another number of ranks; every rank has to enter and leave.
 
-    DeepSpeed's converter writes the checkpoint once more, by parameter, into the folder; it is gone afterwards.
+    DeepSpeed's converter writes a second copy of the checkpoint, by parameter, into the folder; it is deleted
+    afterwards.
 
     Raises:
         UserError: if the converter fails, as with optimizers other than Adam's kind.
@@ -39,40 +40,40 @@ def spread_anew(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]
     problem = _convert(checkpoint) if strategy.is_global_zero else ""
     if problem := broadcast(strategy, problem):
         raise UserError(
-            f"trainer.devices x num_nodes must be {ranks}, got {strategy.world_size}: DeepSpeed cannot spread the"
-            f" optimizer's state of {str(checkpoint)!r} over another number of processes: {problem}"
+            f"trainer.devices x num_nodes must be {ranks}, got {strategy.world_size}: DeepSpeed cannot reshard the"
+            f" optimizer state of {str(checkpoint)!r} to another number of processes: {problem}"
         )
     engine: Any = strategy.deepspeed_engine
-    kept = [dict(group) for group in engine.optimizer.optimizer.param_groups]
+    saved_groups = [dict(group) for group in engine.optimizer.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
-    _mend(engine.optimizer.optimizer, kept)
+    _repair_optimizer(engine.optimizer.optimizer, saved_groups)
     barrier(strategy, "the universal checkpoint is read")
     if strategy.is_global_zero:
-        _clear(checkpoint)
+        _delete_universal(checkpoint)
 
 
 def _convert(checkpoint: Path) -> str:
     """Write the universal checkpoint; return what went wrong, or nothing."""
-    _clear(checkpoint)
+    _delete_universal(checkpoint)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / FOLDER)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode == 0:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
         return ""
-    _clear(checkpoint)
-    return (ended.stderr.strip() or "no message").splitlines()[-1]
+    _delete_universal(checkpoint)
+    return (result.stderr.strip() or "no message").splitlines()[-1]
 
 
-def _clear(checkpoint: Path) -> None:
+def _delete_universal(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
     (checkpoint / LATEST).unlink(missing_ok=True)
 
 
-def _mend(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
+def _repair_optimizer(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]]) -> None:
     """Undo two things that DeepSpeed 0.19 does under ZeRO-3, wrong for torch's optimizers and for several groups.
 
     All parameters come to share one tensor that counts the steps, which each of them would count up, and every group
@@ -81,5 +82,5 @@ def _mend(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-    for group, before in zip(optimizer.param_groups, kept, strict=True):
+    for group, before in zip(optimizer.param_groups, saved_groups, strict=True):
         group["weight_decay"] = before.get("weight_decay", 0.0)

@@ -1,8 +1,8 @@
-"""Everything of DeepSpeed that is not its public interface, in one place: ZeRO-3's hooks and its record of them."""
+"""The one place for DeepSpeed's private interface: ZeRO-3's hooks and its record of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,15 @@ from torch import nn
 
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
-from remax_lightning.strategies.layerwise import in_step, layers_of
+from remax_lightning.sharding import decoder_layers, full_shape, gathered
+from remax_lightning.strategies.layerwise import lockstep
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
-"""What partitions a module's parameters; weakly, because it holds the module."""
+"""The object of the engine that shards a module's parameters; weak, because it refers to the module."""
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has spread the model's parameters over the ranks."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def remember(root: nn.Module, engine: Any) -> None:
-    """Note what partitions the modules under `root`, so that `whole` finds it from any of them.
+def register_engine(root: nn.Module, engine: Any) -> None:
+    """Record which engine shards the modules under `root`, so that `unsharded` finds it for any of them.
 
     Args:
         root: what the engine was made of.
@@ -37,36 +33,36 @@ def remember(root: nn.Module, engine: Any) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather the model's parameters once, and keep ZeRO-3 from gathering any by itself inside.
 
     Raises:
-        UserError: if the parameters are partitioned by an engine that is not ours.
+        UserError: if the engine is not that of `ReMaxDeepSpeedStrategy`.
     """
-    with _without_hooks(model), _gathered(model.parameters()):
+    with _without_hooks(model), gathered(model.parameters()):
         yield
 
 
 @contextmanager
 def layerwise(model: nn.Module) -> Iterator[None]:
-    """Gather what is outside the layers once, and each layer for its own forward passes, on all ranks together.
+    """Gather what is outside the layers once, and each layer for its own forward passes, in lockstep on all ranks.
 
     ZeRO-3's own hooks would do that too, but with a collective for every module, and a search of their record of the
-    last training pass at each. Nothing is fetched ahead: a layer takes far longer to gather than to decode a token.
+    last training pass at each. Nothing is prefetched: a layer takes far longer to gather than to decode a token.
 
     Raises:
-        UserError: if the parameters are partitioned by an engine that is not ours.
+        UserError: if the engine is not that of `ReMaxDeepSpeedStrategy`.
     """
-    layers = layers_of(model)
+    layers = decoder_layers(model)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     with ExitStack() as stack:
         stack.enter_context(_without_hooks(model))
-        stack.enter_context(_gathered(each for each in model.parameters() if each not in inside))
-        stack.enter_context(in_step(layers, _take_part))
+        stack.enter_context(gathered(parameter for parameter in model.parameters() if parameter not in inside))
+        stack.enter_context(lockstep(layers, _gather_and_reshard))
         for layer in layers:
             # Behind the announcement, which goes before all other hooks.
             stack.callback(layer.register_forward_pre_hook(_gather).remove)
-            stack.callback(layer.register_forward_hook(_give_up).remove)
+            stack.callback(layer.register_forward_hook(_reshard).remove)
         yield
 
 
@@ -75,31 +71,23 @@ def _gather(layer: nn.Module, *_: Any) -> None:
     parameters[0].all_gather_coalesced(parameters).wait()
 
 
-def _give_up(layer: nn.Module, *_: Any) -> None:
+def _reshard(layer: nn.Module, *_: Any) -> None:
     parameters: list[Any] = list(layer.parameters())
     parameters[0].partition(parameters)
 
 
-def _take_part(layer: nn.Module) -> None:
-    _give_up(layer)  # which a pass that failed has not done
+def _gather_and_reshard(layer: nn.Module) -> None:
+    _reshard(layer)  # a failed forward pass has not done so
     _gather(layer)
-    _give_up(layer)
-
-
-@contextmanager
-def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parameters)):
-        yield
+    _reshard(layer)
 
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Part all parameters, and keep ZeRO-3 from gathering any by itself inside.
+    """Shard all parameters, and keep ZeRO-3 from gathering any by itself inside.
 
     With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
-    early would leave the others waiting in it. So is every look at a parameter during a training step.
+    early would leave the others waiting in it. So is every access to a parameter during a training step.
     """
     known = _offloads.get(model)
     offload = known() if known is not None else None
@@ -110,25 +98,25 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
         )
     # Gathering passes by a parameter that a hook has begun to fetch ahead, and would leave it empty.
     offload.partition_all_parameters()
-    looked_at = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
-    _take_hooks_off(offload)
-    for parameters in looked_at:
+    in_forward = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
+    _remove_hooks(offload)
+    for parameters in in_forward:
         parameters._in_forward = False
     try:
         yield
     finally:
-        for parameters in looked_at:
+        for parameters in in_forward:
             parameters._in_forward = True
-        _put_hooks_on(offload)
+        _restore_hooks(offload)
 
 
-def _take_hooks_off(offload: Any) -> None:
+def _remove_hooks(offload: Any) -> None:
     for hook in [*offload.forward_hooks, *offload.backward_hooks]:
         hook.remove()
     offload.forward_hooks, offload.backward_hooks = [], []
 
 
-def _put_hooks_on(offload: Any) -> None:
+def _restore_hooks(offload: Any) -> None:
     # The order of modules that was recorded for prefetching numbers them as the old hooks did.
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
@@ -144,12 +132,11 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
         checkpoint: a folder of ZeRO-3.
 
     Returns:
-        What else the checkpoint holds.
+        The rest of the checkpoint.
 
     Raises:
         UserError: if it is a checkpoint of another model.
     """
-    import deepspeed
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     strategy = root.trainer.strategy
@@ -157,11 +144,13 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     if strategy.is_global_zero:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
     parameters = dict(root.named_parameters())
-    fit = all(name in weights and weights[name].shape == each.ds_shape for name, each in parameters.items())
+    fit = all(
+        name in weights and weights[name].shape == full_shape(parameter) for name, parameter in parameters.items()
+    )
     if not broadcast(strategy, fit):
         raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
     for name, parameter in parameters.items():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with gathered([parameter], writer_rank=0):
             if strategy.is_global_zero:
                 parameter.data.copy_(weights[name])
     file = checkpoint / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"

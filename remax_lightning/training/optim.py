@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from remax_lightning.errors import UserError
+from remax_lightning.sharding import full_shape
 
 LOST_SHARE = 0.5
 """A run in which more than this share of the weights would never move is refused."""
@@ -27,7 +28,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
     """Return how many dimensions the whole parameter has; the rest that ZeRO-3 leaves of it has one."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(full_shape(parameter))
 
 
 def refuse_lost_updates(optimizer: Optimizer) -> None:

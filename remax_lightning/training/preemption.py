@@ -1,7 +1,7 @@
-"""Ending early: at the end of a step, on all ranks at the same one, and with a checkpoint where the machine is taken.
+"""Stopping early: at the end of the same step on all ranks, and with a checkpoint after SIGTERM or SLURM's signal.
 
-Lightning's own handlers act wherever the signal finds the process: they save, and wait for other ranks, in the middle
-of a step. Here a signal is only noted.
+Lightning's own handlers act at once: they save, and wait for other ranks, in the middle of a step. Here a signal is
+only recorded, and handled at the end of the step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class DeferredSignals(_SignalConnector):
-    """Lightning's handling of signals, put off: `noted` says what is asked for."""
+    """Lightning's handling of signals, deferred: `noted` says what was requested."""
 
     noted = 0
 
     def register_signal_handlers(self) -> None:
-        """Take the handlers; a new run has been asked for nothing."""
+        """Install the handlers; nothing is requested of a new run yet."""
         self.noted = 0
         super().register_signal_handlers()
 
@@ -50,27 +50,27 @@ class DeferredSignals(_SignalConnector):
 
 
 def note_signals(trainer: Trainer) -> None:
-    """Let signals wait for the end of the step; call it before Lightning takes its handlers."""
+    """Defer signals to the end of the step; call this before Lightning installs its handlers."""
     if not isinstance(trainer._signal_connector, DeferredSignals):
         trainer._signal_connector = DeferredSignals(trainer)
 
 
 class StopAtStepEnd:
-    """Ends a run at the end of an optimizer step, on all ranks where one was told to.
+    """Stops a run at the end of an optimizer step, on all ranks as soon as one is to stop.
 
     Args:
-        trainer: a trainer that begins to train; its signals are noted.
+        trainer: a trainer that starts to train, whose signals are deferred.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._signals = cast(DeferredSignals, trainer._signal_connector)
-        self._step, self._should_stop, self._told = trainer.global_step, False, False
+        self._step, self._should_stop, self._handled = trainer.global_step, False, False
 
     def after_batch(self) -> None:
-        """End where a rank was told to; every rank has to call this after each batch and all callbacks.
+        """Stop if any rank is to stop; every rank has to call this after each batch and all callbacks.
 
-        In the middle of an optimizer step nothing is decided: its gradients are in no checkpoint.
+        Nothing is decided in the middle of an optimizer step, because no checkpoint holds its gradients.
         """
         trainer = self._trainer
         self._should_stop |= trainer.should_stop
@@ -78,16 +78,16 @@ class StopAtStepEnd:
         if trainer.global_step == self._step:
             return
         self._step, trainer.should_stop, self._should_stop = trainer.global_step, self._should_stop, False
-        self.end_early_together()
+        self.stop_on_all_ranks()
 
-    def end_early_together(self) -> None:
+    def stop_on_all_ranks(self) -> None:
         """Make `should_stop` the same on all ranks, and after a signal save the run and let Lightning end it."""
         trainer, signals = self._trainer, self._signals
         noted, stop = map(int, max_over_ranks(trainer, [signals.noted, trainer.should_stop]))
         trainer.should_stop = bool(stop)
-        if not noted or self._told:
+        if not noted or self._handled:
             return
-        self._told = True
+        self._handled = True
         if noted == REQUEUE:
             signals.requeue(signal.SIGUSR1)
         elif not cast(Any, trainer).fast_dev_run:
@@ -102,14 +102,14 @@ def _is_done(trainer: Trainer) -> bool:
 
 
 def _save(trainer: Trainer) -> None:
-    callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    resumable = [each for each in callbacks if not each.save_weights_only]
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    resumable = [callback for callback in callbacks if not callback.save_weights_only]
     if not resumable:
         rank_zero_warn(
             "The run was told to end and nothing is saved, because no ModelCheckpoint saves all of it; set"
             " trainer.enable_checkpointing to true"
         )
         return
-    if not any(each._last_global_step_saved == trainer.global_step for each in resumable):
+    if not any(callback._last_global_step_saved == trainer.global_step for callback in resumable):
         trainer.save_checkpoint(Path(cast(str, resumable[0].dirpath)) / "last.ckpt")
     rank_zero_info(f"Told to end: saved after optimizer step {trainer.global_step}; --ckpt_path last goes on.")

@@ -11,8 +11,8 @@ from torch import nn
 
 from remax_lightning.models import ModelConfig, at_start, freeze
 from remax_lightning.models.forward import eval_mode
-from remax_lightning.models.frozen import FrozenModel, equal_passes
-from remax_lightning.strategies import outside_partitioning, passes_meet
+from remax_lightning.models.frozen import FrozenModel, equalize_passes
+from remax_lightning.strategies import forward_is_collective, outside_partitioning
 from remax_lightning.training import config_checks as checks
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class OwnReference:
 
     def writing(self) -> Any:
         """Return a context in which the model is whole on every rank."""
-        return self._prepared().whole()
+        return self._prepared().unsharded()
 
     def _prepared(self) -> FrozenModel:
         if self._frozen is None:
@@ -93,8 +93,8 @@ class SharedReference:
         """Take the policy back to its start inside."""
         policy = cast("nn.Module", self.model)
         with self.writing():
-            if passes_meet(policy):
-                with equal_passes(policy, next(policy.parameters()).device):
+            if forward_is_collective(policy):
+                with equalize_passes(policy, next(policy.parameters()).device):
                     yield
             else:
                 yield

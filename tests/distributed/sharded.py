@@ -23,8 +23,8 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import find_head
 from remax_lightning.modules import LossConfig
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.strategies import full_parameters, rollout_parameters
 from remax_lightning.strategies import gather_mode as choice
-from remax_lightning.strategies import rollout_parameters, whole_parameters
 
 STRATEGIES = ("fsdp2", "fsdp2-layerwise", "zero2", "zero3", "zero3-layerwise")
 RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
@@ -88,11 +88,14 @@ class Look(Callback):
         self.seen["reference"] = sum(p.numel() for p in reference.parameters())
         self.seen["reference_is_plain"] = not any(hasattr(p, "ds_id") for p in reference.parameters())
         file = load_file(Path(pl_module.policy_source.path) / "model.safetensors")
-        with whole_parameters(policy):
+        with full_parameters(policy):
             whole = {name: value.detach().clone() for name, value in policy.named_parameters()}
             self.seen["hooks_inside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["layer"] = sum(getattr(p, "ds_numel", p.numel()) for p in policy.model.layers[0].parameters())
-        self.seen["layerwise"] = [layer_by_layer(policy, room=[1, 1]), layer_by_layer(policy, room=[1, 0])]
+        self.seen["layerwise"] = [
+            uses_layerwise_gather(policy, room=[1, 1]),
+            uses_layerwise_gather(policy, room=[1, 0]),
+        ]
         self.seen["hooks_outside"] = sum(len(module._forward_pre_hooks) for module in policy.modules())
         self.seen["file_equal"] = set(whole) == set(file) and all(
             torch.equal(whole[key].cpu(), file[key].to(whole[key].dtype)) for key in file
@@ -137,11 +140,11 @@ def figures(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if name.startswith("val/") and "time" not in name}
 
 
-def layer_by_layer(policy: Any, room: list[int]) -> bool:
+def uses_layerwise_gather(policy: Any, room: list[int]) -> bool:
     """What is chosen if each rank's device has room for so many of the policy."""
     free, choice.free_bytes = choice.free_bytes, lambda device: room[RANK] * 2**30
     try:
-        return choice.layer_by_layer(policy)
+        return choice.uses_layerwise_gather(policy)
     finally:
         choice.free_bytes = free
 

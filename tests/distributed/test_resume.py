@@ -113,7 +113,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(one: Path) -> None:
         "a file for ZeRO": "is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy",
         "a folder for DDP": "is a folder, as DeepSpeed and FSDP2 write it",
         "ZeRO's folder for FSDP2": "is no checkpoint of FSDP2",
-        "SGD under ZeRO": "cannot spread the optimizer's state",
+        "SGD under ZeRO": "cannot reshard the optimizer state",
     }
     assert set(messages) == set(expected)
     for name, text in expected.items():

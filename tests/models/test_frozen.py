@@ -8,7 +8,8 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.frozen import FrozenModel, decoder_layers
+from remax_lightning.models.frozen import FrozenModel
+from remax_lightning.sharding import decoder_layers
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 IDS = torch.arange(5, 25)[None]

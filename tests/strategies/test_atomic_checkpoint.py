@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import AtomicCheckpointIO, newest, settle, sweep
+from remax_lightning.strategies import AtomicCheckpointIO, latest_checkpoint, recover_interrupted, remove_stale
 from remax_lightning.strategies import atomic_checkpoint as module
 
 PARTS = ("first.pt", "second.pt", "third.pt")
@@ -64,7 +64,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
 
 
 def save_folder(target: Path, version: int) -> None:
-    with module.whole_folder(SingleDeviceStrategy("cpu"), target) as path:
+    with module.atomic_folder(SingleDeviceStrategy("cpu"), target) as path:
         path.mkdir(exist_ok=True)
         for part in PARTS:
             torch.save({"version": version}, path / part)
@@ -109,13 +109,13 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(
             killer.at = None
         else:
             break
-        found = newest([folder], tmp_path)
+        found = latest_checkpoint([folder], tmp_path)
         assert (found is None and before == "nothing") or versions(found or folder) in ({1}, {2})
         if target.exists() and kills % 2:  # a run that removes it must not bring half of the older one back
             AtomicCheckpointIO().remove_checkpoint(target)
-            left = newest([folder], tmp_path)
+            left = latest_checkpoint([folder], tmp_path)
             assert left is None or versions(left) in ({1}, {2})
-        sweep(folder)
+        remove_stale(folder)
         KINDS[after](target, 3)  # the run that comes next
         assert versions(target) == {3}
         assert {path.name for path in folder.iterdir()} <= {"last.ckpt", "step=1.ckpt"}
@@ -139,9 +139,9 @@ def test_a_kill_during_a_removal_leaves_no_half_of_a_checkpoint(kind: str, kille
             killer.at = None
         else:
             break
-        assert versions(newest([folder], tmp_path) or folder) in ({1}, {2})
-        sweep(folder)
-        assert not (folder / module.UNFINISHED).exists() or not list((folder / module.UNFINISHED).iterdir())
+        assert versions(latest_checkpoint([folder], tmp_path) or folder) in ({1}, {2})
+        remove_stale(folder)
+        assert not list(folder.glob(".*"))
     killer.at = None
     assert not old.exists()
     assert versions(new) == {2}
@@ -154,33 +154,33 @@ def test_the_youngest_is_found_whatever_its_name(tmp_path: Path) -> None:
         os.utime(target, (time.time() - age,) * 2)
     (second / "dangling.ckpt").symlink_to("removed.ckpt")
     (second / "notes.txt").touch()
-    assert newest([first, second], tmp_path) == first / "a.ckpt"
-    assert newest([second], tmp_path) == second / "epoch=0-step=2.ckpt"
-    assert newest([tmp_path / "none"], tmp_path) is None
+    assert latest_checkpoint([first, second], tmp_path) == first / "a.ckpt"
+    assert latest_checkpoint([second], tmp_path) == second / "epoch=0-step=2.ckpt"
+    assert latest_checkpoint([tmp_path / "none"], tmp_path) is None
     save_folder(tmp_path / "hpc_ckpt_1.ckpt", 1)
-    assert newest([first, second], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
+    assert latest_checkpoint([first, second], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
 
 
 def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
-    writing = tmp_path / module.UNFINISHED / "step=1.ckpt"
+    writing = tmp_path / ".step=1.ckpt.0a1b2c3d.tmp"
     writing.mkdir(parents=True)
-    sweep(tmp_path)
+    remove_stale(tmp_path)
     assert writing.exists()
     os.utime(writing, (0, 0))
-    sweep(tmp_path)
+    remove_stale(tmp_path)
     assert not writing.exists()
 
 
 def test_settling_a_folder_that_is_not_there_or_in_order_changes_nothing(tmp_path: Path) -> None:
-    settle(tmp_path / "none")
+    recover_interrupted(tmp_path / "none")
     save_folder(tmp_path / "a.ckpt", 1)
-    settle(tmp_path)
+    recover_interrupted(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save_folder(tmp_path / "a.ckpt", 1)
-    with pytest.raises(OSError, match="full"), module.whole_folder(SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt"):
+    with pytest.raises(OSError, match="full"), module.atomic_folder(SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt"):
         raise OSError("the disk is full")
     assert versions(tmp_path / "a.ckpt") == {1}
 

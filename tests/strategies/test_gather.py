@@ -13,6 +13,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.rollout import AutoEngine, GenerationRequest, SamplingConfig
+from remax_lightning.sharding import decoder_layers
 from remax_lightning.strategies import (
     ReMaxDeepSpeedStrategy,
     ReMaxFSDP2Strategy,
@@ -20,7 +21,7 @@ from remax_lightning.strategies import (
     rollout_parameters,
     shard_policy,
 )
-from remax_lightning.strategies.layerwise import in_step, layers_of
+from remax_lightning.strategies.layerwise import lockstep
 
 
 @pytest.fixture
@@ -73,37 +74,40 @@ def test_layer_by_layer_is_refused_where_no_layer_is_missing() -> None:
 def test_layers_are_found_whatever_is_put_around_them(group: None, change: Any) -> None:
     policy = tiny_model("llama")
     layers = list(policy.model.layers)
-    assert layers_of(change(policy)) == layers
+    assert decoder_layers(change(policy)) == layers
 
 
 def test_layers_within_layers_are_part_of_them() -> None:
     policy = tiny_model("llama")
     policy._no_split_modules = ["LlamaDecoderLayer", "LlamaMLP"]
-    assert layers_of(policy) == list(policy.model.layers)
+    assert decoder_layers(policy) == list(policy.model.layers)
     policy._no_split_modules = None
-    assert layers_of(policy) == []
+    assert decoder_layers(policy) == []
 
 
 def test_auto_is_once_where_there_is_room(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_model("llama")
     size = 4 * sum(each.numel() for each in policy.parameters())
-    assert not gather_mode.layer_by_layer(policy)  # on a CPU
-    for free, expected in ((size / gather_mode.SHARE + 1, False), (size / gather_mode.SHARE - 1, True)):
+    assert not gather_mode.uses_layerwise_gather(policy)  # on a CPU
+    for free, expected in (
+        (size / gather_mode.MAX_MEMORY_SHARE + 1, False),
+        (size / gather_mode.MAX_MEMORY_SHARE - 1, True),
+    ):
         monkeypatch.setattr(gather_mode, "free_bytes", lambda device, free=free: free)
-        assert gather_mode.layer_by_layer(policy) is expected
+        assert gather_mode.uses_layerwise_gather(policy) is expected
     policy._no_split_modules = None
-    assert not gather_mode.layer_by_layer(policy)
+    assert not gather_mode.uses_layerwise_gather(policy)
 
 
 def test_what_was_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_model("llama")
     monkeypatch.setattr(gather_mode, "free_bytes", lambda device: 0)
     for gather, expected in (("once", False), ("layerwise", True)):
-        gather_mode.remember(nn.ModuleList([policy]), gather)  # type: ignore[arg-type]
-        assert gather_mode.layer_by_layer(policy) is expected
+        gather_mode.register_gather_mode(nn.ModuleList([policy]), gather)  # type: ignore[arg-type]
+        assert gather_mode.uses_layerwise_gather(policy) is expected
     policy._no_split_modules = None
     with pytest.raises(UserError, match=r"init_args\.gather must be once for a LlamaForCausalLM, got layerwise"):
-        gather_mode.layer_by_layer(policy)
+        gather_mode.uses_layerwise_gather(policy)
 
 
 def test_blocks_that_the_allocator_keeps_unused_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +119,7 @@ def test_blocks_that_the_allocator_keeps_unused_are_free(monkeypatch: pytest.Mon
 
 def test_a_rank_announces_every_layer_and_then_that_it_is_done(sums: list[int]) -> None:
     layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    with in_step(layers, lambda layer: None):
+    with lockstep(layers, lambda layer: None):
         for number in (0, 1, 1):
             layers[number](torch.ones(2))
     assert sums == [1, 2, 2, 0]
@@ -125,13 +129,13 @@ def test_a_rank_announces_every_layer_and_then_that_it_is_done(sums: list[int]) 
 
 def test_a_rank_that_fails_says_that_it_is_done_too(sums: list[int]) -> None:
     layers = [nn.Linear(2, 2)]
-    with pytest.raises(RuntimeError, match="shapes"), in_step(layers, lambda layer: None):
+    with pytest.raises(RuntimeError, match="shapes"), lockstep(layers, lambda layer: None):
         layers[0](torch.ones(3))
     assert sums == [1, 0]
 
 
 def test_a_rank_that_is_interrupted_does_not(sums: list[int]) -> None:
-    with pytest.raises(KeyboardInterrupt), in_step([nn.Linear(2, 2)], lambda layer: None):
+    with pytest.raises(KeyboardInterrupt), lockstep([nn.Linear(2, 2)], lambda layer: None):
         raise KeyboardInterrupt
     assert sums == []
 
@@ -140,7 +144,7 @@ def test_a_rank_that_is_interrupted_does_not(sums: list[int]) -> None:
 def test_an_engine_may_run_the_model_inside_of_a_lora_wrapper(group: None, gather: Any) -> None:
     """It does so before the wrapper itself, which FSDP2 has to know for the root, has run."""
     policy = sharded(wrapped(tiny_model("llama")))
-    gather_mode.remember(policy, gather)
+    gather_mode.register_gather_mode(policy, gather)
     ids = torch.tensor([[1, 5, 6]])
     sampling = SamplingConfig(max_response_length=2)
     with torch.no_grad(), rollout_parameters(policy.eval()):

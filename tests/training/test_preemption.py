@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from remax_lightning.modules import LossConfig
-from remax_lightning.strategies import newest
+from remax_lightning.strategies import latest_checkpoint
 
 STEPS = 4
 RARELY = {"every_n_epochs": 9}
@@ -164,7 +164,7 @@ def test_slurms_signal_requeues_the_job_and_lightning_finds_the_checkpoint(
         runs.start(told, plugins=[SLURMEnvironment()])
     assert told.losses == whole[:2]
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
-    assert newest([], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
+    assert latest_checkpoint([], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
     runs.start(rest, None, plugins=[SLURMEnvironment()])  # as the job is run again: with the same command
     assert rest.losses == whole[2:]
 

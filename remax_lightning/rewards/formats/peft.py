@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.rewards.formats.detect import find_file
+from remax_lightning.sharding import is_zero3_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_zero3_sharded(model):
         raise UserError(
             f"{key}.path: the adapter {adapter.path!r} cannot be merged into a model that ZeRO-3 partitions; take"
             " another strategy, or give the merged model"

@@ -15,7 +15,7 @@ from remax_lightning.models import ModelConfig, at_start
 from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
-from remax_lightning.strategies.layerwise import layers_of
+from remax_lightning.sharding import decoder_layers
 from remax_lightning.tools.plan.activation_memory import StepPasses, update_bytes
 from remax_lightning.tools.plan.memory_tracker import shapes_only
 from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
@@ -149,7 +149,7 @@ def _classifier(reward: ClassifierReward) -> PreTrainedModel:
 
 
 def _frozen(name: Any, model: PreTrainedModel, working: int, placement: Any, stays: int = 0) -> FrozenSize:
-    layers = [_bytes(layer) for layer in layers_of(cast(nn.Module, model))]
+    layers = [_bytes(layer) for layer in decoder_layers(cast(nn.Module, model))]
     return FrozenSize(name, _bytes(model), working, sum(layers), max(layers, default=0), placement, stays)
 
 
@@ -174,7 +174,7 @@ def _flat(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     own, core = list(policy.parameters()), language_model(policy)
-    weights, layers = _bytes(policy), [_bytes(layer) for layer in layers_of(cast(nn.Module, core))]
+    weights, layers = _bytes(policy), [_bytes(layer) for layer in decoder_layers(cast(nn.Module, core))]
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     packed = 0
     if run.is_mixed and not run.strategy.shards_policy:  # float32 weights cast to 16 bits, on every device

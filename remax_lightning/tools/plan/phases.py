@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from remax_lightning.strategies.gather_mode import SHARE
+from remax_lightning.strategies.gather_mode import MAX_MEMORY_SHARE
 from remax_lightning.tools.plan.strategy_memory import Parts, StrategyMemory, trained
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step, Strategy
 
@@ -66,7 +66,7 @@ def settled(
     if strategy.gather != "auto":
         return strategy
     there = _always(trained(size, step, strategy), frozen).total()
-    fits = memory is None or size.weights <= SHARE * (memory - there)
+    fits = memory is None or size.weights <= MAX_MEMORY_SHARE * (memory - there)
     return replace(strategy, gather="once" if fits else "layerwise")
 
 

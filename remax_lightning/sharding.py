@@ -1,0 +1,106 @@
+"""What a strategy has done to a model's parameters: sharded or full, and how to see through wrappers.
+
+This is the only file that reads DeepSpeed's marks on parameters (`ds_id`, `ds_shape`, `ds_numel`) and FSDP2's class of
+modules; a test looks for others. Code elsewhere asks here, and needs no knowledge of either engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Who has sharded it
+
+
+def is_zero3_sharded(target: nn.Module | Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has sharded the parameter, or any parameter of the model."""
+    parameters = target.parameters() if isinstance(target, nn.Module) else (target,)
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def is_fsdp2_root(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model itself, not only modules inside it."""
+    return _is_fsdp2(model)
+
+
+def fsdp2_groups(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 gathers one by one, from the outermost to the innermost."""
+    return [module for module in model.modules() if _is_fsdp2(module)]
+
+
+def is_sharded(target: nn.Module | Tensor) -> bool:
+    """Whether ZeRO-3 or FSDP2 has sharded any parameter; true also while a rollout has them gathered."""
+    if is_zero3_sharded(target):
+        return True
+    if isinstance(target, nn.Module):
+        return bool(fsdp2_groups(target))
+    return hasattr(target, "device_mesh")  # a DTensor
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+# How large it is without sharding
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the unsharded parameter; the shard that ZeRO-3 leaves of it has another."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def full_numel(parameter: Tensor) -> int:
+    """Return the number of elements of the unsharded parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], writer_rank: int | None = None) -> Iterator[None]:
+    """Gather parameters of ZeRO-3 inside, and shard them again afterwards; full parameters stay as they are.
+
+    Args:
+        parameters: every rank has to name the same ones.
+        writer_rank: the rank whose changes inside are kept; None keeps no changes.
+    """
+    sharded = [parameter for parameter in parameters if is_zero3_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer_rank):
+        yield
+
+
+# What is inside
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules that must stay in one piece, as the model of transformers names them itself.
+
+    Empty where the model does not say what its layers are (`_no_split_modules`).
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    # FSDP2 makes a subclass of the layer's class, whose name differs.
+    layers = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+    nested = {module for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if layer not in nested]
+
+
+def is_peft_wrapper(model: nn.Module) -> bool:
+    """Whether the model is a wrapper of PEFT around a model of transformers."""
+    return hasattr(model, "get_base_model")
+
+
+def unwrap_peft(model: Any) -> Any:
+    """Return the model inside a wrapper of PEFT, its adapters included, or the model itself if it has no wrapper."""
+    return model.get_base_model() if is_peft_wrapper(model) else model
