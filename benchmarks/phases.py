@@ -74,8 +74,8 @@ class PhasedReMax(ReMaxModule):
             RECORD.steps.append({})
             RECORD.enter("rollout")
 
-    def _explore(self, *arguments: Any) -> Any:
-        experience = super()._explore(*arguments)
+    def _make_experience(self, *arguments: Any) -> Any:
+        experience = super()._make_experience(*arguments)
         RECORD.enter("training")
         return experience
 
