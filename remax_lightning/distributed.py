@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from remax_lightning.errors import RankError, RankUserError, UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
 T = TypeVar("T")
 
@@ -141,6 +141,8 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
         RankUserError: if a rank has raised a `UserError`.
         RankError: if a rank has raised anything else.
     """
+    from lightning.pytorch.trainer.states import TrainerFn  # late: importing rewards must not load Lightning
+
     if trainer.world_size == 1 or trainer.state.fn != TrainerFn.FITTING:
         yield
         return
@@ -160,5 +162,7 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
 
 def _describe(failure: Exception | None) -> tuple[bool, str]:
     """Return whether the failure is a mistake of the user, and its message."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     is_user_error = isinstance(failure, UserError | MisconfigurationException)
     return is_user_error, str(failure) if is_user_error else f"{type(failure).__name__}: {failure}"

@@ -202,7 +202,7 @@ class TextDataModule(LightningDataModule, ABC):
             Example(ids, prompt.text, row, rows.where(i), number=i)
             for i, (ids, prompt, row) in enumerate(zip(formatter.encode(prompts), prompts, rows.values, strict=True))
         ]
-        kept = within_limit(
+        fitting = within_limit(
             examples,
             [len(example.prompt_ids) for example in examples],
             self.max_prompt_length,
@@ -210,22 +210,22 @@ class TextDataModule(LightningDataModule, ABC):
             source=rows.source,
             policy=self.loading.long_prompts,
         )
-        examples = list(self._complete(kept, rows.source))
+        examples = list(self._complete(fitting, rows.source))
         self.num_rows += total
         self.num_left_out += total - len(examples)
         return ExampleDataset(examples)
 
     def _with_prompts(self, rows: Rows) -> Rows:
-        made, kept = [], []
+        made, indices = [], []
         for i, row in enumerate(rows.values):
             try:
                 made.append(self._row(row, rows.where(i)))
-                kept.append(i)
+                indices.append(i)
             except PairError:
                 if self.loading.bad_pairs == "error":
                     raise
         self._tell_bad_pairs(len(rows.values) - len(made), len(rows.values), rows.source)
-        return rows.take(kept)._replace(values=made)
+        return rows.take(indices)._replace(values=made)
 
     def _tell_bad_pairs(self, dropped: int, total: int, source: str) -> None:
         if dropped == total:

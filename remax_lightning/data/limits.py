@@ -46,8 +46,8 @@ def within_limit(
     Raises:
         DataError: if `policy` is `error` and one is too long, or if none is left.
     """
-    kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
-    dropped = len(examples) - len(kept)
+    fitting = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
+    dropped = len(examples) - len(fitting)
     if dropped and policy == "error":
         first = next(i for i, length in enumerate(lengths) if length > limit)
         raise DataError(
@@ -55,10 +55,10 @@ def within_limit(
             f"{len(examples)} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
         )
     message = f"{source}: dropped {dropped} of {len(examples)} rows, longer than {key}={limit} tokens"
-    if not kept:
+    if not fitting:
         raise DataError(f"{message}; none is left, the shortest has {min(lengths)} tokens: raise the limit")
     if dropped * 2 > len(examples):
         rank_zero_warn(f"{message}: that is more than half of them")
     else:
         rank_zero_info(message)
-    return kept
+    return fitting

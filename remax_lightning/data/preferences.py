@@ -133,16 +133,16 @@ class PreferenceDataModule(TextDataModule):
         found: dict[int, list[int]] = {}
         for is_chat in (False, True):
             numbers = [
-                i for i, each in enumerate(examples) if isinstance(each.row[self.prompt_column], list) == is_chat
+                i for i, example in enumerate(examples) if isinstance(example.row[self.prompt_column], list) == is_chat
             ]
             texts = []
-            for each in (examples[i] for i in numbers):
-                response = each.row[name]
+            for example in (examples[i] for i in numbers):
+                response = example.row[name]
                 if is_chat:
-                    messages = [*each.row[self.prompt_column], {"role": "assistant", "content": response}]
+                    messages = [*example.row[self.prompt_column], {"role": "assistant", "content": response}]
                     texts.append(str(self.tokenizer.apply_chat_template(messages, tokenize=False)))
                 else:
-                    texts.append(each.prompt + response + ("" if eos and response.endswith(eos) else eos))
+                    texts.append(example.prompt + response + ("" if eos and response.endswith(eos) else eos))
             found |= zip(numbers, conversation_ids(self.tokenizer, texts, is_chat=is_chat), strict=True)
             self._kinds |= {is_chat} if numbers else set()
         if len(self._kinds) > 1:

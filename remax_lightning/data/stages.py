@@ -47,12 +47,12 @@ def rows_of_stage(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) 
     random.Random(f"stages/{seed}").shuffle(order)
     bounds = [0, *(round(total * reached / sum(shares)) for reached in accumulate(shares))]
     number = STAGES.index(stage)
-    own = sorted(order[bounds[number] : bounds[number + 1]])
-    if not own:
+    stage_rows = sorted(order[bounds[number] : bounds[number + 1]])
+    if not stage_rows:
         raise DataError(
             f"{_KEY}={_shown(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"
         )
-    return rows.take(own)
+    return rows.take(stage_rows)
 
 
 def _shown(shares: Sequence[float]) -> str:

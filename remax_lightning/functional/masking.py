@@ -53,8 +53,8 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """
     check_mask("mask", mask, "values.shape", values.shape)
     # Not `values * mask`: 0 * NaN is NaN, in the sum and in the gradient.
-    kept = torch.where(mask, values.to(compute_dtype(values)), 0.0)
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+    masked_values = torch.where(mask, values.to(compute_dtype(values)), 0.0)
+    return masked_values.sum() if dim is None else masked_values.sum(dim=dim)
 
 
 def divide(total: Tensor, normalizer: Tensor | float) -> Tensor:

@@ -68,11 +68,11 @@ def measure(run: PlannedRun) -> Sizes:
 
 def _measure(run: PlannedRun) -> Sizes:
     module, work, kl = run.module, run.work, run.module.objective.kl_config
-    policy = outline(dataclasses.replace(module.policy_source, dtype=_name(run.policy_dtype)), "model.policy")
+    policy = empty_model(dataclasses.replace(module.policy_source, dtype=_name(run.policy_dtype)), "model.policy")
     check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
     passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
     source, shared = module.reference_source, 0
-    reference = None if source is None else outline(source, "model.reference").requires_grad_(False)
+    reference = None if source is None else empty_model(source, "model.reference").requires_grad_(False)
     frozen = _rewards(run, passes)
     if reference is not None and source is not None:
         stays = _bytes(reference.get_output_embeddings()) if kl.full else 0
@@ -101,7 +101,7 @@ def _measure(run: PlannedRun) -> Sizes:
     return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
 
 
-def outline(source: ModelConfig, key: str) -> PreTrainedModel:
+def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:
     """Return a model as `source` would load it, without its weights; call it inside `shapes_only`."""
     # Its memory is that of PyTorch's own kernel, which needs no package and no GPU.
     attention = None if (source.attn_implementation or "").startswith("flash") else source.attn_implementation
