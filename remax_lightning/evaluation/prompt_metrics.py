@@ -23,7 +23,7 @@ def prompt_records(output: StepOutput) -> list[PromptRecord]:
     rollout = output["rollout"]
     prompt, sampled, greedy = rollout.prompt, rollout.sampled, cast(Responses, rollout.greedy)
     count = len(prompt.prompts)
-    columns = {name: sums_by_prompt(*each, count) for name, each in step_values(output).items()}
+    columns = {name: sums_by_prompt(*values_and_mask, count) for name, values_and_mask in step_values(output).items()}
     if output["kl"] is not None:
         columns["kl_per_response"] = sums_by_prompt(output["kl"].sum(-1), None, count)
     texts, rewards = by_prompt(sampled.texts, count), rollout.reward.view(count, -1).tolist()
@@ -50,7 +50,7 @@ def sums_by_prompt(values: Tensor, mask: Tensor | None, num_prompts: int) -> lis
     """
     counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     wide = values.cpu().double().masked_fill(~counted.cpu(), 0.0)
-    tops, bottoms = (each.reshape(num_prompts, -1).sum(1).tolist() for each in (wide, counted.cpu()))
+    tops, bottoms = (tensor.reshape(num_prompts, -1).sum(1).tolist() for tensor in (wide, counted.cpu()))
     return [(top, float(bottom)) for top, bottom in zip(tops, bottoms, strict=True)]
 
 
@@ -97,8 +97,8 @@ class PromptSums:
 
     def means(self) -> dict[str, float]:
         """Return the figures over all ranks, the same on each, and start anew; a prompt counts once."""
-        own, self._known, self._others = (self._known, self._others), {}, []
-        parts = gather_objects(own)
+        local, self._known, self._others = (self._known, self._others), {}, []
+        parts = gather_objects(local)
         known: dict[int, dict[str, tuple[float, float]]] = {}
         for first, _ in reversed(parts):  # of a prompt that two ranks have had, the first one's
             known |= first

@@ -43,8 +43,8 @@ def response_statistics(
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
     (rows,) = _passes(prompt, responses)
-    found = _statistics(model, rows, temperature)[0]
-    return TokenStatistics(*(_spread([values], responses.response_mask) for values in found))
+    statistics = _statistics(model, rows, temperature)[0]
+    return TokenStatistics(*(_spread([values], responses.response_mask) for values in statistics))
 
 
 def policy_statistics(
@@ -70,18 +70,18 @@ def policy_statistics(
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    temperature, kept = _temperature(sampling), sampling_mask(sampling)
-    found: list[PolicyStatistics] = []
+    temperature, kept_tokens = _temperature(sampling), sampling_mask(sampling)
+    passes: list[PolicyStatistics] = []
     for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
-            found.append(PolicyStatistics(*_statistics(policy, rows, temperature, kept)[0]))
+            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, kept_tokens)[0]))
             continue
         head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
         compared = rollout.reference_hidden[rows.places], other
         hidden, ids = _predicting(policy, rows), rows.ids[rows.mask]
-        found.append(hidden_statistics(hidden, head, ids, temperature, reference=compared, kept=kept))
+        passes.append(hidden_statistics(hidden, head, ids, temperature, reference=compared, kept=kept_tokens))
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
-    log_probs, entropy, kl = zip(*found, strict=True)
+    log_probs, entropy, kl = zip(*passes, strict=True)
     return PolicyStatistics(_spread(log_probs, mask), _spread(entropy, mask), None if None in kl else _spread(kl, mask))
 
 
@@ -108,16 +108,17 @@ def with_reference(
     Raises:
         UserError: if `keep_hidden` and the reference's head cannot be read.
     """
-    log_probs, kept, mask = [], [], rollout.sampled.response_mask
+    log_probs, hidden_parts, mask = [], [], rollout.sampled.response_mask
     if keep_hidden:
         required_head(reference, "model.reference")
     for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches):
         statistics, hidden = _statistics(reference, rows, _temperature(sampling))
         log_probs.append(statistics.log_probs)
         if keep_hidden and hidden is not None:
-            kept.append(hidden)
+            hidden_parts.append(hidden)
     return rollout._replace(
-        reference_log_probs=_spread(log_probs, mask), reference_hidden=_spread(kept, mask) if kept else None
+        reference_log_probs=_spread(log_probs, mask),
+        reference_hidden=_spread(hidden_parts, mask) if hidden_parts else None,
     )
 
 

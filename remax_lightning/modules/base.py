@@ -97,9 +97,9 @@ class BaseModule(LightningModule):
         No earlier: asking for it loads the data, and a loader that is there before the checkpoint's loops starts anew.
         """
         self._step_ends = StopAtStepEnd(self.trainer)
-        for each in self.trainer.lr_scheduler_configs:
-            if isinstance(each.scheduler, LRScheduler):
-                set_total_steps(each.scheduler, self.trainer.estimated_stepping_batches)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LRScheduler):
+                set_total_steps(config.scheduler, self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""

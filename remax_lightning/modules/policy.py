@@ -111,8 +111,8 @@ class PolicyModule(BaseModule):
 
     def eos_ids(self) -> list[int]:
         """Return every token id that ends a response: the tokenizer's, and those of the policy's own configuration."""
-        own = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
-        named = [] if own is None else [own] if isinstance(own, int) else list(own)
+        configured = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
+        named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
         return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -135,7 +135,7 @@ class PolicyModule(BaseModule):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         other = sorted(state_dict.keys() ^ self._trained_names())
         try:
-            found = super().load_state_dict(state_dict, strict=False, assign=assign)
+            result = super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:  # another rank
             other = [str(error).splitlines()[-1].strip()]
         if other:
@@ -143,7 +143,7 @@ class PolicyModule(BaseModule):
                 "ckpt_path: the checkpoint does not hold the adapter that model.policy.lora describes; set it as in the"
                 f" checkpoint's run. They differ in {len(other)} places: {', '.join(other[:2])}"
             )
-        return found
+        return result
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -87,6 +87,11 @@ class ReMaxModule(PolicyModule):
     # Loading
 
     @property
+    def reward(self) -> Reward:
+        """What scores the responses."""
+        return cast(Reward, self.worker.reward)
+
+    @property
     def reference(self) -> PreTrainedModel | None:
         """The reference's model; the policy's own where they share their weights."""
         return None if self._reference is None else self._reference.model

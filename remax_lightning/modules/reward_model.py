@@ -165,29 +165,29 @@ class RewardModelModule(BaseModule):
         self._measure("test")
 
     def _measure(self, stage: str) -> None:
-        found = self._held_out.gathered()
-        if found is None:
+        scores_of_pairs = self._held_out.gathered()
+        if scores_of_pairs is None:
             return
-        for name, value in found.figures(self.centering_coef).items():  # the same on every rank already
+        for name, value in scores_of_pairs.figures(self.centering_coef).items():  # the same on every rank already
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._remember(found)
+            self._remember(scores_of_pairs)
 
-    def _remember(self, found: PairScores) -> None:
-        mean, std = found.moments()
+    def _remember(self, scores_of_pairs: PairScores) -> None:
+        mean, std = scores_of_pairs.moments()
         if std == 0:
             rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalized.")
         self._normalization, self._normalized_at = Normalization(mean, std or 1.0), self.global_step
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return every pair with its scores, normalized as the last validation says."""
-        found = []
+        predictions = []
         for i, (chosen, rejected) in enumerate(zip(*(scores.tolist() for scores in self.scores(batch)), strict=True)):
             scores = {"chosen_reward": chosen, "rejected_reward": rejected}
             mean, std = self._normalization if self.normalize else Normalization()
             normalized = {name: (score - mean) / std for name, score in scores.items()}
-            found.append({"prompt": batch.prompts[i], **normalized, "row": batch.rows[i]})
-        return found
+            predictions.append({"prompt": batch.prompts[i], **normalized, "row": batch.rows[i]})
+        return predictions
 
     # Saving
 
@@ -223,9 +223,9 @@ class RewardModelModule(BaseModule):
             limit = count[0] if count[0] != float("inf") else None
             for batch in islice(iter(loader), None if limit is None else int(limit)):
                 self.validation_step(strategy.batch_to_device(batch), 0)
-        found = self._held_out.gathered()
-        if found is not None:
-            self._remember(found)
+        scores_of_pairs = self._held_out.gathered()
+        if scores_of_pairs is not None:
+            self._remember(scores_of_pairs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what normalizes the scores, too."""
@@ -248,9 +248,9 @@ def _side_by_side(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     does not depend on what else is in the batch.
     """
     rows, masks = (batch.chosen_ids, batch.rejected_ids), (batch.chosen_mask, batch.rejected_mask)
-    width = max(each.shape[1] for each in rows)
-    ids = torch.cat([F.pad(each, (0, width - each.shape[1]), value=pad_id) for each in rows])
-    mask = torch.cat([F.pad(each, (0, width - each.shape[1]), value=False) for each in masks])
+    width = max(tensor.shape[1] for tensor in rows)
+    ids = torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=pad_id) for tensor in rows])
+    mask = torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=False) for tensor in masks])
     order = (~mask).long().argsort(dim=1, stable=True)
     length = int(mask.sum(1).max())
     ids, mask = ids.gather(1, order)[:, :length], mask.gather(1, order)[:, :length]

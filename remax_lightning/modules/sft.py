@@ -85,8 +85,8 @@ class SFTModule(PolicyModule):
         """Take the negative log-likelihood of the responses."""
         nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
         reduce = partial(sum_tensor_over_ranks, self.trainer)
-        own = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
-        tokens = reduce(torch.tensor(float(own), dtype=torch.float32, device=self.device))
+        local_tokens = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
+        tokens = reduce(torch.tensor(float(local_tokens), dtype=torch.float32, device=self.device))
         # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
         loss = nll.sum() * (accumulate * self.trainer.world_size / tokens)
         self._training.add({"loss": (nll, None)})

@@ -80,11 +80,11 @@ def check_vocabularies(
     policy: PreTrainedModel, reference: PreTrainedModel, policy_path: str, reference_path: str
 ) -> None:
     """Refuse a reference whose tokens are not the policy's."""
-    own, other = (model.config.get_text_config().vocab_size for model in (policy, reference))
-    if own != other:
+    policy_size, reference_size = (model.config.get_text_config().vocab_size for model in (policy, reference))
+    if policy_size != reference_size:
         raise UserError(
-            f"model.reference {reference_path!r} has a vocabulary of {other}, the policy {policy_path!r} one of"
-            f" {own}; their log-probs cannot be compared"
+            f"model.reference {reference_path!r} has a vocabulary of {reference_size}, the policy {policy_path!r} one of"
+            f" {policy_size}; their log-probs cannot be compared"
         )
 
 
@@ -114,28 +114,28 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
     Raises:
         UserError: if it has more tokens than the model, or other ones than the tokenizer beside the model.
     """
-    path, given = source.path, tokenizer.name_or_path
+    path, tokenizer_path = source.path, tokenizer.name_or_path
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"model.tokenizer {given!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
+            f"model.tokenizer {tokenizer_path!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
             " the tokenizer that belongs to the reward model"
         )
-    if given == path:
+    if tokenizer_path == path:
         return
     from transformers import AutoTokenizer
 
     try:
-        own = AutoTokenizer.from_pretrained(
+        model_vocabulary = AutoTokenizer.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         ).get_vocab()
     except Exception:  # there is none beside the model, which is why another was given
         return
-    mixed = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
-    if mixed and len(own) > 0:
+    mixed = [token for token, number in tokenizer.get_vocab().items() if model_vocabulary.get(token, number) != number]
+    if mixed and len(model_vocabulary) > 0:
         token = mixed[0]
         raise UserError(
-            f"model.tokenizer {given!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
-            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {own[token]}; leave"
+            f"model.tokenizer {tokenizer_path!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
+            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {model_vocabulary[token]}; leave"
             " model.tokenizer out"
         )
 

@@ -41,18 +41,18 @@ def refuse_lost_updates(optimizer: Optimizer) -> None:
     Raises:
         UserError: if more than half of the 16-bit weights would not change by a step of the learning rate's size.
     """
-    kept, lost = 0, 0
+    changed, lost = 0, 0
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group["lr"])
         for parameter in group["params"]:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 weights = parameter.detach().flatten()[:100_000]
                 unmoved = int((weights - rate == weights).sum())
-                lost, kept = lost + unmoved, kept + weights.numel() - unmoved
-    if lost > LOST_SHARE * (lost + kept):
+                lost, changed = lost + unmoved, changed + weights.numel() - unmoved
+    if lost > LOST_SHARE * (lost + changed):
         rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         raise UserError(
-            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + kept):.0%} of the model's 16-bit weights"
+            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + changed):.0%} of the model's 16-bit weights"
             " would round away: it would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
             " use a DeepSpeed strategy (float32 copies), or raise the learning rate"
         )

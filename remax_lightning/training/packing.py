@@ -99,7 +99,7 @@ def find_parting(model: PreTrainedModel) -> PackingMode:
     # In half precision the shape of a batch alone changes the third digit.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with eval_mode(model):
-        apart = torch.cat([model(input_ids=own, use_cache=False).logits[0] for own in ids.split(lengths, 1)])
+        apart = torch.cat([model(input_ids=example, use_cache=False).logits[0] for example in ids.split(lengths, 1)])
         for parting in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
             try:
                 together = model(**_inputs(model, ids, positions, parting)).logits[0]

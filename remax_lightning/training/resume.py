@@ -20,10 +20,10 @@ def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:
     """Return the local folders of this run's checkpoints and of the one that it was resumed from."""
-    folders = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+    folders = [getattr(item, "dirpath", None) for item in trainer.checkpoint_callbacks]
     if trainer.ckpt_path is not None:
         folders.append(str(Path(trainer.ckpt_path).parent))
-    return {Path(each) for each in folders if each is not None and "://" not in str(each)}
+    return {Path(item) for item in folders if item is not None and "://" not in str(item)}
 
 
 def earlier_folders(trainer: Trainer) -> list[Path]:
@@ -33,9 +33,9 @@ def earlier_folders(trainer: Trainer) -> list[Path]:
     """
     root, folders = Path(trainer.default_root_dir), []
     for callback in trainer.checkpoint_callbacks:
-        given = getattr(callback, "dirpath", None)
-        if given is not None:
-            folders.append(Path(given))
+        folder = getattr(callback, "dirpath", None)
+        if folder is not None:
+            folders.append(Path(folder))
         elif trainer.logger is None:
             folders.append(root / "checkpoints")
         else:

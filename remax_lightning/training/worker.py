@@ -71,8 +71,8 @@ def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torc
         device: where the numbers are drawn.
     """
     entropy = [seed, rank, stage, count]
-    own = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(own)
+    rollout_seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(rollout_seed)
 
 
 class GeneratedResponses(NamedTuple):
