@@ -83,8 +83,8 @@ def check_vocabularies(
     policy_size, reference_size = (model.config.get_text_config().vocab_size for model in (policy, reference))
     if policy_size != reference_size:
         raise UserError(
-            f"model.reference {reference_path!r} has a vocabulary of {reference_size}, the policy {policy_path!r} one of"
-            f" {policy_size}; their log-probs cannot be compared"
+            f"model.reference {reference_path!r} has a vocabulary of {reference_size}, the policy {policy_path!r}"
+            f" one of {policy_size}; their log-probs cannot be compared"
         )
 
 
@@ -117,8 +117,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
     path, tokenizer_path = source.path, tokenizer.name_or_path
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"model.tokenizer {tokenizer_path!r} has {len(tokenizer)} tokens, the reward model {path!r} only {vocabulary}; give"
-            " the tokenizer that belongs to the reward model"
+            f"model.tokenizer {tokenizer_path!r} has {len(tokenizer)} tokens, the reward model {path!r} only"
+            f" {vocabulary}; give the tokenizer that belongs to the reward model"
         )
     if tokenizer_path == path:
         return
@@ -134,8 +134,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
     if mixed and len(model_vocabulary) > 0:
         token = mixed[0]
         raise UserError(
-            f"model.tokenizer {tokenizer_path!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens have other"
-            f" numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {model_vocabulary[token]}; leave"
+            f"model.tokenizer {tokenizer_path!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens"
+            f" have other numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {model_vocabulary[token]}; leave"
             " model.tokenizer out"
         )
 

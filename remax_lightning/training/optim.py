@@ -52,7 +52,7 @@ def refuse_lost_updates(optimizer: Optimizer) -> None:
     if lost > LOST_SHARE * (lost + changed):
         rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         raise UserError(
-            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + changed):.0%} of the model's 16-bit weights"
-            " would round away: it would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
+            f"model.optimizer.init_args.lr is {rate:g}, which {lost / (lost + changed):.0%} of the model's 16-bit"
+            " weights would round away: it would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
             " use a DeepSpeed strategy (float32 copies), or raise the learning rate"
         )
