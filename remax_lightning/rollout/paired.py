@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +45,17 @@ class PairedEngine:
         """Generate `n` sampled responses and, if `request.greedy`, one greedy response per prompt."""
         model, num_sampled = language_model(model), request.num_sampled
         rows = prompt_index_per_row(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
-        with cast_linears(model, self._casts) as casts:
-            if self._step_cache is not None:
-                self._step_cache.begin(model)
+        device = request.prompt_ids.device.type
+        step_cache = self._step_cache if device == "cuda" else None  # a CPU runs each step as it is
+        # Without autocast nothing is cast.
+        casting = cast_linears(model, self._casts) if torch.is_autocast_enabled(device) else nullcontext([])
+        with casting as casts:
+            if step_cache is not None:
+                step_cache.begin(model)
                 if casts != self._casts:
-                    self._step_cache.clear()  # its graphs read the old copies
+                    step_cache.clear()  # its graphs read the old copies
             self._casts = casts
-            output = DecodeLoop(model, request, rows, self._step_cache, self._allocate).run()
+            output = DecodeLoop(model, request, rows, step_cache, self._allocate).run()
         self._free(model, request.prompt_ids.device)
         return GenerationOutput(
             sampled_ids=output.ids[:num_sampled],  # [S, R]

@@ -135,8 +135,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
         token = mixed[0]
         raise UserError(
             f"model.tokenizer {tokenizer_path!r} is not the one of model.reward_model {path!r}: {len(mixed)} tokens"
-            f" have other numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of {model_vocabulary[token]}; leave"
-            " model.tokenizer out"
+            f" have other numbers, such as {token!r}, {tokenizer.get_vocab()[token]} instead of"
+            f" {model_vocabulary[token]}; leave model.tokenizer out"
         )
 
 
