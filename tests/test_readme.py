@@ -62,7 +62,7 @@ def test_every_make_target_named_is_there(page: Path) -> None:
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = re.findall(r"(?:`|^\$ )make ([a-z-]+)", page.read_text(), re.MULTILINE)
     assert set(named) <= known
-    assert page.name not in ("README.md", "CONTRIBUTING.md") or named
+    assert page not in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") or named
 
 
 def test_every_file_named_in_a_command_is_there() -> None:
@@ -222,7 +222,7 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
     text = blocks("yaml")[0].replace("kl_coef:", "kl_coeff:")
     ended = remax(capsys, "fit", *write_blocks(tmp_path, text))
     assert ended.code == 2
-    assert ended.err == blocks("text")[0]
+    assert ended.err == next(block for block in blocks("text") if block.startswith("remax: error"))
 
 
 # Other pages
