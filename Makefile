@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-all quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -35,11 +35,19 @@ demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in m
 pipeline: $(VENV)/.installed ## supervise, learn a reward, align, evaluate and report on this machine, in minutes
 	$(BIN)/remax pipeline
 
-test: $(VENV)/.installed-test ## run the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+# A file's tests stay on one worker, so that its fixtures run once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test: $(VENV)/.installed-test ## run the suite, one representative of each matrix
+	$(PYTEST) -m 'not exhaustive'
+
+test-rest: $(VENV)/.installed-test ## run what `make test` leaves out
+	$(PYTEST) -m exhaustive
+
+test-all: test test-rest ## run everything
 
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m 'not slow'
+	$(PYTEST) -m 'not slow and not exhaustive'
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -13,6 +13,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
+    from exhaustive import is_exhaustive, unmatched
+
+    names = [(item.path.relative_to(TESTS).as_posix(), item.name) for item in items]
+    for item, (path, name) in zip(items, names, strict=True):
+        if is_exhaustive(path, name):
+            item.add_marker(pytest.mark.exhaustive)
+    chosen = config.option.keyword or config.option.lf or any("::" in argument for argument in config.args)
+    if not chosen and (missing := unmatched(names)):
+        raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
+
+
 CHARACTERS = "0123456789+-=*?. abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n:,!#$<>/'"
 
 

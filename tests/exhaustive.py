@@ -1,0 +1,49 @@
+"""What `make test` leaves to `make test-all`: the rest of matrices of which it runs a representative.
+
+Each row is a file and a regular expression for the names of its tests. Nothing here is a proof of its own kind: the
+same check runs in `make test` for another strategy, family or shape, or takes minutes to measure a benchmark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+EXHAUSTIVE = (
+    # Kills and signals: one strategy each stands for the others.
+    ("distributed/test_failures.py", r"killed_within_a_save.*\[(zero1|zero2|fsdp2)\]"),
+    ("distributed/test_failures.py", r"sigterm_to_the_command.*\[(ddp|fsdp2)\]"),
+    ("distributed/test_failures.py", r"killed_in_a_rollout.*\[0--9\]"),
+    ("distributed/test_failures.py", r"waits_for_no_other.*\[1\]"),
+    ("distributed/test_failures.py", r"sigterm_to_another_rank.*\[validation\]"),
+    # Two ranks: ZeRO-3 and FSDP2 are met in test_sharded.py and test_invariance.py.
+    ("distributed/test_lora.py", r"."),
+    ("distributed/test_placements.py", r"."),
+    ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
+    # Benchmarks and tables of the documentation.
+    ("test_benchmarks.py", r"."),
+    ("benchmarks/test_log_probs_memory.py", r"."),
+    ("test_architecture.py", r"measure"),
+    ("tools/test_plan.py", r"the_table_of_the_page"),
+    ("tools/test_pipeline.py", r"."),
+    # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
+    ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),
+    # Whole runs on the fake CUDA device: one in 32 and one in 16 bits stay.
+    ("modules/test_on_cuda.py", r"^(?!test_remax_trains_as_on_a_cpu|test_remax_trains_in_16_bits\[bf16-mixed\])"),
+)
+
+
+def is_exhaustive(path: str, name: str) -> bool:
+    """Whether a test, by its path under `tests` and its name, only runs in `make test-all`."""
+    return any(path == file and re.search(pattern, name) for file, pattern in EXHAUSTIVE)
+
+
+def unmatched(collected: Iterable[tuple[str, str]]) -> list[str]:
+    """The rows for files that were collected in which they match no test: renamed, or gone."""
+    tests = list(collected)
+    files = {path for path, _ in tests}
+    return [
+        f"{file} {pattern}"
+        for file, pattern in EXHAUSTIVE
+        if file in files and not any(path == file and re.search(pattern, name) for path, name in tests)
+    ]
