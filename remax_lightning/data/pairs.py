@@ -68,8 +68,8 @@ def with_prompt(
                 f"{where}: the messages in {columns.chosen!r} and {columns.rejected!r} do not share a prompt: they"
                 " differ before their last ones"
             )
-        own = row.get(prompt_column)
-        wanted = own if not first or (template is not None and isinstance(own, str)) else first
+        prompt = row.get(prompt_column)
+        wanted = prompt if not first or (template is not None and isinstance(prompt, str)) else first
         parts = (wanted, first_response, second_response)
     elif prompt_column in row:
         parts = (row[prompt_column], chosen, rejected)

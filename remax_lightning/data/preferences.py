@@ -130,7 +130,7 @@ class PreferenceDataModule(TextDataModule):
     def _conversations(self, examples: list[Example], name: str) -> list[list[int]]:
         """Return the token ids of every prompt with its response in column `name`."""
         eos = self.tokenizer.eos_token or ""
-        found: dict[int, list[int]] = {}
+        ids: dict[int, list[int]] = {}
         for is_chat in (False, True):
             numbers = [
                 i for i, example in enumerate(examples) if isinstance(example.row[self.prompt_column], list) == is_chat
@@ -143,14 +143,14 @@ class PreferenceDataModule(TextDataModule):
                     texts.append(str(self.tokenizer.apply_chat_template(messages, tokenize=False)))
                 else:
                     texts.append(example.prompt + response + ("" if eos and response.endswith(eos) else eos))
-            found |= zip(numbers, conversation_ids(self.tokenizer, texts, is_chat=is_chat), strict=True)
+            ids |= zip(numbers, conversation_ids(self.tokenizer, texts, is_chat=is_chat), strict=True)
             self._kinds |= {is_chat} if numbers else set()
         if len(self._kinds) > 1:
             raise DataError(
                 f"{examples[0].where}: some prompts are text and some are messages, which a reward model cannot tell"
                 " apart later; make them alike, or set data.template where rows have both"
             )
-        return [found[i] for i in range(len(examples))]
+        return [ids[i] for i in range(len(examples))]
 
     def _margin(self, row: Row, where: str) -> float:
         name = self.pair_columns.margin

@@ -60,10 +60,10 @@ class SplitSampler(DistributedSampler[Key]):
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.num_micro_batches = num_micro_batches
-        full, own = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
+        full, local_rows = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
         batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
-        lacks_a_batch = not drop_last and math.ceil(own / batch_size) < batches
-        self.num_samples = full * batch_size if drop_last else own + lacks_a_batch
+        lacks_a_batch = not drop_last and math.ceil(local_rows / batch_size) < batches
+        self.num_samples = full * batch_size if drop_last else local_rows + lacks_a_batch
 
     def order(self, epoch: int) -> list[int]:
         """Return the indices of this rank's rows in `epoch`, each once but for the repeated one."""
@@ -71,8 +71,8 @@ class SplitSampler(DistributedSampler[Key]):
         if self.shuffle:
             # a text, because the sum of seed and epoch would give run 1 the order of run 0 one epoch later
             random.Random(f"{self.seed}/{epoch}").shuffle(indices)
-        own = indices[self.rank :: self.num_replicas]
-        return (own + indices[:1])[: self.num_samples]
+        local = indices[self.rank :: self.num_replicas]
+        return (local + indices[:1])[: self.num_samples]
 
     def __iter__(self) -> Iterator[Key]:
         return _Position(self)

@@ -86,8 +86,8 @@ def sums_of(records: Sequence[PromptRecord], names: Iterable[str] | None = None)
         names: the figures; None for all that there are, in the order of the table.
     """
     # An advantage is what a step trains on, and no measure of a policy.
-    names = {name: None for record in records for name in record.sums if name != "advantage"}
-    ordered = [name for name in MEANINGS if name in names] + [name for name in names if name not in MEANINGS]
+    measured = {name: None for record in records for name in record.sums if name != "advantage"}
+    ordered = [name for name in MEANINGS if name in measured] + [name for name in measured if name not in MEANINGS]
     chosen = ordered if names is None else list(names)
     pairs = torch.tensor(
         [[record.sums.get(name, (0.0, 0.0)) for name in chosen] for record in records], dtype=torch.float64

@@ -151,14 +151,14 @@ class _HiddenStatistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head, compared = form.prepared(weight, bias), _Compared.of(other, other_weight, other_bias, other_form)
             for part in _slices(len(hidden), rows):
-                own = form.log_softmax(hidden[part], *head, ids[part])[0]
-                log_probs[part] = own.gather(-1, ids[part, None]).squeeze(-1)
+                log_softmax = form.log_softmax(hidden[part], *head, ids[part])[0]
+                log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if compared is not None and kl is not None:
-                    kl[part] = compared.log_ratio(own, part).mul_(own.exp()).sum(-1)
+                    kl[part] = compared.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
                 # Tokens that cannot come have no entropy, where 0 * -inf would be NaN.
-                entropy[part] = -own.exp().mul_(own.clamp_min_(torch.finfo(form.dtype).min)).sum(-1)
-                whole = own if keep else None
-                del own  # or it would be alive beside the next chunk's
+                entropy[part] = -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(form.dtype).min)).sum(-1)
+                whole = log_softmax if keep else None
+                del log_softmax  # or it would be alive beside the next chunk's
         ctx.form, ctx.other_form, ctx.rows = form, other_form, rows
         ctx.save_for_backward(hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole)
         ctx.mark_non_differentiable(entropy)
@@ -178,14 +178,18 @@ class _HiddenStatistics(torch.autograd.Function):
             if of_kl is not None:
                 compared = _Compared.of(other, other_weight, other_bias, ctx.other_form)
             for part in _slices(len(hidden), ctx.rows):
-                own, slope = (whole, None) if whole is not None else form.log_softmax(hidden[part], *head, ids[part])
+                log_softmax, slope = (
+                    (whole, None) if whole is not None else form.log_softmax(hidden[part], *head, ids[part])
+                )
                 weights = -of_log_probs[part, None]
                 if compared is not None and of_kl is not None:
-                    weights = compared.log_ratio(own, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
-                gradient = (own.exp_() if whole is None else own.exp()).mul_(weights)
+                    weights = (
+                        compared.log_ratio(log_softmax, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
+                    )
+                gradient = (log_softmax.exp_() if whole is None else log_softmax.exp()).mul_(weights)
                 gradient.scatter_add_(-1, ids[part, None], of_log_probs[part, None])
                 product = form.of_product(gradient, slope)
-                del own, slope, weights, gradient  # or they would be alive beside what is next
+                del log_softmax, slope, weights, gradient  # or they would be alive beside what is next
                 sums.add(part, product, head[0])
                 del product
         return (*sums.gradients(), *7 * [None])
@@ -239,8 +243,8 @@ class _Sums:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias in their dtypes."""
-        found = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
-        return tuple(None if sum_ is None or of is None else sum_.to(of.dtype) for sum_, of in found)
+        leaves = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
+        return tuple(None if sum_ is None or of is None else sum_.to(of.dtype) for sum_, of in leaves)
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,8 +47,10 @@ class PairedEngine:
         rows = prompt_index_per_row(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
         device = request.prompt_ids.device.type
         step_cache = self._step_cache if device == "cuda" else None  # a CPU runs each step as it is
-        # Without autocast nothing is cast.
-        casting = cast_linears(model, self._casts) if torch.is_autocast_enabled(device) else nullcontext([])
+        # Under autocast, weights are cast once for the rollout.
+        casting: AbstractContextManager[list[CastLinear]] = nullcontext([])
+        if torch.is_autocast_enabled(device):
+            casting = cast_linears(model, self._casts)
         with casting as casts:
             if step_cache is not None:
                 step_cache.begin(model)

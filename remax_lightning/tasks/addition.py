@@ -61,11 +61,11 @@ def _pairs(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
     """
     source = random.Random(0)
     possible = sum(9 * 10 ** (d - 1) for d in digits) ** 2
-    found: dict[tuple[int, int], None] = {}
-    while len(found) < min(count, possible):
+    pairs: dict[tuple[int, int], None] = {}
+    while len(pairs) < min(count, possible):
         a, b = (source.randrange(10 ** (d - 1), 10**d) for d in source.choices(digits, k=2))
-        found[a, b] = None
-    return list(found)
+        pairs[a, b] = None
+    return list(pairs)
 
 
 def _without_carry(a: int, b: int) -> int:

@@ -105,12 +105,12 @@ def compare(
     check_rewards(first, second)
     pairs, notes = paired(first, second, common=common)
     left_out = incomparable(first, second, pairs)
-    found = differences(pairs, left_out, num_resamples, seed)
+    figures_by_name = differences(pairs, left_out, num_resamples, seed)
     texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
     if first.pieces.keys() != second.pieces.keys() or _other_tokens(texts):
         left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they were not taken of the same text")
     elif first.pieces:
-        found |= differences(texts, left_out, num_resamples, seed)
+        figures_by_name |= differences(texts, left_out, num_resamples, seed)
     won = [
         PromptRecord(None, "", {}, {}, {name: _won(one, two, whose) for name, whose in WIN_RATES.items()})
         for one, two in zip(*pairs, strict=True)
@@ -124,7 +124,7 @@ def compare(
         "num_prompts": len(won),
         "confidence": CONFIDENCE,
         "num_resamples": num_resamples,
-        "figures": found,
+        "figures": figures_by_name,
         **{name: each._asdict() for name, each in figures(won, num_resamples, seed).items()},
         "notes": notes,
     }
@@ -145,19 +145,19 @@ def differences(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, s
         return {}
     one, two = (sums_of(records, names) for records in pairs)
     shared = (one.denominators > 0) & (two.denominators > 0)
-    one, two = (Sums(names, each.numerators * shared, each.denominators * shared) for each in (one, two))
+    one, two = (Sums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
     sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
     drawn = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
     before, after = (as_figures(names, part) for part in drawn.chunk(2, 1))
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
     values = zip(names, one.values().tolist(), two.values().tolist(), ends, shared.sum(0).tolist(), strict=True)
-    found = {}
-    for name, own, other, end, count in values:
+    differences_by_name = {}
+    for name, first_value, other, end, count in values:
         if count:
-            changed = with_interval(other - own, end, count)._asdict()
-            values_of = {"first": finite(own), "second": finite(other)}
-            found[name] = {**values_of, "difference": changed.pop("value"), **changed}
-    return found
+            changed = with_interval(other - first_value, end, count)._asdict()
+            values_of = {"first": finite(first_value), "second": finite(other)}
+            differences_by_name[name] = {**values_of, "difference": changed.pop("value"), **changed}
+    return differences_by_name
 
 
 def check_rewards(first: Evaluated, second: Evaluated) -> None:
@@ -167,8 +167,8 @@ def check_rewards(first: Evaluated, second: Evaluated) -> None:
         UserError: naming the settings that differ.
     """
     one, two = (
-        _flat({name: each.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
-        for each in (first, second)
+        _flat({name: evaluation.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
+        for evaluation in (first, second)
     )
     differing = [name for name in {**one, **two} if one.get(name) != two.get(name)]
     if differing:
@@ -181,11 +181,11 @@ def check_rewards(first: Evaluated, second: Evaluated) -> None:
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in node.items():
         if name not in EXECUTION:
-            found |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return found
+            flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
 
 
 def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs, list[str]]:
@@ -195,7 +195,7 @@ def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs,
         UserError: if they have none in common, or not all and `common` does not allow that.
     """
     keys = [key for key in first.prompts if key in second.prompts]
-    only = [len(each.prompts) - len(keys) for each in (first, second)]
+    only = [len(evaluation.prompts) - len(keys) for evaluation in (first, second)]
     if not keys or (any(only) and not common):
         hint = "; --common compares on the others" if keys else ""
         raise UserError(
@@ -208,20 +208,20 @@ def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs,
 
 def incomparable(first: Evaluated, second: Evaluated, pairs: Pairs) -> dict[str, str]:
     """Return the figures that mean something else in the two evaluations, and why."""
-    one, two = (each.answer["settings"] for each in (first, second))
-    found: dict[str, str] = {}
+    one, two = (evaluation.answer["settings"] for evaluation in (first, second))
+    reasons: dict[str, str] = {}
     if one.get("reference") != two.get("reference"):
         names = ("kl", "kl_per_response", "reference_reward", "win_rate_reference", "reference_perplexity")
-        found |= dict.fromkeys(names, "the references differ")
+        reasons |= dict.fromkeys(names, "the references differ")
     elif any(one.get("kl", {}).get(name) != two.get("kl", {}).get(name) for name in ("estimator", "clamp")):
-        found |= dict.fromkeys(("kl", "kl_per_response"), "model.kl.estimator or model.kl.clamp differs")
+        reasons |= dict.fromkeys(("kl", "kl_per_response"), "model.kl.estimator or model.kl.clamp differs")
     both = list(zip(*pairs, strict=True))
-    if any(own.responses.get("chosen") != other.responses.get("chosen") for own, other in both):
-        found |= dict.fromkeys(("chosen_reward", "win_rate_chosen"), "the data set's responses differ")
+    if any(first_record.responses.get("chosen") != other.responses.get("chosen") for first_record, other in both):
+        reasons |= dict.fromkeys(("chosen_reward", "win_rate_chosen"), "the data set's responses differ")
     if reason := _other_tokens(pairs):
-        found |= dict.fromkeys(("perplexity", "reference_perplexity"), reason)
+        reasons |= dict.fromkeys(("perplexity", "reference_perplexity"), reason)
     measured = {name for records in pairs for record in records for name in record.sums}
-    return {name: why for name, why in found.items() if name in measured}
+    return {name: why for name, why in reasons.items() if name in measured}
 
 
 def _other_tokens(pairs: Pairs) -> str:
@@ -230,12 +230,12 @@ def _other_tokens(pairs: Pairs) -> str:
 
 
 def _won(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
-    one, two = (torch.tensor([each.rewards[whose]], dtype=torch.float64) for each in (first, second))
+    one, two = (torch.tensor([record.rewards[whose]], dtype=torch.float64) for record in (first, second))
     return float(win_rates(two, one)), 1.0
 
 
 def _other_sampling(first: Evaluated, second: Evaluated) -> list[str]:
-    one, two = (each.answer["settings"].get("sampling") or {} for each in (first, second))
+    one, two = (evaluation.answer["settings"].get("sampling") or {} for evaluation in (first, second))
     names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
     return [f"Note: model.sampling differs in {', '.join(names)}."] if names else []
 
@@ -243,9 +243,9 @@ def _other_sampling(first: Evaluated, second: Evaluated) -> list[str]:
 def text(answer: Mapping[str, Any]) -> str:
     """Return what a person reads."""
     rows = [("", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "n", "")]
-    for name, each in answer["figures"].items():
-        changed = Figure(each["difference"], each["low"], each["high"], each["n"])
-        cells = (number(each["first"]), number(each["second"]), number(changed.value), interval(changed))
+    for name, figure in answer["figures"].items():
+        changed = Figure(figure["difference"], figure["low"], figure["high"], figure["n"])
+        cells = (number(figure["first"]), number(figure["second"]), number(changed.value), interval(changed))
         rows.append((name, *cells, str(changed.n), MEANINGS.get(name, "")))
     lines = [f"{letter}: {path} ({checkpoint or 'the policy as it is loaded'})"
              for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],

@@ -37,8 +37,10 @@ def read_evaluation(path: Path) -> Evaluated:
     if path.is_dir():
         files = sorted(path.glob("evaluation*.json"))
         if len(files) != 1:
-            found = f"{', '.join(each.name for each in files)}: name one of them" if files else "none: run `remax test`"
-            raise UserError(f"{path} must hold one evaluation.json, got {found}")
+            listing = (
+                f"{', '.join(item.name for item in files)}: name one of them" if files else "none: run `remax test`"
+            )
+            raise UserError(f"{path} must hold one evaluation.json, got {listing}")
         (path,) = files
     lines = path.with_suffix(".jsonl")
     for file in (path, lines):
@@ -51,8 +53,8 @@ def read_evaluation(path: Path) -> Evaluated:
         answer["settings"]["reward"], answer["figures"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} (or {lines.name}) is no evaluation of `remax test` ({error!r})") from error
-    prompts = _by_text([each for each in records if each.responses])
-    return Evaluated(path, answer, prompts, _by_text([each for each in records if not each.responses]))
+    prompts = _by_text([item for item in records if item.responses])
+    return Evaluated(path, answer, prompts, _by_text([item for item in records if not item.responses]))
 
 
 def _record(line: str) -> PromptRecord:
@@ -64,8 +66,8 @@ def _record(line: str) -> PromptRecord:
 
 def _by_text(records: Sequence[PromptRecord]) -> dict[tuple[str, int], PromptRecord]:
     seen: Counter[str] = Counter()
-    found = {}
+    prompts = {}
     for record in records:
-        found[record.prompt, seen[record.prompt]] = record
+        prompts[record.prompt, seen[record.prompt]] = record
         seen[record.prompt] += 1
-    return found
+    return prompts

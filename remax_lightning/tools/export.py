@@ -128,16 +128,16 @@ def find_config(checkpoint: Path) -> Path:
         UserError: if there is none, or several whose policies differ.
     """
     for folder in checkpoint.absolute().parents[:_LEVELS]:
-        found = [path for path in sorted(folder.glob("config*.yaml")) if _CONFIG.fullmatch(path.name)]
-        if not found:
+        paths = [path for path in sorted(folder.glob("config*.yaml")) if _CONFIG.fullmatch(path.name)]
+        if not paths:
             continue
-        runs = [read_run(path) for path in found]
+        runs = [read_run(path) for path in paths]
         if any(run != runs[0] for run in runs):
-            names = ", ".join(path.name for path in found)
+            names = ", ".join(path.name for path in paths)
             raise UserError(
                 f"--config must say which of {names} in {folder} is the checkpoint's: their policies differ"
             )
-        return found[0]
+        return paths[0]
     raise UserError(
         f"--config must name the configuration of the run of {str(checkpoint)!r}: there is no config.yaml in the"
         " folders above it"
@@ -169,10 +169,10 @@ def read_run(path: Path) -> Run:
 
 def _section(config: Any, name: str) -> dict[str, Any]:
     """Return a mapping of the configuration, what stands under `init_args` where it is that of a class."""
-    found = config.get(name) if isinstance(config, dict) else None
-    found = found if isinstance(found, dict) else {}
-    inner = found.get("init_args")
-    return inner if isinstance(inner, dict) else found
+    value = config.get(name) if isinstance(config, dict) else None
+    value = value if isinstance(value, dict) else {}
+    inner = value.get("init_args")
+    return inner if isinstance(inner, dict) else value
 
 
 def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
@@ -181,9 +181,9 @@ def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor
     model: Any = run.source.empty("model.policy", dtype)
     places: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shared = share_tied(model, weights)
-    there = {id(places[name]): shared[name] for name in shared}  # one, whatever its names are
+    tensors = {id(places[name]): shared[name] for name in shared}  # one, whatever its names are
     for names, what in (
-        ([name for name, place in places.items() if id(place) not in there], "lacks"),
+        ([name for name, place in places.items() if id(place) not in tensors], "lacks"),
         ([name for name in weights if name not in places], "has, and model.policy.path has not,"),
         ([name for name in shared if shared[name].shape != places[name].shape], "has, in another shape,"),
         ([name for name in shared if not torch.equal(shared[name], weights[name])], "has untied, against its config,"),
@@ -193,7 +193,7 @@ def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor
                 f"checkpoint: it {what} {len(names)} weights ({', '.join(names[:3])}); give the configuration of its"
                 " run with --config"
             )
-    return model, {name: there[id(place)] for name, place in places.items()}
+    return model, {name: tensors[id(place)] for name, place in places.items()}
 
 
 def _adapter(weights: dict[str, Tensor], run: Run) -> Any:

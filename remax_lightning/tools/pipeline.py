@@ -97,9 +97,9 @@ class _Steps:
     def timed(self, name: str, step: Callable[[], Any]) -> Any:
         """Run a step."""
         started = time.perf_counter()
-        found = step()
+        result = step()
         self.seconds[name] = time.perf_counter() - started
-        return found
+        return result
 
 
 def _accuracy(steps: _Steps) -> Figure:
@@ -127,10 +127,10 @@ def _evaluated(steps: _Steps, name: str, more: Sequence[str]) -> dict[str, Figur
 
     trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
     path = Path(more[-1]) if more[-2] == "--evaluation.path" else Path(trainer.log_dir)
-    found = read_evaluation(path)
-    figures = {name: Figure(**figure) for name, figure in found.answer["figures"].items()}
+    evaluation = read_evaluation(path)
+    figures = {name: Figure(**figure) for name, figure in evaluation.answer["figures"].items()}
     for name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
-        records = [(record.prompt, record.responses[whose]) for record in found.prompts.values()]
+        records = [(record.prompt, record.responses[whose]) for record in evaluation.prompts.values()]
         figures[name] = mean_with_interval(
             [true_score([prompt] * len(texts), texts, [{}]) for prompt, texts in records]
         )
@@ -139,7 +139,7 @@ def _evaluated(steps: _Steps, name: str, more: Sequence[str]) -> dict[str, Figur
 
 def mean_with_interval(scores: Sequence[Sequence[float]]) -> Figure:
     """Return the mean of scores with its bootstrap interval; those of one prompt are one list."""
-    sums = torch.tensor([[sum(each), len(each)] for each in scores], dtype=torch.float64)
+    sums = torch.tensor([[sum(row), len(row)] for row in scores], dtype=torch.float64)
     drawn = resampled_ratios(sums[:, :1], sums[:, 1:], NUM_RESAMPLES, torch.Generator().manual_seed(0))
     total, count = sums.sum(0).tolist()
     return with_interval(total / count, percentile_interval(drawn)[0].tolist(), len(scores))
@@ -165,7 +165,7 @@ def _text(
         (f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")
     ]
     for label, name in ROWS.items():
-        cells = [cell for each in (before[name], after[name]) for cell in (number(each.value), interval(each))]
+        cells = [cell for figure in (before[name], after[name]) for cell in (number(figure.value), interval(figure))]
         rows.append((label, *cells, ""))
     return "\n".join(
         [
@@ -174,7 +174,7 @@ def _text(
             "",
             f"reward model        right on {accuracy.value:.1%} of {accuracy.n} held-out pairs, 95 % interval"
             f" {interval(accuracy)}; the rule that chose them on {rule:.1%}",
-            f"seconds             {', '.join(f'{name} {each:.0f}' for name, each in seconds.items())};"
+            f"seconds             {', '.join(f'{name} {duration:.0f}' for name, duration in seconds.items())};"
             f" {sum(seconds.values()):.0f} in all",
             f"aligned policy      {FOLDER / 'policy' / 'last'}",
             f"reward model        {FOLDER / 'reward_model' / 'best'}",

@@ -32,7 +32,7 @@ def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | 
             )
         if getattr(batch, "split", 0) == 0:
             batches.append(batch)
-        if sum(len(each.prompts) for each in batches) >= count:
+        if sum(len(item.prompts) for item in batches) >= count:
             break
     if not batches:
         raise UserError("data: its training loader yields no batch; give more rows, or lower data.batch_size")
@@ -50,7 +50,7 @@ def _joined(batches: Sequence[Any], pad_id: int) -> Any:
         elif isinstance(values[0], Tensor):
             fields[name] = torch.cat(values)
         elif isinstance(values[0], list):
-            fields[name] = [each for value in values for each in value]
+            fields[name] = [item for value in values for item in value]
     return type(first)(**fields)  # how a step was cut into parts does not matter here: defaults
 
 

@@ -29,15 +29,15 @@ class DoctorCLI(RemaxCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ARG002
         """Make a trainer for one process, in the precision of the run."""
-        given = self.config_init["fit"]["trainer"]
-        accelerator = given["accelerator"]
+        trainer = self.config_init["fit"]["trainer"]
+        accelerator = trainer["accelerator"]
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             accelerator = "cpu"
         return Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=given["precision"],
-            accumulate_grad_batches=given["accumulate_grad_batches"],
+            precision=trainer["precision"],
+            accumulate_grad_batches=trainer["accumulate_grad_batches"],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -126,14 +126,14 @@ class DoctorContext:
     @cached_property
     def batch(self) -> Batch:
         """The first `num_prompts` rows that training would see, on the device."""
-        found = first_rows(self.data.train_dataloader(), self.num_prompts, int(self.tokenizer.pad_token_id))
-        return cast(Batch, move_data_to_device(found, self.trainer.strategy.root_device))
+        batch = first_rows(self.data.train_dataloader(), self.num_prompts, int(self.tokenizer.pad_token_id))
+        return cast(Batch, move_data_to_device(batch, self.trainer.strategy.root_device))
 
     @property
     def tokenizer(self) -> Any:
         """The one that data and module share."""
-        own = getattr(self.data, "tokenizer", None)
-        return self.module.tokenizer if own is None else own
+        tokenizer = getattr(self.data, "tokenizer", None)
+        return self.module.tokenizer if tokenizer is None else tokenizer
 
     @cached_property
     def prompt(self) -> PromptBatch:
@@ -183,7 +183,7 @@ def read_subject(args: Sequence[str], num_prompts: int) -> DoctorContext:
             f" {type(cli.model).__name__}"
         )
     subject = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
-    given = cli.config_init["fit"]["trainer"]
-    if given["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
+    trainer = cli.config_init["fit"]["trainer"]
+    if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         subject.note = " (there is no GPU here)"
     return subject

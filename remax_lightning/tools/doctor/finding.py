@@ -54,11 +54,11 @@ class Tolerance(NamedTuple):
 def worst(findings: list[Finding]) -> Finding:
     """Return one finding for several of the same check: the worst status, and what those of that status say."""
     order: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
-    status = min((each.status for each in findings), key=order.index)
-    said = [each for each in findings if each.status == status]
+    status = min((finding.status for finding in findings), key=order.index)
+    said = [finding for finding in findings if finding.status == status]
     return Finding(
         status,
-        "; ".join(dict.fromkeys(each.measured for each in said)),
-        "; ".join(dict.fromkeys(each.fix for each in said if each.fix)),
-        {name: value for each in findings for name, value in each.values.items()},
+        "; ".join(dict.fromkeys(finding.measured for finding in said)),
+        "; ".join(dict.fromkeys(finding.fix for finding in said if finding.fix)),
+        {name: value for finding in findings for name, value in finding.values.items()},
     )

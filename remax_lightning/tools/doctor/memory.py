@@ -27,19 +27,19 @@ def memory(subject: DoctorContext) -> Finding:
     try:
         run = read_run(subject.args)
         on_cpu = run.device == "cpu"
-        there = host_memory() if on_cpu else device_memory()
-        each = None if there is None else there / run.strategy.devices if on_cpu else there
+        available = host_memory() if on_cpu else device_memory()
+        per_device = None if available is None else available / run.strategy.devices if on_cpu else available
         with torch.enable_grad():  # it follows a backward pass
-            answer = plan(run, measure(run), each)
+            answer = plan(run, measure(run), per_device)
     except UserError as error:
         return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; nothing else depends on it")
     unit = "process" if on_cpu else "GPU"
     needed = f"{answer['peak'] / GB:.3g} GB per {unit} on {run.strategy.devices}"
     values = {"peak": float(answer["peak"])}
-    if each is None:
+    if per_device is None:
         raise NotApplicable(f"{needed}, and there is no GPU here to compare with; see `remax plan --memory GB`")
-    measured = f"{needed}, of {(1 - HEADROOM) * each / GB:.3g} that count"
-    values["memory"] = each
+    measured = f"{needed}, of {(1 - HEADROOM) * per_device / GB:.3g} that count"
+    values["memory"] = per_device
     if answer["fits"]:
         return Finding("pass", measured, "", values)
     least = answer["least_devices"]
@@ -58,17 +58,19 @@ def _least(subject: DoctorContext) -> Finding:
     model = subject.module.trained_model
     optimizer = subject.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     moments = 2 if "betas" in optimizer.defaults else 0
-    trained = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
-    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    trained = sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
+    )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = weights + trained * (1 + moments)
     on_cpu = subject.trainer.strategy.root_device.type == "cpu"
-    there = host_memory() if on_cpu else device_memory()
+    available = host_memory() if on_cpu else device_memory()
     measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
     values = {"least": float(needed)}
-    if there is None:
+    if available is None:
         raise NotApplicable(f"{measured}, and the memory here is not known")
-    measured += f", of {(1 - HEADROOM) * there / GB:.3g} that count"
-    if needed <= (1 - HEADROOM) * there:
+    measured += f", of {(1 - HEADROOM) * available / GB:.3g} that count"
+    if needed <= (1 - HEADROOM) * available:
         return Finding("pass", measured, "", values)
     fix = "train in bf16-true, or spread the model over devices with an overlay of configs/strategies"
     return Finding("fail", measured, fix, values)

@@ -90,7 +90,7 @@ def _cause(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: boo
 
 def _differing(policy: Any, reference: Any) -> str:
     """Return what of two models' weights and buffers is not the same, where they have the same names."""
-    first, second = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (policy, reference))
+    first, second = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (policy, reference))
     differ = [name for name in first.keys() & second.keys() if not _equal(first[name], second[name])]
     return f"{len(differ)} tensors, such as {min(differ)}" if differ else ""
 
@@ -112,14 +112,14 @@ def log_probs(subject: DoctorContext) -> Finding:
         now = policy_statistics(module.policy, rollout, module.sampling).log_probs
         return _apart(cast(Tensor, rollout.log_probs)[counted], now[counted])
 
-    found = _compared(subject, "decoding and training differ by", *apart())
-    if found.status == "pass":
-        return found
+    finding = _compared(subject, "decoding and training differ by", *apart())
+    if finding.status == "pass":
+        return finding
     with eval_mode(module.policy):
         in_eval = _compared(subject, "", *apart())
     if in_eval.status == "pass":
-        return found._replace(fix="in eval mode they agree: set model.policy.disable_dropout: true")
-    return found._replace(
+        return finding._replace(fix="in eval mode they agree: set model.policy.disable_dropout: true")
+    return finding._replace(
         fix="decoding runs another model than training: set model.rollout to HuggingFaceEngine and see whether it goes;"
         " a cache, an attention kernel (model.policy.attn_implementation) or the engine's own log-probs may be wrong"
     )
@@ -142,7 +142,7 @@ def _compared(subject: DoctorContext, what: str, mean: float, largest: float) ->
     measured = f"{what} {mean:.2g} nats per token on average, by {largest:.2g} at most"
     values = {"mean": mean, "largest": largest}
     judged = zip(tolerances, (mean, largest), strict=True)
-    return worst([Finding(each.status(value), measured, "", values) for each, value in judged])
+    return worst([Finding(tolerance.status(value), measured, "", values) for tolerance, value in judged])
 
 
 def on_policy(subject: DoctorContext) -> Finding:
@@ -224,22 +224,20 @@ def prompt_padding(subject: DoctorContext) -> Finding:
     """Compare the log-probs of responses to prompts alone with those beside longer ones, padded on the left."""
     prompt, model = subject.prompt, subject.module.policy
     responses = _responses(subject)
-    found = []
+    gaps = []
     for i in range(min(ALONE, len(prompt.prompts))):
         pair = _beside_a_longer_one(prompt, i)
         if pair is None:
             continue
-        ids, kept = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
-        answer = Responses(ids, kept, responses.truncated[[i, i]], [])
+        ids, mask = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
+        answer = Responses(ids, mask, responses.truncated[[i, i]], [])
         with eval_mode(model):
             together = response_statistics(model, pair, answer).log_probs[1]
             alone = response_statistics(model, rows_of(pair, [1]), answer.rows(1, 2)).log_probs[0]
-        found.append(_apart(alone[kept[1]], together[kept[1]]))
-    if not found:
+        gaps.append(_apart(alone[mask[1]], together[mask[1]]))
+    if not gaps:
         raise NotApplicable("all prompts are one token long, so none can be padded")
-    result = _compared(
-        subject, "padding moves log-probs by", max(each[0] for each in found), max(each[1] for each in found)
-    )
+    result = _compared(subject, "padding moves log-probs by", max(gap[0] for gap in gaps), max(gap[1] for gap in gaps))
     if result.status == "pass":
         return result
     return result._replace(

@@ -55,7 +55,7 @@ def models(subject: DoctorContext) -> Finding:
     """Load the models and let the module check itself."""
     subject.load_models()
     model = subject.module.trained_model
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype, device = str(model.dtype).removeprefix("torch."), subject.module.device
     return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{subject.note}")
 

@@ -33,13 +33,13 @@ MOSTLY_TRUNCATED = 0.25
 def eos(subject: DoctorContext) -> Finding:
     """Ask whether the tokens that end a response are the policy's, and have a chance to be written."""
     module: Any = subject.module
-    ids, own = module.eos_ids(), int(module.tokenizer.eos_token_id)
+    ids, tokenizer_eos = module.eos_ids(), int(module.tokenizer.eos_token_id)
     vocabulary = module.policy.config.get_text_config().vocab_size
-    outside = [each for each in ids if not 0 <= each < vocabulary]
+    outside = [token for token in ids if not 0 <= token < vocabulary]
     if outside:
         fix = "correct eos_token_id in the policy's generation_config.json, or take the tokenizer that belongs to it"
         return Finding("fail", f"EOS {_listed(outside)} is not among the policy's {vocabulary} tokens", fix)
-    shown = [f"{module.tokenizer.convert_ids_to_tokens(each)!r} ({each})" for each in ids[:SHOWN]]
+    shown = [f"{module.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ids[:SHOWN]]
     named = ", ".join(shown) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
     if isinstance(subject.batch, PromptBatch):
         highest, ended = _highest_probability(subject, ids), int((~subject.rollout.sampled.truncated).sum())
@@ -54,18 +54,20 @@ def eos(subject: DoctorContext) -> Finding:
             return Finding(status, measured, fix, values)
     else:
         values, measured = {}, f"responses end at {named}"
-    if len(ids) > 1 and own not in _of_generation_config(module.policy):
+    if len(ids) > 1 and tokenizer_eos not in _of_generation_config(module.policy):
         fix = (
             "both end a response; if the policy has learned only one of them, make tokenizer.eos_token and"
             " eos_token_id of generation_config.json agree on it"
         )
-        return Finding("warn", f"{measured}; the tokenizer's own, {own}, is not in generation_config", fix, values)
+        return Finding(
+            "warn", f"{measured}; the tokenizer's own, {tokenizer_eos}, is not in generation_config", fix, values
+        )
     return Finding("pass", measured, "", values)
 
 
 def _of_generation_config(policy: Any) -> list[int]:
-    own = getattr(policy.generation_config, "eos_token_id", None)
-    return [] if own is None else [own] if isinstance(own, int) else list(own)
+    configured = getattr(policy.generation_config, "eos_token_id", None)
+    return [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
 
 
 def _listed(ids: list[int]) -> str:
@@ -96,7 +98,7 @@ def eos_trained(subject: DoctorContext) -> Finding:
     module, rollout = subject.module, subject.rollout
     eos_ids = module.eos_ids()
     both = [rollout.sampled, cast(Responses, rollout.greedy)]
-    ended = sum(int((~each.truncated).sum()) for each in both)
+    ended = sum(int((~responses.truncated).sum()) for responses in both)
     stand_in = None if ended else _written(both[1], eos_ids, module.sampling.min_response_length)
     if not ended and stand_in is None:
         raise NotApplicable("no response ended, and there is no token to end one with in place of EOS")
@@ -104,12 +106,14 @@ def eos_trained(subject: DoctorContext) -> Finding:
         eos_ids = [stand_in]
         rollout = subject.roll_out(subject.prompt, eos_ids=eos_ids)
         both = [rollout.sampled, cast(Responses, rollout.greedy)]
-        ended = sum(int((~each.truncated).sum()) for each in both)
+        ended = sum(int((~responses.truncated).sum()) for responses in both)
     pad_id = int(module.tokenizer.pad_token_id)
-    faults = [fault for each in both if (fault := _fault(each, eos_ids, pad_id, module.sampling.stop_strings))]
+    faults = [
+        fault for responses in both if (fault := _fault(responses, eos_ids, pad_id, module.sampling.stop_strings))
+    ]
     if stand_in is not None and not ended:
         faults.append(f"the engine does not stop at token {stand_in}, which stood in for EOS")
-    total = sum(len(each.response_ids) for each in both)
+    total = sum(len(responses.response_ids) for responses in both)
     measured = f"{ended} of {total} responses ended at {'a token in place of EOS' if stand_in is not None else 'EOS'}"
     if faults:
         fix = (
@@ -123,7 +127,7 @@ def eos_trained(subject: DoctorContext) -> Finding:
 def _written(greedy: Responses, eos_ids: list[int], least: int) -> int | None:
     """Return a token that a greedy response has after its first `least`, None if there is none."""
     for ids, mask in zip(greedy.response_ids, greedy.response_mask, strict=True):
-        rest = [int(each) for each in ids[mask][least:] if int(each) not in eos_ids]
+        rest = [int(token) for token in ids[mask][least:] if int(token) not in eos_ids]
         if rest:
             return rest[0]
     return None
@@ -195,8 +199,8 @@ def _eos_tensor(subject: DoctorContext) -> Tensor:
 
 def _responses(subject: DoctorContext) -> tuple[Tensor, Tensor]:
     batch: Any = subject.batch
-    found = subject.rollout.sampled if isinstance(batch, PromptBatch) else batch
-    return found.response_ids, found.response_mask
+    responses = subject.rollout.sampled if isinstance(batch, PromptBatch) else batch
+    return responses.response_ids, responses.response_mask
 
 
 def _holes(mask: Tensor, *, left: bool) -> int:
@@ -255,7 +259,7 @@ def _away_from_rollouts(subject: DoctorContext) -> float:
     prompt = rows_of(subject.prompt, range(min(ROWS_OF_GENERATE, len(subject.prompt.prompts))))
     with eval_mode(policy), isolate_rng():
         torch.manual_seed(0)  # transformers draws from the global generator
-        found = cast(Any, language_model(policy)).generate(
+        output = cast(Any, language_model(policy)).generate(
             prompt.prompt_ids,
             attention_mask=prompt.prompt_mask.long(),
             do_sample=True,
@@ -267,10 +271,10 @@ def _away_from_rollouts(subject: DoctorContext) -> float:
             output_scores=True,
             output_logits=True,
         )
-    drawn = torch.stack(found.scores, 1).double().log_softmax(-1)
-    own = apply_temperature(torch.stack(found.logits, 1), sampling.temperature).double().log_softmax(-1)
-    kl = (drawn.exp() * (drawn - own)).nan_to_num(0.0).sum(-1)  # 0 * inf of what is never drawn
-    ids = found.sequences[:, prompt.prompt_ids.shape[1] :]
+    drawn = torch.stack(output.scores, 1).double().log_softmax(-1)
+    expected = apply_temperature(torch.stack(output.logits, 1), sampling.temperature).double().log_softmax(-1)
+    kl = (drawn.exp() * (drawn - expected)).nan_to_num(0.0).sum(-1)  # 0 * inf of what is never drawn
+    ids = output.sequences[:, prompt.prompt_ids.shape[1] :]
     ended = torch.isin(ids, _eos_tensor(subject)).long().cumsum(-1)
     going_on = torch.nn.functional.pad(ended[:, :-1], (1, 0)) == 0
     return float(kl[going_on].mean())

@@ -40,17 +40,19 @@ class Scored(NamedTuple):
 def written(subject: DoctorContext) -> Scored:
     """Return what the policy has written, with its prompts."""
     rollout: Rollout = subject.rollout
-    each = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
-    each += range(len(rollout.prompt.prompts))
+    prompt_index = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
+    prompt_index += range(len(rollout.prompt.prompts))
     texts = rollout.sampled.texts + cast(Responses, rollout.greedy).texts
-    return Scored([rollout.prompt.prompts[i] for i in each], texts, [rollout.prompt.rows[i] for i in each])
+    return Scored(
+        [rollout.prompt.prompts[i] for i in prompt_index], texts, [rollout.prompt.rows[i] for i in prompt_index]
+    )
 
 
 def _models(subject: DoctorContext) -> list[ClassifierReward]:
-    found = reward_models(cast(Any, subject.reward))
-    if not found:
+    models = reward_models(cast(Any, subject.reward))
+    if not models:
         raise NotApplicable("no ClassifierReward scores")
-    return found
+    return models
 
 
 def reward_template(subject: DoctorContext) -> Finding:
@@ -60,7 +62,7 @@ def reward_template(subject: DoctorContext) -> Finding:
 
 def _template(subject: DoctorContext, model: ClassifierReward, scored: Scored) -> Finding:
     tokenizer: Any = model.tokenizer
-    texts = [model.text(*each) for each in zip(*scored, strict=True)]
+    texts = [model.text(*row) for row in zip(*scored, strict=True)]
     shown = f"{model.path} reads {_shown(texts[0])}"
     blind = sum(response.strip() not in text for text, response in zip(texts, scored.responses, strict=True))
     if blind:
@@ -84,14 +86,14 @@ def _foreign(
 ) -> tuple[str, str] | None:
     """Look for what was written for the policy, and means nothing to the reward model."""
     known = set(cast(Any, model.tokenizer).all_special_tokens)
-    foreign = [each for each in subject.tokenizer.all_special_tokens if each not in known and each in texts[0]]
+    foreign = [token for token in subject.tokenizer.all_special_tokens if token not in known and token in texts[0]]
     fix = "give rows with messages, which the reward model's own chat template takes, or set its template"
     if foreign:
         return f"{', '.join(map(repr, foreign))} are the policy's special tokens and plain text to it", fix
-    own = scored.rows[0].get(getattr(subject.data, "prompt_column", "prompt"))
-    given = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
-    templated = isinstance(own, str) and own != scored.prompts[0]
-    if templated and model._text_template is None and not isinstance(given, list):
+    prompt = scored.rows[0].get(getattr(subject.data, "prompt_column", "prompt"))
+    judged = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
+    templated = isinstance(prompt, str) and prompt != scored.prompts[0]
+    if templated and model._text_template is None and not isinstance(judged, list):
         return "data.template stands inside of its own", fix
     return None
 
@@ -126,7 +128,7 @@ def reward_truncation(subject: DoctorContext) -> Finding:
     """Count the texts that are longer than the reward model reads, and lose their beginning."""
     findings = []
     for model in _models(subject):
-        texts = [model.text(*each) for each in zip(*written(subject), strict=True)]
+        texts = [model.text(*row) for row in zip(*written(subject), strict=True)]
         cut, total = _token_ids(model, texts)[1], len(texts)
         measured = f"{cut} of {total} texts are longer than the {model.max_length} tokens that {model.path} reads"
         fix = "raise model.reward.init_args.max_length if the model holds more, or shorten prompts or responses"
@@ -145,10 +147,10 @@ def reward_padding(subject: DoctorContext) -> Finding:
         loaded = [cast(Any, model.model).dtype for model in reward_models(cast(Any, subject.reward))]
         in_16_bits = any(dtype != torch.float32 for dtype in loaded)
     tolerance = MOVED_16_BITS if in_16_bits else MOVED
-    found = [_moved(name, other, together, tolerance) for name, other in orders.items()]
-    wrong = [each for each in found if each.status != "pass"]
+    findings = [_moved(name, other, together, tolerance) for name, other in orders.items()]
+    wrong = [finding for finding in findings if finding.status != "pass"]
     if not wrong:
-        furthest = max(found, key=lambda each: each.values["moved"])
+        furthest = max(findings, key=lambda finding: finding.values["moved"])
         return furthest._replace(measured=f"again, alone and in another order, {furthest.measured.partition(', ')[2]}")
     return wrong[0]
 

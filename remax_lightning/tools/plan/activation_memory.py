@@ -156,7 +156,9 @@ class StepPasses:
             live.reset()
 
         policy = self.policy.train()
-        hooks = [each.register_post_accumulate_grad_hook(store) for each in policy.parameters() if each.requires_grad]
+        hooks = [
+            weight.register_post_accumulate_grad_hook(store) for weight in policy.parameters() if weight.requires_grad
+        ]
         with LiveBytes([policy] if reference is None else [policy, reference]) as live:
             with self.autocast():
                 log_probs, body = self._log_probs(policy, self.work.training_rows, live, self.whole_logits, reference)
@@ -178,9 +180,9 @@ class StepPasses:
     ) -> tuple[Tensor, int]:
         """Return log-probs, as `policy_statistics` makes them, and what is alive when the body is through."""
         ids, mask = _rows(rows, self.work.length)
-        responses, kept = ids[:, self.work.prompt_length :], None
+        responses, token_mask = ids[:, self.work.prompt_length :], None
         if model is self.policy:
-            kept = sampling_mask(self.work.sampling)
+            token_mask = sampling_mask(self.work.sampling)
         predicting = slice(-responses.shape[1] - 1, -1)
         head = None if whole_logits else output_head(model)
         if head is None:
@@ -189,14 +191,14 @@ class StepPasses:
                 inputs["logits_to_keep"] = responses.shape[1] + 1
             logits = model(**inputs, use_cache=False).logits
             body = live.live - logits.nbytes
-            return token_statistics(logits[:, predicting], responses, kept=kept).log_probs, body
+            return token_statistics(logits[:, predicting], responses, kept=token_mask).log_probs, body
         hidden = hidden_states(model, ids, mask)[:, predicting].flatten(0, 1)
         body, compared = live.live, None
         if reference is not None:
             other = self._required_head(reference)
             compared = torch.empty(len(hidden), other.weight.shape[1], dtype=other.weight.dtype), other
-        found = hidden_statistics(hidden, head, responses.flatten(), reference=compared, kept=kept)
-        return found.log_probs if found.kl is None else found.log_probs + found.kl, body
+        statistics = hidden_statistics(hidden, head, responses.flatten(), reference=compared, kept=token_mask)
+        return statistics.log_probs if statistics.kl is None else statistics.log_probs + statistics.kl, body
 
     def _required_head(self, reference: PreTrainedModel) -> OutputHead:
         head = output_head(reference)

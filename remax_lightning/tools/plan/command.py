@@ -64,14 +64,14 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
     def needed(devices: int) -> dict[str, Parts]:
         return remax_phases(sizes, replace(run.strategy, devices=devices), usable)
 
-    found, ppo = needed(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
+    phase_parts, ppo = needed(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
     offloaded = host(sizes.policy, sizes.step, sizes.frozen, run.strategy)
     value_offloaded = host(sizes.value, sizes.step, [], run.strategy)
     answer: dict[str, Any] = {
         "devices": run.strategy.devices,
         "parameters": sizes.parameters,
-        "phases": found,
-        "peak": peak(found),
+        "phases": phase_parts,
+        "peak": peak(phase_parts),
         "host": offloaded,
         "ppo": {"phases": ppo, "peak": peak(ppo), "host": offloaded + value_offloaded},
         "notes": list(run.notes),

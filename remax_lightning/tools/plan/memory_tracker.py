@@ -33,8 +33,8 @@ class LiveBytes(TorchDispatchMode):
         self.live: int = 0
         self.peak: int = 0
         self._sizes: dict[int, int] = {}
-        for each in known:
-            for tensor in (*each.parameters(), *each.buffers()) if isinstance(each, nn.Module) else (each,):
+        for item in known:
+            for tensor in (*item.parameters(), *item.buffers()) if isinstance(item, nn.Module) else (item,):
                 self._watch(tensor, 0)
 
     def __enter__(self) -> Self:

@@ -120,11 +120,11 @@ def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:
 
 
 def _rewards(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:
-    found = []
+    sizes = []
     for reward in reward_models(run.module.reward):
         model = _classifier(reward)
-        found.append(_frozen("reward model", model, passes.reward_scoring(model), reward.placement))
-    return found
+        sizes.append(_frozen("reward model", model, passes.reward_scoring(model), reward.placement))
+    return sizes
 
 
 def _classifier(reward: ClassifierReward) -> PreTrainedModel:
@@ -173,7 +173,7 @@ def _flat(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
-    own, core = list(policy.parameters()), language_model(policy)
+    parameters, core = list(policy.parameters()), language_model(policy)
     weights, layers = _bytes(policy), [_bytes(layer) for layer in decoder_layers(cast(nn.Module, core))]
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     packed = 0
@@ -185,9 +185,9 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
         weights -= sum(weight.nbytes - int(FOUR_BITS * weight.numel()) for weight in cut if not weight.requires_grad)
     return ModelSize(
         weights=weights,
-        trainable=sum(each.numel() for each in own if each.requires_grad),
-        itemsize=next(each.itemsize for each in own if each.requires_grad),
-        largest=max(each.nbytes for each in own),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        itemsize=next(parameter.itemsize for parameter in parameters if parameter.requires_grad),
+        largest=max(parameter.nbytes for parameter in parameters),
         layer=max(layers, default=0),
         outside=_bytes(policy) - sum(layers),
         packed=packed,
@@ -196,10 +196,10 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
 
 def _value_size(policy: PreTrainedModel, size: ModelSize) -> ModelSize:
     core = language_model(policy)
-    body = {id(each) for each in core.base_model.parameters()}
-    head = [each for each in core.parameters() if id(each) not in body]
-    weights = sum(each.nbytes for each in head)
-    trainable = size.trainable - sum(each.numel() for each in head if each.requires_grad)
+    body = {id(parameter) for parameter in core.base_model.parameters()}
+    head = [parameter for parameter in core.parameters() if id(parameter) not in body]
+    weights = sum(parameter.nbytes for parameter in head)
+    trainable = size.trainable - sum(parameter.numel() for parameter in head if parameter.requires_grad)
     return size._replace(weights=size.weights - weights, trainable=trainable, outside=max(0, size.outside - weights))
 
 

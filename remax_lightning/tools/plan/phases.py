@@ -38,24 +38,24 @@ def phases(
     """
     policy = trained(size, step, strategy)
     always = _always(policy, frozen, value)
-    kept = {"reference hidden states": step.hidden}
+    hidden = {"reference hidden states": step.hidden}
     copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "packed weights": size.packed}
     rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
-    found: dict[str, list[Counter[str]]] = {
+    moments_by_phase: dict[str, list[Counter[str]]] = {
         "rollout": [always + Counter(policy.rollout() | rollout)],
-        "scoring": [always + Counter(each) for each in _scoring(policy, frozen)],
+        "scoring": [always + Counter(scored) for scored in _scoring(policy, frozen)],
         "training": [
-            always + Counter(parts | kept | _training(body, live))
+            always + Counter(parts | hidden | _training(body, live))
             for parts, live in ((policy.body(), body), (policy.forward(), forward))
         ],
         "update": [always + Counter(policy.update())],
     }
-    found["training"] += [
-        always + Counter(policy.backward(moment)) + Counter(kept | _training(body, moment.live))
+    moments_by_phase["training"] += [
+        always + Counter(policy.backward(moment)) + Counter(hidden | _training(body, moment.live))
         for moment in step.training.backward
     ]
-    highest = {phase: max(moments, key=Counter.total) for phase, moments in found.items()}
+    highest = {phase: max(moments, key=Counter.total) for phase, moments in moments_by_phase.items()}
     return {phase: dict(parts) for phase, parts in highest.items()}
 
 
@@ -65,8 +65,8 @@ def settled(
     """Return the strategy with the way of gathering that `auto` chooses on devices of so much memory; None for much."""
     if strategy.gather != "auto":
         return strategy
-    there = _always(trained(size, step, strategy), frozen).total()
-    fits = memory is None or size.weights <= MAX_MEMORY_SHARE * (memory - there)
+    resident = _always(trained(size, step, strategy), frozen).total()
+    fits = memory is None or size.weights <= MAX_MEMORY_SHARE * (memory - resident)
     return replace(strategy, gather="once" if fits else "layerwise")
 
 
@@ -77,7 +77,7 @@ def peak(found: Mapping[str, Parts]) -> int:
 
 def host(size: ModelSize, step: Step, frozen: Sequence[FrozenSize], strategy: Strategy) -> int:
     """Return what is offloaded to the host's memory, in bytes per device."""
-    parked = sum(each.weights - each.stays for each in frozen if each.placement == "cpu")
+    parked = sum(model.weights - model.stays for model in frozen if model.placement == "cpu")
     return trained(size, step, strategy).host() + parked
 
 
@@ -94,16 +94,16 @@ def least_devices(needed: Callable[[int], int], memory: float) -> int | None:
 
 def _always(policy: StrategyMemory, frozen: Sequence[FrozenSize], value: ModelSize | None = None) -> Counter[str]:
     """Return what is there in every phase."""
-    step, found = policy.step, Counter(policy.resident())
-    for each in frozen:
-        found[each.name] += _parked(each, policy.strategy)
+    step, parts = policy.step, Counter(policy.resident())
+    for model in frozen:
+        parts[model.name] += _parked(model, policy.strategy)
     if step.keeps_cache:
-        found.update({"KV cache": step.rollout.cache, "packed weights": policy.size.packed})
+        parts.update({"KV cache": step.rollout.cache, "packed weights": policy.size.packed})
     if value is not None:
         other = trained(value, step.scaled(value.trainable / policy.size.trainable), policy.strategy)
         # Its gradients too: both models are trained together.
-        found["value model"] = sum(other.resident().values()) + other.update().get("gradients", 0)
-    return found
+        parts["value model"] = sum(other.resident().values()) + other.update().get("gradients", 0)
+    return parts
 
 
 def _training(body: int, live: int) -> Parts:

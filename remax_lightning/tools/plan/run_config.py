@@ -133,7 +133,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
-        notes=tuple(each for each in (note, unknown_note) if each),
+        notes=tuple(text for text in (note, unknown_note) if text),
     )
 
 
@@ -156,7 +156,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
     responses = data.batch_size * sampling.num_samples
     scored = responses if _validates(data) else responses // splits  # validation takes a batch in one pass
     texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
-    limits = [each.max_length for each in rewards if each.max_length is not None]
+    limits = [reward.max_length for reward in rewards if reward.max_length is not None]
     return StepShape(
         prompts=data.batch_size,
         sampling=sampling,
@@ -164,7 +164,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
         training_rows=responses // splits,
         scoring_rows=scored,
         reference_rows=kl.reference_batch_size or scored,
-        reward_rows=min(texts, max((each.batch_size for each in rewards), default=0)),
+        reward_rows=min(texts, max((reward.batch_size for reward in rewards), default=0)),
         reward_length=max(limits) if rewards and len(limits) == len(rewards) else None,
     )
 
@@ -178,10 +178,10 @@ def _reward_models(reward: Reward) -> tuple[list[ClassifierReward], str]:
     if isinstance(reward, ClassifierReward):
         return [reward], ""
     if isinstance(reward, WeightedReward):
-        found = [_reward_models(part) for part in reward.parts.values()]
-        return [each for models, _ in found for each in models], ", ".join(name for _, name in found if name)
-    own = type(reward).__module__.startswith("remax_lightning.")
-    return [], "" if own else type(reward).__name__
+        parts = [_reward_models(part) for part in reward.parts.values()]
+        return [model for models, _ in parts for model in models], ", ".join(name for _, name in parts if name)
+    is_ours = type(reward).__module__.startswith("remax_lightning.")
+    return [], "" if is_ours else type(reward).__name__
 
 
 def reward_models(reward: Reward) -> list[ClassifierReward]:
@@ -197,9 +197,9 @@ def _devices(given: Any, device: str) -> tuple[int, str]:
     if re.fullmatch(r"[1-9]\d*", text):
         return int(text), ""
     if "," in text:
-        return len([each for each in text.split(",") if each.strip()]), ""
-    found = max(1, torch.cuda.device_count()) if device == "gpu" else 1
-    return found, f"trainer.devices is {text}: planned for {found}, as this machine has; set it for others"
+        return len([part for part in text.split(",") if part.strip()]), ""
+    count = max(1, torch.cuda.device_count()) if device == "gpu" else 1
+    return count, f"trainer.devices is {text}: planned for {count}, as this machine has; set it for others"
 
 
 def _precision(given: Any) -> str:
@@ -212,29 +212,29 @@ def _precision(given: Any) -> str:
     return precision
 
 
-def read_strategy(given: Any, devices: int, *, touched: bool) -> Strategy:
+def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strategy:
     """Return what is planned for a strategy of Lightning's or ours.
 
     Args:
-        given: `trainer.strategy`: a name or an object.
+        strategy_class: `trainer.strategy`: a name or an object.
         devices: in all.
         touched: see `Strategy`.
 
     Raises:
         UserError: if it is one that no run of ours is tested under.
     """
-    if isinstance(given, str) and given in StrategyRegistry.available_strategies():
-        given = StrategyRegistry.get(given)
-    if type(given) is DDPStrategy:
-        views = bool(given._ddp_kwargs.get("gradient_as_bucket_view"))
+    if isinstance(strategy_class, str) and strategy_class in StrategyRegistry.available_strategies():
+        strategy_class = StrategyRegistry.get(strategy_class)
+    if type(strategy_class) is DDPStrategy:
+        views = bool(strategy_class._ddp_kwargs.get("gradient_as_bucket_view"))
         return Strategy("ddp", devices, bucket_views=views, touched=touched)
-    if isinstance(given, DeepSpeedStrategy):
-        return _zero(given, devices, touched)
-    if isinstance(given, ModelParallelStrategy):
-        return Strategy("fsdp2", devices, gather=getattr(given, "gather", "auto"), touched=touched)
-    if given == "auto" or type(given).__name__ == "SingleDeviceStrategy":
+    if isinstance(strategy_class, DeepSpeedStrategy):
+        return _zero(strategy_class, devices, touched)
+    if isinstance(strategy_class, ModelParallelStrategy):
+        return Strategy("fsdp2", devices, gather=getattr(strategy_class, "gather", "auto"), touched=touched)
+    if strategy_class == "auto" or type(strategy_class).__name__ == "SingleDeviceStrategy":
         return Strategy("single" if devices == 1 else "ddp", devices, touched=touched)
-    name = given if isinstance(given, str) else type(given).__name__
+    name = strategy_class if isinstance(strategy_class, str) else type(strategy_class).__name__
     raise UserError(
         f"trainer.strategy: remax plan knows auto, ddp, ReMaxDeepSpeedStrategy and ReMaxFSDP2Strategy, got {name!r}"
     )

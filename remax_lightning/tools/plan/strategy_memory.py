@@ -64,8 +64,8 @@ class Replicated(StrategyMemory):
 
     def resident(self) -> Parts:
         """Weights, optimizer, and DDP's buckets, a second copy of the gradients unless these are views of them."""
-        found = {"policy weights": self.size.weights, "optimizer": self.step.update.state}
-        return found | ({"gradient buffers": self.gradients} if self.strategy.kind == "ddp" else {})
+        parts = {"policy weights": self.size.weights, "optimizer": self.step.update.state}
+        return parts | ({"gradient buffers": self.gradients} if self.strategy.kind == "ddp" else {})
 
     def forward(self) -> Parts:
         """The gradients of the pass before; none in a rollout's first one, see `ReMaxModule`."""
@@ -134,8 +134,8 @@ class Zero(StrategyMemory):
 
     def resident(self) -> Parts:
         """Weights and a share of optimizer and master weights."""
-        found = {"policy weights": self.size.weights}
-        return found | {"master weights": self.master * self.on_device, "optimizer": self.state * self.on_device}
+        parts = {"policy weights": self.size.weights}
+        return parts | {"master weights": self.master * self.on_device, "optimizer": self.state * self.on_device}
 
     def forward(self) -> Parts:
         """The gradients of earlier micro-batches: ZeRO-1 leaves them whole until the last."""

@@ -175,11 +175,11 @@ def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
     sections, missing = [], []
     for title, charts in {**known, "Further curves": further}.items():
-        found = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
+        drawn = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
         if title.startswith("KL") and (path := kl_against_reward(curves)):
-            found.append(path)
-        if found:
-            sections.append({"title": title, "charts": found})
+            drawn.append(path)
+        if drawn:
+            sections.append({"title": title, "charts": drawn})
         elif charts:
             missing.append(title)
     return sections, missing
@@ -197,11 +197,11 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
 
 
 def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
-    found = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
+    visible = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
     if chart.stacked:  # sums need the same steps throughout
-        common = sorted(set.intersection(*(set(curve.steps) for curve in found.values())))
-        found = {key: Curve(common, _at(curve, common)) for key, curve in found.items()}
-    lines = [_line(line, found[line.key]) for line in chart.lines if line.key in found]
+        common = sorted(set.intersection(*(set(curve.steps) for curve in visible.values())))
+        visible = {key: Curve(common, _at(curve, common)) for key, curve in visible.items()}
+    lines = [_line(line, visible[line.key]) for line in chart.lines if line.key in visible]
     return {
         "kind": "stack" if chart.stacked else "curves",
         "title": chart.title,
@@ -214,16 +214,16 @@ def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
 def _line(line: Line, curve: Curve) -> dict[str, Any]:
     description = {"label": line.label, "color": line.color, "points": line.points}
     if line.points:
-        kept = thinned(len(curve.steps))
-        return {**description, "x": [curve.steps[i] for i in kept], "y": _short(curve.values[i] for i in kept)}
+        indices = thinned(len(curve.steps))
+        return {**description, "x": [curve.steps[i] for i in indices], "y": _short(curve.values[i] for i in indices)}
     steps, means, deviations = smooth(curve)
-    kept = thinned(len(steps))
+    indices = thinned(len(steps))
     return {
         **description,
-        "x": [steps[i] for i in kept],
-        "y": _short(means[i] for i in kept),
-        "low": _short(means[i] - deviations[i] for i in kept),
-        "high": _short(means[i] + deviations[i] for i in kept),
+        "x": [steps[i] for i in indices],
+        "y": _short(means[i] for i in indices),
+        "low": _short(means[i] - deviations[i] for i in indices),
+        "high": _short(means[i] + deviations[i] for i in indices),
     }
 
 
@@ -236,8 +236,12 @@ def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
             continue
         common = sorted(set(kl.steps) & set(reward.steps))
         x, y = (_at(smoothed(curve) if stage == "train" else curve, common) for curve in (kl, reward))
-        kept = thinned(len(common), POINTS // 2)
-        line = {"step": [common[i] for i in kept], "x": _short(x[i] for i in kept), "y": _short(y[i] for i in kept)}
+        indices = thinned(len(common), POINTS // 2)
+        line = {
+            "step": [common[i] for i in indices],
+            "x": _short(x[i] for i in indices),
+            "y": _short(y[i] for i in indices),
+        }
         lines.append({**line, "label": label, "points": stage == "val"})
     if not any(line["step"] for line in lines):
         return None

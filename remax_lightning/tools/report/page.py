@@ -48,10 +48,10 @@ def page(run: Run, max_samples: int) -> str:
         max_samples: sampled responses that are put into the page; of more, these are spread evenly over the run.
     """
     sections, missing = drawn(run.curves)
-    kept = [run.samples[i] for i in thinned(len(run.samples), max_samples)]
+    samples = [run.samples[i] for i in thinned(len(run.samples), max_samples)]
     notes = [*_alarms(run), *run.notes, *_missing(run, missing)]
-    if len(kept) < len(run.samples):
-        notes.append(f"{len(kept):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
+    if len(samples) < len(run.samples):
+        notes.append(f"{len(samples):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
     script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _filled(
@@ -66,7 +66,7 @@ def page(run: Run, max_samples: int) -> str:
             "notes": _list(notes),
             "config": _config(run.config),
             "evaluation": _evaluation(run.figures),
-            "data": _data({"sections": sections, "samples": [_sample(sample) for sample in kept]}),
+            "data": _data({"sections": sections, "samples": [_sample(sample) for sample in samples]}),
             "script": script,
         },
     )
@@ -104,17 +104,17 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _tiles(run: Run) -> str:
-    found: dict[str, str] = {}
+    sections: dict[str, str] = {}
     if any(key.startswith("train/") for key in run.curves):
-        found["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
+        sections["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
     for label, key in TILES:
-        if key in run.curves and label not in found:
-            found[label] = _from_to(run.curves[key], noisy=key.startswith("train/"))
+        if key in run.curves and label not in sections:
+            sections[label] = _from_to(run.curves[key], noisy=key.startswith("train/"))
     if rate := run.curves.get("throughput/tokens_per_s"):
-        found["Response tokens per second"] = _tile(number(sorted(rate.values)[len(rate.values) // 2]), "median")
+        sections["Response tokens per second"] = _tile(number(sorted(rate.values)[len(rate.values) // 2]), "median")
     if run.seconds > 0:
-        found["Time"] = _tile(duration(run.seconds), "first to last log")
-    return "".join(f"<div class=tile><dt>{escape(label)}</dt>{text}</div>" for label, text in found.items())
+        sections["Time"] = _tile(duration(run.seconds), "first to last log")
+    return "".join(f"<div class=tile><dt>{escape(label)}</dt>{text}</div>" for label, text in sections.items())
 
 
 def _from_to(curve: Curve, noisy: bool) -> str:
@@ -176,7 +176,7 @@ def _config(config: str) -> str:
 def _evaluation(figures: Mapping[str, Mapping[str, float]]) -> str:
     if not figures:
         return ""
-    rows = "".join(f"<tr><th scope=row>{escape(name)}</th>{_cells(each)}</tr>" for name, each in figures.items())
+    rows = "".join(f"<tr><th scope=row>{escape(name)}</th>{_cells(figure)}</tr>" for name, figure in figures.items())
     head = "".join(f"<th scope=col>{name}</th>" for name in ("figure", "value", "95 % interval", "n"))
     table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     heading = "<h2 id=evaluation>Evaluation</h2>"

@@ -86,11 +86,11 @@ def _is_run(folder: Path) -> bool:
 
 def _newest_evaluation(folder: Path, notes: list[str]) -> Path:
     """Return the file that `remax test` wrote last: it gives a second one in the same folder a number."""
-    found = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        others = ", ".join(path.name for path in found[:-1])
-        notes.append(f"The evaluation is the newest, {found[-1].name}; --evaluation shows another ({others}).")
-    return found[-1] if found else folder / "evaluation.json"
+    files = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
+    if len(files) > 1:
+        others = ", ".join(path.name for path in files[:-1])
+        notes.append(f"The evaluation is the newest, {files[-1].name}; --evaluation shows another ({others}).")
+    return files[-1] if files else folder / "evaluation.json"
 
 
 def _wrong(folder: Path) -> str:
@@ -102,10 +102,10 @@ def _wrong(folder: Path) -> str:
         return f"there is no {folder}; {expected}"
     if not folder.is_dir():
         return f"{folder} is a file; {expected}"
-    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_dir() and _is_run(path)]
-    if not found:
+    runs = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_dir() and _is_run(path)]
+    if not runs:
         return f"{folder} is none; {expected}"
-    newest = max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(runs, key=lambda path: path.stat().st_mtime)
     return f"{folder} is none, but has some in it; give one of them, such as {newest}, the youngest"
 
 
@@ -153,10 +153,10 @@ def _figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
         return {}
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        read = {str(name): each if isinstance(each, dict) else {"value": each} for name, each in named.items()}
+        read = {str(name): figure if isinstance(figure, dict) else {"value": figure} for name, figure in named.items()}
         return {
-            name: {key: float(each[key]) for key in ("value", "low", "high", "n") if each.get(key) is not None}
-            for name, each in read.items()
+            name: {key: float(figure[key]) for key in ("value", "low", "high", "n") if figure.get(key) is not None}
+            for name, figure in read.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         notes.append(f"{path.name} could not be read: expected an object with figures, numbers by name.")
