@@ -29,6 +29,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
 
 
+@pytest.fixture(autouse=True)
+def _lightning_speaks_as_before() -> Iterator[None]:
+    """Restore what a run may have changed of Lightning's logging, so that no test depends on another."""
+    import logging
+
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    rank = rank_zero_only.rank
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    states = [(logger.level, logger.disabled, logger.propagate) for logger in loggers]
+    yield
+    rank_zero_only.rank = rank
+    for logger, (level, disabled, propagate) in zip(loggers, states, strict=True):
+        logger.setLevel(level)
+        logger.disabled, logger.propagate = disabled, propagate
+
+
 CHARACTERS = "0123456789+-=*?. abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n:,!#$<>/'"
 
 
