@@ -24,7 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item, (path, name) in zip(items, names, strict=True):
         if is_exhaustive(path, name):
             item.add_marker(pytest.mark.exhaustive)
-    chosen = config.option.keyword or config.option.lf or any("::" in argument for argument in config.args)
+    chosen = (
+        config.option.keyword
+        or getattr(config.option, "lf", False)
+        or any("::" in argument for argument in config.args)
+    )
     if not chosen and (missing := unmatched(names)):
         raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
 

@@ -1,7 +1,8 @@
 """What `make test` leaves to `make test-all`: the rest of matrices of which it runs a representative.
 
-Each row is a file and a regular expression for the names of its tests. Nothing here is a proof of its own kind: the
-same check runs in `make test` for another strategy, family or shape, or takes minutes to measure a benchmark.
+Each row is a file and a regular expression for the names of its tests. Most have a representative in `make test`, the
+same check for another strategy, family or shape. Adapters and placements on two ranks, benchmarks and the pipeline are
+left out whole: they take minutes, and continuous integration runs them with the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ EXHAUSTIVE = (
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
     ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),
     # Whole runs on the fake CUDA device: one in 32 and one in 16 bits stay.
-    ("modules/test_on_cuda.py", r"^(?!test_remax_trains_as_on_a_cpu|test_remax_trains_in_16_bits\[bf16-mixed\])"),
+    (
+        "modules/test_on_cuda.py",
+        r"^(?!test_remax_trains_as_on_a_cpu\[parked models\]|test_remax_trains_in_16_bits\[bf16-mixed\])",
+    ),
 )
 
 
