@@ -102,12 +102,8 @@ class RolloutBuffer:
         self._experience = Experience(**{**_renamed(state), "rollout": Rollout(**rollout)})
 
 
-# Names of version 0.1, spelled in two parts so that no search and replace takes them along.
-_OLD_NAMES = {
-    "normal" + "isers": "normalizers",
-    "sp" + "lit": "micro_batch_index",
-    "num_sp" + "lits": "num_micro_batches",
-}
+_OLD_NAMES = {"normalisers": "normalizers", "split": "micro_batch_index", "num_splits": "num_micro_batches"}
+"""What version 0.1 called the parts of a state."""
 
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:
