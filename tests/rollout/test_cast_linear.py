@@ -11,7 +11,8 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from remax_lightning.rollout.cast_linear import cast_linears
+from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.rollout.cast_linear import CastLinear, cast_linears
 
 
 @pytest.fixture
@@ -111,3 +112,27 @@ def test_weights_that_fsdp2_has_gathered_are_not_copied(tmp_path: Path) -> None:
             assert casts == []
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_engine_takes_the_casts_in_mixed_precision_alone(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def counted(self: CastLinear, inputs: torch.Tensor, plain: Any = CastLinear.__call__) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(self, inputs)
+
+    monkeypatch.setattr(CastLinear, "__call__", counted)
+    ids = torch.tensor([[5, 6, 7]])
+    request = GenerationRequest(
+        prompt_ids=ids,
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool),
+        sampling=SamplingConfig(max_response_length=3),
+        eos_ids=[],
+        pad_id=3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        PairedEngine().generate(tiny_model(), request)
+    assert (calls > 0) == mixed
