@@ -16,8 +16,8 @@ from rewards.test_classifier import CHAT, save_classifier
 from remax_lightning.data import PromptDataModule
 from remax_lightning.rewards import Reward
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine
-from remax_lightning.tools.doctor import CHECKS, DoctorContext, Finding, read_subject
-from remax_lightning.tools.doctor.registry import answer
+from remax_lightning.tools.doctor import CHECKS, DoctorContext, Finding, load_context
+from remax_lightning.tools.doctor.registry import run_check
 from remax_lightning.types import PromptBatch
 
 ENDS = (2, *range(21, 47))
@@ -82,17 +82,17 @@ def preferred(folder: Path, **policy: Any) -> dict[str, Any]:
 def loaded(folder: Path, config: dict[str, Any], **values: Any) -> DoctorContext:
     """What `remax doctor` examines, loaded; `values` change keys of `model` and `data` by dotted name."""
     path = write_config(folder / "run.yaml", changed(config, **values))
-    subject = read_subject(["--config", path], num_prompts=12)
+    context = load_context(["--config", path], num_prompts=12)
     for check in CHECKS[:3]:
-        assert answer(check, subject, set()).status != "fail", answer(check, subject, set()).measured
-    return subject
+        assert run_check(check, context, set()).status != "fail", run_check(check, context, set()).measured
+    return context
 
 
-def ask(subject: DoctorContext, name: str) -> Finding:
+def ask(context: DoctorContext, name: str) -> Finding:
     """What a check says of a loaded run as it is now, whatever was asked before."""
     [check] = [each for each in CHECKS if each.name == name]
-    fresh = DoctorContext(subject.args, subject.module, subject.data, subject.trainer, subject.num_prompts)
-    return answer(check, fresh, set())
+    fresh = DoctorContext(context.args, context.module, context.data, context.trainer, context.num_prompts)
+    return run_check(check, fresh, set())
 
 
 class EosStrippingEngine(PairedEngine):

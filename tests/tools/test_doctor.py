@@ -14,7 +14,9 @@ from test_readme import ROOT, tables
 
 from remax_lightning.cli import run
 from remax_lightning.tasks.addition import write_addition_task
-from remax_lightning.tools.doctor import CHECKS, DoctorContext, examine, read_subject
+from remax_lightning.tools.doctor import CHECKS, DoctorContext, load_context, run_checks
+from remax_lightning.tools.doctor.batches import first_rows
+from remax_lightning.types import PromptBatch
 
 NAMES = [check.name for check in CHECKS]
 
@@ -131,8 +133,8 @@ def test_models_that_are_too_large_for_this_device(tmp_path: Path, monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(DoctorContext, "load_models", too_large)
-    subject = read_subject(["--config", write_config(tmp_path / "run.yaml", supervised(tmp_path))], 12)
-    results = {result.name: result for result in examine(subject)}
+    context = load_context(["--config", write_config(tmp_path / "run.yaml", supervised(tmp_path))], 12)
+    results = {result.name: result for result in run_checks(context)}
     assert results["models"].status == "fail"
     assert "--trainer.accelerator cpu" in results["models"].fix
     assert results["memory"].measured == "needs models"
@@ -192,3 +194,14 @@ def test_a_run_on_gpus_is_checked_where_there_is_none(tmp_path: Path, capsys: py
 def test_the_page_has_every_check_in_its_order() -> None:
     [rows] = [each for each in tables((ROOT / "docs" / "doctor.md").read_text()) if each[0][0] == "check"]
     assert [row[0].strip("`") for row in rows[1:]] == NAMES
+
+
+def test_a_rollout_batch_in_micro_batches_is_looked_at_once() -> None:
+    """The loader yields the same prompts once per micro-batch."""
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    batches = [
+        PromptBatch(ids, mask, texts, [{}, {}], micro_batch, 2)
+        for texts in (["a", "b"], ["c", "d"])
+        for micro_batch in range(2)
+    ]
+    assert first_rows(batches, 3, 0).prompts == ["a", "b", "c"]

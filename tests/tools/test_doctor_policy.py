@@ -55,24 +55,24 @@ def test_healthy(well: DoctorContext) -> None:
 @pytest.mark.parametrize(("noise", "status"), [(0.002, "warn"), (0.3, "fail")])
 def test_another_checkpoint_as_reference(tmp_path: Path, noise: float, status: str) -> None:
     other = save_policy(tmp_path / "other", noise=noise)
-    subject = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reference={"path": other}))
-    found = ask(subject, "kl_at_start")
+    context = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reference={"path": other}))
+    found = ask(context, "kl_at_start")
     assert found.status == status
     assert "is another checkpoint than model.policy.path" in found.fix
-    assert found.values["kl"] == pytest.approx(kl_of(subject), rel=1e-3)
+    assert found.values["kl"] == pytest.approx(kl_of(context), rel=1e-3)
 
 
 @torch.no_grad()
-def kl_of(subject: DoctorContext) -> float:
+def kl_of(context: DoctorContext) -> float:
     """The mean of exp(-x) - 1 + x over all sampled tokens, one response after the other, without padding."""
-    rollout, total, count = subject.rollout, 0.0, 0
+    rollout, total, count = context.rollout, 0.0, 0
     for i, (ids, mask) in enumerate(zip(rollout.sampled.response_ids, rollout.sampled.response_mask, strict=True)):
         prompt = i // rollout.num_samples
         start = rollout.prompt.prompt_ids[prompt][rollout.prompt.prompt_mask[prompt]]
         response = ids[mask]
         row = torch.cat([start, response])[None]
         chosen = []
-        for model in (subject.module.policy, subject.module.reference):
+        for model in (context.module.policy, context.module.reference):
             log_probs = model(row).logits[0, len(start) - 1 : -1].double().log_softmax(-1)
             chosen.append(log_probs[torch.arange(len(response)), response])
         log_ratio = chosen[0] - chosen[1]
@@ -84,19 +84,19 @@ def kl_of(subject: DoctorContext) -> float:
 def test_dropout_moves_the_training_pass(tmp_path: Path) -> None:
     config = healthy(tmp_path, family="gpt2")  # with dropouts of 0.1
     policy = config["model"]["init_args"]["policy"] | {"disable_dropout": False}
-    subject = loaded(tmp_path, changed(config, model__init_args__policy=policy))
+    context = loaded(tmp_path, changed(config, model__init_args__policy=policy))
     for name in ("kl_at_start", "log_probs"):
-        found = ask(subject, name)
+        found = ask(context, name)
         assert found.status == "fail"
         assert "model.policy.disable_dropout: true" in found.fix
-    assert ask(subject, "greedy").status == "pass"  # rollouts are in eval mode
+    assert ask(context, "greedy").status == "pass"  # rollouts are in eval mode
 
 
 def test_a_model_that_was_changed_after_loading(tmp_path: Path) -> None:
-    subject = loaded(tmp_path, healthy(tmp_path))
+    context = loaded(tmp_path, healthy(tmp_path))
     with torch.no_grad():
-        subject.module.policy.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    found = ask(subject, "kl_at_start")
+        context.module.policy.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    found = ask(context, "kl_at_start")
     assert found.status == "fail"
     assert "differ in 1 tensors, such as model.layers.0.mlp.up_proj.weight" in found.fix
 
@@ -105,13 +105,13 @@ def test_an_adapter_starts_as_nothing(tmp_path: Path) -> None:
     config = healthy(tmp_path)
     policy = config["model"]["init_args"]["policy"] | {"lora": {"r": 2, "alpha": 4}}
     config = changed(config, model__init_args__policy=policy, model__init_args__reference=...)
-    subject = loaded(tmp_path, config)
-    assert ask(subject, "kl_at_start").status == "pass"
+    context = loaded(tmp_path, config)
+    assert ask(context, "kl_at_start").status == "pass"
     with torch.no_grad():
-        for name, weight in subject.module.policy.named_parameters():
+        for name, weight in context.module.policy.named_parameters():
             if "lora_B" in name:
                 weight.normal_()
-    found = ask(subject, "kl_at_start")
+    found = ask(context, "kl_at_start")
     assert found.status == "fail"
     assert "the adapter changes the policy before training" in found.fix
 
@@ -119,8 +119,8 @@ def test_an_adapter_starts_as_nothing(tmp_path: Path) -> None:
 def test_a_reference_of_other_precision_is_told_by_its_rounding(tmp_path: Path) -> None:
     config = healthy(tmp_path)
     reference = config["model"]["init_args"]["reference"] | {"dtype": "bfloat16"}
-    subject = loaded(tmp_path, changed(config, model__init_args__reference=reference))
-    found = ask(subject, "kl_at_start")
+    context = loaded(tmp_path, changed(config, model__init_args__reference=reference))
+    found = ask(context, "kl_at_start")
     assert found.values["kl"] > 1e-6
     assert found.status == "pass"
     assert "rounding explains 0.002" in found.measured
@@ -197,27 +197,27 @@ def test_training_another_distribution_than_is_sampled(
     tmp_path: Path, options: dict[str, Any], fixed: dict[str, Any], status: str
 ) -> None:
     config = healthy(tmp_path)
-    subject = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options))
-    found = ask(subject, "on_policy")
+    context = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options))
+    found = ask(context, "on_policy")
     assert found.status == status
     [key] = fixed
     assert f"model.sampling.{key}" in found.fix
-    assert ask(subject, "log_probs").status == "pass"  # of what is trained, both passes say the same
-    subject = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options | fixed))
-    assert ask(subject, "on_policy").status == "pass"
+    assert ask(context, "log_probs").status == "pass"  # of what is trained, both passes say the same
+    context = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options | fixed))
+    assert ask(context, "on_policy").status == "pass"
 
 
 def test_truncation_makes_drawn_tokens_likelier_by_what_it_cuts_off(tmp_path: Path) -> None:
     """With the two likeliest tokens alone, by minus the log of their mass."""
     sampling = SAMPLING | {"top_k": 2}
-    subject = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__sampling=sampling))
-    rollout, cut = subject.rollout, []
+    context = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__sampling=sampling))
+    rollout, cut = context.rollout, []
     for i, (ids, mask) in enumerate(zip(rollout.sampled.response_ids, rollout.sampled.response_mask, strict=True)):
         start = rollout.prompt.prompt_ids[i // 2][rollout.prompt.prompt_mask[i // 2]]
         with torch.no_grad():
-            logits = subject.module.policy(torch.cat([start, ids[mask]])[None]).logits[0, len(start) - 1 : -1]
+            logits = context.module.policy(torch.cat([start, ids[mask]])[None]).logits[0, len(start) - 1 : -1]
         cut.append(-logits.double().softmax(-1).topk(2).values.sum(-1).log())
-    assert ask(subject, "on_policy").values["difference"] == pytest.approx(float(torch.cat(cut).mean()), rel=1e-3)
+    assert ask(context, "on_policy").values["difference"] == pytest.approx(float(torch.cat(cut).mean()), rel=1e-3)
 
 
 def test_an_engine_that_does_not_stop_is_not_greedys_fault(

@@ -105,20 +105,20 @@ def test_special_tokens_of_the_policy_that_mean_nothing_to_the_reward_model(tmp_
 
 @pytest.mark.parametrize(("length", "status"), [(256, "pass"), (33, "warn"), (8, "fail")])
 def test_conversations_that_are_cut(tmp_path: Path, length: int, status: str) -> None:
-    subject = with_template(tmp_path, max_length=length)
-    found = ask(subject, "reward_truncation")
+    context = with_template(tmp_path, max_length=length)
+    found = ask(context, "reward_truncation")
     assert found.status == status, found
-    assert isinstance(subject.reward, ClassifierReward)
-    assert subject.reward.num_truncated == 0  # what a run counts is its own
+    assert isinstance(context.reward, ClassifierReward)
+    assert context.reward.num_truncated == 0  # what a run counts is its own
 
 
 def test_the_models_in_a_weighted_sum_are_looked_at(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(well.reward, ClassifierReward)
-    subject = DoctorContext(well.args, well.module, well.data, well.trainer, 12)
-    subject.reward = WeightedReward({"model": well.reward})
-    monkeypatch.setattr(well.module.worker, "reward", subject.reward)
+    context = DoctorContext(well.args, well.module, well.data, well.trainer, 12)
+    context.reward = WeightedReward({"model": well.reward})
+    monkeypatch.setattr(well.module.worker, "reward", context.reward)
     monkeypatch.setattr(well.reward, "max_length", 8)
-    assert ask(subject, "reward_truncation").status == "fail"
+    assert ask(context, "reward_truncation").status == "fail"
 
 
 # Its scores
@@ -134,10 +134,10 @@ def test_a_score_that_is_read_in_the_padding(well: DoctorContext, monkeypatch: p
 def test_a_reward_model_in_training_that_is_read_in_the_padding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = loaded(tmp_path, preferred(tmp_path))
-    assert ask(subject, "reward_padding").status == "pass"
-    monkeypatch.setattr(subject.module, "_pooling", last_column)
-    assert ask(subject, "reward_padding").status == "fail"
+    context = loaded(tmp_path, preferred(tmp_path))
+    assert ask(context, "reward_padding").status == "pass"
+    monkeypatch.setattr(context.module, "_pooling", last_column)
+    assert ask(context, "reward_padding").status == "fail"
 
 
 COMPANY = {"Dice": "again", "Places": "alone", "Ranks": "alone", "Turns": "in another order"}
@@ -190,24 +190,24 @@ def test_a_reward_that_is_not_finite(well: DoctorContext, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("stage", [healthy, supervised, preferred])
 def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any) -> None:
-    subject = loaded(tmp_path, stage(tmp_path))
+    context = loaded(tmp_path, stage(tmp_path))
     monkeypatch.setattr(memory, "host_memory", lambda: None)
-    assert ask(subject, "memory").status == "skip"
+    assert ask(context, "memory").status == "skip"
     monkeypatch.setattr(memory, "host_memory", lambda: 1e5)
-    found = ask(subject, "memory")
+    found = ask(context, "memory")
     assert found.status == "fail"
     assert "configs/strategies" in found.fix
     if stage is not healthy:  # weights, gradients and AdamW's two moments in 32 bits
-        count = sum(each.numel() for each in subject.module.trained_model.parameters())
+        count = sum(each.numel() for each in context.module.trained_model.parameters())
         assert found.values["least"] == 16 * count
 
 
 @pytest.mark.slow
 def test_processes_share_the_memory_of_their_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = loaded(tmp_path, healthy(tmp_path))
-    peak = ask(subject, "memory").values["peak"]
+    context = loaded(tmp_path, healthy(tmp_path))
+    peak = ask(context, "memory").values["peak"]
     monkeypatch.setattr(memory, "host_memory", lambda: 1.5 * peak / 0.9)
-    assert ask(subject, "memory").status == "pass"
+    assert ask(context, "memory").status == "pass"
     assert ask(loaded(tmp_path, healthy(tmp_path), trainer__devices=2), "memory").status == "fail"
 
 

@@ -55,37 +55,37 @@ def test_healthy(well: DoctorContext) -> None:
 
 
 def test_an_empty_prompt(tmp_path: Path) -> None:
-    subject = with_prompts(tmp_path, [said("")] * 24, "<s>{{ messages[0]['content'] }}")
-    found = ask(subject, "prompts")
+    context = with_prompts(tmp_path, [said("")] * 24, "<s>{{ messages[0]['content'] }}")
+    found = ask(context, "prompts")
     assert found.status == "fail"
     assert found.values["empty"] == 12
 
 
 @pytest.mark.parametrize(("long", "status"), [(1, "pass"), (4, "warn"), (30, "fail")])
 def test_rows_that_are_left_out(tmp_path: Path, long: int, status: str) -> None:
-    subject = with_prompts(tmp_path, PROMPTS + ["1" * 60] * long, data__init_args__val_size=0)
-    found = ask(subject, "prompts")
+    context = with_prompts(tmp_path, PROMPTS + ["1" * 60] * long, data__init_args__val_size=0)
+    found = ask(context, "prompts")
     assert (found.values["left_out"], found.values["rows"]) == (long, 24 + long)
     assert found.status == status
 
 
 def test_prompts_that_are_all_the_same(tmp_path: Path) -> None:
-    subject = with_prompts(tmp_path, PROMPTS, data__init_args__template="Say something. {{prompt}} {prompt:.0}")
-    found = ask(subject, "prompts")
+    context = with_prompts(tmp_path, PROMPTS, data__init_args__template="Say something. {{prompt}} {prompt:.0}")
+    found = ask(context, "prompts")
     assert found.status == "warn"
     assert "11 of 12 prompts are repetitions" in found.measured
 
 
 def test_doubled_bos(tmp_path: Path) -> None:
-    subject = with_prompts(tmp_path, [said(f"<s>{prompt}") for prompt in PROMPTS], "<s>{{ messages[0]['content'] }}")
-    found = ask(subject, "bos")
+    context = with_prompts(tmp_path, [said(f"<s>{prompt}") for prompt in PROMPTS], "<s>{{ messages[0]['content'] }}")
+    found = ask(context, "bos")
     assert found.status == "fail"
     assert found.values["doubled"] == 12
 
 
 def test_a_chat_template_without_bos(tmp_path: Path) -> None:
-    subject = with_prompts(tmp_path, [said(prompt) for prompt in PROMPTS], "{{ messages[0]['content'] }}")
-    found = ask(subject, "bos")
+    context = with_prompts(tmp_path, [said(prompt) for prompt in PROMPTS], "{{ messages[0]['content'] }}")
+    found = ask(context, "bos")
     assert found.status == "warn"
     assert found.values["lacking"] == 12
 
@@ -206,21 +206,21 @@ def test_an_engine_that_mistreats_ends(
 
 def test_where_nothing_ends_another_token_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(healthy(tmp_path, ends=[95]), model__init_args__sampling={"max_response_length": 3})
-    subject = loaded(tmp_path, config)
-    monkeypatch.setattr(subject.module, "eos_ids", lambda: [95])  # the tokenizer's own may be drawn
-    found = ask(subject, "eos_trained")
+    context = loaded(tmp_path, config)
+    monkeypatch.setattr(context.module, "eos_ids", lambda: [95])  # the tokenizer's own may be drawn
+    found = ask(context, "eos_trained")
     assert found.status == "pass"
     assert "ended at a token in place of EOS" in found.measured
-    monkeypatch.setattr(subject.module.worker, "engine", NeverStopsEngine())
-    assert ask(subject, "eos_trained").status == "fail"
+    monkeypatch.setattr(context.module.worker, "engine", NeverStopsEngine())
+    assert ask(context, "eos_trained").status == "fail"
 
 
 def test_responses_to_imitate_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = loaded(tmp_path, supervised(tmp_path))
-    assert ask(subject, "eos_trained").status == "pass"
-    batch: Any = subject.batch
+    context = loaded(tmp_path, supervised(tmp_path))
+    assert ask(context, "eos_trained").status == "pass"
+    batch: Any = context.batch
     monkeypatch.setattr(DoctorContext, "batch", batch._replace(response_mask=batch.response_ids > 3))
-    found = ask(subject, "eos_trained")
+    found = ask(context, "eos_trained")
     assert found.status == "fail"
     assert "0 of 12 responses" in found.measured
 
@@ -228,9 +228,9 @@ def test_responses_to_imitate_without_an_end(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("limit", "statuses"), [(24, {"pass"}), (2, {"warn"})])
 def test_responses_that_are_cut(tmp_path: Path, limit: int, statuses: set[str]) -> None:
     sampling = {"max_response_length": limit, "num_samples": 2}
-    subject = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__sampling=sampling))
-    found = ask(subject, "truncation")
-    rows = subject.rollout.sampled.response_ids.tolist()
+    context = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__sampling=sampling))
+    found = ask(context, "truncation")
+    rows = context.rollout.sampled.response_ids.tolist()
     cut = sum(not set(ENDS) & set(row) for row in rows)
     assert found.values["truncation_rate"] == pytest.approx(cut / len(rows))
     ends = [next((i + 1 for i, token in enumerate(row) if token in ENDS), limit) for row in rows]

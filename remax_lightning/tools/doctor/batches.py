@@ -30,23 +30,23 @@ def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | 
                 f"data: its loader yields a {type(batch).__name__}; expected PromptBatch, SupervisedBatch or"
                 " PreferenceBatch of remax_lightning.types"
             )
-        if getattr(batch, "split", 0) == 0:
+        if getattr(batch, "micro_batch_index", 0) == 0:
             batches.append(batch)
         if sum(len(item.prompts) for item in batches) >= count:
             break
     if not batches:
         raise UserError("data: its training loader yields no batch; give more rows, or lower data.batch_size")
-    return cast(PromptBatch, _cut(_joined(batches, pad_id), count))
+    return cast(PromptBatch, _first_n(_concatenate(batches, pad_id), count))
 
 
-def _joined(batches: Sequence[Any], pad_id: int) -> Any:
+def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
     """Return one batch of several of a kind."""
     first = batches[0]
     fields: dict[str, Any] = {}
     for name in first._fields:
         values = [getattr(batch, name) for batch in batches]
         if isinstance(values[0], Tensor) and values[0].dim() == 2:
-            fields[name] = _side_by_side(values, 0 if name.endswith("mask") else pad_id, left="prompt" in name)
+            fields[name] = _pad_and_concatenate(values, 0 if name.endswith("mask") else pad_id, left="prompt" in name)
         elif isinstance(values[0], Tensor):
             fields[name] = torch.cat(values)
         elif isinstance(values[0], list):
@@ -54,7 +54,7 @@ def _joined(batches: Sequence[Any], pad_id: int) -> Any:
     return type(first)(**fields)  # how a step was cut into parts does not matter here: defaults
 
 
-def _side_by_side(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
+def _pad_and_concatenate(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
     width = max(value.shape[1] for value in values)
     missing = [width - value.shape[1] for value in values]
     padded = [
@@ -64,12 +64,12 @@ def _side_by_side(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
     return torch.cat(padded)
 
 
-def _cut(batch: Any, count: int) -> Any:
+def _first_n(batch: Any, count: int) -> Any:
     fields = {name: value[:count] for name, value in batch._asdict().items() if isinstance(value, Tensor | list)}
     return batch._replace(**fields)
 
 
-def rows_of(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
+def select_rows(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
     """Return some of the prompts, without columns that are padding in all of them."""
     chosen = list(indices)
     mask = batch.prompt_mask[chosen]
@@ -82,6 +82,6 @@ def rows_of(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
     )
 
 
-def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+def unpadded_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """Return the `B` rows of `[B, T]` ids without their padding."""
     return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]

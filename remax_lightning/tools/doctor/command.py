@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.doctor import CHECKS, Result, examine, read_subject
+from remax_lightning.tools.doctor import CHECKS, Result, load_context, run_checks
 
 WIDTH = 110
 """Columns of the output."""
@@ -48,9 +48,9 @@ def main(args: Sequence[str]) -> list[Result]:
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: there is no folder {str(options.json.parent)!r}; make it, or name another file")
     results = []
-    with _quiet():
-        for result in examine(read_subject(rest, options.num_prompts)):
-            print(text(result), flush=True)
+    with _quiet_lightning():
+        for result in run_checks(load_context(rest, options.num_prompts)):
+            print(format_result(result), flush=True)
             results.append(result)
     count = Counter(result.status for result in results)
     print(
@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> list[Result]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_lightning() -> Iterator[None]:
     """Keep what Lightning says of devices and loaders out of the table; its warnings stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -79,7 +79,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def text(result: Result) -> str:
+def format_result(result: Result) -> str:
     """Return the lines of a check: how it ended, its name, what was measured, and under it what to do."""
     start, indent = f"{result.status:6}{result.name:{COLUMN}}", " " * (6 + COLUMN)
     lines = textwrap.wrap(

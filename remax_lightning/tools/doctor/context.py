@@ -101,11 +101,11 @@ class DoctorContext:
             module.configure_model()
         precision.convert_module(module)
         strategy.model_to_device()
-        with self._unscored(), precision.forward_context():
+        with self._without_reward(), precision.forward_context():
             module.on_fit_start()
 
     @contextmanager
-    def _unscored(self) -> Iterator[None]:
+    def _without_reward(self) -> Iterator[None]:
         """Keep the reward out of the module's hooks, which would load it."""
         if self.reward is None:
             yield
@@ -164,13 +164,13 @@ class DoctorContext:
         return worker.roll_out(module.policy, prompt, generator, greedy=True, return_log_probs=log_probs)
 
     @property
-    def rounds(self) -> bool:
+    def is_16_bit(self) -> bool:
         """Whether the policy's passes are in 16 bits, whose rounding shows in every log-prob."""
         model = self.module.trained_model
         return "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
 
 
-def read_subject(args: Sequence[str], num_prompts: int) -> DoctorContext:
+def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
     """Read what would stand after `remax fit`; nothing is loaded yet.
 
     Raises:
@@ -182,8 +182,8 @@ def read_subject(args: Sequence[str], num_prompts: int) -> DoctorContext:
             "model: remax doctor is for ReMaxModule, SFTModule and RewardModelModule, and what is made of them; got"
             f" {type(cli.model).__name__}"
         )
-    subject = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
+    context = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
-        subject.note = " (there is no GPU here)"
-    return subject
+        context.note = " (there is no GPU here)"
+    return context

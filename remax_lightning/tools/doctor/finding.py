@@ -8,7 +8,7 @@ Status = Literal["pass", "warn", "fail", "skip"]
 """`skip` where a check does not apply, or lacks what could not be loaded."""
 
 
-FAR = 0.5
+LARGE_KL = 0.5
 """Nats per token, as a KL, from which two distributions are those of two policies: trained ones seldom end further from
 where they started."""
 

@@ -20,12 +20,12 @@ CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, where it says so."""
 
 
-def memory(subject: DoctorContext) -> Finding:
+def check_memory(context: DoctorContext) -> Finding:
     """Compare what `remax plan` says with the memory of a device, or of the host where processes run on its CPU."""
-    if not isinstance(subject.module, ReMaxModule):
-        return _least(subject)
+    if not isinstance(context.module, ReMaxModule):
+        return _check_without_activations(context)
     try:
-        run = read_run(subject.args)
+        run = read_run(context.args)
         on_cpu = run.device == "cpu"
         available = host_memory() if on_cpu else device_memory()
         per_device = None if available is None else available / run.strategy.devices if on_cpu else available
@@ -51,19 +51,19 @@ def memory(subject: DoctorContext) -> Finding:
     return Finding("fail", measured, fix, values)
 
 
-def _least(subject: DoctorContext) -> Finding:
+def _check_without_activations(context: DoctorContext) -> Finding:
     """Compare weights, gradients and optimizer with the memory: what a stage needs before its passes."""
-    if not subject.module._modules:
+    if not context.module._modules:
         raise NotApplicable("needs models")
-    model = subject.module.trained_model
-    optimizer = subject.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    model = context.module.trained_model
+    optimizer = context.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     moments = 2 if "betas" in optimizer.defaults else 0
     trained = sum(
         parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
     )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = weights + trained * (1 + moments)
-    on_cpu = subject.trainer.strategy.root_device.type == "cpu"
+    on_cpu = context.trainer.strategy.root_device.type == "cpu"
     available = host_memory() if on_cpu else device_memory()
     measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
     values = {"least": float(needed)}

@@ -12,9 +12,9 @@ from remax_lightning.functional import kl_estimate
 from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.tools.doctor.batches import rows_of
+from remax_lightning.tools.doctor.batches import select_rows
 from remax_lightning.tools.doctor.context import DoctorContext
-from remax_lightning.tools.doctor.finding import FAR, Finding, NotApplicable, Tolerance, worst
+from remax_lightning.tools.doctor.finding import LARGE_KL, Finding, NotApplicable, Tolerance, worst
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 KL, KL_16_BITS = Tolerance(1e-6, 1e-4), Tolerance(2e-3, 2e-2)
@@ -29,29 +29,29 @@ ALONE = 4
 """Prompts that are also run alone."""
 
 
-def kl_at_start(subject: DoctorContext) -> Finding:
+def check_kl_at_start(context: DoctorContext) -> Finding:
     """Compare the policy, as training runs it, with the reference, on the policy's own responses."""
-    module: Any = subject.module
+    module: Any = context.module
     if module.reference is None:
         raise NotApplicable("there is no reference")
-    rollout = module.with_reference(subject.rollout)._replace(reference_hidden=None)
+    rollout = module.with_reference(context.rollout)._replace(reference_hidden=None)
     sampling = replace(module.sampling, processed_log_probs=False)  # the reference keeps all tokens, too
-    kl, largest = _distance(module.policy, rollout, sampling)
+    kl, largest = _kl_to_reference(module.policy, rollout, sampling)
     with eval_mode(module.policy):
-        in_eval, _ = _distance(module.policy, rollout, sampling)
+        in_eval, _ = _kl_to_reference(module.policy, rollout, sampling)
     dtypes = {str(model.dtype).removeprefix("torch.") for model in (module.policy, module.reference)}
-    rounds = subject.rounds or bool(dtypes & {"float16", "bfloat16"})
+    rounds = context.is_16_bit or bool(dtypes & {"float16", "bfloat16"})
     tolerance = KL_16_BITS if rounds else KL
     status, fix = tolerance.status(kl), ""
     if status != "pass":
-        same = _named(module.policy_source) == _named(module.reference_source or module.policy_source)
-        status = status if same else "warn" if kl <= FAR else "fail"
-        fix = _cause(module, dtypes, in_train_mode_only=tolerance.status(in_eval) == "pass", same=same)
+        same = _source_key(module.policy_source) == _source_key(module.reference_source or module.policy_source)
+        status = status if same else "warn" if kl <= LARGE_KL else "fail"
+        fix = _explain_kl(module, dtypes, in_train_mode_only=tolerance.status(in_eval) == "pass", same=same)
     measured = f"{kl:.2g} nats per token, at most {largest:.2g} at one (rounding explains {tolerance.rounding:g})"
     return Finding(status, measured, fix, {"kl": kl, "kl_in_eval_mode": in_eval, "largest": largest})
 
 
-def _distance(policy: Any, rollout: Rollout, sampling: SamplingConfig) -> tuple[float, float]:
+def _kl_to_reference(policy: Any, rollout: Rollout, sampling: SamplingConfig) -> tuple[float, float]:
     """Return the KL to the reference in nats per token, never negative, and the largest log-ratio."""
     mask = rollout.sampled.response_mask
     now = policy_statistics(policy, rollout, sampling).log_probs
@@ -59,11 +59,11 @@ def _distance(policy: Any, rollout: Rollout, sampling: SamplingConfig) -> tuple[
     return float(kl_estimate(log_ratio, "k3").mean()), float(log_ratio.abs().max())
 
 
-def _named(source: Any) -> tuple[Any, ...]:
+def _source_key(source: Any) -> tuple[Any, ...]:
     return source.path, source.revision, source.lora.path if source.lora is not None else None
 
 
-def _cause(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: bool) -> str:
+def _explain_kl(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: bool) -> str:
     if in_train_mode_only:
         return (
             "in eval mode it is gone: dropout, or another layer that trains differently; set"
@@ -75,7 +75,7 @@ def _cause(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: boo
         return (
             "the adapter changes the policy before training; start from the base, or from a saved adapter by its path"
         )
-    if same and (other := _differing(module.policy, module.reference)):
+    if same and (other := _describe_differing_tensors(module.policy, module.reference)):
         return f"both come from the same path and differ in {other} as loaded: see what casts or changes it"
     if same:
         return (
@@ -88,35 +88,35 @@ def _cause(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: boo
     )
 
 
-def _differing(policy: Any, reference: Any) -> str:
+def _describe_differing_tensors(policy: Any, reference: Any) -> str:
     """Return what of two models' weights and buffers is not the same, where they have the same names."""
     first, second = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (policy, reference))
-    differ = [name for name in first.keys() & second.keys() if not _equal(first[name], second[name])]
+    differ = [name for name in first.keys() & second.keys() if not _are_equal(first[name], second[name])]
     return f"{len(differ)} tensors, such as {min(differ)}" if differ else ""
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def _are_equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.to(second), second)
 
 
-def log_probs(subject: DoctorContext) -> Finding:
+def check_log_probs(context: DoctorContext) -> Finding:
     """Compare the log-probs that decoding made with those of the training pass."""
-    module, rollout = subject.module, subject.rollout
+    module, rollout = context.module, context.rollout
     if rollout.log_probs is None:
         raise NotApplicable(f"{type(module.engine).__name__} returns no log-probs though it is asked for them")
-    counted = _counted(rollout, module.sampling)
+    counted = _unbarred_mask(rollout, module.sampling)
     if not counted.any():
         raise NotApplicable("all tokens come before model.sampling.min_response_length, where EOS is barred")
 
     def apart() -> tuple[float, float]:
         now = policy_statistics(module.policy, rollout, module.sampling).log_probs
-        return _apart(cast(Tensor, rollout.log_probs)[counted], now[counted])
+        return _mean_and_max_difference(cast(Tensor, rollout.log_probs)[counted], now[counted])
 
-    finding = _compared(subject, "decoding and training differ by", *apart())
+    finding = _judge_log_probs(context, "decoding and training differ by", *apart())
     if finding.status == "pass":
         return finding
     with eval_mode(module.policy):
-        in_eval = _compared(subject, "", *apart())
+        in_eval = _judge_log_probs(context, "", *apart())
     if in_eval.status == "pass":
         return finding._replace(fix="in eval mode they agree: set model.policy.disable_dropout: true")
     return finding._replace(
@@ -125,29 +125,29 @@ def log_probs(subject: DoctorContext) -> Finding:
     )
 
 
-def _counted(rollout: Rollout, sampling: SamplingConfig) -> Tensor:
+def _unbarred_mask(rollout: Rollout, sampling: SamplingConfig) -> Tensor:
     """Return `[S, R]` the counted tokens before which nothing was barred."""
     place = torch.arange(rollout.sampled.response_mask.shape[1], device=rollout.sampled.response_mask.device)
     return rollout.sampled.response_mask & (place >= sampling.min_response_length)
 
 
-def _apart(first: Tensor, second: Tensor) -> tuple[float, float]:
+def _mean_and_max_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean and the largest difference."""
     difference = (first.double() - second.double()).abs()
     return float(difference.mean()), float(difference.max())
 
 
-def _compared(subject: DoctorContext, what: str, mean: float, largest: float) -> Finding:
-    tolerances = (MEAN_16_BITS, LARGEST_16_BITS) if subject.rounds else (MEAN, LARGEST)
+def _judge_log_probs(context: DoctorContext, what: str, mean: float, largest: float) -> Finding:
+    tolerances = (MEAN_16_BITS, LARGEST_16_BITS) if context.is_16_bit else (MEAN, LARGEST)
     measured = f"{what} {mean:.2g} nats per token on average, by {largest:.2g} at most"
     values = {"mean": mean, "largest": largest}
     judged = zip(tolerances, (mean, largest), strict=True)
     return worst([Finding(tolerance.status(value), measured, "", values) for tolerance, value in judged])
 
 
-def on_policy(subject: DoctorContext) -> Finding:
+def check_on_policy(context: DoctorContext) -> Finding:
     """Ask whether responses are drawn from the distribution whose log-probs are trained."""
-    module, rollout = subject.module, subject.rollout
+    module, rollout = context.module, context.rollout
     sampling: SamplingConfig = module.sampling
     drawn = replace(sampling, scale_log_probs=True, processed_log_probs=sampling.truncates)
     if sampling.temperature == 1:
@@ -174,13 +174,13 @@ def on_policy(subject: DoctorContext) -> Finding:
     if keys == ["min_response_length"]:
         measured = f"EOS is barred from the first {sampling.min_response_length} tokens, and not in training"
     fix = "; ".join(fixes[key] for key in keys) + "; as it is, the gradient is off-policy"
-    return Finding("warn" if apart <= FAR else "fail", measured, fix, {"difference": apart})
+    return Finding("warn" if apart <= LARGE_KL else "fail", measured, fix, {"difference": apart})
 
 
-def greedy(subject: DoctorContext) -> Finding:
+def check_greedy(context: DoctorContext) -> Finding:
     """Decode greedily again, and some prompts alone: the baseline may depend on the prompt only."""
-    first = cast(Responses, subject.rollout.greedy).response_ids
-    second = cast(Responses, subject.roll_out(subject.prompt, seed=1).greedy).response_ids
+    first = cast(Responses, context.rollout.greedy).response_ids
+    second = cast(Responses, context.roll_out(context.prompt, seed=1).greedy).response_ids
     changed = [i for i in range(len(first)) if not torch.equal(first[i], second[i])]
     if changed:
         measured = f"{len(changed)} of {len(first)} greedy responses differ when they are made again"
@@ -190,13 +190,13 @@ def greedy(subject: DoctorContext) -> Finding:
         )
         return Finding("fail", measured, fix, {"changed": len(changed)})
     alone = range(min(ALONE, len(first)))
-    gaps = [gap for i in alone if (gap := _gap_where_they_part(subject, i, first[i])) is not None]
+    gaps = [gap for i in alone if (gap := _gap_at_first_difference(context, i, first[i])) is not None]
     values = {"changed": 0.0, "changed_alone": float(len(gaps)), "largest_gap": max(gaps, default=0.0)}
     measured = f"{len(first)} responses are the same again, {len(alone) - len(gaps)} of {len(alone)} also alone"
     if not gaps:
         return Finding("pass", measured, "", values)
     measured += f"; where they part, {values['largest_gap']:.2g} nats lie between the two tokens"
-    if values["largest_gap"] <= (TIE_16_BITS if subject.rounds else TIE):
+    if values["largest_gap"] <= (TIE_16_BITS if context.is_16_bit else TIE):
         return Finding("pass", f"{measured}, which is rounding", "", values)
     fix = (
         "a greedy response depends on the batch: the model looks at padding (its attention mask or positions), or mixes"
@@ -205,14 +205,14 @@ def greedy(subject: DoctorContext) -> Finding:
     return Finding("fail", measured, fix, values)
 
 
-def _gap_where_they_part(subject: DoctorContext, index: int, ids: Tensor) -> float | None:
+def _gap_at_first_difference(context: DoctorContext, index: int, ids: Tensor) -> float | None:
     """Decode prompt `index` alone; return how far apart in log-prob the first two tokens are that differ."""
-    prompt = rows_of(subject.prompt, [index])
-    other = cast(Responses, subject.roll_out(prompt).greedy).response_ids[0]
+    prompt = select_rows(context.prompt, [index])
+    other = cast(Responses, context.roll_out(prompt).greedy).response_ids[0]
     differ = (ids != other).nonzero()
     if len(differ) == 0:
         return None
-    at, policy = int(differ[0]), subject.module.policy
+    at, policy = int(differ[0]), context.module.policy
     input_ids = torch.cat([prompt.prompt_ids, ids[None, :at]], dim=1)
     with eval_mode(policy):
         inputs = model_inputs(policy, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
@@ -220,24 +220,26 @@ def _gap_where_they_part(subject: DoctorContext, index: int, ids: Tensor) -> flo
     return abs(float(logits[ids[at]] - logits[other[at]]))
 
 
-def prompt_padding(subject: DoctorContext) -> Finding:
+def check_prompt_padding(context: DoctorContext) -> Finding:
     """Compare the log-probs of responses to prompts alone with those beside longer ones, padded on the left."""
-    prompt, model = subject.prompt, subject.module.policy
-    responses = _responses(subject)
+    prompt, model = context.prompt, context.module.policy
+    responses = _one_response_per_prompt(context)
     gaps = []
     for i in range(min(ALONE, len(prompt.prompts))):
-        pair = _beside_a_longer_one(prompt, i)
+        pair = _pair_with_padded_copy(prompt, i)
         if pair is None:
             continue
         ids, mask = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
         answer = Responses(ids, mask, responses.truncated[[i, i]], [])
         with eval_mode(model):
             together = response_statistics(model, pair, answer).log_probs[1]
-            alone = response_statistics(model, rows_of(pair, [1]), answer.rows(1, 2)).log_probs[0]
-        gaps.append(_apart(alone[mask[1]], together[mask[1]]))
+            alone = response_statistics(model, select_rows(pair, [1]), answer.rows(1, 2)).log_probs[0]
+        gaps.append(_mean_and_max_difference(alone[mask[1]], together[mask[1]]))
     if not gaps:
         raise NotApplicable("all prompts are one token long, so none can be padded")
-    result = _compared(subject, "padding moves log-probs by", max(gap[0] for gap in gaps), max(gap[1] for gap in gaps))
+    result = _judge_log_probs(
+        context, "padding moves log-probs by", max(gap[0] for gap in gaps), max(gap[1] for gap in gaps)
+    )
     if result.status == "pass":
         return result
     return result._replace(
@@ -246,21 +248,21 @@ def prompt_padding(subject: DoctorContext) -> Finding:
     )
 
 
-def _responses(subject: DoctorContext) -> Responses:
+def _one_response_per_prompt(context: DoctorContext) -> Responses:
     """Return one response to each prompt: the data set's to imitate, or the policy's greedy one."""
-    batch: Any = subject.batch
+    batch: Any = context.batch
     if not hasattr(batch, "response_ids"):
-        return cast(Responses, subject.rollout.greedy)
+        return cast(Responses, context.rollout.greedy)
     return Responses(batch.response_ids, batch.response_mask, ~batch.response_mask.any(-1), [])
 
 
-def _beside_a_longer_one(prompt: PromptBatch, index: int) -> PromptBatch | None:
+def _pair_with_padded_copy(prompt: PromptBatch, index: int) -> PromptBatch | None:
     """Return prompt `index` and, under it, its second half, which the first one makes the batch pad."""
-    whole = rows_of(prompt, [index])
+    whole = select_rows(prompt, [index])
     length = whole.prompt_ids.shape[1]
     if length < 2:
         return None
-    pair = rows_of(prompt, [index, index])
+    pair = select_rows(prompt, [index, index])
     mask = pair.prompt_mask.clone()
     mask[1, : length // 2] = False
     # What fills up is another token here, so that a model that reads it says something else.

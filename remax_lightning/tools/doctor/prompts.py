@@ -6,7 +6,7 @@ from typing import Any
 
 from remax_lightning.data.formatting import special_prefix
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.tools.doctor.batches import token_ids
+from remax_lightning.tools.doctor.batches import unpadded_ids
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable
 from remax_lightning.types import PreferenceBatch
@@ -16,14 +16,14 @@ SOME_LEFT_OUT = 0.05
 """Shares of the rows from which the data that is trained on is another than the data that was given."""
 
 
-def prompt_eos(subject: DoctorContext) -> Finding:
+def check_prompt_eos(context: DoctorContext) -> Finding:
     """Look for EOS in prompts: at their end it says that all is said."""
-    batch: Any = subject.batch
+    batch: Any = context.batch
     if isinstance(batch, PreferenceBatch):
         raise NotApplicable("conversations end with EOS")
-    assert isinstance(subject.module, PolicyModule)
-    eos_ids = set(subject.module.eos_ids())
-    rows = token_ids(batch.prompt_ids, batch.prompt_mask)
+    assert isinstance(context.module, PolicyModule)
+    eos_ids = set(context.module.eos_ids())
+    rows = unpadded_ids(batch.prompt_ids, batch.prompt_mask)
     last = sum(row[-1:] != [] and row[-1] in eos_ids for row in rows)
     inside = sum(not eos_ids.isdisjoint(row[:-1]) for row in rows)
     values = {"at_the_end": float(last), "inside": float(inside)}
@@ -36,7 +36,7 @@ def prompt_eos(subject: DoctorContext) -> Finding:
     if not inside:
         return Finding("pass", f"none of {len(rows)} prompts has an EOS", "", values)
     plain = sum(
-        not _is_chat(subject, row) and not eos_ids.isdisjoint(ids) for ids, row in zip(rows, batch.rows, strict=True)
+        not _is_chat(context, row) and not eos_ids.isdisjoint(ids) for ids, row in zip(rows, batch.rows, strict=True)
     )
     measured = f"{inside} of {len(rows)} prompts have an EOS inside"
     if not plain:
@@ -48,20 +48,20 @@ def prompt_eos(subject: DoctorContext) -> Finding:
     return Finding("warn", f"{measured}, {plain} of them plain text", fix, values)
 
 
-def _is_chat(subject: DoctorContext, row: dict[str, Any]) -> bool:
-    return isinstance(row.get(getattr(subject.data, "prompt_column", "prompt")), list)
+def _is_chat(context: DoctorContext, row: dict[str, Any]) -> bool:
+    return isinstance(row.get(getattr(context.data, "prompt_column", "prompt")), list)
 
 
-def bos(subject: DoctorContext) -> Finding:
+def check_bos(context: DoctorContext) -> Finding:
     """Look whether texts begin with one BOS, where the tokenizer has it put there, and not with two."""
-    tokenizer, batch = subject.tokenizer, subject.batch
+    tokenizer, batch = context.tokenizer, context.batch
     named = ["prompt"] if not isinstance(batch, PreferenceBatch) else ["chosen", "rejected"]
     fields = batch._asdict()
-    rows = [row for name in named for row in token_ids(fields[f"{name}_ids"], fields[f"{name}_mask"])]
-    return judged_bos(rows, tokenizer, "texts", "data")
+    rows = [row for name in named for row in unpadded_ids(fields[f"{name}_ids"], fields[f"{name}_mask"])]
+    return judge_bos(rows, tokenizer, "texts", "data")
 
 
-def judged_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> Finding:
+def judge_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> Finding:
     """Judge how token ids begin.
 
     Args:
@@ -94,14 +94,14 @@ def judged_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> 
     return Finding("pass", f"all of {len(rows)} {what} {how}", "", values)
 
 
-def prompts(subject: DoctorContext) -> Finding:
+def check_prompts(context: DoctorContext) -> Finding:
     """Look for prompts that say nothing, and count the rows that were left out."""
-    batch, special = subject.batch, set(subject.tokenizer.all_special_ids)
+    batch, special = context.batch, set(context.tokenizer.all_special_ids)
     empty = sum(not text.strip() for text in batch.prompts)
     if not isinstance(batch, PreferenceBatch):
-        rows = token_ids(batch.prompt_ids, batch.prompt_mask)
+        rows = unpadded_ids(batch.prompt_ids, batch.prompt_mask)
         empty = max(empty, sum(special.issuperset(row) for row in rows))
-    total, left_out = getattr(subject.data, "num_rows", 0), getattr(subject.data, "num_left_out", 0)
+    total, left_out = getattr(context.data, "num_rows", 0), getattr(context.data, "num_left_out", 0)
     share = left_out / total if total else 0.0
     values = {"empty": float(empty), "left_out": float(left_out), "rows": float(total)}
     if empty:

@@ -13,8 +13,8 @@ from remax_lightning.tools.doctor import memory, policy, prompts, responses, rew
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Status
 
-ALIGNED, SUPERVISED, PREFERRED = ReMaxModule, SFTModule, RewardModelModule
-EVERY = (ALIGNED, SUPERVISED, PREFERRED)
+REMAX, SFT, REWARD_MODEL = ReMaxModule, SFTModule, RewardModelModule
+ALL_STAGES = (REMAX, SFT, REWARD_MODEL)
 """The stages, by what trains them."""
 
 
@@ -30,7 +30,7 @@ class Check(NamedTuple):
 
     name: str
     run: Callable[[DoctorContext], Finding]
-    stages: tuple[type, ...] = (ALIGNED,)
+    stages: tuple[type, ...] = (REMAX,)
     needs: tuple[str, ...] = ("data", "models")
 
 
@@ -44,82 +44,82 @@ class Result(NamedTuple):
     values: dict[str, float]
 
 
-def data(subject: DoctorContext) -> Finding:
+def check_data(context: DoctorContext) -> Finding:
     """Load the data."""
-    subject.load_data()
-    kind, path = type(subject.data).__name__, getattr(subject.data, "path", "")
+    context.load_data()
+    kind, path = type(context.data).__name__, getattr(context.data, "path", "")
     return Finding("pass", f"{kind} reads {path or 'its rows'}")
 
 
-def models(subject: DoctorContext) -> Finding:
+def check_models(context: DoctorContext) -> Finding:
     """Load the models and let the module check itself."""
-    subject.load_models()
-    model = subject.module.trained_model
+    context.load_models()
+    model = context.module.trained_model
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype, device = str(model.dtype).removeprefix("torch."), subject.module.device
-    return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{subject.note}")
+    dtype, device = str(model.dtype).removeprefix("torch."), context.module.device
+    return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{context.note}")
 
 
-def reward(subject: DoctorContext) -> Finding:
+def check_reward(context: DoctorContext) -> Finding:
     """Load the reward."""
-    if subject.reward is None:
+    if context.reward is None:
         raise NotApplicable("there is no model.reward")
-    subject.load_reward()
-    return Finding("pass", f"{subject.reward!r} is loaded")
+    context.load_reward()
+    return Finding("pass", f"{context.reward!r} is loaded")
 
 
 CHECKS = (
-    Check("data", data, EVERY, ()),
-    Check("models", models, EVERY, ()),
-    Check("reward", reward, (ALIGNED, SUPERVISED), ("models",)),
-    Check("prompts", prompts.prompts, EVERY),
-    Check("bos", prompts.bos, EVERY),
-    Check("prompt_eos", prompts.prompt_eos, EVERY),
-    Check("pad_token", responses.pad_token, EVERY),
-    Check("prompt_padding", policy.prompt_padding, (ALIGNED, SUPERVISED)),
-    Check("eos", responses.eos, (ALIGNED, SUPERVISED)),
-    Check("eos_trained", responses.eos_trained, (ALIGNED, SUPERVISED)),
-    Check("truncation", responses.truncation),
-    Check("generation_config", responses.generation_config),
-    Check("greedy", policy.greedy),
-    Check("log_probs", policy.log_probs),
-    Check("on_policy", policy.on_policy),
-    Check("kl_at_start", policy.kl_at_start),
-    Check("reward_template", rewards.reward_template, (ALIGNED,), ("data", "models", "reward")),
-    Check("reward_truncation", rewards.reward_truncation, (ALIGNED,), ("data", "models", "reward")),
-    Check("reward_padding", rewards.reward_padding, (ALIGNED, PREFERRED), ("data", "models", "reward")),
-    Check("reward_spread", rewards.reward_spread, (ALIGNED,), ("data", "models", "reward")),
-    Check("memory", memory.memory, EVERY, ()),
+    Check("data", check_data, ALL_STAGES, ()),
+    Check("models", check_models, ALL_STAGES, ()),
+    Check("reward", check_reward, (REMAX, SFT), ("models",)),
+    Check("prompts", prompts.check_prompts, ALL_STAGES),
+    Check("bos", prompts.check_bos, ALL_STAGES),
+    Check("prompt_eos", prompts.check_prompt_eos, ALL_STAGES),
+    Check("pad_token", responses.check_pad_token, ALL_STAGES),
+    Check("prompt_padding", policy.check_prompt_padding, (REMAX, SFT)),
+    Check("eos", responses.check_eos, (REMAX, SFT)),
+    Check("eos_trained", responses.check_eos_trained, (REMAX, SFT)),
+    Check("truncation", responses.check_truncation),
+    Check("generation_config", responses.check_generation_config),
+    Check("greedy", policy.check_greedy),
+    Check("log_probs", policy.check_log_probs),
+    Check("on_policy", policy.check_on_policy),
+    Check("kl_at_start", policy.check_kl_at_start),
+    Check("reward_template", rewards.check_reward_template, (REMAX,), ("data", "models", "reward")),
+    Check("reward_truncation", rewards.check_reward_truncation, (REMAX,), ("data", "models", "reward")),
+    Check("reward_padding", rewards.check_reward_padding, (REMAX, REWARD_MODEL), ("data", "models", "reward")),
+    Check("reward_spread", rewards.check_reward_spread, (REMAX,), ("data", "models", "reward")),
+    Check("memory", memory.check_memory, ALL_STAGES, ()),
 )
 """In the order in which they run: what later ones need is loaded first."""
 
 
-def examine(subject: DoctorContext) -> Iterator[Result]:
+def run_checks(context: DoctorContext) -> Iterator[Result]:
     """Yield what comes of each check; one that raises has failed, and the others go on."""
     failed: set[str] = set()
     for check in CHECKS:
-        finding = answer(check, subject, failed)
+        finding = run_check(check, context, failed)
         if finding.status == "fail":
             failed.add(check.name)
         yield Result(check.name, *finding)
 
 
-def answer(check: Check, subject: DoctorContext, failed: set[str]) -> Finding:
+def run_check(check: Check, context: DoctorContext, failed: set[str]) -> Finding:
     """Return what comes of one check.
 
     Args:
         check: which.
-        subject: the run.
+        context: the run.
         failed: names of checks that have failed before.
     """
-    if not isinstance(subject.module, check.stages):
-        return Finding("skip", f"does not apply to {type(subject.module).__name__}")
+    if not isinstance(context.module, check.stages):
+        return Finding("skip", f"does not apply to {type(context.module).__name__}")
     lacking = [name for name in check.needs if name in failed]
     if lacking:
         return Finding("skip", f"needs {' and '.join(lacking)}")
     try:
-        with torch.no_grad(), subject.trainer.precision_plugin.forward_context():
-            return check.run(subject)
+        with torch.no_grad(), context.trainer.precision_plugin.forward_context():
+            return check.run(context)
     except NotApplicable as reason:
         return Finding("skip", str(reason))
     except torch.OutOfMemoryError:

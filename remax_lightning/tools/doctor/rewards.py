@@ -13,7 +13,7 @@ from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.formats.load import ClassifierSource, saved_template
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Tolerance, worst
-from remax_lightning.tools.doctor.prompts import judged_bos
+from remax_lightning.tools.doctor.prompts import judge_bos
 from remax_lightning.tools.plan.run_config import reward_models
 from remax_lightning.types import PreferenceBatch, Responses, Rollout
 
@@ -24,46 +24,48 @@ MOSTLY_CUT = 0.5
 """Share of texts from which the reward model judges other conversations than were held."""
 
 
-class Scored(NamedTuple):
+class ResponsesToScore(NamedTuple):
     """`M` responses to be scored: sampled ones, then greedy ones."""
 
     prompts: list[str]
     responses: list[str]
     rows: list[dict[str, Any]]
 
-    def some(self, indices: list[int]) -> Scored:
+    def select(self, indices: list[int]) -> ResponsesToScore:
         """Return those at `indices`."""
         prompts, responses, rows = self
-        return Scored([prompts[i] for i in indices], [responses[i] for i in indices], [rows[i] for i in indices])
+        return ResponsesToScore(
+            [prompts[i] for i in indices], [responses[i] for i in indices], [rows[i] for i in indices]
+        )
 
 
-def written(subject: DoctorContext) -> Scored:
+def policy_responses(context: DoctorContext) -> ResponsesToScore:
     """Return what the policy has written, with its prompts."""
-    rollout: Rollout = subject.rollout
+    rollout: Rollout = context.rollout
     prompt_index = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
     prompt_index += range(len(rollout.prompt.prompts))
     texts = rollout.sampled.texts + cast(Responses, rollout.greedy).texts
-    return Scored(
+    return ResponsesToScore(
         [rollout.prompt.prompts[i] for i in prompt_index], texts, [rollout.prompt.rows[i] for i in prompt_index]
     )
 
 
-def _models(subject: DoctorContext) -> list[ClassifierReward]:
-    models = reward_models(cast(Any, subject.reward))
+def _classifier_rewards(context: DoctorContext) -> list[ClassifierReward]:
+    models = reward_models(cast(Any, context.reward))
     if not models:
         raise NotApplicable("no ClassifierReward scores")
     return models
 
 
-def reward_template(subject: DoctorContext) -> Finding:
+def check_reward_template(context: DoctorContext) -> Finding:
     """Look at the text that the reward model reads: prompt, response, what ends it, and special tokens."""
-    return worst([_template(subject, model, written(subject)) for model in _models(subject)])
+    return worst([_judge_template(context, model, policy_responses(context)) for model in _classifier_rewards(context)])
 
 
-def _template(subject: DoctorContext, model: ClassifierReward, scored: Scored) -> Finding:
+def _judge_template(context: DoctorContext, model: ClassifierReward, scored: ResponsesToScore) -> Finding:
     tokenizer: Any = model.tokenizer
     texts = [model.text(*row) for row in zip(*scored, strict=True)]
-    shown = f"{model.path} reads {_shown(texts[0])}"
+    shown = f"{model.path} reads {_shorten(texts[0])}"
     blind = sum(response.strip() not in text for text, response in zip(texts, scored.responses, strict=True))
     if blind:
         fix = "the chat template leaves the response out; set model.reward.init_args.template, or correct the template"
@@ -74,23 +76,23 @@ def _template(subject: DoctorContext, model: ClassifierReward, scored: Scored) -
         return Finding("fail", f"{shown}; it was trained with {trained_with!r}", fix)
     ids, _ = _token_ids(model, texts)
     if tokenizer.bos_token_id is not None:
-        begins = judged_bos(ids, tokenizer, "texts of the reward model", "the data")
+        begins = judge_bos(ids, tokenizer, "texts of the reward model", "the data")
         if begins.status != "pass":
             return begins._replace(measured=f"{shown}; {begins.measured}")
-    wrong, fix = _foreign(subject, model, scored, texts) or _no_end(model, ids) or ("", "")
+    wrong, fix = _find_foreign_text(context, model, scored, texts) or _find_missing_end(model, ids) or ("", "")
     return Finding("warn", f"{shown}; {wrong}", fix) if wrong else Finding("pass", shown)
 
 
-def _foreign(
-    subject: DoctorContext, model: ClassifierReward, scored: Scored, texts: list[str]
+def _find_foreign_text(
+    context: DoctorContext, model: ClassifierReward, scored: ResponsesToScore, texts: list[str]
 ) -> tuple[str, str] | None:
     """Look for what was written for the policy, and means nothing to the reward model."""
     known = set(cast(Any, model.tokenizer).all_special_tokens)
-    foreign = [token for token in subject.tokenizer.all_special_tokens if token not in known and token in texts[0]]
+    foreign = [token for token in context.tokenizer.all_special_tokens if token not in known and token in texts[0]]
     fix = "give rows with messages, which the reward model's own chat template takes, or set its template"
     if foreign:
         return f"{', '.join(map(repr, foreign))} are the policy's special tokens and plain text to it", fix
-    prompt = scored.rows[0].get(getattr(subject.data, "prompt_column", "prompt"))
+    prompt = scored.rows[0].get(getattr(context.data, "prompt_column", "prompt"))
     judged = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
     templated = isinstance(prompt, str) and prompt != scored.prompts[0]
     if templated and model._text_template is None and not isinstance(judged, list):
@@ -98,7 +100,7 @@ def _foreign(
     return None
 
 
-def _no_end(model: ClassifierReward, ids: list[list[int]]) -> tuple[str, str] | None:
+def _find_missing_end(model: ClassifierReward, ids: list[list[int]]) -> tuple[str, str] | None:
     """Look for a special token at the end; a template may write a line break behind it."""
     special = set(cast(Any, model.tokenizer).all_special_ids)
     # The score of a reward model of DeepSpeed-Chat is read at an end of its own.
@@ -120,15 +122,15 @@ def _token_ids(model: ClassifierReward, texts: list[str]) -> tuple[list[list[int
     return ids, cut
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}")
 
 
-def reward_truncation(subject: DoctorContext) -> Finding:
+def check_reward_truncation(context: DoctorContext) -> Finding:
     """Count the texts that are longer than the reward model reads, and lose their beginning."""
     findings = []
-    for model in _models(subject):
-        texts = [model.text(*row) for row in zip(*written(subject), strict=True)]
+    for model in _classifier_rewards(context):
+        texts = [model.text(*row) for row in zip(*policy_responses(context), strict=True)]
         cut, total = _token_ids(model, texts)[1], len(texts)
         measured = f"{cut} of {total} texts are longer than the {model.max_length} tokens that {model.path} reads"
         fix = "raise model.reward.init_args.max_length if the model holds more, or shorten prompts or responses"
@@ -137,17 +139,17 @@ def reward_truncation(subject: DoctorContext) -> Finding:
     return worst(findings)
 
 
-def reward_padding(subject: DoctorContext) -> Finding:
+def check_reward_padding(context: DoctorContext) -> Finding:
     """Score all responses together, in another order, and each alone: a score may depend on its response only."""
-    if isinstance(subject.batch, PreferenceBatch):
-        together, orders = _pair_scores(subject, subject.batch)
-        in_16_bits = subject.rounds
+    if isinstance(context.batch, PreferenceBatch):
+        together, orders = _pair_scores(context, context.batch)
+        in_16_bits = context.is_16_bit
     else:
-        together, orders = _reward_scores(subject, written(subject))
-        loaded = [cast(Any, model.model).dtype for model in reward_models(cast(Any, subject.reward))]
+        together, orders = _reward_scores(context, policy_responses(context))
+        loaded = [cast(Any, model.model).dtype for model in reward_models(cast(Any, context.reward))]
         in_16_bits = any(dtype != torch.float32 for dtype in loaded)
     tolerance = MOVED_16_BITS if in_16_bits else MOVED
-    findings = [_moved(name, other, together, tolerance) for name, other in orders.items()]
+    findings = [_judge_moved_scores(name, other, together, tolerance) for name, other in orders.items()]
     wrong = [finding for finding in findings if finding.status != "pass"]
     if not wrong:
         furthest = max(findings, key=lambda finding: finding.values["moved"])
@@ -163,7 +165,7 @@ MOVED_BY = {
 """What moves a score, by where it moved; the first of them is the plainest."""
 
 
-def _moved(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> Finding:
+def _judge_moved_scores(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> Finding:
     """Judge how far scores have moved."""
     spread, moved = float(together.max() - together.min()), float((other - together).abs().max())
     share = moved / spread if spread > 0 else float(moved > 0)
@@ -172,27 +174,23 @@ def _moved(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> 
     return Finding(status, measured, "" if status == "pass" else MOVED_BY[name], {"moved": moved, "spread": spread})
 
 
-def _reward_scores(subject: DoctorContext, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-    def score(some: Scored) -> Tensor:
-        return checked_scores(cast(Any, subject.reward), *_arguments(some)).reward.double().cpu()
+def _reward_scores(context: DoctorContext, scored: ResponsesToScore) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(some: ResponsesToScore) -> Tensor:
+        return checked_scores(cast(Any, context.reward), *some).reward.double().cpu()
 
     count = len(scored.responses)
     backwards = list(range(count))[::-1]
-    alone = torch.cat([score(scored.some([i])) for i in range(count)])
+    alone = torch.cat([score(scored.select([i])) for i in range(count)])
     return score(scored), {
         "again": score(scored),
         "alone": alone,
-        "in another order": score(scored.some(backwards)).flip(0),
+        "in another order": score(scored.select(backwards)).flip(0),
     }
 
 
-def _arguments(scored: Scored) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    return scored.prompts, scored.responses, scored.rows
-
-
-def _pair_scores(subject: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _pair_scores(context: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Score pairs with the reward model that is to be trained, as training does."""
-    module: Any = subject.module
+    module: Any = context.module
 
     def score(indices: list[int]) -> Tensor:
         fields: dict[str, Any] = {}
@@ -212,11 +210,11 @@ def _pair_scores(subject: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor
     }
 
 
-def reward_spread(subject: DoctorContext) -> Finding:
+def check_reward_spread(context: DoctorContext) -> Finding:
     """Ask whether the rewards differ: between responses, and from those of the greedy ones."""
-    scored = written(subject)
-    rewards = checked_scores(cast(Any, subject.reward), *_arguments(scored)).reward.double().cpu()
-    rollout = subject.rollout
+    scored = policy_responses(context)
+    rewards = checked_scores(cast(Any, context.reward), *scored).reward.double().cpu()
+    rollout = context.rollout
     count = len(rollout.sampled.texts)
     sampled, greedy = rewards[:count], rewards[count:].repeat_interleave(rollout.num_samples)
     spread, alike = float(rewards.max() - rewards.min()), float((sampled == greedy).double().mean())
@@ -232,7 +230,7 @@ def reward_spread(subject: DoctorContext) -> Finding:
             " them with --num_prompts"
         )
         return Finding("fail", measured, fix, values)
-    if alike == 1 and subject.module.objective.needs_greedy:
+    if alike == 1 and context.module.objective.needs_greedy:
         fix = (
             "no response has an advantage: sample at a higher temperature, take prompts whose reward varies, or a"
             " reward with more steps"

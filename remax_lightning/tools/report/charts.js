@@ -224,5 +224,5 @@ for (const [number, section] of DATA.sections.entries()) {
   if (number === 0 && smoothed) {
     charts.append(html("p", { class: "hint" }, "Lines are means over a 25th of the steps, bands one standard deviation in the same window."));
   }
-  byId("sections").append(html("section", { "aria-labeledby": title }, heading, charts));
+  byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts));
 }

@@ -180,7 +180,7 @@ def _evaluation(figures: Mapping[str, Mapping[str, float]]) -> str:
     head = "".join(f"<th scope=col>{name}</th>" for name in ("figure", "value", "95 % interval", "n"))
     table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     heading = "<h2 id=evaluation>Evaluation</h2>"
-    return f"<section aria-labeledby=evaluation>{heading}<div class=scroll>{table}</div></section>"
+    return f"<section aria-labelledby=evaluation>{heading}<div class=scroll>{table}</div></section>"
 
 
 def _cells(figure: Mapping[str, float]) -> str:
