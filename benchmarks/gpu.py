@@ -152,9 +152,9 @@ def rollouts(
 ) -> dict[str, Any]:
     """Measure rollouts in turn: ours, ours half as long, ours without the greedy rows, and two `generate` calls."""
     runs: dict[str, Callable[[], Any]] = {
-        "ours": _ours(model, work, ids, work.response, greedy=True),
-        "half": _ours(model, work, ids, work.response // 2, greedy=True),
-        "sampled_only": _ours(model, work, ids, work.response, greedy=False),
+        "ours": _our_rollout(model, work, ids, work.response, greedy=True),
+        "half": _our_rollout(model, work, ids, work.response // 2, greedy=True),
+        "sampled_only": _our_rollout(model, work, ids, work.response, greedy=False),
         "two_generate_calls": lambda: _two_calls(model, work, ids),
     }
     for name, run in runs.items():
@@ -205,7 +205,7 @@ def decode_bytes(model: Any, work: StepShape) -> float:
     return weights + 2 * work.prompts * length * 2 * config.num_hidden_layers * config.hidden_size * 2
 
 
-def _ours(model: Any, work: StepShape, ids: Tensor, length: int, *, greedy: bool) -> Callable[[], Any]:
+def _our_rollout(model: Any, work: StepShape, ids: Tensor, length: int, *, greedy: bool) -> Callable[[], Any]:
     from remax_lightning.rollout import AutoEngine, GenerationRequest, SamplingConfig
 
     engine, sampling = AutoEngine(), SamplingConfig(max_response_length=length)

@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = [
             json.dumps({"benchmark": "invariance", "family": options.family, **line, **description()})
             for case in OPTIMIZERS
-            for line in compared(case, policy, reference, folder)
+            for line in compare_strategies(case, policy, reference, folder)
         ]
     options.results.write_text("\n".join(lines) + "\n")
 
 
-def compared(case: str, policy: str, reference: str, folder: Path) -> list[dict[str, str | float]]:
+def compare_strategies(case: str, policy: str, reference: str, folder: Path) -> list[dict[str, str | float]]:
     """Return a line for each strategy."""
     one = run("auto", case, policy, reference, folder / "one", ranks=1)
     lines: list[dict[str, str | float]] = []

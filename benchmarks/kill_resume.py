@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         policy = save_policy(Path(name) / "policy")
         for strategy in options.strategies:
-            whole = uninterrupted(Path(name) / strategy / "whole", policy, strategy)
+            whole = run_uninterrupted(Path(name) / strategy / "whole", policy, strategy)
             for place in options.places:
                 for rank in ranks_at(strategy, place):
                     folder = Path(name) / strategy / f"{place}-{rank}"
-                    line = {"strategy": strategy, **killed(folder, policy, strategy, place, rank, whole)}
+                    line = {"strategy": strategy, **kill_and_resume(folder, policy, strategy, place, rank, whole)}
                     lines.append(json.dumps({"benchmark": "kill_resume", **line, **description()}))
                     print(*line.values(), flush=True)
     options.results.write_text("\n".join(lines) + "\n")
@@ -55,16 +55,18 @@ def ranks_at(strategy: str, place: str) -> list[int]:
     return [0] if place == "saving" and strategy == "ddp" else [0, 1]
 
 
-def uninterrupted(folder: Path, policy: str, strategy: str) -> list[float]:
+def run_uninterrupted(folder: Path, policy: str, strategy: str) -> list[float]:
     """Return the losses of a run that nothing happens to."""
     ended = remax(folder, *write_run(folder, policy, strategy, []))
     if ended.code != 0:
         raise RuntimeError(ended.out)
-    found = losses(folder)
-    return [found[step][0] for step in range(1, STEPS + 1)]
+    resumed_losses = losses(folder)
+    return [resumed_losses[step][0] for step in range(1, STEPS + 1)]
 
 
-def killed(folder: Path, policy: str, strategy: str, place: str, rank: int, whole: list[float]) -> dict[str, Any]:
+def kill_and_resume(
+    folder: Path, policy: str, strategy: str, place: str, rank: int, whole: list[float]
+) -> dict[str, Any]:
     """Kill the run, go on, and return what became of it."""
     first = remax(folder, *write_run(folder, policy, strategy, [hit(folder, place, rank, step=KILLED_AFTER)]))
     if first.seconds is None:
@@ -72,8 +74,8 @@ def killed(folder: Path, policy: str, strategy: str, place: str, rank: int, whol
     reached = max(losses(folder))
     left = sorted(path.stem for path in folder.glob("runs/*/*/checkpoints/*.ckpt"))
     second = remax(folder, *write_run(folder, policy, strategy, []), "--ckpt_path", "last")
-    found = losses(folder)
-    repeated = sum(len(times) - 1 for times in found.values())
+    resumed_losses = losses(folder)
+    repeated = sum(len(times) - 1 for times in resumed_losses.values())
     return {
         "place": place,
         "killed_rank": rank,
@@ -81,17 +83,17 @@ def killed(folder: Path, policy: str, strategy: str, place: str, rank: int, whol
         "step_reached": reached,
         "checkpoints_left": left,
         "steps_repeated": repeated,
-        "lost": lost(second.code, found, whole),
+        "lost": describe_difference(second.code, resumed_losses, whole),
     }
 
 
-def lost(code: int, found: dict[int, list[float]], whole: list[float]) -> str:
+def describe_difference(code: int, resumed_losses: dict[int, list[float]], whole: list[float]) -> str:
     """Say what the run that went on lacks or does otherwise."""
     if code != 0:
         return f"it did not go on: exit code {code}"
-    if sorted(found) != list(range(1, STEPS + 1)):
-        return f"steps: it took {sorted(found)}"
-    largest = max(abs(loss - whole[step - 1]) for step, times in found.items() for loss in times)
+    if sorted(resumed_losses) != list(range(1, STEPS + 1)):
+        return f"steps: it took {sorted(resumed_losses)}"
+    largest = max(abs(loss - whole[step - 1]) for step, times in resumed_losses.items() for loss in times)
     return "nothing" if largest == 0 else f"losses differ by up to {largest:.1e}"
 
 

@@ -52,8 +52,8 @@ class Pass:
             log_probs = own.gather(-1, self.ids[:, None]).sum(-1) + (own.exp() * (own - other)).sum(-1)
         else:
             reference = self.reference[0], OutputHead(self.reference[1])
-            found = hidden_statistics(leaves[0], OutputHead(leaves[1]), self.ids, reference=reference)
-            log_probs = found.log_probs + found.kl
+            statistics = hidden_statistics(leaves[0], OutputHead(leaves[1]), self.ids, reference=reference)
+            log_probs = statistics.log_probs + statistics.kl
         return list(torch.autograd.grad(log_probs.sum(), leaves))
 
     def peak(self) -> float:

@@ -70,8 +70,10 @@ class PapersWay:
         entropy = -(probabilities * log_p).sum(-1)
         kl = (probabilities * (log_p - reference.log_softmax(-1))).sum(-1)
         self.logged = {"entropy": float(entropy.mean()), "kl": float(kl.mean())}
-        kept = mask[:, start:]
-        return _returns(log_ratio[:, start - 1 :], kept, (reward - baseline).clamp(-REWARD_CLIP, REWARD_CLIP)), kept
+        response_mask = mask[:, start:]
+        return _returns(
+            log_ratio[:, start - 1 :], response_mask, (reward - baseline).clamp(-REWARD_CLIP, REWARD_CLIP)
+        ), response_mask
 
     def _train(self, sampled: Tensor, advantages: Tensor, mask: Tensor) -> None:
         logits = self.policy(sampled, attention_mask=(sampled != PAD).long(), use_cache=False).logits

@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in CASES:
         if options.only in "-".join(filter(None, case)):
             with tempfile.TemporaryDirectory() as folder:
-                save(options.results, compared(case._replace(size=options.size or case.size), Path(folder)))
+                save(options.results, compare_case(case._replace(size=options.size or case.size), Path(folder)))
 
 
-def compared(case: Case, folder: Path) -> list[dict[str, Any]]:
+def compare_case(case: Case, folder: Path) -> list[dict[str, Any]]:
     """Return a line for each phase."""
     config = write(case, SIZES[case.size], folder / "run")
     warm_up = write(case, SIZES["toy"], folder / "warm_up")
@@ -96,9 +96,9 @@ def compared(case: Case, folder: Path) -> list[dict[str, Any]]:
     common |= {"dtype": "bfloat16" if case.option == "bf16" else "float32", "ranks": run.strategy.devices}
     lines = []
     for phase in PHASES:
-        found = [step[phase] for step in steps]
-        figures = {"predicted_mb": predicted[phase] / 1e6, "measured_mb": max(found) / 1e6}
-        figures |= {"error": predicted[phase] / max(found) - 1, "spread": 1 - min(found) / max(found)}
+        values = [step[phase] for step in steps]
+        figures = {"predicted_mb": predicted[phase] / 1e6, "measured_mb": max(values) / 1e6}
+        figures |= {"error": predicted[phase] / max(values) - 1, "spread": 1 - min(values) / max(values)}
         lines.append({**common, "phase": phase, **figures})
     return lines
 

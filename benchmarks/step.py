@@ -92,14 +92,14 @@ def measure(size: str, options: argparse.Namespace) -> None:
             ]
             for name in names
         }
-        found = _times(Path(folder), SHAPES[size], commands, options)
+        times = _times(Path(folder), SHAPES[size], commands, options)
         memory = {name: _memory(command) for name, command in commands.items()}
-    base, base_memory = found[BASE]["seconds"], memory[BASE]["peak_over_base_gb"]
+    base, base_memory = times[BASE]["seconds"], memory[BASE]["peak_over_base_gb"]
     lines = []
     for name in names:
         line: dict[str, Any] = {"benchmark": "step", "size": size, "variant": name, "device": "cpu", "dtype": "float32"}
-        line |= {"seconds": found[name]["seconds"], "ratio": found[name]["seconds"] / base}
-        line |= {phase: found[name][phase] for phase in PHASES} | memory[name]
+        line |= {"seconds": times[name]["seconds"], "ratio": times[name]["seconds"] / base}
+        line |= {phase: times[name][phase] for phase in PHASES} | memory[name]
         line |= {"memory_ratio": line["peak_over_base_gb"] / max(base_memory, 1e-9)}
         lines.append(line | {"repetitions": options.repetitions})
     save(options.results, lines)
@@ -190,12 +190,12 @@ def ours(folder: Path, shape: Shape, begin: Begin, micro_batch_size: int | None 
     from remax_lightning.rewards import ClassifierReward
     from remax_lightning.rollout import SamplingConfig
 
-    kept: list[torch.optim.Optimizer] = []
+    made: list[torch.optim.Optimizer] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        if not kept:
-            kept.append(torch.optim.AdamW(parameters, lr=1e-6))
-        return kept[0]
+        if not made:
+            made.append(torch.optim.AdamW(parameters, lr=1e-6))
+        return made[0]
 
     policy = str(folder / "policy")
     module = ReMaxModule(

@@ -70,9 +70,9 @@ def save(path: Path, lines: list[dict[str, Any]]) -> None:
     new = [machine | {name: _rounded(value) for name, value in line.items()} for line in lines]
     keys = [_key(line) for line in new]
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in old if _key(line) not in keys]
+    others = [line for line in old if _key(line) not in keys]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *new]))
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*others, *new]))
     for line in lines:
         print(json.dumps({name: _rounded(value) for name, value in line.items()}), flush=True)
 

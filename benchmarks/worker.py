@@ -72,18 +72,18 @@ def serve(make: Callable[[Callable[[], None]], Callable[[int], dict[str, float]]
             bases.append(resident("VmRSS") / 1e9)
 
     step = make(begin)
-    _say(versions())
+    _send(versions())
     for line in sys.stdin:
         figures = step(int(line.removeprefix("step")))
-        _say({"figures": figures, "peak_over_base_gb": resident("VmHWM") / 1e9 - bases[0]})
+        _send({"figures": figures, "peak_over_base_gb": resident("VmHWM") / 1e9 - bases[0]})
 
 
-def _say(answer: Any) -> None:
+def _send(answer: Any) -> None:
     print(ANSWER + json.dumps(answer), flush=True)
 
 
 def resident(name: str) -> int:
     """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    [found] = [line for line in lines if line.startswith(name + ":")]
-    return int(found.split()[1]) * 1024
+    [match] = [line for line in lines if line.startswith(name + ":")]
+    return int(match.split()[1]) * 1024

@@ -77,10 +77,10 @@ def measure(rank: int, folder: str, size: str, options: argparse.Namespace) -> N
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     shape, responses = SHAPES[size], {}
     rounds = {name: partial(_round, name, way, shape, responses) for name, way in make_ways(shape).items()}
-    found = interleaved(rounds, options.repetitions, options.warmup)
+    times = interleaved(rounds, options.repetitions, options.warmup)
     if rank == 0:
-        base = medians(found[BASE])["seconds"]
-        save(options.results, [_line(size, name, figures["seconds"], base) for name, figures in found.items()])
+        base = medians(times[BASE])["seconds"]
+        save(options.results, [_line(size, name, figures["seconds"], base) for name, figures in times.items()])
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -94,10 +94,14 @@ def sections() -> Iterator[Section]:
 
 def arguments(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return what a user can set: the first parameters of a verifier and the optimizer of a schedule come from us."""
-    given = ("prompts", "responses", "rows", "optimizer") if not _is_module(target) else ()
-    found = dict(inspect.signature(target).parameters)
+    injected = ("prompts", "responses", "rows", "optimizer") if not _is_module(target) else ()
+    parameters = dict(inspect.signature(target).parameters)
     variable = inspect.Parameter.VAR_KEYWORD
-    return {name: each for name, each in found.items() if name not in given and each.kind is not variable}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in injected and parameter.kind is not variable
+    }
 
 
 def _is_module(target: Callable[..., Any]) -> bool:

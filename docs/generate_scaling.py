@@ -84,15 +84,15 @@ def run(folder: Path, precision: str) -> dict[str, Any]:
     }
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_runs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with `over` on top, deeply; what is None is left out."""
-    found = dict(base)
+    runs = dict(base)
     for name, value in over.items():
         if value is None:
-            found.pop(name, None)
+            runs.pop(name, None)
         else:
-            found[name] = merged(found.get(name, {}), value) if isinstance(value, dict) else value
-    return found
+            runs[name] = merge_runs(runs.get(name, {}), value) if isinstance(value, dict) else value
+    return runs
 
 
 def cells(model: str, way: str) -> list[str]:
@@ -101,7 +101,7 @@ def cells(model: str, way: str) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(MODELS[model]))
-        (folder / "run.yaml").write_text(yaml.safe_dump(merged(run(folder, precision), more)))
+        (folder / "run.yaml").write_text(yaml.safe_dump(merge_runs(run(folder, precision), more)))
         strategy = config_folder() / "strategies" / f"{overlay}.yaml"
         planned = read_run(["--config", str(folder / "run.yaml"), "--config", str(strategy)])
         sizes = measure(planned)

@@ -21,11 +21,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
-from remax_lightning.cli_errors import RemaxParser, user_mistake
+from remax_lightning.cli_errors import RemaxParser, user_error_message
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.preemption import EXIT_CODE
-from remax_lightning.training.resume import earlier_folders
+from remax_lightning.training.resume import previous_checkpoint_folders
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
@@ -144,10 +144,10 @@ class RemaxCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if user_mistake(error) is None and (death := launched.death()):
+            if user_error_message(error) is None and (death := launched.describe_killed_process()):
                 raise SystemExit(f"remax: error: {death}") from None  # without it nothing had failed here
             raise
-        if any(launched.codes()):
+        if any(launched.exit_codes()):
             raise SystemExit(1)
 
     def _last_checkpoint(self) -> str | None:
@@ -155,7 +155,7 @@ class RemaxCLI(LightningCLI):
 
         Lightning would look for the name only, and in the folder of this run, which is new.
         """
-        folders = earlier_folders(self.trainer)
+        folders = previous_checkpoint_folders(self.trainer)
         checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
         if checkpoint is not None:
             return str(checkpoint)
@@ -175,7 +175,7 @@ def main() -> None:
     """
     launched = launcher.is_launched()
     if launched:
-        launcher.end_with_launcher()
+        launcher.exit_with_launcher()
     else:
         launcher.mark_launcher()
     try:
@@ -191,7 +191,7 @@ def main() -> None:
         agreed = isinstance(error, RankUserError | RankError)
         if agreed and launched:
             time.sleep(10)  # rank 0 says it; Lightning would kill it as soon as this process ends
-        mistake = user_mistake(error)
+        mistake = user_error_message(error)
         if mistake is None:
             raise
         if not agreed or getattr(rank_zero_only, "rank", 0) == 0:
@@ -206,7 +206,7 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
         args: what stands after `remax`; None takes the process's own.
         kind: what reads the configuration and makes the objects.
     """
-    quieten()
+    silence_library_warnings()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # A user's classes lie in the current folder. Last, so that no file there hides an installed package.
         sys.path.append(str(Path.cwd()))
@@ -224,7 +224,7 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
     )
 
 
-def quieten() -> None:
+def silence_library_warnings() -> None:
     """Drop what libraries say about each other: a user can do nothing about it, and it hides our own lines."""
     for message in (
         "'set_vital' is deprecated",
@@ -235,9 +235,9 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):
-        logging.getLogger(name).addFilter(partial(_lacks, text))
+        logging.getLogger(name).addFilter(partial(_does_not_mention, text))
     disable_progress_bar()
 
 
-def _lacks(text: str, record: logging.LogRecord) -> bool:
+def _does_not_mention(text: str, record: logging.LogRecord) -> bool:
     return text not in record.getMessage()

@@ -83,21 +83,21 @@ class RemaxParser(LightningArgumentParser):
         parsers = [self, *(parser for choices in subcommands for parser in choices)]
         known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
         tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
-        self.exit(2, f"remax: error: {concise(message, known)}\n{tip}")
+        self.exit(2, f"remax: error: {shorten_message(message, known)}\n{tip}")
 
 
-def concise(message: str, known: Iterable[str] = ()) -> str:
+def shorten_message(message: str, known: Iterable[str] = ()) -> str:
     """Return what a message of jsonargparse says, without what it repeats.
 
     Args:
         message: as jsonargparse words it.
         known: the keys that are always there, to suggest one of them.
     """
-    if hint := _new_place(message):
+    if hint := _moved_name_hint(message):
         return hint
     complaints: dict[str, list[str]] = {}
-    for leaf in _leaves(message):
-        key, text = _complaint(leaf, list(known))
+    for leaf in _parse_lines(message):
+        key, text = _explain(leaf, list(known))
         complaints.setdefault(key, []).append(text)
     value = _GIVEN.search(message)
     lines = []
@@ -110,20 +110,20 @@ def concise(message: str, known: Iterable[str] = ()) -> str:
     return "\n  ".join(lines) or message
 
 
-def user_mistake(error: BaseException | None) -> str | None:
+def user_error_message(error: BaseException | None) -> str | None:
     """Return the message of the user's mistake behind an exception, or None where there is none.
 
     While objects are made, jsonargparse wraps what their constructors raise.
     """
     while error is not None:
         if isinstance(error, UserError | MisconfigurationException):
-            hint = _new_place(str(error))
+            hint = _moved_name_hint(str(error))
             return f"{error}; {hint}" if hint else str(error)
         error = error.__cause__ or error.__context__
     return None
 
 
-def _new_place(message: str) -> str | None:
+def _moved_name_hint(message: str) -> str | None:
     """Return where an old dotted name in a message is today, None where there is no such name.
 
     Python names a missing attribute apart from its module; both are put together again.
@@ -136,7 +136,7 @@ def _new_place(message: str) -> str | None:
     return None
 
 
-class _Leaf(NamedTuple):
+class _ParsedLine(NamedTuple):
     """A line that says something: under which key, inside which class."""
 
     key: str
@@ -144,7 +144,7 @@ class _Leaf(NamedTuple):
     text: str
 
 
-def _leaves(message: str) -> list[_Leaf]:
+def _parse_lines(message: str) -> list[_ParsedLine]:
     stack: list[tuple[int, str, str | None]] = []  # indentation tells what belongs together
     leaves = []
     for line in message.splitlines():
@@ -165,16 +165,18 @@ def _leaves(message: str) -> list[_Leaf]:
             stack.append((indent, "init_args" if nested else "", match[1]))
         elif text and not _NOISE.match(text):
             classes = [class_path for _, _, class_path in stack if class_path]
-            leaves.append(_Leaf(".".join(key for _, key, _ in stack if key), classes[-1] if classes else None, text))
+            leaves.append(
+                _ParsedLine(".".join(key for _, key, _ in stack if key), classes[-1] if classes else None, text)
+            )
     return leaves
 
 
-def _complaint(leaf: _Leaf, known: list[str]) -> tuple[str, str]:
+def _explain(leaf: _ParsedLine, known: list[str]) -> tuple[str, str]:
     """Return the key and what is wrong with it."""
     key, class_path, text = leaf
     for pattern in _UNKNOWN:
         if match := pattern.fullmatch(text):
-            return _unknown(leaf, match.groupdict().get("group"), match["key"], known)
+            return _explain_unknown_key(leaf, match.groupdict().get("group"), match["key"], known)
     if match := _REQUIRED.fullmatch(text):
         missing = [f"{key}.{name}" if key else name for name in match[1].split(", ")]
         return ", ".join(missing), "missing, and there is no default; set it in the YAML or on the command line"
@@ -191,14 +193,14 @@ def _complaint(leaf: _Leaf, known: list[str]) -> tuple[str, str]:
     return key, text.replace(". Got value: ", ", got ")
 
 
-def _unknown(leaf: _Leaf, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
+def _explain_unknown_key(leaf: _ParsedLine, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
     if name == "class_path":
         return leaf.key, "beside class_path, the arguments of the class stand under init_args"
     inner = f"{group}.{name}" if group else name
     full = f"{leaf.key}.{inner}" if leaf.key else inner
     parent, _, last = full.rpartition(".")
     if leaf.class_path:
-        options = _arguments(leaf.class_path, inner.split(".")[:-1])
+        options = _argument_names(leaf.class_path, inner.split(".")[:-1])
     elif options := [dest.removeprefix(f"{parent}.") for dest in known if dest.startswith(f"{parent}.")]:
         pass
     else:
@@ -212,7 +214,7 @@ def _unknown(leaf: _Leaf, group: str | None, name: str, known: list[str]) -> tup
     return full, f"there is no such key; {hint}"
 
 
-def _arguments(class_path: str, groups: list[str]) -> list[str]:
+def _argument_names(class_path: str, groups: list[str]) -> list[str]:
     """Return the arguments of a class, or the fields of the dataclass that its argument `groups` takes."""
     module, _, name = class_path.rpartition(".")
     try:
@@ -220,15 +222,15 @@ def _arguments(class_path: str, groups: list[str]) -> list[str]:
         for group in groups:
             hint = get_type_hints(kind.__init__)[group]
             kind = next(option for option in (hint, *get_args(hint)) if is_dataclass(option))
-        return [field.name for field in fields(kind)] if groups else list(_parameters(kind))
+        return [field.name for field in fields(kind)] if groups else list(_parameter_names(kind))
     except (ImportError, AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
         return []
 
 
-def _parameters(kind: Any) -> Iterator[str]:
+def _parameter_names(kind: Any) -> Iterator[str]:
     """Yield the names of the arguments of a class or function, with those that it hands on to its base as `**`."""
     for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             yield name
         elif inspect.isclass(kind):
-            yield from _parameters(kind.__base__)
+            yield from _parameter_names(kind.__base__)

@@ -6,7 +6,7 @@ modules; a test looks for others. Code elsewhere asks here, and needs no knowled
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,25 @@ def gathered(parameters: Iterable[Tensor], writer_rank: int | None = None) -> It
 
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer_rank):
         yield
+
+
+@contextmanager
+def unsharded_groups(groups: Sequence[Any]) -> Iterator[None]:
+    """Gather groups of FSDP2 once, and keep forward passes inside from resharding them.
+
+    Args:
+        groups: modules that FSDP2 has sharded; every rank has to name the same ones. They reshard after each forward
+            pass again once the context ends.
+    """
+    for group in groups:
+        group.unshard()
+        group.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
 
 
 # What is inside

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import ReMaxDeepSpeedStrategy, full_parameters, loading_policy
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy, full_parameters, sharded_init
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_the_loss_is_divided_once(accumulate: int, tmp_path: Path) -> None:
 def test_zero_3_does_not_start_from_scratch() -> None:
     with (
         pytest.raises(UserError, match=r"model\.policy\.from_scratch must be false under ZeRO-3"),
-        loading_policy(ReMaxDeepSpeedStrategy(stage=3), from_scratch=True),
+        sharded_init(ReMaxDeepSpeedStrategy(stage=3), from_scratch=True),
     ):
         pass
 

@@ -72,12 +72,12 @@ class BaselineMonitor(Callback):
         values = _statistics(trainer, torch.cat(self._reward), torch.cat(self._baseline))
         self._clear()
         log_step(pl_module, values)
-        self._watch(values["train/variance_ratio"])
+        self._warn_if_harmful(values["train/variance_ratio"])
 
     def _clear(self) -> None:
         self._reward, self._baseline = [], []
 
-    def _watch(self, ratio: float) -> None:
+    def _warn_if_harmful(self, ratio: float) -> None:
         if math.isnan(ratio):  # all rewards equal: says nothing about the baseline
             return
         self._harmful_steps = self._harmful_steps + 1 if ratio > 1 else 0

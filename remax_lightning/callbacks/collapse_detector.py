@@ -119,9 +119,9 @@ class CollapseDetector(Callback):
                 upper = "and finite" if highest == math.inf else "and at most 1"
                 raise UserError(f"collapse.{name} must be above 0 {upper}, or null for no such guard, got {value}")
         self._step = StepFigures()
-        self._begin()
+        self._reset_windows()
 
-    def _begin(self) -> None:
+    def _reset_windows(self) -> None:
         self._recent: dict[str, list[float]] = {}
         self._start: dict[str, float] = {}
         self._calm: dict[str, int] = {}
@@ -130,7 +130,7 @@ class CollapseDetector(Callback):
         """Forget what an earlier fit left behind; a resumed one has its state from the checkpoint."""
         self._step = StepFigures()
         if trainer.global_step == 0:
-            self._begin()
+            self._reset_windows()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -143,11 +143,11 @@ class CollapseDetector(Callback):
         if not output["closes_step"]:
             return
         figures, self._step = self._step.reduce(trainer), StepFigures()
-        self._remember(figures)
+        self._update_windows(figures)
         means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
         slope = _slope(self._recent.get("kl", []), self.window)
-        crossed = self._crossed(means, slope)
-        alarms = self._alarms(crossed)
+        crossed = self._find_crossed(means, slope)
+        alarms = self._select_new_alarms(crossed)
         names = ("eos_rate", "distinct_share", "length_correlation")
         log_step(
             pl_module,
@@ -155,7 +155,7 @@ class CollapseDetector(Callback):
             | {"train/kl_slope": slope, "train/collapse_alarms": float(len(crossed))},
         )
         for name in alarms:
-            self._tell(name, crossed[name], trainer)
+            self._warn_or_stop(name, crossed[name], trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the guards have seen."""
@@ -166,7 +166,7 @@ class CollapseDetector(Callback):
         self._recent = {name: list(values)[-self.window :] for name, values in state_dict["recent"].items()}
         self._start, self._calm = dict(state_dict["start"]), dict(state_dict["calm"])
 
-    def _remember(self, figures: Mapping[str, float]) -> None:
+    def _update_windows(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             if not math.isfinite(value):
                 continue
@@ -176,24 +176,24 @@ class CollapseDetector(Callback):
             if name not in self._start and len(recent) == self.window:
                 self._start[name] = math.fsum(recent) / self.window
 
-    def _crossed(self, means: Mapping[str, float], slope: float) -> dict[str, str]:
+    def _find_crossed(self, means: Mapping[str, float], slope: float) -> dict[str, str]:
         """Return the guards whose threshold is crossed, with the figures that say so."""
         judged = {name: means[name] for name in self._start}  # those with a full window
 
-        def share(name: str) -> float:
+        def relative_to_start(name: str) -> float:
             start = self._start.get(name, 0.0)
             return judged[name] / start if start > 0 else math.nan
 
-        grown = share("response_length") >= GROWTH
+        grown = relative_to_start("response_length") >= GROWTH
         values = {
             "max_truncation_rate": 1 - judged.get("eos_rate", math.nan),
-            "min_eos_share": share("eos_rate"),
+            "min_eos_share": relative_to_start("eos_rate"),
             "min_entropy": judged.get("entropy", math.nan),
-            "min_entropy_share": share("entropy"),
+            "min_entropy_share": relative_to_start("entropy"),
             "max_kl_slope": slope,
             "max_kl": judged.get("kl", math.nan),
             "max_length_correlation": judged.get("length_correlation", math.nan) if grown else math.nan,
-            "min_distinct_share": share("distinct_share"),
+            "min_distinct_share": relative_to_start("distinct_share"),
         }
         crossed = {}
         for name, value in values.items():
@@ -202,7 +202,7 @@ class CollapseDetector(Callback):
                 crossed[name] = f"{_WATCHED[name]} is {value:.3g} over the last {self.window} optimizer steps"
         return crossed
 
-    def _alarms(self, crossed: Mapping[str, str]) -> list[str]:
+    def _select_new_alarms(self, crossed: Mapping[str, str]) -> list[str]:
         """Return the guards that have something new to say."""
         new = [name for name in crossed if name not in self._calm]
         for name in list(self._calm):
@@ -212,7 +212,7 @@ class CollapseDetector(Callback):
         self._calm |= dict.fromkeys(crossed, 0)
         return new
 
-    def _tell(self, name: str, what: str, trainer: Trainer) -> None:
+    def _warn_or_stop(self, name: str, what: str, trainer: Trainer) -> None:
         side = "above" if name.startswith("max_") else "below"
         rank_zero_warn(
             f"Optimizer step {trainer.global_step}: {what}, {side} collapse.{name} = {self.thresholds[name]:g}."
@@ -260,7 +260,7 @@ class StepFigures:
         self._reward.append(response_reward(output))
         self._length.append(response_length(output))
         self._ended.append(~responses.truncated.cpu())
-        self._texts += [_number(text) for text in responses.texts]
+        self._texts += [_text_hash(text) for text in responses.texts]
         mask = output["entropy_mask"]
         self._sums["entropy"] += output["entropy"].detach().double().masked_fill(~mask, 0.0).sum().item()
         self._sums["entropy_tokens"] += mask.sum().item()
@@ -292,6 +292,6 @@ class StepFigures:
         }
 
 
-def _number(text: str) -> float:
+def _text_hash(text: str) -> float:
     """Return a number for a text, on every rank the same: 48 bits, which float64 holds and ranks can gather."""
     return float(int.from_bytes(blake2b(text.encode("utf-8", "backslashreplace"), digest_size=6).digest(), "big"))

@@ -17,12 +17,20 @@ from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import Evaluator
-from remax_lightning.evaluation.intervals import CONFIDENCE, MEANINGS, Figure, figures, interval, number, table
+from remax_lightning.evaluation.intervals import (
+    CONFIDENCE,
+    MEANINGS,
+    Figure,
+    figures,
+    format_interval,
+    format_number,
+    format_table,
+)
 from remax_lightning.types import PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
 MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")
-MOST_RESAMPLES = 10**6
+MAX_RESAMPLES = 10**6
 
 
 class Evaluation(Callback):
@@ -68,7 +76,7 @@ class Evaluation(Callback):
             ("test", set(test or ()) <= set(MEASURES), f"null or some of {', '.join(MEASURES)}", test),
             ("validation", set(validation) <= set(MEASURES), f"some of {', '.join(MEASURES)}", validation),
             ("max_length", max_length >= 1, "at least 1", max_length),
-            ("num_resamples", 1 <= num_resamples <= MOST_RESAMPLES, "between 1 and a million", num_resamples),
+            ("num_resamples", 1 <= num_resamples <= MAX_RESAMPLES, "between 1 and a million", num_resamples),
         ):
             if not holds:
                 raise UserError(f"evaluation.{key} must be {expected}, got {got!r}")
@@ -89,7 +97,7 @@ class Evaluation(Callback):
         if not self._active:
             return
         if self.text is not None:
-            self._text = _read(self.text)
+            self._text = _read_text(self.text)
         self._target = self._find_target(trainer) if stage == "test" else None
 
     def _find_target(self, trainer: Trainer) -> Path | None:
@@ -97,7 +105,7 @@ class Evaluation(Callback):
         if is_dry_run(trainer):
             return None
         if self.path is None:
-            names = ("evaluation.json", *(f"evaluation_{number}.json" for number in range(1, 10_000)))
+            names = ("evaluation.json", *(f"evaluation_{count}.json" for count in range(1, 10_000)))
             targets = [folder / name for name in names]
         else:
             targets = [Path(self.path)]
@@ -117,15 +125,17 @@ class Evaluation(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the module what to measure."""
-        self._begin(pl_module, self.validation, "validation")
+        self._configure_evaluator(pl_module, self.validation, "validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the module what to measure, and keep Lightning's table from being printed beside ours."""
-        self._begin(pl_module, self.test, "test")
+        self._configure_evaluator(pl_module, self.test, "test")
         if self._active:
             self._prints, trainer.test_loop.verbose = trainer.test_loop.verbose, False
 
-    def _begin(self, pl_module: LightningModule, requested: tuple[Measure, ...] | None, stage: str) -> None:
+    def _configure_evaluator(
+        self, pl_module: LightningModule, requested: tuple[Measure, ...] | None, stage: str
+    ) -> None:
         if not self._active:
             return
         module = cast("Any", pl_module)
@@ -154,7 +164,7 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """See whether there is what was requested for."""
-        self._take(outputs, batch_idx)
+        self._checked_records(outputs, batch_idx)
 
     def on_test_batch_end(
         self,
@@ -166,9 +176,9 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep what was measured."""
-        self._records += self._take(outputs, batch_idx)
+        self._records += self._checked_records(outputs, batch_idx)
 
-    def _take(self, outputs: Any, batch_idx: int) -> list[PromptRecord]:
+    def _checked_records(self, outputs: Any, batch_idx: int) -> list[PromptRecord]:
         output = rollout_output(outputs)
         if not self._active or output is None:
             return []
@@ -190,19 +200,19 @@ class Evaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the perplexity of the text."""
-        self._log_text(trainer, pl_module, "val")
+        self._log_text_perplexity(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the perplexity of the text; print the table and write the files."""
-        pieces = self._log_text(trainer, pl_module, "test")
+        pieces = self._log_text_perplexity(trainer, pl_module, "test")
         records = gather_records(self._records)
         self._records = []
         if not records or not trainer.is_global_zero:
             return
         measured = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
-        left_out = self._left_out(measured, cast("Any", pl_module))
+        left_out = self._missing_measures(measured, cast("Any", pl_module))
         if self._prints:
-            _print(trainer.ckpt_path, len(records), measured, left_out, self.num_resamples)
+            _print_table(trainer.ckpt_path, len(records), measured, left_out, self.num_resamples)
         if self._target is not None:
             answer = {
                 "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
@@ -211,10 +221,10 @@ class Evaluation(Callback):
                 "left_out": left_out,
                 "settings": self._settings(trainer, cast("Any", pl_module)),
             }
-            _write(self._target, answer, [*records, *pieces])
+            _write_files(self._target, answer, [*records, *pieces])
             rank_zero_info(f"Wrote {self._target} and {_records_file(self._target)}.")
 
-    def _log_text(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> list[PromptRecord]:
+    def _log_text_perplexity(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> list[PromptRecord]:
         wanted = self._active and (self._requested is None or "perplexity" in self._requested)
         if not wanted or self.text is None or trainer.sanity_checking:
             return []
@@ -224,7 +234,7 @@ class Evaluation(Callback):
                 pl_module.log(f"{stage}/{name}", figure.value)  # the same on every rank already
         return pieces
 
-    def _left_out(self, measured: dict[str, Figure], module: Any) -> dict[str, str]:
+    def _missing_measures(self, measured: dict[str, Figure], module: Any) -> dict[str, str]:
         requested = MEASURES if self._requested is None else self._requested
         missing = [name for name in requested if name not in measured]
         no_rows = f"no row has a response in column {self.response_column!r} (evaluation.response_column)"
@@ -256,7 +266,7 @@ def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
     return [*(known[prompt] for prompt in sorted(known)), *(record for record in every if record.number is None)]
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -270,19 +280,19 @@ def _records_file(path: Path) -> Path:
     return path.with_suffix(".jsonl")
 
 
-def _print(
+def _print_table(
     checkpoint: Any, num_prompts: int, measured: dict[str, Figure], left_out: dict[str, str], num_resamples: int
 ) -> None:
     rows = [("", "value", f"{CONFIDENCE:.0%} interval", "n", "")]
-    rows += [(name, number(figure.value), interval(figure), str(figure.n), MEANINGS.get(name, ""))
+    rows += [(name, format_number(figure.value), format_interval(figure), str(figure.n), MEANINGS.get(name, ""))
              for name, figure in measured.items()]  # fmt: skip
     what = "the policy as it is loaded" if checkpoint is None else checkpoint
     notes = [f"Left out: {name}, since {why}." for name, why in left_out.items()]
     heading = f"Evaluation of {what} on {num_prompts} prompts; intervals of {num_resamples} draws of prompts."
-    print("\n".join(["", heading, "", table(rows), "", *notes]))  # noqa: T201
+    print("\n".join(["", heading, "", format_table(rows), "", *notes]))  # noqa: T201
 
 
-def _write(path: Path, answer: dict[str, Any], records: Sequence[PromptRecord]) -> None:
+def _write_files(path: Path, answer: dict[str, Any], records: Sequence[PromptRecord]) -> None:
     """Write records first: where the JSON is, all is."""
     lines = (json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records)
     try:

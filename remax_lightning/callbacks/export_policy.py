@@ -81,7 +81,7 @@ class ExportPolicy(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the best policy of a resumed run lies, if that is another folder."""
         self._metric_appeared = False
-        if self.best_path is not None and self._directory is not None and self._resolve("best") != self.best_path:
+        if self.best_path is not None and self._directory is not None and self._resolved_path("best") != self.best_path:
             rank_zero_info(f"Best policy so far: {self.monitor} = {self.best_score:.4g}, in {self.best_path}.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,8 +95,8 @@ class ExportPolicy(Callback):
         # Rank 0 decides for all: saving may need every rank, and a metric need not be equal to the last
         # digit.
         score = broadcast(trainer.strategy, float(metric))
-        if self._improves(score):
-            self.best_score, self.best_path = score, self._resolve("best")
+        if self._is_better(score):
+            self.best_score, self.best_path = score, self._resolved_path("best")
             self._export(trainer, pl_module, self._directory / "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,10 +122,10 @@ class ExportPolicy(Callback):
         if state_dict["monitor"] == self.monitor:
             self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
 
-    def _resolve(self, name: str) -> str:
+    def _resolved_path(self, name: str) -> str:
         return str((cast("Path", self._directory) / name).resolve())
 
-    def _improves(self, score: float) -> bool:
+    def _is_better(self, score: float) -> bool:
         if math.isnan(score) or self.best_score is None:
             return not math.isnan(score)
         return score > self.best_score if self.mode == "max" else score < self.best_score
@@ -139,14 +139,16 @@ class ExportPolicy(Callback):
         merge = self.merge_lora
         weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # every rank takes part
         if trainer.is_global_zero and exported is not None:
-            write_whole(target, lambda folder: save_exported(exported, module.tokenizer, weights, folder))
+            write_folder_atomically(target, lambda folder: save_exported(exported, module.tokenizer, weights, folder))
         elif trainer.is_global_zero:
-            write_whole(target, lambda folder: save_policy(model, module.tokenizer, weights, folder, merge_lora=merge))
+            write_folder_atomically(
+                target, lambda folder: save_policy(model, module.tokenizer, weights, folder, merge_lora=merge)
+            )
         rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
         barrier(trainer.strategy, "export_policy")
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with an empty folder beside `target`, then put that in the place of `target`."""
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for leftover in (new, old):  # of a run that was killed while it wrote

@@ -93,7 +93,7 @@ class KLMonitor(Callback):
     ) -> None:
         """Gather a part; at the end of the optimizer step log, adapt and decide whether to stop."""
         output = rollout_output(outputs)
-        if output is None or not self._gather(output) or not output["closes_step"]:
+        if output is None or not self._collect(output) or not output["closes_step"]:
             return
         kl, reward = torch.cat(self._kl), torch.cat(self._reward)
         self._clear()
@@ -107,8 +107,8 @@ class KLMonitor(Callback):
         values = {"train/kl_per_response": mean_kl, "train/kl_max": kl_max}
         log_step(pl_module, {**values, "train/kl_share": share, "train/kl_coef": kl_coef})
         if self.adaptive:
-            self._adapt(pl_module, mean_kl, responses)
-        self._stop(trainer, mean_kl)
+            self._adapt_coefficient(pl_module, mean_kl, responses)
+        self._stop_if_too_far(trainer, mean_kl)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adaptive coefficient, None where it is fixed."""
@@ -118,7 +118,7 @@ class KLMonitor(Callback):
         """Take the adaptive coefficient from a checkpoint."""
         self._kl_coef = state_dict["kl_coef"]
 
-    def _gather(self, output: StepOutput) -> bool:
+    def _collect(self, output: StepOutput) -> bool:
         kl = response_kl(output)
         if kl is None:
             if self.adaptive or self.stop_kl is not None:
@@ -136,7 +136,7 @@ class KLMonitor(Callback):
     def _clear(self) -> None:
         self._kl, self._reward = [], []
 
-    def _adapt(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
+    def _adapt_coefficient(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
         if self.target_kl is None or math.isnan(mean_kl):  # one bad step must not spoil the coefficient for good
             return
         error = min(max(mean_kl / self.target_kl - 1, -0.2), 0.2)
@@ -145,7 +145,7 @@ class KLMonitor(Callback):
         module.kl_coef *= 1 + error * min(responses / self.horizon, 1.0)
         self._kl_coef = float(module.kl_coef)
 
-    def _stop(self, trainer: Trainer, mean_kl: float) -> None:
+    def _stop_if_too_far(self, trainer: Trainer, mean_kl: float) -> None:
         if self.stop_kl is None or not mean_kl > self.stop_kl or trainer.should_stop:
             return
         trainer.should_stop = True

@@ -87,8 +87,8 @@ class SampleDump(Callback):
         self._samples = {"train": [], "validation": []}
         self._resumed = step > 0
         if self._resumed and trainer.is_global_zero:
-            self._keep("train", lambda line_step: line_step <= step)
-            self._keep("validation", lambda line_step: line_step <= step)
+            self._filter_lines("train", lambda line_step: line_step <= step)
+            self._filter_lines("validation", lambda line_step: line_step <= step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,7 +101,7 @@ class SampleDump(Callback):
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if step % self.every_n_steps:
             return
-        self._gather("train", output, step, pl_module)
+        self._collect("train", output, step, pl_module)
         if output["closes_step"]:
             self._write("train", trainer)
 
@@ -117,7 +117,7 @@ class SampleDump(Callback):
         """Gather the first samples of a validation."""
         output = rollout_output(outputs)
         if output is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            self._gather("validation", output, trainer.global_step, pl_module)
+            self._collect("validation", output, trainer.global_step, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the samples of the validation."""
@@ -125,15 +125,15 @@ class SampleDump(Callback):
             return
         if self._resumed:  # the checkpoint may be older than the validation at the same step
             step = trainer.global_step
-            self._keep("validation", lambda line_step: line_step < step)
+            self._filter_lines("validation", lambda line_step: line_step < step)
             self._resumed = False
         self._write("validation", trainer)
 
-    def _gather(self, stage: Stage, output: StepOutput, step: int, pl_module: LightningModule) -> None:
+    def _collect(self, stage: Stage, output: StepOutput, step: int, pl_module: LightningModule) -> None:
         missing = self.num_samples - len(self._samples[stage])
         if missing > 0:
             tokenizer = getattr(pl_module, "tokenizer", None)
-            self._samples[stage] += _describe(output, step, stage, missing, tokenizer)
+            self._samples[stage] += _sample_rows(output, step, stage, missing, tokenizer)
 
     def _write(self, stage: Stage, trainer: Trainer) -> None:
         samples, self._samples[stage] = self._samples[stage], []
@@ -148,7 +148,7 @@ class SampleDump(Callback):
         if writer is not None:
             writer.add_text(f"samples/{stage}", _markdown_table(samples), samples[0]["step"])
 
-    def _keep(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
+    def _filter_lines(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
         if self._directory is None or not (path := self._directory / f"{stage}.jsonl").exists():
             return
         rewritten = path.with_suffix(".tmp")
@@ -165,7 +165,7 @@ def _step_of(line: str) -> int:
         return 2**63
 
 
-def _describe(
+def _sample_rows(
     output: StepOutput, step: int, stage: Stage, limit: int, tokenizer: Any | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the first `limit` sampled responses as they are written."""
@@ -182,18 +182,18 @@ def _describe(
             "prompt": rollout.prompt.prompts[row],
             "response": rollout.sampled.texts[i],
             "greedy_response": None if rollout.greedy is None else rollout.greedy.texts[row],
-            "reward": _number(reward, i),
-            "baseline_reward": _number(baseline, i),
-            "advantage": _number(advantage, i),
-            "kl": _number(kl, i),
+            "reward": _finite_or_none(reward, i),
+            "baseline_reward": _finite_or_none(baseline, i),
+            "advantage": _finite_or_none(advantage, i),
+            "kl": _finite_or_none(kl, i),
             "response_length": int(length[i]),
             "truncated": bool(truncated[i]),
-            "parts": {name: _number(value, i) for name, value in parts.items()},
-            **_tokens(output, i, tokenizer),
+            "parts": {name: _finite_or_none(value, i) for name, value in parts.items()},
+            **_token_fields(output, i, tokenizer),
         }
 
 
-def _tokens(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
+def _token_fields(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
     """Return what is known of each token of response `i`."""
     responses = output["rollout"].sampled
     mask = responses.response_mask[i]  # [R]
@@ -201,15 +201,15 @@ def _tokens(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]
     figures = {"token_kl": output["kl"], "token_advantages": output["advantages"]}
     return {
         "tokens": None if tokenizer is None else token_texts(tokenizer, ids, responses.texts[i]),
-        **{name: None if values is None else _numbers(values[i][mask]) for name, values in figures.items()},
+        **{name: None if values is None else _finite_values(values[i][mask]) for name, values in figures.items()},
     }
 
 
-def _numbers(values: Tensor) -> list[float | None]:
+def _finite_values(values: Tensor) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.detach().double().tolist()]
 
 
-def _number(values: Tensor | None, i: int) -> float | None:
+def _finite_or_none(values: Tensor | None, i: int) -> float | None:
     """Return a finite value or None: JSON has no NaN."""
     value = math.nan if values is None else float(values[i])
     return value if math.isfinite(value) else None

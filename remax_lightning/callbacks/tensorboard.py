@@ -88,11 +88,11 @@ class TensorBoardReport(Callback):
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if self.every_n_steps == 0 or step % self.every_n_steps:
             return
-        self._gather(output)
+        self._collect(output)
         if output["closes_step"]:
             self._write(trainer, writer, step)
 
-    def _gather(self, output: StepOutput) -> None:
+    def _collect(self, output: StepOutput) -> None:
         values = {"reward": response_reward(output), "response_length": response_length(output)}
         kl = response_kl(output)
         if kl is not None:

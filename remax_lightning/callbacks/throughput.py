@@ -54,12 +54,12 @@ class Throughput(Callback):
             return
         if pl_module.device.type == "cuda":  # kernels run on after the call that started them
             torch.cuda.synchronize(pl_module.device)
-        self._gather(output, time.perf_counter() - self._started)
+        self._add(output, time.perf_counter() - self._started)
         if output["closes_step"]:
             ends_rollout = not isinstance(batch, PromptBatch) or batch.micro_batch_index == batch.num_micro_batches - 1
-            log_step(pl_module, self._close(trainer, ends_rollout))
+            log_step(pl_module, self._reduce_step(trainer, ends_rollout))
 
-    def _gather(self, output: StepOutput, seconds: float) -> None:
+    def _add(self, output: StepOutput, seconds: float) -> None:
         rollout, times = output["rollout"], output["times"]
         tokens = int(rollout.sampled.response_mask.sum())
         tokens += 0 if rollout.greedy is None else int(rollout.greedy.response_mask.sum())
@@ -70,7 +70,7 @@ class Throughput(Callback):
         self._batch_rollout_s += times["rollout"]
         self._batch_tokens += tokens
 
-    def _close(self, trainer: Trainer, ends_rollout: bool) -> dict[str, float]:
+    def _reduce_step(self, trainer: Trainer, ends_rollout: bool) -> dict[str, float]:
         local = [
             self._rollout_s,
             self._reward_s,

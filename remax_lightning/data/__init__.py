@@ -8,17 +8,17 @@ from remax_lightning.data.pairs import PairColumns
 from remax_lightning.data.preferences import PreferenceDataModule
 from remax_lightning.data.prompts import PromptDataModule
 from remax_lightning.data.reading import read_rows
-from remax_lightning.data.sampler import SplitSampler
+from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.supervised import SFTDataModule
 from remax_lightning.data.tokenizers import load_tokenizer
 
 __all__ = [
     "LoadingConfig",
+    "MicroBatchSampler",
     "PairColumns",
     "PreferenceDataModule",
     "PromptDataModule",
     "SFTDataModule",
-    "SplitSampler",
     "TextDataModule",
     "load_tokenizer",
     "read_rows",

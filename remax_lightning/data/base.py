@@ -14,10 +14,10 @@ from remax_lightning.data.collate import Example, ExampleDataset
 from remax_lightning.data.formatting import PromptFormatter, check_template
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import LoadingConfig
-from remax_lightning.data.pairs import PairColumns, PairError, with_prompt
+from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
 from remax_lightning.data.reading import Row, Rows, is_file_path, load_hub, read_rows
-from remax_lightning.data.sampler import SplitSampler
-from remax_lightning.data.stages import Stage, check_stage_split, rows_of_stage
+from remax_lightning.data.sampler import MicroBatchSampler
+from remax_lightning.data.stages import Stage, check_stage_split, select_stage_rows
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError
 
@@ -146,7 +146,7 @@ class TextDataModule(LightningDataModule, ABC):
     def _collate(self, num_micro_batches: int) -> Callable[..., Any]:
         """Return what makes a batch of examples."""
 
-    def _row(self, row: Row, where: str) -> Row:
+    def _prepare_row(self, row: Row, where: str) -> Row:
         """Return a row with a prompt of its own; a pair of whole conversations has it at their beginning.
 
         Raises:
@@ -156,9 +156,9 @@ class TextDataModule(LightningDataModule, ABC):
         is_pair = columns.chosen in row and columns.rejected in row
         if not is_pair or (self.prompt_column in row and isinstance(row[columns.chosen], str)):
             return row
-        return with_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
+        return separate_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
 
-    def _complete(self, examples: list[Example], source: str) -> Sequence[Any]:  # noqa: ARG002 - for subclasses
+    def _finish_examples(self, examples: list[Example], source: str) -> Sequence[Any]:  # noqa: ARG002 - for subclasses
         """Add to examples of `source` whose prompts have been made; a subclass may leave some out."""
         return examples
 
@@ -174,7 +174,7 @@ class TextDataModule(LightningDataModule, ABC):
     def _setup_train(self) -> None:
         rows = self._read(self.path, self.loading.train_split, "data.path")
         if self.loading.stage_split is not None and self.stage is not None:
-            rows = rows_of_stage(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
+            rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
         total = len(rows.values)
         if self.val_size >= total:
             raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {self.val_size}")
@@ -210,7 +210,7 @@ class TextDataModule(LightningDataModule, ABC):
             source=rows.source,
             policy=self.loading.long_prompts,
         )
-        examples = list(self._complete(fitting, rows.source))
+        examples = list(self._finish_examples(fitting, rows.source))
         self.num_rows += total
         self.num_left_out += total - len(examples)
         return ExampleDataset(examples)
@@ -219,21 +219,21 @@ class TextDataModule(LightningDataModule, ABC):
         made, indices = [], []
         for i, row in enumerate(rows.values):
             try:
-                made.append(self._row(row, rows.where(i)))
+                made.append(self._prepare_row(row, rows.where(i)))
                 indices.append(i)
             except PairError:
                 if self.loading.bad_pairs == "error":
                     raise
-        self._tell_bad_pairs(len(rows.values) - len(made), len(rows.values), rows.source)
+        self._log_bad_pairs(len(rows.values) - len(made), len(rows.values), rows.source)
         return rows.take(indices)._replace(values=made)
 
-    def _tell_bad_pairs(self, dropped: int, total: int, source: str) -> None:
+    def _log_bad_pairs(self, dropped: int, total: int, source: str) -> None:
         if dropped == total:
             raise DataError(f"{source}: not one of {total} pairs can be used; data.loading.bad_pairs: error says why")
         if dropped:
             rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
 
-    def _rows_at_once(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
+    def _loader_batch_size(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
         """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` splits of them."""
         return self.batch_size
 
@@ -243,8 +243,8 @@ class TextDataModule(LightningDataModule, ABC):
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
         num_micro_batches = self.num_micro_batches if shuffle else 1
-        rows_at_once = self._rows_at_once(num_micro_batches)
-        sampler = SplitSampler(
+        rows_at_once = self._loader_batch_size(num_micro_batches)
+        sampler = MicroBatchSampler(
             len(dataset),
             rows_at_once,
             num_micro_batches=num_micro_batches,

@@ -57,7 +57,7 @@ class PairExample(NamedTuple):
 
 
 class ExampleDataset(Dataset[tuple[Any, int]]):
-    """Examples by the keys of `SplitSampler`: each item is the example and its split."""
+    """Examples by the keys of `MicroBatchSampler`: each item is the example and its micro-batch."""
 
     def __init__(self, examples: Sequence[Any]) -> None:
         self.examples = examples

@@ -54,7 +54,7 @@ class PromptFormatter:
             DataError: if the column is missing, empty or of another type; the message begins with `where`.
             UserError: if the row holds messages and the tokenizer has no chat template, or `template` is set.
         """
-        value = column(row, self.column, where, key="data.prompt_column")
+        value = get_column(row, self.column, where, key="data.prompt_column")
         if isinstance(value, list):
             return PromptText(self._chat(value, where), is_chat=True)
         if not isinstance(value, str):
@@ -83,7 +83,7 @@ class PromptFormatter:
             return _ColumnFormatter().vformat(self.template or "", (), fields)
         except KeyError as error:
             raise DataError(
-                f"{where}: data.template names {error.args[0]!r}, but the columns are {_listing(row)}"
+                f"{where}: data.template names {error.args[0]!r}, but the columns are {_column_list(row)}"
             ) from error
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: data.template cannot be filled with this row ({error})") from error
@@ -109,14 +109,14 @@ class PromptFormatter:
         return str(text)
 
 
-def column(row: Row, name: str, where: str, key: str) -> Any:
+def get_column(row: Row, name: str, where: str, key: str) -> Any:
     """Return column `name` of `row`.
 
     Raises:
         DataError: if there is none; the message names `key` and the columns that exist.
     """
     if name not in row:
-        raise DataError(f"{where}: there is no column {name!r} ({key}); the columns are {_listing(row)}")
+        raise DataError(f"{where}: there is no column {name!r} ({key}); the columns are {_column_list(row)}")
     return row[name]
 
 
@@ -177,5 +177,5 @@ def _check_messages(messages: list[Any], what: str) -> None:
         raise DataError(f"{what} ends with a message of the assistant; a prompt ends before it, so remove that message")
 
 
-def _listing(row: Row) -> str:
+def _column_list(row: Row) -> str:
     return ", ".join(repr(name) for name in row) or "none"

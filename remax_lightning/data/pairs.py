@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from remax_lightning.data.formatting import column
+from remax_lightning.data.formatting import get_column
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
 
@@ -29,7 +29,7 @@ class PairColumns:
     margin: str | None = None
 
 
-def with_prompt(
+def separate_prompt(
     row: Row, where: str, prompt_column: str, columns: PairColumns, marker: str, template: str | None
 ) -> Row:
     """Return a row whose prompt and two responses stand apart, the responses as text.
@@ -51,8 +51,8 @@ def with_prompt(
         PairError: if the two do not share a prompt.
         DataError: if a column is missing or holds something else.
     """
-    chosen = column(row, columns.chosen, where, key="data.pair_columns.chosen")
-    rejected = column(row, columns.rejected, where, key="data.pair_columns.rejected")
+    chosen = get_column(row, columns.chosen, where, key="data.pair_columns.chosen")
+    rejected = get_column(row, columns.rejected, where, key="data.pair_columns.rejected")
     for name, value in ((columns.chosen, chosen), (columns.rejected, rejected)):
         if not isinstance(value, str | list):
             raise DataError(f"{where}: column {name!r} must be text or messages, got {type(value).__name__}")
@@ -61,8 +61,8 @@ def with_prompt(
             f"{where}: columns {columns.chosen!r} and {columns.rejected!r} must both be text or both be messages"
         )
     if isinstance(chosen, list):
-        first, first_response = _last_message(chosen, where, columns.chosen)
-        second, second_response = _last_message(rejected, where, columns.rejected)
+        first, first_response = _split_last_message(chosen, where, columns.chosen)
+        second, second_response = _split_last_message(rejected, where, columns.rejected)
         if first != second:
             raise PairError(
                 f"{where}: the messages in {columns.chosen!r} and {columns.rejected!r} do not share a prompt: they"
@@ -76,11 +76,11 @@ def with_prompt(
     else:
         parts = _split_transcripts(chosen, rejected, marker, where, prompt_column)
     if parts[0] is None:
-        column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
+        get_column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
     return {**row, prompt_column: parts[0], columns.chosen: parts[1], columns.rejected: parts[2]}
 
 
-def _last_message(messages: list[Any], where: str, name: str) -> tuple[list[Any], str]:
+def _split_last_message(messages: list[Any], where: str, name: str) -> tuple[list[Any], str]:
     """Return the messages before the last one, and the text of that one, which has to be the assistant's."""
     last = messages[-1] if messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):

@@ -10,10 +10,10 @@ from typing import Any
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs
 from remax_lightning.data.conversations import conversation_ids
-from remax_lightning.data.formatting import column
+from remax_lightning.data.formatting import get_column
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
-from remax_lightning.data.pairs import PairColumns, PairError, with_prompt
+from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
 from remax_lightning.types import PreferenceBatch
@@ -92,16 +92,16 @@ class PreferenceDataModule(TextDataModule):
     def _collate(self, num_micro_batches: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
         return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
 
-    def _row(self, row: Row, where: str) -> Row:
+    def _prepare_row(self, row: Row, where: str) -> Row:
         columns = self.pair_columns
-        row = with_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
+        row = separate_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
         if row[columns.chosen] == row[columns.rejected]:
             raise PairError(f"{where}: {columns.chosen!r} and {columns.rejected!r} are equal, so neither is preferred")
         if not row[columns.chosen].strip():
             raise PairError(f"{where}: the chosen response in column {columns.chosen!r} is empty")
         return row
 
-    def _complete(self, examples: list[Example], source: str) -> Sequence[PairExample]:
+    def _finish_examples(self, examples: list[Example], source: str) -> Sequence[PairExample]:
         chosen, rejected = (
             self._conversations(examples, name) for name in (self.pair_columns.chosen, self.pair_columns.rejected)
         )
@@ -117,7 +117,7 @@ class PreferenceDataModule(TextDataModule):
                 continue
             margin = self._margin(example.row, example.where)
             pairs.append(PairExample(first, second, margin, example.prompt, example.row, example.where, len(pairs)))
-        self._tell_bad_pairs(len(examples) - len(pairs), len(examples), source)
+        self._log_bad_pairs(len(examples) - len(pairs), len(examples), source)
         return within_limit(
             pairs,
             [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs],
@@ -156,7 +156,7 @@ class PreferenceDataModule(TextDataModule):
         name = self.pair_columns.margin
         if name is None:
             return 0.0
-        value: Any = column(row, name, where, key="data.pair_columns.margin")
+        value: Any = get_column(row, name, where, key="data.pair_columns.margin")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise DataError(f"{where}: column {name!r} must be a number, the margin of the pair, got {value!r}")
         return float(value)

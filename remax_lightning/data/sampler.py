@@ -14,7 +14,7 @@ from remax_lightning.errors import UserError
 Key = int | tuple[int, int]
 
 
-class SplitSampler(DistributedSampler[Key]):
+class MicroBatchSampler(DistributedSampler[Key]):
     """Yields the keys of each rollout batch `num_micro_batches` times in a row, one split after the other.
 
     A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per split. A
@@ -75,7 +75,7 @@ class SplitSampler(DistributedSampler[Key]):
         return (local + indices[:1])[: self.num_samples]
 
     def __iter__(self) -> Iterator[Key]:
-        return _Position(self)
+        return _SamplerIterator(self)
 
     def __len__(self) -> int:
         """Keys in an epoch: rows of this rank times splits."""
@@ -93,14 +93,14 @@ class SplitSampler(DistributedSampler[Key]):
         }
 
 
-class _Position(Iterator[Key]):
+class _SamplerIterator(Iterator[Key]):
     """A place in an epoch, which `StatefulDataLoader` saves and restores.
 
     The epoch is read from the sampler at the first key: Lightning makes the iterator before it calls
     `set_epoch`.
     """
 
-    def __init__(self, sampler: SplitSampler) -> None:
+    def __init__(self, sampler: MicroBatchSampler) -> None:
         self.sampler = sampler
         self.yielded = 0
         self._epoch: int | None = None
@@ -108,15 +108,15 @@ class _Position(Iterator[Key]):
 
     def __next__(self) -> Key:
         if self._epoch is None:
-            self._start(self.sampler.epoch)
+            self._start_epoch(self.sampler.epoch)
         if self.yielded >= len(self.sampler):
             raise StopIteration
         batch_size, num_micro_batches = self.sampler.batch_size, self.sampler.num_micro_batches
         batch, rest = divmod(self.yielded, batch_size * num_micro_batches)
-        split, offset = divmod(rest, batch_size)
+        micro_batch_index, offset = divmod(rest, batch_size)
         self.yielded += 1
         index = self._order[batch * batch_size + offset]
-        return index if num_micro_batches == 1 else (index, split)
+        return index if num_micro_batches == 1 else (index, micro_batch_index)
 
     def state_dict(self) -> dict[str, Any]:
         epoch = self.sampler.epoch if self._epoch is None else self._epoch
@@ -136,27 +136,31 @@ class _Position(Iterator[Key]):
             epoch, yielded = epoch + 1, 0
         now = self.sampler.signature()
         batches, rest = divmod(yielded, saved["batch_size"])
-        if _rows(saved) == _rows(now) and rest == 0 and batches % saved["num_micro_batches"] == 0:
+        if (
+            _rows_per_rollout(saved) == _rows_per_rollout(now)
+            and rest == 0
+            and batches % saved["num_micro_batches"] == 0
+        ):
             # Another number of ranks takes the same rows step by step: rank r always has every W-th of them.
             saved |= {name: now[name] for name in ("batch_size", "world_size")}
             yielded = batches * self.sampler.batch_size
         changed = [f"{name} {saved[name]} to {now[name]}" for name in now if saved[name] != now[name]]
         if yielded and changed:
             raise UserError(
-                f"data: the checkpoint stands in the middle of an epoch whose order has changed: {', '.join(changed)}; "
-                "resume with its settings (on another number of processes with a data.batch_size that makes as many "
-                f"prompts, {_rows(state['signature'])}, and after a whole rollout), or start a new run from its "
-                "exported policy"
+                "data: the checkpoint was saved in the middle of an epoch whose order has changed:"
+                f" {', '.join(changed)}; resume with its settings (on another number of processes, set a"
+                f" data.batch_size that makes {_rows_per_rollout(state['signature'])} prompts in total, and resume"
+                " after a whole rollout), or start a new run from its exported policy"
             )
         self.sampler.set_epoch(epoch)
-        self._start(epoch)
+        self._start_epoch(epoch)
         self.yielded = yielded
 
-    def _start(self, epoch: int) -> None:
+    def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._order = self.sampler.order(epoch)
 
 
-def _rows(signature: dict[str, Any]) -> int:
+def _rows_per_rollout(signature: dict[str, Any]) -> int:
     """Return how many rows make a rollout, on all ranks together."""
     return int(signature["batch_size"] * signature["world_size"])

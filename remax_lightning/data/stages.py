@@ -28,15 +28,16 @@ def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name:
     usable = len(shares) == len(STAGES) and all(math.isfinite(share) and share >= 0 for share in shares)
     if not usable or sum(shares) <= 0:
         raise UserError(
-            f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, as [2, 4, 4] is; got {_shown(shares)}"
+            f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, as [2, 4, 4] is; got"
+            f" {_format_shares(shares)}"
         )
     if stage is None:
-        raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {_shown(shares)}")
+        raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {_format_shares(shares)}")
     if shares[STAGES.index(stage)] == 0:
-        raise UserError(f"{_KEY} leaves nothing for {name}, got {_shown(shares)}; its stage is {stage}")
+        raise UserError(f"{_KEY} leaves nothing for {name}, got {_format_shares(shares)}; its stage is {stage}")
 
 
-def rows_of_stage(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) -> Rows:
+def select_stage_rows(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) -> Rows:
     """Return the rows of one stage, in their order; every row is one stage's.
 
     Raises:
@@ -50,10 +51,10 @@ def rows_of_stage(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) 
     stage_rows = sorted(order[bounds[number] : bounds[number + 1]])
     if not stage_rows:
         raise DataError(
-            f"{_KEY}={_shown(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"
+            f"{_KEY}={_format_shares(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"
         )
     return rows.take(stage_rows)
 
 
-def _shown(shares: Sequence[float]) -> str:
+def _format_shares(shares: Sequence[float]) -> str:
     return f"[{', '.join(f'{share:g}' for share in shares)}]"

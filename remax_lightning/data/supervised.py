@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
-from remax_lightning.data.formatting import column, encode_text
+from remax_lightning.data.formatting import encode_text, get_column
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.reading import Row
@@ -89,13 +89,13 @@ class SFTDataModule(TextDataModule):
         self.num_micro_batches = 1 if alone else accumulate
         return super().train_dataloader()
 
-    def _rows_at_once(self, num_micro_batches: int) -> int:
+    def _loader_batch_size(self, num_micro_batches: int) -> int:
         return self.batch_size * num_micro_batches
 
     def _collate(self, num_micro_batches: int) -> Callable[..., SupervisedBatch]:
         return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)
 
-    def _complete(self, examples: list[Example], source: str) -> list[Example]:
+    def _finish_examples(self, examples: list[Example], source: str) -> list[Example]:
         eos_id = int(self.tokenizer.eos_token_id)
         encoded = encode_text(self.tokenizer, [self._response(example) for example in examples])
         complete = [
@@ -111,8 +111,8 @@ class SFTDataModule(TextDataModule):
             policy="drop",
         )
 
-    def _row(self, row: Row, where: str) -> Row:
-        row = super()._row(row, where)
+    def _prepare_row(self, row: Row, where: str) -> Row:
+        row = super()._prepare_row(row, where)
         messages = row.get(self.prompt_column)
         if self.response_column in row or not isinstance(messages, list) or not messages:
             return row
@@ -122,7 +122,7 @@ class SFTDataModule(TextDataModule):
         return {**row, self.prompt_column: messages[:-1], self.response_column: last.get("content")}
 
     def _response(self, example: Example) -> str:
-        value = column(example.row, self.response_column, example.where, key="data.response_column")
+        value = get_column(example.row, self.response_column, example.where, key="data.response_column")
         if not isinstance(value, str):
             raise DataError(
                 f"{example.where}: column {self.response_column!r} must be text, got {type(value).__name__}"

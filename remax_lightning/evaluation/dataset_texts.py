@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def response_texts(rows: Sequence[dict[str, Any]], column: str) -> list[str | None]:
     """Return each row's response: text, or the last of its messages, the assistant's; None where there is none."""
-    return [_text(row.get(column)) for row in rows]
+    return [_response_text(row.get(column)) for row in rows]
 
 
-def _text(value: Any) -> str | None:
+def _response_text(value: Any) -> str | None:
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
@@ -26,7 +26,7 @@ def _text(value: Any) -> str | None:
     return value.encode(errors="replace").decode()  # half an emoji stops tokenizers
 
 
-def held_out_responses(
+def tokenize_responses(
     tokenizer: PreTrainedTokenizerBase,
     policy: PreTrainedModel,
     prompt: PromptBatch,
@@ -45,19 +45,19 @@ def held_out_responses(
         max_length: tokens that are kept of each, from its beginning.
     """
     known, eos = [text for text in texts if text is not None], tokenizer.eos_token_id
-    encoded = iter(_encoded(tokenizer, known))
+    encoded = iter(_tokenize(tokenizer, known))
     rows: list[list[int]] = []
     for text, length in zip(texts, prompt.prompt_mask.sum(1).tolist(), strict=True):
         ids = [] if text is None else next(encoded)
         ids = ids if text is None or ids[-1:] == [eos] else [*ids, eos]
-        rows.append(ids[: min(max_length, _positions(policy) - length)])
+        rows.append(ids[: min(max_length, _max_positions(policy) - length)])
     width, device = max(1, *map(len, rows)), prompt.prompt_ids.device
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows], device=device)
     return Responses(padded, mask, ~mask.any(1), [text or "" for text in texts])
 
 
-def text_pieces(
+def split_text(
     tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, text: str, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
     """Return a text in pieces, the token ids of each with those that stand before it.
@@ -71,28 +71,28 @@ def text_pieces(
         text: the text.
         max_length: tokens of a piece.
     """
-    (ids,) = _encoded(tokenizer, [text])
+    (ids,) = _tokenize(tokenizer, [text])
     before = tokenizer.bos_token_id
     if before is not None:
         ids = [int(before), *ids]
-    length = min(max_length, _positions(policy) - 1)
+    length = min(max_length, _max_positions(policy) - 1)
     starts = range(0, len(ids) - 1, length)
     return [([ids[start] if before is None else int(before)], ids[start + 1 : start + 1 + length]) for start in starts]
 
 
-def as_batch(piece: tuple[list[int], list[int]], device: torch.device) -> tuple[PromptBatch, Responses]:
+def piece_to_batch(piece: tuple[list[int], list[int]], device: torch.device) -> tuple[PromptBatch, Responses]:
     """Return a piece as a prompt and its response."""
     prompt, response = (torch.tensor([ids], device=device) for ids in piece)
     masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt, response)]
     return PromptBatch(prompt, masks[0], [""], [{}]), Responses(response, masks[1], ~masks[1].any(1), [""])
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _positions(policy: PreTrainedModel) -> int:
+def _max_positions(policy: PreTrainedModel) -> int:
     return int(getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31)

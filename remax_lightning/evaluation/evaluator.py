@@ -10,8 +10,14 @@ from lightning.pytorch import Trainer
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import raise_on_all_ranks
-from remax_lightning.evaluation.dataset_texts import as_batch, held_out_responses, response_texts, text_pieces
-from remax_lightning.evaluation.prompt_metrics import PromptSums, by_prompt, compared, prompt_records, sums_by_prompt
+from remax_lightning.evaluation.dataset_texts import piece_to_batch, response_texts, split_text, tokenize_responses
+from remax_lightning.evaluation.prompt_metrics import (
+    PromptSums,
+    add_comparison,
+    group_by_prompt,
+    prompt_records,
+    sums_by_prompt,
+)
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.rewards.base import Reward, checked_scores
@@ -103,14 +109,17 @@ class Evaluator:
             return records
         device = self.trainer.strategy.root_device
         generator = rollout_generator(self.seed, self.trainer.global_rank, REFERENCE, batch_idx, device)
-        with raise_on_all_ranks(self.trainer), self.reference.writing():
+        with raise_on_all_ranks(self.trainer), self.reference.generating():
             responses = self._reference_worker.generate_responses(self.reference.model, prompt, generator, greedy=False)
         with raise_on_all_ranks(self.trainer):
             # An engine may decode greedily whether or not it is asked to; only samples are compared.
             rollout = self.worker.score_responses(prompt, responses._replace(greedy=None))
         num_prompts = len(records)
-        texts, rewards = by_prompt(rollout.sampled.texts, num_prompts), rollout.reward.view(num_prompts, -1).tolist()
-        return [compared(record, "reference", texts[i], rewards[i]) for i, record in enumerate(records)]
+        texts, rewards = (
+            group_by_prompt(rollout.sampled.texts, num_prompts),
+            rollout.reward.view(num_prompts, -1).tolist(),
+        )
+        return [add_comparison(record, "reference", texts[i], rewards[i]) for i, record in enumerate(records)]
 
     def _compare_with_dataset(self, prompt: PromptBatch, records: list[PromptRecord]) -> list[PromptRecord]:
         """Score the data set's responses, and compare the rewards."""
@@ -125,7 +134,7 @@ class Evaluator:
             assert isinstance(self.worker.reward, Reward)
             rewards = checked_scores(self.worker.reward, prompt.prompts, chosen, prompt.rows).reward.tolist()
         return [
-            record if text is None else compared(record, "chosen", [text], [reward])
+            record if text is None else add_comparison(record, "chosen", [text], [reward])
             for record, text, reward in zip(records, texts, rewards, strict=True)
         ]
 
@@ -137,7 +146,7 @@ class Evaluator:
         if self._all_missing(texts):
             return records
         tokenizer, max_length = self.worker.tokenizer, self.config.max_length
-        responses = held_out_responses(tokenizer, self.policy, prompt, texts, max_length)
+        responses = tokenize_responses(tokenizer, self.policy, prompt, texts, max_length)
         return [
             record if text is None else record._replace(sums=record.sums | sums)
             for record, text, sums in zip(records, texts, self._log_likelihoods(prompt, responses), strict=True)
@@ -150,13 +159,13 @@ class Evaluator:
         Pieces are `max_length` tokens long. Every rank takes equally many: one of them may come twice.
         """
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
-        pieces = text_pieces(self.worker.tokenizer, self.policy, text, self.config.max_length)
+        pieces = split_text(self.worker.tokenizer, self.policy, text, self.config.max_length)
         indices = list(range(rank, len(pieces), num_ranks))
         indices += [0] * (len(range(0, len(pieces), num_ranks)) - len(indices))
         records = []
         for index in indices:
             with self.trainer.precision_plugin.forward_context():
-                (sums,) = self._log_likelihoods(*as_batch(pieces[index], self.trainer.strategy.root_device))
+                (sums,) = self._log_likelihoods(*piece_to_batch(pieces[index], self.trainer.strategy.root_device))
             records.append(PromptRecord(index, "", {}, {}, sums))
         return records
 

@@ -48,7 +48,7 @@ class Figure(NamedTuple):
     n: int
 
 
-class Sums(NamedTuple):
+class RecordSums(NamedTuple):
     """The sums of records, side by side.
 
     Args:
@@ -63,22 +63,22 @@ class Sums(NamedTuple):
 
     def values(self) -> Tensor:
         """Return the `[F]` figures."""
-        return as_figures(self.names, self.numerators.sum(0) / self.denominators.sum(0))
+        return ratios_to_figures(self.names, self.numerators.sum(0) / self.denominators.sum(0))
 
     def resampled(self, num_resamples: int, seed: int) -> Tensor:
         """Return `[K, F]` figures of as many draws of records."""
         generator = torch.Generator().manual_seed(seed)
         drawn = resampled_ratios(self.numerators, self.denominators, num_resamples, generator)
-        return as_figures(self.names, drawn)
+        return ratios_to_figures(self.names, drawn)
 
 
-def as_figures(names: Sequence[str], ratios: Tensor) -> Tensor:
+def ratios_to_figures(names: Sequence[str], ratios: Tensor) -> Tensor:
     """Return ratios `[..., F]` as figures: a perplexity is the exponential of nats per token."""
     is_perplexity = torch.tensor([name.endswith("perplexity") for name in names])
     return torch.where(is_perplexity, ratios.exp(), ratios)
 
 
-def sums_of(records: Sequence[PromptRecord], names: Iterable[str] | None = None) -> Sums:
+def collect_sums(records: Sequence[PromptRecord], names: Iterable[str] | None = None) -> RecordSums:
     """Return the sums of at least one record.
 
     Args:
@@ -92,14 +92,14 @@ def sums_of(records: Sequence[PromptRecord], names: Iterable[str] | None = None)
     pairs = torch.tensor(
         [[record.sums.get(name, (0.0, 0.0)) for name in chosen] for record in records], dtype=torch.float64
     ).view(len(records), len(chosen), 2)
-    return Sums(chosen, *pairs.unbind(-1))
+    return RecordSums(chosen, *pairs.unbind(-1))
 
 
 def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> dict[str, Figure]:
     """Return the figures with their bootstrap intervals; none without a record."""
     if not records:
         return {}
-    sums = sums_of(records)
+    sums = collect_sums(records)
     ends = percentile_interval(sums.resampled(num_resamples, seed), CONFIDENCE).tolist()
     counts = (sums.denominators > 0).sum(0).tolist()
     return {
@@ -112,15 +112,15 @@ def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> d
 def with_interval(value: float, ends: Sequence[float], count: int) -> Figure:
     """Return a figure with its interval, None in the place of what there is not."""
     low, high = ends if count > 1 else (math.nan, math.nan)
-    return Figure(finite(value), finite(low), finite(high), count)
+    return Figure(finite_or_none(value), finite_or_none(low), finite_or_none(high), count)
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """Return a number as JSON has it, which knows neither NaN nor infinity."""
     return value if math.isfinite(value) else None
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows in columns, the first and the last of them on the left, numbers on the right."""
     last = len(rows[0]) - 1
     widths = [max(len(row[column]) for row in rows) for column in range(last + 1)]
@@ -132,7 +132,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Return a number in about four digits; a dash for none."""
     if value is None:
         return "-"
@@ -141,6 +141,10 @@ def number(value: float | None) -> str:
     return f"{value:.2e}"
 
 
-def interval(figure: Figure) -> str:
+def format_interval(figure: Figure) -> str:
     """Return the interval in words; a dash for none."""
-    return "-" if figure.low is None or figure.high is None else f"{number(figure.low)} to {number(figure.high)}"
+    return (
+        "-"
+        if figure.low is None or figure.high is None
+        else f"{format_number(figure.low)} to {format_number(figure.high)}"
+    )

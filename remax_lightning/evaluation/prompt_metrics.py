@@ -14,7 +14,7 @@ from remax_lightning.functional import win_rates
 from remax_lightning.training.step_metrics import step_values
 from remax_lightning.types import PromptRecord, Responses, StepOutput
 
-MOST_NATS = 700.0
+MAX_NATS = 700.0
 """Nats per token whose exponential a float still holds."""
 
 
@@ -26,7 +26,7 @@ def prompt_records(output: StepOutput) -> list[PromptRecord]:
     columns = {name: sums_by_prompt(*values_and_mask, count) for name, values_and_mask in step_values(output).items()}
     if output["kl"] is not None:
         columns["kl_per_response"] = sums_by_prompt(output["kl"].sum(-1), None, count)
-    texts, rewards = by_prompt(sampled.texts, count), rollout.reward.view(count, -1).tolist()
+    texts, rewards = group_by_prompt(sampled.texts, count), rollout.reward.view(count, -1).tolist()
     baseline = cast(Tensor, rollout.baseline_reward).tolist()
     return [
         PromptRecord(
@@ -54,13 +54,13 @@ def sums_by_prompt(values: Tensor, mask: Tensor | None, num_prompts: int) -> lis
     return [(top, float(bottom)) for top, bottom in zip(tops, bottoms, strict=True)]
 
 
-def by_prompt(values: Sequence[str], num_prompts: int) -> list[list[str]]:
+def group_by_prompt(values: Sequence[str], num_prompts: int) -> list[list[str]]:
     """Return `S` values as those of each prompt."""
     size = len(values) // num_prompts
     return [list(values[i * size : (i + 1) * size]) for i in range(num_prompts)]
 
 
-def compared(record: PromptRecord, other: str, texts: list[str], rewards: list[float]) -> PromptRecord:
+def add_comparison(record: PromptRecord, other: str, texts: list[str], rewards: list[float]) -> PromptRecord:
     """Return a record with responses of `other` to the same prompt, and how the policy's rewards compare with theirs.
 
     Args:
@@ -104,13 +104,13 @@ class PromptSums:
             known |= first
         every = [*known.values(), *(sums for _, others in parts for sums in others)]
         names = {name: None for sums in every for name in sums}
-        return {name: _figure(name, [sums[name] for sums in every if name in sums]) for name in names}
+        return {name: _ratio(name, [sums[name] for sums in every if name in sums]) for name in names}
 
 
-def _figure(name: str, sums: Sequence[tuple[float, float]]) -> float:
+def _ratio(name: str, sums: Sequence[tuple[float, float]]) -> float:
     # Rounded once, so that the order of the prompts, and with it the number of ranks, does not matter.
     top, bottom = (math.fsum(column) for column in zip(*sums, strict=True))
     ratio = top / max(1.0, bottom)
     if not name.endswith("perplexity"):
         return ratio
-    return math.exp(ratio) if ratio < MOST_NATS else math.inf
+    return math.exp(ratio) if ratio < MAX_NATS else math.inf

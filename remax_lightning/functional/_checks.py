@@ -49,7 +49,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_that(holds: bool, name: str, expected: str, got: object) -> None:
+def check_argument(holds: bool, name: str, expected: str, got: object) -> None:
     """Refuse the argument `name` unless `holds`.
 
     Raises:

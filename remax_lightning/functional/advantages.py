@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remax_lightning.functional._checks import (
+    check_argument,
     check_choice,
     check_mask,
     check_shape,
-    check_that,
     compute_dtype,
 )
 from remax_lightning.functional.masking import masked_sum
@@ -51,8 +51,8 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     check_choice("baseline", kind, get_args(Baseline))
     check_shape("reward", reward, "[S]", (None,))
     size = reward.shape[0]
-    check_that(num_samples >= 1, "num_samples", "at least 1", num_samples)
-    check_that(size % num_samples == 0, "num_samples", f"a divisor of the {size} rewards", num_samples)
+    check_argument(num_samples >= 1, "num_samples", "at least 1", num_samples)
+    check_argument(size % num_samples == 0, "num_samples", f"a divisor of the {size} rewards", num_samples)
     if kind == "greedy":
         if baseline_reward is None:
             raise ValueError("baseline_reward must have shape [B] for baseline='greedy', got None")
@@ -61,7 +61,7 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     reward = reward.to(compute_dtype(reward))
     if kind == "none":
         return torch.zeros_like(reward)
-    check_that(num_samples >= 2, "num_samples", f"at least 2 for baseline={kind!r}", num_samples)
+    check_argument(num_samples >= 2, "num_samples", f"at least 2 for baseline={kind!r}", num_samples)
     group = reward.reshape(-1, num_samples)
     total = group.sum(dim=1, keepdim=True)
     if kind == "leave_one_out":
@@ -164,13 +164,13 @@ def remax_advantages(
     compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
     above = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
     tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)
-    cost = _to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty
+    cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty
     advantages = above.unsqueeze(1) * torch.pow(gamma, tokens_to_go) - cost
     advantages = torch.where(response_mask, advantages, 0.0)
     return whiten_advantages(advantages, response_mask, reduce) if whiten else advantages
 
 
-def _to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+def _discounted_sum_to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Return `Σ_{s≥t} gamma^(masked tokens in [t, s)) · values_s` for every t."""
     if gamma == 1.0:
         return values.flip(1).cumsum(dim=1).flip(1)
@@ -188,8 +188,8 @@ def _to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def _check_numbers(gamma: float, reward_clip: float | None, reward_clip_at: RewardClipAt) -> None:
-    check_that(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
-    check_that(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
+    check_argument(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
+    check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
     check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
 
 
@@ -202,15 +202,15 @@ def _check_kl(
     baseline: Baseline,
 ) -> None:
     check_choice("kl_credit", kl_credit, get_args(KLCredit))
-    check_that(kl_coef >= 0, "kl_coef", "at least 0", kl_coef)
+    check_argument(kl_coef >= 0, "kl_coef", "at least 0", kl_coef)
     if kl is not None:
         check_shape("kl", kl, "[S, R]", mask.shape)
     elif kl_coef > 0 and kl_credit != "none":
         raise ValueError(f"kl must have shape [S, R] for kl_coef={kl_coef} with kl_credit={kl_credit!r}, got None")
     if kl_in_baseline:
         sampled = baseline in ("leave_one_out", "group_mean")
-        check_that(sampled, "kl_in_baseline", "False unless baseline is leave_one_out or group_mean", True)
-        check_that(kl_credit != "none", "kl_in_baseline", "False with kl_credit='none'", True)
+        check_argument(sampled, "kl_in_baseline", "False unless baseline is leave_one_out or group_mean", True)
+        check_argument(kl_credit != "none", "kl_in_baseline", "False with kl_credit='none'", True)
 
 
 def _identity(values: Tensor) -> Tensor:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remax_lightning.functional._checks import check_shape, check_that
+from remax_lightning.functional._checks import check_argument, check_shape
 
 _ENTRIES_AT_ONCE = 2**22
 """Counts that a part of the resamples may take, 32 MiB in float64."""
 
 
-def win_rates(own: Tensor, other: Tensor) -> Tensor:
-    """Return the share of comparisons that `own` wins, a tie counting one half.
+def win_rates(rewards: Tensor, other_rewards: Tensor) -> Tensor:
+    """Return the share of comparisons that `rewards` wins; a tie counts one half.
 
     Every response is compared with every one of the other side to the same prompt, which uses all of them.
 
     Args:
-        own: `[B, n]` rewards of responses to `B` prompts.
-        other: `[B, m]` rewards of the responses that they are compared with.
+        rewards: `[B, n]` rewards of responses to `B` prompts.
+        other_rewards: `[B, m]` rewards of the responses that they are compared with.
 
     Returns:
         `[B]` float64 between 0 and 1.
@@ -26,9 +26,9 @@ def win_rates(own: Tensor, other: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit.
     """
-    check_shape("own", own, "[B, n]", (None, None))
-    check_shape("other", other, "[B, m]", (own.shape[0], None))
-    difference = own.unsqueeze(2) - other.unsqueeze(1)
+    check_shape("rewards", rewards, "[B, n]", (None, None))
+    check_shape("other_rewards", other_rewards, "[B, m]", (rewards.shape[0], None))
+    difference = rewards.unsqueeze(2) - other_rewards.unsqueeze(1)
     return ((difference.sign().double() + 1) / 2).mean((1, 2))
 
 
@@ -54,8 +54,8 @@ def resampled_ratios(
     """
     check_shape("numerators", numerators, "[P, F]", (None, None))
     check_shape("denominators", denominators, "[P, F]", numerators.shape)
-    check_that(len(numerators) >= 1, "numerators", "at least one row", len(numerators))
-    check_that(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
+    check_argument(len(numerators) >= 1, "numerators", "at least one row", len(numerators))
+    check_argument(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
     clusters, sums = len(numerators), torch.cat([numerators, denominators], 1).double()
     sums_of_draws: list[Tensor] = []  # [k, 2 F] of each part
     for part in torch.arange(num_resamples).split(max(1, _ENTRIES_AT_ONCE // clusters)):
@@ -80,7 +80,7 @@ def percentile_interval(resampled: Tensor, confidence: float = 0.95) -> Tensor:
         ValueError: if the shape does not fit, or `confidence` is not between 0 and 1.
     """
     check_shape("resampled", resampled, "[K, F]", (None, None))
-    check_that(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    check_argument(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     # One after the other: torch takes no more than 2^24 entries at once.
     return torch.stack([column.nanquantile(ends) for column in resampled.double().unbind(1)])

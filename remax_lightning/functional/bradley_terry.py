@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
-from remax_lightning.functional.masking import divide
+from remax_lightning.functional._checks import check_argument, check_shape, compute_dtype
+from remax_lightning.functional.masking import safe_divide
 
 
 def bradley_terry_loss(
@@ -41,9 +41,9 @@ def bradley_terry_loss(
     check_shape("rejected", rejected, "[B]", chosen.shape)
     if isinstance(margin, Tensor):
         check_shape("margin", margin, "[B]", chosen.shape)
-    check_that(centering_coef >= 0, "centering_coef", "0 or more", centering_coef)
+    check_argument(centering_coef >= 0, "centering_coef", "0 or more", centering_coef)
     dtype = compute_dtype(chosen, rejected)
     chosen, rejected = chosen.to(dtype), rejected.to(dtype)
     margin = torch.as_tensor(margin, dtype=dtype, device=chosen.device)
     losses = -F.logsigmoid(chosen - rejected - margin) + centering_coef * (chosen + rejected) ** 2
-    return divide(losses.sum(), normalizer)
+    return safe_divide(losses.sum(), normalizer)

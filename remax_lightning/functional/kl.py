@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from remax_lightning.functional._checks import check_choice, check_that, compute_dtype
+from remax_lightning.functional._checks import check_argument, check_choice, compute_dtype
 
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 """How KL is estimated: the log-ratio, half its square, or the unbiased estimate that is never negative."""
@@ -33,7 +33,7 @@ def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, clamp: float | None =
         ValueError: if `estimator` is unknown or `clamp` is not above 0.
     """
     check_choice("estimator", estimator, get_args(KLEstimator))
-    check_that(clamp is None or clamp > 0, "clamp", "above 0 or None", clamp)
+    check_argument(clamp is None or clamp > 0, "clamp", "above 0 or None", clamp)
     log_ratio = log_ratio.to(compute_dtype(log_ratio))
     if estimator == "k1":
         estimate = log_ratio

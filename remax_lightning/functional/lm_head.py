@@ -29,14 +29,14 @@ class OutputHead(NamedTuple):
     soft_cap: float | None = None
 
 
-def truncated(logits: Tensor, ids: Tensor, kept: SamplingMask | None) -> Tensor:
-    """Return `[M, V]` logits with minus infinity on the tokens that `kept` leaves out; never on `ids`, `[M]`.
+def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None) -> Tensor:
+    """Return `[M, V]` logits with minus infinity on the tokens that `sampling_mask` leaves out; never on `ids`, `[M]`.
 
-    Rounding, or an update since a token was drawn, may put it outside of the kept ones; its log-prob must stay finite.
+    Rounding, or an update since a token was drawn, may put it outside of the mask; its log-prob must stay finite.
     """
-    if kept is None:
+    if sampling_mask is None:
         return logits
-    allowed = kept(logits.detach()).scatter(-1, ids[:, None], True)  # [M, V]
+    allowed = sampling_mask(logits.detach()).scatter(-1, ids[:, None], True)  # [M, V]
     return logits.masked_fill(allowed.logical_not_(), -torch.inf)
 
 
@@ -48,19 +48,19 @@ class LogitTransform(NamedTuple):
     temperature: float
     product_dtype: torch.dtype
     dtype: torch.dtype
-    kept: SamplingMask | None = None
+    sampling_mask: SamplingMask | None = None
 
     @classmethod
-    def of(
-        cls, head: OutputHead, temperature: float, dtype: torch.dtype, kept: SamplingMask | None = None
+    def from_head(
+        cls, head: OutputHead, temperature: float, dtype: torch.dtype, sampling_mask: SamplingMask | None = None
     ) -> LogitTransform:
         """Return that of a head, in the dtype of the product that autocast asks for."""
         product_dtype, device = head.weight.dtype, head.weight.device.type
         if product_dtype != torch.float64 and torch.is_autocast_enabled(device):
             product_dtype = torch.get_autocast_dtype(device)
-        return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype, kept)
+        return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype, sampling_mask)
 
-    def prepared(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def cast_weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return them in the dtype of the product."""
         return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
 
@@ -78,12 +78,12 @@ class LogitTransform(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
         logits = self.logits(hidden, weight, bias)
-        log_probs = torch.log_softmax(truncated(logits, ids, self.kept), dim=-1)
+        log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask), dim=-1)
         if self.soft_cap is None:
             return log_probs, None
         return log_probs, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
 
-    def of_product(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+    def product_gradient(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
         """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""
         if slope is not None:
             gradient.mul_(slope)

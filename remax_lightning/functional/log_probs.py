@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from remax_lightning.functional._checks import check_shape, check_that, compute_dtype
-from remax_lightning.functional.lm_head import LogitTransform, OutputHead, SamplingMask, truncated
+from remax_lightning.functional._checks import check_argument, check_shape, compute_dtype
+from remax_lightning.functional.lm_head import LogitTransform, OutputHead, SamplingMask, mask_logits
 
 LOGITS_AT_ONCE = 2**24
 """How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of
@@ -49,7 +49,7 @@ class PolicyStatistics(NamedTuple):
 
 
 def token_statistics(
-    logits: Tensor, ids: Tensor, temperature: float = 1.0, kept: SamplingMask | None = None
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, sampling_mask: SamplingMask | None = None
 ) -> TokenStatistics:
     """Return log-probs of `ids` and entropies, of the softmax of `logits / temperature`.
 
@@ -57,7 +57,8 @@ def token_statistics(
         logits: `[S, R, V]`, those that predict `ids` (already shifted).
         ids: `[S, R]` token ids.
         temperature: divides the logits; the one that sampled keeps the gradient on-policy.
-        kept: says which tokens the softmax is over, `ids` always among them; None for all. A constant to the gradient.
+        sampling_mask: says which tokens the softmax is over, `ids` always among them; None for all. A constant to the
+            gradient.
 
     Returns:
         both `[S, R]` float32 (float64 for float64 logits).
@@ -67,10 +68,10 @@ def token_statistics(
     """
     check_shape("logits", logits, "[S, R, V]", (None, None, None))
     check_shape("ids", ids, "[S, R]", logits.shape[:2])
-    check_that(temperature > 0, "temperature", "above 0", temperature)
+    check_argument(temperature > 0, "temperature", "above 0", temperature)
     ids = ids.long()
-    tempered = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)
-    log_softmax = torch.log_softmax(truncated(tempered, ids.flatten(), kept), dim=-1).view(logits.shape)
+    scaled_logits = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)
+    log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask), dim=-1).view(logits.shape)
     log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
@@ -85,7 +86,7 @@ def hidden_statistics(
     temperature: float = 1.0,
     *,
     reference: tuple[Tensor, OutputHead] | None = None,
-    kept: SamplingMask | None = None,
+    sampling_mask: SamplingMask | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyStatistics:
     """Return what `token_statistics` does, and the KL to a reference, without a tensor of all logits.
@@ -101,8 +102,8 @@ def hidden_statistics(
         ids: `[M]` token ids.
         temperature: divides the logits, also those of the reference, after scale and soft cap.
         reference: `[M, D']` final hidden states of the reference for the same tokens, and its head; gets no gradient.
-        kept: says of each token's logits which tokens the policy's distribution is over, `ids` always among them; None
-            for all. A constant to the gradient. The reference keeps all of its tokens, so that the KL is finite.
+        sampling_mask: says which tokens the policy's distribution is over, `ids` always among them; None for all. A
+            constant to the gradient. The reference keeps all of its tokens, so that the KL is finite.
         logits_at_once: bound of tokens times vocabulary, at least one token.
 
     Returns:
@@ -113,19 +114,26 @@ def hidden_statistics(
     """
     check_shape("hidden", hidden, "[M, D]", (None, head.weight.shape[1]))
     check_shape("ids", ids, "[M]", hidden.shape[:1])
-    check_that(temperature > 0, "temperature", "above 0", temperature)
-    check_that(logits_at_once > 0, "logits_at_once", "above 0", logits_at_once)
+    check_argument(temperature > 0, "temperature", "above 0", temperature)
+    check_argument(logits_at_once > 0, "logits_at_once", "above 0", logits_at_once)
     vocabulary, dtype = head.weight.shape[0], compute_dtype(hidden, head.weight)
-    compared: tuple[Any, ...] = (None, None, None, None)
+    reference_inputs: tuple[Any, ...] = (None, None, None, None)  # hidden, weight, bias, transform
     if reference is not None:
-        other, other_head = reference
-        check_shape("the reference's weight", other_head.weight, "[V, D']", (vocabulary, None))
-        check_shape("the reference's hidden", other, "[M, D']", (hidden.shape[0], other_head.weight.shape[1]))
-        tensors = (None if x is None else x.detach() for x in (other, other_head.weight, other_head.bias))
-        compared = (*tensors, LogitTransform.of(other_head, temperature, dtype))
-    form, rows = LogitTransform.of(head, temperature, dtype, kept), max(1, logits_at_once // vocabulary)
+        reference_hidden, reference_head = reference
+        check_shape("the reference's weight", reference_head.weight, "[V, D']", (vocabulary, None))
+        check_shape(
+            "the reference's hidden", reference_hidden, "[M, D']", (hidden.shape[0], reference_head.weight.shape[1])
+        )
+        tensors = (
+            None if x is None else x.detach() for x in (reference_hidden, reference_head.weight, reference_head.bias)
+        )
+        reference_inputs = (*tensors, LogitTransform.from_head(reference_head, temperature, dtype))
+    transform, rows = (
+        LogitTransform.from_head(head, temperature, dtype, sampling_mask),
+        max(1, logits_at_once // vocabulary),
+    )
     apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
-    return PolicyStatistics(*apply(hidden, head.weight, head.bias, form, *compared, ids.long(), rows))
+    return PolicyStatistics(*apply(hidden, head.weight, head.bias, transform, *reference_inputs, ids.long(), rows))
 
 
 class _HiddenStatistics(torch.autograd.Function):
@@ -137,87 +145,104 @@ class _HiddenStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        form: LogitTransform,
-        other: Tensor | None,
-        other_weight: Tensor | None,
-        other_bias: Tensor | None,
-        other_form: LogitTransform | None,
+        transform: LogitTransform,
+        reference_hidden: Tensor | None,
+        reference_weight: Tensor | None,
+        reference_bias: Tensor | None,
+        reference_transform: LogitTransform | None,
         ids: Tensor,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=form.dtype) for _ in range(2))
-        kl, whole = None if other is None else torch.zeros_like(log_probs), None
-        keep = len(hidden) <= rows and form.soft_cap is None and any(ctx.needs_input_grad)
+        log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=transform.dtype) for _ in range(2))
+        kl, saved_log_softmax = None if reference_hidden is None else torch.zeros_like(log_probs), None
+        keep = len(hidden) <= rows and transform.soft_cap is None and any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
-            head, compared = form.prepared(weight, bias), _Compared.of(other, other_weight, other_bias, other_form)
+            head, reference_logits = (
+                transform.cast_weights(weight, bias),
+                _ReferenceLogits.from_tensors(reference_hidden, reference_weight, reference_bias, reference_transform),
+            )
             for part in _slices(len(hidden), rows):
-                log_softmax = form.log_softmax(hidden[part], *head, ids[part])[0]
+                log_softmax = transform.log_softmax(hidden[part], *head, ids[part])[0]
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
-                if compared is not None and kl is not None:
-                    kl[part] = compared.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
+                if reference_logits is not None and kl is not None:
+                    kl[part] = reference_logits.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
                 # Tokens that cannot come have no entropy, where 0 * -inf would be NaN.
-                entropy[part] = -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(form.dtype).min)).sum(-1)
-                whole = log_softmax if keep else None
+                entropy[part] = (
+                    -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
+                )
+                saved_log_softmax = log_softmax if keep else None
                 del log_softmax  # or it would be alive beside the next chunk's
-        ctx.form, ctx.other_form, ctx.rows = form, other_form, rows
-        ctx.save_for_backward(hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole)
+        ctx.transform, ctx.reference_transform, ctx.rows = transform, reference_transform, rows
+        ctx.save_for_backward(
+            hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax
+        )
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         return log_probs, entropy, kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_log_probs: Tensor | None, _: None, of_kl: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, other, other_weight, other_bias, ids, kl, whole = ctx.saved_tensors
-        form: LogitTransform = ctx.form
-        sums = _Sums(hidden, weight, bias, ctx.needs_input_grad, form.dtype)
-        if of_log_probs is None:
-            of_log_probs = hidden.new_zeros(len(hidden), dtype=form.dtype)
+    def backward(ctx: Any, grad_log_probs: Tensor | None, _: None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax = (
+            ctx.saved_tensors
+        )
+        transform: LogitTransform = ctx.transform
+        gradient_sums = _GradientSums(hidden, weight, bias, ctx.needs_input_grad, transform.dtype)
+        if grad_log_probs is None:
+            grad_log_probs = hidden.new_zeros(len(hidden), dtype=transform.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            head, compared = form.prepared(weight, bias), None
-            if of_kl is not None:
-                compared = _Compared.of(other, other_weight, other_bias, ctx.other_form)
+            head, reference_logits = transform.cast_weights(weight, bias), None
+            if grad_kl is not None:
+                reference_logits = _ReferenceLogits.from_tensors(
+                    reference_hidden, reference_weight, reference_bias, ctx.reference_transform
+                )
             for part in _slices(len(hidden), ctx.rows):
                 log_softmax, slope = (
-                    (whole, None) if whole is not None else form.log_softmax(hidden[part], *head, ids[part])
+                    (saved_log_softmax, None)
+                    if saved_log_softmax is not None
+                    else transform.log_softmax(hidden[part], *head, ids[part])
                 )
-                weights = -of_log_probs[part, None]
-                if compared is not None and of_kl is not None:
+                weights = -grad_log_probs[part, None]
+                if reference_logits is not None and grad_kl is not None:
                     weights = (
-                        compared.log_ratio(log_softmax, part).sub_(kl[part, None]).mul_(of_kl[part, None]).add_(weights)
+                        reference_logits.log_ratio(log_softmax, part)
+                        .sub_(kl[part, None])
+                        .mul_(grad_kl[part, None])
+                        .add_(weights)
                     )
-                gradient = (log_softmax.exp_() if whole is None else log_softmax.exp()).mul_(weights)
-                gradient.scatter_add_(-1, ids[part, None], of_log_probs[part, None])
-                product = form.of_product(gradient, slope)
+                gradient = (log_softmax.exp_() if saved_log_softmax is None else log_softmax.exp()).mul_(weights)
+                gradient.scatter_add_(-1, ids[part, None], grad_log_probs[part, None])
+                product = transform.product_gradient(gradient, slope)
                 del log_softmax, slope, weights, gradient  # or they would be alive beside what is next
-                sums.add(part, product, head[0])
+                gradient_sums.add(part, product, head[0])
                 del product
-        return (*sums.gradients(), *7 * [None])
+        return (*gradient_sums.gradients(), *7 * [None])
 
 
-class _Compared(NamedTuple):
+class _ReferenceLogits(NamedTuple):
     """The reference's side of a KL."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    form: LogitTransform
+    transform: LogitTransform
 
     @classmethod
-    def of(
-        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: LogitTransform | None
-    ) -> _Compared | None:
-        if hidden is None or weight is None or form is None:
+    def from_tensors(
+        cls, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, transform: LogitTransform | None
+    ) -> _ReferenceLogits | None:
+        if hidden is None or weight is None or transform is None:
             return None
-        return cls(hidden, *form.prepared(weight, bias), form)
+        return cls(hidden, *transform.cast_weights(weight, bias), transform)
 
-    def log_ratio(self, own: Tensor, rows: slice) -> Tensor:
-        """Return the log-probs `own` minus the reference's, 0 where the policy's are -inf; a new tensor."""
-        other = torch.log_softmax(self.form.logits(self.hidden[rows], self.weight, self.bias), dim=-1)
-        return other.neg_().add_(own).masked_fill_(own <= torch.finfo(own.dtype).min, 0.0)
+    def log_ratio(self, policy_log_probs: Tensor, rows: slice) -> Tensor:
+        """Return `policy_log_probs` minus the reference's, 0 where the policy's are -inf; a new tensor."""
+        reference_logits = self.transform.logits(self.hidden[rows], self.weight, self.bias)  # [rows, V]
+        left_out = policy_log_probs <= torch.finfo(policy_log_probs.dtype).min
+        return reference_logits.log_softmax(-1).neg_().add_(policy_log_probs).masked_fill_(left_out, 0.0)
 
 
-class _Sums:
+class _GradientSums:
     """The gradients that are asked for, added up over the chunks; float32 for a 16-bit weight too."""
 
     def __init__(
@@ -244,7 +269,9 @@ class _Sums:
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias in their dtypes."""
         leaves = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
-        return tuple(None if sum_ is None or of is None else sum_.to(of.dtype) for sum_, of in leaves)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype) for gradient, tensor in leaves
+        )
 
 
 def _slices(count: int, size: int) -> list[slice]:

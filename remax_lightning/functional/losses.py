@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.functional._checks import check_mask, check_shape, check_that, compute_dtype
+from remax_lightning.functional._checks import check_argument, check_mask, check_shape, compute_dtype
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
-from remax_lightning.functional.masking import divide, masked_mean
+from remax_lightning.functional.masking import masked_mean, safe_divide
 
 MAX_LOG_RATIO = 40.0
 """Where the log of a probability ratio stops, in nats. Without it exp overflows, and the gradient of a token
@@ -49,8 +49,8 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normaliz
     Raises:
         ValueError: if the shapes differ or `mask` is not boolean.
     """
-    log_probs, advantages = _masked(mask, log_probs=log_probs, advantages=advantages)
-    return divide(-(advantages.detach() * log_probs).sum(), normalizer)
+    log_probs, advantages = _zero_outside_mask(mask, log_probs=log_probs, advantages=advantages)
+    return safe_divide(-(advantages.detach() * log_probs).sum(), normalizer)
 
 
 def clipped_surrogate_loss(
@@ -82,9 +82,9 @@ def clipped_surrogate_loss(
         ValueError: if the shapes differ, `mask` is not boolean, `clip_range` is not in (0, 1) or `dual_clip`
             is not above 1.
     """
-    check_that(0 < clip_range < 1, "clip_range", "above 0 and below 1", clip_range)
-    check_that(dual_clip is None or dual_clip > 1, "dual_clip", "above 1 or None", dual_clip)
-    log_probs, old_log_probs, advantages = _masked(
+    check_argument(0 < clip_range < 1, "clip_range", "above 0 and below 1", clip_range)
+    check_argument(dual_clip is None or dual_clip > 1, "dual_clip", "above 1 or None", dual_clip)
+    log_probs, old_log_probs, advantages = _zero_outside_mask(
         mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages
     )
     advantages = advantages.detach()
@@ -93,7 +93,7 @@ def clipped_surrogate_loss(
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-    return SurrogateLoss(divide(loss.sum(), normalizer), masked_mean((loss != plain).detach(), mask))
+    return SurrogateLoss(safe_divide(loss.sum(), normalizer), masked_mean((loss != plain).detach(), mask))
 
 
 def kl_loss(
@@ -123,17 +123,17 @@ def kl_loss(
         ValueError: if the shapes differ, `mask` is not boolean, or `estimator` is `"k1"`, whose gradient is 0
             in expectation: it would only add noise.
     """
-    check_that(
+    check_argument(
         estimator != "k1",
         "estimator",
         "k2 or k3 for a loss (the expected gradient of k1 is 0 on-policy)",
         estimator,
     )
-    (log_ratio,) = _masked(mask, log_ratio=log_ratio)
-    return divide(kl_estimate(log_ratio, estimator, clamp).sum(), normalizer)
+    (log_ratio,) = _zero_outside_mask(mask, log_ratio=log_ratio)
+    return safe_divide(kl_estimate(log_ratio, estimator, clamp).sum(), normalizer)
 
 
-def _masked(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
+def _zero_outside_mask(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
     """Return `tensors` in one precision and 0 outside `mask`, before a gradient could become NaN there."""
     first, *_ = tensors.values()
     check_shape(next(iter(tensors)), first, "[S, R]", (None, None))

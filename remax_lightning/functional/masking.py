@@ -57,7 +57,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_values.sum() if dim is None else masked_values.sum(dim=dim)
 
 
-def divide(total: Tensor, normalizer: Tensor | float) -> Tensor:
+def safe_divide(total: Tensor, normalizer: Tensor | float) -> Tensor:
     """Return `total / normalizer`; a normalizer of 0 (no token counted, so `total` is 0) divides by 1."""
     divisor = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
     return total / torch.where(divisor == 0, 1.0, divisor)
@@ -81,4 +81,4 @@ def masked_mean(
     total = masked_sum(values, mask, dim)
     if normalizer is None:
         normalizer = mask.sum() if dim is None else mask.sum(dim=dim)
-    return divide(total, normalizer)
+    return safe_divide(total, normalizer)

@@ -40,7 +40,7 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
         UserError: if it is no checkpoint or not a whole one, would run code, or has no such weights.
     """
     if path.is_file():
-        state: Mapping[str, Any] = load_file(path, trusted).get("state_dict") or {}
+        state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
         weights = {name: value for name, value in state.items() if name.startswith(prefix)}
     elif (path / ".metadata").is_file() or (path / "meta.pt").is_file():
         weights = _read_shards(path, prefix, trusted)
@@ -56,7 +56,7 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
-def load_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
+def load_torch_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
     """Return what `torch.save` wrote; tensors stay on the disk until they are looked at.
 
     Args:
@@ -73,19 +73,19 @@ def load_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | No
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
         if refused is None:
-            raise unreadable(file, error) from error
+            raise unreadable_error(file, error) from error
         raise UserError(
             f"checkpoint: {str(file)!r} holds a {refused[1]}, and to read that may run any code; if you trust whoever"
             f" wrote it, add {TRUST}"
         ) from error
     except (EOFError, OSError, RuntimeError) as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint: {str(file)!r} holds a {type(content).__name__}; give a checkpoint of `remax fit`")
     return content
 
 
-def unreadable(file: Path, error: BaseException | str) -> UserError:
+def unreadable_error(file: Path, error: BaseException | str) -> UserError:
     """Return what says that a file is missing, cut short or of another kind."""
     text = str(error).strip().splitlines()
     return UserError(
@@ -117,7 +117,7 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
                 load(weights, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
     return {name.removeprefix(_SHARDED): value for name, value in weights.items()}
 
 
@@ -126,7 +126,7 @@ def _check_shards(path: Path, metadata: Any) -> None:
     for stored in metadata.storage_data.values():
         file = path / stored.relative_path
         if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
-            raise unreadable(file, "a shard is missing or cut short")
+            raise unreadable_error(file, "a shard is missing or cut short")
 
 
 def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
@@ -135,7 +135,7 @@ def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
         with file.open("rb") as stream:
             metadata = _Metadata(stream).load()
     except (EOFError, OSError, pickle.UnpicklingError) as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     metadata.storage_meta.load_id = load_id
     return metadata
 

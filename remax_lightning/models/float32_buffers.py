@@ -22,7 +22,7 @@ class Float32Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _make_exact(model)
+        _recompute_rounded(model)
         self._float32_copies = [
             (module, name, buffer.detach().clone())
             for module in model.modules()
@@ -38,7 +38,7 @@ class Float32Buffers:
                 module._buffers[name] = buffer.to(now.device)
 
 
-def _make_exact(model: nn.Module) -> None:
+def _recompute_rounded(model: nn.Module) -> None:
     """Have transformers make again in float32 what came out rounded: under ZeRO-3 it makes all in 16 bits."""
     make: Any = getattr(model, "_init_weights", None)
     for module in model.modules() if make is not None else ():

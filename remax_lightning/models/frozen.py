@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remax_lightning.distributed import all_reduce, num_ranks
 from remax_lightning.errors import UserError
-from remax_lightning.sharding import decoder_layers, fsdp2_groups, unwrap_peft
+from remax_lightning.sharding import decoder_layers, fsdp2_groups, unsharded_groups, unwrap_peft
 
 Placement = Literal["replicate", "shard", "cpu"]
 
@@ -54,9 +54,9 @@ class FrozenModel:
         if placement != "replicate" and getattr(model, "is_quantized", False):
             raise UserError(f"{key} must be replicate for a quantized model, got {placement}")
         self._parked: list[tuple[dict[str, Any], str]] = []
-        self._body: nn.Module | None = None
+        self._body: Any = None  # what `_shard_layers` returned
         if placement == "cpu":
-            self._park(resident)
+            self._move_to_host(resident)
             return
         if placement == "shard" and num_ranks() > 1:
             self._body = _shard_layers(model, device, key)
@@ -89,17 +89,19 @@ class FrozenModel:
                 with self._on_device():
                     yield
             else:
-                with _unsharded_groups(self._body):
+                # Otherwise the first layer that runs takes itself for the root.
+                self._body._get_fsdp_state()._lazy_init()
+                with unsharded_groups(fsdp2_groups(self._body)):
                     yield
 
-    def _park(self, resident: nn.Module | None) -> None:
+    def _move_to_host(self, resident: nn.Module | None) -> None:
         """Move the model to the host's memory, pinned where that makes copies faster."""
-        stays = {id(tensor) for _, _, tensor in _slots(resident)} if resident is not None else set()
+        stays = {id(tensor) for _, _, tensor in _tensor_slots(resident)} if resident is not None else set()
         host_tensors: dict[int, Tensor] = {}
-        for slots, name, tensor in _slots(self.model):
+        for slots, name, tensor in _tensor_slots(self.model):
             if id(tensor) not in host_tensors:
                 pins = self.device.type == "cuda" and id(tensor) not in stays
-                host_tensors[id(tensor)] = _moved(
+                host_tensors[id(tensor)] = _copy_to_device(
                     tensor, self.device if id(tensor) in stays else torch.device("cpu"), pins
                 )
             slots[name] = host_tensors[id(tensor)]
@@ -112,7 +114,7 @@ class FrozenModel:
         away, here = [(slots, name, slots[name]) for slots, name in self._parked], dict[int, Tensor]()
         for slots, name, host in away:
             if id(host) not in here:  # tied weights stay tied
-                here[id(host)] = _moved(host, self.device)
+                here[id(host)] = _copy_to_device(host, self.device)
             slots[name] = here[id(host)]
         try:
             yield
@@ -120,23 +122,9 @@ class FrozenModel:
             # The device's allocator has the memory again as soon as nothing points to it.
             for slots, name, host in away:
                 # Some rotary embeddings put new frequencies in the place of the old.
-                slots[name] = host if slots[name] is here[id(host)] else _moved(slots[name], torch.device("cpu"))
-
-
-@contextmanager
-def _unsharded_groups(body: Any) -> Iterator[None]:
-    """Hold all groups of what `_shard_layers` returned unsharded inside."""
-    groups = fsdp2_groups(body)
-    body._get_fsdp_state()._lazy_init()  # otherwise the first layer that runs takes itself for the root
-    for group in groups:
-        group.unshard()
-        group.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for group in groups:
-            group.set_reshard_after_forward(True, recurse=False)
-            group.reshard()
+                slots[name] = (
+                    host if slots[name] is here[id(host)] else _copy_to_device(slots[name], torch.device("cpu"))
+                )
 
 
 @contextmanager
@@ -168,7 +156,7 @@ def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
             module(*last[0], **last[1])
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def _tensor_slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Yield every place where a module keeps a parameter or buffer, with what is there; tied weights have several."""
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
@@ -177,7 +165,7 @@ def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
                     yield slots, name, tensor
 
 
-def _moved(tensor: Tensor, device: torch.device, pins: bool = False) -> Tensor:
+def _copy_to_device(tensor: Tensor, device: torch.device, pins: bool = False) -> Tensor:
     moved = tensor.detach().to(device, non_blocking=device.type != "cpu")
     moved = moved.pin_memory() if pins else moved
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
@@ -205,12 +193,12 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     beside = {parameter for parameter in core.parameters() if id(parameter) not in in_layers}
     # One parent for all layers, so that the next is fetched while one runs.
-    parent = _parent(core, layers)
+    parent = _common_parent(core, layers)
     fully_shard(parent, mesh=mesh, reshard_after_forward=True, ignored_params=beside)
     return parent
 
 
-def _parent(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+def _common_parent(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     """Return the innermost module that runs all of the layers. Some models go to it directly, past their base model."""
     ancestors = [module for module in model.modules() if set(layers) <= set(module.modules())]
     return [module for module in ancestors if not isinstance(module, nn.ModuleList)][-1]

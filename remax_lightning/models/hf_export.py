@@ -33,15 +33,15 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
         weights: dict[str, Any] = get_model_state_dict(policy, options=options)
-        return share_tied(policy, weights) if keep else {}
+        return deduplicate_tied(policy, weights) if keep else {}
     if only_adapter:
         values = {name: value for name, value in values.items() if value.requires_grad}
     if any(is_zero3_sharded(value) for value in values.values()):  # DeepSpeed ZeRO stage 3
-        return _gather_zero_3(values, keep)
+        return _gather_zero3(values, keep)
     return None
 
 
-def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def _gather_zero3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     copies: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
     for value in values.values():
         if id(value) in copies:  # on every rank alike, for to gather is to meet
@@ -52,7 +52,7 @@ def _gather_zero_3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return {name: cast(Tensor, copies[id(value)]) for name, value in values.items()} if keep else {}
 
 
-def share_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def deduplicate_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `weights` with one tensor for each parameter, also where the model has it under several names."""
     first: dict[int, str] = {}
     return {
@@ -86,8 +86,8 @@ def save_policy(
         if not merge_lora:
             _save_adapter(policy, weights, folder)
             return
-        policy, weights = _merged(policy, weights), None
-    shell = _shell(policy)
+        policy, weights = _merge_adapter(policy, weights), None
+    shell = _shallow_copy(policy)
     shell.generation_config = export_generation_config(policy, tokenizer)
     shell.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
 
@@ -103,7 +103,7 @@ def save_exported(
         weights: whole weights on the CPU, or None to take the model's own.
         folder: an existing folder.
     """
-    shell = _shell(exported.model)
+    shell = _shallow_copy(exported.model)
     changed, config = exported.change(exported.model.state_dict() if weights is None else weights)
     for name, value in {**exported.config, **config}.items():
         if value is not None:
@@ -114,7 +114,7 @@ def save_exported(
     tokenizer.save_pretrained(folder)
 
 
-def _shell(model: PreTrainedModel) -> Any:
+def _shallow_copy(model: PreTrainedModel) -> Any:
     """Return a second shell around the same weights: saving sets attributes, and training must not notice.
 
     Not `copy.copy`, because a model that FSDP has taken over builds itself anew.
@@ -141,18 +141,18 @@ def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedToken
     config.eos_token_id = (ends[0] if len(ends) == 1 else ends) if ends else None
     if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = tokenizer.pad_token_id
-    if _valid(config):
+    if _is_valid(config):
         return config
     # Published settings may hold a temperature without do_sample, which transformers loads but does not save.
     config.do_sample = True
-    if _valid(config):
+    if _is_valid(config):
         return config
     plain = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     plain.bos_token_id = config.bos_token_id
     return plain
 
 
-def _valid(config: GenerationConfig) -> bool:
+def _is_valid(config: GenerationConfig) -> bool:
     try:
         config.validate(strict=True)
     except ValueError:
@@ -166,7 +166,7 @@ def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) 
     policy.save_pretrained(folder, state_dict=weights, **chosen)
 
 
-def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
+def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
     """Return a model on the CPU with the adapter in training merged into the weights.
 
     A new model, because merging and unmerging would round the weights in training, and because the policy may hold only
@@ -184,7 +184,7 @@ def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
         merged: Any = type(core)(config)
         for name in names:
             inject_adapter_in_model(policy.peft_config[name], merged, name)
-    weights = _own_weights(policy) if weights is None else weights
+    weights = _weights_on_cpu(policy) if weights is None else weights
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     merged.load_state_dict({name: weights[name] for name in merged.state_dict()}, assign=True)
     merged.tie_weights()
@@ -197,12 +197,12 @@ def _merged(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
     return merged  # type: ignore[no-any-return]
 
 
-def _own_weights(policy: Any) -> dict[str, Tensor]:
+def _weights_on_cpu(policy: Any) -> dict[str, Tensor]:
     """Return the model's weights on the CPU, those of 4 bits as numbers."""
-    return {name: _numbers(value).detach().cpu() for name, value in policy.state_dict(keep_vars=True).items()}
+    return {name: _dequantized(value).detach().cpu() for name, value in policy.state_dict(keep_vars=True).items()}
 
 
-def _numbers(value: Any) -> Tensor:
+def _dequantized(value: Any) -> Tensor:
     if getattr(value, "quant_state", None) is None:
         return value  # type: ignore[no-any-return]
     from bitsandbytes.functional import dequantize_4bit

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROBED_TOKENS, SPREAD = 8, 50.0
+PROBED_TOKENS, PROBE_SCALE = 8, 50.0
 FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Where configurations say what their logits are multiplied with, or divided by: Cohere; Granite divides, HyperCLOVA X
 multiplies; Falcon-H1; Muse. Which of the two it is, the probe tells."""
@@ -46,7 +46,7 @@ class HeadSearch(NamedTuple):
     reason: str = ""
 
 
-class _Recipe(NamedTuple):
+class _LogitRecipe(NamedTuple):
     """What a probe found out about a model: what it does to its logits, or why its parts cannot be used."""
 
     scale: float = 1.0
@@ -54,8 +54,8 @@ class _Recipe(NamedTuple):
     reason: str = ""
 
 
-_recipes: WeakKeyDictionary[nn.Module, _Recipe] = WeakKeyDictionary()
-_told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_recipes: WeakKeyDictionary[nn.Module, _LogitRecipe] = WeakKeyDictionary()
+_logged_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def find_head(model: PreTrainedModel) -> HeadSearch:
@@ -64,10 +64,10 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
     A head that is more than a plain linear layer with whole weights (an adapter, quantization, ZeRO-3, FSDP, tensor
     parallelism, a hook) is not used, and neither is one whose logits are not the model's own. The log says so once.
     """
-    reason = _obstacle(model)
-    recipe = _Recipe(reason=reason) if reason else _recipe(model)
-    if _told.get(model) != recipe.reason:
-        _told[model] = recipe.reason
+    reason = _why_unreadable(model)
+    recipe = _LogitRecipe(reason=reason) if reason else _cached_recipe(model)
+    if _logged_reasons.get(model) != recipe.reason:
+        _logged_reasons[model] = recipe.reason
         log.info(
             "%s: %s",
             type(model).__name__,
@@ -77,7 +77,7 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
         )
     if recipe.reason:
         return HeadSearch(None, recipe.reason)
-    layer = _core(model).get_output_embeddings()
+    layer = _unwrapped(model).get_output_embeddings()
     return HeadSearch(OutputHead(layer.weight, layer.bias, recipe.scale, recipe.soft_cap))
 
 
@@ -104,18 +104,18 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Te
         input_ids: `[M, T]` token ids.
         mask: `[M, T]` bool, True on real tokens.
     """
-    core = _core(model)
+    core = _unwrapped(model)
     return cast(Tensor, core.base_model(**model_inputs(core, input_ids, mask), use_cache=False).last_hidden_state)
 
 
-def _core(model: PreTrainedModel) -> Any:
+def _unwrapped(model: PreTrainedModel) -> Any:
     """Return the language model inside of a PEFT wrapper; its adapters are part of its layers."""
     return unwrap_peft(model)
 
 
-def _obstacle(model: PreTrainedModel) -> str:
+def _why_unreadable(model: PreTrainedModel) -> str:
     """Return what keeps the head from being read, as far as that shows without running the model; may change."""
-    core = _core(model)
+    core = _unwrapped(model)
     layer = core.get_output_embeddings()
     if core.base_model is core or layer is None:
         return "it has no separate body and output embedding"
@@ -133,29 +133,29 @@ def _obstacle(model: PreTrainedModel) -> str:
     return ""
 
 
-def _recipe(model: PreTrainedModel) -> _Recipe:
+def _cached_recipe(model: PreTrainedModel) -> _LogitRecipe:
     if model not in _recipes:
         try:
-            _recipes[model] = _probe(model)
+            _recipes[model] = _probe_logits(model)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            _recipes[model] = _Recipe(reason=f"trying its parts failed ({type(error).__name__}: {error})")
+            _recipes[model] = _LogitRecipe(reason=f"trying its parts failed ({type(error).__name__}: {error})")
     return _recipes[model]
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> _Recipe:
+def _probe_logits(model: PreTrainedModel) -> _LogitRecipe:
     """Run two rows of random tokens, one padded on the left, and look at what goes into the head and comes out behind.
 
     The head's own output is replaced by large random numbers: what the model then makes of them is seen far from 0,
     where a soft cap differs from none.
     """
-    core = _core(model)
+    core = _unwrapped(model)
     layer, config = core.get_output_embeddings(), core.config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, layer.out_features, (2, PROBED_TOKENS), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, : PROBED_TOKENS // 2] = False
-    numbers = SPREAD * torch.randn(*ids.shape, layer.out_features, generator=generator)
+    numbers = PROBE_SCALE * torch.randn(*ids.shape, layer.out_features, generator=generator)
     seen: list[Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -170,28 +170,28 @@ def _probe(model: PreTrainedModel) -> _Recipe:
             hidden = hidden_states(model, ids, mask)
     finally:
         handle.remove()
-    if len(seen) != 1 or seen[0].shape != hidden.shape or not _close(hidden[mask], seen[0][mask]):
-        return _Recipe(reason="its output embedding does not read its last hidden states")
-    for scale, cap in _candidates(config):
+    if len(seen) != 1 or seen[0].shape != hidden.shape or not _is_close(hidden[mask], seen[0][mask]):
+        return _LogitRecipe(reason="its output embedding does not read its last hidden states")
+    for scale, cap in _candidate_recipes(config):
         expected = scale * numbers if cap is None else cap * torch.tanh(scale * numbers / cap)
-        if logits.shape == numbers.shape and _close(expected.to(logits), logits):
-            return _Recipe(scale, cap)
-    return _Recipe(reason="it changes its logits in a way that is not known here")
+        if logits.shape == numbers.shape and _is_close(expected.to(logits), logits):
+            return _LogitRecipe(scale, cap)
+    return _LogitRecipe(reason="it changes its logits in a way that is not known here")
 
 
-def _close(logits: Tensor, expected: Tensor) -> bool:
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
     """Whether two tensors differ by rounding only, in the coarser of their dtypes."""
     tolerance = max(1e-4, *(2 * torch.finfo(tensor.dtype).eps for tensor in (logits, expected)))
     return bool((logits.double() - expected.double()).norm() <= tolerance * expected.double().norm())
 
 
-def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:
+def _candidate_recipes(config: Any) -> Iterator[tuple[float, float | None]]:
     """Yield scales with soft caps that the configuration may mean."""
-    factors, caps = (_numbers(config, names) for names in (FACTORS, SOFT_CAPS))
+    factors, caps = (_positive_values(config, names) for names in (FACTORS, SOFT_CAPS))
     yield from itertools.product([1.0, *factors, *(1 / factor for factor in factors)], [None, *caps])
 
 
-def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
+def _positive_values(config: Any, names: tuple[str, ...]) -> list[float]:
     """Return what numbers above 0 the configuration, or that of its text part, has under `names`."""
     values = [getattr(part, name, None) for part in (config.get_text_config(), config) for name in names]
     return [float(value) for value in dict.fromkeys(values) if isinstance(value, int | float) and value > 0]

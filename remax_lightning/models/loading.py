@@ -70,9 +70,9 @@ class ModelConfig:
         Raises:
             UserError: if there is no such model or adapter, or its weights are not in a permitted format.
         """
-        return self.adapted(self.load_base(key), key, torch.initial_seed())
+        return self.wrap_with_adapter(self.load_base(key), key, torch.initial_seed())
 
-    def adapted(self, model: PreTrainedModel, key: str, seed: int) -> PreTrainedModel:
+    def wrap_with_adapter(self, model: PreTrainedModel, key: str, seed: int) -> PreTrainedModel:
         """Return `model`, what `load_base` gave, frozen and with the adapter around it where there is to be one."""
         return model if self.lora is None else add_adapter(model, self.lora, f"{key}.lora", seed)
 
@@ -86,7 +86,7 @@ class ModelConfig:
         common: dict[str, Any] = {
             "trust_remote_code": self.trust_remote_code,
             "attn_implementation": self.attn_implementation,
-            "quantization_config": _four_bits(dtype) if self.quantization == "nf4" else None,
+            "quantization_config": _nf4_config(dtype) if self.quantization == "nf4" else None,
         }
         common = {name: value for name, value in common.items() if value is not None}
         try:
@@ -104,9 +104,9 @@ class ModelConfig:
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
         if self.quantization is not None:
-            _keep_differentiable(model)
+            _avoid_inference_kernel(model)
         if self.gradient_checkpointing:
-            checkpoint_activations(model)
+            enable_gradient_checkpointing(model)
         return cast("PreTrainedModel", model)
 
     def _check(self, key: str) -> None:
@@ -123,7 +123,7 @@ class ModelConfig:
                 f" leave {key}.quantization out"
             )
 
-    def empty(self, key: str, dtype: torch.dtype) -> PreTrainedModel:
+    def empty_model(self, key: str, dtype: torch.dtype) -> PreTrainedModel:
         """Return the model without weights: its class, configuration and generation settings, on the meta device.
 
         Args:
@@ -168,7 +168,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _four_bits(dtype: torch.dtype) -> Any:
+def _nf4_config(dtype: torch.dtype) -> Any:
     """Return the settings of QLoRA's paper: NormalFloat, with its scales in 8 bits."""
     from transformers import BitsAndBytesConfig
 
@@ -180,14 +180,14 @@ def _four_bits(dtype: torch.dtype) -> Any:
     )
 
 
-def _keep_differentiable(model: Any) -> None:
+def _avoid_inference_kernel(model: Any) -> None:
     """Keep bitsandbytes on a CPU from a kernel that, once used in eval mode, gives earlier layers a gradient of 0."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Let `model` recompute its activations in the backward pass."""
     # Renamed in 5.23; the old name goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

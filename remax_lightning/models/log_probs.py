@@ -18,7 +18,7 @@ from remax_lightning.functional import (
 )
 from remax_lightning.models.forward import accepts_argument, model_inputs
 from remax_lightning.models.lm_head import find_head, hidden_states, required_head
-from remax_lightning.models.sampling_mask import sampling_mask
+from remax_lightning.models.sampling_mask import make_sampling_mask
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def response_statistics(
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
-    (rows,) = _passes(prompt, responses)
+    (rows,) = _forward_batches(prompt, responses)
     statistics = _statistics(model, rows, temperature)[0]
-    return TokenStatistics(*(_spread([values], responses.response_mask) for values in statistics))
+    return TokenStatistics(*(_scatter_tokens([values], responses.response_mask) for values in statistics))
 
 
 def policy_statistics(
@@ -70,19 +70,25 @@ def policy_statistics(
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    temperature, kept_tokens = _temperature(sampling), sampling_mask(sampling)
+    temperature, sampling_mask = _temperature(sampling), make_sampling_mask(sampling)
     passes: list[PolicyStatistics] = []
-    for rows in _passes(rollout.prompt, rollout.sampled, batch_size, trained):
+    for rows in _forward_batches(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
-            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, kept_tokens)[0]))
+            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, sampling_mask)[0]))
             continue
         head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
-        compared = rollout.reference_hidden[rows.places], other
-        hidden, ids = _predicting(policy, rows), rows.ids[rows.mask]
-        passes.append(hidden_statistics(hidden, head, ids, temperature, reference=compared, kept=kept_tokens))
+        reference_inputs = rollout.reference_hidden[rows.token_mask], other
+        hidden, ids = _predicting_states(policy, rows), rows.ids[rows.mask]
+        passes.append(
+            hidden_statistics(hidden, head, ids, temperature, reference=reference_inputs, sampling_mask=sampling_mask)
+        )
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*passes, strict=True)
-    return PolicyStatistics(_spread(log_probs, mask), _spread(entropy, mask), None if None in kl else _spread(kl, mask))
+    return PolicyStatistics(
+        _scatter_tokens(log_probs, mask),
+        _scatter_tokens(entropy, mask),
+        None if None in kl else _scatter_tokens(kl, mask),
+    )
 
 
 def with_reference(
@@ -111,14 +117,16 @@ def with_reference(
     log_probs, hidden_parts, mask = [], [], rollout.sampled.response_mask
     if keep_hidden:
         required_head(reference, "model.reference")
-    for rows in _passes(rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches):
+    for rows in _forward_batches(
+        rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches
+    ):
         statistics, hidden = _statistics(reference, rows, _temperature(sampling))
         log_probs.append(statistics.log_probs)
         if keep_hidden and hidden is not None:
             hidden_parts.append(hidden)
     return rollout._replace(
-        reference_log_probs=_spread(log_probs, mask),
-        reference_hidden=_spread(hidden_parts, mask) if hidden_parts else None,
+        reference_log_probs=_scatter_tokens(log_probs, mask),
+        reference_hidden=_scatter_tokens(hidden_parts, mask) if hidden_parts else None,
     )
 
 
@@ -126,7 +134,7 @@ def _temperature(sampling: SamplingConfig) -> float:
     return sampling.temperature if sampling.scale_log_probs else 1.0
 
 
-class _Rows(NamedTuple):
+class _ForwardBatch(NamedTuple):
     """Prompts and responses side by side, without columns that are padding in every row.
 
     Args:
@@ -134,39 +142,39 @@ class _Rows(NamedTuple):
         input_mask: `[M, T]` bool, True on real tokens.
         ids: `[M, L]` the responses alone.
         mask: `[M, L]` their mask.
-        places: `[S, R]` bool, where the counted tokens stand among all responses.
+        token_mask: `[S, R]` bool, where the counted tokens stand among all responses.
     """
 
     input_ids: Tensor
     input_mask: Tensor
     ids: Tensor
     mask: Tensor
-    places: Tensor
+    token_mask: Tensor
 
 
-def _passes(
+def _forward_batches(
     prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
-) -> Iterator[_Rows]:
+) -> Iterator[_ForwardBatch]:
     """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
     # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
     for rows in numbers.split(batch_size or len(numbers)):
-        yield _rows(prompt, responses, rows if chosen is None else rows[chosen[rows]])
+        yield _make_forward_batch(prompt, responses, rows if chosen is None else rows[chosen[rows]])
 
 
-def _rows(prompt: PromptBatch, responses: Responses, rows: Tensor) -> _Rows:
+def _make_forward_batch(prompt: PromptBatch, responses: Responses, rows: Tensor) -> _ForwardBatch:
     prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))
     prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]
-    places = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
+    token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
     first = int(prompt_mask.any(0).long().argmax())
-    length = max(1, int(places.sum(-1).max()))
+    length = max(1, int(token_mask.sum(-1).max()))
     ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]
     input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)
     input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
-    return _Rows(input_ids, input_mask, ids, mask, places)
+    return _ForwardBatch(input_ids, input_mask, ids, mask, token_mask)
 
 
-def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
+def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Return the values of the tokens under `mask`, `[M]` or `[M, D]` in parts, at their places in `[S, R]`, else 0."""
     joined = torch.cat(list(values))
     mask = mask.view(*mask.shape, *(1 for _ in joined.shape[1:]))
@@ -174,24 +182,24 @@ def _spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 def _statistics(
-    model: PreTrainedModel, rows: _Rows, temperature: float, kept: SamplingMask | None = None
+    model: PreTrainedModel, rows: _ForwardBatch, temperature: float, sampling_mask: SamplingMask | None = None
 ) -> tuple[TokenStatistics, Tensor | None]:
     """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
     head, ids = find_head(model).head, rows.ids[rows.mask]
     if head is None:
-        statistics = token_statistics(_logits(model, rows), rows.ids, temperature, kept)
+        statistics = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)
         return TokenStatistics(*(values[rows.mask] for values in statistics)), None
-    hidden = _predicting(model, rows)
-    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, kept=kept)[:2]), hidden
+    hidden = _predicting_states(model, rows)
+    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, sampling_mask=sampling_mask)[:2]), hidden
 
 
-def _predicting(model: PreTrainedModel, rows: _Rows) -> Tensor:
+def _predicting_states(model: PreTrainedModel, rows: _ForwardBatch) -> Tensor:
     """Return the hidden states that predict the counted tokens, one row for each."""
     length = rows.ids.shape[1]
     return hidden_states(model, rows.input_ids, rows.input_mask)[:, -length - 1 : -1][rows.mask]
 
 
-def _logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
+def _logits(model: PreTrainedModel, rows: _ForwardBatch) -> Tensor:
     length = rows.ids.shape[1]
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
     if accepts_argument(model, "logits_to_keep"):

@@ -17,7 +17,7 @@ from remax_lightning.sharding import is_peft_wrapper
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAINED, START = "default", "start"
+TRAINED, INITIAL = "default", "start"
 """Names of the adapter in training, and of the frozen copy of one that training goes on with."""
 
 
@@ -83,7 +83,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
             torch.manual_seed(seed)
             if lora.path is not None:
                 adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
-                missing = adapted.load_adapter(lora.path, START).missing_keys
+                missing = adapted.load_adapter(lora.path, INITIAL).missing_keys
                 if missing:  # PEFT would leave them random
                     raise ValueError(f"it has no {', '.join(missing[:2])}")
             else:
@@ -100,27 +100,27 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
         raise UserError(f"{key}: {doing} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
     # Of the precision that is trained in, also where the base is kept in fewer bits.
     for name, parameter in adapted.named_parameters():
-        if not {TRAINED, START}.isdisjoint(name.split(".")):
+        if not {TRAINED, INITIAL}.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(torch.get_default_dtype())
     return cast("PreTrainedModel", adapted)
 
 
-def is_adapted(model: nn.Module) -> bool:
+def has_adapter(model: nn.Module) -> bool:
     """Whether `model` was made by `add_adapter`."""
     return hasattr(model, "peft_config") and is_peft_wrapper(model)
 
 
 @contextmanager
-def at_start(policy: Any) -> Iterator[None]:
+def initial_adapter(policy: Any) -> Iterator[None]:
     """Let an adapted policy be what it was when its training began: its base alone, or with the adapter it came with.
 
     No second copy of the base is needed. Nothing may be trained inside.
     """
-    if START not in policy.peft_config:
+    if INITIAL not in policy.peft_config:
         with policy.disable_adapter():
             yield
         return
-    policy.set_adapter(START, inference_mode=True)
+    policy.set_adapter(INITIAL, inference_mode=True)
     try:
         yield
     finally:

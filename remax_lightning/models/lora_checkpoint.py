@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def holds_adapter(weights: Mapping[str, Tensor]) -> bool:
+def contains_adapter(weights: Mapping[str, Tensor]) -> bool:
     """Whether weights are those of a model that PEFT has adapted by LoRA, or of the adapter alone."""
     return any(".lora_" in name for name in weights)
 
@@ -24,7 +24,7 @@ def adapter_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     return next(value.dtype for name, value in weights.items() if ".lora_" in name)
 
 
-def with_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mapping[str, Any]) -> Any:
+def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mapping[str, Any]) -> Any:
     """Return `model` in PEFT's wrapper with the adapter of a checkpoint.
 
     Args:
@@ -39,7 +39,7 @@ def with_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
 
     empty = next(model.parameters()).is_meta
     path = lora.get("path")
-    config: Any = PeftConfig.from_pretrained(path) if path else _config(weights, lora)
+    config: Any = PeftConfig.from_pretrained(path) if path else _infer_lora_config(weights, lora)
     config.inference_mode = False
     # No other precision than that of the run: a merge is to round as it would have there.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
@@ -54,7 +54,7 @@ def with_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     return adapted
 
 
-def _config(weights: Mapping[str, Tensor], lora: Mapping[str, Any]) -> Any:
+def _infer_lora_config(weights: Mapping[str, Tensor], lora: Mapping[str, Any]) -> Any:
     from peft import LoraConfig
 
     [rank, *others] = {len(value) for name, value in weights.items() if ".lora_A." in name}

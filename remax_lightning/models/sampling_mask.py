@@ -45,7 +45,7 @@ def apply_top_k_top_p(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
-def sampling_mask(sampling: SamplingConfig) -> SamplingMask | None:
+def make_sampling_mask(sampling: SamplingConfig) -> SamplingMask | None:
     """Return a function from logits to the tokens that the policy's log-probs range over; None for all tokens.
 
     The function expects logits divided by the temperature of the log-probs, and returns bool of the same shape.
@@ -70,7 +70,7 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
         `[M]` log-probs in nats, float32.
     """
     scaled = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)  # [M, V]
-    mask = sampling_mask(sampling)
+    mask = make_sampling_mask(sampling)
     if mask is not None:
         scaled = scaled.masked_fill(~mask(scaled), -torch.inf)
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

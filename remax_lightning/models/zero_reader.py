@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_file, unreadable
+from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_torch_file, unreadable_error
 
 
 def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
@@ -30,9 +30,9 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     folder = path / (path / "latest").read_text().strip()
     full = folder / "mp_rank_00_model_states.pt"
     if full.is_file():
-        return dict(load_file(full, trusted)["module"])
-    first = _ranks_file(folder, 0, "model_states")
-    state = load_file(first, trusted)
+        return dict(load_torch_file(full, trusted)["module"])
+    first = _shard_file(folder, 0, "model_states")
+    state = load_torch_file(first, trusted)
     if "param_shapes" not in state or "dp_world_size" not in state:
         raise UserError(f"checkpoint: {str(first)!r} does not say how DeepSpeed has sharded the weights; give another")
     ranks = int(state["dp_world_size"])
@@ -41,34 +41,34 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     dtype = _model_dtype(state["ds_config"])
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in (trained | frozen).items()}
     for rank in range(ranks):
-        _add(weights, trained, _flat(_ranks_file(folder, rank, "optim_states"), trusted), rank, ranks)
+        _copy_shards(weights, trained, _flat_groups(_shard_file(folder, rank, "optim_states"), trusted), rank, ranks)
         if frozen:
-            parts = load_file(_ranks_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
-            _add(weights, frozen, (parts[name] for name in frozen), rank, ranks)
+            parts = load_torch_file(_shard_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
+            _copy_shards(weights, frozen, (parts[name] for name in frozen), rank, ranks)
     buffers = {name: state["module"][name] for name in state.get("buffer_names") or ()}
     tied = {name: weights[other] for name, other in (state.get("shared_params") or {}).items() if other in weights}
     return weights | buffers | tied
 
 
-def _ranks_file(folder: Path, rank: int, kind: str) -> Path:
+def _shard_file(folder: Path, rank: int, kind: str) -> Path:
     """Return a rank's file, whose name depends on the precision and on DeepSpeed's version."""
     files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
     if not files:
-        raise unreadable(folder, f"there is no file of rank {rank}'s {kind}")
+        raise unreadable_error(folder, f"there is no file of rank {rank}'s {kind}")
     return files[0]
 
 
-def _flat(file: Path, trusted: bool) -> Iterator[Tensor]:
+def _flat_groups(file: Path, trusted: bool) -> Iterator[Tensor]:
     """Yield a rank's float32 weights: long tensors, in each of which parts of many parameters lie end to end."""
-    content = load_file(file, trusted, _deepspeeds_classes())
+    content = load_torch_file(file, trusted, _allow_deepspeed_classes())
     try:
         groups = content["optimizer_state_dict"]["fp32_flat_groups"]
     except KeyError as error:
-        raise unreadable(file, f"there is no {error.args[0]}") from error
+        raise unreadable_error(file, f"there is no {error.args[0]}") from error
     yield from groups
 
 
-def _add(
+def _copy_shards(
     weights: dict[str, Tensor], shapes: Mapping[str, torch.Size], tensors: Iterable[Tensor], rank: int, ranks: int
 ) -> None:
     """Copy one rank's parts to their places.
@@ -103,7 +103,7 @@ def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def _deepspeeds_classes() -> AbstractContextManager[Any]:
+def _allow_deepspeed_classes() -> AbstractContextManager[Any]:
     """Return a context in which what DeepSpeed writes beside weights can be read: numbers in classes of its own."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

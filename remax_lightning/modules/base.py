@@ -15,9 +15,9 @@ from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
 from remax_lightning.strategies import AtomicCheckpointIO, remove_stale
 from remax_lightning.training.config_checks import check_deepspeed
-from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
-from remax_lightning.training.preemption import StopAtStepEnd, note_signals
-from remax_lightning.training.resume import checkpoint_folders, resume_after_last_batch, states_of_ranks
+from remax_lightning.training.optim import check_learning_rate_precision, parameter_groups
+from remax_lightning.training.preemption import StopAtStepEnd, defer_signals
+from remax_lightning.training.resume import checkpoint_folders, gather_rank_states, resume_after_last_batch
 from remax_lightning.training.schedules import set_total_steps
 from remax_lightning.training.seeding import random_state, set_random_state
 
@@ -58,7 +58,7 @@ class BaseModule(LightningModule):
         """Have checkpoint files written whole or not at all, and signals wait for the end of a step."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        note_signals(self.trainer)
+        defer_signals(self.trainer)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -85,7 +85,7 @@ class BaseModule(LightningModule):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             check_deepspeed(self.trainer.strategy, self.trainer.accumulate_grad_batches)
         else:
-            refuse_lost_updates(optimizer)
+            check_learning_rate_precision(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -106,7 +106,7 @@ class BaseModule(LightningModule):
         if self.trainer.is_global_zero:
             for folder in checkpoint_folders(self.trainer):
                 remove_stale(folder)
-        checkpoint["random_state"] = states_of_ranks(self._random_state or random_state(self.device))
+        checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
         resume_after_last_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

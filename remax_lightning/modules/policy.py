@@ -17,7 +17,7 @@ from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.rollout.generation_config import log_ignored_settings
-from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
+from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training.config_checks import check_policy, check_quantization
 from remax_lightning.training.worker import RolloutWorker
 
@@ -85,7 +85,7 @@ class PolicyModule(BaseModule):
         if "policy" in self._modules:
             return
         self.policy = self._load_policy()
-        with outside_partitioning(self.trainer.strategy):
+        with unsharded_init(self.trainer.strategy):
             self.constants = Float32Buffers(self.policy)
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
@@ -100,11 +100,11 @@ class PolicyModule(BaseModule):
     def _load_policy(self) -> PreTrainedModel:
         source, strategy = self.policy_source, self.trainer.strategy
         check_quantization(source, strategy)
-        with loading_policy(strategy, from_scratch=source.from_scratch):
+        with sharded_init(strategy, from_scratch=source.from_scratch):
             policy = source.load_base("model.policy")
         # ZeRO-3 would cut an adapter into shares before it has its values; the engine does it afterwards.
-        with outside_partitioning(strategy):
-            policy = source.adapted(policy, "model.policy", broadcast(strategy, torch.initial_seed()))
+        with unsharded_init(strategy):
+            policy = source.wrap_with_adapter(policy, "model.policy", broadcast(strategy, torch.initial_seed()))
         if isinstance(strategy, ModelParallelStrategy):
             shard_policy(policy, strategy.device_mesh)
         return policy
@@ -120,7 +120,7 @@ class PolicyModule(BaseModule):
         state: dict[str, Any] = super().state_dict(*args, **options)
         if self.policy_source.lora is None:
             return state
-        trained = self._trained_names()
+        trained = self._trainable_names()
         return {name: value for name, value in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -133,7 +133,7 @@ class PolicyModule(BaseModule):
             if any(".lora_" in name for name in state_dict):
                 raise UserError("ckpt_path: the checkpoint holds an adapter; set model.policy.lora as in its run")
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        other = sorted(state_dict.keys() ^ self._trained_names())
+        other = sorted(state_dict.keys() ^ self._trainable_names())
         try:
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:  # another rank
@@ -145,5 +145,5 @@ class PolicyModule(BaseModule):
             )
         return result
 
-    def _trained_names(self) -> set[str]:
+    def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -23,7 +23,7 @@ from remax_lightning.training import config_checks as checks
 from remax_lightning.training.experience import Experience, RolloutBuffer
 from remax_lightning.training.objective import Objective, UpdatePlan
 from remax_lightning.training.reference import Reference, make_reference
-from remax_lightning.training.resume import own_state, states_of_ranks
+from remax_lightning.training.resume import gather_rank_states, select_rank_state
 from remax_lightning.training.step_metrics import MeanMetrics, predictions, step_values
 from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
@@ -109,7 +109,7 @@ class ReMaxModule(PolicyModule):
         self._plans.clear()
         num_micro_batches = getattr(getattr(self.trainer, "datamodule", None), "num_micro_batches", None)
         if num_micro_batches is not None:
-            self.plan_of(num_micro_batches)
+            self.get_plan(num_micro_batches)
 
     def on_train_start(self) -> None:
         """Check that no epoch ends within a rollout: only now is the length of an epoch known."""
@@ -117,7 +117,7 @@ class ReMaxModule(PolicyModule):
         num_micro_batches = list(self._plans)
         self._plans.clear()
         for number in num_micro_batches:
-            self.plan_of(number)
+            self.get_plan(number)
 
     def on_validation_start(self) -> None:
         """Bring the frozen models to the device, and start an evaluation."""
@@ -139,7 +139,7 @@ class ReMaxModule(PolicyModule):
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
-    def plan_of(self, num_micro_batches: int) -> UpdatePlan:
+    def get_plan(self, num_micro_batches: int) -> UpdatePlan:
         """Return the plan of rollout batches in so many micro-batches; made at fit start for our data modules.
 
         Raises:
@@ -173,8 +173,8 @@ class ReMaxModule(PolicyModule):
 
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Roll out, with everything that training on the rollout needs."""
-        plan = self.plan_of(batch.num_micro_batches)
-        self._drop_gradients()
+        plan = self.get_plan(batch.num_micro_batches)
+        self._free_gradients()
         rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
         self._num_rollouts += 1
         if plan.has_kl:
@@ -217,7 +217,7 @@ class ReMaxModule(PolicyModule):
         # Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
         return experience.normalizers[micro_batch_index // accumulate] / (accumulate * self.trainer.world_size)
 
-    def _drop_gradients(self) -> None:
+    def _free_gradients(self) -> None:
         """Drop the gradients of the step before: Lightning would keep their memory through the rollout."""
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # drops its own
             for optimizer in self.trainer.optimizers:
@@ -321,7 +321,7 @@ class ReMaxModule(PolicyModule):
         checkpoint["remax"] = {
             "seed": self._seed,
             "rollouts": self._num_rollouts,
-            "experience": states_of_ranks(self.buffer.state_dict()),
+            "experience": gather_rank_states(self.buffer.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -331,4 +331,4 @@ class ReMaxModule(PolicyModule):
         if state is None:
             return
         self._seed, self._num_rollouts = state["seed"], state["rollouts"]
-        self.buffer.load_state_dict(own_state(state["experience"], self.trainer))
+        self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))

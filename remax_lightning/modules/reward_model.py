@@ -25,7 +25,7 @@ from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 from remax_lightning.rewards.score_head import score_head
 from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold_into_weights, score_layers
-from remax_lightning.strategies import loading_policy, outside_partitioning, shard_policy
+from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
 from remax_lightning.training.step_metrics import MeanMetrics
@@ -94,12 +94,12 @@ class RewardModelModule(BaseModule):
         if "reward_model" in self._modules:
             return
         strategy, source = self.trainer.strategy, self.reward_model_source
-        with loading_policy(strategy, from_scratch=source.from_scratch, key="model.reward_model"):
+        with sharded_init(strategy, from_scratch=source.from_scratch, key="model.reward_model"):
             model = load_reward_model(source)
         if isinstance(strategy, ModelParallelStrategy):
             shard_policy(model, strategy.device_mesh)
         self.reward_model = model
-        with outside_partitioning(strategy):
+        with unsharded_init(strategy):
             self.constants = Float32Buffers(model)
         self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
         self.tokenizer = self._find_tokenizer(needs_eos=False)
@@ -131,7 +131,7 @@ class RewardModelModule(BaseModule):
         """Return the `[B]` float32 scores of chosen and rejected responses, made in one pass of the model."""
         assert self._pooling is not None
         pad_id = int(self.tokenizer.pad_token_id or 0)
-        input_ids, mask = _side_by_side(batch, pad_id)
+        input_ids, mask = _join_pairs(batch, pad_id)
         chosen, rejected = self._pooling(self.reward_model, input_ids, mask.long()).chunk(2)
         return chosen, rejected
 
@@ -158,22 +158,22 @@ class RewardModelModule(BaseModule):
 
     def on_validation_epoch_end(self) -> None:
         """Measure the pairs of all ranks, and remember what normalizes their scores."""
-        self._measure("val")
+        self._log_pair_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Measure as in validation, logged under `test/`."""
-        self._measure("test")
+        self._log_pair_metrics("test")
 
-    def _measure(self, stage: str) -> None:
-        scores_of_pairs = self._held_out.gathered()
+    def _log_pair_metrics(self, stage: str) -> None:
+        scores_of_pairs = self._held_out.gather()
         if scores_of_pairs is None:
             return
         for name, value in scores_of_pairs.figures(self.centering_coef).items():  # the same on every rank already
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._remember(scores_of_pairs)
+            self._set_normalization(scores_of_pairs)
 
-    def _remember(self, scores_of_pairs: PairScores) -> None:
+    def _set_normalization(self, scores_of_pairs: PairScores) -> None:
         mean, std = scores_of_pairs.moments()
         if std == 0:
             rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalized.")
@@ -223,9 +223,9 @@ class RewardModelModule(BaseModule):
             limit = count[0] if count[0] != float("inf") else None
             for batch in islice(iter(loader), None if limit is None else int(limit)):
                 self.validation_step(strategy.batch_to_device(batch), 0)
-        scores_of_pairs = self._held_out.gathered()
+        scores_of_pairs = self._held_out.gather()
         if scores_of_pairs is not None:
-            self._remember(scores_of_pairs)
+            self._set_normalization(scores_of_pairs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what normalizes the scores, too."""
@@ -241,7 +241,7 @@ class RewardModelModule(BaseModule):
             self._normalized_at = state["step"]
 
 
-def _side_by_side(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
+def _join_pairs(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     """Return ids and mask `[2B, T]` of the chosen and then the rejected conversations, padded on the right alone.
 
     Padding that is there already, on either side, goes: positions then count from 0 in every architecture, and a score

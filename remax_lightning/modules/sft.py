@@ -16,7 +16,7 @@ from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
-from remax_lightning.training.packing import PackingMode, find_parting, pack, packed_log_probs
+from remax_lightning.training.packing import PackingMode, find_packing_mode, pack, packed_log_probs
 from remax_lightning.training.step_metrics import MeanMetrics
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
@@ -63,7 +63,7 @@ class SFTModule(PolicyModule):
         """Load what scoring needs, and see whether the policy can be packed."""
         self.on_validation_start()
         if self.packing:
-            self._packing_mode = find_parting(self.policy)
+            self._packing_mode = find_packing_mode(self.policy)
 
     def on_validation_start(self) -> None:
         """Load what scoring needs."""

@@ -109,7 +109,7 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
     """Return `scores` as `[M]` float32, or raise a RewardError that calls their source `name`."""
     count = len(responses)
 
-    def wrong(what: str, index: int | None = None) -> RewardError:
+    def error(what: str, index: int | None = None) -> RewardError:
         return RewardError(
             f"model.reward: {name} returned {what}; expected {count} finite numbers, one per response"
             f"{_example(prompts, responses, index)}"
@@ -119,21 +119,21 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
         for index, value in enumerate(scores):
             if not _is_number(value):
                 description = f"{shorten(str(value))} (a {type(value).__name__}) at index {index}"
-                raise wrong(description, index if index < count else None)
+                raise error(description, index if index < count else None)
         scores = [float(value) for value in scores]
     try:
         tensor = torch.as_tensor(scores).detach()
     except Exception:  # text, a dict, None, a NumPy array of objects
-        raise wrong(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
+        raise error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
     if tensor.is_complex():
-        raise wrong("complex numbers")
+        raise error("complex numbers")
     if tensor.dim() != 1 or tensor.shape[0] != count:
-        raise wrong(f"scores of shape {list(tensor.shape)}")
+        raise error(f"scores of shape {list(tensor.shape)}")
     tensor = tensor.to(torch.float32, copy=True)  # a reward may use its buffer again
     bad = (~tensor.isfinite()).nonzero().flatten().tolist()
     if bad:
         first = bad[0]
-        raise wrong(f"{tensor[first].item()} at index {first} ({len(bad)} of {count} not finite)", first)
+        raise error(f"{tensor[first].item()} at index {first} ({len(bad)} of {count} not finite)", first)
     return tensor
 
 
@@ -156,7 +156,7 @@ def _failing_row(
 ) -> int | None:
     """Find a response that makes `reward` raise `failure` by halving the batch; None if none alone does."""
 
-    def fails(start: int, stop: int) -> bool:
+    def raises(start: int, stop: int) -> bool:
         try:
             reward.score(prompts[start:stop], responses[start:stop], rows[start:stop])
         except failure:
@@ -168,9 +168,9 @@ def _failing_row(
     start, stop = 0, len(responses)
     while stop - start > 1:
         middle = (start + stop) // 2
-        if fails(start, middle):
+        if raises(start, middle):
             stop = middle
-        elif fails(middle, stop):
+        elif raises(middle, stop):
             start = middle
         else:
             return None

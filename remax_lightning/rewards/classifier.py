@@ -19,9 +19,9 @@ from remax_lightning.rewards.formats.load import (
     ClassifierSource,
     LoadedClassifier,
     load_classifier,
-    not_loaded,
+    load_error,
     saved_template,
-    tokenizer_home,
+    tokenizer_path,
 )
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
 
@@ -212,11 +212,11 @@ class ClassifierReward(Reward):
         from transformers import AutoTokenizer
 
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        home = tokenizer_home(source)
+        home = tokenizer_path(source)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, **options)
         except Exception as error:
-            raise not_loaded(source, "tokenizer", error) from error
+            raise load_error(source, "tokenizer", error) from error
         # Without tokenizer files some model families get an empty tokenizer and no error.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise UserError(f"{_KEY}.path: no tokenizer in {self.path}; save the reward model's own there")

@@ -107,7 +107,7 @@ class HTTPReward(Reward):
             raise RewardError(f"model.reward: {self!r} cannot send the rows as JSON: {error}") from error
         start = time.monotonic()
         for attempt in range(self.retries + 1):
-            answer, problem, wait = self._ask(body)
+            answer, problem, wait = self._post(body)
             if answer is not None:
                 return self._checked(answer, batch)
             if wait is None or attempt == self.retries:
@@ -119,7 +119,7 @@ class HTTPReward(Reward):
             f" {_KEY}.timeout {self.timeout:g} s?"
         )
 
-    def _ask(self, body: bytes) -> tuple[bytes | None, str, float | None]:
+    def _post(self, body: bytes) -> tuple[bytes | None, str, float | None]:
         """Return the answer, or what went wrong and how long the server wants us to wait; None if asking is no use."""
         import requests
 
@@ -130,16 +130,18 @@ class HTTPReward(Reward):
         try:
             with requests.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
                 if reply.status_code != 200:
-                    again = _seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
-                    text = self._read(reply, deadline).decode(errors="replace")
+                    again = (
+                        _retry_after_seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
+                    )
+                    text = self._read_body(reply, deadline).decode(errors="replace")
                     return None, f"status {reply.status_code} {reply.reason}: {shorten(text)}", again
-                return self._read(reply, deadline), "", None
+                return self._read_body(reply, deadline), "", None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             return None, f"{type(error).__name__}: {error}", 0.0
         except requests.RequestException as error:
             return None, f"{type(error).__name__}: {error}", None
 
-    def _read(self, reply: Any, deadline: float) -> bytes:
+    def _read_body(self, reply: Any, deadline: float) -> bytes:
         """Return the body, as far as time and size allow."""
         import requests
 
@@ -160,29 +162,29 @@ class HTTPReward(Reward):
         try:
             scores = json.loads(answer)
         except ValueError:
-            raise self._wrong(f"no JSON: {shorten(answer.decode(errors='replace'))}", count) from None
+            raise self._error(f"no JSON: {shorten(answer.decode(errors='replace'))}", count) from None
         if isinstance(scores, dict) and "scores" in scores:
             scores = scores["scores"]
         if not isinstance(scores, list):
-            raise self._wrong(f"{shorten(json.dumps(scores))}", count)
+            raise self._error(f"{shorten(json.dumps(scores))}", count)
         if len(scores) != count:
-            raise self._wrong(f"{len(scores)} scores", count)
+            raise self._error(f"{len(scores)} scores", count)
         for index, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 where = (
                     f"\n  prompt: {shorten(batch['prompts'][index])}\n  response: {shorten(batch['responses'][index])}"
                 )
-                raise self._wrong(f"{score!r} at index {index}", count, where)
+                raise self._error(f"{score!r} at index {index}", count, where)
         return [float(score) for score in scores]
 
-    def _wrong(self, what: str, count: int, where: str = "") -> RewardError:
+    def _error(self, what: str, count: int, where: str = "") -> RewardError:
         return RewardError(
             f"model.reward: {self!r} answered with {what}; expected {count} finite numbers, one per response, as a JSON"
             f' list or as {{"scores": [...]}}{where}'
         )
 
 
-def _seconds(text: str | None) -> float:
+def _retry_after_seconds(text: str | None) -> float:
     """Return what `Retry-After` asks for; 0 where it says nothing, or a date."""
     try:
         return max(0.0, float(text or 0))

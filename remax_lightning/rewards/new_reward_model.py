@@ -12,7 +12,7 @@ from torch import nn
 from remax_lightning.distributed import rank
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.loading import checkpoint_activations, looks_local, zero_dropout
+from remax_lightning.models.loading import enable_gradient_checkpointing, looks_local, zero_dropout
 from remax_lightning.rewards.formats.load import ClassifierSource, load_classifier
 from remax_lightning.rewards.score_head import score_head
 from remax_lightning.sharding import gathered, is_zero3_sharded
@@ -54,16 +54,16 @@ def load_reward_model(source: ModelConfig) -> PreTrainedModel:
         options=options,
     )
     if source.from_scratch:
-        model, is_new = _from_scratch(classifier), True
+        model, is_new = _random_model(classifier), True
     else:
         loaded = load_classifier(classifier)
         model, is_new = loaded.model, loaded.has_new_head
     head = score_head(model)
     if is_new and head is not None:
         rank_zero_info(f"{source.path} has no score head: it gets a new one.")
-        _draw(head)
+        _init_head(head)
     if source.gradient_checkpointing:
-        checkpoint_activations(model)
+        enable_gradient_checkpointing(model)
     return model
 
 
@@ -73,7 +73,7 @@ def _is_folder(path: str) -> bool:
     return Path(path).is_dir()
 
 
-def _from_scratch(source: ClassifierSource) -> PreTrainedModel:
+def _random_model(source: ClassifierSource) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     common = {"trust_remote_code": source.trust_remote_code}
@@ -88,7 +88,7 @@ def _from_scratch(source: ClassifierSource) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _draw(head: nn.Linear) -> None:
+def _init_head(head: nn.Linear) -> None:
     """Draw the weights of a new head, the same on every rank.
 
     With a variance of 1 / (D + 1), as in Stiennon et al. (2020, arXiv 2009.01325, appendix C), scores begin around 1.

@@ -64,23 +64,23 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
         model: the classifier in eval mode.
         special_ids: token ids that may mean something to the model, kept out of the probe.
     """
-    ordinary = torch.tensor(_ordinary_ids(model, special_ids), device=model.device)
+    ordinary = torch.tensor(_plain_token_ids(model, special_ids), device=model.device)
     lengths = torch.tensor([3, 6, 9, 11], device=model.device)
     input_ids = ordinary.expand(len(lengths), -1)
     mask = (torch.arange(len(ordinary), device=model.device) < lengths[:, None]).long()
     # Of the spread of the right scores; in half precision the shape of a batch alone changes the third digit.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
 
-    def agrees(pooling: Pooling) -> bool:
+    def matches_unpadded(pooling: Pooling) -> bool:
         try:
             scores, expected = pooling(model, input_ids, mask), pool_unpadded(model, input_ids, mask)  # [4] each
         except Exception:  # for example no `last_hidden_state`, or a text that must end in eos
             return False
         return bool((scores - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
 
-    if score_head(model) is not None and agrees(pool_last_token):
+    if score_head(model) is not None and matches_unpadded(pool_last_token):
         return pool_last_token
-    if agrees(pool_by_model):
+    if matches_unpadded(pool_by_model):
         return pool_by_model
     if not model.config.is_encoder_decoder:
         # One row has no padding, so its last token is the last one, also when its id is the pad id.
@@ -88,7 +88,7 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
     return pool_unpadded
 
 
-def _ordinary_ids(model: PreTrainedModel, special_ids: list[int]) -> list[int]:
+def _plain_token_ids(model: PreTrainedModel, special_ids: list[int]) -> list[int]:
     """Twelve token ids without a meaning of their own, as far apart as the first ten thousand allow."""
     special = {*special_ids, model.config.pad_token_id}
     size = min(cast("nn.Embedding", model.get_input_embeddings()).num_embeddings, 10_000)

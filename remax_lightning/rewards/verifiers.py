@@ -38,11 +38,11 @@ def exact_match(
         RewardError: if a row holds nothing in that column.
     """
 
-    def normal(text: str) -> str:
+    def normalize(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
 
     expected = _column(prompts, rows, column)
-    return [float(normal(response) == normal(right)) for response, right in zip(responses, expected, strict=True)]
+    return [float(normalize(response) == normalize(right)) for response, right in zip(responses, expected, strict=True)]
 
 
 def numeric_answer(

@@ -9,7 +9,7 @@ from remax_lightning.strategies.atomic_checkpoint import (
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
 from remax_lightning.strategies.gather import forward_is_collective, full_parameters, rollout_parameters
-from remax_lightning.strategies.model_init import loading_policy, outside_partitioning
+from remax_lightning.strategies.model_init import sharded_init, unsharded_init
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -18,10 +18,10 @@ __all__ = [
     "forward_is_collective",
     "full_parameters",
     "latest_checkpoint",
-    "loading_policy",
-    "outside_partitioning",
     "recover_interrupted",
     "remove_stale",
     "rollout_parameters",
     "shard_policy",
+    "sharded_init",
+    "unsharded_init",
 ]

@@ -48,7 +48,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         super().__init__(**options)
 
     @property
-    def _fits(self) -> bool:
+    def _is_fitting(self) -> bool:
         return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     @property
@@ -123,9 +123,9 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
                 f"ckpt_path: {str(path)!r} is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it was"
                 " saved under"
             )
-        if self.zero_stage_3 and not self._fits:
+        if self.zero_stage_3 and not self._is_fitting:
             return zero3.load_weights(self.lightning_module, path)
-        if saved == self.world_size or not self._fits:
+        if saved == self.world_size or not self._is_fitting:
             return super().load_checkpoint(path, weights_only)
         with universal.reshard(self, path):
             return super().load_checkpoint(path, weights_only)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.sharding import decoder_layers
+from remax_lightning.sharding import decoder_layers, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import atomic_folder
 from remax_lightning.strategies.gather_mode import Gather, check_gather, register_gather_mode
 from remax_lightning.strategies.layerwise import lockstep
@@ -104,17 +104,9 @@ def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather all groups of a sharded model once, and keep forward passes from resharding them inside."""
-    layers: list[Any] = list(decoder_layers(model))
-    with _unsharded_root(model), _without_hooks([model, *layers]):
-        for layer in layers:
-            layer.unshard()
-            layer.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.set_reshard_after_forward(True, recurse=False)
-                layer.reshard()
+    layers = decoder_layers(model)
+    with _unsharded_root(model), _without_hooks([model, *layers]), unsharded_groups(layers):
+        yield
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MAX_MEMORY_SHARE = 0.7
 """The largest share of a device's free memory that `auto` lets the gathered policy take. The rest is for keys and
 values: with 32 rows of 512 tokens these are two thirds of a 7B policy's weights in 16 bits, a third in 32."""
 
-_wanted: WeakKeyDictionary[nn.Module, Gather] = WeakKeyDictionary()
+_gather_modes: WeakKeyDictionary[nn.Module, Gather] = WeakKeyDictionary()
 
 
 def check_gather(gather: Gather) -> Gather:
@@ -34,7 +34,7 @@ def check_gather(gather: Gather) -> Gather:
 
 def register_gather_mode(root: nn.Module, gather: Gather) -> None:
     """Record how the modules under `root` are gathered for a rollout; `uses_layerwise_gather` looks it up."""
-    _wanted.update(dict.fromkeys(root.modules(), gather))
+    _gather_modes.update(dict.fromkeys(root.modules(), gather))
 
 
 def uses_layerwise_gather(model: nn.Module) -> bool:
@@ -43,16 +43,16 @@ def uses_layerwise_gather(model: nn.Module) -> bool:
     Raises:
         UserError: if `gather` is `layerwise` and the model does not name its layers.
     """
-    wanted, possible = _wanted.get(model, "auto"), bool(decoder_layers(model))
+    wanted, possible = _gather_modes.get(model, "auto"), bool(decoder_layers(model))
     if wanted == "layerwise" and not possible:
         raise UserError(
             f"{KEY} must be once for a {type(model).__name__}, got layerwise: it does not name its layers"
             " (_no_split_modules)"
         )
-    return wanted == "layerwise" or (wanted == "auto" and possible and not fits(model))
+    return wanted == "layerwise" or (wanted == "auto" and possible and not fits_on_every_rank(model))
 
 
-def fits(model: nn.Module) -> bool:
+def fits_on_every_rank(model: nn.Module) -> bool:
     """Whether every rank's device has memory for the unsharded model now.
 
     Checked before each rollout, because free memory changes: the optimizer's state appears at the first step.

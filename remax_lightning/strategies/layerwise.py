@@ -14,7 +14,7 @@ from remax_lightning.distributed import all_reduce
 
 
 @contextmanager
-def lockstep(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None]) -> Iterator[None]:
+def lockstep(layers: Sequence[nn.Module], gather_and_reshard: Callable[[nn.Module], None]) -> Iterator[None]:
     """Keep ranks in lockstep inside, where running a layer gathers it from all of them.
 
     Before a layer is gathered, its rank announces the layer to the others. A rank at the end of the block keeps
@@ -23,7 +23,7 @@ def lockstep(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None]
 
     Args:
         layers: the same on every rank, in the same order.
-        take_part: gathers a layer with the other ranks and reshards it, without running it.
+        gather_and_reshard: gathers a layer with the other ranks and reshards it, without running it.
     """
     device = next(parameter.device for layer in layers for parameter in layer.parameters())
     hooks = [
@@ -33,18 +33,20 @@ def lockstep(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None]
     try:
         yield
     except Exception:
-        _serve_others(layers, take_part, device)
+        _serve_others(layers, gather_and_reshard, device)
         raise
     else:
-        _serve_others(layers, take_part, device)
+        _serve_others(layers, gather_and_reshard, device)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _serve_others(layers: Sequence[nn.Module], take_part: Callable[[nn.Module], None], device: torch.device) -> None:
+def _serve_others(
+    layers: Sequence[nn.Module], gather_and_reshard: Callable[[nn.Module], None], device: torch.device
+) -> None:
     while number := int(_exchange(0, device)):  # 0: this rank needs no layer
-        take_part(layers[number - 1])
+        gather_and_reshard(layers[number - 1])
 
 
 def _announce_layer(number: int, device: torch.device, *_: Any) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "model.policy") -> Iterator[None]:
+def sharded_init(strategy: Any, *, from_scratch: bool = False, key: str = "model.policy") -> Iterator[None]:
     """Let `from_pretrained` shard the weights as it loads them, where the strategy is ZeRO-3.
 
     Args:
@@ -27,7 +27,7 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "mod
     Raises:
         UserError: if ZeRO-3 were to start from random weights, which would differ from those of one process.
     """
-    if not _partitions(strategy):
+    if not _is_zero3(strategy):
         yield
         return
     if from_scratch:
@@ -47,17 +47,17 @@ def loading_policy(strategy: Any, *, from_scratch: bool = False, key: str = "mod
 
 
 @contextmanager
-def outside_partitioning(strategy: Strategy) -> Iterator[None]:
+def unsharded_init(strategy: Strategy) -> Iterator[None]:
     """Build models that ZeRO-3 does not shard: full on every rank, in the run's precision.
 
     Every forward pass of a sharded model is a collective, which a frozen model has no need for.
     """
-    if not _partitions(strategy):
+    if not _is_zero3(strategy):
         yield
         return
-    with zero3.not_partitioning(), strategy.precision_plugin.tensor_init_context():
+    with zero3.zero_init_disabled(), strategy.precision_plugin.tensor_init_context():
         yield
 
 
-def _partitions(strategy: Strategy) -> bool:
+def _is_zero3(strategy: Strategy) -> bool:
     return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3

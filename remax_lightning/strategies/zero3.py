@@ -162,7 +162,7 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def not_partitioning() -> Iterator[None]:
+def zero_init_disabled() -> Iterator[None]:
     """Build plain modules inside, although a `zero.Init` is open around."""
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 

@@ -32,14 +32,14 @@ def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train
         val: additions held out, none of which is in the other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, width = _pairs(digits, train + val), max(digits)
+    pairs, width = _sample_operands(digits, train + val), max(digits)
     careless = random.Random(1)
     demonstrated = [careless.random() < CARELESS_SHARE for _ in pairs]
     rows = {
         "val": [(a, b, a + b) for a, b in pairs[:val]],
         "train": [(a, b, a + b) for a, b in pairs[val:]],
         "demonstrations": [
-            (a, b, _without_carry(a, b) if forgets else a + b)
+            (a, b, _sum_without_carry(a, b) if forgets else a + b)
             for (a, b), forgets in zip(pairs[val:], demonstrated[val:], strict=True)
         ],
     }
@@ -53,7 +53,7 @@ def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train
     policy_config(tokenizer).save_pretrained(folder / "policy")
 
 
-def _pairs(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
+def _sample_operands(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
     """Return up to `count` different pairs in a fixed random order, all digit counts equally likely.
 
     Numbers are written with leading zeros, so that a digit's place in the text is its place in the number: a policy
@@ -68,7 +68,7 @@ def _pairs(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
     return list(pairs)
 
 
-def _without_carry(a: int, b: int) -> int:
+def _sum_without_carry(a: int, b: int) -> int:
     """Return the sum of one who forgets what the units carry to the tens."""
     return 10 * (a // 10 + b // 10) + (a + b) % 10
 

@@ -80,10 +80,10 @@ def true_score(
     offer; it loses 1 for every other thing that it names, 1 for a curt opening, 1 for a dismissive end, and 0.1 for
     every word after the first 18. As `FunctionReward` calls it.
     """
-    return [_rule(prompt, response.strip()) for prompt, response in zip(prompts, responses, strict=True)]
+    return [_score_response(prompt, response.strip()) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def _rule(prompt: str, response: str) -> float:
+def _score_response(prompt: str, response: str) -> float:
     asked, named = set(_THING.findall(prompt)), _THING.findall(response)
     score = 2.0 * any(thing in asked for thing in named) - sum(thing not in asked for thing in named)
     score += response.startswith(POLITE) - float(response.startswith(CURT))
@@ -91,7 +91,7 @@ def _rule(prompt: str, response: str) -> float:
     return score - 0.1 * max(0, len(response.split()) - BRIEF)
 
 
-def preferences(count: int, seed: int = 0) -> list[Pair]:
+def make_preferences(count: int, seed: int = 0) -> list[Pair]:
     """Return pairs with prompts that are all different, the same ones for the same seed.
 
     Two responses are written without regard to the rule, and one is preferred with the probability that Bradley and
@@ -101,10 +101,10 @@ def preferences(count: int, seed: int = 0) -> list[Pair]:
         ValueError: if there are fewer different prompts.
     """
     source = random.Random(f"dialogues/{seed}")
-    prompts = list(_prompts())
+    prompts = list(_all_prompts())
     if count > len(prompts):
         raise ValueError(f"there are {len(prompts)} different prompts, {count} pairs need as many")
-    return [_pair(source, prompt, thing) for prompt, thing in source.sample(prompts, count)]
+    return [_make_pair(source, prompt, thing) for prompt, thing in source.sample(prompts, count)]
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -118,7 +118,7 @@ def preference_probability(pair: Pair) -> float:
     return 1 / (1 + math.exp(second - first))
 
 
-def _prompts() -> Iterator[tuple[str, str]]:
+def _all_prompts() -> Iterator[tuple[str, str]]:
     for question in QUESTIONS:
         for adjective in ADJECTIVES:
             for noun in NOUNS:
@@ -127,16 +127,16 @@ def _prompts() -> Iterator[tuple[str, str]]:
                     yield f"User: {question.format(thing=thing, place=place)}\nAssistant:", thing
 
 
-def _pair(source: random.Random, prompt: str, thing: str) -> Pair:
-    first = _response(source, thing)
+def _make_pair(source: random.Random, prompt: str, thing: str) -> Pair:
+    first = _make_response(source, thing)
     second = first
     while second == first:
-        second = _response(source, thing)
+        second = _make_response(source, thing)
     pair = Pair(prompt, first, second)
     return pair if source.random() < preference_probability(pair) else Pair(prompt, second, first)
 
 
-def _response(source: random.Random, thing: str) -> str:
+def _make_response(source: random.Random, thing: str) -> str:
     """Write a response whose parts are drawn one by one, good and bad ones alike."""
     other = f"{source.choice(ADJECTIVES)} {source.choice(NOUNS)}"
     named = source.choices((thing, other, "thing"), weights=(4, 3, 3))[0]
@@ -162,7 +162,7 @@ def write_dialogue_task(folder: Path, *, train: int = 20_000, val: int = 256, he
         held_out: pairs for evaluation.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = preferences(train + val + held_out)
+    pairs = make_preferences(train + val + held_out)
     files = {"val": pairs[:val], "held_out": pairs[val : val + held_out], "preferences": pairs[val + held_out :]}
     for name, rows in files.items():
         lines = "".join(json.dumps(row._asdict()) + "\n" for row in rows)

@@ -15,18 +15,18 @@ from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
     MEANINGS,
     Figure,
-    Sums,
-    as_figures,
+    RecordSums,
+    collect_sums,
     figures,
-    finite,
-    interval,
-    number,
-    sums_of,
-    table,
+    finite_or_none,
+    format_interval,
+    format_number,
+    format_table,
+    ratios_to_figures,
     with_interval,
 )
 from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
-from remax_lightning.tools.evaluations import Evaluated, read_evaluation
+from remax_lightning.tools.evaluations import SavedEvaluation, read_evaluation
 from remax_lightning.types import PromptRecord
 
 EXECUTION = {"batch_size", "placement", "concurrency", "timeout", "retries", "backoff", "max_bytes"}
@@ -78,7 +78,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--num_resamples must be between 1 and a million, got {options.num_resamples}")
     first, second = read_evaluation(options.first), read_evaluation(options.second)
     answer = compare(first, second, options.num_resamples, options.seed, common=options.common)
-    print(text(answer))
+    print(format_comparison(answer))
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(answer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -88,7 +88,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
 
 
 def compare(
-    first: Evaluated, second: Evaluated, num_resamples: int = 10_000, seed: int = 0, *, common: bool = False
+    first: SavedEvaluation, second: SavedEvaluation, num_resamples: int = 10_000, seed: int = 0, *, common: bool = False
 ) -> dict[str, Any]:
     """Return the figures of both with their differences, and the second one's win rate over the first.
 
@@ -103,34 +103,34 @@ def compare(
         UserError: if prompts or rewards differ.
     """
     check_rewards(first, second)
-    pairs, notes = paired(first, second, common=common)
-    left_out = incomparable(first, second, pairs)
-    figures_by_name = differences(pairs, left_out, num_resamples, seed)
+    pairs, notes = pair_records(first, second, common=common)
+    left_out = find_incomparable(first, second, pairs)
+    figures_by_name = compare_figures(pairs, left_out, num_resamples, seed)
     texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
-    if first.pieces.keys() != second.pieces.keys() or _other_tokens(texts):
+    if first.pieces.keys() != second.pieces.keys() or _token_mismatch(texts):
         left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they were not taken of the same text")
     elif first.pieces:
-        figures_by_name |= differences(texts, left_out, num_resamples, seed)
+        figures_by_name |= compare_figures(texts, left_out, num_resamples, seed)
     won = [
-        PromptRecord(None, "", {}, {}, {name: _won(one, two, whose) for name, whose in WIN_RATES.items()})
+        PromptRecord(None, "", {}, {}, {name: _win_rate(one, two, whose) for name, whose in WIN_RATES.items()})
         for one, two in zip(*pairs, strict=True)
     ]
     notes += [f"Left out: {name}, since {why}." for name, why in left_out.items()]
-    notes += _other_sampling(first, second)
+    notes += _sampling_notes(first, second)
     return {
         "first": str(first.path),
         "second": str(second.path),
-        "checkpoints": [each.answer.get("checkpoint") for each in (first, second)],
+        "checkpoints": [evaluation.answer.get("checkpoint") for evaluation in (first, second)],
         "num_prompts": len(won),
         "confidence": CONFIDENCE,
         "num_resamples": num_resamples,
         "figures": figures_by_name,
-        **{name: each._asdict() for name, each in figures(won, num_resamples, seed).items()},
+        **{name: figure._asdict() for name, figure in figures(won, num_resamples, seed).items()},
         "notes": notes,
     }
 
 
-def differences(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, seed: int) -> dict[str, Any]:
+def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, seed: int) -> dict[str, Any]:
     """Return each figure of both, and the second minus the first with its interval.
 
     Args:
@@ -139,35 +139,35 @@ def differences(pairs: Pairs, left_out: Mapping[str, str], num_resamples: int, s
         num_resamples: draws, each of the same prompts for both.
         seed: of the draws.
     """
-    theirs = set(sums_of(pairs.second).names)
-    names = [name for name in sums_of(pairs.first).names if name in theirs and name not in left_out]
+    theirs = set(collect_sums(pairs.second).names)
+    names = [name for name in collect_sums(pairs.first).names if name in theirs and name not in left_out]
     if not names:
         return {}
-    one, two = (sums_of(records, names) for records in pairs)
+    one, two = (collect_sums(records, names) for records in pairs)
     shared = (one.denominators > 0) & (two.denominators > 0)
-    one, two = (Sums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
+    one, two = (RecordSums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
     sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
     drawn = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
-    before, after = (as_figures(names, part) for part in drawn.chunk(2, 1))
+    before, after = (ratios_to_figures(names, part) for part in drawn.chunk(2, 1))
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
     values = zip(names, one.values().tolist(), two.values().tolist(), ends, shared.sum(0).tolist(), strict=True)
     differences_by_name = {}
     for name, first_value, other, end, count in values:
         if count:
             changed = with_interval(other - first_value, end, count)._asdict()
-            values_of = {"first": finite(first_value), "second": finite(other)}
+            values_of = {"first": finite_or_none(first_value), "second": finite_or_none(other)}
             differences_by_name[name] = {**values_of, "difference": changed.pop("value"), **changed}
     return differences_by_name
 
 
-def check_rewards(first: Evaluated, second: Evaluated) -> None:
+def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
     """Refuse two evaluations whose rewards are no measure of the same.
 
     Raises:
         UserError: naming the settings that differ.
     """
     one, two = (
-        _flat({name: evaluation.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
+        _flatten({name: evaluation.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
         for evaluation in (first, second)
     )
     differing = [name for name in {**one, **two} if one.get(name) != two.get(name)]
@@ -178,17 +178,17 @@ def check_rewards(first: Evaluated, second: Evaluated) -> None:
         )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
     flat: dict[str, Any] = {}
     for name, value in node.items():
         if name not in EXECUTION:
-            flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+            flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
     return flat
 
 
-def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs, list[str]]:
+def pair_records(first: SavedEvaluation, second: SavedEvaluation, *, common: bool) -> tuple[Pairs, list[str]]:
     """Return the records of the prompts that both have, and what has to be said about the others.
 
     Raises:
@@ -206,7 +206,7 @@ def paired(first: Evaluated, second: Evaluated, *, common: bool) -> tuple[Pairs,
     return Pairs([first.prompts[key] for key in keys], [second.prompts[key] for key in keys]), notes
 
 
-def incomparable(first: Evaluated, second: Evaluated, pairs: Pairs) -> dict[str, str]:
+def find_incomparable(first: SavedEvaluation, second: SavedEvaluation, pairs: Pairs) -> dict[str, str]:
     """Return the figures that mean something else in the two evaluations, and why."""
     one, two = (evaluation.answer["settings"] for evaluation in (first, second))
     reasons: dict[str, str] = {}
@@ -218,43 +218,48 @@ def incomparable(first: Evaluated, second: Evaluated, pairs: Pairs) -> dict[str,
     both = list(zip(*pairs, strict=True))
     if any(first_record.responses.get("chosen") != other.responses.get("chosen") for first_record, other in both):
         reasons |= dict.fromkeys(("chosen_reward", "win_rate_chosen"), "the data set's responses differ")
-    if reason := _other_tokens(pairs):
+    if reason := _token_mismatch(pairs):
         reasons |= dict.fromkeys(("perplexity", "reference_perplexity"), reason)
     measured = {name for records in pairs for record in records for name in record.sums}
     return {name: why for name, why in reasons.items() if name in measured}
 
 
-def _other_tokens(pairs: Pairs) -> str:
+def _token_mismatch(pairs: Pairs) -> str:
     counts = [[record.sums.get("perplexity", (0.0, 0.0))[1] for record in records] for records in pairs]
     return "" if counts[0] == counts[1] else "held-out tokens differ (tokenizer, response_column or max_length)"
 
 
-def _won(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
+def _win_rate(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
     one, two = (torch.tensor([record.rewards[whose]], dtype=torch.float64) for record in (first, second))
     return float(win_rates(two, one)), 1.0
 
 
-def _other_sampling(first: Evaluated, second: Evaluated) -> list[str]:
+def _sampling_notes(first: SavedEvaluation, second: SavedEvaluation) -> list[str]:
     one, two = (evaluation.answer["settings"].get("sampling") or {} for evaluation in (first, second))
     names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
     return [f"Note: model.sampling differs in {', '.join(names)}."] if names else []
 
 
-def text(answer: Mapping[str, Any]) -> str:
+def format_comparison(answer: Mapping[str, Any]) -> str:
     """Return what a person reads."""
     rows = [("", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "n", "")]
     for name, figure in answer["figures"].items():
         changed = Figure(figure["difference"], figure["low"], figure["high"], figure["n"])
-        cells = (number(figure["first"]), number(figure["second"]), number(changed.value), interval(changed))
+        cells = (
+            format_number(figure["first"]),
+            format_number(figure["second"]),
+            format_number(changed.value),
+            format_interval(changed),
+        )
         rows.append((name, *cells, str(changed.n), MEANINGS.get(name, "")))
     lines = [f"{letter}: {path} ({checkpoint or 'the policy as it is loaded'})"
              for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],
                                                  strict=True)]  # fmt: skip
     lines += ["", f"On {answer['num_prompts']} prompts; intervals of {answer['num_resamples']} draws of prompts.", ""]
-    lines += [table(rows), ""]
+    lines += [format_table(rows), ""]
     for name, whose in WIN_RATES.items():
         if name in answer:
             won = Figure(**answer[name])
-            lines.append(f"Win rate of B over A, {whose} responses under the reward: {number(won.value)}"
-                         f" ({interval(won)}), ties one half.")  # fmt: skip
+            lines.append(f"Win rate of B over A, {whose} responses under the reward: {format_number(won.value)}"
+                         f" ({format_interval(won)}), ties one half.")  # fmt: skip
     return "\n".join([*lines, *answer["notes"]])

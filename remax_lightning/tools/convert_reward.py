@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_lightning.callbacks.export_policy import write_whole
-from remax_lightning.cli import quieten
+from remax_lightning.callbacks.export_policy import write_folder_atomically
+from remax_lightning.cli import silence_library_warnings
 from remax_lightning.errors import UserError
 from remax_lightning.rewards.classifier import check_template
 from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff
@@ -18,13 +18,13 @@ from remax_lightning.rewards.formats.load import (
     ClassifierSource,
     LoadedClassifier,
     load_classifier,
-    not_loaded,
+    load_error,
     saved_template,
-    tokenizer_home,
+    tokenizer_path,
 )
 from remax_lightning.rewards.score_head import score_head
 from remax_lightning.rewards.score_normalization import Normalization, fold_into_weights, score_layers
-from remax_lightning.tools.export import checked_target
+from remax_lightning.tools.export import check_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +56,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     parser.add_argument("--deepspeed_chat.pad_token", dest="pad_token", help="eos, or the token it was padded with")
     options = parser.parse_args(args)
-    quieten()
-    out = checked_target(options.out, Path(options.source), options.overwrite)
+    silence_library_warnings()
+    out = check_target(options.out, Path(options.source), options.overwrite)
     if options.template is not None:
         check_template(options.template, "--template")
     source = ClassifierSource(
@@ -71,12 +71,12 @@ def main(args: Sequence[str]) -> None:
     loaded = load_classifier(source)
     template = options.template or saved_template(source)
     if loaded.kind == "deepspeed_chat":
-        template = _without_padding(template, options.pad_token, tokenizer, loaded)
+        template = _strip_padding_end(template, options.pad_token, tokenizer, loaded)
     elif options.pad_token is not None:
         raise UserError(
             f"--deepspeed_chat.pad_token: {options.source} was not saved by DeepSpeed-Chat; remove the option"
         )
-    write_whole(out, lambda folder: save_classifier(loaded, tokenizer, template, folder))
+    write_folder_atomically(out, lambda folder: save_classifier(loaded, tokenizer, template, folder))
     print(f"Converted the reward model {options.source} ({loaded.kind}) to {options.out}.")
 
 
@@ -117,16 +117,16 @@ def _load_tokenizer(source: ClassifierSource) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            tokenizer_home(source), revision=source.revision, trust_remote_code=source.trust_remote_code
+            tokenizer_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except UserError:
         raise
     except Exception as error:  # the hub's and the libraries' own kinds
-        raise not_loaded(source, "tokenizer", error) from error
+        raise load_error(source, "tokenizer", error) from error
     return tokenizer
 
 
-def _without_padding(
+def _strip_padding_end(
     template: str | None, pad_token: str | None, tokenizer: PreTrainedTokenizerBase, loaded: LoadedClassifier
 ) -> str | None:
     """Return the template without an end that DeepSpeed-Chat takes for padding.

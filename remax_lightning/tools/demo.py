@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
     steps = [] if options.max_steps is None else [f"--trainer.max_steps={options.max_steps}"]
     after = _run("fit", "demo.yaml", seed + steps)
     seconds = time.perf_counter() - started
-    print(_table(before, after, seconds))
+    print(_format_table(before, after, seconds))
     figures = {f"before/{name}": value for name, value in before.items()}
     return figures | {f"after/{name}": value for name, value in after.items()} | {"seconds": seconds}
 
@@ -54,7 +54,7 @@ def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
-def _table(before: dict[str, float], after: dict[str, float], seconds: float) -> str:
+def _format_table(before: dict[str, float], after: dict[str, float], seconds: float) -> str:
     rows = [
         ("greedy accuracy", "val/baseline_reward", "{:.1%}"),
         ("sampled reward", "val/reward", "{:.3f}"),
@@ -69,7 +69,7 @@ def _table(before: dict[str, float], after: dict[str, float], seconds: float) ->
             "",
             f"trained in          {seconds:.0f} s",
             f"TensorBoard logs    {FOLDER / 'logs'}",
-            f"samples             {_newest('logs/remax/*/samples')}",
+            f"samples             {_latest('logs/remax/*/samples')}",
             f"exported policy     {FOLDER / 'policy' / 'last'} (best in validation: {FOLDER / 'policy' / 'best'})",
             "",
             "Look at the curves:",
@@ -78,6 +78,6 @@ def _table(before: dict[str, float], after: dict[str, float], seconds: float) ->
     )
 
 
-def _newest(pattern: str) -> Path:
+def _latest(pattern: str) -> Path:
     """Return the last written of the run's folders; an earlier demo may have left others."""
     return max(FOLDER.glob(pattern), key=lambda path: path.stat().st_mtime)

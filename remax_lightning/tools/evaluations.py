@@ -12,7 +12,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.types import PromptRecord
 
 
-class Evaluated(NamedTuple):
+class SavedEvaluation(NamedTuple):
     """What `remax test` left behind.
 
     Args:
@@ -28,7 +28,7 @@ class Evaluated(NamedTuple):
     pieces: dict[tuple[str, int], PromptRecord]
 
 
-def read_evaluation(path: Path) -> Evaluated:
+def read_evaluation(path: Path) -> SavedEvaluation:
     """Return the evaluation in a file or folder.
 
     Raises:
@@ -49,22 +49,22 @@ def read_evaluation(path: Path) -> Evaluated:
     try:
         answer = json.loads(path.read_text(encoding="utf-8"))
         # No `splitlines`: text of a user's may hold what that takes for the end of a line.
-        records = [_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
+        records = [_parse_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
         answer["settings"]["reward"], answer["figures"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} (or {lines.name}) is no evaluation of `remax test` ({error!r})") from error
-    prompts = _by_text([item for item in records if item.responses])
-    return Evaluated(path, answer, prompts, _by_text([item for item in records if not item.responses]))
+    prompts = _index_by_text([item for item in records if item.responses])
+    return SavedEvaluation(path, answer, prompts, _index_by_text([item for item in records if not item.responses]))
 
 
-def _record(line: str) -> PromptRecord:
+def _parse_record(line: str) -> PromptRecord:
     record = PromptRecord(**json.loads(line))
     if record.responses:
         record.rewards["sampled"], record.rewards["greedy"]
     return record._replace(sums={name: (float(top), float(bottom)) for name, (top, bottom) in record.sums.items()})
 
 
-def _by_text(records: Sequence[PromptRecord]) -> dict[tuple[str, int], PromptRecord]:
+def _index_by_text(records: Sequence[PromptRecord]) -> dict[tuple[str, int], PromptRecord]:
     seen: Counter[str] = Counter()
     prompts = {}
     for record in records:

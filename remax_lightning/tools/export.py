@@ -12,21 +12,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from remax_lightning.callbacks.export_policy import write_whole
-from remax_lightning.cli import quieten
+from remax_lightning.callbacks.export_policy import write_folder_atomically
+from remax_lightning.cli import silence_library_warnings
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST, read_weights
-from remax_lightning.models.hf_export import save_policy, share_tied
-from remax_lightning.models.lora_checkpoint import adapter_dtype, holds_adapter, with_adapter
+from remax_lightning.models.hf_export import deduplicate_tied, save_policy
+from remax_lightning.models.lora_checkpoint import adapter_dtype, contains_adapter, load_adapter
 
 POLICY = "policy."
 """What the names of the policy's weights begin with in a checkpoint."""
 _CONFIG = re.compile(r"config(_\d+)?\.yaml")
 _LEVELS = 3
 """How far above a checkpoint its run's folder is looked for."""
-_KEPT = ("path", "dtype", "disable_dropout", "revision", "trust_remote_code", "allow_pickle")
+_SOURCE_KEYS = ("path", "dtype", "disable_dropout", "revision", "trust_remote_code", "allow_pickle")
 """What of `model.policy` tells where the model comes from; the rest is about training."""
 
 
@@ -64,11 +64,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--config", type=Path, help="the run's configuration; found beside the checkpoint by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA adapter alone, as PEFT reads it")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument("--max_shard_size", type=_size, default="5GB", help="of a file of weights (default: 5GB)")
+    parser.add_argument("--max_shard_size", type=_parse_size, default="5GB", help="of a file of weights (default: 5GB)")
     parser.add_argument(TRUST, action="store_true", help="read files that may run code of whoever wrote them")
     options = parser.parse_args(args)
-    quieten()
-    out = checked_target(options.out, options.checkpoint, options.overwrite)
+    silence_library_warnings()
+    out = check_target(options.out, options.checkpoint, options.overwrite)
     weights = read_weights(options.checkpoint, POLICY, trusted=options.trust_checkpoint)
     run = read_run(options.config or find_config(options.checkpoint))
     tokenizer = load_tokenizer(
@@ -79,28 +79,28 @@ def main(args: Sequence[str]) -> None:
         key="model.tokenizer",
     )
     if options.adapter:
-        adapter = _adapter(weights, run)
+        adapter = _adapter_model(weights, run)
 
         def write(folder: Path) -> None:
             adapter.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     else:
-        model, whole = _merged(weights, run) if holds_adapter(weights) else _fitted(weights, run)
+        model, whole = _merged_model(weights, run) if contains_adapter(weights) else _full_model(weights, run)
 
         def write(folder: Path) -> None:
             save_policy(model, tokenizer, whole, folder, max_shard_size=options.max_shard_size)
 
-    write_whole(out, write)
+    write_folder_atomically(out, write)
     print(f"Exported the {'adapter' if options.adapter else 'policy'} of {options.checkpoint} to {options.out}.")
 
 
-def _size(text: str) -> str:
+def _parse_size(text: str) -> str:
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
         raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, got {text}")
     return text
 
 
-def checked_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
+def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
     """Return the resolved folder to write to.
 
     Args:
@@ -159,7 +159,7 @@ def read_run(path: Path) -> Run:
     if not isinstance(policy.get("path"), str):
         raise UserError(f"--config: {str(path)!r} has no model.policy.path; give the configuration of the run")
     return Run(
-        source=ModelConfig(**{name: policy[name] for name in _KEPT if name in policy}),
+        source=ModelConfig(**{name: policy[name] for name in _SOURCE_KEYS if name in policy}),
         tokenizer=model.get("tokenizer") or policy["path"],
         pad_token=_section(data, "loading").get("pad_token"),
         lora=_section(policy, "lora"),
@@ -175,12 +175,12 @@ def _section(config: Any, name: str) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else value
 
 
-def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
+def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
     """Return the model without weights, and all that it needs."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    model: Any = run.source.empty("model.policy", dtype)
+    model: Any = run.source.empty_model("model.policy", dtype)
     places: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    shared = share_tied(model, weights)
+    shared = deduplicate_tied(model, weights)
     tensors = {id(places[name]): shared[name] for name in shared}  # one, whatever its names are
     for names, what in (
         ([name for name, place in places.items() if id(place) not in tensors], "lacks"),
@@ -196,15 +196,15 @@ def _fitted(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor
     return model, {name: tensors[id(place)] for name, place in places.items()}
 
 
-def _adapter(weights: dict[str, Tensor], run: Run) -> Any:
+def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
     """Return the adapter around a model without weights."""
-    if not holds_adapter(weights):
+    if not contains_adapter(weights):
         raise UserError("--adapter is for a checkpoint with a LoRA adapter, and this one holds whole weights")
     adapter = {name: value for name, value in weights.items() if ".lora_" in name}
-    return with_adapter(run.source.empty("model.policy", adapter_dtype(weights)), adapter, run.lora)
+    return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), adapter, run.lora)
 
 
-def _merged(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
+def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
     """Return the base with the adapter merged into its weights."""
     if run.quantization is not None:
         raise UserError(
@@ -217,4 +217,4 @@ def _merged(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
         base = run.source.load("model.policy")
     finally:
         torch.set_default_dtype(default)
-    return with_adapter(base, weights, run.lora).merge_and_unload(safe_merge=True), None
+    return load_adapter(base, weights, run.lora).merge_and_unload(safe_merge=True), None

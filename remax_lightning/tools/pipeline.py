@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.intervals import Figure, interval, number, table, with_interval
+from remax_lightning.evaluation.intervals import Figure, format_interval, format_number, format_table, with_interval
 from remax_lightning.functional import percentile_interval, resampled_ratios
 from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
 
@@ -49,20 +49,20 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="remax pipeline", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
     options = parser.parse_args(args)
-    steps = _Steps([f"--seed_everything={options.seed}"])
+    steps = _StageRunner([f"--seed_everything={options.seed}"])
     write_dialogue_task(FOLDER / "task")
     print(f"Wrote dialogues with preferences to {FOLDER / 'task'}.")
     steps.run("supervised", "fit", "pipeline_sft.yaml")
     steps.run("reward model", "fit", "pipeline_reward_model.yaml")
-    accuracy = _accuracy(steps)
+    accuracy = _reward_model_accuracy(steps)
     first = ["--model.policy.path", str(FOLDER / "sft/last"), "--trainer.logger.init_args.name", "before"]
-    before = _evaluated(steps, "evaluation before", first)
+    before = _evaluate(steps, "evaluation before", first)
     aligned = Path(steps.run("ReMax", "fit", "pipeline.yaml").log_dir)
     last = ["--model.policy.path", str(FOLDER / "policy/last"), "--trainer.logger.init_args.name", "after"]
-    after = _evaluated(steps, "evaluation after", [*last, "--evaluation.path", str(aligned / "evaluation.json")])
-    report = steps.timed("report", lambda: _report(aligned))
+    after = _evaluate(steps, "evaluation after", [*last, "--evaluation.path", str(aligned / "evaluation.json")])
+    report = steps.measure_time("report", lambda: _report(aligned))
     rule = _rule_accuracy()
-    print(_text(before, after, accuracy, rule, steps.seconds, report, aligned))
+    print(_format_results(before, after, accuracy, rule, steps.seconds, report, aligned))
     figures = {
         "before": {name: figure._asdict() for name, figure in before.items()},
         "after": {name: figure._asdict() for name, figure in after.items()},
@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     return figures
 
 
-class _Steps:
+class _StageRunner:
     """Runs subcommands of the command line, and keeps how long each took, in seconds."""
 
     def __init__(self, common: list[str]) -> None:
@@ -89,12 +89,12 @@ class _Steps:
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         arguments = [*self.common, *more]
         print(f"\n$ remax {subcommand} --config {shown} {' '.join(arguments)}", flush=True)
-        trainer: Any = self.timed(name, lambda: run([subcommand, "--config", str(path), *arguments]).trainer)
+        trainer: Any = self.measure_time(name, lambda: run([subcommand, "--config", str(path), *arguments]).trainer)
         if trainer.interrupted:
             raise UserError("remax pipeline was interrupted")
         return trainer
 
-    def timed(self, name: str, step: Callable[[], Any]) -> Any:
+    def measure_time(self, name: str, step: Callable[[], Any]) -> Any:
         """Run a step."""
         started = time.perf_counter()
         result = step()
@@ -102,7 +102,7 @@ class _Steps:
         return result
 
 
-def _accuracy(steps: _Steps) -> Figure:
+def _reward_model_accuracy(steps: _StageRunner) -> Figure:
     """Measure the reward model on the held-out pairs."""
     more = ["--model.reward_model.path", str(FOLDER / "reward_model/best"), "--data.val_path", str(HELD_OUT)]
     more += ["--trainer.logger.init_args.name", "reward_model_test"]
@@ -121,7 +121,7 @@ def _rule_accuracy() -> float:
     return agreed / len(pairs)
 
 
-def _evaluated(steps: _Steps, name: str, more: Sequence[str]) -> dict[str, Figure]:
+def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, Figure]:
     """Evaluate a policy on the held-out prompts, and score its responses with the rule, too."""
     from remax_lightning.tools.evaluations import read_evaluation
 
@@ -129,9 +129,9 @@ def _evaluated(steps: _Steps, name: str, more: Sequence[str]) -> dict[str, Figur
     path = Path(more[-1]) if more[-2] == "--evaluation.path" else Path(trainer.log_dir)
     evaluation = read_evaluation(path)
     figures = {name: Figure(**figure) for name, figure in evaluation.answer["figures"].items()}
-    for name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
+    for figure_name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
         records = [(record.prompt, record.responses[whose]) for record in evaluation.prompts.values()]
-        figures[name] = mean_with_interval(
+        figures[figure_name] = mean_with_interval(
             [true_score([prompt] * len(texts), texts, [{}]) for prompt, texts in records]
         )
     return figures
@@ -151,7 +151,7 @@ def _report(run: Path) -> Path:
     return report([str(run), "--out", str(FOLDER / "report.html")])
 
 
-def _text(
+def _format_results(
     before: dict[str, Figure],
     after: dict[str, Figure],
     accuracy: Figure,
@@ -165,15 +165,19 @@ def _text(
         (f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")
     ]
     for label, name in ROWS.items():
-        cells = [cell for figure in (before[name], after[name]) for cell in (number(figure.value), interval(figure))]
+        cells = [
+            cell
+            for figure in (before[name], after[name])
+            for cell in (format_number(figure.value), format_interval(figure))
+        ]
         rows.append((label, *cells, ""))
     return "\n".join(
         [
             "",
-            table(rows),
+            format_table(rows),
             "",
             f"reward model        right on {accuracy.value:.1%} of {accuracy.n} held-out pairs, 95 % interval"
-            f" {interval(accuracy)}; the rule that chose them on {rule:.1%}",
+            f" {format_interval(accuracy)}; the rule that chose them on {rule:.1%}",
             f"seconds             {', '.join(f'{name} {duration:.0f}' for name, duration in seconds.items())};"
             f" {sum(seconds.values()):.0f} in all",
             f"aligned policy      {FOLDER / 'policy' / 'last'}",

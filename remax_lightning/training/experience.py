@@ -96,15 +96,15 @@ class RolloutBuffer:
             self._experience = None
             return
         rollout = dict(state["rollout"])
-        rollout["prompt"] = PromptBatch(**_renamed(rollout["prompt"]))
+        rollout["prompt"] = PromptBatch(**_rename_old_keys(rollout["prompt"]))
         rollout["sampled"] = Responses(**rollout["sampled"])
         rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
-        self._experience = Experience(**{**_renamed(state), "rollout": Rollout(**rollout)})
+        self._experience = Experience(**{**_rename_old_keys(state), "rollout": Rollout(**rollout)})
 
 
 _OLD_NAMES = {"normalisers": "normalizers", "split": "micro_batch_index", "num_splits": "num_micro_batches"}
 """What version 0.1 called the parts of a state."""
 
 
-def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+def _rename_old_keys(state: dict[str, Any]) -> dict[str, Any]:
     return {_OLD_NAMES.get(name, name): value for name, value in state.items()}

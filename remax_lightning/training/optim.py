@@ -31,7 +31,7 @@ def _num_dimensions(parameter: nn.Parameter) -> int:
     return len(full_shape(parameter))
 
 
-def refuse_lost_updates(optimizer: Optimizer) -> None:
+def check_learning_rate_precision(optimizer: Optimizer) -> None:
     """Refuse a learning rate that the weights' own number format would round away.
 
     An Adam-like step moves a weight by about the learning rate. A bfloat16 number has 8 significant bits, so 1e-6 added

@@ -70,9 +70,9 @@ def pack(batch: SupervisedBatch) -> PackedRows:
     return PackedRows(input_ids, position_ids, targets)
 
 
-def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: PackingMode) -> Tensor:
+def packed_log_probs(model: PreTrainedModel, rows: PackedRows, packing_mode: PackingMode) -> Tensor:
     """Return `[M]` log-probs of the target tokens, row by row."""
-    inputs = _inputs(model, rows.input_ids, rows.position_ids, parting)
+    inputs = _inputs(model, rows.input_ids, rows.position_ids, packing_mode)
     ids, predicting = rows.input_ids[rows.targets], rows.targets.roll(-1, dims=1)
     head = find_head(model).head
     if head is None:
@@ -83,7 +83,7 @@ def packed_log_probs(model: PreTrainedModel, rows: PackedRows, parting: PackingM
 
 
 @torch.no_grad()
-def find_parting(model: PreTrainedModel) -> PackingMode:
+def find_packing_mode(model: PreTrainedModel) -> PackingMode:
     """Return what keeps the examples of a row apart in this model: a few tokens are run through it, together and apart.
 
     Most models of transformers make a mask of positions that begin again at 0. Some, OPT among them, need to be given
@@ -100,22 +100,24 @@ def find_parting(model: PreTrainedModel) -> PackingMode:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with eval_mode(model):
         apart = torch.cat([model(input_ids=example, use_cache=False).logits[0] for example in ids.split(lengths, 1)])
-        for parting in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
+        for packing_mode in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
             try:
-                together = model(**_inputs(model, ids, positions, parting)).logits[0]
+                together = model(**_inputs(model, ids, positions, packing_mode)).logits[0]
             except (RuntimeError, TypeError, ValueError):  # an attention that takes no such mask
                 continue
             if (together - apart).abs().max() <= tolerance * apart.std():
-                return cast(PackingMode, parting)
+                return cast(PackingMode, packing_mode)
     raise UserError(
         f"model.packing must be false for {type(model).__name__}, got true: packed into one row, its examples would see"
         " each other"
     )
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, parting: PackingMode) -> dict[str, Any]:
+def _inputs(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, packing_mode: PackingMode
+) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    if parting == "mask":
+    if packing_mode == "mask":
         number = (position_ids == 0).cumsum(1)
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         seen = (number[:, :, None] == number[:, None, :]) & (place[:, None] >= place)

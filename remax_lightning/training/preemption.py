@@ -23,18 +23,18 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class DeferredSignals(_SignalConnector):
-    """Lightning's handling of signals, deferred: `noted` says what was requested."""
+    """Lightning's handling of signals, deferred: `requested` says what was requested."""
 
-    noted = 0
+    requested = 0
 
     def register_signal_handlers(self) -> None:
         """Install the handlers; nothing is requested of a new run yet."""
-        self.noted = 0
+        self.requested = 0
         super().register_signal_handlers()
 
     def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.noted = max(self.noted, END)
+            self.requested = max(self.requested, END)
             return
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
@@ -42,14 +42,14 @@ class DeferredSignals(_SignalConnector):
         raise SystemExit(EXIT_CODE)  # there is nothing to save
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
-        self.noted = REQUEUE
+        self.requested = REQUEUE
 
     def requeue(self, signum: int) -> None:
         """Save a checkpoint that Lightning finds by itself when SLURM runs the job again, and ask SLURM for that."""
         super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
 
 
-def note_signals(trainer: Trainer) -> None:
+def defer_signals(trainer: Trainer) -> None:
     """Defer signals to the end of the step; call this before Lightning installs its handlers."""
     if not isinstance(trainer._signal_connector, DeferredSignals):
         trainer._signal_connector = DeferredSignals(trainer)
@@ -83,20 +83,20 @@ class StopAtStepEnd:
     def stop_on_all_ranks(self) -> None:
         """Make `should_stop` the same on all ranks, and after a signal save the run and let Lightning end it."""
         trainer, signals = self._trainer, self._signals
-        noted, stop = map(int, max_over_ranks(trainer, [signals.noted, trainer.should_stop]))
+        requested, stop = map(int, max_over_ranks(trainer, [signals.requested, trainer.should_stop]))
         trainer.should_stop = bool(stop)
-        if not noted or self._handled:
+        if not requested or self._handled:
             return
         self._handled = True
-        if noted == REQUEUE:
+        if requested == REQUEUE:
             signals.requeue(signal.SIGUSR1)
         elif not cast(Any, trainer).fast_dev_run:
             _save(trainer)
         # Lightning leaves its loops as soon as it sees this. After the last step it would leave out what ends a run.
-        signals.received_sigterm = not _is_done(trainer)
+        signals.received_sigterm = not _is_last_step(trainer)
 
 
-def _is_done(trainer: Trainer) -> bool:
+def _is_last_step(trainer: Trainer) -> bool:
     last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or last_epoch
 

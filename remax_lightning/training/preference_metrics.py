@@ -67,7 +67,7 @@ class PairScoreSums:
         columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
         self._scores |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
 
-    def gathered(self) -> PairScores | None:
+    def gather(self) -> PairScores | None:
         """Return the scores of all ranks, the same on each of them, or None where there are none; start anew."""
         local, self._scores = self._scores, {}
         scores = {index: row for part in gather_objects(local) for index, row in part.items()}

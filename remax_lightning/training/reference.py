@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
-from remax_lightning.models import ModelConfig, at_start, freeze
+from remax_lightning.models import ModelConfig, freeze, initial_adapter
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.frozen import FrozenModel, equalize_passes
-from remax_lightning.strategies import forward_is_collective, outside_partitioning
+from remax_lightning.strategies import forward_is_collective, unsharded_init
 from remax_lightning.training import config_checks as checks
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class Reference(Protocol):
     def running(self) -> Any:
         """Return a context in which the model is the reference; all ranks have to enter and leave."""
 
-    def writing(self) -> Any:
+    def generating(self) -> Any:
         """Return one in which it can write responses, with as many passes as each rank needs."""
 
 
-class OwnReference:
+class SeparateReference:
     """A frozen model beside the policy. No part of the module tree: no optimizer, checkpoint or reduction meets it.
 
     Args:
@@ -48,7 +48,7 @@ class OwnReference:
 
     def __init__(self, source: ModelConfig, strategy: Any) -> None:
         self.source = source
-        with outside_partitioning(strategy):
+        with unsharded_init(strategy):
             self.model = freeze(source.load("model.reference"))
         self._frozen: FrozenModel | None = None
 
@@ -63,13 +63,13 @@ class OwnReference:
 
     def running(self) -> Any:
         """Return a context in which the model can be run."""
-        return self._prepared().running()
+        return self._require_frozen().running()
 
-    def writing(self) -> Any:
+    def generating(self) -> Any:
         """Return a context in which the model is whole on every rank."""
-        return self._prepared().unsharded()
+        return self._require_frozen().unsharded()
 
-    def _prepared(self) -> FrozenModel:
+    def _require_frozen(self) -> FrozenModel:
         if self._frozen is None:
             raise RuntimeError("prepare(device) must be called before the reference is run")
         return self._frozen
@@ -92,7 +92,7 @@ class SharedReference:
     def running(self) -> Iterator[None]:
         """Take the policy back to its start inside."""
         policy = cast("nn.Module", self.model)
-        with self.writing():
+        with self.generating():
             if forward_is_collective(policy):
                 with equalize_passes(policy, next(policy.parameters()).device):
                     yield
@@ -100,9 +100,9 @@ class SharedReference:
                 yield
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def generating(self) -> Iterator[None]:
         """Take the policy back to its start inside; a rollout gathers it as one of the policy does."""
-        with eval_mode(self.model), at_start(cast("nn.Module", self.model)):
+        with eval_mode(self.model), initial_adapter(cast("nn.Module", self.model)):
             yield
 
 
@@ -119,6 +119,6 @@ def make_reference(
     """
     if source is None:
         return None if policy_source.lora is None else SharedReference(policy)
-    reference = OwnReference(source, strategy)
+    reference = SeparateReference(source, strategy)
     checks.check_vocabularies(policy, reference.model, policy_source.path, source.path)
     return reference

@@ -13,7 +13,7 @@ from remax_lightning.distributed import gather_objects
 from remax_lightning.errors import UserError
 
 
-def states_of_ranks(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+def gather_rank_states(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
     """Return the state of every rank, on the CPU: strategies save what rank 0 has. Every rank has to call this."""
     return gather_objects(move_data_to_device(state, torch.device("cpu")))
 
@@ -26,7 +26,7 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
     return {Path(item) for item in folders if item is not None and "://" not in str(item)}
 
 
-def earlier_folders(trainer: Trainer) -> list[Path]:
+def previous_checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Return the folders where this run saves, and where runs before it with the same logger have saved.
 
     A run with a logger has a folder of its own, a version, unless the configuration says where checkpoints go.
@@ -44,8 +44,8 @@ def earlier_folders(trainer: Trainer) -> list[Path]:
     return folders
 
 
-def own_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:
-    """Return what `states_of_ranks` took from this rank, on its device.
+def select_rank_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:
+    """Return what `gather_rank_states` took from this rank, on its device.
 
     Raises:
         UserError: if a rollout was half used when the checkpoint was saved, by another number of processes.

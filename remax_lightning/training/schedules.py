@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from remax_lightning.errors import UserError
 
 
-class _WithWarmup(LRScheduler):
+class _WarmupSchedule(LRScheduler):
     """Linear warm-up, then a decay that a subclass shapes, down to `min_ratio` of the learning rate.
 
     Args:
@@ -62,14 +62,14 @@ class _WithWarmup(LRScheduler):
         return [base * self._factor(self.last_epoch) for base in self.base_lrs]
 
 
-class WarmupCosine(_WithWarmup):
+class WarmupCosine(_WarmupSchedule):
     """Linear warm-up, then half a cosine."""
 
     def _decay(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class WarmupLinear(_WithWarmup):
+class WarmupLinear(_WarmupSchedule):
     """Linear warm-up, then a straight line."""
 
     def _decay(self, progress: float) -> float:
@@ -78,5 +78,5 @@ class WarmupLinear(_WithWarmup):
 
 def set_total_steps(scheduler: LRScheduler, total_steps: int | float) -> None:
     """Tell one of our schedules the length of the run, if its configuration left that open."""
-    if isinstance(scheduler, _WithWarmup) and scheduler.total_steps is None and math.isfinite(total_steps):
+    if isinstance(scheduler, _WarmupSchedule) and scheduler.total_steps is None and math.isfinite(total_steps):
         scheduler.total_steps = int(total_steps)

@@ -24,9 +24,10 @@ class MeanMetrics:
         """Add values, or those of them under their mask, each with weight 1."""
         for name, (values, mask) in figures.items():
             # Counts of tokens outgrow float32; Apple's GPUs have nothing wider.
-            values = values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
-            counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-            pair = torch.stack([values.masked_fill(counted == 0, 0.0).sum(), counted.sum()])
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            weights = torch.ones_like(values, dtype=dtype) if mask is None else mask.to(dtype)
+            weighted = values.detach().to(dtype).masked_fill(weights == 0, 0.0)
+            pair = torch.stack([weighted.sum(), weights.sum()])  # sum and count
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:

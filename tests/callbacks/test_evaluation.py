@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.intervals import MEANINGS, figures, number, table
+from remax_lightning.evaluation.intervals import MEANINGS, figures, format_number, format_table
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptRecord
 
@@ -116,8 +116,8 @@ def test_the_table_has_every_figure_and_is_alone(evaluated: tuple[Path, dict[str
     figures = json.loads((folder / "evaluation.json").read_text())["figures"]
     for name, figure in figures.items():
         (line,) = [line for line in out.splitlines() if line.split(" ")[0] == name]
-        assert number(figure["value"]) in line
-        assert f"{number(figure['low'])} to {number(figure['high'])}" in line
+        assert format_number(figure["value"]) in line
+        assert f"{format_number(figure['low'])} to {format_number(figure['high'])}" in line
     assert "Test metric" not in out  # Lightning's
 
 
@@ -151,10 +151,10 @@ def test_what_cannot_be_said_is_left_empty() -> None:
 
 
 def test_a_table_lines_up() -> None:
-    assert table([("", "v", "x"), ("long", "1", "a b"), ("s", "10", "")]) == (
+    assert format_table([("", "v", "x"), ("long", "1", "a b"), ("s", "10", "")]) == (
         "       v  x\n-----------\nlong   1  a b\ns     10".replace("-----------", "-" * 13)
     )
-    assert [number(value) for value in (None, 0.0, 0.5, -12.345, 123456.0, 1e-5)] == [
+    assert [format_number(value) for value in (None, 0.0, 0.5, -12.345, 123456.0, 1e-5)] == [
         "-", "0.0000", "0.5000", "-12.35", "1.23e+05", "1.00e-05"]  # fmt: skip
 
 

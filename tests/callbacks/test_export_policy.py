@@ -14,7 +14,7 @@ from conftest import make_tokenizer, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.callbacks.export_policy import write_whole
+from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import export_generation_config, policy_weights, save_policy
 
@@ -152,13 +152,13 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        write_whole(target, fail)
+        write_folder_atomically(target, fail)
     assert not target.exists()
-    write_whole(target, lambda folder: (folder / "first").touch())
+    write_folder_atomically(target, lambda folder: (folder / "first").touch())
     with pytest.raises(OSError, match="no space"):
-        write_whole(target, fail)
+        write_folder_atomically(target, fail)
     assert [path.name for path in target.iterdir()] == ["first"]
-    write_whole(target, lambda folder: (folder / "second").touch())
+    write_folder_atomically(target, lambda folder: (folder / "second").touch())
     assert [path.name for path in target.iterdir()] == ["second"]
     assert [path.name for path in target.parent.iterdir()] == ["best"]
 

@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from remax_lightning.data import SplitSampler
+from remax_lightning.data import MicroBatchSampler
 from remax_lightning.errors import UserError
 
 
@@ -23,7 +23,7 @@ def collate(items: list[Any]) -> list[Any]:
 
 
 def loader(num_rows: int = 23, batch_size: int = 4, num_workers: int = 0, **options: Any) -> Any:
-    sampler = SplitSampler(num_rows, batch_size, **options)
+    sampler = MicroBatchSampler(num_rows, batch_size, **options)
     return StatefulDataLoader(
         Identity(),
         batch_size=batch_size,
@@ -48,14 +48,16 @@ def test_each_batch_comes_once_per_split() -> None:
 
 
 def test_order_is_fixed_by_seed_and_epoch() -> None:
-    orders = {(seed, epoch): SplitSampler(50, 5, seed=seed).order(epoch) for seed in range(3) for epoch in range(3)}
+    orders = {
+        (seed, epoch): MicroBatchSampler(50, 5, seed=seed).order(epoch) for seed in range(3) for epoch in range(3)
+    }
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 9, "seed 0 in epoch 1 is not seed 1 in epoch 0"
-    assert SplitSampler(50, 5, seed=2).order(1) == orders[2, 1]
+    assert MicroBatchSampler(50, 5, seed=2).order(1) == orders[2, 1]
 
 
 def test_order_does_not_change_between_releases() -> None:
-    assert SplitSampler(8, 2, seed=7).order(3) == [1, 7, 6, 5, 2, 3, 4, 0]
+    assert MicroBatchSampler(8, 2, seed=7).order(3) == [1, 7, 6, 5, 2, 3, 4, 0]
 
 
 def test_ranks_share_the_rows_of_a_step() -> None:
@@ -95,14 +97,14 @@ def test_lightning_finds_set_epoch() -> None:
 
     data = loader()
     _set_sampler_epoch(data, 5)
-    assert [index for batch in data for index in batch] == SplitSampler(23, 4).order(5)
+    assert [index for batch in data for index in batch] == MicroBatchSampler(23, 4).order(5)
 
 
 def test_epoch_may_be_set_after_the_iterator_is_made() -> None:
     data = loader()
     batches = iter(data)
     data.sampler.set_epoch(2)
-    assert next(batches) == SplitSampler(23, 4).order(2)[:4]
+    assert next(batches) == MicroBatchSampler(23, 4).order(2)[:4]
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -137,7 +139,7 @@ def test_state_after_the_last_batch_leads_into_the_next_epoch(exhausted: bool) -
         assert next(batches, None) is None
     resumed = loader()
     resumed.load_state_dict(whole.state_dict())
-    assert [index for batch in resumed for index in batch] == SplitSampler(23, 4).order(2)
+    assert [index for batch in resumed for index in batch] == MicroBatchSampler(23, 4).order(2)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(before: int, after: 
         ]
 
     def rows(batches: list[list[Any]]) -> list[list[int]]:
-        """Those of each step over all ranks; one rank's keys are `(row, split)`."""
+        """Those of each step over all ranks; one rank's keys are `(row, micro_batch_index)`."""
         return [sorted(key[0] for keys in step for key in keys) for step in zip(*batches, strict=True)]
 
     whole = [list(each) for each in ranks(before)]
@@ -183,6 +185,29 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(before: int, after: 
         rest.append(list(each))
     assert rows(rest)[::2] == rows(whole)[4::2]
     assert len(rows(rest)) == 8
+
+
+def test_a_position_of_version_0_1_resumes() -> None:
+    """Version 0.1 called `num_micro_batches` `num_splits`."""
+
+    def saved_by_version_0_1(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        return {
+            {"num_micro_batches": "num_splits"}.get(key, key): saved_by_version_0_1(value)
+            for key, value in state.items()
+        }
+
+    whole = loader(num_micro_batches=2)
+    batches = iter(whole)
+    for _ in range(3):
+        next(batches)
+    state = saved_by_version_0_1(whole.state_dict())
+    assert "num_splits" in repr(state)
+    assert "num_micro_batches" not in repr(state)
+    resumed = loader(num_micro_batches=2)
+    resumed.load_state_dict(state)
+    assert list(resumed) == list(batches)
 
 
 def test_another_number_of_ranks_cannot_take_over_half_a_rollout() -> None:
@@ -201,12 +226,12 @@ def test_state_at_the_end_of_an_epoch_fits_another_batch_size() -> None:
         next(batches)
     resumed = loader(batch_size=6)
     resumed.load_state_dict(whole.state_dict())
-    assert next(iter(resumed)) == SplitSampler(23, 6).order(1)[:6]
+    assert next(iter(resumed)) == MicroBatchSampler(23, 6).order(1)[:6]
 
 
 def test_short_batches_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="drop_last must be True"):
-        SplitSampler(10, 4, num_micro_batches=2, drop_last=False)
+        MicroBatchSampler(10, 4, num_micro_batches=2, drop_last=False)
 
 
 def test_sizes_that_deepspeed_and_lightning_look_for() -> None:

@@ -11,7 +11,7 @@ import pytest
 from remax_lightning.data import LoadingConfig, PreferenceDataModule, PromptDataModule, SFTDataModule
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.reading import Rows
-from remax_lightning.data.stages import STAGES, rows_of_stage
+from remax_lightning.data.stages import STAGES, select_stage_rows
 from remax_lightning.errors import DataError, UserError
 
 
@@ -20,7 +20,7 @@ def rows(total: int) -> Rows:
 
 
 def shares_of(total: int, shares: tuple[float, float, float], seed: int = 0) -> list[list[int]]:
-    return [[row["n"] for row in rows_of_stage(rows(total), shares, stage, seed).values] for stage in STAGES]
+    return [[row["n"] for row in select_stage_rows(rows(total), shares, stage, seed).values] for stage in STAGES]
 
 
 @pytest.mark.parametrize("total", [10, 23, 100, 1001])

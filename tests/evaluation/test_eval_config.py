@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.data import PromptDataModule
-from remax_lightning.evaluation.dataset_texts import text_pieces
+from remax_lightning.evaluation.dataset_texts import split_text
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rewards.base import Reward
@@ -291,7 +291,7 @@ def test_every_token_of_a_text_is_predicted_once(bos: bool, folders: tuple[str, 
         tokenizer.bos_token = None
     text = "0123456789abc"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    pieces = text_pieces(tokenizer, policy, text, 5)
+    pieces = split_text(tokenizer, policy, text, 5)
     assert [token for _, piece in pieces for token in piece] == (ids if bos else ids[1:])
     assert [len(piece) for _, piece in pieces] == ([5, 5, 3] if bos else [5, 5, 2])
     before = [[1]] * 3 if bos else [[ids[0]], [ids[5]], [ids[10]]]

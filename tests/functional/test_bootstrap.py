@@ -129,8 +129,11 @@ def test_the_seed_fixes_the_draws() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     one = torch.ones(3, 2)
     for call, text in (
-        (lambda: win_rates(one, torch.ones(2, 2)), r"other must have shape \[B, m\] = \[3, any\], got \[2, 2\]"),
-        (lambda: win_rates(one[0], one), "own must have shape"),
+        (
+            lambda: win_rates(one, torch.ones(2, 2)),
+            r"other_rewards must have shape \[B, m\] = \[3, any\], got \[2, 2\]",
+        ),
+        (lambda: win_rates(one[0], one), "rewards must have shape"),
         (lambda: resampled_ratios(one, one[:, :1], 5, generator()), r"denominators must have shape .*\[3, 2\]"),
         (lambda: resampled_ratios(one[:0], one[:0], 5, generator()), "numerators must be at least one row, got 0"),
         (lambda: resampled_ratios(one, one, 0, generator()), "num_resamples must be at least 1, got 0"),

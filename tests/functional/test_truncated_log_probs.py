@@ -48,7 +48,7 @@ def statistics(case: Case, logits_at_once: int = 10**6) -> PolicyStatistics:
         case.ids,
         0.7,
         reference=reference,
-        kept=above_the_mean,
+        sampling_mask=above_the_mean,
         logits_at_once=logits_at_once,
     )
 
@@ -82,7 +82,9 @@ def test_statistics_are_of_the_kept_tokens(kind: str, logits_at_once: int) -> No
     case = make_case(kind)
     found = statistics(case, logits_at_once)
     own, other = logit_rows(case.hidden, case.head, 0.7), logit_rows(case.other, case.other_head, 0.7)
-    from_logits = token_statistics(torch.tensor([own], dtype=torch.float64), case.ids[None], kept=above_the_mean)
+    from_logits = token_statistics(
+        torch.tensor([own], dtype=torch.float64), case.ids[None], sampling_mask=above_the_mean
+    )
     added = 0
     for m, token in enumerate(case.ids.tolist()):
         log_prob, entropy, kl, kept = oracle(own[m], other[m], token)
@@ -145,7 +147,11 @@ def test_a_single_kept_token_is_certain() -> None:
     case = case._replace(ids=torch.tensor([max(range(VOCABULARY), key=row.__getitem__) for row in
                                            logit_rows(case.hidden, case.head, 1.0)]))  # fmt: skip
     found = hidden_statistics(
-        case.hidden, case.head, case.ids, kept=lambda x: torch.zeros_like(x, dtype=torch.bool), logits_at_once=22
+        case.hidden,
+        case.head,
+        case.ids,
+        sampling_mask=lambda x: torch.zeros_like(x, dtype=torch.bool),
+        logits_at_once=22,
     )
     assert found.log_probs.abs().max() == 0
     assert found.entropy.abs().max() == 0

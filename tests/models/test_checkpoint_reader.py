@@ -14,8 +14,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.checkpoint_reader import _Metadata, load_file
-from remax_lightning.models.zero_reader import _deepspeeds_classes
+from remax_lightning.models.checkpoint_reader import _Metadata, load_torch_file
+from remax_lightning.models.zero_reader import _allow_deepspeed_classes
 
 
 class LookedUp:
@@ -30,7 +30,7 @@ class LookedUp:
 
 def through_a_file(folder: Path, kind: Any, name: str) -> Any:
     torch.save({"it": LookedUp(kind, name)}, folder / "file.pt")
-    return load_file(folder / "file.pt", trusted=False, known=_deepspeeds_classes())["it"]
+    return load_torch_file(folder / "file.pt", trusted=False, known=_allow_deepspeed_classes())["it"]
 
 
 def through_a_table(_: Path, kind: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from helpers.training import save_policy
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, ModelConfig, at_start
+from remax_lightning.models import LoRAConfig, ModelConfig, initial_adapter
 
 IDS = torch.arange(5, 25)[None]
 
@@ -100,7 +100,7 @@ def test_at_start_is_the_base_under_a_new_adapter(base: str) -> None:
     model = adapted(base, LoRAConfig())
     moved(model)
     now, names = logits(model), trainable(model).keys()
-    with at_start(model):
+    with initial_adapter(model):
         assert torch.equal(logits(model), logits(tiny_model("llama")))
     assert torch.equal(logits(model), now)
     assert not torch.allclose(now, logits(tiny_model("llama")))
@@ -117,7 +117,7 @@ def test_at_start_is_the_adapter_as_it_came(base: str, trained: str) -> None:
         for parameter in names.values():
             parameter.add_(0.5)
     now = logits(model)
-    with at_start(model):
+    with initial_adapter(model):
         assert torch.equal(logits(model), start)
         assert not trainable(model)
     assert torch.equal(logits(model), now)
@@ -130,7 +130,7 @@ def test_the_way_back_is_taken_after_an_error_too(base: str, trained: str) -> No
         model = adapted(base, lora)
         moved(model)
         now, names = logits(model), trainable(model).keys()
-        with pytest.raises(RuntimeError, match="out of memory"), at_start(model):
+        with pytest.raises(RuntimeError, match="out of memory"), initial_adapter(model):
             raise RuntimeError("out of memory")
         assert torch.equal(logits(model), now)
         assert trainable(model).keys() == names

@@ -197,19 +197,19 @@ def test_a_mask_that_does_not_part_examples_is_seen(policy: str, monkeypatch: py
     from transformers import masking_utils
 
     model = ModelConfig(policy).load("model.policy")
-    assert packing.find_parting(model) == "positions"
+    assert packing.find_packing_mode(model) == "positions"
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    assert packing.find_parting(model) == "mask"
+    assert packing.find_packing_mode(model) == "mask"
     monkeypatch.setattr(packing, "get_args", lambda kind: ("positions",))
     with pytest.raises(UserError, match="would see each other"):
-        packing.find_parting(model)
+        packing.find_packing_mode(model)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_opt_is_given_a_mask(tmp_path: Path, attention: str) -> None:
     path = save_policy(tmp_path / "policy", "opt")
     source = ModelConfig(path, attn_implementation=attention)
-    assert packing.find_parting(source.load("model.policy")) == "mask"
+    assert packing.find_packing_mode(source.load("model.policy")) == "mask"
     module = SFTModule(source, packing=True, optimizer=partial(torch.optim.SGD, lr=1.0))
     plain = fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
     assert distance(fit(module, sft_data(tmp_path, path), tmp_path).step(), plain.step()) < 1e-5

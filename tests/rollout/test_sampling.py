@@ -14,7 +14,7 @@ from remax_lightning.models.sampling_mask import (
     apply_temperature,
     apply_top_k_top_p,
     gather_log_probs,
-    sampling_mask,
+    make_sampling_mask,
 )
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.sampling import next_tokens, sample, sample_exponential_race, sample_inverse_cdf
@@ -146,9 +146,9 @@ def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_pr
     masks = {}
     for scale in (True, False):
         sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, processed_log_probs=True)
-        masks[scale] = sampling_mask(sampling)(logits / 0.5 if scale else logits)
+        masks[scale] = make_sampling_mask(sampling)(logits / 0.5 if scale else logits)
     assert torch.equal(masks[True], masks[False])
-    assert sampling_mask(SamplingConfig(top_p=0.7)) is None
+    assert make_sampling_mask(SamplingConfig(top_p=0.7)) is None
 
 
 @pytest.mark.parametrize(

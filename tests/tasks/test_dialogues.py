@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from remax_lightning.tasks import dialogues
-from remax_lightning.tasks.dialogues import Pair, preference_probability, preferences, true_score, write_dialogue_task
+from remax_lightning.tasks.dialogues import (
+    Pair,
+    make_preferences,
+    preference_probability,
+    true_score,
+    write_dialogue_task,
+)
 
 PROMPT = "User: Where can I buy a blue lamp in Lima?\nAssistant:"
 NINETEEN = " ".join(["word"] * 19)
@@ -31,14 +37,14 @@ def test_the_rule_by_hand(response: str, expected: float) -> None:
 
 
 def test_four_is_the_most_that_a_response_gets() -> None:
-    pairs = preferences(2000)
+    pairs = make_preferences(2000)
     scores = true_score([p.prompt for p in pairs], [p.chosen for p in pairs], [{}] * len(pairs))
     assert max(scores) == 4
     assert min(scores) < 0
 
 
 def test_labels_are_wrong_as_often_as_bradley_and_terry_say() -> None:
-    pairs = preferences(5000)
+    pairs = make_preferences(5000)
     expected = [preference_probability(pair) for pair in pairs]
     score, other = true_score([PROMPT] * 2, [" Gladly!", " Look, a"], [{}] * 2)
     assert preference_probability(Pair(PROMPT, " Gladly!", " Look, a")) == pytest.approx(
@@ -53,13 +59,13 @@ def test_labels_are_wrong_as_often_as_bradley_and_terry_say() -> None:
 
 
 def test_prompts_are_all_different_and_calls_alike() -> None:
-    pairs = preferences(3000)
+    pairs = make_preferences(3000)
     assert len({pair.prompt for pair in pairs}) == 3000
     assert all(pair.chosen != pair.rejected for pair in pairs)
-    assert pairs == preferences(3000)
-    assert pairs != preferences(3000, seed=1)
+    assert pairs == make_preferences(3000)
+    assert pairs != make_preferences(3000, seed=1)
     with pytest.raises(ValueError, match="different prompts"):
-        preferences(10**6)
+        make_preferences(10**6)
 
 
 def test_the_files_share_no_prompt_and_the_policy_is_transformers_own(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from helpers.cli import in_folder
 
 from remax_lightning.data.reading import read_rows
-from remax_lightning.data.stages import STAGES, rows_of_stage
+from remax_lightning.data.stages import STAGES, select_stage_rows
 from remax_lightning.tools import pipeline
 
 SHORT = ["--trainer.max_steps=8", "--trainer.val_check_interval=4", "--trainer.enable_progress_bar=false"]
@@ -30,9 +30,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.setattr(
         pipeline, "write_dialogue_task", partial(pipeline.write_dialogue_task, train=1000, val=32, held_out=48)
     )
-    whole = pipeline._Steps.run
+    whole = pipeline._StageRunner.run
     patch.setattr(
-        pipeline._Steps,
+        pipeline._StageRunner,
         "run",
         lambda steps, name, sub, config, more=(): whole(
             steps, name, sub, config, [*(SHORT if sub == "fit" else SHORT[2:]), *more]
@@ -87,7 +87,7 @@ def test_the_stages_and_the_evaluation_share_no_prompt(run: Any) -> None:
     folder, _, _ = run
     task = folder / "runs" / "pipeline" / "task"
     rows = read_rows(str(task / "preferences.jsonl"))
-    stages = [rows_of_stage(rows, [2, 4, 4], stage, seed=0).values for stage in STAGES]
+    stages = [select_stage_rows(rows, [2, 4, 4], stage, seed=0).values for stage in STAGES]
     prompts = [{row["prompt"] for row in each} for each in stages]
     prompts += [{row["prompt"] for row in read(task / f"{name}.jsonl")} for name in ("val", "held_out")]
     assert [len(each) for each in prompts] == [200, 400, 400, 32, 48]

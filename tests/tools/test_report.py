@@ -17,8 +17,8 @@ from tools.report_run import HOSTILE, planted_curves, sample, write_events, writ
 
 from remax_lightning.errors import UserError
 from remax_lightning.tools.report import main
-from remax_lightning.tools.report.charts import drawn, kl_against_reward, smooth, thinned
-from remax_lightning.tools.report.page import duration, number
+from remax_lightning.tools.report.charts import build_sections, kl_against_reward, smooth, thin_indices
+from remax_lightning.tools.report.page import format_duration, format_number
 from remax_lightning.tools.report.run import Curve, read_run
 
 
@@ -65,7 +65,7 @@ def test_a_band_is_the_windows_own_deviation(width: int | None, half: int) -> No
 
 @pytest.mark.parametrize(("length", "points"), [(0, 3), (2, 3), (3, 3), (10, 3), (1001, 300)])
 def test_thinning_keeps_both_ends_and_repeats_nothing(length: int, points: int) -> None:
-    kept = thinned(length, points)
+    kept = thin_indices(length, points)
     assert len(kept) == min(length, points)
     assert kept == sorted(set(kept))
     if length:
@@ -81,7 +81,7 @@ def test_one_sample_of_many_can_be_asked_for(tmp_path: Path) -> None:
 
 def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
     curves = {key: Curve([step for step, _ in c], [y for _, y in c]) for key, c in planted_curves(1000).items()}
-    sections, missing = drawn(curves)
+    sections, missing = build_sections(curves)
     assert missing == []
     assert [section["title"] for section in sections][-1] == "Further curves"
     assert [chart["title"] for chart in sections[-1]["charts"]] == ["train/loss"]
@@ -98,7 +98,7 @@ def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
 
 def test_the_parts_of_a_reward_stand_beside_each_other() -> None:
     curves = {f"{stage}/reward_part/{name}": Curve([1, 2], [0.0, 1.0]) for stage in ("train", "val") for name in "ab"}
-    (section,), _ = drawn(curves)
+    (section,), _ = build_sections(curves)
     (chart,) = section["charts"]
     labels = [(line["label"], line["color"], line["points"]) for line in chart["lines"]]
     assert labels == [
@@ -279,12 +279,12 @@ def test_a_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("seconds", "text"), [(5.4, "5 s"), (61, "1 min 1 s"), (3599.9, "60 min 0 s"), (7260, "2 h 1 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.123456, "0.1235"), (1234.5, "1,234"), (12, "12"), (1e-9, "1e-09")])
 def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.slow

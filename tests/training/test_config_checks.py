@@ -15,7 +15,7 @@ from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, Warmu
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training.config_checks import updates_per_rollout
 from remax_lightning.training.objective import Objective
-from remax_lightning.training.resume import own_state
+from remax_lightning.training.resume import select_rank_state
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_lightnings_own_deepspeed_strategy_is_refused_where_it_divides_twice() -
 def test_a_half_used_rollout_of_other_processes_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     with pytest.raises(UserError, match=r"trainer\.devices x num_nodes must be 2, got 1"):
-        own_state([{"part": 1}, {"part": 2}], trainer)
-    assert own_state([None, None], trainer) is None
-    assert own_state(None, trainer) is None  # as 0.1.0 saved it
-    assert own_state([{"part": 1}], trainer) == {"part": 1}
+        select_rank_state([{"part": 1}, {"part": 2}], trainer)
+    assert select_rank_state([None, None], trainer) is None
+    assert select_rank_state(None, trainer) is None  # as 0.1.0 saved it
+    assert select_rank_state([{"part": 1}], trainer) == {"part": 1}

@@ -16,7 +16,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import WarmupCosine, WarmupLinear
-from remax_lightning.training.optim import parameter_groups, refuse_lost_updates
+from remax_lightning.training.optim import check_learning_rate_precision, parameter_groups
 from remax_lightning.training.schedules import set_total_steps
 
 
@@ -69,10 +69,10 @@ def test_other_rates_train(precision: Any, rate: float, dtype: torch.dtype, poli
 
 def test_half_of_the_weights_is_the_limit() -> None:
     weights = nn.Parameter(torch.tensor([1.0, 1.0, 1e-6, 1e-6], dtype=torch.bfloat16))
-    refuse_lost_updates(torch.optim.SGD([weights], lr=1e-4))
+    check_learning_rate_precision(torch.optim.SGD([weights], lr=1e-4))
     more = nn.Parameter(torch.ones(1, dtype=torch.float16))
     with pytest.raises(UserError, match="60% of the model's 16-bit weights"):
-        refuse_lost_updates(torch.optim.SGD([weights, more], lr=1e-4))
+        check_learning_rate_precision(torch.optim.SGD([weights, more], lr=1e-4))
 
 
 # Schedules

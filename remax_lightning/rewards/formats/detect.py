@@ -46,14 +46,14 @@ class RewardCheckpoint(NamedTuple):
     renames: dict[str, str] = {}  # noqa: RUF012 - never changed
     bias: str | None = None
 
-    def renamed(self, name: str) -> str:
+    def target_name(self, name: str) -> str:
         """Return what the transformers classifier calls a stored tensor."""
         for pattern, target in self.renames.items():
             name = re.sub(pattern, target, name)
         return name
 
 
-def recognize(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
+def detect_format(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
     """Tell by the names of its tensors who saved a reward model.
 
     Args:
@@ -76,7 +76,7 @@ def recognize(names: dict[str, StoredTensor], config: Any, body: str) -> RewardC
     return RewardCheckpoint("transformers")
 
 
-def stored_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[str, StoredTensor]:
+def list_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[str, StoredTensor]:
     """Return the tensors in the weight files of a folder or a repository on the hub, without loading them.
 
     Safetensors come first, whole or in shards. `.bin` files are opened where that is allowed, by
@@ -121,7 +121,7 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     if stored.file.suffix == ".safetensors":
         with safe_open(stored.file, "pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
-    return _unpickled(stored.file, "cpu")[name]
+    return _load_pickle(stored.file, "cpu")[name]
 
 
 def _tensors_in(file: Path) -> dict[str, StoredTensor]:
@@ -131,11 +131,11 @@ def _tensors_in(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, "pt") as opened:
             names = opened.keys()
             return {name: StoredTensor(file, tuple(opened.get_slice(name).get_shape())) for name in names}
-    weights = _unpickled(file, "meta")
+    weights = _load_pickle(file, "meta")
     return {name: StoredTensor(file, tuple(value.shape)) for name, value in weights.items() if hasattr(value, "shape")}
 
 
-def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+def _load_pickle(file: Path, device: str) -> dict[str, Tensor]:
     # Mapped into memory, a file is read only where it is looked at; the format before 2020 cannot be.
     weights = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(weights, dict):

@@ -15,10 +15,10 @@ from remax_lightning.rewards.formats.detect import (
     Kind,
     RewardCheckpoint,
     StoredTensor,
+    detect_format,
     find_file,
+    list_tensors,
     read_tensor,
-    recognize,
-    stored_tensors,
 )
 from remax_lightning.rewards.formats.peft import merge_adapter, read_adapter
 from remax_lightning.rewards.score_head import score_head, score_head_name
@@ -88,7 +88,7 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
     return LoadedClassifier(model, base.kind)
 
 
-def tokenizer_home(source: ClassifierSource) -> str:
+def tokenizer_path(source: ClassifierSource) -> str:
     """Return where the tokenizer of a reward model lies: beside it, or beside the base of an adapter without one."""
     adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
     return source.path if adapter is None or adapter.has_tokenizer else adapter.base_path
@@ -100,13 +100,13 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
     common: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
-        stored = stored_tensors(source.path, source.revision, source.allow_pickle)
+        stored = list_tensors(source.path, source.revision, source.allow_pickle)
     except UserError:
         raise
     except Exception as error:  # the hub's, pickle's and the libraries' own kinds
-        raise not_loaded(source, "configuration", error, of_adapter) from error
+        raise load_error(source, "configuration", error, of_adapter) from error
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    checkpoint = recognize(stored, config, getattr(known, "base_model_prefix", "model"))
+    checkpoint = detect_format(stored, config, getattr(known, "base_model_prefix", "model"))
     _check_labels(source, config, checkpoint, stored)
     config.num_labels = 1
     if source.configure is not None:
@@ -125,7 +125,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
             **source.options,
         )
     except Exception as error:
-        raise not_loaded(source, "model", error, of_adapter) from error
+        raise load_error(source, "model", error, of_adapter) from error
     _drop_key_mapping(model, checkpoint)
     has_new_head = _check_complete(source, model, report, checkpoint, stored)
     bias = 0.0 if checkpoint.bias is None else float(read_tensor(stored[checkpoint.bias], checkpoint.bias))
@@ -133,7 +133,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
     return LoadedClassifier(model, checkpoint.kind, has_new_head)
 
 
-def not_loaded(source: ClassifierSource, what: str, error: Exception, of_adapter: str | None = None) -> UserError:
+def load_error(source: ClassifierSource, what: str, error: Exception, of_adapter: str | None = None) -> UserError:
     """Return the message for a part of a reward model that a library could not load."""
     hint = "name a folder or a hub model that holds a sequence classifier and its tokenizer"
     if "safetensors" in str(error) and not source.allow_pickle:
@@ -175,13 +175,13 @@ def _check_complete(
     stored: dict[str, StoredTensor],
 ) -> bool:
     """Refuse weights that transformers has filled with random numbers; return whether those of the head may be."""
-    files = {checkpoint.renamed(name): (name, tensor.file) for name, tensor in stored.items()}
+    files = {checkpoint.target_name(name): (name, tensor.file) for name, tensor in stored.items()}
     for entry in sorted(report["mismatched_keys"]):
         name, shape, expected = entry[0], list(entry[1]), list(entry[2])
         stored_name, file = files.get(name, (name, source.path))
         raise UserError(
             f"{source.key}.path: {file}: {stored_name} has shape {shape}, the model that the configuration describes"
-            f" needs {expected}; the weights belong to another model" + _more_labels(model, name, shape)
+            f" needs {expected}; the weights belong to another model" + _widen_labels(model, name, shape)
         )
     missing = set(report["missing_keys"])
     head = score_head_name(model)
@@ -196,7 +196,7 @@ def _check_complete(
     return False
 
 
-def _more_labels(model: PreTrainedModel, name: str, shape: list[int]) -> str:
+def _widen_labels(model: PreTrainedModel, name: str, shape: list[int]) -> str:
     head = score_head_name(model)
     return f" (a head for {shape[0]} labels, where a reward model has one)" if name == f"{head}.weight" else ""
 

@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
 from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
 from remax_lightning.models.lm_head import SOFT_CAPS, hidden_states
-from remax_lightning.models.sampling_mask import sampling_mask
+from remax_lightning.models.sampling_mask import make_sampling_mask
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.sampling import next_tokens
 from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
@@ -182,7 +182,7 @@ class StepPasses:
         ids, mask = _rows(rows, self.work.length)
         responses, token_mask = ids[:, self.work.prompt_length :], None
         if model is self.policy:
-            token_mask = sampling_mask(self.work.sampling)
+            token_mask = make_sampling_mask(self.work.sampling)
         predicting = slice(-responses.shape[1] - 1, -1)
         head = None if whole_logits else output_head(model)
         if head is None:
@@ -191,13 +191,13 @@ class StepPasses:
                 inputs["logits_to_keep"] = responses.shape[1] + 1
             logits = model(**inputs, use_cache=False).logits
             body = live.live - logits.nbytes
-            return token_statistics(logits[:, predicting], responses, kept=token_mask).log_probs, body
+            return token_statistics(logits[:, predicting], responses, sampling_mask=token_mask).log_probs, body
         hidden = hidden_states(model, ids, mask)[:, predicting].flatten(0, 1)
         body, compared = live.live, None
         if reference is not None:
             other = self._required_head(reference)
             compared = torch.empty(len(hidden), other.weight.shape[1], dtype=other.weight.dtype), other
-        statistics = hidden_statistics(hidden, head, responses.flatten(), reference=compared, kept=token_mask)
+        statistics = hidden_statistics(hidden, head, responses.flatten(), reference=compared, sampling_mask=token_mask)
         return statistics.log_probs if statistics.kl is None else statistics.log_probs + statistics.kl, body
 
     def _required_head(self, reference: PreTrainedModel) -> OutputHead:

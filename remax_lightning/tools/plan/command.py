@@ -128,12 +128,14 @@ def _named(strategy: Strategy) -> str:
     return name + (" with offload" if strategy.offload_optimizer or strategy.offload_parameters else "")
 
 
-def _table(found: Mapping[str, Parts], title: str) -> list[str]:
-    shown = [name for name in PARTS if any(found[phase].get(name) for phase in PHASES)]
+def _table(phase_parts: Mapping[str, Parts], title: str) -> list[str]:
+    shown = [name for name in PARTS if any(phase_parts[phase].get(name) for phase in PHASES)]
     width = max(len(title), *map(len, shown)) + 2
     rows = [f"{title:{width}}" + "".join(f"{phase:>10}" for phase in PHASES)]
-    rows += [f"{name:{width}}" + "".join(f"{_gb(found[phase].get(name, 0)):>10}" for phase in PHASES) for name in shown]
-    total = "".join(f"{_gb(sum(found[phase].values())):>10}" for phase in PHASES)
+    rows += [
+        f"{name:{width}}" + "".join(f"{_gb(phase_parts[phase].get(name, 0)):>10}" for phase in PHASES) for name in shown
+    ]
+    total = "".join(f"{_gb(sum(phase_parts[phase].values())):>10}" for phase in PHASES)
     return [*rows, f"{'total':{width}}{total}"]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import ModelConfig, at_start
+from remax_lightning.models import ModelConfig, initial_adapter
 from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
@@ -79,7 +79,7 @@ def _measure(run: PlannedRun) -> Sizes:
         frozen.append(_frozen("reference", reference, passes.reference_scoring(reference), source.placement, stays))
     elif module.policy_source.lora is not None:
         reference = policy
-        with at_start(policy):
+        with initial_adapter(policy):
             shared = passes.reference_scoring(policy)
     scoring = passes.policy_scoring()
     groups, foreach = parameter_groups(policy), run.device == "gpu"
@@ -116,7 +116,7 @@ def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:
         lora = type(lora)(r=saved.r, alpha=saved.lora_alpha, target_modules=list(saved.target_modules))
     # PEFT moves what it makes to where the base is, which is where everything is here, and fake tensors refuse it.
     with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        return dataclasses.replace(source, lora=lora).adapted(plain, key, seed=0)
+        return dataclasses.replace(source, lora=lora).wrap_with_adapter(plain, key, seed=0)
 
 
 def _rewards(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:

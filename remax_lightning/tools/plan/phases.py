@@ -70,9 +70,9 @@ def settled(
     return replace(strategy, gather="once" if fits else "layerwise")
 
 
-def peak(found: Mapping[str, Parts]) -> int:
+def peak(phase_parts: Mapping[str, Parts]) -> int:
     """Return the most bytes of any phase."""
-    return max(sum(parts.values()) for parts in found.values())
+    return max(sum(parts.values()) for parts in phase_parts.values())
 
 
 def host(size: ModelSize, step: Step, frozen: Sequence[FrozenSize], strategy: Strategy) -> int:

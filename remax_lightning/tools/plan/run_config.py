@@ -189,11 +189,11 @@ def reward_models(reward: Reward) -> list[ClassifierReward]:
     return _reward_models(reward)[0]
 
 
-def _devices(given: Any, device: str) -> tuple[int, str]:
+def _devices(value: Any, device: str) -> tuple[int, str]:
     """Return how many devices a node has, and a note where the configuration does not say."""
-    if isinstance(given, list):
-        return len(given), ""
-    text = str(given)
+    if isinstance(value, list):
+        return len(value), ""
+    text = str(value)
     if re.fullmatch(r"[1-9]\d*", text):
         return int(text), ""
     if "," in text:
@@ -202,8 +202,8 @@ def _devices(given: Any, device: str) -> tuple[int, str]:
     return count, f"trainer.devices is {text}: planned for {count}, as this machine has; set it for others"
 
 
-def _precision(given: Any) -> str:
-    precision = OLD_PRECISIONS.get(str(given), str(given))
+def _precision(value: Any) -> str:
+    precision = OLD_PRECISIONS.get(str(value), str(value))
     number, _, mode = precision.partition("-")
     if number not in DTYPES or mode not in ("true", "mixed"):
         raise UserError(
@@ -240,8 +240,8 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
     )
 
 
-def _zero(given: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
-    zero = cast("dict[str, Any]", given.config).get("zero_optimization", {})
+def _zero(value: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
+    zero = cast("dict[str, Any]", value.config).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"trainer.strategy.init_args.stage: remax plan knows stages 1, 2 and 3 of ZeRO, got {stage}")
@@ -259,6 +259,6 @@ def _zero(given: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
         max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         buckets=2 if zero.get("overlap_comm", stage == 3) else 1,
-        gather=getattr(given, "gather", "auto"),
+        gather=getattr(value, "gather", "auto"),
         touched=touched,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.report.page import page
+from remax_lightning.tools.report.page import render_page
 from remax_lightning.tools.report.run import read_run
 
 
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> Path:
     out: Path = options.out or options.run / "report.html"
     if out.is_dir():
         raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
-    text = page(read_run(options.run, options.evaluation), options.max_samples)
+    text = render_page(read_run(options.run, options.evaluation), options.max_samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8", errors="replace")

@@ -14,7 +14,7 @@ POINTS = 300
 WINDOWS = 25
 """A curve is smoothed over a 25th of its points."""
 
-ColorS = 4
+NUM_COLORS = 4
 """In the palette of `style.css`."""
 
 Smooth = tuple[list[int], list[float], list[float]]
@@ -55,7 +55,7 @@ class Chart(NamedTuple):
     wide: bool = False
 
 
-def _both(name: str) -> tuple[Line, Line]:
+def _train_and_val(name: str) -> tuple[Line, Line]:
     return Line(f"train/{name}", "training"), Line(f"val/{name}", "validation", 1, points=True)
 
 
@@ -73,16 +73,16 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         ),
     ),
     "KL to the reference": (
-        Chart("KL, nats per token", _both("kl")),
+        Chart("KL, nats per token", _train_and_val("kl")),
         Chart(
             "KL, nats per response",
             (Line("train/kl_per_response", "mean", 0), Line("train/kl_max", "largest of the step", 3)),
         ),
     ),
     "Responses": (
-        Chart("Response length, tokens", _both("response_length")),
-        Chart("Truncation rate, share of responses", _both("truncation_rate")),
-        Chart("Entropy of the policy, nats per token", _both("entropy")),
+        Chart("Response length, tokens", _train_and_val("response_length")),
+        Chart("Truncation rate, share of responses", _train_and_val("truncation_rate")),
+        Chart("Entropy of the policy, nats per token", _train_and_val("entropy")),
     ),
     "Health of the baseline": (
         Chart(
@@ -154,20 +154,20 @@ def smooth(curve: Curve, width: int | None = None) -> Smooth:
     return curve.steps, means, deviations
 
 
-def smoothed(curve: Curve) -> Curve:
+def smooth_values(curve: Curve) -> Curve:
     """Return the means of `smooth`."""
     steps, means, _ = smooth(curve)
     return Curve(steps, means)
 
 
-def thinned(length: int, points: int = POINTS) -> list[int]:
+def thin_indices(length: int, points: int = POINTS) -> list[int]:
     """Return at most `points` places out of `length`, evenly spread, the first and the last among them."""
     if length <= points:
         return list(range(length))
     return [round(i * (length - 1) / max(1, points - 1)) for i in range(points)]
 
 
-def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
+def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return sections with their charts as the page's script reads them, and the titles of those without any curve."""
     known = SECTIONS | {"Reward": (*SECTIONS["Reward"], *reward_parts(curves))}
     named = {line.key for charts in known.values() for chart in charts for line in chart.lines}
@@ -175,11 +175,11 @@ def drawn(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
     sections, missing = [], []
     for title, charts in {**known, "Further curves": further}.items():
-        drawn = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
+        section_charts = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
         if title.startswith("KL") and (path := kl_against_reward(curves)):
-            drawn.append(path)
-        if drawn:
-            sections.append({"title": title, "charts": drawn})
+            section_charts.append(path)
+        if section_charts:
+            sections.append({"title": title, "charts": section_charts})
         elif charts:
             missing.append(title)
     return sections, missing
@@ -190,7 +190,7 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
     names = sorted({key.partition("/")[2] for key in curves if "/reward_part/" in key})
     lines = []
     for number, name in enumerate(names):
-        label, color = name.removeprefix("reward_part/"), number % ColorS
+        label, color = name.removeprefix("reward_part/"), number % NUM_COLORS
         lines.append(Line(f"train/{name}", f"{label}, training", color))
         lines.append(Line(f"val/{name}", f"{label}, validation", color, points=True))
     return (Chart("Parts of the reward of sampled responses", tuple(lines), wide=True),) if lines else ()
@@ -200,7 +200,7 @@ def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
     visible = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
     if chart.stacked:  # sums need the same steps throughout
         common = sorted(set.intersection(*(set(curve.steps) for curve in visible.values())))
-        visible = {key: Curve(common, _at(curve, common)) for key, curve in visible.items()}
+        visible = {key: Curve(common, _values_at(curve, common)) for key, curve in visible.items()}
     lines = [_line(line, visible[line.key]) for line in chart.lines if line.key in visible]
     return {
         "kind": "stack" if chart.stacked else "curves",
@@ -214,16 +214,16 @@ def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
 def _line(line: Line, curve: Curve) -> dict[str, Any]:
     description = {"label": line.label, "color": line.color, "points": line.points}
     if line.points:
-        indices = thinned(len(curve.steps))
-        return {**description, "x": [curve.steps[i] for i in indices], "y": _short(curve.values[i] for i in indices)}
+        indices = thin_indices(len(curve.steps))
+        return {**description, "x": [curve.steps[i] for i in indices], "y": _round(curve.values[i] for i in indices)}
     steps, means, deviations = smooth(curve)
-    indices = thinned(len(steps))
+    indices = thin_indices(len(steps))
     return {
         **description,
         "x": [steps[i] for i in indices],
-        "y": _short(means[i] for i in indices),
-        "low": _short(means[i] - deviations[i] for i in indices),
-        "high": _short(means[i] + deviations[i] for i in indices),
+        "y": _round(means[i] for i in indices),
+        "low": _round(means[i] - deviations[i] for i in indices),
+        "high": _round(means[i] + deviations[i] for i in indices),
     }
 
 
@@ -235,12 +235,12 @@ def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
         if kl is None or reward is None:
             continue
         common = sorted(set(kl.steps) & set(reward.steps))
-        x, y = (_at(smoothed(curve) if stage == "train" else curve, common) for curve in (kl, reward))
-        indices = thinned(len(common), POINTS // 2)
+        x, y = (_values_at(smooth_values(curve) if stage == "train" else curve, common) for curve in (kl, reward))
+        indices = thin_indices(len(common), POINTS // 2)
         line = {
             "step": [common[i] for i in indices],
-            "x": _short(x[i] for i in indices),
-            "y": _short(y[i] for i in indices),
+            "x": _round(x[i] for i in indices),
+            "y": _round(y[i] for i in indices),
         }
         lines.append({**line, "label": label, "points": stage == "val"})
     if not any(line["step"] for line in lines):
@@ -248,10 +248,10 @@ def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
     return {"kind": "path", "title": "Mean reward against KL, nats per token", "lines": lines, "wide": False}
 
 
-def _at(curve: Curve, steps: Sequence[int]) -> list[float]:
+def _values_at(curve: Curve, steps: Sequence[int]) -> list[float]:
     values = dict(zip(curve.steps, curve.values, strict=True))
     return [values[step] for step in steps]
 
 
-def _short(values: Any) -> list[float]:
+def _round(values: Any) -> list[float]:
     return [float(f"{value:.5g}") for value in values]

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from remax_lightning.tools.report.charts import drawn, smoothed, thinned
+from remax_lightning.tools.report.charts import build_sections, smooth_values, thin_indices
 from remax_lightning.tools.report.run import Curve, Run
 
 FILES = Path(__file__).parent
@@ -40,44 +40,44 @@ TILES = (
 """Figures at the top: label and key; of those with one label, the first that there is."""
 
 
-def page(run: Run, max_samples: int) -> str:
+def render_page(run: Run, max_samples: int) -> str:
     """Return the HTML of a run.
 
     Args:
         run: what there is of it.
         max_samples: sampled responses that are put into the page; of more, these are spread evenly over the run.
     """
-    sections, missing = drawn(run.curves)
-    samples = [run.samples[i] for i in thinned(len(run.samples), max_samples)]
-    notes = [*_alarms(run), *run.notes, *_missing(run, missing)]
+    sections, missing = build_sections(run.curves)
+    samples = [run.samples[i] for i in thin_indices(len(run.samples), max_samples)]
+    notes = [*_alarm_notes(run), *run.notes, *_missing_notes(run, missing)]
     if len(samples) < len(run.samples):
         notes.append(f"{len(samples):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
     script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _filled(
+    return _fill_template(
         (FILES / "page.html").read_text(encoding="utf-8"),
         {
             # No other script runs, and nothing is fetched, whatever a sample holds.
             "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-            "title": escape(_name(run.folder)),
+            "title": escape(_run_name(run.folder)),
             "style": (FILES / "style.css").read_text(encoding="utf-8"),
             "subtitle": escape(_subtitle(run)),
-            "tiles": _tiles(run),
-            "notes": _list(notes),
-            "config": _config(run.config),
-            "evaluation": _evaluation(run.figures),
-            "data": _data({"sections": sections, "samples": [_sample(sample) for sample in samples]}),
+            "tiles": _tiles_html(run),
+            "notes": _notes_html(notes),
+            "config": _config_html(run.config),
+            "evaluation": _evaluation_html(run.figures),
+            "data": _json_data({"sections": sections, "samples": [_sample_data(sample) for sample in samples]}),
             "script": script,
         },
     )
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
+def _fill_template(template: str, values: Mapping[str, str]) -> str:
     """Fill `{{name}}` in one pass, so that no value is searched for names."""
     return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)
 
 
-def _name(folder: Path) -> str:
+def _run_name(folder: Path) -> str:
     """Return the last folders of a path, enough to know the run by."""
     return "/".join(folder.resolve().parts[-2:])
 
@@ -103,36 +103,38 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _tiles(run: Run) -> str:
+def _tiles_html(run: Run) -> str:
     sections: dict[str, str] = {}
     if any(key.startswith("train/") for key in run.curves):
         sections["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
     for label, key in TILES:
         if key in run.curves and label not in sections:
-            sections[label] = _from_to(run.curves[key], noisy=key.startswith("train/"))
+            sections[label] = _curve_tile(run.curves[key], noisy=key.startswith("train/"))
     if rate := run.curves.get("throughput/tokens_per_s"):
-        sections["Response tokens per second"] = _tile(number(sorted(rate.values)[len(rate.values) // 2]), "median")
+        sections["Response tokens per second"] = _tile(
+            format_number(sorted(rate.values)[len(rate.values) // 2]), "median"
+        )
     if run.seconds > 0:
-        sections["Time"] = _tile(duration(run.seconds), "first to last log")
+        sections["Time"] = _tile(format_duration(run.seconds), "first to last log")
     return "".join(f"<div class=tile><dt>{escape(label)}</dt>{text}</div>" for label, text in sections.items())
 
 
-def _from_to(curve: Curve, noisy: bool) -> str:
-    values = (smoothed(curve) if noisy else curve).values
-    before = f"from {number(values[0])}" if len(values) > 1 else ""
-    return _tile(number(values[-1]), f"{before} (smoothed)" if noisy and before else before)
+def _curve_tile(curve: Curve, noisy: bool) -> str:
+    values = (smooth_values(curve) if noisy else curve).values
+    before = f"from {format_number(values[0])}" if len(values) > 1 else ""
+    return _tile(format_number(values[-1]), f"{before} (smoothed)" if noisy and before else before)
 
 
 def _tile(value: str, note: str) -> str:
     return f"<dd>{escape(value)}</dd><dd class=note>{escape(note)}</dd>"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Return a number as a person reads it, in four significant digits."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds in the two largest of their units."""
     minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
     if seconds < 60:
@@ -140,7 +142,7 @@ def duration(seconds: float) -> str:
     return f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else f"{hours[0]} h {hours[1]} min"
 
 
-def _alarms(run: Run) -> Iterable[str]:
+def _alarm_notes(run: Run) -> Iterable[str]:
     curve = run.curves.get("train/collapse_alarms")
     crossed = [] if curve is None else [step for step, value in zip(*curve, strict=True) if value > 0]
     if crossed:
@@ -148,7 +150,7 @@ def _alarms(run: Run) -> Iterable[str]:
         yield f"A guard against collapse was crossed at {times} {crossed[0]:,}: see Signs of collapse."
 
 
-def _missing(run: Run, sections: Sequence[str]) -> Iterable[str]:
+def _missing_notes(run: Run, sections: Sequence[str]) -> Iterable[str]:
     if not run.curves:
         yield "There are no TensorBoard event files, and so no curves."
     elif sections:
@@ -165,31 +167,34 @@ def _missing(run: Run, sections: Sequence[str]) -> Iterable[str]:
         yield "There is no config.yaml."
 
 
-def _list(notes: Sequence[str]) -> str:
+def _notes_html(notes: Sequence[str]) -> str:
     return "<ul class=notes>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
-def _config(config: str) -> str:
+def _config_html(config: str) -> str:
     return f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>" if config else ""
 
 
-def _evaluation(figures: Mapping[str, Mapping[str, float]]) -> str:
+def _evaluation_html(figures: Mapping[str, Mapping[str, float]]) -> str:
     if not figures:
         return ""
-    rows = "".join(f"<tr><th scope=row>{escape(name)}</th>{_cells(figure)}</tr>" for name, figure in figures.items())
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>{_figure_cells(figure)}</tr>" for name, figure in figures.items()
+    )
     head = "".join(f"<th scope=col>{name}</th>" for name in ("figure", "value", "95 % interval", "n"))
     table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     heading = "<h2 id=evaluation>Evaluation</h2>"
     return f"<section aria-labelledby=evaluation>{heading}<div class=scroll>{table}</div></section>"
 
 
-def _cells(figure: Mapping[str, float]) -> str:
-    interval = f"{number(figure['low'])} to {number(figure['high'])}" if {"low", "high"} <= figure.keys() else "–"  # noqa: RUF001
-    value, count = (number(figure[key]) if key in figure else "–" for key in ("value", "n"))  # noqa: RUF001
+def _figure_cells(figure: Mapping[str, float]) -> str:
+    dash = "\N{EN DASH}"
+    interval = f"{format_number(figure['low'])} to {format_number(figure['high'])}" if "low" in figure else dash
+    value, count = (format_number(figure[key]) if key in figure else dash for key in ("value", "n"))
     return "".join(f"<td>{text}</td>" for text in (value, interval, count))
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample_data(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of a sample; a dump of an earlier version, or of another program, may lack some."""
     shown: dict[str, Any] = {name: str(sample[name]) for name in _TEXTS if sample.get(name) is not None}
     shown |= {name: value for name in _NUMBERS if (value := _finite(sample.get(name))) is not None}
@@ -212,6 +217,6 @@ def _finite(value: Any, digits: int = 6) -> float | None:
     return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
-def _data(data: Any) -> str:
+def _json_data(data: Any) -> str:
     """Return JSON that ends no script element, whatever texts are in it."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

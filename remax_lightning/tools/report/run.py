@@ -65,18 +65,20 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
         UserError: if it is the folder of no run, or there is no file of that name.
     """
     if not _is_run(folder):
-        raise UserError(f"RUN: {_wrong(folder)}")
+        raise UserError(f"RUN: {_why_not_a_run(folder)}")
     if evaluation is not None and not evaluation.is_file():
         raise UserError(f"--evaluation: there is no file {evaluation}; give the evaluation.json that remax test wrote")
     notes: list[str] = []
     path = folder / "config.yaml"
     config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    curves, times = _curves(folder)
-    samples = [sample for stage in STAGES for sample in _samples(folder / "samples" / f"{stage}.jsonl", stage, notes)]
+    curves, times = _read_curves(folder)
+    samples = [
+        sample for stage in STAGES for sample in _read_samples(folder / "samples" / f"{stage}.jsonl", stage, notes)
+    ]
     samples.sort(key=lambda sample: sample["step"])
-    figures = _figures(evaluation or _newest_evaluation(folder, notes), notes)
+    figures = _read_figures(evaluation or _latest_evaluation(folder, notes), notes)
     started, seconds = (min(times), max(times) - min(times)) if times else (None, 0.0)
-    return Run(folder, config, _settings(config, notes), curves, samples, figures, started, seconds, notes)
+    return Run(folder, config, _parse_settings(config, notes), curves, samples, figures, started, seconds, notes)
 
 
 def _is_run(folder: Path) -> bool:
@@ -84,7 +86,7 @@ def _is_run(folder: Path) -> bool:
     return any(next(folder.glob(mark), None) is not None for mark in marks)
 
 
-def _newest_evaluation(folder: Path, notes: list[str]) -> Path:
+def _latest_evaluation(folder: Path, notes: list[str]) -> Path:
     """Return the file that `remax test` wrote last: it gives a second one in the same folder a number."""
     files = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
     if len(files) > 1:
@@ -93,7 +95,7 @@ def _newest_evaluation(folder: Path, notes: list[str]) -> Path:
     return files[-1] if files else folder / "evaluation.json"
 
 
-def _wrong(folder: Path) -> str:
+def _why_not_a_run(folder: Path) -> str:
     expected = (
         "expected the folder of a run, with TensorBoard's events.out.tfevents.*, samples/*.jsonl or evaluation.json in"
         " it, such as runs/remax/version_0"
@@ -109,7 +111,7 @@ def _wrong(folder: Path) -> str:
     return f"{folder} is none, but has some in it; give one of them, such as {newest}, the youngest"
 
 
-def _curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
+def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
     """Return the scalars, and the times at which they were logged."""
     if next(folder.glob("events.out.tfevents.*"), None) is None:
         return {}, []
@@ -131,7 +133,7 @@ def _curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
     return curves, times
 
 
-def _samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any]]:
+def _read_samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     broken = 0
@@ -148,7 +150,7 @@ def _samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any
         notes.append(f"{broken} line{'s' if broken > 1 else ''} of {path.name} could not be read and are left out.")
 
 
-def _figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
+def _read_figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     try:
@@ -163,7 +165,7 @@ def _figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _settings(config: str, notes: list[str]) -> dict[str, Any]:
+def _parse_settings(config: str, notes: list[str]) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(config)
     except yaml.YAMLError:
