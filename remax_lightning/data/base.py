@@ -120,7 +120,7 @@ class TextDataModule(LightningDataModule, ABC):
         """Shuffled batches, without the last short one. Resumable at every batch.
 
         Raises:
-            UserError: if Lightning would replace the sampler that hands out the splits.
+            UserError: if Lightning would replace the sampler that yields the micro-batches.
         """
         overfit = getattr(self.trainer, "overfit_batches", 0)  # set on the instance, unknown to its type
         if self.num_micro_batches > 1 and overfit > 0:
@@ -234,7 +234,7 @@ class TextDataModule(LightningDataModule, ABC):
             rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
 
     def _loader_batch_size(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
-        """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` splits of them."""
+        """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` micro-batches."""
         return self.batch_size
 
     def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:

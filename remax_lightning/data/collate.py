@@ -66,8 +66,8 @@ class ExampleDataset(Dataset[tuple[Any, int]]):
         return len(self.examples)
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        index, split = key if isinstance(key, tuple) else (key, 0)
-        return self.examples[index], split
+        index, micro_batch_index = key if isinstance(key, tuple) else (key, 0)
+        return self.examples[index], micro_batch_index
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 
 def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_micro_batches: int) -> PromptBatch:
-    """Return the `PromptBatch` of examples, which are all of one split."""
+    """Return the `PromptBatch` of examples, which all belong to one micro-batch."""
     examples = [example for example, _ in items]
     ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")
     return PromptBatch(
@@ -112,12 +112,13 @@ def collate_supervised(
     """Return the `SupervisedBatch` of examples.
 
     Args:
-        items: the examples of a whole optimizer step, all of one split: the part of them that the batch has.
+        items: the examples of a whole optimizer step, all with one micro-batch index: the batch holds that part of
+            them.
         pad_id: id that fills up.
         num_micro_batches: batches that the optimizer step comes in.
     """
-    size, split = len(items) // num_micro_batches, items[0][1]
-    examples = [example for example, _ in items[split * size : (split + 1) * size]]
+    size, micro_batch_index = len(items) // num_micro_batches, items[0][1]
+    examples = [example for example, _ in items[micro_batch_index * size : (micro_batch_index + 1) * size]]
     prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
     response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
     return SupervisedBatch(

@@ -15,10 +15,10 @@ Key = int | tuple[int, int]
 
 
 class MicroBatchSampler(DistributedSampler[Key]):
-    """Yields the keys of each rollout batch `num_micro_batches` times in a row, one split after the other.
+    """Yields the keys of each rollout batch `num_micro_batches` times in a row, one micro-batch after the other.
 
-    A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per split. A
-    key is `(index, split)`, or the index alone where there is one split.
+    A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per micro-batch. A
+    key is `(index, micro_batch_index)`, or the index alone where there is one micro-batch.
 
     It is a `DistributedSampler` so that Lightning leaves it in place and tells it the epoch. Rank `r` of `W`
     takes every `W`-th row, so the rows of one step over all ranks depend on `W * batch_size` only.
@@ -36,7 +36,7 @@ class MicroBatchSampler(DistributedSampler[Key]):
         world_size: number of processes.
 
     Raises:
-        ValueError: if short batches were to be split, which leaves their parts unequal.
+        ValueError: if short batches would be split into micro-batches of unequal size.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MicroBatchSampler(DistributedSampler[Key]):
         return _SamplerIterator(self)
 
     def __len__(self) -> int:
-        """Keys in an epoch: rows of this rank times splits."""
+        """Keys in an epoch: rows of this rank times micro-batches."""
         return self.num_samples * self.num_micro_batches
 
     def signature(self) -> dict[str, int | bool]:

@@ -95,7 +95,7 @@ def test_a_failure_exits_with_1_and_says_what_to_do(tmp_path: Path, capsys: pyte
     outcome, results = doctor(capsys, tmp_path, config)
     assert outcome.code == 1
     assert results["truncation"]["status"] == "fail"
-    assert "-> a cut response is rewarded for what it did not get to say" in " ".join(outcome.out.split())
+    assert "-> a truncated response is scored without its end" in " ".join(outcome.out.split())
 
 
 def test_data_that_cannot_be_read_leave_the_models_to_be_checked(
@@ -186,9 +186,9 @@ def test_a_run_on_gpus_is_checked_where_there_is_none(tmp_path: Path, capsys: py
     more = ["--config", str(strategy), "--trainer.accelerator", "gpu", "--trainer.devices", "8"]
     outcome, results = doctor(capsys, tmp_path, healthy(tmp_path), *more)
     assert outcome.code == 0, outcome.out
-    assert "(there is no GPU here)" in results["models"]["measured"]
+    assert "(checked on the CPU: this machine has no GPU)" in results["models"]["measured"]
     assert results["memory"]["status"] == "skip"
-    assert "GB per GPU on 8, and there is no GPU here to compare with" in results["memory"]["measured"]
+    assert "GB per GPU on 8, and this machine has no GPU to compare with" in results["memory"]["measured"]
 
 
 def test_the_page_has_every_check_in_its_order() -> None:

@@ -58,7 +58,7 @@ def test_another_checkpoint_as_reference(tmp_path: Path, noise: float, status: s
     context = loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reference={"path": other}))
     found = ask(context, "kl_at_start")
     assert found.status == status
-    assert "is another checkpoint than model.policy.path" in found.fix
+    assert "is not the checkpoint of model.policy.path" in found.fix
     assert found.values["kl"] == pytest.approx(kl_of(context), rel=1e-3)
 
 
@@ -169,7 +169,7 @@ def test_greedy_responses_that_are_drawn(well: DoctorContext, monkeypatch: pytes
     monkeypatch.setattr(well.module.worker, "engine", SampledAsGreedyEngine())
     found = ask(well, "greedy")
     assert found.status == "fail"
-    assert "differ when they are made again" in found.measured
+    assert "differ when they are generated again" in found.measured
 
 
 def test_a_model_that_reads_padding(well: DoctorContext) -> None:

@@ -61,7 +61,7 @@ def test_a_chat_template_that_leaves_the_response_out(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template="<s>{{ messages[0]['content'] }}</s>")
     found = ask(with_template(tmp_path, tokenizer=tokenizer), "reward_template")
     assert found.status == "fail"
-    assert "lack their response" in found.measured
+    assert "do not contain their response" in found.measured
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_chat_template_that_leaves_the_response_out(tmp_path: Path) -> None:
     [
         (PLAIN, "pass", "reads '7+49="),
         ("<s><s>" + PLAIN, "fail", "begin with two BOS"),
-        ("{prompt}{response}", "warn", "no special token ends it"),
+        ("{prompt}{response}", "warn", "it ends without a special token"),
     ],
 )
 def test_how_the_text_begins_and_ends(tmp_path: Path, template: str, status: str, measured: str) -> None:
@@ -89,7 +89,7 @@ def test_the_policys_template_inside_of_the_reward_models(tmp_path: Path) -> Non
     config = changed(with_reward_model(healthy(tmp_path), tmp_path), data__init_args__template="Q: {prompt}")
     found = ask(loaded(tmp_path, config), "reward_template")
     assert found.status == "warn"
-    assert "data.template stands inside of its own" in found.measured
+    assert "it contains data.template inside its own template" in found.measured
 
 
 def test_special_tokens_of_the_policy_that_mean_nothing_to_the_reward_model(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_special_tokens_of_the_policy_that_mean_nothing_to_the_reward_model(tmp_
     write_rows(tmp_path / "rows.jsonl", ({"prompt": [{"role": "user", "content": prompt}]} for prompt in PROMPTS))
     found = ask(loaded(tmp_path, config), "reward_template")
     assert found.status == "warn"
-    assert "'</s>' are the policy's special tokens and plain text to it" in found.measured
+    assert "'</s>' are special tokens of the policy but plain text to it" in found.measured
 
 
 @pytest.mark.parametrize(("length", "status"), [(256, "pass"), (33, "warn"), (8, "fail")])
@@ -128,7 +128,7 @@ def test_a_score_that_is_read_in_the_padding(well: DoctorContext, monkeypatch: p
     monkeypatch.setattr(well.reward, "_pooling", last_column)
     found = ask(well, "reward_padding")
     assert found.status == "fail"
-    assert found.measured.startswith("alone, scores move by")
+    assert found.measured.startswith("alone, scores change by")
 
 
 def test_a_reward_model_in_training_that_is_read_in_the_padding(

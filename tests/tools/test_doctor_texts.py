@@ -73,7 +73,7 @@ def test_prompts_that_are_all_the_same(tmp_path: Path) -> None:
     context = with_prompts(tmp_path, PROMPTS, data__init_args__template="Say something. {{prompt}} {prompt:.0}")
     found = ask(context, "prompts")
     assert found.status == "warn"
-    assert "11 of 12 prompts are repetitions" in found.measured
+    assert "11 of 12 prompts repeat another one" in found.measured
 
 
 def test_doubled_bos(tmp_path: Path) -> None:
@@ -188,12 +188,12 @@ def test_the_highest_probability_of_eos_is_that_of_a_plain_pass(well: DoctorCont
 def test_a_tokenizer_whose_eos_the_policy_does_not_name(tmp_path: Path) -> None:
     found = ask(loaded(tmp_path, healthy(tmp_path, ends=ENDS[1:])), "eos")
     assert found.status == "warn"
-    assert "the tokenizer's own, 2, is not in generation_config" in found.measured
+    assert "the tokenizer's 2 is not in generation_config" in found.measured
 
 
 @pytest.mark.parametrize(
     ("engine", "measured"),
-    [(EosStrippingEngine(), "one is padded without an EOS before"), (NeverStopsEngine(), "one goes on behind its end")],
+    [(EosStrippingEngine(), "one is padded without an EOS"), (NeverStopsEngine(), "one continues after its EOS")],
 )
 def test_an_engine_that_mistreats_ends(
     well: DoctorContext, monkeypatch: pytest.MonkeyPatch, engine: Any, measured: str
@@ -210,7 +210,7 @@ def test_where_nothing_ends_another_token_stands_in(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(context.module, "eos_ids", lambda: [95])  # the tokenizer's own may be drawn
     found = ask(context, "eos_trained")
     assert found.status == "pass"
-    assert "ended at a token in place of EOS" in found.measured
+    assert "ended at a token that stands in for EOS" in found.measured
     monkeypatch.setattr(context.module.worker, "engine", NeverStopsEngine())
     assert ask(context, "eos_trained").status == "fail"
 
@@ -248,7 +248,7 @@ def test_responses_that_are_all_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "status", "said"),
     [
-        ({"temperature": 0.8, "repetition_penalty": 1.1}, "warn", "set model.sampling.temperature if they shall count"),
+        ({"temperature": 0.8, "repetition_penalty": 1.1}, "warn", "set model.sampling.temperature to apply them"),
         ({"suppress_tokens": [*range(3, 96, 2), *range(4, 80, 2)]}, "fail", "none of them can be set here"),
         ({"temperature": 0.1}, "fail", "set model.sampling.temperature"),
     ],
@@ -262,7 +262,7 @@ def test_generation_settings_that_rollouts_ignore(
         monkeypatch.setattr(well.module.policy.generation_config, name, value)
     found = ask(well, "generation_config")
     assert found.status == status, found
-    assert found.measured.startswith("model.generate would also take ")
+    assert found.measured.startswith("model.generate also applies ")
     assert all(f"{name} {value}" in found.measured for name, value in settings.items())
     assert said in found.fix
 

@@ -1,4 +1,4 @@
-"""The checks of `remax doctor`, one function each."""
+"""The checks of `remax doctor`: one function per check."""
 
 from remax_lightning.tools.doctor.context import DoctorContext, load_context
 from remax_lightning.tools.doctor.finding import Finding

@@ -1,4 +1,4 @@
-"""A few rows out of a data loader's batches."""
+"""Select rows from the batches of a data loader."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
 
 
 def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | SupervisedBatch | PreferenceBatch:
-    """Return the first `count` rows of a loader, or all where there are fewer, as one batch.
+    """Return the first `count` rows of a loader as one batch; all rows if there are fewer.
 
     Args:
-        loader: yields batches; a rollout batch that comes in parts is taken once.
-        count: how many rows.
-        pad_id: fills up what is shorter than the longest.
+        loader: yields batches. A rollout batch that arrives in several micro-batches counts once.
+        count: number of rows.
+        pad_id: token id of the padding.
 
     Raises:
-        UserError: if it yields nothing, or something else than the batches of this package.
+        UserError: if the loader yields nothing, or something other than a batch of this package.
     """
     batches: list[Any] = []
     for batch in loader:
@@ -40,7 +40,7 @@ def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | 
 
 
 def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
-    """Return one batch of several of a kind."""
+    """Return batches of one type as a single batch."""
     first = batches[0]
     fields: dict[str, Any] = {}
     for name in first._fields:
@@ -51,7 +51,7 @@ def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
             fields[name] = torch.cat(values)
         elif isinstance(values[0], list):
             fields[name] = [item for value in values for item in value]
-    return type(first)(**fields)  # how a step was cut into parts does not matter here: defaults
+    return type(first)(**fields)  # the fields about micro-batches keep their defaults
 
 
 def _pad_and_concatenate(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
@@ -70,7 +70,7 @@ def _first_n(batch: Any, count: int) -> Any:
 
 
 def select_rows(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
-    """Return some of the prompts, without columns that are padding in all of them."""
+    """Return the prompts at `indices`, without columns that are padding in all of them."""
     chosen = list(indices)
     mask = batch.prompt_mask[chosen]
     first = int(mask.any(0).long().argmax())
@@ -83,5 +83,5 @@ def select_rows(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
 
 
 def unpadded_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Return the `B` rows of `[B, T]` ids without their padding."""
+    """Return the token ids of `[B, T]` rows as `B` lists without padding."""
     return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]

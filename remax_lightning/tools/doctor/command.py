@@ -1,4 +1,4 @@
-"""`remax doctor`: checks of a configuration on its real models and data, before any training."""
+"""`remax doctor`: check a configuration with its real models and data before training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COLUMN = max(len(check.name) for check in CHECKS) + 2
 
 
 def main(args: Sequence[str]) -> list[Result]:
-    """Check what `remax fit` would do with the same arguments; train nothing and write nothing.
+    """Check what `remax fit` would do with the same arguments. Nothing is trained or written.
 
     Args:
-        args: what stands after `remax doctor`.
+        args: the arguments after `remax doctor`.
 
     Returns:
-        What came of every check.
+        The result of each check.
 
     Raises:
         UserError: if the configuration is wrong.
@@ -40,8 +40,10 @@ def main(args: Sequence[str]) -> list[Result]:
         " Nothing is trained or written. Exit code 1 if a check failed, 2 for a mistake in the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--num_prompts", type=int, default=16, metavar="N", help="prompts to look at (default: 16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument(
+        "--num_prompts", type=int, default=16, metavar="N", help="number of prompts to check (default: 16)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     options, rest = parser.parse_known_args(args)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
@@ -67,7 +69,7 @@ def main(args: Sequence[str]) -> list[Result]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keep what Lightning says of devices and loaders out of the table; its warnings stay."""
+    """Hide Lightning's messages about devices and loaders; its warnings still appear."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -80,7 +82,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def format_result(result: Result) -> str:
-    """Return the lines of a check: how it ended, its name, what was measured, and under it what to do."""
+    """Return the lines of a result: status, name, what was measured, and below it what to do."""
     start, indent = f"{result.status:6}{result.name:{COLUMN}}", " " * (6 + COLUMN)
     lines = textwrap.wrap(
         result.measured, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False

@@ -1,4 +1,4 @@
-"""What is examined: the modules, data and models of a configuration, loaded as `remax fit` loads them."""
+"""What the checks read: module, data and models of a configuration, loaded as `remax fit` loads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Batch = PromptBatch | SupervisedBatch | PreferenceBatch
 
 
 class DoctorCLI(RemaxCLI):
-    """Reads a configuration as `remax fit` does; its trainer has one process, and neither writes nor trains."""
+    """Reads a configuration as `remax fit` does. Its trainer uses one process, writes nothing and does not train."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ARG002
         """Make a trainer for one process, in the precision of the run."""
@@ -46,17 +46,17 @@ class DoctorCLI(RemaxCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Look at no checkpoint: what is examined is the start."""
+        """Ignore checkpoints: the checks look at the start of a run."""
 
     def _last_checkpoint(self) -> None:
-        """None is read."""
+        """Do nothing: no checkpoint is read."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Do nothing: only the objects are needed."""
 
 
 class ZeroReward(Reward):
-    """Gives every response 0: for rollouts whose rewards are looked at apart."""
+    """Scores every response with 0, for rollouts whose rewards are checked separately."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Tensor:  # noqa: ARG002
         """Return `[M]` zeros."""
@@ -67,11 +67,11 @@ class DoctorContext:
     """A run before its first step.
 
     Args:
-        args: what would stand after `remax fit`.
-        module: its module.
-        data: its data module.
-        trainer: of one process.
-        num_prompts: how many prompts of the data are looked at.
+        args: the arguments that `remax fit` would get.
+        module: the LightningModule.
+        data: the data module.
+        trainer: a trainer with one process.
+        num_prompts: number of prompts that the checks use.
     """
 
     def __init__(self, args: Sequence[str], module: Any, data: Any, trainer: Trainer, num_prompts: int) -> None:
@@ -79,19 +79,19 @@ class DoctorContext:
         self.module, self.data, self.trainer = module, data, trainer
         self.reward: Reward | None = getattr(module, "reward", None)
         self.note = ""
-        """How the run is examined otherwise than it would go."""
+        """How the checks differ from the run, in words; empty if they do not."""
 
-    # Loading: in the order of `Trainer.fit`, a part at a time, so that one that fails leaves the others
+    # ---- Loading, in the order of `Trainer.fit`, in parts: if one fails, the others can still be checked ----
 
     def load_data(self) -> None:
         """Read and tokenize the data."""
-        # Set as Lightning sets them, whose types do not know the instance's own attributes.
+        # Lightning's `fit` sets these two; its type hints do not know them.
         cast(Any, self.trainer).datamodule, self.data.trainer = self.data, self.trainer
         self.data.prepare_data()
         self.data.setup("fit")
 
     def load_models(self) -> None:
-        """Load what is trained and the reference, and let the module check itself; the reward is left out."""
+        """Load the trained model and the reference, and run the module's own checks. The reward is not loaded."""
         module, strategy, precision = self.module, self.trainer.strategy, self.trainer.precision_plugin
         strategy.connect(module)
         module.trainer = self.trainer
@@ -106,7 +106,7 @@ class DoctorContext:
 
     @contextmanager
     def _without_reward(self) -> Iterator[None]:
-        """Keep the reward out of the module's hooks, which would load it."""
+        """Replace the reward inside, because the module's hooks would load it."""
         if self.reward is None:
             yield
             return
@@ -117,45 +117,45 @@ class DoctorContext:
             self.module.worker.reward = self.reward
 
     def load_reward(self) -> None:
-        """Load what the reward needs."""
+        """Load the reward."""
         assert self.reward is not None
         self.reward.load(self.module.device)
 
-    # What checks look at
+    # ---- What the checks read ----
 
     @cached_property
     def batch(self) -> Batch:
-        """The first `num_prompts` rows that training would see, on the device."""
+        """The first `num_prompts` training rows, on the device."""
         batch = first_rows(self.data.train_dataloader(), self.num_prompts, int(self.tokenizer.pad_token_id))
         return cast(Batch, move_data_to_device(batch, self.trainer.strategy.root_device))
 
     @property
     def tokenizer(self) -> Any:
-        """The one that data and module share."""
+        """The tokenizer that data and module share."""
         tokenizer = getattr(self.data, "tokenizer", None)
         return self.module.tokenizer if tokenizer is None else tokenizer
 
     @cached_property
     def prompt(self) -> PromptBatch:
-        """The prompts alone."""
+        """The prompts of `batch`."""
         batch = cast("PromptBatch | SupervisedBatch", self.batch)
         return PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
 
     @cached_property
     def rollout(self) -> Rollout:
-        """Sampled and greedy responses to them, with the log-probs that decoding made and rewards of 0."""
+        """Sampled and greedy responses to `prompt`, with the log-probs of decoding and rewards of 0."""
         return self.roll_out(self.prompt, log_probs=True)
 
     def roll_out(
         self, prompt: PromptBatch, *, seed: int = 0, eos_ids: list[int] | None = None, log_probs: bool = False
     ) -> Rollout:
-        """Make responses with the run's own engine.
+        """Generate responses with the engine of the run.
 
         Args:
             prompt: `B` prompts.
-            seed: of what is sampled.
-            eos_ids: what ends a response, in place of the run's own.
-            log_probs: whether the engine is asked for them.
+            seed: seed of the sampling.
+            eos_ids: token ids that end a response; None for those of the run.
+            log_probs: whether the engine returns log-probs.
         """
         module = cast(PolicyModule, self.module)
         worker = RolloutWorker(module.worker.engine, module.worker.sampling, ZeroReward())
@@ -165,25 +165,25 @@ class DoctorContext:
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether the policy's passes are in 16 bits, whose rounding shows in every log-prob."""
+        """Whether the policy computes in 16 bits; its rounding shows in every log-prob."""
         model = self.module.trained_model
         return "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
 
 
 def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
-    """Read what would stand after `remax fit`; nothing is loaded yet.
+    """Read the arguments of `remax fit`. Nothing is loaded yet.
 
     Raises:
-        UserError: if the configuration is wrong, or is for a module that there are no checks for.
+        UserError: if the configuration is wrong, or its module has no checks.
     """
     cli = run(["fit", *args], DoctorCLI)
     if not isinstance(cli.model, BaseModule):
         raise UserError(
-            "model: remax doctor is for ReMaxModule, SFTModule and RewardModelModule, and what is made of them; got"
+            "model: remax doctor checks ReMaxModule, SFTModule, RewardModelModule and their subclasses, got"
             f" {type(cli.model).__name__}"
         )
     context = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
-        context.note = " (there is no GPU here)"
+        context.note = " (checked on the CPU: this machine has no GPU)"
     return context

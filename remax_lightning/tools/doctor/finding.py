@@ -1,25 +1,25 @@
-"""What a check says: whether its question is answered well, what was measured, and what to do."""
+"""The result of a check: status, what was measured, and what to do."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 Status = Literal["pass", "warn", "fail", "skip"]
-"""`skip` where a check does not apply, or lacks what could not be loaded."""
+"""`skip` if a check does not apply, or needs something that could not be loaded."""
 
 
 LARGE_KL = 0.5
-"""Nats per token, as a KL, from which two distributions are those of two policies: trained ones seldom end further from
-where they started."""
+"""KL in nats per token above which two distributions belong to different policies. Training seldom moves a policy
+further."""
 
 
 class Finding(NamedTuple):
-    """What a check has found.
+    """What a check found.
 
     Args:
-        status: how it ended.
-        measured: what was seen, with its figures.
-        fix: what to do; empty where nothing has to be done.
+        status: `pass`, `warn`, `fail` or `skip`.
+        measured: what was measured, with its figures.
+        fix: what to do; empty if nothing has to be done.
         values: the figures by name, for `--json`.
     """
 
@@ -30,11 +30,11 @@ class Finding(NamedTuple):
 
 
 class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
-    """There is nothing to check in this run; the message says why."""
+    """Raised by a check that does not apply to this run; the message says why."""
 
 
 class Tolerance(NamedTuple):
-    """Up to where a difference is rounding, and from where it is a fault; in between it is told.
+    """Limits of a difference: below `rounding` a check passes, above `fault` it fails, in between it warns.
 
     Args:
         rounding: the largest difference that passes.
@@ -45,20 +45,20 @@ class Tolerance(NamedTuple):
     fault: float
 
     def status(self, difference: float) -> Status:
-        """Return how a check of such a difference ends; NaN is a fault."""
+        """Return the status for a difference; NaN fails."""
         if difference <= self.rounding:
             return "pass"
         return "warn" if difference <= self.fault else "fail"
 
 
 def worst(findings: list[Finding]) -> Finding:
-    """Return one finding for several of the same check: the worst status, and what those of that status say."""
+    """Combine the findings of one check: the worst status, with the texts of the findings that have it."""
     order: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
     status = min((finding.status for finding in findings), key=order.index)
-    said = [finding for finding in findings if finding.status == status]
+    worst_findings = [finding for finding in findings if finding.status == status]
     return Finding(
         status,
-        "; ".join(dict.fromkeys(finding.measured for finding in said)),
-        "; ".join(dict.fromkeys(finding.fix for finding in said if finding.fix)),
+        "; ".join(dict.fromkeys(finding.measured for finding in worst_findings)),
+        "; ".join(dict.fromkeys(finding.fix for finding in worst_findings if finding.fix)),
         {name: value for finding in findings for name, value in finding.values.items()},
     )

@@ -1,4 +1,4 @@
-"""Whether the run fits into the memory that is there."""
+"""Whether the run fits into the available memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from remax_lightning.tools.plan.model_sizes import measure
 from remax_lightning.tools.plan.run_config import read_run
 
 CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
-"""What a container may use, where it says so."""
+"""File with the memory limit of a container."""
 
 
 def check_memory(context: DoctorContext) -> Finding:
-    """Compare what `remax plan` says with the memory of a device, or of the host where processes run on its CPU."""
+    """Compare the peak of `remax plan` with the memory of a GPU, or of the host if the run uses the CPU."""
     if not isinstance(context.module, ReMaxModule):
         return _check_without_activations(context)
     try:
@@ -29,16 +29,16 @@ def check_memory(context: DoctorContext) -> Finding:
         on_cpu = run.device == "cpu"
         available = host_memory() if on_cpu else device_memory()
         per_device = None if available is None else available / run.strategy.devices if on_cpu else available
-        with torch.enable_grad():  # it follows a backward pass
+        with torch.enable_grad():  # the planner traces a backward pass
             answer = plan(run, measure(run), per_device)
     except UserError as error:
-        return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; nothing else depends on it")
+        return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; no other check depends on this one")
     unit = "process" if on_cpu else "GPU"
     needed = f"{answer['peak'] / GB:.3g} GB per {unit} on {run.strategy.devices}"
     values = {"peak": float(answer["peak"])}
     if per_device is None:
-        raise NotApplicable(f"{needed}, and there is no GPU here to compare with; see `remax plan --memory GB`")
-    measured = f"{needed}, of {(1 - HEADROOM) * per_device / GB:.3g} that count"
+        raise NotApplicable(f"{needed}, and this machine has no GPU to compare with; see `remax plan --memory GB`")
+    measured = f"{needed}, of {(1 - HEADROOM) * per_device / GB:.3g} usable"
     values["memory"] = per_device
     if answer["fits"]:
         return Finding("pass", measured, "", values)
@@ -46,13 +46,13 @@ def check_memory(context: DoctorContext) -> Finding:
     fix = (
         "lower data.batch_size or micro_batch_size, shorten responses, set gradient_checkpointing or"
         f" model.policy.lora, or take an overlay of configs/strategies; `remax plan` shows the parts"
-        f"{'' if least is None else f' (as it is, it fits on {least})'}"
+        f"{'' if least is None else f' (unchanged, it fits on {least})'}"
     )
     return Finding("fail", measured, fix, values)
 
 
 def _check_without_activations(context: DoctorContext) -> Finding:
-    """Compare weights, gradients and optimizer with the memory: what a stage needs before its passes."""
+    """Compare the bytes of weights, gradients and optimizer with the memory; activations come on top."""
     if not context.module._modules:
         raise NotApplicable("needs models")
     model = context.module.trained_model
@@ -68,23 +68,23 @@ def _check_without_activations(context: DoctorContext) -> Finding:
     measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
     values = {"least": float(needed)}
     if available is None:
-        raise NotApplicable(f"{measured}, and the memory here is not known")
-    measured += f", of {(1 - HEADROOM) * available / GB:.3g} that count"
+        raise NotApplicable(f"{measured}, and the memory of this machine is unknown")
+    measured += f", of {(1 - HEADROOM) * available / GB:.3g} usable"
     if needed <= (1 - HEADROOM) * available:
         return Finding("pass", measured, "", values)
-    fix = "train in bf16-true, or spread the model over devices with an overlay of configs/strategies"
+    fix = "train in bf16-true, or shard the model over devices with an overlay of configs/strategies"
     return Finding("fail", measured, fix, values)
 
 
 def device_memory() -> float | None:
-    """Return the bytes of a GPU here, the smallest, None without one."""
+    """Return the bytes of the smallest GPU of this machine; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
 
 
 def host_memory() -> float | None:
-    """Return the bytes of the host that this process may use, None where it does not say."""
+    """Return the bytes of host memory that this process may use; None if the system does not say."""
     names: Any = os.sysconf_names
     if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
         return None

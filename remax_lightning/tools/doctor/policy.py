@@ -1,4 +1,4 @@
-"""Whether the policy is the same wherever a step meets it: beside the reference, in decoding, in training, padded."""
+"""Whether the policy gives the same log-probs everywhere: at the start, in decoding, in training, with padding."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from remax_lightning.tools.doctor.finding import LARGE_KL, Finding, NotApplicabl
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 KL, KL_16_BITS = Tolerance(1e-6, 1e-4), Tolerance(2e-3, 2e-2)
-"""Nats per token. The same weights give 0, but for rounding: in 16 bits a log-prob is off by a few hundredths of a nat,
-and half the square of that is the KL."""
+"""Nats per token. Equal weights give 0 up to rounding: in 16 bits a log-prob is off by a few hundredths of a nat, and
+the KL is half the square of that."""
 MEAN, MEAN_16_BITS = Tolerance(1e-4, 1e-2), Tolerance(0.05, 0.2)
 LARGEST, LARGEST_16_BITS = Tolerance(1e-2, 0.1), Tolerance(1.0, 3.0)
-"""Nats between two log-probs of the same token: decoding and training multiply in other shapes and orders."""
+"""Nats between two log-probs of the same token: decoding and training multiply in different shapes and orders."""
 TIE, TIE_16_BITS = 1e-3, 0.1
-"""Nats between the two likeliest tokens below which rounding decides between them."""
+"""Nats between the two most likely tokens below which rounding decides which one is chosen."""
 ALONE = 4
-"""Prompts that are also run alone."""
+"""Number of prompts that are also run alone."""
 
 
 def check_kl_at_start(context: DoctorContext) -> Finding:
-    """Compare the policy, as training runs it, with the reference, on the policy's own responses."""
+    """Compare the policy in training mode with the reference, on responses of the policy."""
     module: Any = context.module
     if module.reference is None:
-        raise NotApplicable("there is no reference")
+        raise NotApplicable("the run has no reference")
     rollout = module.with_reference(context.rollout)._replace(reference_hidden=None)
-    sampling = replace(module.sampling, processed_log_probs=False)  # the reference keeps all tokens, too
+    sampling = replace(module.sampling, processed_log_probs=False)  # the reference has no sampling mask either
     kl, largest = _kl_to_reference(module.policy, rollout, sampling)
     with eval_mode(module.policy):
         in_eval, _ = _kl_to_reference(module.policy, rollout, sampling)
@@ -52,10 +52,10 @@ def check_kl_at_start(context: DoctorContext) -> Finding:
 
 
 def _kl_to_reference(policy: Any, rollout: Rollout, sampling: SamplingConfig) -> tuple[float, float]:
-    """Return the KL to the reference in nats per token, never negative, and the largest log-ratio."""
+    """Return the KL to the reference in nats per token (k3, never negative), and the largest log-ratio."""
     mask = rollout.sampled.response_mask
-    now = policy_statistics(policy, rollout, sampling).log_probs
-    log_ratio = (now - cast(Tensor, rollout.reference_log_probs))[mask].double()
+    log_probs = policy_statistics(policy, rollout, sampling).log_probs  # [S, R]
+    log_ratio = (log_probs - cast(Tensor, rollout.reference_log_probs))[mask].double()  # [tokens]
     return float(kl_estimate(log_ratio, "k3").mean()), float(log_ratio.abs().max())
 
 
@@ -66,33 +66,39 @@ def _source_key(source: Any) -> tuple[Any, ...]:
 def _explain_kl(module: Any, dtypes: set[str], *, in_train_mode_only: bool, same: bool) -> str:
     if in_train_mode_only:
         return (
-            "in eval mode it is gone: dropout, or another layer that trains differently; set"
-            " model.policy.disable_dropout: true, and model.policy.lora.dropout: 0 where there is an adapter"
+            "in eval mode the difference is gone, so dropout or another layer that depends on the mode causes it; set"
+            " model.policy.disable_dropout: true and, with an adapter, model.policy.lora.dropout: 0"
         )
     if len(dtypes) > 1:
-        return f"policy and reference are in {' and '.join(sorted(dtypes))}; give both the same dtype"
+        return (
+            f"policy and reference have different dtypes, {' and '.join(sorted(dtypes))}; set the same dtype for both"
+        )
     if module.reference_source is None:
         return (
-            "the adapter changes the policy before training; start from the base, or from a saved adapter by its path"
+            "the adapter changes the policy before training; start without one, or set model.policy.lora.path to a"
+            " saved adapter"
         )
     if same and (other := _describe_differing_tensors(module.policy, module.reference)):
-        return f"both come from the same path and differ in {other} as loaded: see what casts or changes it"
+        return (
+            f"both come from the same path but differ in {other} after loading: find the code that casts or changes"
+            " them"
+        )
     if same:
         return (
-            "both come from the same path, so one was changed or drawn anew after it was read; save a model that"
-            " is from_scratch first, and look for code that changes weights"
+            "both come from the same path, so one of them was changed after loading, or has random weights; save a"
+            " model with from_scratch first, and look for code that changes weights"
         )
     return (
-        f"model.reference.path {module.reference_source.path!r} is another checkpoint than model.policy.path; name the"
-        " policy's, unless the run goes on from a policy that is already away from its reference"
+        f"model.reference.path {module.reference_source.path!r} is not the checkpoint of model.policy.path; set it to"
+        " the policy's path, unless the run continues a policy that was trained away from its reference"
     )
 
 
 def _describe_differing_tensors(policy: Any, reference: Any) -> str:
-    """Return what of two models' weights and buffers is not the same, where they have the same names."""
+    """Describe the weights and buffers that two models share by name but not by value; empty if there are none."""
     first, second = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (policy, reference))
-    differ = [name for name in first.keys() & second.keys() if not _are_equal(first[name], second[name])]
-    return f"{len(differ)} tensors, such as {min(differ)}" if differ else ""
+    differing = [name for name in first.keys() & second.keys() if not _are_equal(first[name], second[name])]
+    return f"{len(differing)} tensors, such as {min(differing)}" if differing else ""
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
@@ -100,39 +106,41 @@ def _are_equal(first: Tensor, second: Tensor) -> bool:
 
 
 def check_log_probs(context: DoctorContext) -> Finding:
-    """Compare the log-probs that decoding made with those of the training pass."""
+    """Compare the log-probs of decoding with those of the training pass."""
     module, rollout = context.module, context.rollout
     if rollout.log_probs is None:
-        raise NotApplicable(f"{type(module.engine).__name__} returns no log-probs though it is asked for them")
-    counted = _unbarred_mask(rollout, module.sampling)
-    if not counted.any():
-        raise NotApplicable("all tokens come before model.sampling.min_response_length, where EOS is barred")
+        raise NotApplicable(f"{type(module.engine).__name__} returns no log-probs although they were requested")
+    mask = _unbarred_mask(rollout, module.sampling)  # [S, R]
+    if not mask.any():
+        raise NotApplicable("all tokens come before model.sampling.min_response_length, where EOS is blocked")
 
-    def apart() -> tuple[float, float]:
-        now = policy_statistics(module.policy, rollout, module.sampling).log_probs
-        return _mean_and_max_difference(cast(Tensor, rollout.log_probs)[counted], now[counted])
+    def difference() -> tuple[float, float]:
+        trained = policy_statistics(module.policy, rollout, module.sampling).log_probs  # [S, R]
+        return _mean_and_max_difference(cast(Tensor, rollout.log_probs)[mask], trained[mask])
 
-    finding = _judge_log_probs(context, "decoding and training differ by", *apart())
+    finding = _judge_log_probs(context, "decoding and training differ by", *difference())
     if finding.status == "pass":
         return finding
     with eval_mode(module.policy):
-        in_eval = _judge_log_probs(context, "", *apart())
+        in_eval = _judge_log_probs(context, "", *difference())
     if in_eval.status == "pass":
-        return finding._replace(fix="in eval mode they agree: set model.policy.disable_dropout: true")
+        return finding._replace(fix="in eval mode both agree: set model.policy.disable_dropout: true")
     return finding._replace(
-        fix="decoding runs another model than training: set model.rollout to HuggingFaceEngine and see whether it goes;"
-        " a cache, an attention kernel (model.policy.attn_implementation) or the engine's own log-probs may be wrong"
+        fix=(
+            "decoding does not compute what training computes: set model.rollout to HuggingFaceEngine and check again;"
+            " the cache, the attention kernel (model.policy.attn_implementation) or the engine's log-probs may be wrong"
+        )
     )
 
 
 def _unbarred_mask(rollout: Rollout, sampling: SamplingConfig) -> Tensor:
-    """Return `[S, R]` the counted tokens before which nothing was barred."""
-    place = torch.arange(rollout.sampled.response_mask.shape[1], device=rollout.sampled.response_mask.device)
-    return rollout.sampled.response_mask & (place >= sampling.min_response_length)
+    """Return `[S, R]` bool, True on response tokens that were sampled without a block on EOS."""
+    mask = rollout.sampled.response_mask
+    return mask & (torch.arange(mask.shape[1], device=mask.device) >= sampling.min_response_length)
 
 
 def _mean_and_max_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Return the mean and the largest difference."""
+    """Return the mean and the largest absolute difference."""
     difference = (first.double() - second.double()).abs()
     return float(difference.mean()), float(difference.max())
 
@@ -141,87 +149,89 @@ def _judge_log_probs(context: DoctorContext, what: str, mean: float, largest: fl
     tolerances = (MEAN_16_BITS, LARGEST_16_BITS) if context.is_16_bit else (MEAN, LARGEST)
     measured = f"{what} {mean:.2g} nats per token on average, by {largest:.2g} at most"
     values = {"mean": mean, "largest": largest}
-    judged = zip(tolerances, (mean, largest), strict=True)
-    return worst([Finding(tolerance.status(value), measured, "", values) for tolerance, value in judged])
+    statuses = [tolerance.status(value) for tolerance, value in zip(tolerances, (mean, largest), strict=True)]
+    return worst([Finding(status, measured, "", values) for status in statuses])
 
 
 def check_on_policy(context: DoctorContext) -> Finding:
-    """Ask whether responses are drawn from the distribution whose log-probs are trained."""
+    """Check that responses are sampled from the distribution whose log-probs are trained."""
     module, rollout = context.module, context.rollout
     sampling: SamplingConfig = module.sampling
-    drawn = replace(sampling, scale_log_probs=True, processed_log_probs=sampling.truncates)
+    # The log-prob options under which training sees exactly the sampled distribution.
+    on_policy = replace(sampling, scale_log_probs=True, processed_log_probs=sampling.truncates)
     if sampling.temperature == 1:
-        drawn = replace(drawn, scale_log_probs=sampling.scale_log_probs)
+        on_policy = replace(on_policy, scale_log_probs=sampling.scale_log_probs)
     options = ("scale_log_probs", "processed_log_probs")
-    keys = [name for name in options if getattr(drawn, name) != getattr(sampling, name)]
+    keys = [name for name in options if getattr(on_policy, name) != getattr(sampling, name)]
     if sampling.min_response_length > 0:
         keys.append("min_response_length")
     if not keys:
-        return Finding("pass", "responses are drawn from the distribution that is trained")
+        return Finding("pass", "responses are sampled from the distribution that is trained")
     mask = rollout.sampled.response_mask
     with eval_mode(module.policy):
-        as_drawn = policy_statistics(module.policy, rollout, drawn).log_probs[mask]
-        trained = policy_statistics(module.policy, rollout, sampling).log_probs[mask]
-    finite = as_drawn.isfinite()  # rounding may leave a token out that was just kept
-    apart = float((as_drawn - trained)[finite].double().mean()) if finite.any() else 0.0
+        sampled = policy_statistics(module.policy, rollout, on_policy).log_probs[mask]  # [tokens]
+        trained = policy_statistics(module.policy, rollout, sampling).log_probs[mask]  # [tokens]
+    finite = sampled.isfinite()  # rounding may drop a token that sampling kept
+    difference = float((sampled - trained)[finite].double().mean()) if finite.any() else 0.0
     fixes = {
         "scale_log_probs": "model.sampling.scale_log_probs: true trains the tempered policy",
         "processed_log_probs": "model.sampling.processed_log_probs: true trains the truncated policy",
-        "min_response_length": "model.sampling.min_response_length bars EOS from tokens that are trained without a bar;"
-        " 0 leaves it free",
+        "min_response_length": (
+            "model.sampling.min_response_length blocks EOS in sampling but not in training; 0 removes the block"
+        ),
     }
-    measured = f"sampled tokens are {apart:.2g} nats likelier where they are drawn than where they are trained"
+    measured = f"sampled tokens are {difference:.2g} nats more likely in sampling than in training"
     if keys == ["min_response_length"]:
-        measured = f"EOS is barred from the first {sampling.min_response_length} tokens, and not in training"
-    fix = "; ".join(fixes[key] for key in keys) + "; as it is, the gradient is off-policy"
-    return Finding("warn" if apart <= LARGE_KL else "fail", measured, fix, {"difference": apart})
+        measured = f"EOS is blocked in the first {sampling.min_response_length} sampled tokens, but not in training"
+    fix = "; ".join(fixes[key] for key in keys) + "; until then the gradient is off-policy"
+    return Finding("warn" if difference <= LARGE_KL else "fail", measured, fix, {"difference": difference})
 
 
 def check_greedy(context: DoctorContext) -> Finding:
-    """Decode greedily again, and some prompts alone: the baseline may depend on the prompt only."""
+    """Decode greedily a second time, and some prompts alone: the baseline must depend on the prompt only."""
     first = cast(Responses, context.rollout.greedy).response_ids
     second = cast(Responses, context.roll_out(context.prompt, seed=1).greedy).response_ids
     changed = [i for i in range(len(first)) if not torch.equal(first[i], second[i])]
     if changed:
-        measured = f"{len(changed)} of {len(first)} greedy responses differ when they are made again"
+        measured = f"{len(changed)} of {len(first)} greedy responses differ when they are generated again"
         fix = (
-            "the policy or the engine draws something: look for dropout in eval mode, for kernels without"
-            " determinism (trainer.deterministic: true), and for sampling in model.rollout"
+            "the policy or the engine is random: look for dropout in eval mode, for nondeterministic kernels"
+            " (trainer.deterministic: true), and for sampling in model.rollout"
         )
         return Finding("fail", measured, fix, {"changed": len(changed)})
     alone = range(min(ALONE, len(first)))
     gaps = [gap for i in alone if (gap := _gap_at_first_difference(context, i, first[i])) is not None]
     values = {"changed": 0.0, "changed_alone": float(len(gaps)), "largest_gap": max(gaps, default=0.0)}
-    measured = f"{len(first)} responses are the same again, {len(alone) - len(gaps)} of {len(alone)} also alone"
+    measured = f"{len(first)} responses are the same again; decoded alone, {len(alone) - len(gaps)} of {len(alone)}"
     if not gaps:
         return Finding("pass", measured, "", values)
-    measured += f"; where they part, {values['largest_gap']:.2g} nats lie between the two tokens"
+    measured += f"; at the first difference the two tokens are {values['largest_gap']:.2g} nats apart"
     if values["largest_gap"] <= (TIE_16_BITS if context.is_16_bit else TIE):
         return Finding("pass", f"{measured}, which is rounding", "", values)
     fix = (
-        "a greedy response depends on the batch: the model looks at padding (its attention mask or positions), or mixes"
-        " rows, as some mixtures of experts do; see the check prompt_padding"
+        "a greedy response depends on the batch: the model reads padding (attention mask or positions), or mixes rows,"
+        " as some mixtures of experts do; see the check prompt_padding"
     )
     return Finding("fail", measured, fix, values)
 
 
 def _gap_at_first_difference(context: DoctorContext, index: int, ids: Tensor) -> float | None:
-    """Decode prompt `index` alone; return how far apart in log-prob the first two tokens are that differ."""
+    """Decode prompt `index` alone; return the log-prob gap of the first two tokens that differ, None if none does."""
     prompt = select_rows(context.prompt, [index])
     other = cast(Responses, context.roll_out(prompt).greedy).response_ids[0]
-    differ = (ids != other).nonzero()
-    if len(differ) == 0:
+    differences = (ids != other).nonzero()
+    if len(differences) == 0:
         return None
-    at, policy = int(differ[0]), context.module.policy
-    input_ids = torch.cat([prompt.prompt_ids, ids[None, :at]], dim=1)
+    position, policy = int(differences[0]), context.module.policy
+    input_ids = torch.cat([prompt.prompt_ids, ids[None, :position]], dim=1)  # [1, P + position]
     with eval_mode(policy):
         inputs = model_inputs(policy, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
-        logits = policy(**inputs, use_cache=False).logits[0, -1]
-    return abs(float(logits[ids[at]] - logits[other[at]]))
+        logits = policy(**inputs, use_cache=False).logits[0, -1]  # [V]
+    return abs(float(logits[ids[position]] - logits[other[position]]))
 
 
 def check_prompt_padding(context: DoctorContext) -> Finding:
-    """Compare the log-probs of responses to prompts alone with those beside longer ones, padded on the left."""
+    """Compare the log-probs of responses to a prompt alone and in a batch that pads it on the left."""
     prompt, model = context.prompt, context.module.policy
     responses = _one_response_per_prompt(context)
     gaps = []
@@ -232,24 +242,26 @@ def check_prompt_padding(context: DoctorContext) -> Finding:
         ids, mask = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
         answer = Responses(ids, mask, responses.truncated[[i, i]], [])
         with eval_mode(model):
-            together = response_statistics(model, pair, answer).log_probs[1]
-            alone = response_statistics(model, select_rows(pair, [1]), answer.rows(1, 2)).log_probs[0]
-        gaps.append(_mean_and_max_difference(alone[mask[1]], together[mask[1]]))
+            padded = response_statistics(model, pair, answer).log_probs[1]  # [R]
+            alone = response_statistics(model, select_rows(pair, [1]), answer.rows(1, 2)).log_probs[0]  # [R]
+        gaps.append(_mean_and_max_difference(alone[mask[1]], padded[mask[1]]))
     if not gaps:
-        raise NotApplicable("all prompts are one token long, so none can be padded")
+        raise NotApplicable("all prompts have one token, so none can be padded")
     result = _judge_log_probs(
-        context, "padding moves log-probs by", max(gap[0] for gap in gaps), max(gap[1] for gap in gaps)
+        context, "padding changes log-probs by", max(gap[0] for gap in gaps), max(gap[1] for gap in gaps)
     )
     if result.status == "pass":
         return result
     return result._replace(
-        fix="the model looks at padding: its forward ignores attention_mask or position_ids; take its implementation in"
-        " transformers (trust_remote_code: false), or another model.policy.attn_implementation"
+        fix=(
+            "the model reads padding: its forward ignores attention_mask or position_ids; use the implementation of"
+            " transformers (trust_remote_code: false), or another model.policy.attn_implementation"
+        )
     )
 
 
 def _one_response_per_prompt(context: DoctorContext) -> Responses:
-    """Return one response to each prompt: the data set's to imitate, or the policy's greedy one."""
+    """Return one response per prompt: the response of the data set, or the greedy response of the policy."""
     batch: Any = context.batch
     if not hasattr(batch, "response_ids"):
         return cast(Responses, context.rollout.greedy)
@@ -257,14 +269,13 @@ def _one_response_per_prompt(context: DoctorContext) -> Responses:
 
 
 def _pair_with_padded_copy(prompt: PromptBatch, index: int) -> PromptBatch | None:
-    """Return prompt `index` and, under it, its second half, which the first one makes the batch pad."""
-    whole = select_rows(prompt, [index])
-    length = whole.prompt_ids.shape[1]
+    """Return prompt `index` and, as a second row, its second half, padded on the left; None if it has one token."""
+    length = select_rows(prompt, [index]).prompt_ids.shape[1]
     if length < 2:
         return None
     pair = select_rows(prompt, [index, index])
     mask = pair.prompt_mask.clone()
     mask[1, : length // 2] = False
-    # What fills up is another token here, so that a model that reads it says something else.
+    # The padding holds other tokens, so that a model that reads it gives other log-probs.
     ids = torch.where(mask, pair.prompt_ids, pair.prompt_ids.flip(1))
     return pair._replace(prompt_ids=ids, prompt_mask=mask)

@@ -1,4 +1,4 @@
-"""What the prompts hold: special tokens where they belong, and a text at all."""
+"""Whether the prompts have text, and special tokens in the right places."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from remax_lightning.types import PreferenceBatch
 
 MOSTLY_LEFT_OUT = 0.5
 SOME_LEFT_OUT = 0.05
-"""Shares of the rows from which the data that is trained on is another than the data that was given."""
+"""Shares of dropped rows above which training sees other data than the data set: `fail` and `warn`."""
 
 
 def check_prompt_eos(context: DoctorContext) -> Finding:
-    """Look for EOS in prompts: at their end it says that all is said."""
+    """Look for EOS in prompts. At the end of a prompt it tells the policy that the text is complete."""
     batch: Any = context.batch
     if isinstance(batch, PreferenceBatch):
         raise NotApplicable("conversations end with EOS")
@@ -29,21 +29,21 @@ def check_prompt_eos(context: DoctorContext) -> Finding:
     values = {"at_the_end": float(last), "inside": float(inside)}
     if last:
         fix = (
-            "the policy is asked to go on after an end: take EOS off the prompt column, data.template or the generation"
-            " prompt of the chat template"
+            "the policy has to continue after an end of text: remove EOS from the prompt column, data.template or the"
+            " generation prompt of the chat template"
         )
         return Finding("fail", f"{last} of {len(rows)} prompts end with EOS", fix, values)
     if not inside:
-        return Finding("pass", f"none of {len(rows)} prompts has an EOS", "", values)
+        return Finding("pass", f"none of {len(rows)} prompts contains EOS", "", values)
     plain = sum(
         not _is_chat(context, row) and not eos_ids.isdisjoint(ids) for ids, row in zip(rows, batch.rows, strict=True)
     )
-    measured = f"{inside} of {len(rows)} prompts have an EOS inside"
+    measured = f"{inside} of {len(rows)} prompts contain EOS before their end"
     if not plain:
-        return Finding("pass", f"{measured}, where the chat template ends earlier turns", "", values)
+        return Finding("pass", f"{measured}, at the ends of earlier chat turns", "", values)
     fix = (
-        "text of the data reads as EOS; take it out if the policy was not trained with it between turns (masks and"
-        " rollouts here do count what stands before it)"
+        "text of the data set is tokenized as EOS; remove it if the policy was not trained with EOS between turns"
+        " (masks and rollouts still use the text before it)"
     )
     return Finding("warn", f"{measured}, {plain} of them plain text", fix, values)
 
@@ -53,7 +53,7 @@ def _is_chat(context: DoctorContext, row: dict[str, Any]) -> bool:
 
 
 def check_bos(context: DoctorContext) -> Finding:
-    """Look whether texts begin with one BOS, where the tokenizer has it put there, and not with two."""
+    """Check that texts begin with one BOS if the tokenizer adds one, and never with two."""
     tokenizer, batch = context.tokenizer, context.batch
     named = ["prompt"] if not isinstance(batch, PreferenceBatch) else ["chosen", "rejected"]
     fields = batch._asdict()
@@ -62,13 +62,13 @@ def check_bos(context: DoctorContext) -> Finding:
 
 
 def judge_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> Finding:
-    """Judge how token ids begin.
+    """Check how texts begin.
 
     Args:
-        rows: token ids of texts.
-        tokenizer: that made them.
-        what: what to call the texts.
-        where: what makes them, for the fix.
+        rows: token ids of the texts.
+        tokenizer: the tokenizer that made them.
+        what: name of the texts, for the message.
+        where: what produces the texts, for the fix.
     """
     bos_id = tokenizer.bos_token_id
     if bos_id is None:
@@ -77,25 +77,25 @@ def judge_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> F
     values = {"doubled": float(doubled)}
     if doubled:
         fix = (
-            f"a chat template writes BOS and the text or the tokenizer another: take one of them out of {where}, the"
-            " template, or call the tokenizer with add_special_tokens=False on a templated text"
+            f"the chat template writes BOS, and the text or the tokenizer adds another: remove one of them from {where}"
+            " or the template, or call the tokenizer with add_special_tokens=False on a templated text"
         )
         return Finding("fail", f"{doubled} of {len(rows)} {what} begin with two BOS", fix, values)
-    puts_one = special_prefix(tokenizer)[:1] == [bos_id]
-    lacking = sum(row[:1] != [bos_id] for row in rows) if puts_one else 0
-    values["lacking"] = float(lacking)
-    if lacking:
+    adds_bos = special_prefix(tokenizer)[:1] == [bos_id]
+    missing = sum(row[:1] != [bos_id] for row in rows) if adds_bos else 0
+    values["lacking"] = float(missing)
+    if missing:
         fix = (
-            "the tokenizer puts BOS before plain text, the chat template writes none: add {{ bos_token }} to it, unless"
-            " the model was trained without"
+            "the tokenizer adds BOS to plain text, but the chat template writes none: add {{ bos_token }} to the"
+            " template, unless the model was trained without BOS"
         )
-        return Finding("warn", f"{lacking} of {len(rows)} {what} begin without the tokenizer's BOS", fix, values)
-    how = "begin with one BOS" if puts_one else "have no BOS in front, as the tokenizer puts none there, or one"
+        return Finding("warn", f"{missing} of {len(rows)} {what} begin without the tokenizer's BOS", fix, values)
+    how = "begin with one BOS" if adds_bos else "begin with at most one BOS (the tokenizer adds none)"
     return Finding("pass", f"all of {len(rows)} {what} {how}", "", values)
 
 
 def check_prompts(context: DoctorContext) -> Finding:
-    """Look for prompts that say nothing, and count the rows that were left out."""
+    """Look for empty prompts, and count the rows that were dropped."""
     batch, special = context.batch, set(context.tokenizer.all_special_ids)
     empty = sum(not text.strip() for text in batch.prompts)
     if not isinstance(batch, PreferenceBatch):
@@ -105,17 +105,17 @@ def check_prompts(context: DoctorContext) -> Finding:
     share = left_out / total if total else 0.0
     values = {"empty": float(empty), "left_out": float(left_out), "rows": float(total)}
     if empty:
-        fix = "fill these rows or remove them: the policy would answer nothing, and its reward be noise"
+        fix = "fill these rows or remove them: a response to an empty prompt has a meaningless reward"
         return Finding("fail", f"{empty} of {len(batch.prompts)} prompts are empty", fix, values)
-    alike = len(batch.prompts) - len(set(batch.prompts))
-    measured = f"none of {len(batch.prompts)} is empty; {left_out} of {total} rows were left out ({share:.1%})"
+    repeated = len(batch.prompts) - len(set(batch.prompts))
+    measured = f"none of {len(batch.prompts)} is empty; {left_out} of {total} rows were dropped ({share:.1%})"
     if share > SOME_LEFT_OUT:
         fix = (
-            "raise data.max_prompt_length (or max_length, max_response_length) or shorten the rows: what is left is not"
-            " the data that was given; data.loading.long_prompts and bad_pairs: error name the first"
+            "raise data.max_prompt_length (or max_length, max_response_length) or shorten the rows, because training"
+            " sees only the rest; data.loading.long_prompts: error and bad_pairs: error name the first such row"
         )
         return Finding("fail" if share > MOSTLY_LEFT_OUT else "warn", measured, fix, values)
-    if alike * 2 > len(batch.prompts):
-        fix = "look for a template that leaves the row's own text out, and for rows that are there many times"
-        return Finding("warn", f"{alike} of {len(batch.prompts)} prompts are repetitions of others", fix, values)
+    if repeated * 2 > len(batch.prompts):
+        fix = "look for a template that omits the text of the row, and for duplicate rows"
+        return Finding("warn", f"{repeated} of {len(batch.prompts)} prompts repeat another one", fix, values)
     return Finding("pass", measured, "", values)

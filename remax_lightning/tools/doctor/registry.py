@@ -1,4 +1,4 @@
-"""All checks in their order, and running them."""
+"""The list of all checks, and the functions that run them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Status
 
 REMAX, SFT, REWARD_MODEL = ReMaxModule, SFTModule, RewardModelModule
 ALL_STAGES = (REMAX, SFT, REWARD_MODEL)
-"""The stages, by what trains them."""
+"""The stages of training, by their module."""
 
 
 class Check(NamedTuple):
-    """One question about a run.
+    """One check of a run.
 
     Args:
-        name: as it is printed.
-        run: answers it.
-        stages: of which modules it can be asked.
-        needs: checks of the loading that have to pass before.
+        name: the name that is printed.
+        run: the function that checks.
+        stages: modules that the check applies to.
+        needs: names of the loading checks that have to pass first.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Check(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a check; see `Finding`."""
+    """The result of a check; see `Finding`."""
 
     name: str
     status: Status
@@ -52,7 +52,7 @@ def check_data(context: DoctorContext) -> Finding:
 
 
 def check_models(context: DoctorContext) -> Finding:
-    """Load the models and let the module check itself."""
+    """Load the models and run the module's own checks."""
     context.load_models()
     model = context.module.trained_model
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -63,7 +63,7 @@ def check_models(context: DoctorContext) -> Finding:
 def check_reward(context: DoctorContext) -> Finding:
     """Load the reward."""
     if context.reward is None:
-        raise NotApplicable("there is no model.reward")
+        raise NotApplicable("the run has no model.reward")
     context.load_reward()
     return Finding("pass", f"{context.reward!r} is loaded")
 
@@ -91,11 +91,11 @@ CHECKS = (
     Check("reward_spread", rewards.check_reward_spread, (REMAX,), ("data", "models", "reward")),
     Check("memory", memory.check_memory, ALL_STAGES, ()),
 )
-"""In the order in which they run: what later ones need is loaded first."""
+"""In the order in which they run: loading comes first, because later checks need it."""
 
 
 def run_checks(context: DoctorContext) -> Iterator[Result]:
-    """Yield what comes of each check; one that raises has failed, and the others go on."""
+    """Yield the result of each check. A check that raises has failed; the others still run."""
     failed: set[str] = set()
     for check in CHECKS:
         finding = run_check(check, context, failed)
@@ -105,27 +105,29 @@ def run_checks(context: DoctorContext) -> Iterator[Result]:
 
 
 def run_check(check: Check, context: DoctorContext, failed: set[str]) -> Finding:
-    """Return what comes of one check.
+    """Return the finding of one check.
 
     Args:
-        check: which.
+        check: the check.
         context: the run.
-        failed: names of checks that have failed before.
+        failed: names of the checks that failed before.
     """
     if not isinstance(context.module, check.stages):
         return Finding("skip", f"does not apply to {type(context.module).__name__}")
-    lacking = [name for name in check.needs if name in failed]
-    if lacking:
-        return Finding("skip", f"needs {' and '.join(lacking)}")
+    missing = [name for name in check.needs if name in failed]
+    if missing:
+        return Finding("skip", f"needs {' and '.join(missing)}")
     try:
         with torch.no_grad(), context.trainer.precision_plugin.forward_context():
             return check.run(context)
     except NotApplicable as reason:
         return Finding("skip", str(reason))
     except torch.OutOfMemoryError:
-        fix = "a run over several devices may still fit: check it with --trainer.accelerator cpu, and see `memory`"
-        return Finding("fail", "this device has not enough memory for one process with all of it", fix)
+        fix = "a run on several devices may still fit: use --trainer.accelerator cpu here, and see the check `memory`"
+        return Finding("fail", "this device has too little memory for the whole run in one process", fix)
     except UserError as error:
-        return Finding("fail", str(error), "correct what the message names")
+        return Finding("fail", str(error), "correct what the message says")
     except Exception as error:
-        return Finding("fail", f"{type(error).__name__}: {error}", "the check itself failed; the message is its own")
+        return Finding(
+            "fail", f"{type(error).__name__}: {error}", "this is an error inside the check, not a result of it"
+        )

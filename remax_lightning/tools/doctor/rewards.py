@@ -1,4 +1,4 @@
-"""Whether the reward reads what it was made for, and says the same of a response wherever it stands."""
+"""Whether the reward reads the right text, and gives a response the same score in every batch."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from remax_lightning.tools.plan.run_config import reward_models
 from remax_lightning.types import PreferenceBatch, Responses, Rollout
 
 MOVED, MOVED_16_BITS = Tolerance(1e-3, 1e-2), Tolerance(0.1, 0.25)
-"""Of the spread of the scores: how far the score of a response may move with its company. In 16 bits the shape of a
-batch alone changes the third digit."""
+"""How far a score may change with the batch, as a share of the spread of the scores. In 16 bits the shape of a batch
+alone changes the third digit."""
 MOSTLY_CUT = 0.5
-"""Share of texts from which the reward model judges other conversations than were held."""
+"""Share of truncated texts above which the reward model does not judge the real conversations."""
 
 
 class ResponsesToScore(NamedTuple):
-    """`M` responses to be scored: sampled ones, then greedy ones."""
+    """`M` responses to score: the sampled ones, then the greedy ones."""
 
     prompts: list[str]
     responses: list[str]
     rows: list[dict[str, Any]]
 
     def select(self, indices: list[int]) -> ResponsesToScore:
-        """Return those at `indices`."""
+        """Return the responses at `indices`."""
         prompts, responses, rows = self
         return ResponsesToScore(
             [prompts[i] for i in indices], [responses[i] for i in indices], [rows[i] for i in indices]
@@ -40,7 +40,7 @@ class ResponsesToScore(NamedTuple):
 
 
 def policy_responses(context: DoctorContext) -> ResponsesToScore:
-    """Return what the policy has written, with its prompts."""
+    """Return the responses of the policy, with their prompts."""
     rollout: Rollout = context.rollout
     prompt_index = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
     prompt_index += range(len(rollout.prompt.prompts))
@@ -53,12 +53,12 @@ def policy_responses(context: DoctorContext) -> ResponsesToScore:
 def _classifier_rewards(context: DoctorContext) -> list[ClassifierReward]:
     models = reward_models(cast(Any, context.reward))
     if not models:
-        raise NotApplicable("no ClassifierReward scores")
+        raise NotApplicable("the reward has no ClassifierReward")
     return models
 
 
 def check_reward_template(context: DoctorContext) -> Finding:
-    """Look at the text that the reward model reads: prompt, response, what ends it, and special tokens."""
+    """Check the text that the reward model reads: prompt, response, end and special tokens."""
     return worst([_judge_template(context, model, policy_responses(context)) for model in _classifier_rewards(context)])
 
 
@@ -66,13 +66,13 @@ def _judge_template(context: DoctorContext, model: ClassifierReward, scored: Res
     tokenizer: Any = model.tokenizer
     texts = [model.text(*row) for row in zip(*scored, strict=True)]
     shown = f"{model.path} reads {_shorten(texts[0])}"
-    blind = sum(response.strip() not in text for text, response in zip(texts, scored.responses, strict=True))
-    if blind:
-        fix = "the chat template leaves the response out; set model.reward.init_args.template, or correct the template"
-        return Finding("fail", f"{shown}; {blind} of {len(texts)} texts lack their response", fix)
+    without_response = sum(response.strip() not in text for text, response in zip(texts, scored.responses, strict=True))
+    if without_response:
+        fix = "the chat template omits the response; set model.reward.init_args.template, or correct the template"
+        return Finding("fail", f"{shown}; {without_response} of {len(texts)} texts do not contain their response", fix)
     trained_with = saved_template(ClassifierSource(model.path, "model.reward.init_args", revision=model.revision))
     if model.template is not None and trained_with is not None and model.template != trained_with:
-        fix = "leave model.reward.init_args.template out: the model's own is taken then"
+        fix = "remove model.reward.init_args.template: the template of the model is the default"
         return Finding("fail", f"{shown}; it was trained with {trained_with!r}", fix)
     ids, _ = _token_ids(model, texts)
     if tokenizer.bos_token_id is not None:
@@ -86,40 +86,43 @@ def _judge_template(context: DoctorContext, model: ClassifierReward, scored: Res
 def _find_foreign_text(
     context: DoctorContext, model: ClassifierReward, scored: ResponsesToScore, texts: list[str]
 ) -> tuple[str, str] | None:
-    """Look for what was written for the policy, and means nothing to the reward model."""
+    """Look for special tokens and templates of the policy that mean nothing to the reward model."""
     known = set(cast(Any, model.tokenizer).all_special_tokens)
     foreign = [token for token in context.tokenizer.all_special_tokens if token not in known and token in texts[0]]
-    fix = "give rows with messages, which the reward model's own chat template takes, or set its template"
+    fix = "give rows with messages, so that the reward model's chat template is used, or set its template"
     if foreign:
-        return f"{', '.join(map(repr, foreign))} are the policy's special tokens and plain text to it", fix
+        return f"{', '.join(map(repr, foreign))} are special tokens of the policy but plain text to it", fix
     prompt = scored.rows[0].get(getattr(context.data, "prompt_column", "prompt"))
     judged = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
     templated = isinstance(prompt, str) and prompt != scored.prompts[0]
     if templated and model._text_template is None and not isinstance(judged, list):
-        return "data.template stands inside of its own", fix
+        return "it contains data.template inside its own template", fix
     return None
 
 
 def _find_missing_end(model: ClassifierReward, ids: list[list[int]]) -> tuple[str, str] | None:
-    """Look for a special token at the end; a template may write a line break behind it."""
+    """Look for a special token at the end; a template may add a line break after it."""
     special = set(cast(Any, model.tokenizer).all_special_ids)
-    # The score of a reward model of DeepSpeed-Chat is read at an end of its own.
+    # DeepSpeed-Chat reads the score at another position, see `PadCutoff`.
     if model._cutoff is not None or not special or any(not special.isdisjoint(row[-3:]) for row in ids):
         return None
-    return "no special token ends it", (
-        "end model.reward.init_args.template with {eos}, as RewardModelModule trains, unless the model was trained on"
-        " texts without an end: its score is read at the last token"
+    return (
+        "it ends without a special token",
+        (
+            "end model.reward.init_args.template with {eos}, as RewardModelModule does, unless the model was trained on"
+            " texts without it: the score is read at the last token"
+        ),
     )
 
 
 def _token_ids(model: ClassifierReward, texts: list[str]) -> tuple[list[list[int]], int]:
-    """Return the ids that the model reads of texts, and how many of them are cut; its own count stays."""
-    before = model.num_truncated
+    """Return the token ids that the model reads, and how many texts it truncates; its counter does not change."""
+    num_before = model.num_truncated
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids = [model._token_ids(text) for text in texts]
-    cut, model.num_truncated = model.num_truncated - before, before
-    return ids, cut
+    num_truncated, model.num_truncated = model.num_truncated - num_before, num_before
+    return ids, num_truncated
 
 
 def _shorten(text: str) -> str:
@@ -127,20 +130,20 @@ def _shorten(text: str) -> str:
 
 
 def check_reward_truncation(context: DoctorContext) -> Finding:
-    """Count the texts that are longer than the reward model reads, and lose their beginning."""
+    """Count the texts that are longer than the reward model reads; they lose their beginning."""
     findings = []
     for model in _classifier_rewards(context):
         texts = [model.text(*row) for row in zip(*policy_responses(context), strict=True)]
         cut, total = _token_ids(model, texts)[1], len(texts)
         measured = f"{cut} of {total} texts are longer than the {model.max_length} tokens that {model.path} reads"
-        fix = "raise model.reward.init_args.max_length if the model holds more, or shorten prompts or responses"
+        fix = "raise model.reward.init_args.max_length if the model has more positions, or shorten prompts or responses"
         status = "fail" if cut > MOSTLY_CUT * total else "warn" if cut else "pass"
         findings.append(Finding(cast(Any, status), measured, fix if cut else "", {"truncated": cut / total}))
     return worst(findings)
 
 
 def check_reward_padding(context: DoctorContext) -> Finding:
-    """Score all responses together, in another order, and each alone: a score may depend on its response only."""
+    """Score all responses at once, in another order, and one by one: a score must depend on its response only."""
     if isinstance(context.batch, PreferenceBatch):
         together, orders = _pair_scores(context, context.batch)
         in_16_bits = context.is_16_bit
@@ -150,33 +153,33 @@ def check_reward_padding(context: DoctorContext) -> Finding:
         in_16_bits = any(dtype != torch.float32 for dtype in loaded)
     tolerance = MOVED_16_BITS if in_16_bits else MOVED
     findings = [_judge_moved_scores(name, other, together, tolerance) for name, other in orders.items()]
-    wrong = [finding for finding in findings if finding.status != "pass"]
-    if not wrong:
+    faults = [finding for finding in findings if finding.status != "pass"]
+    if not faults:
         furthest = max(findings, key=lambda finding: finding.values["moved"])
         return furthest._replace(measured=f"again, alone and in another order, {furthest.measured.partition(', ')[2]}")
-    return wrong[0]
+    return faults[0]
 
 
 MOVED_BY = {
-    "again": "the reward draws something, or remembers: make it a function of prompt and response",
-    "alone": "the reward depends on the company of a response: on padding (attention mask, pad token) or on the batch",
-    "in another order": "the reward mixes the responses of a batch: make it score each for itself",
+    "again": "the reward is random or has state: make it a function of prompt and response",
+    "alone": "the reward depends on the rest of the batch, for example on padding (attention mask, pad token)",
+    "in another order": "the reward mixes the responses of a batch: score each response independently",
 }
-"""What moves a score, by where it moved; the first of them is the plainest."""
+"""Cause of a changed score, by the comparison that shows it; the first that fails is reported."""
 
 
 def _judge_moved_scores(name: str, other: Tensor, together: Tensor, tolerance: Tolerance) -> Finding:
-    """Judge how far scores have moved."""
+    """Compare scores with those of one batch of all responses."""
     spread, moved = float(together.max() - together.min()), float((other - together).abs().max())
     share = moved / spread if spread > 0 else float(moved > 0)
     status = tolerance.status(share)
-    measured = f"{name}, scores move by {moved:.2g} at most, {share:.1%} of their spread"
+    measured = f"{name}, scores change by {moved:.2g} at most, {share:.1%} of their spread"
     return Finding(status, measured, "" if status == "pass" else MOVED_BY[name], {"moved": moved, "spread": spread})
 
 
 def _reward_scores(context: DoctorContext, scored: ResponsesToScore) -> tuple[Tensor, dict[str, Tensor]]:
-    def score(some: ResponsesToScore) -> Tensor:
-        return checked_scores(cast(Any, context.reward), *some).reward.double().cpu()
+    def score(responses: ResponsesToScore) -> Tensor:
+        return checked_scores(cast(Any, context.reward), *responses).reward.double().cpu()
 
     count = len(scored.responses)
     backwards = list(range(count))[::-1]
@@ -189,7 +192,7 @@ def _reward_scores(context: DoctorContext, scored: ResponsesToScore) -> tuple[Te
 
 
 def _pair_scores(context: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Score pairs with the reward model that is to be trained, as training does."""
+    """Score pairs with the reward model as training does; returns `[2, B]` scores."""
     module: Any = context.module
 
     def score(indices: list[int]) -> Tensor:
@@ -211,29 +214,29 @@ def _pair_scores(context: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor
 
 
 def check_reward_spread(context: DoctorContext) -> Finding:
-    """Ask whether the rewards differ: between responses, and from those of the greedy ones."""
+    """Check that rewards differ between responses, and from those of the greedy responses."""
     scored = policy_responses(context)
     rewards = checked_scores(cast(Any, context.reward), *scored).reward.double().cpu()
     rollout = context.rollout
     count = len(rollout.sampled.texts)
     sampled, greedy = rewards[:count], rewards[count:].repeat_interleave(rollout.num_samples)
-    spread, alike = float(rewards.max() - rewards.min()), float((sampled == greedy).double().mean())
+    spread, equal_share = float(rewards.max() - rewards.min()), float((sampled == greedy).double().mean())
     measured = (
         f"rewards from {float(rewards.min()):.3g} to {float(rewards.max()):.3g}, on average"
-        f" {float(sampled.mean()):.3g}; {alike:.0%} of sampled responses have exactly their greedy one's"
+        f" {float(sampled.mean()):.3g}; {equal_share:.0%} of sampled responses have exactly the reward of the greedy"
+        " response"
     )
-    values = {"spread": spread, "mean": float(sampled.mean()), "as_the_baseline": alike}
+    values = {"spread": spread, "mean": float(sampled.mean()), "as_the_baseline": equal_share}
     if spread == 0:
         fix = (
-            "a constant reward teaches nothing: look at the responses (remax predict) and what the reward makes of"
-            " them; where the task is too hard or too easy for the policy, choose other prompts, and look at more of"
-            " them with --num_prompts"
+            "a constant reward gives no gradient: read the responses (remax predict) and their rewards; if the task is"
+            " too hard or too easy for the policy, choose other prompts; --num_prompts checks more of them"
         )
         return Finding("fail", measured, fix, values)
-    if alike == 1 and context.module.objective.needs_greedy:
+    if equal_share == 1 and context.module.objective.needs_greedy:
         fix = (
-            "no response has an advantage: sample at a higher temperature, take prompts whose reward varies, or a"
-            " reward with more steps"
+            "every advantage is 0: sample at a higher temperature, choose prompts whose reward varies, or a finer"
+            " reward"
         )
         return Finding("warn", measured, fix, values)
     return Finding("pass", measured, "", values)
