@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer, tiny_config, tiny_model
-from helpers.cli import Outcome, changed, in_folder, remax, small_config, write_config
+from helpers.cli import changed, in_folder, message, refused, remax, small_config, write_config
 
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS
 from remax_lightning.config import AdvantageConfig, LossConfig
@@ -22,28 +22,6 @@ from remax_lightning.rollout import PairedEngine, SamplingConfig
 
 Config = dict[str, Any]
 Change = Callable[[Config, Path], Config]
-
-
-def refused(
-    config: Config, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, subcommand: str = "fit"
-) -> Outcome:
-    """Run the command, and check what holds of every mistake."""
-    with in_folder(folder):
-        outcome = remax(capsys, subcommand, "--config", write_config(folder / "run.yaml", config), *arguments)
-    assert outcome.code == 2
-    assert outcome.err.count("error:") == 1
-    assert "Traceback" not in outcome.err + outcome.out
-    assert "usage:" not in outcome.err
-    assert "Namespace(" not in outcome.err
-    assert not list(folder.rglob("*.ckpt"))
-    assert not list(folder.rglob(".*.new"))  # an export that was begun
-    assert not (folder / "runs" / "remax" / "version_0" / "policy").exists()
-    return outcome
-
-
-def message(outcome: Outcome) -> str:
-    """What follows `remax: error:`."""
-    return outcome.err.partition("remax: error: ")[2]
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_fixtures import healthy, with_reward_model
 from fake_cuda import CUDA, FakeCuda, is_there
 from helpers.cli import changed, in_folder, remax, small_config, write_config
-from tools.test_doctor import doctor, statuses
+from helpers.doctor import doctor, healthy, statuses, with_reward_model
 
 from remax_lightning.rollout.cuda_graph import capture
 

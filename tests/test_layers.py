@@ -222,3 +222,13 @@ def test_help_loads_neither_models_nor_deepspeed() -> None:
         ]
     )
     assert loaded_by(code)["heavy"] == []
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests need stands in a module without tests: in `tests/helpers`, or beside them."""
+    tests = Path(__file__).parent
+    test_modules = {".".join(path.relative_to(tests).with_suffix("").parts) for path in tests.rglob("test_*.py")}
+    for path in tests.rglob("*.py"):
+        names = set(imports(path.read_text()))
+        parents = {name.rpartition(".")[0] for name in names}
+        assert not (names | parents) & test_modules, path

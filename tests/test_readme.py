@@ -17,29 +17,15 @@ import pytest
 import yaml
 from conftest import make_tokenizer, tiny_config
 from helpers.cli import in_folder, remax
+from helpers.pages import PAGES, README, ROOT, blocks, tables
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, ReMaxModule
 from remax_lightning.rollout import SamplingConfig
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def tables(text: str = README) -> Iterator[list[list[str]]]:
-    """The tables, each a list of rows of cells, the heading first."""
-    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
-        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
-        yield [rows[0], *rows[2:]]
 
 
 def table(first_cell: str, columns: int) -> list[list[str]]:

@@ -13,10 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import make_tokenizer, tiny_config
-from helpers.cli import changed, in_folder, remax, write_config
+from helpers.cli import changed, in_folder, message, refused, remax, write_config
+from helpers.reward_models import save_classifier
 from helpers.training import write_rows
-from rewards.test_classifier import save_classifier
-from test_bad_input import message, refused
 
 from remax_lightning.rewards import ClassifierReward
 

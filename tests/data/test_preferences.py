@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
-from rewards.test_classifier import loaded, save_classifier
+from helpers.reward_models import loaded, save_classifier
 
 from remax_lightning.data import LoadingConfig, PairColumns, PreferenceDataModule, PromptDataModule, SFTDataModule
 from remax_lightning.errors import DataError, UserError

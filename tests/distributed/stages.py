@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from distributed.invariance import make_strategy, whole_weights
+from helpers.stages import PAIRS, pair_data, sft_data
 from helpers.training import make_trainer, write_rows
 from lightning.pytorch import Callback
-from modules.test_reward_model import ROWS, pair_data
-from modules.test_sft import sft_data
 from torch import Tensor
 
 from remax_lightning.callbacks import ExportPolicy
@@ -56,7 +55,7 @@ def train_reward_model(strategy: str, start: str, folder: Path, ranks: int) -> d
     """One step of two micro-batches per rank, then a validation whose last batch not every rank can fill."""
     module = RewardModelModule(ModelConfig(start), optimizer=partial(torch.optim.SGD, lr=0.5))
     folder.mkdir(parents=True, exist_ok=True)
-    val = write_rows(folder / "val.jsonl", [*ROWS[:4], {**ROWS[4], "prompt": "another"}])
+    val = write_rows(folder / "val.jsonl", [*PAIRS[:4], {**PAIRS[4], "prompt": "another"}])
     data = pair_data(folder, start, batch_size=4 // ranks, val_path=val)
     return fit(module, data, folder, strategy, ranks, limit_val_batches=1.0)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed.lora import LAUNCHES, train
 from distributed.processes import launch
+from helpers.checkpoints import names_in
 from helpers.training import save_policy
 from safetensors.torch import load_file
 from torch import Tensor
@@ -104,22 +105,6 @@ def test_a_checkpoint_holds_the_adapter_alone(strategy: str, folder: Path) -> No
     trained = {f"policy.{name}" for name in found(folder, strategy)[0]["trained"]}
     assert names_in(folder / strategy / "first" / "step=3.ckpt") == trained
     assert names_in(folder / strategy / "third" / "step=3.ckpt") == trained
-
-
-def names_in(checkpoint: Path) -> set[str]:
-    """The weights that a checkpoint holds, whatever its format."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    if checkpoint.is_file():
-        return set(torch.load(checkpoint, weights_only=True)["state_dict"])
-    if (checkpoint / ".metadata").exists():
-        keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        return {key.removeprefix("state_dict.") for key in keys if key.startswith("state_dict.")}
-    files = list(checkpoint.rglob("*model_states.pt"))
-    assert files
-    states = [torch.load(file, weights_only=False) for file in files]  # DeepSpeed's own
-    assert not any(state.get("frozen_param_fragments") for state in states)
-    return {name for state in states for name in state["module"]}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

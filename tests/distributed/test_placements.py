@@ -10,9 +10,9 @@ import pytest
 from conftest import tiny_config
 from distributed.placements import CASES, run
 from distributed.processes import launch
-from distributed.test_lora import names_in
+from helpers.checkpoints import names_in
+from helpers.reward_models import save_classifier
 from helpers.training import save_policy
-from rewards.test_classifier import save_classifier
 
 pytestmark = pytest.mark.slow
 each_case = pytest.mark.parametrize(("strategy", "placement", "estimator"), CASES)

@@ -11,9 +11,9 @@ from conftest import make_tokenizer, tiny_config
 from distributed.invariance import change
 from distributed.processes import launch
 from distributed.stages import PACKED, STARTS, STRATEGIES, run
+from helpers.reward_models import save_classifier
+from helpers.stages import PAIRS
 from helpers.training import distance, save_policy
-from modules.test_reward_model import ROWS
-from rewards.test_classifier import save_classifier
 from safetensors.torch import load_file
 
 from remax_lightning.rewards import ClassifierReward
@@ -66,7 +66,7 @@ def test_the_export_of_two_ranks_is_normalized_and_that_of_one(
         torch.testing.assert_close(value, ones[name], rtol=1e-3, atol=1e-5)
     reward = ClassifierReward(str(exported), template="{prompt}{response}{eos}")
     reward.load(torch.device("cpu"))
-    rows = [*ROWS[:4], {**ROWS[4], "prompt": "another"}]
+    rows = [*PAIRS[:4], {**PAIRS[4], "prompt": "another"}]
     responses = [str(row[side]) for side in ("chosen", "rejected") for row in rows]
     scores = reward.score([str(row["prompt"]) for row in rows] * 2, responses, [{}] * 10)
     assert isinstance(scores, torch.Tensor)

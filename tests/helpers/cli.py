@@ -100,3 +100,25 @@ def remax(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
             code = int(end.code or 0)
     out, err = capsys.readouterr()
     return Outcome(code, out, err)
+
+
+def refused(
+    config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, subcommand: str = "fit"
+) -> Outcome:
+    """Run the command, and check what holds of every mistake."""
+    with in_folder(folder):
+        outcome = remax(capsys, subcommand, "--config", write_config(folder / "run.yaml", config), *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("error:") == 1
+    assert "Traceback" not in outcome.err + outcome.out
+    assert "usage:" not in outcome.err
+    assert "Namespace(" not in outcome.err
+    assert not list(folder.rglob("*.ckpt"))
+    assert not list(folder.rglob(".*.new"))  # an export that was begun
+    assert not (folder / "runs" / "remax" / "version_0" / "policy").exists()
+    return outcome
+
+
+def message(outcome: Outcome) -> str:
+    """What follows `remax: error:`."""
+    return outcome.err.partition("remax: error: ")[2]

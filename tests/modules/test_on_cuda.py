@@ -11,11 +11,10 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
 from fake_cuda import FakeCuda, is_there, pretend
+from helpers.checkpoints import HALF, TIMES, WHOLE, Setting
+from helpers.reward_models import save_classifier
+from helpers.stages import EXAMPLES, PAIRS
 from helpers.training import Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
-from modules.test_resume import HALF, TIMES, WHOLE, Setting
-from modules.test_reward_model import ROWS as PAIRS
-from modules.test_sft import ROWS as EXAMPLES
-from rewards.test_classifier import save_classifier
 
 from remax_lightning.callbacks import BaselineMonitor, CollapseDetector, Evaluation, KLMonitor, SampleDump, Throughput
 from remax_lightning.data import PreferenceDataModule, SFTDataModule

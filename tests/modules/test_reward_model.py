@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.reward_models import body_of, encoder_config, opts_tokenizer, save_classifier, save_deepspeed_chat
+from helpers.stages import PAIRS, pair_data
 from helpers.training import distance, make_trainer, write_rows
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from oracles import preferences
-from rewards.test_classifier import encoder_config, save_classifier
-from rewards.test_formats import body_of, opts_tokenizer, save_deepspeed_chat
 from safetensors.torch import load_file
 from torch import Tensor
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.data import PairColumns, PreferenceDataModule
+from remax_lightning.data import PreferenceDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import RewardModelModule
@@ -30,17 +30,7 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.types import PreferenceBatch
 
-ROWS = [
-    {"prompt": "1+1=", "chosen": "2", "rejected": "11", "gap": 0.0},
-    {"prompt": "12+34=", "chosen": "46, I think", "rejected": "1234", "gap": 1.0},
-    {"prompt": "say a long word", "chosen": "incomprehensibilities", "rejected": "no", "gap": 0.5},
-    {"prompt": "x", "chosen": "yz", "rejected": "", "gap": 0.0},
-    {"prompt": "9", "chosen": "10", "rejected": "nine and ninety times nine", "gap": 0.25},
-    {"prompt": "b", "chosen": "c", "rejected": "a", "gap": 0.0},
-    {"prompt": "hello", "chosen": "world", "rejected": "hello hello", "gap": 0.0},
-    {"prompt": "q", "chosen": "r?", "rejected": "s!", "gap": 2.0},
-]
-GAPS = [float(row["gap"]) for row in ROWS]
+GAPS = [float(row["gap"]) for row in PAIRS]
 FAMILIES = ("llama", "opt", "gpt2", "qwen2")
 CPU = torch.device("cpu")
 
@@ -67,15 +57,6 @@ def save_start(folder: Path, family: str = "llama", **options: Any) -> str:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_start(tmp_path_factory.mktemp("start"))
-
-
-def pair_data(
-    folder: Path, tokenizer: str, kind: type[PreferenceDataModule] = PreferenceDataModule, **options: Any
-) -> PreferenceDataModule:
-    path = write_rows(folder / "pairs.jsonl", ROWS)
-    columns = PairColumns(margin="gap")
-    defaults = {"val_path": path, "batch_size": 8, "pair_columns": columns, "max_prompt_length": 64, "max_length": 128}
-    return kind(path, tokenizer, **(defaults | options))
 
 
 def reward_module(path: str, **options: Any) -> RewardModelModule:
@@ -117,7 +98,7 @@ def train(module: RewardModelModule, data: Any, folder: Path, seed: int = 0, **o
 
 
 def texts(side: str) -> list[str]:
-    return [f"{row['prompt']}{row[side]}</s>" for row in ROWS]
+    return [f"{row['prompt']}{row[side]}</s>" for row in PAIRS]
 
 
 def scores_by_hand(model: Any, tokenizer: Any, side: str) -> Tensor:
@@ -308,8 +289,8 @@ def rewards_of(path: Path, **options: Any) -> tuple[Tensor, ClassifierReward]:
     """What `ClassifierReward` gives the validation set's responses: chosen and rejected ones."""
     reward = ClassifierReward(str(path), **options)
     reward.load(CPU)
-    prompts = [str(row["prompt"]) for row in ROWS] * 2
-    responses = [str(row[side]) for side in ("chosen", "rejected") for row in ROWS]
+    prompts = [str(row["prompt"]) for row in PAIRS] * 2
+    responses = [str(row[side]) for side in ("chosen", "rejected") for row in PAIRS]
     scores = reward.score(prompts, responses, [{} for _ in prompts])
     assert isinstance(scores, Tensor)
     return scores, reward
@@ -454,7 +435,7 @@ def test_predictions_are_normalized(start: str, tmp_path: Path) -> None:
     found = [
         line for batch in trainer.predict(module, pair_data(tmp_path, start, batch_size=3)) or [] for line in batch
     ]
-    assert [line["prompt"] for line in found] == [row["prompt"] for row in ROWS]
+    assert [line["prompt"] for line in found] == [row["prompt"] for row in PAIRS]
     scores = torch.tensor([[line["chosen_reward"] for line in found], [line["rejected_reward"] for line in found]])
     torch.testing.assert_close(scores.flatten(), rewards_of(tmp_path / "model" / "last")[0], rtol=1e-4, atol=1e-4)
 

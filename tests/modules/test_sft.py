@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.stages import EXAMPLES, sft_data
 from helpers.training import distance, fit, make_trainer, save_policy, write_rows
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -24,17 +25,6 @@ from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training import packing
 from remax_lightning.types import SupervisedBatch
-
-ROWS = [
-    {"prompt": "1+1=", "response": "2"},
-    {"prompt": "12+34=", "response": "46"},
-    {"prompt": "say a long word", "response": "incomprehensibilities"},
-    {"prompt": "x", "response": "yz"},
-    {"prompt": "9", "response": "10"},
-    {"prompt": "b", "response": "c"},
-    {"prompt": "hello", "response": "world"},
-    {"prompt": "q", "response": "r?"},
-]
 
 
 class Exact(Reward):
@@ -55,12 +45,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_policy(tmp_path_factory.mktemp("policy"))
 
 
-def sft_data(folder: Path, policy: str, **options: Any) -> SFTDataModule:
-    path = write_rows(folder / "rows.jsonl", ROWS)
-    defaults = {"val_path": path, "batch_size": 8, "max_prompt_length": 64, "max_response_length": 64}
-    return SFTDataModule(path, policy, **(defaults | options))
-
-
 def sft_module(policy: str, **options: Any) -> SFTModule:
     defaults = {
         "sampling": SamplingConfig(max_response_length=24),
@@ -75,7 +59,7 @@ def cross_entropy(policy: str) -> tuple[Tensor, Any, int]:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64), make_tokenizer()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for row in ROWS:
+    for row in EXAMPLES:
         prompt = tokenizer(row["prompt"])["input_ids"]
         response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], 2]
         labels = torch.tensor([[-100] * len(prompt) + response])
@@ -232,7 +216,7 @@ def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None
 
             return wider
 
-    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", EXAMPLES)
     wide = fit(sft_module(policy), Wider(path, policy, batch_size=8, max_prompt_length=64), tmp_path)
     plain = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
     assert distance(wide.step(), plain.step()) < 1e-5

@@ -9,42 +9,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers.reward_models import (
+    CHAT,
+    PLAIN,
+    PROMPTS,
+    RESPONSES,
+    ROWS,
+    Harmful,
+    encoder_config,
+    loaded,
+    save_classifier,
+)
 from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.pooling import pool_by_model, pool_last_token, pool_unpadded
-
-PLAIN = "Human: {prompt}\nAssistant: {response}</s>"
-CHAT = (
-    "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}</s>"
-)
-PROMPTS = ["2+2=", "what is the sum of 123 and 456", "hi", "a much longer prompt " * 3, "x", "2+2="]
-RESPONSES = ["4", "579", "hello there, you", "no", "", "five"]
-ROWS: list[dict[str, Any]] = [{} for _ in PROMPTS]
-CPU = torch.device("cpu")
-
-
-def save_classifier(path: Path, config: Any, tokenizer: Any = None, num_labels: int = 1) -> str:
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(1)
-    config.num_labels = num_labels
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)  # scores far enough apart to tell tokens from one another
-    model.save_pretrained(path)
-    (tokenizer or make_tokenizer(chat_template=CHAT)).save_pretrained(path)
-    return str(path)
-
-
-def loaded(path: str | Path, **options: Any) -> ClassifierReward:
-    reward = ClassifierReward(str(path), **options)
-    reward.load(CPU)
-    return reward
 
 
 def last_token_score(model: Any, ids: list[int]) -> Tensor:
@@ -109,15 +89,6 @@ def test_the_order_of_the_batch_is_restored(tmp_path: Path, batch_size: int) -> 
     second = reward.score([PROMPTS[i] for i in order], [RESPONSES[i] for i in order], ROWS)
     torch.testing.assert_close(second, first[order], rtol=1e-5, atol=1e-5)
     assert reward.score([], [], []).shape == (0,)
-
-
-def encoder_config(name: str) -> Any:
-    from transformers import BertConfig, DebertaV2Config, RobertaConfig
-
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    rest = {"intermediate_size": 64, "max_position_embeddings": 256, "pad_token_id": 3}
-    kinds = {"bert": BertConfig, "roberta": RobertaConfig, "deberta": DebertaV2Config}
-    return kinds[name](**sizes, **rest)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
@@ -333,13 +304,3 @@ def test_pickled_weights_that_run_code_are_refused_even_then(tmp_path: Path) -> 
     with pytest.raises(UserError, match="cannot be loaded"):
         loaded(path, allow_pickle=True)
     assert not (tmp_path / "touched").exists()
-
-
-class Harmful:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)

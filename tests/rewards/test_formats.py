@@ -9,57 +9,28 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers.reward_models import (
+    CHAT,
+    EOS,
+    PROMPTS,
+    RESPONSES,
+    ROWS,
+    TEMPLATE,
+    Harmful,
+    body_of,
+    loaded,
+    opts_tokenizer,
+    save_adapter,
+    save_classifier,
+    save_deepspeed_chat,
+    save_openrlhf,
+)
 from oracles import reward_formulas
-from rewards.test_classifier import CHAT, PROMPTS, RESPONSES, ROWS, Harmful, loaded, save_classifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.rewards import ClassifierReward, DeepSpeedChatConfig
-
-TEMPLATE = "Human: {prompt}\nAssistant: {response}{eos}"
-EOS = 2
-
-
-def body_of(family: str, seed: int = 0, **options: Any) -> Any:
-    """A random transformer without a head, in the words of `AutoModel`."""
-    from transformers import AutoModel
-
-    config = tiny_config(family)
-    for name, value in options.items():
-        setattr(config, name, value)
-    torch.manual_seed(seed)
-    body = AutoModel.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in body.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
-    return body
-
-
-def opts_tokenizer() -> Any:
-    """As OPT's: every text begins with the end-of-sequence token, which DeepSpeed-Chat pads with, too."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer(pad_is_eos=True)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", EOS)])
-    return tokenizer
-
-
-def save_deepspeed_chat(
-    folder: Path, body: Any, v_head: Tensor, tokenizer: Any, *, name: str = "rwtranrsformer", pickled: bool = True
-) -> str:
-    """What its `save_hf_format` writes: the state of its module in a `.bin` file, and the body's configuration."""
-    folder.mkdir(exist_ok=True)
-    body.config.pad_token_id = EOS
-    body.config.save_pretrained(folder)
-    state = {"v_head.weight": v_head, **{f"{name}.{key}": value for key, value in body.state_dict().items()}}
-    if pickled:
-        torch.save(state, folder / "pytorch_model.bin")
-    else:
-        save_file({key: value.clone() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def ids_of(tokenizer: Any) -> list[list[int]]:
@@ -163,17 +134,6 @@ def test_an_old_bin_file_is_read_too(tmp_path: Path) -> None:
 # OpenRLHF
 
 
-def save_openrlhf(folder: Path, body: Any, head: Tensor, prefix: str, **config: Any) -> str:
-    body.config.architectures = ["RewardModel"]
-    for name, value in config.items():
-        setattr(body.config, name, value)
-    body.config.save_pretrained(folder)
-    state = {f"model.{key}": value.clone() for key, value in body.state_dict().items()}
-    save_file({**state, f"{prefix}.weight": head}, folder / "model.safetensors", {"format": "pt"})
-    make_tokenizer(chat_template=CHAT).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("prefix", ["value_head", "score", "reward_head"])
 def test_openrlhf_scores_the_last_token_and_may_normalize(tmp_path: Path, prefix: str) -> None:
     body, head = body_of("llama"), torch.randn(1, 32)
@@ -241,29 +201,6 @@ def test_shards_of_a_foreign_format_and_a_missing_one(tmp_path: Path) -> None:
 
 
 # PEFT
-
-
-def save_adapter(tmp_path: Path, *, base_is_classifier: bool, with_head: bool = True, tokenizer: bool = True) -> str:
-    """A LoRA adapter as PEFT saves it, of a base that is a language model or a reward model already."""
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    base = tmp_path / "base"
-    if base_is_classifier:
-        save_classifier(base, tiny_config("llama"))
-    else:
-        tiny_model("llama").save_pretrained(base)
-        make_tokenizer().save_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
-    options = {"task_type": TaskType.SEQ_CLS, "modules_to_save": ["score"]} if with_head else {}
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
-    wrapped = get_peft_model(model, config)
-    if with_head:
-        torch.nn.init.normal_(wrapped.base_model.model.score.modules_to_save["default"].weight)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    if tokenizer:
-        make_tokenizer(chat_template=CHAT).save_pretrained(tmp_path / "adapter")
-    return str(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
-from rewards.test_classifier import encoder_config
+from helpers.reward_models import encoder_config
 from torch import nn
 from torch.nn import functional as F
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers import reward_models as formats
 from helpers.cli import remax
-from rewards import test_formats as formats
-from rewards.test_classifier import PROMPTS, RESPONSES, ROWS, loaded, save_classifier
+from helpers.reward_models import PROMPTS, RESPONSES, ROWS, loaded, save_classifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification

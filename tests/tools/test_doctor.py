@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from doctor_fixtures import healthy, preferred, supervised, with_reward_model
-from helpers.cli import Outcome, changed, in_folder, remax, write_config
-from test_readme import ROOT, tables
+from helpers.cli import changed, in_folder, remax, write_config
+from helpers.doctor import doctor, healthy, preferred, statuses, supervised, with_reward_model
+from helpers.pages import ROOT, tables
 
 from remax_lightning.cli import run
 from remax_lightning.tasks.addition import write_addition_task
@@ -19,21 +17,6 @@ from remax_lightning.tools.doctor.batches import first_rows
 from remax_lightning.types import PromptBatch
 
 NAMES = [check.name for check in CHECKS]
-
-
-def doctor(
-    capsys: pytest.CaptureFixture[str], folder: Path, config: dict[str, Any], *arguments: str
-) -> tuple[Outcome, dict[str, dict[str, Any]]]:
-    """How the command ended, and its results by the name of the check."""
-    with in_folder(folder):
-        path = write_config(folder / "run.yaml", config)
-        outcome = remax(capsys, "doctor", "--config", path, "--json", "out.json", *arguments)
-        results = json.loads((folder / "out.json").read_text())["checks"] if outcome.code < 2 else []
-    return outcome, {result["name"]: result for result in results}
-
-
-def statuses(results: dict[str, dict[str, Any]], *, other_than: str = "pass") -> dict[str, str]:
-    return {name: each["status"] for name, each in results.items() if each["status"] != other_than}
 
 
 def test_a_healthy_run_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +137,7 @@ def test_a_reward_that_cannot_be_loaded_leaves_the_policy_to_be_checked(
 def test_a_check_that_raises_has_failed_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = changed(healthy(tmp_path), model__init_args__rollout={"class_path": "doctor_fixtures.Breaker"})
+    config = changed(healthy(tmp_path), model__init_args__rollout={"class_path": "helpers.doctor.Breaker"})
     outcome, results = doctor(capsys, tmp_path, config)
     assert outcome.code == 1
     assert results["greedy"]["measured"] == "RuntimeError: the engine is out of order"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_fixtures import Liar, NeverStopsEngine, SampledAsGreedyEngine, ask, healthy, loaded
 from helpers.cli import changed
+from helpers.doctor import Liar, NeverStopsEngine, SampledAsGreedyEngine, ask, healthy, loaded
 from helpers.training import save_policy
 
 from remax_lightning.functional import TokenStatistics

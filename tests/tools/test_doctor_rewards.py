@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from doctor_fixtures import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
 from helpers.cli import changed
+from helpers.doctor import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
+from helpers.reward_models import CHAT
 from helpers.training import write_rows
-from rewards.test_classifier import CHAT
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.tools.doctor import DoctorContext, memory
@@ -145,7 +145,7 @@ COMPANY = {"Dice": "again", "Places": "alone", "Ranks": "alone", "Turns": "in an
 
 @pytest.mark.parametrize(("kind", "company"), COMPANY.items())
 def test_a_reward_that_depends_on_more_than_its_response(tmp_path: Path, kind: str, company: str) -> None:
-    reward = {"class_path": f"doctor_fixtures.{kind}"}
+    reward = {"class_path": f"helpers.doctor.{kind}"}
     found = ask(loaded(tmp_path, changed(healthy(tmp_path), model__init_args__reward=reward)), "reward_padding")
     assert found.status == "fail"
     assert company in found.measured

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from doctor_fixtures import (
+from helpers.cli import changed
+from helpers.doctor import (
     ENDS,
     PROMPTS,
     TURNS,
@@ -21,7 +22,6 @@ from doctor_fixtures import (
     preferred,
     supervised,
 )
-from helpers.cli import changed
 from helpers.training import write_rows
 
 from remax_lightning.tools.doctor import DoctorContext
@@ -124,7 +124,7 @@ def test_a_mask_of_ids_hides_eos_where_it_pads(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "eos.jsonl", rows)
     config = changed(config, data__init_args__path=path)
     assert ask(loaded(tmp_path, config), "pad_token").status == "pass"
-    found = ask(loaded(tmp_path, config, data__class_path="doctor_fixtures.HidesPads"), "pad_token")
+    found = ask(loaded(tmp_path, config, data__class_path="helpers.doctor.HidesPads"), "pad_token")
     assert found.status == "fail"
     assert found.values == {"pad_is_eos": 1, "rows_with_holes": 12}
 

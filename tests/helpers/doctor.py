@@ -1,17 +1,19 @@
-"""A small healthy run for `remax doctor`, and ways to make it ill."""
+"""A small healthy run for `remax doctor`, ways to make it ill, and what the command says of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
-from helpers.cli import changed, write_config
+from helpers.cli import Outcome, changed, in_folder, remax, write_config
+from helpers.reward_models import CHAT, save_classifier
 from helpers.training import save_policy, write_rows
-from rewards.test_classifier import CHAT, save_classifier
 
 from remax_lightning.data import PromptDataModule
 from remax_lightning.rewards import Reward
@@ -183,3 +185,18 @@ class Turns(Reward):
             self.first = keys[0]
         turned = len(keys) > 1 and keys[0] != self.first
         return [float(len(key)) + turned for key in keys]
+
+
+def doctor(
+    capsys: pytest.CaptureFixture[str], folder: Path, config: dict[str, Any], *arguments: str
+) -> tuple[Outcome, dict[str, dict[str, Any]]]:
+    """How the command ended, and its results by the name of the check."""
+    with in_folder(folder):
+        path = write_config(folder / "run.yaml", config)
+        outcome = remax(capsys, "doctor", "--config", path, "--json", "out.json", *arguments)
+        results = json.loads((folder / "out.json").read_text())["checks"] if outcome.code < 2 else []
+    return outcome, {result["name"]: result for result in results}
+
+
+def statuses(results: dict[str, dict[str, Any]], *, other_than: str = "pass") -> dict[str, str]:
+    return {name: each["status"] for name, each in results.items() if each["status"] != other_than}
