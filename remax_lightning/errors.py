@@ -1,5 +1,9 @@
 """What is raised when the user's input is wrong, as opposed to a fault of ours."""
 
+from __future__ import annotations
+
+import re
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the command line prints the message alone, without a traceback.
@@ -10,6 +14,13 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """A data file or a row of it cannot be used; the message names file and line."""
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without file, line and values: what is alike in other rows with the same mistake."""
+        text = re.sub(r"^.*?, (?:near )?(?:line|row) \d+: ", "", str(self), count=1)
+        text = re.split(r"; | \(|, got | - ", text, maxsplit=1)[0]
+        return re.sub(r"\d+", "N", text.splitlines()[0])[:100] if text else type(self).__name__
 
 
 class RewardError(UserError):

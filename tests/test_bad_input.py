@@ -312,7 +312,7 @@ ROWS: dict[str, tuple[Change, list[str]]] = {
         ["rows.csv, row 2", "expected 2 cells, got 1"],
     ),
     "all prompts too long": (with_rows(LONG * 9), ["data.max_prompt_length=16", "none is left", "raise the limit"]),
-    "unknown ending": (with_rows(GOOD, "rows.txt"), ["data.path", "rows.txt"]),
+    "unknown ending": (with_rows(GOOD, "rows.doc"), ["data.path", "rows.doc"]),
 }
 
 

@@ -7,7 +7,7 @@ from remax_lightning.data.options import LoadingConfig
 from remax_lightning.data.pairs import PairColumns
 from remax_lightning.data.preferences import PreferenceDataModule
 from remax_lightning.data.prompts import PromptDataModule
-from remax_lightning.data.reading import read_rows
+from remax_lightning.data.reading import read_rows, rows_in_memory
 from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.supervised import SFTDataModule
 from remax_lightning.data.tokenizers import load_tokenizer
@@ -22,4 +22,5 @@ __all__ = [
     "TextDataModule",
     "load_tokenizer",
     "read_rows",
+    "rows_in_memory",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,7 +15,7 @@ from remax_lightning.data.formatting import PromptFormatter, check_template
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import LoadingConfig
 from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
-from remax_lightning.data.reading import Row, Rows, is_file_path, load_hub, read_rows
+from remax_lightning.data.reading import Row, Rows, is_on_hub, load_hub, read_rows, rows_in_memory
 from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.stages import Stage, check_stage_split, select_stage_rows
 from remax_lightning.data.tokenizers import load_tokenizer
@@ -40,9 +40,9 @@ class TextDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        path: str,
-        tokenizer: str,
-        val_path: str | None,
+        path: str | list[str] | None,
+        tokenizer: str | None,
+        val_path: str | list[str] | None,
         val_size: int,
         prompt_column: str,
         template: str | None,
@@ -50,20 +50,22 @@ class TextDataModule(LightningDataModule, ABC):
         max_prompt_length: int,
         seed: int,
         loading: LoadingConfig,
+        data: Any = None,
+        val_data: Any = None,
     ) -> None:
         super().__init__()
+        _check_sources(path, tokenizer, data, val_path, val_data)
         check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
         check_at_least(0, val_size=val_size, **{"loading.num_workers": loading.num_workers})
-        if val_path is not None and val_size:
-            raise UserError(
-                f"data.val_size must be 0 beside data.val_path, got {val_size} and {val_path!r}; remove one"
-            )
+        if val_size and not (val_path is None and val_data is None):
+            other = "data.val_data" if val_path is None else f"data.val_path={val_path!r}"
+            raise UserError(f"data.val_size must be 0 beside {other.partition('=')[0]}, got {val_size}; remove one")
         if template is not None:
             check_template(template)
         check_stage_split(loading.stage_split, self.stage, type(self).__name__)
-        self.path = path
-        self.tokenizer_path = tokenizer
-        self.val_path = val_path
+        self.path, self.data = path, data
+        self.tokenizer_path = str(tokenizer)
+        self.val_path, self.val_data = val_path, val_data
         self.val_size = val_size
         self.prompt_column = prompt_column
         self.template = template
@@ -94,9 +96,13 @@ class TextDataModule(LightningDataModule, ABC):
     def prepare_data(self) -> None:
         """Download what lies on the hub, in one process per machine; nothing is kept on the module."""
         _ = self.tokenizer
-        for path, split, key in self._sources():
-            if not is_file_path(path):
-                load_hub(path, split=split, name=self.loading.hub_name, key=key)
+        for path, split, key in (
+            (self.path, self.loading.train_split, "data.path"),
+            (self.val_path, self.loading.val_split, "data.val_path"),
+        ):
+            for item in [path] if isinstance(path, str) else path or []:
+                if is_on_hub(item):
+                    load_hub(item, split=split, name=self.loading.hub_name, key=key)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, format and tokenize the rows that `stage` needs; each file is read once.
@@ -105,16 +111,16 @@ class TextDataModule(LightningDataModule, ABC):
             DataError: if a file or row cannot be used, or there are too few rows.
             UserError: if the stage needs validation rows and there is no source of them.
         """
-        has_val = self.val_path is not None or self.val_size > 0
+        has_val = self._has_val_source or self.val_size > 0
         if stage in ("validate", "test", "predict") and not has_val:
             raise UserError(
                 f"data.val_path must name the rows to {getattr(stage, 'value', stage)} on, got null; set it, or set "
                 "data.val_size to hold rows of data.path out"
             )
-        if self._train is None and (stage in (None, "fit") or self.val_path is None):
+        if self._train is None and (stage in (None, "fit") or not self._has_val_source):
             self._setup_train()
-        if self._val is None and self.val_path is not None:
-            self._val = self._dataset(self._read(self.val_path, self.loading.val_split, "data.val_path"))
+        if self._val is None and self._has_val_source:
+            self._val = self._dataset(self._read(self.val_path, self.val_data, self.loading.val_split, "val_"))
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled batches, without the last short one. Resumable at every batch.
@@ -162,17 +168,17 @@ class TextDataModule(LightningDataModule, ABC):
         """Add to examples of `source` whose prompts have been made; a subclass may leave some out."""
         return examples
 
-    def _sources(self) -> list[tuple[str, str, str]]:
-        sources = [(self.path, self.loading.train_split, "data.path")]
-        if self.val_path is not None:
-            sources.append((self.val_path, self.loading.val_split, "data.val_path"))
-        return sources
+    @property
+    def _has_val_source(self) -> bool:
+        return self.val_path is not None or self.val_data is not None
 
-    def _read(self, path: str, split: str, key: str) -> Rows:
-        return read_rows(path, split=split, name=self.loading.hub_name, key=key)
+    def _read(self, path: str | list[str] | None, data: Any, split: str, which: Literal["", "val_"] = "") -> Rows:
+        if path is None:
+            return rows_in_memory(data, split=split, key=f"{which}data")
+        return read_rows(path, split=split, name=self.loading.hub_name, key=f"data.{which}path")
 
     def _setup_train(self) -> None:
-        rows = self._read(self.path, self.loading.train_split, "data.path")
+        rows = self._read(self.path, self.data, self.loading.train_split)
         if self.loading.stage_split is not None and self.stage is not None:
             rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
         total = len(rows.values)
@@ -189,7 +195,8 @@ class TextDataModule(LightningDataModule, ABC):
         if len(train) < needed:
             raise DataError(
                 f"data.batch_size={self.batch_size} on {world_size} process(es) needs {needed} training rows, but "
-                f"data.path ({rows.source}) has {len(train)} to use; lower data.batch_size or give more rows"
+                f"{'data' if self.path is None else 'data.path'} ({rows.source}) has {len(train)} to use; lower "
+                "data.batch_size or give more rows"
             )
         self._train = train
 
@@ -262,3 +269,19 @@ class TextDataModule(LightningDataModule, ABC):
             num_workers=self.loading.num_workers,
             collate_fn=self._collate(num_micro_batches),
         )
+
+
+def _check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data: Any) -> None:
+    """Check that rows and tokenizer come from somewhere, and from one place each.
+
+    Raises:
+        UserError: if not.
+    """
+    missing = "missing, and there is no default; set it in the YAML or on the command line"
+    if path is None and data is None:
+        raise UserError(f"data.path: {missing}, or give the rows from Python as data=")
+    if tokenizer is None:
+        raise UserError(f"data.tokenizer: {missing}")
+    for name, in_files, in_memory in (("", path, data), ("val_", val_path, val_data)):
+        if in_files is not None and in_memory is not None:
+            raise UserError(f"data.{name}path must be null beside data.{name}data, got {in_files!r}; remove one")

@@ -30,7 +30,8 @@ class PreferenceDataModule(TextDataModule):
     without one. Three forms are read: text beside a prompt, whole transcripts (hh-rlhf), and lists of messages.
 
     Args:
-        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
+            CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the reward model's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
@@ -44,6 +45,9 @@ class PreferenceDataModule(TextDataModule):
             prompt nor end can be spared.
         seed: fixes the order of each epoch and the rows held out.
         loading: rarer choices: pairs that cannot be used, overlong prompts, the three stages' shares, pad token.
+        data: training rows in memory, from Python, in place of `path`: a `datasets.Dataset`, a DataFrame or a list of
+            dictionaries.
+        val_data: validation rows in memory, in place of `val_path`.
 
     Raises:
         UserError: if a value is out of its range; the message names its key.
@@ -54,9 +58,9 @@ class PreferenceDataModule(TextDataModule):
 
     def __init__(
         self,
-        path: str,
-        tokenizer: str,
-        val_path: str | None = None,
+        path: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        val_path: str | list[str] | None = None,
         val_size: int = 0,
         prompt_column: str = "prompt",
         pair_columns: PairColumns = PairColumns(),  # noqa: B008 (frozen)
@@ -66,6 +70,8 @@ class PreferenceDataModule(TextDataModule):
         max_length: int = 1024,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
+        data: Any = None,
+        val_data: Any = None,
     ) -> None:
         super().__init__(
             path=path,
@@ -78,6 +84,8 @@ class PreferenceDataModule(TextDataModule):
             max_prompt_length=max_prompt_length,
             seed=seed,
             loading=loading,
+            data=data,
+            val_data=val_data,
         )
         check_at_least(2, max_length=max_length)
         self.pair_columns = pair_columns

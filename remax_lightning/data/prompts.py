@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import collate_prompts
@@ -17,7 +18,8 @@ class PromptDataModule(TextDataModule):
     r"""Yields `PromptBatch`: each rollout batch of prompts once per micro-batch that is trained on.
 
     Args:
-        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
+            CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
@@ -32,6 +34,9 @@ class PromptDataModule(TextDataModule):
         max_prompt_length: longest prompt, in tokens.
         seed: fixes the order of each epoch and the rows held out.
         loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
+        data: training rows in memory, from Python, in place of `path`: a `datasets.Dataset`, a DataFrame or a list of
+            dictionaries.
+        val_data: validation rows in memory, in place of `val_path`.
 
     Raises:
         UserError: if a value is out of its range; the message names its key.
@@ -41,9 +46,9 @@ class PromptDataModule(TextDataModule):
 
     def __init__(
         self,
-        path: str,
-        tokenizer: str,
-        val_path: str | None = None,
+        path: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        val_path: str | list[str] | None = None,
         val_size: int = 0,
         prompt_column: str = "prompt",
         template: str | None = None,
@@ -52,6 +57,8 @@ class PromptDataModule(TextDataModule):
         max_prompt_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
+        data: Any = None,
+        val_data: Any = None,
     ) -> None:
         super().__init__(
             path=path,
@@ -64,6 +71,8 @@ class PromptDataModule(TextDataModule):
             max_prompt_length=max_prompt_length,
             seed=seed,
             loading=loading,
+            data=data,
+            val_data=val_data,
         )
         if micro_batch_size is None:
             micro_batch_size = batch_size

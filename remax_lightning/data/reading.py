@@ -1,18 +1,43 @@
-"""Rows from files and from the hub, each row knowing where it stands."""
+"""Rows from files, folders, the hub and memory, each row knowing where it stands."""
 
 from __future__ import annotations
 
-import csv
+import glob
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, overload
 
+from remax_lightning.data.text_files import (
+    COMPRESSED,
+    EXTENSIONS,
+    JsonRows,
+    OnBadRow,
+    check_row,
+    data_suffix,
+    read_text_file,
+)
+from remax_lightning.data.text_files import Row as Row  # the name that other modules import from here
 from remax_lightning.errors import DataError
 
-Row = dict[str, Any]
+BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".xml": "xml",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".tar": "webdataset",
+}
+"""Endings that are left to `datasets`, to what it calls their format."""
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+READABLE = f"{', '.join((*EXTENSIONS, '.parquet', '.arrow'))} (or one of the first five in {', '.join(COMPRESSED)})"
 
 
 class Rows(NamedTuple):
@@ -20,56 +45,166 @@ class Rows(NamedTuple):
 
     Args:
         source: the file, or the name on the hub.
-        unit: what `numbers` count: `line` in JSONL, `row` elsewhere.
-        values: the rows.
+        unit: what `numbers` count: `line` in JSON lines, `row` elsewhere.
+        values: the rows, read or parsed when they are asked for; iterate over them once where possible.
         numbers: the place of each row in the source, from 1.
+        files: what messages call the place of each row, without its number, where `source` is several files.
+        dropped: how many rows were left out when they were read, by reason.
     """
 
     source: str
     unit: str
     values: Sequence[Row]
     numbers: Sequence[int]
+    files: Sequence[str] | None = None
+    dropped: Counter[str] = Counter()  # noqa: RUF012 - never written to
 
     def where(self, index: int) -> str:
         """Say where row `index` stands, for messages: `train.jsonl, line 7`."""
-        return f"{self.source}, {self.unit} {self.numbers[index]}"
+        place = f"{self.source}, {self.unit}" if self.files is None else self.files[index]
+        return f"{place} {self.numbers[index]}"
 
     def take(self, indices: Sequence[int]) -> Rows:
-        """Return the rows at `indices`, which keep their places."""
-        return self._replace(values=[self.values[i] for i in indices], numbers=[self.numbers[i] for i in indices])
+        """Return the rows at `indices`, which keep their places. None is copied."""
+        return self._replace(
+            values=_Selected(self.values, indices),
+            numbers=[self.numbers[i] for i in indices],
+            files=None if self.files is None else [self.files[i] for i in indices],
+            dropped=Counter(),
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash of the rows' contents, in their order; their file's name, place and time do not matter."""
+        digest = hashlib.sha256()
+        _hash(self.values, digest)
+        return digest.hexdigest()
 
 
-def is_file_path(path: str) -> bool:
-    """Whether `path` names a file, rather than a data set on the hub or a folder for `datasets`."""
-    file = Path(path).expanduser()
-    looks_so = file.suffix.lower() in EXTENSIONS or path.startswith((".", "/", "~")) or path.count("/") > 1
-    return file.is_file() or (looks_so and not file.is_dir())
+class _Selected(Sequence[Row]):
+    """Some of the rows of another sequence."""
+
+    def __init__(self, values: Sequence[Row], indices: Sequence[int]) -> None:
+        self.values, self.indices = values, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _Selected(self.values, self.indices[index])
+        return self.values[self.indices[index]]
 
 
-def read_rows(path: str, *, split: str = "train", name: str | None = None, key: str = "data.path") -> Rows:
-    """Read all rows of a file or of a data set on the hub.
+class _Joined(Sequence[Row]):
+    """Several sequences of rows, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
+        self.parts = parts
+        self.starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _Selected(self, range(len(self))[index])
+        index = range(len(self))[index]  # raises IndexError, and counts from the end below 0
+        part = bisect(self.starts, index) - 1
+        return self.parts[part][index - self.starts[part]]
+
+
+def read_rows(
+    path: str | Sequence[str],
+    *,
+    split: str = "train",
+    name: str | None = None,
+    key: str = "data.path",
+    on_bad_row: OnBadRow = "error",
+) -> Rows:
+    """Read all rows of files, of a folder or of a data set on the hub.
+
+    JSON lines, JSON arrays, CSV and TSV are read here, compressed or not, so that messages know the line; whatever else
+    is read by `datasets`.
 
     Args:
-        path: a `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file, else what
-            `datasets.load_dataset` takes.
-        split: split of a data set on the hub; a file has none.
+        path: a file, a pattern such as `data/*.jsonl.gz`, a folder that `Dataset.save_to_disk` wrote or that
+            `datasets.load_dataset` reads, an address (`https://`, `hf://`, `s3://`), or the name of a data set on the
+            hub; or a list of these.
+        split: split of a data set on the hub or in a folder; a file has none.
         name: configuration of a data set on the hub; a file has none.
         key: configuration key of `path`, for messages.
+        on_bad_row: whether a row that is no object with named columns stops the reading, or is left out and counted.
 
     Raises:
         DataError: if there is no such file or data set, if it holds no row, or if a row cannot be read.
     """
-    if not is_file_path(path):
-        values = list(load_hub(path, split=split, name=name, key=key))
-        rows = Rows(f"{path} ({split})", "row", values, range(1, len(values) + 1))
-    else:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise DataError(f"{key}: there is no file {path!r}; give an existing file or a hub name")
-        rows = _read_file(file, path, key)
-    if not rows.values:
-        raise DataError(f"{key}: {rows.source} holds no rows; expected at least one")
+    items = [path] if isinstance(path, str) else list(path)
+    parts = [part for item in items for part in _read_item(item, split, name, key, on_bad_row)]
+    source = path if isinstance(path, str) else ", ".join(items)
+    rows = parts[0] if len(parts) == 1 else _join(parts, source)
+    if not len(rows.values):
+        if rows.dropped:
+            raise DataError(f"{key}: not one row of {rows.source} can be read: {count_reasons(rows.dropped)}")
+        raise DataError(f"{key}: {rows.source or 'an empty list'} holds no rows; expected at least one")
     return rows
+
+
+def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad_row: OnBadRow = "error") -> Rows:
+    """Return rows that are in memory already; none is copied.
+
+    Args:
+        data: a `datasets.Dataset`, a `DatasetDict` of which `split` is taken, a pandas `DataFrame`, columns as a
+            dictionary of lists, or a list of dictionaries.
+        split: split of a `DatasetDict`.
+        key: name of the argument, for messages.
+        on_bad_row: as in `read_rows`.
+
+    Raises:
+        DataError: if it is none of these, or holds no row.
+    """
+    import datasets
+
+    if isinstance(data, Mapping) and data and all(isinstance(value, datasets.Dataset) for value in data.values()):
+        data = _of_split(data, split, key)
+    elif isinstance(data, Mapping):
+        data = datasets.Dataset.from_dict(dict(data))
+    elif type(data).__module__.partition(".")[0] == "pandas":
+        data = datasets.Dataset.from_pandas(data, preserve_index=False)
+    if isinstance(data, datasets.Dataset):
+        rows = Rows(key, "row", cast("Sequence[Row]", data), range(1, len(data) + 1))
+    elif isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        rows = _checked_list(data, key, on_bad_row)
+    else:
+        raise DataError(
+            f"{key}: expected a datasets.Dataset, a DataFrame or a list of dictionaries, got {type(data).__name__};"
+            " make a list or a Dataset of what can be read only once"
+        )
+    if not len(rows.values):
+        raise DataError(f"{key}: it holds no rows{f': {count_reasons(rows.dropped)}' if rows.dropped else ''}")
+    return rows
+
+
+def count_reasons(dropped: Mapping[str, int], most: int = 5) -> str:
+    """Say how many rows were dropped for which reason, the commonest reasons first: `3 not valid JSON, 1 ...`."""
+    common = Counter(dropped).most_common()
+    text = ", ".join(f"{count} {reason}" for reason, count in common[:most])
+    rest = sum(count for _, count in common[most:])
+    return f"{text}, {rest} for other reasons" if rest else text
+
+
+def is_on_hub(path: str | Sequence[str]) -> bool:
+    """Whether `datasets` has to download a part of what `path` names."""
+    if not isinstance(path, str):
+        return any(is_on_hub(item) for item in path)
+    return not _looks_like_file(path) and not Path(path).expanduser().exists()
 
 
 def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
@@ -79,93 +214,171 @@ def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
         DataError: if `datasets` cannot give it.
     """
     from datasets import load_dataset
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
+    folder = Path(path).expanduser()
+    if "://" in path:
+        builder = BUILDERS.get(data_suffix(path), "csv" if data_suffix(path) in (".csv", ".tsv") else "json")
+        options: dict[str, Any] = {"delimiter": "\t"} if data_suffix(path) == ".tsv" else {}
+        return _load(path, split, key, lambda: load_dataset(builder, data_files={split: path}, split=split, **options))
+    if not folder.exists():
+        try:
+            validate_repo_id(path)
+        except HFValidationError as error:
+            raise DataError(
+                f"{key}: there is no file {path!r}, and it is no name of a data set on the hub; give a file ending in"
+                f" {READABLE}"
+            ) from error
+    return _load(path, split, key, lambda: load_dataset(str(folder) if folder.exists() else path, name, split=split))
+
+
+# One path
+
+
+def _looks_like_file(path: str) -> bool:
+    known = data_suffix(path) in (*EXTENSIONS, *BUILDERS) or Path(path).suffix.lower() in COMPRESSED
+    return "://" not in path and (known or path.startswith((".", "/", "~")) or path.count("/") > 1)
+
+
+def _read_item(path: str, split: str, name: str | None, key: str, on_bad_row: OnBadRow) -> list[Rows]:
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [_read_file(place, path, key, on_bad_row)]
+    if place.is_dir():
+        return [_read_folder(place, path, split, name, key)]
+    if glob.has_magic(path) and "://" not in path:
+        files = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())
+        if not files:
+            raise DataError(f"{key}: no file matches {path!r}")
+        return [_read_file(file, str(file), key, on_bad_row) for file in files]
+    if _looks_like_file(path):
+        raise DataError(f"{key}: there is no file {path!r}; give an existing file or a hub name")
+    return [_of_dataset(load_hub(path, split=split, name=name, key=key), f"{path} ({split})")]
+
+
+def _read_file(file: Path, source: str, key: str, on_bad_row: OnBadRow) -> Rows:
+    suffix = data_suffix(file)
+    if suffix in EXTENSIONS:
+        read = read_text_file(file, source, on_bad_row)
+        return Rows(source, read.unit, read.values, read.numbers, dropped=read.dropped)
+    if suffix not in BUILDERS:
+        raise DataError(f"{key}: cannot read {source}; give a file ending in {READABLE}, got {file.suffix!r}")
+    from datasets import load_dataset
+
+    files = {"train": str(file)}
+    with _quiet():
+        try:
+            values = load_dataset(BUILDERS[suffix], data_files=files, split="train")
+        except Exception as error:  # a broken file: no common base class
+            kind = BUILDERS[suffix].capitalize()
+            raise DataError(f"{source}: not a readable {kind} file ({_reason(error)})") from error
+    return _of_dataset(values, source)
+
+
+def _read_folder(folder: Path, source: str, split: str, name: str | None, key: str) -> Rows:
+    """Read a folder of `save_to_disk`, or one whose files `load_dataset` makes splits of."""
+    if not any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _of_dataset(load_hub(source, split=split, name=name, key=key), f"{source} ({split})")
+    from datasets import load_from_disk
+
+    data = _load(source, split, key, lambda: load_from_disk(str(folder)))
+    if isinstance(data, Mapping):
+        return _of_dataset(_of_split(data, split, f"{key}: {source}"), f"{source} ({split})")
+    return _of_dataset(data, source)
+
+
+def _of_dataset(data: Any, source: str) -> Rows:
+    return Rows(source, "row", data, range(1, len(data) + 1))
+
+
+def _of_split(data: Mapping[str, Any], split: str, what: str) -> Any:
+    if split not in data:
+        raise DataError(f"{what} has no split {split!r} (data.loading.train_split, val_split), only {', '.join(data)}")
+    return data[split]
+
+
+def _checked_list(data: Sequence[Any], key: str, on_bad_row: OnBadRow) -> Rows:
+    values, numbers, dropped = [], [], Counter[str]()
+    for number, value in enumerate(data, start=1):
+        try:
+            row = dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+            values.append(check_row(row, f"{key}, row {number}"))
+            numbers.append(number)
+        except DataError as error:
+            if on_bad_row == "error":
+                raise
+            dropped[error.reason] += 1
+    return Rows(key, "row", values, numbers, dropped=dropped)
+
+
+def _join(parts: Sequence[Rows], source: str) -> Rows:
+    places = [f"{part.source}, {part.unit}" for part in parts]
+    return Rows(
+        source,
+        "row",
+        _Joined([part.values for part in parts]),
+        [number for part in parts for number in part.numbers],
+        [place for place, part in zip(places, parts, strict=True) for _ in part.numbers],
+        sum((part.dropped for part in parts), Counter()),
+    )
+
+
+# What `datasets` does
+
+
+def _load(path: str, split: str, key: str, load: Any) -> Any:
+    with _quiet():
+        try:
+            return load()
+        except Exception as error:  # network, missing name, unknown split or configuration: no common base class
+            raise DataError(
+                f"{key}: split {split!r} of the data set {path!r} could not be loaded ({_reason(error)}); give a hub"
+                f" name that this machine can reach, or a file ending in {READABLE}"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what went wrong; `datasets` wraps that in an error that says nothing."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where nobody watches them move."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown and not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        return load_dataset(str(Path(path).expanduser()) if path.startswith("~") else path, name, split=split)
-    except Exception as error:  # network, missing name, unknown split or configuration: no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{key}: split {split!r} of the data set {path!r} could not be loaded ({reason}); give a hub name "
-            f"that this machine can reach, or a file ending in {', '.join(EXTENSIONS)}"
-        ) from error
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
-def _read_file(file: Path, source: str, key: str) -> Rows:
-    extension = file.suffix.lower()
-    if extension == ".jsonl":
-        numbered = list(_jsonl(file, source))
-        return Rows(source, "line", [row for _, row in numbered], [number for number, _ in numbered])
-    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-    if extension not in readers:
-        raise DataError(
-            f"{key}: cannot read {source}; give a file ending in {', '.join(EXTENSIONS)}, got {extension!r}"
-        )
-    values = list(readers[extension](file, source))
-    return Rows(source, "row", values, range(1, len(values) + 1))
+def _hash(values: Any, digest: Any) -> None:
+    """Add the contents of rows to a hash, in the form in which they are at hand."""
+    if isinstance(values, JsonRows):
+        for start, end in zip(values.starts, values.ends, strict=True):
+            digest.update(values.text[start:end] + b"\n")
+    elif isinstance(values, _Selected):
+        _hash(values.values, digest)
+        digest.update(json.dumps(list(values.indices)).encode())
+    elif isinstance(values, _Joined):
+        for part in values.parts:
+            _hash(part, digest)
+    elif hasattr(values, "with_format"):  # a Dataset, in batches of Arrow: a hundred times as fast as row by row
+        import pyarrow
 
-
-def _checked(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object with named columns, got {type(value).__name__}")
-    return value
-
-
-def _jsonl(file: Path, source: str) -> Iterator[tuple[int, Row]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{source}, line {number}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:  # also bytes that are not UTF-8
-                raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
-            yield number, _checked(value, where)
-
-
-def _json(file: Path, source: str) -> Iterator[Row]:
-    try:
-        values = json.loads(file.read_bytes() or b"[]")
-    except ValueError as error:
-        raise DataError(f"{source}: not valid JSON ({error})") from error
-    if not isinstance(values, list):
-        raise DataError(
-            f"{source}: expected a list of objects, got {type(values).__name__}; "
-            "write [{...}, {...}], or one object per line in a .jsonl file"
-        )
-    for number, value in enumerate(values, start=1):
-        yield _checked(value, f"{source}, row {number}")
-
-
-def _csv(file: Path, source: str) -> Iterator[Row]:
-    number = 0
-    try:
-        # utf-8-sig drops the byte order mark that spreadsheets write
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            columns = list(reader.fieldnames or [])
-            if len(set(columns)) < len(columns):
-                raise DataError(f"{source}: two columns share a name; got {', '.join(columns)}")
-            for number, row in enumerate(reader, start=1):
-                cells = sum(value is not None for name, value in row.items() if name is not None)
-                cells += len(row.get(None) or [])
-                if cells != len(columns):
-                    raise DataError(f"{source}, row {number}: expected {len(columns)} cells, got {cells}")
-                yield dict(row)
-    except csv.Error as error:
-        raise DataError(f"{source}, row {number + 1}: not valid CSV ({error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}, near row {number + 1}: not UTF-8 ({error}); save it as UTF-8") from error
-
-
-def _parquet(file: Path, source: str) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        # not read_table, which takes folder names such as split=train for columns
-        table = parquet.ParquetFile(file).read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source}: not a readable Parquet file ({error})") from error
-    for batch in table.to_batches():
-        yield from batch.to_pylist()
+        for table in values.with_format("arrow").iter(1000):
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            digest.update(sink.getvalue())
+    else:
+        for row in values:
+            digest.update(json.dumps(row, default=repr, sort_keys=True).encode() + b"\n")

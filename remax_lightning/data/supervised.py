@@ -26,7 +26,8 @@ class SFTDataModule(TextDataModule):
     prompt. The end-of-sequence token is appended and trained.
 
     Args:
-        path: training rows: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a data set on the hub.
+        path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
+            CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
@@ -42,6 +43,9 @@ class SFTDataModule(TextDataModule):
             counted: a cut response would teach the policy never to end.
         seed: fixes the order of each epoch and the rows held out.
         loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
+        data: training rows in memory, from Python, in place of `path`: a `datasets.Dataset`, a DataFrame or a list of
+            dictionaries.
+        val_data: validation rows in memory, in place of `val_path`.
 
     Raises:
         UserError: if a value is out of its range; the message names its key.
@@ -51,9 +55,9 @@ class SFTDataModule(TextDataModule):
 
     def __init__(
         self,
-        path: str,
-        tokenizer: str,
-        val_path: str | None = None,
+        path: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        val_path: str | list[str] | None = None,
         val_size: int = 0,
         prompt_column: str = "prompt",
         response_column: str = "response",
@@ -63,6 +67,8 @@ class SFTDataModule(TextDataModule):
         max_response_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
+        data: Any = None,
+        val_data: Any = None,
     ) -> None:
         super().__init__(
             path=path,
@@ -75,6 +81,8 @@ class SFTDataModule(TextDataModule):
             max_prompt_length=max_prompt_length,
             seed=seed,
             loading=loading,
+            data=data,
+            val_data=val_data,
         )
         check_at_least(1, max_response_length=max_response_length)
         self.response_column = response_column

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from remax_lightning.data import read_rows
-from remax_lightning.data.reading import is_file_path
+from remax_lightning.data import read_rows, rows_in_memory
+from remax_lightning.data.reading import is_on_hub
 from remax_lightning.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -78,7 +78,19 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b"\n\n", r"data\.path: .*a\.jsonl holds no rows"),
         ("a.json", b'[{"a": 1}, 3]', r"a\.json, row 2: expected an object with named columns, got int"),
-        ("a.json", b'{"a": 1}', r"a\.json: expected a list of objects, got dict"),
+        ("a.json", b'3', r"a\.json: expected a list of objects, got int"),
+        ("a.json", b'{\n"a": 1,\n}', r"a\.json: not valid JSON"),
+        ("a.json", b'{"a": 1}\n{"a": \n', r"a\.json, line 2: not valid JSON"),
+        ("a.jsonl", b'[1]\n[2]', r"a\.jsonl, line 1: expected an object with named columns, got list"),
+        ("a.jsonl", b'{"a": "ok"}\n{"a": "x \\ud83d"}', r"a\.jsonl, line 2: column 'a' holds half a surr.*\\ud83d"),
+        ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"a\.jsonl, line 1: column 'a' holds half a surrogate.*\\ude00"),
+        ("a.jsonl", b'{"a": "\xed\xa0\xbd"}', r"a\.jsonl, line 1: not valid JSON"),
+        ("a.json", b'[{"a": "\\ud83d"}]', r"a\.json, row 1: column 'a' holds half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: JSON that is nested too deep"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", r"a\.jsonl\.zst: cannot be read"),
+        ("a.jsonl.zip", b"PK\x03\x04", r"a\.jsonl\.zip: cannot be read"),
+        ("a.tsv", b"a\tb\n1\t2\n3\n", r"a\.tsv, row 2: expected 2 cells, got 1"),
         ("a.json", b'[{"a": 1},', r"a\.json: not valid JSON"),
         ("a.json", b"", r"a\.json holds no rows"),
         ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv, row 2: expected 2 cells, got 1"),
@@ -89,7 +101,8 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
         ("a.csv", b"", r"a\.csv holds no rows"),
         ("a.csv", b"a,b\n\xff,1\n", r"a\.csv, near row 1: not UTF-8"),
         ("a.parquet", b"nothing", r"a\.parquet: not a readable Parquet file"),
-        ("a.txt", b"nothing", r"data\.path: cannot read .*a\.txt; give a file ending in \.jsonl"),
+        ("a.doc", b"nothing", r"data\.path: cannot read .*a\.doc; give a file ending in \.jsonl"),
+        ("a.arrow", b"nothing", r"a\.arrow: not a readable Arrow file"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -98,17 +111,21 @@ def test_bad_rows_are_named(tmp_path: Path, name: str, content: bytes, message: 
         read_rows(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("path", ["nothing.jsonl", "./nothing", "/nowhere/nothing", "a/b/c/train", "~/nothing.csv"])
+@pytest.mark.parametrize(
+    "path", ["nothing.jsonl", "./nothing", "/nowhere/nothing", "a/b/c/train", "~/nothing.csv", "rows.tsv.gz"]
+)
 def test_missing_file_is_said_without_asking_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would fail
     with pytest.raises(DataError, match=r"data\.val_path: there is no file"):
         read_rows(path, key="data.val_path")
 
 
-def test_hub_names_are_no_file_paths(tmp_path: Path) -> None:
-    assert not is_file_path("openai/gsm8k")
-    assert not is_file_path("imdb")
-    assert not is_file_path(str(tmp_path))
+def test_only_hub_names_are_downloaded(tmp_path: Path) -> None:
+    assert is_on_hub("openai/gsm8k")
+    assert is_on_hub("imdb")
+    assert is_on_hub(["rows.jsonl", "imdb"])
+    assert not is_on_hub(str(tmp_path))
+    assert not is_on_hub(["rows.jsonl", "./rows", "rows.jsonl.gz", "a/b/c"])
 
 
 @pytest.mark.slow
@@ -146,3 +163,208 @@ def test_import_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def compressed(name: str, data: bytes) -> bytes:
+    """The bytes as the program that makes such files writes them."""
+    import bz2
+    import gzip
+    import io
+    import lzma
+    import zipfile
+
+    import pyarrow
+
+    if name.endswith(".zip"):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("rows.jsonl", data)
+        return file.getvalue()
+    if name.endswith((".zst", ".lz4")):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd" if name.endswith(".zst") else "lz4") as stream:
+            stream.write(data)
+        return bytes(sink.getvalue())
+    if name.endswith(".gz"):
+        # in two members, as `cat a.gz b.gz` makes them
+        return gzip.compress(data[:40]) + gzip.compress(data[40:])
+    return bz2.compress(data) if name.endswith(".bz2") else lzma.compress(data)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"])
+def test_compressed_files_keep_their_line_numbers(tmp_path: Path, ending: str) -> None:
+    text = "\n".join(["", *map(json.dumps, ROWS)]).encode()
+    path = tmp_path / f"rows.jsonl{ending}"
+    path.write_bytes(compressed(path.name, text))
+    rows = read_rows(str(path))
+    assert list(rows.values) == ROWS
+    assert rows.where(0) == f"{path}, line 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.json", "\n".join(map(json.dumps, ROWS))),
+        ("rows.ndjson", "\r\n".join(map(json.dumps, ROWS))),
+        ("rows.jsonl", json.dumps(ROWS, indent=1)),
+        ("rows.JSON.gz", json.dumps(ROWS)),
+    ],
+)
+def test_what_json_holds_decides_and_not_its_ending(tmp_path: Path, name: str, text: str) -> None:
+    data = text.encode()
+    (tmp_path / name).write_bytes(compressed(name, data) if name.endswith(".gz") else data)
+    assert list(read_rows(str(tmp_path / name)).values) == ROWS
+
+
+def test_one_object_is_one_row_as_datasets_has_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert list(read_rows(str(tmp_path / "a.json")).values) == [{"a": 1}]
+
+
+def test_utf_16_and_long_cells_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "ü"}\n', encoding="utf-16")
+    assert list(read_rows(str(tmp_path / "a.jsonl")).values) == [{"prompt": "ü"}]
+    (tmp_path / "a.csv").write_text(f"prompt,n\n{'x' * 300_000},1\n")
+    assert len(read_rows(str(tmp_path / "a.csv")).values[0]["prompt"]) == 300_000
+
+
+def test_tsv_and_arrow(tmp_path: Path) -> None:
+    import pyarrow
+
+    (tmp_path / "a.tsv").write_text("prompt\tmargin\n1,1\t0.5\n")
+    assert list(read_rows(str(tmp_path / "a.tsv")).values) == [{"prompt": "1,1", "margin": "0.5"}]
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    rows = read_rows(str(tmp_path / "a.arrow"))
+    assert list(rows.values) == ROWS
+    assert rows.where(1) == f"{tmp_path}/a.arrow, row 2"
+
+
+def test_patterns_and_lists_are_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS[2]))
+    (tmp_path / "a.jsonl").write_text("\n".join(["", *map(json.dumps, ROWS[:2])]))
+    (tmp_path / "c.csv").write_text("prompt,answer\n9,9\n")
+    monkeypatch.chdir(tmp_path)
+    rows = read_rows("*.jsonl")
+    assert list(rows.values) == ROWS
+    assert [rows.where(i) for i in range(3)] == ["a.jsonl, line 2", "a.jsonl, line 3", "b.jsonl, line 1"]
+    assert read_rows(str(tmp_path / "**" / "b*.jsonl")).where(0) == f"{tmp_path}/b.jsonl, line 1"
+    mixed = read_rows(["c.csv", "*.jsonl"])
+    assert list(mixed.values) == [{"prompt": "9", "answer": "9"}, *ROWS]
+    assert mixed.where(0) == "c.csv, row 1"
+    taken = mixed.take([3, 0])
+    assert list(taken.values) == [ROWS[2], {"prompt": "9", "answer": "9"}]
+    assert taken.where(0) == "b.jsonl, line 1"
+    with pytest.raises(DataError, match=r"data\.path: no file matches 'x\*\.jsonl'"):
+        read_rows("x*.jsonl")
+    with pytest.raises(DataError, match=r"data\.path: there is no file 'd\.jsonl'"):
+        read_rows(["a.jsonl", "d.jsonl"])
+    with pytest.raises(DataError, match=r"data\.path: an empty list holds no rows"):
+        read_rows([])
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(str(tmp_path / "plain"))
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(str(tmp_path / "splits"))
+    assert list(read_rows(str(tmp_path / "plain")).values) == ROWS
+    assert list(read_rows(str(tmp_path / "splits"), split="test").values) == ROWS[1:2]
+    with pytest.raises(DataError, match=r"data\.path: .*splits has no split 'dev' .*, only train, test"):
+        read_rows(str(tmp_path / "splits"), split="dev")
+
+
+def test_only_a_hub_name_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows("openai/gsm8k", name="main", split="test")
+    assert list(rows.values) == ROWS
+    assert rows.where(0) == "openai/gsm8k (test), row 1"
+    with pytest.raises(DataError, match=r"there is no file 'my data', and it is no name of a data set on the hub"):
+        read_rows("my data")
+    read_rows("hf://datasets/a/b/rows.tsv")
+    assert asked == [
+        ("openai/gsm8k", "main", {"split": "test"}),
+        ("csv", {"data_files": {"train": "hf://datasets/a/b/rows.tsv"}, "split": "train", "delimiter": "\t"}),
+    ]
+
+
+class Records(list[Any]):
+    """A sequence of a user's own."""
+
+
+def test_rows_in_memory_are_taken_as_they_are() -> None:
+    import datasets
+    import pandas
+
+    data = datasets.Dataset.from_list(ROWS)
+    forms: list[Any] = [data, ROWS, Records(ROWS), pandas.DataFrame(ROWS), data.to_dict()]
+    forms.append(datasets.DatasetDict(train=data, test=data.select([0])))
+    for form in forms:
+        rows = rows_in_memory(form)
+        assert list(rows.values) == ROWS
+        assert rows.where(2) == "data, row 3"
+    assert list(rows_in_memory(forms[-1], split="test").values) == ROWS[:1]
+    assert rows_in_memory(ROWS).values[0] is ROWS[0]
+    assert list(rows_in_memory(data.select([2, 0])).values) == [ROWS[2], ROWS[0]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (iter(ROWS), "data: expected a datasets.Dataset, a DataFrame or a list of dictionaries, got list_iterator"),
+        ("rows.jsonl", "data: expected a datasets.Dataset.*got str"),
+        ([], "data: it holds no rows"),
+        ([{"a": 1}, "b"], "data, row 2: expected an object with named columns, got str"),
+        ([{"a": "\ud83d"}], r"data, row 1: column 'a' holds half a surrogate pair \(\\ud83d\)"),
+    ],
+)
+def test_what_is_no_row_in_memory_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        rows_in_memory(data)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_bad_rows_are_dropped_and_counted_on_demand(tmp_path: Path, name: str) -> None:
+    lines = {
+        "a.jsonl": ['{"a": "1"}', "{", '{"a": "\\ud83d"}', "[]", '{"a": "2"}', "}"],
+        "a.csv": ["a", "1", "1,2", "2"],
+    }[name]
+    (tmp_path / name).write_text("\n".join(lines))
+    rows = read_rows(str(tmp_path / name), on_bad_row="drop")
+    assert list(rows.values) == [{"a": "1"}, {"a": "2"}]
+    assert list(rows.numbers) == ([1, 5] if name == "a.jsonl" else [1, 3])
+    reasons = {"not valid JSON": 2, "column 'a' holds half a surrogate pair": 1}
+    reasons["expected an object with named columns"] = 1
+    assert dict(rows.dropped) == (reasons if name == "a.jsonl" else {"expected N cells": 1})
+    (tmp_path / name).write_text("\n".join(["a,b", "1"] if name == "a.csv" else ["{", "{"]))
+    with pytest.raises(DataError, match=r"data\.path: not one row of .* can be read: \d (not valid|expected)"):
+        read_rows(str(tmp_path / name), on_bad_row="drop")
+
+
+def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:
+    import datasets
+
+    def fingerprint(rows: list[dict[str, Any]], folder: str = "a", extension: str = ".jsonl") -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return read_rows(str(write(tmp_path / folder, extension, rows))).fingerprint()
+
+    same_length = [{**ROWS[0], "answer": "3"}, *ROWS[1:]]
+    for extension in (".jsonl", ".csv", ".parquet"):
+        assert fingerprint(ROWS, "a", extension) == fingerprint(ROWS, "b", extension)
+        assert fingerprint(ROWS, "a", extension) != fingerprint(same_length, "b", extension)
+    rows = read_rows(str(tmp_path / "a" / "rows.csv"))
+    assert rows.take([0, 1]).fingerprint() != rows.take([1, 0]).fingerprint()
+    data = datasets.Dataset.from_list(ROWS)
+    assert rows_in_memory(data).fingerprint() == rows_in_memory(datasets.Dataset.from_list(ROWS)).fingerprint()
+    assert rows_in_memory(data).fingerprint() != rows_in_memory(data.select([1, 0, 2])).fingerprint()
+    assert rows_in_memory(ROWS).fingerprint() != rows_in_memory(same_length).fingerprint()

@@ -1,0 +1,313 @@
+"""Rows of JSON and CSV files, compressed or not: kept as text, and parsed when they are asked for."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zipfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+from remax_lightning.errors import DataError
+
+Row = dict[str, Any]
+OnBadRow = Literal["error", "drop"]
+
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class JsonRows(Sequence[Row]):
+    """Rows as they stand in one text, a JSON object each, parsed at every access.
+
+    A hundred thousand parsed rows take some three times the memory of their text, and only a batch of them is looked
+    at together.
+
+    Args:
+        text: UTF-8 that holds the objects.
+        starts: where each object starts in `text`, in bytes.
+        ends: where each ends.
+    """
+
+    def __init__(self, text: bytes, starts: Sequence[int], ends: Sequence[int]) -> None:
+        self.text, self.starts, self.ends = text, starts, ends
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> JsonRows:
+        """Write rows down as JSON."""
+        text, ends = bytearray(), array("Q", [0])
+        for row in rows:
+            text += json.dumps(row, ensure_ascii=False).encode()
+            ends.append(len(text))
+        return cls(bytes(text), ends[:-1], ends[1:])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return JsonRows(self.text, self.starts[index], self.ends[index])
+        row: Row = json.loads(self.text[self.starts[index] : self.ends[index]])
+        return row
+
+
+class TextFile(NamedTuple):
+    """What a file holds.
+
+    Args:
+        values: its rows.
+        numbers: the line or the row that each stands in, from 1.
+        unit: what `numbers` count: `line` in JSON lines, `row` elsewhere.
+        dropped: how many rows were left out, by reason.
+    """
+
+    values: JsonRows
+    numbers: Sequence[int]
+    unit: Literal["line", "row"]
+    dropped: Counter[str]
+
+
+def data_suffix(path: str | Path) -> str:
+    """Return the ending that names the format of a file, in lower case: `.jsonl` of `train.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_text_file(file: Path, source: str, on_bad_row: OnBadRow = "error") -> TextFile:
+    """Read a file of JSON lines, a JSON array, CSV or TSV; what it is compressed with is seen in its first bytes.
+
+    JSON lines and arrays are told apart by what the file holds, since both are published under either name.
+
+    Args:
+        file: ends in one of `EXTENSIONS`, and perhaps in one of `COMPRESSED` after that.
+        source: what messages call it.
+        on_bad_row: whether a row that is no object with named columns stops the reading or is left out.
+
+    Raises:
+        DataError: if the file cannot be read; the message names the line or row.
+    """
+    text = _utf8(_decompressed(file, source), source)
+    suffix = data_suffix(file)
+    if suffix in (".csv", ".tsv"):
+        return _collected(_csv(text, source, "," if suffix == ".csv" else "\t"), source, "row", on_bad_row)
+    values = _whole_json(text, source, suffix)
+    if values is not None:
+        return _collected(enumerate(values, start=1), source, "row", on_bad_row)
+    return _json_lines(text, source, on_bad_row)
+
+
+def half_pair(value: Any) -> str | None:
+    """Return half of a surrogate pair inside of a value, which JSON can spell as an escape, or None without one."""
+    if isinstance(value, str):
+        match = _HALF_PAIR.search(value)
+        return match[0] if match else None
+    if isinstance(value, dict):
+        items: Iterable[Any] = [*value, *value.values()]
+    elif isinstance(value, list | tuple):
+        items = value
+    else:
+        return None
+    return next((half for item in items if (half := half_pair(item))), None)
+
+
+def check_row(value: object, where: str) -> Row:
+    """Return a row whose texts are text, and which is an object with named columns.
+
+    Raises:
+        DataError: if it is none; the message begins with `where` and names the column.
+    """
+    if isinstance(value, DataError):
+        raise value
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected an object with named columns, got {type(value).__name__}")
+    for name, item in value.items():
+        if half := half_pair(item) or half_pair(name):
+            raise DataError(
+                f"{where}: column {name!a} holds half a surrogate pair ({ascii(half)[1:-1]}), which is no text;"
+                " write the whole character, or remove it"
+            )
+    return value
+
+
+# What the file is wrapped in
+
+
+def _unzip(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+        if len(names) != 1:
+            raise zipfile.BadZipFile(f"it holds {len(names)} files, expected one")
+        return archive.read(names[0])
+
+
+def _by_arrow(codec: str) -> Callable[[bytes], bytes]:
+    def decompress(data: bytes) -> bytes:
+        import pyarrow
+
+        with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), codec) as stream:
+            return bytes(stream.read())
+
+    return decompress
+
+
+_CODECS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": _by_arrow("zstd"),
+    b"\x04\x22\x4d\x18": _by_arrow("lz4"),
+    b"PK\x03\x04": _unzip,
+}
+"""First bytes of a compressed file to what undoes it. No text of JSON or CSV in UTF-8 begins so."""
+
+
+def _decompressed(file: Path, source: str) -> bytes:
+    try:
+        data = file.read_bytes()
+        for magic, decompress in _CODECS.items():
+            if data.startswith(magic):
+                return decompress(data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise DataError(f"{source}: cannot be read ({error})") from error
+    return data
+
+
+def _utf8(data: bytes, source: str) -> bytes:
+    """Return the text without the mark that spreadsheets put in front, and as UTF-8 where PowerShell wrote UTF-16."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        try:
+            return data.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: not UTF-16, though it begins so ({error}); save it as UTF-8") from error
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+# JSON
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    """Parse JSON; `json.loads` of bytes would let half surrogate pairs in UTF-8 pass."""
+    try:
+        return json.loads(text.decode())
+    except RecursionError as error:
+        raise DataError(f"{where}: JSON that is nested too deep to be read") from error
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
+
+
+def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
+    """Return the rows of a file that is one JSON value, or None where it holds one value per line."""
+    start = text.lstrip()[:1]
+    if not start:
+        return []
+    if start != b"[" and suffix != ".json":
+        return None
+    try:
+        value = _parsed(text, source)
+    except DataError as error:
+        first_line = text.lstrip().partition(b"\n")[0]
+        try:
+            _parsed(first_line, source)
+        except DataError:
+            if suffix == ".json":
+                raise DataError(str(error).partition("; write one object")[0]) from error
+        return None
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        return [value]
+    raise DataError(
+        f"{source}: expected a list of objects, got {type(value).__name__}; write [{{...}}, {{...}}], or one object"
+        " per line"
+    )
+
+
+def _json_lines(text: bytes, source: str, on_bad_row: OnBadRow) -> TextFile:
+    """Find the lines of the text; the text itself stays the only copy of the rows."""
+    starts, ends, numbers = array("Q"), array("Q"), array("Q")
+    dropped: Counter[str] = Counter()
+    start = number = 0
+    while start < len(text):
+        number += 1
+        end = text.find(b"\n", start)
+        end = len(text) if end < 0 else end
+        line = text[start:end]
+        if line.strip():
+            try:
+                row = _parsed(line, f"{source}, line {number}")
+                if not isinstance(row, dict) or _ESCAPED_SURROGATE.search(line):
+                    check_row(row, f"{source}, line {number}")
+            except DataError as error:
+                if on_bad_row == "error":
+                    raise
+                dropped[error.reason] += 1
+            else:
+                starts.append(start)
+                ends.append(end)
+                numbers.append(number)
+        start = end + 1
+    return TextFile(JsonRows(text, starts, ends), numbers, "line", dropped)
+
+
+def _collected(
+    values: Iterable[tuple[int, object]], source: str, unit: Literal["line", "row"], on_bad_row: OnBadRow
+) -> TextFile:
+    numbers, dropped = array("Q"), Counter[str]()
+
+    def usable() -> Iterator[Row]:
+        for number, value in values:
+            try:
+                row = check_row(value, f"{source}, {unit} {number}")
+            except DataError as error:
+                if on_bad_row == "error":
+                    raise
+                dropped[error.reason] += 1
+            else:
+                numbers.append(number)
+                yield row
+
+    return TextFile(JsonRows.of(usable()), numbers, unit, dropped)
+
+
+# CSV
+
+
+def _csv(text: bytes, source: str, delimiter: str) -> Iterator[tuple[int, Row | DataError]]:
+    """Yield the rows with their numbers; a row whose cells do not fit the columns is yielded as an error."""
+    number = 0
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long document
+    try:
+        lines = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", newline="")
+        reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+        columns = list(reader.fieldnames or [])
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{source}: two columns share a name; got {', '.join(columns)}")
+        for number, row in enumerate(reader, start=1):
+            cells = sum(value is not None for name, value in row.items() if name is not None)
+            cells += len(row.get(None) or [])
+            if cells == len(columns):
+                yield number, dict(row)
+            else:
+                yield number, DataError(f"{source}, row {number}: expected {len(columns)} cells, got {cells}")
+    except csv.Error as error:
+        raise DataError(f"{source}, row {number + 1}: not valid CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}, near row {number + 1}: not UTF-8 ({error}); save it as UTF-8") from error
