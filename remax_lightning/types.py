@@ -15,13 +15,49 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from torch import Tensor
 
 
+class Conversation(NamedTuple):
+    """The messages that a chat template makes a prompt of.
+
+    Args:
+        messages: in the words of the chat templates: `role`, `content`, and what else a template reads.
+        tools: definitions of the tools that may be called; empty where there are none.
+        template_kwargs: variables of the template that the row sets, such as `enable_thinking`.
+        where: place of the row in its source, for messages; empty where it is not known.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] = []  # noqa: RUF012 - never written to
+    template_kwargs: dict[str, Any] = {}  # noqa: RUF012
+    where: str = ""
+
+
+class Prompt(str):
+    """A prompt as the policy reads it, together with the conversation that it was made of.
+
+    It is text wherever text is expected. The conversation goes along to whatever renders the prompt once more, such as
+    a reward model with a chat template of its own, so that policy and reward model read the same messages.
+
+    Args:
+        text: the text.
+        conversation: the messages behind it, without the response; None for plain text.
+    """
+
+    conversation: Conversation | None
+
+    def __new__(cls, text: str, conversation: Conversation | None = None) -> Prompt:
+        """Make a string that knows its conversation."""
+        prompt = super().__new__(cls, text)
+        prompt.conversation = conversation
+        return prompt
+
+
 class PromptBatch(NamedTuple):
     """Prompts as a data loader yields them.
 
     Args:
         prompt_ids: `[B, P]` token ids, padded on the left.
         prompt_mask: `[B, P]` bool, True on real tokens.
-        prompts: the `B` prompts as text, as the policy reads them.
+        prompts: the `B` prompts as text, as the policy reads them; a `Prompt` knows the messages that it was made of.
         rows: the `B` raw rows of the data set, for rewards that need more than the text.
         micro_batch_index: which micro-batch of the rollout batch is trained on now, from 0; the same prompts arrive
             `num_micro_batches` times.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.collate import Example, ExampleDataset
+from remax_lightning.data.conversations import Message
 from remax_lightning.data.formatting import PromptFormatter, check_template
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import LoadingConfig
@@ -152,17 +154,40 @@ class TextDataModule(LightningDataModule, ABC):
     def _collate(self, num_micro_batches: int) -> Callable[..., Any]:
         """Return what makes a batch of examples."""
 
-    def _prepare_row(self, row: Row, where: str) -> Row:
-        """Return a row with a prompt of its own; a pair of whole conversations has it at their beginning.
+    @cached_property
+    def formatter(self) -> PromptFormatter:
+        """What makes prompts, and responses after them, of rows."""
+        return PromptFormatter(self.tokenizer, self.prompt_column, self.template, self.loading.chat_template_kwargs)
+
+    def _make_example(self, row: Row, where: str) -> Example:
+        """Return what is made of one row, its token ids still missing; whatever is wrong with the row shows here.
 
         Raises:
-            PairError: if they do not share one.
+            DataError: if the row cannot be used; a `PairError` if it is a pair that teaches nothing.
+        """
+        row, _ = self._separate_pair(row, where)
+        return Example([], self.formatter.text(row, where), row, where)
+
+    def _separate_pair(self, row: Row, where: str) -> tuple[Row, dict[str, Message]]:
+        """Return a row with a prompt of its own, and the responses by column where it is a pair of conversations.
+
+        Those have the prompt at their beginning. A row with a prompt of its own needs no pair, so that what is missing
+        there does not matter.
+
+        Raises:
+            PairError: if the two do not share a prompt.
         """
         columns = PairColumns()
-        is_pair = columns.chosen in row and columns.rejected in row
-        if not is_pair or (self.prompt_column in row and isinstance(row[columns.chosen], str)):
-            return row
-        return separate_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
+        chosen, rejected = row.get(columns.chosen), row.get(columns.rejected)
+        if row.get(self.prompt_column) is None:
+            is_pair = columns.chosen in row and columns.rejected in row
+        else:
+            is_pair = isinstance(chosen, list) and isinstance(rejected, list) and bool(chosen) and bool(rejected)
+        if not is_pair:
+            return row, {}
+        marker = self.loading.response_marker
+        row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
+        return row, dict(zip((columns.chosen, columns.rejected), responses, strict=True))
 
     def _finish_examples(self, examples: list[Example], source: str) -> Sequence[Any]:  # noqa: ARG002 - for subclasses
         """Add to examples of `source` whose prompts have been made; a subclass may leave some out."""
@@ -202,12 +227,11 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _dataset(self, rows: Rows) -> ExampleDataset:
         total = len(rows.values)
-        rows = self._with_prompts(rows)
-        formatter = PromptFormatter(self.tokenizer, self.prompt_column, self.template)
-        prompts = [formatter.text(row, rows.where(i)) for i, row in enumerate(rows.values)]
+        examples = self._render_rows(rows)
+        ids = self.formatter.encode([example.prompt for example in examples])
         examples = [
-            Example(ids, prompt.text, row, rows.where(i), number=i)
-            for i, (ids, prompt, row) in enumerate(zip(formatter.encode(prompts), prompts, rows.values, strict=True))
+            example._replace(prompt_ids=prompt_ids, number=i)
+            for i, (example, prompt_ids) in enumerate(zip(examples, ids, strict=True))
         ]
         fitting = within_limit(
             examples,
@@ -217,22 +241,22 @@ class TextDataModule(LightningDataModule, ABC):
             source=rows.source,
             policy=self.loading.long_prompts,
         )
-        examples = list(self._finish_examples(fitting, rows.source))
+        complete = list(self._finish_examples(fitting, rows.source))
         self.num_rows += total
-        self.num_left_out += total - len(examples)
-        return ExampleDataset(examples)
+        self.num_left_out += total - len(complete)
+        return ExampleDataset(complete)
 
-    def _with_prompts(self, rows: Rows) -> Rows:
-        made, indices = [], []
+    def _render_rows(self, rows: Rows) -> list[Example]:
+        """Return an example for every row that can be used, as text."""
+        examples = []
         for i, row in enumerate(rows.values):
             try:
-                made.append(self._prepare_row(row, rows.where(i)))
-                indices.append(i)
+                examples.append(self._make_example(row, rows.where(i)))
             except PairError:
                 if self.loading.bad_pairs == "error":
                     raise
-        self._log_bad_pairs(len(rows.values) - len(made), len(rows.values), rows.source)
-        return rows.take(indices)._replace(values=made)
+        self._log_bad_pairs(len(rows.values) - len(examples), len(rows.values), rows.source)
+        return examples
 
     def _log_bad_pairs(self, dropped: int, total: int, source: str) -> None:
         if dropped == total:

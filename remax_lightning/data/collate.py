@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from remax_lightning.data.sampler import Key
-from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
+from remax_lightning.types import PreferenceBatch, Prompt, PromptBatch, SupervisedBatch
 
 
 class Example(NamedTuple):
@@ -24,14 +24,17 @@ class Example(NamedTuple):
         response_ids: token ids of the response to imitate, end-of-sequence token included; empty where there
             is none.
         number: the row's place among those that were read.
+        texts: what is tokenized beside the prompt, as it is rendered: the response to imitate, or the two whole
+            conversations of a pair.
     """
 
     prompt_ids: list[int]
-    prompt: str
+    prompt: Prompt
     row: dict[str, Any]
     where: str
     response_ids: Sequence[int] = ()
     number: int = 0
+    texts: tuple[str, ...] = ()
 
 
 class PairExample(NamedTuple):
@@ -50,7 +53,7 @@ class PairExample(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float
-    prompt: str
+    prompt: Prompt
     row: dict[str, Any]
     where: str
     number: int

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from remax_lightning.data.conversations import (
+    ChatRenderer,
+    Message,
+    check_characters,
+    content_text,
+    read_conversation,
+)
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.types import Conversation, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PromptText(NamedTuple):
-    """A prompt as the policy reads it.
-
-    Args:
-        text: the text.
-        is_chat: whether a chat template wrote it, special tokens included.
-    """
-
-    text: str
-    is_chat: bool
-
-
 class PromptFormatter:
     r"""Makes prompts of rows: plain text, text in a template, or messages in the tokenizer's chat template.
+
+    What comes after a prompt is made here, too: the response to imitate, and the whole conversation of a pair.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -34,46 +32,126 @@ class PromptFormatter:
         template: text around a plain prompt, for instance `"Human: {prompt}\n\nAssistant:"`. `{prompt}`
             stands for the prompt column whatever its name, and every other column for itself. None uses the
             prompt as it is.
+        template_kwargs: variables of the chat template; those of a row's column `chat_template_kwargs` come first.
 
     Raises:
-        UserError: if the template cannot be read or names no column.
+        UserError: if the template cannot be read or names no column, or the chat template has no such variable.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, column: str = "prompt", template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        column: str = "prompt",
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.column = column
         self.template = template
         if template is not None:
             check_template(template)
         self.special_prefix = special_prefix(tokenizer)
+        self.renderer = ChatRenderer(tokenizer, template_kwargs)
 
-    def text(self, row: Row, where: str) -> PromptText:
-        """Return the prompt of `row`.
+    def text(self, row: Row, where: str) -> Prompt:
+        """Return the prompt of `row`, with its conversation where it is one.
 
         Raises:
-            DataError: if the column is missing, empty or of another type; the message begins with `where`.
+            DataError: if the column is missing, empty or of another type, if the chat template refuses or leaves out a
+                message, or if the text is none; the message begins with `where`.
             UserError: if the row holds messages and the tokenizer has no chat template, or `template` is set.
         """
         value = get_column(row, self.column, where, key="data.prompt_column")
         if isinstance(value, list):
-            return PromptText(self._chat(value, where), is_chat=True)
-        if not isinstance(value, str):
+            conversation = self._conversation(row, value, where)
+            prompt = Prompt(self.renderer.prompt(conversation), conversation)
+        elif not isinstance(value, str):
             raise DataError(f"{where}: column {self.column!r} must be text or messages, got {type(value).__name__}")
-        if not value.strip():
+        elif not value.strip():
             raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
-        return PromptText(value if self.template is None else self._fill(row, value, where), is_chat=False)
+        else:
+            prompt = Prompt(value if self.template is None else self._fill(row, value, where))
+        self._check(prompt, row, where)
+        return prompt
 
-    def encode(self, prompts: Sequence[PromptText]) -> list[list[int]]:
+    def response_text(self, prompt: Prompt, message: Message, where: str) -> str:
+        """Return the text to imitate after a prompt: what the chat template writes there, through the end of the turn.
+
+        Behind the token that ends a turn nothing is left. Where the template ends turns without a special token, what
+        it writes behind the content is left out, and the end-of-sequence token takes its place. After plain text the
+        response is the content.
+
+        Args:
+            prompt: from `text`.
+            message: the response, a message of the assistant.
+            where: where the row stands, for messages.
+
+        Raises:
+            DataError: if the template writes the prompt in another way before a response, so that none of what it
+                writes continues the prompt, or if it refuses or leaves out a part of the message.
+        """
+        if prompt.conversation is None:
+            text = content_text(message)
+        else:
+            whole = self.renderer.whole(prompt.conversation, message)
+            if not whole.startswith(prompt):
+                raise self._no_prefix(prompt, whole, where)
+            text = self._through_end(whole[len(prompt) :], content_text(message))
+        check_characters(text, f"{where}: the response")
+        return text
+
+    def _no_prefix(self, prompt: Prompt, whole: str, where: str) -> DataError:
+        place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        return DataError(
+            f"{where}: the chat template writes {prompt[place : place + 40]!r} at the end of the prompt, and"
+            f" {whole[place : place + 40]!r} there in a conversation that has its response; training needs a response"
+            " that continues the prompt. Write the response as the template has it, set"
+            " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
+            " template whose generation prompt begins as its assistant's turns do"
+        )
+
+    def _through_end(self, text: str, content: str) -> str:
+        end = self.renderer.turn_end
+        if end and end in text:
+            text = text[: text.rindex(end) + len(end)]
+            while text.endswith(end + end):  # the data spells it out, too
+                text = text[: -len(end)]
+            return text
+        start = text.rfind(content) if content.strip() else -1
+        return text.rstrip() if start < 0 else text[: start + len(content)]
+
+    def conversation_text(self, prompt: Prompt, message: Message, where: str) -> str:
+        """Return prompt and response as one text, as a reward model reads it.
+
+        Raises:
+            DataError: as in `response`.
+        """
+        if prompt.conversation is None:
+            text = prompt + content_text(message)
+        else:
+            text = self.renderer.whole(prompt.conversation, message)
+        check_characters(text, f"{where}: the response")
+        return text
+
+    def _check(self, prompt: Prompt, row: Row, where: str) -> None:
+        try:
+            check_characters(prompt, "")
+        except DataError:
+            for name, value in row.items():  # name the column; the prompt may be made of several
+                check_characters(_texts(value), f"{where}: column {name!r}")
+            raise
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of each prompt.
 
         Plain text gets the special tokens that the tokenizer puts in front, and none behind: an
         end-of-sequence token there would tell the policy that the text is over. A chat template writes its
         own, so nothing is added.
         """
-        ids: list[list[int]] = encode_text(self.tokenizer, [prompt.text for prompt in prompts])
+        ids: list[list[int]] = encode_text(self.tokenizer, prompts)
         prefix = self.special_prefix
         return [
-            tokens if prompt.is_chat or tokens[: len(prefix)] == prefix else prefix + tokens
+            tokens if prompt.conversation is not None or tokens[: len(prefix)] == prefix else prefix + tokens
             for prompt, tokens in zip(prompts, ids, strict=True)
         ]
 
@@ -88,9 +166,7 @@ class PromptFormatter:
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: data.template cannot be filled with this row ({error})") from error
 
-    def _chat(self, messages: list[Any], where: str) -> str:
-        from jinja2 import TemplateError
-
+    def _conversation(self, row: Row, messages: list[Any], where: str) -> Conversation:
         if self.template is not None:
             raise UserError(
                 f"data.template is for plain prompts, but {where} has messages in column {self.column!r}; "
@@ -101,12 +177,26 @@ class PromptFormatter:
                 f"data.tokenizer: {self.tokenizer.name_or_path!r} has no chat template, but {where} has messages "
                 f"in column {self.column!r}; save the tokenizer with one, or give plain text"
             )
-        _check_messages(messages, f"{where}: column {self.column!r}")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise DataError(f"{where}: the chat template refuses these messages ({error})") from error
-        return str(text)
+        conversation = read_conversation(
+            messages,
+            where,
+            self.column,
+            tools=row.get("tools"),
+            template_kwargs=row.get("chat_template_kwargs"),
+        )
+        if conversation.messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: column {self.column!r} ends with a message of the assistant; a prompt ends before it, so"
+                " remove that message"
+            )
+        return conversation
+
+
+def _texts(value: Any) -> str:
+    """Return all texts inside of a value, for a search."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return "\n".join(map(_texts, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
 
 
 def get_column(row: Row, name: str, where: str, key: str) -> Any:
@@ -154,7 +244,8 @@ class _ColumnFormatter(string.Formatter):
     """Takes a field for the name of a column as it stands, dots and brackets included."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:  # noqa: ARG002 - the signature is given
-        return kwargs[field_name], field_name
+        value = kwargs[field_name]
+        return "" if value is None else value, field_name  # null is empty, as it is in CSV, and not the word None
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -165,16 +256,6 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[start : start + len(plain)] == plain:
             return full[:start]
     return []
-
-
-def _check_messages(messages: list[Any], what: str) -> None:
-    if not messages:
-        raise DataError(f"{what} holds no message; remove the row or fill it")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(part), str) for part in ("role", "content")):
-            raise DataError(f'{what}, message {position}: expected {{"role": text, "content": text}}, got {message!r}')
-    if messages[-1]["role"] == "assistant":
-        raise DataError(f"{what} ends with a message of the assistant; a prompt ends before it, so remove that message")
 
 
 def _column_list(row: Row) -> str:

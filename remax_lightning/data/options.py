@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class LoadingConfig:
             `[2, 4, 4]`, the paper's: each row to one of them. The data module takes that of its own stage. None gives
             all rows to each.
         stage_seed: which rows go where. The same in all three stages, or they overlap.
+        chat_template_kwargs: variables of the chat template, such as `{enable_thinking: false}`; a row's own, in a
+            column `chat_template_kwargs`, come before them. A column `tools` goes to the template, too.
         num_workers: processes that collate; 0 does it in the training process, which is enough for tokenized
             text.
         pad_token: `eos`, or the text of a token of the vocabulary, for a tokenizer without a pad token.
@@ -36,6 +38,7 @@ class LoadingConfig:
     response_marker: str = "\n\nAssistant:"
     stage_split: tuple[float, float, float] | None = None
     stage_seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
     num_workers: int = 0
     pad_token: str | None = None
     trust_remote_code: bool = False

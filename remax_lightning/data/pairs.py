@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from remax_lightning.data.conversations import Message, content_text
 from remax_lightning.data.formatting import get_column
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
@@ -31,13 +32,13 @@ class PairColumns:
 
 def separate_prompt(
     row: Row, where: str, prompt_column: str, columns: PairColumns, marker: str, template: str | None
-) -> Row:
-    """Return a row whose prompt and two responses stand apart, the responses as text.
+) -> tuple[Row, tuple[Message, Message]]:
+    """Return a row whose prompt and two responses stand apart, and the responses as messages of the assistant.
 
     Three forms are read. Text beside a prompt stays as it is. Text without a prompt is a pair of whole transcripts,
     whose prompt reaches through the last `marker`. Lists of messages end with a response of the assistant; what stands
     before it is the prompt, unless nothing does or a template wants the prompt as text: then it is that of the prompt's
-    own column.
+    own column. In the row the responses are text; the messages have the rest, such as thoughts and calls of tools.
 
     Args:
         row: the raw row.
@@ -60,35 +61,50 @@ def separate_prompt(
         raise DataError(
             f"{where}: columns {columns.chosen!r} and {columns.rejected!r} must both be text or both be messages"
         )
+    prompt = row.get(prompt_column)
     if isinstance(chosen, list):
-        first, first_response = _split_last_message(chosen, where, columns.chosen)
-        second, second_response = _split_last_message(rejected, where, columns.rejected)
+        first, first_response = split_last(chosen, where, columns.chosen)
+        second, second_response = split_last(rejected, where, columns.rejected)
         if first != second:
             raise PairError(
                 f"{where}: the messages in {columns.chosen!r} and {columns.rejected!r} do not share a prompt: they"
                 " differ before their last ones"
             )
-        prompt = row.get(prompt_column)
-        wanted = prompt if not first or (template is not None and isinstance(prompt, str)) else first
-        parts = (wanted, first_response, second_response)
-    elif prompt_column in row:
-        parts = (row[prompt_column], chosen, rejected)
+        responses = (first_response, second_response)
+        prompt = prompt if not first or (template is not None and isinstance(prompt, str)) else first
     else:
-        parts = _split_transcripts(chosen, rejected, marker, where, prompt_column)
-    if parts[0] is None:
+        if prompt is None:
+            prompt, chosen, rejected = _split_transcripts(chosen, rejected, marker, where, prompt_column)
+        responses = (as_response(chosen), as_response(rejected))
+    if prompt is None:
         get_column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
-    return {**row, prompt_column: parts[0], columns.chosen: parts[1], columns.rejected: parts[2]}
+    texts = dict(zip((columns.chosen, columns.rejected), map(content_text, responses), strict=True))
+    return {**row, prompt_column: prompt, **texts}, responses
 
 
-def _split_last_message(messages: list[Any], where: str, name: str) -> tuple[list[Any], str]:
-    """Return the messages before the last one, and the text of that one, which has to be the assistant's."""
+def as_response(text: str) -> Message:
+    """Return text as a message of the assistant."""
+    return {"role": "assistant", "content": text}
+
+
+def split_last(messages: list[Any], where: str, name: str) -> tuple[list[Any], Message]:
+    """Return the messages before the last one, and that one, which has to be the assistant's.
+
+    Args:
+        messages: of a row.
+        where: where the row stands, for messages.
+        name: their column, for messages.
+
+    Raises:
+        DataError: if the last one is not.
+    """
     last = messages[-1] if messages else None
-    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+    if not isinstance(last, dict) or last.get("role") != "assistant":
         raise DataError(
             f'{where}: the messages in column {name!r} must end with {{"role": "assistant", "content": text}}, got'
             f" {last!r}"
         )
-    return messages[:-1], last["content"]
+    return messages[:-1], last
 
 
 def _split_transcripts(chosen: str, rejected: str, marker: str, where: str, prompt_column: str) -> tuple[str, str, str]:

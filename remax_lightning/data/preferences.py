@@ -9,7 +9,7 @@ from typing import Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs
-from remax_lightning.data.conversations import conversation_ids
+from remax_lightning.data.conversations import conversation_ids, is_empty, read_message
 from remax_lightning.data.formatting import get_column
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
@@ -100,19 +100,30 @@ class PreferenceDataModule(TextDataModule):
     def _collate(self, num_micro_batches: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
         return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
 
-    def _prepare_row(self, row: Row, where: str) -> Row:
-        columns = self.pair_columns
-        row = separate_prompt(row, where, self.prompt_column, columns, self.loading.response_marker, self.template)
-        if row[columns.chosen] == row[columns.rejected]:
+    def _make_example(self, row: Row, where: str) -> Example:
+        columns, marker = self.pair_columns, self.loading.response_marker
+        row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
+        chosen, rejected = (
+            read_message(response, where, name)
+            for response, name in zip(responses, (columns.chosen, columns.rejected), strict=True)
+        )
+        if chosen == rejected:
             raise PairError(f"{where}: {columns.chosen!r} and {columns.rejected!r} are equal, so neither is preferred")
-        if not row[columns.chosen].strip():
+        if is_empty(chosen):
             raise PairError(f"{where}: the chosen response in column {columns.chosen!r} is empty")
-        return row
+        prompt = self.formatter.text(row, where)
+        texts = tuple(self.formatter.conversation_text(prompt, message, where) for message in (chosen, rejected))
+        is_chat = prompt.conversation is not None
+        if self._kinds and is_chat not in self._kinds:
+            raise DataError(
+                f"{where}: some prompts are text and some are messages, which a reward model cannot tell apart later;"
+                " make them alike, or set data.template where rows have both"
+            )
+        self._kinds.add(is_chat)
+        return Example([], prompt, row, where, texts=texts)
 
     def _finish_examples(self, examples: list[Example], source: str) -> Sequence[PairExample]:
-        chosen, rejected = (
-            self._conversations(examples, name) for name in (self.pair_columns.chosen, self.pair_columns.rejected)
-        )
+        chosen, rejected = (self._token_ids(examples, side) for side in (0, 1))
         pairs: list[PairExample] = []
         for example, first, second in zip(examples, chosen, rejected, strict=True):
             if first == second:
@@ -135,30 +146,13 @@ class PreferenceDataModule(TextDataModule):
             policy=self.loading.long_prompts,
         )
 
-    def _conversations(self, examples: list[Example], name: str) -> list[list[int]]:
-        """Return the token ids of every prompt with its response in column `name`."""
-        eos = self.tokenizer.eos_token or ""
-        ids: dict[int, list[int]] = {}
-        for is_chat in (False, True):
-            numbers = [
-                i for i, example in enumerate(examples) if isinstance(example.row[self.prompt_column], list) == is_chat
-            ]
-            texts = []
-            for example in (examples[i] for i in numbers):
-                response = example.row[name]
-                if is_chat:
-                    messages = [*example.row[self.prompt_column], {"role": "assistant", "content": response}]
-                    texts.append(str(self.tokenizer.apply_chat_template(messages, tokenize=False)))
-                else:
-                    texts.append(example.prompt + response + ("" if eos and response.endswith(eos) else eos))
-            ids |= zip(numbers, conversation_ids(self.tokenizer, texts, is_chat=is_chat), strict=True)
-            self._kinds |= {is_chat} if numbers else set()
-        if len(self._kinds) > 1:
-            raise DataError(
-                f"{examples[0].where}: some prompts are text and some are messages, which a reward model cannot tell"
-                " apart later; make them alike, or set data.template where rows have both"
-            )
-        return [ids[i] for i in range(len(examples))]
+    def _token_ids(self, examples: list[Example], side: int) -> list[list[int]]:
+        """Return the token ids of every chosen (side 0) or rejected (1) conversation; plain text ends with EOS."""
+        is_chat, eos = True in self._kinds, self.tokenizer.eos_token or ""
+        texts = [example.texts[side] for example in examples]
+        if not is_chat and eos:
+            texts = [text if text.endswith(eos) else text + eos for text in texts]
+        return conversation_ids(self.tokenizer, texts, is_chat=is_chat)
 
     def _margin(self, row: Row, where: str) -> float:
         name = self.pair_columns.margin

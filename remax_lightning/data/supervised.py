@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
+from remax_lightning.data.conversations import Message, content_text, is_empty, read_message
 from remax_lightning.data.formatting import encode_text, get_column
 from remax_lightning.data.limits import check_at_least, within_limit
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.pairs import PairColumns, PairError, as_response, split_last
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
 from remax_lightning.types import SupervisedBatch
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class SFTDataModule(TextDataModule):
     r"""Yields `SupervisedBatch`: prompts made as `PromptDataModule` makes them, and their responses.
 
-    A response is tokenized apart from its prompt, as the policy will write it: token by token after the
-    prompt. The end-of-sequence token is appended and trained.
+    A response is tokenized apart from its prompt, as the policy will write it: token by token after the prompt. It ends
+    with the end-of-sequence token, which is trained. After messages it is what the chat template writes behind the
+    prompt, thoughts and calls of tools included, through the token that ends the turn.
 
     Args:
         path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
@@ -33,7 +36,8 @@ class SFTDataModule(TextDataModule):
         val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
         prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
             whole conversations in `chosen` and `rejected` have it at their beginning instead.
-        response_column: column of the response, text; `chosen` of a pair. Messages without such a column end with it.
+        response_column: column of the response: text, or messages that end with it; `chosen` of a pair. Messages
+            without such a column end with it.
         template: text around a plain prompt, with columns in braces, for instance `"Human:
             {prompt}\n\nAssistant:"`.
         batch_size: examples per pass and device.
@@ -87,6 +91,8 @@ class SFTDataModule(TextDataModule):
         check_at_least(1, max_response_length=max_response_length)
         self.response_column = response_column
         self.max_response_length = max_response_length
+        self.response_ends: set[int] = set()
+        """Token ids that responses end with: the end-of-sequence token, and what a chat template ends turns with."""
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled batches, those of an optimizer step together, without the last short step. Resumable at each."""
@@ -103,13 +109,60 @@ class SFTDataModule(TextDataModule):
     def _collate(self, num_micro_batches: int) -> Callable[..., SupervisedBatch]:
         return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)
 
+    def _make_example(self, row: Row, where: str) -> Example:
+        row, message = self._split_response(row, where)
+        self._check_response(message, row, where)
+        message = read_message(message, where, self.response_column)
+        prompt = self.formatter.text(row, where)
+        return Example([], prompt, row, where, texts=(self.formatter.response_text(prompt, message, where),))
+
+    def _split_response(self, row: Row, where: str) -> tuple[Row, Message]:
+        """Return a row without the response at the end of its messages, and the response as a message."""
+        name, messages = self.response_column, row.get(self.prompt_column)
+        row, responses = self._separate_pair(row, where)
+        if name in responses:
+            return row, responses[name]
+        value = row.get(name)
+        if isinstance(value, str):
+            return row, as_response(value)
+        if isinstance(value, list):  # the response alone, or the whole conversation that ends with it
+            before, message = split_last(value, where, name)
+            prompt = row.get(self.prompt_column)
+            if before and before != prompt and not (prompt is None or isinstance(prompt, str)):
+                raise DataError(
+                    f"{where}: the messages in column {name!r} (data.response_column) begin otherwise than those in"
+                    f" {self.prompt_column!r}; give the response alone, or the whole conversation"
+                )
+            return {**row, self.prompt_column: before or prompt, name: content_text(message)}, message
+        if value is None and isinstance(messages, list) and messages:
+            last = messages[-1]
+            if isinstance(last, dict) and last.get("role") == "assistant":
+                return {**row, self.prompt_column: messages[:-1], name: content_text(last)}, last
+        value = get_column(row, name, where, key="data.response_column")
+        raise DataError(f"{where}: column {name!r} must be text or messages, got {type(value).__name__}")
+
+    def _check_response(self, message: Message, row: Row, where: str) -> None:
+        """Refuse a response that says nothing: the policy would learn to say nothing."""
+        if not is_empty(message):
+            return
+        text = f"{where}: the response in column {self.response_column!r} is empty"
+        columns = PairColumns()
+        if self.response_column in (columns.chosen, columns.rejected) and columns.rejected in row:
+            raise PairError(f"{text}; remove the pair, or set data.loading.bad_pairs: drop")
+        raise DataError(f"{text}; remove the row or fill it")
+
     def _finish_examples(self, examples: list[Example], source: str) -> list[Example]:
-        eos_id = int(self.tokenizer.eos_token_id)
-        encoded = encode_text(self.tokenizer, [self._response(example) for example in examples])
-        complete = [
-            example._replace(response_ids=ids if ids[-1:] == [eos_id] else [*ids, eos_id])
-            for example, ids in zip(examples, encoded, strict=True)
-        ]
+        eos_id, end_ids = int(self.tokenizer.eos_token_id), {int(self.tokenizer.eos_token_id)}
+        turn_end = self.formatter.renderer.turn_end if any(example.prompt.conversation for example in examples) else ""
+        if turn_end:
+            end_ids.add(cast(int, self.tokenizer.convert_tokens_to_ids(turn_end)))
+        encoded = encode_text(self.tokenizer, [example.texts[0] for example in examples])
+        complete = []
+        for example, ids in zip(examples, encoded, strict=True):
+            known_ends = {eos_id} if example.prompt.conversation is None else end_ids
+            response_ids = ids if ids[-1:] and ids[-1] in known_ends else [*ids, eos_id]
+            self.response_ends.add(response_ids[-1])
+            complete.append(example._replace(response_ids=response_ids, texts=()))
         return within_limit(
             complete,
             [len(example.response_ids) for example in complete],
@@ -118,23 +171,3 @@ class SFTDataModule(TextDataModule):
             source=source,
             policy="drop",
         )
-
-    def _prepare_row(self, row: Row, where: str) -> Row:
-        row = super()._prepare_row(row, where)
-        messages = row.get(self.prompt_column)
-        if self.response_column in row or not isinstance(messages, list) or not messages:
-            return row
-        last = messages[-1]
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            return row
-        return {**row, self.prompt_column: messages[:-1], self.response_column: last.get("content")}
-
-    def _response(self, example: Example) -> str:
-        value = get_column(example.row, self.response_column, example.where, key="data.response_column")
-        if not isinstance(value, str):
-            raise DataError(
-                f"{example.where}: column {self.response_column!r} must be text, got {type(value).__name__}"
-            )
-        if not value:
-            raise DataError(f"{example.where}: the response in column {self.response_column!r} is empty")
-        return value

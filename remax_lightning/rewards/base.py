@@ -32,6 +32,16 @@ class Reward(ABC):
     def load(self, device: torch.device) -> None:  # noqa: B027
         """Load what scoring needs onto `device`; called once, before the first `score`. Default: nothing."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027
+        """Refuse prompts that cannot be scored, before any model is loaded. Default: nothing.
+
+        Args:
+            prompts: one of each form that the data has; a `Prompt` knows the messages that it was made of.
+
+        Raises:
+            UserError: if there is one.
+        """
+
     @abstractmethod
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
@@ -39,7 +49,8 @@ class Reward(ABC):
         """Return one finite number per response.
 
         Args:
-            prompts: `M` prompts as text; a prompt with several responses stands there several times.
+            prompts: `M` prompts as text; a prompt with several responses stands there several times. One that was made
+                of messages has them: `prompt.conversation.messages` (see `remax_lightning.types.Prompt`).
             responses: `M` responses as text, without special tokens.
             rows: `M` raw rows of the data set.
         """

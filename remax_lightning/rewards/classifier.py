@@ -24,9 +24,12 @@ from remax_lightning.rewards.formats.load import (
     tokenizer_path,
 )
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
+from remax_lightning.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remax_lightning.data.conversations import ChatRenderer
 
 _KEY = "model.reward.init_args"
 
@@ -40,8 +43,8 @@ class ClassifierReward(Reward):
             model with TRL's value head, or a PEFT adapter.
         template: how prompt and response become one text, such as `"{prompt}{response}{eos}"`; `{eos}` is the
             tokenizer's end-of-sequence token. Left out, it is the one that `RewardModelModule` has saved with the
-            model, or else the reward model's own chat template is used, over the row's `messages` (or a prompt that is
-            a list of them) where it has them and the prompt as one user message elsewhere.
+            model, or else the reward model's own chat template is used: over the messages that the policy's prompt was
+            made of, whatever their column, and over a plain prompt as one message of the user.
         batch_size: texts scored at once.
         max_length: most tokens of a text; longer ones lose their beginning. Left out, what model and
             tokenizer can hold.
@@ -99,6 +102,7 @@ class ClassifierReward(Reward):
         self._pooling: Pooling | None = None
         self._cutoff: PadCutoff | None = None
         self._text_template = template
+        self._renderer: ChatRenderer | None = None
 
     def load(self, device: torch.device) -> None:
         """Load tokenizer and model, frozen and in eval mode, to run on `device`.
@@ -107,16 +111,9 @@ class ClassifierReward(Reward):
             UserError: if they cannot be loaded or do not fit one another, if the model has no score head or
                 more than one label, or if there is neither a template nor a chat template.
         """
-        source = ClassifierSource(
-            self.path,
-            _KEY,
-            dtype=None if self.dtype is None else getattr(torch, self.dtype),
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            allow_pickle=self.allow_pickle,
-            normalize=self.normalize,
-        )
-        self.tokenizer = self._load_tokenizer(source)
+        source = self._source()
+        if self.tokenizer is None:
+            self.tokenizer = self._load_tokenizer(source)
         loaded = load_classifier(source)
         model: Any = loaded.model
         self.model = model
@@ -137,6 +134,17 @@ class ClassifierReward(Reward):
         self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
+
+    def _source(self) -> ClassifierSource:
+        return ClassifierSource(
+            self.path,
+            _KEY,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+            normalize=self.normalize,
+        )
 
     def _pad_cutoff(self, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase) -> PadCutoff | None:
         key = f"{_KEY}.deepspeed_chat"
@@ -163,17 +171,35 @@ class ClassifierReward(Reward):
                 scores[batch] = self._pooling(self.model, input_ids, mask)
         return scores
 
-    def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:
-        """Return what the reward model reads."""
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Render prompts as `score` will; only the tokenizer is loaded for it.
+
+        Raises:
+            UserError: if there is neither a template nor a chat template.
+            DataError: if the chat template refuses or leaves out a message; the message names line and role.
+        """
+        if self.tokenizer is None:
+            self.tokenizer = self._load_tokenizer(self._source())
+        for prompt in prompts:
+            self.text(prompt, "a response", {})
+
+    def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:  # noqa: ARG002 - for subclasses
+        """Return what the reward model reads: the conversation that the policy was given, and its response.
+
+        Raises:
+            DataError: if the reward model's chat template refuses or leaves out a message of it.
+        """
+        from remax_lightning.data.conversations import ChatRenderer  # late: the folder loads much
+
         assert self.tokenizer is not None
         if self._text_template is not None:
             return self._text_template.format(prompt=prompt, response=response, eos=self.tokenizer.eos_token or "")
-        conversation = row.get("messages") or row.get("prompt")
-        messages = list(conversation) if isinstance(conversation, list) else [{"role": "user", "content": prompt}]
-        if messages[-1]["role"] == "assistant":  # the data set's response, whose place the policy's takes
-            messages.pop()
-        messages.append({"role": "assistant", "content": response})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer, name=f"the chat template of the reward model {self.path}")
+        conversation = getattr(prompt, "conversation", None)  # the policy's, which no column of the row stands in for
+        if conversation is None:
+            conversation = Conversation([{"role": "user", "content": str(prompt)}])
+        return self._renderer.whole(conversation, {"role": "assistant", "content": response}, is_generated=True)
 
     def _token_ids(self, text: str) -> list[int]:
         """Return the ids of `text`, its beginning cut off where it is too long."""

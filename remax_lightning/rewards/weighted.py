@@ -48,6 +48,11 @@ class WeightedReward(Reward):
         for part in self.parts.values():
             part.load(device)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Let every part look at the prompts."""
+        for part in self.parts.values():
+            part.check_prompts(prompts)
+
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Scores:
         """Return the sum and every part of it.
 

@@ -76,15 +76,16 @@ class RolloutBuffer:
     def state_dict(self) -> dict[str, Any] | None:
         """Return the rollout as nested dictionaries of tensors, numbers and text, which `weights_only=True` reads.
 
-        None where the buffer is empty. The rows of the data set stay out: they may hold anything, and once a rollout
-        is scored nothing reads them.
+        None where the buffer is empty. The rows of the data set and the messages of the prompts stay out: they may
+        hold anything, and once a rollout is scored nothing reads them.
         """
         if self._experience is None:
             return None
         rollout = self._experience.rollout
+        prompt = rollout.prompt._replace(rows=[], prompts=[str(text) for text in rollout.prompt.prompts])
         state = self._experience._asdict()
         state["rollout"] = rollout._asdict() | {
-            "prompt": rollout.prompt._replace(rows=[])._asdict(),
+            "prompt": prompt._asdict(),
             "sampled": rollout.sampled._asdict(),
             "greedy": None if rollout.greedy is None else rollout.greedy._asdict(),
         }

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from remax_lightning.data.formatting import PromptFormatter, PromptText
+from remax_lightning.data.formatting import PromptFormatter
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.types import Prompt
 
 BOS, EOS = 1, 2
 CHAT_TEMPLATE = (
@@ -20,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "1+1=?"}]
 
 def encode(formatter: PromptFormatter, row: dict[str, Any]) -> tuple[str, list[int]]:
     prompt = formatter.text(row, "here")
-    return prompt.text, formatter.encode([prompt])[0]
+    return prompt, formatter.encode([prompt])[0]
 
 
 def with_post_processor(single: str, **ids: int) -> Any:
@@ -69,7 +70,7 @@ def test_chat_template_writes_the_only_bos() -> None:
 
 def test_plain_and_chat_rows_in_one_batch() -> None:
     formatter = PromptFormatter(make_tokenizer(chat_template="{{ messages[0].content }}"))
-    prompts = [PromptText("1", is_chat=False), formatter.text({"prompt": MESSAGES}, "here")]
+    prompts = [Prompt("1"), formatter.text({"prompt": MESSAGES}, "here")]
     assert formatter.encode(prompts) == [[BOS, *characters("1")], characters("1+1=?")]
 
 
@@ -83,7 +84,8 @@ def test_plain_and_chat_rows_in_one_batch() -> None:
     ],
 )
 def test_template(tokenizer: Any, column: str, template: str, row: dict[str, Any], expected: str) -> None:
-    assert PromptFormatter(tokenizer, column, template).text(row, "here") == (expected, False)
+    prompt = PromptFormatter(tokenizer, column, template).text(row, "here")
+    assert (prompt, prompt.conversation) == (expected, None)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_template_is_checked_at_once(tokenizer: Any, template: str, message: str
         ("{prompt} {n:03d}", {"prompt": "x", "n": "y"}, "here: data.template cannot be filled"),
         (None, {"prompt": []}, "here: column 'prompt' holds no message"),
         (None, {"prompt": ["hi"]}, "message 0: expected .*got 'hi'"),
-        (None, {"prompt": [*MESSAGES, {"role": "user"}]}, "message 1: expected"),
+        (None, {"prompt": [*MESSAGES, {"role": "user"}]}, r"message 1 \(role 'user'\): expected"),
         (None, {"prompt": [*MESSAGES, {"role": "assistant", "content": "2"}]}, "ends with a message of the assistant"),
         (None, {"prompt": [{"role": "system", "content": "x"}]}, "here: the chat template refuses.*no system role"),
     ],

@@ -19,14 +19,14 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def split(row: dict[str, Any], template: str | None = None, **columns: Any) -> tuple[Any, Any, Any]:
-    made = separate_prompt(row, "x.jsonl, line 3", "prompt", PairColumns(**columns), MARKER, template)
+    made, _ = separate_prompt(row, "x.jsonl, line 3", "prompt", PairColumns(**columns), MARKER, template)
     names = (columns.get("chosen", "chosen"), columns.get("rejected", "rejected"))
     return made["prompt"], made[names[0]], made[names[1]]
 
 
 def test_text_beside_a_prompt_stays() -> None:
     row = {"prompt": "2+2=", "chosen": "4", "rejected": "5", "id": 7}
-    assert separate_prompt(row, "", "prompt", PairColumns(), MARKER, None) == row
+    assert separate_prompt(row, "", "prompt", PairColumns(), MARKER, None) == (row, (assistant("4"), assistant("5")))
     assert split({"prompt": "p", "good": "a", "bad": "b"}, chosen="good", rejected="bad") == ("p", "a", "b")
 
 

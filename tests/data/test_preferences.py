@@ -154,8 +154,7 @@ def test_the_reward_reads_what_the_reward_model_was_trained_on(tmp_path: Path, c
     path = write(tmp_path / "b.jsonl", [{"prompt": [user], "chosen": "2", "rejected": "3"}])
     (batch,) = batches(path, reward_path, batch_size=1)
     reward = loaded(reward_path)
-    row = {"prompt": [user]}
-    assert reward._token_ids(reward.text("as the policy reads it", "2", row)) == sides(batch)[0][0]
+    assert reward._token_ids(reward.text(batch.prompts[0], "2", {})) == sides(batch)[0][0]
 
 
 def test_margins_are_read(tmp_path: Path, policy_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_long_responses_are_left_out_and_counted(
     ("row", "options", "message"),
     [
         ({"prompt": "1"}, {}, r"a\.jsonl, line 2: there is no column 'response' \(data\.response_column\)"),
-        ({"prompt": "1", "response": 2}, {}, r"a\.jsonl, line 2: column 'response' must be text, got int"),
+        ({"prompt": "1", "response": 2}, {}, r"a\.jsonl, line 2: column 'response' must be text or messages, got int"),
         ({"prompt": "1", "response": ""}, {}, r"a\.jsonl, line 2: the response in column 'response' is empty"),
         ({"prompt": "", "response": "2"}, {}, r"a\.jsonl, line 2: the prompt in column 'prompt' is empty"),
         ({"prompt": "1", "response": "2"}, {"max_response_length": 1}, r"2 of 2.*none is left, the shortest has 2"),
@@ -98,7 +98,10 @@ def test_gsm8k_columns(gsm8k: Path, policy_path: Path) -> None:
 
 
 def test_messages_end_with_the_response(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    template = (
+        "{% for m in messages %}{{ '>' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
     make_tokenizer(chat_template=template).save_pretrained(tmp_path / "chat")
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     path = write(tmp_path / "a.jsonl", [{"messages": messages}])

@@ -22,9 +22,10 @@ from helpers.reward_models import (
 )
 from torch import Tensor
 
-from remax_lightning.errors import UserError
-from remax_lightning.rewards import ClassifierReward, checked_scores
+from remax_lightning.errors import DataError, UserError
+from remax_lightning.rewards import ClassifierReward, WeightedReward, checked_scores
 from remax_lightning.rewards.pooling import pool_by_model, pool_last_token, pool_unpadded
+from remax_lightning.types import Conversation, Prompt
 
 
 def last_token_score(model: Any, ids: list[int]) -> Tensor:
@@ -162,15 +163,37 @@ def test_the_chat_template_is_used_without_a_template_and_writes_the_only_bos(tm
     torch.testing.assert_close(reward.score(["2+2="], ["4"], [{}]), expected_scores(reward, [text], special=False))
 
 
-def test_messages_of_the_row_come_before_the_prompt(tmp_path: Path) -> None:
+def test_the_messages_of_the_prompt_are_read_and_no_column_of_the_row(tmp_path: Path) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    prompt = Prompt("as the policy reads it", Conversation(messages))
+    other = [{"role": "user", "content": "another question"}]
     wanted = "<s>system: be brief\nuser: hi\nassistant: yo\n</s>"
-    assert reward.text("as the policy reads it", "yo", {"messages": messages}) == wanted
-    answered = [*messages, {"role": "assistant", "content": "the data set's own"}]
-    assert reward.text("as the policy reads it", "yo", {"messages": answered}) == wanted
+    for row in ({}, {"messages": other}, {"prompt": other}):
+        assert reward.text(prompt, "yo", row) == wanted
+        assert reward.text("hi", "yo", row) == "<s>user: hi\nassistant: yo\n</s>"
     assert len(messages) == 2
-    assert len(answered) == 3
+
+
+def test_prompts_are_checked_with_the_tokenizer_alone(tmp_path: Path) -> None:
+    """A role that the reward model's template refuses or skips is found before the model is loaded."""
+    refusing = CHAT.replace(
+        "{{ m['role'] }}", "{{ m['role'] if m['role'] != 'tool' else raise_exception('no tools') }}"
+    )
+    skipping = CHAT.replace("endfor", "endif %}{% endfor").replace("%}{{", "%}{% if m['role'] != 'tool' %}{{", 1)
+    raising = CHAT.replace("{{ m['role'] }}", "{{ {'user': 'U', 'assistant': 'A'}[m['role']] + ': ' }}")
+    prompt = Prompt("x", Conversation([*[{"role": role, "content": "hi"} for role in ("user", "tool")]], where="a, 7"))
+    for name, template, message in (
+        ("refusing", refusing, r"a, 7: the chat template of .* refuses message 1 \(role 'tool'\): no tools"),
+        ("skipping", skipping, r"a, 7: the chat template of .* leaves out message 1 \(role 'tool'\)"),
+        ("raising", raising, r"a, 7: the chat template of .* refuses message 1 \(role 'tool'\): .*'tool'"),
+    ):
+        make_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
+        tiny_config("llama").save_pretrained(tmp_path / name)
+        reward = WeightedReward({"model": ClassifierReward(str(tmp_path / name))})
+        reward.check_prompts(["plain", Prompt("x", Conversation(prompt.conversation.messages[:1]))])  # type: ignore[union-attr]
+        with pytest.raises(DataError, match=message):
+            reward.check_prompts([prompt])
 
 
 def test_a_template_gets_one_bos_whether_it_writes_it_or_not(tmp_path: Path) -> None:

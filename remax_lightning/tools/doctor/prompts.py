@@ -36,7 +36,8 @@ def check_prompt_eos(context: DoctorContext) -> Finding:
     if not inside:
         return Finding("pass", f"none of {len(rows)} prompts contains EOS", "", values)
     plain = sum(
-        not _is_chat(context, row) and not eos_ids.isdisjoint(ids) for ids, row in zip(rows, batch.rows, strict=True)
+        getattr(prompt, "conversation", None) is None and not eos_ids.isdisjoint(ids)
+        for ids, prompt in zip(rows, batch.prompts, strict=True)
     )
     measured = f"{inside} of {len(rows)} prompts contain EOS before their end"
     if not plain:
@@ -46,10 +47,6 @@ def check_prompt_eos(context: DoctorContext) -> Finding:
         " (masks and rollouts still use the text before it)"
     )
     return Finding("warn", f"{measured}, {plain} of them plain text", fix, values)
-
-
-def _is_chat(context: DoctorContext, row: dict[str, Any]) -> bool:
-    return isinstance(row.get(getattr(context.data, "prompt_column", "prompt")), list)
 
 
 def check_bos(context: DoctorContext) -> Finding:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.data.conversations import content_text
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.formats.load import ClassifierSource, saved_template
@@ -15,7 +16,7 @@ from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import Finding, NotApplicable, Tolerance, worst
 from remax_lightning.tools.doctor.prompts import judge_bos
 from remax_lightning.tools.plan.run_config import reward_models
-from remax_lightning.types import PreferenceBatch, Responses, Rollout
+from remax_lightning.types import PreferenceBatch, Prompt, Responses, Rollout
 
 MOVED, MOVED_16_BITS = Tolerance(1e-3, 1e-2), Tolerance(0.1, 0.25)
 """How far a score may change with the batch, as a share of the spread of the scores. In 16 bits the shape of a batch
@@ -70,6 +71,15 @@ def _judge_template(context: DoctorContext, model: ClassifierReward, scored: Res
     if without_response:
         fix = "the chat template omits the response; set model.reward.init_args.template, or correct the template"
         return Finding("fail", f"{shown}; {without_response} of {len(texts)} texts do not contain their response", fix)
+    elsewhere = sum(not _answers_prompt(model, *row) for row in zip(*scored, strict=True))
+    if elsewhere:
+        fix = (
+            "the reward model judges the response as the answer to something that the policy did not read: let the"
+            " template write the whole prompt before the response, and give prompts (`Prompt`) the messages that they"
+            " were made of"
+        )
+        what = "do not have the last message of the prompt just before the response"
+        return Finding("fail", f"{shown}; {elsewhere} of {len(texts)} texts {what}", fix)
     trained_with = saved_template(ClassifierSource(model.path, "model.reward.init_args", revision=model.revision))
     if model.template is not None and trained_with is not None and model.template != trained_with:
         fix = "remove model.reward.init_args.template: the template of the model is the default"
@@ -83,19 +93,43 @@ def _judge_template(context: DoctorContext, model: ClassifierReward, scored: Res
     return Finding("warn", f"{shown}; {wrong}", fix) if wrong else Finding("pass", shown)
 
 
+_PROBE, _PROBE_RESPONSE = "a probe of the prompt", "a probe of the response"
+
+
+def _answers_prompt(model: ClassifierReward, prompt: str, response: str, row: dict[str, Any]) -> bool:
+    """Return whether the last message that the policy reads stands just before the response in the model's text.
+
+    Probes in the places of both show what the template writes between them.
+    """
+    conversation = getattr(prompt, "conversation", None)
+    if conversation is None or model._text_template is not None:  # the prompt is used as the text that it is
+        last, probe = str(prompt), Prompt(_PROBE)
+    else:
+        last = content_text(conversation.messages[-1])
+        messages = [*conversation.messages[:-1], {**conversation.messages[-1], "content": _PROBE}]
+        probe = Prompt(_PROBE, conversation._replace(messages=messages))
+    _, has_probe, rest = model.text(probe, _PROBE_RESPONSE, row).rpartition(_PROBE)
+    between, has_response, _ = rest.partition(_PROBE_RESPONSE)
+    # Templates trim what they write: white space does not count.
+    last, between, response, text, prompt = (
+        "".join(part.split()) for part in (last, between, response, model.text(prompt, response, row), prompt)
+    )
+    return bool(has_probe and has_response) and f"{last}{between}{response}" in text and last in prompt
+
+
 def _find_foreign_text(
     context: DoctorContext, model: ClassifierReward, scored: ResponsesToScore, texts: list[str]
 ) -> tuple[str, str] | None:
     """Look for special tokens and templates of the policy that mean nothing to the reward model."""
     known = set(cast(Any, model.tokenizer).all_special_tokens)
     foreign = [token for token in context.tokenizer.all_special_tokens if token not in known and token in texts[0]]
-    fix = "give rows with messages, so that the reward model's chat template is used, or set its template"
+    fix = "give prompts as messages, so that the reward model's chat template is used, or set its template"
     if foreign:
         return f"{', '.join(map(repr, foreign))} are special tokens of the policy but plain text to it", fix
     prompt = scored.rows[0].get(getattr(context.data, "prompt_column", "prompt"))
-    judged = scored.rows[0].get("messages") or scored.rows[0].get("prompt")
     templated = isinstance(prompt, str) and prompt != scored.prompts[0]
-    if templated and model._text_template is None and not isinstance(judged, list):
+    is_chat = getattr(scored.prompts[0], "conversation", None) is not None
+    if templated and model._text_template is None and not is_chat:
         return "it contains data.template inside its own template", fix
     return None
 
