@@ -20,7 +20,8 @@ from machine import RESULTS, description
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from distributed.invariance import OPTIMIZERS, STRATEGIES, change, run
-from distributed.processes import launch
+from distributed.invariance import main as train
+from helpers.ranks import launch
 from helpers.training import distance, save_policy
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         policy = save_policy(folder / "policy", options.family)
         reference = save_policy(folder / "reference", options.family, noise=0.02)
-        launch("distributed.invariance", policy, reference, str(folder))
+        launch(train, policy, reference, folder)
         lines = [
             json.dumps({"benchmark": "invariance", "family": options.family, **line, **description()})
             for case in OPTIMIZERS

@@ -18,10 +18,15 @@ import torch
 TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
+    """Mark what only `make test-all` runs, and what has to run on the same worker of xdist."""
     from exhaustive import is_exhaustive, unmatched
 
+    for item in items:
+        # A file's tests share its fixtures, and all tests on several ranks the processes of `helpers/ranks.py`.
+        on_ranks = hasattr(getattr(item, "module", None), "launch")
+        item.add_marker(pytest.mark.xdist_group("ranks" if on_ranks else str(item.path)))
     names = [(item.path.relative_to(TESTS).as_posix(), item.name) for item in items]
     for item, (path, name) in zip(items, names, strict=True):
         if is_exhaustive(path, name):

@@ -1,7 +1,7 @@
 """What `make test` leaves to `make test-all`: the rest of matrices of which it runs a representative.
 
 Each row is a file and a regular expression for the names of its tests. Most have a representative in `make test`, the
-same check for another strategy, family or shape. Adapters and placements on two ranks, benchmarks and the pipeline are
+same check for another strategy, family or shape. Benchmarks and the pipeline are
 left out whole: they take minutes, and continuous integration runs them with the rest.
 """
 
@@ -17,9 +17,9 @@ EXHAUSTIVE = (
     ("distributed/test_failures.py", r"killed_in_a_rollout.*\[0--9\]"),
     ("distributed/test_failures.py", r"waits_for_no_other.*\[1\]"),
     ("distributed/test_failures.py", r"sigterm_to_another_rank.*\[validation\]"),
-    # Two ranks: ZeRO-3 and FSDP2 are met in test_sharded.py and test_invariance.py.
-    ("distributed/test_lora.py", r"."),
-    ("distributed/test_placements.py", r"."),
+    # Two ranks: all strategies are met in test_invariance.py, the sharded ones in test_sharded.py too.
+    ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
+    ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
     # Benchmarks and tables of the documentation.
     ("test_benchmarks.py", r"."),

@@ -1,9 +1,8 @@
-"""Run by test_collapse_two_ranks.py in a process of its own: the detector on two ranks that see different responses."""
+"""The detector on two ranks that see different responses; run by test_collapse_two_ranks.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,5 @@ class RankedModule(FakeModule):
 def main(folder: Path) -> None:
     # The share over both ranks is 0.4, on rank 0 alone 0 and on rank 1 alone 1.
     detector = CollapseDetector(window=WINDOW, action="stop", max_truncation_rate=0.35, min_eos_share=None)
-    ddp = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    ddp = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     make_trainer(folder, [detector], **ddp).fit(RankedModule(outputs_of(0)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from callbacks.collapse_ranks import outputs_of
+from callbacks.collapse_ranks import main, outputs_of
 from callbacks.fakes import scalars
+from helpers.ranks import launch
 
 pytestmark = pytest.mark.slow
 
@@ -18,13 +16,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collapse")
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "callbacks.collapse_ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (done.stderr + done.stdout).count("above collapse.max_truncation_rate = 0.35") == 1
+    printed = launch(main, folder)
+    assert printed.count("above collapse.max_truncation_rate = 0.35") == 1
     return folder
 
 

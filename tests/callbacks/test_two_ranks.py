@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from callbacks.fakes import events, scalars
-from callbacks.two_ranks import HORIZON, STOP_KL, TARGET_KL, outputs_of
+from callbacks.two_ranks import HORIZON, STOP_KL, TARGET_KL, main, outputs_of
+from helpers.ranks import launch
 
 pytestmark = pytest.mark.slow
 
@@ -18,13 +16,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "callbacks.two_ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "kl_monitor.stop_kl" in done.stderr + done.stdout
+    printed = launch(main, folder)
+    assert "kl_monitor.stop_kl" in printed
     return folder
 
 

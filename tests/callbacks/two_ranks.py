@@ -1,9 +1,8 @@
-"""Run by test_two_ranks.py in a process of its own: every callback on two ranks that see different responses."""
+"""Every callback on two ranks that see different responses; run by test_two_ranks.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ class RankedModule(FakeModule):
 
 
 def main(folder: Path) -> None:
-    ddp = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    ddp = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     every: list[Any] = [
         callbacks.KLMonitor(target_kl=TARGET_KL, adaptive=True, horizon=HORIZON, stop_kl=STOP_KL),
         callbacks.BaselineMonitor(),
@@ -57,7 +56,3 @@ def main(folder: Path) -> None:
     make_trainer(folder, [callbacks.PredictionWriter()], logger=False, **ddp).predict(
         RankedModule(outputs_of(0)), return_predictions=False
     )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

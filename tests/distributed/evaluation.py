@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed.invariance import make_strategy
-from helpers.training import PROMPTS, make_trainer, remax_module, write_rows
+from helpers.training import PROMPTS, PromptEngine, make_trainer, remax_module, write_rows
 from lightning.pytorch import Callback
-from modules.two_ranks import PromptEngine
 
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule
@@ -75,7 +73,7 @@ def evaluate(case: str, folder: Path, ranks: int) -> None:
         (folder / f"{case}{ranks}.logged.json").write_text(json.dumps(logged))
 
 
-if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        evaluate(name, Path(sys.argv[1]), ranks=2)
+def main(folder: Path, *cases: str) -> None:
+    for name in cases:
+        evaluate(name, folder, ranks=2)
         print(name, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,9 @@ def train(strategy: str, family: str, folder: Path, *, freeze: bool = False) -> 
         (out / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"policy": {"path": policy}}}}))
 
 
-if __name__ == "__main__":
-    root, strategies = Path(sys.argv[1]), sys.argv[2:]
-    for each in strategies or STRATEGIES:
+def main(folder: Path, *strategies: str) -> None:
+    for strategy in strategies or STRATEGIES:
         for family in PRECISIONS if not strategies else ["opt"]:
-            train(each, family, root, freeze=bool(strategies))
+            train(strategy, family, folder, freeze=bool(strategies))
             assert torch.distributed.get_world_size() == RANKS
-            print(each, family, flush=True)
+            print(strategy, family, flush=True)

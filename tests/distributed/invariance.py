@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.training import make_trainer, prompt_data, remax_module
+from helpers.training import PromptEngine, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
-from modules.two_ranks import PromptEngine
 from torch import Tensor
 
 from remax_lightning.models.hf_export import policy_weights
@@ -91,8 +89,7 @@ def run(name: str, optimizer: str, policy: str, reference: str, folder: Path, ra
     return {"weights": keep.weights, "logged": keep.logged, "seconds": time.perf_counter() - start}
 
 
-if __name__ == "__main__":
-    policy, reference, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def main(policy: str, reference: str, folder: Path) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     for strategy in STRATEGIES:
         for optimizer in OPTIMIZERS:

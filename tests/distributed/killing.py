@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from distributed.processes import TESTS
 from helpers.cli import changed, small_config, write_config
 from lightning.pytorch import Callback
 
 from remax_lightning.cli import config_folder
 
+TESTS = Path(__file__).parents[1]
 STEPS = 4
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PLACES = ("rollout", "between", "saving", "saved")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ from typing import Any
 import torch
 from distributed.invariance import make_strategy, whole_weights
 from distributed.sharded import local
-from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module
+from helpers.training import PROMPTS, PromptEngine, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules.two_ranks import PromptEngine
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import KLConfig, LossConfig
 from remax_lightning.strategies import ReMaxFSDP2Strategy
 
-LAUNCHES = (("ddp", "zero1", "zero2"), ("fsdp2", "fsdp2_file", "zero3"))
-"""What is run by the same two processes."""
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -113,10 +109,7 @@ def check(strategy: str, folder: Path) -> dict[str, Any]:
     return seen
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for each in sys.argv[2:]:
-        found = check(each, root)
-        assert torch.distributed.get_world_size() == 2
-        (root / f"{each}-{RANK}.json").write_text(json.dumps(found))
-        print(each, found["losses"], flush=True)
+def main(folder: Path, strategy: str) -> None:
+    seen = check(strategy, folder)
+    assert torch.distributed.get_world_size() == 2
+    (folder / f"{strategy}-{RANK}.json").write_text(json.dumps(seen))

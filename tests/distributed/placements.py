@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed.invariance import make_strategy
 from distributed.sharded import local
-from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, write_rows
+from helpers.training import PROMPTS, PromptEngine, make_trainer, prompt_data, remax_module, write_rows
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules.two_ranks import PromptEngine
 
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import KLConfig
@@ -86,10 +84,7 @@ def run(strategy: str, placement: str, folder: Path, ranks: int = 2, estimator: 
     return {**look.seen, "validated": {name: value for name, value in figures.items() if name.startswith("val/")}}
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for case in CASES:
-        found = run(case[0], case[1], root, estimator=case[2])
-        assert torch.distributed.get_world_size() == 2
-        (root / f"{'-'.join(case)}-{RANK}.json").write_text(json.dumps(found))
-        print(*case, found["losses"], flush=True)
+def main(folder: Path, strategy: str, placement: str, estimator: str) -> None:
+    seen = run(strategy, placement, folder, estimator=estimator)
+    assert torch.distributed.get_world_size() == 2
+    (folder / f"{strategy}-{placement}-{estimator}-{RANK}.json").write_text(json.dumps(seen))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed.invariance import STRATEGIES, make_strategy
-from helpers.training import make_trainer, prompt_data, remax_module
+from helpers.training import PromptEngine, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules.two_ranks import PromptEngine
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
@@ -110,7 +108,7 @@ def save(folder: Path) -> None:
     train("zero2", folder, f"sgd-{RANKS}", accumulate=2, optimizer=SGD)
 
 
-def elsewhere(folder: Path, ranks: str) -> None:
+def elsewhere(folder: Path, ranks: int) -> None:
     """The last two steps, from checkpoints of another number of ranks, and an evaluation of those."""
     for strategy in STRATEGIES:
         checkpoint = folder / f"save-{ranks}-{strategy}" / "step=2.ckpt"
@@ -144,12 +142,3 @@ def refused(folder: Path) -> None:
         except UserError as error:
             found[name] = str(error)
     keep(folder, "refused", found)
-
-
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for each in sys.argv[2:]:
-        task, _, argument = each.partition("=")
-        {"exactly": exactly, "save": save, "elsewhere": elsewhere, "refused": refused}[task](
-            root, *([argument] if argument else [])
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -215,10 +214,9 @@ def check(strategy: str, folder: Path, precision: str) -> dict[str, Any]:
     return seen
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for each in sys.argv[3:]:
-        found = check(each, root, precision=sys.argv[2])
+def main(folder: Path, precision: str, *strategies: str) -> None:
+    for strategy in strategies:
+        seen = check(strategy, folder, precision)
         assert torch.distributed.get_world_size() == RANKS
-        (root / f"{each}-{RANK}.json").write_text(json.dumps(found))
-        print(each, json.dumps(found), flush=True)
+        (folder / f"{strategy}-{RANK}.json").write_text(json.dumps(seen))
+        print(strategy, json.dumps(seen), flush=True)

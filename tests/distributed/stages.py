@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,10 @@ def run(strategy: str, folder: Path, own: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    root, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
-    for each in sys.argv[2:] or STRATEGIES:
-        result = run(each, root, root / f"rank{rank}", ranks=2)
+def main(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    for strategy in STRATEGIES:
+        result = run(strategy, folder, folder / f"rank{rank}", ranks=2)
         assert torch.distributed.get_world_size() == 2
-        torch.save(result, root / f"{each}-{rank}.pt")
-        print(each, flush=True)
+        torch.save(result, folder / f"{strategy}-{rank}.pt")
+        print(strategy, flush=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.evaluation import CASES, evaluate
-from distributed.processes import launch
+from distributed.evaluation import CASES, evaluate, main
+from helpers.ranks import launch
 from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
@@ -24,12 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> None:
-    launch("distributed.evaluation", str(folder), "shared", "filled", "text", "ddp")
+    launch(main, folder, "shared", "filled", "text", "ddp")
 
 
 @pytest.fixture(scope="module")
 def sharded(folder: Path) -> None:
-    launch("distributed.evaluation", str(folder), "fsdp2", "fsdp2_lora", "zero3", "zero3_lora")
+    launch(main, folder, "fsdp2", "fsdp2_lora", "zero3", "zero3_lora")
 
 
 def found(folder: Path, case: str, ranks: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.export import PRECISIONS, STRATEGIES
-from distributed.processes import launch
+from distributed.export import PRECISIONS, STRATEGIES, main
 from helpers.cli import Outcome, remax
+from helpers.ranks import launch
 from helpers.training import save_policy
 from safetensors.torch import load_file
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     for family in PRECISIONS:
         save_policy(folder / family, family)
-    launch("distributed.export", str(folder))
+    launch(main, folder)
     return folder
 
 
@@ -31,7 +31,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of which no part of a tensor is as long as the last; some of the policy is frozen, and cut up apart."""
     folder = tmp_path_factory.mktemp("three")
     save_policy(folder / "opt", "opt")
-    launch("distributed.export", str(folder), "zero3", ranks=3)
+    launch(main, folder, "zero3", ranks=3, fresh="no other test has three ranks")
     return folder
 
 

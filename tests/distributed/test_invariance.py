@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.invariance import OPTIMIZERS, STRATEGIES, change, run
-from distributed.processes import launch
+from distributed.invariance import OPTIMIZERS, STRATEGIES, change, main, run
+from helpers.ranks import launch
 from helpers.training import distance, save_policy
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("invariance")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.invariance", str(folder / "policy"), str(folder / "reference"), str(folder))
+    launch(main, str(folder / "policy"), str(folder / "reference"), folder)
     return folder
 
 

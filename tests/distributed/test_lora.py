@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.lora import LAUNCHES, train
-from distributed.processes import launch
+from distributed.lora import main, train
 from helpers.checkpoints import names_in
+from helpers.ranks import launch
 from helpers.training import save_policy
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,10 +41,9 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 def found(folder: Path, strategy: str) -> list[dict[str, Any]]:
-    """What each rank saw; the first call for a strategy starts them."""
-    [together] = [each for each in LAUNCHES if strategy in each]
-    if not (folder / f"{together[-1]}-0.json").exists():
-        launch("distributed.lora", str(folder), *together)
+    """What each rank saw; the first call for a strategy runs it."""
+    if not (folder / f"{strategy}-0.json").exists():
+        launch(main, folder, strategy)
     return [json.loads((folder / f"{strategy}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -95,8 +94,9 @@ def test_a_resumed_run_goes_on_as_it_would_have(strategy: str, folder: Path) -> 
 
 
 def test_fsdp2_resumes_from_one_file_too(folder: Path) -> None:
+    single, distributed = found(folder, "fsdp2_file"), found(folder, "fsdp2")
     assert (folder / "fsdp2_file" / "first" / "step=3.ckpt").is_file()
-    for seen, sharded in zip(found(folder, "fsdp2_file"), found(folder, "fsdp2"), strict=True):
+    for seen, sharded in zip(single, distributed, strict=True):
         assert seen["resumed_losses"] == pytest.approx(sharded["losses"][3:], abs=1e-6)
 
 
@@ -112,9 +112,9 @@ def test_the_adapter_is_exported_as_peft_reads_it(strategy: str, folder: Path) -
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    expected = weights(folder, strategy, "first")
     base = AutoModelForCausalLM.from_pretrained(folder / "policy")
     state = PeftModel.from_pretrained(base, folder / strategy / "first" / "export" / "last").state_dict()
-    expected = weights(folder, strategy, "first")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 

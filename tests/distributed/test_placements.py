@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config
-from distributed.placements import CASES, run
-from distributed.processes import launch
+from distributed.placements import CASES, main, run
 from helpers.checkpoints import names_in
+from helpers.ranks import launch
 from helpers.reward_models import save_classifier
 from helpers.training import save_policy
 
@@ -24,7 +24,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
     save_classifier(folder / "reward", tiny_config("llama"))
-    launch("distributed.placements", str(folder))
     return folder
 
 
@@ -34,9 +33,12 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     return {estimator: run("auto", "replicate", folder, ranks=1, estimator=estimator) for estimator in ("k1", "full")}
 
 
-def found(folder: Path, *case: str) -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return [json.loads((folder / f"{'-'.join(case)}-{rank}.json").read_text()) for rank in (0, 1)]
+def found(folder: Path, strategy: str, placement: str, estimator: str) -> list[dict[str, Any]]:
+    """What each rank saw; the first call for a case runs it."""
+    case = f"{strategy}-{placement}-{estimator}"
+    if not (folder / f"{case}-0.json").exists():
+        launch(main, folder, strategy, placement, estimator)
+    return [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @each_case

@@ -1,30 +1,62 @@
-"""A test on two processes fails where there are not two: it never goes on with one."""
+"""The processes that tests on several ranks share: they stay while all goes well, and a failure fails the test."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from distributed.processes import launch
+from distributed.absent import fails, forgets, stays_away, writes
+from helpers.ranks import launch
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_a_rank_that_fails_at_its_start_fails_the_test_at_once() -> None:
+def processes(folder: Path) -> list[str]:
+    """The ids of the two processes that ran a function which writes them to `folder`."""
+    return [(folder / rank).read_text().split()[0] for rank in "01"]
+
+
+def test_a_function_finds_the_processes_of_the_one_before(tmp_path: Path) -> None:
+    printed = launch(writes, tmp_path)
+    first = processes(tmp_path)
+    assert "a word of rank 0" in printed
+    assert "a word of rank 1" in printed
+    assert launch(writes, tmp_path).count("a word of rank 0") == 1
+    assert processes(tmp_path) == first
+    launch(writes, tmp_path, fresh="other processes are what is tested")
+    assert not set(processes(tmp_path)) & set(first)
+    launch(writes, tmp_path)
+    assert processes(tmp_path) == first
+
+
+def test_what_a_function_leaves_behind_reaches_no_other(tmp_path: Path) -> None:
+    launch(forgets, tmp_path)
+    first = processes(tmp_path)
+    launch(writes, tmp_path)
+    assert not set(processes(tmp_path)) & set(first)
+    assert (tmp_path / "0").read_text().endswith("float32")
+
+
+def test_a_rank_that_fails_fails_the_test_at_once(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] failed or did not end"):
-        launch("distributed.absent", "3", timeout=60)
+        launch(fails, timeout=60)
     assert time.monotonic() - start < 30
+    launch(writes, tmp_path)  # in new processes
 
 
-@pytest.mark.slow
 def test_a_rank_that_never_joins_fails_the_test() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0\] failed or did not end"):
-        launch("distributed.absent", "0", timeout=5)
+        launch(stays_away, timeout=5)
 
 
-def test_a_process_that_cannot_be_started_fails_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(FileNotFoundError):
-        launch("distributed.absent", "0")
+def test_processes_that_cannot_be_started_fail_the_test(tmp_path: Path) -> None:
+    multiprocessing.set_executable(str(tmp_path / "python"))
+    try:
+        with pytest.raises(AssertionError, match=r"ranks \[0, 1\] failed or did not end"):
+            launch(writes, tmp_path, fresh="those of the session are started")
+    finally:
+        multiprocessing.set_executable(sys.executable)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from distributed import resume
 from distributed.invariance import STRATEGIES
-from distributed.processes import launch
+from helpers.ranks import launch
 from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
@@ -26,28 +27,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exactly(folder: Path) -> Path:
-    launch("distributed.resume", str(folder), "exactly")
+    launch(resume.exactly, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
     """Checkpoints of two ranks."""
-    launch("distributed.resume", str(folder), "save")
+    launch(resume.save, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def one(exactly: Path, two: Path) -> Path:
     """Checkpoints of one rank, and what one rank makes of those of two."""
-    launch("distributed.resume", str(two), "save", "elsewhere=2", "refused", ranks=1)
+    launch(resume.save, two, ranks=1)
+    launch(resume.elsewhere, two, 2, ranks=1)
+    launch(resume.refused, two, ranks=1)
     return two
 
 
 @pytest.fixture(scope="module")
 def back(one: Path) -> Path:
     """What two ranks make of those of one."""
-    launch("distributed.resume", str(one), "elsewhere=1")
+    launch(resume.elsewhere, one, 1)
     return one
 
 

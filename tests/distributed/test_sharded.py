@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.processes import launch
-from distributed.sharded import LENGTHS, STRATEGIES
+from distributed.sharded import LENGTHS, STRATEGIES, main
+from helpers.ranks import launch
 from helpers.training import save_policy
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.sharded", str(folder), "32-true", *STRATEGIES, timeout=240)
+    launch(main, folder, "32-true", *STRATEGIES, timeout=240)
     return folder
 
 
@@ -32,7 +32,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     device, folder = request.param, tmp_path_factory.mktemp("alone")
     save_policy(folder / "policy")
     save_policy(folder / "reference", noise=0.02)
-    launch("distributed.sharded", str(folder), "bf16-true", *ALONE, ranks=1, timeout=300, cuda=device == "cuda")
+    launch(main, folder, "bf16-true", *ALONE, ranks=1, timeout=300, cuda=device == "cuda")
     return device, folder
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
 from distributed.invariance import change
-from distributed.processes import launch
-from distributed.stages import PACKED, STARTS, STRATEGIES, run
+from distributed.stages import PACKED, STARTS, STRATEGIES, main, run
+from helpers.ranks import launch
 from helpers.reward_models import save_classifier
 from helpers.stages import PAIRS
 from helpers.training import distance, save_policy
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     save_policy(folder / "policy")
     save_classifier(folder / "reward", tiny_config("opt"), make_tokenizer())
-    launch("distributed.stages", str(folder))
+    launch(main, folder)
     return folder
 
 

@@ -57,6 +57,20 @@ class FixedEngine:
         return GenerationOutput(self.sampled.clone(), self.greedy.clone() if request.greedy else None)
 
 
+class PromptEngine:
+    """Writes what the prompt alone decides, so that it does not matter which rank reads it."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        rows = []
+        for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True):
+            generator = torch.Generator().manual_seed(int((ids * mask).sum()))
+            rows.append(torch.randint(4, 90, (2, 6), generator=generator))
+            for row in rows[-1]:
+                row[int(torch.randint(0, 8, (1,), generator=generator)) :] = 2
+        sampled, greedy = torch.stack(rows, 1)
+        return GenerationOutput(sampled, greedy)
+
+
 def save_policy(
     folder: Path,
     family: str = "llama",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import launch
 from helpers.training import distance, save_policy
-from modules.two_ranks import VARIANTS, evaluate, run
+from modules.two_ranks import VARIANTS, evaluate, main, run
 
 pytestmark = pytest.mark.slow
 
@@ -19,12 +17,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     policy, reference = save_policy(folder / "policy"), save_policy(folder / "reference", noise=0.02)
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "modules.two_ranks", policy, reference, str(folder / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    launch(main, policy, reference, folder / "two")
     return folder
 
 
@@ -43,6 +36,7 @@ def test_ranks_leave_the_gradient_and_the_figures(variant: str, folder: Path) ->
 
 def test_ranks_with_unequal_shares_leave_the_evaluation(folder: Path) -> None:
     one = evaluate(str(folder / "policy"), str(folder / "reference"), folder / "one" / "evaluation", ranks=1)
-    two = torch.load(folder / "two" / "evaluation" / "found.pt", weights_only=True)
-    assert two == pytest.approx(one, abs=1e-5)
+    for rank in (0, 1):
+        two = torch.load(folder / "two" / "evaluation" / f"rank{rank}" / "found.pt", weights_only=True)
+        assert two == pytest.approx(one, abs=1e-5)
     assert one["val/reward"] != 0

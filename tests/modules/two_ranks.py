@@ -1,18 +1,26 @@
-"""Run by test_two_ranks.py in a process of its own: one optimizer step on two ranks, in several variants."""
+"""One optimizer step on two ranks, in several variants; run by test_two_ranks.py."""
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.training import PROMPTS, CharacterReward, Recorder, fit, make_trainer, prompt_data, remax_module
+from helpers.training import (
+    PROMPTS,
+    CharacterReward,
+    PromptEngine,
+    Recorder,
+    fit,
+    make_trainer,
+    prompt_data,
+    remax_module,
+)
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Scores
-from remax_lightning.rollout import GenerationOutput, GenerationRequest
 
 
 class OnePromptReward(CharacterReward):
@@ -33,20 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class PromptEngine:
-    """Writes what the prompt alone decides, so that it does not matter which rank reads it."""
-
-    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
-        rows = []
-        for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True):
-            generator = torch.Generator().manual_seed(int((ids * mask).sum()))
-            rows.append(torch.randint(4, 90, (2, 6), generator=generator))
-            for row in rows[-1]:
-                row[int(torch.randint(0, 8, (1,), generator=generator)) :] = 2
-        sampled, greedy = torch.stack(rows, 1)
-        return GenerationOutput(sampled, greedy)
-
-
 class Keep(Recorder):
     """Writes the step and the figures of a rank, since the recorder of another process cannot be read."""
 
@@ -55,26 +49,32 @@ class Keep(Recorder):
         torch.save({"step": self.step(), "logged": self.logged[0]}, path)
 
 
+def own_folder(folder: Path) -> Path:
+    """A folder that no other rank writes to."""
+    own = folder / f"rank{os.environ.get('LOCAL_RANK', '0')}"
+    own.mkdir(parents=True)
+    return own
+
+
 def run(variant: str, policy: str, reference: str, folder: Path, ranks: int, splits: int) -> None:
     module = remax_module(policy, reference, rollout=PromptEngine(), **VARIANTS[variant])
-    folder.mkdir(parents=True)
-    data = prompt_data(folder, policy, batch_size=8 // ranks, micro_batch_size=8 // ranks // splits)
-    ddp = {"devices": ranks, "strategy": "ddp_fork"} if ranks > 1 else {}
+    data = prompt_data(own_folder(folder), policy, batch_size=8 // ranks, micro_batch_size=8 // ranks // splits)
+    ddp = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
     fit(module, data, folder, callbacks=[Keep()], accumulate_grad_batches=splits, **ddp)
 
 
 def evaluate(policy: str, reference: str, folder: Path, ranks: int) -> dict[str, float]:
     """Evaluate on prompts that the ranks cannot share equally, and write the figures down."""
     module = remax_module(policy, reference, rollout=PromptEngine())
-    folder.mkdir(parents=True)
-    data = prompt_data(folder, policy, PROMPTS[:7], batch_size=2)
-    ddp = {"devices": ranks, "strategy": "ddp_fork"} if ranks > 1 else {}
+    own = own_folder(folder)
+    data = prompt_data(own, policy, PROMPTS[:7], batch_size=2)
+    ddp = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
     found = make_trainer(folder, limit_val_batches=1.0, **ddp).validate(module, data, verbose=False)[0]
-    torch.save(dict(found), folder / "found.pt")
+    torch.save(dict(found), own / "found.pt")
     return dict(found)
 
 
-if __name__ == "__main__":
-    evaluate(sys.argv[1], sys.argv[2], Path(sys.argv[3]) / "evaluation", ranks=2)
+def main(policy: str, reference: str, folder: Path) -> None:
+    evaluate(policy, reference, folder / "evaluation", ranks=2)
     for name in VARIANTS:
-        run(name, sys.argv[1], sys.argv[2], Path(sys.argv[3]) / name, ranks=2, splits=2)
+        run(name, policy, reference, folder / name, ranks=2, splits=2)

@@ -1,9 +1,8 @@
-"""Run in a process of its own by test_strategies.py: one weight, SGD, and what its gradient came to."""
+"""One weight, SGD, and what its gradient came to; run by test_strategies.py on one rank."""
 
 from __future__ import annotations
 
-import json
-import sys
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,13 +24,12 @@ class OneWeight(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-if __name__ == "__main__":
-    accumulate, stage = int(sys.argv[1]), int(sys.argv[2])
+def main(accumulate: int, result: Path) -> None:
     module = OneWeight()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=ReMaxDeepSpeedStrategy(stage=stage),
+        strategy=ReMaxDeepSpeedStrategy(stage=2),
         accumulate_grad_batches=accumulate,
         max_steps=1,
         logger=False,
@@ -40,4 +38,4 @@ if __name__ == "__main__":
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(torch.ones(accumulate, 1), batch_size=1))
-    print("RESULT", json.dumps(module.layer.weight.item()))
+    result.write_text(str(module.layer.weight.item()))
