@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-all quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -29,6 +29,11 @@ $(VENV)-ppo/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(VENV)-ppo/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench-ppo]'
 	@touch $@
 
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
 demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in minutes
 	$(BIN)/remax demo
 
@@ -36,7 +41,8 @@ pipeline: $(VENV)/.installed ## supervise, learn a reward, align, evaluate and r
 	$(BIN)/remax pipeline
 
 # A file's tests stay on one worker, so that its fixtures run once: tests/conftest.py makes the groups.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+PYTEST_OPTIONS := --numprocesses auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test: $(VENV)/.installed-test ## run the suite, one representative of each matrix
 	$(PYTEST) -m 'not exhaustive'
@@ -49,9 +55,14 @@ test-all: test test-rest ## run everything
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
 	$(PYTEST) -m 'not slow and not exhaustive'
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+test-oldest: $(VENV)-oldest/.installed ## run what `make quick` runs, with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_OPTIONS) -m 'not slow and not exhaustive'
+
+lint: $(VENV)/.installed-test ## ruff, codespell, generated pages and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python docs/generate_configuration.py --check
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-test ## let ruff put the code in order
@@ -68,4 +79,4 @@ bench-gpu: $(VENV)/.installed ## measure rollout and training pass against the l
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) $(VENV)-ppo runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ppo $(VENV)-oldest runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,15 @@
 """Write `configuration.md`, beside this file, from the signatures and docstrings of the package.
 
-`python docs/generate_configuration.py`; a test refuses a page that is out of date.
+`python docs/generate_configuration.py` writes it; with `--check` it only says whether the page is out of date.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,9 +174,16 @@ def _prose(text: str | None) -> str:
     return re.sub(r"\b(None|True|False)\b", lambda match: _YAML[match[0]], line)
 
 
-def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page, or end with 1 where that would change it."""
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md from signatures and docstrings.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    options = parser.parse_args(arguments)
+    fresh = page()
+    if not options.check:
+        PAGE.write_text(fresh, encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != fresh:
+        sys.exit("docs/configuration.md is out of date: run python docs/generate_configuration.py")
 
 
 if __name__ == "__main__":

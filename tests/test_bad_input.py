@@ -9,19 +9,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
-from helpers.cli import changed, in_folder, message, refused, remax, small_config, write_config
+from helpers.cli import changed, in_folder, message, misread, refused, remax, small_config, write_config
+from helpers.training import fit, prompt_data, remax_module
 
+from remax_lightning.callbacks import KLMonitor, SampleDump
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS
-from remax_lightning.config import AdvantageConfig, LossConfig
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.data import PromptDataModule
+from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.modules import WarmupCosine
+from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import PairedEngine, SamplingConfig
 
 Config = dict[str, Any]
-Change = Callable[[Config, Path], Config]
 
 
 @pytest.fixture
@@ -64,7 +72,6 @@ KEYS = {
     "unknown key at the top": ({"modle": {"kl_coef": 1}}, "modle.kl_coef: there is no such key; did you mean model?"),
     "missing policy": ({"model__policy": ...}, "model.policy.path: missing"),
     "missing reward": ({"model__reward": ...}, "model.reward: missing"),
-    "missing data": ({"data__path": ...}, "data.path: missing"),
     "text for a number": ({"model__kl_coef": "high"}, "model.kl_coef: expected a number, got high"),
     "text for a count": ({"data__batch_size": "four"}, "data.batch_size: expected a whole number, got four"),
     "a float for a count": ({"trainer__max_steps": 1e3}, "trainer.max_steps: expected a whole number, got 1000.0"),
@@ -98,6 +105,14 @@ def test_a_wrong_key_or_value_is_named(
     mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values, expected = KEYS[mistake]
+    assert expected in misread(changed(config, **values), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("mistake", ["unknown key of the model", "missing reward", "a module that is not there"])
+def test_the_command_ends_with_that_message(
+    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, expected = KEYS[mistake]
     assert expected in message(refused(changed(config, **values), tmp_path, capsys))
 
 
@@ -114,7 +129,7 @@ def test_a_wrong_key_or_value_is_named(
 def test_so_it_is_on_the_command_line(
     arguments: list[str], expected: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert expected in message(refused(config, tmp_path, capsys, *arguments))
+    assert expected in misread(config, tmp_path, capsys, *arguments)
 
 
 GROUPS = {
@@ -156,8 +171,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(
     arguments = [f"--{section}.{old}", str(value).lower()] if command_line else []
     if not command_line:
         values[f"{section.replace('.', '__')}__{old}"] = value
-    outcome = refused(changed(config, **values), tmp_path, capsys, *arguments)
-    assert message(outcome).strip() == f"{section}.{old}: was renamed; write {section}.{new}"
+    said = misread(changed(config, **values), tmp_path, capsys, *arguments)
+    assert said.strip() == f"{section}.{old}: was renamed; write {section}.{new}"
 
 
 @pytest.mark.parametrize("old", MOVED_NAMES)
@@ -168,8 +183,8 @@ def test_a_name_that_moved_is_refused_with_its_new_place(
     module, _, name = new.rpartition(".")
     assert importlib.util.find_spec(new if name.islower() else module) is not None
     name = ".Something" if name.islower() else ""
-    outcome = refused(changed(config, model__reward__class_path=f"{old}{name}"), tmp_path, capsys)
-    assert f"was moved; write {new}" in message(outcome)
+    said = misread(changed(config, model__reward__class_path=f"{old}{name}"), tmp_path, capsys)
+    assert f"was moved; write {new}" in said
 
 
 def test_a_function_that_moved_is_refused_with_its_new_place(
@@ -180,84 +195,94 @@ def test_a_function_that_moved_is_refused_with_its_new_place(
     assert f"{old} was moved; write remax_lightning.tasks.dialogues.true_score" in message(outcome)
 
 
-VALUES = {
-    "temperature": ({"model__sampling__temperature": 0}, "model.sampling.temperature must be above 0", "got 0"),
-    "kl_coef": ({"model__kl_coef": -1}, "model.kl_coef must be 0 or more", "got -1"),
+class Beginning:
+    """Begins runs without the command: what it makes of a configuration is made here, of the same values."""
+
+    def __init__(self, folder: Path, policy: Path) -> None:
+        self.folder, self.policy = folder, str(policy)
+
+    def __call__(self, *, data: Config | None = None, trainer: Config | None = None, **module: Any) -> None:
+        """Fit with these options of the data module, the trainer and `ReMaxModule`."""
+        options = {"policy": ModelConfig(self.policy), "reference": ModelConfig(self.policy)} | module
+        rows = [f"{n}+{n}=" for n in range(16)]
+        sizes = {"batch_size": 4, "max_prompt_length": 16} | (data or {})
+        prompts = prompt_data(self.folder, self.policy, rows, **sizes)
+        fit(remax_module(**({"kl_coef": 0.05} | options)), prompts, self.folder, **(trainer or {}))
+
+
+VALUES: dict[str, tuple[Callable[[Beginning], Any], str, str]] = {
+    "temperature": (lambda _: SamplingConfig(temperature=0), "model.sampling.temperature must be above 0", "got 0"),
+    "kl_coef": (lambda begin: begin(kl_coef=-1), "model.kl_coef must be 0 or more", "got -1"),
     "KL without a reference": (
-        {"model__reference": ...},
+        lambda begin: begin(reference=None),
         "model.kl_coef is 0.05, but there is no model.reference",
         "set model.reference.path",
     ),
     "KL loss without a reference": (
-        {"model__reference": ..., "model__kl_coef": 0.0, "model__kl": {"loss_coef": 0.1}},
+        lambda begin: begin(reference=None, kl_coef=0.0, kl=KLConfig(loss_coef=0.1)),
         "model.kl.loss_coef is 0.1, but there is no model.reference",
         "or model.kl.loss_coef to 0",
     ),
     "a policy placed like a reference": (
-        {"model__policy__placement": "cpu"},
+        lambda begin: begin(policy=ModelConfig(begin.policy, placement="cpu")),
         "model.policy.placement must be replicate, got cpu",
         "trainer.strategy",
     ),
-    "an adapter of rank 0": ({"model__policy__lora": {"r": 0}}, "model.policy.lora.r must be at least 1", "got 0"),
+    "an adapter of rank 0": (lambda _: LoRAConfig(r=0), "model.policy.lora.r must be at least 1", "got 0"),
     "an adapter that is not there": (
-        {"model__policy__lora": {"path": "./nowhere"}},
+        lambda begin: begin(policy=ModelConfig(begin.policy, lora=LoRAConfig(path="./nowhere"))),
         "model.policy.lora.path: there is no folder './nowhere'",
         "folder or hub name of an adapter",
     ),
     "4 bits that are to be trained": (
-        {"model__policy__quantization": "nf4"},
+        lambda begin: begin(policy=ModelConfig(begin.policy, quantization="nf4")),
         "model.policy.quantization is nf4",
         "set model.policy.lora",
     ),
     "leave-one-out of one": (
-        {"model__advantage__baseline": "leave_one_out"},
+        lambda begin: begin(advantage=AdvantageConfig(baseline="leave_one_out")),
         "model.advantage.baseline leave_one_out needs model.sampling.num_samples of at least 2",
         "got 1",
     ),
     "micro-batch that does not divide": (
-        {"data__micro_batch_size": 3},
+        lambda begin: begin(data={"micro_batch_size": 3}),
         "data.micro_batch_size must divide data.batch_size 4, got 3",
         "choose a divisor",
     ),
     "accumulation that does not divide": (
-        {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 3},
+        lambda begin: begin(data={"micro_batch_size": 1}, trainer={"accumulate_grad_batches": 3}),
         "trainer.accumulate_grad_batches is 3, but a rollout batch comes in 4 micro-batches",
         "set trainer.accumulate_grad_batches to 4",
     ),
     "several updates without the surrogate": (
-        {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 2},
+        lambda begin: begin(data={"micro_batch_size": 1}, trainer={"accumulate_grad_batches": 2}),
         "makes 2 updates per rollout",
         "model.loss.kind to clipped",
     ),
     "batch larger than the data": (
-        {"data__batch_size": 64},
+        lambda begin: begin(data={"batch_size": 64}),
         "data.batch_size=64",
         "lower data.batch_size or give more rows",
     ),
     "no room for the response": (
-        {"model__sampling__max_response_length": 250},
+        lambda begin: begin(sampling=SamplingConfig(max_response_length=250)),
         "data.max_prompt_length 16 + model.sampling.max_response_length 250 is more than the 256 positions",
         "lower one of them",
     ),
     "schedule": (
-        {"model__lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": -1}}},
+        lambda begin: begin(lr_scheduler=partial(WarmupCosine, warmup_steps=-1)),
         "model.lr_scheduler.init_args.warmup_steps must be 0 or more",
         "got -1",
     ),
-    "callback": ({"samples": {"every_n_steps": -1}}, "samples.every_n_steps must be 0 (off) or more", "got -1"),
-    "target without control": ({"kl_monitor": {"target_kl": 1.0}}, "kl_monitor.target_kl", "adaptive: true"),
+    "callback": (lambda _: SampleDump(every_n_steps=-1), "samples.every_n_steps must be 0 (off) or more", "got -1"),
+    "target without control": (lambda _: KLMonitor(target_kl=1.0), "kl_monitor.target_kl", "adaptive: true"),
     "reward function that is not there": (
-        {"model__reward__init_args__function": "nowhere.score"},
+        lambda begin: begin(reward=FunctionReward("nowhere.score")),
         "model.reward.init_args.function: 'nowhere.score' names the module 'nowhere', and there is none",
         "Put nowhere.py into",
     ),
-    "accelerator": ({"trainer__accelerator": "gpu"}, "trainer: ", "gpu"),
-    "strategy": ({"trainer__strategy": "nothing"}, "trainer: You selected an invalid strategy name", "nothing"),
     "rounded updates": (
-        {
-            "trainer__precision": "bf16-true",
-            "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6}},
-        },
+        lambda begin: begin(optimizer=partial(torch.optim.AdamW, lr=1e-6), trainer={"precision": "bf16-true"}),
         "model.optimizer.init_args.lr is 1e-06",
         "Set trainer.precision to bf16-mixed",
     ),
@@ -265,73 +290,98 @@ VALUES = {
 
 
 @pytest.mark.parametrize("mistake", VALUES)
-def test_values_that_cannot_be_are_refused(
-    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_values_that_cannot_be_are_refused(mistake: str, policy_path: Path, tmp_path: Path) -> None:
+    begin, problem, fix = VALUES[mistake]
+    with pytest.raises(UserError) as error:
+        begin(Beginning(tmp_path, policy_path))
+    assert problem in str(error.value)
+    assert fix in str(error.value)
+
+
+BY_COMMAND: dict[str, tuple[Config, str, str]] = {
+    "by a group of options": ({"model__sampling__temperature": 0}, *VALUES["temperature"][1:]),
+    "by the module": ({"model__kl_coef": -1}, *VALUES["kl_coef"][1:]),
+    "by a class inside the module": (
+        {"model__lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": -1}}},
+        *VALUES["schedule"][1:],
+    ),
+    "by a callback": ({"samples": {"every_n_steps": -1}}, *VALUES["callback"][1:]),
+    "by the data": ({"data__batch_size": 64}, *VALUES["batch larger than the data"][1:]),
+    "by the data, of a path that is not there": ({"data__path": ...}, "data.path: missing", "set it in the YAML"),
+    "at the start of the run": (
+        {"model__sampling__max_response_length": 250},
+        *VALUES["no room for the response"][1:],
+    ),
+    "by the trainer, of the device": ({"trainer__accelerator": "gpu"}, "trainer: ", "gpu"),
+    "by the trainer, of the strategy": (
+        {"trainer__strategy": "nothing"},
+        "trainer: You selected an invalid strategy name",
+        "nothing",
+    ),
+}
+"""A value for each place that refuses some."""
+
+
+@pytest.mark.parametrize("place", BY_COMMAND)
+def test_the_command_ends_with_what_is_said_of_a_value(
+    place: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if mistake == "accelerator" and gpu_is_there():
+    if "device" in place and gpu_is_there():
         pytest.skip("this machine has one")
-    values, problem, fix = VALUES[mistake]
+    values, problem, fix = BY_COMMAND[place]
     said = message(refused(changed(config, **values), tmp_path, capsys))
     assert problem in said
     assert fix in said
 
 
 def gpu_is_there() -> bool:
-    import torch
-
     return torch.cuda.is_available()
-
-
-def with_rows(text: str, name: str = "rows.jsonl") -> Change:
-    def change(config: Config, folder: Path) -> Config:
-        (folder / name).write_text(text)
-        return changed(config, data__path=str(folder / name))
-
-    return change
-
-
-def missing_file(config: Config, folder: Path) -> Config:
-    return changed(config, data__path=str(folder / "nowhere.jsonl"))
 
 
 GOOD = json.dumps({"prompt": "1+1=", "response": "2"}) + "\n"
 LONG = json.dumps({"prompt": "9" * 40}) + "\n"
-ROWS: dict[str, tuple[Change, list[str]]] = {
-    "missing file": (missing_file, ["data.path: there is no file", "nowhere.jsonl"]),
-    "empty file": (with_rows(""), ["data.path", "holds no rows"]),
-    "broken line": (with_rows(GOOD * 2 + '{"prompt": \n'), ["rows.jsonl, line 3", "not valid JSON"]),
-    "not an object": (with_rows(GOOD + "[1]\n"), ["rows.jsonl, line 2", "expected an object"]),
+ROWS: dict[str, tuple[str, str | None, list[str]]] = {
+    "missing file": ("nowhere.jsonl", None, ["data.path: there is no file", "nowhere.jsonl"]),
+    "empty file": ("rows.jsonl", "", ["data.path", "holds no rows"]),
+    "broken line": ("rows.jsonl", GOOD * 2 + '{"prompt": \n', ["rows.jsonl, line 3", "not valid JSON"]),
+    "not an object": ("rows.jsonl", GOOD + "[1]\n", ["rows.jsonl, line 2", "expected an object"]),
     "missing column": (
-        with_rows(GOOD + '{"question": "1"}\n'),
+        "rows.jsonl",
+        GOOD + '{"question": "1"}\n',
         ["line 2", "'prompt' (data.prompt_column)", "'question'"],
     ),
-    "prompt of another type": (with_rows(GOOD + '{"prompt": 3}\n'), ["line 2", "column 'prompt' must be text"]),
-    "empty prompt": (with_rows(GOOD + '{"prompt": " "}\n'), ["line 2", "is empty"]),
-    "short CSV row": (
-        with_rows("prompt,response\n1,2\n3\n", "rows.csv"),
-        ["rows.csv, row 2", "expected 2 cells, got 1"],
+    "prompt of another type": ("rows.jsonl", GOOD + '{"prompt": 3}\n', ["line 2", "column 'prompt' must be text"]),
+    "empty prompt": ("rows.jsonl", GOOD + '{"prompt": " "}\n', ["line 2", "is empty"]),
+    "short CSV row": ("rows.csv", "prompt,response\n1,2\n3\n", ["rows.csv, row 2", "expected 2 cells, got 1"]),
+    "all prompts too long": (
+        "rows.jsonl",
+        LONG * 9,
+        ["data.max_prompt_length=16", "none is left", "raise the limit"],
     ),
-    "all prompts too long": (with_rows(LONG * 9), ["data.max_prompt_length=16", "none is left", "raise the limit"]),
-    "unknown ending": (with_rows(GOOD, "rows.doc"), ["data.path", "rows.doc"]),
+    "unknown ending": ("rows.doc", GOOD, ["data.path", "rows.doc"]),
 }
+"""By mistake: the file, what it holds, and what is said of it."""
 
 
 @pytest.mark.parametrize("mistake", ROWS)
-def test_rows_that_cannot_be_used_name_file_and_line(
-    mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change, parts = ROWS[mistake]
-    values = change(changed(config, data__val_size=0), tmp_path)
-    said = message(refused(values, tmp_path, capsys))
+def test_rows_that_cannot_be_used_name_file_and_line(mistake: str, policy_path: Path, tmp_path: Path) -> None:
+    name, text, parts = ROWS[mistake]
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        PromptDataModule(str(tmp_path / name), str(policy_path), val_size=0, batch_size=4, max_prompt_length=16).setup(
+            "fit"
+        )
     for part in parts:
-        assert part in said
+        assert part in str(error.value)
 
 
 def test_a_prompt_longer_than_the_limit_stops_where_that_is_asked_for(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = with_rows(GOOD * 9 + LONG)(config, tmp_path)
-    said = message(refused(changed(values, data__loading__long_prompts="error", data__val_size=0), tmp_path, capsys))
+    (tmp_path / "rows.jsonl").write_text(GOOD * 9 + LONG)
+    values = changed(config, data__path="rows.jsonl", data__loading__long_prompts="error", data__val_size=0)
+    said = message(refused(values, tmp_path, capsys))
     assert "rows.jsonl, line 10: " in said
     assert "over data.max_prompt_length=16" in said
     assert "data.loading.long_prompts: drop" in said

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,20 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 260
 
 
-def test_pre_commit_has_the_ruff_that_is_tested() -> None:
-    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    [pinned] = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert repository["rev"] == f"v{pinned}"
+def test_pre_commit_has_the_versions_that_are_tested() -> None:
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    revisions = {repository["hooks"][0]["id"].partition("-")[0]: repository.get("rev") for repository in repositories}
+    assert revisions == {"ruff": f"v{pinned['ruff']}", "codespell": f"v{pinned['codespell']}", "mypy": None}
+
+
+def test_the_oldest_versions_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    bounds = [match.groups() for text in requirements if (match := re.match(r"([\w-]+)(?:\[.+\])?>=([\d.]+)", text))]
+    pinned = re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    assert sorted(bounds, key=str) == sorted(pinned, key=str)
+    assert len(bounds) == len(requirements)
 
 
 def test_the_changelog_has_this_version() -> None:

@@ -6,7 +6,8 @@ import copy
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,45 @@ def remax(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
     return Outcome(code, out, err)
 
 
+def misread(config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says of a configuration that it cannot read, after the error's name.
+
+    This stops before anything is made of the configuration, and takes the parser of an earlier call.
+    """
+    path = write_config(folder / "run.yaml", config)
+    with in_folder(folder):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            remax_parser().parse_args(["fit", "--config", path, *arguments])
+    assert end.value.code == 2
+    outcome = Outcome(2, *capsys.readouterr())
+    assert is_one_message(outcome)
+    return message(outcome)
+
+
+@cache
+def remax_parser() -> Any:
+    """The parser of the `remax` command."""
+    from remax_lightning.cli import RemaxCLI, run
+
+    parsers = []
+
+    class Parsing(RemaxCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            parsers.append(parser)
+            raise StopIteration
+
+    with suppress(StopIteration):
+        run([], Parsing)
+    return parsers[0]
+
+
+def is_one_message(outcome: Outcome) -> bool:
+    """Whether a mistake was told in a message of its own, with none of what Python and jsonargparse say about it."""
+    noise = ("Traceback", "usage:", "Namespace(")
+    return outcome.err.count("error:") == 1 and not any(text in outcome.err + outcome.out for text in noise)
+
+
 def refused(
     config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, subcommand: str = "fit"
 ) -> Outcome:
@@ -109,10 +149,7 @@ def refused(
     with in_folder(folder):
         outcome = remax(capsys, subcommand, "--config", write_config(folder / "run.yaml", config), *arguments)
     assert outcome.code == 2
-    assert outcome.err.count("error:") == 1
-    assert "Traceback" not in outcome.err + outcome.out
-    assert "usage:" not in outcome.err
-    assert "Namespace(" not in outcome.err
+    assert is_one_message(outcome)
     assert not list(folder.rglob("*.ckpt"))
     assert not list(folder.rglob(".*.new"))  # an export that was begun
     assert not (folder / "runs" / "remax" / "version_0" / "policy").exists()
