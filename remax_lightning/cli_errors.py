@@ -45,6 +45,7 @@ RENAMED_KEYS = {
     "loss.normaliser": "normalizer",
     "rollout.record": "cuda_graphs",
     "rollout.keep_slots": "keep_cache",
+    "loading.bad_pairs": "on_bad_row",
 }
 """Keys of version 0.1, as group and key without `init_args`, to the key's name today."""
 

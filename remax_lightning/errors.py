@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+_PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the command line prints the message alone, without a traceback.
@@ -16,11 +18,15 @@ class DataError(UserError):
     """A data file or a row of it cannot be used; the message names file and line."""
 
     @property
+    def without_place(self) -> str:
+        """The message without file and line, or row."""
+        return _PLACE.sub("", str(self), count=1)
+
+    @property
     def reason(self) -> str:
-        """What is wrong, without file, line and values: what is alike in other rows with the same mistake."""
-        text = re.sub(r"^.*?, (?:near )?(?:line|row) \d+: ", "", str(self), count=1)
-        text = re.split(r"; | \(|, got | - ", text, maxsplit=1)[0]
-        return re.sub(r"\d+", "N", text.splitlines()[0])[:100] if text else type(self).__name__
+        """What is wrong, without place and values: the same for all rows with the same mistake."""
+        text = re.split(r"; | \(|, got ", self.without_place, maxsplit=1)[0]
+        return re.sub(r"\d+", "N", text.partition("\n")[0])[:100] or type(self).__name__
 
 
 class RewardError(UserError):

@@ -22,7 +22,7 @@ from helpers.training import fit, prompt_data, remax_module
 from remax_lightning.callbacks import KLMonitor, SampleDump
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.data import PromptDataModule
+from remax_lightning.data import LoadingConfig, PromptDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import WarmupCosine
@@ -137,12 +137,14 @@ GROUPS = {
     "advantage": AdvantageConfig,
     "loss": LossConfig,
     "rollout": PairedEngine,
+    "loading": LoadingConfig,
 }
 
 
 def renamed_keys() -> list[Any]:
     """Every row of the table, under its group of the model: the old key, a value of its kind, the new key."""
     values = {"truncate_log_probs": True, "truncated": "mask", "normaliser": "tokens", "record": False, "keep_slots": 0}
+    values["bad_pairs"] = "drop"
     rows = []
     for dotted, new in RENAMED_KEYS.items():
         group, _, old = dotted.partition(".")
@@ -164,7 +166,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     values: Config = {}
-    section = f"model.{group}"
+    section = f"data.{group}" if group == "loading" else f"model.{group}"
     if group == "rollout":
         values = {"model__rollout": {"class_path": "remax_lightning.rollout.PairedEngine", "init_args": {}}}
         section += ".init_args"

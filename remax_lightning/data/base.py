@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.data.collate import Example, ExampleDataset
+from remax_lightning.data.collate import Example, ExampleDataset, PairExample
 from remax_lightning.data.conversations import Message
 from remax_lightning.data.formatting import PromptFormatter, check_template
-from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.limits import Limit, check_at_least, within_limit
 from remax_lightning.data.options import LoadingConfig
-from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
-from remax_lightning.data.reading import Row, Rows, is_on_hub, load_hub, read_rows, rows_in_memory
+from remax_lightning.data.pairs import PairColumns, separate_prompt
+from remax_lightning.data.preparation import Outcome, PreparedExamples, Recipe, preparation_key, prepare
+from remax_lightning.data.reading import Row, Rows, count_reasons, is_on_hub, load_hub, read_rows, rows_in_memory
 from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.stages import Stage, check_stage_split, select_stage_rows
 from remax_lightning.data.tokenizers import load_tokenizer
@@ -26,6 +32,18 @@ from remax_lightning.errors import DataError, UserError
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
+
+
+_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
+_CHANGE_NO_ROW = frozenset(
+    (
+        *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
+        *("batch_size", "micro_batch_size", "num_micro_batches", "seed", "stage_split", "stage_seed", "num_workers"),
+        *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
+        *("num_rows", "num_left_out", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"),
+    )
+)
+"""Settings that decide which rows there are, how many are used or when, but not what becomes of one."""
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -37,6 +55,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     stage: ClassVar[Stage | None] = None
     """Whose share of the rows it reads where `loading.stage_split` deals them out."""
+    example_type: ClassVar[type[Example | PairExample]] = Example
+    """What a row becomes."""
     needs_eos: ClassVar[bool] = True
     """Whether the tokenizer must have an end-of-sequence token."""
 
@@ -105,6 +125,11 @@ class TextDataModule(LightningDataModule, ABC):
             for item in [path] if isinstance(path, str) else path or []:
                 if is_on_hub(item):
                     load_hub(item, split=split, name=self.loading.hub_name, key=key)
+        if self.trainer is not None and self.trainer.world_size > 1 and self.loading.cache:
+            # Once for all processes of the machine, which find it prepared; what is wrong is raised by all of them.
+            with suppress(UserError):
+                for rows in self._rows_of_stage(self.trainer.state.fn):
+                    self._prepare(rows)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, format and tokenize the rows that `stage` needs; each file is read once.
@@ -122,7 +147,18 @@ class TextDataModule(LightningDataModule, ABC):
         if self._train is None and (stage in (None, "fit") or not self._has_val_source):
             self._setup_train()
         if self._val is None and self._has_val_source:
-            self._val = self._dataset(self._read(self.val_path, self.val_data, self.loading.val_split, "val_"))
+            rows = self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
+            self._val = self._dataset(rows, rows.dropped)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the training rows, in their order, without those left out; `setup` must have run.
+
+        It follows what the rows hold: a file may be moved or compressed, but one other row gives another fingerprint.
+        Tokenizer and template do not matter.
+        """
+        if self._train is None:
+            raise RuntimeError(f"{type(self).__name__}.setup must run before its fingerprint is asked for")
+        return cast(PreparedExamples, self._train.examples).fingerprint()
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled batches, without the last short one. Resumable at every batch.
@@ -189,9 +225,19 @@ class TextDataModule(LightningDataModule, ABC):
         row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
         return row, dict(zip((columns.chosen, columns.rejected), responses, strict=True))
 
-    def _finish_examples(self, examples: list[Example], source: str) -> Sequence[Any]:  # noqa: ARG002 - for subclasses
-        """Add to examples of `source` whose prompts have been made; a subclass may leave some out."""
+    def _finish_examples(self, examples: list[Example]) -> Sequence[Outcome]:
+        """Add to a batch of examples whose prompts have their token ids.
+
+        A subclass returns one outcome for each: an example, or a `DataError` where its row turns out to be of no use.
+        """
         return examples
+
+    def _examples_prepared(self, examples: PreparedExamples) -> None:
+        """Note what has to be known of all examples; a subclass may read it off their records."""
+
+    def _limits(self) -> list[Limit]:
+        """Return the limits in tokens that an example has to be within, in the order in which they are applied."""
+        return [Limit(("prompt",), self.max_prompt_length, "data.max_prompt_length", self.loading.long_prompts)]
 
     @property
     def _has_val_source(self) -> bool:
@@ -199,22 +245,23 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _read(self, path: str | list[str] | None, data: Any, split: str, which: Literal["", "val_"] = "") -> Rows:
         if path is None:
-            return rows_in_memory(data, split=split, key=f"{which}data")
-        return read_rows(path, split=split, name=self.loading.hub_name, key=f"data.{which}path")
+            return rows_in_memory(data, split=split, key=f"{which}data", on_bad_row=self.loading.on_bad_row)
+        key = f"data.{which}path"
+        return read_rows(path, split=split, name=self.loading.hub_name, key=key, on_bad_row=self.loading.on_bad_row)
+
+    def _rows_of_stage(self, stage: str | None) -> Iterator[Rows]:
+        """Yield the rows that `setup` will prepare."""
+        if stage in (None, "fit") or not self._has_val_source:
+            train, held_out, _ = self._train_rows()
+            yield from (rows for rows in (held_out, train) if rows is not None)
+        if self._has_val_source:
+            yield self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
 
     def _setup_train(self) -> None:
-        rows = self._read(self.path, self.data, self.loading.train_split)
-        if self.loading.stage_split is not None and self.stage is not None:
-            rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
-        total = len(rows.values)
-        if self.val_size >= total:
-            raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {self.val_size}")
-        if self.val_size:
-            # Drawn before any filter, so that a new tokenizer or limit moves no row to the other side.
-            held_out = set(random.Random(f"val/{self.seed}").sample(range(total), self.val_size))
-            self._val = self._dataset(rows.take(sorted(held_out)))
-            rows = rows.take([i for i in range(total) if i not in held_out])
-        train = self._dataset(rows)
+        rows, held_out, unreadable = self._train_rows()
+        if held_out is not None:
+            self._val = self._dataset(held_out)
+        train = self._dataset(rows, unreadable)
         world_size = 1 if self.trainer is None else self.trainer.world_size
         needed = self.batch_size * world_size
         if len(train) < needed:
@@ -225,44 +272,81 @@ class TextDataModule(LightningDataModule, ABC):
             )
         self._train = train
 
-    def _dataset(self, rows: Rows) -> ExampleDataset:
+    def _train_rows(self) -> tuple[Rows, Rows | None, Counter[str]]:
+        """Return the rows to train on, those held out for validation, and how many could not be read, by reason."""
+        rows = self._read(self.path, self.data, self.loading.train_split)
+        unreadable = rows.dropped
+        if self.loading.stage_split is not None and self.stage is not None:
+            rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
         total = len(rows.values)
-        examples = self._render_rows(rows)
-        ids = self.formatter.encode([example.prompt for example in examples])
-        examples = [
-            example._replace(prompt_ids=prompt_ids, number=i)
-            for i, (example, prompt_ids) in enumerate(zip(examples, ids, strict=True))
-        ]
-        fitting = within_limit(
-            examples,
-            [len(example.prompt_ids) for example in examples],
-            self.max_prompt_length,
-            key="data.max_prompt_length",
-            source=rows.source,
-            policy=self.loading.long_prompts,
-        )
-        complete = list(self._finish_examples(fitting, rows.source))
-        self.num_rows += total
-        self.num_left_out += total - len(complete)
-        return ExampleDataset(complete)
+        if self.val_size >= total:
+            raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {self.val_size}")
+        if self.val_size:
+            # Drawn before any filter, so that a new tokenizer or limit moves no row to the other side.
+            held_out = set(random.Random(f"val/{self.seed}").sample(range(total), self.val_size))
+            return rows.take([i for i in range(total) if i not in held_out]), rows.take(sorted(held_out)), unreadable
+        return rows, None, unreadable
 
-    def _render_rows(self, rows: Rows) -> list[Example]:
-        """Return an example for every row that can be used, as text."""
-        examples = []
-        for i, row in enumerate(rows.values):
-            try:
-                examples.append(self._make_example(row, rows.where(i)))
-            except PairError:
-                if self.loading.bad_pairs == "error":
-                    raise
-        self._log_bad_pairs(len(rows.values) - len(examples), len(rows.values), rows.source)
+    def _dataset(self, rows: Rows, unreadable: Counter[str] | None = None) -> ExampleDataset:
+        """Return the examples of the rows that can be used and are short enough.
+
+        Args:
+            rows: the rows.
+            unreadable: how many rows of the same source were left out already, by reason.
+        """
+        examples = self._prepare(rows)
+        dropped = (unreadable or Counter()) + Counter(DataError(text).reason for text in examples.problems.values())
+        total = len(examples) + (unreadable or Counter()).total()
+        usable = examples.select([i for i in range(len(examples)) if i not in examples.problems])
+        self._log_dropped(dropped, total, examples)
+        for limit in self._limits():
+            usable = within_limit(usable, limit)
+        self.num_rows += total
+        self.num_left_out += total - len(usable)
+        return ExampleDataset(usable)
+
+    def _prepare(self, rows: Rows) -> PreparedExamples:
+        """Render and tokenize all rows, or take them from an earlier run."""
+        recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
+        content, key = rows.fingerprint(), None
+        if self.loading.cache:
+            classes = (cls for cls in type(self).__mro__ if issubclass(cls, TextDataModule))
+            code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
+            key = preparation_key(content, self.tokenizer, self._preparation_options(), code)
+        stop_at_error = self.loading.on_bad_row == "error"
+        examples = prepare(rows, recipe, content=content, key=key, stop_at_error=stop_at_error)
+        self._examples_prepared(examples)
         return examples
 
-    def _log_bad_pairs(self, dropped: int, total: int, source: str) -> None:
-        if dropped == total:
-            raise DataError(f"{source}: not one of {total} pairs can be used; data.loading.bad_pairs: error says why")
-        if dropped:
-            rank_zero_warn(f"{source}: dropped {dropped} of {total} pairs (data.loading.bad_pairs)")
+    def _preparation_options(self) -> dict[str, str]:
+        """Return all settings but those that change no row, so that a new one is not forgotten."""
+        loading = {field.name: getattr(self.loading, field.name) for field in fields(self.loading)}
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")} | loading
+        return {
+            name: repr(value)
+            for name, value in settings.items()
+            if name not in _CHANGE_NO_ROW and (isinstance(value, _PLAIN) or is_dataclass(value))
+        }
+
+    def _tokenize_examples(self, examples: list[Example]) -> Sequence[Outcome]:
+        ids = self.formatter.encode([example.prompt for example in examples])
+        for example, prompt_ids in zip(examples, ids, strict=True):
+            example.prompt_ids[:] = prompt_ids
+        return self._finish_examples(examples)
+
+    def _log_dropped(self, dropped: Counter[str], total: int, examples: PreparedExamples) -> None:
+        """Say in one line how many rows were left out, and why."""
+        source, left_out = examples.rows.source, dropped.total()
+        if left_out == total:
+            number, problem = min(examples.problems.items())
+            raise DataError(
+                f"{source}: not one of {total} rows can be used: {count_reasons(dropped)}. The first is"
+                f" {examples.rows.where(number)}: {problem}"
+            )
+        if left_out:
+            rank_zero_warn(
+                f"{source}: dropped {left_out} of {total} rows (data.loading.on_bad_row): {count_reasons(dropped)}"
+            )
 
     def _loader_batch_size(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
         """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` micro-batches."""

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from remax_lightning.data.preparation import PreparedExamples
 from remax_lightning.errors import DataError, UserError
-
-
-class Placed(Protocol):
-    """Something that knows where in its source it stands."""
-
-    @property
-    def where(self) -> str:
-        """Its place, for messages."""
-
-
-AnyExample = TypeVar("AnyExample", bound=Placed)
 
 
 def check_at_least(least: int, **values: int) -> None:
@@ -32,33 +23,43 @@ def check_at_least(least: int, **values: int) -> None:
             raise UserError(f"data.{name} must be at least {least}, got {value}")
 
 
-def within_limit(
-    examples: Sequence[AnyExample],
-    lengths: Sequence[int],
-    limit: int,
-    *,
-    key: str,
-    source: str,
-    policy: Literal["drop", "error"],
-) -> list[AnyExample]:
-    """Return the examples that are within a limit in tokens, and say in one line how many are not.
+class Limit(NamedTuple):
+    """A limit in tokens.
+
+    Args:
+        parts: fields of an example, of which the longest counts; `prompt` is its prompt.
+        tokens: the most that are taken.
+        key: its configuration key, for messages.
+        policy: what happens to an example beyond it.
+    """
+
+    parts: Sequence[str]
+    tokens: int
+    key: str
+    policy: Literal["drop", "error"]
+
+
+def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
+    """Return the examples that are within a limit, and say in one line how many are not.
 
     Raises:
-        DataError: if `policy` is `error` and one is too long, or if none is left.
+        DataError: if its policy is `error` and one is too long, or if none is left.
     """
-    fitting = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
-    dropped = len(examples) - len(fitting)
-    if dropped and policy == "error":
-        first = next(i for i, length in enumerate(lengths) if length > limit)
+    key = f"{limit.key}={limit.tokens}"
+    lengths = np.max([examples.lengths(part) for part in limit.parts], axis=0)  # [N]
+    fits = lengths <= limit.tokens  # [N]
+    total, dropped = len(examples), int((~fits).sum())
+    if dropped and limit.policy == "error":
+        first = int(np.argmin(fits))
         raise DataError(
-            f"{examples[first].where}: {lengths[first]} tokens, over {key}={limit}, and so are {dropped} of "
-            f"{len(examples)} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
+            f"{examples.where(first)}: {lengths[first]} tokens, over {key}, and so are {dropped} of "
+            f"{total} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
         )
-    message = f"{source}: dropped {dropped} of {len(examples)} rows, longer than {key}={limit} tokens"
-    if not fitting:
-        raise DataError(f"{message}; none is left, the shortest has {min(lengths)} tokens: raise the limit")
-    if dropped * 2 > len(examples):
+    message = f"{examples.rows.source}: dropped {dropped} of {total} rows, longer than {key} tokens"
+    if dropped == total:
+        raise DataError(f"{message}; none is left, the shortest has {lengths.min()} tokens: raise the limit")
+    if dropped * 2 > total:
         rank_zero_warn(f"{message}: that is more than half of them")
     else:
         rank_zero_info(message)
-    return fitting
+    return examples.select(fits)

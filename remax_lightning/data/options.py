@@ -13,8 +13,9 @@ class LoadingConfig:
     Args:
         long_prompts: what happens to a prompt over the limit: `drop` leaves the row out and counts it,
             `error` stops. A prompt is never cut, because its end is what the policy answers.
-        bad_pairs: what happens to a pair of responses whose sides are equal, do not share a prompt, or of which the
-            chosen one is empty: `error` stops and says where it stands, `drop` leaves it out and counts it.
+        on_bad_row: what happens to a row that cannot be used: that cannot be read, lacks a column, is refused by the
+            chat template, has no response, or is a pair that teaches nothing. `error` stops and says where it stands,
+            `drop` leaves it out; one line says how many were left out, and why.
         response_marker: what stands before each response in whole transcripts; the prompt of a pair reaches through
             the last one. The default is that of hh-rlhf.
         stage_split: shares of the rows of `path` that go to supervised fine-tuning, reward model and ReMax, such as
@@ -23,6 +24,8 @@ class LoadingConfig:
         stage_seed: which rows go where. The same in all three stages, or they overlap.
         chat_template_kwargs: variables of the chat template, such as `{enable_thinking: false}`; a row's own, in a
             column `chat_template_kwargs`, come before them. A column `tools` goes to the template, too.
+        cache: whether rendered and tokenized rows are kept for later runs, beside what `datasets` keeps
+            (`HF_DATASETS_CACHE`). Other rows, another tokenizer, template or option make them anew.
         num_workers: processes that collate; 0 does it in the training process, which is enough for tokenized
             text.
         pad_token: `eos`, or the text of a token of the vocabulary, for a tokenizer without a pad token.
@@ -34,11 +37,12 @@ class LoadingConfig:
     """
 
     long_prompts: Literal["drop", "error"] = "drop"
-    bad_pairs: Literal["error", "drop"] = "error"
+    on_bad_row: Literal["error", "drop"] = "error"
     response_marker: str = "\n\nAssistant:"
     stage_split: tuple[float, float, float] | None = None
     stage_seed: int = 0
     chat_template_kwargs: dict[str, Any] | None = None
+    cache: bool = True
     num_workers: int = 0
     pad_token: str | None = None
     trust_remote_code: bool = False

@@ -12,7 +12,7 @@ from remax_lightning.errors import DataError
 
 
 class PairError(DataError):
-    """A pair that can be read and teaches nothing; `data.loading.bad_pairs` says what happens to it."""
+    """A pair that can be read and teaches nothing; `data.loading.on_bad_row` says what happens to it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,15 +10,22 @@ from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs
 from remax_lightning.data.conversations import conversation_ids, is_empty, read_message
 from remax_lightning.data.formatting import get_column
-from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.limits import Limit, check_at_least
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
+from remax_lightning.data.preparation import Outcome, PreparedExamples
 from remax_lightning.data.reading import Row
+from remax_lightning.data.text_files import parse_number
 from remax_lightning.errors import DataError
 from remax_lightning.types import PreferenceBatch
 
 TEXT_TEMPLATE = "{prompt}{response}{eos}"
 """What a reward model reads of a pair in plain text, in the words of `ClassifierReward.template`."""
+
+_MIXED = (
+    "some prompts are text and some are messages, which a reward model cannot tell apart later; make them alike, or set"
+    " data.template where rows have both"
+)
 
 
 class PreferenceDataModule(TextDataModule):
@@ -54,6 +60,7 @@ class PreferenceDataModule(TextDataModule):
     """
 
     stage = "reward_model"
+    example_type = PairExample
     needs_eos = False
 
     def __init__(
@@ -103,6 +110,7 @@ class PreferenceDataModule(TextDataModule):
     def _make_example(self, row: Row, where: str) -> Example:
         columns, marker = self.pair_columns, self.loading.response_marker
         row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
+        row = self._with_margin(row, where)
         chosen, rejected = (
             read_message(response, where, name)
             for response, name in zip(responses, (columns.chosen, columns.rejected), strict=True)
@@ -115,36 +123,30 @@ class PreferenceDataModule(TextDataModule):
         texts = tuple(self.formatter.conversation_text(prompt, message, where) for message in (chosen, rejected))
         is_chat = prompt.conversation is not None
         if self._kinds and is_chat not in self._kinds:
-            raise DataError(
-                f"{where}: some prompts are text and some are messages, which a reward model cannot tell apart later;"
-                " make them alike, or set data.template where rows have both"
-            )
+            raise DataError(f"{where}: {_MIXED}")
         self._kinds.add(is_chat)
         return Example([], prompt, row, where, texts=texts)
 
-    def _finish_examples(self, examples: list[Example], source: str) -> Sequence[PairExample]:
+    def _finish_examples(self, examples: list[Example]) -> Sequence[Outcome]:
         chosen, rejected = (self._token_ids(examples, side) for side in (0, 1))
-        pairs: list[PairExample] = []
+        columns, outcomes = self.pair_columns, list[Outcome]()
         for example, first, second in zip(examples, chosen, rejected, strict=True):
             if first == second:
-                message = (
-                    f"{example.where}: {self.pair_columns.chosen!r} and {self.pair_columns.rejected!r} are the same"
-                    " tokens, so neither is preferred"
-                )
-                if self.loading.bad_pairs == "error":
-                    raise PairError(message)
+                sides = f"{columns.chosen!r} and {columns.rejected!r}"
+                outcomes.append(PairError(f"{example.where}: {sides} are the same tokens, so neither is preferred"))
                 continue
-            margin = self._margin(example.row, example.where)
-            pairs.append(PairExample(first, second, margin, example.prompt, example.row, example.where, len(pairs)))
-        self._log_bad_pairs(len(examples) - len(pairs), len(examples), source)
-        return within_limit(
-            pairs,
-            [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs],
-            self.max_length,
-            key="data.max_length",
-            source=source,
-            policy=self.loading.long_prompts,
-        )
+            margin = 0.0 if columns.margin is None else example.row[columns.margin]
+            outcomes.append(PairExample(first, second, margin, example.prompt, example.row, example.where, 0))
+        return outcomes
+
+    def _examples_prepared(self, examples: PreparedExamples) -> None:
+        self._kinds |= examples.chat_kinds()
+        if len(self._kinds) > 1:
+            raise DataError(f"{examples.where(0)}: {_MIXED}")
+
+    def _limits(self) -> list[Limit]:
+        sides = ("chosen_ids", "rejected_ids")
+        return [*super()._limits(), Limit(sides, self.max_length, "data.max_length", self.loading.long_prompts)]
 
     def _token_ids(self, examples: list[Example], side: int) -> list[list[int]]:
         """Return the token ids of every chosen (side 0) or rejected (1) conversation; plain text ends with EOS."""
@@ -154,11 +156,13 @@ class PreferenceDataModule(TextDataModule):
             texts = [text if text.endswith(eos) else text + eos for text in texts]
         return conversation_ids(self.tokenizer, texts, is_chat=is_chat)
 
-    def _margin(self, row: Row, where: str) -> float:
+    def _with_margin(self, row: Row, where: str) -> Row:
+        """Return a row whose margin, where it has one, is a number; files such as CSV have it as text."""
         name = self.pair_columns.margin
         if name is None:
-            return 0.0
-        value: Any = get_column(row, name, where, key="data.pair_columns.margin")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return row
+        value = get_column(row, name, where, key="data.pair_columns.margin")
+        margin = parse_number(value)
+        if margin is None:
             raise DataError(f"{where}: column {name!r} must be a number, the margin of the pair, got {value!r}")
-        return float(value)
+        return {**row, name: margin}

@@ -66,8 +66,9 @@ class Rows(NamedTuple):
 
     def take(self, indices: Sequence[int]) -> Rows:
         """Return the rows at `indices`, which keep their places. None is copied."""
+        select = getattr(self.values, "select", None)  # of JsonRows and of a Dataset
         return self._replace(
-            values=_Selected(self.values, indices),
+            values=_Selected(self.values, indices) if select is None else select(indices),
             numbers=[self.numbers[i] for i in indices],
             files=None if self.files is None else [self.files[i] for i in indices],
             dropped=Counter(),
@@ -365,9 +366,6 @@ def _hash(values: Any, digest: Any) -> None:
     if isinstance(values, JsonRows):
         for start, end in zip(values.starts, values.ends, strict=True):
             digest.update(values.text[start:end] + b"\n")
-    elif isinstance(values, _Selected):
-        _hash(values.values, digest)
-        digest.update(json.dumps(list(values.indices)).encode())
     elif isinstance(values, _Joined):
         for part in values.parts:
             _hash(part, digest)

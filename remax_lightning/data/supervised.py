@@ -10,9 +10,10 @@ from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
 from remax_lightning.data.conversations import Message, content_text, is_empty, read_message
 from remax_lightning.data.formatting import encode_text, get_column
-from remax_lightning.data.limits import check_at_least, within_limit
+from remax_lightning.data.limits import Limit, check_at_least
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.pairs import PairColumns, PairError, as_response, split_last
+from remax_lightning.data.preparation import PreparedExamples
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
 from remax_lightning.types import SupervisedBatch
@@ -148,10 +149,10 @@ class SFTDataModule(TextDataModule):
         text = f"{where}: the response in column {self.response_column!r} is empty"
         columns = PairColumns()
         if self.response_column in (columns.chosen, columns.rejected) and columns.rejected in row:
-            raise PairError(f"{text}; remove the pair, or set data.loading.bad_pairs: drop")
+            raise PairError(f"{text}; remove the pair, or set data.loading.on_bad_row: drop")
         raise DataError(f"{text}; remove the row or fill it")
 
-    def _finish_examples(self, examples: list[Example], source: str) -> list[Example]:
+    def _finish_examples(self, examples: list[Example]) -> list[Example]:
         eos_id, end_ids = int(self.tokenizer.eos_token_id), {int(self.tokenizer.eos_token_id)}
         turn_end = self.formatter.renderer.turn_end if any(example.prompt.conversation for example in examples) else ""
         if turn_end:
@@ -161,13 +162,12 @@ class SFTDataModule(TextDataModule):
         for example, ids in zip(examples, encoded, strict=True):
             known_ends = {eos_id} if example.prompt.conversation is None else end_ids
             response_ids = ids if ids[-1:] and ids[-1] in known_ends else [*ids, eos_id]
-            self.response_ends.add(response_ids[-1])
             complete.append(example._replace(response_ids=response_ids, texts=()))
-        return within_limit(
-            complete,
-            [len(example.response_ids) for example in complete],
-            self.max_response_length,
-            key="data.max_response_length",
-            source=source,
-            policy="drop",
-        )
+        return complete
+
+    def _examples_prepared(self, examples: PreparedExamples) -> None:
+        self.response_ends |= examples.last_ids("response_ids")
+
+    def _limits(self) -> list[Limit]:
+        limit = Limit(("response_ids",), self.max_response_length, "data.max_response_length", "drop")
+        return [*super()._limits(), limit]

@@ -26,6 +26,7 @@ OnBadRow = Literal["error", "drop"]
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -65,6 +66,12 @@ class JsonRows(Sequence[Row]):
             return JsonRows(self.text, self.starts[index], self.ends[index])
         row: Row = json.loads(self.text[self.starts[index] : self.ends[index]])
         return row
+
+    def select(self, indices: Iterable[int]) -> JsonRows:
+        """Return the rows at `indices`, of the same text."""
+        indices = list(indices)
+        starts, ends = (array("Q", (places[i] for i in indices)) for places in (self.starts, self.ends))
+        return JsonRows(self.text, starts, ends)
 
 
 class TextFile(NamedTuple):
@@ -145,6 +152,19 @@ def check_row(value: object, where: str) -> Row:
                 " write the whole character, or remove it"
             )
     return value
+
+
+def parse_number(value: Any) -> float | None:
+    """Return a number, or a text that spells one as JSON does, as a finite float; None for everything else."""
+    if isinstance(value, str):
+        value = float(value) if _NUMBER.fullmatch(value.strip()) else None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -sys.float_info.max <= value <= sys.float_info.max
+    ):
+        return None
+    return float(value)
 
 
 # What the file is wrapped in

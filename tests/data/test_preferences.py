@@ -22,7 +22,7 @@ CHAT = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 START = "\n\nHuman: what is {n}+{n}?\n\nAssistant:"
-DROP = LoadingConfig(bad_pairs="drop")
+DROP = LoadingConfig(on_bad_row="drop")
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -188,10 +188,10 @@ def test_pairs_that_teach_nothing_stop_or_are_dropped(
     path = write(tmp_path / "a.jsonl", [GOOD, row])
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{message}"):
         batches(path, policy_path, batch_size=1)
-    with pytest.warns(UserWarning, match=r"a\.jsonl: dropped 1 of 2 pairs \(data\.loading\.bad_pairs\)"):
+    with pytest.warns(UserWarning, match=r"a\.jsonl: dropped 1 of 2 rows \(data\.loading\.on_bad_row\): 1 "):
         (batch,) = batches(path, policy_path, batch_size=1, loading=DROP)
     assert batch.rows == [GOOD]
-    with pytest.raises(DataError, match=r"b\.jsonl: not one of 1 pairs can be used"):
+    with pytest.raises(DataError, match=r"b\.jsonl: not one of 1 rows can be used: 1 .*The first is .*line 1: "):
         batches(write(tmp_path / "b.jsonl", [row]), policy_path, batch_size=1, loading=DROP)
 
 
@@ -208,13 +208,40 @@ def test_a_rejected_response_may_be_empty(tmp_path: Path, policy_path: Path) -> 
         ({**GOOD, "prompt": 3}, "column 'prompt' must be text or messages, got int"),
     ],
 )
-def test_rows_that_cannot_be_read_stop_whatever_is_set(
+def test_rows_that_cannot_be_read_stop_or_are_dropped(
     tmp_path: Path, policy_path: Path, row: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, row])
-    for loading in (LoadingConfig(), DROP):
-        with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{message}"):
-            batches(path, policy_path, batch_size=1, loading=loading)
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{message}"):
+        batches(path, policy_path, batch_size=1)
+    with pytest.warns(UserWarning, match=r"a\.jsonl: dropped 1 of 2 rows \(data\.loading\.on_bad_row\): 1 "):
+        (batch,) = batches(path, policy_path, batch_size=1, loading=DROP)
+    assert batch.rows == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt,chosen,rejected,margin\n1,2,3,0.5\n1,2,3, -2 \n1,2,3,1e-1\n"),
+        ("a.tsv", "prompt\tchosen\trejected\tmargin\n1\t2\t3\t.5\n1\t2\t3\t-2.\n1\t2\t3\t+0.1\n"),
+        ("a.jsonl", "".join(json.dumps({**GOOD, "margin": margin}) + "\n" for margin in (0.5, -2, "0.1"))),
+    ],
+)
+def test_margins_are_numbers_wherever_they_come_from(tmp_path: Path, policy_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    options = {"batch_size": 3, "pair_columns": PairColumns(margin="margin")}
+    data = PreferenceDataModule(str(tmp_path / name), str(policy_path), val_path=str(tmp_path / name), **options)
+    data.setup()
+    (batch,) = data.val_dataloader()
+    assert batch.margin.tolist() == pytest.approx([0.5, -2.0, 0.1])
+    assert [row["margin"] for row in batch.rows] == [0.5, -2.0, 0.1]
+
+
+@pytest.mark.parametrize("margin", ["", "high", "1_000", "nan", "1e999", True, None, float("inf"), 10**400, [1]])
+def test_margins_that_are_no_finite_number_are_refused(tmp_path: Path, policy_path: Path, margin: Any) -> None:
+    path = write(tmp_path / "a.jsonl", [{**GOOD, "margin": 1}, {**GOOD, "margin": margin}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: column 'margin' must be a number, the margin of the pair"):
+        batches(path, policy_path, batch_size=1, pair_columns=PairColumns(margin="margin"))
 
 
 def test_long_pairs_are_left_out_and_counted(tmp_path: Path, policy_path: Path, caplog: Any) -> None:

@@ -109,7 +109,7 @@ def check_prompts(context: DoctorContext) -> Finding:
     if share > SOME_LEFT_OUT:
         fix = (
             "raise data.max_prompt_length (or max_length, max_response_length) or shorten the rows, because training"
-            " sees only the rest; data.loading.long_prompts: error and bad_pairs: error name the first such row"
+            " sees only the rest; data.loading.long_prompts: error and on_bad_row: error name the first such row"
         )
         return Finding("fail" if share > MOSTLY_LEFT_OUT else "warn", measured, fix, values)
     if repeated * 2 > len(batch.prompts):
