@@ -15,10 +15,10 @@ import torch
 from helpers.cli import in_folder, remax, write_config
 from helpers.training import write_rows
 
+from remax_lightning.evaluation.intervals import mean_figure
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.tasks.addition import policy_config
 from remax_lightning.tasks.dialogues import train_tokenizer
-from remax_lightning.tools.pipeline import mean_with_interval
 
 FOLDER = Path(os.environ.get("REMAX_GSM8K", Path(__file__).parents[2] / "shared" / "data" / "gsm8k"))
 SOLUTIONS = FOLDER / "example_model_solutions.jsonl"
@@ -131,7 +131,7 @@ def test_a_reward_model_tells_right_solutions_from_wrong_ones(
             reward.score(prompts, [p[side] for p in question], [{}] * len(question)) for side in ("chosen", "rejected")
         )
         right.append((chosen > rejected).float().tolist())
-    accuracy = mean_with_interval(right)
+    accuracy = mean_figure(right, 1000)
     record_property("accuracy", accuracy._asdict())
     print(f"accuracy on held-out questions: {accuracy}")
     assert accuracy.low is not None

@@ -25,6 +25,7 @@ from remax_lightning.evaluation.intervals import (
     format_interval,
     format_number,
     format_table,
+    intervals_are,
 )
 from remax_lightning.types import PromptRecord
 
@@ -37,10 +38,10 @@ class Evaluation(Callback):
     """Evaluates a policy: rewards, win rates, KL, entropy, lengths and perplexities, each with a 95 % interval.
 
     `remax test` prints a table and writes `evaluation.json` and, beside it, `evaluation.jsonl` with what was measured
-    on each prompt, which `remax compare` reads. The intervals are those of a bootstrap over prompts. Three measures
-    cost more than the policy's own responses: `win_rate_reference` (the reference answers the prompts too),
-    `win_rate_chosen` (the reward scores the data set's responses) and `perplexity` (passes of policy and reference over
-    held-out text).
+    on each prompt, which `remax compare` reads. Intervals are exact (Clopper and Pearson's) for shares, win rates and
+    rewards of two values, and those of a bootstrap over prompts for the rest. Three measures cost more than the
+    policy's own responses: `win_rate_reference` (the reference answers the prompts too), `win_rate_chosen` (the reward
+    scores the data set's responses) and `perplexity` (passes of policy and reference over held-out text).
 
     Args:
         path: the JSON file; `evaluation.json` in the run's folder by default, with a number where there is one. A file
@@ -288,7 +289,7 @@ def _print_table(
              for name, figure in measured.items()]  # fmt: skip
     what = "the policy as it is loaded" if checkpoint is None else checkpoint
     notes = [f"Left out: {name}, since {why}." for name, why in left_out.items()]
-    heading = f"Evaluation of {what} on {num_prompts} prompts; intervals of {num_resamples} draws of prompts."
+    heading = f"Evaluation of {what} on {num_prompts} prompts; {intervals_are(num_resamples)}."
     print("\n".join(["", heading, "", format_table(rows), "", *notes]))  # noqa: T201
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -110,5 +111,12 @@ class TensorBoardReport(Callback):
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:
-    """Return the charts in the form that TensorBoard's writer takes."""
-    return {group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in _CHARTS.items()}
+    """Return the charts in the form that TensorBoard's writer takes.
+
+    TensorBoard takes a tag for a regular expression that matches the beginning of a name: `train/kl` alone would draw
+    `train/kl_max` and others beside it.
+    """
+    return {
+        group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+        for group, charts in _CHARTS.items()
+    }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from remax_lightning.functional import percentile_interval, resampled_ratios
+from remax_lightning.functional import percentile_interval, proportion_interval, resampled_ratios
 from remax_lightning.types import PromptRecord
 
 CONFIDENCE = 0.95
@@ -32,20 +32,29 @@ MEANINGS = {
 """The figures in the order of the table, and what they are."""
 
 
+REWARDS = {"reward": "sampled", "baseline_reward": "greedy", "reference_reward": "reference", "chosen_reward": "chosen"}
+"""Figures that are means of rewards, and whose responses they are of."""
+
+Method = Literal["exact", "bootstrap"]
+
+
 class Figure(NamedTuple):
     """A figure with its interval.
 
     Args:
         value: the figure; None where it is not finite.
-        low: lower end of the interval; None where there are fewer than two prompts to draw from.
+        low: lower end of the interval; None where there is none: of fewer than two prompts, and of a reward that is the
+            same for every response, since nothing is known of the rewards that it might take.
         high: upper end.
         n: prompts, or pieces of a text, that it was measured on.
+        method: how the interval was made: `exact` (Clopper and Pearson's) or `bootstrap`.
     """
 
     value: float | None
     low: float | None
     high: float | None
     n: int
+    method: Method | None = None
 
 
 class RecordSums(NamedTuple):
@@ -96,23 +105,150 @@ def collect_sums(records: Sequence[PromptRecord], names: Iterable[str] | None = 
 
 
 def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> dict[str, Figure]:
-    """Return the figures with their bootstrap intervals; none without a record."""
+    """Return the figures with their intervals; none without a record.
+
+    What a prompt counts as 0 or 1 for, or as anything between two values, has an exact interval: shares, win rates, and
+    rewards that take two values. The others have a bootstrap's.
+    """
     if not records:
         return {}
     sums = collect_sums(records)
     ends = percentile_interval(sums.resampled(num_resamples, seed), CONFIDENCE).tolist()
-    counts = (sums.denominators > 0).sum(0).tolist()
-    return {
-        name: with_interval(value, end, count)
-        for name, value, end, count in zip(sums.names, sums.values().tolist(), ends, counts, strict=True)
-        if count
-    }
+    figures_by_name = {}
+    for i, (name, value, end) in enumerate(zip(sums.names, sums.values().tolist(), ends, strict=True)):
+        numerators, denominators = sums.numerators[:, i], sums.denominators[:, i]  # [P]
+        if count := int((denominators > 0).sum()):
+            support = two_values(name, records, numerators, denominators)
+            method: Method = "bootstrap" if support is None else "exact"
+            limits = end if support is None else share_interval(numerators, denominators, support)
+            figures_by_name[name] = with_interval(value, limits, count, method)
+    return figures_by_name
 
 
-def with_interval(value: float, ends: Sequence[float], count: int) -> Figure:
+def mean_figure(scores: Sequence[Sequence[float]], num_resamples: int, seed: int = 0) -> Figure:
+    """Return the mean of scores with its interval.
+
+    Args:
+        scores: those of one prompt are one list.
+        num_resamples: draws of the bootstrap, where the scores take more than two values.
+        seed: of the draws.
+    """
+    records = [
+        PromptRecord(None, "", {}, {"sampled": list(row)}, {"reward": (sum(row), float(len(row)))}) for row in scores
+    ]
+    return figures(records, num_resamples, seed)["reward"]
+
+
+def with_interval(value: float, ends: Sequence[float], count: int, method: Method = "bootstrap") -> Figure:
     """Return a figure with its interval, None in the place of what there is not."""
-    low, high = ends if count > 1 else (math.nan, math.nan)
-    return Figure(finite_or_none(value), finite_or_none(low), finite_or_none(high), count)
+    low, high = map(finite_or_none, ends if count > 1 else (math.nan, math.nan))
+    return Figure(finite_or_none(value), low, high, count, None if low is None else method)
+
+
+# Shares
+
+
+def two_values(
+    name: str, records: Sequence[PromptRecord], numerators: Tensor, denominators: Tensor
+) -> tuple[float, float] | None:
+    """Return the least and the largest value that a response can count as, None where it may count as any number.
+
+    A response hits the length limit or not, and wins a comparison or not. Rewards say themselves which values they
+    take; a pair of equal values stands for a reward that is always the same, and neither 0 nor 1.
+
+    Args:
+        name: of the figure.
+        records: what was measured.
+        numerators: `[P]` sums of the figure.
+        denominators: `[P]` responses, or comparisons, in each sum.
+    """
+    if name == "truncation_rate" or "win_rate" in name:
+        return 0.0, 1.0
+    if name in REWARDS:
+        rewards = {reward for record in records for reward in record.rewards.get(REWARDS[name], ())}
+    elif name.startswith("reward_part/"):
+        measured = denominators > 0
+        tops, bottoms = numerators[measured], denominators[measured]
+        # A record has the sum of a part. It tells the values only of one response, or of zeros and ones.
+        if (bottoms > 1).any() and ((tops != tops.round()) | (tops < 0) | (tops > bottoms)).any():
+            return None
+        rewards = {0.0, 1.0} if (bottoms > 1).any() else set(tops.tolist())
+    else:
+        return None
+    if rewards and rewards <= {0.0, 1.0}:
+        return 0.0, 1.0
+    return (min(rewards), max(rewards)) if 1 <= len(rewards) <= 2 else None
+
+
+def share_interval(numerators: Tensor, denominators: Tensor, support: tuple[float, float]) -> tuple[float, float]:
+    """Return the exact interval of a mean of numbers that take two values.
+
+    Several responses to one prompt are alike, so that they tell less than as many prompts. The number of trials is then
+    the one at which independent trials would vary as the prompts do (Korn and Graubard 1998, Survey Methodology 24):
+    between the number of prompts and that of responses. A tie of a win rate counts half a win, which makes the interval
+    a little wider than need be, never too narrow.
+
+    Args:
+        numerators: `[P]` sums.
+        denominators: `[P]` responses, or comparisons, in each.
+        support: the two values; NaN comes back where they are one.
+    """
+    least, largest = support
+    if least == largest:
+        return math.nan, math.nan
+    wins = (numerators - least * denominators) / (largest - least)  # [P]
+    share, trials = float(wins.sum() / denominators.sum()), _effective_trials(wins, denominators)
+    low, high = proportion_interval(min(1.0, max(0.0, share)) * trials, trials, CONFIDENCE)
+    return least + (largest - least) * low, least + (largest - least) * high
+
+
+def _effective_trials(wins: Tensor, trials: Tensor) -> float:
+    prompts, total = float((trials > 0).sum()), float(trials.sum())
+    if prompts < 2 or total <= prompts:
+        return prompts
+    share = float(wins.sum()) / total
+    variance = float((wins - share * trials).square().sum()) / total**2 * prompts / (prompts - 1)
+    if variance == 0:  # all prompts agree: at 0 or 1 nothing says that their responses are not alike
+        return total if 0 < share < 1 else prompts
+    return min(total, max(prompts, share * (1 - share) / variance))
+
+
+def difference_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor],
+                        support: tuple[float, float]) -> tuple[float, float]:  # fmt: skip
+    """Return the interval of the second mean minus the first, of numbers that take two values, on the same prompts.
+
+    From the interval of each and the correlation of the pairs (Newcombe 1998, doi
+    10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C, method 10). A bootstrap of two figures that are
+    both 64 of 64 would say that they do not differ.
+
+    Args:
+        first: `[P]` sums and numbers of responses.
+        second: likewise, row by row of the same prompt.
+        support: the two values.
+    """
+    means = [float(top.sum() / bottom.sum()) for top, bottom in (first, second)]
+    (low_1, high_1), (low_2, high_2) = (share_interval(*side, support) for side in (first, second))
+    below_1, above_1, below_2, above_2 = means[0] - low_1, high_1 - means[0], means[1] - low_2, high_2 - means[1]
+    correlation = _correlation(*first, *second)
+    below = below_2**2 + above_1**2 - 2 * correlation * below_2 * above_1
+    above = above_2**2 + below_1**2 - 2 * correlation * above_2 * below_1
+    difference = means[1] - means[0]
+    return difference - math.sqrt(max(0.0, below)), difference + math.sqrt(max(0.0, above))
+
+
+def _correlation(tops_1: Tensor, bottoms_1: Tensor, tops_2: Tensor, bottoms_2: Tensor) -> float:
+    """Return the correlation of the prompts' means, a positive one lowered as Newcombe does for few prompts."""
+    measured = (bottoms_1 > 0) & (bottoms_2 > 0)
+    one, two = (tops_1 / bottoms_1)[measured], (tops_2 / bottoms_2)[measured]
+    one, two = one - one.mean(), two - two.mean()
+    scale, product = float((one.square().mean() * two.square().mean()).sqrt()), float((one * two).mean())
+    if scale == 0:
+        return 0.0
+    width = max(float(values.max() - values.min()) for values in (one, two))
+    return (max(0.0, product - width**2 / (2 * len(one))) if product > 0 else product) / scale
+
+
+# Text
 
 
 def finite_or_none(value: float) -> float | None:
@@ -139,6 +275,11 @@ def format_number(value: float | None) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
     return f"{value:.2e}"
+
+
+def intervals_are(num_resamples: int) -> str:
+    """Return how intervals are made, for the heading of a table."""
+    return f"intervals exact for shares (0 or 1 for each response), else of {num_resamples} draws of prompts"
 
 
 def format_interval(figure: Figure) -> str:

@@ -71,8 +71,9 @@ def add_comparison(record: PromptRecord, other: str, texts: list[str], rewards: 
     """
     policy_rewards = torch.tensor([record.rewards["sampled"]], dtype=torch.float64)  # [1, n]
     other_rewards = torch.tensor([rewards], dtype=torch.float64)
-    sums = {f"{other}_reward": (sum(rewards), float(len(rewards))),
-            f"win_rate_{other}": (float(win_rates(policy_rewards, other_rewards)), 1.0)}  # fmt: skip
+    comparisons = float(policy_rewards.numel() * other_rewards.numel())
+    won = float(win_rates(policy_rewards, other_rewards)) * comparisons
+    sums = {f"{other}_reward": (sum(rewards), float(len(rewards))), f"win_rate_{other}": (won, comparisons)}
     return record._replace(
         responses={**record.responses, other: texts},
         rewards={**record.rewards, other: rewards},

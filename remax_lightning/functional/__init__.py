@@ -8,7 +8,7 @@ from remax_lightning.functional.advantages import (
     remax_advantages,
     whiten_advantages,
 )
-from remax_lightning.functional.bootstrap import percentile_interval, resampled_ratios, win_rates
+from remax_lightning.functional.bootstrap import percentile_interval, proportion_interval, resampled_ratios, win_rates
 from remax_lightning.functional.bradley_terry import bradley_terry_loss
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
 from remax_lightning.functional.lm_head import OutputHead, SamplingMask
@@ -40,6 +40,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "percentile_interval",
+    "proportion_interval",
     "reinforce_loss",
     "remax_advantages",
     "resampled_ratios",

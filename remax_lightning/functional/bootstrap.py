@@ -1,6 +1,8 @@
-"""Win rates, and how sure a figure is that was measured on a sample of prompts: the bootstrap over clusters."""
+"""Win rates, and how sure a figure is that was measured on a sample of prompts: bootstrap and exact intervals."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -84,3 +86,42 @@ def percentile_interval(resampled: Tensor, confidence: float = 0.95) -> Tensor:
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     # One after the other: torch takes no more than 2^24 entries at once.
     return torch.stack([column.nanquantile(ends) for column in resampled.double().unbind(1)])
+
+
+def proportion_interval(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the exact interval of a proportion (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404).
+
+    It holds the true proportion at least as often as `confidence` says, at any number of trials. A bootstrap does not:
+    of 64 successes in 64 trials every draw is the same. Parts of a success or of a trial make the interval wider.
+
+    Args:
+        successes: number of successes; a half where a comparison was tied.
+        trials: number of independent trials, or an effective number of them.
+        confidence: how often the interval holds the true proportion, at least.
+
+    Returns:
+        Its lower and upper ends.
+
+    Raises:
+        ValueError: if there is no whole trial, or `successes` or `confidence` is out of its range.
+    """
+    check_argument(trials >= 1, "trials", "at least 1", trials)
+    check_argument(0 <= successes <= trials, "successes", "between 0 and trials", successes)
+    check_argument(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    whole, tail = math.floor(trials), (1 - confidence) / 2
+    fewest, most = min(whole, math.floor(successes)), min(whole, math.ceil(successes))
+    return _lower_end(fewest, whole, tail), 1 - _lower_end(whole - most, whole, tail)
+
+
+def _lower_end(successes: int, trials: int, tail: float) -> float:
+    """Return the proportion under which so many successes, or more, have the probability `tail`."""
+    if successes == 0:
+        return 0.0
+    counts = torch.arange(successes, trials + 1, dtype=torch.float64)
+    coefficients = math.lgamma(trials + 1) - (counts + 1).lgamma() - (trials - counts + 1).lgamma()
+    low, high = 0.0, 1.0
+    for _ in range(50):  # halvings: the digits of a float64
+        middle = (low + high) / 2
+        log_probs = coefficients + counts * math.log(middle) + (trials - counts) * math.log1p(-middle)
+        low, high = (middle, high) if float(log_probs.logsumexp(0)) < math.log(tail) else (low, middle)
+    return low

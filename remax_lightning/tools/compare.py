@@ -15,14 +15,18 @@ from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
     MEANINGS,
     Figure,
+    Method,
     RecordSums,
     collect_sums,
+    difference_interval,
     figures,
     finite_or_none,
     format_interval,
     format_number,
     format_table,
+    intervals_are,
     ratios_to_figures,
+    two_values,
     with_interval,
 )
 from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
@@ -61,8 +65,8 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(
         prog="remax compare",
-        description="Set two evaluations of `remax test` side by side. Intervals are of the differences, from a"
-        " bootstrap that draws prompts for both together.",
+        description="Set two evaluations of `remax test` side by side. Intervals are of the differences, prompt by"
+        " prompt: exact ones for shares and rewards of two values, and a bootstrap's for the others.",
         allow_abbrev=False,
     )
     parser.add_argument("first", type=Path, metavar="A", help="an evaluation.json, or the folder of one")
@@ -150,14 +154,26 @@ def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: in
     drawn = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
     before, after = (ratios_to_figures(names, part) for part in drawn.chunk(2, 1))
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
-    values = zip(names, one.values().tolist(), two.values().tolist(), ends, shared.sum(0).tolist(), strict=True)
     differences_by_name = {}
-    for name, first_value, other, end, count in values:
-        if count:
-            changed = with_interval(other - first_value, end, count)._asdict()
+    for i, (name, first_value, other) in enumerate(zip(names, one.values().tolist(), two.values().tolist(),
+                                                       strict=True)):  # fmt: skip
+        if count := int(shared[:, i].sum()):
+            limits, method = _difference_ends(name, pairs, one, two, i) or (ends[i], "bootstrap")
+            changed = with_interval(other - first_value, limits, count, method)._asdict()
             values_of = {"first": finite_or_none(first_value), "second": finite_or_none(other)}
             differences_by_name[name] = {**values_of, "difference": changed.pop("value"), **changed}
     return differences_by_name
+
+
+def _difference_ends(
+    name: str, pairs: Pairs, one: RecordSums, two: RecordSums, column: int
+) -> tuple[tuple[float, float], Method] | None:
+    """Return the exact interval of a difference of shares, None where a response counts as any number."""
+    sides = [(side.numerators[:, column], side.denominators[:, column]) for side in (one, two)]
+    support = two_values(name, [*pairs.first, *pairs.second], *map(torch.cat, zip(*sides, strict=True)))
+    if support is None or name == "chosen_reward":  # both have scored the same responses of the data set
+        return None
+    return difference_interval(sides[0], sides[1], support), "exact"
 
 
 def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
@@ -231,7 +247,8 @@ def _token_mismatch(pairs: Pairs) -> str:
 
 def _win_rate(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
     one, two = (torch.tensor([record.rewards[whose]], dtype=torch.float64) for record in (first, second))
-    return float(win_rates(two, one)), 1.0
+    comparisons = float(one.numel() * two.numel())
+    return float(win_rates(two, one)) * comparisons, comparisons
 
 
 def _sampling_notes(first: SavedEvaluation, second: SavedEvaluation) -> list[str]:
@@ -255,7 +272,7 @@ def format_comparison(answer: Mapping[str, Any]) -> str:
     lines = [f"{letter}: {path} ({checkpoint or 'the policy as it is loaded'})"
              for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],
                                                  strict=True)]  # fmt: skip
-    lines += ["", f"On {answer['num_prompts']} prompts; intervals of {answer['num_resamples']} draws of prompts.", ""]
+    lines += ["", f"On {answer['num_prompts']} prompts; {intervals_are(answer['num_resamples'])}.", ""]
     lines += [format_table(rows), ""]
     for name, whose in WIN_RATES.items():
         if name in answer:

@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.intervals import Figure, format_interval, format_number, format_table, with_interval
-from remax_lightning.functional import percentile_interval, resampled_ratios
+from remax_lightning.evaluation.intervals import Figure, format_interval, format_number, format_table, mean_figure
 from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
 
 FOLDER = Path("runs/pipeline")
@@ -109,7 +106,7 @@ def _reward_model_accuracy(steps: _StageRunner) -> Figure:
     trainer = steps.run("reward model's test", "test", "pipeline_reward_model.yaml", more)
     pairs = len(read_pairs(HELD_OUT))
     right = round(float(trainer.callback_metrics["test/accuracy"]) * pairs)
-    return mean_with_interval([[float(index < right)] for index in range(pairs)])
+    return mean_figure([[float(index < right)] for index in range(pairs)], NUM_RESAMPLES)
 
 
 def _rule_accuracy() -> float:
@@ -131,18 +128,10 @@ def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, 
     figures = {name: Figure(**figure) for name, figure in evaluation.answer["figures"].items()}
     for figure_name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
         records = [(record.prompt, record.responses[whose]) for record in evaluation.prompts.values()]
-        figures[figure_name] = mean_with_interval(
-            [true_score([prompt] * len(texts), texts, [{}]) for prompt, texts in records]
+        figures[figure_name] = mean_figure(
+            [true_score([prompt] * len(texts), texts, [{}]) for prompt, texts in records], NUM_RESAMPLES
         )
     return figures
-
-
-def mean_with_interval(scores: Sequence[Sequence[float]]) -> Figure:
-    """Return the mean of scores with its bootstrap interval; those of one prompt are one list."""
-    sums = torch.tensor([[sum(row), len(row)] for row in scores], dtype=torch.float64)
-    drawn = resampled_ratios(sums[:, :1], sums[:, 1:], NUM_RESAMPLES, torch.Generator().manual_seed(0))
-    total, count = sums.sum(0).tolist()
-    return with_interval(total / count, percentile_interval(drawn)[0].tolist(), len(scores))
 
 
 def _report(run: Path) -> Path:

@@ -143,8 +143,8 @@ def test_figures_stand_in_the_order_of_the_table() -> None:
 def test_what_cannot_be_said_is_left_empty() -> None:
     one = [PromptRecord(0, "", {}, {}, {"reward": (1.0, 1.0), "perplexity": (1e6, 1.0), "advantage": (1.0, 1.0)})]
     found = figures(one, 10, 0)
-    assert found["reward"] == (1.0, None, None, 1)
-    assert found["perplexity"] == (None, None, None, 1)
+    assert found["reward"] == (1.0, None, None, 1, None)
+    assert found["perplexity"] == (None, None, None, 1, None)
     assert "advantage" not in found
     assert figures([], 10, 0) == {}
     json.dumps([figure._asdict() for figure in found.values()], allow_nan=False)
