@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what only `make test-all` runs, and what has to run on the same worker of xdist."""
-    from exhaustive import is_exhaustive, unmatched
+    from exhaustive import is_exhaustive, unmatched, without_representative
 
     for item in items:
         # A file's tests share its fixtures, and all tests on several ranks the processes of `helpers/ranks.py`.
@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
     if not chosen and (missing := unmatched(names)):
         raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
+    if not chosen and (bare := without_representative(names)):
+        raise pytest.UsageError(f"tests/exhaustive.py: `make test` would run nothing of {', '.join(bare)}")
 
 
 @pytest.fixture(autouse=True)

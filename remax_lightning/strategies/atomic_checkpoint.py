@@ -67,12 +67,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove the file or folder; a kill meanwhile leaves no incomplete folder under the checkpoint's name."""
+        """Remove the file, folder or link; a kill meanwhile leaves no incomplete folder under the checkpoint's name."""
         target = Path(path)
-        if not _is_local_file_protocol(path) or target.is_symlink() or not target.is_dir():
+        if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
-            return
-        _discard(target)
+        elif target.is_symlink():
+            target.unlink()  # older releases of fsspec would go for the folder that it points to
+        elif target.is_dir():
+            _discard(target)
+        else:
+            super().remove_checkpoint(path)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from remax_lightning.data.reading import read_rows
 from remax_lightning.data.stages import STAGES, select_stage_rows
 from remax_lightning.tools import pipeline
 
-SHORT = ["--trainer.max_steps=8", "--trainer.val_check_interval=4", "--trainer.enable_progress_bar=false"]
+SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
