@@ -1,4 +1,4 @@
-"""Loading of the policy and the reference."""
+"""Loading the policy and the reference."""
 
 from remax_lightning.models.loading import ModelConfig, freeze
 from remax_lightning.models.lora import LoRAConfig, add_adapter, has_adapter, initial_adapter

@@ -1,4 +1,4 @@
-"""The weights in a run's checkpoint, whichever strategy wrote it, read in one process and without running its code."""
+"""Read the weights of a checkpoint in one process, whichever strategy wrote it, without running pickled code."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from torch import Tensor
 from remax_lightning.errors import UserError
 
 TRUST = "--trust_checkpoint"
-"""The option of `remax export` by which a user vouches for what a file would run."""
+"""Option of `remax export` with which a user trusts the code in a checkpoint."""
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed")
 _SHARDED = "state_dict."
-"""What Lightning's FSDP2 puts before the names of weights in a folder of shards."""
+"""Prefix that Lightning's FSDP2 strategy puts before the names of weights in a folder of shards."""
 
 
 def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint, whole, on the CPU and in the dtype that they were trained in.
+    """Return the full weights of a checkpoint on the CPU, in the dtype that they were trained in.
 
-    A checkpoint of one file is not copied to memory: its tensors are read from the disk when they are looked at. Of
-    shards, one rank's are in memory at a time, beside the whole that is made of them.
+    A checkpoint of one file is memory-mapped: its tensors are read from the disk when they are used. Of a sharded
+    checkpoint, memory holds the full weights and the shards of one rank at a time.
 
     Args:
-        path: a `.ckpt` file, or the folder that DeepSpeed or FSDP2 made of one.
-        prefix: what the names of the wanted weights begin with; it is taken off.
-        trusted: whether files may run code of their own, as all that pickle reads may. Otherwise they hold tensors,
-            numbers and text, and what DeepSpeed and FSDP2 put beside them, and nothing else.
+        path: a `.ckpt` file, or a checkpoint folder of DeepSpeed or FSDP2.
+        prefix: prefix of the names of the wanted weights; it is removed.
+        trusted: whether files may run code, as pickle allows. Otherwise only tensors, numbers, text and the harmless
+            classes that DeepSpeed and FSDP2 save are read.
 
     Raises:
-        UserError: if it is no checkpoint or not a whole one, would run code, or has no such weights.
+        UserError: if it is not a complete checkpoint, would run code, or has no such weights.
     """
     if path.is_file():
         state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
@@ -49,20 +49,20 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
 
         weights = {name: value for name, value in read_zero(path, trusted).items() if name.startswith(prefix)}
     else:
-        what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "is not there"
-        raise UserError(f"checkpoint: {str(path)!r} {what}; give a checkpoint of `remax fit`, whole")
+        what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
+        raise UserError(f"checkpoint: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
     if not weights:
         raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def load_torch_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
-    """Return what `torch.save` wrote; tensors stay on the disk until they are looked at.
+    """Return what `torch.save` wrote; tensors are memory-mapped.
 
     Args:
-        file: its path.
-        trusted: whether it may run code.
-        known: in which further classes count as harmless.
+        file: path of the file.
+        trusted: whether the file may run code.
+        known: context in which further classes count as harmless.
 
     Raises:
         UserError: if it cannot be read, or would run code.
@@ -75,8 +75,8 @@ def load_torch_file(file: Path, trusted: bool, known: AbstractContextManager[Any
         if refused is None:
             raise unreadable_error(file, error) from error
         raise UserError(
-            f"checkpoint: {str(file)!r} holds a {refused[1]}, and to read that may run any code; if you trust whoever"
-            f" wrote it, add {TRUST}"
+            f"checkpoint: {str(file)!r} holds a {refused[1]}, and reading that may run any code; if you trust the"
+            f" author of the file, add {TRUST}"
         ) from error
     except (EOFError, OSError, RuntimeError) as error:
         raise unreadable_error(file, error) from error
@@ -86,16 +86,16 @@ def load_torch_file(file: Path, trusted: bool, known: AbstractContextManager[Any
 
 
 def unreadable_error(file: Path, error: BaseException | str) -> UserError:
-    """Return what says that a file is missing, cut short or of another kind."""
+    """Return an error for a file that is missing, incomplete or of another kind."""
     text = str(error).strip().splitlines()
     return UserError(
-        f"checkpoint: {str(file)!r} cannot be read, so it is no checkpoint or only a part of one"
-        f" ({text[0] if text else type(error).__name__}); give one that was written to its end"
+        f"checkpoint: {str(file)!r} cannot be read: it is not a checkpoint, or an incomplete one"
+        f" ({text[0] if text else type(error).__name__}); give a complete checkpoint"
     )
 
 
 def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
-    """Read what FSDP2 wrote with torch's distributed checkpoint."""
+    """Read a checkpoint folder of FSDP2, which torch's distributed checkpoint wrote."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -114,7 +114,7 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
     if weights:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # there is one process only
                 load(weights, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             raise unreadable_error(path, error) from error
@@ -122,15 +122,15 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
 
 
 def _check_shards(path: Path, metadata: Any) -> None:
-    """Refuse a folder that lacks a file, or the end of one."""
+    """Refuse a folder with a missing or truncated file."""
     for stored in metadata.storage_data.values():
         file = path / stored.relative_path
         if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
-            raise unreadable_error(file, "a shard is missing or cut short")
+            raise unreadable_error(file, "a shard is missing or truncated")
 
 
 def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
-    """Return the table of contents of torch's distributed checkpoint; torch would unpickle anything that is there."""
+    """Return the metadata of torch's distributed checkpoint, without unpickling arbitrary classes as torch does."""
     try:
         with file.open("rb") as stream:
             metadata = _Metadata(stream).load()
@@ -141,28 +141,28 @@ def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
 
 
 GETATTR = "builtins.getattr"
-"""What Python before 3.11.4 writes for the member of an enumeration: it is looked up in its class."""
+"""Function that Python before 3.11.4 pickles to look up the member of an enumeration."""
 
 
 def enum_member(kind: Any, name: str) -> Enum:
-    """Return a member of an enumeration; in place of `getattr`, which would return anything of anything.
+    """Return a member of an enumeration. Replaces `getattr` in pickles, which could return any attribute.
 
     Raises:
-        UserError: if it is something else that is looked up.
+        UserError: if `kind` is not an enumeration with this member.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise UserError(
-            f"checkpoint: it looks up {name!r} in a {kind!r}, and to read that may run any code; if you trust whoever"
-            f" wrote it, add {TRUST}"
+            f"checkpoint: it looks up {name!r} in a {kind!r}, and reading that may run any code; if you trust the"
+            f" author of the file, add {TRUST}"
         )
     return kind[name]
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads the classes that such a table is made of, and no others."""
+    """Unpickles the classes of such metadata, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that is harmless."""
+        """Return the class if it is harmless."""
         if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
             return enum_member
         harmless = (
@@ -172,8 +172,8 @@ class _Metadata(pickle.Unpickler):
         )
         if not harmless:
             raise UserError(
-                f"checkpoint: its .metadata holds a {module}.{name}, and to read that may run any code; if you trust"
-                f" whoever wrote it, add {TRUST}"
+                f"checkpoint: its .metadata holds a {module}.{name}, and reading that may run any code; if you trust"
+                f" the author of the file, add {TRUST}"
             )
         return super().find_class(module, name)
 

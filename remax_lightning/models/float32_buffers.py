@@ -1,4 +1,4 @@
-"""A model's constants, such as rotary frequencies, which a cast of its weights must not round."""
+"""Constant buffers of a model, such as rotary frequencies, that have to stay in float32 when the weights are cast."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Float32Buffers:
-    """The floating buffers of a model that no checkpoint holds, as they were made.
+    """Copies of the non-persistent floating-point buffers of a model, in float32.
 
-    transformers makes them in float32, whatever the weights are in. Lightning and DeepSpeed cast them with the weights,
-    and rotary frequencies in bfloat16 give every position another angle: the policy would differ from its reference
-    before the first update, and from itself as it is loaded later.
+    transformers creates them in float32 whatever the dtype of the weights. Lightning and DeepSpeed cast them with the
+    weights, and rotary frequencies in bfloat16 change the angle of every position: the policy would differ from its
+    reference before the first update, and from itself after an export.
 
     Args:
-        model: as it was loaded.
+        model: the model after loading, before a strategy casts it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,20 +31,20 @@ class Float32Buffers:
         ]
 
     def restore(self) -> None:
-        """Put back those that were cast, on the device where the model is now."""
+        """Replace buffers that were cast by the float32 copies, on the current device of the model."""
         for module, name, buffer in self._float32_copies:
-            now = module._buffers[name]
-            if now is not None and now.dtype != buffer.dtype:
-                module._buffers[name] = buffer.to(now.device)
+            current = module._buffers[name]
+            if current is not None and current.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(current.device)
 
 
 def _recompute_rounded(model: nn.Module) -> None:
-    """Have transformers make again in float32 what came out rounded: under ZeRO-3 it makes all in 16 bits."""
+    """Let transformers recompute in float32 what it created in 16 bits, as it does under ZeRO-3."""
     make: Any = getattr(model, "_init_weights", None)
     for module in model.modules() if make is not None else ():
         names = module._non_persistent_buffers_set
         rounded = [name for name in names if getattr(module._buffers[name], "dtype", None) in HALVES]
-        if rounded and not list(module.parameters(recurse=False)):  # it would make weights anew, too
+        if rounded and not list(module.parameters(recurse=False)):  # or it would initialize the weights, too
             for name in rounded:
                 module._buffers[name] = cast(Tensor, module._buffers[name]).float()
             make(module)

@@ -1,4 +1,4 @@
-"""Calling a causal language model on left-padded rows, whatever its family."""
+"""Forward passes of any causal language model over left-padded rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model inside of a PEFT wrapper that adapts its layers; a wrapper that prepends a prompt stays."""
+    """Return the model inside a PEFT wrapper that adapts layers; a wrapper for prompt learning is kept."""
     wrapper: Any = model
     if not is_peft_wrapper(model) or wrapper.active_peft_config.is_prompt_learning:
         return model
@@ -64,7 +64,7 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> dic
 def eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into eval mode inside.
 
-    In train mode with gradient checkpointing a model drops its cache, and so generates wrong tokens.
+    Needed for decoding: in train mode with gradient checkpointing a model drops its cache and generates wrong tokens.
     """
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Frozen models (reference and reward model), and where their weights are kept between forward passes."""
+"""Frozen models (reference, reward model), and where their weights are stored between forward passes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def check_placement(placement: str, key: str) -> None:
 
 
 class FrozenModel:
-    """A model without gradients, run inside of `running()` only.
+    """A model without gradients. Run it inside of `running()` only.
 
     Args:
-        model: on the CPU or on `device`, the same on every rank; it is changed in place.
+        model: on the CPU or on `device`, the same on every rank; changed in place.
         placement: `replicate` keeps it unsharded on the device. `shard` shards its layers over all ranks and gathers
-            each one while it runs; embeddings, last norm and head stay unsharded. `cpu` keeps it in the host's memory
-            and copies it to the device for its forward passes. On one process `shard` is `replicate`.
-        device: where it runs.
-        key: of the placement in the configuration, for messages.
-        resident: a submodule that is also read outside of forward passes, and stays on the device.
+            each one while it runs; embeddings, last norm and head stay unsharded. `cpu` stores it in host memory and
+            copies it to the device for forward passes. With one process `shard` is `replicate`.
+        device: device of the forward passes.
+        key: configuration key of the placement, for messages.
+        resident: a submodule that is also read outside of forward passes, so it stays on the device.
 
     Raises:
         UserError: if `shard` finds no layers, or the model is quantized and the placement is not `replicate`.
@@ -64,11 +64,11 @@ class FrozenModel:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Have the model ready for forward passes inside.
+        """Make the model ready for forward passes inside.
 
         Under `shard` all ranks have to enter and leave; they may run different numbers of passes.
         """
-        # What a strategy or FSDP2 keeps from a pass must not be a tensor of Lightning's `inference_mode`.
+        # Tensors that a strategy or FSDP2 keeps from a pass must not be inference tensors of Lightning.
         with torch.inference_mode(False), torch.no_grad():
             if self._body is not None:
                 with equalize_passes(self._body, self.device):
@@ -79,10 +79,10 @@ class FrozenModel:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Have the model unsharded on every rank, so that forward passes inside need no communication.
+        """Unshard the model on every rank, so that forward passes inside need no communication.
 
-        All ranks have to enter and leave. This is for decoding: under `shard` layers are gathered once, and a pass that
-        is repeated for other ranks (`running`) would write into the cache of keys and values.
+        All ranks have to enter and leave. Decoding needs this: under `shard` layers are gathered once, and a pass that
+        `running` repeats for other ranks would write into the key-value cache.
         """
         with torch.inference_mode(False), torch.no_grad():
             if self._body is None:
@@ -95,14 +95,14 @@ class FrozenModel:
                     yield
 
     def _move_to_host(self, resident: nn.Module | None) -> None:
-        """Move the model to the host's memory, pinned where that makes copies faster."""
+        """Move the model to host memory, pinned if the device is CUDA."""
         stays = {id(tensor) for _, _, tensor in _tensor_slots(resident)} if resident is not None else set()
         host_tensors: dict[int, Tensor] = {}
         for slots, name, tensor in _tensor_slots(self.model):
             if id(tensor) not in host_tensors:
-                pins = self.device.type == "cuda" and id(tensor) not in stays
+                pin_memory = self.device.type == "cuda" and id(tensor) not in stays
                 host_tensors[id(tensor)] = _copy_to_device(
-                    tensor, self.device if id(tensor) in stays else torch.device("cpu"), pins
+                    tensor, self.device if id(tensor) in stays else torch.device("cpu"), pin_memory
                 )
             slots[name] = host_tensors[id(tensor)]
             if id(tensor) not in stays:
@@ -110,35 +110,38 @@ class FrozenModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Have the parked tensors on the device inside. They are not changed there, so nothing is copied back."""
-        away, here = [(slots, name, slots[name]) for slots, name in self._parked], dict[int, Tensor]()
-        for slots, name, host in away:
-            if id(host) not in here:  # tied weights stay tied
-                here[id(host)] = _copy_to_device(host, self.device)
-            slots[name] = here[id(host)]
+        """Copy the parked tensors to the device inside. They do not change there, so nothing is copied back."""
+        parked = [(slots, name, slots[name]) for slots, name in self._parked]
+        on_device: dict[int, Tensor] = {}
+        for slots, name, host in parked:
+            if id(host) not in on_device:  # tied weights stay tied
+                on_device[id(host)] = _copy_to_device(host, self.device)
+            slots[name] = on_device[id(host)]
         try:
             yield
         finally:
-            # The device's allocator has the memory again as soon as nothing points to it.
-            for slots, name, host in away:
-                # Some rotary embeddings put new frequencies in the place of the old.
+            # The allocator can reuse the device memory once nothing refers to it.
+            for slots, name, host in parked:
+                # Some rotary embeddings replace their frequencies during a pass; these are copied back.
                 slots[name] = (
-                    host if slots[name] is here[id(host)] else _copy_to_device(slots[name], torch.device("cpu"))
+                    host if slots[name] is on_device[id(host)] else _copy_to_device(slots[name], torch.device("cpu"))
                 )
 
 
 @contextmanager
 def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let ranks run different numbers of passes of a module whose every pass is a collective.
+    """Let ranks run different numbers of passes of a module whose forward pass is a collective.
 
-    Each pass is announced. A rank that has finished its own passes, at least one, repeats the last one while others
-    still run theirs.
+    Each pass is announced. A rank that has finished its passes (at least one) repeats the last one while others still
+    run theirs.
 
     Args:
-        module: through which every pass goes.
-        device: of the announcements.
+        module: the module that every pass runs.
+        device: device of the announcements.
     """
     last: tuple[Any, Any] = (), {}
+
+    # ---- Every pass of this rank adds 1 to a sum over ranks ----
 
     def announce(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal last
@@ -150,14 +153,15 @@ def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-    # Only without an error: after one there is no pass to go on with, and the run is over.
+    # ---- The rest of the ranks: take part with 0 until no rank announces a pass. Skipped after an error, which ends
+    # the run ----
     while int(all_reduce(torch.zeros((), dtype=torch.long, device=device), "sum")) > 0:
         with torch.no_grad():
             module(*last[0], **last[1])
 
 
 def _tensor_slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Yield every place where a module keeps a parameter or buffer, with what is there; tied weights have several."""
+    """Yield the dictionary, name and tensor of every parameter and buffer; tied weights appear several times."""
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
             for name, tensor in slots.items():
@@ -165,17 +169,17 @@ def _tensor_slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
                     yield slots, name, tensor
 
 
-def _copy_to_device(tensor: Tensor, device: torch.device, pins: bool = False) -> Tensor:
+def _copy_to_device(tensor: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
     moved = tensor.detach().to(device, non_blocking=device.type != "cpu")
-    moved = moved.pin_memory() if pins else moved
+    moved = moved.pin_memory() if pin_memory else moved
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
-    """Shard the layers over all ranks by FSDP2, whatever the strategy of the policy, and return their parent.
+    """Shard the layers over all ranks with FSDP2, whatever the strategy of the policy, and return their parent.
 
-    The parent is what every pass goes through, also one that reads hidden states and leaves the head out; what is
-    beside the layers stays unsharded, so that a head can be read directly.
+    Every pass runs the parent, also a pass that stops at the hidden states. Modules beside the layers stay unsharded,
+    so that the head can be read directly.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -192,13 +196,13 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     beside = {parameter for parameter in core.parameters() if id(parameter) not in in_layers}
-    # One parent for all layers, so that the next is fetched while one runs.
+    # One FSDP2 parent for all layers, so that the next layer is prefetched while one runs.
     parent = _common_parent(core, layers)
     fully_shard(parent, mesh=mesh, reshard_after_forward=True, ignored_params=beside)
     return parent
 
 
 def _common_parent(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    """Return the innermost module that runs all of the layers. Some models go to it directly, past their base model."""
+    """Return the innermost module that contains all layers. Some models call it directly, not their base model."""
     ancestors = [module for module in model.modules() if set(layers) <= set(module.modules())]
     return [module for module in ancestors if not isinstance(module, nn.ModuleList)][-1]

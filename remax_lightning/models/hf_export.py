@@ -1,4 +1,4 @@
-"""A policy in training as the files of a Hugging Face model folder; the policy itself is left as it is."""
+"""Save a policy in training as a Hugging Face model folder, without changing the policy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = True) -> dict[str, Tensor] | None:
-    """Return the whole weights on the CPU where a strategy has spread them over ranks, else None.
+    """Return the full weights on the CPU if a strategy has sharded them, else None.
 
     Args:
         policy: the model; every rank has to call this.
-        keep: whether this rank needs the weights; the others get an empty dictionary.
-        merge_lora: false leaves out the frozen base of an adapted policy, which `save_policy` then does not need.
+        keep: whether this rank needs the weights; other ranks get an empty dictionary.
+        merge_lora: false omits the frozen base of an adapted policy, which `save_policy` then does not need.
     """
     from torch.distributed.tensor import DTensor
 
@@ -44,16 +44,16 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
 def _gather_zero3(values: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     copies: dict[int, Tensor | None] = {}  # by identity, so that tied weights stay tied
     for value in values.values():
-        if id(value) in copies:  # on every rank alike, for to gather is to meet
+        if id(value) in copies:  # the same on every rank, because gathering is a collective
             continue
-        # One at a time: the accelerator need not hold the whole model.
+        # One parameter at a time, so that the device never holds the whole model.
         with gathered([value]):
             copies[id(value)] = value.detach().cpu().clone() if keep else None
     return {name: cast(Tensor, copies[id(value)]) for name, value in values.items()} if keep else {}
 
 
 def deduplicate_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `weights` with one tensor for each parameter, also where the model has it under several names."""
+    """Return `weights` with one tensor per parameter; names of tied parameters share it."""
     first: dict[int, str] = {}
     return {
         name: weights[first.setdefault(id(value), name)]
@@ -76,10 +76,10 @@ def save_policy(
     Args:
         policy: the model, with or without LoRA adapters.
         tokenizer: its tokenizer.
-        weights: whole weights on the CPU, or None to take the model's own.
+        weights: full weights on the CPU; None takes those of the model.
         folder: an existing folder.
-        merge_lora: whether an adapted policy becomes one whole model; false saves its adapter alone, as PEFT reads it.
-        max_shard_size: most bytes of a file of weights.
+        merge_lora: merge the adapter into the base; false saves the adapter alone, as PEFT reads it.
+        max_shard_size: maximum size of a weight file.
     """
     tokenizer.save_pretrained(folder)
     if hasattr(policy, "peft_config"):
@@ -95,12 +95,12 @@ def save_policy(
 def save_exported(
     exported: ExportSpec, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None, folder: Path
 ) -> None:
-    """Save a model whose weights are not those in training, so that `from_pretrained` reads it.
+    """Save a model with changed weights, so that `from_pretrained` reads it.
 
     Args:
-        exported: the model, and how its weights are changed.
+        exported: the model, and how to change its weights and configuration.
         tokenizer: its tokenizer.
-        weights: whole weights on the CPU, or None to take the model's own.
+        weights: full weights on the CPU; None takes those of the model.
         folder: an existing folder.
     """
     shell = _shallow_copy(exported.model)
@@ -115,20 +115,22 @@ def save_exported(
 
 
 def _shallow_copy(model: PreTrainedModel) -> Any:
-    """Return a second shell around the same weights: saving sets attributes, and training must not notice.
+    """Return a copy of the model object that shares the weights, because saving sets attributes.
 
-    Not `copy.copy`, because a model that FSDP has taken over builds itself anew.
+    `copy.copy` would rebuild a model that FSDP has wrapped.
     """
     shell: Any = object.__new__(type(model))
     shell.__dict__.update(model.__dict__)
     shell.config = copy.deepcopy(model.config)
-    if getattr(shell.config, "use_cache", None) is False:  # off for activation checkpointing; slow ever after
+    if (
+        getattr(shell.config, "use_cache", None) is False
+    ):  # training with checkpointing turned it off; decoding needs it
         shell.config.use_cache = True
     return shell
 
 
 def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return generation settings that transformers saves, and that end a response where training ended it."""
+    """Return generation settings that transformers can save, with the EOS tokens of training."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(policy.generation_config) or GenerationConfig()
@@ -143,7 +145,7 @@ def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedToken
         config.pad_token_id = tokenizer.pad_token_id
     if _is_valid(config):
         return config
-    # Published settings may hold a temperature without do_sample, which transformers loads but does not save.
+    # Published settings may have a temperature without do_sample, which transformers loads but refuses to save.
     config.do_sample = True
     if _is_valid(config):
         return config
@@ -161,16 +163,16 @@ def _is_valid(config: GenerationConfig) -> bool:
 
 
 def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    # Wrapped by PEFT there may be a second adapter, the frozen one that training began with.
+    # A PEFT wrapper may hold a second, frozen adapter: the initial one.
     chosen = {"selected_adapters": [policy.active_adapter]} if is_peft_wrapper(policy) else {}
     policy.save_pretrained(folder, state_dict=weights, **chosen)
 
 
 def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrainedModel:
-    """Return a model on the CPU with the adapter in training merged into the weights.
+    """Return a new model on the CPU with the trained adapter merged into the weights.
 
-    A new model, because merging and unmerging would round the weights in training, and because the policy may hold only
-    its share of them, or them in 4 bits; then they are those of its 4 bits.
+    Merging in place would round the weights in training. The policy may also hold only a shard of the weights, or
+    weights in 4 bits, which are dequantized here.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -180,7 +182,7 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
     config = copy.deepcopy(core.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):  # only the places of the weights, which come afterwards
+    with torch.device("meta"):  # without memory: the weights are assigned below
         merged: Any = type(core)(config)
         for name in names:
             inject_adapter_in_model(policy.peft_config[name], merged, name)
@@ -198,7 +200,7 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
 
 
 def _weights_on_cpu(policy: Any) -> dict[str, Tensor]:
-    """Return the model's weights on the CPU, those of 4 bits as numbers."""
+    """Return the weights of the model on the CPU; 4-bit weights are dequantized."""
     return {name: _dequantized(value).detach().cpu() for name, value in policy.state_dict(keep_vars=True).items()}
 
 

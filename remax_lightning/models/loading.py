@@ -1,4 +1,4 @@
-"""Loading a causal language model, as policy or as frozen reference."""
+"""Load a causal language model as policy or as frozen reference."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class ModelConfig:
 
     Args:
         path: a folder or a hub name.
-        dtype: type of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
-        gradient_checkpointing: recompute activations in the backward pass; about a third slower, far less memory.
-        disable_dropout: set every dropout of the model to 0. With dropout the training pass would not see the
-            distribution that was sampled from, and the KL to the reference would start above 0.
-        from_scratch: random weights from the configuration at `path`; for a first supervised stage on a new model.
+        dtype: dtype of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
+        gradient_checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
+        disable_dropout: set every dropout of the model to 0. With dropout, training would compute log-probs of another
+            distribution than the sampled one, and the KL to the reference would start above 0.
+        from_scratch: use random weights with the configuration at `path`, for supervised training of a new model.
         attn_implementation: attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); None lets
             transformers choose.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that comes with the model. Off, because that code can do anything.
-        allow_pickle: also take weights in `.bin` files, read by `torch.load(weights_only=True)`; otherwise safetensors
-            only.
-        lora: train an adapter in place of the weights. The policy is then its own reference, with the adapter as it was
-            at the start, where `model.reference` is left out. A `reference` takes an adapter by its `path` only.
-        quantization: `nf4` keeps the weights in 4 bits (QLoRA, arXiv 2305.14314), which needs bitsandbytes; a policy
-            needs `lora` with it, and a strategy that leaves its weights whole: one process, DDP, ZeRO-1 or 2.
-        placement: where a reference is kept between its passes: `replicate`, whole on every device; `shard`, its layers
-            in equal shares over all devices, gathered one at a time; `cpu`, in the host's memory, brought to the device
-            whole for its passes. Where the policy is, `trainer.strategy` decides.
+        trust_remote_code: run Python code from the model repository. Off, because that code can do anything.
+        allow_pickle: also read weights from `.bin` files, with `torch.load(weights_only=True)`; otherwise only
+            safetensors.
+        lora: train an adapter instead of the weights. Without `model.reference`, the policy with its initial adapter is
+            the reference. A `reference` accepts only the `path` of a saved adapter.
+        quantization: `nf4` stores the weights in 4 bits (QLoRA, arXiv 2305.14314), which needs bitsandbytes. A policy
+            also needs `lora`, and a strategy that does not shard weights: one process, DDP, ZeRO-1 or 2.
+        placement: where a reference is stored between its passes: `replicate`, full on every device; `shard`, layers
+            sharded over all devices and gathered one at a time; `cpu`, in host memory and copied to the device for its
+            passes. For the policy, `trainer.strategy` decides.
     """
 
     path: str
@@ -62,22 +62,22 @@ class ModelConfig:
     placement: Placement = "replicate"
 
     def load(self, key: str) -> PreTrainedModel:
-        """Load the model, with its adapter where it has one.
+        """Load the model, with its adapter if it has one.
 
         Args:
             key: the configuration key of this source, for messages (`model.policy`).
 
         Raises:
-            UserError: if there is no such model or adapter, or its weights are not in a permitted format.
+            UserError: if the model or adapter does not exist, or its weights are not in a permitted format.
         """
         return self.wrap_with_adapter(self.load_base(key), key, torch.initial_seed())
 
     def wrap_with_adapter(self, model: PreTrainedModel, key: str, seed: int) -> PreTrainedModel:
-        """Return `model`, what `load_base` gave, frozen and with the adapter around it where there is to be one."""
+        """Return the result of `load_base`, frozen and wrapped with the adapter if `lora` is set."""
         return model if self.lora is None else add_adapter(model, self.lora, f"{key}.lora", seed)
 
     def load_base(self, key: str) -> PreTrainedModel:
-        """Load the model without an adapter: a strategy may spread it over ranks, which is not for an adapter."""
+        """Load the model without its adapter: a strategy may shard the base while it loads, but not the adapter."""
         from transformers import AutoModelForCausalLM
 
         self._check(key)
@@ -114,8 +114,8 @@ class ModelConfig:
         if self.from_scratch and (self.lora is not None or self.quantization is not None):
             other = "lora" if self.lora is not None else "quantization"
             raise UserError(
-                f"{key}.from_scratch must be false with {key}.{other}, got true: frozen random weights would be lost,"
-                " since no checkpoint holds them"
+                f"{key}.from_scratch must be false with {key}.{other}, got true: no checkpoint saves the frozen base,"
+                " so its random weights would be lost"
             )
         if self.quantization is not None and find_spec("bitsandbytes") is None:
             raise UserError(
@@ -124,14 +124,14 @@ class ModelConfig:
             )
 
     def empty_model(self, key: str, dtype: torch.dtype) -> PreTrainedModel:
-        """Return the model without weights: its class, configuration and generation settings, on the meta device.
+        """Return the model without weights, on the meta device, with configuration and generation settings.
 
         Args:
             key: the configuration key of this source, for messages.
-            dtype: of the weights that it would have.
+            dtype: dtype of the parameters.
 
         Raises:
-            UserError: if there is no such model.
+            UserError: if the model does not exist.
         """
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -141,7 +141,7 @@ class ModelConfig:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: cannot make a model of {self.path!r}: {_first_line(error)}") from error
-        with suppress(OSError):  # it has no settings of its own
+        with suppress(OSError):  # the model has no generation settings
             model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
         return cast("PreTrainedModel", model)
 
@@ -162,14 +162,14 @@ class ModelConfig:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Put `model` in eval mode for good and let no gradient into it."""
+    """Put `model` in eval mode and turn gradients of its parameters off."""
     model.requires_grad_(False)
     model.eval()
     return model
 
 
 def _nf4_config(dtype: torch.dtype) -> Any:
-    """Return the settings of QLoRA's paper: NormalFloat, with its scales in 8 bits."""
+    """Return the settings of the QLoRA paper: NormalFloat 4, with scales in 8 bits."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -181,7 +181,7 @@ def _nf4_config(dtype: torch.dtype) -> Any:
 
 
 def _avoid_inference_kernel(model: Any) -> None:
-    """Keep bitsandbytes on a CPU from a kernel that, once used in eval mode, gives earlier layers a gradient of 0."""
+    """Turn off a CPU kernel of bitsandbytes that, once used in eval mode, gives earlier layers a gradient of 0."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -195,7 +195,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def looks_local(path: str) -> bool:
-    """Whether `path` can only mean a folder on this machine: hub names are `name` or `owner/name`."""
+    """Whether `path` is a local folder: hub names are `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 

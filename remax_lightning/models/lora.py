@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of a frozen model, the adapter, are all that is trained."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): train low-rank updates of a frozen model, the adapter."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINED, INITIAL = "default", "start"
-"""Names of the adapter in training, and of the frozen copy of one that training goes on with."""
+"""PEFT names of the trained adapter, and of the frozen copy of a saved adapter that training starts from."""
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapter that is trained in place of the model's own weights.
+    """The adapter that is trained instead of the weights of the model.
 
     Args:
-        r: rank of each layer's update.
-        alpha: an update counts `alpha / r`-fold.
-        dropout: share of the adapter's inputs that training leaves out. 0, because the training pass would not see the
-            distribution that was sampled from.
-        target_modules: the layers that are adapted, by the last parts of their names (`q_proj`); None for every linear
-            layer but the output embedding.
-        path: folder or hub name of an adapter to go on with; the other keys are then those that it was saved with, and
-            must be left out.
+        r: rank of the update of each layer.
+        alpha: the update is scaled by `alpha / r`.
+        dropout: dropout of the adapter's inputs. 0, because otherwise training would compute log-probs of another
+            distribution than the sampled one.
+        target_modules: the layers to adapt, by the last part of their names (`q_proj`); None adapts every linear layer
+            except the output embedding.
+        path: folder or hub name of a saved adapter to continue from. The other keys must then be left out: the saved
+            ones count.
     """
 
     r: int = 16
@@ -53,25 +53,25 @@ class LoRAConfig:
                 raise UserError(f"model.policy.lora.{name} must be {expected}, got {value}")
         if self.path is not None and replace(self, path=None) != LoRAConfig():
             raise UserError(
-                "model.policy.lora: r, alpha, dropout and target_modules are those of the adapter at"
-                f" path {self.path!r}; leave them out"
+                "model.policy.lora: r, alpha, dropout and target_modules come from the adapter at"
+                f" path {self.path!r}; remove them"
             )
 
 
 def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -> PreTrainedModel:
-    """Return `model` frozen, with an adapter around it that is trained.
+    """Return `model` frozen and wrapped with a trainable adapter.
 
-    A new adapter changes nothing yet. One that was trained before is there twice, in training and as it was, so that
-    `at_start` finds its way back.
+    The output of a new adapter is 0. A saved adapter is loaded twice, once to train and once frozen, so that
+    `initial_adapter` can switch to the frozen one.
 
     Args:
         model: the base.
         lora: the adapter.
         key: the configuration key of `lora`, for messages.
-        seed: of a new adapter's random half, so that it is the same on all ranks and under every strategy.
+        seed: seed of a new adapter, the same on all ranks and under every strategy.
 
     Raises:
-        UserError: if the adapter cannot be made or loaded.
+        UserError: if the adapter cannot be created or loaded.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -84,7 +84,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
             if lora.path is not None:
                 adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
                 missing = adapted.load_adapter(lora.path, INITIAL).missing_keys
-                if missing:  # PEFT would leave them random
+                if missing:  # PEFT would initialize them randomly
                     raise ValueError(f"it has no {', '.join(missing[:2])}")
             else:
                 settings = LoraConfig(
@@ -96,9 +96,9 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
                 )
                 adapted = get_peft_model(model, settings)
     except (OSError, RuntimeError, ValueError) as error:
-        doing = "cannot adapt" if lora.path is None else f"cannot load the adapter {lora.path!r} into"
-        raise UserError(f"{key}: {doing} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
-    # Of the precision that is trained in, also where the base is kept in fewer bits.
+        problem = "cannot adapt" if lora.path is None else f"cannot load the adapter {lora.path!r} into"
+        raise UserError(f"{key}: {problem} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
+    # The adapter has the dtype of training, also if the base has fewer bits.
     for name, parameter in adapted.named_parameters():
         if not {TRAINED, INITIAL}.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(torch.get_default_dtype())
@@ -112,9 +112,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 @contextmanager
 def initial_adapter(policy: Any) -> Iterator[None]:
-    """Let an adapted policy be what it was when its training began: its base alone, or with the adapter it came with.
+    """Switch an adapted policy to its start of training inside: no adapter, or the saved one that it started from.
 
-    No second copy of the base is needed. Nothing may be trained inside.
+    This needs no second copy of the base. Do not train inside.
     """
     if INITIAL not in policy.peft_config:
         with policy.disable_adapter():
@@ -128,7 +128,7 @@ def initial_adapter(policy: Any) -> Iterator[None]:
 
 
 def _check_adapter(path: str, key: str) -> None:
-    """Refuse what is no LoRA adapter, before anything is loaded."""
+    """Refuse a path that holds no LoRA adapter, before anything is loaded."""
     from peft import PeftConfig
 
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
@@ -137,13 +137,13 @@ def _check_adapter(path: str, key: str) -> None:
         config: Any = PeftConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key}.path: {path!r} is not an adapter (adapter_config.json is missing or unreadable); a whole model is"
-            " named in model.policy.path"
+            f"{key}.path: {path!r} is not an adapter (adapter_config.json is missing or unreadable); set a full model"
+            " in model.policy.path"
         ) from error
     if config.peft_type != "LORA":
         raise UserError(f"{key}.path: expected a LoRA adapter, got {config.peft_type.value} in {path!r}")
     if config.bias != "none":
         raise UserError(
-            f"{key}.path: expected an adapter that leaves the base's biases alone, got bias {config.bias!r} in"
-            f" {path!r}; merge it into the base and name that in model.policy.path"
+            f"{key}.path: expected an adapter without trained biases, got bias {config.bias!r} in {path!r};"
+            " merge it into the base and set the result in model.policy.path"
         )

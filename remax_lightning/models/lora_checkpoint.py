@@ -1,4 +1,4 @@
-"""A LoRA adapter out of a checkpoint, put around the model that it was trained on."""
+"""Load a LoRA adapter from a checkpoint into the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 
 def contains_adapter(weights: Mapping[str, Tensor]) -> bool:
-    """Whether weights are those of a model that PEFT has adapted by LoRA, or of the adapter alone."""
+    """Whether the weights include a LoRA adapter of PEFT."""
     return any(".lora_" in name for name in weights)
 
 
 def adapter_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of the adapter among `weights`; unless it is told otherwise, the base was loaded in the same."""
+    """Return the dtype of the adapter among `weights`, the default dtype of its run."""
     return next(value.dtype for name, value in weights.items() if ".lora_" in name)
 
 
 def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mapping[str, Any]) -> Any:
-    """Return `model` in PEFT's wrapper with the adapter of a checkpoint.
+    """Return `model` in a PEFT wrapper with the adapter of a checkpoint.
 
     Args:
-        model: the base; without weights of its own if only the adapter is wanted.
-        weights: by the names that they have in the adapted model. Those of the base may be among them.
+        model: the base; on the meta device if only the adapter is needed.
+        weights: weights by their names in the adapted model; may include those of the base.
         lora: the keys of `model.policy.lora`.
 
     Raises:
-        UserError: if the weights are not those of such an adapter.
+        UserError: if the weights do not fit such an adapter.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -41,13 +41,13 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     path = lora.get("path")
     config: Any = PeftConfig.from_pretrained(path) if path else _infer_lora_config(weights, lora)
     config.inference_mode = False
-    # No other precision than that of the run: a merge is to round as it would have there.
+    # Keep the dtype of the run, so that a merge rounds as it would have there.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
     wanted = {name for name in adapted.state_dict() if ".lora_" in name}
     unknown = sorted(weights.keys() - adapted.state_dict().keys()) + sorted(wanted - weights.keys())
     if unknown:
         raise UserError(
-            f"checkpoint: its adapter is not the one of model.policy.lora; they differ in {len(unknown)} weights:"
+            f"checkpoint: its adapter does not match model.policy.lora; {len(unknown)} weights differ:"
             f" {', '.join(unknown[:3])}; give the configuration of its run with --config"
         )
     adapted.load_state_dict(weights, strict=False, assign=True)
@@ -60,8 +60,8 @@ def _infer_lora_config(weights: Mapping[str, Tensor], lora: Mapping[str, Any]) -
     [rank, *others] = {len(value) for name, value in weights.items() if ".lora_A." in name}
     if others or "alpha" not in lora:
         raise UserError(
-            "model.policy.lora must be in the configuration of the run, since the checkpoint holds an adapter, with its"
-            f" alpha; got {dict(lora) or 'nothing'}; give the configuration with --config"
+            "the checkpoint holds an adapter, so the configuration of the run must have model.policy.lora with its"
+            f" alpha, got {dict(lora) or 'nothing'}; give the configuration with --config"
         )
     return LoraConfig(
         r=rank,

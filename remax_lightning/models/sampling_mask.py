@@ -1,6 +1,6 @@
-"""The distribution that responses are sampled from: temperature, top-k, top-p and min-p.
+"""The sampling distribution: temperature, top-k, top-p and min-p.
 
-Rollout engines sample from it, and the training pass takes log-probs under it, so both share these functions.
+Rollout engines sample from it and training computes log-probs under it, so both share these functions.
 """
 
 from __future__ import annotations

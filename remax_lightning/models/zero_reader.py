@@ -1,4 +1,4 @@
-"""The weights in a checkpoint of DeepSpeed ZeRO: one file under stages 1 and 2, one shard per rank under stage 3."""
+"""Read the weights of a DeepSpeed ZeRO checkpoint: one file under stages 1 and 2, one shard per rank under stage 3."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_
 
 
 def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint of ZeRO stages 1 to 3 in the dtype of the model that was trained.
+    """Return the weights of a checkpoint of ZeRO stages 1 to 3, in the dtype of the trained model.
 
-    Stages 1 and 2 save the model itself beside the optimizer's float32 weights. Stage 3 saves the latter alone, one
-    shard per rank. The model's weights were a rounded copy of them after every step, so they are rounded again.
+    Stages 1 and 2 save the model and the float32 weights of the optimizer. Stage 3 saves only the latter, one shard per
+    rank. The weights of the model are a rounded copy of them, so they are rounded here, too.
 
     Args:
         path: the folder with the file `latest`.
-        trusted: whether files may run code of their own.
+        trusted: whether files may run code.
 
     Raises:
         UserError: if a file is missing or cannot be read.
@@ -34,7 +34,9 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     first = _shard_file(folder, 0, "model_states")
     state = load_torch_file(first, trusted)
     if "param_shapes" not in state or "dp_world_size" not in state:
-        raise UserError(f"checkpoint: {str(first)!r} does not say how DeepSpeed has sharded the weights; give another")
+        raise UserError(
+            f"checkpoint: {str(first)!r} does not say how DeepSpeed sharded the weights; give another checkpoint"
+        )
     ranks = int(state["dp_world_size"])
     frozen = dict(state.get("frozen_param_shapes") or {})
     trained = {name: shape for part in state["param_shapes"] for name, shape in part.items()}
@@ -51,7 +53,7 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
 
 
 def _shard_file(folder: Path, rank: int, kind: str) -> Path:
-    """Return a rank's file, whose name depends on the precision and on DeepSpeed's version."""
+    """Return the file of a rank; its name depends on the precision and the version of DeepSpeed."""
     files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
     if not files:
         raise unreadable_error(folder, f"there is no file of rank {rank}'s {kind}")
@@ -59,7 +61,7 @@ def _shard_file(folder: Path, rank: int, kind: str) -> Path:
 
 
 def _flat_groups(file: Path, trusted: bool) -> Iterator[Tensor]:
-    """Yield a rank's float32 weights: long tensors, in each of which parts of many parameters lie end to end."""
+    """Yield the float32 weights of a rank: flat tensors, each a concatenation of shards of many parameters."""
     content = load_torch_file(file, trusted, _allow_deepspeed_classes())
     try:
         groups = content["optimizer_state_dict"]["fp32_flat_groups"]
@@ -71,14 +73,15 @@ def _flat_groups(file: Path, trusted: bool) -> Iterator[Tensor]:
 def _copy_shards(
     weights: dict[str, Tensor], shapes: Mapping[str, torch.Size], tensors: Iterable[Tensor], rank: int, ranks: int
 ) -> None:
-    """Copy one rank's parts to their places.
+    """Copy the shards of one rank into the full parameters.
 
     Args:
         weights: the full parameters, filled in place.
-        shapes: of those whose parts come, in their order.
-        tensors: the parts, flat and end to end; each is as long as on any other rank, the last rank's padded.
-        rank: whose parts they are.
-        ranks: how many ranks have a part.
+        shapes: full shapes of the parameters in `tensors`, in their order.
+        tensors: flat tensors with the shards one after the other; a shard has the same length on every rank, the last
+            one is padded.
+        rank: rank of the shards.
+        ranks: number of ranks.
     """
     source, rest, position = iter(tensors), torch.empty(0), 0
     for name, shape in shapes.items():
@@ -96,7 +99,7 @@ def _copy_shards(
 
 
 def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype that DeepSpeed's configuration gives the model."""
+    """Return the dtype of the model according to the DeepSpeed configuration."""
     for name, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(name) or {}).get("enabled"):
             return dtype
@@ -104,7 +107,7 @@ def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _allow_deepspeed_classes() -> AbstractContextManager[Any]:
-    """Return a context in which what DeepSpeed writes beside weights can be read: numbers in classes of its own."""
+    """Return a context in which `torch.load` accepts the classes that DeepSpeed saves beside weights."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

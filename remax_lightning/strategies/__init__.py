@@ -1,4 +1,4 @@
-"""Strategies for distributed training: sharding, gathering for rollouts, and atomic checkpoints."""
+"""Strategies for distributed training: sharding, gathering for rollouts, atomic checkpoints."""
 
 from remax_lightning.strategies.atomic_checkpoint import (
     AtomicCheckpointIO,

@@ -1,8 +1,8 @@
-"""Checkpoints that are written atomically: whenever a run is killed, the latest complete checkpoint can be loaded.
+"""Atomic checkpoints: whenever a run is killed, the latest complete checkpoint can be loaded.
 
-A checkpoint is written to a unique temporary name beside its place, `.NAME.ID.tmp`, and renamed once it is complete.
-One rename replaces a file. A folder cannot be replaced by a rename, so the older one is first renamed to `.NAME.old`:
-a run killed between the two renames leaves that, and `recover_interrupted` gives it its name back.
+A checkpoint is written under a unique temporary name beside its target, `.NAME.ID.tmp`, and renamed once it is
+complete. A rename can replace a file, but not a folder, so an older folder is first renamed to `.NAME.old`. If a run is
+killed between the two renames, `recover_interrupted` renames that folder back.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 
 TEMPORARY, OLD = ".tmp", ".old"
-"""Suffixes of what is no checkpoint: incomplete or about to be deleted, and complete but about to be replaced."""
+"""Suffixes of files and folders that are incomplete or about to be deleted, and of complete ones being replaced."""
 
 SUFFIX = ".ckpt"
 _STARTED = time.time()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, renamed to its place when it is complete.
+    """Writes checkpoint files beside their target and renames them when they are complete.
 
-    Lightning itself writes to the system's folder for temporary files first. Where that is another disk, moving the
-    file is a copy, which a killed process leaves incomplete.
+    Lightning writes to the system folder for temporary files first. If that is on another disk, moving the file is a
+    copy, and a killed process leaves an incomplete file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the file atomically; on a remote file system as Lightning does."""
+        """Write the file atomically; on a remote file system, as Lightning does."""
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, new)
         except Exception:
-            _delete(new)  # a full disk, for one
+            _delete(new)  # for example of a full disk
             raise
         _replace(new, target)
 
@@ -57,22 +57,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read the file.
 
         Raises:
-            UserError: if it is a folder, which only the strategy that wrote it can read.
+            UserError: if it is a folder, which only the strategy that saved it can read.
         """
         if _is_local_file_protocol(path) and Path(path).is_dir():
             raise UserError(
-                f"ckpt_path: {str(path)!r} is a folder, as DeepSpeed and FSDP2 write it, and trainer.strategy reads a"
-                " file; set the trainer.strategy that the checkpoint was saved under"
+                f"ckpt_path: {str(path)!r} is a folder of DeepSpeed or FSDP2, but trainer.strategy reads a file; set"
+                " the trainer.strategy that the checkpoint was saved under"
             )
         return super().load_checkpoint(path, *args, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove the file, folder or link; a kill meanwhile leaves no incomplete folder under the checkpoint's name."""
+        """Remove the file, folder or link. A kill in between leaves no incomplete folder under the name of the checkpoint."""
         target = Path(path)
         if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
         elif target.is_symlink():
-            target.unlink()  # older releases of fsspec would go for the folder that it points to
+            target.unlink()  # older releases of fsspec would remove the folder that it points to
         elif target.is_dir():
             _discard(target)
         else:
@@ -81,13 +81,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def atomic_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
-    """Yield a temporary path to write a checkpoint folder to; it is renamed once all ranks have written their part.
+    """Yield a temporary path for a checkpoint folder, and rename it to `target` once all ranks have written their part.
 
     Args:
-        strategy: the trainer's; every rank has to enter and leave.
-        target: where the checkpoint goes; rank 0's counts.
+        strategy: the strategy of the trainer; every rank has to enter and leave.
+        target: path of the checkpoint; that of rank 0 counts.
     """
-    # Every rank has to write to the one unique name, so rank 0 chooses it.
+    # All ranks write to the same unique name, so rank 0 chooses it.
     target, new = broadcast(strategy, (Path(target), _temporary(Path(target))))
     if strategy.is_global_zero:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def atomic_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
 
 
 def recover_interrupted(folder: Path) -> None:
-    """Restore a checkpoint whose replacement was interrupted between the two renames; any rank may call this."""
+    """Restore checkpoints whose replacement was interrupted between the two renames; any rank may call this."""
     for old in _entries(folder, OLD):
         target = _target(old)
         if not os.path.lexists(target):
@@ -108,9 +108,9 @@ def recover_interrupted(folder: Path) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete what earlier runs left behind in a folder of checkpoints.
+    """Delete temporary files that earlier runs left in a folder of checkpoints.
 
-    What is younger than this process may belong to a run that is still going on.
+    Files that are newer than this process may belong to another running process and stay.
     """
     recover_interrupted(folder)
     for old in _entries(folder, OLD):
@@ -121,25 +121,25 @@ def remove_stale(folder: Path) -> None:
 
 
 def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
-    """Return the latest complete checkpoint, None if there is none.
+    """Return the latest complete checkpoint; None if there is none.
 
     Args:
-        folders: where checkpoints are saved, under any name.
-        requeued: where Lightning saves those of a SLURM job that will run again, under names of its own.
+        folders: folders with checkpoints of any name.
+        requeued: folder in which Lightning saves checkpoints of requeued SLURM jobs, under its own names.
     """
-    places = [(folder, f"*{SUFFIX}") for folder in folders] + [(requeued, f"hpc_ckpt_*{SUFFIX}")]
+    patterns = [(folder, f"*{SUFFIX}") for folder in folders] + [(requeued, f"hpc_ckpt_*{SUFFIX}")]
     checkpoints: list[Path] = []
-    for folder, pattern in places:
+    for folder, pattern in patterns:
         recover_interrupted(folder)
         checkpoints += [path for path in folder.glob(pattern) if path.exists()]
     return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
-# Names beside a checkpoint
+# ---- Names beside a checkpoint ----
 
 
 def _temporary(target: Path) -> Path:
-    """Return an unused name beside the target, which no pattern of checkpoints matches."""
+    """Return an unused name beside the target that no pattern of checkpoints matches."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
@@ -155,17 +155,17 @@ def _entries(folder: Path, suffix: str) -> list[Path]:
     return list(folder.glob(f".*{suffix}"))
 
 
-# Changes on disk
+# ---- Changes on disk ----
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Put a complete checkpoint in the place of the target, which may exist as file, link or folder."""
+    """Replace the target, which may be a file, link or folder, by a complete checkpoint."""
     for path in (new, *new.rglob("*")):
         _sync(path)
     old = _old(target)
     if os.path.lexists(target) and (new.is_dir() or (target.is_dir() and not target.is_symlink())):
-        # No system call replaces a folder. Killed after the first rename, `old` is complete and `target` missing,
-        # which is what `recover_interrupted` looks for.
+        # No system call replaces a folder. After a kill between the renames `old` is complete and `target` missing,
+        # which `recover_interrupted` detects.
         _discard(old)
         target.rename(old)
     new.replace(target)
@@ -174,8 +174,8 @@ def _replace(new: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has the data: a name must not survive a loss of power without its content."""
-    if os.name == "nt":  # cannot open folders
+    """Flush to the disk, so that a power loss cannot keep a name without its content."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -185,7 +185,7 @@ def _sync(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint if it exists. Its name goes first, so that a kill leaves no part of it under that name."""
+    """Delete a checkpoint if it exists. It is renamed first, so that a kill leaves no part of it under its name."""
     if os.path.lexists(path):
         stale = _temporary(path)
         path.rename(stale)

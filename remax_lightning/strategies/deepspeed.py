@@ -1,4 +1,4 @@
-"""What DeepSpeed needs from us beyond Lightning's own strategy."""
+"""DeepSpeed ZeRO for a policy that generates: corrections and additions to Lightning's strategy."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ from remax_lightning.strategies.gather_mode import KEY, Gather, check_gather, re
 
 
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy with the loss divided once, and with the CPU as a device.
+    """Lightning's DeepSpeed strategy with the loss divided once, and with support for the CPU.
 
     Lightning and DeepSpeed each divide the loss by `accumulate_grad_batches`, so the gradient is too small by that
-    factor; Adam hides it, gradient clipping does not. Here only Lightning divides. On CPU processes the same engine
-    runs over gloo, without compiling an operator, so that a run can be tried where there is no GPU. With the optimizer
-    offloaded, any optimizer is taken, not DeepSpeed's own alone.
+    factor; Adam hides this, gradient clipping does not. Here only Lightning divides. On CPU processes the same engine
+    runs over gloo, without compiled operators, so that a run can be tried without a GPU. With an offloaded optimizer,
+    every optimizer is accepted, not only those of DeepSpeed.
 
     With an adapter, `exclude_frozen_parameters` is always true.
 
     Args:
-        gather: how rollouts gather a policy that stage 3 has sharded. `once` gathers it
-            before the rollout and holds it on every device until the end, which is fast. `layerwise` gathers one layer
-            at a time, for every token, which is many times slower and takes little memory. `auto` is `once` where every
-            device has enough free memory.
+        gather: how rollouts gather a policy that stage 3 has sharded. `once` gathers it before the rollout and holds it
+            on every device until the end, which is fast. `layerwise` gathers one layer at a time, for every token,
+            which is many times slower and needs little memory. `auto` is `once` if every device has enough free memory.
         options: the arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
         UserError: if `gather` is unknown, or `layerwise` below stage 3, which shards no parameters.
     """
 
-    # Lightning's are more than forty, and the command line reads them from there.
+    # Lightning's strategy has more than forty arguments, which the command line reads from its signature.
     def __init__(self, gather: Gather = "auto", **options: Any) -> None:
         self.gather = check_gather(gather)
         super().__init__(**options)
@@ -56,12 +55,12 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         return self.accelerator is not None and type(self.accelerator).__name__ == "CPUAccelerator"
 
     def setup_environment(self) -> None:
-        """Start the processes; DeepSpeed's own way refuses a CPU."""
+        """Start the processes; Lightning's DeepSpeed strategy refuses CPUs."""
         if isinstance(self.config, dict):
-            # For DeepSpeed's log alone. Lightning would ask for the training data to find it, in validation too.
+            # DeepSpeed only logs it. Lightning would load the training data to find it, also for validation.
             self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         if self.gather == "layerwise" and not self.zero_stage_3:
-            raise UserError(f"{KEY} must be auto or once below stage 3, where no device lacks a part, got layerwise")
+            raise UserError(f"{KEY} must be auto or once below stage 3, which does not shard parameters, got layerwise")
         if self._on_cpu:
             DDPStrategy.setup_environment(self)
         else:
@@ -77,23 +76,23 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
         reset_seed()
         self.set_world_ranks()
-        # Otherwise compiled on first use, which takes minutes and a compiler.
+        # This operator would be compiled on first use, which takes minutes and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._init_deepspeed_distributed()
         atexit.register(leave_process_group)
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this process; DeepSpeed wants an index, a CPU's too."""
+        """The device of this process; DeepSpeed needs an index, also on a CPU."""
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     def init_deepspeed(self) -> None:
         """Create the engine, and keep it from dividing the loss a second time."""
         source = getattr(self.lightning_module, "policy_source", None)
-        if getattr(source, "lora", None) is not None:  # the base is loaded again from its own checkpoint
+        if getattr(source, "lora", None) is not None:  # a resumed run loads the base from its own path
             self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
-            # DeepSpeed would refuse torch's optimizers under offload; they work, its own is only faster.
+            # DeepSpeed refuses torch's optimizers under offload by default. They work; its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         super().init_deepspeed()
         if self.zero_stage_3 and self.lightning_module is not None:
@@ -109,10 +108,10 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             super().save_checkpoint(checkpoint, str(path), storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, one of another number of processes too.
+        """Read a checkpoint, also of another number of processes.
 
         Raises:
-            UserError: if it is of another strategy, or DeepSpeed cannot reshard its optimizer state.
+            UserError: if another strategy saved it, or DeepSpeed cannot reshard its optimizer state.
         """
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -120,8 +119,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         saved = universal.saved_ranks(path)
         if not saved:
             raise UserError(
-                f"ckpt_path: {str(path)!r} is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it was"
-                " saved under"
+                f"ckpt_path: {str(path)!r} is not a checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it"
+                " was saved under"
             )
         if self.zero_stage_3 and not self._is_fitting:
             return zero3.load_weights(self.lightning_module, path)

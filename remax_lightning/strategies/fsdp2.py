@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state in shards, gathered layer by layer."""
+"""FSDP2: parameters, gradients and optimizer state are sharded, layers are gathered one by one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 
 
 class ReMaxFSDP2Strategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` with every process in one group of FSDP2, and no tensor parallelism.
+    """Lightning's `ModelParallelStrategy` with all processes in one FSDP2 group, and no tensor parallelism.
 
-    Lightning's own default is the opposite. Works on CPU processes too, over gloo.
+    Lightning's default is the opposite. It also runs on CPU processes, over gloo.
 
     Args:
         save_distributed_checkpoint: each rank writes its own shards; false gathers them into one file.
-        process_group_backend: `nccl` or `gloo`; None takes what fits the device.
-        timeout: how long a rank waits for the others; a rollout is one wait.
-        gather: how rollouts gather the policy. `once` gathers it
-            before the rollout and holds it on every device until the end, which is fast. `layerwise` gathers one layer
-            at a time, for every token, which is many times slower and takes little memory. `auto` is `once` where every
-            device has enough free memory.
+        process_group_backend: `nccl` or `gloo`; None chooses by the device.
+        timeout: how long a rank waits for the others. It has to be longer than a rollout.
+        gather: how rollouts gather the policy. `once` gathers it before the rollout and holds it on every device until
+            the end, which is fast. `layerwise` gathers one layer at a time, for every token, which is many times slower
+            and needs little memory. `auto` is `once` if every device has enough free memory.
 
     Raises:
         UserError: if `gather` is unknown.
@@ -56,8 +55,8 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Join the other processes, all of them in one group."""
-        # Only now is it known how many there are.
+        """Join all processes in one group."""
+        # The number of processes is known only now.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -76,18 +75,19 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         """Read a checkpoint of any number of processes.
 
         Raises:
-            UserError: if another strategy has written it.
+            UserError: if another strategy saved it.
         """
         path = Path(checkpoint_path)
         if path.is_dir() and not (path / "meta.pt").exists():
             raise UserError(
-                f"ckpt_path: {str(path)!r} is no checkpoint of FSDP2; set the trainer.strategy that it was saved under"
+                f"ckpt_path: {str(path)!r} is not a checkpoint of FSDP2; set the trainer.strategy that it was saved"
+                " under"
             )
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
-    """Shard a loaded policy in place: each of its layers is a group of its own, the rest is one.
+    """Shard a loaded policy in place: each layer is a group, the rest of the model is another one.
 
     Args:
         policy: an unsharded model, the same on every rank.
@@ -103,7 +103,7 @@ def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather all groups of a sharded model once, and keep forward passes from resharding them inside."""
+    """Gather all groups of a sharded model once, and keep forward passes inside from resharding them."""
     layers = decoder_layers(model)
     with _unsharded_root(model), _without_hooks([model, *layers]), unsharded_groups(layers):
         yield
@@ -117,39 +117,40 @@ def layerwise(model: nn.Module) -> Iterator[None]:
 
 
 def _gather_and_reshard(layer: Any) -> None:
-    layer.reshard()  # a failed forward pass has not done so
+    layer.reshard()  # a failed forward pass leaves it gathered
     layer.unshard()
     layer.reshard()
 
 
 @contextmanager
 def _without_hooks(groups: list[Any]) -> Iterator[None]:
-    """Run unsharded groups without FSDP2's hooks, which have nothing to do and prevent CUDA graphs."""
-    taken: list[tuple[Any, int, Any]] = []
+    """Run unsharded groups without the hooks of FSDP2, which do nothing here and prevent CUDA graphs."""
+    removed: list[tuple[Any, int, Any]] = []
     for group in groups:
         state = group._get_fsdp_state()
         for hooks, handle in (
             (group._forward_pre_hooks, state._pre_forward_hook_handle),
             (group._forward_hooks, state._post_forward_hook_handle),
         ):
-            taken.append((hooks, handle.id, hooks.pop(handle.id)))
+            removed.append((hooks, handle.id, hooks.pop(handle.id)))
     try:
         yield
     finally:
-        for hooks, key, hook in taken:
+        for hooks, key, hook in removed:
             hooks[key] = hook
-            hooks.move_to_end(key, last=False)  # before hooks of the user, as they were
+            hooks.move_to_end(key, last=False)  # FSDP2's hooks come first again
 
 
 @contextmanager
 def _unsharded_root(model: Any) -> Iterator[None]:
-    """Hold the root group unsharded: embeddings, head, and what else is in no layer."""
-    # Otherwise the first module that runs takes itself for the root, and an engine may run one inside a LoRA wrapper.
+    """Hold the root group unsharded: embeddings, head, and everything outside the layers."""
+    # Otherwise the first module that runs becomes the root, and an engine may run a module inside a LoRA wrapper.
     model._get_fsdp_state()._lazy_init()
     model.unshard()
     model.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        # Not set back: FSDP2 keeps a root unsharded after a forward pass, because the backward pass begins there.
+        # Keep `reshard_after_forward` off: FSDP2 leaves the root unsharded after a forward pass, because the backward
+        # pass starts there.
         model.reshard()

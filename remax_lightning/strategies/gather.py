@@ -1,4 +1,4 @@
-"""Gathering a sharded policy, for reading its parameters and for rollouts, under whatever strategy it is trained."""
+"""Gather a sharded policy, to read its parameters or for rollouts, under any strategy."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _logged_modes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @contextmanager
 def full_parameters(model: nn.Module) -> Iterator[None]:
-    """Hold the model's unsharded parameters on every rank inside, so that its forward passes need no communication.
+    """Unshard the parameters of the model on every rank inside, so that forward passes need no communication.
 
     Parameters are gathered once, at the start, so each rank may run as many forward passes as it needs. All ranks have
-    to enter and leave. Every device needs memory for the whole model. Nothing happens where parameters are not sharded
+    to enter and leave. Every device needs memory for the full model. Nothing happens if parameters are not sharded
     (one process, DDP, ZeRO-1 and ZeRO-2). Parameters must not be changed inside.
 
     Args:
         model: the policy.
 
     Raises:
-        UserError: if Lightning's own DeepSpeed strategy has sharded it.
+        UserError: if Lightning's DeepSpeed strategy sharded it.
     """
     engine = _sharding_engine(model)
     if engine is None:
@@ -45,15 +45,15 @@ def full_parameters(model: nn.Module) -> Iterator[None]:
 def rollout_parameters(model: nn.Module) -> Iterator[None]:
     """Let every rank run as many forward passes of the model as it needs, gathered as the strategy's `gather` says.
 
-    Either once, as `full_parameters` does, or layer by layer. Then a device holds one layer at a time beside embeddings
-    and head, and a rank that finishes early still takes part in gathering layers for those that are decoding. All ranks
-    have to enter and leave. Parameters must not be changed inside.
+    The model is gathered once, as in `full_parameters`, or layer by layer. In the second case a device holds one layer
+    at a time, besides embeddings and head, and a rank that finishes early keeps gathering layers for ranks that still
+    decode. All ranks have to enter and leave. Parameters must not be changed inside.
 
     Args:
         model: the policy, in eval mode and without gradients.
 
     Raises:
-        UserError: if Lightning's own DeepSpeed strategy has sharded it, or if `gather` is `layerwise` and the model
+        UserError: if Lightning's DeepSpeed strategy sharded it, or if `gather` is `layerwise` and the model
             does not name its layers.
     """
     engine = _sharding_engine(model)
@@ -74,8 +74,8 @@ def forward_is_collective(model: nn.Module) -> bool:
 
 
 def _sharding_engine(model: nn.Module) -> Any:
-    """Return the module of this folder for the engine that has sharded the model, or None if it is not sharded."""
+    """Return the module `zero3` or `fsdp2` for a sharded model; None if it is not sharded."""
     if is_zero3_sharded(model):
         return zero3
-    # A frozen model may have groups of FSDP2 inside; `FrozenModel` gathers those.
+    # A frozen model may contain FSDP2 groups without being one; `FrozenModel` gathers those.
     return fsdp2 if is_fsdp2_root(model) else None

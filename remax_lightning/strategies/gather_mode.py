@@ -1,4 +1,4 @@
-"""How rollouts gather a sharded policy, once or layer by layer: the configuration's choice and the free memory."""
+"""Whether rollouts gather a sharded policy once or layer by layer: by configuration or by free memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from remax_lightning.sharding import decoder_layers, full_numel
 Gather = Literal["auto", "once", "layerwise"]
 KEY = "trainer.strategy.init_args.gather"
 MAX_MEMORY_SHARE = 0.7
-"""The largest share of a device's free memory that `auto` lets the gathered policy take. The rest is for keys and
-values: with 32 rows of 512 tokens these are two thirds of a 7B policy's weights in 16 bits, a third in 32."""
+"""Maximum share of the free memory of a device that `auto` gives to the gathered policy. The rest is for keys and
+values: for 32 rows of 512 tokens they take two thirds of the bytes of a 7B policy in 16 bits, one third in 32 bits."""
 
 _gather_modes: WeakKeyDictionary[nn.Module, Gather] = WeakKeyDictionary()
 
@@ -33,29 +33,29 @@ def check_gather(gather: Gather) -> Gather:
 
 
 def register_gather_mode(root: nn.Module, gather: Gather) -> None:
-    """Record how the modules under `root` are gathered for a rollout; `uses_layerwise_gather` looks it up."""
+    """Record how the modules under `root` are gathered for a rollout; `uses_layerwise_gather` reads it."""
     _gather_modes.update(dict.fromkeys(root.modules(), gather))
 
 
 def uses_layerwise_gather(model: nn.Module) -> bool:
-    """Whether the next rollout gathers the model layer by layer; the same on all ranks, which all have to call this.
+    """Whether the next rollout gathers the model layer by layer. All ranks have to call this and get the same answer.
 
     Raises:
         UserError: if `gather` is `layerwise` and the model does not name its layers.
     """
-    wanted, possible = _gather_modes.get(model, "auto"), bool(decoder_layers(model))
-    if wanted == "layerwise" and not possible:
+    mode, has_layers = _gather_modes.get(model, "auto"), bool(decoder_layers(model))
+    if mode == "layerwise" and not has_layers:
         raise UserError(
             f"{KEY} must be once for a {type(model).__name__}, got layerwise: it does not name its layers"
             " (_no_split_modules)"
         )
-    return wanted == "layerwise" or (wanted == "auto" and possible and not fits_on_every_rank(model))
+    return mode == "layerwise" or (mode == "auto" and has_layers and not fits_on_every_rank(model))
 
 
 def fits_on_every_rank(model: nn.Module) -> bool:
-    """Whether every rank's device has memory for the unsharded model now.
+    """Whether the device of every rank has memory for the unsharded model now.
 
-    Checked before each rollout, because free memory changes: the optimizer's state appears at the first step.
+    Checked before each rollout, because free memory changes: the first step allocates the optimizer state.
     """
     device = next(model.parameters()).device
     free = free_bytes(device)

@@ -1,4 +1,4 @@
-"""Forward passes that gather layer by layer, on ranks that need different numbers of passes."""
+"""Forward passes that gather layer by layer, with a different number of passes on each rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from remax_lightning.distributed import all_reduce
 
 @contextmanager
 def lockstep(layers: Sequence[nn.Module], gather_and_reshard: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Keep ranks in lockstep inside, where running a layer gathers it from all of them.
+    """Keep ranks in lockstep inside, where running a layer gathers it from all ranks.
 
-    Before a layer is gathered, its rank announces the layer to the others. A rank at the end of the block keeps
-    listening, and takes part in gathering what the others announce, until no rank needs a layer. A rank that fails
-    does so too before it raises, because the others learn of the failure only after the block.
+    Before a rank runs a layer, it announces the layer to the others. A rank that reaches the end of the block takes
+    part in gathering the layers that others announce, until no rank needs a layer. A rank that fails does the same
+    before it raises, because the others learn of the failure only after the block.
 
     Args:
         layers: the same on every rank, in the same order.
@@ -50,13 +50,13 @@ def _serve_others(
 
 
 def _announce_layer(number: int, device: torch.device, *_: Any) -> None:
-    _exchange(number, device)  # not read, which would make the host wait for the device at every layer
+    _exchange(number, device)  # the result is not read, or the host would wait for the device at every layer
 
 
 def _exchange(number: int, device: torch.device) -> torch.Tensor:
-    """Announce a layer by its number, and return the number that some rank has announced, 0 if none has.
+    """Announce a layer by its number (0 for none), and return the number that some rank announced, 0 if none did.
 
-    The maximum works because ranks that need a layer all need the same one: they run the layers in lockstep.
+    The maximum is enough because all ranks that need a layer need the same one: they run in lockstep.
     """
     announced = torch.full((), number, device=device)
     return all_reduce(announced, "max")

@@ -1,4 +1,4 @@
-"""Contexts in which models are built: the policy sharded by its strategy, frozen models unsharded on every rank."""
+"""Contexts for creating models: the policy sharded by its strategy, frozen models unsharded on every rank."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def sharded_init(strategy: Any, *, from_scratch: bool = False, key: str = "model
     """Let `from_pretrained` shard the weights as it loads them, where the strategy is ZeRO-3.
 
     Args:
-        strategy: the trainer's.
-        from_scratch: whether there are no weights to load.
+        strategy: the strategy of the trainer.
+        from_scratch: whether the weights are random instead of loaded.
         key: the configuration key of the model, for messages.
 
     Raises:
-        UserError: if ZeRO-3 were to start from random weights, which would differ from those of one process.
+        UserError: if ZeRO-3 would start from random weights, which differ from those of one process.
     """
     if not _is_zero3(strategy):
         yield
@@ -37,20 +37,20 @@ def sharded_init(strategy: Any, *, from_scratch: bool = False, key: str = "model
         )
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # Transformers finds it through a weak reference. Once it is gone, models load unsharded.
-    alive = HfDeepSpeedConfig(strategy.config)
+    # transformers keeps a weak reference to this object, and shards models while the object lives.
+    config = HfDeepSpeedConfig(strategy.config)
     try:
-        with strategy.precision_plugin.tensor_init_context():  # Lightning leaves it out under ZeRO-3
+        with strategy.precision_plugin.tensor_init_context():  # Lightning does not enter it under ZeRO-3
             yield
     finally:
-        del alive
+        del config
 
 
 @contextmanager
 def unsharded_init(strategy: Strategy) -> Iterator[None]:
-    """Build models that ZeRO-3 does not shard: full on every rank, in the run's precision.
+    """Create models that ZeRO-3 does not shard: full on every rank, in the precision of the run.
 
-    Every forward pass of a sharded model is a collective, which a frozen model has no need for.
+    Every forward pass of a sharded model is a collective, which frozen models do not need.
     """
     if not _is_zero3(strategy):
         yield

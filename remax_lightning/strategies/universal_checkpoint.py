@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoint: optimizer state by parameter, which any number of ranks can load."""
+"""DeepSpeed's universal checkpoint: optimizer state per parameter, which any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ FOLDER, LATEST = "universal", "latest_universal"
 
 
 def saved_ranks(checkpoint: Path) -> int:
-    """Return how many ranks have saved their shard of the optimizer state, 0 if it is no checkpoint of ZeRO."""
+    """Return the number of ranks that saved optimizer shards; 0 if this is not a ZeRO checkpoint."""
     return len(list(checkpoint.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
 
 
 @contextmanager
 def reshard(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
-    """Let the engine inside load a checkpoint of another number of ranks; every rank has to enter and leave.
+    """Let the engine load a checkpoint of another number of ranks inside; every rank has to enter and leave.
 
-    DeepSpeed's converter writes a second copy of the checkpoint, by parameter, into the folder; it is deleted
-    afterwards.
+    DeepSpeed's converter writes a second copy of the checkpoint into the folder; it is deleted afterwards.
 
     Raises:
-        UserError: if the converter fails, as with optimizers other than Adam's kind.
+        UserError: if the converter fails, as it does for optimizers other than Adam and its variants.
     """
     ranks = saved_ranks(checkpoint)
     rank_zero_info(f"Converting {checkpoint}, saved by {ranks} processes, for {strategy.world_size}.")
@@ -57,7 +56,7 @@ def reshard(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
 
 
 def _convert(checkpoint: Path) -> str:
-    """Write the universal checkpoint; return what went wrong, or nothing."""
+    """Write the universal checkpoint; return an error message, empty on success."""
     _delete_universal(checkpoint)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / FOLDER)]
@@ -74,13 +73,13 @@ def _delete_universal(checkpoint: Path) -> None:
 
 
 def _repair_optimizer(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Undo two things that DeepSpeed 0.19 does under ZeRO-3, wrong for torch's optimizers and for several groups.
+    """Undo two errors of DeepSpeed 0.19 under ZeRO-3 with torch's optimizers and several parameter groups.
 
-    All parameters come to share one tensor that counts the steps, which each of them would count up, and every group
-    gets the settings of the first, its weight decay among them.
+    All parameters share one step counter after loading, which each of them would increment, and every group gets the
+    settings of the first group, including its weight decay.
     """
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-    for group, before in zip(optimizer.param_groups, saved_groups, strict=True):
-        group["weight_decay"] = before.get("weight_decay", 0.0)
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group["weight_decay"] = saved.get("weight_decay", 0.0)

@@ -1,4 +1,4 @@
-"""The one place for DeepSpeed's private interface: ZeRO-3's hooks and its record of them."""
+"""ZeRO-3: the only user of DeepSpeed's private interface of hooks and parameter partitioning."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from remax_lightning.sharding import decoder_layers, full_shape, gathered
 from remax_lightning.strategies.layerwise import lockstep
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
-"""The object of the engine that shards a module's parameters; weak, because it refers to the module."""
+"""The `DeepSpeedZeRoOffload` object that shards a module; weak, because it refers to the module."""
 
 
 def register_engine(root: nn.Module, engine: Any) -> None:
-    """Record which engine shards the modules under `root`, so that `unsharded` finds it for any of them.
+    """Record which engine shards the modules under `root`, so that `unsharded` works for any of them.
 
     Args:
-        root: what the engine was made of.
-        engine: the DeepSpeed engine. Without an optimizer, as in validation alone, its optimizer is the offload itself.
+        root: the module that the engine wraps.
+        engine: the DeepSpeed engine. In validation there is no optimizer, and `engine.optimizer` is the offload object.
     """
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     for module in root.modules():
@@ -34,7 +34,7 @@ def register_engine(root: nn.Module, engine: Any) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather the model's parameters once, and keep ZeRO-3 from gathering any by itself inside.
+    """Gather all parameters of the model once, and turn off the hooks of ZeRO-3 inside.
 
     Raises:
         UserError: if the engine is not that of `ReMaxDeepSpeedStrategy`.
@@ -45,10 +45,10 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def layerwise(model: nn.Module) -> Iterator[None]:
-    """Gather what is outside the layers once, and each layer for its own forward passes, in lockstep on all ranks.
+    """Gather everything outside the layers once, and each layer for its forward pass, in lockstep on all ranks.
 
-    ZeRO-3's own hooks would do that too, but with a collective for every module, and a search of their record of the
-    last training pass at each. Nothing is prefetched: a layer takes far longer to gather than to decode a token.
+    The hooks of ZeRO-3 would do the same with a collective for every submodule, and would search the trace of the last
+    training pass each time. Nothing is prefetched: gathering a layer takes far longer than decoding a token with it.
 
     Raises:
         UserError: if the engine is not that of `ReMaxDeepSpeedStrategy`.
@@ -60,7 +60,7 @@ def layerwise(model: nn.Module) -> Iterator[None]:
         stack.enter_context(gathered(parameter for parameter in model.parameters() if parameter not in inside))
         stack.enter_context(lockstep(layers, _gather_and_reshard))
         for layer in layers:
-            # Behind the announcement, which goes before all other hooks.
+            # These run after the announcement, which `lockstep` puts before all other hooks.
             stack.callback(layer.register_forward_pre_hook(_gather).remove)
             stack.callback(layer.register_forward_hook(_reshard).remove)
         yield
@@ -77,26 +77,26 @@ def _reshard(layer: nn.Module, *_: Any) -> None:
 
 
 def _gather_and_reshard(layer: nn.Module) -> None:
-    _reshard(layer)  # a failed forward pass has not done so
+    _reshard(layer)  # a failed forward pass leaves it gathered
     _gather(layer)
     _reshard(layer)
 
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Shard all parameters, and keep ZeRO-3 from gathering any by itself inside.
+    """Shard all parameters, and turn off the hooks of ZeRO-3 inside.
 
-    With its hooks on, every forward pass is a collective even on gathered parameters, and a rank whose responses end
-    early would leave the others waiting in it. So is every access to a parameter during a training step.
+    With the hooks, every forward pass is a collective even on gathered parameters, and so is every access to a
+    parameter in a training step. A rank whose responses end early would leave the others waiting.
     """
-    known = _offloads.get(model)
-    offload = known() if known is not None else None
+    reference = _offloads.get(model)
+    offload = reference() if reference is not None else None
     if offload is None:
         raise UserError(
-            "trainer.strategy partitions the policy (ZeRO-3) in a way that rollouts cannot gather; take"
-            " remax_lightning.strategies.ReMaxDeepSpeedStrategy, which has the arguments of Lightning's"
+            "rollouts cannot gather a policy that trainer.strategy has sharded with ZeRO-3; use"
+            " remax_lightning.strategies.ReMaxDeepSpeedStrategy, which has the same arguments"
         )
-    # Gathering passes by a parameter that a hook has begun to fetch ahead, and would leave it empty.
+    # Gathering skips a parameter that a hook is prefetching, and would leave it empty.
     offload.partition_all_parameters()
     in_forward = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
     _remove_hooks(offload)
@@ -117,7 +117,7 @@ def _remove_hooks(offload: Any) -> None:
 
 
 def _restore_hooks(offload: Any) -> None:
-    # The order of modules that was recorded for prefetching numbers them as the old hooks did.
+    # The trace for prefetching refers to the module numbers of the old hooks.
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
@@ -125,17 +125,17 @@ def _restore_hooks(offload: Any) -> None:
 
 
 def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
-    """Load the weights of a checkpoint of any number of ranks into an engine that does not train; DeepSpeed cannot.
+    """Load the weights of a checkpoint of any number of ranks without an optimizer, which DeepSpeed cannot do.
 
     Args:
-        root: the LightningModule, partitioned; every rank has to call this.
-        checkpoint: a folder of ZeRO-3.
+        root: the sharded LightningModule; every rank has to call this.
+        checkpoint: a checkpoint folder of ZeRO-3.
 
     Returns:
         The rest of the checkpoint.
 
     Raises:
-        UserError: if it is a checkpoint of another model.
+        UserError: if the checkpoint is of another model.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -144,10 +144,10 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     if strategy.is_global_zero:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
     parameters = dict(root.named_parameters())
-    fit = all(
+    same_shapes = all(
         name in weights and weights[name].shape == full_shape(parameter) for name, parameter in parameters.items()
     )
-    if not broadcast(strategy, fit):
+    if not broadcast(strategy, same_shapes):
         raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
     for name, parameter in parameters.items():
         with gathered([parameter], writer_rank=0):
@@ -163,7 +163,7 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def zero_init_disabled() -> Iterator[None]:
-    """Build plain modules inside, although a `zero.Init` is open around."""
+    """Create modules without sharding inside, although an outer `zero.Init` is active."""
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
     shutdown_init_context()

@@ -114,5 +114,5 @@ def test_half_a_checkpoint_is_refused(
     outcome = broken(strategy, folder, tmp_path, capsys, pattern, keep)
     assert outcome.code == 2
     assert outcome.err.startswith("remax: error: checkpoint: ")
-    expected = "is not there" if keep is None and not pattern else "cannot be read"
+    expected = "does not exist" if keep is None and not pattern else "cannot be read"
     assert expected in outcome.err

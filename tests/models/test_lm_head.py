@@ -168,14 +168,14 @@ def no_head(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (shift, "it changes its logits in a way that is not known here"),
+    (shift, "it changes its logits in an unknown way"),
     (unused, "its output embedding does not read its last hidden states"),
-    (broken, r"trying its parts failed \(AttributeError"),
+    (broken, r"the probe of its head failed \(AttributeError"),
     (hooked, "its Linear has hooks"),
     (hooked_outside, "its LlamaForCausalLM has hooks"),
     (placeholder, "its output embedding is sharded or quantized"),
     (sharded, "its output embedding is sharded or quantized"),
-    (flattened, "its output embedding is not all here"),
+    (flattened, "its output embedding is sharded or on the meta device"),
     (not_linear, r"its output embedding is a .*\.Quantized"),
     (no_head, "it has no separate body and output embedding"),
 ])  # fmt: skip
@@ -207,9 +207,9 @@ def test_the_log_says_once_why(caplog: pytest.LogCaptureFixture) -> None:
             find_head(model)
         handle.remove()
     assert [record.getMessage() for record in caplog.records] == [
-        "LlamaForCausalLM: logits are made a few tokens at a time",
-        "LlamaForCausalLM: every training pass makes all logits at once, because its Linear has hooks, which reading"
-        " the weights would pass by",
+        "LlamaForCausalLM: logits are computed a few tokens at a time",
+        "LlamaForCausalLM: every training pass computes all logits at once, because its Linear has hooks, which reading"
+        " the weights would skip",
     ]
 
 

@@ -187,5 +187,5 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 
 def test_a_folder_is_not_read_as_a_file(tmp_path: Path) -> None:
     save_folder(tmp_path / "a.ckpt", 1)
-    with pytest.raises(UserError, match="is a folder, as DeepSpeed and FSDP2 write it"):
+    with pytest.raises(UserError, match="is a folder of DeepSpeed or FSDP2"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")

@@ -168,7 +168,7 @@ def test_a_checkpoint_runs_no_code_unless_it_is_trusted(run: Run, capsys: Any) -
     run.save(run.policy.state_dict(), callbacks=Evil(proof))
     refused = run.export(capsys)
     assert refused.code == 2
-    assert "may run any code; if you trust whoever wrote it, add --trust_checkpoint" in refused.err
+    assert "may run any code; if you trust the author of the file, add --trust_checkpoint" in refused.err
     assert not proof.exists()
     assert run.export(capsys, "--trust_checkpoint").code == 0
     assert proof.exists()
@@ -240,7 +240,7 @@ MISTAKES = {
     "a base that is gone": (lambda run: shutil.rmtree(run.base), "there is no folder"),
     "no adapter in the configuration": (
         lambda run: (run.adapt(), run.configure(path=str(run.base))),
-        "model.policy.lora must be in the configuration of the run",
+        "the configuration of the run must have model.policy.lora",
     ),
     "a base in four bits": (
         lambda run: run.adapt(quantization="nf4"),
@@ -248,7 +248,7 @@ MISTAKES = {
     ),
     "another adapter in the configuration": (
         lambda run: (run.adapt(), run.configure(path=str(run.base), lora={**LORA, "target_modules": ["v_proj"]})),
-        "its adapter is not the one of model.policy.lora",
+        "its adapter does not match model.policy.lora",
     ),
 }
 
