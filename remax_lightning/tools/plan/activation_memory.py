@@ -87,9 +87,9 @@ class StepPasses:
 
         model, sampling = language_model(self.policy), self.work.sampling
         if getattr(model, "_is_stateful", False) or not accepts_argument(model, "past_key_values"):
-            raise _other_engine(model)
+            raise _unsupported_engine_error(model)
         model.eval()
-        ids, mask = _rows(self.work.prompts, self.work.prompt_length)
+        ids, mask = _dummy_rows(self.work.prompts, self.work.prompt_length)
         rows = prompt_index_per_row(ids, sampling.num_samples, greedy)
         with self.autocast(), LiveBytes([model]) as live:
             cache = DynamicCache(config=model.config)
@@ -99,7 +99,7 @@ class StepPasses:
             logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
             layout = layout_of(cache)
             if layout is None:
-                raise _other_engine(model)
+                raise _unsupported_engine_error(model)
             length = bucketed_length(self.work.length)
             slots = make_slots(cache, len(rows), length)
             fill_slots(slots, cache, rows, self.work.prompt_length)
@@ -133,12 +133,12 @@ class StepPasses:
     def reward_scoring(self, reward: PreTrainedModel) -> int:
         """Count a pass of a reward model."""
         reward.eval().config.use_cache = False
-        ids, mask = _rows(self.work.reward_rows, self.work.reward_length or self.work.length)
+        ids, mask = _dummy_rows(self.work.reward_rows, self.work.reward_length or self.work.length)
         with LiveBytes([reward]) as live, self.autocast():
             reward.base_model(ids, attention_mask=mask.long())
         return live.peak
 
-    def hidden(self, reference: PreTrainedModel, rows: int) -> int:
+    def hidden_state_bytes(self, reference: PreTrainedModel, rows: int) -> int:
         """Count the reference's hidden states of `rows` responses, which a KL over the vocabulary needs."""
         weight = self._required_head(reference).weight
         return rows * self.work.sampling.max_response_length * weight.shape[1] * weight.itemsize
@@ -179,7 +179,7 @@ class StepPasses:
         reference: PreTrainedModel | None = None,
     ) -> tuple[Tensor, int]:
         """Return log-probs, as `policy_statistics` makes them, and what is alive when the body is through."""
-        ids, mask = _rows(rows, self.work.length)
+        ids, mask = _dummy_rows(rows, self.work.length)
         responses, token_mask = ids[:, self.work.prompt_length :], None
         if model is self.policy:
             token_mask = make_sampling_mask(self.work.sampling)
@@ -247,12 +247,12 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     return OutputHead(layer.weight, layer.bias, soft_cap=next((cap for cap in caps if cap), None))
 
 
-def _other_engine(model: PreTrainedModel) -> UserError:
+def _unsupported_engine_error(model: PreTrainedModel) -> UserError:
     return UserError(
         f"model.policy.path: remax plan knows the memory of PairedEngine only, which cannot decode with a"
         f" {type(model).__name__}: it keeps more than keys and values"
     )
 
 
-def _rows(count: int, length: int) -> tuple[Tensor, Tensor]:
+def _dummy_rows(count: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(count, length, dtype=torch.long), torch.ones(count, length, dtype=torch.bool)

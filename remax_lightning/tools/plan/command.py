@@ -1,4 +1,4 @@
-"""`remax plan`: what memory each device needs for a configuration, without a device and without weights."""
+"""`remax plan`: compute the memory that each device needs for a configuration, without a device or weights."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ from typing import Any
 
 from remax_lightning.errors import UserError
 from remax_lightning.tools.plan.model_sizes import Sizes, measure
-from remax_lightning.tools.plan.phases import PARTS, PHASES, host, least_devices, peak, phases, settled
+from remax_lightning.tools.plan.phases import (
+    PARTS,
+    PHASES,
+    least_devices,
+    offloaded_bytes,
+    peak_bytes,
+    phases,
+    resolve_gather_mode,
+)
 from remax_lightning.tools.plan.run_config import PlannedRun, read_run
 from remax_lightning.tools.plan.strategy_memory import Parts
 from remax_lightning.tools.plan.types import Strategy
 
 HEADROOM = 0.1
-"""Share of a GPU's memory that is left to CUDA, the communication library and what fragmentation wastes."""
+"""Share of a GPU's memory that is left free for CUDA, the communication library and fragmentation."""
 
 GB = 1e9
 
 
 def main(args: Sequence[str]) -> dict[str, Any]:
-    """Tell what memory each device needs for what `remax fit` would do with the same arguments.
+    """Compute the memory that each device needs for `remax fit` with the same arguments.
 
     Args:
-        args: what stands after `remax plan`.
+        args: the arguments after `remax plan`.
 
     Returns:
-        What `--json` prints.
+        The content of `--json`.
 
     Raises:
         UserError: if the configuration is wrong, or cannot be planned.
@@ -36,77 +44,81 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="remax plan",
         usage="remax plan --config FILE [--config FILE ...] [any argument of remax fit] [--memory GB] [--json]",
-        description="Tell what memory each device needs for what `remax fit` would do with the same arguments. Nothing"
-        " is run, no weights are read: models are built from their configurations.",
+        description=(
+            "Compute the memory that each device needs for `remax fit` with the same arguments. Nothing is"
+            " run and no weights are read: models are built from their configurations."
+        ),
         allow_abbrev=False,
     )
-    parser.add_argument("--memory", type=float, metavar="GB", help="memory of a device: say whether the run fits")
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", help="memory of a device; also print whether the run fits"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in bytes")
     options, rest = parser.parse_known_args(args)
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory must be above 0, got {options.memory:g}")
     run = read_run(rest)
     answer = plan(run, measure(run), None if options.memory is None else options.memory * GB)
-    print(json.dumps(answer) if options.json else text(run, answer))
+    print(json.dumps(answer) if options.json else format_plan(run, answer))
     return answer
 
 
 def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str, Any]:
-    """Return what a run needs, in bytes per device.
+    """Return the memory of a run, in bytes per device.
 
     Args:
-        run: as its configuration has it.
-        sizes: of its models and passes.
-        memory: of a device; None leaves out whether the run fits.
+        run: the run as configured.
+        sizes: sizes of its models and passes.
+        memory: memory of a device; None leaves out whether the run fits.
     """
     usable = None if memory is None else (1 - HEADROOM) * memory
 
-    def needed(devices: int) -> dict[str, Parts]:
+    def phases_on(devices: int) -> dict[str, Parts]:
         return remax_phases(sizes, replace(run.strategy, devices=devices), usable)
 
-    phase_parts, ppo = needed(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
-    offloaded = host(sizes.policy, sizes.step, sizes.frozen, run.strategy)
-    value_offloaded = host(sizes.value, sizes.step, [], run.strategy)
+    phase_parts, ppo = phases_on(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
+    offloaded = offloaded_bytes(sizes.policy, sizes.step, sizes.frozen, run.strategy)
+    value_offloaded = offloaded_bytes(sizes.value, sizes.step, [], run.strategy)
     answer: dict[str, Any] = {
         "devices": run.strategy.devices,
         "parameters": sizes.parameters,
         "phases": phase_parts,
-        "peak": peak(phase_parts),
+        "peak": peak_bytes(phase_parts),
         "host": offloaded,
-        "ppo": {"phases": ppo, "peak": peak(ppo), "host": offloaded + value_offloaded},
+        "ppo": {"phases": ppo, "peak": peak_bytes(ppo), "host": offloaded + value_offloaded},
         "notes": list(run.notes),
     }
     if usable is not None:
-        least = least_devices(lambda devices: peak(needed(devices)), usable)
+        least = least_devices(lambda devices: peak_bytes(phases_on(devices)), usable)
         answer |= {"memory": memory, "fits": answer["peak"] <= usable, "least_devices": least}
     return answer
 
 
 def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
-    """Return the parts of each phase's peak; `memory` decides how `gather: auto` gathers."""
+    """Return the parts of the peak of each phase; `memory` decides how `gather: auto` gathers."""
     sized = (sizes.policy, sizes.step, sizes.frozen)
-    return phases(*sized, settled(*sized, strategy, memory))
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory))
 
 
 def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
-    """Return what PPO would need for as many prompts and sampled responses, with the same strategy."""
+    """Return the same for PPO with as many prompts and sampled responses and the same strategy."""
     sized = (sizes.policy, sizes.ppo_step, sizes.frozen)
-    return phases(*sized, settled(*sized, strategy, memory), sizes.value)
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), sizes.value)
 
 
-def text(run: PlannedRun, answer: Mapping[str, Any]) -> str:
-    """Return what a person reads."""
+def format_plan(run: PlannedRun, answer: Mapping[str, Any]) -> str:
+    """Return the plan as text."""
     unit = "GPU" if run.device == "gpu" else "process"
-    lines = [*_heading(run, answer, unit), "", *_table(answer["phases"], f"GB per {unit}"), ""]
+    lines = [*_heading(run, answer, unit), "", *_format_table(answer["phases"], f"GB per {unit}"), ""]
     highest = max(answer["phases"], key=lambda phase: sum(answer["phases"][phase].values()))
-    lines.append(f"Peak: {_gb(answer['peak'])} GB per {unit}, in {highest}.")
+    lines.append(f"Peak: {_format_gb(answer['peak'])} GB per {unit}, in {highest}.")
     if answer["host"]:
-        lines.append(f"In the host's memory: {_gb(answer['host'])} GB for each {unit} of it.")
+        lines.append(f"In the host's memory: {_format_gb(answer['host'])} GB for each {unit} of it.")
     ppo = answer["ppo"]["peak"]
     share = f"{ppo / answer['peak'] - 1:+.0%}"
-    lines.append(f"PPO for the same, with a value model as large as the policy: {_gb(ppo)} GB ({share}).")
+    lines.append(f"PPO for the same, with a value model as large as the policy: {_format_gb(ppo)} GB ({share}).")
     if "fits" in answer:
-        lines.append(_verdict(run.strategy, answer, unit))
+        lines.append(_fit_summary(run.strategy, answer, unit))
     return "\n".join([*lines, *(f"Note: {note}." for note in answer["notes"])])
 
 
@@ -114,39 +126,46 @@ def _heading(run: PlannedRun, answer: Mapping[str, Any], unit: str) -> list[str]
     work, sampling = run.work, run.work.sampling
     devices = run.strategy.devices
     return [
-        f"Policy {run.module.policy_source.path}: {answer['parameters'] / 1e6:,.1f} M parameters in"
-        f" {str(run.policy_dtype).removeprefix('torch.')}, {_named(run.strategy)} on {devices} {unit}"
-        f"{'s' if devices > 1 and unit == 'GPU' else 'es' if devices > 1 else ''}.",
-        f"Each makes {sampling.num_samples} sampled"
-        f"{' and a greedy response' if run.module.objective.needs_greedy else ''} of {sampling.max_response_length}"
-        f" tokens to {work.prompts} prompts of {work.prompt_length}, and trains on {work.training_rows} at a time.",
+        (
+            f"Policy {run.module.policy_source.path}: {answer['parameters'] / 1e6:,.1f} M parameters in"
+            f" {str(run.policy_dtype).removeprefix('torch.')}, {_strategy_name(run.strategy)} on {devices} {unit}"
+            f"{'s' if devices > 1 and unit == 'GPU' else 'es' if devices > 1 else ''}."
+        ),
+        (
+            f"Each makes {sampling.num_samples} sampled"
+            f"{' and a greedy response' if run.module.objective.needs_greedy else ''} of {sampling.max_response_length}"
+            f" tokens to {work.prompts} prompts of {work.prompt_length}, and trains on {work.training_rows} at a time."
+        ),
     ]
 
 
-def _named(strategy: Strategy) -> str:
+def _strategy_name(strategy: Strategy) -> str:
     name = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}.get(strategy.kind, f"ZeRO-{strategy.stage}")
     return name + (" with offload" if strategy.offload_optimizer or strategy.offload_parameters else "")
 
 
-def _table(phase_parts: Mapping[str, Parts], title: str) -> list[str]:
+def _format_table(phase_parts: Mapping[str, Parts], title: str) -> list[str]:
     shown = [name for name in PARTS if any(phase_parts[phase].get(name) for phase in PHASES)]
     width = max(len(title), *map(len, shown)) + 2
     rows = [f"{title:{width}}" + "".join(f"{phase:>10}" for phase in PHASES)]
     rows += [
-        f"{name:{width}}" + "".join(f"{_gb(phase_parts[phase].get(name, 0)):>10}" for phase in PHASES) for name in shown
+        f"{name:{width}}" + "".join(f"{_format_gb(phase_parts[phase].get(name, 0)):>10}" for phase in PHASES)
+        for name in shown
     ]
-    total = "".join(f"{_gb(sum(phase_parts[phase].values())):>10}" for phase in PHASES)
+    total = "".join(f"{_format_gb(sum(phase_parts[phase].values())):>10}" for phase in PHASES)
     return [*rows, f"{'total':{width}}{total}"]
 
 
-def _verdict(strategy: Strategy, answer: Mapping[str, Any], unit: str) -> str:
+def _fit_summary(strategy: Strategy, answer: Mapping[str, Any], unit: str) -> str:
     fits, least = answer["fits"], answer["least_devices"]
     usable = (1 - HEADROOM) * answer["memory"]
-    start = f"{'Fits' if fits else 'Does not fit'} into {answer['memory'] / GB:g} GB, of which {_gb(usable)} count."
+    start = (
+        f"{'Fits' if fits else 'Does not fit'} into {answer['memory'] / GB:g} GB, of which {_format_gb(usable)} count."
+    )
     if least is None:
-        return f"{start} Under {_named(strategy)} it fits on no number of {unit}s."
-    return f"{start} The least under {_named(strategy)}: {least} {unit}{'s' if least > 1 else ''}."
+        return f"{start} Under {_strategy_name(strategy)} it fits on no number of {unit}s."
+    return f"{start} The least under {_strategy_name(strategy)}: {least} {unit}{'s' if least > 1 else ''}."
 
 
-def _gb(number: float) -> str:
+def _format_gb(number: float) -> str:
     return f"{number / GB:.3f}" if number < GB else f"{number / GB:.2f}" if number < 100 * GB else f"{number / GB:.1f}"

@@ -68,15 +68,17 @@ def measure(run: PlannedRun) -> Sizes:
 
 def _measure(run: PlannedRun) -> Sizes:
     module, work, kl = run.module, run.work, run.module.objective.kl_config
-    policy = empty_model(dataclasses.replace(module.policy_source, dtype=_name(run.policy_dtype)), "model.policy")
+    policy = empty_model(dataclasses.replace(module.policy_source, dtype=_dtype_name(run.policy_dtype)), "model.policy")
     check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
     passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
     source, shared = module.reference_source, 0
     reference = None if source is None else empty_model(source, "model.reference").requires_grad_(False)
-    frozen = _rewards(run, passes)
+    frozen = _reward_sizes(run, passes)
     if reference is not None and source is not None:
-        stays = _bytes(reference.get_output_embeddings()) if kl.full else 0
-        frozen.append(_frozen("reference", reference, passes.reference_scoring(reference), source.placement, stays))
+        stays = _parameter_bytes(reference.get_output_embeddings()) if kl.full else 0
+        frozen.append(
+            _frozen_size("reference", reference, passes.reference_scoring(reference), source.placement, stays)
+        )
     elif module.policy_source.lora is not None:
         reference = policy
         with initial_adapter(policy):
@@ -88,16 +90,16 @@ def _measure(run: PlannedRun) -> Sizes:
         rollout=passes.rollout(greedy=module.objective.needs_greedy),
         scoring=max(shared, scoring if run.scores_policy else 0),
         training=passes.training(compared),
-        update=_update(run, groups, foreach),
-        flat_update=_update(run, _flat(groups), foreach),
+        update=_optimizer_bytes(run, groups, foreach),
+        flat_update=_optimizer_bytes(run, _flatten_groups(groups), foreach),
         micro_batches=run.micro_batches,
         passes=run.passes,
-        hidden=0 if compared is None else passes.hidden(compared, work.prompts * work.sampling.num_samples),
+        hidden=0 if compared is None else passes.hidden_state_bytes(compared, work.prompts * work.sampling.num_samples),
         keeps_cache=run.keeps_cache,
     )
     ppo = dataclasses.replace(step, rollout=passes.rollout(greedy=False), scoring=max(shared, scoring))
     parameters = sum(parameter.numel() for parameter in policy.parameters())
-    size = _size(policy, run)
+    size = _policy_size(policy, run)
     return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
 
 
@@ -119,15 +121,15 @@ def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:
         return dataclasses.replace(source, lora=lora).wrap_with_adapter(plain, key, seed=0)
 
 
-def _rewards(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:
+def _reward_sizes(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:
     sizes = []
     for reward in reward_models(run.module.reward):
-        model = _classifier(reward)
-        sizes.append(_frozen("reward model", model, passes.reward_scoring(model), reward.placement))
+        model = _empty_classifier(reward)
+        sizes.append(_frozen_size("reward model", model, passes.reward_scoring(model), reward.placement))
     return sizes
 
 
-def _classifier(reward: ClassifierReward) -> PreTrainedModel:
+def _empty_classifier(reward: ClassifierReward) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     key = "model.reward.init_args"
@@ -148,12 +150,12 @@ def _classifier(reward: ClassifierReward) -> PreTrainedModel:
     return cast("PreTrainedModel", model.requires_grad_(False))
 
 
-def _frozen(name: Any, model: PreTrainedModel, working: int, placement: Any, stays: int = 0) -> FrozenSize:
-    layers = [_bytes(layer) for layer in decoder_layers(cast(nn.Module, model))]
-    return FrozenSize(name, _bytes(model), working, sum(layers), max(layers, default=0), placement, stays)
+def _frozen_size(name: Any, model: PreTrainedModel, working: int, placement: Any, stays: int = 0) -> FrozenSize:
+    layers = [_parameter_bytes(layer) for layer in decoder_layers(cast(nn.Module, model))]
+    return FrozenSize(name, _parameter_bytes(model), working, sum(layers), max(layers, default=0), placement, stays)
 
 
-def _update(run: PlannedRun, groups: list[dict[str, Any]], foreach: bool) -> Any:
+def _optimizer_bytes(run: PlannedRun, groups: list[dict[str, Any]], foreach: bool) -> Any:
     try:
         return update_bytes(run.module.optimizer, groups, foreach=foreach)
     except Exception as error:
@@ -164,7 +166,7 @@ def _update(run: PlannedRun, groups: list[dict[str, Any]], foreach: bool) -> Any
         ) from error
 
 
-def _flat(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _flatten_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     return [
         group | {"params": [nn.Parameter(torch.empty(size, dtype=torch.float32))]}
@@ -172,9 +174,12 @@ def _flat(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
+def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     parameters, core = list(policy.parameters()), language_model(policy)
-    weights, layers = _bytes(policy), [_bytes(layer) for layer in decoder_layers(cast(nn.Module, core))]
+    weights, layers = (
+        _parameter_bytes(policy),
+        [_parameter_bytes(layer) for layer in decoder_layers(cast(nn.Module, core))],
+    )
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     packed = 0
     if run.is_mixed and not run.strategy.shards_policy:  # float32 weights cast to 16 bits, on every device
@@ -189,7 +194,7 @@ def _size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
         itemsize=next(parameter.itemsize for parameter in parameters if parameter.requires_grad),
         largest=max(parameter.nbytes for parameter in parameters),
         layer=max(layers, default=0),
-        outside=_bytes(policy) - sum(layers),
+        outside=_parameter_bytes(policy) - sum(layers),
         packed=packed,
     )
 
@@ -203,10 +208,10 @@ def _value_size(policy: PreTrainedModel, size: ModelSize) -> ModelSize:
     return size._replace(weights=size.weights - weights, trainable=trainable, outside=max(0, size.outside - weights))
 
 
-def _name(dtype: torch.dtype) -> Any:
+def _dtype_name(dtype: torch.dtype) -> Any:
     return str(dtype).removeprefix("torch.")
 
 
-def _bytes(model: Any) -> int:
+def _parameter_bytes(model: Any) -> int:
     parameters: Iterable[nn.Parameter] = model.parameters()
     return sum(parameter.nbytes for parameter in parameters)

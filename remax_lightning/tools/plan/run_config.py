@@ -126,10 +126,10 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
     return PlannedRun(
         module=module,
-        work=_work(module, data, splits, known),
+        work=_step_shape(module, data, splits, known),
         micro_batches=accumulate,
         passes=splits,
-        scores_policy=_plan(module, splits, accumulate).runs_policy_before_training or _validates(data),
+        scores_policy=_update_plan(module, splits, accumulate).runs_policy_before_training or _has_validation(data),
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
@@ -137,7 +137,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     )
 
 
-def _plan(module: ReMaxModule, num_micro_batches: int, accumulate: int) -> UpdatePlan:
+def _update_plan(module: ReMaxModule, num_micro_batches: int, accumulate: int) -> UpdatePlan:
     """Return the plan of an update that the run itself makes when it starts."""
     has_reference = module.reference_source is not None or module.policy_source.lora is not None
     return module.objective.plan_update(
@@ -145,7 +145,7 @@ def _plan(module: ReMaxModule, num_micro_batches: int, accumulate: int) -> Updat
     )
 
 
-def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> StepShape:
+def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> StepShape:
     for name in ("batch_size", "max_prompt_length"):
         if not isinstance(getattr(data, name, None), int):
             raise UserError(
@@ -154,7 +154,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
             )
     sampling, kl = module.sampling, module.objective.kl_config
     responses = data.batch_size * sampling.num_samples
-    scored = responses if _validates(data) else responses // splits  # validation takes a batch in one pass
+    scored = responses if _has_validation(data) else responses // splits  # validation takes a batch in one pass
     texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
     limits = [reward.max_length for reward in rewards if reward.max_length is not None]
     return StepShape(
@@ -169,7 +169,7 @@ def _work(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierR
     )
 
 
-def _validates(data: Any) -> bool:
+def _has_validation(data: Any) -> bool:
     return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) > 0
 
 
@@ -229,7 +229,7 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
         views = bool(strategy_class._ddp_kwargs.get("gradient_as_bucket_view"))
         return Strategy("ddp", devices, bucket_views=views, touched=touched)
     if isinstance(strategy_class, DeepSpeedStrategy):
-        return _zero(strategy_class, devices, touched)
+        return _zero_strategy(strategy_class, devices, touched)
     if isinstance(strategy_class, ModelParallelStrategy):
         return Strategy("fsdp2", devices, gather=getattr(strategy_class, "gather", "auto"), touched=touched)
     if strategy_class == "auto" or type(strategy_class).__name__ == "SingleDeviceStrategy":
@@ -240,7 +240,7 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
     )
 
 
-def _zero(value: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
+def _zero_strategy(value: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
     zero = cast("dict[str, Any]", value.config).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):

@@ -231,7 +231,7 @@ class Zero3(Zero):
 KINDS = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}
 
 
-def trained(size: ModelSize, step: Step, strategy: Strategy) -> StrategyMemory:
+def make_strategy_memory(size: ModelSize, step: Step, strategy: Strategy) -> StrategyMemory:
     """Return what a device holds of a model that is trained under `strategy`."""
     kind = KINDS.get(strategy.kind, Zero3 if strategy.stage == 3 else Zero)
     return kind(size, step, strategy)

@@ -1,4 +1,4 @@
-"""The numbers that the memory of a run is made of: how it is spread, how large its models are, what its passes hold."""
+"""Input and output types of the planner: strategy, model sizes, and bytes of the passes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a run is spread over devices.
+    """The strategy of a run.
 
     Args:
-        kind: every device a whole policy (`ddp` averages gradients), DeepSpeed's `zero`, or `fsdp2`.
-        devices: in all, over all nodes.
-        stage: of ZeRO.
-        offload_optimizer: ZeRO keeps optimizer and master weights in the host's memory.
-        offload_parameters: ZeRO-3 keeps its parts of the weights there, too.
-        bucket: numbers that ZeRO reduces at once.
-        buckets: how many such buffers ZeRO-1 and 2 have.
-        max_live: numbers that ZeRO-3 keeps gathered where it knows that they are used again.
-        prefetch: numbers that ZeRO-3 fetches ahead at once.
-        bucket_views: DDP's gradients are views of its buckets.
-        gather: whether a policy in parts is whole on every device for a rollout, or layer by layer.
-        touched: memory counts when it is written to, as resident memory of a CPU process does; otherwise when it is
-            asked for, as on CUDA.
+        kind: `single` or `ddp` with the full policy on every device, DeepSpeed's `zero`, or `fsdp2`.
+        devices: number of devices on all nodes.
+        stage: stage of ZeRO.
+        offload_optimizer: ZeRO stores optimizer and master weights in host memory.
+        offload_parameters: ZeRO-3 stores its shards of the weights in host memory, too.
+        bucket: elements in a reduction bucket of ZeRO.
+        buckets: number of such buckets under ZeRO-1 and 2.
+        max_live: elements that ZeRO-3 keeps gathered if it will reuse them.
+        prefetch: elements that ZeRO-3 prefetches at once.
+        bucket_views: gradients of DDP are views of its buckets.
+        gather: how rollouts gather a sharded policy, once or layer by layer.
+        touched: memory counts when it is written, as resident memory of a CPU process does; otherwise when it is
+            allocated, as on CUDA.
     """
 
     kind: Literal["single", "ddp", "zero", "fsdp2"] = "single"
@@ -41,25 +41,25 @@ class Strategy:
 
     @property
     def shards_policy(self) -> bool:
-        """Whether a device keeps a part of the policy only."""
+        """Whether the policy is sharded."""
         return self.kind == "fsdp2" or (self.kind == "zero" and self.stage == 3)
 
     def share(self, count: int) -> int:
-        """Return a device's part of `count`."""
+        """Return the share of one device of `count`, rounded up."""
         return -(-count // self.devices)
 
 
 class ModelSize(NamedTuple):
-    """A model that is trained.
+    """Sizes of a trained model.
 
     Args:
-        weights: bytes.
-        trainable: numbers among them that are trained.
-        itemsize: bytes of such a number, and of its gradient.
+        weights: bytes of all weights.
+        trainable: number of trainable elements.
+        itemsize: bytes of a trainable element and of its gradient.
         largest: bytes of the largest tensor.
         layer: bytes of the largest layer.
-        outside: bytes of what belongs to no layer.
-        packed: bytes of a second copy of weights that a rollout makes in mixed precision.
+        outside: bytes of the weights outside the layers.
+        packed: bytes of the 16-bit copy of the weights that rollouts use in mixed precision.
     """
 
     weights: int
@@ -72,16 +72,16 @@ class ModelSize(NamedTuple):
 
 
 class FrozenSize(NamedTuple):
-    """A model that only scores.
+    """Sizes of a frozen model.
 
     Args:
         name: `reference` or `reward model`.
-        weights: bytes.
-        working: bytes of its pass.
-        layers: bytes of all of its layers.
-        layer: bytes of the largest.
-        placement: where it is between its passes, see `remax_lightning.models.frozen`.
-        stays: bytes of what stays on the device under `cpu`.
+        weights: bytes of all weights.
+        working: peak bytes of its forward pass.
+        layers: bytes of all layers.
+        layer: bytes of the largest layer.
+        placement: where it is stored between its passes, see `remax_lightning.models.frozen`.
+        stays: bytes that stay on the device under `cpu`.
     """
 
     name: Literal["reference", "reward model"]
@@ -94,11 +94,11 @@ class FrozenSize(NamedTuple):
 
 
 class RolloutBytes(NamedTuple):
-    """A rollout.
+    """Bytes of a rollout.
 
     Args:
         cache: keys and values of all rows at full length.
-        working: the most that anything else takes, logits among it.
+        working: peak of everything else, including logits.
     """
 
     cache: int
@@ -106,11 +106,11 @@ class RolloutBytes(NamedTuple):
 
 
 class BackwardPeak(NamedTuple):
-    """A moment of a backward pass.
+    """The peak of a backward pass between two stored gradients.
 
     Args:
-        live: most bytes since the moment before, without gradients that are stored.
-        stored: numbers whose gradients are stored by then.
+        live: peak bytes since the last one, without stored gradients.
+        stored: number of elements whose gradients are stored so far.
     """
 
     live: int
@@ -118,12 +118,12 @@ class BackwardPeak(NamedTuple):
 
 
 class TrainingBytes(NamedTuple):
-    """A forward and backward pass over a micro-batch.
+    """Bytes of a forward and backward pass over a micro-batch.
 
     Args:
-        activations: what the body of the model keeps for its backward pass.
-        forward: most bytes of the forward pass, logits among them.
-        backward: the moments of the backward pass, from first to last; no gradient is stored at the first.
+        activations: activations that the body of the model keeps for its backward pass.
+        forward: peak of the forward pass, including logits.
+        backward: peaks of the backward pass in order; no gradient is stored at the first.
     """
 
     activations: int
@@ -132,7 +132,7 @@ class TrainingBytes(NamedTuple):
 
 
 class UpdateBytes(NamedTuple):
-    """An optimizer: its state, and what an update holds beside it."""
+    """Bytes of an optimizer: its state, and the temporary memory of an update."""
 
     state: int
     working: int
@@ -140,18 +140,18 @@ class UpdateBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What the passes of a step hold.
+    """Bytes of the passes of a step.
 
     Args:
-        rollout: making the responses.
-        scoring: bytes of the policy's passes without gradients; 0 where there is none.
+        rollout: generation of the responses.
+        scoring: bytes of the policy's passes without gradients; 0 without such a pass.
         training: the pass with gradients.
-        update: the optimizer over whole parameters.
-        flat_update: the optimizer over one flat float32 tensor per parameter group, as ZeRO steps it.
-        micro_batches: per optimizer step.
+        update: the optimizer over full parameters.
+        flat_update: the optimizer over one flat float32 tensor per parameter group, as under ZeRO.
+        micro_batches: micro-batches per optimizer step.
         passes: training passes per rollout.
         hidden: bytes of the reference's hidden states that a rollout keeps.
-        keeps_cache: the memory of keys and values, and of copies of weights, is kept between rollouts.
+        keeps_cache: the key-value cache and copies of weights are kept between rollouts.
     """
 
     rollout: RolloutBytes
@@ -165,7 +165,7 @@ class Step:
     keeps_cache: bool = False
 
     def scaled(self, factor: float) -> Step:
-        """Return it with the optimizer of a model `factor` times as large."""
+        """Return the step with the optimizer of a model that is `factor` times as large."""
 
         def scale(update: UpdateBytes) -> UpdateBytes:
             return UpdateBytes(int(factor * update.state), int(factor * update.working))
