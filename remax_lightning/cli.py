@@ -1,4 +1,4 @@
-"""The `remax` command: Lightning's command line with the project's modules, data and callbacks wired in."""
+"""The `remax` command: Lightning's command line with the modules, data modules and callbacks of this package."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ CALLBACKS = {
     "predictions": callbacks.PredictionWriter,
     "evaluation": callbacks.Evaluation,
 }
-"""The project's callbacks by the key that configures them; a user's own stand under `trainer.callbacks`."""
+"""The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
-# Imported so that their short names work as `class_path`.
+# Imported so that short class names work as `class_path`.
 KNOWN = (data, modules, rewards, rollout)
 
 TOOLS = {
-    "compare": ("compare", "set the figures of two checkpoints side by side, with paired intervals"),
+    "compare": ("compare", "compare the figures of two evaluations, with paired intervals"),
     "convert-reward": ("convert_reward", "write another project's reward model as a plain sequence classifier"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "doctor": ("doctor", "check a configuration's models and data before any training"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
-    "pipeline": ("pipeline", "go from generated preferences to an aligned policy in three stages, in minutes"),
-    "plan": ("plan", "tell from a configuration what memory each device needs"),
-    "report": ("report", "write a page about a run: curves, and samples to browse"),
+    "pipeline": ("pipeline", "run all three stages on generated preferences, in minutes"),
+    "plan": ("plan", "compute the memory that each device needs for a configuration"),
+    "report": ("report", "write an HTML page about a run, with curves and samples"),
 }
-"""Subcommands beyond Lightning's own: the module under `tools` that has their `main`, and what they are for."""
+"""Subcommands that are not Lightning's: the module in `tools` with their `main`, and their help."""
 
 TOOL_MODULES = {"plan": "remax_lightning.tools.plan.command", "doctor": "remax_lightning.tools.doctor.command"}
-"""Tools that are packages: the module with their `main`; any other is a file of `tools`."""
+"""The module with `main` of tools that are packages."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -64,14 +64,14 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 
 
 def config_folder() -> Path:
-    """Return the folder of the shipped configurations, in a wheel or in a checkout."""
+    """Return the folder of the shipped configurations, in an installed wheel or in a checkout."""
     package = Path(__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _tokenizer_path(module: Any, data: Any) -> str | None:
-    """Return the tokenizer of a module's model, whatever that is called; a module without one leaves it to the data."""
+    """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
     for name in ("policy", "reward_model"):
         if module.get(name) is not None:
             return str(module.get("tokenizer") or module[name]["path"])
@@ -79,7 +79,7 @@ def _tokenizer_path(module: Any, data: Any) -> str | None:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the run, and never over a file: without a logger that may be the user's own."""
+    """Saves the configuration in the folder of the run, and never overwrites a file."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -89,10 +89,10 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class RemaxCLI(LightningCLI):
-    """LightningCLI with `configs/base.yaml` under every run and one tokenizer for module and data."""
+    """LightningCLI with defaults from `configs/base.yaml`, and one tokenizer for module and data."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the top parser, whose help also names the subcommands that are not Lightning's."""
+        """Create the top parser, whose help also lists the subcommands that are not Lightning's."""
         others = "\n".join(f"  {name:16}{text}" for name, (_, text) in TOOLS.items())
         return super().init_parser(
             prog="remax",
@@ -102,7 +102,7 @@ class RemaxCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give the project's callbacks keys of their own, so that overlays merge into them."""
+        """Give each callback of this package a key, so that overlays can change single options."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments(
@@ -112,16 +112,16 @@ class RemaxCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; what it refuses is the user's to correct."""
+        """Create the trainer; its errors are mistakes in the configuration."""
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Check that the checkpoint is there, and take nothing from it: what the configuration says counts.
+        """Check that the checkpoint exists, and read nothing from it: the configuration counts.
 
-        Lightning would let hyper-parameters in a checkpoint beat the command line, and read the whole file for them.
+        Lightning would read the whole file, and its hyper-parameters would override the command line.
         """
         subcommand = self.config.get("subcommand")
         path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
@@ -129,49 +129,49 @@ class RemaxCLI(LightningCLI):
             return
         strategies.recover_interrupted(Path(path).parent)
         if not Path(path).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give one of an earlier run, or last")
+            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
 
     def instantiate_classes(self) -> None:
-        """Make trainer, module and data, and find out which checkpoint is the last one."""
+        """Create trainer, module and data, and resolve `ckpt_path: last`."""
         super().instantiate_classes()
         arguments = self.config_init.get(self.subcommand) if self.subcommand else None
         if arguments is not None and arguments.get("ckpt_path") == "last":
             arguments["ckpt_path"] = self._last_checkpoint()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it, in all the processes that Lightning starts for it: what they write and how they end belongs to it."""
+        """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
         launched = launcher.ChildProcesses(self.trainer)
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if user_error_message(error) is None and (death := launched.describe_killed_process()):
-                raise SystemExit(f"remax: error: {death}") from None  # without it nothing had failed here
+            if user_error_message(error) is None and (message := launched.describe_killed_process()):
+                raise SystemExit(f"remax: error: {message}") from None  # the error here is only its consequence
             raise
         if any(launched.exit_codes()):
             raise SystemExit(1)
 
     def _last_checkpoint(self) -> str | None:
-        """Return the latest complete checkpoint of this run and of those before it, whatever its name.
+        """Return the latest complete checkpoint of this run and of earlier runs, whatever its name.
 
-        Lightning would look for the name only, and in the folder of this run, which is new.
+        Lightning would only look for `last.ckpt` in the folder of this run, which is new.
         """
         folders = previous_checkpoint_folders(self.trainer)
         checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
         if checkpoint is not None:
             return str(checkpoint)
         if self.subcommand != "fit":
-            raise UserError("ckpt_path: last, and there is no checkpoint of an earlier run; give the path of one")
-        rank_zero_warn(
-            "ckpt_path: last, and there is no checkpoint of an earlier run yet: this one starts from scratch."
-        )
+            raise UserError(
+                "ckpt_path is last, but there is no checkpoint of an earlier run; give the path of a checkpoint"
+            )
+        rank_zero_warn("ckpt_path is last, but there is no checkpoint of an earlier run: this run starts from scratch.")
         return None
 
 
 def main() -> None:
     """Run the command line.
 
-    A mistake of the user's ends it with a message and exit code 2, without a traceback; SIGTERM, after a last
-    checkpoint, with 143. The processes that Lightning starts for further devices come through here, too.
+    A user's mistake ends it with a message and exit code 2, without a traceback. SIGTERM ends it with 143, after a last
+    checkpoint. The processes that Lightning starts for further devices run this function, too.
     """
     launched = launcher.is_launched()
     if launched:
@@ -185,16 +185,16 @@ def main() -> None:
         else:
             run()
     except SIGTERMException:
-        # Of the processes that it has started, Lightning takes any other code for a failure.
+        # Lightning treats any other exit code of a process that it started as a failure.
         raise SystemExit(0 if launched else EXIT_CODE) from None
     except Exception as error:
-        agreed = isinstance(error, RankUserError | RankError)
-        if agreed and launched:
-            time.sleep(10)  # rank 0 says it; Lightning would kill it as soon as this process ends
+        on_all_ranks = isinstance(error, RankUserError | RankError)
+        if on_all_ranks and launched:
+            time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
         mistake = user_error_message(error)
         if mistake is None:
             raise
-        if not agreed or getattr(rank_zero_only, "rank", 0) == 0:
+        if not on_all_ranks or getattr(rank_zero_only, "rank", 0) == 0:
             print(f"remax: error: {mistake}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
@@ -203,12 +203,13 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
     """Run one of Lightning's subcommands and return the command line with its trainer, module and data.
 
     Args:
-        args: what stands after `remax`; None takes the process's own.
-        kind: what reads the configuration and makes the objects.
+        args: the arguments after `remax`; None takes those of the process.
+        kind: the class that reads the configuration and creates the objects.
     """
     silence_library_warnings()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        # A user's classes lie in the current folder. Last, so that no file there hides an installed package.
+        # Classes of a user may be in the current folder. It comes last, so that no file there hides an installed
+        # package.
         sys.path.append(str(Path.cwd()))
     base = str(config_folder() / "base.yaml")
     return kind(
@@ -225,7 +226,7 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
 
 
 def silence_library_warnings() -> None:
-    """Drop what libraries say about each other: a user can do nothing about it, and it hides our own lines."""
+    """Silence warnings of libraries about each other, which a user cannot fix."""
     for message in (
         "'set_vital' is deprecated",
         r".*isinstance\(treespec, LeafSpec\)",

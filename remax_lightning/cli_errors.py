@@ -1,7 +1,7 @@
-"""What the command line says of a mistake: the key as it stands in the YAML, what is wrong, what would be right.
+"""Error messages of the command line: the key as in the YAML, what is wrong, and what would be right.
 
-jsonargparse prints the whole usage and a tree of every type that did not fit, with all values of the run. The lines
-that matter are picked out of that tree here.
+jsonargparse prints the whole usage and a tree of all types that did not fit, with all values of the run. This file
+extracts the lines that matter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RENAMED_KEYS = {
     "rollout.keep_slots": "keep_cache",
     "loading.bad_pairs": "on_bad_row",
 }
-"""Keys of version 0.1, as group and key without `init_args`, to the key's name today."""
+"""Keys of version 0.1, as `group.key` without `init_args`, with their new name."""
 
 MOVED_NAMES = {
     "remax_lightning.PretrainedModel": "remax_lightning.ModelConfig",
@@ -62,7 +62,7 @@ MOVED_NAMES = {
     "remax_lightning.tools.addition": "remax_lightning.tasks.addition",
     "remax_lightning.tools.dialogues": "remax_lightning.tasks.dialogues",
 }
-"""Dotted names of version 0.1 that a configuration could hold, modules or classes, to where they are today."""
+"""Dotted names of version 0.1 that a configuration could contain, with their new name."""
 
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
@@ -70,10 +70,10 @@ _TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "
 
 
 class RemaxParser(LightningArgumentParser):
-    """Ends with one message that names the key, instead of pages of usage."""
+    """Exits with one message that names the key, instead of pages of usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Else --trainer.max_step would be taken for --trainer.max_steps, and a typing error for another key.
+        # With abbreviations --trainer.max_step would mean --trainer.max_steps, and a typo could mean another key.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -88,21 +88,22 @@ class RemaxParser(LightningArgumentParser):
 
 
 def shorten_message(message: str, known: Iterable[str] = ()) -> str:
-    """Return what a message of jsonargparse says, without what it repeats.
+    """Return the essential lines of a message of jsonargparse.
 
     Args:
-        message: as jsonargparse words it.
-        known: the keys that are always there, to suggest one of them.
+        message: the message of jsonargparse.
+        known: keys that always exist, for suggestions.
     """
     if hint := _moved_name_hint(message):
         return hint
-    complaints: dict[str, list[str]] = {}
-    for leaf in _parse_lines(message):
-        key, text = _explain(leaf, list(known))
-        complaints.setdefault(key, []).append(text)
+    # ---- One explanation per key ----
+    explanations: dict[str, list[str]] = {}
+    for line in _parse_lines(message):
+        key, text = _explain(line, list(known))
+        explanations.setdefault(key, []).append(text)
     value = _GIVEN.search(message)
     lines = []
-    for key, texts in complaints.items():
+    for key, texts in explanations.items():
         text = "; ".join(dict.fromkeys(texts))
         if all(part.startswith("expected ") for part in texts):  # the types of a union, none of which fits
             text = text.replace("; expected ", ", or ")
@@ -112,9 +113,9 @@ def shorten_message(message: str, known: Iterable[str] = ()) -> str:
 
 
 def user_error_message(error: BaseException | None) -> str | None:
-    """Return the message of the user's mistake behind an exception, or None where there is none.
+    """Return the message of a user's mistake in an exception or its causes; None if there is none.
 
-    While objects are made, jsonargparse wraps what their constructors raise.
+    jsonargparse wraps the exceptions of constructors.
     """
     while error is not None:
         if isinstance(error, UserError | MisconfigurationException):
@@ -125,9 +126,9 @@ def user_error_message(error: BaseException | None) -> str | None:
 
 
 def _moved_name_hint(message: str) -> str | None:
-    """Return where an old dotted name in a message is today, None where there is no such name.
+    """Return the new place of an old dotted name in a message; None if there is no such name.
 
-    Python names a missing attribute apart from its module; both are put together again.
+    Python names a missing attribute and its module separately; they are joined here.
     """
     message = _NO_ATTRIBUTE.sub(r"\1.\2", message)
     for dotted in _DOTTED.findall(message):
@@ -138,7 +139,7 @@ def _moved_name_hint(message: str) -> str | None:
 
 
 class _ParsedLine(NamedTuple):
-    """A line that says something: under which key, inside which class."""
+    """A line of a message with its key and the class around it."""
 
     key: str
     class_path: str | None
@@ -146,8 +147,9 @@ class _ParsedLine(NamedTuple):
 
 
 def _parse_lines(message: str) -> list[_ParsedLine]:
-    stack: list[tuple[int, str, str | None]] = []  # indentation tells what belongs together
-    leaves = []
+    # The indentation of a line says which key and class it belongs to: (indent, key, class_path).
+    stack: list[tuple[int, str, str | None]] = []
+    parsed = []
     for line in message.splitlines():
         text = line.strip().removeprefix("- ")
         indent = len(line) - len(line.lstrip())
@@ -161,23 +163,23 @@ def _parse_lines(message: str) -> list[_ParsedLine]:
             stack.append((indent, match[1], None))
             text = match[2]
         if match := _CLASS.fullmatch(text):
-            # The outermost class, module or data, may leave out init_args, so its arguments are named without.
+            # The outermost class (module or data) may be written without init_args, so its arguments are named without.
             nested = any(class_path for _, _, class_path in stack)
             stack.append((indent, "init_args" if nested else "", match[1]))
         elif text and not _NOISE.match(text):
             classes = [class_path for _, _, class_path in stack if class_path]
-            leaves.append(
+            parsed.append(
                 _ParsedLine(".".join(key for _, key, _ in stack if key), classes[-1] if classes else None, text)
             )
-    return leaves
+    return parsed
 
 
-def _explain(leaf: _ParsedLine, known: list[str]) -> tuple[str, str]:
-    """Return the key and what is wrong with it."""
-    key, class_path, text = leaf
+def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
+    """Return the key of a line and what is wrong with it."""
+    key, class_path, text = line
     for pattern in _UNKNOWN:
         if match := pattern.fullmatch(text):
-            return _explain_unknown_key(leaf, match.groupdict().get("group"), match["key"], known)
+            return _explain_unknown_key(line, match.groupdict().get("group"), match["key"], known)
     if match := _REQUIRED.fullmatch(text):
         missing = [f"{key}.{name}" if key else name for name in match[1].split(", ")]
         return ", ".join(missing), "missing, and there is no default; set it in the YAML or on the command line"
@@ -187,21 +189,24 @@ def _explain(leaf: _ParsedLine, known: list[str]) -> tuple[str, str]:
         text = f"there is no class {match[1]!r}; give a class of remax_lightning, or a path such as my_module.MyClass"
     elif match := _NO_MODULE.fullmatch(text):
         file = f"{match[1].replace('.', '/')}.py"
-        text = f"cannot import {class_path or match[1]}: there is no module {match[1]!r}; put {file} into this folder"
+        text = (
+            f"cannot import {class_path or match[1]}: there is no module {match[1]!r}; put {file} into the current"
+            " folder"
+        )
     elif match := _TYPE.fullmatch(text):
         name = match[1] or match[2]
         text = f"expected {_TYPES.get(name, name)}{match[3] or ''}"
     return key, text.replace(". Got value: ", ", got ")
 
 
-def _explain_unknown_key(leaf: _ParsedLine, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
+def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
     if name == "class_path":
-        return leaf.key, "beside class_path, the arguments of the class stand under init_args"
+        return line.key, "write the arguments of the class under init_args, beside class_path"
     inner = f"{group}.{name}" if group else name
-    full = f"{leaf.key}.{inner}" if leaf.key else inner
+    full = f"{line.key}.{inner}" if line.key else inner
     parent, _, last = full.rpartition(".")
-    if leaf.class_path:
-        options = _argument_names(leaf.class_path, inner.split(".")[:-1])
+    if line.class_path:
+        options = _argument_names(line.class_path, inner.split(".")[:-1])
     elif options := [dest.removeprefix(f"{parent}.") for dest in known if dest.startswith(f"{parent}.")]:
         pass
     else:
@@ -211,12 +216,12 @@ def _explain_unknown_key(leaf: _ParsedLine, group: str | None, name: str, known:
     if renamed is not None and (renamed in options or not options):
         return full, f"was renamed; write {full.removesuffix(last)}{renamed}"
     close = difflib.get_close_matches(last, options, 1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(options)}" if options else "remove it"
+    hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(options)}" if options else "remove it"
     return full, f"there is no such key; {hint}"
 
 
 def _argument_names(class_path: str, groups: list[str]) -> list[str]:
-    """Return the arguments of a class, or the fields of the dataclass that its argument `groups` takes."""
+    """Return the argument names of a class, or the fields of the dataclass at its nested argument `groups`."""
     module, _, name = class_path.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
@@ -229,7 +234,7 @@ def _argument_names(class_path: str, groups: list[str]) -> list[str]:
 
 
 def _parameter_names(kind: Any) -> Iterator[str]:
-    """Yield the names of the arguments of a class or function, with those that it hands on to its base as `**`."""
+    """Yield the argument names of a class or function, including those that it passes to its base as `**`."""
     for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             yield name

@@ -67,7 +67,7 @@ KEYS = {
     ),
     "unknown key of a callback": (
         {"samples": {"every": 3}},
-        "samples.every: there is no such key; there are every_n_steps, num_samples, folder",
+        "samples.every: there is no such key; the keys are every_n_steps, num_samples, folder",
     ),
     "unknown key at the top": ({"modle": {"kl_coef": 1}}, "modle.kl_coef: there is no such key; did you mean model?"),
     "missing policy": ({"model__policy": ...}, "model.policy.path: missing"),
@@ -91,11 +91,14 @@ KEYS = {
     ),
     "a module that is not there": (
         {"trainer__callbacks": [{"class_path": "nowhere.Mine"}]},
-        "trainer.callbacks: cannot import nowhere.Mine: there is no module 'nowhere'; put nowhere.py into this folder",
+        (
+            "trainer.callbacks: cannot import nowhere.Mine: there is no module 'nowhere'; put nowhere.py into the"
+            " current folder"
+        ),
     ),
     "a class path beside its arguments": (
         {"data__class_path": "PromptDataModule"},
-        "data: beside class_path, the arguments of the class stand under init_args",
+        "data: write the arguments of the class under init_args, beside class_path",
     ),
 }
 

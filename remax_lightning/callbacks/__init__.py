@@ -1,4 +1,4 @@
-"""Callbacks: they read what `training_step` and `validation_step` return, and never the module's insides."""
+"""Callbacks. They read only what `training_step` and `validation_step` return."""
 
 from __future__ import annotations
 

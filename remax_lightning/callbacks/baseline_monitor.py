@@ -1,4 +1,4 @@
-"""Whether the greedy baseline earns its keep: it should lower the variance of the advantage."""
+"""Monitors whether the greedy baseline lowers the variance of the advantage."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from remax_lightning.errors import UserError
 
 
 class BaselineMonitor(Callback):
-    """Logs the health of the greedy baseline over the sampled responses of each optimizer step, on all ranks.
+    """Logs statistics of the greedy baseline over the sampled responses of each optimizer step, on all ranks.
 
-    Logged, and nothing where no greedy responses are made:
+    Logged if there are greedy responses:
 
     - `train/reward_variance`: population variance of the reward.
     - `train/advantage_variance`: population variance of reward - baseline reward, before KL, clipping and
       whitening.
-    - `train/variance_ratio`: the second over the first. Below 1 the baseline helps. NaN where all
+    - `train/variance_ratio`: the second divided by the first. Below 1 the baseline helps. NaN if all
       rewards are equal.
-    - `train/baseline_correlation`: Pearson's, of reward and baseline reward. NaN where either does not
-      vary.
-    - `train/zero_advantage_share`: share of responses whose reward equals the baseline's: they teach nothing.
-    - `train/greedy_win_rate`: share of responses whose prompt's greedy response has the higher reward.
+    - `train/baseline_correlation`: Pearson correlation of reward and baseline reward. NaN if either is
+      constant.
+    - `train/zero_advantage_share`: share of responses whose reward equals the baseline; they have no gradient.
+    - `train/greedy_win_rate`: share of responses whose greedy counterpart has a higher reward.
 
     Args:
-        patience: warn once if the variance ratio is above 1 at this many optimizer steps on end. 50 steps are
-            enough that it is not chance.
+        patience: warn once if the variance ratio is above 1 for this many consecutive optimizer steps. 50 steps
+            exclude chance.
 
     Raises:
         UserError: if `patience` is below 1.
@@ -54,13 +54,13 @@ class BaselineMonitor(Callback):
         self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit left behind."""
+        """Reset the state of an earlier fit."""
         self._clear()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather a part; log at the end of the optimizer step."""
+        """Collect a micro-batch; log at the end of the optimizer step."""
         output = rollout_output(outputs)
         baseline = None if output is None else response_baseline(output)
         if output is None or baseline is None:
@@ -78,29 +78,30 @@ class BaselineMonitor(Callback):
         self._reward, self._baseline = [], []
 
     def _warn_if_harmful(self, ratio: float) -> None:
-        if math.isnan(ratio):  # all rewards equal: says nothing about the baseline
+        if math.isnan(ratio):  # all rewards are equal
             return
         self._harmful_steps = self._harmful_steps + 1 if ratio > 1 else 0
         if self._harmful_steps >= self.patience and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"The greedy baseline has raised the variance of the advantage at {self._harmful_steps} "
-                f"optimizer steps on end (train/variance_ratio is now {ratio:.3g}; below 1 it helps). Look at "
-                "train/baseline_correlation and the samples; another baseline may do better."
+                f"The greedy baseline raised the variance of the advantage in {self._harmful_steps} consecutive "
+                f"optimizer steps (train/variance_ratio is now {ratio:.3g}; below 1 it helps). Look at "
+                "train/baseline_correlation and the samples; another baseline may work better."
             )
 
 
 def _statistics(trainer: Trainer, reward: Tensor, baseline: Tensor) -> dict[str, float]:
-    """Return what is logged for the rewards and baseline rewards (`[S]` each, float64) of this rank."""
+    """Return the values to log, from the rewards and baseline rewards `[S]` (float64) of this rank."""
+    # ---- Means over all ranks ----
     means = [reward.sum(), baseline.sum(), (reward == baseline).sum(), (baseline > reward).sum()]
     count, *sums = sum_over_ranks(trainer, [float(reward.numel()), *(value.item() for value in means)])
     reward_mean, baseline_mean, zero_share, win_rate = (value / count for value in sums)
-    # Deviations from the mean of all ranks, so in a second pass: a variance from sums of squares would lose
-    # its digits where rewards are large and close to each other.
+    # ---- Central moments, in a second reduction: a variance from sums of squares would lose its digits if rewards are
+    # large and close to each other ----
     x, y = reward - reward_mean, baseline - baseline_mean
     moments = [(x * x).sum(), (y * y).sum(), (x * y).sum(), ((x - y) ** 2).sum()]
     xx, yy, xy, dd = (v / count for v in sum_over_ranks(trainer, [value.item() for value in moments]))
-    # NaN rather than nothing: Lightning would log the last value again.
+    # NaN and not a missing key: Lightning would log the last value again.
     return {
         "train/reward_variance": xx,
         "train/advantage_variance": dd,

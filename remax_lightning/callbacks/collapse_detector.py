@@ -1,4 +1,4 @@
-"""Whether a run is on its way to ruin: guards over the figures of many optimizer steps, on all ranks."""
+"""Detects a collapsing policy with guards over the figures of the last optimizer steps, on all ranks."""
 
 from __future__ import annotations
 
@@ -24,60 +24,75 @@ from remax_lightning.errors import UserError
 from remax_lightning.types import StepOutput
 
 GROWTH = 1.25
-"""Length over its start from which `max_length_correlation` counts: alone it may be the task's own."""
+"""Growth of the response length from which `max_length_correlation` counts: without growth a correlation is
+harmless."""
 
 ADVICE = {
-    "max_truncation_rate": "raise model.sampling.max_response_length, or set model.advantage.overlong: penalize; the"
-    " reward judges responses without their end",
-    "min_eos_share": "look whether the reward likes long responses; set model.advantage.overlong: penalize, or lower"
-    " the learning rate",
-    "min_entropy": "sampled and greedy responses are nearly the same, so there is little left to learn from: stop here"
-    " if the reward is as high as can be, otherwise raise model.kl_coef or lower the learning rate",
-    "min_entropy_share": "stop here if the reward is as high as can be, otherwise raise model.kl_coef or lower the"
-    " learning rate",
+    "max_truncation_rate": (
+        "raise model.sampling.max_response_length, or set model.advantage.overlong: penalize; the"
+        " reward judges responses without their end"
+    ),
+    "min_eos_share": (
+        "check whether the reward prefers long responses; set model.advantage.overlong: penalize, or lower"
+        " the learning rate"
+    ),
+    "min_entropy": (
+        "sampled and greedy responses are nearly the same, so gradients are small: stop if the reward has"
+        " reached its maximum, otherwise raise model.kl_coef or lower the learning rate"
+    ),
+    "min_entropy_share": (
+        "stop if the reward has reached its maximum, otherwise raise model.kl_coef or lower the learning rate"
+    ),
     "max_kl_slope": "lower the learning rate, clip gradients (trainer.gradient_clip_val) or raise model.kl_coef",
-    "max_kl": "the reward model has hardly seen such responses: read the samples, take an earlier checkpoint, raise"
-    " model.kl_coef",
-    "max_length_correlation": "the reward pays for length: read the samples, and take length out of the reward or"
-    " lower model.sampling.max_response_length",
-    "min_distinct_share": "the policy gives the same to many prompts: read the samples, raise model.kl_coef or lower"
-    " the learning rate",
+    "max_kl": (
+        "such responses are far from the training data of the reward model: read the samples, use an earlier"
+        " checkpoint, raise model.kl_coef"
+    ),
+    "max_length_correlation": (
+        "the reward rewards length: read the samples, and remove length from the reward or"
+        " lower model.sampling.max_response_length"
+    ),
+    "min_distinct_share": (
+        "the policy gives the same response to many prompts: read the samples, raise model.kl_coef or lower"
+        " the learning rate"
+    ),
 }
-"""What to do about each guard, by its threshold."""
+"""What to do when a guard warns, by the name of its threshold."""
 
 
 class CollapseDetector(Callback):
-    """Warns of a policy that is collapsing, and can stop the run. [guards.md](guards.md) says what to do.
+    """Warns if the policy is collapsing, and can stop the run. [guards.md](guards.md) says what to do.
 
-    Each guard looks at the means of the last `window` optimizer steps, over all sampled responses of all ranks, and
-    some compare these with the first `window` steps of the run. It warns once when its threshold is crossed, and again
-    only after it has been on the right side for `window` steps on end. A threshold of None turns a guard off.
+    Each guard watches means over the last `window` optimizer steps, over all sampled responses of all ranks. Some
+    compare them with the first `window` steps of the run. A guard warns once when its threshold is crossed, and again
+    only after `window` consecutive steps without a crossing. A threshold of None turns a guard off.
 
-    Logged at each optimizer step, NaN where there is nothing to tell it from:
+    Logged at each optimizer step, NaN if undefined:
 
-    - `train/eos_rate`: share of responses that ended by themselves.
+    - `train/eos_rate`: share of responses that end with EOS or a stop string.
     - `train/distinct_share`: share of distinct texts among the responses.
-    - `train/length_correlation`: Pearson's, of reward and response length.
-    - `train/kl_slope`: nats per response and optimizer step, the least-squares line through the window.
-    - `train/collapse_alarms`: guards whose threshold is crossed.
+    - `train/length_correlation`: Pearson correlation of reward and response length.
+    - `train/kl_slope`: slope of the least-squares line through the KL in the window, nats per response and optimizer
+      step.
+    - `train/collapse_alarms`: number of guards whose threshold is crossed.
 
     Args:
-        window: optimizer steps that are looked at together; nothing is judged before as many. 20 are enough that it is
-            not chance, and few beside the length of a run.
-        action: what a guard does: `warn`, or `stop` the run after the optimizer step, too.
-        max_truncation_rate: share of responses at the length limit. Above a half, most of what is rewarded has no end.
-        min_eos_share: share of its start that the EOS rate may fall to. Training should not teach a policy to go on:
-            0.7 is seen before most responses are cut.
+        window: optimizer steps per mean; no guard warns before that many. 20 steps average out chance and are short
+            compared with a run.
+        action: what a guard does: `warn`, or warn and `stop` the run after the optimizer step.
+        max_truncation_rate: share of responses at the length limit. Above 0.5, most scored responses have no end.
+        min_eos_share: lower limit of the EOS rate as a share of its start. 0.7 warns before most responses are
+            truncated.
         min_entropy: nats per token. Below 0.001 a response of 100 tokens hardly ever differs from the greedy one.
-        min_entropy_share: share of its start that the entropy may fall to. A task with one right response, once it is
-            learnt, leaves a few hundredths of it: hence 0.02.
-        max_kl_slope: nats per response and optimizer step. Healthy runs gain a nat in tens to hundreds of steps.
-        max_kl: nats per response. Beyond 100 a reward model judges what it has never seen (Gao et al. 2022, arXiv
-            2210.10760, have the reward of a better judge fall well before).
-        max_length_correlation: of reward and length, where the responses are longer by a quarter than at their start.
-            0.7 is half of the reward's variance.
-        min_distinct_share: share of its start that the share of distinct responses may fall to. Relative, because a
-            task of yes and no has few distinct responses from the start.
+        min_entropy_share: lower limit of the entropy as a share of its start. 0.02, because a task with one right
+            response leaves a few hundredths once it is learned.
+        max_kl_slope: nats per response and optimizer step. A healthy run gains one nat in tens to hundreds of steps.
+        max_kl: nats per response. Above 100, responses are far from the training data of a reward model (Gao et al.
+            2022, arXiv 2210.10760: the reward of a better judge falls well before).
+        max_length_correlation: correlation of reward and length, if responses are 25 % longer than at the start. At
+            0.7, length explains half of the variance of the reward.
+        min_distinct_share: lower limit of the share of distinct responses, as a share of its start. Relative, because
+            a yes-or-no task has few distinct responses from the start.
 
     Raises:
         UserError: if a value is out of its range.
@@ -127,7 +142,7 @@ class CollapseDetector(Callback):
         self._calm: dict[str, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit left behind; a resumed one has its state from the checkpoint."""
+        """Reset the state of an earlier fit; a resumed fit keeps the state of its checkpoint."""
         self._step = StepFigures()
         if trainer.global_step == 0:
             self._reset_windows()
@@ -135,13 +150,14 @@ class CollapseDetector(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather a part; at the end of the optimizer step log, warn and decide whether to stop."""
+        """Collect a micro-batch; at the end of the optimizer step log, warn and decide whether to stop."""
         output = rollout_output(outputs)
         if output is None:
             return
         self._step.add(output)
         if not output["closes_step"]:
             return
+        # ---- Figures over all ranks, then windows, guards and alarms ----
         figures, self._step = self._step.reduce(trainer), StepFigures()
         self._update_windows(figures)
         means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
@@ -158,11 +174,11 @@ class CollapseDetector(Callback):
             self._warn_or_stop(name, crossed[name], trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the guards have seen."""
+        """Return the windows and the start values of the guards."""
         return {"recent": self._recent, "start": self._start, "calm": self._calm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what the guards had seen; a shorter window than then keeps the latest steps."""
+        """Restore the windows and start values; a shorter window keeps the latest steps."""
         self._recent = {name: list(values)[-self.window :] for name, values in state_dict["recent"].items()}
         self._start, self._calm = dict(state_dict["start"]), dict(state_dict["calm"])
 
@@ -177,22 +193,24 @@ class CollapseDetector(Callback):
                 self._start[name] = math.fsum(recent) / self.window
 
     def _find_crossed(self, means: Mapping[str, float], slope: float) -> dict[str, str]:
-        """Return the guards whose threshold is crossed, with the figures that say so."""
-        judged = {name: means[name] for name in self._start}  # those with a full window
+        """Return the guards whose threshold is crossed, with a description of the crossing."""
+        # Only figures with a full window count, because their start is known.
+        full = {name: means[name] for name in self._start}
 
         def relative_to_start(name: str) -> float:
             start = self._start.get(name, 0.0)
-            return judged[name] / start if start > 0 else math.nan
+            return full[name] / start if start > 0 else math.nan
 
+        # ---- The watched value of each guard, NaN without a full window; NaN crosses no threshold ----
         grown = relative_to_start("response_length") >= GROWTH
         values = {
-            "max_truncation_rate": 1 - judged.get("eos_rate", math.nan),
+            "max_truncation_rate": 1 - full.get("eos_rate", math.nan),
             "min_eos_share": relative_to_start("eos_rate"),
-            "min_entropy": judged.get("entropy", math.nan),
+            "min_entropy": full.get("entropy", math.nan),
             "min_entropy_share": relative_to_start("entropy"),
             "max_kl_slope": slope,
-            "max_kl": judged.get("kl", math.nan),
-            "max_length_correlation": judged.get("length_correlation", math.nan) if grown else math.nan,
+            "max_kl": full.get("kl", math.nan),
+            "max_length_correlation": full.get("length_correlation", math.nan) if grown else math.nan,
             "min_distinct_share": relative_to_start("distinct_share"),
         }
         crossed = {}
@@ -203,7 +221,8 @@ class CollapseDetector(Callback):
         return crossed
 
     def _select_new_alarms(self, crossed: Mapping[str, str]) -> list[str]:
-        """Return the guards that have something new to say."""
+        """Return the guards that were calm before, and update how long each has been calm."""
+        # A guard is calm again after a window without a crossing.
         new = [name for name in crossed if name not in self._calm]
         for name in list(self._calm):
             self._calm[name] += 1
@@ -220,23 +239,23 @@ class CollapseDetector(Callback):
         )
         if self.action == "stop" and not trainer.should_stop:
             trainer.should_stop = True
-            rank_zero_info(f"Stopping at optimizer step {trainer.global_step}, as collapse.action says.")
+            rank_zero_info(f"Stopping at optimizer step {trainer.global_step}, because collapse.action is stop.")
 
 
 _WATCHED = {
     "max_truncation_rate": "the share of responses at the length limit",
-    "min_eos_share": "the share of responses that end by themselves, over that at the start,",
+    "min_eos_share": "the EOS rate, relative to the start,",
     "min_entropy": "the entropy (nats per token)",
-    "min_entropy_share": "the entropy, over that at the start,",
+    "min_entropy_share": "the entropy, relative to the start,",
     "max_kl_slope": "the growth of the KL (nats per response and step)",
     "max_kl": "the KL (nats per response)",
     "max_length_correlation": "the correlation of reward and length, while responses grow,",
-    "min_distinct_share": "the share of distinct responses, over that at the start,",
+    "min_distinct_share": "the share of distinct responses, relative to the start,",
 }
 
 
 def _slope(values: list[float], window: int) -> float:
-    """Return the slope of the least-squares line through `window` values, NaN before there are as many."""
+    """Return the slope of the least-squares line through `window` values; NaN if there are fewer."""
     if len(values) < window:
         return math.nan
     middle, mean = (window - 1) / 2, math.fsum(values) / window
@@ -269,17 +288,17 @@ class StepFigures:
             self._sums["kl_responses"] += kl.numel()
 
     def reduce(self, trainer: Trainer) -> dict[str, float]:
-        """Return the figures of the step over all ranks; NaN where there is nothing to count.
+        """Return the figures of the step over all ranks; NaN if undefined.
 
         Returns:
             `eos_rate`, `response_length` (tokens), `entropy` (nats per token), `kl` (nats per response),
-            `length_correlation` (Pearson's, of reward and length) and `distinct_share`, the same on every rank.
+            `length_correlation` (Pearson, of reward and length) and `distinct_share`, the same on every rank.
         """
         reward, length, ended = torch.cat(self._reward), torch.cat(self._length), torch.cat(self._ended)
         texts, sums = torch.tensor(self._texts, dtype=torch.float64), list(self._sums.values())
         local = [float(reward.numel()), ended.sum().item(), length.sum().item(), reward.sum().item(), *sums]
         count, num_ended, tokens, rewards, entropy, entropy_tokens, kl, kl_responses = sum_over_ranks(trainer, local)
-        # In a second pass, because a variance from sums of squares would lose its digits.
+        # Central moments in a second reduction: a variance from sums of squares would lose its digits.
         x, y = reward - rewards / count, length - tokens / count
         xx, yy, xy = sum_over_ranks(trainer, [(x * x).sum().item(), (y * y).sum().item(), (x * y).sum().item()])
         return {
@@ -293,5 +312,5 @@ class StepFigures:
 
 
 def _text_hash(text: str) -> float:
-    """Return a number for a text, on every rank the same: 48 bits, which float64 holds and ranks can gather."""
+    """Return a 48-bit hash of a text as float64, the same on every rank, so that ranks can gather it."""
     return float(int.from_bytes(blake2b(text.encode("utf-8", "backslashreplace"), digest_size=6).digest(), "big"))

@@ -1,4 +1,4 @@
-"""What `remax test` leaves behind: figures with intervals, as a table and as JSON, and what they were made of."""
+"""Writes the results of `remax test`: figures with intervals as a table and as JSON, and the records behind them."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ MAX_RESAMPLES = 10**6
 class Evaluation(Callback):
     """Evaluates a policy: rewards, win rates, KL, entropy, lengths and perplexities, each with a 95 % interval.
 
-    `remax test` prints a table and writes `evaluation.json` and, beside it, `evaluation.jsonl` with what was measured
-    on each prompt, which `remax compare` reads. Intervals are exact (Clopper and Pearson's) for shares, win rates and
-    rewards of two values, and those of a bootstrap over prompts for the rest. Three measures cost more than the
-    policy's own responses: `win_rate_reference` (the reference answers the prompts too), `win_rate_chosen` (the reward
-    scores the data set's responses) and `perplexity` (passes of policy and reference over held-out text).
+    `remax test` prints a table and writes `evaluation.json` and `evaluation.jsonl`, which has one record per
+    prompt for `remax compare`. Intervals are exact (Clopper-Pearson) for shares, win rates and rewards of two values, and
+    from a bootstrap over prompts otherwise. Three measures need more than the responses of the policy: `win_rate_reference` (the reference answers the prompts too),
+    `win_rate_chosen` (the reward scores the data set's responses) and `perplexity` (passes of policy and reference over
+    held-out text).
 
     Args:
-        path: the JSON file; `evaluation.json` in the run's folder by default, with a number where there is one. A file
-            that is named here must not exist.
-        test: what `remax test` measures beside the rest; None takes all of the three that can be measured.
-        validation: what validation measures beside the rest. Nothing by default, since it costs time at each.
-        response_column: column of the data set's response: text, or messages that end with it. Rows without one are
-            left out of its figures.
-        text: a text file to take the perplexity of, in place of the data set's responses.
-        max_length: tokens of held-out text that are read at once: responses are cut to it, a text file is read in
+        path: the JSON file; by default `evaluation.json` in the run's folder, numbered if that exists. A file that is
+            set here must not exist.
+        test: the extra measures of `remax test`; None takes all of the three that are possible.
+        validation: the extra measures of validation. None by default, because each costs time.
+        response_column: column of the data set's response: text, or messages that end with it. Rows without a response
+            are left out of these figures.
+        text: a text file for the perplexity, instead of the data set's responses.
+        max_length: tokens per pass over held-out text: responses are truncated to it, a text file is split into
             pieces of it.
-        num_resamples: draws of the bootstrap.
-        seed: of the bootstrap. Responses are sampled by `seed_everything`.
+        num_resamples: resamples of the bootstrap.
+        seed: seed of the bootstrap. `seed_everything` is the seed of the responses.
 
     Raises:
-        UserError: if a value is out of its range, the file exists, or what is asked for cannot be measured.
+        UserError: if a value is out of its range, the file exists, or a requested measure is not possible.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Evaluation(Callback):
         self._active = self._prints = self._needs_responses = False
         self._records: list[PromptRecord] = []
 
-    # Before
+    # ---- Before the evaluation ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the text, and find where to write: here, before models are loaded."""
+        """Read the text file and choose the output file, before models are loaded."""
         self._active = isinstance(getattr(pl_module, "evaluator", None), Evaluator)
         if not self._active:
             return
@@ -102,7 +102,7 @@ class Evaluation(Callback):
         self._target = self._find_target(trainer) if stage == "test" else None
 
     def _find_target(self, trainer: Trainer) -> Path | None:
-        folder = run_folder(trainer)  # every rank has to ask
+        folder = run_folder(trainer)  # a collective
         if is_dry_run(trainer):
             return None
         if self.path is None:
@@ -111,7 +111,7 @@ class Evaluation(Callback):
         else:
             targets = [Path(self.path)]
         free = next((path for path in targets if not path.exists() and not _records_file(path).exists()), None)
-        free = broadcast(trainer.strategy, free)  # rank 0 is the one that writes
+        free = broadcast(trainer.strategy, free)  # rank 0 writes the file
         if free is None:
             raise UserError(
                 f"evaluation.path must be a file that does not exist yet, got {self.path}, which exists or has an"
@@ -121,7 +121,7 @@ class Evaluation(Callback):
             try:
                 free.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"evaluation.path: there can be no folder {free.parent} ({error})") from error
+                raise UserError(f"evaluation.path: cannot create the folder {free.parent} ({error})") from error
         return free
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,7 +129,7 @@ class Evaluation(Callback):
         self._configure_evaluator(pl_module, self.validation, "validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the module what to measure, and keep Lightning's table from being printed beside ours."""
+        """Tell the module what to measure, and turn off Lightning's table."""
         self._configure_evaluator(pl_module, self.test, "test")
         if self._active:
             self._prints, trainer.test_loop.verbose = trainer.test_loop.verbose, False
@@ -142,18 +142,18 @@ class Evaluation(Callback):
         module = cast("Any", pl_module)
         if "win_rate_reference" in (requested or ()) and module.reference is None:
             raise UserError(
-                f"evaluation.{stage} asks for win_rate_reference, but there is no model.reference; set it or leave the"
-                " measure out"
+                f"evaluation.{stage} has win_rate_reference, but there is no model.reference; set it or remove the"
+                " measure"
             )
         self._records, self._requested = [], requested
         wanted = {name: True for name in MEASURES if requested is None or name in requested}
         wanted["perplexity"] = "perplexity" in wanted and self.text is None
-        # Asked for by name: a first batch without them is a mistake, and hours later it would be one, too.
-        named = requested is not None or self.response_column != "chosen"
-        self._needs_responses = named and (wanted["perplexity"] or "win_rate_chosen" in wanted)
+        # Explicitly requested: if the first batch has no responses, stop at once and not after hours.
+        explicit = requested is not None or self.response_column != "chosen"
+        self._needs_responses = explicit and (wanted["perplexity"] or "win_rate_chosen" in wanted)
         module.evaluator.config = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
 
-    # Meanwhile
+    # ---- During the evaluation ----
 
     def on_validation_batch_end(
         self,
@@ -164,7 +164,7 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """See whether there is what was requested for."""
+        """Check that the first batch has the requested responses."""
         self._checked_records(outputs, batch_idx)
 
     def on_test_batch_end(
@@ -176,7 +176,7 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was measured."""
+        """Keep the records of the batch."""
         self._records += self._checked_records(outputs, batch_idx)
 
     def _checked_records(self, outputs: Any, batch_idx: int) -> list[PromptRecord]:
@@ -197,7 +197,7 @@ class Evaluation(Callback):
             f" the columns are {columns}"
         )
 
-    # Afterwards
+    # ---- After the evaluation ----
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the perplexity of the text."""
@@ -243,7 +243,7 @@ class Evaluation(Callback):
         return {name: why.get(name, no_rows) for name in missing}
 
     def _settings(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """Return what the figures depend on; the reward with its arguments where the command line knows them."""
+        """Return the settings that the figures depend on; the command line adds the arguments of the reward."""
         options = {
             name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")
         }
@@ -258,13 +258,13 @@ class Evaluation(Callback):
 
 
 def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
-    """Return the records of all ranks in the order of the data set; one that fills up a rank is there once."""
-    every = [record for part in gather_objects(list(local)) for record in part]
+    """Return the records of all ranks in the order of the data set, without repeated rows."""
+    all_records = [record for part in gather_objects(list(local)) for record in part]
     known: dict[int, PromptRecord] = {}
-    for record in every:
+    for record in all_records:
         if record.number is not None:
             known.setdefault(record.number, record)
-    return [*(known[prompt] for prompt in sorted(known)), *(record for record in every if record.number is None)]
+    return [*(known[prompt] for prompt in sorted(known)), *(record for record in all_records if record.number is None)]
 
 
 def _read_text(path: str) -> str:
@@ -287,14 +287,14 @@ def _print_table(
     rows = [("", "value", f"{CONFIDENCE:.0%} interval", "n", "")]
     rows += [(name, format_number(figure.value), format_interval(figure), str(figure.n), MEANINGS.get(name, ""))
              for name, figure in measured.items()]  # fmt: skip
-    what = "the policy as it is loaded" if checkpoint is None else checkpoint
-    notes = [f"Left out: {name}, since {why}." for name, why in left_out.items()]
+    what = "the loaded policy" if checkpoint is None else checkpoint
+    notes = [f"Left out: {name}, because {why}." for name, why in left_out.items()]
     heading = f"Evaluation of {what} on {num_prompts} prompts; {intervals_are(num_resamples)}."
     print("\n".join(["", heading, "", format_table(rows), "", *notes]))  # noqa: T201
 
 
 def _write_files(path: Path, answer: dict[str, Any], records: Sequence[PromptRecord]) -> None:
-    """Write records first: where the JSON is, all is."""
+    """Write the records first, so that an existing JSON file means that both are complete."""
     lines = (json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records)
     try:
         for file, text in (
@@ -302,8 +302,8 @@ def _write_files(path: Path, answer: dict[str, Any], records: Sequence[PromptRec
             (path, json.dumps(answer, ensure_ascii=False, indent=2, default=str) + "\n"),
         ):
             new = file.with_name(f".{file.name}.new")
-            # A lone surrogate of the data set cannot be encoded; as \udXXX it is JSON again.
+            # A lone surrogate (half an emoji in the data set) cannot be encoded; \udXXX is valid JSON.
             new.write_text(text, encoding="utf-8", errors="backslashreplace")
             new.replace(file)
     except OSError as error:
-        raise UserError(f"evaluation.path: cannot write {path} ({error}); the table above has the figures") from error
+        raise UserError(f"evaluation.path: cannot write {path} ({error}); the table above shows the figures") from error

@@ -1,4 +1,4 @@
-"""The trained policy as a Hugging Face folder, for everything that reads one."""
+"""Exports the trained policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ from remax_lightning.models.hf_export import policy_weights, save_exported, save
 class ExportPolicy(Callback):
     """Saves policy and tokenizer for `from_pretrained`, at the end of fit and at the best validation.
 
-    Works with every module that has `policy` and `tokenizer`, and with one whose `exported` gives another model, such
-    as the reward model with its scores normalized. Weights are safetensors. A folder appears whole or not at all: it is
-    written under another name first.
+    Works with every module that has `policy` and `tokenizer`, and with modules whose `exported` returns another model,
+    such as the reward model with normalized scores. Weights are safetensors. A folder is written atomically.
 
     Args:
-        folder: where `last` and `best` go; `policy` in the run's folder by default. Give each run its own.
-        monitor: the logged metric that says which validation is best.
-        mode: whether more of it is better (`max`) or less (`min`).
-        best: whether to save at each new best of `monitor`.
-        last: whether to save at the end of fit.
-        merge_lora: whether the adapter of a policy with `model.policy.lora` is merged into a copy of the whole model;
-            false saves the adapter alone, as PEFT reads it, which needs the base beside it and is far smaller.
+        folder: folder of `last` and `best`; `policy` in the run's folder by default. Use another one for each run.
+        monitor: the logged metric that decides which validation is best.
+        mode: whether a higher (`max`) or a lower (`min`) value is better.
+        best: save at each new best value of `monitor`.
+        last: save at the end of fit.
+        merge_lora: with `model.policy.lora`, merge the adapter into a copy of the full model; false saves the adapter
+            alone in PEFT's format, which is much smaller but needs the base.
 
     Raises:
-        UserError: if `mode` or `monitor` cannot be used, or the strategy keeps weights where they cannot be
-            gathered.
+        UserError: if `mode` or `monitor` is invalid, or the weights cannot be gathered under the strategy.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class ExportPolicy(Callback):
         self._metric_appeared = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder: here, because every rank has to ask for it."""
+        """Choose the folder. Every rank has to call this, because the logger broadcasts its folder."""
         from lightning.pytorch.strategies import FSDPStrategy
 
         if stage != "fit" or is_dry_run(trainer):
@@ -73,13 +71,12 @@ class ExportPolicy(Callback):
         if isinstance(trainer.strategy, FSDPStrategy) and (self.best or self.last):
             raise UserError(
                 "export.best and export.last must be false under trainer.strategy: fsdp, "
-                "whose flat parameters cannot be gathered from here, got true; or use DDP, DeepSpeed or "
-                "ModelParallelStrategy"
+                "whose flat parameters cannot be gathered, got true; or use DDP, DeepSpeed or ModelParallelStrategy"
             )
         self._directory = Path(self.folder) if self.folder is not None else run_folder(trainer) / "policy"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the best policy of a resumed run lies, if that is another folder."""
+        """Log where the best policy of a resumed run is, if that is another folder."""
         self._metric_appeared = False
         if self.best_path is not None and self._directory is not None and self._resolved_path("best") != self.best_path:
             rank_zero_info(f"Best policy so far: {self.monitor} = {self.best_score:.4g}, in {self.best_path}.")
@@ -92,15 +89,14 @@ class ExportPolicy(Callback):
         if metric is None:
             return
         self._metric_appeared = True
-        # Rank 0 decides for all: saving may need every rank, and a metric need not be equal to the last
-        # digit.
+        # Rank 0 decides for all ranks: saving is a collective, and metrics may differ in their last digit.
         score = broadcast(trainer.strategy, float(metric))
         if self._is_better(score):
             self.best_score, self.best_path = score, self._resolved_path("best")
             self._export(trainer, pl_module, self._directory / "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the policy as it is, and say so if there was never a best one."""
+        """Save the policy, and warn if there was no best one."""
         if self._directory is None:
             return
         if self.last:
@@ -109,16 +105,16 @@ class ExportPolicy(Callback):
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
             rank_zero_warn(
                 f"No best policy was exported: export.monitor = {self.monitor!r} was never "
-                f"logged. Logged were: {names}. Set export.monitor to one of these, or export.best "
+                f"logged. Logged metrics: {names}. Set export.monitor to one of these, or export.best "
                 "to false."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score so far and where its policy lies."""
+        """Return the best score so far and the folder of its policy."""
         return {"monitor": self.monitor, "best_score": self.best_score, "best_path": self.best_path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score from a checkpoint, unless it is one of another metric."""
+        """Restore the best score, unless it is of another metric."""
         if state_dict["monitor"] == self.monitor:
             self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
 
@@ -136,8 +132,9 @@ class ExportPolicy(Callback):
         model = exported.model if exported is not None else getattr(module, "policy", None)
         if model is None or not hasattr(module, "tokenizer"):
             return
+        # ---- Gather on all ranks, write on rank 0, and let the others wait ----
         merge = self.merge_lora
-        weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # every rank takes part
+        weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # a collective
         if trainer.is_global_zero and exported is not None:
             write_folder_atomically(target, lambda folder: save_exported(exported, module.tokenizer, weights, folder))
         elif trainer.is_global_zero:
@@ -149,9 +146,9 @@ class ExportPolicy(Callback):
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with an empty folder beside `target`, then put that in the place of `target`."""
+    """Call `write` with an empty folder beside `target`, then rename that folder to `target`."""
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (new, old):  # of a run that was killed while it wrote
+    for leftover in (new, old):  # of a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:

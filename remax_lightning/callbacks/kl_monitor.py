@@ -1,4 +1,4 @@
-"""How far the policy is from the reference: logged, kept near a target, or a reason to stop."""
+"""Monitors the KL of policy and reference: logs it, adapts its coefficient, stops the run at a limit."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from remax_lightning.types import StepOutput
 
 
 class KLMonitor(Callback):
-    """Logs the KL of each optimizer step, adapts its coefficient and stops a run that has drifted too far.
+    """Logs the KL of each optimizer step, can adapt its coefficient, and can stop a run at a limit.
 
-    KL is counted in nats per response everywhere here: the estimate summed over a response's tokens, averaged
-    over the sampled responses of the optimizer step on all ranks.
+    The KL is in nats per response: the estimate summed over the tokens of a response, averaged over the sampled
+    responses of the optimizer step on all ranks.
 
-    Logged at each optimizer step, nothing where the module has no reference or its KL enters neither reward nor loss:
+    Logged at each optimizer step, if there is a reference and its KL enters the reward or the loss:
 
-    - `train/kl_per_response`: the mean KL, which `target_kl` and `stop_kl` speak of.
+    - `train/kl_per_response`: the mean KL, which `target_kl` and `stop_kl` refer to.
     - `train/kl_max`: the largest KL of one response, in nats.
-    - `train/kl_share`: `kl_coef * sum|KL| / (kl_coef * sum|KL| + sum|reward|)`, sums over responses. 0: the
-      penalty is nothing beside the reward; 0.5: as large; 1: the reward is nothing beside the penalty.
-    - `train/kl_coef`: the coefficient that this step used.
+    - `train/kl_share`: `kl_coef * sum|KL| / (kl_coef * sum|KL| + sum|reward|)`, sums over responses. 0: no
+      penalty; 0.5: penalty and reward are equally large; 1: no reward.
+    - `train/kl_coef`: the coefficient of this step.
 
     Args:
-        target_kl: KL that the adaptive coefficient aims at, in nats per response. Needs `adaptive`.
-        adaptive: whether to change the module's `kl_coef` after each optimizer step in proportion to the
-            error, `kl_coef *= 1 + clip(KL / target_kl - 1, -0.2, 0.2) * responses / horizon` (Ziegler et al.
-            2019, arXiv 1909.08593, section 2.2; the horizon is of their code). Off, because the ReMax paper
-            holds the coefficient fixed.
-        horizon: sampled responses over which the controller acts; fewer is faster. 10,000 is what that code
-            uses.
-        stop_kl: the run stops after an optimizer step whose KL is above this, in nats per response.
+        target_kl: target of the adaptive coefficient, in nats per response. Needs `adaptive`.
+        adaptive: change the module's `kl_coef` after each optimizer step in proportion to the error,
+            `kl_coef *= 1 + clip(KL / target_kl - 1, -0.2, 0.2) * responses / horizon` (Ziegler et al.
+            2019, arXiv 1909.08593, section 2.2; the horizon comes from their code). Off, because the ReMax paper
+            uses a fixed coefficient.
+        horizon: time scale of the controller in sampled responses; smaller is faster. 10,000 as in that code.
+        stop_kl: stop the run after an optimizer step with a KL above this, in nats per response.
 
     Raises:
-        UserError: if a value is out of its range, `target_kl` and `adaptive` do not come together, or the
-            adaptive coefficient starts at 0, or it or `stop_kl` finds no KL to act on.
+        UserError: if a value is out of its range, only one of `target_kl` and `adaptive` is set, the adaptive
+            coefficient starts at 0, or there is no KL to act on.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class KLMonitor(Callback):
         self._reward: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module the coefficient that a checkpoint held."""
+        """Give the module the coefficient of the checkpoint."""
         self._clear()
         module = cast("Any", pl_module)
         if not self.adaptive or not hasattr(module, "kl_coef"):
@@ -84,23 +83,25 @@ class KLMonitor(Callback):
         if module.kl_coef == 0:
             raise UserError(
                 "kl_monitor.adaptive multiplies model.kl_coef, which must then be above 0, got 0; "
-                "give it a start such as 0.05"
+                "set it to a start value such as 0.05"
             )
         self._kl_coef = float(module.kl_coef)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather a part; at the end of the optimizer step log, adapt and decide whether to stop."""
+        """Collect a micro-batch; at the end of the optimizer step log, adapt and decide whether to stop."""
         output = rollout_output(outputs)
         if output is None or not self._collect(output) or not output["closes_step"]:
             return
         kl, reward = torch.cat(self._kl), torch.cat(self._reward)
         self._clear()
+        # ---- Sums over the responses of all ranks ----
         local = [kl.sum().item(), kl.abs().sum().item(), reward.abs().sum().item(), float(kl.numel())]
         kl_sum, kl_size, reward_size, responses = sum_over_ranks(trainer, local)
         kl_max = max_over_ranks(trainer, [kl.max().item()])[0]
         kl_coef = float(cast("Any", pl_module).kl_coef)
+        # ---- Share of the penalty in penalty and reward ----
         penalty = kl_coef * kl_size
         share = penalty / (penalty + reward_size) if penalty + reward_size > 0 else 0.0
         mean_kl = kl_sum / responses
@@ -111,11 +112,11 @@ class KLMonitor(Callback):
         self._stop_if_too_far(trainer, mean_kl)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the adaptive coefficient, None where it is fixed."""
+        """Return the adaptive coefficient; None if it is fixed."""
         return {"kl_coef": self._kl_coef}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the adaptive coefficient from a checkpoint."""
+        """Restore the adaptive coefficient."""
         self._kl_coef = state_dict["kl_coef"]
 
     def _collect(self, output: StepOutput) -> bool:
@@ -124,9 +125,9 @@ class KLMonitor(Callback):
             if self.adaptive or self.stop_kl is not None:
                 key, off = ("adaptive", "false") if self.adaptive else ("stop_kl", "null")
                 raise UserError(
-                    f"kl_monitor.{key} needs a KL estimate, which training makes only with a reference whose KL enters "
-                    f"the reward or the loss; set model.kl_coef (with model.kl.credit to_go or one_step) or "
-                    f"model.kl.loss_coef above 0, or kl_monitor.{key}: {off}"
+                    f"kl_monitor.{key} needs a KL estimate, which training computes only with a reference whose KL"
+                    " enters the reward or the loss; set model.kl_coef (with model.kl.credit to_go or one_step) or"
+                    f" model.kl.loss_coef above 0, or kl_monitor.{key}: {off}"
                 )
             return False
         self._kl.append(kl)
@@ -137,11 +138,13 @@ class KLMonitor(Callback):
         self._kl, self._reward = [], []
 
     def _adapt_coefficient(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
-        if self.target_kl is None or math.isnan(mean_kl):  # one bad step must not spoil the coefficient for good
+        if self.target_kl is None or math.isnan(
+            mean_kl
+        ):  # one bad step must not change the coefficient for the rest of the run
             return
         error = min(max(mean_kl / self.target_kl - 1, -0.2), 0.2)
         module = cast("Any", pl_module)
-        # At most one horizon: a step of more than five would turn the coefficient negative.
+        # At most one horizon: more than five horizons in a step would make the coefficient negative.
         module.kl_coef *= 1 + error * min(responses / self.horizon, 1.0)
         self._kl_coef = float(module.kl_coef)
 

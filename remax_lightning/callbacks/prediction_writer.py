@@ -1,4 +1,4 @@
-"""What `remax predict` leaves behind: responses and rewards, one JSON object per line."""
+"""Writes the responses and rewards of `remax predict`, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 class PredictionWriter(Callback):
     """Writes the dictionaries that `predict_step` returns to a JSONL file, batch by batch.
 
-    With several ranks each writes its own file: `predictions.rank0.jsonl` and so on.
+    With several ranks, each rank writes a file: `predictions.rank0.jsonl` and so on.
 
     Args:
         path: the file; `predictions.jsonl` in `trainer.default_root_dir` by default. It must not exist.
@@ -31,10 +31,10 @@ class PredictionWriter(Callback):
         self._lines = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to write over, or behind, what another run wrote."""
+        """Refuse to overwrite or extend the file of another run."""
         self._lines = 0
         path = self._file(trainer)
-        # Decided alike: a rank that stopped alone would leave the others waiting.
+        # All ranks decide the same, or the others would wait for the rank that stopped.
         if max_over_ranks(trainer, [float(path.exists())])[0] > 0:
             raise UserError(
                 f"predictions.path must be a file that does not exist yet, got {path}; "
@@ -55,14 +55,14 @@ class PredictionWriter(Callback):
             return
         path = self._file(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Rows of Parquet files may hold dates and the like: as text. Lone surrogates: as \udXXX, which JSON
-        # reads.
+        # `default=str` writes dates of Parquet files as text. A lone surrogate is written as \udXXX, which JSON can
+        # read.
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs)
         self._lines += len(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the predictions are."""
+        """Log where the predictions are."""
         total = int(sum_over_ranks(trainer, [float(self._lines)])[0])
         if total:
             others = "" if trainer.world_size == 1 else f" and the files of the {trainer.world_size - 1} other ranks"

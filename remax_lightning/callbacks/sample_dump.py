@@ -1,4 +1,4 @@
-"""What the policy writes, to be read by a person: JSONL and TensorBoard text."""
+"""Writes samples of the policy for people to read: JSONL and TensorBoard text."""
 
 from __future__ import annotations
 
@@ -46,18 +46,17 @@ class SampleDump(Callback):
     One JSON object per line in `train.jsonl` and `validation.jsonl`, with the keys `step` (optimizer steps
     done), `stage`, `prompt`, `response`, `greedy_response`, `reward`, `baseline_reward`, `advantage` (mean
     over the response's tokens), `kl` (nats per response), `response_length` (tokens), `truncated`, `parts`
-    (of the reward), and one entry per token of the response in `tokens` (the text that it wrote; together they
-    are `response`), `token_kl` (nats) and `token_advantages`, to six digits. What does not exist, or is not a
-    finite number, is null. But for the tokens, the same goes to TensorBoard's text tab as a table.
+    (of the reward), and one entry per token of the response in `tokens` (its text; the concatenation is
+    `response`), `token_kl` (nats) and `token_advantages`, with six digits. Missing and non-finite values are null.
+    TensorBoard's text tab shows the same as a table, without the tokens.
 
-    Files are appended to. A resumed run first takes out the lines of steps that it is going to repeat. The
-    samples are those of rank 0.
+    Files are appended to. A resumed run first removes the lines of steps that it will repeat. The samples are
+    those of rank 0.
 
     Args:
         every_n_steps: optimizer steps between dumps in training; 0 turns them off.
-        num_samples: sampled responses in a dump: the first ones of the step, and of each validation. 8 are
-            quickly read.
-        folder: where the files go; `samples` in the run's folder by default. Give each run its own.
+        num_samples: sampled responses per dump: the first ones of the step or of the validation.
+        folder: folder of the files; `samples` in the run's folder by default. Use another one for each run.
 
     Raises:
         UserError: if a value is out of its range.
@@ -77,12 +76,12 @@ class SampleDump(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder: here, because every rank has to ask for it."""
+        """Choose the folder. Every rank has to call this, because the logger broadcasts its folder."""
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "samples"
         self._directory = None if is_dry_run(trainer) else folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take out the lines of steps that are about to be repeated."""
+        """Remove the lines of steps that will be repeated."""
         step = trainer.global_step
         self._samples = {"train": [], "validation": []}
         self._resumed = step > 0
@@ -93,11 +92,11 @@ class SampleDump(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather samples of a step to be dumped; write them when it ends."""
+        """Collect samples of a step; write them at its end."""
         output = rollout_output(outputs)
         if output is None or self.every_n_steps == 0 or not trainer.is_global_zero:
             return
-        # The count has already moved on where this part closed the step.
+        # `global_step` is already increased if this micro-batch ended the step.
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if step % self.every_n_steps:
             return
@@ -114,7 +113,7 @@ class SampleDump(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Gather the first samples of a validation."""
+        """Collect the first samples of a validation."""
         output = rollout_output(outputs)
         if output is not None and trainer.is_global_zero and not trainer.sanity_checking:
             self._collect("validation", output, trainer.global_step, pl_module)
@@ -141,7 +140,7 @@ class SampleDump(Callback):
             return
         path = self._directory / f"{stage}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate (half an emoji in the data set) cannot be encoded; as \udXXX it is JSON again.
+        # A lone surrogate (half an emoji in the data set) cannot be encoded; \udXXX is valid JSON.
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         writer = tensorboard_writer(trainer)
@@ -158,7 +157,7 @@ class SampleDump(Callback):
 
 
 def _step_of(line: str) -> int:
-    """Return the step of a line; one that a crash cut short counts as later than any other, and so goes."""
+    """Return the step of a line. A line that a crash truncated counts as later than any step, so it is removed."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -168,7 +167,7 @@ def _step_of(line: str) -> int:
 def _sample_rows(
     output: StepOutput, step: int, stage: Stage, limit: int, tokenizer: Any | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the first `limit` sampled responses as they are written."""
+    """Yield the first `limit` sampled responses as JSON objects."""
     rollout = output["rollout"]
     reward, baseline, kl = response_reward(output), response_baseline(output), response_kl(output)
     advantage, length = response_advantage(output), response_length(output)
@@ -194,7 +193,7 @@ def _sample_rows(
 
 
 def _token_fields(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
-    """Return what is known of each token of response `i`."""
+    """Return the per-token fields of response `i`."""
     responses = output["rollout"].sampled
     mask = responses.response_mask[i]  # [R]
     ids = responses.response_ids[i][mask].tolist()
@@ -216,7 +215,7 @@ def _finite_or_none(values: Tensor | None, i: int) -> float | None:
 
 
 def _markdown_table(samples: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table whose cells show the text as it is: no markup of it is taken for ours."""
+    """Return a Markdown table whose cells show the text literally: markup in it is escaped."""
     lines = ["|".join(name.replace("_", " ") for name in _COLUMNS), "|".join("---" for _ in _COLUMNS)]
     lines += ["|".join(_cell(sample[name]) for name in _COLUMNS) for sample in samples]
     return "\n".join(f"|{line}|" for line in lines)
@@ -227,5 +226,5 @@ def _cell(value: object) -> str:
         return "–"  # noqa: RUF001
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     text = re.sub(r"\r\n|[\r\n]", "⏎", text).encode("utf-8", "backslashreplace").decode("utf-8")
-    # Numbered entities, because both Markdown and HTML read them and neither takes them for markup.
+    # Numeric entities, because Markdown and HTML both show them as plain characters.
     return re.sub(r"[^\w\s⏎]|_", lambda match: f"&#{ord(match[0])};", text)

@@ -1,7 +1,6 @@
-"""What callbacks read from the outputs of a step, and what several of them share.
+"""Helpers for callbacks: values from the outputs of a step, logging, folders.
 
-Sums over ranks are made in float64. A decision is only ever taken on reduced numbers, so that all ranks take the
-same one.
+Sums over ranks are in float64. Decisions use only reduced numbers, so that all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from remax_lightning.types import Rollout, StepOutput
 
 
 def rollout_output(outputs: object) -> StepOutput | None:
-    """Return `outputs` if a step of `ReMaxModule` made them, None for those of any other module."""
+    """Return `outputs` if they come from a step of `ReMaxModule`, else None."""
     if isinstance(outputs, Mapping) and isinstance(outputs.get("rollout"), Rollout):
         return cast("StepOutput", outputs)
     return None
 
 
 def response_kl(output: StepOutput) -> Tensor | None:
-    """Return the KL of each sampled response, `[S]` in nats (sum over tokens), None without a reference."""
+    """Return the KL of each sampled response, `[S]` in nats (sum over tokens); None without a reference."""
     kl = output["kl"]
     return None if kl is None else kl.detach().double().sum(dim=-1).cpu()
 
@@ -55,22 +54,22 @@ def response_length(output: StepOutput) -> Tensor:
 
 
 def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log numbers of the optimizer step that has just ended; Lightning's `log_every_n_steps` holds."""
+    """Log numbers of the optimizer step that has just ended; `log_every_n_steps` applies."""
     pl_module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return where the run writes: the logger's folder, else `default_root_dir`. Call it on every rank."""
+    """Return the folder of the run: that of the logger, else `default_root_dir`. Call it on every rank."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def is_dry_run(trainer: Trainer) -> bool:
-    """Return whether this is a `fast_dev_run`, which leaves no files behind."""
+    """Return whether this is a `fast_dev_run`, which writes no files."""
     return bool(cast("Any", trainer).fast_dev_run)
 
 
 def tensorboard_writer(trainer: Trainer) -> Any | None:
-    """Return TensorBoard's writer (a mute one above rank 0), None without a `TensorBoardLogger`."""
+    """Return the writer of TensorBoard (a dummy above rank 0); None without a `TensorBoardLogger`."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)

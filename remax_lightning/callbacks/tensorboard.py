@@ -1,4 +1,4 @@
-"""What TensorBoard shows beyond single curves: grouped charts and histograms."""
+"""Grouped charts and histograms for TensorBoard."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class TensorBoardReport(Callback):
     """Groups the run's scalars into charts (the Custom Scalars tab) and adds histograms of sampled responses.
 
     Histograms: `distribution/reward`, `distribution/response_length` (tokens) and, with a reference,
-    `distribution/kl` (nats per response), over the responses of an optimizer step on all ranks. Without a
-    `TensorBoardLogger` nothing is done.
+    `distribution/kl` (nats per response), over the responses of an optimizer step on all ranks. Does nothing without
+    a `TensorBoardLogger`.
 
     Args:
         every_n_steps: optimizer steps between histograms; 0 turns them off. 10 keeps event files small.
@@ -71,19 +71,19 @@ class TensorBoardReport(Callback):
         self._values: dict[str, list[Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit left behind."""
+        """Reset the state of an earlier fit."""
         self._has_layout = False
         self._values = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather the responses of a part; write histograms at the end of every n-th optimizer step."""
+        """Collect the responses of a micro-batch; write histograms at the end of every n-th optimizer step."""
         output = rollout_output(outputs)
         writer = tensorboard_writer(trainer)
         if output is None or writer is None:
             return
-        if not self._has_layout:  # only now is it known that this module logs what the charts show
+        if not self._has_layout:  # `output` shows that this module logs the values of the charts
             self._has_layout = True
             writer.add_custom_scalars(_layout())
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
@@ -111,10 +111,10 @@ class TensorBoardReport(Callback):
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:
-    """Return the charts in the form that TensorBoard's writer takes.
+    """Return the charts in the format of TensorBoard's writer.
 
-    TensorBoard takes a tag for a regular expression that matches the beginning of a name: `train/kl` alone would draw
-    `train/kl_max` and others beside it.
+    TensorBoard matches a tag as a regular expression at the start of a name, so `train/kl` would also draw
+    `train/kl_max`.
     """
     return {
         group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}

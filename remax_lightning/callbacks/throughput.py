@@ -1,4 +1,4 @@
-"""Where the time of an optimizer step goes."""
+"""Logs the time and the throughput of optimizer steps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from remax_lightning.types import PromptBatch, StepOutput
 class Throughput(Callback):
     """Logs seconds by phase and tokens per second of each optimizer step.
 
-    Seconds are sums over the parts of the step and means over ranks; tokens are those of responses, sampled
-    and greedy, summed over ranks.
+    Seconds are sums over the micro-batches of the step and means over ranks. Tokens are those of sampled and greedy
+    responses, summed over ranks.
 
-    - `time/rollout_s`, `time/reward_s`: as the module measured them; the reference's pass is part of the latter.
-    - `time/train_s`: the rest, from the start of each batch to its end: forward, backward, optimizer, and
-      waiting for other ranks. Loading data and validation are not part of it.
-    - `time/step_s`: the three together.
-    - `throughput/tokens_per_s`: tokens trained on (with their greedy responses) per second of the step. Where
-      several optimizer steps share a rollout batch, the first bears all the rollout's time.
-    - `throughput/rollout_tokens_per_s`: tokens per second of rollout of the latest rollout batch whose last
-      part has been trained on.
+    - `time/rollout_s`, `time/reward_s`: as the module measures them; the pass of the reference is part of `reward_s`.
+    - `time/train_s`: the rest, from the start to the end of each batch: forward, backward, optimizer, and
+      waiting for other ranks. It excludes data loading and validation.
+    - `time/step_s`: the sum of the three.
+    - `throughput/tokens_per_s`: trained tokens (with their greedy responses) per second of the step. If several
+      optimizer steps share a rollout batch, the first one includes the whole time of the rollout.
+    - `throughput/rollout_tokens_per_s`: tokens per second of the rollout, of the latest rollout batch whose last
+      micro-batch was trained on.
     """
 
     def __init__(self) -> None:
@@ -37,22 +37,22 @@ class Throughput(Callback):
         self._clear_rollout()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit left behind."""
+        """Reset the state of an earlier fit."""
         self._clear_step()
         self._clear_rollout()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock; log at the end of the optimizer step."""
+        """Stop the timer; log at the end of the optimizer step."""
         output = rollout_output(outputs)
         if output is None:
             return
-        if pl_module.device.type == "cuda":  # kernels run on after the call that started them
+        if pl_module.device.type == "cuda":  # kernels are asynchronous
             torch.cuda.synchronize(pl_module.device)
         self._add(output, time.perf_counter() - self._started)
         if output["closes_step"]:
@@ -79,6 +79,7 @@ class Throughput(Callback):
             self._tokens,
             self._batch_tokens,
         ]
+        # ---- Means of seconds, sums of tokens ----
         *seconds, tokens, batch_tokens = sum_over_ranks(trainer, local)
         rollout_s, reward_s, step_s, batch_rollout_s = (value / trainer.world_size for value in seconds)
         self._clear_step()

@@ -1,4 +1,4 @@
-"""Which part of a response's text each of its tokens wrote."""
+"""Assigns to each token of a response its part of the text."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], text: str) -> list[str]:
-    """Return one string per token; together they are `text`.
+    """Return one string per token; their concatenation is `text`.
 
-    A character of several tokens, as byte-level tokenizers make them, stands at the last of these and the ones before
-    it are empty, like special tokens, which the text leaves out.
+    If several tokens encode one character, as in byte-level tokenizers, the last one gets the character and the others
+    are empty. Special tokens are empty, too.
 
     Args:
-        tokenizer: that the text was decoded with.
+        tokenizer: the tokenizer that decoded the text.
         ids: the response's tokens, `[R]`.
         text: the response, without special tokens.
     """
     pieces: list[str] = []
-    written = start = stop = 0  # characters dealt out; tokens from `start` to `stop` are the context
+    written = start = stop = 0  # characters assigned so far; tokens `start` to `stop` are the context
     for end in range(1, len(ids) + 1):
-        # Some tokenizers decode a token otherwise at the start of a text, so what wrote the last piece comes along. The
-        # whole beginning instead would make the time quadratic in the length.
+        # Some tokenizers decode a token differently at the start of a text, so the tokens of the last piece are decoded
+        # along with it. Decoding the whole prefix would be quadratic in the length.
         context = len(tokenizer.decode(ids[start:stop], skip_special_tokens=True))
         piece = tokenizer.decode(ids[start:end], skip_special_tokens=True)[context:]
-        whole = bool(piece) and text.startswith(piece, written)  # half a character is none of the text's
+        whole = bool(piece) and text.startswith(piece, written)  # false for part of a character
         pieces.append(piece if whole else "")
         if whole:
             written, start, stop = written + len(piece), stop, end

@@ -62,8 +62,8 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     if kind == "none":
         return torch.zeros_like(reward)
     check_argument(num_samples >= 2, "num_samples", f"at least 2 for baseline={kind!r}", num_samples)
-    group = reward.reshape(-1, num_samples)
-    total = group.sum(dim=1, keepdim=True)
+    group = reward.reshape(-1, num_samples)  # [B, n]
+    total = group.sum(dim=1, keepdim=True)  # [B, 1]
     if kind == "leave_one_out":
         return ((total - group) / (num_samples - 1)).flatten()
     return (total / num_samples).expand_as(group).flatten()
@@ -88,7 +88,7 @@ def whiten_advantages(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor
     total = masked_sum(advantages, mask)
     count, total = add_ranks(torch.stack([mask.sum().to(total.dtype), total])).unbind()
     count = count.clamp(min=1)
-    deviations = torch.where(mask, advantages - total / count, 0.0)
+    deviations = torch.where(mask, advantages - total / count, 0.0)  # [S, R]
     # Squares of deviations, in a second reduction: mean of squares minus squared mean cancels in float32.
     variance = add_ranks(deviations.square().sum().view(1)).squeeze(0) / count
     return deviations * variance.clamp(min=1e-8).rsqrt()
@@ -151,20 +151,23 @@ def remax_advantages(
     check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
     _check_numbers(gamma, reward_clip, reward_clip_at)
     _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
+    # ---- r and b, clipped before the comparison if so configured ----
     dtype = compute_dtype(*(x for x in (reward, baseline_reward, kl) if x is not None))
     bound = math.inf if reward_clip is None else reward_clip
     before, after = (bound, math.inf) if reward_clip_at == "before_baseline" else (math.inf, bound)
     reward = reward.detach().to(dtype).clamp(-before, before)
     if baseline_reward is not None:
         baseline_reward = baseline_reward.detach().to(dtype).clamp(-before, before)
+    # ---- beta * kl_t of every token [S, R] ----
     penalty = torch.zeros_like(response_mask, dtype=dtype)
     # A coefficient of 0 costs nothing, even where the estimate is infinite.
     if kl is not None and kl_coef > 0 and kl_credit != "none":
         penalty = torch.where(response_mask, kl_coef * kl.detach().to(dtype), 0.0)
+    # ---- A_t = gamma^k * clip(r - b) - beta * KL_t ----
     compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
     above = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
-    tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)
-    cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty
+    tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
+    cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
     advantages = above.unsqueeze(1) * torch.pow(gamma, tokens_to_go) - cost
     advantages = torch.where(response_mask, advantages, 0.0)
     return whiten_advantages(advantages, response_mask, reduce) if whiten else advantages

@@ -30,7 +30,7 @@ def win_rates(rewards: Tensor, other_rewards: Tensor) -> Tensor:
     """
     check_shape("rewards", rewards, "[B, n]", (None, None))
     check_shape("other_rewards", other_rewards, "[B, m]", (rewards.shape[0], None))
-    difference = rewards.unsqueeze(2) - other_rewards.unsqueeze(1)
+    difference = rewards.unsqueeze(2) - other_rewards.unsqueeze(1)  # [B, n, m]
     return ((difference.sign().double() + 1) / 2).mean((1, 2))
 
 
@@ -62,9 +62,10 @@ def resampled_ratios(
     sums_of_draws: list[Tensor] = []  # [k, 2 F] of each part
     for part in torch.arange(num_resamples).split(max(1, _ENTRIES_AT_ONCE // clusters)):
         drawn = torch.randint(clusters, (len(part), clusters), generator=generator)  # [k, P]
+        # How often each cluster is drawn; the product with the sums [P, 2 F] adds up the draws.
         counts = torch.zeros(len(part), clusters, dtype=torch.float64)
         sums_of_draws.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ sums)
-    top, bottom = torch.cat(sums_of_draws).chunk(2, 1)
+    top, bottom = torch.cat(sums_of_draws).chunk(2, 1)  # [K, F] each
     return (top / bottom).masked_fill(bottom == 0, torch.nan)
 
 

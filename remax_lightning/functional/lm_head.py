@@ -66,7 +66,7 @@ class LogitTransform(NamedTuple):
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return logits over the temperature, a new tensor."""
-        logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)
+        logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)  # [M, V]
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.soft_cap is not None:

@@ -70,9 +70,9 @@ def token_statistics(
     check_shape("ids", ids, "[S, R]", logits.shape[:2])
     check_argument(temperature > 0, "temperature", "above 0", temperature)
     ids = ids.long()
-    scaled_logits = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)
+    scaled_logits = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)  # [S * R, V]
     log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask), dim=-1).view(logits.shape)
-    log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # [S, R]
     with torch.no_grad():
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
         entropy = torch.special.entr(log_softmax.exp()).sum(dim=-1)
@@ -162,7 +162,7 @@ class _HiddenStatistics(torch.autograd.Function):
                 _ReferenceLogits.from_tensors(reference_hidden, reference_weight, reference_bias, reference_transform),
             )
             for part in _slices(len(hidden), rows):
-                log_softmax = transform.log_softmax(hidden[part], *head, ids[part])[0]
+                log_softmax = transform.log_softmax(hidden[part], *head, ids[part])[0]  # [rows, V]
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if reference_logits is not None and kl is not None:
                     kl[part] = reference_logits.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
@@ -202,6 +202,7 @@ class _HiddenStatistics(torch.autograd.Function):
                     if saved_log_softmax is not None
                     else transform.log_softmax(hidden[part], *head, ids[part])
                 )
+                # ---- The gradient of the logits: grad * (onehot - p), plus grad_kl * p * (log_ratio - kl) ----
                 weights = -grad_log_probs[part, None]
                 if reference_logits is not None and grad_kl is not None:
                     weights = (
@@ -212,7 +213,7 @@ class _HiddenStatistics(torch.autograd.Function):
                     )
                 gradient = (log_softmax.exp_() if saved_log_softmax is None else log_softmax.exp()).mul_(weights)
                 gradient.scatter_add_(-1, ids[part, None], grad_log_probs[part, None])
-                product = transform.product_gradient(gradient, slope)
+                product = transform.product_gradient(gradient, slope)  # [rows, V], of the matrix product
                 del log_softmax, slope, weights, gradient  # or they would be alive beside what is next
                 gradient_sums.add(part, product, head[0])
                 del product

@@ -88,8 +88,8 @@ def clipped_surrogate_loss(
         mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages
     )
     advantages = advantages.detach()
-    ratio = (log_probs - old_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    plain = -advantages * ratio
+    ratio = (log_probs - old_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # pi / pi_old [S, R]
+    plain = -advantages * ratio  # [S, R]
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)

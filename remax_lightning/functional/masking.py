@@ -29,13 +29,13 @@ def response_mask(response_ids: Tensor, eos_ids: Sequence[int], stopped_at: Tens
     """
     check_shape("response_ids", response_ids, "[M, R]", (None, None))
     ends = torch.isin(response_ids, torch.tensor(list(eos_ids), dtype=response_ids.dtype, device=response_ids.device))
-    ends_before = ends.cumsum(dim=1) - ends.long()
+    ends_before = ends.cumsum(dim=1) - ends.long()  # [M, R], ends before each token
     if stopped_at is None:
         return ends_before == 0
     check_shape("stopped_at", stopped_at, "[M]", response_ids.shape[:1])
     # What stands after a stop string is padding, whose id may be that of an end.
     place = torch.arange(response_ids.shape[1], device=response_ids.device)
-    length = stopped_at.where(stopped_at > 0, response_ids.shape[1])
+    length = stopped_at.where(stopped_at > 0, response_ids.shape[1])  # [M]
     return (ends_before == 0) & (place < length[:, None])
 
 

@@ -104,6 +104,7 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
     reader: Any = FileSystemReader(path)
     if not trusted:
         reader.read_metadata = partial(_read_metadata, path / ".metadata", reader.load_id)
+    # ---- Empty tensors of the saved shapes, which torch's loader fills from the shards ----
     metadata = reader.read_metadata()
     _check_shards(path, metadata)
     weights: dict[str, Any] = {

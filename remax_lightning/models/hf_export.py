@@ -137,6 +137,7 @@ def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedToken
     config.use_cache = True
     eos = config.eos_token_id if config.eos_token_id is not None else []
     ends = list(eos) if isinstance(eos, list | tuple) else [eos]
+    # ---- All EOS tokens that ended responses in training ----
     end: Any = tokenizer.eos_token_id
     if end is not None and end not in ends:
         ends.append(end)
@@ -145,6 +146,7 @@ def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedToken
         config.pad_token_id = tokenizer.pad_token_id
     if _is_valid(config):
         return config
+    # ---- transformers saves only settings that it considers valid ----
     # Published settings may have a temperature without do_sample, which transformers loads but refuses to save.
     config.do_sample = True
     if _is_valid(config):
@@ -177,6 +179,7 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # ---- An empty model of the same class with the adapter's layers ----
     wrapped = is_peft_wrapper(policy)
     core, names = unwrap_peft(policy), [policy.active_adapter] if wrapped else policy.active_adapters()
     config = copy.deepcopy(core.config)
@@ -186,6 +189,7 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
         merged: Any = type(core)(config)
         for name in names:
             inject_adapter_in_model(policy.peft_config[name], merged, name)
+    # ---- The trained weights, then the merge ----
     weights = _weights_on_cpu(policy) if weights is None else weights
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     merged.load_state_dict({name: weights[name] for name in merged.state_dict()}, assign=True)

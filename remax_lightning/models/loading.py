@@ -83,6 +83,7 @@ class ModelConfig:
         self._check(key)
         config = self._config(key)
         dtype = torch.get_default_dtype() if self.dtype is None else getattr(torch, self.dtype)
+        # ---- Arguments of both ways to create the model; transformers must not see None ----
         common: dict[str, Any] = {
             "trust_remote_code": self.trust_remote_code,
             "attn_implementation": self.attn_implementation,

@@ -82,6 +82,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if lora.path is not None:
+                # A saved adapter, once to train and once frozen as the initial one.
                 adapted = PeftModel.from_pretrained(model, lora.path, is_trainable=True)
                 missing = adapted.load_adapter(lora.path, INITIAL).missing_keys
                 if missing:  # PEFT would initialize them randomly

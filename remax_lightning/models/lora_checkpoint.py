@@ -43,6 +43,7 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     config.inference_mode = False
     # Keep the dtype of the run, so that a merge rounds as it would have there.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
+    # ---- Every weight of the checkpoint must have a place, and every adapter weight a value ----
     wanted = {name for name in adapted.state_dict() if ".lora_" in name}
     unknown = sorted(weights.keys() - adapted.state_dict().keys()) + sorted(wanted - weights.keys())
     if unknown:

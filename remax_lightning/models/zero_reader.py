@@ -27,10 +27,12 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     Raises:
         UserError: if a file is missing or cannot be read.
     """
+    # ---- Stages 1 and 2: rank 0 saved the full model ----
     folder = path / (path / "latest").read_text().strip()
     full = folder / "mp_rank_00_model_states.pt"
     if full.is_file():
         return dict(load_torch_file(full, trusted)["module"])
+    # ---- Stage 3: shapes from rank 0, then the shards of each rank ----
     first = _shard_file(folder, 0, "model_states")
     state = load_torch_file(first, trusted)
     if "param_shapes" not in state or "dp_world_size" not in state:
@@ -47,6 +49,7 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
         if frozen:
             parts = load_torch_file(_shard_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
             _copy_shards(weights, frozen, (parts[name] for name in frozen), rank, ranks)
+    # ---- Buffers are not sharded, and tied parameters are saved once ----
     buffers = {name: state["module"][name] for name in state.get("buffer_names") or ()}
     tied = {name: weights[other] for name, other in (state.get("shared_params") or {}).items() if other in weights}
     return weights | buffers | tied
@@ -86,9 +89,10 @@ def _copy_shards(
     source, rest, position = iter(tensors), torch.empty(0), 0
     for name, shape in shapes.items():
         size = shape.numel()
-        length = -(-size // ranks)
+        length = -(-size // ranks)  # the shard of each rank, rounded up
         if position == len(rest):
             rest, position = next(source, torch.empty(0)), 0
+        # The flat tensor ends with padding, which the last rank's shard excludes.
         part = rest[position : position + length]
         if len(part) < length:
             raise UserError(f"checkpoint: rank {rank}'s file lacks a part of {name}; give a complete checkpoint")

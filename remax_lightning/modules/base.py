@@ -1,4 +1,4 @@
-"""What all stages share: optimizer and schedule, the tokenizer, and what a checkpoint holds of chance."""
+"""Base class of all stages: optimizer, schedule, tokenizer, and the random state in checkpoints."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class BaseModule(LightningModule):
     """Trains one model.
 
-    The command line keeps the configuration beside the run, so a checkpoint holds no hyper-parameters: when a run is
-    resumed, what the configuration says counts.
+    The command line saves the configuration in the folder of the run, so a checkpoint holds no hyper-parameters. When a
+    run is resumed, the configuration counts.
 
     Args:
         source: where the model comes from.
@@ -55,18 +55,18 @@ class BaseModule(LightningModule):
         self._step_ends: StopAtStepEnd | None = None
 
     def setup(self, stage: str) -> None:
-        """Have checkpoint files written whole or not at all, and signals wait for the end of a step."""
+        """Write checkpoint files atomically, and defer signals to the end of a step."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         defer_signals(self.trainer)
 
     @property
     def trained_model(self) -> PreTrainedModel:
-        """The model whose weights the optimizer moves."""
+        """The model that is trained."""
         raise NotImplementedError
 
     def _find_tokenizer(self, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
-        """Return the data module's own tokenizer where it has one, so that prompts and responses agree."""
+        """Return the tokenizer of the data module if it has one, so that prompts and responses agree."""
         shared = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if shared is not None:
             return cast("PreTrainedTokenizerBase", shared)
@@ -92,9 +92,9 @@ class BaseModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Begin to watch for the ends of optimizer steps; tell schedules of ours the length of the run.
+        """Start to watch for the ends of optimizer steps; tell schedules the length of the run.
 
-        No earlier: asking for it loads the data, and a loader that is there before the checkpoint's loops starts anew.
+        Not earlier: this creates the data loaders, and a loader from before the checkpoint is loaded would start again.
         """
         self._step_ends = StopAtStepEnd(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
@@ -110,31 +110,31 @@ class BaseModule(LightningModule):
         resume_after_last_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the saved random state until the first batch: what Lightning does in between draws numbers too."""
+        """Keep the saved random state until the first batch, because Lightning draws random numbers before."""
         saved = checkpoint.get("random_state")
-        states = [saved] if isinstance(saved, dict) else saved or []  # in 0.1.0 that of rank 0 alone
-        # Another number of ranks draws its own numbers from here on.
+        states = [saved] if isinstance(saved, dict) else saved or []  # version 0.1.0 saved that of rank 0 only
+        # With another number of ranks the random numbers change.
         self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put the random number generators where training left them.
+        """Restore the random state of the end of the last batch.
 
-        Validation and loaders draw numbers between two batches, and a resumed run need not go through the same.
+        Validation and loaders draw numbers between two batches, which a resumed run may not repeat.
         """
         state, self._random_state = self._random_state, None
         if state is not None:
             set_random_state(state, self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the random state for the next batch; after an optimizer step, end where a rank was told to."""
+        """Keep the random state for the next batch; after an optimizer step, stop if a rank has to."""
         self._random_state = random_state(self.device)
         cast(StopAtStepEnd, self._step_ends).after_batch()
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """End where a rank was told to: a validation may take longer than the machine is left to us."""
+        """Stop if a rank has to: a validation may take longer than the grace period."""
         if self._step_ends is not None:  # within training
             self._step_ends.stop_on_all_ranks()
 
     def on_train_end(self) -> None:
-        """Let another fit begin with the random numbers of its own seed."""
+        """Reset, so that another fit starts with the random numbers of its seed."""
         self._random_state, self._step_ends = None, None

@@ -1,4 +1,4 @@
-"""What the stages that train a policy share: loading it, and knowing where its responses end."""
+"""Base class of the stages that train a policy: loading it, its EOS tokens, its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PolicyModule(BaseModule):
 
     policy: PreTrainedModel
     constants: Float32Buffers
-    """The policy's, to be restored when the strategy has cast it."""
+    """Constant buffers of the policy, restored after a strategy has cast it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PolicyModule(BaseModule):
         check_policy(policy)
         self.policy_source, self.worker = policy, worker
         if policy.lora is not None:
-            self.strict_loading = False  # the base is missed on purpose; the adapter is checked in `load_state_dict`
+            self.strict_loading = False  # checkpoints omit the base; `load_state_dict` checks the adapter
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -61,7 +61,7 @@ class PolicyModule(BaseModule):
 
     @property
     def engine(self) -> RolloutEngine:
-        """What generates the responses."""
+        """The engine that generates responses."""
         return self.worker.engine
 
     @property
@@ -71,17 +71,17 @@ class PolicyModule(BaseModule):
 
     @property
     def reward(self) -> Reward | None:
-        """What scores the responses; None where nothing does."""
+        """The reward that scores responses; None without one."""
         return self.worker.reward
 
     def prepare_rollouts(self) -> None:
-        """Get the worker ready: stop strings, end-of-sequence tokens, and the reward on the device."""
+        """Prepare the worker: stop strings, EOS tokens, and the reward on the device."""
         if self.worker.device != self.device:
             log_ignored_settings(self.policy, self.sampling)
         self.worker.prepare(self.tokenizer, self.eos_ids(), self.device)
 
     def configure_model(self) -> None:
-        """Load policy and tokenizer; Lightning calls this where each strategy wants its models built."""
+        """Load policy and tokenizer; Lightning calls this in the context of the strategy."""
         if "policy" in self._modules:
             return
         self.policy = self._load_policy()
@@ -102,7 +102,7 @@ class PolicyModule(BaseModule):
         check_quantization(source, strategy)
         with sharded_init(strategy, from_scratch=source.from_scratch):
             policy = source.load_base("model.policy")
-        # ZeRO-3 would cut an adapter into shares before it has its values; the engine does it afterwards.
+        # ZeRO-3 would shard an adapter before it is initialized; the engine shards it later.
         with unsharded_init(strategy):
             policy = source.wrap_with_adapter(policy, "model.policy", broadcast(strategy, torch.initial_seed()))
         if isinstance(strategy, ModelParallelStrategy):
@@ -110,13 +110,13 @@ class PolicyModule(BaseModule):
         return policy
 
     def eos_ids(self) -> list[int]:
-        """Return every token id that ends a response: the tokenizer's, and those of the policy's own configuration."""
+        """Return every token id that ends a response: those of the tokenizer and of the generation settings."""
         configured = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
         named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
         return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the weights, of an adapted policy the adapter's alone: its base is read again where it came from."""
+        """Return the weights; with an adapter only those of the adapter, because the base is loaded from its path."""
         state: dict[str, Any] = super().state_dict(*args, **options)
         if self.policy_source.lora is None:
             return state
@@ -124,7 +124,7 @@ class PolicyModule(BaseModule):
         return {name: value for name, value in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; whatever `strict`, all of an adapter has to be there.
+        """Load the result of `state_dict`. An adapter must be complete, whatever `strict` is.
 
         Raises:
             UserError: if the policy has another adapter, or only one of policy and checkpoint has one.

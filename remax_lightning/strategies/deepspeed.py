@@ -115,6 +115,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         """
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(checkpoint_path, weights_only)
+        # ---- DeepSpeed itself loads only a checkpoint of as many ranks, and only with an optimizer ----
         path = Path(broadcast(self, checkpoint_path))
         saved = universal.saved_ranks(path)
         if not saved:

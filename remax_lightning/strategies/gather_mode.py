@@ -58,6 +58,7 @@ def fits_on_every_rank(model: nn.Module) -> bool:
     Checked before each rollout, because free memory changes: the first step allocates the optimizer state.
     """
     device = next(model.parameters()).device
+    # All ranks decide the same, by the one with the least memory.
     free = free_bytes(device)
     enough = free is None or sum(full_bytes(parameter) for parameter in model.parameters()) <= MAX_MEMORY_SHARE * free
     return bool(all_reduce(torch.tensor(int(enough), device=device), "min"))

@@ -36,12 +36,14 @@ def reshard(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
     """
     ranks = saved_ranks(checkpoint)
     rank_zero_info(f"Converting {checkpoint}, saved by {ranks} processes, for {strategy.world_size}.")
+    # ---- Rank 0 converts; all ranks raise if it fails ----
     problem = _convert(checkpoint) if strategy.is_global_zero else ""
     if problem := broadcast(strategy, problem):
         raise UserError(
             f"trainer.devices x num_nodes must be {ranks}, got {strategy.world_size}: DeepSpeed cannot reshard the"
             f" optimizer state of {str(checkpoint)!r} to another number of processes: {problem}"
         )
+    # ---- Load inside; DeepSpeed must not change the settings of parameter groups ----
     engine: Any = strategy.deepspeed_engine
     saved_groups = [dict(group) for group in engine.optimizer.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True

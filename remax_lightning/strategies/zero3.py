@@ -139,6 +139,7 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    # ---- Rank 0 reads the full weights, and all ranks check that they fit ----
     strategy = root.trainer.strategy
     weights: dict[str, Any] = {}
     if strategy.is_global_zero:
@@ -150,9 +151,11 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     if not broadcast(strategy, same_shapes):
         raise UserError(f"ckpt_path: {str(checkpoint)!r} holds another model than model.policy")
     for name, parameter in parameters.items():
+        # One parameter at a time, so that no device holds the full model.
         with gathered([parameter], writer_rank=0):
             if strategy.is_global_zero:
                 parameter.data.copy_(weights[name])
+    # ---- Buffers, which are not sharded, and the state of the trainer ----
     file = checkpoint / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
     buffers = dict(root.named_buffers())

@@ -15,32 +15,32 @@ CHARACTERS = "0123456789+="
 
 
 CARELESS_SHARE = 0.65
-"""How often a demonstration forgets to carry from the units to the tens, where there is something to carry."""
+"""Share of demonstrations that forget the carry from the units to the tens."""
 
 
 def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train: int = 20_000, val: int = 512) -> None:
-    """Write the task's files into `folder`, the same ones at every call.
+    """Write the files of the task into `folder`; every call writes the same content.
 
-    `demonstrations.jsonl` is for supervised fine-tuning. Its authors were careless: most of the sums that need a carry
-    from the units lack it. `train.jsonl` has the same prompts and `val.jsonl` others, with the right sums for the rule
-    that rewards responses. `policy/` has a tokenizer and a configuration, no weights.
+    `demonstrations.jsonl` is for supervised fine-tuning. It has errors: most sums with a carry from the units lack the
+    carry. `train.jsonl` has the same prompts with correct sums, for the reward; `val.jsonl` has other prompts.
+    `policy/` has a tokenizer and a configuration, but no weights.
 
     Args:
-        folder: is made where it is missing.
-        digits: how many digits a number may have; each operand's count is drawn from them.
-        train: different additions to train on; fewer where there are no more.
-        val: additions held out, none of which is in the other files.
+        folder: created if it is missing.
+        digits: possible numbers of digits of an operand; each operand draws one of them.
+        train: number of different additions to train on, or all if there are fewer.
+        val: number of held-out additions; none of them is in the other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pairs, width = _sample_operands(digits, train + val), max(digits)
-    careless = random.Random(1)
-    demonstrated = [careless.random() < CARELESS_SHARE for _ in pairs]
+    source = random.Random(1)
+    forgets_carry = [source.random() < CARELESS_SHARE for _ in pairs]
     rows = {
         "val": [(a, b, a + b) for a, b in pairs[:val]],
         "train": [(a, b, a + b) for a, b in pairs[val:]],
         "demonstrations": [
             (a, b, _sum_without_carry(a, b) if forgets else a + b)
-            for (a, b), forgets in zip(pairs[val:], demonstrated[val:], strict=True)
+            for (a, b), forgets in zip(pairs[val:], forgets_carry[val:], strict=True)
         ],
     }
     for name, sums in rows.items():
@@ -56,8 +56,8 @@ def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train
 def _sample_operands(digits: tuple[int, ...], count: int) -> list[tuple[int, int]]:
     """Return up to `count` different pairs in a fixed random order, all digit counts equally likely.
 
-    Numbers are written with leading zeros, so that a digit's place in the text is its place in the number: a policy
-    this small then learns to add in hundreds of steps instead of thousands.
+    Numbers have leading zeros, so that the position of a digit in the text is its position in the number. A small
+    policy then learns to add in hundreds of steps instead of thousands.
     """
     source = random.Random(0)
     possible = sum(9 * 10 ** (d - 1) for d in digits) ** 2
@@ -69,12 +69,12 @@ def _sample_operands(digits: tuple[int, ...], count: int) -> list[tuple[int, int
 
 
 def _sum_without_carry(a: int, b: int) -> int:
-    """Return the sum of one who forgets what the units carry to the tens."""
+    """Return the sum without the carry from the units to the tens."""
     return 10 * (a // 10 + b // 10) + (a + b) % 10
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per character, of transformers' own class."""
+    """Return a tokenizer of transformers with one token per character."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
@@ -93,7 +93,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def policy_config(tokenizer: PreTrainedTokenizerFast, num_layers: int = 2) -> LlamaConfig:
-    """Return the configuration of a Llama of some hundred thousand parameters, as long as its tokenizer's texts."""
+    """Return the configuration of a Llama with a few hundred thousand parameters and the tokenizer's maximum length."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -103,7 +103,7 @@ def policy_config(tokenizer: PreTrainedTokenizerFast, num_layers: int = 2) -> Ll
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
-        # The defaults are made for wide models and long texts: here they double the steps that are needed.
+        # The defaults suit wide models and long texts; here they would double the number of steps.
         initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,

@@ -1,4 +1,4 @@
-"""The pipeline's task: templated dialogues, preferences that a hidden rule makes, a tokenizer, a tiny policy."""
+"""The task of the pipeline: templated dialogues, preferences by a hidden rule, a tokenizer, a tiny policy."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ FILLERS = (
 )
 
 BRIEF = 18
-"""Words that a response may have before its length costs anything."""
+"""Number of words from which a longer response loses score."""
 
 _THING = re.compile(rf"\b({'|'.join(ADJECTIVES)}) ({'|'.join(NOUNS)})\b")
 
 
 class Pair(NamedTuple):
-    """A prompt with two responses, the one that was preferred first."""
+    """A prompt with its chosen and rejected response."""
 
     prompt: str
     chosen: str
@@ -72,13 +72,13 @@ class Pair(NamedTuple):
 def true_score(
     prompts: Sequence[str],
     responses: Sequence[str],
-    rows: Sequence[dict[str, Any]],  # noqa: ARG001 (as every function that FunctionReward calls)
+    rows: Sequence[dict[str, Any]],  # noqa: ARG001 (the signature of FunctionReward)
 ) -> list[float]:
-    """Score responses with the rule behind the preferences, which no stage is trained on; 4 is the most.
+    """Score responses with the rule behind the preferences. No stage is trained on it; the maximum is 4.
 
-    A response gains 2 for naming the thing that the prompt asks about, 1 for opening politely, 1 for ending with an
-    offer; it loses 1 for every other thing that it names, 1 for a curt opening, 1 for a dismissive end, and 0.1 for
-    every word after the first 18. As `FunctionReward` calls it.
+    A response gains 2 for naming the thing that the prompt asks about, 1 for a polite opening, 1 for a final offer. It
+    loses 1 for every other thing that it names, 1 for a curt opening, 1 for a dismissive end, and 0.1 for every word
+    after the first 18. It has the signature of `FunctionReward`.
     """
     return [_score_response(prompt, response.strip()) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -92,10 +92,10 @@ def _score_response(prompt: str, response: str) -> float:
 
 
 def make_preferences(count: int, seed: int = 0) -> list[Pair]:
-    """Return pairs with prompts that are all different, the same ones for the same seed.
+    """Return pairs with different prompts, the same ones for the same seed.
 
-    Two responses are written without regard to the rule, and one is preferred with the probability that Bradley and
-    Terry give the difference of their scores: labels are wrong as often as people are.
+    Two responses are drawn independently of the rule. One is chosen with the probability of the Bradley-Terry model
+    for their scores, so that labels have realistic errors.
 
     Raises:
         ValueError: if there are fewer different prompts.
@@ -108,12 +108,12 @@ def make_preferences(count: int, seed: int = 0) -> list[Pair]:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Return the pairs in a file of `write_dialogue_task`."""
+    """Read the pairs in a file of `write_dialogue_task`."""
     return [Pair(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def preference_probability(pair: Pair) -> float:
-    """Return how likely the rule was to prefer the chosen response."""
+    """Return the probability with which the rule chooses the chosen response."""
     first, second = true_score([pair.prompt] * 2, [pair.chosen, pair.rejected], [{}, {}])
     return 1 / (1 + math.exp(second - first))
 
@@ -137,7 +137,7 @@ def _make_pair(source: random.Random, prompt: str, thing: str) -> Pair:
 
 
 def _make_response(source: random.Random, thing: str) -> str:
-    """Write a response whose parts are drawn one by one, good and bad ones alike."""
+    """Return a response whose parts are drawn independently, good and bad ones."""
     other = f"{source.choice(ADJECTIVES)} {source.choice(NOUNS)}"
     named = source.choices((thing, other, "thing"), weights=(4, 3, 3))[0]
     opening = source.choice((source.choice(POLITE), source.choice(CURT), ""))
@@ -150,13 +150,13 @@ def _make_response(source: random.Random, thing: str) -> str:
 
 
 def write_dialogue_task(folder: Path, *, train: int = 20_000, val: int = 256, held_out: int = 1024) -> None:
-    """Write the task's files into `folder`, the same ones at every call.
+    """Write the files of the task into `folder`; every call writes the same content.
 
-    `preferences.jsonl` is for all three stages, `val.jsonl` for validation on the way, `held_out.jsonl` for the
-    evaluation at the end; no prompt is there twice. `policy/` has a tokenizer and a configuration, no weights.
+    `preferences.jsonl` is for all three stages, `val.jsonl` for validation, `held_out.jsonl` for the final evaluation.
+    No prompt appears twice. `policy/` has a tokenizer and a configuration, but no weights.
 
     Args:
-        folder: is made where it is missing.
+        folder: created if it is missing.
         train: pairs for the three stages.
         val: pairs for validation.
         held_out: pairs for evaluation.
@@ -173,12 +173,12 @@ def write_dialogue_task(folder: Path, *, train: int = 20_000, val: int = 256, he
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 896, longest: int = 96) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on `texts`, of transformers' own class.
+    """Return a byte-level BPE tokenizer of transformers, trained on `texts`.
 
     Args:
-        texts: what it is trained on.
-        vocab_size: tokens, special ones and the 256 bytes included.
-        longest: tokens that a model with this tokenizer holds.
+        texts: training data.
+        vocab_size: number of tokens, including special tokens and the 256 bytes.
+        longest: maximum number of tokens of a text.
     """
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder

@@ -1,1 +1,1 @@
-"""Subcommands of `remax` beyond Lightning's own, one file each."""
+"""Subcommands of `remax` that are not Lightning's; one module each."""

@@ -1,4 +1,4 @@
-"""`remax compare`: the evaluations of two checkpoints side by side, prompt by prompt."""
+"""`remax compare`: compare the evaluations of two checkpoints, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from remax_lightning.tools.evaluations import SavedEvaluation, read_evaluation
 from remax_lightning.types import PromptRecord
 
 EXECUTION = {"batch_size", "placement", "concurrency", "timeout", "retries", "backoff", "max_bytes"}
-"""Arguments of rewards that change how they are run, and no score."""
+"""Arguments of rewards that do not change scores."""
 WIN_RATES = {"win_rate": "sampled", "greedy_win_rate": "greedy"}
-"""What is measured of both together, and of whose responses."""
+"""Win rates of the second evaluation over the first, with the kind of response."""
 
 
 class Pairs(NamedTuple):
-    """Records of both evaluations, row by row of the same prompt.
+    """Records of two evaluations; records at the same index have the same prompt.
 
     Args:
-        first: of the first.
-        second: of the second.
+        first: records of the first evaluation.
+        second: records of the second evaluation.
     """
 
     first: list[PromptRecord]
@@ -52,29 +52,31 @@ class Pairs(NamedTuple):
 
 
 def main(args: Sequence[str]) -> dict[str, Any]:
-    """Tell how the second policy differs from the first.
+    """Print how the second policy differs from the first.
 
     Args:
-        args: what stands after `remax compare`.
+        args: the arguments after `remax compare`.
 
     Returns:
-        What `--json` writes.
+        The content of `--json`.
 
     Raises:
-        UserError: if a file is missing or none of ours, or prompts or rewards differ.
+        UserError: if a file is missing or is not an evaluation, or if prompts or rewards differ.
     """
     parser = argparse.ArgumentParser(
         prog="remax compare",
-        description="Set two evaluations of `remax test` side by side. Intervals are of the differences, prompt by"
-        " prompt: exact ones for shares and rewards of two values, and a bootstrap's for the others.",
+        description=(
+            "Compare two evaluations of `remax test`. The intervals are those of the differences, paired by prompt:"
+            " exact for shares and rewards of two values, from a bootstrap otherwise."
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("first", type=Path, metavar="A", help="an evaluation.json, or the folder of one")
-    parser.add_argument("second", type=Path, metavar="B", help="likewise; differences are B minus A")
-    parser.add_argument("--common", action="store_true", help="compare on the prompts that both have, if not all do")
+    parser.add_argument("second", type=Path, metavar="B", help="the other one; differences are B minus A")
+    parser.add_argument("--common", action="store_true", help="compare on the prompts that both evaluations have")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the comparison to this file")
-    parser.add_argument("--num_resamples", type=int, default=10_000, help="draws of the bootstrap (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--num_resamples", type=int, default=10_000, help="resamples of the bootstrap (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     options = parser.parse_args(args)
     if options.json is not None and options.json.exists():
         raise UserError(f"--json must be a file that does not exist yet, got {options.json}; move it away")
@@ -97,11 +99,11 @@ def compare(
     """Return the figures of both with their differences, and the second one's win rate over the first.
 
     Args:
-        first: what is compared with.
-        second: what is compared.
-        num_resamples: draws of the bootstrap.
-        seed: of the bootstrap.
-        common: whether prompts that only one of them has are left out; otherwise they are refused.
+        first: the evaluation to compare with.
+        second: the evaluation to compare.
+        num_resamples: resamples of the bootstrap.
+        seed: seed of the bootstrap.
+        common: leave out prompts that only one evaluation has; otherwise they are refused.
 
     Raises:
         UserError: if prompts or rewards differ.
@@ -112,14 +114,15 @@ def compare(
     figures_by_name = compare_figures(pairs, left_out, num_resamples, seed)
     texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
     if first.pieces.keys() != second.pieces.keys() or _token_mismatch(texts):
-        left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they were not taken of the same text")
+        left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they are of different texts")
     elif first.pieces:
         figures_by_name |= compare_figures(texts, left_out, num_resamples, seed)
+    # ---- Win rate of the second policy over the first, prompt by prompt ----
     won = [
         PromptRecord(None, "", {}, {}, {name: _win_rate(one, two, whose) for name, whose in WIN_RATES.items()})
         for one, two in zip(*pairs, strict=True)
     ]
-    notes += [f"Left out: {name}, since {why}." for name, why in left_out.items()]
+    notes += [f"Left out: {name}, because {why}." for name, why in left_out.items()]
     notes += _sampling_notes(first, second)
     return {
         "first": str(first.path),
@@ -138,22 +141,25 @@ def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: in
     """Return each figure of both, and the second minus the first with its interval.
 
     Args:
-        pairs: at least one.
+        pairs: at least one pair of records.
         left_out: figures that are not compared.
-        num_resamples: draws, each of the same prompts for both.
-        seed: of the draws.
+        num_resamples: resamples; each has the same prompts for both evaluations.
+        seed: seed of the bootstrap.
     """
-    theirs = set(collect_sums(pairs.second).names)
-    names = [name for name in collect_sums(pairs.first).names if name in theirs and name not in left_out]
+    in_second = set(collect_sums(pairs.second).names)
+    names = [name for name in collect_sums(pairs.first).names if name in in_second and name not in left_out]
     if not names:
         return {}
+    # ---- Sums [P, F] of the prompts on which both evaluations have the figure ----
     one, two = (collect_sums(records, names) for records in pairs)
     shared = (one.denominators > 0) & (two.denominators > 0)
     one, two = (RecordSums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
     sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
-    drawn = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
-    before, after = (ratios_to_figures(names, part) for part in drawn.chunk(2, 1))
+    # ---- One bootstrap over both, so that the intervals are those of paired differences ----
+    resampled = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
+    before, after = (ratios_to_figures(names, part) for part in resampled.chunk(2, 1))  # [K, F]
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
+    # ---- One entry per figure, as `--json` writes it ----
     differences_by_name = {}
     for i, (name, first_value, other) in enumerate(zip(names, one.values().tolist(), two.values().tolist(),
                                                        strict=True)):  # fmt: skip
@@ -177,7 +183,7 @@ def _difference_ends(
 
 
 def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
-    """Refuse two evaluations whose rewards are no measure of the same.
+    """Refuse two evaluations with different rewards.
 
     Raises:
         UserError: naming the settings that differ.
@@ -190,7 +196,8 @@ def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
     if differing:
         shown = ", ".join(f"{name} {one.get(name)!r} and {two.get(name)!r}" for name in differing[:3])
         raise UserError(
-            f"{first.path} and {second.path} were not scored alike: {shown}; evaluate both with one model.reward"
+            f"{first.path} and {second.path} were scored by different rewards: {shown}; evaluate both with the same"
+            " model.reward"
         )
 
 
@@ -205,15 +212,15 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def pair_records(first: SavedEvaluation, second: SavedEvaluation, *, common: bool) -> tuple[Pairs, list[str]]:
-    """Return the records of the prompts that both have, and what has to be said about the others.
+    """Return the records of the common prompts, and notes about the other prompts.
 
     Raises:
-        UserError: if they have none in common, or not all and `common` does not allow that.
+        UserError: if there are no common prompts, or if some prompts are not common and `common` is false.
     """
     keys = [key for key in first.prompts if key in second.prompts]
     only = [len(evaluation.prompts) - len(keys) for evaluation in (first, second)]
     if not keys or (any(only) and not common):
-        hint = "; --common compares on the others" if keys else ""
+        hint = "; --common compares the common prompts" if keys else ""
         raise UserError(
             f"prompts differ: {only[0]} are in {first.path} only, {only[1]} in {second.path} only, {len(keys)} in"
             f" both{hint}; evaluate both on the same data.val_path"
@@ -223,7 +230,7 @@ def pair_records(first: SavedEvaluation, second: SavedEvaluation, *, common: boo
 
 
 def find_incomparable(first: SavedEvaluation, second: SavedEvaluation, pairs: Pairs) -> dict[str, str]:
-    """Return the figures that mean something else in the two evaluations, and why."""
+    """Return the figures that have a different meaning in the two evaluations, with the reason."""
     one, two = (evaluation.answer["settings"] for evaluation in (first, second))
     reasons: dict[str, str] = {}
     if one.get("reference") != two.get("reference"):
@@ -258,7 +265,7 @@ def _sampling_notes(first: SavedEvaluation, second: SavedEvaluation) -> list[str
 
 
 def format_comparison(answer: Mapping[str, Any]) -> str:
-    """Return what a person reads."""
+    """Return the comparison as text."""
     rows = [("", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "n", "")]
     for name, figure in answer["figures"].items():
         changed = Figure(figure["difference"], figure["low"], figure["high"], figure["n"])
@@ -269,7 +276,7 @@ def format_comparison(answer: Mapping[str, Any]) -> str:
             format_interval(changed),
         )
         rows.append((name, *cells, str(changed.n), MEANINGS.get(name, "")))
-    lines = [f"{letter}: {path} ({checkpoint or 'the policy as it is loaded'})"
+    lines = [f"{letter}: {path} ({checkpoint or 'the loaded policy'})"
              for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],
                                                  strict=True)]  # fmt: skip
     lines += ["", f"On {answer['num_prompts']} prompts; {intervals_are(answer['num_resamples'])}.", ""]

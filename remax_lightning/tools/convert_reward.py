@@ -1,4 +1,4 @@
-"""`remax convert-reward`: a reward model of another project as a plain sequence classifier of transformers."""
+"""`remax convert-reward`: convert a reward model of another project into a sequence classifier of transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     otherwise. Adapters are merged into their base.
 
     Args:
-        args: what stands after `remax convert-reward`.
+        args: the arguments after `remax convert-reward`.
 
     Raises:
         UserError: if the source is not a reward model, or the target cannot be written.
@@ -121,7 +121,7 @@ def _load_tokenizer(source: ClassifierSource) -> PreTrainedTokenizerBase:
         )
     except UserError:
         raise
-    except Exception as error:  # the hub's and the libraries' own kinds
+    except Exception as error:  # the hub and the libraries have no common base class
         raise load_error(source, "tokenizer", error) from error
     return tokenizer
 

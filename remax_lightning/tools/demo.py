@@ -1,4 +1,4 @@
-"""`remax demo`: the embedded task from nothing to an aligned policy, and a table of what it gained."""
+"""`remax demo`: train a policy from scratch on the embedded task, align it, and print what it gained."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from remax_lightning.errors import UserError
 from remax_lightning.tasks.addition import write_addition_task
 
 FOLDER = Path("runs/demo")
-"""Where `configs/demo.yaml` and `configs/demo_sft.yaml` read and write."""
+"""Folder that `configs/demo.yaml` and `configs/demo_sft.yaml` read and write."""
 
 
 def main(args: Sequence[str]) -> dict[str, float]:
     """Write the task, fine-tune a policy on it, align it with ReMax, and print what changed.
 
     Args:
-        args: what stands after `remax demo`.
+        args: the arguments after `remax demo`.
 
     Returns:
-        The figures of the table: `before/...` and `after/...` by the name they are logged under, and seconds.
+        The figures of the table, `before/...` and `after/...` by their log key, and `seconds`.
     """
     parser = argparse.ArgumentParser(prog="remax demo", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
@@ -30,6 +30,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
     write_addition_task(FOLDER / "task")
     print(f"Wrote additions of two- and three-digit numbers to {FOLDER / 'task'}.")
     seed = [f"--seed_everything={options.seed}"]
+    # ---- Supervised fine-tuning, evaluation, ReMax ----
     started = time.perf_counter()
     _run("fit", "demo_sft.yaml", seed)
     before = _run("validate", "demo.yaml", [*seed, "--trainer.logger.init_args.name=before"])
@@ -42,7 +43,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
 
 
 def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:
-    """Run a subcommand of the command line and return what it measured in validation."""
+    """Run a subcommand and return its validation metrics."""
     from remax_lightning.cli import config_folder, run
 
     path = config_folder() / config
@@ -79,5 +80,5 @@ def _format_table(before: dict[str, float], after: dict[str, float], seconds: fl
 
 
 def _latest(pattern: str) -> Path:
-    """Return the last written of the run's folders; an earlier demo may have left others."""
+    """Return the latest folder that matches; an earlier demo may have left others."""
     return max(FOLDER.glob(pattern), key=lambda path: path.stat().st_mtime)

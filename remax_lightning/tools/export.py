@@ -1,4 +1,4 @@
-"""`remax export`: a checkpoint of any strategy as one folder that transformers reads, or as a PEFT adapter."""
+"""`remax export`: export a checkpoint of any strategy as a folder for transformers, or as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from remax_lightning.models.hf_export import deduplicate_tied, save_policy
 from remax_lightning.models.lora_checkpoint import adapter_dtype, contains_adapter, load_adapter
 
 POLICY = "policy."
-"""What the names of the policy's weights begin with in a checkpoint."""
+"""Prefix of the names of the policy's weights in a checkpoint."""
 _CONFIG = re.compile(r"config(_\d+)?\.yaml")
 _LEVELS = 3
-"""How far above a checkpoint its run's folder is looked for."""
+"""Number of parent folders of a checkpoint in which its configuration is searched."""
 _SOURCE_KEYS = ("path", "dtype", "disable_dropout", "revision", "trust_remote_code", "allow_pickle")
-"""What of `model.policy` tells where the model comes from; the rest is about training."""
+"""Keys of `model.policy` that say where the model comes from; the others are about training."""
 
 
 class Run(NamedTuple):
-    """What the configuration of a run says of its policy.
+    """The settings of the policy in the configuration of a run.
 
     Args:
-        source: where the policy came from; its weights are those of the start.
+        source: the model at the start of training.
         tokenizer: folder or hub name.
         pad_token: `data.loading.pad_token`.
-        lora: `model.policy.lora`, empty without one.
-        quantization: `model.policy.quantization`: in what the base was kept while an adapter was trained.
+        lora: `model.policy.lora`; empty without one.
+        quantization: `model.policy.quantization`, the format of the base while an adapter was trained.
     """
 
     source: ModelConfig
@@ -49,26 +49,31 @@ class Run(NamedTuple):
 
 
 def main(args: Sequence[str]) -> None:
-    """Write the policy of a checkpoint, with tokenizer and generation settings, for `from_pretrained` to read.
+    """Write the policy of a checkpoint, with tokenizer and generation settings, so that `from_pretrained` reads it.
 
-    Takes checkpoints of one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2. LoRA adapters are merged into their
-    base. Memory holds one copy of the model, and of a checkpoint in shards one rank's.
+    Reads checkpoints of one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2. LoRA adapters are merged into their
+    base. Memory holds one copy of the model, and the shards of one rank at a time.
 
     Args:
-        args: what stands after `remax export`.
+        args: the arguments after `remax export`.
     """
     description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
     parser = argparse.ArgumentParser(prog="remax export", description=description, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file or folder")
     parser.add_argument("out", type=Path, help="the folder to write; new or empty")
-    parser.add_argument("--config", type=Path, help="the run's configuration; found beside the checkpoint by default")
-    parser.add_argument("--adapter", action="store_true", help="write a LoRA adapter alone, as PEFT reads it")
+    parser.add_argument(
+        "--config", type=Path, help="the configuration of the run (default: searched above the checkpoint)"
+    )
+    parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapter, in PEFT's format")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument("--max_shard_size", type=_parse_size, default="5GB", help="of a file of weights (default: 5GB)")
-    parser.add_argument(TRUST, action="store_true", help="read files that may run code of whoever wrote them")
+    parser.add_argument(
+        "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
+    )
+    parser.add_argument(TRUST, action="store_true", help="read files that may run code of their author")
     options = parser.parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, options.checkpoint, options.overwrite)
+    # ---- Read: weights of the checkpoint, settings of its run, tokenizer ----
     weights = read_weights(options.checkpoint, POLICY, trusted=options.trust_checkpoint)
     run = read_run(options.config or find_config(options.checkpoint))
     tokenizer = load_tokenizer(
@@ -78,12 +83,14 @@ def main(args: Sequence[str]) -> None:
         pad_token=run.pad_token,
         key="model.tokenizer",
     )
+    # ---- Write: the adapter alone, or the full model with an adapter merged ----
     if options.adapter:
         adapter = _adapter_model(weights, run)
 
         def write(folder: Path) -> None:
             adapter.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+
     else:
         model, whole = _merged_model(weights, run) if contains_adapter(weights) else _full_model(weights, run)
 
@@ -105,15 +112,17 @@ def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
 
     Args:
         out: the folder that the user names.
-        checkpoint: what is read, which `out` must not hold.
-        overwrite: whether a folder that is not empty may be replaced.
+        checkpoint: the checkpoint that is read; `out` must not contain it.
+        overwrite: whether a non-empty folder may be replaced.
 
     Raises:
-        UserError: if `out` is a file, is not empty, or holds the checkpoint or the current folder.
+        UserError: if `out` is a file, is not empty, or contains the checkpoint or the current folder.
     """
     target = out.resolve()
     if target in (checkpoint.resolve(), *checkpoint.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()):
-        raise UserError(f"out must be a folder of its own, got {str(out)!r}, which holds other things")
+        raise UserError(
+            f"out must be a new folder, got {str(out)!r}, which contains the checkpoint or the current folder"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"out must be a folder, and {str(out)!r} is a file; give another name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -122,10 +131,10 @@ def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
 
 
 def find_config(checkpoint: Path) -> Path:
-    """Return the configuration that the command line saved in the folder of the checkpoint's run.
+    """Return the configuration that the command line saved in the folder of the run.
 
     Raises:
-        UserError: if there is none, or several whose policies differ.
+        UserError: if there is none, or if there are several with different policies.
     """
     for folder in checkpoint.absolute().parents[:_LEVELS]:
         paths = [path for path in sorted(folder.glob("config*.yaml")) if _CONFIG.fullmatch(path.name)]
@@ -134,21 +143,19 @@ def find_config(checkpoint: Path) -> Path:
         runs = [read_run(path) for path in paths]
         if any(run != runs[0] for run in runs):
             names = ", ".join(path.name for path in paths)
-            raise UserError(
-                f"--config must say which of {names} in {folder} is the checkpoint's: their policies differ"
-            )
+            raise UserError(f"--config must be one of {names} in {folder}, because their policies differ")
         return paths[0]
     raise UserError(
-        f"--config must name the configuration of the run of {str(checkpoint)!r}: there is no config.yaml in the"
+        f"--config must be the configuration of the run of {str(checkpoint)!r}: there is no config.yaml in the"
         " folders above it"
     )
 
 
 def read_run(path: Path) -> Run:
-    """Read what a configuration says of the policy.
+    """Read the settings of the policy from a configuration.
 
     Raises:
-        UserError: if it cannot be read or names no policy.
+        UserError: if the file cannot be read or has no policy.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -168,7 +175,7 @@ def read_run(path: Path) -> Run:
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:
-    """Return a mapping of the configuration, what stands under `init_args` where it is that of a class."""
+    """Return a section of the configuration; for a class, the section `init_args` in it."""
     value = config.get(name) if isinstance(config, dict) else None
     value = value if isinstance(value, dict) else {}
     inner = value.get("init_args")
@@ -176,30 +183,34 @@ def _section(config: Any, name: str) -> dict[str, Any]:
 
 
 def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
-    """Return the model without weights, and all that it needs."""
+    """Return the model on the meta device, and its full weights from the checkpoint."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     model: Any = run.source.empty_model("model.policy", dtype)
-    places: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    parameters: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shared = deduplicate_tied(model, weights)
-    tensors = {id(places[name]): shared[name] for name in shared}  # one, whatever its names are
-    for names, what in (
-        ([name for name, place in places.items() if id(place) not in tensors], "lacks"),
-        ([name for name in weights if name not in places], "has, and model.policy.path has not,"),
-        ([name for name in shared if shared[name].shape != places[name].shape], "has, in another shape,"),
-        ([name for name in shared if not torch.equal(shared[name], weights[name])], "has untied, against its config,"),
+    tensors = {id(parameters[name]): shared[name] for name in shared}  # one per parameter, also if tied
+    # ---- Every difference between checkpoint and model is an error ----
+    for names, problem in (
+        ([name for name, parameter in parameters.items() if id(parameter) not in tensors], "lacks"),
+        ([name for name in weights if name not in parameters], "has, unlike model.policy.path,"),
+        ([name for name in shared if shared[name].shape != parameters[name].shape], "has in another shape"),
+        (
+            [name for name in shared if not torch.equal(shared[name], weights[name])],
+            "has untied, contrary to the configuration of the model,",
+        ),
     ):
         if names:
             raise UserError(
-                f"checkpoint: it {what} {len(names)} weights ({', '.join(names[:3])}); give the configuration of its"
+                f"checkpoint: it {problem} {len(names)} weights ({', '.join(names[:3])}); give the configuration of its"
                 " run with --config"
             )
-    return model, {name: tensors[id(place)] for name, place in places.items()}
+    return model, {name: tensors[id(parameter)] for name, parameter in parameters.items()}
 
 
 def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
     """Return the adapter around a model without weights."""
     if not contains_adapter(weights):
-        raise UserError("--adapter is for a checkpoint with a LoRA adapter, and this one holds whole weights")
+        raise UserError("--adapter needs a checkpoint with a LoRA adapter, but this one has full weights")
     adapter = {name: value for name, value in weights.items() if ".lora_" in name}
     return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), adapter, run.lora)
 
@@ -208,11 +219,11 @@ def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
     """Return the base with the adapter merged into its weights."""
     if run.quantization is not None:
         raise UserError(
-            f"model.policy.quantization is {run.quantization}: the adapter was trained on a base in few bits, and would"
-            " be merged into another one; export it with --adapter, or take what the run itself has exported"
+            f"model.policy.quantization is {run.quantization}: the adapter was trained on a quantized base and"
+            " would be merged into a different one; export it with --adapter, or use the export of the run itself"
         )
     default = torch.get_default_dtype()
-    torch.set_default_dtype(adapter_dtype(weights))  # in which the base was loaded
+    torch.set_default_dtype(adapter_dtype(weights))  # the dtype in which the run loaded the base
     try:
         base = run.source.load("model.policy")
     finally:

@@ -1,4 +1,4 @@
-"""`remax pipeline`: from generated preferences to an aligned policy, in all three stages, and what came of it."""
+"""`remax pipeline`: run all three stages on generated preferences, and evaluate the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from remax_lightning.evaluation.intervals import Figure, format_interval, format
 from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
 
 FOLDER = Path("runs/pipeline")
-"""Where the configurations `pipeline*.yaml` read and write."""
+"""Folder that the configurations `pipeline*.yaml` read and write."""
 
 HELD_OUT = FOLDER / "task" / "held_out.jsonl"
 NUM_RESAMPLES = 10_000
@@ -30,18 +30,18 @@ ROWS = {
     "response length, tokens": "response_length",
     "perplexity of chosen responses": "perplexity",
 }
-"""The lines of the table, and the figures in them."""
+"""The rows of the table, with the names of their figures."""
 
 
 def main(args: Sequence[str]) -> dict[str, Any]:
     """Write preferences, run the three stages on them, evaluate before and after, and make a report.
 
     Args:
-        args: what stands after `remax pipeline`.
+        args: the arguments after `remax pipeline`.
 
     Returns:
-        `before` and `after`, figures by name, each with `value`, `low`, `high` and `n`; `reward_model_accuracy`
-        likewise, `rule_accuracy` and `seconds` by stage.
+        `before` and `after` with figures by name (`value`, `low`, `high`, `n`), `reward_model_accuracy` as such a
+        figure, `rule_accuracy`, and `seconds` by stage.
     """
     parser = argparse.ArgumentParser(prog="remax pipeline", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
@@ -49,14 +49,17 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     steps = _StageRunner([f"--seed_everything={options.seed}"])
     write_dialogue_task(FOLDER / "task")
     print(f"Wrote dialogues with preferences to {FOLDER / 'task'}.")
+    # ---- Stages 1 and 2, and the reward model's accuracy ----
     steps.run("supervised", "fit", "pipeline_sft.yaml")
     steps.run("reward model", "fit", "pipeline_reward_model.yaml")
     accuracy = _reward_model_accuracy(steps)
+    # ---- Stage 3: evaluate the first stage, align it, evaluate again ----
     first = ["--model.policy.path", str(FOLDER / "sft/last"), "--trainer.logger.init_args.name", "before"]
     before = _evaluate(steps, "evaluation before", first)
     aligned = Path(steps.run("ReMax", "fit", "pipeline.yaml").log_dir)
     last = ["--model.policy.path", str(FOLDER / "policy/last"), "--trainer.logger.init_args.name", "after"]
     after = _evaluate(steps, "evaluation after", [*last, "--evaluation.path", str(aligned / "evaluation.json")])
+    # ---- Report, table and figures.json ----
     report = steps.measure_time("report", lambda: _report(aligned))
     rule = _rule_accuracy()
     print(_format_results(before, after, accuracy, rule, steps.seconds, report, aligned))
@@ -72,14 +75,14 @@ def main(args: Sequence[str]) -> dict[str, Any]:
 
 
 class _StageRunner:
-    """Runs subcommands of the command line, and keeps how long each took, in seconds."""
+    """Runs subcommands and records the seconds of each."""
 
     def __init__(self, common: list[str]) -> None:
         self.common = common
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, subcommand: str, config: str, more: Sequence[str] = ()) -> Any:
-        """Run one and return its trainer."""
+        """Run a subcommand and return its trainer."""
         from remax_lightning.cli import config_folder, run
 
         path = config_folder() / config
@@ -92,7 +95,7 @@ class _StageRunner:
         return trainer
 
     def measure_time(self, name: str, step: Callable[[], Any]) -> Any:
-        """Run a step."""
+        """Run a step and record its seconds."""
         started = time.perf_counter()
         result = step()
         self.seconds[name] = time.perf_counter() - started
@@ -100,7 +103,7 @@ class _StageRunner:
 
 
 def _reward_model_accuracy(steps: _StageRunner) -> Figure:
-    """Measure the reward model on the held-out pairs."""
+    """Return the accuracy of the reward model on the held-out pairs."""
     more = ["--model.reward_model.path", str(FOLDER / "reward_model/best"), "--data.val_path", str(HELD_OUT)]
     more += ["--trainer.logger.init_args.name", "reward_model_test"]
     trainer = steps.run("reward model's test", "test", "pipeline_reward_model.yaml", more)
@@ -110,16 +113,16 @@ def _reward_model_accuracy(steps: _StageRunner) -> Figure:
 
 
 def _rule_accuracy() -> float:
-    """Return how often the rule itself agrees with the held-out labels, a tie counting one half: a scorer's ceiling."""
-    pairs, agreed = read_pairs(HELD_OUT), 0.0
+    """Return how often the rule agrees with the held-out labels, the upper limit of any scorer; ties count one half."""
+    pairs, num_agreed = read_pairs(HELD_OUT), 0.0
     for pair in pairs:
         chosen, rejected = true_score([pair.prompt] * 2, [pair.chosen, pair.rejected], [{}, {}])
-        agreed += 0.5 + 0.5 * ((chosen > rejected) - (chosen < rejected))
-    return agreed / len(pairs)
+        num_agreed += 0.5 + 0.5 * ((chosen > rejected) - (chosen < rejected))
+    return num_agreed / len(pairs)
 
 
 def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, Figure]:
-    """Evaluate a policy on the held-out prompts, and score its responses with the rule, too."""
+    """Evaluate a policy on the held-out prompts, and also score its responses with the rule."""
     from remax_lightning.tools.evaluations import read_evaluation
 
     trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
@@ -165,8 +168,8 @@ def _format_results(
             "",
             format_table(rows),
             "",
-            f"reward model        right on {accuracy.value:.1%} of {accuracy.n} held-out pairs, 95 % interval"
-            f" {format_interval(accuracy)}; the rule that chose them on {rule:.1%}",
+            f"reward model        accuracy {accuracy.value:.1%} on {accuracy.n} held-out pairs, 95 % interval"
+            f" {format_interval(accuracy)}; accuracy of the hidden rule {rule:.1%}",
             f"seconds             {', '.join(f'{name} {duration:.0f}' for name, duration in seconds.items())};"
             f" {sum(seconds.values()):.0f} in all",
             f"aligned policy      {FOLDER / 'policy' / 'last'}",

@@ -1,4 +1,4 @@
-"""What is checked before a run starts, across keys that each are right alone."""
+"""Checks before a run starts: combinations of keys that are valid one by one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_policy(policy: ModelConfig) -> None:
-    """Refuse what only a frozen model can be."""
+    """Refuse settings of a policy that only frozen models support."""
     if policy.placement != "replicate":
         raise UserError(
             f"model.policy.placement must be replicate, got {policy.placement}: where the policy is kept,"
@@ -36,14 +36,14 @@ def check_policy(policy: ModelConfig) -> None:
 
 
 def check_quantization(policy: ModelConfig, strategy: Any) -> None:
-    """Refuse a quantized policy where its weights would be cut into shares."""
+    """Refuse a quantized policy under a strategy that shards weights."""
     if policy.quantization is None:
         return
     zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"model.policy.quantization is {policy.quantization}, which trainer.strategy {type(strategy).__name__}"
-            f"{' of stage 3' if zero_3 else ''} cannot cut into shares; take one process, ddp, or"
+            f"{' of stage 3' if zero_3 else ''} cannot shard; use one process, ddp, or"
             " ReMaxDeepSpeedStrategy of stage 1 or 2"
         )
 
@@ -69,7 +69,7 @@ def check_kl(kl_coef: float, kl: KLConfig, policy: ModelConfig, reference: Model
 
 
 def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -> None:
-    """Refuse a KL over the vocabulary to or from a model whose output head cannot be read."""
+    """Refuse a KL over the vocabulary if an output head cannot be read."""
     if kl.full:
         required_head(policy, "model.policy")
         with reference.running():
@@ -79,7 +79,7 @@ def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -
 def check_vocabularies(
     policy: PreTrainedModel, reference: PreTrainedModel, policy_path: str, reference_path: str
 ) -> None:
-    """Refuse a reference whose tokens are not the policy's."""
+    """Refuse a reference with another vocabulary than the policy."""
     policy_size, reference_size = (model.config.get_text_config().vocab_size for model in (policy, reference))
     if policy_size != reference_size:
         raise UserError(
@@ -89,30 +89,31 @@ def check_vocabularies(
 
 
 def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
-    """Refuse prompts and responses that together are longer than the policy can hold."""
-    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if max_prompt_length is None or room is None or max_prompt_length + max_response_length <= room:
+    """Refuse prompts and responses that need more positions than the policy has."""
+    max_positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if max_prompt_length is None or max_positions is None or max_prompt_length + max_response_length <= max_positions:
         return
     raise UserError(
         f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is more"
-        f" than the {room} positions that the policy has; lower one of them"
+        f" than the {max_positions} positions that the policy has; lower one of them"
     )
 
 
 def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
-    """Refuse conversations that are longer than the reward model can hold."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_length is not None and room is not None and max_length > room:
+    """Refuse conversations that need more positions than the reward model has."""
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and max_positions is not None and max_length > max_positions:
         raise UserError(
-            f"data.max_length {max_length} is more than the {room} positions that the reward model has; lower it"
+            f"data.max_length {max_length} is more than the {max_positions} positions that the reward model has;"
+            " lower it"
         )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, vocabulary: int) -> None:
-    """Refuse a tokenizer that is not the reward model's: it would number the tokens in another way.
+    """Refuse a tokenizer that does not belong to the reward model.
 
     Raises:
-        UserError: if it has more tokens than the model, or other ones than the tokenizer beside the model.
+        UserError: if it has more tokens than the model, or other token ids than the tokenizer of the model.
     """
     path, tokenizer_path = source.path, tokenizer.name_or_path
     if len(tokenizer) > vocabulary:
@@ -128,7 +129,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
         model_vocabulary = AutoTokenizer.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         ).get_vocab()
-    except Exception:  # there is none beside the model, which is why another was given
+    except Exception:  # the model has no tokenizer, so there is nothing to compare
         return
     mixed = [token for token, number in tokenizer.get_vocab().items() if model_vocabulary.get(token, number) != number]
     if mixed and len(model_vocabulary) > 0:
@@ -141,7 +142,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: ModelConfig, voc
 
 
 def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Pooling) -> None:
-    """Say that others will read the score one token early, where padding looks like the end of a text."""
+    """Warn if other tools will read the score one token early, because the pad token is EOS."""
     if pooling is pool_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
         rank_zero_warn(
             f"The reward model pads with its end-of-sequence token {tokenizer.eos_token!r}. ClassifierReward goes by"
@@ -151,7 +152,7 @@ def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Poolin
 
 
 def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
-    """Refuse Lightning's own DeepSpeed strategy where it would make the gradient `accumulate` times too small."""
+    """Refuse Lightning's DeepSpeed strategy if it would make the gradient `accumulate` times too small."""
     if accumulate > 1 and not isinstance(strategy, ReMaxDeepSpeedStrategy):
         raise UserError(
             f"trainer.strategy is {type(strategy).__name__}, which with trainer.accumulate_grad_batches {accumulate}"
@@ -162,17 +163,17 @@ def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
 def updates_per_rollout(
     num_micro_batches: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf
 ) -> int:
-    """Return how many optimizer steps one rollout batch is used for.
+    """Return the number of optimizer steps per rollout batch.
 
     Args:
         num_micro_batches: micro-batches per rollout batch.
         accumulate: micro-batches per optimizer step.
         loss_kind: `reinforce` or `clipped`.
-        num_batches: micro-batches per epoch, as far as they are known.
+        num_batches: micro-batches per epoch; infinite if unknown.
 
     Raises:
-        UserError: if an optimizer step would reach into the next rollout, an epoch would end within one, or the loss is
-            not made for several updates.
+        UserError: if an optimizer step would span two rollouts, an epoch would end within one, or the loss does not
+            support several updates.
     """
     if num_micro_batches % accumulate:
         raise UserError(

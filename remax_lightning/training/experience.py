@@ -43,7 +43,7 @@ class Experience(NamedTuple):
         """
         if self.advantages is None or self.rollout.reference_log_probs is not None:
             return torch.ones_like(self.rollout.reward, dtype=torch.bool)
-        active = (self.advantages != 0).any(-1).view(num_micro_batches, -1)
+        active = (self.advantages != 0).any(-1).view(num_micro_batches, -1)  # [micro-batches, responses]
         active[:, 0] |= ~active.any(-1)
         return active.flatten()
 

@@ -188,7 +188,7 @@ class Objective:
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
         """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""
-        counted = self.loss_mask(rollout)
+        counted = self.loss_mask(rollout)  # [S, R]
         if self.loss_config.normalizer == "responses":
             counted = torch.ones_like(counted[:, :1])
         return counted.view(updates, -1).sum(-1).double()
@@ -231,7 +231,7 @@ class Objective:
         mask, config = self.loss_mask(rollout), self.kl_config
         if config.loss_estimator == "full":
             return masked_mean(_clamped(full_kl, config.clamp), mask, normalizer)
-        log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)
+        log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)  # [S, R]
         return kl_loss(log_ratio, mask, normalizer, config.loss_estimator, config.clamp)
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of a stage: its parameter groups, and the learning rates that its weights cannot take."""
+"""Parameter groups of the optimizer, and a check of the learning rate against the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.sharding import full_shape
 
 LOST_SHARE = 0.5
-"""A run in which more than this share of the weights would never move is refused."""
+"""Maximum share of the weights that may never change; above it the run is refused."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -27,20 +27,21 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
-    """Return how many dimensions the whole parameter has; the rest that ZeRO-3 leaves of it has one."""
+    """Return the number of dimensions of the full parameter; a shard of ZeRO-3 has one."""
     return len(full_shape(parameter))
 
 
 def check_learning_rate_precision(optimizer: Optimizer) -> None:
-    """Refuse a learning rate that the weights' own number format would round away.
+    """Refuse a learning rate whose updates the dtype of the weights would round away.
 
     An Adam-like step moves a weight by about the learning rate. A bfloat16 number has 8 significant bits, so 1e-6 added
-    to 0.02 gives 0.02 again: the loss looks alive and the model never changes. Optimizers that keep float32 copies of
-    the weights (DeepSpeed, mixed precision) are not concerned.
+    to 0.02 is 0.02 again: the loss looks normal but the model never changes. Optimizers that keep float32 copies of
+    the weights (DeepSpeed, mixed precision) are not affected.
 
     Raises:
         UserError: if more than half of the 16-bit weights would not change by a step of the learning rate's size.
     """
+    # ---- Weights in 16 bits that a step of the size of the learning rate would not change ----
     changed, lost = 0, 0
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group["lr"])

@@ -1,4 +1,4 @@
-"""Several examples to a row: no padding is computed, and no example sees another."""
+"""Packing: several examples per row, without padding; no example attends to another."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 PackingMode = Literal["positions", "mask"]
-"""What keeps the examples of a row apart: positions that begin again, or a mask of what each token sees."""
+"""How the examples of a row are separated: by positions that restart at 0, or by an attention mask."""
 
 
 class PackedRows(NamedTuple):
-    """Examples one behind the other.
+    """Rows of several examples.
 
     Args:
         input_ids: `[N, T]` token ids.
-        position_ids: `[N, T]` positions, from 0 again in each example.
+        position_ids: `[N, T]` positions, which restart at 0 in each example.
         targets: `[N, T]` bool, True on response tokens.
     """
 
@@ -36,23 +36,25 @@ class PackedRows(NamedTuple):
 
 
 def pack(batch: SupervisedBatch) -> PackedRows:
-    """Put the examples of a batch into as few rows as first-fit decreasing finds, none longer than the longest example.
+    """Pack the examples of a batch into rows of the length of the longest example, by first-fit decreasing.
 
-    So a row is no wider than it would be without packing, and there are fewer of them.
+    Rows are as wide as without packing, and there are fewer of them.
     """
     prompt_lengths, response_lengths = batch.prompt_mask.sum(1).tolist(), batch.response_mask.sum(1).tolist()
     lengths = [prompt + response for prompt, response in zip(prompt_lengths, response_lengths, strict=True)]
     width = max(lengths)
+    # ---- First-fit decreasing: put each example into the first row with room for it ----
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each row
     for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((i for i, left in enumerate(room) if left >= lengths[example]), None)
+        row = next((i for i, left in enumerate(free) if left >= lengths[example]), None)
         if row is None:
             rows.append([])
-            room.append(width)
+            free.append(width)
             row = len(rows) - 1
         rows[row].append(example)
-        room[row] -= lengths[example]
+        free[row] -= lengths[example]
+    # ---- Copy the examples into their rows ----
     # Tails count on from 0 as well, as one more example that is no target.
     input_ids = batch.prompt_ids.new_zeros(len(rows), width)
     position_ids = torch.zeros_like(input_ids)
@@ -84,14 +86,15 @@ def packed_log_probs(model: PreTrainedModel, rows: PackedRows, packing_mode: Pac
 
 @torch.no_grad()
 def find_packing_mode(model: PreTrainedModel) -> PackingMode:
-    """Return what keeps the examples of a row apart in this model: a few tokens are run through it, together and apart.
+    """Return how this model separates the examples of a row, found by running a few tokens packed and unpacked.
 
-    Most models of transformers make a mask of positions that begin again at 0. Some, OPT among them, need to be given
-    one, and others hear of neither.
+    Most models of transformers derive a mask from positions that restart at 0. Some, such as OPT, need an explicit
+    mask, and others support neither.
 
     Raises:
-        UserError: if nothing does.
+        UserError: if the model supports neither.
     """
+    # ---- Three examples of random tokens, in one packed row and one by one ----
     lengths, generator = (5, 3, 4), torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, size, (1, sum(lengths)), generator=generator).to(model.device)
@@ -99,13 +102,13 @@ def find_packing_mode(model: PreTrainedModel) -> PackingMode:
     # In half precision the shape of a batch alone changes the third digit.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     with eval_mode(model):
-        apart = torch.cat([model(input_ids=example, use_cache=False).logits[0] for example in ids.split(lengths, 1)])
+        separate = torch.cat([model(input_ids=example, use_cache=False).logits[0] for example in ids.split(lengths, 1)])
         for packing_mode in get_args(PackingMode) if accepts_argument(model, "position_ids") else ():
             try:
-                together = model(**_inputs(model, ids, positions, packing_mode)).logits[0]
-            except (RuntimeError, TypeError, ValueError):  # an attention that takes no such mask
+                packed = model(**_inputs(model, ids, positions, packing_mode)).logits[0]
+            except (RuntimeError, TypeError, ValueError):  # this attention does not support the mask
                 continue
-            if (together - apart).abs().max() <= tolerance * apart.std():
+            if (packed - separate).abs().max() <= tolerance * separate.std():
                 return cast(PackingMode, packing_mode)
     raise UserError(
         f"model.packing must be false for {type(model).__name__}, got true: packed into one row, its examples would see"
@@ -118,12 +121,12 @@ def _inputs(
 ) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     if packing_mode == "mask":
-        number = (position_ids == 0).cumsum(1)
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        seen = (number[:, :, None] == number[:, None, :]) & (place[:, None] >= place)
+        number = (position_ids == 0).cumsum(1)  # [N, T], the example of each token
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
+        seen = (number[:, :, None] == number[:, None, :]) & (place[:, None] >= place)  # [N, T, T]
         if model.config._attn_implementation == "sdpa":
             inputs["attention_mask"] = seen[:, None]
-        else:  # what is added to the attention's logits
+        else:  # other kernels add the mask to the attention logits
             least = torch.finfo(model.dtype).min
             inputs["attention_mask"] = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, least)[:, None]
     return inputs

@@ -1,7 +1,7 @@
-"""Stopping early: at the end of the same step on all ranks, and with a checkpoint after SIGTERM or SLURM's signal.
+"""Early stops: at the end of the same step on all ranks, with a checkpoint after SIGTERM or SLURM's signal.
 
-Lightning's own handlers act at once: they save, and wait for other ranks, in the middle of a step. Here a signal is
-only recorded, and handled at the end of the step.
+Lightning's handlers act at once: they save and wait for other ranks in the middle of a step. Here a signal is only
+recorded, and handled at the end of the step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DeferredSignals(_SignalConnector):
     requested = 0
 
     def register_signal_handlers(self) -> None:
-        """Install the handlers; nothing is requested of a new run yet."""
+        """Install the handlers and clear earlier requests."""
         self.requested = 0
         super().register_signal_handlers()
 
@@ -39,13 +39,13 @@ class DeferredSignals(_SignalConnector):
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
-        raise SystemExit(EXIT_CODE)  # there is nothing to save
+        raise SystemExit(EXIT_CODE)  # outside of training there is nothing to save
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
         self.requested = REQUEUE
 
     def requeue(self, signum: int) -> None:
-        """Save a checkpoint that Lightning finds by itself when SLURM runs the job again, and ask SLURM for that."""
+        """Save a checkpoint that Lightning loads when SLURM runs the job again, and requeue the job."""
         super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
 
 
@@ -56,10 +56,10 @@ def defer_signals(trainer: Trainer) -> None:
 
 
 class StopAtStepEnd:
-    """Stops a run at the end of an optimizer step, on all ranks as soon as one is to stop.
+    """Stops a run on all ranks, at the end of the optimizer step in which one rank has to stop.
 
     Args:
-        trainer: a trainer that starts to train, whose signals are deferred.
+        trainer: a trainer that starts to train, with deferred signals.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -68,7 +68,7 @@ class StopAtStepEnd:
         self._step, self._should_stop, self._handled = trainer.global_step, False, False
 
     def after_batch(self) -> None:
-        """Stop if any rank is to stop; every rank has to call this after each batch and all callbacks.
+        """Stop if any rank has to stop. Every rank calls this after each batch and all callbacks.
 
         Nothing is decided in the middle of an optimizer step, because no checkpoint holds its gradients.
         """
@@ -82,6 +82,7 @@ class StopAtStepEnd:
 
     def stop_on_all_ranks(self) -> None:
         """Make `should_stop` the same on all ranks, and after a signal save the run and let Lightning end it."""
+        # The same decision on all ranks: the strongest request of any of them.
         trainer, signals = self._trainer, self._signals
         requested, stop = map(int, max_over_ranks(trainer, [signals.requested, trainer.should_stop]))
         trainer.should_stop = bool(stop)
@@ -92,7 +93,7 @@ class StopAtStepEnd:
             signals.requeue(signal.SIGUSR1)
         elif not cast(Any, trainer).fast_dev_run:
             _save(trainer)
-        # Lightning leaves its loops as soon as it sees this. After the last step it would leave out what ends a run.
+        # Lightning then leaves its loops at once. After the last step it would skip the hooks that end a run.
         signals.received_sigterm = not _is_last_step(trainer)
 
 
@@ -106,10 +107,12 @@ def _save(trainer: Trainer) -> None:
     resumable = [callback for callback in callbacks if not callback.save_weights_only]
     if not resumable:
         rank_zero_warn(
-            "The run was told to end and nothing is saved, because no ModelCheckpoint saves all of it; set"
-            " trainer.enable_checkpointing to true"
+            "The run received SIGTERM but saves nothing, because there is no ModelCheckpoint that saves full"
+            " checkpoints; set trainer.enable_checkpointing to true"
         )
         return
     if not any(callback._last_global_step_saved == trainer.global_step for callback in resumable):
         trainer.save_checkpoint(Path(cast(str, resumable[0].dirpath)) / "last.ckpt")
-    rank_zero_info(f"Told to end: saved after optimizer step {trainer.global_step}; --ckpt_path last goes on.")
+    rank_zero_info(
+        f"Received SIGTERM: saved a checkpoint after optimizer step {trainer.global_step}; --ckpt_path last resumes."
+    )

@@ -1,4 +1,4 @@
-"""Scores of held-out pairs: gathered over ranks, each pair once, and what is measured of them."""
+"""Scores of held-out pairs, gathered over ranks with each pair once, and their metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PairScores(NamedTuple):
     Args:
         chosen: `[M]` float64 scores of the chosen responses.
         rejected: `[M]` float64 scores of the rejected ones.
-        margin: `[M]` float64, what the first had to be ahead by.
+        margin: `[M]` float64, the required difference of the scores.
     """
 
     chosen: Tensor
@@ -29,23 +29,23 @@ class PairScores(NamedTuple):
     margin: Tensor
 
     def figures(self, centering_coef: float) -> dict[str, float]:
-        """Return what is logged of the pairs.
+        """Return the metrics of the pairs.
 
-        `calibration_error` is the expected calibration error: the model gives the response that it scores higher a
-        probability of `sigmoid(difference)`, and is right about it as often as that, or not.
+        `calibration_error` is the expected calibration error of `sigmoid(difference)`, the probability that the model
+        gives to the response with the higher score.
         """
         from torchmetrics.functional.classification import binary_calibration_error
 
-        ahead = self.chosen - self.rejected
-        right = (ahead > 0).long()
+        difference = self.chosen - self.rejected  # [M]
+        right = (difference > 0).long()  # [M]
         mean, std = self.moments()
-        loss = bradley_terry_loss(self.chosen, self.rejected, len(ahead), self.margin, centering_coef)
-        error = binary_calibration_error(torch.sigmoid(ahead.abs()), right, n_bins=CALIBRATION_BINS, norm="l1")
+        loss = bradley_terry_loss(self.chosen, self.rejected, len(difference), self.margin, centering_coef)
+        error = binary_calibration_error(torch.sigmoid(difference.abs()), right, n_bins=CALIBRATION_BINS, norm="l1")
         return {
             "loss": float(loss),
             "accuracy": float(right.double().mean()),
             "calibration_error": float(error),
-            "margin": float(ahead.mean()),
+            "margin": float(difference.mean()),
             "reward_mean": mean,
             "reward_std": std,
         }
@@ -63,12 +63,12 @@ class PairScoreSums:
         self._scores: dict[int, tuple[float, float, float]] = {}
 
     def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
-        """Add the `[B]` scores of a batch; a pair that has been there before counts once."""
+        """Add the `[B]` scores of a batch; a repeated pair counts once."""
         columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
         self._scores |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
 
     def gather(self) -> PairScores | None:
-        """Return the scores of all ranks, the same on each of them, or None where there are none; start anew."""
+        """Return the scores of all ranks, the same on each rank, and reset; None if there are none."""
         local, self._scores = self._scores, {}
         scores = {index: row for part in gather_objects(local) for index, row in part.items()}
         if not scores:

@@ -1,4 +1,4 @@
-"""The reference: what the policy is kept close to, a model of its own or the policy as it was when training began."""
+"""The reference of the KL: a separate frozen model, or the policy at its start of training."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 
 class Reference(Protocol):
-    """What gives log-probs to compare the policy's with.
+    """The model that the KL compares the policy with.
 
     Args:
-        model: what is run; not to be run but inside of `running`.
+        model: the model; run it inside of `running` only.
     """
 
     model: PreTrainedModel
 
     def prepare(self, device: torch.device, *, needs_head: bool) -> None:
-        """Take the model to where it is kept. With `needs_head` its head is read outside of its passes too."""
+        """Move the model to its placement. With `needs_head` its head is also read outside of its passes."""
 
     def running(self) -> Any:
-        """Return a context in which the model is the reference; all ranks have to enter and leave."""
+        """Return a context for forward passes of the reference; all ranks have to enter and leave."""
 
     def generating(self) -> Any:
-        """Return one in which it can write responses, with as many passes as each rank needs."""
+        """Return a context for generating responses; ranks may run different numbers of passes."""
 
 
 class SeparateReference:
-    """A frozen model beside the policy. No part of the module tree: no optimizer, checkpoint or reduction meets it.
+    """A separate frozen model. It is not a submodule, so optimizer, checkpoints and strategies do not see it.
 
     Args:
-        source: where it comes from.
-        strategy: the trainer's; whatever it is, the model is loaded whole.
+        source: where the model comes from.
+        strategy: the strategy of the trainer; under any strategy the model is loaded unsharded.
     """
 
     def __init__(self, source: ModelConfig, strategy: Any) -> None:
@@ -53,7 +53,7 @@ class SeparateReference:
         self._frozen: FrozenModel | None = None
 
     def prepare(self, device: torch.device, *, needs_head: bool) -> None:
-        """Take the model to where `placement` keeps it."""
+        """Move the model to its `placement`."""
         if self._frozen is not None and self._frozen.device == device:
             return
         head = cast("nn.Module", self.model.get_output_embeddings()) if needs_head else None
@@ -62,11 +62,11 @@ class SeparateReference:
         )
 
     def running(self) -> Any:
-        """Return a context in which the model can be run."""
+        """Return a context for forward passes."""
         return self._require_frozen().running()
 
     def generating(self) -> Any:
-        """Return a context in which the model is whole on every rank."""
+        """Return a context in which the model is unsharded on every rank."""
         return self._require_frozen().unsharded()
 
     def _require_frozen(self) -> FrozenModel:
@@ -76,21 +76,21 @@ class SeparateReference:
 
 
 class SharedReference:
-    """An adapted policy as it was when training began; base and memory are shared with the policy of now.
+    """The start of a policy with an adapter; it shares the base weights with the policy.
 
     Args:
-        policy: with an adapter around it.
+        policy: the policy with its adapter.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
         self.model = policy
 
     def prepare(self, device: torch.device, *, needs_head: bool) -> None:
-        """Do nothing: the policy is where its strategy has it."""
+        """Do nothing: the strategy places the policy."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Take the policy back to its start inside."""
+        """Switch the policy to its initial adapter inside."""
         policy = cast("nn.Module", self.model)
         with self.generating():
             if forward_is_collective(policy):
@@ -101,7 +101,7 @@ class SharedReference:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Take the policy back to its start inside; a rollout gathers it as one of the policy does."""
+        """Switch the policy to its initial adapter inside; rollouts gather it like the policy."""
         with eval_mode(self.model), initial_adapter(cast("nn.Module", self.model)):
             yield
 
@@ -109,13 +109,13 @@ class SharedReference:
 def make_reference(
     source: ModelConfig | None, policy: PreTrainedModel, policy_source: ModelConfig, strategy: Any
 ) -> Reference | None:
-    """Return the reference of a run, or None where it has none.
+    """Return the reference of a run; None if it has none.
 
     Args:
         source: `model.reference`.
         policy: the loaded policy.
-        policy_source: `model.policy`; with `lora` it needs no other reference.
-        strategy: the trainer's.
+        policy_source: `model.policy`; with `lora` the reference can be the start of the policy.
+        strategy: the strategy of the trainer.
     """
     if source is None:
         return None if policy_source.lora is None else SharedReference(policy)

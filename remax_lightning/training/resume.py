@@ -1,4 +1,4 @@
-"""What a checkpoint needs beyond weights: an unfinished rollout, and a place in the loops that resumes exactly."""
+"""State of a checkpoint beyond weights: unfinished rollouts, and loop positions that resume exactly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from remax_lightning.errors import UserError
 
 
 def gather_rank_states(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
-    """Return the state of every rank, on the CPU: strategies save what rank 0 has. Every rank has to call this."""
+    """Return the states of all ranks on the CPU, because strategies save that of rank 0. A collective."""
     return gather_objects(move_data_to_device(state, torch.device("cpu")))
 
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:
-    """Return the local folders of this run's checkpoints and of the one that it was resumed from."""
+    """Return the local checkpoint folders of this run, and that of the checkpoint it resumed from."""
     folders = [getattr(item, "dirpath", None) for item in trainer.checkpoint_callbacks]
     if trainer.ckpt_path is not None:
         folders.append(str(Path(trainer.ckpt_path).parent))
@@ -27,9 +27,9 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
 
 
 def previous_checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return the folders where this run saves, and where runs before it with the same logger have saved.
+    """Return the checkpoint folders of this run and of earlier runs with the same logger.
 
-    A run with a logger has a folder of its own, a version, unless the configuration says where checkpoints go.
+    Each run with a logger has its own folder (a version), unless `ModelCheckpoint` has a `dirpath`.
     """
     root, folders = Path(trainer.default_root_dir), []
     for callback in trainer.checkpoint_callbacks:
@@ -45,28 +45,29 @@ def previous_checkpoint_folders(trainer: Trainer) -> list[Path]:
 
 
 def select_rank_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:
-    """Return what `gather_rank_states` took from this rank, on its device.
+    """Return the state of this rank from `gather_rank_states`, on its device.
 
     Raises:
-        UserError: if a rollout was half used when the checkpoint was saved, by another number of processes.
+        UserError: if the checkpoint holds an unfinished rollout of another number of processes.
     """
     if not states or not any(states):  # None in a checkpoint of 0.1.0
         return None
     if len(states) != trainer.world_size:
         raise UserError(
             f"trainer.devices x num_nodes must be {len(states)}, got {trainer.world_size}: the checkpoint"
-            " holds a rollout that is half used; resume with as many processes, or from one between two rollouts"
+            " holds an unfinished rollout; resume with as many processes, or from a checkpoint between two rollouts"
         )
     return move_data_to_device(states[trainer.global_rank], trainer.strategy.root_device)
 
 
 def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:
-    """Make the loops of a checkpoint say that it was saved at the end of a training batch, whenever it was.
+    """Change the loop state of a checkpoint to that of the end of a training batch.
 
-    That is the one place which Lightning 2.6 resumes exactly. From a checkpoint of the end of an epoch or of a
-    validation, as its `ModelCheckpoint` saves by default, it counts an epoch too many or trains a batch too many in the
-    old epoch, and every later epoch comes in another order. The data position is the loader's own, so nothing is lost.
+    Lightning 2.6 resumes exactly only from there. From a checkpoint at the end of an epoch or of a validation, which
+    `ModelCheckpoint` saves by default, it counts one epoch too many or trains one batch too many in the old epoch, and
+    later epochs have another order. The data loader saves its own position, so nothing is lost.
     """
+    # ---- Only a checkpoint of a running fit, saved between two batches, is changed ----
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
     if batches is None or epochs is None:

@@ -18,9 +18,9 @@ class _WarmupSchedule(LRScheduler):
 
     Args:
         optimizer: whose learning rates are scheduled.
-        warmup_steps: optimizer steps from 0 up to the full learning rate; 0 starts there, as the paper's runs do.
-        total_steps: optimizer steps until the decay has ended; None takes the length of the run from the trainer.
-        min_ratio: share of the learning rate that is left at the end.
+        warmup_steps: optimizer steps until the full learning rate; 0 starts there, as in the paper.
+        total_steps: optimizer steps until the end of the decay; None takes the length of the run.
+        min_ratio: final learning rate as a share of the full one.
 
     Raises:
         UserError: if a value is out of its range.
@@ -53,7 +53,7 @@ class _WarmupSchedule(LRScheduler):
         return self.min_ratio + (1 - self.min_ratio) * self._decay(min(1.0, progress))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the schedule is; its shape stays out, so that a resumed run takes the configuration's."""
+        """Return the position without the shape: a resumed run takes the shape from its configuration."""
         shape = ("warmup_steps", "total_steps", "min_ratio")
         return {name: value for name, value in super().state_dict().items() if name not in shape}
 
@@ -77,6 +77,6 @@ class WarmupLinear(_WarmupSchedule):
 
 
 def set_total_steps(scheduler: LRScheduler, total_steps: int | float) -> None:
-    """Tell one of our schedules the length of the run, if its configuration left that open."""
+    """Set the length of the run in a schedule of this package, if its configuration does not."""
     if isinstance(scheduler, _WarmupSchedule) and scheduler.total_steps is None and math.isfinite(total_steps):
         scheduler.total_steps = int(total_steps)

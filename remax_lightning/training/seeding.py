@@ -1,4 +1,4 @@
-"""Where the random numbers of rollouts come from, and those of everything else."""
+"""The state of the global random number generators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators where `random_state` found them."""
+    """Restore the generators to a state of `random_state`."""
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
     if "cuda" in state and device.type == "cuda":

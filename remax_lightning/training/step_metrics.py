@@ -1,4 +1,4 @@
-"""What is reported of a step: figures by name for the logs, and predictions as plain dictionaries."""
+"""Metrics of a step for the logs, and predictions as dictionaries."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from remax_lightning.types import Responses, Rollout, StepOutput
 
 Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
-"""By name, the values whose mean is logged and, where not all of them count, their mask."""
+"""Values by name, of which the mean is logged, with a mask or None."""
 
 
 class MeanMetrics:
-    """Weighted sums by name, gathered over the parts of an optimizer step; one reduction over ranks makes means."""
+    """Collects sums and counts by name over the micro-batches of a step; one reduction over ranks gives the means."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, figures: Figures) -> None:
-        """Add values, or those of them under their mask, each with weight 1."""
+        """Add values, or those under their mask, each with weight 1."""
         for name, (values, mask) in figures.items():
             # Counts of tokens outgrow float32; Apple's GPUs have nothing wider.
             dtype = torch.float32 if values.device.type == "mps" else torch.float64
@@ -31,7 +31,7 @@ class MeanMetrics:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means by name, and start anew; `reduce` sums a tensor over ranks."""
+        """Return the means by name, and reset; `reduce` sums a tensor over ranks."""
         names, sums = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums = {}
         total, weight = reduce(sums).unbind(-1)
@@ -39,7 +39,7 @@ class MeanMetrics:
 
 
 def step_values(output: StepOutput) -> Figures:
-    """Return what is logged of a step, in training and in evaluation."""
+    """Return the values to log of a step, in training and in evaluation."""
     rollout = output["rollout"]
     mask = rollout.sampled.response_mask
     values: Figures = {
@@ -59,7 +59,7 @@ def step_values(output: StepOutput) -> Figures:
 
 
 def predictions(rollout: Rollout) -> list[dict[str, Any]]:
-    """Return one dictionary per sampled response, ready for JSON, with the prompt's greedy response beside it."""
+    """Return one JSON-ready dictionary per sampled response, with the greedy response of its prompt."""
     greedy = cast(Responses, rollout.greedy)
     baseline = cast(Tensor, rollout.baseline_reward).tolist()
     lengths = rollout.sampled.response_mask.sum(-1).tolist()

@@ -249,12 +249,12 @@ def test_what_is_not_there_is_left_out_and_told(
     assert why["win_rate_reference"] == "there is no model.reference"
     assert why["win_rate_chosen"] == why["perplexity"]
     assert "no row has a response in column 'chosen'" in why["perplexity"]
-    assert "Left out: perplexity, since no row" in capsys.readouterr().out
+    assert "Left out: perplexity, because no row" in capsys.readouterr().out
 
 
 def test_what_is_asked_for_by_name_has_to_be_there(folders: tuple[str, str], tmp_path: Path) -> None:
     plain = [{"prompt": "a", "note": 1}]
-    with pytest.raises(UserError, match=r"evaluation\.test asks for win_rate_reference, but there is no model\.ref"):
+    with pytest.raises(UserError, match=r"evaluation\.test has win_rate_reference, but there is no model\.ref"):
         run(folders[:1], tmp_path, Evaluation(test=("win_rate_reference",)))
     for options in ({"test": ("win_rate_chosen",)}, {"test": ("perplexity",)}, {"response_column": "chosn"}):
         with pytest.raises(UserError, match=r"evaluation\.response_column: no row .*the columns are 'prompt', 'note'"):
@@ -330,7 +330,7 @@ def test_a_text_has_to_be_one(folders: tuple[str, str], tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_told_at_once(folders: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"evaluation\.path: there can be no folder"):
+    with pytest.raises(UserError, match=r"evaluation\.path: cannot create the folder"):
         run(folders, tmp_path, Evaluation(path=str(tmp_path / "file" / "evaluation.json")))
 
 

@@ -52,7 +52,7 @@ def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(rank: int, code: int
     assert ended.code == code, ended.out
     assert ended.seconds is not None
     assert ended.seconds < SOON
-    told = "rank 1 of this machine was killed (SIGKILL)" if rank == 1 else "which started rank 1, is gone"
+    told = "rank 1 of this machine was killed (SIGKILL)" if rank == 1 else "which started rank 1, has ended"
     assert told in ended.out
     assert "Traceback" not in ended.out
 

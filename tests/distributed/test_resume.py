@@ -113,9 +113,9 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(one: Path) -> None:
     messages = found(one, "refused", 1)[0]
     expected = {
         "within a rollout": "trainer.devices x num_nodes must be 2, got 1",
-        "a file for ZeRO": "is no checkpoint of DeepSpeed ZeRO; set the trainer.strategy",
+        "a file for ZeRO": "is not a checkpoint of DeepSpeed ZeRO; set the trainer.strategy",
         "a folder for DDP": "is a folder of DeepSpeed or FSDP2",
-        "ZeRO's folder for FSDP2": "is no checkpoint of FSDP2",
+        "ZeRO's folder for FSDP2": "is not a checkpoint of FSDP2",
         "SGD under ZeRO": "cannot reshard the optimizer state",
     }
     assert set(messages) == set(expected)

@@ -169,7 +169,7 @@ def test_the_adapter_is_of_the_precision_that_is_trained_in(base: str) -> None:
     ({"alpha": 0}, r"model\.policy\.lora\.alpha must be above 0, got 0"),
     ({"dropout": 1.0}, r"model\.policy\.lora\.dropout must be 0 or more and below 1, got 1\.0"),
     ({"target_modules": []}, r"model\.policy\.lora\.target_modules must be null or at least one name"),
-    ({"path": "somewhere", "r": 4}, r"model\.policy\.lora: r, alpha.* those of the adapter at path 'somewhere'"),
+    ({"path": "somewhere", "r": 4}, r"model\.policy\.lora: r, alpha.* come from the adapter at path 'somewhere'"),
 ])  # fmt: skip
 def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

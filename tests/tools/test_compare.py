@@ -149,8 +149,8 @@ def test_other_responses_or_references_are_not_compared(tmp_path: Path) -> None:
 
     found = tool.main(both(tmp_path / "data", other_data))
     assert list(found["figures"]) == ["reward", "kl"]
-    assert any("chosen_reward, since the data set's responses differ" in note for note in found["notes"])
-    assert any("perplexity, since held-out tokens differ" in note for note in found["notes"])
+    assert any("chosen_reward, because the data set's responses differ" in note for note in found["notes"])
+    assert any("perplexity, because held-out tokens differ" in note for note in found["notes"])
     found = tool.main(both(tmp_path / "reference", other_reference))
     assert list(found["figures"]) == ["reward", "chosen_reward", "perplexity"]
     assert "Note: model.sampling differs in temperature." in found["notes"]
@@ -175,7 +175,7 @@ def test_pieces_of_a_text_are_units_of_their_own(tmp_path: Path) -> None:
     for other in (longer, write(tmp_path, "d", records(6, 0))):
         found = tool.main([first, other])
         assert "perplexity" not in found["figures"]
-        assert any("perplexity, since" in note for note in found["notes"])
+        assert any("perplexity, because" in note for note in found["notes"])
 
 
 def test_the_answer_is_written_too(tmp_path: Path) -> None:
@@ -227,9 +227,11 @@ def test_other_rewards_are_refused(tmp_path: Path) -> None:
     def faster(answer: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         answer["settings"]["reward"]["init_args"] |= {"batch_size": 64, "placement": "cpu"}
 
-    with pytest.raises(UserError, match=r"not scored alike: reward\.init_args\.path 'judge' and 'another judge'"):
+    with pytest.raises(
+        UserError, match=r"were scored by different rewards: reward\.init_args\.path 'judge' and 'another judge'"
+    ):
         tool.main(both(tmp_path, judge))
-    with pytest.raises(UserError, match=r"not scored alike: truncation_penalty 0\.0 and 1\.0"):
+    with pytest.raises(UserError, match=r"were scored by different rewards: truncation_penalty 0\.0 and 1\.0"):
         tool.main(both(tmp_path, penalty))
     tool.main(both(tmp_path, faster))
 
@@ -248,10 +250,10 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
     for name, message in (
         ("missing.json", r"there is no file .*missing\.json"),
         ("empty", r"must hold one evaluation\.json, got none: run `remax test`"),
-        ("two", r"got evaluation\.json, evaluation_1\.json: name one of them"),
+        ("two", r"got evaluation\.json, evaluation_1\.json: give one of them"),
         ("alone.json", r"there is no file .*alone\.jsonl"),
-        ("other.json", r"other\.json \(or other\.jsonl\) is no evaluation of `remax test`"),
-        ("cut.json", r"cut\.json \(or cut\.jsonl\) is no evaluation"),
+        ("other.json", r"other\.json \(or other\.jsonl\) is not an evaluation of `remax test`"),
+        ("cut.json", r"cut\.json \(or cut\.jsonl\) is not an evaluation"),
     ):
         for paths in ([good, str(tmp_path / name)], [str(tmp_path / name), good]):
             with pytest.raises(UserError, match=message):

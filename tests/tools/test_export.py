@@ -100,7 +100,7 @@ def test_the_configuration_of_a_run_is_found(tmp_path: Path, policy_path: Path, 
 
 def test_a_configuration_can_be_given(run: Run, capsys: Any) -> None:
     elsewhere = run.config.rename(run.folder / "mine.yaml")
-    assert "--config must name the configuration of the run" in run.export(capsys).err
+    assert "--config must be the configuration of the run" in run.export(capsys).err
     assert run.export(capsys, "--config", str(elsewhere)).code == 0
     assert same(written(run.out), run.policy.state_dict())
 
@@ -111,7 +111,7 @@ def test_an_early_configuration_of_the_same_policy_is_as_good(run: Run, capsys: 
     run.configure(path=str(run.folder))
     refused = run.export(capsys, "--overwrite")
     assert refused.code == 2
-    assert "--config must say which of config.yaml, config_1.yaml" in refused.err
+    assert "--config must be one of config.yaml, config_1.yaml" in refused.err
 
 
 def test_weights_are_split_as_asked_for(run: Run, capsys: Any) -> None:
@@ -144,7 +144,7 @@ def test_nothing_else_is_replaced(out: str, run: Run, capsys: Any) -> None:
     with in_folder(run.folder):
         outcome = remax(capsys, "export", str(run.checkpoint), out, "--overwrite")
     assert outcome.code == 2
-    assert "out must be a folder of its own" in outcome.err
+    assert "out must be a new folder" in outcome.err
     assert run.checkpoint.is_file()
 
 
@@ -204,7 +204,7 @@ def without(policy: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 MISTAKES = {
-    "no such path": (lambda run: run.checkpoint.unlink(), "is not there; give a checkpoint"),
+    "no such path": (lambda run: run.checkpoint.unlink(), "does not exist; give a complete checkpoint"),
     "a folder of something else": (
         lambda run: (run.checkpoint.unlink(), run.checkpoint.mkdir()),
         "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2",
@@ -213,7 +213,7 @@ MISTAKES = {
     "an empty file": (lambda run: run.checkpoint.write_bytes(b""), "cannot be read"),
     "half a file": (
         lambda run: run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-100]),
-        "no checkpoint or only a part of one",
+        "it is not a checkpoint, or an incomplete one",
     ),
     "tensors alone": (lambda run: torch.save(torch.ones(2), run.checkpoint), "holds a Tensor"),
     "no policy": (
@@ -226,11 +226,11 @@ MISTAKES = {
     ),
     "a weight too many": (
         lambda run: run.save({**run.policy.state_dict(), "extra": torch.ones(1)}),
-        "it has, and model.policy.path has not, 1 weights (extra)",
+        "it has, unlike model.policy.path, 1 weights (extra)",
     ),
     "another shape": (
         lambda run: run.save({**run.policy.state_dict(), "model.norm.weight": torch.ones(3)}),
-        "it has, in another shape, 1 weights (model.norm.weight)",
+        "it has in another shape 1 weights (model.norm.weight)",
     ),
     "a configuration without a policy": (
         lambda run: run.config.write_text("model: {}"),
@@ -272,7 +272,10 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path, capsys: Any) -> No
     save_policy(run.base, "opt")
     weights = tiny_model("opt").state_dict()
     run.save({**weights, "lm_head.weight": weights["lm_head.weight"] + 1})
-    assert "it has untied, against its config, 1 weights (lm_head.weight)" in run.export(capsys).err
+    assert (
+        "it has untied, contrary to the configuration of the model, 1 weights (lm_head.weight)"
+        in run.export(capsys).err
+    )
 
 
 @pytest.mark.parametrize("modules", [list(ADAPTED), None])
@@ -333,7 +336,7 @@ def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run,
 
 
 def test_whole_weights_are_no_adapter(run: Run, capsys: Any) -> None:
-    assert "--adapter is for a checkpoint with a LoRA adapter" in run.export(capsys, "--adapter").err
+    assert "--adapter needs a checkpoint with a LoRA adapter" in run.export(capsys, "--adapter").err
 
 
 MEMORY = """

@@ -229,15 +229,15 @@ def test_of_several_evaluations_the_newest_is_shown(tmp_path: Path) -> None:
         os.utime(file, (1e9 - age, 1e9 - age))
     page = written(tmp_path)
     assert "<th scope=row>kl</th><td>0.75</td>" in page
-    [note] = [note for note in notes_of(page) if "newest" in note]
-    assert "evaluation_1.json; --evaluation shows another (evaluation_2.json, evaluation.json)" in note
+    [note] = [note for note in notes_of(page) if "latest evaluation" in note]
+    assert "evaluation_1.json; --evaluation selects another one (evaluation_2.json, evaluation.json)" in note
 
 
 def test_a_configuration_that_is_no_yaml_is_shown_as_it_is(tmp_path: Path) -> None:
     write_samples(tmp_path, [sample(0)])
     (tmp_path / "config.yaml").write_text("model: [<b>")
     page = written(tmp_path)
-    assert "config.yaml is no valid YAML; it is shown as it is." in notes_of(page)
+    assert "config.yaml is not valid YAML; it is shown as text." in notes_of(page)
     assert "model: [&lt;b&gt;" in page
 
 
@@ -258,7 +258,7 @@ def test_the_folder_above_runs_names_the_youngest(tmp_path: Path) -> None:
     for version, age in ((0, 10), (1, 20)):
         write_samples(tmp_path / "remax" / f"version_{version}", [sample(0)])
         os.utime(tmp_path / "remax" / f"version_{version}", (age, age))
-    with pytest.raises(UserError, match=r"give one of them, such as .*version_1, the youngest"):
+    with pytest.raises(UserError, match=r"give one of them, such as the latest, .*version_1"):
         main([str(tmp_path)])
 
 

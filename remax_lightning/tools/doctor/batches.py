@@ -46,6 +46,7 @@ def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
     for name in first._fields:
         values = [getattr(batch, name) for batch in batches]
         if isinstance(values[0], Tensor) and values[0].dim() == 2:
+            # Prompts are padded on the left, responses on the right.
             fields[name] = _pad_and_concatenate(values, 0 if name.endswith("mask") else pad_id, left="prompt" in name)
         elif isinstance(values[0], Tensor):
             fields[name] = torch.cat(values)

@@ -25,6 +25,7 @@ def check_memory(context: DoctorContext) -> Finding:
     if not isinstance(context.module, ReMaxModule):
         return _check_without_activations(context)
     try:
+        # ---- The peak of `remax plan`, per process on a CPU and per GPU otherwise ----
         run = read_run(context.args)
         on_cpu = run.device == "cpu"
         available = host_memory() if on_cpu else device_memory()
@@ -56,6 +57,7 @@ def _check_without_activations(context: DoctorContext) -> Finding:
     if not context.module._modules:
         raise NotApplicable("needs models")
     model = context.module.trained_model
+    # An optimizer over one number shows whether it keeps moments.
     optimizer = context.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     moments = 2 if "betas" in optimizer.defaults else 0
     trained = sum(

@@ -36,9 +36,11 @@ def check_kl_at_start(context: DoctorContext) -> Finding:
         raise NotApplicable("the run has no reference")
     rollout = module.with_reference(context.rollout)._replace(reference_hidden=None)
     sampling = replace(module.sampling, processed_log_probs=False)  # the reference has no sampling mask either
+    # ---- In train mode, as training runs it, and in eval mode to find dropout ----
     kl, largest = _kl_to_reference(module.policy, rollout, sampling)
     with eval_mode(module.policy):
         in_eval, _ = _kl_to_reference(module.policy, rollout, sampling)
+    # ---- Judge by the coarser dtype; a reference from another path may differ on purpose ----
     dtypes = {str(model.dtype).removeprefix("torch.") for model in (module.policy, module.reference)}
     rounds = context.is_16_bit or bool(dtypes & {"float16", "bfloat16"})
     tolerance = KL_16_BITS if rounds else KL
@@ -191,6 +193,7 @@ def check_greedy(context: DoctorContext) -> Finding:
     """Decode greedily a second time, and some prompts alone: the baseline must depend on the prompt only."""
     first = cast(Responses, context.rollout.greedy).response_ids
     second = cast(Responses, context.roll_out(context.prompt, seed=1).greedy).response_ids
+    # ---- The same batch again ----
     changed = [i for i in range(len(first)) if not torch.equal(first[i], second[i])]
     if changed:
         measured = f"{len(changed)} of {len(first)} greedy responses differ when they are generated again"
@@ -199,6 +202,7 @@ def check_greedy(context: DoctorContext) -> Finding:
             " (trainer.deterministic: true), and for sampling in model.rollout"
         )
         return Finding("fail", measured, fix, {"changed": len(changed)})
+    # ---- Each prompt alone ----
     alone = range(min(ALONE, len(first)))
     gaps = [gap for i in alone if (gap := _gap_at_first_difference(context, i, first[i])) is not None]
     values = {"changed": 0.0, "changed_alone": float(len(gaps)), "largest_gap": max(gaps, default=0.0)}
@@ -239,6 +243,7 @@ def check_prompt_padding(context: DoctorContext) -> Finding:
         pair = _pair_with_padded_copy(prompt, i)
         if pair is None:
             continue
+        # The same response to both rows; only the second prompt is padded.
         ids, mask = responses.response_ids[[i, i]], responses.response_mask[[i, i]]
         answer = Responses(ids, mask, responses.truncated[[i, i]], [])
         with eval_mode(model):

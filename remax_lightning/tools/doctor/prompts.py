@@ -35,6 +35,7 @@ def check_prompt_eos(context: DoctorContext) -> Finding:
         return Finding("fail", f"{last} of {len(rows)} prompts end with EOS", fix, values)
     if not inside:
         return Finding("pass", f"none of {len(rows)} prompts contains EOS", "", values)
+    # ---- EOS inside a chat is the end of an earlier turn; in plain text it is a mistake ----
     plain = sum(
         getattr(prompt, "conversation", None) is None and not eos_ids.isdisjoint(ids)
         for ids, prompt in zip(rows, batch.prompts, strict=True)
@@ -70,6 +71,7 @@ def judge_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> F
     bos_id = tokenizer.bos_token_id
     if bos_id is None:
         raise NotApplicable("the tokenizer has no BOS")
+    # ---- Two BOS, or none although the tokenizer adds one ----
     doubled = sum(row[:2] == [bos_id, bos_id] for row in rows)
     values = {"doubled": float(doubled)}
     if doubled:

@@ -35,6 +35,7 @@ def check_eos(context: DoctorContext) -> Finding:
     module: Any = context.module
     ids, tokenizer_eos = module.eos_ids(), int(module.tokenizer.eos_token_id)
     vocabulary = module.policy.config.get_text_config().vocab_size
+    # ---- The ids exist ----
     outside = [token for token in ids if not 0 <= token < vocabulary]
     if outside:
         fix = "correct eos_token_id in the policy's generation_config.json, or use the policy's tokenizer"
@@ -56,6 +57,7 @@ def check_eos(context: DoctorContext) -> Finding:
             return Finding(status, measured, fix, values)
     else:
         values, measured = {}, f"responses end at {listing}"
+    # ---- Tokenizer and generation settings agree ----
     if len(ids) > 1 and tokenizer_eos not in _configured_eos_ids(module.policy):
         fix = (
             "both end a response; if the policy has learned only one of them, set tokenizer.eos_token and eos_token_id"
@@ -108,6 +110,7 @@ def check_eos_trained(context: DoctorContext) -> Finding:
         rollout = context.roll_out(context.prompt, eos_ids=eos_ids)
         both = [rollout.sampled, cast(Responses, rollout.greedy)]
         ended = sum(int((~responses.truncated).sum()) for responses in both)
+    # ---- Ends of sampled and greedy responses ----
     pad_id = int(module.tokenizer.pad_token_id)
     faults = [
         fault
@@ -174,6 +177,7 @@ def check_pad_token(context: DoctorContext) -> Finding:
     if pad_id >= size:
         fix = "set data.loading.pad_token to a token of the model, or to eos; a new token needs a larger embedding"
         return Finding("fail", f"the pad token {pad_id} is not among the model's {size} embeddings", fix)
+    # ---- Masks have no gaps ----
     shared = pad_id == tokenizer.eos_token_id
     measured = (
         f"the pad token is {tokenizer.pad_token!r} ({pad_id}), {'which is EOS' if shared else 'which is not EOS'}"
@@ -199,6 +203,7 @@ def check_pad_token(context: DoctorContext) -> Finding:
             return Finding("warn", measured, fix, values)
         return Finding("pass", f"{measured}; masks cover the texts", "", values)
     ids, mask = _response_ids_and_mask(context)
+    # ---- At most one EOS per response ----
     twice = int(((torch.isin(ids, _eos_tensor(context)) & mask).sum(-1) > 1).sum())
     if twice:
         fix = "end response_mask at the first EOS; remove EOS from the response texts of the data set"

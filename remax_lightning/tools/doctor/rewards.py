@@ -80,10 +80,12 @@ def _judge_template(context: DoctorContext, model: ClassifierReward, scored: Res
         )
         what = "do not have the last message of the prompt just before the response"
         return Finding("fail", f"{shown}; {elsewhere} of {len(texts)} texts {what}", fix)
+    # ---- The template that the model was trained with ----
     trained_with = saved_template(ClassifierSource(model.path, "model.reward.init_args", revision=model.revision))
     if model.template is not None and trained_with is not None and model.template != trained_with:
         fix = "remove model.reward.init_args.template: the template of the model is the default"
         return Finding("fail", f"{shown}; it was trained with {trained_with!r}", fix)
+    # ---- Special tokens at the start, inside, and at the end ----
     ids, _ = _token_ids(model, texts)
     if tokenizer.bos_token_id is not None:
         begins = judge_bos(ids, tokenizer, "texts of the reward model", "the data")
@@ -252,6 +254,7 @@ def check_reward_spread(context: DoctorContext) -> Finding:
     scored = policy_responses(context)
     rewards = checked_scores(cast(Any, context.reward), *scored).reward.double().cpu()
     rollout = context.rollout
+    # ---- Rewards of sampled responses [S], and of the greedy response to the same prompt [S] ----
     count = len(rollout.sampled.texts)
     sampled, greedy = rewards[:count], rewards[count:].repeat_interleave(rollout.num_samples)
     spread, equal_share = float(rewards.max() - rewards.min()), float((sampled == greedy).double().mean())

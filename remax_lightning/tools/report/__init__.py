@@ -1,4 +1,4 @@
-"""`remax report`: a run as one HTML page that needs no network and no other file."""
+"""`remax report`: write one self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ def main(args: Sequence[str]) -> Path:
     """Write the page of a run.
 
     Args:
-        args: what stands after `remax report`.
+        args: the arguments after `remax report`.
 
     Returns:
-        Where it was written.
+        Path of the page.
 
     Raises:
-        UserError: if the folder is no run's, or the page cannot be written.
+        UserError: if the folder is not a run, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="remax report",
-        description="Write one HTML page about a run: curves, KL against reward, the baseline's health, times, and its"
-        " samples, to be searched and sorted, every token shaded by its KL or advantage. The page needs no network.",
+        description="Write one HTML page about a run: curves, KL against reward, statistics of the baseline, times, and"
+        " samples with search, sorting, and tokens shaded by KL or advantage. The page needs no network.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/remax/version_0")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (default: report.html in RUN)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run, such as runs/remax/version_0")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="path of the page (default: report.html in RUN)")
     parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="figures of `remax test` (default: the newest in RUN)"
+        "--evaluation", type=Path, metavar="FILE", help="figures of `remax test` (default: the latest in RUN)"
     )
     parser.add_argument(
         "--max_samples",
         type=int,
         default=2000,
         metavar="N",
-        help="sampled responses in the page (default: %(default)s, which a browser has no trouble with)",
+        help="sampled responses in the page (default: %(default)s)",
     )
     options = parser.parse_args(args)
     if options.max_samples < 1:

@@ -1,4 +1,4 @@
-"""The charts of the report: which curves each has, and the points that are drawn."""
+"""The charts of the report: their curves and the points to draw."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from remax_lightning.tools.report.run import Curve
 
 POINTS = 300
-"""Points drawn of a curve: more than a chart has room for helps nobody, and the page stays small."""
+"""Maximum number of points per curve, which keeps the page small."""
 
 WINDOWS = 25
-"""A curve is smoothed over a 25th of its points."""
+"""The smoothing window is one 25th of the points of a curve."""
 
 NUM_COLORS = 4
-"""In the palette of `style.css`."""
+"""Number of colors in the palette of `style.css`."""
 
 Smooth = tuple[list[int], list[float], list[float]]
 """Steps, means and standard deviations."""
@@ -25,10 +25,10 @@ class Line(NamedTuple):
     """A curve in a chart.
 
     Args:
-        key: what it is logged under.
+        key: its log key.
         label: its name in the legend.
-        color: number in the palette; training and validation of one quantity share it.
-        points: drawn as single points, for what is measured now and then, in place of a smoothed line with a band.
+        color: index in the palette; training and validation of one quantity share it.
+        points: draw points, for sparse measurements, instead of a smoothed line with a band.
     """
 
     key: str
@@ -41,11 +41,11 @@ class Chart(NamedTuple):
     """A chart over optimizer steps.
 
     Args:
-        title: what it shows, with the unit.
+        title: title with the unit.
         lines: its curves.
-        mark: value at which a line is drawn across, with what it means; None without.
-        stacked: whether the curves are parts of a whole.
-        wide: whether it has the page's whole width.
+        mark: value and label of a horizontal line; None without.
+        stacked: whether the curves are stacked.
+        wide: whether the chart has the full width of the page.
     """
 
     title: str
@@ -132,7 +132,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         ),
     ),
 }
-"""By the section that they stand in."""
+"""The charts of each section of the page."""
 
 _NOT_DRAWN = ("epoch", "hp_metric", "time/step_s", "train/collapse_alarms")
 
@@ -141,8 +141,8 @@ def smooth(curve: Curve, width: int | None = None) -> Smooth:
     """Return mean and population standard deviation in a window of `width` points around each point.
 
     Args:
-        curve: what is smoothed.
-        width: an even one counts as the odd one below; None takes a 25th of the points.
+        curve: the curve to smooth.
+        width: size of the window, rounded down to an odd number; None takes a 25th of the points.
     """
     half = (max(1, len(curve.values) // WINDOWS) if width is None else width - 1) // 2
     means, deviations = [], []
@@ -161,14 +161,15 @@ def smooth_values(curve: Curve) -> Curve:
 
 
 def thin_indices(length: int, points: int = POINTS) -> list[int]:
-    """Return at most `points` places out of `length`, evenly spread, the first and the last among them."""
+    """Return at most `points` evenly spaced indices below `length`, including the first and the last."""
     if length <= points:
         return list(range(length))
     return [round(i * (length - 1) / max(1, points - 1)) for i in range(points)]
 
 
 def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return sections with their charts as the page's script reads them, and the titles of those without any curve."""
+    """Return the sections with charts for the script of the page, and the titles of sections without curves."""
+    # ---- The fixed sections, and all other curves in a last one ----
     known = SECTIONS | {"Reward": (*SECTIONS["Reward"], *reward_parts(curves))}
     named = {line.key for charts in known.values() for chart in charts for line in chart.lines}
     others = sorted(key for key in curves if key not in named and key not in _NOT_DRAWN)
@@ -186,7 +187,7 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
 
 
 def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
-    """Return a chart of the parts of a reward, also those that weigh nothing in it, if there are any."""
+    """Return a chart of the parts of a reward, also of parts with weight 0; empty if the reward has no parts."""
     names = sorted({key.partition("/")[2] for key in curves if "/reward_part/" in key})
     lines = []
     for number, name in enumerate(names):
@@ -198,7 +199,7 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
 
 def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
     visible = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
-    if chart.stacked:  # sums need the same steps throughout
+    if chart.stacked:  # stacked curves need the same steps
         common = sorted(set.intersection(*(set(curve.steps) for curve in visible.values())))
         visible = {key: Curve(common, _values_at(curve, common)) for key, curve in visible.items()}
     lines = [_line(line, visible[line.key]) for line in chart.lines if line.key in visible]
@@ -217,6 +218,7 @@ def _line(line: Line, curve: Curve) -> dict[str, Any]:
         indices = thin_indices(len(curve.steps))
         return {**description, "x": [curve.steps[i] for i in indices], "y": _round(curve.values[i] for i in indices)}
     steps, means, deviations = smooth(curve)
+    # Smooth all points before thinning, so that the line does not depend on the number of drawn points.
     indices = thin_indices(len(steps))
     return {
         **description,
@@ -228,7 +230,7 @@ def _line(line: Line, curve: Curve) -> dict[str, Any]:
 
 
 def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
-    """Return the way of a run through KL and reward, smoothed, and the validations on it; None without a KL."""
+    """Return the smoothed path of a run through KL and reward, with its validations; None without a KL."""
     lines = []
     for stage, label in (("train", "training, smoothed"), ("val", "validation")):
         kl, reward = curves.get(f"{stage}/kl"), curves.get(f"{stage}/reward")

@@ -1,4 +1,4 @@
-"""The page: what a run left, put into one HTML file that needs nothing beside itself."""
+"""Renders a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ TILES = (
     ("Entropy, nats per token", "val/entropy"),
     ("Entropy, nats per token", "train/entropy"),
 )
-"""Figures at the top: label and key; of those with one label, the first that there is."""
+"""Tiles at the top: label and log key; of tiles with the same label, the first that exists is shown."""
 
 
 def render_page(run: Run, max_samples: int) -> str:
     """Return the HTML of a run.
 
     Args:
-        run: what there is of it.
-        max_samples: sampled responses that are put into the page; of more, these are spread evenly over the run.
+        run: the data of the run.
+        max_samples: maximum number of sampled responses in the page; of more, evenly spaced ones are kept.
     """
     sections, missing = build_sections(run.curves)
     samples = [run.samples[i] for i in thin_indices(len(run.samples), max_samples)]
@@ -53,11 +53,12 @@ def render_page(run: Run, max_samples: int) -> str:
     if len(samples) < len(run.samples):
         notes.append(f"{len(samples):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
     script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    # The page allows scripts by their hash, so that text of samples cannot run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _fill_template(
         (FILES / "page.html").read_text(encoding="utf-8"),
         {
-            # No other script runs, and nothing is fetched, whatever a sample holds.
+            # Only this script runs and nothing is fetched, whatever a sample contains.
             "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
             "title": escape(_run_name(run.folder)),
             "style": (FILES / "style.css").read_text(encoding="utf-8"),
@@ -73,12 +74,12 @@ def render_page(run: Run, max_samples: int) -> str:
 
 
 def _fill_template(template: str, values: Mapping[str, str]) -> str:
-    """Fill `{{name}}` in one pass, so that no value is searched for names."""
+    """Replace `{{name}}` in one pass, so that values are not searched for names."""
     return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)
 
 
 def _run_name(folder: Path) -> str:
-    """Return the last folders of a path, enough to know the run by."""
+    """Return the last two folders of a path."""
     return "/".join(folder.resolve().parts[-2:])
 
 
@@ -130,12 +131,12 @@ def _tile(value: str, note: str) -> str:
 
 
 def format_number(value: float) -> str:
-    """Return a number as a person reads it, in four significant digits."""
+    """Return a number with four significant digits."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds in the two largest of their units."""
+    """Return a duration in its two largest units."""
     minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -152,7 +153,7 @@ def _alarm_notes(run: Run) -> Iterable[str]:
 
 def _missing_notes(run: Run, sections: Sequence[str]) -> Iterable[str]:
     if not run.curves:
-        yield "There are no TensorBoard event files, and so no curves."
+        yield "There are no curves, because there are no TensorBoard event files."
     elif sections:
         yield f"Nothing was logged for: {', '.join(sections)}."
     if run.curves and not any(key.startswith("val/") for key in run.curves):
@@ -162,7 +163,7 @@ def _missing_notes(run: Run, sections: Sequence[str]) -> Iterable[str]:
     if not run.samples:
         yield "There are no sample dumps (samples/train.jsonl, samples/validation.jsonl)."
     elif not any(sample.get("tokens") for sample in run.samples):
-        yield "The sample dumps have no tokens, so none is shaded."
+        yield "The sample dumps have no tokens to shade."
     if not run.config:
         yield "There is no config.yaml."
 
@@ -195,11 +196,12 @@ def _figure_cells(figure: Mapping[str, float]) -> str:
 
 
 def _sample_data(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of a sample; a dump of an earlier version, or of another program, may lack some."""
+    """Return the fields of a sample for the page; dumps of earlier versions may lack some."""
     shown: dict[str, Any] = {name: str(sample[name]) for name in _TEXTS if sample.get(name) is not None}
     shown |= {name: value for name in _NUMBERS if (value := _finite(sample.get(name))) is not None}
     shown |= {"parts": {str(name): _finite(value) for name, value in _mapping(sample.get("parts")).items()}}
     shown["truncated"] = bool(sample.get("truncated"))
+    # Tokens are shown only if they add up to the response.
     tokens = sample.get("tokens")
     if not isinstance(tokens, list) or "".join(map(str, tokens)) != shown["response"]:
         return shown
@@ -218,5 +220,5 @@ def _finite(value: Any, digits: int = 6) -> float | None:
 
 
 def _json_data(data: Any) -> str:
-    """Return JSON that ends no script element, whatever texts are in it."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

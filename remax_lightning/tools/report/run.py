@@ -1,4 +1,4 @@
-"""What a run left in its folder: configuration, curves, samples and evaluation."""
+"""Reads the folder of a run: configuration, curves, samples and evaluation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import yaml
 from remax_lightning.errors import UserError
 
 STAGES = ("train", "validation")
-"""Of the sample dumps; each has a file of its own."""
+"""Stages with a file of sample dumps."""
 
 
 class Curve(NamedTuple):
     """One logged scalar.
 
     Args:
-        steps: optimizer steps done, rising.
-        values: finite ones only.
+        steps: optimizer steps, increasing.
+        values: finite values only.
     """
 
     steps: list[int]
@@ -29,18 +29,18 @@ class Curve(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What there is of a run; what is missing is empty.
+    """The data of a run; missing parts are empty.
 
     Args:
-        folder: where it lies.
+        folder: folder of the run.
         config: the configuration as text.
-        settings: the same, read.
-        curves: scalars by the key that they are logged under.
-        samples: lines of the sample dumps, in the order of their steps.
-        figures: the evaluation's, by name: `value` and, where they are known, `low`, `high` and `n`.
-        started: when the first scalar was logged, in seconds since 1970; None without curves.
-        seconds: from the first scalar to the last.
-        notes: what could not be read.
+        settings: the parsed configuration.
+        curves: scalars by log key.
+        samples: entries of the sample dumps, in the order of their steps.
+        figures: figures of the evaluation by name: `value` and, if known, `low`, `high` and `n`.
+        started: time of the first scalar in seconds since 1970; None without curves.
+        seconds: time from the first scalar to the last.
+        notes: messages about parts that could not be read.
     """
 
     folder: Path
@@ -55,14 +55,14 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, evaluation: Path | None = None) -> Run:
-    """Read what a run left in `folder`.
+    """Read the folder of a run.
 
     Args:
-        folder: of the run.
-        evaluation: the file of its evaluation; None takes the newest `evaluation*.json` in the folder, if there is one.
+        folder: folder of the run.
+        evaluation: file of the evaluation; None takes the latest `evaluation*.json` in the folder, if there is one.
 
     Raises:
-        UserError: if it is the folder of no run, or there is no file of that name.
+        UserError: if it is not the folder of a run, or the evaluation does not exist.
     """
     if not _is_run(folder):
         raise UserError(f"RUN: {_why_not_a_run(folder)}")
@@ -71,6 +71,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     notes: list[str] = []
     path = folder / "config.yaml"
     config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    # ---- Logs, samples and evaluation; each may be missing ----
     curves, times = _read_curves(folder)
     samples = [
         sample for stage in STAGES for sample in _read_samples(folder / "samples" / f"{stage}.jsonl", stage, notes)
@@ -87,11 +88,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def _latest_evaluation(folder: Path, notes: list[str]) -> Path:
-    """Return the file that `remax test` wrote last: it gives a second one in the same folder a number."""
+    """Return the latest evaluation; `remax test` numbers further ones in the same folder."""
     files = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
     if len(files) > 1:
         others = ", ".join(path.name for path in files[:-1])
-        notes.append(f"The evaluation is the newest, {files[-1].name}; --evaluation shows another ({others}).")
+        notes.append(f"This is the latest evaluation, {files[-1].name}; --evaluation selects another one ({others}).")
     return files[-1] if files else folder / "evaluation.json"
 
 
@@ -106,22 +107,22 @@ def _why_not_a_run(folder: Path) -> str:
         return f"{folder} is a file; {expected}"
     runs = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_dir() and _is_run(path)]
     if not runs:
-        return f"{folder} is none; {expected}"
-    newest = max(runs, key=lambda path: path.stat().st_mtime)
-    return f"{folder} is none, but has some in it; give one of them, such as {newest}, the youngest"
+        return f"{folder} is not a run; {expected}"
+    latest = max(runs, key=lambda path: path.stat().st_mtime)
+    return f"{folder} is not a run but contains runs; give one of them, such as the latest, {latest}"
 
 
 def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
-    """Return the scalars, and the times at which they were logged."""
+    """Return the scalars, and their first and last log times."""
     if next(folder.glob("events.out.tfevents.*"), None) is None:
         return {}, []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: every value, not a sample
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all values, not a subsample
     accumulator.Reload()
     curves, times = {}, []
     keys = accumulator.Tags()["scalars"]
-    # In training Lightning logs a step, and the validation after it, under the number of steps before it.
+    # In training, Lightning logs a step and the validation after it under the number of earlier steps.
     shift = int(any(key.startswith("train/") for key in keys))
     for key in keys:
         events = accumulator.Scalars(key)
@@ -169,6 +170,6 @@ def _parse_settings(config: str, notes: list[str]) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(config)
     except yaml.YAMLError:
-        notes.append("config.yaml is no valid YAML; it is shown as it is.")
+        notes.append("config.yaml is not valid YAML; it is shown as text.")
         settings = None
     return settings if isinstance(settings, dict) else {}
