@@ -37,11 +37,11 @@ MAX_RESAMPLES = 10**6
 class Evaluation(Callback):
     """Evaluates a policy: rewards, win rates, KL, entropy, lengths and perplexities, each with a 95 % interval.
 
-    `remax test` prints a table and writes `evaluation.json` and `evaluation.jsonl`, which has one record per
-    prompt for `remax compare`. Intervals are exact (Clopper-Pearson) for shares, win rates and rewards of two values, and
-    from a bootstrap over prompts otherwise. Three measures need more than the responses of the policy: `win_rate_reference` (the reference answers the prompts too),
-    `win_rate_chosen` (the reward scores the data set's responses) and `perplexity` (passes of policy and reference over
-    held-out text).
+    `remax test` prints a table and writes `evaluation.json` and `evaluation.jsonl`, which has one record per prompt for
+    `remax compare`. Intervals are exact (Clopper-Pearson) for shares, win rates and rewards of two values, and from a
+    bootstrap over prompts otherwise. Three measures need more than the responses of the policy: `win_rate_reference`
+    (the reference answers the prompts too), `win_rate_chosen` (the reward scores the data set's responses) and
+    `perplexity` (passes of policy and reference over held-out text).
 
     Args:
         path: the JSON file; by default `evaluation.json` in the run's folder, numbered if that exists. A file that is

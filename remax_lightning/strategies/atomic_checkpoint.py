@@ -67,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove the file, folder or link. A kill in between leaves no incomplete folder under the name of the checkpoint."""
+        """Remove the file, folder or link. A kill in between leaves no incomplete folder under its name."""
         target = Path(path)
         if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
