@@ -24,9 +24,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int], text: str) -> list[str]:
         # along with it. Decoding the whole prefix would be quadratic in the length.
         context = len(tokenizer.decode(ids[start:stop], skip_special_tokens=True))
         piece = tokenizer.decode(ids[start:end], skip_special_tokens=True)[context:]
-        whole = bool(piece) and text.startswith(piece, written)  # false for part of a character
-        pieces.append(piece if whole else "")
-        if whole:
+        complete = bool(piece) and text.startswith(piece, written)  # false for part of a character
+        pieces.append(piece if complete else "")
+        if complete:
             written, start, stop = written + len(piece), stop, end
     if pieces:
         pieces[-1] += text[written:]
