@@ -31,10 +31,12 @@ ALLOWED = {
     "models": LOWER,
     "strategies": LOWER,
     "data": LOWER,
-    "rewards": LOWER | {"models", "data.conversations"},  # a reward model reads the tokens that it was trained on
+    "rewards": LOWER | {"models", "data.conversations", "data.chat_templates"},  # the tokens that it was trained on
     "rollout": LOWER | {"models", "strategies"},
     "training": LOWER | {"rollout", "rewards", "models", "strategies", "data.tokenizers"},
-    "evaluation": LOWER | {"rollout", "rewards", "models", "strategies", "training", "modules"},
+    "evaluation": LOWER
+    | {"rollout", "rewards", "models", "strategies", "training", "modules"}
+    | {"data.conversations", "data.chat_templates"},  # responses of the data set, as the supervised stage trains them
     "callbacks": LOWER | {"models", "evaluation", "strategies"},
     "modules": LOWER | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"},
     "tasks": ANYTHING,

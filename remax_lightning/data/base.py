@@ -28,6 +28,7 @@ from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.stages import Stage, check_stage_split, select_stage_rows
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -114,6 +115,19 @@ class TextDataModule(LightningDataModule, ABC):
                 needs_eos=self.needs_eos,
             )
         return self._tokenizer
+
+    def prompt_forms(self) -> list[Prompt]:
+        """Return a prompt of each form that the rows have, by the roles and kinds of its messages, once they are read.
+
+        What one of them goes through, such as a chat template, all of that form do.
+        """
+        forms: dict[str, Prompt] = {}
+        for dataset in (self._train, self._val):
+            if dataset is not None:
+                examples = cast(PreparedExamples, dataset.examples)
+                for form, index in examples.first_of_each_form().items():
+                    forms.setdefault(form, examples[index].prompt)
+        return list(forms.values())
 
     def prepare_data(self) -> None:
         """Download what lies on the hub, in one process per machine; nothing is kept on the module."""

@@ -6,13 +6,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from remax_lightning.data.conversations import (
-    ChatRenderer,
-    Message,
-    check_characters,
-    content_text,
-    read_conversation,
-)
+from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs
+from remax_lightning.data.conversations import Message, check_characters, content_text, read_conversation
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
@@ -51,7 +46,9 @@ class PromptFormatter:
         if template is not None:
             check_template(template)
         self.special_prefix = special_prefix(tokenizer)
-        self.renderer = ChatRenderer(tokenizer, template_kwargs)
+        self.template_kwargs = dict(template_kwargs or {})
+        check_template_kwargs(self.template_kwargs, tokenizer, "data.loading.chat_template_kwargs")
+        self.renderer = ChatRenderer(tokenizer)
 
     def text(self, row: Row, where: str) -> Prompt:
         """Return the prompt of `row`, with its conversation where it is one.
@@ -75,50 +72,14 @@ class PromptFormatter:
         return prompt
 
     def response_text(self, prompt: Prompt, message: Message, where: str) -> str:
-        """Return the text to imitate after a prompt: what the chat template writes there, through the end of the turn.
-
-        Behind the token that ends a turn nothing is left. Where the template ends turns without a special token, what
-        it writes behind the content is left out, and the end-of-sequence token takes its place. After plain text the
-        response is the content.
-
-        Args:
-            prompt: from `text`.
-            message: the response, a message of the assistant.
-            where: where the row stands, for messages.
+        """Return the text to imitate after a prompt (`ChatRenderer.response`).
 
         Raises:
-            DataError: if the template writes the prompt in another way before a response, so that none of what it
-                writes continues the prompt, or if it refuses or leaves out a part of the message.
+            DataError: as there, or if the text is none; the message begins with `where`.
         """
-        if prompt.conversation is None:
-            text = content_text(message)
-        else:
-            whole = self.renderer.whole(prompt.conversation, message)
-            if not whole.startswith(prompt):
-                raise self._no_prefix(prompt, whole, where)
-            text = self._through_end(whole[len(prompt) :], content_text(message))
+        text = self.renderer.response(prompt, message)
         check_characters(text, f"{where}: the response")
         return text
-
-    def _no_prefix(self, prompt: Prompt, whole: str, where: str) -> DataError:
-        place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-        return DataError(
-            f"{where}: the chat template writes {prompt[place : place + 40]!r} at the end of the prompt, and"
-            f" {whole[place : place + 40]!r} there in a conversation that has its response; training needs a response"
-            " that continues the prompt. Write the response as the template has it, set"
-            " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
-            " template whose generation prompt begins as its assistant's turns do"
-        )
-
-    def _through_end(self, text: str, content: str) -> str:
-        end = self.renderer.turn_end
-        if end and end in text:
-            text = text[: text.rindex(end) + len(end)]
-            while text.endswith(end + end):  # the data spells it out, too
-                text = text[: -len(end)]
-            return text
-        start = text.rfind(content) if content.strip() else -1
-        return text.rstrip() if start < 0 else text[: start + len(content)]
 
     def conversation_text(self, prompt: Prompt, message: Message, where: str) -> str:
         """Return prompt and response as one text, as a reward model reads it.
@@ -189,6 +150,9 @@ class PromptFormatter:
                 f"{where}: column {self.column!r} ends with a message of the assistant; a prompt ends before it, so"
                 " remove that message"
             )
+        if self.template_kwargs:
+            merged = self.template_kwargs | conversation.template_kwargs
+            conversation = conversation._replace(template_kwargs=merged)
         return conversation
 
 

@@ -104,6 +104,11 @@ class PreferenceDataModule(TextDataModule):
         """How `ClassifierReward` makes the same text of prompt and response; None for its chat template."""
         return None if True in self._kinds else TEXT_TEMPLATE
 
+    @property
+    def reward_chat_template_kwargs(self) -> dict[str, Any] | None:
+        """Variables of the chat template that `ClassifierReward` has to set, too; None where it uses none."""
+        return self.loading.chat_template_kwargs if True in self._kinds else None
+
     def _collate(self, num_micro_batches: int) -> Callable[..., PreferenceBatch]:  # noqa: ARG002 - there is one split
         return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
 

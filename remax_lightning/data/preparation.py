@@ -26,6 +26,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from remax_lightning.data.collate import Example, PairExample
+from remax_lightning.data.conversations import message_form
 from remax_lightning.data.reading import Row, Rows
 from remax_lightning.errors import DataError
 from remax_lightning.types import Conversation, Prompt
@@ -182,6 +183,14 @@ class PreparedExamples(Sequence[Any]):
             ids.update(np.unique(values[ends - 1]).tolist())
         return ids
 
+    def first_of_each_form(self) -> dict[str, int]:
+        """Return the index of the first example of each form of a conversation; plain text is a form, too."""
+        forms = [form for batch in self.batches for form in batch.column("form").to_pylist()]
+        indices: dict[str, int] = {}
+        for index, number in enumerate(self.numbers.tolist()):
+            indices.setdefault(forms[number], index)
+        return indices
+
     def chat_kinds(self) -> set[bool]:
         """Return whether the prompts are chats, over all records: {True}, {False}, or both."""
         return {is_chat for batch in self.batches for is_chat in batch.column("is_chat").unique().to_pylist()} - {None}
@@ -288,7 +297,7 @@ def _to_records(
     import pyarrow
 
     token_fields = [name for name in example_type._fields if name.endswith("_ids")]
-    types = {name: pyarrow.string() for name in ("problem", "row", "prompt", "conversation", "fields")}
+    types = {name: pyarrow.string() for name in ("problem", "row", "prompt", "conversation", "form", "fields")}
     types |= {"is_chat": pyarrow.bool_(), "prompt_length": pyarrow.int32()}
     types |= {name: pyarrow.list_(pyarrow.int32()) for name in token_fields}
     columns: dict[str, list[Any]] = {name: [] for name in types}
@@ -312,6 +321,7 @@ def _to_record(example: Example | PairExample) -> dict[str, Any]:
         "row": row,
         "prompt": str(example.prompt),
         "is_chat": conversation is not None,
+        "form": "" if conversation is None else repr([message_form(message) for message in conversation.messages]),
         "fields": json.dumps({name: value for name, value in others.items() if not name.endswith("_ids")}),
     }
     if conversation is not None:

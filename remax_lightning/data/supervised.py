@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
 from remax_lightning.data.conversations import Message, content_text, is_empty, read_message
-from remax_lightning.data.formatting import encode_text, get_column
+from remax_lightning.data.formatting import get_column
 from remax_lightning.data.limits import Limit, check_at_least
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
 from remax_lightning.data.pairs import PairColumns, PairError, as_response, split_last
@@ -153,17 +153,11 @@ class SFTDataModule(TextDataModule):
         raise DataError(f"{text}; remove the row or fill it")
 
     def _finish_examples(self, examples: list[Example]) -> list[Example]:
-        eos_id, end_ids = int(self.tokenizer.eos_token_id), {int(self.tokenizer.eos_token_id)}
-        turn_end = self.formatter.renderer.turn_end if any(example.prompt.conversation for example in examples) else ""
-        if turn_end:
-            end_ids.add(cast(int, self.tokenizer.convert_tokens_to_ids(turn_end)))
-        encoded = encode_text(self.tokenizer, [example.texts[0] for example in examples])
-        complete = []
-        for example, ids in zip(examples, encoded, strict=True):
-            known_ends = {eos_id} if example.prompt.conversation is None else end_ids
-            response_ids = ids if ids[-1:] and ids[-1] in known_ends else [*ids, eos_id]
-            complete.append(example._replace(response_ids=response_ids, texts=()))
-        return complete
+        prompts, texts = [example.prompt for example in examples], [example.texts[0] for example in examples]
+        response_ids = self.formatter.renderer.response_ids(prompts, texts)
+        return [
+            example._replace(response_ids=ids, texts=()) for example, ids in zip(examples, response_ids, strict=True)
+        ]
 
     def _examples_prepared(self, examples: PreparedExamples) -> None:
         self.response_ends |= examples.last_ids("response_ids")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_lightning.types import PromptBatch, Responses
+from remax_lightning.data.chat_templates import ChatRenderer
+from remax_lightning.data.conversations import content_text
+from remax_lightning.types import Prompt, PromptBatch, Responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ def response_texts(rows: Sequence[dict[str, Any]], column: str) -> list[str | No
 
 def _response_text(value: Any) -> str | None:
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        value = value[-1].get("content")
+        value = content_text(value[-1])
     if not isinstance(value, str) or not value.strip():
         return None
     return value.encode(errors="replace").decode()  # half an emoji stops tokenizers
@@ -35,7 +37,8 @@ def tokenize_responses(
 ) -> Responses:
     """Return texts as responses to the prompts, an empty one for None.
 
-    They are tokenized as the supervised stage does it: apart from the prompt, with the end-of-sequence token behind.
+    They are tokenized as the supervised stage does it: apart from the prompt, after messages as the chat template
+    writes them, with the token behind that ends a turn.
 
     Args:
         tokenizer: the policy's.
@@ -44,12 +47,16 @@ def tokenize_responses(
         texts: `B` responses.
         max_length: tokens that are kept of each, from its beginning.
     """
-    known, eos = [text for text in texts if text is not None], tokenizer.eos_token_id
-    encoded = iter(_tokenize(tokenizer, known))
+    renderer = ChatRenderer(tokenizer)
+    known: list[tuple[Prompt, str]] = []
+    for prompt_text, text in zip(prompt.prompts, texts, strict=True):
+        if text is not None:
+            start = prompt_text if isinstance(prompt_text, Prompt) else Prompt(prompt_text)
+            known.append((start, renderer.response(start, {"role": "assistant", "content": text})))
+    encoded = iter(renderer.response_ids([start for start, _ in known], [text for _, text in known]))
     rows: list[list[int]] = []
     for text, length in zip(texts, prompt.prompt_mask.sum(1).tolist(), strict=True):
         ids = [] if text is None else next(encoded)
-        ids = ids if text is None or ids[-1:] == [eos] else [*ids, eos]
         rows.append(ids[: min(max_length, _max_positions(policy) - length)])
     width, device = max(1, *map(len, rows)), prompt.prompt_ids.device
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)

@@ -54,6 +54,13 @@ class PolicyModule(BaseModule):
         if policy.lora is not None:
             self.strict_loading = False  # checkpoints omit the base; `load_state_dict` checks the adapter
 
+    def setup(self, stage: str) -> None:
+        """Let the reward look at the prompts, which are there before any model is loaded."""
+        super().setup(stage)
+        prompt_forms = getattr(getattr(self.trainer, "datamodule", None), "prompt_forms", None)
+        if self.reward is not None and prompt_forms is not None:
+            self.reward.check_prompts(prompt_forms())
+
     @property
     def trained_model(self) -> PreTrainedModel:
         """The policy."""

@@ -198,7 +198,7 @@ class RewardModelModule(BaseModule):
         """
         if self.normalize and self._normalized_at != self.global_step:
             self._score_validation_pairs()
-        template = getattr(getattr(self.trainer, "datamodule", None), "reward_template", None)
+        data = getattr(self.trainer, "datamodule", None)
         return ExportSpec(
             self.reward_model,
             partial(
@@ -209,7 +209,8 @@ class RewardModelModule(BaseModule):
             ),
             {
                 "pad_token_id": self.tokenizer.pad_token_id,
-                "reward_template": template,
+                "reward_template": getattr(data, "reward_template", None),
+                "reward_chat_template_kwargs": getattr(data, "reward_chat_template_kwargs", None),
                 "score_normalization": self._normalization._asdict() if self.normalize else None,
             },
         )

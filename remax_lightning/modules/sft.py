@@ -16,6 +16,7 @@ from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.training.config_checks import check_response_ends
 from remax_lightning.training.packing import PackingMode, find_packing_mode, pack, packed_log_probs
 from remax_lightning.training.step_metrics import MeanMetrics
 from remax_lightning.training.worker import RolloutWorker
@@ -60,8 +61,13 @@ class SFTModule(PolicyModule):
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
 
     def on_fit_start(self) -> None:
-        """Load what scoring needs, and see whether the policy can be packed."""
+        """Load what scoring needs, and see whether the policy can be packed and learns where to end.
+
+        Raises:
+            UserError: if the responses of the data end with a token that ends no response of the policy.
+        """
         self.on_validation_start()
+        check_response_ends(self.tokenizer, self.eos_ids(), getattr(self.trainer, "datamodule", None))
         if self.packing:
             self._packing_mode = find_packing_mode(self.policy)
 

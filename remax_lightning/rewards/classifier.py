@@ -21,6 +21,7 @@ from remax_lightning.rewards.formats.load import (
     load_classifier,
     load_error,
     saved_template,
+    saved_template_kwargs,
     tokenizer_path,
 )
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
@@ -29,7 +30,7 @@ from remax_lightning.types import Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remax_lightning.data.conversations import ChatRenderer
+    from remax_lightning.data.chat_templates import ChatRenderer
 
 _KEY = "model.reward.init_args"
 
@@ -102,6 +103,7 @@ class ClassifierReward(Reward):
         self._pooling: Pooling | None = None
         self._cutoff: PadCutoff | None = None
         self._text_template = template
+        self._template_kwargs: dict[str, Any] = {}
         self._renderer: ChatRenderer | None = None
 
     def load(self, device: torch.device) -> None:
@@ -182,6 +184,11 @@ class ClassifierReward(Reward):
             self.tokenizer = self._load_tokenizer(self._source())
         for prompt in prompts:
             self.text(prompt, "a response", {})
+            if self._text_template is None:
+                # Of what the policy writes later nothing is asked; here the response has to be there, too.
+                assert self._renderer is not None
+                conversation = self._conversation(prompt)._replace(tools=[])
+                self._renderer.whole(conversation, {"role": "assistant", "content": "a response"})
 
     def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:  # noqa: ARG002 - for subclasses
         """Return what the reward model reads: the conversation that the policy was given, and its response.
@@ -189,17 +196,23 @@ class ClassifierReward(Reward):
         Raises:
             DataError: if the reward model's chat template refuses or leaves out a message of it.
         """
-        from remax_lightning.data.conversations import ChatRenderer  # late: the folder loads much
+        from remax_lightning.data.chat_templates import ChatRenderer  # late: the folder loads much
 
         assert self.tokenizer is not None
         if self._text_template is not None:
             return self._text_template.format(prompt=prompt, response=response, eos=self.tokenizer.eos_token or "")
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer, name=f"the chat template of the reward model {self.path}")
-        conversation = getattr(prompt, "conversation", None)  # the policy's, which no column of the row stands in for
+        message = {"role": "assistant", "content": response}
+        return self._renderer.whole(self._conversation(prompt), message, is_generated=True)
+
+    def _conversation(self, prompt: str) -> Conversation:
+        """Return the messages that the policy was given; no column of the row stands in for them."""
+        conversation = getattr(prompt, "conversation", None)
         if conversation is None:
             conversation = Conversation([{"role": "user", "content": str(prompt)}])
-        return self._renderer.whole(conversation, {"role": "assistant", "content": response}, is_generated=True)
+        # Variables of the policy's template mean nothing to this one, which has those that it was trained with.
+        return conversation._replace(template_kwargs=self._template_kwargs)
 
     def _token_ids(self, text: str) -> list[int]:
         """Return the ids of `text`, its beginning cut off where it is too long."""
@@ -247,6 +260,7 @@ class ClassifierReward(Reward):
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise UserError(f"{_KEY}.path: no tokenizer in {self.path}; save the reward model's own there")
         self._text_template = self.template or saved_template(source)
+        self._template_kwargs = saved_template_kwargs(source)
         if self._text_template is None and tokenizer.chat_template is None:
             raise UserError(
                 f"{_KEY}.template: the tokenizer of {self.path} has no chat template; say how the model "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -195,3 +196,28 @@ def updates_per_rollout(
             f" trainer.accumulate_grad_batches to {num_micro_batches}, or model.loss.kind to clipped"
         )
     return updates
+
+
+def check_response_ends(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], data: Any) -> None:
+    """Check that the policy learns to end its responses with a token that rollouts end at.
+
+    A chat template may end a turn with another token than the tokenizer's end-of-sequence token: that is what the
+    responses of the data end with then.
+
+    Args:
+        tokenizer: the policy's.
+        eos_ids: the tokens that end a response in rollouts.
+        data: the data module; one without `response_ends` is not looked at.
+
+    Raises:
+        UserError: if not.
+    """
+    others = sorted(getattr(data, "response_ends", set()) - set(eos_ids))
+    if others:
+        token = tokenizer.convert_ids_to_tokens(others[0])
+        ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(eos_id)) for eos_id in eos_ids)
+        raise UserError(
+            f"data.tokenizer: the chat template ends a turn with {token!r} ({others[0]}), and responses of the policy"
+            f" end at {ends}: it would learn to write a token that ends nothing. Save the tokenizer with eos_token"
+            f" {token!r}, or add {others[0]} to eos_token_id in the policy's generation_config.json"
+        )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer, tiny_config
+from helpers.chat_templates import AS_TEXT, STRICT_ROLES, user
 from helpers.training import (
     PROMPTS,
     CharacterReward,
@@ -19,14 +21,17 @@ from helpers.training import (
     prompt_data,
     remax_module,
     save_policy,
+    write_rows,
 )
 from lightning.pytorch import Callback
 from oracles import policies
 from oracles.estimates import kl_estimate
 from torch import Tensor
 
-from remax_lightning.errors import UserError
+from remax_lightning.data import PromptDataModule
+from remax_lightning.errors import DataError, UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout import PairedEngine, SamplingConfig
 from remax_lightning.types import PromptBatch
 
@@ -294,3 +299,16 @@ def test_a_later_part_without_its_rollout_is_refused(policy: str) -> None:
     )
     with pytest.raises(UserError, match="part 1 of a rollout batch came first"):
         remax_module(policy).training_step(batch, 0)
+
+
+def test_a_role_that_the_reward_model_does_not_know_stops_the_run_before_models_are_loaded(tmp_path: Path) -> None:
+    """There is no policy at all, so that loading it would fail first."""
+    make_tokenizer(chat_template=AS_TEXT).save_pretrained(tmp_path / "policy")
+    make_tokenizer(chat_template=STRICT_ROLES).save_pretrained(tmp_path / "reward")
+    tiny_config("llama").save_pretrained(tmp_path / "reward")
+    rows = [{"prompt": [user("1+1=")]}, {"prompt": [{"role": "system", "content": "be brief"}, user("2+2=")]}]
+    data = PromptDataModule(write_rows(tmp_path / "rows.jsonl", rows), str(tmp_path / "policy"), batch_size=2)
+    module = remax_module(str(tmp_path / "policy"), reward=ClassifierReward(str(tmp_path / "reward")))
+    message = r"rows\.jsonl, line 2: the chat template of the reward model .* refuses message 0 \(role 'system'\)"
+    with pytest.raises(DataError, match=message):
+        make_trainer(tmp_path).fit(module, data)

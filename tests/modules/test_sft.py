@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.chat_templates import user, with_turn_token
 from helpers.stages import EXAMPLES, sft_data
 from helpers.training import distance, fit, make_trainer, save_policy, write_rows
 from lightning.pytorch import Callback
@@ -271,3 +272,24 @@ def test_tokens_are_counted_in_32_bits_in_bf16_true(policy: str, tmp_path: Path)
     data = SFTDataModule(write_rows(tmp_path / "rows.jsonl", rows), policy, batch_size=8)
     seen = fit(sft_module(policy), data, tmp_path, precision="bf16-true")
     assert float(seen.outputs[0]["loss"]) == pytest.approx(seen.logged[0]["train/loss"], rel=1e-3)
+
+
+def turn_ending_data(folder: Path, policy: str) -> SFTDataModule:
+    """Messages in a template that ends turns with a token that is not EOS, in the policy's tokenizer."""
+    with_turn_token().save_pretrained(policy)
+    rows = ({"prompt": [user(prompt)], "response": response} for prompt, response in (("1+1", "2"), ("2+2", "4")))
+    return SFTDataModule(write_rows(folder / "turns.jsonl", rows), policy, batch_size=2)
+
+
+def test_a_turn_end_that_ends_no_response_is_refused(tmp_path: Path) -> None:
+    path = save_policy(tmp_path / "policy", ends=(2,))
+    data = turn_ending_data(tmp_path, path)
+    message = r"data\.tokenizer: the chat template ends a turn with '<turn>' \(83\), and responses .* end at '</s>'"
+    with pytest.raises(UserError, match=message):
+        fit(sft_module(path), data, tmp_path)
+
+
+def test_a_turn_end_that_the_policy_names_is_trained(tmp_path: Path) -> None:
+    path = save_policy(tmp_path / "policy", ends=(2, 83))
+    recorder = fit(sft_module(path), turn_ending_data(tmp_path, path), tmp_path)
+    assert len(recorder.outputs) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,16 @@ def test_the_messages_of_the_prompt_are_read_and_no_column_of_the_row(tmp_path: 
         assert reward.text(prompt, "yo", row) == wanted
         assert reward.text("hi", "yo", row) == "<s>user: hi\nassistant: yo\n</s>"
     assert len(messages) == 2
+
+
+def test_the_chat_template_has_the_variables_of_training_and_not_the_policys(tmp_path: Path) -> None:
+    template = CHAT.replace("<s>", "<s>{{ style }} ")
+    path = Path(save_classifier(tmp_path, tiny_config("llama"), make_tokenizer(chat_template=template)))
+    prompt = Prompt("x", Conversation([{"role": "user", "content": "hi"}], template_kwargs={"style": "policy"}))
+    assert loaded(path).text(prompt, "yo", {}).startswith("<s> user")
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"reward_chat_template_kwargs": {"style": "trained"}}))
+    assert loaded(path).text(prompt, "yo", {}).startswith("<s>trained user")
 
 
 def test_prompts_are_checked_with_the_tokenizer_alone(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from helpers.cli import changed
+from helpers.cli import changed, write_config
 from helpers.doctor import PROMPTS, TURNS, ask, healthy, loaded, preferred, supervised, with_reward_model
 from helpers.reward_models import CHAT
 from helpers.training import write_rows
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.tools.doctor import DoctorContext, memory
+from remax_lightning.tools.doctor import DoctorContext, load_context, memory
+from remax_lightning.tools.doctor.registry import run_checks
 
 PLAIN = "{prompt}{response}{eos}"
 
@@ -59,9 +60,47 @@ def test_another_template_than_it_was_trained_with(tmp_path: Path) -> None:
 
 def test_a_chat_template_that_leaves_the_response_out(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template="<s>{{ messages[0]['content'] }}</s>")
-    found = ask(with_template(tmp_path, tokenizer=tokenizer), "reward_template")
+    path = write_config(tmp_path / "run.yaml", with_reward_model(healthy(tmp_path), tmp_path, tokenizer=tokenizer))
+    findings = {result.name: result for result in run_checks(load_context(["--config", path], num_prompts=4))}
+    assert findings["reward"].status == "fail"
+    assert "leaves out message 1 (role 'assistant')" in findings["reward"].measured
+
+
+def test_a_text_without_the_response(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(well.reward, "text", lambda prompt, response, row: f"<s>{prompt}</s>")
+    found = ask(well, "reward_template")
     assert found.status == "fail"
     assert "do not contain their response" in found.measured
+
+
+def in_other_place(prompt: str, response: str, row: dict[str, Any]) -> str:
+    """The response as the answer to a later question of the row, after the right one."""
+    return f"<s>user: {prompt}\nassistant: yes\nuser: {row.get('prompt', '')[::-1]}?\nassistant: {response}\n</s>"
+
+
+def to_other_question(prompt: str, response: str, row: dict[str, Any]) -> str:
+    """The row's column, whatever the policy has read."""
+    return f"<s>user: what else?\nassistant: {response}\n</s>"
+
+
+@pytest.mark.parametrize("text", [in_other_place, to_other_question])
+def test_a_response_that_answers_something_else(well: DoctorContext, monkeypatch: Any, text: Any) -> None:
+    monkeypatch.setattr(well.reward, "text", text)
+    found = ask(well, "reward_template")
+    assert found.status == "fail"
+    assert "do not have the last message of the prompt just before the response" in found.measured
+
+
+@pytest.mark.parametrize("column", ["prompt", "conversation"])
+def test_messages_in_any_column_reach_the_reward_model(tmp_path: Path, column: str) -> None:
+    config = with_reward_model(healthy(tmp_path), tmp_path)
+    make_tokenizer(chat_template=TURNS).save_pretrained(tmp_path / "policy")
+    start, other = [{"role": "system", "content": "be brief"}], [{"role": "user", "content": "what else?"}]
+    rows = ({column: [*start, {"role": "user", "content": prompt}], "messages": other} for prompt in PROMPTS)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    found = ask(loaded(tmp_path, config, data__init_args__prompt_column=column), "reward_template")
+    assert found.status == "pass", found
+    assert "reads '<s>system: be brief\\nuser: " in found.measured
 
 
 @pytest.mark.parametrize(

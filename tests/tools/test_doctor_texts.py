@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
+from helpers.chat_templates import with_turn_token
 from helpers.cli import changed
 from helpers.doctor import (
     ENDS,
@@ -189,6 +190,16 @@ def test_a_tokenizer_whose_eos_the_policy_does_not_name(tmp_path: Path) -> None:
     found = ask(loaded(tmp_path, healthy(tmp_path, ends=ENDS[1:])), "eos")
     assert found.status == "warn"
     assert "the tokenizer's 2 is not in generation_config" in found.measured
+
+
+@pytest.mark.parametrize(("ends", "status"), [(ENDS, "fail"), ((*ENDS, 83), "pass")])
+def test_a_chat_template_that_ends_turns_with_another_token(tmp_path: Path, ends: Any, status: str) -> None:
+    config = healthy(tmp_path, ends=ends)
+    write_rows(tmp_path / "rows.jsonl", ({"prompt": said(prompt)} for prompt in PROMPTS))
+    with_turn_token().save_pretrained(tmp_path / "policy")
+    found = ask(loaded(tmp_path, config), "eos")
+    assert found.status == status, found
+    assert ("the chat template ends a turn with '<turn>' (83)" in found.measured) == (status == "fail")
 
 
 @pytest.mark.parametrize(

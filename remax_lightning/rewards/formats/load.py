@@ -231,6 +231,16 @@ def _set_normalization(model: PreTrainedModel, config: Any, path: str, bias: flo
 
 def saved_template(source: ClassifierSource) -> str | None:
     """Return how a reward model's configuration says that prompt and response become its text, None if it does not."""
-    file = find_file(source.path, "config.json", source.revision)
-    template = None if file is None else json.loads(file.read_text()).get("reward_template")
+    template = _saved_setting(source, "reward_template")
     return template if isinstance(template, str) else None
+
+
+def saved_template_kwargs(source: ClassifierSource) -> dict[str, Any]:
+    """Return the variables of the chat template that a reward model was trained with."""
+    kwargs = _saved_setting(source, "reward_chat_template_kwargs")
+    return kwargs if isinstance(kwargs, dict) else {}
+
+
+def _saved_setting(source: ClassifierSource, name: str) -> Any:
+    file = find_file(source.path, "config.json", source.revision)
+    return None if file is None else json.loads(file.read_text()).get(name)

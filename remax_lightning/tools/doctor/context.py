@@ -96,7 +96,8 @@ class DoctorContext:
         strategy.connect(module)
         module.trainer = self.trainer
         strategy.setup_environment()
-        module.setup("fit")
+        with self._without_reward():
+            module.setup("fit")
         with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
             module.configure_model()
         precision.convert_module(module)
@@ -119,6 +120,8 @@ class DoctorContext:
     def load_reward(self) -> None:
         """Load the reward."""
         assert self.reward is not None
+        if hasattr(self.data, "prompt_forms"):
+            self.reward.check_prompts(self.data.prompt_forms())
         self.reward.load(self.module.device)
 
     # ---- What the checks read ----

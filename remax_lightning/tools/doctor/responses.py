@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from remax_lightning.data.chat_templates import ChatRenderer
 from remax_lightning.models.forward import eval_mode, language_model, model_inputs
 from remax_lightning.models.sampling_mask import apply_temperature
 from remax_lightning.rewards.pooling import pool_last_token
@@ -40,6 +41,13 @@ def check_eos(context: DoctorContext) -> Finding:
     if outside:
         fix = "correct eos_token_id in the policy's generation_config.json, or use the policy's tokenizer"
         return Finding("fail", f"EOS {_join_ids(outside)} is not among the policy's {vocabulary} tokens", fix)
+    if (other := _foreign_turn_end(context, ids)) is not None:
+        name = module.tokenizer.convert_ids_to_tokens(other)
+        fix = (
+            f"save the tokenizer with eos_token {name!r}, or add {other} to eos_token_id in generation_config.json:"
+            " rollouts go on after a token that ends a turn, up to the length limit"
+        )
+        return Finding("fail", f"the chat template ends a turn with {name!r} ({other}), which ends no response", fix)
     names = [f"{module.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ids[:MAX_SHOWN_IDS]]
     listing = ", ".join(names) + (f" and {len(ids) - MAX_SHOWN_IDS} more" if len(ids) > MAX_SHOWN_IDS else "")
     if isinstance(context.batch, PromptBatch):
@@ -65,6 +73,17 @@ def check_eos(context: DoctorContext) -> Finding:
         )
         return Finding("warn", f"{measured}; the tokenizer's {tokenizer_eos} is not in generation_config", fix, values)
     return Finding("pass", measured, "", values)
+
+
+def _foreign_turn_end(context: DoctorContext, eos_ids: list[int]) -> int | None:
+    """Return the token that the chat template of the prompts ends a turn with, if it is not among `eos_ids`."""
+    batch: Any = context.batch
+    if all(getattr(prompt, "conversation", None) is None for prompt in batch.prompts):
+        return None
+    tokenizer: Any = context.module.tokenizer
+    turn_end = ChatRenderer(tokenizer).turn_end
+    token = int(tokenizer.convert_tokens_to_ids(turn_end)) if turn_end else None
+    return None if token in eos_ids else token
 
 
 def _configured_eos_ids(policy: Any) -> list[int]:

@@ -110,7 +110,11 @@ def _answers_prompt(model: ClassifierReward, prompt: str, response: str, row: di
         last = content_text(conversation.messages[-1])
         messages = [*conversation.messages[:-1], {**conversation.messages[-1], "content": _PROBE}]
         probe = Prompt(_PROBE, conversation._replace(messages=messages))
-    _, has_probe, rest = model.text(probe, _PROBE_RESPONSE, row).rpartition(_PROBE)
+    try:  # without the row, so that nothing of it passes for a part of the template
+        probed = model.text(probe, _PROBE_RESPONSE, {})
+    except Exception:  # a reward of the user's own may need its columns
+        probed = model.text(probe, _PROBE_RESPONSE, row)
+    _, has_probe, rest = probed.rpartition(_PROBE)
     between, has_response, _ = rest.partition(_PROBE_RESPONSE)
     # Templates trim what they write: white space does not count.
     last, between, response, text, prompt = (
