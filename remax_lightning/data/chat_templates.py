@@ -109,14 +109,13 @@ class ChatRenderer:
                 " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
                 " template whose generation prompt begins as its assistant's turns do"
             )
-        text, content, end = whole[len(prompt) :], content_text(message), self.turn_end
-        if end and end in text:
-            text = text[: text.rindex(end) + len(end)]
-            while text.endswith(end + end):  # the data spells it out, too
-                text = text[: -len(end)]
-            return text
-        start = text.rfind(content) if content.strip() else -1
-        return text.rstrip() if start < 0 else text[: start + len(content)]
+        text, end = whole[len(prompt) :], self.turn_end
+        if not end or end not in text:
+            return text.removesuffix(self._turn_tail)
+        text = text[: text.rindex(end) + len(end)]
+        while text.endswith(end + end):  # the data spells it out, too
+            text = text[: -len(end)]
+        return text
 
     def response_ids(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of responses to imitate; each ends with the token that ends a turn.
@@ -144,15 +143,20 @@ class ChatRenderer:
     @cached_property
     def turn_end(self) -> str:
         """The special token that the template writes after a message of the assistant; empty where it writes none."""
+        tail = self._turn_tail
+        places = [(tail.find(token), -len(token), token) for token in special_tokens(self.tokenizer) if token in tail]
+        return min(places)[2] if places else ""
+
+    @cached_property
+    def _turn_tail(self) -> str:
+        """All that the template writes after the content of the last message, which is the assistant's."""
         marks = ("probe-of-the-user", "probe-of-the-assistant")
         messages = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant"), marks, strict=True)]
         try:
             text = self._render(Conversation(messages[:1]), messages)
         except DataError:  # a template for other conversations than these two messages
             return ""
-        tail = text.rpartition(marks[1])[2]
-        places = [(tail.find(token), -len(token), token) for token in special_tokens(self.tokenizer) if token in tail]
-        return min(places)[2] if places else ""
+        return text.rpartition(marks[1])[2]
 
     def _render(
         self,

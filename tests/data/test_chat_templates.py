@@ -246,6 +246,10 @@ def test_a_template_that_ends_turns_without_a_special_token(tmp_path: Path) -> N
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert response_of(template, assistant("yes"))[1] == "yes"
+    # Neither is an end that the tokenizer does not know, whatever else the template writes around the content.
+    unknown = THINKING.replace("</s>", "<|end|>")
+    for message in (assistant("yes", reasoning_content="hm"), assistant("<think>\nhm\n</think>\n\nyes")):
+        assert response_of(unknown, message)[1] == "hm\n</think>\n\nyes"
     rows = [{"prompt": [user("x")], "response": "yes\n"}]
     data = data_of(SFTDataModule, tmp_path, template, rows)
     (batch,) = list(data.train_dataloader())
