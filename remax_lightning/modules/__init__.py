@@ -1,4 +1,4 @@
-"""The LightningModules, one per stage, and the choices they take."""
+"""The LightningModules, one per stage, and their options."""
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.modules.remax import ReMaxModule

@@ -38,14 +38,14 @@ class ReMaxModule(PolicyModule):
     Args:
         policy: the language model that is trained.
         reward: scores responses.
-        reference: frozen model that the policy is kept close to, usually the policy's own start; needed where
-            `kl_coef` or `kl.loss_coef` is above 0. With `policy.lora` leave it out: the policy's start is then the
-            reference, on the policy's own weights, without a second copy of them.
+        reference: frozen model of the KL, usually the start of the policy; required if `kl_coef` or `kl.loss_coef` is
+            above 0. With `policy.lora` leave it out: the start of the policy is then the reference, without a second
+            copy of the weights.
         tokenizer: folder or hub name; None takes the policy's.
-        rollout: makes responses; None chooses the engine that fits the policy's architecture.
+        rollout: engine that generates responses; None chooses one for the architecture of the policy.
         sampling: how responses are sampled.
-        kl_coef: reward that a nat of KL costs. 0.05 is what the paper's scripts use.
-        kl: how the KL is estimated and charged.
+        kl_coef: reward per nat of KL that is subtracted. 0.05 as in the scripts of the paper.
+        kl: how the KL is estimated and used.
         advantage: how rewards become advantages.
         loss: how advantages become a loss.
         optimizer: AdamW by default.
@@ -88,12 +88,12 @@ class ReMaxModule(PolicyModule):
 
     @property
     def reward(self) -> Reward:
-        """What scores the responses."""
+        """The reward that scores responses."""
         return cast(Reward, self.worker.reward)
 
     @property
     def reference(self) -> PreTrainedModel | None:
-        """The reference's model; the policy's own where they share their weights."""
+        """The model of the reference; the policy itself if they share weights."""
         return None if self._reference is None else self._reference.model
 
     def configure_model(self) -> None:
@@ -104,7 +104,7 @@ class ReMaxModule(PolicyModule):
             self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
 
     def on_fit_start(self) -> None:
-        """Bring the frozen models to the device, plan the updates and check what only the whole run can tell."""
+        """Move frozen models to the device, plan the updates, and check settings that need the loaded models."""
         self._prepare()
         self._plans.clear()
         num_micro_batches = getattr(getattr(self.trainer, "datamodule", None), "num_micro_batches", None)
@@ -112,7 +112,7 @@ class ReMaxModule(PolicyModule):
             self.get_plan(num_micro_batches)
 
     def on_train_start(self) -> None:
-        """Check that no epoch ends within a rollout: only now is the length of an epoch known."""
+        """Check that no epoch ends within a rollout; the length of an epoch is known only now."""
         super().on_train_start()
         num_micro_batches = list(self._plans)
         self._plans.clear()
@@ -120,7 +120,7 @@ class ReMaxModule(PolicyModule):
             self.get_plan(number)
 
     def on_validation_start(self) -> None:
-        """Bring the frozen models to the device, and start an evaluation."""
+        """Move frozen models to the device, and start an evaluation."""
         self._prepare()
 
     on_test_start = on_validation_start
@@ -133,17 +133,17 @@ class ReMaxModule(PolicyModule):
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
         self.prepare_rollouts()
         if self._seed is None:
-            # Rank 0's seed, because that is what a checkpoint holds.
+            # The seed of rank 0, because a checkpoint holds that one.
             self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
         self.evaluator.prepare(self.trainer, self.policy, self._reference, self._seed)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
 
     def get_plan(self, num_micro_batches: int) -> UpdatePlan:
-        """Return the plan of rollout batches in so many micro-batches; made at fit start for our data modules.
+        """Return the plan for rollout batches of `num_micro_batches`; data modules have it at fit start.
 
         Raises:
-            UserError: if an optimizer step reaches into the next rollout, or the loss does not allow several updates.
+            UserError: if an optimizer step would span two rollouts, or the loss does not support several updates.
         """
         if num_micro_batches not in self._plans:
             self._plans[num_micro_batches] = self.objective.plan_update(
@@ -172,7 +172,7 @@ class ReMaxModule(PolicyModule):
         return self._report(loss, clip_fraction, experience, stats, active, batch.micro_batch_index)
 
     def _make_experience(self, batch: PromptBatch) -> Experience:
-        """Roll out, with everything that training on the rollout needs."""
+        """Make a rollout with everything that training on it needs."""
         plan = self.get_plan(batch.num_micro_batches)
         self._free_gradients()
         rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
@@ -186,10 +186,10 @@ class ReMaxModule(PolicyModule):
             experience = self._with_advantages(experience)  # A_t needs nothing of the policy
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
-        return experience  # what is still missing, the training pass gives
+        return experience  # advantages with a KL of a single update are computed in the training pass
 
     def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
-        """Add log pi_old(y_t), and with them the advantages that have a KL."""
+        """Add log pi_old(y_t), and the advantages that depend on a KL."""
         rollout = experience.rollout
         if rollout.log_probs is not None:
             return self._with_advantages(experience, PolicyStatistics(rollout.log_probs, rollout.log_probs, None))
@@ -197,7 +197,7 @@ class ReMaxModule(PolicyModule):
             active = experience.active_responses(plan.num_micro_batches)  # [S]
             size = len(rollout.reward) // plan.num_micro_batches
             stats = self.token_statistics(rollout, active, size)
-        # The training passes need the reference's hidden states again only for a loss over the vocabulary.
+        # Training passes need the hidden states of the reference only for a KL loss over the vocabulary.
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
         experience = experience._replace(rollout=rollout._replace(log_probs=stats.log_probs, reference_hidden=hidden))
         return self._with_advantages(experience, stats)
@@ -209,7 +209,7 @@ class ReMaxModule(PolicyModule):
     def token_statistics(
         self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
     ) -> PolicyStatistics:
-        """Return log-probs, entropies and, where it is needed, the full KL of the sampled tokens, each `[S, R]`."""
+        """Return log-probs, entropies and, if needed, the full KL of the sampled tokens, each `[S, R]`."""
         return policy_statistics(self.policy, rollout, self.worker.sampling, self.reference, active, batch_size)
 
     def _normalizer(self, experience: Experience, micro_batch_index: int) -> Tensor:
@@ -218,8 +218,8 @@ class ReMaxModule(PolicyModule):
         return experience.normalizers[micro_batch_index // accumulate] / (accumulate * self.trainer.world_size)
 
     def _free_gradients(self) -> None:
-        """Drop the gradients of the step before: Lightning would keep their memory through the rollout."""
-        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # drops its own
+        """Free the gradients of the last step, which Lightning would keep during the rollout."""
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # frees them itself
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
@@ -232,11 +232,11 @@ class ReMaxModule(PolicyModule):
         active: Tensor,
         micro_batch_index: int,
     ) -> StepOutput:
-        """Return what callbacks receive, and log the means of an optimizer step at its end."""
+        """Return the output for callbacks, and log means at the end of an optimizer step."""
         rollout = experience.rollout
         output = StepOutput(
             loss=loss,
-            rollout=rollout._replace(reference_hidden=None),  # a callback may hold outputs for long
+            rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs
             advantages=cast(Tensor, experience.advantages),
             kl=experience.kl,
             entropy=stats.entropy.detach(),
@@ -257,14 +257,14 @@ class ReMaxModule(PolicyModule):
     # Rollouts
 
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
-        """Sample, decode greedily and score; `count` rollouts of the stage were made before."""
+        """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
         greedy = stage == EVALUATION or self.objective.needs_greedy
         generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
         with raise_on_all_ranks(self.trainer):
             return self.worker.roll_out(self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs)
 
     def with_reference(self, rollout: Rollout) -> Rollout:
-        """Return `rollout` with the log-probs of its sampled tokens under the reference, where there is one."""
+        """Return `rollout` with the log-probs of its sampled tokens under the reference, if there is one."""
         if self._reference is None:
             return rollout
         kl = self.objective.kl_config
@@ -279,7 +279,7 @@ class ReMaxModule(PolicyModule):
     # Evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        """Evaluate sampled and greedy responses, with the same random numbers every time."""
+        """Evaluate sampled and greedy responses, with the same random numbers in every validation."""
         rollout = self.with_reference(self._roll_out(batch, EVALUATION, batch_idx))
         return self.evaluator.evaluate(rollout, self.token_statistics(rollout), self.kl_coef, batch_idx)
 
@@ -302,7 +302,7 @@ class ReMaxModule(PolicyModule):
         return predictions(self._roll_out(batch, EVALUATION, batch_idx))
 
     def settings(self) -> dict[str, Any]:
-        """Return what an evaluation depends on, ready for JSON."""
+        """Return the JSON-ready settings that an evaluation depends on."""
         reference = None if self.reference_source is None else self.reference_source.path
         return {
             "policy": self.policy_source.path,
@@ -316,7 +316,7 @@ class ReMaxModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the count of rollouts, and a rollout whose updates are not all done."""
+        """Save the number of rollouts, and an unfinished rollout."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["remax"] = {
             "seed": self._seed,

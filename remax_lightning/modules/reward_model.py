@@ -1,4 +1,4 @@
-"""The second stage: a reward model that learns from pairs of responses which of them is preferred."""
+"""The second stage: a reward model that learns from pairs of chosen and rejected responses."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 class RewardModelModule(BaseModule):
     """Trains a reward model on pairs of responses with the likelihood of Bradley and Terry.
 
-    It starts from any model with a sequence classifier in transformers: a language model gets a new score head. The
-    score is read at the last real token, and validation says what has to be subtracted and divided to give scores of
-    mean 0 and variance 1 on its pairs; the exported classifier scores so.
+    It starts from any model with a sequence classifier in transformers; a language model gets a new score head. The
+    score is read at the last real token. Validation measures mean and standard deviation of the scores, and the
+    exported classifier normalizes scores to mean 0 and variance 1 on the validation pairs.
 
     Args:
-        reward_model: where the model starts: a language model, such as the one of the supervised stage, or a reward
-            model in a format that `ClassifierReward` reads.
+        reward_model: the start: a language model, such as that of the supervised stage, or a reward model in a format
+            that `ClassifierReward` reads.
         tokenizer: folder or hub name; None takes the reward model's.
-        margin: what the score of a chosen response has to be ahead by, beside a row's own
+        margin: required difference of the scores of a pair, added to that of the row
             (`data.pair_columns.margin`).
         centering_coef: weight of the mean square of a pair's summed scores in the loss, which keeps scores around 0.
-            0.01 is its paper's choice; 0 leaves it out.
+            0.01 as in its paper; 0 turns it off.
         normalize: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step.
@@ -109,7 +109,7 @@ class RewardModelModule(BaseModule):
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def on_fit_start(self) -> None:
-        """Find out where the score is read, and check what only the whole run can tell."""
+        """Choose where the score is read, and check settings that need the loaded model."""
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
         checks.check_text_length(self.reward_model, longest)
         self.constants.restore()
@@ -128,7 +128,7 @@ class RewardModelModule(BaseModule):
     # Training
 
     def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Return the `[B]` float32 scores of chosen and rejected responses, made in one pass of the model."""
+        """Return the `[B]` float32 scores of chosen and rejected responses, from one forward pass."""
         assert self._pooling is not None
         pad_id = int(self.tokenizer.pad_token_id or 0)
         input_ids, mask = _join_pairs(batch, pad_id)
@@ -136,12 +136,14 @@ class RewardModelModule(BaseModule):
         return chosen, rejected
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Take the negative log-likelihood of the preferences; a mean over pairs, so that micro-batches add up."""
+        """Return the negative log-likelihood of the preferences, a mean over pairs."""
         chosen, rejected = self.scores(batch)
         margin = batch.margin + self.margin
         loss = bradley_terry_loss(chosen, rejected, len(chosen), margin, self.centering_coef)
-        ahead = (chosen - rejected).detach()
-        self._training.add({"loss": (loss, None), "accuracy": ((ahead > 0).float(), None), "margin": (ahead, None)})
+        difference = (chosen - rejected).detach()  # [B]
+        self._training.add(
+            {"loss": (loss, None), "accuracy": ((difference > 0).float(), None), "margin": (difference, None)}
+        )
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             reduce = partial(sum_tensor_over_ranks, self.trainer)
             for name, mean in self._training.means(reduce).items():
@@ -157,7 +159,7 @@ class RewardModelModule(BaseModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Measure the pairs of all ranks, and remember what normalizes their scores."""
+        """Log the metrics of the pairs of all ranks, and keep the normalization of their scores."""
         self._log_pair_metrics("val")
 
     def on_test_epoch_end(self) -> None:
@@ -176,11 +178,11 @@ class RewardModelModule(BaseModule):
     def _set_normalization(self, scores_of_pairs: PairScores) -> None:
         mean, std = scores_of_pairs.moments()
         if std == 0:
-            rank_zero_warn("All scores on the validation pairs are equal, so that they cannot be normalized.")
+            rank_zero_warn("All scores on the validation pairs are equal, so they cannot be normalized.")
         self._normalization, self._normalized_at = Normalization(mean, std or 1.0), self.global_step
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return every pair with its scores, normalized as the last validation says."""
+        """Return every pair with its scores, normalized by the last validation."""
         predictions = []
         for i, (chosen, rejected) in enumerate(zip(*(scores.tolist() for scores in self.scores(batch)), strict=True)):
             scores = {"chosen_reward": chosen, "rejected_reward": rejected}
@@ -192,9 +194,9 @@ class RewardModelModule(BaseModule):
     # Saving
 
     def exported(self) -> ExportSpec:
-        """Return what is saved as the reward model; every rank has to ask.
+        """Return the reward model to export; every rank has to call this.
 
-        If the last validation was of other weights, the validation pairs are scored again.
+        If the weights have changed since the last validation, the validation pairs are scored again.
         """
         if self.normalize and self._normalized_at != self.global_step:
             self._score_validation_pairs()
@@ -229,12 +231,12 @@ class RewardModelModule(BaseModule):
             self._set_normalization(scores_of_pairs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what normalizes the scores, too."""
+        """Also save the normalization of the scores."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["score_normalization"] = {**self._normalization._asdict(), "step": self._normalized_at}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what normalizes the scores."""
+        """Restore the normalization of the scores."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("score_normalization")
         if state is not None:
@@ -243,10 +245,10 @@ class RewardModelModule(BaseModule):
 
 
 def _join_pairs(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask `[2B, T]` of the chosen and then the rejected conversations, padded on the right alone.
+    """Return ids and mask `[2B, T]` of the chosen and then the rejected conversations, padded on the right.
 
-    Padding that is there already, on either side, goes: positions then count from 0 in every architecture, and a score
-    does not depend on what else is in the batch.
+    Existing padding on either side is moved to the right. Positions then start at 0 in every architecture, and a score
+    does not depend on the batch.
     """
     rows, masks = (batch.chosen_ids, batch.rejected_ids), (batch.chosen_mask, batch.rejected_mask)
     width = max(tensor.shape[1] for tensor in rows)

@@ -1,4 +1,4 @@
-"""The first stage: supervised fine-tuning of the policy on responses to imitate."""
+"""The first stage: supervised fine-tuning of the policy on the responses of a data set."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ MAX_LOSS = 700.0
 class SFTModule(PolicyModule):
     """Fine-tunes a policy on the responses of a data set; the loss is over response tokens only.
 
-    It is a mean over the response tokens of the whole optimizer step, over all ranks, so that the gradient does not
-    depend on how the step is split.
+    It is a mean over the response tokens of the whole optimizer step on all ranks, so the gradient does not depend on
+    micro-batches.
 
     Args:
         policy: the language model that is trained.
-        reward: if given, validation also scores the policy's greedy and sampled responses with it.
+        reward: if set, validation also generates responses and scores them.
         tokenizer: folder or hub name; None takes the policy's.
-        packing: put several examples into a row in training, without padding; the loss is the same, in less time.
-        rollout: makes responses in validation; None chooses the engine that fits the policy's architecture.
-        sampling: how they are sampled.
+        packing: pack several examples into a row in training, without padding. The loss is the same and training is
+            faster.
+        rollout: engine that generates responses in validation; None chooses one for the architecture of the policy.
+        sampling: how responses are sampled in validation.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step.
     """
@@ -61,7 +62,7 @@ class SFTModule(PolicyModule):
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
 
     def on_fit_start(self) -> None:
-        """Load what scoring needs, and see whether the policy can be packed and learns where to end.
+        """Prepare rollouts, find how to pack examples for this policy, and check the ends of responses.
 
         Raises:
             UserError: if the responses of the data end with a token that ends no response of the policy.
@@ -72,7 +73,7 @@ class SFTModule(PolicyModule):
             self._packing_mode = find_packing_mode(self.policy)
 
     def on_validation_start(self) -> None:
-        """Load what scoring needs."""
+        """Prepare rollouts."""
         self.constants.restore()
         self.prepare_rollouts()
 
@@ -88,7 +89,7 @@ class SFTModule(PolicyModule):
         return response_statistics(self.policy, prompt, responses).log_probs[mask]
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Take the negative log-likelihood of the responses."""
+        """Return the negative log-likelihood of the responses."""
         nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
         reduce = partial(sum_tensor_over_ranks, self.trainer)
         local_tokens = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
@@ -101,7 +102,7 @@ class SFTModule(PolicyModule):
         return {"loss": loss}
 
     def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Measure the loss on held-out responses and, with a reward, the policy's own responses."""
+        """Measure the loss on held-out responses and, with a reward, the responses of the policy."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""A rollout with what training on it needs, and the buffer that hands it out one micro-batch at a time."""
+"""A rollout with everything that training needs, and a buffer that returns it one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from remax_lightning.types import PromptBatch, Responses, Rollout
 
 
 class Experience(NamedTuple):
-    """A rollout with what the training passes over it need.
+    """A rollout with everything that the training passes need.
 
     Args:
         rollout: `B` prompts with their responses and scores.
-        normalizers: `[U]` what the loss of each of the `U` updates on this rollout is divided by, over all ranks.
-        advantages: `[S, R]`, or None where the training pass makes them (one update per rollout, with a KL).
-        kl: `[S, R]` KL estimate that entered the advantages, or None likewise, and where no KL enters.
+        normalizers: `[U]` divisor of the loss of each of the `U` updates on this rollout, over all ranks.
+        advantages: `[S, R]`; None if the training pass computes them (one update per rollout, with a KL).
+        kl: `[S, R]` KL estimate in the advantages; None before they are computed, and without a KL.
     """
 
     rollout: Rollout
@@ -38,8 +38,8 @@ class Experience(NamedTuple):
     def active_responses(self, num_micro_batches: int = 1) -> Tensor:
         """Return `[S]` bool, True on the responses that training has to run.
 
-        One whose advantages are all 0 has no gradient unless a KL enters. At least one of each micro-batch stays:
-        backward hooks reduce gradients over ranks, and every rank has to meet them.
+        Without a KL, a response whose advantages are all 0 has no gradient. At least one response of each micro-batch
+        is active, because the backward pass reduces gradients over ranks.
         """
         if self.advantages is None or self.rollout.reference_log_probs is not None:
             return torch.ones_like(self.rollout.reward, dtype=torch.bool)
@@ -49,13 +49,13 @@ class Experience(NamedTuple):
 
 
 class RolloutBuffer:
-    """Holds the rollout that is being trained on; empty between two rollouts, in memory and in checkpoints."""
+    """Holds the rollout that is trained on; empty between two rollouts."""
 
     def __init__(self) -> None:
         self._experience: Experience | None = None
 
     def fill(self, experience: Experience) -> None:
-        """Replace what is held by a new rollout."""
+        """Replace the content by a new rollout."""
         self._experience = experience
 
     def micro_batch(self, index: int) -> Experience:
@@ -92,7 +92,7 @@ class RolloutBuffer:
         return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take the rollout of a checkpoint, also of one that version 0.1 saved."""
+        """Restore the rollout of a checkpoint, also of version 0.1."""
         if state is None:
             self._experience = None
             return
@@ -104,7 +104,7 @@ class RolloutBuffer:
 
 
 _OLD_NAMES = {"normalisers": "normalizers", "split": "micro_batch_index", "num_splits": "num_micro_batches"}
-"""What version 0.1 called the parts of a state."""
+"""Names of version 0.1 and their new names."""
 
 
 def _rename_old_keys(state: dict[str, Any]) -> dict[str, Any]:

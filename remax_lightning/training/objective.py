@@ -1,4 +1,4 @@
-"""From a rollout and log-probs to a loss: the configured choices put to the functions of `functional`."""
+"""The loss of a rollout: applies the configuration to the functions of `functional`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from remax_lightning.types import Rollout
 
 
 class UpdatePlan(NamedTuple):
-    """How a rollout is trained on. It follows from the configuration alone, so it is made once and can be shown.
+    """How a rollout is trained on. It depends on the configuration only.
 
     Args:
         num_micro_batches: training passes per rollout batch.
         updates_per_rollout: optimizer steps per rollout batch, `U`.
         has_kl: whether a KL to the reference enters advantages or loss.
-        needs_old_log_probs: whether training needs the policy's log-probs from before its first update: for the ratio
-            of several updates, and to whiten advantages with a KL over all micro-batches.
-        old_log_probs_from_rollout: whether those are the ones that decoding made; otherwise a pass without gradients.
+        needs_old_log_probs: whether training needs log-probs of the policy before its first update: for the ratio of
+            several updates, or to whiten advantages with a KL over all micro-batches.
+        old_log_probs_from_rollout: whether these come from decoding; otherwise from a pass without gradients.
     """
 
     num_micro_batches: int
@@ -49,7 +49,7 @@ class UpdatePlan(NamedTuple):
 
 
 class Objective:
-    """The loss of ReMax in the variant that the configuration asks for; holds choices, no state."""
+    """The loss of ReMax in the configured variant; has no state."""
 
     def __init__(self, kl: KLConfig, advantage: AdvantageConfig, loss: LossConfig, num_samples: int) -> None:
         if advantage.baseline in ("leave_one_out", "group_mean") and num_samples < 2:
@@ -91,7 +91,7 @@ class Objective:
         has_reference: bool,
         num_batches: int | float = math.inf,
     ) -> UpdatePlan:
-        """Return how rollouts are trained on.
+        """Return the plan of the updates on a rollout.
 
         Args:
             num_micro_batches: training passes per rollout batch.
@@ -101,7 +101,7 @@ class Objective:
             num_batches: training passes per epoch, as far as known.
 
         Raises:
-            UserError: if an optimizer step reaches into the next rollout, or the loss does not allow several updates.
+            UserError: if an optimizer step would span two rollouts, or the loss does not support several updates.
         """
         updates = updates_per_rollout(num_micro_batches, accumulate, self.loss_config.kind, num_batches)
         has_kl = self.uses_kl(kl_coef) and has_reference
@@ -127,7 +127,7 @@ class Objective:
         Args:
             log_probs: `[S, R]` of the policy.
             rollout: the responses.
-            full_kl: `[S, R]` KL over the vocabulary; needed where the configuration says `full`.
+            full_kl: `[S, R]` KL over the vocabulary; needed for `full`.
         """
         if rollout.reference_log_probs is None:
             return None
@@ -143,17 +143,17 @@ class Objective:
     ) -> Tensor:
         """Return `[S, R]` advantages of the trained tokens; `reduce` sums a tensor over ranks."""
         config = self.advantage_config
-        charged = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
+        uses_kl = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
         return remax_advantages(
             rollout.reward,
             self.loss_mask(rollout),
             num_samples=rollout.num_samples,
             baseline=config.baseline,
             baseline_reward=rollout.baseline_reward if config.baseline == "greedy" else None,
-            kl=kl if charged else None,
-            kl_coef=kl_coef if charged else 0.0,
-            kl_credit=self.kl_config.credit if charged else "none",
-            kl_in_baseline=self.kl_config.in_baseline and charged,
+            kl=kl if uses_kl else None,
+            kl_coef=kl_coef if uses_kl else 0.0,
+            kl_credit=self.kl_config.credit if uses_kl else "none",
+            kl_in_baseline=self.kl_config.in_baseline and uses_kl,
             gamma=config.gamma,
             reward_clip=config.reward_clip,
             reward_clip_at=config.reward_clip_at,
@@ -171,14 +171,14 @@ class Objective:
     ) -> Experience:
         """Return `experience` with its advantages, A_t = r - b - beta * sum_{s>=t} kl_s by default.
 
-        Nothing changes where it has them already, from before the training pass.
+        Advantages that exist already are kept.
 
         Args:
             experience: a rollout, or a micro-batch of one.
             kl_coef: beta.
             reduce: sums a tensor over ranks.
-            log_probs: `[S, R]` of the policy; None where no KL enters.
-            full_kl: `[S, R]` KL over the vocabulary; needed where the configuration says `full`.
+            log_probs: `[S, R]` of the policy; None without a KL.
+            full_kl: `[S, R]` KL over the vocabulary; needed for `full`.
         """
         if experience.advantages is not None:
             return experience
@@ -187,7 +187,7 @@ class Objective:
         return experience._replace(advantages=advantages, kl=kl)
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
-        """Return `[U]` what the loss of each update is divided by on this rank: trained tokens, or responses."""
+        """Return `[U]` the divisor of the loss of each update on this rank: trained tokens, or responses."""
         counted = self.loss_mask(rollout)  # [S, R]
         if self.loss_config.normalizer == "responses":
             counted = torch.ones_like(counted[:, :1])
@@ -205,9 +205,8 @@ class Objective:
         Args:
             log_probs: `[S, R]` of the policy now, differentiable.
             experience: the micro-batch, with its advantages.
-            normalizer: what the sum over tokens is divided by, N; the micro-batch's own tokens take its place where
-                the configuration says `micro_batch`.
-            full_kl: `[S, R]` KL over the vocabulary, differentiable; needed where the configuration says `full`.
+            normalizer: divisor of the sum over tokens, N; `micro_batch` uses the tokens of the micro-batch instead.
+            full_kl: `[S, R]` KL over the vocabulary, differentiable; needed for `full`.
         """
         rollout, advantages = experience.rollout, cast(Tensor, experience.advantages)
         mask, config = self.loss_mask(rollout), self.loss_config
@@ -218,7 +217,7 @@ class Objective:
         if config.kind == "reinforce":
             loss = reinforce_loss(log_probs, advantages, mask, normalizer)
         else:
-            # On the first update the policy is the one that sampled: its own log-probs are the old ones.
+            # In the first update the policy is the one that sampled, so its log-probs are the old ones.
             old = log_probs.detach() if rollout.log_probs is None else rollout.log_probs
             loss, clip_fraction = clipped_surrogate_loss(
                 log_probs, old, advantages, mask, normalizer, config.clip_range, config.dual_clip
