@@ -1,4 +1,4 @@
-"""How hidden states become logits, and which of these a distribution is over."""
+"""From hidden states to logits, and the mask of the sampled distribution."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SamplingMask: TypeAlias = Callable[[Tensor], Tensor]
-"""Makes of `[M, V]` logits over the temperature a mask, True on the tokens that may be drawn."""
+"""Function from `[M, V]` logits, divided by the temperature, to a bool mask, True on tokens that can be sampled."""
 
 
 class OutputHead(NamedTuple):
-    """How a model makes logits of hidden states: `x = scale * (weight @ hidden + bias)`, then `cap * tanh(x / cap)`.
+    """How a model computes its logits: `x = scale * (weight @ hidden + bias)`, then `cap * tanh(x / cap)`.
 
     Args:
         weight: `[V, D]` output embedding.
@@ -32,7 +32,7 @@ class OutputHead(NamedTuple):
 def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None) -> Tensor:
     """Return `[M, V]` logits with minus infinity on the tokens that `sampling_mask` leaves out; never on `ids`, `[M]`.
 
-    Rounding, or an update since a token was drawn, may put it outside of the mask; its log-prob must stay finite.
+    A sampled token may be outside of the mask after rounding or an update; its log-prob must stay finite.
     """
     if sampling_mask is None:
         return logits
@@ -41,7 +41,7 @@ def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None)
 
 
 class LogitTransform(NamedTuple):
-    """What of the way from hidden states to logits is no tensor."""
+    """The settings of the computation from hidden states to logits that are not tensors."""
 
     scale: float
     soft_cap: float | None
@@ -54,18 +54,18 @@ class LogitTransform(NamedTuple):
     def from_head(
         cls, head: OutputHead, temperature: float, dtype: torch.dtype, sampling_mask: SamplingMask | None = None
     ) -> LogitTransform:
-        """Return that of a head, in the dtype of the product that autocast asks for."""
+        """Return the transform of a head, with the product in the dtype of autocast."""
         product_dtype, device = head.weight.dtype, head.weight.device.type
         if product_dtype != torch.float64 and torch.is_autocast_enabled(device):
             product_dtype = torch.get_autocast_dtype(device)
         return cls(head.scale, head.soft_cap, temperature, product_dtype, dtype, sampling_mask)
 
     def cast_weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return them in the dtype of the product."""
+        """Return weight and bias in the dtype of the product."""
         return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return logits over the temperature, a new tensor."""
+        """Return logits divided by the temperature, as a new tensor."""
         logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)  # [M, V]
         if self.scale != 1:
             logits.mul_(self.scale)
@@ -84,7 +84,7 @@ class LogitTransform(NamedTuple):
         return log_probs, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
 
     def product_gradient(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
-        """Turn the gradient of the log-softmax's input into that of the matrix product; writes into it."""
+        """Return the gradient of the matrix product from that of the log-softmax input, in place."""
         if slope is not None:
             gradient.mul_(slope)
         factor = self.scale / self.temperature

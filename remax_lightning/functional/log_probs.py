@@ -1,7 +1,7 @@
-"""Log-probs of given tokens, and entropy and KL of the distributions that they come from.
+"""Log-probs of tokens, and entropy and KL of their distributions.
 
-From logits where these are there anyway, and from hidden states and the output embedding where they are not: then a
-few tokens' logits at a time, in the backward pass too, so that no tensor of tokens times vocabulary is ever alive.
+They are computed from logits, or from hidden states and the output head. The latter computes the logits of a few tokens
+at a time, also in the backward pass, so that no tensor of all tokens times the vocabulary exists.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from remax_lightning.functional._checks import check_argument, check_shape, comp
 from remax_lightning.functional.lm_head import LogitTransform, OutputHead, SamplingMask, mask_logits
 
 LOGITS_AT_ONCE = 2**24
-"""How many logits are alive at once unless the caller says otherwise: 64 MiB in float32, 128 tokens of a vocabulary of
-131,072. Two to three tensors of this size are what the pass needs beside its inputs and gradients, and what finding the
-kept tokens needs where there is truncation: top-p sorts, which is four more."""
+"""Default number of logits that exist at once: 64 MiB in float32, 128 tokens of a vocabulary of 131,072. A pass needs
+two to three tensors of this size besides its inputs and gradients; truncation by top-p sorts, which needs four more."""
 
 
 class TokenStatistics(NamedTuple):
-    """What a training pass needs to know of each response token.
+    """Statistics of each response token in a training pass.
 
     Args:
         log_probs: `[S, R]` log-probs of the given tokens in nats, differentiable.
@@ -34,13 +33,13 @@ class TokenStatistics(NamedTuple):
 
 
 class PolicyStatistics(NamedTuple):
-    """`TokenStatistics`, and how far the whole distribution is from the reference's.
+    """`TokenStatistics` and the KL of the whole distribution to the reference.
 
     Args:
         log_probs: `[M]` or `[S, R]` log-probs of the given tokens in nats, differentiable.
         entropy: of the same shape, entropy of the policy at that position in nats, detached.
         kl: of the same shape, KL(policy || reference) over the vocabulary at that position in nats, differentiable;
-            None where no reference was given.
+            None without a reference.
     """
 
     log_probs: Tensor
@@ -89,22 +88,21 @@ def hidden_statistics(
     sampling_mask: SamplingMask | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyStatistics:
-    """Return what `token_statistics` does, and the KL to a reference, without a tensor of all logits.
+    """Return the same as `token_statistics`, and the KL to a reference, without a tensor of all logits.
 
-    Forward and backward make the logits of as many tokens as `logits_at_once` allows and forget them again; for that
-    the backward pass makes a third matrix product. Where they all fit, the log-probs made of them are kept instead.
-    Logits are made in the weight's dtype (autocast's inside of autocast), as a model makes them, everything after that
-    in float32.
+    Forward and backward compute the logits of as many tokens as `logits_at_once` allows and free them again, which
+    costs a third matrix product in the backward pass. If all logits fit, their log-probs are saved instead. Logits are
+    computed in the dtype of the weight (or of autocast), as in the model, and everything else in float32.
 
     Args:
         hidden: `[M, D]` final hidden states, those that predict `ids`.
-        head: makes logits of them.
+        head: computes logits from them.
         ids: `[M]` token ids.
         temperature: divides the logits, also those of the reference, after scale and soft cap.
         reference: `[M, D']` final hidden states of the reference for the same tokens, and its head; gets no gradient.
         sampling_mask: says which tokens the policy's distribution is over, `ids` always among them; None for all. A
             constant to the gradient. The reference keeps all of its tokens, so that the KL is finite.
-        logits_at_once: bound of tokens times vocabulary, at least one token.
+        logits_at_once: maximum of tokens times vocabulary; at least one token is processed.
 
     Returns:
         `[M]` float32 (float64 for float64), differentiable in `hidden`, `head.weight` and `head.bias`.
@@ -137,7 +135,7 @@ def hidden_statistics(
 
 
 class _HiddenStatistics(torch.autograd.Function):
-    """Log-prob, entropy and, beside a reference, KL per token; backward makes logits again that did not fit at once."""
+    """Log-prob, entropy and, with a reference, KL per token; backward recomputes logits that did not fit at once."""
 
     @staticmethod
     def forward(
@@ -166,12 +164,12 @@ class _HiddenStatistics(torch.autograd.Function):
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if reference_logits is not None and kl is not None:
                     kl[part] = reference_logits.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
-                # Tokens that cannot come have no entropy, where 0 * -inf would be NaN.
+                # Impossible tokens have no entropy; 0 * -inf would be NaN.
                 entropy[part] = (
                     -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
                 )
                 saved_log_softmax = log_softmax if keep else None
-                del log_softmax  # or it would be alive beside the next chunk's
+                del log_softmax  # free it before the next chunk
         ctx.transform, ctx.reference_transform, ctx.rows = transform, reference_transform, rows
         ctx.save_for_backward(
             hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax
@@ -214,14 +212,14 @@ class _HiddenStatistics(torch.autograd.Function):
                 gradient = (log_softmax.exp_() if saved_log_softmax is None else log_softmax.exp()).mul_(weights)
                 gradient.scatter_add_(-1, ids[part, None], grad_log_probs[part, None])
                 product = transform.product_gradient(gradient, slope)  # [rows, V], of the matrix product
-                del log_softmax, slope, weights, gradient  # or they would be alive beside what is next
+                del log_softmax, slope, weights, gradient  # free them before the next product
                 gradient_sums.add(part, product, head[0])
                 del product
         return (*gradient_sums.gradients(), *7 * [None])
 
 
 class _ReferenceLogits(NamedTuple):
-    """The reference's side of a KL."""
+    """The log-probs of the reference in a KL."""
 
     hidden: Tensor
     weight: Tensor
@@ -244,7 +242,7 @@ class _ReferenceLogits(NamedTuple):
 
 
 class _GradientSums:
-    """The gradients that are asked for, added up over the chunks; float32 for a 16-bit weight too."""
+    """Sums of the requested gradients over the chunks, in float32 also for a 16-bit weight."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], dtype: torch.dtype
@@ -255,7 +253,7 @@ class _GradientSums:
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
 
     def add(self, rows: slice, gradient: Tensor, weight: Tensor) -> None:
-        """Add what the `[rows, V]` gradient of the matrix product with `weight` gives."""
+        """Add the contribution of the `[rows, V]` gradient of the matrix product with `weight`."""
         if self.hidden is not None:
             self.hidden[rows] = (gradient @ weight).to(self.hidden.dtype)
         if self.bias is not None:
