@@ -40,8 +40,8 @@ demo: $(VENV)/.installed ## train a tiny policy with ReMax on this machine, in m
 pipeline: $(VENV)/.installed ## supervise, learn a reward, align, evaluate and report on this machine, in minutes
 	$(BIN)/remax pipeline
 
-# A file's tests stay on one worker, so that its fixtures run once: tests/conftest.py makes the groups.
-PYTEST_OPTIONS := --numprocesses auto --dist loadgroup
+# A file's tests stay on one worker, so that its fixtures run once; tests/conftest.py puts some files together.
+PYTEST_OPTIONS := --numprocesses auto --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test: $(VENV)/.installed-test ## run the suite, one representative of each matrix

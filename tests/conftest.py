@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,32 @@ import torch
 TESTS = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests on one worker with its fixtures, and all tests on several ranks on one with their processes.
+
+    Not by marks of groups: xdist 3.8 loses them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "ranks" if launches_ranks(path) else path
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@cache
+def launches_ranks(path: str) -> bool:
+    """Whether a file of tests, named from the root, uses the processes of `helpers/ranks.py`."""
+    return "from helpers.ranks import" in (TESTS.parent / path).read_text(encoding="utf-8")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what only `make test-all` runs, and what has to run on the same worker of xdist."""
+    """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
     from exhaustive import is_exhaustive, unmatched, without_representative
 
-    for item in items:
-        # A file's tests share its fixtures, and all tests on several ranks the processes of `helpers/ranks.py`.
-        on_ranks = hasattr(getattr(item, "module", None), "launch")
-        item.add_marker(pytest.mark.xdist_group("ranks" if on_ranks else str(item.path)))
     names = [(item.path.relative_to(TESTS).as_posix(), item.name) for item in items]
     for item, (path, name) in zip(items, names, strict=True):
         if is_exhaustive(path, name):
