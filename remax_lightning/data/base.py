@@ -129,6 +129,13 @@ class TextDataModule(LightningDataModule, ABC):
                     forms.setdefault(form, examples[index].prompt)
         return list(forms.values())
 
+    def turn_end_id(self) -> int | None:
+        """Return the token that the chat template ends a turn with; None where it writes none, or no row is a chat."""
+        if all(prompt.conversation is None for prompt in self.prompt_forms()):
+            return None
+        turn_end = self.formatter.renderer.turn_end
+        return int(cast(int, self.tokenizer.convert_tokens_to_ids(turn_end))) if turn_end else None
+
     def prepare_data(self) -> None:
         """Download what lies on the hub, in one process per machine; nothing is kept on the module."""
         _ = self.tokenizer
@@ -330,6 +337,11 @@ class TextDataModule(LightningDataModule, ABC):
         stop_at_error = self.loading.on_bad_row == "error"
         examples = prepare(rows, recipe, content=content, key=key, stop_at_error=stop_at_error)
         self._examples_prepared(examples)
+        if self.loading.chat_template_kwargs and examples.chat_kinds() == {False}:
+            raise UserError(
+                f"data.loading.chat_template_kwargs is for messages, but {rows.source} has text in column"
+                f" {self.prompt_column!r}; remove the key, or give messages"
+            )
         return examples
 
     def _preparation_options(self) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,10 @@ from remax_lightning.types import Conversation, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+"""A list of messages that something has printed, in JSON or as Python does."""
 
 
 class PromptFormatter:
@@ -66,6 +72,11 @@ class PromptFormatter:
             raise DataError(f"{where}: column {self.column!r} must be text or messages, got {type(value).__name__}")
         elif not value.strip():
             raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
+        elif _MESSAGES_AS_TEXT.match(value):
+            raise DataError(
+                f"{where}: column {self.column!r} holds messages written as text, as CSV does; save them as a list, in"
+                " JSON lines or Parquet, or the policy would read brackets and quotes"
+            )
         else:
             prompt = Prompt(value if self.template is None else self._fill(row, value, where))
         self._check(prompt, row, where)
@@ -209,7 +220,9 @@ class _ColumnFormatter(string.Formatter):
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:  # noqa: ARG002 - the signature is given
         value = kwargs[field_name]
-        return "" if value is None else value, field_name  # null is empty, as it is in CSV, and not the word None
+        # null is empty, as it is in CSV, and not the word None; pandas writes it as NaN
+        is_null = value is None or (isinstance(value, float) and math.isnan(value))
+        return "" if is_null else value, field_name
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,7 @@ from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.rollout.generation_config import log_ignored_settings
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
-from remax_lightning.training.config_checks import check_policy, check_quantization
+from remax_lightning.training.config_checks import check_policy, check_quantization, warn_of_turn_end
 from remax_lightning.training.worker import RolloutWorker
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class PolicyModule(BaseModule):
         """Prepare the worker: stop strings, EOS tokens, and the reward on the device."""
         if self.worker.device != self.device:
             log_ignored_settings(self.policy, self.sampling)
+            warn_of_turn_end(self.tokenizer, self.eos_ids(), getattr(self.trainer, "datamodule", None))
         self.worker.prepare(self.tokenizer, self.eos_ids(), self.device)
 
     def configure_model(self) -> None:

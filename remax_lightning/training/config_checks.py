@@ -221,3 +221,21 @@ def check_response_ends(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[in
             f" end at {ends}: it would learn to write a token that ends nothing. Save the tokenizer with eos_token"
             f" {token!r}, or add {others[0]} to eos_token_id in the policy's generation_config.json"
         )
+
+
+def warn_of_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], data: Any) -> None:
+    """Warn where the chat template of the prompts ends a turn with a token that rollouts do not end at.
+
+    Args:
+        tokenizer: the policy's.
+        eos_ids: the tokens that end a response in rollouts.
+        data: the data module; one without `turn_end_id` is not looked at.
+    """
+    find = getattr(data, "turn_end_id", None)
+    token = None if find is None else find()
+    if token is not None and token not in eos_ids:
+        rank_zero_warn(
+            f"The chat template ends a turn with {tokenizer.convert_ids_to_tokens(token)!r} ({token}), which ends no"
+            " response of the policy: one that was trained with it goes on writing up to the length limit. Save the"
+            f" tokenizer with it as eos_token, or add {token} to eos_token_id in the policy's generation_config.json."
+        )

@@ -92,6 +92,14 @@ def test_null_is_nowhere_the_word() -> None:
     assert prompt(template, filled) == "<s>user\nx</s>\n<s>assistant\n"
     texts = PromptFormatter(make_tokenizer(), template="{prompt}|{input}|{n}")
     assert texts.text({"prompt": "Sort.", "input": None, "n": 0}, "here") == "Sort.||0"
+    assert texts.text({"prompt": "Sort.", "input": float("nan"), "n": None}, "here") == "Sort.||"
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_that_were_printed_are_no_prompt(write: Any) -> None:
+    with pytest.raises(DataError, match="here: column 'prompt' holds messages written as text"):
+        formatter(KNOWN_ROLES).text({"prompt": write([user("Hi")])}, "here")
+    assert formatter(KNOWN_ROLES).text({"prompt": "[{1, 2}]"}, "here") == "[{1, 2}]"
 
 
 # Tools and variables
@@ -137,6 +145,12 @@ def test_variables_of_the_template() -> None:
     for name, message in (("enable_thinkin", "has no variable 'enable_thinkin'"), ("tokenize", "'tokenize' is set")):
         with pytest.raises(UserError, match=rf"data\.loading\.chat_template_kwargs: .*{message}"):
             formatter(THINKING, template_kwargs={name: 1})
+
+
+def test_variables_are_for_messages(tmp_path: Path) -> None:
+    loading = LoadingConfig(chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(UserError, match=r"data\.loading\.chat_template_kwargs is for messages, but .* has text"):
+        data_of(PromptDataModule, tmp_path, THINKING, [{"prompt": "plain"}], loading=loading)
 
 
 def test_variables_reach_every_stage(tmp_path: Path) -> None:

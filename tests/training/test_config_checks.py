@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
+from helpers.chat_templates import with_turn_token
 from helpers.training import fit, make_trainer, prompt_data, remax_module, save_policy
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine, WarmupLinear
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.training.config_checks import updates_per_rollout
+from remax_lightning.training.config_checks import updates_per_rollout, warn_of_turn_end
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.resume import select_rank_state
 
@@ -165,3 +168,15 @@ def test_a_half_used_rollout_of_other_processes_is_refused(tmp_path: Path) -> No
     assert select_rank_state([None, None], trainer) is None
     assert select_rank_state(None, trainer) is None  # as 0.1.0 saved it
     assert select_rank_state([{"part": 1}], trainer) == {"part": 1}
+
+
+def test_a_turn_end_that_ends_no_response_is_told() -> None:
+    tokenizer = with_turn_token()
+    data = SimpleNamespace(turn_end_id=lambda: 83)
+    with pytest.warns(UserWarning, match=r"ends a turn with '<turn>' \(83\), which ends no response"):
+        warn_of_turn_end(tokenizer, [2], data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_turn_end(tokenizer, [2, 83], data)
+        warn_of_turn_end(tokenizer, [2], SimpleNamespace(turn_end_id=lambda: None))
+        warn_of_turn_end(tokenizer, [2], None)

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from remax_lightning.data.chat_templates import ChatRenderer
 from remax_lightning.models.forward import eval_mode, language_model, model_inputs
 from remax_lightning.models.sampling_mask import apply_temperature
 from remax_lightning.rewards.pooling import pool_last_token
@@ -77,12 +76,8 @@ def check_eos(context: DoctorContext) -> Finding:
 
 def _foreign_turn_end(context: DoctorContext, eos_ids: list[int]) -> int | None:
     """Return the token that the chat template of the prompts ends a turn with, if it is not among `eos_ids`."""
-    batch: Any = context.batch
-    if all(getattr(prompt, "conversation", None) is None for prompt in batch.prompts):
-        return None
-    tokenizer: Any = context.module.tokenizer
-    turn_end = ChatRenderer(tokenizer).turn_end
-    token = int(tokenizer.convert_tokens_to_ids(turn_end)) if turn_end else None
+    find = getattr(context.data, "turn_end_id", None)
+    token: int | None = None if find is None else find()
     return None if token in eos_ids else token
 
 
