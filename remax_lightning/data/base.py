@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -86,9 +87,9 @@ class TextDataModule(LightningDataModule, ABC):
         if template is not None:
             check_template(template)
         check_stage_split(loading.stage_split, self.stage, type(self).__name__)
-        self.path, self.data = path, data
+        self.path, self.data = _as_text(path), data
         self.tokenizer_path = str(tokenizer)
-        self.val_path, self.val_data = val_path, val_data
+        self.val_path, self.val_data = _as_text(val_path), val_data
         self.val_size = val_size
         self.prompt_column = prompt_column
         self.template = template
@@ -403,6 +404,13 @@ class TextDataModule(LightningDataModule, ABC):
             num_workers=self.loading.num_workers,
             collate_fn=self._collate(num_micro_batches),
         )
+
+
+def _as_text(path: str | list[str] | None) -> str | list[str] | None:
+    """Return paths as text; scripts give `pathlib.Path`, too."""
+    if path is None or isinstance(path, str | os.PathLike):
+        return path and os.fspath(path)
+    return [os.fspath(item) for item in path]
 
 
 def _check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import sys
 from bisect import bisect
 from collections import Counter
@@ -123,7 +124,7 @@ class _Joined(Sequence[Row]):
 
 
 def read_rows(
-    path: str | Sequence[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     split: str = "train",
     name: str | None = None,
@@ -147,9 +148,9 @@ def read_rows(
     Raises:
         DataError: if there is no such file or data set, if it holds no row, or if a row cannot be read.
     """
-    items = [path] if isinstance(path, str) else list(path)
+    items = [os.fspath(item) for item in ([path] if isinstance(path, str | os.PathLike) else path)]
     parts = [part for item in items for part in _read_item(item, split, name, key, on_bad_row)]
-    source = path if isinstance(path, str) else ", ".join(items)
+    source = ", ".join(items)
     rows = parts[0] if len(parts) == 1 else _join(parts, source)
     if not len(rows.values):
         if rows.dropped:
@@ -162,8 +163,8 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
     """Return rows that are in memory already; none is copied.
 
     Args:
-        data: a `datasets.Dataset`, a `DatasetDict` of which `split` is taken, a pandas `DataFrame`, columns as a
-            dictionary of lists, or a list of dictionaries.
+        data: a `datasets.Dataset`, a `DatasetDict` of which `split` is taken, a DataFrame, columns as a dictionary of
+            lists, or a list or another sequence of dictionaries.
         split: split of a `DatasetDict`.
         key: name of the argument, for messages.
         on_bad_row: as in `read_rows`.
@@ -173,15 +174,19 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
     """
     import datasets
 
+    form = type(data).__module__.partition(".")[0]
     if isinstance(data, Mapping) and data and all(isinstance(value, datasets.Dataset) for value in data.values()):
         data = _of_split(data, split, key)
-    elif isinstance(data, Mapping):
+    elif isinstance(data, Mapping) and all(isinstance(value, list | tuple) for value in data.values()):
         data = datasets.Dataset.from_dict(dict(data))
-    elif type(data).__module__.partition(".")[0] == "pandas":
+    elif form == "pandas":
         data = datasets.Dataset.from_pandas(data, preserve_index=False)
+    elif form == "polars":
+        data = datasets.Dataset.from_polars(data)
+    is_sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, datasets.Dataset):
         rows = Rows(key, "row", cast("Sequence[Row]", data), range(1, len(data) + 1))
-    elif isinstance(data, Sequence) and not isinstance(data, str | bytes):
+    elif is_sequence and not isinstance(data, str | bytes | Mapping):
         rows = _checked_list(data, key, on_bad_row)
     else:
         raise DataError(
@@ -301,7 +306,8 @@ def _of_split(data: Mapping[str, Any], split: str, what: str) -> Any:
 
 def _checked_list(data: Sequence[Any], key: str, on_bad_row: OnBadRow) -> Rows:
     values, numbers, dropped = [], [], Counter[str]()
-    for number, value in enumerate(data, start=1):
+    # By index: a map-style data set of torch need not end an iteration.
+    for number, value in enumerate((data[i] for i in range(len(data))), start=1):
         try:
             row = dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
             values.append(check_row(row, f"{key}, row {number}"))

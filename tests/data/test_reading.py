@@ -302,12 +302,23 @@ class Records(list[Any]):
     """A sequence of a user's own."""
 
 
+class MapStyle:
+    """What torch calls a map-style data set: any index gives something."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return ROWS[index % 3]
+
+
 def test_rows_in_memory_are_taken_as_they_are() -> None:
     import datasets
     import pandas
 
     data = datasets.Dataset.from_list(ROWS)
     forms: list[Any] = [data, ROWS, Records(ROWS), pandas.DataFrame(ROWS), data.to_dict()]
+    forms += [MapStyle()]
     forms.append(datasets.DatasetDict(train=data, test=data.select([0])))
     for form in forms:
         rows = rows_in_memory(form)
@@ -323,6 +334,7 @@ def test_rows_in_memory_are_taken_as_they_are() -> None:
     [
         (iter(ROWS), "data: expected a datasets.Dataset, a DataFrame or a list of dictionaries, got list_iterator"),
         ("rows.jsonl", "data: expected a datasets.Dataset.*got str"),
+        ({"a": 1}, "data: expected a datasets.Dataset.*got dict"),
         ([], "data: it holds no rows"),
         ([{"a": 1}, "b"], "data, row 2: expected an object with named columns, got str"),
         ([{"a": "\ud83d"}], r"data, row 1: column 'a' holds half a surrogate pair \(\\ud83d\)"),
@@ -368,3 +380,8 @@ def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:
     assert rows_in_memory(data).fingerprint() == rows_in_memory(datasets.Dataset.from_list(ROWS)).fingerprint()
     assert rows_in_memory(data).fingerprint() != rows_in_memory(data.select([1, 0, 2])).fingerprint()
     assert rows_in_memory(ROWS).fingerprint() != rows_in_memory(same_length).fingerprint()
+
+
+def test_paths_may_be_of_pathlib(tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl")
+    assert list(read_rows(path).values) == list(read_rows([path]).values) == ROWS

@@ -30,7 +30,7 @@ def test_rows_in_memory_make_the_batches_of_their_file(kind: Any, form: str, pol
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     rows = ROWS if form == "list" else datasets.Dataset.from_list(ROWS)
     in_memory = kind(data=rows, val_data=rows, tokenizer=str(policy_path), batch_size=2)
-    from_file = kind(str(path), str(policy_path), [str(path)], batch_size=2)
+    from_file = kind(path, policy_path, [path], batch_size=2)
     in_memory.setup()
     from_file.setup()
     for loader in ("train_dataloader", "val_dataloader"):
