@@ -87,7 +87,9 @@ class KLConfig:
         credit: `to_go` charges a token with the KL of itself and all later tokens, which is the exact gradient;
             `one_step` with its own only, as the paper's code does; `none` keeps the KL out of the reward.
         clamp: bound of a token's estimate in nats; None for no bound.
-        in_baseline: the baseline is taken of reward minus KL (TRL's RLOO); leave_one_out and group_mean only.
+        in_baseline: the baseline is taken of reward minus KL; leave_one_out and group_mean only. TRL's RLOO has such a
+            baseline, and charges every token with the whole response's KL; that of earlier tokens is noise, which to-go
+            credit leaves out.
         loss_coef: coefficient of the KL as a term of the loss, beside or instead of the one in the reward.
         loss_estimator: estimator of that term. k2's gradient is on average that of each token's KL, which `full` has
             exactly; k1's is zero on average.

@@ -101,12 +101,24 @@ def test_a_users_callback_ran(fitted: Run) -> None:
 def test_tensorboards_own_reader_finds_every_curve(fitted: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(fitted.logs)).Reload()
+    events = EventAccumulator(str(fitted.logs), size_guidance={"histograms": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) >= SCALARS
     steps = [event.step for event in events.Scalars("train/reward")]
-    assert steps == [0, 1, 2, 3]  # Lightning numbers a step from 0
-    assert len(events.Scalars("val/reward")) == 2
+    assert steps == [1, 2, 3, 4]
+    validations = [event.step for event in events.Scalars("val/reward")]
+    assert validations == [0, 2, 4]  # before the first step, and after each epoch
+    written = [
+        json.loads(line)["step"] for line in (fitted.logs / "samples" / "validation.jsonl").read_text().splitlines()
+    ]
+    assert sorted(set(written)) == validations
+    assert {event.step for event in events.Tensors("samples/validation/text_summary")} == set(validations)
+    assert [event.step for event in events.Histograms("distribution/reward")] == steps
+    assert all(event.value > 0 for event in events.Scalars("train/grad_norm"))
+    assert [event.step for event in events.Scalars("train/grad_norm")] == steps
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates[0] == pytest.approx(1e-2)  # the one step of warm-up is over when it is taken
+    assert rates[-1] < rates[0]
     assert events.Scalars("val/reward")[-1].value == pytest.approx(fitted.metrics["val/reward"])
     assert {"distribution/reward", "distribution/response_length"} <= set(tags["histograms"])
     assert "custom_scalars__config__" in tags["tensors"]

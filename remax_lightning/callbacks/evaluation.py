@@ -10,7 +10,10 @@ from typing import Any, Literal, cast
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from remax_lightning.callbacks.step_output import is_dry_run, rollout_output, run_folder
 from remax_lightning.config import EvalConfig
@@ -48,6 +51,9 @@ class Evaluation(Callback):
             set here must not exist.
         test: the extra measures of `remax test`; None takes all of the three that are possible.
         validation: the extra measures of validation. None by default, because each costs time.
+        at_start: whether fit also evaluates before its first optimizer step, so that the curves start with the policy
+            as it was: `val/*` at step 0. Nothing happens without validation data, in a `fast_dev_run` and when a run is
+            resumed; training draws the same random numbers either way.
         response_column: column of the data set's response: text, or messages that end with it. Rows without a response
             are left out of these figures.
         text: a text file for the perplexity, instead of the data set's responses.
@@ -65,6 +71,7 @@ class Evaluation(Callback):
         path: str | None = None,
         test: tuple[Measure, ...] | None = None,
         validation: tuple[Measure, ...] = (),
+        at_start: bool = True,
         response_column: str = "chosen",
         text: str | None = None,
         max_length: int = 1024,
@@ -81,7 +88,7 @@ class Evaluation(Callback):
         ):
             if not holds:
                 raise UserError(f"evaluation.{key} must be {expected}, got {got!r}")
-        self.path, self.test, self.validation = path, test, validation
+        self.path, self.test, self.validation, self.at_start = path, test, validation, at_start
         self.response_column, self.text, self.max_length = response_column, text, max_length
         self.num_resamples, self.seed = num_resamples, seed
         self._target: Path | None = None
@@ -123,6 +130,12 @@ class Evaluation(Callback):
             except OSError as error:
                 raise UserError(f"evaluation.path: cannot create the folder {free.parent} ({error})") from error
         return free
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate before the first optimizer step: here, when all callbacks and the module have started to train."""
+        starts = trainer.global_step == 0 and trainer.current_epoch == 0
+        if self.at_start and starts and trainer.enable_validation and not is_dry_run(trainer):
+            run_validation(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the module what to measure."""
@@ -255,6 +268,24 @@ class Evaluation(Callback):
                 settings |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
                 settings["reward"] = arguments.get("reward", settings["reward"])
         return settings
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Run validation inside fit, before the first batch; training goes on as if there had been none.
+
+    Raises:
+        SIGTERMException: if the run was told to end meanwhile.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    first_iteration = connector._first_loop_iter
+    with isolate_rng():
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+    connector._first_loop_iter = first_iteration
+    _reset_progress(loop)  # as Lightning does after its sanity check: a checkpoint holds no trace of it
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:

@@ -41,6 +41,10 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "variance ratio and correlation": ["train/variance_ratio", "train/baseline_correlation"],
         "zero advantages and greedy wins": ["train/zero_advantage_share", "train/greedy_win_rate"],
     },
+    "Optimizer": {
+        "learning rate": ["train/lr"],
+        "norm of the gradient, before clipping": ["train/grad_norm"],
+    },
     "Time": {
         "seconds of a step": ["time/rollout_s", "time/reward_s", "time/train_s", "time/step_s"],
         "tokens per second": ["throughput/tokens_per_s", "throughput/rollout_tokens_per_s"],

@@ -131,8 +131,9 @@ def remax_advantages(
         kl: `[S, R]` unscaled KL estimate per token in nats; no gradient passes through it.
         kl_coef: reward that a nat of KL costs.
         kl_credit: which KL a token pays for.
-        kl_in_baseline: take the baseline of `reward - β · Σ kl` in place of the reward (TRL's RLOO); for
-            baselines made of samples only, as the greedy response's KL is not known.
+        kl_in_baseline: take the baseline of `reward - β · Σ kl` in place of the reward (as TRL's RLOO does, which also
+            charges every token with the whole response's KL); for baselines made of samples only, as the greedy
+            response's KL is not known.
         gamma: discount per token, above 0 and at most 1.
         reward_clip: bound of the absolute value; None for no clip.
         reward_clip_at: clip the reward and the greedy response's before they are compared, or their

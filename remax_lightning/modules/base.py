@@ -9,17 +9,19 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
-from remax_lightning.strategies import AtomicCheckpointIO, remove_stale
+from remax_lightning.strategies import AtomicCheckpointIO, global_grad_norm, remove_stale
 from remax_lightning.training.config_checks import check_deepspeed
-from remax_lightning.training.optim import check_learning_rate_precision, parameter_groups
+from remax_lightning.training.optim import check_learning_rate_precision, learning_rates, parameter_groups
 from remax_lightning.training.preemption import StopAtStepEnd, defer_signals
 from remax_lightning.training.resume import checkpoint_folders, gather_rank_states, resume_after_last_batch
 from remax_lightning.training.schedules import set_total_steps
 from remax_lightning.training.seeding import random_state, set_random_state
+from remax_lightning.training.step_metrics import log_at_global_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,10 +57,11 @@ class BaseModule(LightningModule):
         self._step_ends: StopAtStepEnd | None = None
 
     def setup(self, stage: str) -> None:
-        """Write checkpoint files atomically, and defer signals to the end of a step."""
+        """Have checkpoints written atomically, signals wait for the end of a step, and figures logged at its number."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         defer_signals(self.trainer)
+        log_at_global_step(self.trainer)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -100,6 +103,12 @@ class BaseModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LRScheduler):
                 set_total_steps(config.scheduler, self.trainer.estimated_stepping_batches)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log what the optimizer step starts from: its learning rates, and the norm of the gradient before clipping."""
+        norm = global_grad_norm(self.trainer, optimizer)
+        if norm is not None:  # DeepSpeed comes here at every micro-batch
+            self.log_dict({"train/grad_norm": norm, **learning_rates(optimizer)}, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""

@@ -9,6 +9,7 @@ from remax_lightning.strategies.atomic_checkpoint import (
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
 from remax_lightning.strategies.gather import forward_is_collective, full_parameters, rollout_parameters
+from remax_lightning.strategies.grad_norm import global_grad_norm
 from remax_lightning.strategies.model_init import sharded_init, unsharded_init
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ReMaxFSDP2Strategy",
     "forward_is_collective",
     "full_parameters",
+    "global_grad_norm",
     "latest_checkpoint",
     "recover_interrupted",
     "remove_stale",

@@ -57,3 +57,13 @@ def check_learning_rate_precision(optimizer: Optimizer) -> None:
             " weights would round away: it would not learn. Set trainer.precision to bf16-mixed (float32 weights),"
             " use a DeepSpeed strategy (float32 copies), or raise the learning rate"
         )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return `train/lr`, the first parameter group's learning rate, and every group's where they differ.
+
+    Groups that start with one rate go on with one: our two, with and without weight decay, are one curve.
+    """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    differ = len(set(rates)) > 1 or len({group.get("initial_lr") for group in optimizer.param_groups}) > 1
+    return {"train/lr": rates[0]} | ({f"train/lr/{i}": rate for i, rate in enumerate(rates)} if differ else {})

@@ -103,6 +103,9 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def _save(trainer: Trainer) -> None:
+    if trainer.global_step == 0:  # in the evaluation before it
+        rank_zero_info("Told to end before the first optimizer step: there is nothing to save.")
+        return
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     resumable = [callback for callback in callbacks if not callback.save_weights_only]
     if not resumable:

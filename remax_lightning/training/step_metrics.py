@@ -1,4 +1,4 @@
-"""Metrics of a step for the logs, and predictions as dictionaries."""
+"""What is reported of a step, and at which step: figures by name for the logs, predictions as plain dictionaries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor
 
 from remax_lightning.types import Responses, Rollout, StepOutput
@@ -14,8 +16,32 @@ Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 """Values by name, of which the mean is logged, with a mask or None."""
 
 
+class GlobalStepConnector(_LoggerConnector):
+    """Lightning's way to its loggers, with the number of optimizer steps done as the step of what is logged.
+
+    Lightning logs a training step, and the validation after it, under the number of steps before it. Samples,
+    histograms and checkpoints are numbered by the steps done, so that one moment had two numbers.
+    """
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Log at `trainer.global_step`, unless the caller or a metric called `step` says another."""
+        if metrics and step is None and "step" not in metrics:
+            step = self.trainer.global_step
+            metrics = {"epoch": torch.tensor(self.trainer.current_epoch), **metrics}
+        super().log_metrics(metrics, step)
+
+
+def log_at_global_step(trainer: Trainer) -> None:
+    """Log every figure of a run, of callbacks too, at the optimizer steps done; call this before a run starts."""
+    if type(trainer._logger_connector) is _LoggerConnector:
+        trainer._logger_connector = GlobalStepConnector(trainer)
+
+
 class MeanMetrics:
-    """Collects sums and counts by name over the micro-batches of a step; one reduction over ranks gives the means."""
+    """Weighted sums by name, gathered over the parts of an optimizer step; one reduction over ranks makes means.
+
+    All names share that reduction, in float64. `torchmetrics.MeanMetric` gathers two tensors for each name, in float32.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

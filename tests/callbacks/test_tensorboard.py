@@ -42,7 +42,7 @@ def test_the_layout_groups_every_scalar_of_the_callbacks(tmp_path: Path) -> None
         for group in layout.category
         for chart in group.chart
     }
-    assert [group.title for group in layout.category] == ["Reward", "KL", "Responses", "Baseline", "Time"]
+    assert [group.title for group in layout.category] == ["Reward", "KL", "Responses", "Baseline", "Optimizer", "Time"]
     shown = {tag for tags in charts.values() for tag in tags}
     assert {"train/reward", "train/baseline_reward", "val/reward", "train/truncation_rate"} <= shown
     assert set(reader.Tags()["scalars"]) - {"epoch"} <= shown

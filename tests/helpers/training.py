@@ -143,6 +143,15 @@ def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), **options: An
     return Trainer(**(defaults | options), callbacks=list(callbacks))
 
 
+OF_THE_OPTIMIZER = {"train/lr", "train/grad_norm"}
+"""What every stage logs of its optimizer."""
+
+
+def without_optimizer(logged: dict[str, Any]) -> dict[str, Any]:
+    """What a stage logs of its own."""
+    return {name: value for name, value in logged.items() if name not in OF_THE_OPTIMIZER}
+
+
 class Recorder(Callback):
     """Keeps what a run did: outputs of its steps, logged figures, and the weights around every optimizer step."""
 

@@ -19,7 +19,7 @@ from remax_lightning.training.objective import Objective
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 FOLDER = Path(__file__).parents[2] / "configs" / "presets"
-NAMES = ("reference", "model_card", "verl", "openrlhf")
+NAMES = ("reference", "model_card", "verl", "openrlhf", "openrlhf_script")
 Matrix = list[list[float]]
 
 
@@ -57,7 +57,7 @@ def random_full_kl(seed: int) -> Tensor:
 def expected_advantages(name: str, rollout: Rollout, now: Tensor, full_kl: Tensor) -> Matrix:
     reward, mask = rollout.reward.tolist(), rollout.sampled.response_mask.tolist()
     kl = (now - rollout.reference_log_probs).tolist()
-    greedy = oracle.greedy(rollout.baseline_reward.tolist(), 1)
+    greedy = oracle.greedy(rollout.baseline_reward.tolist(), rollout.num_samples)
     if name == "reference":
         return oracle.reference_implementation(reward, greedy, kl, mask, beta=0.05, gamma=0.99, bound=5.0)
     if name == "model_card":
@@ -65,6 +65,9 @@ def expected_advantages(name: str, rollout: Rollout, now: Tensor, full_kl: Tenso
         return oracle.reference_implementation(reward, greedy, full, mask, beta=0.1, gamma=0.99, bound=1.0)
     if name == "verl":
         return oracle.verl(reward, greedy, kl, mask, beta=0.001)
+    if name == "openrlhf_script":
+        nothing = [[0.0] * len(row) for row in kl]
+        return oracle.openrlhf(reward, oracle.group_mean(reward, 8), nothing, mask, beta=0.0, bound=10.0)
     clamped = [[estimates.kl_estimate(value, "k1", 10.0) for value in row] for row in kl]
     return oracle.openrlhf(reward, oracle.group_mean(reward, 4), clamped, mask, beta=0.01, bound=10.0)
 
@@ -93,6 +96,10 @@ def test_advantages_and_loss(name: str, seed: int) -> None:
         old = rollout.log_probs.tolist()
         wanted, clipped = estimates.clipped_surrogate(now.tolist(), old, expected, mask, 100.0, 0.2, dual)
         assert 0 < clipped < 1
+    if name == "openrlhf_script":  # the mean over tokens of k2, clamped, beside the surrogate
+        ratios = (now - rollout.reference_log_probs).tolist()
+        pairs = [pair for rows in zip(ratios, mask, strict=True) for pair in zip(*rows, strict=True)]
+        wanted += 1e-5 * sum(estimates.kl_estimate(ratio, "k2", 10.0) for ratio, counts in pairs if counts) / 100.0
     assert loss.item() == pytest.approx(wanted, rel=1e-6)
     assert clip_fraction.item() == pytest.approx(clipped)
 
@@ -132,12 +139,21 @@ GOLDEN: dict[str, dict[str, Any]] = {
         "kl.clamp": None, "kl_coef": 0.001, "advantage.gamma": 1.0, "advantage.reward_clip": None,
         "advantage.whiten": False, "loss.kind": "clipped", "loss.clip_range": 0.2, "loss.dual_clip": 3.0,
         "loss.normalizer": "tokens", "sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.top_k": 0,
-        "sampling.scale_log_probs": True, "sampling.num_samples": 1, "sampling.min_p": 0.0,
+        "sampling.scale_log_probs": True, "sampling.num_samples": 4, "sampling.min_p": 0.0,
     },
     "openrlhf": {
         "advantage.baseline": "group_mean", "kl.in_baseline": False, "kl.credit": "to_go", "kl.clamp": 10.0,
         "kl.estimator": "k1",
         "kl_coef": 0.01, "advantage.gamma": 1.0, "advantage.reward_clip": 10.0,
+        "advantage.reward_clip_at": "after_baseline", "advantage.whiten": True, "loss.kind": "clipped",
+        "loss.clip_range": 0.2, "loss.dual_clip": None, "loss.normalizer": "tokens", "sampling.temperature": 1.0,
+        "sampling.top_p": 1.0, "sampling.top_k": 0, "sampling.scale_log_probs": True, "sampling.min_p": 0.0,
+    },
+    "openrlhf_script": {
+        "advantage.baseline": "group_mean", "kl.in_baseline": False, "kl.credit": "none", "kl.clamp": 10.0,
+        "kl.estimator": "k1",
+        "kl_coef": 0.0, "kl.loss_coef": 1e-5, "kl.loss_estimator": "k2", "sampling.num_samples": 8,
+        "optimizer.init_args.lr": 5e-7, "advantage.gamma": 1.0, "advantage.reward_clip": 10.0,
         "advantage.reward_clip_at": "after_baseline", "advantage.whiten": True, "loss.kind": "clipped",
         "loss.clip_range": 0.2, "loss.dual_clip": None, "loss.normalizer": "tokens", "sampling.temperature": 1.0,
         "sampling.top_p": 1.0, "sampling.top_k": 0, "sampling.scale_log_probs": True, "sampling.min_p": 0.0,
@@ -160,7 +176,7 @@ def test_choices_are_those_of_the_implementation(name: str) -> None:
         for step in field.split(".") if group == "optimizer" else ():
             found = found[step]
         assert found == expected, key
-    assert made["kl"].loss_coef == 0
+    assert made["kl"].loss_coef == GOLDEN[name].get("kl.loss_coef", 0)
     assert made["advantage"].overlong == "keep"
 
 

@@ -74,6 +74,8 @@ def planted_curves(steps: int = 200, seed: int = 0) -> dict[str, list[tuple[int,
     plant("throughput/tokens_per_s", 3000, 3100, 90)
     plant("throughput/rollout_tokens_per_s", 6000, 6100, 90)
     plant("train/loss", 0.1, -0.1, 0.02)
+    plant("train/lr", 1e-6, 1e-7, 0.0)
+    plant("train/grad_norm", 2.0, 1.0, 0.1)
     return curves
 
 

@@ -38,6 +38,22 @@ def notes_of(page: str) -> list[str]:
     return [unescape(note) for note in re.findall(r"<li>(.*?)</li>", page.split("<main>")[0])]
 
 
+def test_curves_of_earlier_versions_stand_at_the_same_steps(tmp_path: Path) -> None:
+    """Lightning alone numbers a step by those before it; a later version may have resumed a run in its folder."""
+    write_events(tmp_path / "old", {"train/reward": [(0, 1.0), (1, 2.0)], "val/reward": [(1, 5.0)]})
+    new = {"train/reward": [(3, 3.0)], "train/grad_norm": [(3, 0.5)], "val/reward": [(0, 4.0), (3, 6.0)]}
+    write_events(tmp_path / "new", new)
+    both = tmp_path / "both"
+    both.mkdir()
+    for number, name in enumerate(("old", "new")):
+        (file,) = (tmp_path / name).iterdir()
+        (both / f"events.out.tfevents.{number}").write_bytes(file.read_bytes())
+    assert read_run(tmp_path / "old").curves == {"train/reward": ([1, 2], [1.0, 2.0]), "val/reward": ([2], [5.0])}
+    assert read_run(tmp_path / "new").curves["val/reward"] == ([0, 3], [4.0, 6.0])
+    assert read_run(both).curves["train/reward"] == ([1, 2, 3], [1.0, 2.0, 3.0])
+    assert read_run(both).curves["val/reward"] == ([0, 2, 3], [4.0, 5.0, 6.0])
+
+
 def test_curves_are_read_as_they_were_logged(tmp_path: Path) -> None:
     nan = float("nan")
     write_events(tmp_path, {"train/reward": [(0, 1.0), (1, nan), (2, 3.0)], "val/reward": [(2, 2.0)]})
@@ -167,7 +183,7 @@ def test_a_guard_that_was_crossed_is_told(tmp_path: Path) -> None:
 
 def test_a_section_without_a_curve_is_named(tmp_path: Path) -> None:
     write_events(tmp_path, {"train/loss": [(0, 1.0)]})
-    named = "Reward, KL to the reference, Responses, Health of the baseline, Signs of collapse, Time"
+    named = "Reward, KL to the reference, Responses, Health of the baseline, Signs of collapse, Optimizer, Time"
     assert f"Nothing was logged for: {named}." in notes_of(written(tmp_path))
 
 
@@ -301,6 +317,7 @@ def test_the_report_of_a_real_run_has_its_samples_and_curves(
     assert notes_of(page) == []
     data = data_of(page)
     assert [(each["stage"], each["step"]) for each in data["samples"]] == [
+        *[("validation", 0)] * 4,
         *[("train", 1)] * 4,
         *[("train", 2)] * 4,
         *[("validation", 2)] * 4,
@@ -312,5 +329,5 @@ def test_the_report_of_a_real_run_has_its_samples_and_curves(
     reward = data["sections"][0]["charts"][0]["lines"]
     assert [(line["label"], line["x"]) for line in reward][::2] == [
         ("sampled, training", [1, 2]),
-        ("sampled, validation", [2]),
+        ("sampled, validation", [0, 2]),
     ]

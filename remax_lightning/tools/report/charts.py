@@ -113,6 +113,10 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
             (Line("train/kl_slope", "slope", 3),),
         ),
     ),
+    "Optimizer": (
+        Chart("Learning rate", (Line("train/lr", "first parameter group", 2),)),
+        Chart("Norm of the gradient, before clipping", (Line("train/grad_norm", "norm", 0),)),
+    ),
     "Time": (
         Chart(
             "Seconds of an optimizer step, by phase",

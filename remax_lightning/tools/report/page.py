@@ -122,7 +122,8 @@ def _tiles_html(run: Run) -> str:
 
 def _curve_tile(curve: Curve, noisy: bool) -> str:
     values = (smooth_values(curve) if noisy else curve).values
-    before = f"from {format_number(values[0])}" if len(values) > 1 else ""
+    at_start = " before training" if curve.steps[0] == 0 else ""
+    before = f"from {format_number(values[0])}{at_start}" if len(values) > 1 else ""
     return _tile(format_number(values[-1]), f"{before} (smoothed)" if noisy and before else before)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,25 +113,35 @@ def _why_not_a_run(folder: Path) -> str:
 
 
 def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
-    """Return the scalars, and their first and last log times."""
-    if next(folder.glob("events.out.tfevents.*"), None) is None:
+    """Return the scalars, and the times at which they were logged."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
         return {}, []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all values, not a subsample
-    accumulator.Reload()
-    curves, times = {}, []
-    keys = accumulator.Tags()["scalars"]
-    # In training, Lightning logs a step and the validation after it under the number of earlier steps.
-    shift = int(any(key.startswith("train/") for key in keys))
-    for key in keys:
-        events = accumulator.Scalars(key)
-        times += [event.wall_time for event in (events[0], events[-1])]
-        latest = {event.step + shift: event.value for event in events if math.isfinite(event.value)}
-        if latest:
-            steps = sorted(latest)
-            curves[key] = Curve(steps, [latest[step] for step in steps])
+    points: dict[str, dict[int, float]] = {}
+    times = []
+    for file in files:  # one by one: a run that was resumed in its folder may have some of an earlier version
+        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: every value, no sample
+        events_by_key = {key: accumulator.Scalars(key) for key in accumulator.Tags()["scalars"]}
+        shift = _shift(events_by_key)
+        for key, events in events_by_key.items():
+            times += [event.wall_time for event in (events[0], events[-1])]
+            finite = {event.step + shift: event.value for event in events if math.isfinite(event.value)}
+            points.setdefault(key, {}).update(finite)
+    curves = {key: Curve(sorted(values), [values[step] for step in sorted(values)])
+              for key, values in points.items() if values}  # fmt: skip
     return curves, times
+
+
+def _shift(events: Mapping[str, Sequence[Any]]) -> int:
+    """Return what turns the steps of an event file into optimizer steps done: 1 for version 0.2.0 and before, else 0.
+
+    They logged as Lightning does: a step, and the validation after it, under the number of steps before it. They logged
+    no norm of the gradient, and a training step 0, which there is none of any more.
+    """
+    training = [event.step for key, values in events.items() if key.startswith("train/") for event in values]
+    return int(bool(training) and ("train/grad_norm" not in events or min(training) == 0))
 
 
 def _read_samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any]]:
