@@ -123,7 +123,11 @@ def contains(whole: Any, part: Any, key: str = "") -> list[str]:
     return [] if same else [key]
 
 
-@pytest.mark.parametrize("path", COMPLETE, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == "demo" else [pytest.mark.slow]) for path in COMPLETE],
+    ids=[name_of(path) for path in COMPLETE],
+)
 def test_a_configuration_trains_with_tiny_models(
     path: Path, tmp_path: Path, local: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ from remax_lightning.rollout import (
 )
 from remax_lightning.rollout.cuda_graph import StepCache
 
+pytestmark = pytest.mark.slow  # on the fake device every replay runs the whole step
+
 EOS, PAD = 2, 3
 IDS = torch.randint(5, 60, (4, 7), generator=torch.Generator().manual_seed(0))
 

@@ -16,6 +16,8 @@ from remax_lightning.tools.doctor import CHECKS, DoctorContext, load_context, ru
 from remax_lightning.tools.doctor.batches import first_rows
 from remax_lightning.types import PromptBatch
 
+pytestmark = pytest.mark.slow  # every call examines a whole run
+
 NAMES = [check.name for check in CHECKS]
 
 
@@ -51,7 +53,6 @@ def test_the_second_stage_is_asked_what_applies(tmp_path: Path, capsys: pytest.C
     assert passed == {"data", "models", "prompts", "bos", "pad_token", "reward_padding", "memory"}
 
 
-@pytest.mark.slow
 def test_the_demo_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """But for its reward: after so few steps of its first stage nearly all sums are wrong."""
     with in_folder(tmp_path):
@@ -64,7 +65,6 @@ def test_the_demo_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{len(CHECKS) - skipped} passed, 0 warned, 0 failed, {skipped} did not apply" in outcome.out
 
 
-@pytest.mark.slow
 def test_in_16_bits_rounding_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = with_reward_model(healthy(tmp_path), tmp_path, dtype="bfloat16")
     outcome, results = doctor(capsys, tmp_path, config, "--trainer.precision", "bf16-true")
@@ -161,7 +161,6 @@ def test_a_mistake_in_the_configuration_exits_with_2(
     assert message in outcome.err
 
 
-@pytest.mark.slow
 def test_a_run_on_gpus_is_checked_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -18,6 +18,8 @@ from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.tools.doctor import DoctorContext, load_context, memory
 from remax_lightning.tools.doctor.registry import run_checks
 
+pytestmark = pytest.mark.slow  # every context loads a policy, a reference and a reward model
+
 PLAIN = "{prompt}{response}{eos}"
 
 
@@ -241,7 +243,6 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert found.values["least"] == 16 * count
 
 
-@pytest.mark.slow
 def test_processes_share_the_memory_of_their_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = loaded(tmp_path, healthy(tmp_path))
     peak = ask(context, "memory").values["peak"]

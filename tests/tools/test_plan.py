@@ -19,6 +19,8 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.tools.plan.command import main
 from remax_lightning.tools.plan.phases import least_devices
 
+pytestmark = pytest.mark.slow  # every plan drives a whole step on meta tensors
+
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -149,7 +151,6 @@ def scaling() -> Any:
     return module
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "way"), [("OPT-1.3B", "FSDP2"), ("Llama-2-7B", "ZeRO-3"), ("Llama-2-70B", "LoRA, ZeRO-3")]
 )
