@@ -331,9 +331,7 @@ class TextDataModule(LightningDataModule, ABC):
         """Render and tokenize all rows, or take them from an earlier run."""
         recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
         content, key = rows.fingerprint(), None
-        if self.loading.cache:
-            classes = (cls for cls in type(self).__mro__ if issubclass(cls, TextDataModule))
-            code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
+        if self.loading.cache and (code := self._code()):
             key = preparation_key(content, self.tokenizer, self._preparation_options(), code)
         stop_at_error = self.loading.on_bad_row == "error"
         examples = prepare(rows, recipe, content=content, key=key, stop_at_error=stop_at_error)
@@ -344,6 +342,15 @@ class TextDataModule(LightningDataModule, ABC):
                 f" {self.prompt_column!r}; remove the key, or give messages"
             )
         return examples
+
+    def _code(self) -> set[Path]:
+        """Return the source files that make examples of rows; none if a class was written in a notebook or a shell."""
+        classes = (cls for cls in type(self).__mro__ if issubclass(cls, TextDataModule))
+        try:
+            code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
+        except (TypeError, OSError):
+            return set()
+        return code if all(file.is_file() for file in code) else set()
 
     def _preparation_options(self) -> dict[str, str]:
         """Return all settings but those that change no row, so that a new one is not forgotten."""

@@ -105,10 +105,18 @@ class PreparedExamples(Sequence[Any]):
         rows: where each row stands, and the row itself where its record cannot hold it.
         recipe: what made the records.
         content: fingerprint of the rows.
+        file: where the records are mapped from; None where they are in memory.
     """
 
-    def __init__(self, batches: Sequence[pyarrow.RecordBatch], rows: Rows, recipe: Recipe, content: str) -> None:
-        self.batches, self.example_type, self.content = batches, recipe.example_type, content
+    def __init__(
+        self,
+        batches: Sequence[pyarrow.RecordBatch],
+        rows: Rows,
+        recipe: Recipe,
+        content: str = "",
+        file: Path | None = None,
+    ) -> None:
+        self.batches, self.example_type, self.content, self.file = batches, recipe.example_type, content, file
         self.numbers = np.arange(len(rows.values))  # [N], of which `select` leaves some
         self.problems: dict[int, str] = {}
         """What is wrong with the rows that cannot be used, by number."""
@@ -122,6 +130,15 @@ class PreparedExamples(Sequence[Any]):
         is_self_contained = without_row == len(self.problems)
         self.rows = rows._replace(values=()) if is_self_contained else rows
         self._render = None if is_self_contained else recipe.render
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave records of a file to the file, which a worker process maps, too."""
+        return vars(self) if self.file is None else {**vars(self), "batches": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.file is not None:
+            self.batches = _mapped(self.file)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -220,7 +237,7 @@ def prepare(
     file = None if key is None else cache_folder() / f"{key}.arrow"
     if file is not None and file.is_file():
         try:
-            prepared = PreparedExamples(_mapped(file), rows, recipe, content)
+            prepared = PreparedExamples(_mapped(file), rows, recipe, content, file)
         except (pyarrow.ArrowException, OSError, ValueError):
             pass  # cut off, or of other rows: it is made anew
         else:
@@ -234,10 +251,11 @@ def prepare(
         batches = _write(file, rows, recipe, stop_at_error)
     except _NotKeptError as error:
         rank_zero_warn(f"prepared rows are not kept for the next run: {error.__cause__}; free or set HF_DATASETS_CACHE")
+        file = None
         batches = _write(None, rows, recipe, stop_at_error)
     seconds = time.monotonic() - started
     _log(f"prepared {len(rows.values):,} rows in {seconds:.0f} s", rows)
-    return PreparedExamples(batches, rows, recipe, content)
+    return PreparedExamples(batches, rows, recipe, content, file)
 
 
 def cache_folder() -> Path:

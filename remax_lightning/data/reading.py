@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import sys
 from bisect import bisect
 from collections import Counter
@@ -339,9 +340,10 @@ def _load(path: str, split: str, key: str, load: Any) -> Any:
         try:
             return load()
         except Exception as error:  # network, missing name, unknown split or configuration: no common base class
+            missing = "" if "://" in path or Path(path).expanduser().exists() else f"; there is no file {path!r} either"
             raise DataError(
-                f"{key}: split {split!r} of the data set {path!r} could not be loaded ({_reason(error)}); give a hub"
-                f" name that this machine can reach, or a file ending in {READABLE}"
+                f"{key}: split {split!r} of the data set {path!r} could not be loaded ({_reason(error)}){missing}; give"
+                f" a hub name that this machine can reach, or a file ending in {READABLE}"
             ) from error
 
 
@@ -385,4 +387,15 @@ def _hash(values: Any, digest: Any) -> None:
             digest.update(sink.getvalue())
     else:
         for row in values:
-            digest.update(json.dumps(row, default=repr, sort_keys=True).encode() + b"\n")
+            digest.update(_as_bytes(row) + b"\n")
+
+
+def _as_bytes(row: Row) -> bytes:
+    """Return bytes that are the same for equal rows, for a hash."""
+    try:
+        return json.dumps(row, sort_keys=True).encode()
+    except (TypeError, ValueError, RecursionError):  # dates, arrays, images, keys of several types
+        try:
+            return pickle.dumps(row)
+        except Exception:  # whatever an object of a user's own raises
+            return repr(row).encode()

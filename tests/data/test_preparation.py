@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import pickle
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +244,7 @@ def test_what_json_cannot_hold_reaches_the_reward_as_it_is(cached: bool, tmp_pat
     """Dates, tuples and objects of a user's own come from the data set; the rest of the row does, too."""
     make_tokenizer(chat_template=CHAT).save_pretrained(tmp_path / "chat")
     thing = object()
-    extra = [datetime.date(2026, 1, 2), (1, 2), {1: 2}, thing, b"x", "text"]
+    extra = [datetime.date(2026, 1, 2), (1, 2), {1: 2, "a": 3}, thing, b"x", "text"]
     rows = [{"prompt": [{"role": "user", "content": f"{n}"}], "extra": value} for n, value in enumerate(extra)]
     data = PromptDataModule(
         data=rows, val_data=rows, tokenizer=str(tmp_path / "chat"), loading=LoadingConfig(cache=cached)
@@ -316,3 +318,29 @@ def test_one_process_of_several_prepares_for_all(tmp_path: Path, policy_path: Pa
     bad.prepare_data()
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1: the prompt in column 'prompt' is empty"):
         bad.setup("fit")
+
+
+def test_examples_of_a_file_are_pickled_without_their_records(tmp_path: Path, policy_path: Path) -> None:
+    """Worker processes that are not forked get the data set pickled."""
+    path = write(tmp_path, [{**row, "prompt": row["prompt"] + "1" * 400} for row in ROWS])
+    sizes = {}
+    for cached in (True, False):
+        loading = LoadingConfig(cache=cached)
+        data = PromptDataModule(path, str(policy_path), batch_size=2, loading=loading)
+        data.setup()
+        assert data._train is not None
+        text = pickle.dumps(data._train)
+        assert list(pickle.loads(text).examples) == list(data._train.examples)
+        sizes[cached] = len(text)
+    assert sizes[True] < sizes[False] / 2
+
+
+def test_a_class_of_a_notebook_is_not_cached(
+    tmp_path: Path, policy_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its source is in no file, so that nobody could tell whether it has changed."""
+    cell: dict[str, Any] = {"__name__": "cell", "PromptDataModule": PromptDataModule}
+    monkeypatch.setitem(sys.modules, "cell", types.ModuleType("cell"))
+    exec("class Cell(PromptDataModule): ...", cell)
+    assert [row for batch in batches(cell["Cell"], write(tmp_path, ROWS), policy_path) for row in batch.rows] == ROWS
+    assert not cache.exists()
