@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?reasoning>")
 """Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
+_TOOLS = -1
+"""In place of a message's number, where tools are lost."""
 _SHORT = 32
 """Characters below which a content may stand in a text by accident, so that finding it proves nothing."""
 
@@ -191,7 +193,8 @@ class ChatRenderer:
     def _fit(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
         """Return how to write messages of this shape, found by a probe the first time that it comes."""
         options = repr(conversation.template_kwargs) if conversation.template_kwargs else ""
-        shape = (is_prompt, bool(conversation.tools), options, *map(message_form, messages))
+        tools = tuple("function" in tool for tool in conversation.tools)
+        shape = (is_prompt, tools, options, *map(message_form, messages))
         fit = self._fits.get(shape)
         if fit is None:
             fit = self._fits[shape] = self._probe(conversation, messages, is_prompt)
@@ -200,6 +203,9 @@ class ChatRenderer:
     def _probe(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
         """Try the forms in order; the first in which nothing is lost is right, else the one that loses the least."""
         marked = [_marked(message, i) for i, message in enumerate(messages)]
+        tool_marks = [f"probe-tool-{j}-end" for j in range(len(conversation.tools))]
+        tools = [_renamed(tool, mark) for tool, mark in zip(conversation.tools, tool_marks, strict=True)]
+        conversation = conversation._replace(tools=tools)
         best: tuple[int, _Fit] | None = None
         for form in _forms(messages):
             try:
@@ -211,8 +217,10 @@ class ChatRenderer:
                 for i, (_, marks) in enumerate(marked)
                 for field, mark in marks
                 # Thoughts of earlier turns are left out on purpose; those of the response are what is trained.
-                if mark not in text and (field == "content" or (i == len(messages) - 1 and not is_prompt))
+                if mark not in text and (field not in REASONING_FIELDS or (i == len(messages) - 1 and not is_prompt))
             )
+            if any(mark not in text for mark in tool_marks):
+                lost = (*lost, (_TOOLS, "tools"))
             # A template that takes everything for text writes null as the word, and a list as it stands in a program.
             written_raw = form.content != "text" and any(
                 isinstance(_formed(message, form)["content"], list) and _is_quoted(text, marks)
@@ -250,7 +258,7 @@ class ChatRenderer:
         if conversation.tools and not is_generated:
             for tool in conversation.tools:
                 name = _function_name(tool)
-                if name and name not in text:
+                if name and (name not in text or (_TOOLS, "tools") in lost):
                     raise DataError(
                         f"{conversation.where}: {self.name} leaves out the tool {name!r} of column 'tools'; take a"
                         " tokenizer whose template reads tools, or remove the column"
@@ -267,7 +275,8 @@ class ChatRenderer:
         lost: tuple[tuple[int, str], ...],
     ) -> None:
         for call in message.get("tool_calls") or []:
-            if isinstance(call, dict) and (name := _function_name(call)) and name not in text:
+            name = _function_name(call)
+            if name and (name not in text or (i, "tool_calls") in lost):
                 raise self._loss(conversation, message, i, f"the call of {name!r} in ")
         for field in REASONING_FIELDS if is_response else ():
             thought = message.get(field)
@@ -351,7 +360,19 @@ def _marked(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
         if message.get(field):
             marked[field] = f"probe-{i}-{field}-end"
             marks.append((field, marked[field]))
+    if message.get("tool_calls"):
+        names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
+        marked["tool_calls"] = [_renamed(call, name) for call, name in zip(message["tool_calls"], names, strict=True)]
+        marks += [("tool_calls", name) for name in names]
     return marked, marks
+
+
+def _renamed(tool: Any, name: str) -> Any:
+    """Return a tool, or a call of one, under another name."""
+    if not isinstance(tool, dict):
+        return tool
+    function = tool.get("function")
+    return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
 
 
 def _is_quoted(text: str, marks: list[tuple[str, str]]) -> bool:
@@ -399,8 +420,8 @@ def _with_object(call: Any) -> Any:
     return {**call, "arguments": value}
 
 
-def _function_name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
+def _function_name(tool: Any) -> str:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""
 

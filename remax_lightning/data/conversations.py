@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Where messages of data sets have what the assistant thought; a template reads one of them."""
+_OPEN_THOUGHT = re.compile(r"(<think(?:ing)?>|\[THINK\]|<reasoning>)\s*\Z")
+"""A thought that the end of a generation prompt opens."""
 RESERVED_KWARGS = frozenset(
     {
         *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
@@ -143,6 +146,17 @@ def call_arguments(call: Any) -> Any:
     """Return the arguments of a tool call, None where there are none."""
     function = call.get("function", call) if isinstance(call, dict) else None
     return function.get("arguments") if isinstance(function, dict) else None
+
+
+def with_opened_thought(prompt: str, response: str) -> str:
+    """Return a response with the mark that opens its thought, where the end of the prompt has it.
+
+    A generation prompt may open the thought. The message of the assistant is then that opening and the response.
+    """
+    opened = _OPEN_THOUGHT.search(prompt)
+    if opened is None or opened[1] in response or f"{opened[1][0]}/{opened[1][1:]}" not in response:
+        return response
+    return opened[0] + response
 
 
 def check_characters(text: str, what: str) -> None:

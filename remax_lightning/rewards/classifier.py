@@ -197,13 +197,14 @@ class ClassifierReward(Reward):
             DataError: if the reward model's chat template refuses or leaves out a message of it.
         """
         from remax_lightning.data.chat_templates import ChatRenderer  # late: the folder loads much
+        from remax_lightning.data.conversations import with_opened_thought
 
         assert self.tokenizer is not None
         if self._text_template is not None:
             return self._text_template.format(prompt=prompt, response=response, eos=self.tokenizer.eos_token or "")
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer, name=f"the chat template of the reward model {self.path}")
-        message = {"role": "assistant", "content": response}
+        message = {"role": "assistant", "content": with_opened_thought(prompt, response)}
         return self._renderer.whole(self._conversation(prompt), message, is_generated=True)
 
     def _conversation(self, prompt: str) -> Conversation:

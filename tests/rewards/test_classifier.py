@@ -176,6 +176,28 @@ def test_the_messages_of_the_prompt_are_read_and_no_column_of_the_row(tmp_path: 
     assert len(messages) == 2
 
 
+@pytest.mark.parametrize(
+    ("end", "response", "content"),
+    [
+        ("<think>\n", "hm</think>4", "<think>\nhm</think>4"),
+        ("<think>\n", "<think>hm</think>4", "<think>hm</think>4"),
+        ("<think>\n", "4", "4"),
+        ("<think>\n\n</think>\n\n", "4", "4"),
+        ("[THINK]", "hm[/THINK]4", "[THINK]hm[/THINK]4"),
+        ("", "hm</think>4", "hm</think>4"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_part_of_the_message(
+    tmp_path: Path, end: str, response: str, content: str
+) -> None:
+    make_tokenizer(chat_template=CHAT).save_pretrained(tmp_path)
+    tiny_config("llama").save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path))
+    prompt = Prompt(f"user: hi\nassistant: {end}", Conversation([{"role": "user", "content": "hi"}]))
+    reward.check_prompts([prompt])
+    assert reward.text(prompt, response, {}) == f"<s>user: hi\nassistant: {content}\n</s>"
+
+
 def test_the_chat_template_has_the_variables_of_training_and_not_the_policys(tmp_path: Path) -> None:
     template = CHAT.replace("<s>", "<s>{{ style }} ")
     path = Path(save_classifier(tmp_path, tiny_config("llama"), make_tokenizer(chat_template=template)))
