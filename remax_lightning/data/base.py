@@ -42,17 +42,18 @@ _CHANGE_NO_ROW = frozenset(
         *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
         *("batch_size", "micro_batch_size", "num_micro_batches", "seed", "stage_split", "stage_seed", "num_workers"),
         *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
-        *("num_rows", "num_left_out", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"),
+        *("num_rows", "num_left_out", "response_ends", "formatter", "_tokenizer", "_train", "_val", "_kinds"),
+        *vars(LightningDataModule()),
     )
 )
-"""Settings that decide which rows there are, how many are used or when, but not what becomes of one."""
+"""Attributes that decide which rows there are, how many are used or when, or hold results: none changes a row."""
 
 
 class TextDataModule(LightningDataModule, ABC):
     """Reads rows, makes prompts of them and hands them out in an order known from the seed.
 
-    A subclass says how examples become a batch (`_collate`), and may add to the examples (`_complete`). The
-    arguments are those of the subclasses, where they are described.
+    A subclass says how examples become a batch (`_collate`), and may add to the examples (`_finish_examples`).
+    The arguments are those of the subclasses, where they are described.
     """
 
     stage: ClassVar[Stage | None] = None
@@ -82,8 +83,8 @@ class TextDataModule(LightningDataModule, ABC):
         check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
         check_at_least(0, val_size=val_size, **{"loading.num_workers": loading.num_workers})
         if val_size and not (val_path is None and val_data is None):
-            other = "data.val_data" if val_path is None else f"data.val_path={val_path!r}"
-            raise UserError(f"data.val_size must be 0 beside {other.partition('=')[0]}, got {val_size}; remove one")
+            other = "val_data" if val_path is None else "val_path"
+            raise UserError(f"data.val_size must be 0 beside data.{other}, got {val_size}; remove one")
         if template is not None:
             check_template(template)
         check_stage_split(loading.stage_split, self.stage, type(self).__name__)
@@ -99,7 +100,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.loading = loading
         self.num_micro_batches = 1
         self.num_rows = self.num_left_out = 0
-        """Rows that were read, and those of them that are too long or were no pair."""
+        """Rows that were read, and those of them that are too long or cannot be used."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: ExampleDataset | None = None
         self._val: ExampleDataset | None = None
@@ -331,8 +332,9 @@ class TextDataModule(LightningDataModule, ABC):
         """Render and tokenize all rows, or take them from an earlier run."""
         recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
         content, key = rows.fingerprint(), None
-        if self.loading.cache and (code := self._code()):
-            key = preparation_key(content, self.tokenizer, self._preparation_options(), code)
+        code, options = self._code(), self._preparation_options()
+        if self.loading.cache and code and options is not None:
+            key = preparation_key(content, self.tokenizer, options, code)
         stop_at_error = self.loading.on_bad_row == "error"
         examples = prepare(rows, recipe, content=content, key=key, stop_at_error=stop_at_error)
         self._examples_prepared(examples)
@@ -352,15 +354,16 @@ class TextDataModule(LightningDataModule, ABC):
             return set()
         return code if all(file.is_file() for file in code) else set()
 
-    def _preparation_options(self) -> dict[str, str]:
-        """Return all settings but those that change no row, so that a new one is not forgotten."""
+    def _preparation_options(self) -> dict[str, str] | None:
+        """Return all attributes but those that change no row, so that a new setting is not forgotten.
+
+        None if one is an object, such as a function of a subclass's own: nothing would tell whether that has changed.
+        """
         loading = {field.name: getattr(self.loading, field.name) for field in fields(self.loading)}
-        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")} | loading
-        return {
-            name: repr(value)
-            for name, value in settings.items()
-            if name not in _CHANGE_NO_ROW and (isinstance(value, _PLAIN) or is_dataclass(value))
-        }
+        settings = {name: value for name, value in (vars(self) | loading).items() if name not in _CHANGE_NO_ROW}
+        if not all(isinstance(value, _PLAIN) or is_dataclass(value) for value in settings.values()):
+            return None
+        return {name: repr(value) for name, value in settings.items()}
 
     def _tokenize_examples(self, examples: list[Example]) -> Sequence[Outcome]:
         ids = self.formatter.encode([example.prompt for example in examples])

@@ -34,6 +34,20 @@ ROWS = [
 KINDS = [PromptDataModule, SFTDataModule, PreferenceDataModule]
 
 
+class Suffixed(PromptDataModule):
+    """A data module of a user's own, with an attribute that no base class knows."""
+
+    suffix: Any = ""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._suffix = type(self).__dict__["suffix"]
+
+    def _make_example(self, row: Any, where: str) -> Any:
+        suffix = self._suffix(row["prompt"]) if callable(self._suffix) else self._suffix
+        return super()._make_example({**row, "prompt": row["prompt"] + suffix}, where)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -110,7 +124,7 @@ def test_what_is_known_of_all_examples_is_known_of_cached_ones(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "change",
-    ["content", "template", "column", "tokenizer", "option", "code", "subclass"],
+    ["content", "template", "column", "tokenizer", "option", "code", "subclass", "attribute", "function"],
 )
 def test_whatever_changes_a_row_makes_it_anew(
     change: str, tmp_path: Path, policy_path: Path, rendered: list[str], monkeypatch: pytest.MonkeyPatch
@@ -133,6 +147,12 @@ def test_whatever_changes_a_row_makes_it_anew(
         make_tokenizer(bos=False).save_pretrained(tokenizer)
     elif change == "option":
         options["loading"] = LoadingConfig(response_marker="Answer:")
+    elif change in ("attribute", "function"):
+        kind = Suffixed
+        monkeypatch.setattr(Suffixed, "suffix", "1" if change == "attribute" else lambda prompt: "1")
+        batches(kind, path, tokenizer)
+        rendered[:] = rendered[:6]
+        monkeypatch.setattr(Suffixed, "suffix", "2" if change == "attribute" else lambda prompt: "2")
     elif change == "code":
         monkeypatch.setattr(preparation, "version", lambda name: "another")
     else:
@@ -142,8 +162,10 @@ def test_whatever_changes_a_row_makes_it_anew(
                 return super()._make_example({**row, "prompt": row["prompt"].upper()}, where)
 
         kind = Shouted
-    batches(kind, path, tokenizer, **options)
+    found = batches(kind, path, tokenizer, **options)
     assert len(rendered) == 12
+    if kind is Suffixed:
+        assert found[0].prompts == ["0+0=2", "1+1=2"]
 
 
 def test_what_changes_no_row_does_not(tmp_path: Path, policy_path: Path, rendered: list[str]) -> None:
