@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from helpers.chat_templates import assistant, user
 from helpers.reward_models import body_of, encoder_config, opts_tokenizer, save_classifier, save_deepspeed_chat
 from helpers.stages import PAIRS, pair_data
 from helpers.training import distance, make_trainer, without_optimizer, write_rows
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from remax_lightning.callbacks import ExportPolicy
-from remax_lightning.data import PreferenceDataModule
+from remax_lightning.data import LoadingConfig, PreferenceDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import RewardModelModule
@@ -395,6 +396,23 @@ def test_a_reward_model_of_deepspeed_chat_goes_on_and_is_exported_plainly(tmp_pa
     assert not [name for name in weights if name.startswith(("rw", "v_head"))]
     scores, _ = rewards_of(tmp_path / "model" / "last")
     assert standardized(scores)
+
+
+def test_the_exported_model_reads_messages_with_the_variables_of_its_training(tmp_path: Path) -> None:
+    template = "<s>{{ style }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}</s>"
+    path = save_classifier(tmp_path / "start", tiny_config("llama"), make_tokenizer(chat_template=template))
+    sides = {side: [user("1+1"), assistant(text)] for side, text in (("chosen", "2"), ("rejected", "3"))}
+    loading = LoadingConfig(chat_template_kwargs={"style": "brief "})
+    rows = write_rows(tmp_path / "rows.jsonl", [sides])
+    data = PreferenceDataModule(rows, path, batch_size=1, max_length=100, loading=loading)
+    module = RewardModelModule(ModelConfig(path), normalize=False, optimizer=partial(torch.optim.SGD, lr=0.0))
+    make_trainer(tmp_path, [ExportPolicy(str(tmp_path / "model"), best=False)]).fit(module, data)
+    reward = ClassifierReward(str(tmp_path / "model" / "last"))
+    reward.load(CPU)
+    (batch,) = list(data.train_dataloader())
+    text = reward.text(batch.prompts[0], "2", {})
+    assert text.startswith("<s>brief user: 1+1")
+    assert reward._token_ids(text) == batch.chosen_ids[0].tolist()
 
 
 def test_a_normalized_model_can_be_trained_again(tmp_path: Path) -> None:
