@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.training.experience import Experience, RolloutBuffer
-from remax_lightning.types import PromptBatch, Responses, Rollout
+from remax_lightning.types import Conversation, Prompt, PromptBatch, Responses, Rollout
 
 
 def experience(num_micro_batches: int = 2) -> Experience:
@@ -40,6 +42,19 @@ def test_micro_batches_come_in_turn_and_the_last_empties_the_buffer() -> None:
     assert buffer.state_dict() is None
     with pytest.raises(UserError, match="part 1 of a rollout batch came first"):
         buffer.micro_batch(1)
+
+
+def test_a_checkpoint_holds_the_text_of_prompts_that_know_their_messages(tmp_path: Path) -> None:
+    """`weights_only=True` reads no class of ours, and messages may hold anything."""
+    made = experience()
+    conversation = Conversation([{"role": "user", "content": "hi", "date": date(2026, 1, 1)}])
+    batch = made.rollout.prompt._replace(prompts=[Prompt(text, conversation) for text in made.rollout.prompt.prompts])
+    buffer = RolloutBuffer()
+    buffer.fill(made._replace(rollout=made.rollout._replace(prompt=batch)))
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    resumed = RolloutBuffer()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.micro_batch(1).rollout.prompt.prompts == ["c", "d"]
 
 
 def of_0_1(state: dict[str, Any]) -> dict[str, Any]:
