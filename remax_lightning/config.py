@@ -33,6 +33,9 @@ class SamplingConfig:
             on-policy; False is what the paper's code does.
         stop_strings: strings that end a response as an end-of-sequence token does; the tokens that complete one belong
             to the response.
+        skip_special_tokens: leave special tokens out of the text that the reward, evaluations and samples read. False
+            keeps all but those that end or pad a response, for rewards that look for tags such as `<think>` which the
+            tokenizer marks as special.
         processed_log_probs: take the policy's log-probs under the truncated distribution, over the tokens that top-k,
             top-p and min-p keep. True keeps the gradient on-policy under truncation; False is what the paper's code
             does. The reference always keeps all tokens, so that the KL is finite.
@@ -50,6 +53,7 @@ class SamplingConfig:
     min_p: float = 0.0
     scale_log_probs: bool = True
     stop_strings: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
     processed_log_probs: bool = False
 
     def __post_init__(self) -> None:

@@ -130,7 +130,8 @@ class Responses(NamedTuple):
         response_ids: `[M, R]` token ids, padded on the right.
         response_mask: `[M, R]` bool, True through the first end-of-sequence token, that one included.
         truncated: `[M]` bool, True where the length limit came before the end of the sequence.
-        texts: the `M` responses as text, without special tokens.
+        texts: the `M` responses as text, decoded behind their prompts; without special tokens unless
+            `sampling.skip_special_tokens` is false.
     """
 
     response_ids: Tensor

@@ -37,7 +37,7 @@ ALLOWED = {
     "evaluation": LOWER
     | {"rollout", "rewards", "models", "strategies", "training", "modules"}
     | {"data.conversations", "data.chat_templates"},  # responses of the data set, as the supervised stage trains them
-    "callbacks": LOWER | {"models", "evaluation", "strategies"},
+    "callbacks": LOWER | {"models", "evaluation", "strategies", "data.tokenizers"},
     "modules": LOWER | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"},
     "tasks": ANYTHING,
     "cli_errors": {"errors"},

@@ -40,6 +40,10 @@ _COLUMNS = (
 )
 
 
+CONTEXT_TOKENS = 16
+"""Tokens of the prompt behind which the tokens of a response are read."""
+
+
 class SampleDump(Callback):
     """Writes a few sampled responses with their scores, at every k-th optimizer step and at each validation.
 
@@ -194,12 +198,15 @@ def _sample_rows(
 
 def _token_fields(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str, Any]:
     """Return the per-token fields of response `i`."""
-    responses = output["rollout"].sampled
+    rollout = output["rollout"]
+    responses = rollout.sampled
     mask = responses.response_mask[i]  # [R]
     ids = responses.response_ids[i][mask].tolist()
+    prompt = i // rollout.num_samples
+    context = rollout.prompt.prompt_ids[prompt][rollout.prompt.prompt_mask[prompt]][-CONTEXT_TOKENS:].tolist()
     figures = {"token_kl": output["kl"], "token_advantages": output["advantages"]}
     return {
-        "tokens": None if tokenizer is None else token_texts(tokenizer, ids, responses.texts[i]),
+        "tokens": None if tokenizer is None else token_texts(tokenizer, ids, responses.texts[i], context),
         **{name: None if values is None else _finite_values(values[i][mask]) for name, values in figures.items()},
     }
 

@@ -17,6 +17,7 @@ from remax_lightning.data.conversations import (
     content_text,
     message_form,
 )
+from remax_lightning.data.tokenizers import encode_responses
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
 
@@ -122,8 +123,8 @@ class ChatRenderer:
     def response_ids(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of responses to imitate; each ends with the token that ends a turn.
 
-        They are tokenized apart from their prompts, as a policy writes them. The end is what the template has written,
-        and the end-of-sequence token where it has written none.
+        They are the tokens that read `texts` behind their prompts, as a policy writes them. The end is what the
+        template has written, and the end-of-sequence token where it has written none.
 
         Args:
             prompts: what the responses are to.
@@ -135,9 +136,8 @@ class ChatRenderer:
         plain_ends, chat_ends = {eos_id}, {eos_id}
         if any(prompt.conversation is not None for prompt in prompts) and self.turn_end:
             chat_ends.add(cast(int, self.tokenizer.convert_tokens_to_ids(self.turn_end)))
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         rows = []
-        for prompt, ids in zip(prompts, encoded["input_ids"], strict=True):
+        for prompt, ids in zip(prompts, encode_responses(self.tokenizer, prompts, texts), strict=True):
             ends = plain_ends if prompt.conversation is None else chat_ends
             rows.append(list(ids) if len(ids) and ids[-1] in ends else [*ids, eos_id])
         return rows

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class SFTDataModule(TextDataModule):
     r"""Yields `SupervisedBatch`: prompts made as `PromptDataModule` makes them, and their responses.
 
-    A response is tokenized apart from its prompt, as the policy will write it: token by token after the prompt. It ends
+    A response becomes the tokens that read as it stands in the file behind its prompt, as the policy writes it. It ends
     with the end-of-sequence token, which is trained. After messages it is what the chat template writes behind the
     prompt, thoughts and calls of tools included, through the token that ends the turn.
 

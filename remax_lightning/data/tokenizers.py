@@ -1,9 +1,10 @@
-"""The one place where a tokenizer is loaded, so that data and models agree on it."""
+"""The one place where a tokenizer is loaded and where a response becomes text, so that all parts agree on both."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from remax_lightning.errors import UserError
 
@@ -78,3 +79,102 @@ def _from_pretrained(path: str, trust_remote_code: bool, revision: str | None, k
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"{key}: {path!r} holds a {type(tokenizer).__name__}, expected a text tokenizer")
     return tokenizer
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that `decode(..., skip_special_tokens=True)` leaves out of a text."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {token_id for token_id, token in added.items() if token.special}
+    return frozenset({*getattr(tokenizer, "all_special_ids", ()), *marked})
+
+
+def hidden_ids(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], *, skip_special_tokens: bool
+) -> frozenset[int]:
+    """Return the ids that are left out of a response's text.
+
+    Args:
+        tokenizer: the policy's.
+        eos_ids: ids that end a response.
+        skip_special_tokens: True leaves out every special token, False only those that end or pad a response. An
+            ordinary token of the vocabulary that ends a response, such as a newline, is text in both cases.
+    """
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    special = special_ids(tokenizer)
+    ends = frozenset({*eos_ids, tokenizer.pad_token_id}) & {*special, *added}
+    return special | ends if skip_special_tokens else ends
+
+
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    hidden: Collection[int] = (),
+) -> list[str]:
+    """Return the text of each response, decoded behind its prompt: what prompt and response read less the prompt.
+
+    A response that is decoded alone loses what its tokenizer strips at the start of a text. SentencePiece (Llama 2,
+    Mistral) strips a space, so that " 4" would read "4" and the first line of a piece of code would lose its indent.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: token ids of `B` prompts, without padding.
+        responses: token ids of `M = B * k` responses without padding, those of one prompt next to each other.
+        hidden: ids that are left out of the responses, see `hidden_ids`.
+    """
+    if not responses:
+        return []
+    per_prompt = len(responses) // len(prompts)  # k
+    shown = [[token for token in ids if token not in hidden] for ids in responses]
+    contexts = _decode(tokenizer, prompts)
+    wholes = _decode(tokenizer, [[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
+    texts = []
+    for i, (whole, ids) in enumerate(zip(wholes, shown, strict=True)):
+        context = contexts[i // per_prompt]
+        # A decoder that rewrites the end of the prompt leaves no boundary: the response is then read alone.
+        texts.append(whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, [ids])[0])
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+    return list(tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=False))
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
+) -> list[list[int]]:
+    """Return the token ids of each response as they stand behind its prompt; decoded there they read `responses`.
+
+    Most tokenizers write a text in the same tokens wherever it stands. SentencePiece puts a space in front of a text
+    that is encoded alone, so that "2+2=" with the response "4" would train "2+2= 4".
+
+    Args:
+        tokenizer: the policy's.
+        prompts: `M` prompts as the policy reads them.
+        responses: `M` responses, without special tokens but those that they spell out.
+    """
+    alone, probe = _encode(tokenizer, responses), _encode(tokenizer, ["a"])
+    if response_texts(tokenizer, probe, probe) == ["a"]:
+        return alone
+    prompt_ids = _encode(tokenizer, prompts)
+    together = _encode(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    return [
+        # Where a token spans prompt and response there is no boundary to cut at: any other text in front will do.
+        whole[len(prompt) :] if whole[: len(prompt)] == prompt else _encode_behind(tokenizer, response, ids)
+        for prompt, whole, response, ids in zip(prompt_ids, together, responses, alone, strict=True)
+    ]
+
+
+def _encode_behind(tokenizer: PreTrainedTokenizerBase, response: str, alone: list[int]) -> list[int]:
+    """Return the ids of `response` behind a short text whose tokens stay apart from it; `alone` if there is none."""
+    for text in ("\n", ".", "a", "1"):
+        context, whole = _encode(tokenizer, [text, text + response])
+        ids = whole[len(context) :]
+        if whole[: len(context)] == context and response_texts(tokenizer, [context], [ids]) == [response]:
+            return ids
+    return alone
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]

@@ -51,7 +51,8 @@ class Reward(ABC):
         Args:
             prompts: `M` prompts as text; a prompt with several responses stands there several times. One that was made
                 of messages has them: `prompt.conversation.messages` (see `remax_lightning.types.Prompt`).
-            responses: `M` responses as text, without special tokens.
+            responses: `M` responses as text, decoded behind their prompts; without special tokens unless
+                `model.sampling.skip_special_tokens` is false.
             rows: `M` raw rows of the data set.
         """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 import warnings
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ class ClassifierReward(Reward):
             one label (TRL's and `RewardModelModule`'s too), a reward model of DeepSpeed-Chat or OpenRLHF, a language
             model with TRL's value head, or a PEFT adapter.
         template: how prompt and response become one text, such as `"{prompt}{response}{eos}"`; `{eos}` is the
-            tokenizer's end-of-sequence token. Left out, it is the one that `RewardModelModule` has saved with the
-            model, or else the reward model's own chat template is used: over the messages that the policy's prompt was
+            tokenizer's end-of-sequence token. A classifier of pairs (BERT and its like) has its separator between them,
+            as in `"{prompt}[SEP]{response}"`, and is given the pair's `token_type_ids`. Left out, it is the one that
+            `RewardModelModule` has saved with the model, or else the reward model's own chat template is used: over the messages that the policy's prompt was
             made of, whatever their column, and over a plain prompt as one message of the user.
         batch_size: texts scored at once.
         max_length: most tokens of a text; longer ones lose their beginning. Left out, what model and
@@ -102,6 +104,7 @@ class ClassifierReward(Reward):
         self._frozen: FrozenModel | None = None
         self._pooling: Pooling | None = None
         self._cutoff: PadCutoff | None = None
+        self._reads_types = False
         self._text_template = template
         self._template_kwargs: dict[str, Any] = {}
         self._renderer: ChatRenderer | None = None
@@ -133,6 +136,8 @@ class ClassifierReward(Reward):
         self._cutoff = self._pad_cutoff(loaded, self.tokenizer)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self._pad_id  # without one it refuses batches
+        # What RewardModelModule trains has never seen token types: it is scored without them as well.
+        self._reads_types = reads_token_types(model, self.tokenizer) and saved_template(source) is None
         self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
@@ -169,8 +174,12 @@ class ClassifierReward(Reward):
             scores = torch.zeros(len(ids), dtype=torch.float32, device=self._frozen.device)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, self._frozen.device)
-                scores[batch] = self._pooling(self.model, input_ids, mask)
+                device = self._frozen.device
+                input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, device)  # [b, T]
+                types = None
+                if self._reads_types:
+                    types, _ = _pad_right([self._token_types(texts[i], ids[i]) for i in batch], 0, device)
+                scores[batch] = self._pooling(self.model, input_ids, mask, types)
         return scores
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -231,6 +240,25 @@ class ClassifierReward(Reward):
             ids = start + ids[len(ids) - self.max_length + len(start) :]
         return ids or [self._pad_id]  # an empty text still has a score: that of its end
 
+    def _token_types(self, text: str, ids: list[int]) -> list[int]:
+        """Return which part of a pair each of `ids`, the tokens of `text`, belongs to, as the tokenizer says it.
+
+        Prompt and response are a pair where the template puts the tokenizer's separator between them.
+        """
+        tokenizer: Any = self.tokenizer
+        parts = text.split(tokenizer.sep_token, 1) if tokenizer.sep_token else [text]
+        # A separator at the very end is the tokenizer's own, and begins no second part.
+        for pair in ([part for part in parts if part], [text]):
+            encoded = tokenizer(*pair, verbose=False)
+            types = list(encoded.get("token_type_ids", ()))
+            if len(types) >= len(ids) and encoded["input_ids"][len(types) - len(ids) + 1 :] == ids[1:]:
+                # What was cut off stood behind the first token, if that is a special one, and at the start otherwise.
+                return [
+                    types[0] if ids[0] == encoded["input_ids"][0] else types[-len(ids)],
+                    *types[len(types) - len(ids) + 1 :],
+                ]
+        return [0] * len(ids)
+
     def _count_truncated(self, length: int) -> None:
         self.num_truncated += 1
         if self.num_truncated == 1:
@@ -268,6 +296,16 @@ class ClassifierReward(Reward):
                 'reads a conversation, for example template: "Human: {prompt}\nAssistant: {response}"'
             )
         return tokenizer
+
+
+def reads_token_types(model: Any, tokenizer: Any) -> bool:
+    """Whether a model tells the two parts of a pair apart by `token_type_ids`, and its tokenizer makes them."""
+    more_than_one = getattr(model.config, "type_vocab_size", 0) > 1
+    return (
+        more_than_one
+        and "token_type_ids" in tokenizer.model_input_names
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    )
 
 
 def check_template(template: str, key: str) -> None:

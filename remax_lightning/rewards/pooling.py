@@ -7,8 +7,7 @@ mask's last position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,31 @@ from remax_lightning.rewards.score_head import score_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Pooling = Callable[["PreTrainedModel", Tensor, Tensor], Tensor]
-"""Model, `[b, T]` ids padded on the right and their mask of ones and zeros, to `[b]` float32 scores."""
+
+class Pooling(Protocol):
+    """From a batch of texts to their scores."""
+
+    def __call__(
+        self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None
+    ) -> Tensor:
+        """Return `[b]` float32 scores.
+
+        Args:
+            model: the classifier.
+            input_ids: `[b, T]` token ids, padded on the right.
+            mask: `[b, T]` ones on real tokens, zeros on padding.
+            token_types: `[b, T]` which part of a pair a token belongs to; None for models that read no such thing.
+        """
 
 
-def pool_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _run(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None) -> Any:
+    types = {} if token_types is None else {"token_type_ids": token_types}
+    return model(input_ids, attention_mask=mask, **types)
+
+
+def pool_last_token(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None
+) -> Tensor:
     """Read a head that scores every token at the last real one of each row.
 
     A forward hook takes the scores, because a strategy that shards the weights gathers them only inside the model's own
@@ -32,23 +51,27 @@ def pool_last_token(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> 
     head = cast("nn.Module", score_head(model))
     handle = head.register_forward_hook(lambda _module, _inputs, scores: head_outputs.append(scores))
     try:
-        model(input_ids, attention_mask=mask)
+        _run(model, input_ids, mask, token_types)
     finally:
         handle.remove()
     (scores,) = head_outputs  # [b, T, 1]
     return scores[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1, 0].float()
 
 
-def pool_by_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def pool_by_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
     """Take the model's own pooling: encoders read their first token, or a mean under the mask."""
-    logits: Tensor = model(input_ids, attention_mask=mask).logits
+    logits: Tensor = _run(model, input_ids, mask, token_types).logits
     return logits[:, 0].float()
 
 
-def pool_unpadded(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def pool_unpadded(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
     """Let the model's own pooling see each row without padding: slow, and right for every model."""
-    rows = [row[: int(length)][None] for row, length in zip(input_ids, mask.sum(1), strict=True)]
-    return torch.cat([pool_by_model(model, row, torch.ones_like(row)) for row in rows])
+    scores = []
+    for i, length in enumerate(mask.sum(1).tolist()):
+        row = input_ids[i : i + 1, :length]
+        types = None if token_types is None else token_types[i : i + 1, :length]
+        scores.append(pool_by_model(model, row, torch.ones_like(row), types))
+    return torch.cat(scores)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.rewards.base import Reward, checked_scores
@@ -87,6 +88,11 @@ class GeneratedResponses(NamedTuple):
     sampled: Responses
     greedy: Responses | None
     log_probs: Tensor | None
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the token ids where `mask` is True, row by row."""
+    return [row[row_mask].tolist() for row, row_mask in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 class RolloutWorker:
@@ -180,22 +186,24 @@ class RolloutWorker:
             output = self.engine.generate(model, request)
             # `stopped_at` counts the sampled rows first, then the greedy ones.
             num_sampled, stopped_at = len(output.sampled_ids), output.stopped_at
-            sampled = self._responses(output.sampled_ids, None if stopped_at is None else stopped_at[:num_sampled])
+            stops = None if stopped_at is None else stopped_at[:num_sampled]
+            sampled = self._responses(prompt, output.sampled_ids, stops)
             greedy_responses = None
             if output.greedy_ids is not None:
                 stops = None if stopped_at is None else stopped_at[num_sampled:]
-                greedy_responses = self._responses(output.greedy_ids, stops)
+                greedy_responses = self._responses(prompt, output.greedy_ids, stops)
         return GeneratedResponses(sampled, greedy_responses, output.log_probs)
 
-    def _responses(self, ids: Tensor, stopped_at: Tensor | None) -> Responses:
+    def _responses(self, prompt: PromptBatch, ids: Tensor, stopped_at: Tensor | None) -> Responses:
         """Return token ids `[M, R]` with their mask, whether each was truncated, and their text."""
         mask = response_mask(ids, self.eos_ids, stopped_at)  # [M, R]
         ends = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).any(-1)  # [M]
         if stopped_at is not None:
             ends |= stopped_at > 0
-        tokens = [row[row_mask].tolist() for row, row_mask in zip(ids.cpu(), mask.cpu(), strict=True)]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return Responses(ids, mask, ~ends, list(texts))
+        hidden = hidden_ids(self.tokenizer, self.eos_ids, skip_special_tokens=self.sampling.skip_special_tokens)
+        prompts = _unpadded(prompt.prompt_ids, prompt.prompt_mask)
+        texts = response_texts(self.tokenizer, prompts, _unpadded(ids, mask), hidden)
+        return Responses(ids, mask, ~ends, texts)
 
     def score_responses(self, prompt: PromptBatch, responses: GeneratedResponses) -> Rollout:
         """Score sampled and greedy responses in one pass of the reward.

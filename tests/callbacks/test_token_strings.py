@@ -102,3 +102,15 @@ def test_the_time_is_linear_in_the_length() -> None:
     text = "abcdefgh" * 100
     assert token_texts(tokenizer, [*map(ord, text)], text) == [*text]
     assert tokenizer.decoded < 4 * len(text)
+
+
+def test_the_first_token_is_read_behind_its_prompt() -> None:
+    tokenizer = word_tokenizer()
+    assert token_texts(tokenizer, [2, 4, 0], " twos", context=[1, 5]) == [" two", "s", ""]
+
+
+def test_special_tokens_that_the_text_holds_are_its_own() -> None:
+    tokenizer = make_tokenizer()
+    ids = [20, 1, 21, 2]
+    text = tokenizer.decode(ids[:3], skip_special_tokens=False)
+    assert token_texts(tokenizer, ids, text) == [text[0], "<s>", text[-1], ""]

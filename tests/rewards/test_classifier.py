@@ -360,3 +360,43 @@ def test_pickled_weights_that_run_code_are_refused_even_then(tmp_path: Path) -> 
     with pytest.raises(UserError, match="cannot be loaded"):
         loaded(path, allow_pickle=True)
     assert not (tmp_path / "touched").exists()
+
+
+def save_pair_classifier(path: Path) -> Any:
+    """Save a BERT that reads pairs, and return its tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz?."
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    (path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = BertTokenizerFast.from_pretrained(path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=64, num_labels=1, initializer_range=0.5, **sizes
+    )
+    BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+@pytest.mark.parametrize("max_length", [None, 12])
+def test_a_classifier_of_pairs_is_told_which_part_is_the_response(tmp_path: Path, max_length: int | None) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = save_pair_classifier(tmp_path)
+    reward = loaded(tmp_path, template="{prompt}" + tokenizer.sep_token + "{response}", max_length=max_length)
+    pairs = [("who?", "me."), ("what was it", "a"), ("a", "that is so.")]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    expected, without = [], []
+    for pair in pairs:
+        encoded = tokenizer(*pair, return_tensors="pt")
+        if max_length is not None and encoded["input_ids"].shape[1] > max_length:
+            cut = encoded["input_ids"].shape[1] - max_length
+            encoded = {name: torch.cat([value[:, :1], value[:, 1 + cut :]], 1) for name, value in encoded.items()}
+        with torch.no_grad():
+            expected.append(model(**encoded).logits[0, 0])
+            without.append(model(encoded["input_ids"]).logits[0, 0])
+    scores = reward.score([prompt for prompt, _ in pairs], [response for _, response in pairs], [{}] * 3)
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert (torch.stack(expected) - torch.stack(without)).abs().min() > 1e-3

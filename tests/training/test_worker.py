@@ -82,3 +82,12 @@ def test_stop_strings_end_the_responses_of_supervised_validation_too(strings: tu
     cut = [text for text in reward.texts if "e" in text]
     assert cut  # the random policy writes the letter
     assert all(text.endswith("e") and text.count("e") == 1 for text in cut) == bool(strings)
+
+
+@pytest.mark.parametrize(("skip", "read"), [(True, "aaaa"), (False, "a<s>aaa")])
+def test_the_reward_reads_special_tokens_where_it_is_told_to(skip: bool, read: str) -> None:
+    a = make_tokenizer().convert_tokens_to_ids("a")
+    reward, sampling = Texts(), SamplingConfig(max_response_length=8, skip_special_tokens=skip)
+    engine = FixedEngine([[a, 1, a, a, a, 2, 3, 3]] * 2)
+    worker(engine, reward=reward, sampling=sampling).roll_out(tiny_model(), prompt(), torch.Generator(), greedy=False)
+    assert reward.texts == [read] * 2

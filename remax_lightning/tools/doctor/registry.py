@@ -79,6 +79,7 @@ CHECKS = (
     Check("prompt_padding", policy.check_prompt_padding, (REMAX, SFT)),
     Check("eos", responses.check_eos, (REMAX, SFT)),
     Check("eos_trained", responses.check_eos_trained, (REMAX, SFT)),
+    Check("special_tokens", responses.check_special_tokens, (REMAX, SFT)),
     Check("truncation", responses.check_truncation),
     Check("generation_config", responses.check_generation_config),
     Check("greedy", policy.check_greedy),

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from remax_lightning.data.tokenizers import hidden_ids, special_ids
 from remax_lightning.models.forward import eval_mode, language_model, model_inputs
 from remax_lightning.models.sampling_mask import apply_temperature
 from remax_lightning.rewards.pooling import pool_last_token
@@ -223,6 +224,29 @@ def check_pad_token(context: DoctorContext) -> Finding:
         fix = "end response_mask at the first EOS; remove EOS from the response texts of the data set"
         return Finding("fail", f"{measured}; {twice} responses count more than one EOS", fix, values)
     return Finding("pass", f"{measured}; masks cover the texts, and at most one EOS per response", "", values)
+
+
+def check_special_tokens(context: DoctorContext) -> Finding:
+    """Look whether responses hold special tokens, which the reward reads only where it is told to."""
+    module, tokenizer = context.module, context.tokenizer
+    roles = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    ends = hidden_ids(tokenizer, module.eos_ids(), skip_special_tokens=False)
+    ids, mask = _response_ids_and_mask(context)
+    counts = {token: int(((ids == token) & mask).any(-1).sum()) for token in special_ids(tokenizer) - ends - roles}
+    written = sorted((token for token, count in counts.items() if count), key=lambda token: -counts[token])
+    values = {"responses": float(max(counts.values(), default=0))}
+    if not written:
+        return Finding("pass", f"no special token but its end in {len(ids)} responses", "", values)
+    named = ", ".join(
+        f"{tokenizer.convert_ids_to_tokens(token)!r} ({counts[token]})" for token in written[:MAX_SHOWN_IDS]
+    )
+    measured = f"of {len(ids)} responses some hold the special tokens {named}"
+    if not module.sampling.skip_special_tokens:
+        return Finding("pass", f"{measured}, which the reward reads", "", values)
+    fix = (
+        "set model.sampling.skip_special_tokens: false where the reward has to read them, as a reward for a format does"
+    )
+    return Finding("warn", f"{measured}, which the reward does not see", fix, values)
 
 
 def _eos_tensor(context: DoctorContext) -> Tensor:
