@@ -46,8 +46,9 @@ class ClassifierReward(Reward):
         template: how prompt and response become one text, such as `"{prompt}{response}{eos}"`; `{eos}` is the
             tokenizer's end-of-sequence token. A classifier of pairs (BERT and its like) has its separator between them,
             as in `"{prompt}[SEP]{response}"`, and is given the pair's `token_type_ids`. Left out, it is the one that
-            `RewardModelModule` has saved with the model, or else the reward model's own chat template is used: over the messages that the policy's prompt was
-            made of, whatever their column, and over a plain prompt as one message of the user.
+            `RewardModelModule` has saved with the model, or else the reward model's own chat template is used: over
+            the messages that the policy's prompt was made of, whatever their column, and over a plain prompt as one
+            message of the user.
         batch_size: texts scored at once.
         max_length: most tokens of a text; longer ones lose their beginning. Left out, what model and
             tokenizer can hold.

@@ -40,6 +40,7 @@ def test_the_first_stage_is_asked_what_applies(tmp_path: Path, capsys: pytest.Ca
     passed = {name for name, each in results.items() if each["status"] == "pass"}
     assert passed == {
         *("data", "models", "prompts", "bos", "prompt_eos", "pad_token", "prompt_padding", "eos", "eos_trained"),
+        "special_tokens",
         "memory",
     }
     assert results["greedy"]["status"] == "skip"
