@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Number
 from typing import Any
 
 from remax_lightning.errors import RewardError, UserError
+from remax_lightning.rewards.answers import final_number, plain_number
 from remax_lightning.rewards.base import shorten
 
-# A minus after a letter, a digit or a bracket is a subtraction or a hyphen. Commas count as part of a number
-# only where they part thousands, so that "1, 2,3" holds three numbers.
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-\u2212])?\$?"
-    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)"
-)
 _KEY = "model.reward.init_args.arguments"
+_LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
 
 
 def exact_match(
@@ -26,6 +24,9 @@ def exact_match(
     ignore_case: bool = False,
 ) -> list[float]:
     """1.0 where the response equals the row's `column`, 0.0 elsewhere; white space around both is ignored.
+
+    Numbers are compared as numbers: 42 in a row, or `1,234`, equals `42.0` and `1234`. A text with leading zeros, such
+    as `007`, is a text.
 
     Args:
         prompts: `M` prompts.
@@ -38,11 +39,20 @@ def exact_match(
         RewardError: if a row holds nothing in that column.
     """
 
-    def normalize(text: str) -> str:
+    def normal(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
 
-    expected = _column(prompts, rows, column)
-    return [float(normalize(response) == normalize(right)) for response, right in zip(responses, expected, strict=True)]
+    def number(text: str) -> Fraction | None:
+        return None if _LEADING_ZERO.match(text) else plain_number(text)
+
+    scores = []
+    for prompt, response, right in zip(prompts, responses, _column(prompts, rows, column), strict=True):
+        if not right.strip():
+            raise _unreadable("exact_match", "a text or a number", right, prompt, column)
+        expected = number(right)
+        equal = normal(response) == normal(right) or (expected is not None and number(response) == expected)
+        scores.append(float(equal))
+    return scores
 
 
 def numeric_answer(
@@ -52,31 +62,44 @@ def numeric_answer(
     column: str = "response",
     tolerance: float = 1e-6,
 ) -> list[float]:
-    """1.0 where the last number in the response is the last number in the row's `column`, 0.0 elsewhere.
+    r"""1.0 where the number that the response gives as its answer is the row's, 0.0 elsewhere.
 
-    Thousands may be parted by commas; a dollar sign before and a percent sign or full stop after are ignored.
-    So a row may hold the bare number or a worked solution, as GSM8K does (`#### 1,234`, in `column: answer`).
+    The row holds a number and nothing else, or a worked solution with one after `####`, as GSM8K has it. The response's
+    answer is the last number of its last `\boxed{...}`, else of what follows its last `####`, else of the whole. It
+    scores 0.0 where that number is part of something else (3/4, 5x, 2^3, a list, a range, an inequality), denied
+    ("not 5") or scaled ("5 million"). Thousands may be parted by commas; a dollar sign before and a percent sign, unit
+    or full stop after are ignored.
 
     Args:
         prompts: `M` prompts.
         responses: `M` responses; one without a number scores 0.0.
         rows: `M` raw rows.
         column: the column that holds the right answer, the project's own name for it by default.
-        tolerance: largest absolute difference that still counts as equal.
+        tolerance: largest absolute difference that still counts as equal; relative to right answers below 1, so that 0
+            is not taken for 1e-7.
 
     Raises:
-        RewardError: if a row holds no number in that column.
+        RewardError: if the column of a row holds no plain number: a fraction, a formula, text, a list, a dict.
     """
     scores = []
     for prompt, response, right in zip(prompts, responses, _column(prompts, rows, column), strict=True):
-        expected, answer = last_number(right), last_number(response)
+        expected = plain_number(right.rpartition("####")[2])
         if expected is None:
-            raise RewardError(
-                f"numeric_answer: expected a number in column {column!r}, got {shorten(right)} for the prompt "
-                f"{shorten(prompt)}; correct the row or name another column in {_KEY}.column"
-            )
-        scores.append(float(answer is not None and abs(answer - expected) <= tolerance))
+            raise _unreadable("numeric_answer", "a number and nothing else (or after ####)", right, prompt, column)
+        answer = final_number(response)
+        scores.append(float(answer is not None and _is_close(answer, expected, tolerance)))
     return scores
+
+
+def _is_close(answer: Fraction, expected: Fraction, tolerance: float) -> bool:
+    return abs(answer - expected) <= Fraction(tolerance) * min(Fraction(1), abs(expected))
+
+
+def _unreadable(verifier: str, expectation: str, right: str, prompt: str, column: str) -> RewardError:
+    return RewardError(
+        f"{verifier}: expected {expectation} in column {column!r}, got {shorten(right)} for the prompt "
+        f"{shorten(prompt)}; correct the row or name another column in {_KEY}.column"
+    )
 
 
 def regex_format(
@@ -129,19 +152,8 @@ def length_penalty(
     return [-coef * max(0, len(response) - target) for response in responses]
 
 
-def last_number(text: str) -> float | None:
-    """Return the last number in `text`, or None where there is none."""
-    number = None
-    for number in _NUMBER.finditer(text):  # noqa: B007
-        pass
-    if number is None:
-        return None
-    value = float(number["digits"].replace(",", ""))
-    return -value if number["sign"] else value
-
-
 def _column(prompts: Sequence[str], rows: Sequence[dict[str, Any]], column: str) -> list[str]:
-    """Return `column` of every row as text."""
+    """Return `column` of every row, a text or a number, as text."""
     for prompt, row in zip(prompts, rows, strict=True):
         if row.get(column) is None:
             filled = ", ".join(sorted(str(name) for name, value in row.items() if value is not None))
@@ -149,5 +161,10 @@ def _column(prompts: Sequence[str], rows: Sequence[dict[str, Any]], column: str)
                 f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
                 f"the columns {filled or 'none'} for the prompt {shorten(prompt)}; name one of these there or "
                 "complete the data"
+            )
+        if not isinstance(row[column], str | Number) or isinstance(row[column], bool | complex):
+            raise RewardError(
+                f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(row[column]).__name__}, "
+                f"{shorten(str(row[column]))}, for the prompt {shorten(prompt)}; name a column that holds the answer"
             )
     return [str(row[column]) for row in rows]

@@ -8,7 +8,7 @@ import pytest
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards import exact_match, length_penalty, numeric_answer, regex_format
-from remax_lightning.rewards.verifiers import last_number
+from remax_lightning.rewards.answers import final_number
 
 
 def rows(*values: Any, column: str = "response") -> list[dict[str, Any]]:
@@ -44,13 +44,13 @@ def test_a_missing_column_names_itself_and_those_that_are_there(verifier: Any, r
         ("50%.", 50),
         ("x=-3", -3),
         ("\u22127", -7),
-        ("10-12", 12),
-        ("(4)-3", 3),
-        ("well-3", 3),
-        ("1, 2,3", 3),
-        ("12,34", 34),
-        ("1,2345", 2345),
-        ("1234,567", 567),
+        ("10-12", None),
+        ("(4)-3", None),
+        ("well-3", None),
+        ("1, 2,3", None),
+        ("12,34", None),
+        ("1,2345", None),
+        ("1234,567", None),
         ("0.50", 0.5),
         (".5", 0.5),
         ("3.", 3),
@@ -61,8 +61,9 @@ def test_a_missing_column_names_itself_and_those_that_are_there(verifier: Any, r
         ("-", None),
     ],
 )
-def test_last_number(text: str, number: float | None) -> None:
-    assert last_number(text) == number
+def test_final_number(text: str, number: float | None) -> None:
+    found = final_number(text)
+    assert (None if found is None else float(found)) == number
 
 
 def test_numeric_answer_compares_the_last_numbers() -> None:
@@ -74,7 +75,7 @@ def test_numeric_answer_compares_the_last_numbers() -> None:
 
 
 def test_a_row_without_a_number_is_a_fault_of_the_data() -> None:
-    with pytest.raises(RewardError, match="expected a number in column 'response', got 'unknown'"):
+    with pytest.raises(RewardError, match=r"expected a number and nothing else .* in column 'response', got 'unknown'"):
         numeric_answer(["p"], ["4"], rows("unknown"))
 
 
@@ -105,3 +106,111 @@ def test_length_penalty_starts_beyond_the_target() -> None:
     for wrong in ({"target": -1}, {"coef": -0.1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             length_penalty(["p"], ["r"], [{}], **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "3/4",
+        "\\frac{1}{2}",
+        "25 cm^2",
+        "(1,2)",
+        "\\sqrt{3}",
+        "5 or 6",
+        "4, 5",
+        "five",
+        "nan",
+        "inf",
+        "#### ",
+        "1e9999",
+        "2**3",
+        {"answer": 5},
+        [5],
+        [4, 5],
+        True,
+        float("nan"),
+    ],
+)
+def test_a_gold_that_is_no_plain_number_is_refused(gold: Any) -> None:
+    with pytest.raises(RewardError, match="column 'response'"):
+        numeric_answer(["p"], ["5"], rows(gold))
+
+
+@pytest.mark.parametrize("gold", [5, 5.0, "5", "$5", "5%", "5.", " +5 ", "\\boxed{5}", "$5$", "work 3+2\n#### 5"])
+def test_a_plain_gold_is_read_and_right_answers_are_paid(gold: Any) -> None:
+    responses = [
+        "5",
+        "It is 5.",
+        "so $5$",
+        "\\boxed{5}",
+        "**5**",
+        "5 apples",
+        "<answer>5</answer>",
+        "2 + 3 = 5",
+        "30/6 = 5.0",
+    ]
+    assert numeric_answer(["p"] * len(responses), responses, rows(*[gold] * len(responses))) == [1.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "1/5",
+        "\\frac{1}{5}",
+        "The answer is not 5",
+        "it isn't 5",
+        "not \\boxed{5}",
+        "5 is wrong",
+        "4 or 5",
+        "4, 5",
+        "4 to 5",
+        "4-5",
+        "5 million",
+        "\\boxed{5} million",
+        "2^5",
+        "x^5",
+        "10 cm^5",
+        "x_5",
+        "\\sqrt{5}",
+        "5\\sqrt{3}",
+        "5x",
+        "2**5",
+        "3*5",
+        "3 \\times 5",
+        "x > 5",
+        "more than 5",
+        "-5",
+        "\u22125",
+        "10:5",
+        "(2,5)",
+        "1.5",
+        "0.5",
+        "1 5",
+        "5e1",
+        "5:30",
+        "5 + x",
+        "5/2",
+        "\\boxed{4} 5",
+    ],
+)
+def test_a_number_that_is_not_the_answer_is_not_paid(response: str) -> None:
+    assert numeric_answer(["p"], [response], rows(5)) == [0.0]
+
+
+def test_small_and_large_numbers_are_told_apart() -> None:
+    golds = ["1e-7", "9007199254740993", "0", "0.333333"]
+    responses = ["0", "9007199254740992", "1e-7", "0.3333331"]
+    assert numeric_answer(["p"] * 4, responses, rows(*golds)) == [0.0, 0.0, 0.0, 1.0]
+    assert numeric_answer(["p"], ["9" * 10_000], rows(9)) == [0.0]
+
+
+def test_exact_match_compares_numbers_as_numbers() -> None:
+    golds = [42, 5.0, "1,234", "12", "007", "12", "a 5"]
+    responses = ["42.0", "5", "1234", "012", "7", "13", "a 5.0"]
+    assert exact_match(["p"] * 7, responses, rows(*golds)) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("gold", ["", "  ", {"a": 1}, ["4"]])
+def test_exact_match_refuses_what_no_response_can_equal(gold: Any) -> None:
+    with pytest.raises(RewardError, match="column 'response'"):
+        exact_match(["p"], [""], rows(gold))

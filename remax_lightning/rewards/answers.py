@@ -1,0 +1,130 @@
+r"""Reading a number out of text: strictly where it is the right answer, and as the last word where a policy writes it.
+
+What cannot be read for certain is no number: a fraction, a range, a product or a sum, a list, an exponent, a number
+that is denied ("not 5") or scaled ("5 million"). Paying such a response would teach the policy to write it.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+MAX_CHARACTERS = 200
+"""Of a number; longer ones are no answer and would cost time."""
+# Commas count as part of a number only where they part thousands.
+_DIGITS = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|(?<![\w.])\.[0-9]+"
+)
+_PLAIN = re.compile(rf"([-+]?)\s?[$€£]?([-+]?)({_DIGITS})\s?%?\.?")
+_NUMBER = re.compile(_DIGITS)
+_BOXED = re.compile(r"\\boxed\s*\{")
+# What stands directly before the sign or the first digit of a number that is part of something else.
+_OPERAND_BEFORE = re.compile(
+    r"(?:[*/^\u00d7·÷√±+<≤≥∓]|(?<![-=])(?<!</\w)(?<!\w)>|[0-9][,:.]|[0-9][ \t]+"
+    r"|[0-9]\s*(?:,|;|-|\u2013|\bor\b|\band\b|\bto\b|&|\|)\s*"
+    r"|\bor\b|\b(?:more|less|greater|fewer) than\b|\\(?:times|cdot|div|pm|leq?|geq?|lt|gt|sqrt|log|ln|pi)\b\s*[({]?"
+    r"|\\[dt]?frac\s*\{?[^{}]*\}?\{?|[({\[]\s*[-+]?[0-9.]+\s*,)\s*$"
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|cannot|never|neither|nor|except|unlike|without|(?:rather|other) than|instead of)\b"
+    r"|n['\u2019]t\b|≠|!=|\\neq?\b)"
+    r"[^0-9.;,:!?\n]{0,30}$",
+    re.IGNORECASE,
+)
+_OPERAND_AFTER = re.compile(
+    r"\s*(?:[*/^\u00d7·÷√π∞²³½¼¾+]|,[0-9]|\.[0-9]|:\s*[0-9]|[-\u2013]\s*[A-Za-z]\b(?!\w)|<[^/A-Za-z|]|[≤≥]|or\b"
+    r"|\\(?:times|cdot|div|pm|sqrt|frac|pi|leq?|geq?|infty)\b"
+    r"|(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?)\b)",
+    re.IGNORECASE,
+)
+_DIRECTLY_AFTER = re.compile(r"(?:[abijknpqrtuvwxyzKMB]\b|\(\s*[A-Za-z0-9]|[{\[_])")
+_DENIED_AFTER = re.compile(
+    r"\W{0,4}\s*(?:is|was|would be)\s*(?:n['\u2019]t|not|wrong|incorrect|false|impossible)\b", re.IGNORECASE
+)
+# Letters in front make a name or, behind a caret, a unit's exponent: cm^2, H2O, x_1.
+_PART_OF_A_NAME = re.compile(r"(?:[^\W\d]|_\{?|[A-Za-z]\s*\^\s*\{?-?|\\(?:text|mathrm)\{[^{}]*\}\s*\^\s*\{?-?)$")
+
+
+def plain_number(text: str) -> Fraction | None:
+    """Return the number that `text` is as a whole, exactly; None where it is anything else.
+
+    Signs, thousands parted by commas, a currency sign before and a percent sign or full stop after are read, as are
+    the marks that LaTeX puts around a number; white space around it is ignored.
+    """
+    text = _normal(text).strip()
+    if (boxed := _boxed(text)) is not None and text.startswith("\\boxed") and text.endswith("}"):
+        text = boxed[1]
+    if len(text) > MAX_CHARACTERS or (match := _PLAIN.fullmatch(text.strip())) is None:
+        return None
+    if match[1] and match[2]:
+        return None
+    return _value(match[3], negative="-" in (match[1], match[2]))
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""Return the number that a response gives as its answer; None where it gives none, or none for certain.
+
+    It is the last number of the last `\boxed{...}`, else of what follows the last `####`, else of the whole text.
+    """
+    text, before, after = _normal(text), "", ""
+    if (boxed := _boxed(text)) is not None:
+        before, text, after = boxed
+    elif "####" in text:
+        text = text.rpartition("####")[2]
+    if _DENIED_BEFORE.search(before[-80:]) or (boxed is not None and _OPERAND_AFTER.match(after[:40])):
+        return None
+    for match in reversed(list(_NUMBER.finditer(text))):
+        # Only the neighborhood is looked at, so that a long text costs no more than a short one.
+        left, right = text[max(0, match.start() - 80) : match.start()], text[match.end() : match.end() + 80]
+        if _PART_OF_A_NAME.search(left):
+            continue
+        return _standing_alone(left, match[0], right)
+    return None
+
+
+def _standing_alone(left: str, digits: str, right: str) -> Fraction | None:
+    """Return the value of a number, None where what stands around it makes it part of something else."""
+    left = re.sub(r"[$€£]\s?$", "", left)
+    sign = re.search(r"[-+]$", left)
+    outer = re.sub(r"[$€£]\s?$", "", left[: sign.start()]) if sign else left
+    # After an operand a sign subtracts, and with a space behind it, it may be a bullet or a dash.
+    if sign and re.search(r"(?:[\w)\]}%!]|(?:[0-9)\]}]|(?<![\w])[B-HJ-Zb-z])\s+)$", outer):
+        return None
+    if re.search(r"(?:^|\s)[-\u2013]\s+$", outer) or _OPERAND_BEFORE.search(outer) or _DENIED_BEFORE.search(outer):
+        return None
+    if _DIRECTLY_AFTER.match(right) or _OPERAND_AFTER.match(right) or _DENIED_AFTER.match(right):
+        return None
+    if len(digits) > MAX_CHARACTERS:
+        return None
+    return _value(digits, negative=sign is not None and sign[0] == "-")
+
+
+def _boxed(text: str) -> tuple[str, str, str] | None:
+    r"""Return what stands before, in and after the last `\boxed{...}`; None without one."""
+    start = None
+    for start in _BOXED.finditer(text):  # noqa: B007
+        pass
+    if start is None:
+        return None
+    depth = 1
+    for i in range(start.end(), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[: start.start()], text[start.end() : i], text[i + 1 :]
+    return text[: start.start()], text[start.end() :], ""
+
+
+def _normal(text: str) -> str:
+    """Return `text` with one spelling for minus, percent and currency signs, without marks of emphasis and LaTeX's."""
+    text = re.sub(r"[\u2212\uFF0D\uFE63]", "-", text)
+    text = text.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$").replace("\\!", "")
+    text = re.sub(r"\\[,;: ]|[\u00a0\u202f\u2009]", " ", text)
+    # **5** is emphasis, 2**3 is a power.
+    text = re.sub(r"(?<![\w)*])\*{1,3}(?=[^\s*])|(?<=[^\s*])\*{1,3}(?![\w(*])|`", "", text)
+    return re.sub(r"\$([^$\n]*?)\$", r" \1 ", text)
+
+
+def _value(digits: str, *, negative: bool) -> Fraction:
+    value = Fraction(Decimal(digits.replace(",", "")))
+    return -value if negative else value
