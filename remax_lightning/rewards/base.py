@@ -127,6 +127,7 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
             f"{_example(prompts, responses, index)}"
         )
 
+    scores = _without_index(scores)
     if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
         for index, value in enumerate(scores):
             if not _is_number(value):
@@ -147,6 +148,13 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
         first = bad[0]
         raise error(f"{tensor[first].item()} at index {first} ({len(bad)} of {count} not finite)", first)
     return tensor
+
+
+def _without_index(scores: Any) -> Any:
+    """Return a pandas Series as an array, whatever its index, and an array of objects as a list."""
+    array = scores.to_numpy() if hasattr(scores, "to_numpy") else scores
+    is_objects = getattr(array, "ndim", 0) == 1 and str(array.dtype) == "object"
+    return list(array) if is_objects else array
 
 
 def _is_number(value: Any) -> bool:

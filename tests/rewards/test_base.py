@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -36,10 +37,12 @@ def scored(result: Any) -> Scores:
         (1, 2.5, 1, -3),
         torch.tensor([1, 2.5, 1, -3], dtype=torch.float64, requires_grad=True),
         np.array([1, 2.5, 1, -3]),
+        np.array([1, 2.5, True, -3], dtype=object),
+        pd.Series([1, 2.5, 1, -3], index=[7, 5, 3, 1]),
         [np.float64(1), torch.tensor(2.5), np.bool_(True), -3],
         Scores(torch.tensor([1, 2.5, 1, -3], dtype=torch.bfloat16), {}),
     ],
-    ids=["list", "tuple", "tensor", "array", "scalars", "scores"],
+    ids=["list", "tuple", "tensor", "array", "objects", "series", "scalars", "scores"],
 )
 def test_numbers_of_any_kind_become_float32(result: Any) -> None:
     reward, parts = scored(result)
@@ -71,6 +74,8 @@ def test_parts_are_kept_as_float32() -> None:
         ([1.0, None, 3.0, 4.0], r"'None' \(a NoneType\) at index 1", "response one"),
         ([[1.0], [2.0], [3.0], [4.0]], r"a list\) at index 0", "response zero"),
         ([1.0, torch.zeros(1), 3.0, 4.0], r"a Tensor\) at index 1", "response one"),
+        (pd.Series([1.0, None, 3.0, 4.0]), "nan at index 1", "response one"),
+        (np.array([1.0, None, 3.0, 4.0], dtype=object), r"'None' \(a NoneType\) at index 1", "response one"),
         ([1.0, 1j, 3.0, 4.0], r"a complex\) at index 1", "response one"),
         (torch.zeros(4, dtype=torch.complex64), "complex", "prompt zero"),
         ([1.0, 2.0, 3.0, float("nan")], r"nan at index 3 \(1 of 4", "response three"),
