@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
-from remax_lightning.cli_errors import RemaxParser, user_error_message
+from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.preemption import EXIT_CODE
@@ -187,11 +187,11 @@ def main() -> None:
     except SIGTERMException:
         # Lightning treats any other exit code of a process that it started as a failure.
         raise SystemExit(0 if launched else EXIT_CODE) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        mistake = foreign_exit_message(error) if isinstance(error, SystemExit) else user_error_message(error)
         on_all_ranks = isinstance(error, RankUserError | RankError)
         if on_all_ranks and launched:
             time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
-        mistake = user_error_message(error)
         if mistake is None:
             raise
         if not on_all_ranks or getattr(rank_zero_only, "rank", 0) == 0:

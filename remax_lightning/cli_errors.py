@@ -6,18 +6,24 @@ extracts the lines that matter.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
+import jsonargparse
+import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from remax_lightning.errors import UserError
+import remax_lightning
+from remax_lightning.errors import SignalExit, UserError, exception_chain
 
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '(.+)':")
@@ -117,12 +123,31 @@ def user_error_message(error: BaseException | None) -> str | None:
 
     jsonargparse wraps the exceptions of constructors.
     """
-    while error is not None:
-        if isinstance(error, UserError | MisconfigurationException):
-            hint = _moved_name_hint(str(error))
-            return f"{error}; {hint}" if hint else str(error)
-        error = error.__cause__ or error.__context__
+    for cause in exception_chain(error):
+        if isinstance(cause, UserError | MisconfigurationException):
+            hint = _moved_name_hint(str(cause))
+            return f"{cause}; {hint}" if hint else str(cause)
     return None
+
+
+def foreign_exit_message(end: SystemExit) -> str | None:
+    """Return a message about `sys.exit()` in code of a user's own; None if the command itself ends the process.
+
+    The exit code of such a call says nothing about the run: with 0 it would look like a success.
+    """
+    if isinstance(end, SignalExit):
+        return None
+    # The innermost frame is the caller's; exit() and quit() of the interpreter are functions of a file, too.
+    frames = traceback.extract_tb(end.__traceback__)
+    caller = next(frame for frame in reversed(frames) if "_sitebuiltins" not in frame.filename)
+    own = [Path(inspect.getfile(module)).parent for module in (remax_lightning, lightning, jsonargparse)]
+    file = Path(caller.filename)
+    if file == Path(argparse.__file__) or any(file.is_relative_to(folder) for folder in own):
+        return None
+    return (
+        f"{caller.filename}, line {caller.lineno}, in {caller.name}: sys.exit() ended the run (exit code {end.code});"
+        " raise an exception there that says what is wrong, or set trainer.should_stop to end a run early"
+    )
 
 
 def _moved_name_hint(message: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
 
@@ -31,6 +32,23 @@ class DataError(UserError):
 
 class RewardError(UserError):
     """A reward failed or returned something that must not be trained on; the message shows the prompt."""
+
+
+def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause or context, the cause of that, and so on; every exception once.
+
+    A chain can be a ring: a writer thread that raises one stored object again and again, as TensorBoard's does on a
+    full disk, links the object to exceptions that were raised from it.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+class SignalExit(SystemExit):
+    """A signal ends the process; unlike `sys.exit()` in code of a user's own, this is no error."""
 
 
 class RankUserError(UserError):

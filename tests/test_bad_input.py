@@ -20,10 +20,10 @@ from helpers.cli import changed, in_folder, message, misread, refused, remax, sm
 from helpers.training import fit, prompt_data, remax_module
 
 from remax_lightning.callbacks import KLMonitor, SampleDump
-from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS
+from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS, user_error_message
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.data import LoadingConfig, PromptDataModule
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, exception_chain
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import WarmupCosine
 from remax_lightning.rewards import FunctionReward
@@ -514,6 +514,38 @@ def test_a_subcommand_is_needed(arguments: list[str], expected: str, capsys: pyt
     assert outcome.code == 2
     assert expected in message(outcome)
     assert "remax --help" in outcome.err
+
+
+EXITS = {
+    "in a callback": "class Stops(Callback):\n    def on_fit_start(self, *_):\n        sys.exit({code})\n",
+    "in a constructor": "class Stops(Callback):\n    def __init__(self):\n        exit({code})\n",
+    "on import": "sys.exit({code})\nclass Stops(Callback): pass\n",
+}
+
+
+@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("place", EXITS)
+def test_sys_exit_in_a_users_code_is_no_success(
+    place: str, code: int, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "import sys\nfrom lightning.pytorch import Callback\n" + EXITS[place].format(code=code)
+    (tmp_path / "my_exits.py").write_text(source)
+    sys.modules.pop("my_exits", None)
+    values = changed(config, trainer__callbacks=[{"class_path": "my_exits.Stops"}])
+    said = message(refused(values, tmp_path, capsys))
+    assert "my_exits.py, line " in said
+    assert f"sys.exit() ended the run (exit code {code})" in said
+
+
+def test_a_ring_of_exceptions_ends() -> None:
+    """As TensorBoard's writer makes one on a full disk, which raises the same object again and again."""
+    full, failed = OSError(28, "No space left on device"), RuntimeError("the writer has failed")
+    full.__context__, failed.__cause__ = failed, full
+    assert user_error_message(full) is None
+    assert list(exception_chain(full)) == [full, failed]
+    failed.__cause__, failed.__context__ = None, UserError("the key is wrong")
+    failed.__context__.__context__ = failed
+    assert user_error_message(full) == "the key is wrong"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(

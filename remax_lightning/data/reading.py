@@ -26,7 +26,7 @@ from remax_lightning.data.text_files import (
     read_text_file,
 )
 from remax_lightning.data.text_files import Row as Row  # the name that other modules import from here
-from remax_lightning.errors import DataError
+from remax_lightning.errors import DataError, exception_chain
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -349,8 +349,8 @@ def _load(path: str, split: str, key: str, load: Any) -> Any:
 
 def _reason(error: BaseException) -> str:
     """Return the first line of what went wrong; `datasets` wraps that in an error that says nothing."""
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__
+    reasons = (cause for cause in exception_chain(error) if type(cause).__name__ != "DatasetGenerationError")
+    error = next(reasons, error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

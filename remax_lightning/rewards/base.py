@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import RewardError, SignalExit, UserError
 
 _SHOWN_CHARACTERS = 200
 
@@ -107,9 +107,9 @@ def _raw_scores(
     """Return what `reward` returns; whatever it raises becomes a RewardError."""
     try:
         return reward.score(prompts, responses, rows)
-    except UserError:
+    except (UserError, SignalExit):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
         index = _failing_row(reward, type(error), prompts, responses, rows)
         raise RewardError(
             f"model.reward: {reward!r} raised {type(error).__name__}: {error}"
@@ -169,7 +169,7 @@ def _is_number(value: Any) -> bool:
 
 def _failing_row(
     reward: Reward,
-    failure: type[Exception],
+    failure: type[BaseException],
     prompts: Sequence[str],
     responses: Sequence[str],
     rows: Sequence[dict[str, Any]],
@@ -181,7 +181,7 @@ def _failing_row(
             reward.score(prompts[start:stop], responses[start:stop], rows[start:stop])
         except failure:
             return True
-        except Exception:
+        except (Exception, SystemExit):
             return False
         return False
 

@@ -64,7 +64,7 @@ def _import_function(path: str) -> Callable[..., Any]:
             f"{_KEY}.function: {path!r} names the module {module_name!r}, and there is none. "
             f"Put {module_name.replace('.', '/')}.py into {directory} or on PYTHONPATH, or correct the path."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _broken_module(module_name, error) from error
     function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
@@ -78,7 +78,7 @@ def _import_function(path: str) -> Callable[..., Any]:
     return function
 
 
-def _broken_module(name: str, error: Exception) -> UserError:
+def _broken_module(name: str, error: BaseException) -> UserError:
     return UserError(
         f"{_KEY}.function: importing the module {name!r} failed with {type(error).__name__}: {error}. "
         f"Try `python -c 'import {name}'`."

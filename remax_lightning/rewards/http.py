@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import InvalidHeader
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.base import Reward, shorten
@@ -24,12 +33,14 @@ class HTTPReward(Reward):
 
     It is posted `{"prompts": [...], "responses": [...]}`, with `"rows": [...]` where they are asked for, each of `M`
     entries, and answers with a list of `M` finite numbers, alone or as `{"scores": [...]}`. Each rank asks for itself.
+    Connections are kept open between requests. Redirects are refused: the prompts, and the headers with their secrets,
+    go to `url` and nowhere else.
 
     Args:
         url: where the scorer listens, http or https.
         batch_size: responses per request.
         concurrency: requests under way at once.
-        timeout: seconds that one request may take in all, from connecting to the last byte.
+        timeout: seconds that one request may take in all, from connecting to the last byte, also if it drips in.
         retries: how often a request is repeated after a failed connection, a timeout or a busy server (status 408, 425,
             429 or 5xx). An answer that is wrong is not asked for again.
         backoff: seconds before the first repetition, doubled before each further one; a server's `Retry-After` counts
@@ -74,6 +85,9 @@ class HTTPReward(Reward):
         self.url, self.batch_size, self.concurrency, self.timeout = url, batch_size, concurrency, timeout
         self.retries, self.backoff, self.max_bytes = retries, backoff, max_bytes
         self.headers, self.token_env, self.send_rows = dict(headers or {}), token_env, send_rows
+        self._session = _Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, _DeadlineAdapter(pool_maxsize=concurrency))
 
     def __repr__(self) -> str:
         """What error messages call this reward."""
@@ -121,30 +135,40 @@ class HTTPReward(Reward):
 
     def _post(self, body: bytes) -> tuple[bytes | None, str, float | None]:
         """Return the answer, or what went wrong and how long the server wants us to wait; None if asking is no use."""
-        import requests
-
         headers = {"Content-Type": "application/json", **self.headers}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
-        deadline = time.monotonic() + self.timeout
+        with _Deadline(self.timeout) as deadline:
+            answer, problem, wait = self._exchange(body, headers)
+        if deadline.has_passed:  # what came until then may look complete, and the error is one of a closed socket
+            return None, f"Timeout: the answer was not complete after {self.timeout:g} s", 0.0
+        return answer, problem, wait
+
+    def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[bytes | None, str, float | None]:
+        """Send one request and read its answer; returns what `_post` does."""
         try:
-            with requests.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
+            with self._session.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
+                status = f"status {reply.status_code} {reply.reason}"
+                if 300 <= reply.status_code < 400:
+                    target = shorten(reply.headers.get("Location", ""))
+                    return None, (
+                        f"{status}: it redirects to {target}, and redirects are not followed, because prompts and"
+                        f" headers would go there; if that is the scorer, set {_KEY}.url to it"
+                    ), None  # fmt: skip
                 if reply.status_code != 200:
                     again = (
                         _retry_after_seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
                     )
-                    text = self._read_body(reply, deadline).decode(errors="replace")
-                    return None, f"status {reply.status_code} {reply.reason}: {shorten(text)}", again
-                return self._read_body(reply, deadline), "", None
+                    text = self._read_body(reply).decode(errors="replace")
+                    return None, f"{status}: {shorten(text)}", again
+                return self._read_body(reply), "", None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             return None, f"{type(error).__name__}: {error}", 0.0
         except requests.RequestException as error:
             return None, f"{type(error).__name__}: {error}", None
 
-    def _read_body(self, reply: Any, deadline: float) -> bytes:
-        """Return the body, as far as time and size allow."""
-        import requests
-
+    def _read_body(self, reply: requests.Response) -> bytes:
+        """Return the body, as far as its size allows; the deadline of the request ends it, too."""
         body = bytearray()
         for chunk in reply.iter_content(2**14):
             body += chunk
@@ -153,8 +177,6 @@ class HTTPReward(Reward):
                     f"model.reward: {self!r} answered with more than {_KEY}.max_bytes {self.max_bytes} bytes; expected"
                     " a list of numbers"
                 )
-            if time.monotonic() > deadline:
-                raise requests.Timeout(f"the answer was not complete after {self.timeout:g} s")
         return bytes(body)
 
     def _checked(self, answer: bytes, batch: dict[str, list[Any]]) -> list[float]:
@@ -185,8 +207,104 @@ class HTTPReward(Reward):
 
 
 def _retry_after_seconds(text: str | None) -> float:
-    """Return what `Retry-After` asks for; 0 where it says nothing, or a date."""
-    try:
+    """Return what `Retry-After` asks for, as a number or a date; 0 where it says nothing."""
+    with suppress(ValueError):
         return max(0.0, float(text or 0))
-    except ValueError:
+    try:
+        return Retry().parse_retry_after(text or "")
+    except InvalidHeader:
         return 0.0
+
+
+# ---- A deadline for a whole request ----
+#
+# The `timeout` of requests bounds each single read of the socket. A server that sends a byte now and then, in its
+# headers or in its body, holds a request for as long as it likes. So a timer shuts the socket at the deadline, wherever
+# the request is, and the read that waits for it returns.
+
+_current = threading.local()
+"""Holds the `_Deadline` of the request that this thread makes."""
+
+
+class _Deadline:
+    """Shuts the connection of the request that is made inside, once its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.has_passed = False
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        _current.deadline = self
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.deadline = None
+        self._timer.cancel()
+        with self._lock:
+            self._socket = None
+
+    def watch(self, connection: socket.socket) -> None:
+        """Say which socket the request waits on."""
+        with self._lock:
+            self._socket = connection
+        if self.has_passed:
+            self._end()
+
+    def _end(self) -> None:
+        self.has_passed = True
+        with self._lock:
+            if self._socket is not None:
+                with suppress(OSError):  # the other side has closed it
+                    # Not the method of an SSLSocket, which takes its state from under the read that waits.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+def _watch(connection: Any) -> None:
+    deadline: _Deadline | None = getattr(_current, "deadline", None)
+    if deadline is not None and connection.sock is not None:
+        deadline.watch(connection.sock)
+
+
+class _Connection(HTTPConnection):
+    def getresponse(self) -> Any:
+        _watch(self)
+        return super().getresponse()
+
+
+class _SecureConnection(HTTPSConnection):
+    def getresponse(self) -> Any:
+        _watch(self)
+        return super().getresponse()
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+class _DeadlineAdapter(HTTPAdapter):
+    """Makes connections that tell the deadline of their request which socket they wait on, also through a proxy."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        if not args[0].lower().startswith("socks"):
+            manager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
+        return manager
+
+
+class _Session(requests.Session):
+    """Sees no redirects. With `allow_redirects=False` requests would still read the whole body of one."""
+
+    def get_redirect_target(self, _: requests.Response) -> None:
+        return None

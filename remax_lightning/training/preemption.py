@@ -1,12 +1,18 @@
 """Early stops: at the end of the same step on all ranks, with a checkpoint after SIGTERM or SLURM's signal.
 
 Lightning's handlers act at once: they save and wait for other ranks in the middle of a step. Here a signal is only
-recorded, and handled at the end of the step.
+recorded, and handled at the end of the step. A step may never end, because a reward hangs: a second SIGTERM ends the
+process at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,20 +23,33 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.distributed import max_over_ranks
+from remax_lightning.errors import SignalExit
 
 END, REQUEUE = 1, 2
 EXIT_CODE = 128 + signal.SIGTERM
+_ONE_SIGNAL = 0.2
+"""Seconds within which signals count as one: a wrapper may pass one on that the whole process group has got."""
 
 
 class DeferredSignals(_SignalConnector):
     """Lightning's handling of signals, deferred: `requested` says what was requested."""
 
     requested = 0
+    _watch: _SecondSigterm | None = None
 
     def register_signal_handlers(self) -> None:
         """Install the handlers and clear earlier requests."""
         self.requested = 0
         super().register_signal_handlers()
+        if self._watch is None and threading.current_thread() is threading.main_thread():
+            self._watch = _SecondSigterm(self.trainer)
+
+    def teardown(self) -> None:
+        """Restore what was there before."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        super().teardown()
 
     def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -39,7 +58,7 @@ class DeferredSignals(_SignalConnector):
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
-        raise SystemExit(EXIT_CODE)  # outside of training there is nothing to save
+        raise SignalExit(EXIT_CODE)  # outside of training there is nothing to save
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
         self.requested = REQUEUE
@@ -47,6 +66,45 @@ class DeferredSignals(_SignalConnector):
     def requeue(self, signum: int) -> None:
         """Save a checkpoint that Lightning loads when SLURM runs the job again, and requeue the job."""
         super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
+
+
+class _SecondSigterm:
+    """Ends the process, and those that it launched, when a second SIGTERM arrives.
+
+    Python runs signal handlers between two instructions of the main thread, so none runs while that is inside of a
+    library: in a collective, or in a reward that waits. The interpreter writes the number of a signal to a pipe at
+    once, and a thread reads it there.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._replaced = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, daemon=True, name="second-sigterm").start()
+
+    def stop(self) -> None:
+        """Give the pipe back; the thread ends with it."""
+        signal.set_wakeup_fd(self._replaced)
+        os.close(self._write)
+
+    def _wait(self) -> None:
+        first = None
+        while number := os.read(self._read, 1):
+            now = time.monotonic()
+            if number[0] == signal.SIGTERM and first is not None and now - first > _ONE_SIGNAL:
+                self._end()
+            elif number[0] == signal.SIGTERM and first is None:
+                first = now
+        os.close(self._read)
+
+    def _end(self) -> None:
+        with suppress(OSError, ValueError):  # standard error may be closed
+            sys.stderr.write("remax: SIGTERM came a second time: the run ends at once, without another checkpoint\n")
+            sys.stderr.flush()
+        for process in getattr(self._trainer.strategy.launcher, "procs", ()):
+            process.kill()
+        os._exit(EXIT_CODE)
 
 
 def defer_signals(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from remax_lightning.data import read_rows, rows_in_memory
-from remax_lightning.data.reading import is_on_hub
+from remax_lightning.data.reading import _reason, is_on_hub
 from remax_lightning.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -385,3 +385,13 @@ def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:
 def test_paths_may_be_of_pathlib(tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl")
     assert list(read_rows(path).values) == list(read_rows([path]).values) == ROWS
+
+
+def test_a_ring_of_causes_ends() -> None:
+    """`datasets` wraps what went wrong in errors that say nothing, and a cause may lead back to them."""
+    kind = type("DatasetGenerationError", (Exception,), {})
+    outer, inner, reason = kind("outer"), kind("inner"), ValueError("cannot cast\nmore")
+    outer.__cause__, inner.__cause__ = inner, outer
+    assert _reason(outer) == "outer"
+    inner.__cause__ = reason
+    assert _reason(outer) == "cannot cast"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import RewardError, SignalExit, UserError
 from remax_lightning.rewards import Reward, Scores, checked_scores
 
 PROMPTS = ["prompt zero", "prompt one", "prompt two", "prompt three"]
@@ -153,3 +153,24 @@ def test_no_responses_give_no_scores() -> None:
 def test_sequences_must_be_equally_long() -> None:
     with pytest.raises(ValueError, match="4, 4 and 3"):
         checked_scores(Given([1.0] * 4), PROMPTS, RESPONSES, ROWS[:3])
+
+
+@pytest.mark.parametrize("code", [0, 1, None])
+def test_sys_exit_in_a_reward_is_an_error_of_it(code: int | None) -> None:
+    class Exits(Reward):
+        def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
+            if "b" in responses:
+                raise SystemExit(code)
+            return [0.0] * len(responses)
+
+    with pytest.raises(RewardError, match=r"raised SystemExit: (.*\n)+.*response 1: 'b'"):
+        checked_scores(Exits(), ["p"] * 3, ["a", "b", "c"], [{}] * 3)
+
+
+def test_a_signal_within_a_reward_is_no_error_of_it() -> None:
+    class Told(Reward):
+        def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
+            raise SignalExit(143)
+
+    with pytest.raises(SignalExit):
+        checked_scores(Told(), ["p"], ["a"], [{}])

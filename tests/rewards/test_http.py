@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,6 +30,8 @@ class Scorer:
         scorer = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with scorer.lock:
@@ -92,6 +95,35 @@ def break_off(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
     handler.end_headers()
     handler.wfile.write(b'{"scores": [1')
     drop(handler, {})
+
+
+def drip_body(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+    """A byte now and then, of a body that would be an answer in the end."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "400")
+    handler.end_headers()
+    for byte in b" " * 393 + b"[1.0  ]":
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+
+
+def drip_without_length(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+    """What has come until the deadline is a valid answer, whose end only the closed connection would show."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b"[1, 3, 2, 0, 5, 4, 1]")
+    for _ in range(400):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def drip_headers(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.flush_headers()
+    for i in range(400):
+        handler.wfile.write(f"X-{i}: {i}\r\n".encode())
+        handler.wfile.flush()
+        time.sleep(0.05)
 
 
 def trickle(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
@@ -200,6 +232,76 @@ def test_an_answer_that_never_ends_is_given_up_in_time(scorer: Scorer) -> None:
     with pytest.raises(RewardError, match=r"the answer was not complete after 0\.5 s"):
         score(scorer.reward(retries=0, timeout=0.5))
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("drip", [drip_body, drip_without_length, drip_headers])
+def test_the_timeout_holds_for_an_answer_that_drips(drip: Answer, scorer: Scorer) -> None:
+    """No single read takes long, and the whole would take 20 s."""
+    scorer.answers = [drip, drip]
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"in 2 tries.*Timeout: the answer was not complete after 0\.3 s"):
+        score(scorer.reward(retries=1, timeout=0.3))
+    assert time.monotonic() - start < 10
+
+
+def test_a_drip_is_asked_again(scorer: Scorer) -> None:
+    scorer.answers = [drip_headers, drip_body]
+    assert score(scorer.reward(timeout=0.3)) == [len(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_its_target_named(status: int, scorer: Scorer) -> None:
+    """A 307 would take prompts, headers and all to another host."""
+    other = Scorer()
+    try:
+        scorer.answers = [saying("", status, Location=other.url)]
+        reward = scorer.reward(headers={"X-Api-Key": "secret"})
+        with pytest.raises(RewardError, match=rf"in 1 tries.*status {status} .*redirects to '{other.url}'.*not follow"):
+            score(reward)
+    finally:
+        other.server.shutdown()
+        other.server.server_close()
+    assert other.seen == []
+    assert len(scorer.seen) == 1
+
+
+def test_the_body_of_a_redirect_is_not_read(scorer: Scorer) -> None:
+    scorer.answers = [lambda handler, _: send(handler, b"x" * 2**26, 302, {"Location": "http://elsewhere"})]
+    with pytest.raises(RewardError, match="redirects to 'http://elsewhere'"):
+        score(scorer.reward(max_bytes=100))
+
+
+def test_one_connection_serves_many_batches(scorer: Scorer) -> None:
+    clients = []
+
+    def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        clients.append(handler.client_address)
+        by_length(handler, body)
+
+    scorer.answers = [answer] * 14
+    reward = scorer.reward(batch_size=1, concurrency=1)
+    assert score(reward) == score(reward) == [len(text) for text in TEXTS]
+    assert len(clients) == 14
+    assert len(set(clients)) == 1
+
+
+def test_a_connection_that_the_server_closed_in_between_is_made_anew(scorer: Scorer) -> None:
+    def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        by_length(handler, body)
+        handler.close_connection = True
+
+    scorer.answers = [answer]
+    reward = scorer.reward(retries=0)
+    score(reward)
+    time.sleep(0.2)
+    assert score(reward) == [len(text) for text in TEXTS]
+
+
+def test_a_date_says_how_long_to_wait(scorer: Scorer) -> None:
+    scorer.answers = [saying("later", 503, Retry_After=formatdate(time.time() + 2, usegmt=True))]
+    start = time.monotonic()
+    score(scorer.reward())
+    assert time.monotonic() - start > 0.9
 
 
 @pytest.mark.parametrize(

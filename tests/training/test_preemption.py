@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +179,63 @@ def test_outside_of_training_it_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         make_trainer(tmp_path, [Tell("validation", 0, 0)], limit_val_batches=1.0).validate(module, data)
     assert ended.value.code == 143
+
+
+HANGS = """
+import ctypes, sys, time
+from pathlib import Path
+from helpers.training import make_trainer, prompt_data, remax_module
+from helpers.training import CharacterReward
+
+folder, policy, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+class Hangs(CharacterReward):
+    def score(self, *arguments):
+        (folder / "hangs").touch()
+        while how == "Python":
+            try:
+                time.sleep(0.01)
+            except BaseException:
+                pass
+        mutex, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)  # waits for itself, and no handler of Python's runs
+        return super().score(*arguments)
+
+module = remax_module(policy, reward=Hangs())
+trainer = make_trainer(folder, limit_val_batches=1.0)
+getattr(trainer, sys.argv[4])(module, prompt_data(folder, policy))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of Linux stands for a library that hangs")
+@pytest.mark.parametrize(("how", "stage"), [("Python", "fit"), ("a library", "fit"), ("a library", "validate")])
+def test_a_second_sigterm_ends_a_reward_that_hangs(how: str, stage: str, tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    command = [sys.executable, "-c", HANGS, str(tmp_path), save_policy(tmp_path / "policy"), how, stage]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while not (tmp_path / "hangs").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        time.sleep(1)
+        assert process.poll() is None  # the first one waits for the end of the step
+        process.terminate()
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "SIGTERM came a second time" in said
+
+
+def test_handlers_are_as_before_after_a_run(tmp_path: Path) -> None:
+    before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    Runs(tmp_path).start(Tell(), max_steps=1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.set_wakeup_fd(-1) == -1
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "second-sigterm" not in {thread.name for thread in threading.enumerate()}
