@@ -23,7 +23,8 @@ class SamplingConfig:
 
     Args:
         max_response_length: maximum number of tokens in a response, including the end-of-sequence token.
-        min_response_length: minimum number of tokens before a response may end.
+        min_response_length: minimum number of tokens before a response may end. Until then EOS is neither drawn nor
+            part of the distribution that is trained.
         num_samples: sampled responses per prompt, `n`. The paper uses one.
         temperature: divides the logits.
         top_k: sample from the `top_k` most likely tokens only; 0 samples from all of them.

@@ -82,6 +82,8 @@ def _lightning_speaks_as_before() -> Iterator[None]:
 
 
 CHARACTERS = "0123456789+-=*?. abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n:,!#$<>/'"
+FILLERS = ("<turn>", *"αβγδεζηθικλμ")
+"""Make as many tokens as the tiny models have embeddings, 96, since an id without a token is never drawn."""
 
 
 def make_tokenizer(*, pad_is_eos: bool = False, bos: bool = True, chat_template: str | None = None) -> Any:
@@ -93,7 +95,7 @@ def make_tokenizer(*, pad_is_eos: bool = False, bos: bool = True, chat_template:
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*specials, *CHARACTERS, *FILLERS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     from tokenizers.decoders import Fuse

@@ -62,7 +62,7 @@ class Evaluator:
         """
         self.trainer, self.policy, self.reference, self.seed = trainer, policy, reference, seed
         device = trainer.strategy.root_device
-        self._reference_worker.prepare(self.worker.tokenizer, self.worker.eos_ids, device)
+        self._reference_worker.prepare(self.worker.tokenizer, self.worker.eos_ids, device, self.worker.unused_ids)
         self._sums = PromptSums()
 
     def evaluate(self, rollout: Rollout, stats: PolicyStatistics, kl_coef: float, batch_idx: int) -> StepOutput:

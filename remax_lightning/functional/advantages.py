@@ -98,6 +98,7 @@ def remax_advantages(
     reward: Tensor,
     response_mask: Tensor,
     *,
+    loss_mask: Tensor | None = None,
     num_samples: int = 1,
     baseline: Baseline = "greedy",
     baseline_reward: Tensor | None = None,
@@ -125,6 +126,8 @@ def remax_advantages(
     Args:
         reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
         response_mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
+        loss_mask: `[S, R]` bool, True on the response tokens that are trained on; None for all. The others still
+            count in the baseline of their siblings, with their reward and their KL.
         num_samples: sampled responses per prompt, `n`.
         baseline: see `baseline_values`.
         baseline_reward: `[B]` rewards of the greedy responses; needed by the greedy baseline only.
@@ -142,7 +145,7 @@ def remax_advantages(
         reduce: sums over ranks for `whiten`.
 
     Returns:
-        `[S, R]` float32 (float64 if an input is), detached, 0 outside the mask.
+        `[S, R]` float32 (float64 if an input is), detached, 0 where the token is not trained on.
 
     Raises:
         ValueError: if a shape does not fit, a number is out of range, a choice is unknown, or an argument
@@ -150,6 +153,8 @@ def remax_advantages(
     """
     check_shape("reward", reward, "[S]", (None,))
     check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
+    loss_mask = response_mask if loss_mask is None else loss_mask
+    check_mask("loss_mask", loss_mask, "[S, R]", response_mask.shape)
     _check_numbers(gamma, reward_clip, reward_clip_at)
     _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
     # ---- r and b, clipped before the comparison if so configured ----
@@ -170,8 +175,8 @@ def remax_advantages(
     tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
     cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
     advantages = above.unsqueeze(1) * torch.pow(gamma, tokens_to_go) - cost
-    advantages = torch.where(response_mask, advantages, 0.0)
-    return whiten_advantages(advantages, response_mask, reduce) if whiten else advantages
+    advantages = torch.where(loss_mask, advantages, 0.0)
+    return whiten_advantages(advantages, loss_mask, reduce) if whiten else advantages
 
 
 def _discounted_sum_to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SamplingMask: TypeAlias = Callable[[Tensor], Tensor]
-"""Function from `[M, V]` logits, divided by the temperature, to a bool mask, True on tokens that can be sampled."""
+SamplingMask: TypeAlias = Callable[[Tensor, slice], Tensor]
+"""Maps `[m, V]` logits over the temperature, and the slice of the `M` positions that they belong to, to a bool mask of
+their shape: True on the tokens that can be drawn there."""
 
 
 class OutputHead(NamedTuple):
@@ -29,14 +30,14 @@ class OutputHead(NamedTuple):
     soft_cap: float | None = None
 
 
-def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None) -> Tensor:
-    """Return `[M, V]` logits with minus infinity on the tokens that `sampling_mask` leaves out; never on `ids`, `[M]`.
+def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None, rows: slice) -> Tensor:
+    """Return `[m, V]` logits with minus infinity on the tokens that `sampling_mask` leaves out; never on `ids`, `[m]`.
 
     A sampled token may be outside of the mask after rounding or an update; its log-prob must stay finite.
     """
     if sampling_mask is None:
         return logits
-    allowed = sampling_mask(logits.detach()).scatter(-1, ids[:, None], True)  # [M, V]
+    allowed = sampling_mask(logits.detach(), rows).scatter(-1, ids[:, None], True)  # [m, V]
     return logits.masked_fill(allowed.logical_not_(), -torch.inf)
 
 
@@ -74,11 +75,11 @@ class LogitTransform(NamedTuple):
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
     def log_softmax(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, rows: slice
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
         logits = self.logits(hidden, weight, bias)
-        log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask), dim=-1)
+        log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask, rows), dim=-1)
         if self.soft_cap is None:
             return log_probs, None
         return log_probs, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)

@@ -70,7 +70,9 @@ def token_statistics(
     check_argument(temperature > 0, "temperature", "above 0", temperature)
     ids = ids.long()
     scaled_logits = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)  # [S * R, V]
-    log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask), dim=-1).view(logits.shape)
+    log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask, slice(None)), dim=-1).view(
+        logits.shape
+    )
     log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # [S, R]
     with torch.no_grad():
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
@@ -86,6 +88,7 @@ def hidden_statistics(
     *,
     reference: tuple[Tensor, OutputHead] | None = None,
     sampling_mask: SamplingMask | None = None,
+    reference_mask: SamplingMask | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyStatistics:
     """Return the same as `token_statistics`, and the KL to a reference, without a tensor of all logits.
@@ -101,7 +104,9 @@ def hidden_statistics(
         temperature: divides the logits, also those of the reference, after scale and soft cap.
         reference: `[M, D']` final hidden states of the reference for the same tokens, and its head; gets no gradient.
         sampling_mask: says which tokens the policy's distribution is over, `ids` always among them; None for all. A
-            constant to the gradient. The reference keeps all of its tokens, so that the KL is finite.
+            constant to the gradient.
+        reference_mask: the same of the reference. The KL is finite only if it keeps every token that `sampling_mask`
+            keeps, so truncation does not belong here.
         logits_at_once: maximum of tokens times vocabulary; at least one token is processed.
 
     Returns:
@@ -125,7 +130,7 @@ def hidden_statistics(
         tensors = (
             None if x is None else x.detach() for x in (reference_hidden, reference_head.weight, reference_head.bias)
         )
-        reference_inputs = (*tensors, LogitTransform.from_head(reference_head, temperature, dtype))
+        reference_inputs = (*tensors, LogitTransform.from_head(reference_head, temperature, dtype, reference_mask))
     transform, rows = (
         LogitTransform.from_head(head, temperature, dtype, sampling_mask),
         max(1, logits_at_once // vocabulary),
@@ -160,10 +165,10 @@ class _HiddenStatistics(torch.autograd.Function):
                 _ReferenceLogits.from_tensors(reference_hidden, reference_weight, reference_bias, reference_transform),
             )
             for part in _slices(len(hidden), rows):
-                log_softmax = transform.log_softmax(hidden[part], *head, ids[part])[0]  # [rows, V]
+                log_softmax = transform.log_softmax(hidden[part], *head, ids[part], part)[0]  # [rows, V]
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if reference_logits is not None and kl is not None:
-                    kl[part] = reference_logits.log_ratio(log_softmax, part).mul_(log_softmax.exp()).sum(-1)
+                    kl[part] = reference_logits.log_ratio(log_softmax, ids[part], part).mul_(log_softmax.exp()).sum(-1)
                 # Impossible tokens have no entropy; 0 * -inf would be NaN.
                 entropy[part] = (
                     -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
@@ -198,13 +203,13 @@ class _HiddenStatistics(torch.autograd.Function):
                 log_softmax, slope = (
                     (saved_log_softmax, None)
                     if saved_log_softmax is not None
-                    else transform.log_softmax(hidden[part], *head, ids[part])
+                    else transform.log_softmax(hidden[part], *head, ids[part], part)
                 )
                 # ---- The gradient of the logits: grad * (onehot - p), plus grad_kl * p * (log_ratio - kl) ----
                 weights = -grad_log_probs[part, None]
                 if reference_logits is not None and grad_kl is not None:
                     weights = (
-                        reference_logits.log_ratio(log_softmax, part)
+                        reference_logits.log_ratio(log_softmax, ids[part], part)
                         .sub_(kl[part, None])
                         .mul_(grad_kl[part, None])
                         .add_(weights)
@@ -234,11 +239,11 @@ class _ReferenceLogits(NamedTuple):
             return None
         return cls(hidden, *transform.cast_weights(weight, bias), transform)
 
-    def log_ratio(self, policy_log_probs: Tensor, rows: slice) -> Tensor:
+    def log_ratio(self, policy_log_probs: Tensor, ids: Tensor, rows: slice) -> Tensor:
         """Return `policy_log_probs` minus the reference's, 0 where the policy's are -inf; a new tensor."""
-        reference_logits = self.transform.logits(self.hidden[rows], self.weight, self.bias)  # [rows, V]
-        left_out = policy_log_probs <= torch.finfo(policy_log_probs.dtype).min
-        return reference_logits.log_softmax(-1).neg_().add_(policy_log_probs).masked_fill_(left_out, 0.0)
+        reference_log_probs, _ = self.transform.log_softmax(self.hidden[rows], self.weight, self.bias, ids, rows)
+        left_out = policy_log_probs <= torch.finfo(policy_log_probs.dtype).min  # [rows, V]
+        return reference_log_probs.neg_().add_(policy_log_probs).masked_fill_(left_out, 0.0)
 
 
 class _GradientSums:

@@ -15,9 +15,9 @@ from remax_lightning.functional._checks import check_argument, check_mask, check
 from remax_lightning.functional.kl import KLEstimator, kl_estimate
 from remax_lightning.functional.masking import masked_mean, safe_divide
 
-MAX_LOG_RATIO = 40.0
+MAX_LOG_RATIO = 20.0
 """Where the log of a probability ratio stops, in nats. Without it exp overflows, and the gradient of a token
-that the clip rejects is 0 * inf = NaN; a ratio of e^40 is far outside any clip range."""
+that the clip rejects is 0 * inf = NaN; a ratio of e^20 is far outside any clip range."""
 
 
 class SurrogateLoss(NamedTuple):

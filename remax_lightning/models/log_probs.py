@@ -11,14 +11,13 @@ from torch import Tensor
 from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import (
     PolicyStatistics,
-    SamplingMask,
     TokenStatistics,
     hidden_statistics,
     token_statistics,
 )
 from remax_lightning.models.forward import accepts_argument, model_inputs
 from remax_lightning.models.lm_head import find_head, hidden_states, required_head
-from remax_lightning.models.sampling_mask import make_sampling_mask
+from remax_lightning.models.sampling_mask import NO_TOKENS, SuppressedTokens, make_sampling_mask
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def response_statistics(
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
     (rows,) = _forward_batches(prompt, responses)
-    statistics = _statistics(model, rows, temperature)[0]
+    statistics = _statistics(model, rows, temperature, SamplingConfig(), NO_TOKENS)[0]
     return TokenStatistics(*(_scatter_tokens([values], responses.response_mask) for values in statistics))
 
 
@@ -54,6 +53,7 @@ def policy_statistics(
     reference: PreTrainedModel | None = None,
     trained: Tensor | None = None,
     batch_size: int | None = None,
+    suppressed: SuppressedTokens = NO_TOKENS,
 ) -> PolicyStatistics:
     """Return the statistics of the sampled responses, each `[S, R]` and 0 outside the response mask.
 
@@ -66,21 +66,30 @@ def policy_statistics(
         reference: whose hidden states the rollout may hold.
         trained: `[S]` bool, the responses that are run; the others' statistics are 0. None for all.
         batch_size: responses per forward pass, counting those that are not run; None for all at once.
+        suppressed: tokens that could not be drawn; neither the policy nor the reference counts them.
 
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
-    temperature, sampling_mask = _temperature(sampling), make_sampling_mask(sampling)
+    temperature = _temperature(sampling)
     passes: list[PolicyStatistics] = []
     for rows in _forward_batches(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
-            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, sampling_mask)[0]))
+            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, sampling, suppressed)[0]))
             continue
         head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
         reference_inputs = rollout.reference_hidden[rows.token_mask], other
-        hidden, ids = _predicting_states(policy, rows), rows.ids[rows.mask]
+        hidden, ids = _predicting_states(policy, rows), rows.ids[rows.mask]  # [M, D], [M]
         passes.append(
-            hidden_statistics(hidden, head, ids, temperature, reference=reference_inputs, sampling_mask=sampling_mask)
+            hidden_statistics(
+                hidden,
+                head,
+                ids,
+                temperature,
+                reference=reference_inputs,
+                sampling_mask=make_sampling_mask(sampling, suppressed, rows.positions),
+                reference_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=False),
+            )
         )
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*passes, strict=True)
@@ -97,6 +106,7 @@ def with_reference(
     sampling: SamplingConfig,
     keep_hidden: bool = False,
     batch_size: int | None = None,
+    suppressed: SuppressedTokens = NO_TOKENS,
 ) -> Rollout:
     """Return `rollout` with the log-probs of its sampled tokens under the reference.
 
@@ -110,6 +120,7 @@ def with_reference(
         keep_hidden: keep the reference's hidden states too, for the KL over the vocabulary.
         batch_size: responses per forward pass; None for those of a training pass, the rollout's share of
             `num_micro_batches`.
+        suppressed: tokens that could not be drawn, which the reference does not count either.
 
     Raises:
         UserError: if `keep_hidden` and the reference's head cannot be read.
@@ -120,7 +131,7 @@ def with_reference(
     for rows in _forward_batches(
         rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches
     ):
-        statistics, hidden = _statistics(reference, rows, _temperature(sampling))
+        statistics, hidden = _statistics(reference, rows, _temperature(sampling), sampling, suppressed, truncate=False)
         log_probs.append(statistics.log_probs)
         if keep_hidden and hidden is not None:
             hidden_parts.append(hidden)
@@ -150,6 +161,11 @@ class _ForwardBatch(NamedTuple):
     ids: Tensor
     mask: Tensor
     token_mask: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """Position in its response of each counted token, `[M * L]` in the order of `ids[mask]`."""
+        return self.mask.nonzero()[:, 1]
 
 
 def _forward_batches(
@@ -182,13 +198,22 @@ def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 def _statistics(
-    model: PreTrainedModel, rows: _ForwardBatch, temperature: float, sampling_mask: SamplingMask | None = None
+    model: PreTrainedModel,
+    rows: _ForwardBatch,
+    temperature: float,
+    sampling: SamplingConfig,
+    suppressed: SuppressedTokens,
+    *,
+    truncate: bool = True,
 ) -> tuple[TokenStatistics, Tensor | None]:
     """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
     head, ids = find_head(model).head, rows.ids[rows.mask]
     if head is None:
+        positions = torch.arange(rows.ids.shape[1], device=ids.device).repeat(len(rows.ids))  # [M * L]
+        sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
         statistics = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)
         return TokenStatistics(*(values[rows.mask] for values in statistics)), None
+    sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
     hidden = _predicting_states(model, rows)
     return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, sampling_mask=sampling_mask)[:2]), hidden
 

@@ -82,11 +82,11 @@ class PolicyModule(BaseModule):
         return self.worker.reward
 
     def prepare_rollouts(self) -> None:
-        """Prepare the worker: stop strings, EOS tokens, and the reward on the device."""
+        """Prepare the worker: stop strings, EOS and unused tokens, and the reward on the device."""
         if self.worker.device != self.device:
             log_ignored_settings(self.policy, self.sampling)
             warn_of_turn_end(self.tokenizer, self.eos_ids(), getattr(self.trainer, "datamodule", None))
-        self.worker.prepare(self.tokenizer, self.eos_ids(), self.device)
+        self.worker.prepare(self.tokenizer, self.eos_ids(), self.device, self.unused_ids())
 
     def configure_model(self) -> None:
         """Load policy and tokenizer; Lightning calls this in the context of the strategy."""
@@ -122,6 +122,12 @@ class PolicyModule(BaseModule):
         configured = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
         named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
         return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
+
+    def unused_ids(self) -> tuple[int, ...]:
+        """Return the policy's ids that are no token of the tokenizer, and no EOS: embeddings are often padded."""
+        used = {*self.tokenizer.get_vocab().values(), *self.eos_ids()}
+        vocabulary: int = self.policy.config.get_text_config().vocab_size
+        return tuple(index for index in range(vocabulary) if index not in used)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights; with an adapter only those of the adapter, because the base is loaded from its path."""

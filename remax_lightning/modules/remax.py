@@ -210,7 +210,9 @@ class ReMaxModule(PolicyModule):
         self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
     ) -> PolicyStatistics:
         """Return log-probs, entropies and, if needed, the full KL of the sampled tokens, each `[S, R]`."""
-        return policy_statistics(self.policy, rollout, self.worker.sampling, self.reference, active, batch_size)
+        return policy_statistics(
+            self.policy, rollout, self.worker.sampling, self.reference, active, batch_size, self.worker.suppressed
+        )
 
     def _normalizer(self, experience: Experience, micro_batch_index: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
@@ -270,7 +272,12 @@ class ReMaxModule(PolicyModule):
         kl = self.objective.kl_config
         with self.worker.timer.measure("reward", self.device), torch.no_grad(), self._reference.running():
             return with_reference(
-                rollout, self._reference.model, self.worker.sampling, kl.full, kl.reference_batch_size
+                rollout,
+                self._reference.model,
+                self.worker.sampling,
+                kl.full,
+                kl.reference_batch_size,
+                self.worker.suppressed,
             )
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

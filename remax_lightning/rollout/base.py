@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
+from remax_lightning.models.sampling_mask import SuppressedTokens
 
 StopCheck: TypeAlias = Callable[[Tensor], Tensor]
 """Maps `[M, t]` token ids of responses to `[M]` bool: whether the last token completes a stop string."""
@@ -30,6 +31,7 @@ class GenerationRequest:
         return_log_probs: whether to return the log-probs of the sampled tokens, under the distribution that `sampling`
             says the training pass uses.
         stop_check: ends a response in addition to `eos_ids`; None without stop strings.
+        unused_ids: ids without a token in the tokenizer, which must not be drawn, greedily neither.
     """
 
     prompt_ids: Tensor
@@ -41,6 +43,12 @@ class GenerationRequest:
     greedy: bool = True
     return_log_probs: bool = False
     stop_check: StopCheck | None = None
+    unused_ids: tuple[int, ...] = ()
+
+    @property
+    def suppressed(self) -> SuppressedTokens:
+        """Tokens that must not be drawn: `unused_ids`, and EOS before `sampling.min_response_length`."""
+        return SuppressedTokens(self.unused_ids, tuple(self.eos_ids), self.sampling.min_response_length)
 
     @property
     def num_sampled(self) -> int:

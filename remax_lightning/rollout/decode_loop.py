@@ -148,12 +148,14 @@ class DecodeLoop:
             torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
             None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
         )
-        eos_ids = torch.tensor(request.eos_ids, device=device)
+        # Before and after the minimum length; one copy to the device has the EOS ids, too.
+        suppressed = request.suppressed.ids_by_phase(device)
+        eos_ids = suppressed[0][len(request.unused_ids) :]
         for step in range(sampling.max_response_length):
             # Choose the next token of every row.
             may_end = step >= sampling.min_response_length
-            if not may_end:
-                self.logits = self.logits.index_fill(1, eos_ids, -torch.inf)
+            if len(suppressed[may_end]):
+                self.logits = self.logits.index_fill(1, suppressed[may_end], -torch.inf)
             self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
             self._store_tokens(output, step)
             # Find rows that end here.

@@ -75,13 +75,14 @@ class _Choose:
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
+        self.suppressed = request.suppressed.ids_by_phase(request.prompt_ids.device)
         self.log_probs: list[Tensor] = []  # one [S] per step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         request, sampling = self.request, self.request.sampling
-        if input_ids.shape[1] - request.prompt_ids.shape[1] < sampling.min_response_length:
-            scores = scores.clone()
-            scores[:, request.eos_ids] = -torch.inf
+        may_end = input_ids.shape[1] - request.prompt_ids.shape[1] >= sampling.min_response_length
+        if len(self.suppressed[may_end]):
+            scores = scores.index_fill(1, self.suppressed[may_end], -torch.inf)
         tokens = next_tokens(scores, request.num_sampled, sampling, request.generator)  # [N]
         if request.return_log_probs:
             sampled = slice(0, request.num_sampled)

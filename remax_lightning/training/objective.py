@@ -146,7 +146,8 @@ class Objective:
         uses_kl = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
         return remax_advantages(
             rollout.reward,
-            self.loss_mask(rollout),
+            rollout.sampled.response_mask,
+            loss_mask=self.loss_mask(rollout),
             num_samples=rollout.num_samples,
             baseline=config.baseline,
             baseline_reward=rollout.baseline_reward if config.baseline == "greedy" else None,

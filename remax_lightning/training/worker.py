@@ -14,6 +14,7 @@ from torch import Tensor
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import eval_mode
+from remax_lightning.models.sampling_mask import SuppressedTokens
 from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.stop_strings import stop_string_check
@@ -108,6 +109,7 @@ class RolloutWorker:
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: list[int]
+    unused_ids: tuple[int, ...]
     stop_check: StopCheck | None
 
     def __init__(
@@ -123,21 +125,33 @@ class RolloutWorker:
         self.timer = timer if timer is not None else PhaseTimer()
         self.device: torch.device | None = None
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], device: torch.device) -> None:
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: list[int],
+        device: torch.device,
+        unused_ids: tuple[int, ...] = (),
+    ) -> None:
         """Get ready to roll out on a device; the reward is loaded once for each device.
 
         Args:
             tokenizer: the policy's; turns token ids into text.
             eos_ids: token ids that end a response.
             device: of the prompts.
+            unused_ids: ids of the policy without a token in the tokenizer; they are never drawn.
         """
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.tokenizer, self.eos_ids, self.unused_ids = tokenizer, eos_ids, unused_ids
         if self.device == device:
             return
         self.stop_check = stop_string_check(tokenizer, self.sampling.stop_strings)
         if self.reward is not None:
             self.reward.load(device)
         self.device = device
+
+    @property
+    def suppressed(self) -> SuppressedTokens:
+        """Tokens that rollouts do not draw, and that log-probs leave out."""
+        return SuppressedTokens(self.unused_ids, tuple(self.eos_ids), self.sampling.min_response_length)
 
     def roll_out(
         self,
@@ -180,6 +194,7 @@ class RolloutWorker:
             greedy=greedy,
             return_log_probs=return_log_probs,
             stop_check=self.stop_check,
+            unused_ids=self.unused_ids,
         )
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
         with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):

@@ -35,7 +35,7 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64, tokens: int = TOKEN
     return Case(hidden, head, ids, tensors[3], OutputHead(tensors[4], None, 0.8, None))
 
 
-def above_the_mean(logits: Tensor) -> Tensor:
+def above_the_mean(logits: Tensor, _: slice) -> Tensor:
     """A way to choose tokens that is easily said in a loop."""
     return logits >= logits.mean(-1, keepdim=True)
 
@@ -142,6 +142,47 @@ def test_gradient_from_logits_is_that_of_a_softmax_over_the_kept_tokens() -> Non
             assert gradient[i, t].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("logits_at_once", [1, 22, 10**6])
+@pytest.mark.parametrize("kind", HEADS)
+def test_tokens_that_neither_model_counts(kind: str, logits_at_once: int) -> None:
+    """Every third token is left out of both distributions, another third at each position."""
+
+    def third(logits: Tensor, rows: slice) -> Tensor:
+        positions = torch.arange(1000)[rows][: len(logits), None]
+        return (torch.arange(VOCABULARY) + positions) % 3 != 0
+
+    case = make_case(kind)
+    stats = hidden_statistics(
+        case.hidden,
+        case.head,
+        case.ids,
+        0.7,
+        reference=(case.other, case.other_head),
+        sampling_mask=third,
+        reference_mask=third,
+        logits_at_once=logits_at_once,
+    )
+    rows, others = logit_rows(case.hidden, case.head, 0.7), logit_rows(case.other, case.other_head, 0.7)
+    for m, token in enumerate(case.ids.tolist()):
+        counted = [v for v in range(VOCABULARY) if (v + m) % 3 != 0 or v == token]
+        total, total_other = (math.log(math.fsum(math.exp(row[v]) for v in counted)) for row in (rows[m], others[m]))
+        log_probs = {v: rows[m][v] - total for v in counted}
+        assert stats.log_probs[m].item() == pytest.approx(log_probs[token], rel=1e-12, abs=1e-14)
+        kl = math.fsum(math.exp(log_probs[v]) * (log_probs[v] - others[m][v] + total_other) for v in counted)
+        assert stats.kl[m].item() == pytest.approx(kl, rel=1e-10, abs=1e-14)
+    for output in (stats.log_probs, stats.kl, stats.entropy):
+        assert output.isfinite().all()
+    gradients = torch.autograd.grad((stats.log_probs + 0.3 * stats.kl).sum(), [case.hidden, case.head.weight])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    finite = torch.autograd.gradcheck(
+        lambda hidden: hidden_statistics(hidden, case.head, case.ids, 0.7, reference=(case.other, case.other_head),
+                                         sampling_mask=third, reference_mask=third,
+                                         logits_at_once=logits_at_once)[::2],
+        case.hidden.detach().requires_grad_(),
+    )  # fmt: skip
+    assert finite
+
+
 def test_a_single_kept_token_is_certain() -> None:
     case = make_case("everything")
     case = case._replace(ids=torch.tensor([max(range(VOCABULARY), key=row.__getitem__) for row in
@@ -150,7 +191,7 @@ def test_a_single_kept_token_is_certain() -> None:
         case.hidden,
         case.head,
         case.ids,
-        sampling_mask=lambda x: torch.zeros_like(x, dtype=torch.bool),
+        sampling_mask=lambda x, _: torch.zeros_like(x, dtype=torch.bool),
         logits_at_once=22,
     )
     assert found.log_probs.abs().max() == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from remax_lightning.models.sampling_mask import SuppressedTokens
 from remax_lightning.rollout import (
     AutoEngine,
     GenerationRequest,
@@ -143,6 +144,18 @@ def test_min_response_length_holds_back_the_end(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_ids_without_a_token_are_never_drawn(engine: Any) -> None:
+    model = tiny_model("llama")
+    usual = run(engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=8)
+    unused = tuple(usual.greedy_ids.unique().tolist())
+    assert torch.isin(usual.sampled_ids, torch.tensor(unused)).any()
+    asked = {"unused_ids": unused}
+    responses = run(engine, model, [3, 7, 5], max_response_length=12, eos=0, num_samples=8, asked=asked)
+    for ids in (responses.greedy_ids, responses.sampled_ids):
+        assert not torch.isin(ids, torch.tensor(unused)).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_stands_after_the_end_but_padding(engine: Any) -> None:
     model = tiny_model("llama")
     eos = likely_token(model)
@@ -246,6 +259,8 @@ LOG_PROBS = [
     {"temperature": 0.7},
     {"temperature": 0.7, "scale_log_probs": False, "top_p": 0.6},
     {"temperature": 0.7, "top_p": 0.6, "top_k": 20, "processed_log_probs": True},
+    {"min_response_length": 7},
+    {"temperature": 0.7, "top_p": 0.6, "processed_log_probs": True, "min_response_length": 7},
 ]
 
 
@@ -260,7 +275,8 @@ def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options
     model = tiny_model("llama")
     lengths, eos = [3, 7, 5, 4], likely_token(model)
     options = {"max_response_length": 16, "num_samples": 6, **options}
-    made = run(engine, model, lengths, eos=eos, asked={"return_log_probs": True}, **options)
+    unused = tuple(index for index in range(60, 96) if index != eos)
+    made = run(engine, model, lengths, eos=eos, asked={"return_log_probs": True, "unused_ids": unused}, **options)
     ids, mask = left_padded(lengths)
     counted = response_mask(made.sampled_ids, [eos])
     empty = [""] * len(counted)
@@ -268,8 +284,11 @@ def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options
     responses = Responses(made.sampled_ids, counted, counted.all(-1), empty)
     rollout = Rollout(prompt, responses, None, torch.zeros(24), None, {}, None, None)
     with torch.no_grad():
-        expected = policy_statistics(model, rollout, SamplingConfig(**options)).log_probs
+        suppressed = SuppressedTokens(unused, (eos,), options.get("min_response_length", 0))
+        expected = policy_statistics(model, rollout, SamplingConfig(**options), suppressed=suppressed).log_probs
+        plain = policy_statistics(model, rollout, SamplingConfig(**options)).log_probs
     assert not counted.all()
+    assert (expected - plain).max() > 0.01  # what is left out has some probability
     torch.testing.assert_close(made.log_probs, expected, atol=1e-4, rtol=1e-4)
     assert run(engine, model, lengths, eos=eos, **options).log_probs is None
 

@@ -11,6 +11,8 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.sampling_mask import (
+    NO_TOKENS,
+    SuppressedTokens,
     apply_temperature,
     apply_top_k_top_p,
     gather_log_probs,
@@ -146,9 +148,31 @@ def test_tokens_are_kept_by_the_sampling_temperature_whatever_that_of_the_log_pr
     masks = {}
     for scale in (True, False):
         sampling = SamplingConfig(temperature=0.5, top_p=0.7, scale_log_probs=scale, processed_log_probs=True)
-        masks[scale] = make_sampling_mask(sampling)(logits / 0.5 if scale else logits)
+        mask = make_sampling_mask(sampling, NO_TOKENS, torch.arange(30))
+        masks[scale] = mask(logits / 0.5 if scale else logits, slice(None))
     assert torch.equal(masks[True], masks[False])
-    assert make_sampling_mask(SamplingConfig(top_p=0.7)) is None
+    assert make_sampling_mask(SamplingConfig(top_p=0.7), NO_TOKENS, torch.arange(30)) is None
+
+
+def test_suppressed_tokens_leave_the_distribution_where_they_cannot_be_drawn() -> None:
+    """Ids 10 and 11 have no token; 2 and 5 end a response, from its third token on. Truncation sees what is left."""
+    suppressed = SuppressedTokens((10, 11), (2, 5), 2)
+    logits = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    logits[:, 10] = 9.0
+    logits[:, 2] = 8.0
+    positions = torch.tensor([0, 2, 1, 3])
+    everything = make_sampling_mask(SamplingConfig(), suppressed, positions)(logits, slice(None))
+    may_end = [False, True, False, True]
+    for row, ends in enumerate(may_end):
+        left_out = {10, 11} | (set() if ends else {2, 5})
+        assert {v for v in range(12) if not everything[row, v]} == left_out
+    # A part of the positions, as they come in chunks; and top-k 1, whose token is the likeliest of those left.
+    top = SamplingConfig(top_k=1, processed_log_probs=True)
+    part = make_sampling_mask(top, suppressed, positions)(logits[1:3], slice(1, 3))
+    assert part[0].nonzero().flatten().tolist() == [2]
+    assert part[1].nonzero().flatten().tolist() == [logits[2].index_fill(0, torch.tensor([2, 5, 10, 11]), -9).argmax()]
+    # The reference is compared over the same tokens, but not truncated.
+    assert torch.equal(make_sampling_mask(top, suppressed, positions, truncate=False)(logits, slice(None)), everything)
 
 
 @pytest.mark.parametrize(

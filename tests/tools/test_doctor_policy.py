@@ -147,7 +147,7 @@ def test_rounding_of_16_bits_passes_in_16_bits_only(
 ) -> None:
     """The difference is planted: how much the two passes differ by rounding, if at all, depends on the processor."""
 
-    def shifted(_model: Any, rollout: Rollout, _sampling: Any) -> TokenStatistics:
+    def shifted(_model: Any, rollout: Rollout, _sampling: Any, **_options: Any) -> TokenStatistics:
         assert rollout.log_probs is not None
         return TokenStatistics(rollout.log_probs + 5e-3, torch.zeros_like(rollout.log_probs))
 
@@ -189,7 +189,6 @@ def test_a_model_that_reads_padding(well: DoctorContext) -> None:
         ({"top_k": 1}, {"processed_log_probs": True}, "fail"),
         ({"temperature": 0.9, "scale_log_probs": False}, {"scale_log_probs": True}, "warn"),
         ({"temperature": 0.1, "scale_log_probs": False}, {"scale_log_probs": True}, "fail"),
-        ({"min_response_length": 3}, {"min_response_length": 0}, "warn"),
     ],
     ids=str,
 )
@@ -205,6 +204,13 @@ def test_training_another_distribution_than_is_sampled(
     assert ask(context, "log_probs").status == "pass"  # of what is trained, both passes say the same
     context = loaded(tmp_path, changed(config, model__init_args__sampling=SAMPLING | options | fixed))
     assert ask(context, "on_policy").status == "pass"
+
+
+def test_a_blocked_eos_is_left_out_of_training_too(tmp_path: Path) -> None:
+    config = changed(healthy(tmp_path), model__init_args__sampling=SAMPLING | {"min_response_length": 3})
+    context = loaded(tmp_path, config)
+    assert ask(context, "on_policy").status == "pass"
+    assert ask(context, "log_probs").status == "pass"
 
 
 def test_truncation_makes_drawn_tokens_likelier_by_what_it_cuts_off(tmp_path: Path) -> None:

@@ -172,11 +172,12 @@ def test_a_half_used_rollout_of_other_processes_is_refused(tmp_path: Path) -> No
 
 def test_a_turn_end_that_ends_no_response_is_told() -> None:
     tokenizer = with_turn_token()
-    data = SimpleNamespace(turn_end_id=lambda: 83)
-    with pytest.warns(UserWarning, match=r"ends a turn with '<turn>' \(83\), which ends no response"):
+    turn_id = tokenizer.convert_tokens_to_ids("<turn>")
+    data = SimpleNamespace(turn_end_id=lambda: turn_id)
+    with pytest.warns(UserWarning, match=rf"ends a turn with '<turn>' \({turn_id}\), which ends no response"):
         warn_of_turn_end(tokenizer, [2], data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_turn_end(tokenizer, [2, 83], data)
+        warn_of_turn_end(tokenizer, [2, turn_id], data)
         warn_of_turn_end(tokenizer, [2], SimpleNamespace(turn_end_id=lambda: None))
         warn_of_turn_end(tokenizer, [2], None)

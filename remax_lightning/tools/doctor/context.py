@@ -162,7 +162,8 @@ class DoctorContext:
         """
         module = cast(PolicyModule, self.module)
         worker = RolloutWorker(module.worker.engine, module.worker.sampling, ZeroReward())
-        worker.prepare(module.tokenizer, module.eos_ids() if eos_ids is None else eos_ids, module.device)
+        eos_ids = module.eos_ids() if eos_ids is None else eos_ids
+        worker.prepare(module.tokenizer, eos_ids, module.device, module.unused_ids())
         generator = torch.Generator(module.device).manual_seed(seed)
         return worker.roll_out(module.policy, prompt, generator, greedy=True, return_log_probs=log_probs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from remax_lightning.functional import kl_estimate
 from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
+from remax_lightning.models.sampling_mask import SuppressedTokens
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.tools.doctor.batches import select_rows
 from remax_lightning.tools.doctor.context import DoctorContext
@@ -37,9 +38,9 @@ def check_kl_at_start(context: DoctorContext) -> Finding:
     rollout = module.with_reference(context.rollout)._replace(reference_hidden=None)
     sampling = replace(module.sampling, processed_log_probs=False)  # the reference has no sampling mask either
     # ---- In train mode, as training runs it, and in eval mode to find dropout ----
-    kl, largest = _kl_to_reference(module.policy, rollout, sampling)
+    kl, largest = _kl_to_reference(module.policy, rollout, sampling, module.worker.suppressed)
     with eval_mode(module.policy):
-        in_eval, _ = _kl_to_reference(module.policy, rollout, sampling)
+        in_eval, _ = _kl_to_reference(module.policy, rollout, sampling, module.worker.suppressed)
     # ---- Judge by the coarser dtype; a reference from another path may differ on purpose ----
     dtypes = {str(model.dtype).removeprefix("torch.") for model in (module.policy, module.reference)}
     rounds = context.is_16_bit or bool(dtypes & {"float16", "bfloat16"})
@@ -53,10 +54,12 @@ def check_kl_at_start(context: DoctorContext) -> Finding:
     return Finding(status, measured, fix, {"kl": kl, "kl_in_eval_mode": in_eval, "largest": largest})
 
 
-def _kl_to_reference(policy: Any, rollout: Rollout, sampling: SamplingConfig) -> tuple[float, float]:
+def _kl_to_reference(
+    policy: Any, rollout: Rollout, sampling: SamplingConfig, suppressed: SuppressedTokens
+) -> tuple[float, float]:
     """Return the KL to the reference in nats per token (k3, never negative), and the largest log-ratio."""
     mask = rollout.sampled.response_mask
-    log_probs = policy_statistics(policy, rollout, sampling).log_probs  # [S, R]
+    log_probs = policy_statistics(policy, rollout, sampling, suppressed=suppressed).log_probs  # [S, R]
     log_ratio = (log_probs - cast(Tensor, rollout.reference_log_probs))[mask].double()  # [tokens]
     return float(kl_estimate(log_ratio, "k3").mean()), float(log_ratio.abs().max())
 
@@ -112,12 +115,12 @@ def check_log_probs(context: DoctorContext) -> Finding:
     module, rollout = context.module, context.rollout
     if rollout.log_probs is None:
         raise NotApplicable(f"{type(module.engine).__name__} returns no log-probs although they were requested")
-    mask = _unbarred_mask(rollout, module.sampling)  # [S, R]
-    if not mask.any():
-        raise NotApplicable("all tokens come before model.sampling.min_response_length, where EOS is blocked")
+    mask = rollout.sampled.response_mask  # [S, R]
 
     def difference() -> tuple[float, float]:
-        trained = policy_statistics(module.policy, rollout, module.sampling).log_probs  # [S, R]
+        trained = policy_statistics(
+            module.policy, rollout, module.sampling, suppressed=module.worker.suppressed
+        ).log_probs  # [S, R]
         return _mean_and_max_difference(cast(Tensor, rollout.log_probs)[mask], trained[mask])
 
     finding = _judge_log_probs(context, "decoding and training differ by", *difference())
@@ -133,12 +136,6 @@ def check_log_probs(context: DoctorContext) -> Finding:
             " the cache, the attention kernel (model.policy.attn_implementation) or the engine's log-probs may be wrong"
         )
     )
-
-
-def _unbarred_mask(rollout: Rollout, sampling: SamplingConfig) -> Tensor:
-    """Return `[S, R]` bool, True on response tokens that were sampled without a block on EOS."""
-    mask = rollout.sampled.response_mask
-    return mask & (torch.arange(mask.shape[1], device=mask.device) >= sampling.min_response_length)
 
 
 def _mean_and_max_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -165,26 +162,23 @@ def check_on_policy(context: DoctorContext) -> Finding:
         on_policy = replace(on_policy, scale_log_probs=sampling.scale_log_probs)
     options = ("scale_log_probs", "processed_log_probs")
     keys = [name for name in options if getattr(on_policy, name) != getattr(sampling, name)]
-    if sampling.min_response_length > 0:
-        keys.append("min_response_length")
     if not keys:
         return Finding("pass", "responses are sampled from the distribution that is trained")
     mask = rollout.sampled.response_mask
     with eval_mode(module.policy):
-        sampled = policy_statistics(module.policy, rollout, on_policy).log_probs[mask]  # [tokens]
-        trained = policy_statistics(module.policy, rollout, sampling).log_probs[mask]  # [tokens]
+        sampled = policy_statistics(module.policy, rollout, on_policy, suppressed=module.worker.suppressed).log_probs[
+            mask
+        ]  # [tokens]
+        trained = policy_statistics(module.policy, rollout, sampling, suppressed=module.worker.suppressed).log_probs[
+            mask
+        ]  # [tokens]
     finite = sampled.isfinite()  # rounding may drop a token that sampling kept
     difference = float((sampled - trained)[finite].double().mean()) if finite.any() else 0.0
     fixes = {
         "scale_log_probs": "model.sampling.scale_log_probs: true trains the tempered policy",
         "processed_log_probs": "model.sampling.processed_log_probs: true trains the truncated policy",
-        "min_response_length": (
-            "model.sampling.min_response_length blocks EOS in sampling but not in training; 0 removes the block"
-        ),
     }
     measured = f"sampled tokens are {difference:.2g} nats more likely in sampling than in training"
-    if keys == ["min_response_length"]:
-        measured = f"EOS is blocked in the first {sampling.min_response_length} sampled tokens, but not in training"
     fix = "; ".join(fixes[key] for key in keys) + "; until then the gradient is off-policy"
     return Finding("warn" if difference <= LARGE_KL else "fail", measured, fix, {"difference": difference})
 

@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
 from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
 from remax_lightning.models.lm_head import SOFT_CAPS, hidden_states
-from remax_lightning.models.sampling_mask import make_sampling_mask
+from remax_lightning.models.sampling_mask import NO_TOKENS, make_sampling_mask
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.rollout.sampling import next_tokens
 from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
@@ -182,7 +182,7 @@ class StepPasses:
         ids, mask = _dummy_rows(rows, self.work.length)
         responses, token_mask = ids[:, self.work.prompt_length :], None
         if model is self.policy:
-            token_mask = make_sampling_mask(self.work.sampling)
+            token_mask = make_sampling_mask(self.work.sampling, NO_TOKENS, responses.flatten())
         predicting = slice(-responses.shape[1] - 1, -1)
         head = None if whole_logits else output_head(model)
         if head is None:
