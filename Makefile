@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-real test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -18,6 +18,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-real: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,test-real]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -45,18 +49,22 @@ PYTEST_OPTIONS := --numprocesses auto --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test: $(VENV)/.installed-test ## run the suite, one representative of each matrix
-	$(PYTEST) -m 'not exhaustive'
+	$(PYTEST) -m 'not exhaustive and not real'
 
 test-rest: $(VENV)/.installed-test ## run what `make test` leaves out
 	$(PYTEST) -m exhaustive
 
-test-all: test test-rest ## run everything
+test-real: $(VENV)/.installed-real ## run the tests with a pretrained model and published tokenizers, which it fetches
+	$(BIN)/python tests/real/fetch.py
+	$(PYTEST) -m real tests/real
+
+test-all: test test-rest test-real ## run everything
 
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
-	$(PYTEST) -m 'not slow and not exhaustive'
+	$(PYTEST) -m 'not slow and not exhaustive and not real'
 
 test-oldest: $(VENV)-oldest/.installed ## run what `make quick` runs, with the oldest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_OPTIONS) -m 'not slow and not exhaustive'
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_OPTIONS) -m 'not slow and not exhaustive and not real'
 
 lint: $(VENV)/.installed-test ## ruff, codespell, generated pages and mypy
 	$(BIN)/ruff check .

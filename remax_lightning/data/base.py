@@ -133,9 +133,11 @@ class TextDataModule(LightningDataModule, ABC):
 
     def turn_end_id(self) -> int | None:
         """Return the token that the chat template ends a turn with; None where it writes none, or no row is a chat."""
-        if all(prompt.conversation is None for prompt in self.prompt_forms()):
+        conversations = (prompt.conversation for prompt in self.prompt_forms())
+        conversation = next((item for item in conversations if item is not None), None)
+        if conversation is None:
             return None
-        turn_end = self.formatter.renderer.turn_end
+        turn_end = self.formatter.renderer.turn_end_after(conversation)
         return int(cast(int, self.tokenizer.convert_tokens_to_ids(turn_end))) if turn_end else None
 
     def prepare_data(self) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -28,6 +27,8 @@ _THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?reasoning>")
 """Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
 _TOOLS = -1
 """In place of a message's number, where tools are lost."""
+_ARGUMENT = "probe-argument"
+"""An argument of every tool call in a probe; its quotes show how a template has written the arguments."""
 _SHORT = 32
 """Characters below which a content may stand in a text by accident, so that finding it proves nothing."""
 
@@ -37,7 +38,7 @@ class _Form(NamedTuple):
 
     content: Literal["given", "text", "parts"] = "given"
     null_is_empty: bool = False
-    arguments_are_objects: bool = False
+    arguments: Literal["given", "objects", "json"] = "given"
 
 
 class _Fit(NamedTuple):
@@ -62,6 +63,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the chat template") -> None:
         self.tokenizer, self.name = tokenizer, name
         self._fits: dict[tuple[Any, ...], _Fit] = {}
+        self._tail: str | None = None
+        self._call_ends: set[str] = set()
 
     def prompt(self, conversation: Conversation) -> str:
         """Return the messages as the text that a response is written after.
@@ -112,9 +115,12 @@ class ChatRenderer:
                 " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
                 " template whose generation prompt begins as its assistant's turns do"
             )
-        text, end = whole[len(prompt) :], self.turn_end
+        text, end = whole[len(prompt) :], self.turn_end_after(prompt.conversation)
+        if message.get("tool_calls") and (call_end := self._special_end(text)):
+            self._call_ends.add(call_end)  # a call may end with a token of its own
+            end = call_end
         if not end or end not in text:
-            return text.removesuffix(self._turn_tail)
+            return text.removesuffix(self._turn_tail(prompt.conversation))
         text = text[: text.rindex(end) + len(end)]
         while text.endswith(end + end):  # the data spells it out, too
             text = text[: -len(end)]
@@ -133,32 +139,45 @@ class ChatRenderer:
         if not texts:
             return []
         eos_id = int(cast(int, self.tokenizer.eos_token_id))
+        conversation = next((prompt.conversation for prompt in prompts if prompt.conversation is not None), None)
         plain_ends, chat_ends = {eos_id}, {eos_id}
-        if any(prompt.conversation is not None for prompt in prompts) and self.turn_end:
-            chat_ends.add(cast(int, self.tokenizer.convert_tokens_to_ids(self.turn_end)))
+        if conversation is not None:
+            names = {self.turn_end_after(conversation), *self._call_ends} - {""}
+            chat_ends |= {cast(int, self.tokenizer.convert_tokens_to_ids(name)) for name in names}
         rows = []
         for prompt, ids in zip(prompts, encode_responses(self.tokenizer, prompts, texts), strict=True):
             ends = plain_ends if prompt.conversation is None else chat_ends
             rows.append(list(ids) if len(ids) and ids[-1] in ends else [*ids, eos_id])
         return rows
 
-    @cached_property
-    def turn_end(self) -> str:
-        """The special token that the template writes after a message of the assistant; empty where it writes none."""
-        tail = self._turn_tail
+    def turn_end_after(self, conversation: Conversation) -> str:
+        """Return the special token that the template writes after the content of an answer; empty where there is none.
+
+        Args:
+            conversation: one of the data, for templates that take no other: they need tools, or variables.
+        """
+        tail = self._turn_tail(conversation)
         places = [(tail.find(token), -len(token), token) for token in special_tokens(self.tokenizer) if token in tail]
         return min(places)[2] if places else ""
 
-    @cached_property
-    def _turn_tail(self) -> str:
-        """All that the template writes after the content of the last message, which is the assistant's."""
+    def _turn_tail(self, conversation: Conversation) -> str:
+        """Return all that the template writes after the content of the last message, which is the assistant's."""
+        if self._tail is not None:
+            return self._tail
         marks = ("probe-of-the-user", "probe-of-the-assistant")
-        messages = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant"), marks, strict=True)]
-        try:
-            text = self._render(Conversation(messages[:1]), messages)
-        except DataError:  # a template for other conversations than these two messages
-            return ""
-        return text.rpartition(marks[1])[2]
+        for start in (Conversation([{"role": "user", "content": marks[0]}]), conversation):
+            try:
+                text = self._render(start, [*start.messages, {"role": "assistant", "content": marks[1]}])
+            except DataError:  # a template for other conversations than these two messages
+                continue
+            self._tail = text.rpartition(marks[1])[2]
+            return self._tail
+        return ""
+
+    def _special_end(self, text: str) -> str:
+        """Return the special token that a text ends with, white space aside; empty where it ends with none."""
+        text = text.rstrip()
+        return max((token for token in special_tokens(self.tokenizer) if text.endswith(token)), key=len, default="")
 
     def _render(
         self,
@@ -226,7 +245,9 @@ class ChatRenderer:
                 isinstance(_formed(message, form)["content"], list) and _is_quoted(text, marks)
                 for message, marks in marked
             )
-            cost = len(lost) + ("None" in text) + written_raw
+            # Arguments are an object in the text, neither as a program prints it nor as text within quotes.
+            quoted = sum(f"{quote}{_ARGUMENT}" in text for quote in ("'", '\\"'))
+            cost = len(lost) + ("None" in text) + written_raw + quoted
             if best is None or cost < best[0]:
                 best = (cost, _Fit(form, lost))
             if cost == 0:
@@ -284,7 +305,9 @@ class ChatRenderer:
                 raise self._loss(conversation, message, i, f"{field!r} of ")
 
     def _loss(self, conversation: Conversation, message: Message, i: int, what: str = "") -> DataError:
-        if not what:
+        if not what and _THOUGHT.search(content_text(message)):
+            advice = "the template takes the thought out of content; remove it from the row"
+        elif not what:
             advice = "its place or its role is none that the template writes; correct the row"
         elif what.startswith("'"):
             advice = "the template does not read the field; write it into content, as the template has thoughts there"
@@ -362,7 +385,8 @@ def _marked(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
             marks.append((field, marked[field]))
     if message.get("tool_calls"):
         names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
-        marked["tool_calls"] = [_renamed(call, name) for call, name in zip(message["tool_calls"], names, strict=True)]
+        calls = [_with_arguments(call, _marked_arguments) for call in message["tool_calls"]]
+        marked["tool_calls"] = [_renamed(call, name) for call, name in zip(calls, names, strict=True)]
         marks += [("tool_calls", name) for name in names]
     return marked, marks
 
@@ -387,10 +411,15 @@ def _forms(messages: Sequence[Message]) -> Iterator[_Form]:
     kinds += ["text"] if any(isinstance(content, list) for content in contents) else []
     kinds += ["parts"] if any(isinstance(content, str) for content in contents) else []
     nulls = (False, True) if None in contents else (False,)
-    # OpenAI writes arguments as JSON in a string, and templates are made for objects: those would quote it once more.
-    objects = (True, False) if any(isinstance(call_arguments(call), str) for call in calls) else (False,)
-    for arguments_are_objects, kind, null_is_empty in product(objects, kinds, nulls):
-        yield _Form(kind, null_is_empty, arguments_are_objects)
+    # OpenAI writes arguments as JSON in a string. Most templates are made for objects, and would quote it once more;
+    # others add strings up, and need it.
+    values = [call_arguments(call) for call in calls]
+    arguments: list[Literal["given", "objects", "json"]] = []
+    arguments += ["objects"] if any(isinstance(value, str) for value in values) else []
+    arguments += ["given"]
+    arguments += ["json"] if any(isinstance(value, dict) for value in values) else []
+    for written, kind, null_is_empty in product(arguments, kinds, nulls):
+        yield _Form(kind, null_is_empty, written)
 
 
 def _formed(message: Message, form: _Form) -> Message:
@@ -402,22 +431,41 @@ def _formed(message: Message, form: _Form) -> Message:
     elif form.content == "parts" and isinstance(content, str):
         content = [{"type": "text", "text": content}]
     formed = {**message, "content": content}
-    if form.arguments_are_objects and message.get("tool_calls"):
-        formed["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    if form.arguments != "given" and message.get("tool_calls"):
+        change = _as_object if form.arguments == "objects" else _as_json
+        formed["tool_calls"] = [_with_arguments(call, change) for call in message["tool_calls"]]
     return formed
 
 
-def _with_object(call: Any) -> Any:
-    arguments = call_arguments(call)
-    if not isinstance(arguments, str):
-        return call
-    try:
-        value = json.loads(arguments)
-    except ValueError:
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a tool call with changed arguments, where it has any."""
+    value = call_arguments(call)
+    if value is None:
         return call
     if "function" in call:
-        return {**call, "function": {**call["function"], "arguments": value}}
-    return {**call, "arguments": value}
+        return {**call, "function": {**call["function"], "arguments": change(value)}}
+    return {**call, "arguments": change(value)}
+
+
+def _as_object(arguments: Any) -> Any:
+    """Return arguments as an object, where they are JSON in a string."""
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def _as_json(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _marked_arguments(arguments: Any) -> Any:
+    """Return arguments with one more, of the same kind as they are."""
+    value = _as_object(arguments)
+    if not isinstance(value, dict):
+        return arguments
+    marked = {**value, _ARGUMENT: "probe"}
+    return _as_json(marked) if isinstance(arguments, str) else marked
 
 
 def _function_name(tool: Any) -> str:

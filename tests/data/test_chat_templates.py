@@ -35,6 +35,10 @@ def prompt(template: str, *messages: dict[str, Any], **row: Any) -> str:
     return formatter(template).text({"prompt": list(messages), **row}, "a.jsonl, line 3")
 
 
+def call_of(arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
 def data_of(module: type, folder: Path, template: str, rows: list[dict[str, Any]], **options: Any) -> Any:
     """A data module of rows in a file, set up, with a tokenizer that has a template."""
     make_tokenizer(chat_template=template).save_pretrained(folder / "tokenizer")
@@ -177,7 +181,7 @@ def test_variables_reach_every_stage(tmp_path: Path) -> None:
         (STRICT_ROLES, [user("x"), user("y"), user("z")], r"refuses message 1 \(role 'user'\): roles must alternate"),
         (STRICT_ROLES, [user("x"), assistant("y"), {"role": "system", "content": "z"}],
          r"refuses message 2 \(role 'system'\): roles must alternate"),
-        (CONCATENATING, [user("x"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "z"}],
+        (CONCATENATING, [user("x"), assistant("", tool_calls=[call_of(["Oslo"])]), {"role": "tool", "content": "z"}],
          r"refuses message 1 \(role 'assistant'\): TypeError: can only concatenate str"),
         ("{% for m in messages %}{{ m.content / 2 }}{% endfor %}", [user("x")],
          r"refuses message 0 \(role 'user'\): Type"),
@@ -400,3 +404,69 @@ def test_one_prompt_of_each_form(tmp_path: Path) -> None:
     data = data_of(PromptDataModule, tmp_path, KNOWN_ROLES, [{"prompt": prompt} for prompt in prompts])
     forms = data.prompt_forms()
     assert [form.conversation and len(form.conversation.messages) for form in forms] == [None, 1, 3]
+
+
+# Calls of tools
+
+PRINTING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+    " {{ call.function.arguments }}{% endfor %}\n{% endfor %}"
+)
+"""Prints arguments whatever they are, an object as a program does."""
+QUOTING = PRINTING.replace("arguments }}", "arguments | tojson }}")
+"""Writes an object as JSON, and JSON within quotes."""
+CALL_ENDS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<call>"
+    "{% else %}<turn>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Ends a call with another token than an answer (gpt-oss)."""
+WITH_TOOLS = (
+    "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "<turn>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Takes no conversation without tools (Hermes 3)."""
+
+
+@pytest.mark.parametrize("template", [CONCATENATING, PRINTING, QUOTING])
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
+def test_arguments_of_a_call_are_an_object_in_the_text(template: str, arguments: Any) -> None:
+    """Whether the row has them as an object or as JSON, and whatever the template is made for."""
+    messages = [user("x"), assistant("", tool_calls=[call_of(arguments)]), {"role": "tool", "content": "17"}]
+    assert '{"city": "Oslo"}' in prompt(template, *messages)
+
+
+def data_with_tokens(folder: Path, template: str, tokens: list[str], row: dict[str, Any]) -> SFTDataModule:
+    """A data set of one row, and a tokenizer with special tokens that have no name of their own; EOS is `</s>`."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    data = SFTDataModule(data=[row], tokenizer=str(folder / "tokenizer"), batch_size=1)
+    data.setup("fit")
+    return data
+
+
+def test_a_call_ends_with_a_token_of_its_own(tmp_path: Path) -> None:
+    row = {"prompt": [user("x")], "response": [assistant("", tool_calls=[CALL])]}
+    data = data_with_tokens(tmp_path, CALL_ENDS, ["<turn>", "<call>"], row)
+    (batch,) = data.train_dataloader()
+    assert data.tokenizer.decode(batch.response_ids[0]) == "weather<call>"
+    assert data.response_ends == {data.tokenizer.convert_tokens_to_ids("<call>")}
+
+
+def test_the_end_of_a_turn_where_the_template_needs_tools(tmp_path: Path) -> None:
+    row = {"prompt": [user("x")], "response": [assistant("yes")], "tools": [TOOL]}
+    data = data_with_tokens(tmp_path, WITH_TOOLS, ["<turn>"], row)
+    (batch,) = data.train_dataloader()
+    assert data.tokenizer.decode(batch.response_ids[0]) == "yes<turn>"
+    assert data.turn_end_id() == data.tokenizer.convert_tokens_to_ids("<turn>")
+
+
+def test_a_template_that_takes_the_thought_out_of_the_content() -> None:
+    template = KNOWN_ROLES.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    texts = formatter(template)
+    with pytest.raises(DataError, match=r"the template takes the thought out of content; remove it from the row"):
+        texts.response_text(
+            texts.text({"prompt": [user("x")]}, "here"), assistant("<think>a long thought</think>yes"), "here"
+        )
