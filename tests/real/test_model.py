@@ -1,0 +1,199 @@
+"""A pretrained model: doctor, training with an adapter, and what other programs make of the export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.cli import in_folder, remax, write_config
+from helpers.training import make_trainer, write_rows
+from lightning.pytorch import Callback
+
+from remax_lightning.callbacks import ExportPolicy
+from remax_lightning.data import LoadingConfig, PromptDataModule
+from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.rewards import FunctionReward
+from remax_lightning.rollout import SamplingConfig
+from remax_lightning.types import StepOutput
+
+TOPICS = ("the sea", "an old friend", "your work", "a train, late at night")
+ROWS = [{"prompt": [{"role": "user", "content": f"Write one short sentence about {topic}."}]} for topic in TOPICS]
+STEPS = 10
+
+
+class Training(NamedTuple):
+    """A run that is over."""
+
+    module: ReMaxModule
+    steps: list[StepOutput]
+    before: dict[str, float]
+    after: dict[str, float]
+    log: str
+    exported: Path
+
+
+class Outputs(Callback):
+    """Keeps what the steps returned."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepOutput] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(outputs)
+
+
+class Log(logging.Handler):
+    """Keeps the messages of the package."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def training(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """Ten steps with an adapter towards sentences that sound happy, and a validation before and after."""
+    pytest.importorskip("vaderSentiment")
+    folder = tmp_path_factory.mktemp("training")
+    module = ReMaxModule(
+        ModelConfig(str(smollm2), lora=LoRAConfig(r=8, alpha=16)),
+        FunctionReward("real.rewards.sentiment"),
+        sampling=SamplingConfig(max_response_length=20),
+        kl_coef=0.01,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+    )
+    data = PromptDataModule(
+        data=ROWS, val_data=ROWS, tokenizer=str(smollm2), batch_size=len(ROWS), loading=LoadingConfig(cache=False)
+    )
+    outputs, log = Outputs(), Log()
+    package = logging.getLogger("remax_lightning")
+    level = package.level
+    package.addHandler(log)
+    package.setLevel(logging.INFO)
+    torch.manual_seed(0)
+    export = ExportPolicy(str(folder / "policy"), best=False)
+    trainer = make_trainer(folder, [outputs, export], max_steps=STEPS, max_epochs=-1, limit_val_batches=1.0)
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    package.removeHandler(log)
+    package.setLevel(level)
+    return Training(module, outputs.steps, before, after, "\n".join(log.lines), folder / "policy" / "last")
+
+
+def test_doctor_finds_nothing_wrong(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vaderSentiment")
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 1},
+        "model": {
+            "policy": {"path": str(smollm2), "lora": {"r": 8}},
+            "reward": {"class_path": "FunctionReward", "init_args": {"function": "real.rewards.sentiment"}},
+            "sampling": {"max_response_length": 32},
+        },
+        "data": {"path": write_rows(tmp_path / "rows.jsonl", ROWS), "batch_size": 4, "max_prompt_length": 64},
+    }
+    with in_folder(tmp_path):
+        path = write_config(tmp_path / "run.yaml", config)
+        outcome = remax(capsys, "doctor", "--config", path, "--num_prompts", "4", "--json", "out.json")
+        results = json.loads((tmp_path / "out.json").read_text())["checks"]
+    print(json.dumps(results, indent=1))
+    assert outcome.code == 0, outcome.out
+    statuses = {result["name"]: result["status"] for result in results}
+    assert "fail" not in statuses.values()
+    for name in ("eos", "eos_trained", "prompt_padding", "greedy", "log_probs", "on_policy", "kl_at_start"):
+        assert statuses[name] == "pass", results
+
+
+def test_training_is_finite_and_moves_the_policy(training: Training) -> None:
+    assert "rollout engine: PairedEngine" in training.log
+    assert len(training.steps) == STEPS
+    for step in training.steps:
+        assert math.isfinite(float(step["loss"]))
+        assert bool(step["advantages"].isfinite().all())
+        assert bool(step["rollout"].reward.isfinite().all())
+    kls = []
+    for step in training.steps:
+        log_ratio = step["kl"][step["rollout"].sampled.response_mask]
+        kls.append(float((torch.expm1(-log_ratio) + log_ratio).mean()))  # k3, which is 0 or more
+    assert kls[0] < 1e-6
+    assert kls[-1] > 1e-4
+    assert training.after["val/kl"] > 0
+    print(kls, training.before, training.after)
+    assert training.after["val/reward"] > training.before["val/reward"]
+
+
+def test_what_is_drawn_is_what_is_trained(training: Training) -> None:
+    """After training, with an adapter that does something, and prompts of different lengths."""
+    module, prompt = training.module, training.steps[-1]["rollout"].prompt
+    generator = torch.Generator().manual_seed(1)
+    rollout = module.worker.roll_out(module.policy, prompt, generator, greedy=True, return_log_probs=True)
+    with torch.no_grad():
+        trained = module.token_statistics(rollout).log_probs
+    mask = rollout.sampled.response_mask
+    assert rollout.log_probs is not None
+    assert float((rollout.log_probs - trained)[mask].abs().max()) < 1e-3
+    assert mask.sum() > 30
+
+
+def test_plain_transformers_writes_the_same_with_the_export(training: Training) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(training.exported)
+    tokenizer = AutoTokenizer.from_pretrained(training.exported)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    module, batch = training.module, training.steps[-1]["rollout"].prompt
+    rollout = module.worker.roll_out(module.policy, batch, torch.Generator().manual_seed(0), greedy=True)
+    assert rollout.greedy is not None
+    for row, text in zip(batch.rows, rollout.greedy.texts, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_lm_eval_measures_the_policy_that_was_trained(training: Training, tmp_path: Path) -> None:
+    """Log-likelihoods of answers by another program, of the exported folder alone, against those of the module."""
+    lm_eval = pytest.importorskip("lm_eval")
+    rows = [
+        {"question": "The capital of France is", "choices": [" Paris", " London"], "label": 0},
+        {"question": "Two and two make", "choices": [" four", " seven"], "label": 0},
+    ]
+    task = {
+        "task": "offline",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": write_rows(tmp_path / "rows.jsonl", rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    arguments = {"pretrained": str(training.exported), "dtype": "float32"}
+    results = lm_eval.simple_evaluate("hf", model_args=arguments, tasks=[task], device="cpu", bootstrap_iters=0)
+    measured = {
+        request: response[0]
+        for sample in results["samples"]["offline"]
+        for request, (response,) in zip(sample["arguments"], sample["resps"], strict=True)
+    }
+    assert len(measured) == 4
+    policy, tokenizer = training.module.policy.eval(), training.module.tokenizer
+    for (question, answer), log_likelihood in measured.items():
+        ids = tokenizer(question + answer, add_special_tokens=False, return_tensors="pt").input_ids
+        start = len(tokenizer(question, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            log_probs = policy(ids).logits.log_softmax(-1)[0, start - 1 : -1]
+        expected = float(log_probs.gather(-1, ids[0, start:, None]).sum())
+        assert log_likelihood == pytest.approx(expected, abs=1e-3)
