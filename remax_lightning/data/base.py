@@ -131,6 +131,22 @@ class TextDataModule(LightningDataModule, ABC):
                     forms.setdefault(form, examples[index].prompt)
         return list(forms.values())
 
+    def first_rows(self, count: int = 1000, *, train: bool = True) -> tuple[list[Row], list[str]]:
+        """Return the first rows to train on and the first to validate on, and where they stand, once they are read.
+
+        Args:
+            count: how many of each at most; reading all of a large data set would take long.
+            train: whether those to train on are among them.
+        """
+        rows: list[Row] = []
+        places: list[str] = []
+        for dataset in (self._train if train else None, self._val):
+            if dataset is not None:
+                for example in dataset.examples[:count]:
+                    rows.append(example.row)
+                    places.append(example.where)
+        return rows, places
+
     def turn_end_id(self) -> int | None:
         """Return the token that the chat template ends a turn with; None where it writes none, or no row is a chat."""
         conversations = (prompt.conversation for prompt in self.prompt_forms())

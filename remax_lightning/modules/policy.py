@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -37,6 +37,8 @@ class PolicyModule(BaseModule):
     """
 
     policy: PreTrainedModel
+    scores_training_rows: ClassVar[bool] = True
+    """Whether the reward scores responses to the training rows, not only to those of validation."""
     constants: Float32Buffers
     """Constant buffers of the policy, restored after a strategy has cast it."""
 
@@ -55,11 +57,13 @@ class PolicyModule(BaseModule):
             self.strict_loading = False  # checkpoints omit the base; `load_state_dict` checks the adapter
 
     def setup(self, stage: str) -> None:
-        """Let the reward look at the prompts, which are there before any model is loaded."""
+        """Let the reward look at prompts and rows, which are there before any model is loaded."""
         super().setup(stage)
-        prompt_forms = getattr(getattr(self.trainer, "datamodule", None), "prompt_forms", None)
-        if self.reward is not None and prompt_forms is not None:
-            self.reward.check_prompts(prompt_forms())
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.reward is not None and hasattr(data, "prompt_forms"):
+            self.reward.check_prompts(data.prompt_forms())
+        if self.reward is not None and hasattr(data, "first_rows"):
+            self.reward.check_rows(*data.first_rows(train=self.scores_training_rows))
 
     @property
     def trained_model(self) -> PreTrainedModel:

@@ -44,6 +44,8 @@ class SFTModule(PolicyModule):
         lr_scheduler: stepped after each optimizer step.
     """
 
+    scores_training_rows = False
+
     def __init__(
         self,
         policy: ModelConfig,

@@ -29,6 +29,11 @@ class Scores(NamedTuple):
 class Reward(ABC):
     """Scores responses. Subclass it, implement `score`, name your class under `model.reward.class_path`."""
 
+    skips_none: bool = False
+    """Whether None among its scores says that it does not apply to a response, as it does in TRL."""
+    is_async: bool = False
+    """Whether it mostly waits for others, so that parts of a `WeightedReward` can wait at the same time."""
+
     def load(self, device: torch.device) -> None:  # noqa: B027
         """Load what scoring needs onto `device`; called once, before the first `score`. Default: nothing."""
 
@@ -37,6 +42,17 @@ class Reward(ABC):
 
         Args:
             prompts: one of each form that the data has; a `Prompt` knows the messages that it was made of.
+
+        Raises:
+            UserError: if there is one.
+        """
+
+    def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:  # noqa: B027
+        """Refuse rows that cannot be scored, before any model is loaded. Default: nothing.
+
+        Args:
+            rows: the first rows of the data that will be scored.
+            places: where each stands, for messages: `train.jsonl, line 7`.
 
         Raises:
             UserError: if there is one.
@@ -83,8 +99,27 @@ def checked_scores(
 
     Raises:
         RewardError: if the reward raises, or returns another number of scores, another shape, something that
-            is not a number, NaN or infinity. The message shows the prompt and the response.
+            is not a number, None, NaN or infinity. The message shows the prompt and the response.
         ValueError: if the three sequences are not equally long.
+    """
+    scores, applies = applicable_scores(reward, prompts, responses, rows)
+    if not applies.all():
+        index = int((~applies).nonzero()[0])
+        raise RewardError(
+            f"model.reward: {reward!r} returned None at index {index}, so it does not apply there, and nothing else "
+            f"scores the response{example_lines(prompts, responses, index)}\nReturn a number, or make it a part of a "
+            "WeightedReward beside a part that scores the response."
+        )
+    return scores
+
+
+def applicable_scores(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> tuple[Scores, Tensor]:
+    """Score `M` responses like `checked_scores`, but let a reward with `skips_none` leave responses out.
+
+    Returns:
+        The scores, 0 where the reward returned None, and `[M]` bool on the CPU, False there.
     """
     if not len(prompts) == len(responses) == len(rows):
         lengths = f"{len(prompts)}, {len(responses)} and {len(rows)}"
@@ -95,10 +130,16 @@ def checked_scores(
         result, parts = result
     if not isinstance(parts, dict):
         raise RewardError(f"model.reward: {reward!r} must return its parts as a dict, got {type(parts).__name__}")
-    return Scores(
+    applies = torch.ones(len(responses), dtype=torch.bool)  # [M]
+    result = _without_index(result)
+    if reward.skips_none and isinstance(result, list | tuple) and len(result) == len(responses):
+        applies = torch.tensor([value is not None for value in result], dtype=torch.bool)
+        result = [0.0 if value is None else value for value in result]
+    scores = Scores(
         _checked(repr(reward), result, prompts, responses),
         {name: _checked(f"{reward!r}, part {name!r},", part, prompts, responses) for name, part in parts.items()},
     )
+    return scores, applies
 
 
 def _raw_scores(
@@ -113,7 +154,7 @@ def _raw_scores(
         index = _failing_row(reward, type(error), prompts, responses, rows)
         raise RewardError(
             f"model.reward: {reward!r} raised {type(error).__name__}: {error}"
-            f"{_example(prompts, responses, index)}\nMake it return one finite number per response."
+            f"{example_lines(prompts, responses, index)}\nMake it return one finite number per response."
         ) from error
 
 
@@ -124,7 +165,7 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
     def error(what: str, index: int | None = None) -> RewardError:
         return RewardError(
             f"model.reward: {name} returned {what}; expected {count} finite numbers, one per response"
-            f"{_example(prompts, responses, index)}"
+            f"{example_lines(prompts, responses, index)}"
         )
 
     scores = _without_index(scores)
@@ -197,7 +238,7 @@ def _failing_row(
     return start if responses else None
 
 
-def _example(prompts: Sequence[str], responses: Sequence[str], index: int | None) -> str:
+def example_lines(prompts: Sequence[str], responses: Sequence[str], index: int | None) -> str:
     """Two lines that show response `index`, or the first one where no single response is at fault."""
     if not responses:
         return ""

@@ -5,46 +5,310 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from remax_lightning.errors import UserError
-from remax_lightning.rewards.base import Reward, Scores
+from remax_lightning.errors import RewardError, UserError
+from remax_lightning.rewards.asynchronous import wait_for
+from remax_lightning.rewards.base import Reward, Scores, shorten
 
 _KEY = "model.reward.init_args"
+Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]
+_TRAINER_ARGUMENTS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL's trainer passes besides texts and columns."""
+_VERL_COLUMNS = ("data_source", "ground_truth", "extra_info")
+_MISSING = object()
 
 
 class FunctionReward(Reward):
-    """Scores responses with `fn(prompts, responses, rows, **arguments) -> list[float]`.
+    """Scores responses with a function, whose parameters tell its style.
+
+    `remax`: `fn(prompts, responses, rows, **arguments)` returns one number per response.
+
+    `trl`, with a parameter `completions`: `fn(prompts, completions, **columns)` returns a list of numbers. It is
+    passed what it names, and every column if it takes `**kwargs`, as lists. Prompts and completions are lists of
+    messages where the prompt was made of messages. None says that the function does not apply to a response, which
+    another part of a `WeightedReward` then has to score.
+
+    `verl`, with a parameter `solution_str`: `fn(data_source, solution_str, ground_truth, extra_info)` is called once
+    per response and returns a number, or a dict with one under `score`. `ground_truth` is read from `reward_model`
+    where the row has no such column; `extra_info` is an empty dict where there is none.
+
+    The function may be asynchronous; verl's calls then run at the same time. All coroutines share one event loop, so
+    that clients can keep their connections. None is refused in styles other than TRL's.
+
+    A function's attribute `check_row`, if it has one, is called as `check_row(row, where, **arguments)` with the first
+    rows before models are loaded, and raises an error for a row that cannot be scored.
 
     Args:
         function: dotted path to the function, as in `my_rewards.politeness` or
             `remax_lightning.rewards.verifiers.exact_match`. Modules in the current directory are found too.
         arguments: keyword arguments that every call gets.
+        style: `remax`, `trl` or `verl`; `auto` tells it by the parameters.
+        columns: column of a parameter where the data calls it otherwise, as in `{ground_truth: response}`; a dot leads
+            into a dict. For `trl` and `verl`.
 
     Raises:
         UserError: if the function cannot be imported or called, or does not take `arguments`.
     """
 
-    def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        function: str,
+        arguments: dict[str, Any] | None = None,
+        style: Style = "auto",
+        columns: dict[str, str] | None = None,
+    ) -> None:
         self.function = function
         self.arguments = dict(arguments or {})
+        self.columns = dict(columns or {})
         self._call = _import_function(function)
-        _check_arguments(function, self._call, self.arguments)
+        self._parameters = _Parameters.of(self._call)
+        self.style = _style(function, self._parameters, style)
+        self.skips_none = self.style == "trl"
+        self.is_async = inspect.iscoroutinefunction(self._call) or inspect.iscoroutinefunction(
+            getattr(self._call, "__call__", None)  # noqa: B004 - of an object that is called
+        )
+        if self.style == "remax":
+            _check_arguments(function, self._parameters, self.arguments)
+            if self.columns:
+                raise UserError(f"{_KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
+        else:
+            self._check_names()
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
     ) -> Scores | Tensor | Sequence[float]:
         """Return what the function says of each response."""
-        scores: Scores | Tensor | Sequence[float] = self._call(prompts, responses, rows, **self.arguments)
+        scores: Scores | Tensor | Sequence[float]
+        if self.style == "verl":
+            return self._verl_scores(prompts, responses, rows)
+        if self.style == "trl":
+            scores = wait_for([self._call(**self._trl_arguments(prompts, responses, rows))])[0]
+        else:
+            scores = wait_for([self._call(prompts, responses, rows, **self.arguments)])[0]
         return scores
+
+    def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+        """Refuse rows without a column that the function needs, or with one that its `check_row` refuses.
+
+        Raises:
+            UserError: for the first such row.
+        """
+        check = getattr(self._call, "check_row", None)
+        for row, place in zip(rows, places, strict=True):
+            for name in self._required_columns():
+                self._value(row, name, place)
+            if check is None:
+                continue
+            try:
+                check(row, place, **self.arguments)
+            except UserError:
+                raise
+            except Exception as error:
+                raise RewardError(f"{place}: {self!r}: check_row raised {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
         """The function's path: the class alone would not say which function failed."""
         return f"FunctionReward({self.function})"
+
+    # TRL's and verl's styles
+
+    def _trl_arguments(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the lists that the function takes, by name."""
+        chats = [getattr(prompt, "conversation", None) for prompt in prompts]
+        texts = {
+            "prompts": [str(p) if chat is None else chat.messages for p, chat in zip(prompts, chats, strict=True)],
+            "completions": [
+                response if chat is None else [{"role": "assistant", "content": response}]
+                for response, chat in zip(responses, chats, strict=True)
+            ],
+        }
+        fixed = texts | self.arguments
+        values = {name: value for name, value in fixed.items() if self._parameters.takes(name)}
+        for name in self._required_columns():
+            places = (f"the row of the prompt {shorten(prompt)}" for prompt in prompts)
+            values[name] = [self._value(row, name, place) for row, place in zip(rows, places, strict=True)]
+        optional = [*self._parameters.optional, *self.columns]
+        if self._parameters.takes_any:
+            optional += [name for row in rows for name in row if name not in ("prompt", "completion")]
+        for name in dict.fromkeys(optional):
+            if name in values or name in fixed or name in _TRAINER_ARGUMENTS:
+                continue
+            columns = [_lookup(row, self.columns.get(name, name)) for row in rows]
+            if any(found for found, _ in columns):
+                values[name] = [value for _, value in columns]
+        return values
+
+    def _verl_scores(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Sequence[Any]:
+        """Call the function for each response; asynchronous ones run at the same time."""
+        calls = []
+        for prompt, response, row in zip(prompts, responses, rows, strict=True):
+            place = f"the row of the prompt {shorten(prompt)}"
+            columns = {name: self._value(row, name, place) for name in _VERL_COLUMNS if self._parameters.takes(name)}
+            columns = {name: value for name, value in columns.items() if value is not _MISSING}
+            if "extra_info" in self._parameters.required:
+                columns.setdefault("extra_info", {})
+            calls.append(self._call(**columns | {"solution_str": response} | self.arguments))
+        results = wait_for(calls)
+        for prompt, response, result in zip(prompts, responses, results, strict=True):
+            if isinstance(result, dict) and "score" not in result:
+                raise RewardError(
+                    f"model.reward: {self!r} returned a dict with {', '.join(map(str, result)) or 'nothing'}, expected"
+                    f" a number, or one under 'score'\n  prompt: {shorten(prompt)}\n  response: {shorten(response)}"
+                )
+        return [result["score"] if isinstance(result, dict) else result for result in results]
+
+    def _required_columns(self) -> list[str]:
+        """Return the parameters that must come from a column of every row."""
+        if self.style == "remax":
+            return []
+        texts = ("solution_str", "extra_info") if self.style == "verl" else ("prompts", "completions")
+        return [name for name in self._parameters.required if name not in texts and name not in self.arguments]
+
+    def _value(self, row: Mapping[str, Any], name: str, place: str) -> Any:
+        """Return what a row holds for a parameter, or `_MISSING` where the function can do without.
+
+        Raises:
+            UserError: if it cannot.
+        """
+        column = self.columns.get(name, name)
+        found, value = _lookup(row, column)
+        if not found and name == "ground_truth" and name not in self.columns:
+            found, value = _lookup(row, "reward_model.ground_truth")
+        if found:
+            return value
+        if name not in self._required_columns():
+            return _MISSING
+        raise UserError(
+            f"{place}: {_KEY}.function: {self.function} takes its parameter {name!r} from column {column!r}, and the "
+            f"row has the columns {', '.join(map(str, row)) or 'none'}; name one of them in {_KEY}.columns.{name}, set "
+            f"{_KEY}.arguments.{name} or complete the data"
+        )
+
+    def _check_names(self) -> None:
+        """Refuse what the function cannot be called with, and a function that needs more than there is."""
+        path, parameters = self.function, self._parameters
+        for key, values in (("arguments", self.arguments), ("columns", self.columns)):
+            for name in values:
+                if not parameters.takes(name):
+                    known = ", ".join((*parameters.required, *parameters.optional)) or "none"
+                    raise UserError(f"{_KEY}.{key}.{name}: {path} has no such argument; its arguments are: {known}")
+        required = self._required_columns()
+        beyond = _TRAINER_ARGUMENTS if self.style == "trl" else [n for n in required if n not in _VERL_COLUMNS]
+        for name in beyond:
+            if name in required:
+                given = "texts and columns of the rows" if self.style == "trl" else "the four arguments of verl"
+                raise UserError(
+                    f"{_KEY}.function: {path} requires {name!r}, which only another trainer has; a reward gets {given}."
+                    f" Give the parameter a default, or a value in {_KEY}.arguments.{name}"
+                )
+
+
+class _Parameters(NamedTuple):
+    """What a function takes.
+
+    Args:
+        positional: names of the parameters that can be passed by position.
+        required: names of those without a default.
+        optional: defaults of the others.
+        takes_more: whether it takes any number by position.
+        takes_any: whether it takes any name.
+        is_known: whether it has a signature; some functions written in C have none.
+    """
+
+    positional: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    optional: Mapping[str, Any] = {}
+    takes_more: bool = False
+    takes_any: bool = False
+    is_known: bool = True
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> _Parameters:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            return cls(is_known=False)
+        kinds = {p.kind for p in parameters}
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return cls(
+            tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY),
+            tuple(p.name for p in named if p.default is p.empty),
+            {p.name: p.default for p in named if p.default is not p.empty},
+            inspect.Parameter.VAR_POSITIONAL in kinds,
+            inspect.Parameter.VAR_KEYWORD in kinds,
+        )
+
+    def takes(self, name: str) -> bool:
+        """Whether a value can be passed by this name."""
+        return self.takes_any or name in self.required or name in self.optional
+
+
+def _style(path: str, parameters: _Parameters, style: Style) -> Style:
+    """Return the style that is asked for, or that the parameters show.
+
+    Raises:
+        UserError: if the function cannot be called in the style that is asked for.
+    """
+    markers: dict[Style, str] = {"trl": "completions", "verl": "solution_str"}
+    named = {*parameters.required, *parameters.optional}
+    if style == "auto":
+        is_ours = parameters.positional[2:3] == ("rows",)
+        style = next((known for known, name in markers.items() if name in named and not is_ours), "remax")
+        if parameters.takes_any and not named and not parameters.takes_more:
+            style = "trl"  # by name only, as TRL calls
+        if "solution_strs" in named:
+            raise UserError(
+                f"{_KEY}.function: {path} takes whole batches, as verl's BatchRewardManager passes them; give the"
+                " function of one response, compute_score(data_source, solution_str, ground_truth, extra_info)"
+            )
+    elif style in markers and not parameters.takes(markers[style]):
+        raise UserError(
+            f"{_KEY}.style: {style} calls the function with {markers[style]!r}, and {path} takes"
+            f" ({', '.join(parameters.positional)}); set the style of its parameters, or auto"
+        )
+    return style
+
+
+def _lookup(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+    """Return whether a row has a column, and what it holds; a dot leads into a dict."""
+    if column in row:
+        return True, row[column]
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return False, None
+        value = value[name]
+    return True, value
+
+
+def _check_arguments(path: str, parameters: _Parameters, arguments: dict[str, Any]) -> None:
+    """Refuse a function that cannot be called with three lists and `arguments`."""
+    if not parameters.is_known:
+        return
+    named = (*parameters.required, *parameters.optional)
+    if len(parameters.positional) < 3 and not parameters.takes_more:
+        taken = ", ".join(dict.fromkeys((*parameters.positional, *named)))
+        raise UserError(
+            f"{_KEY}.function: {path} must take (prompts, responses, rows, ...), or (completions, ...) as in TRL, or"
+            f" (solution_str, ...) as in verl; it takes ({taken})"
+        )
+    options = [name for name in named if name not in parameters.positional[:3]]
+    unknown = [name for name in arguments if name not in options]
+    if unknown and (not parameters.takes_any or unknown[0] in parameters.positional[:3]):
+        known = ", ".join(options) or "none"
+        raise UserError(f"{_KEY}.arguments.{unknown[0]}: {path} has no such argument; its arguments are: {known}")
+    missing = [name for name in options if name in parameters.required and name not in arguments]
+    if missing:
+        raise UserError(f"{_KEY}.arguments.{missing[0]}: {path} cannot do without this argument; give it a value")
 
 
 def _import_function(path: str) -> Callable[..., Any]:
@@ -83,24 +347,3 @@ def _broken_module(name: str, error: BaseException) -> UserError:
         f"{_KEY}.function: importing the module {name!r} failed with {type(error).__name__}: {error}. "
         f"Try `python -c 'import {name}'`."
     )
-
-
-def _check_arguments(path: str, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Refuse a function that cannot be called with three lists and `arguments`."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C have no signature
-        return
-    kinds = [p.kind for p in parameters]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 3 and inspect.Parameter.VAR_POSITIONAL not in kinds:
-        taken = ", ".join(p.name for p in parameters)
-        raise UserError(f"{_KEY}.function: {path} must take (prompts, responses, rows, ...), it takes ({taken})")
-    options = {p.name: p for p in [*positional[3:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]}
-    unknown = [name for name in arguments if name not in options]
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-        known = ", ".join(options) or "none"
-        raise UserError(f"{_KEY}.arguments.{unknown[0]}: {path} has no such argument; its arguments are: {known}")
-    missing = [name for name, p in options.items() if p.default is p.empty and name not in arguments]
-    if missing:
-        raise UserError(f"{_KEY}.arguments.{missing[0]}: {path} cannot do without this argument; give it a value")

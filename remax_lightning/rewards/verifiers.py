@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from numbers import Number
-from typing import Any
+from typing import Any, TypeVar
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.answers import final_number, plain_number
@@ -14,8 +14,68 @@ from remax_lightning.rewards.base import shorten
 
 _KEY = "model.reward.init_args.arguments"
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def _checks_rows(check: Callable[..., object]) -> Callable[[_Function], _Function]:
+    """Let `FunctionReward` refuse rows by `check(row, where, **arguments)` before training."""
+
+    def with_check(function: _Function) -> _Function:
+        function.check_row = check  # type: ignore[attr-defined]
+        return function
+
+    return with_check
+
+
+def _gold_text(row: dict[str, Any], where: str, column: str = "response", ignore_case: bool = False) -> str:  # noqa: ARG001
+    """Return the right answer of a row, a text or a number, as text.
+
+    Raises:
+        RewardError: if there is none.
+    """
+    value = row.get(column)
+    if value is None:
+        filled = ", ".join(sorted(str(name) for name, value in row.items() if value is not None))
+        raise RewardError(
+            f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
+            f"the columns {filled or 'none'} for {where}; name one of these there or complete the data"
+        )
+    if not isinstance(value, str | Number) or isinstance(value, bool | complex):
+        raise RewardError(
+            f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(value).__name__}, "
+            f"{shorten(str(value))}, for {where}; name a column that holds the answer"
+        )
+    text = str(value)
+    if not text.strip():
+        raise _unreadable("a verifier", "a text or a number", text, where, column)
+    return text
+
+
+def _gold_number(row: dict[str, Any], where: str, column: str = "response", tolerance: float = 1e-6) -> Fraction:  # noqa: ARG001
+    """Return the right answer of a row, a number and nothing else, or what follows `####`.
+
+    Raises:
+        RewardError: if it is none.
+    """
+    text = _gold_text(row, where, column)
+    number = plain_number(text.rpartition("####")[2])
+    if number is None:
+        raise _unreadable("numeric_answer", "a number and nothing else (or after ####)", text, where, column)
+    return number
+
+
+def _unreadable(verifier: str, expectation: str, right: str, where: str, column: str) -> RewardError:
+    return RewardError(
+        f"{verifier}: expected {expectation} in column {column!r}, got {shorten(right)} for {where}; correct the row or"
+        f" name another column in {_KEY}.column"
+    )
+
+
+def _of_prompt(prompt: str) -> str:
+    return f"the prompt {shorten(prompt)}"
+
+
+@_checks_rows(_gold_text)
 def exact_match(
     prompts: Sequence[str],
     responses: Sequence[str],
@@ -46,15 +106,15 @@ def exact_match(
         return None if _LEADING_ZERO.match(text) else plain_number(text)
 
     scores = []
-    for prompt, response, right in zip(prompts, responses, _column(prompts, rows, column), strict=True):
-        if not right.strip():
-            raise _unreadable("exact_match", "a text or a number", right, prompt, column)
+    for prompt, response, row in zip(prompts, responses, rows, strict=True):
+        right = _gold_text(row, _of_prompt(prompt), column)
         expected = number(right)
         equal = normal(response) == normal(right) or (expected is not None and number(response) == expected)
         scores.append(float(equal))
     return scores
 
 
+@_checks_rows(_gold_number)
 def numeric_answer(
     prompts: Sequence[str],
     responses: Sequence[str],
@@ -82,10 +142,8 @@ def numeric_answer(
         RewardError: if the column of a row holds no plain number: a fraction, a formula, text, a list, a dict.
     """
     scores = []
-    for prompt, response, right in zip(prompts, responses, _column(prompts, rows, column), strict=True):
-        expected = plain_number(right.rpartition("####")[2])
-        if expected is None:
-            raise _unreadable("numeric_answer", "a number and nothing else (or after ####)", right, prompt, column)
+    for prompt, response, row in zip(prompts, responses, rows, strict=True):
+        expected = _gold_number(row, _of_prompt(prompt), column)
         answer = final_number(response)
         scores.append(float(answer is not None and _is_close(answer, expected, tolerance)))
     return scores
@@ -93,13 +151,6 @@ def numeric_answer(
 
 def _is_close(answer: Fraction, expected: Fraction, tolerance: float) -> bool:
     return abs(answer - expected) <= Fraction(tolerance) * min(Fraction(1), abs(expected))
-
-
-def _unreadable(verifier: str, expectation: str, right: str, prompt: str, column: str) -> RewardError:
-    return RewardError(
-        f"{verifier}: expected {expectation} in column {column!r}, got {shorten(right)} for the prompt "
-        f"{shorten(prompt)}; correct the row or name another column in {_KEY}.column"
-    )
 
 
 def regex_format(
@@ -150,21 +201,3 @@ def length_penalty(
         if value < 0:
             raise UserError(f"{_KEY}.{name}: expected 0 or more, got {value}")
     return [-coef * max(0, len(response) - target) for response in responses]
-
-
-def _column(prompts: Sequence[str], rows: Sequence[dict[str, Any]], column: str) -> list[str]:
-    """Return `column` of every row, a text or a number, as text."""
-    for prompt, row in zip(prompts, rows, strict=True):
-        if row.get(column) is None:
-            filled = ", ".join(sorted(str(name) for name, value in row.items() if value is not None))
-            raise RewardError(
-                f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
-                f"the columns {filled or 'none'} for the prompt {shorten(prompt)}; name one of these there or "
-                "complete the data"
-            )
-        if not isinstance(row[column], str | Number) or isinstance(row[column], bool | complex):
-            raise RewardError(
-                f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(row[column]).__name__}, "
-                f"{shorten(str(row[column]))}, for the prompt {shorten(prompt)}; name a column that holds the answer"
-            )
-    return [str(row[column]) for row in rows]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import Reward, Scores, checked_scores
+from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines
 
 _KEY = "model.reward.init_args"
 
 
 class WeightedReward(Reward):
     """The weighted sum of named rewards, each logged under its name, parts of a part as `outer/inner`.
+
+    A part in TRL's style may return None for responses that it does not apply to: it adds 0 there, in its logs too, and
+    another part has to score the response. Asynchronous parts run at the same time.
 
     Args:
         parts: the rewards by name.
@@ -53,20 +57,46 @@ class WeightedReward(Reward):
         for part in self.parts.values():
             part.check_prompts(prompts)
 
+    def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+        """Let every part look at the rows."""
+        for name, part in self.parts.items():
+            try:
+                part.check_rows(rows, places)
+            except RewardError as error:
+                raise RewardError(f"part {name!r} of the reward: {error}") from error
+
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Scores:
         """Return the sum and every part of it.
 
         Raises:
-            RewardError: if a part fails or returns what must not be trained on; the message names the part.
+            RewardError: if a part fails or returns what must not be trained on; the message names the part. If no part
+                applies to a response.
         """
-        total = torch.zeros(len(responses), device=self._device)
-        parts: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
+
+        def scores_of(name: str) -> tuple[Scores, Tensor]:
             try:
-                scores = checked_scores(part, prompts, responses, rows)
+                return applicable_scores(self.parts[name], prompts, responses, rows)
             except RewardError as error:
                 raise RewardError(f"part {name!r} of the reward: {error}") from error
+
+        total = torch.zeros(len(responses), device=self._device)  # [M]
+        applies = torch.zeros(len(responses), dtype=torch.bool)  # [M]
+        parts: dict[str, Tensor] = {}
+        waiting = [name for name, part in self.parts.items() if part.is_async]
+        with ThreadPoolExecutor(len(waiting) or 1) as pool:
+            futures = {name: pool.submit(scores_of, name) for name in waiting}
+            results = {name: scores_of(name) for name in self.parts if name not in futures}
+            results |= {name: future.result() for name, future in futures.items()}
+        for name in self.parts:
+            scores, part_applies = results[name]
+            applies |= part_applies
             parts[name] = scores.reward.to(self._device)
             parts |= {f"{name}/{inner}": value.to(self._device) for inner, value in scores.parts.items()}
             total = total + self.weights[name] * parts[name]
+        if not applies.all():
+            index = int((~applies).nonzero()[0])
+            raise RewardError(
+                f"model.reward: no part scores response {index}, {', '.join(self.parts)} returned None"
+                f"{example_lines(prompts, responses, index)}\nAdd a part that scores every response."
+            )
         return Scores(total, parts)

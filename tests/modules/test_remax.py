@@ -31,7 +31,7 @@ from torch import Tensor
 from remax_lightning.data import PromptDataModule
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.rewards import ClassifierReward
+from remax_lightning.rewards import ClassifierReward, FunctionReward
 from remax_lightning.rollout import PairedEngine, SamplingConfig
 from remax_lightning.types import PromptBatch
 
@@ -312,3 +312,16 @@ def test_a_role_that_the_reward_model_does_not_know_stops_the_run_before_models_
     message = r"rows\.jsonl, line 2: the chat template of the reward model .* refuses message 0 \(role 'system'\)"
     with pytest.raises(DataError, match=message):
         make_trainer(tmp_path).fit(module, data)
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+def test_right_answers_are_checked_before_any_model_is_loaded(tmp_path: Path, place: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    good, bad = [{"prompt": "2+2=", "response": 4}] * 4, {"prompt": "2+3=", "response": "5 or 6"}
+    rows = {name: [*good, bad] if name == place else good for name in ("train", "val")}
+    paths = {name: write_rows(tmp_path / f"{name}.jsonl", values) for name, values in rows.items()}
+    data = PromptDataModule(paths["train"], str(tmp_path / "tokenizer"), paths["val"], batch_size=4)
+    reward = FunctionReward("remax_lightning.rewards.verifiers.numeric_answer")
+    module = remax_module(str(tmp_path / "no_policy"), reward=reward)
+    with pytest.raises(UserError, match=rf"column 'response', got '5 or 6' for .*{place}.jsonl, line 5;"):
+        fit(module, data, tmp_path)

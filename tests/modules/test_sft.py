@@ -22,6 +22,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.lm_head import HeadSearch
 from remax_lightning.modules import SFTModule
+from remax_lightning.rewards import FunctionReward
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training import packing
@@ -293,3 +294,19 @@ def test_a_turn_end_that_the_policy_names_is_trained(tmp_path: Path) -> None:
     path = save_policy(tmp_path / "policy", ends=(2, 83))
     recorder = fit(sft_module(path), turn_ending_data(tmp_path, path), tmp_path)
     assert len(recorder.outputs) == 1
+
+
+def test_the_reward_checks_rows_of_validation_only(tmp_path: Path, policy: str) -> None:
+    text, number = {"prompt": "2+2=", "response": "four"}, {"prompt": "2+2=", "response": "4"}
+    paths = [write_rows(tmp_path / f"{row['response']}.jsonl", [row] * 2) for row in (text, number)]
+    reward = FunctionReward("remax_lightning.rewards.verifiers.numeric_answer")
+    for train, val in (paths, paths[::-1]):
+        module = sft_module(policy, reward=reward)
+        module.trainer = make_trainer(tmp_path)
+        module.trainer.datamodule = SFTDataModule(train, policy, val, batch_size=2)  # type: ignore[attr-defined]
+        module.trainer.datamodule.setup("fit")  # type: ignore[attr-defined]
+        if val is paths[1]:
+            module.setup("fit")
+        else:
+            with pytest.raises(UserError, match=r"got 'four' for .*four.jsonl, line 1;"):
+                module.setup("fit")

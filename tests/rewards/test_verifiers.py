@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards import exact_match, length_penalty, numeric_answer, regex_format
+from remax_lightning.rewards import FunctionReward, exact_match, length_penalty, numeric_answer, regex_format
 from remax_lightning.rewards.answers import final_number
 
 
@@ -214,3 +214,19 @@ def test_exact_match_compares_numbers_as_numbers() -> None:
 def test_exact_match_refuses_what_no_response_can_equal(gold: Any) -> None:
     with pytest.raises(RewardError, match="column 'response'"):
         exact_match(["p"], [""], rows(gold))
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "message"),
+    [
+        ("numeric_answer", {"gold": "3/4"}, "expected a number and nothing else .* in column 'gold', got '3/4'"),
+        ("numeric_answer", {"gold": ["3"]}, "expected a text or a number in column 'gold', got a list"),
+        ("exact_match", {"gold": " "}, "expected a text or a number in column 'gold', got ' '"),
+        ("exact_match", {"answer": "3"}, "hold something in column 'gold', got a row with the columns answer"),
+    ],
+)
+def test_right_answers_are_checked_without_responses(function: str, row: dict[str, Any], message: str) -> None:
+    reward = FunctionReward(f"remax_lightning.rewards.verifiers.{function}", {"column": "gold"})
+    reward.check_rows([{"gold": "#### 3"}, {"gold": 3}], ["a.jsonl, line 1", "a.jsonl, line 2"])
+    with pytest.raises(RewardError, match=rf"{message}.* for a.jsonl, line 3; "):
+        reward.check_rows([{"gold": "3"}, row], ["a.jsonl, line 2", "a.jsonl, line 3"])
