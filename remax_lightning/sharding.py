@@ -1,7 +1,7 @@
 """What a strategy has done to a model's parameters: sharded or full, and how to see through wrappers.
 
-This is the only file that reads DeepSpeed's marks on parameters (`ds_id`, `ds_shape`, `ds_numel`) and FSDP2's class of
-modules; a test looks for others. Code elsewhere asks here, and needs no knowledge of either engine.
+This is the only file that reads DeepSpeed's marks on parameters (`ds_id`, `ds_shape`, `ds_numel`, `ds_tensor`) and
+FSDP2's class of modules; a test looks for others. Code elsewhere asks here, and needs no knowledge of either engine.
 """
 
 from __future__ import annotations
@@ -61,6 +61,15 @@ def full_shape(parameter: Tensor) -> torch.Size:
 def full_numel(parameter: Tensor) -> int:
     """Return the number of elements of the unsharded parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def local_shard(parameter: Any) -> Tensor:
+    """Return what this rank holds of a parameter or of a tensor with its layout: a shard, or all of it."""
+    if hasattr(parameter, "to_local"):  # FSDP2
+        return parameter.to_local()  # type: ignore[no-any-return]
+    if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:  # ZeRO-3; empty unless gathered
+        return parameter.ds_tensor  # type: ignore[no-any-return]
+    return parameter  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -27,7 +27,14 @@ GROWTH = 1.25
 """Growth of the response length from which `max_length_correlation` counts: without growth a correlation is
 harmless."""
 
+NOT_FINITE = "not_finite"
+"""The guard without a threshold."""
+
 ADVICE = {
+    NOT_FINITE: (
+        "the step is skipped if its gradient is not finite either; if it happens again, lower the learning rate, clip"
+        " gradients (trainer.gradient_clip_val) and use an earlier checkpoint"
+    ),
     "max_truncation_rate": (
         "raise model.sampling.max_response_length, or set model.advantage.overlong: penalize; the"
         " reward judges responses without their end"
@@ -65,7 +72,8 @@ class CollapseDetector(Callback):
 
     Each guard watches means over the last `window` optimizer steps, over all sampled responses of all ranks. Some
     compare them with the first `window` steps of the run. A guard warns once when its threshold is crossed, and again
-    only after `window` consecutive steps without a crossing. A threshold of None turns a guard off.
+    only after `window` consecutive steps without a crossing. A threshold of None turns a guard off. One guard has no
+    window and no threshold: an entropy, a KL or a reward that is not finite is an alarm at its step.
 
     Logged at each optimizer step, NaN if undefined:
 
@@ -162,7 +170,7 @@ class CollapseDetector(Callback):
         self._update_windows(figures)
         means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
         slope = _slope(self._recent.get("kl", []), self.window)
-        crossed = self._find_crossed(means, slope)
+        crossed = self._find_crossed(means, slope) | _find_nonfinite(figures)
         alarms = self._select_new_alarms(crossed)
         names = ("eos_rate", "distinct_share", "length_correlation")
         log_step(
@@ -232,11 +240,14 @@ class CollapseDetector(Callback):
         return new
 
     def _warn_or_stop(self, name: str, what: str, trainer: Trainer) -> None:
-        side = "above" if name.startswith("max_") else "below"
-        rank_zero_warn(
-            f"Optimizer step {trainer.global_step}: {what}, {side} collapse.{name} = {self.thresholds[name]:g}."
-            f" What to do: {ADVICE[name]}. collapse.{name}: null turns this guard off."
-        )
+        if name == NOT_FINITE:
+            rank_zero_warn(f"Optimizer step {trainer.global_step}: {what}. What to do: {ADVICE[name]}.")
+        else:
+            side = "above" if name.startswith("max_") else "below"
+            rank_zero_warn(
+                f"Optimizer step {trainer.global_step}: {what}, {side} collapse.{name} = {self.thresholds[name]:g}."
+                f" What to do: {ADVICE[name]}. collapse.{name}: null turns this guard off."
+            )
         if self.action == "stop" and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_info(f"Stopping at optimizer step {trainer.global_step}, because collapse.action is stop.")
@@ -252,6 +263,12 @@ _WATCHED = {
     "max_length_correlation": "the correlation of reward and length, while responses grow,",
     "min_distinct_share": "the share of distinct responses, relative to the start,",
 }
+
+
+def _find_nonfinite(figures: Mapping[str, float]) -> dict[str, str]:
+    """Return the alarm of a step with figures that are not finite; `StepFigures` has told undefined ones apart."""
+    names = [name.removeprefix(f"{NOT_FINITE}/") for name in figures if name.startswith(f"{NOT_FINITE}/")]
+    return {NOT_FINITE: f"not finite: {', '.join(names)}"} if names else {}
 
 
 def _slope(values: list[float], window: int) -> float:
@@ -292,7 +309,8 @@ class StepFigures:
 
         Returns:
             `eos_rate`, `response_length` (tokens), `entropy` (nats per token), `kl` (nats per response),
-            `length_correlation` (Pearson, of reward and length) and `distinct_share`, the same on every rank.
+            `length_correlation` (Pearson, of reward and length) and `distinct_share`, the same on every rank; also
+            `not_finite/NAME` where the total of reward, entropy or KL is not finite.
         """
         reward, length, ended = torch.cat(self._reward), torch.cat(self._length), torch.cat(self._ended)
         texts, sums = torch.tensor(self._texts, dtype=torch.float64), list(self._sums.values())
@@ -301,7 +319,9 @@ class StepFigures:
         # Central moments in a second reduction: a variance from sums of squares would lose its digits.
         x, y = reward - rewards / count, length - tokens / count
         xx, yy, xy = sum_over_ranks(trainer, [(x * x).sum().item(), (y * y).sum().item(), (x * y).sum().item()])
-        return {
+        totals = {"reward": rewards, "entropy": entropy, "kl": kl}
+        broken = {f"{NOT_FINITE}/{name}": total for name, total in totals.items() if not math.isfinite(total)}
+        return broken | {
             "eos_rate": num_ended / count,
             "response_length": tokens / count,
             "entropy": entropy / entropy_tokens if entropy_tokens else math.nan,

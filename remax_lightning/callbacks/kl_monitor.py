@@ -37,7 +37,8 @@ class KLMonitor(Callback):
             2019, arXiv 1909.08593, section 2.2; the horizon comes from their code). Off, because the ReMax paper
             uses a fixed coefficient.
         horizon: time scale of the controller in sampled responses; smaller is faster. 10,000 as in that code.
-        stop_kl: stop the run after an optimizer step with a KL above this, in nats per response.
+        stop_kl: stop the run after an optimizer step with a KL above this, in nats per response, or with one that is
+            not finite.
 
     Raises:
         UserError: if a value is out of its range, only one of `target_kl` and `adaptive` is set, the adaptive
@@ -138,10 +139,8 @@ class KLMonitor(Callback):
         self._kl, self._reward = [], []
 
     def _adapt_coefficient(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
-        if self.target_kl is None or math.isnan(
-            mean_kl
-        ):  # one bad step must not change the coefficient for the rest of the run
-            return
+        if self.target_kl is None or not math.isfinite(mean_kl):
+            return  # one bad step must not change the coefficient for the rest of the run
         error = min(max(mean_kl / self.target_kl - 1, -0.2), 0.2)
         module = cast("Any", pl_module)
         # At most one horizon: more than five horizons in a step would make the coefficient negative.
@@ -149,10 +148,12 @@ class KLMonitor(Callback):
         self._kl_coef = float(module.kl_coef)
 
     def _stop_if_too_far(self, trainer: Trainer, mean_kl: float) -> None:
-        if self.stop_kl is None or not mean_kl > self.stop_kl or trainer.should_stop:
+        # NaN compares as false: it must not pass for a KL below the limit.
+        if self.stop_kl is None or mean_kl <= self.stop_kl or trainer.should_stop:
             return
         trainer.should_stop = True
         rank_zero_info(
-            f"Stopping at optimizer step {trainer.global_step}: KL {mean_kl:.4g} nats per response is above "
-            f"kl_monitor.stop_kl = {self.stop_kl:g}."
+            f"Stopping at optimizer step {trainer.global_step}: KL {mean_kl:.4g} nats per response is "
+            f"{'above' if math.isfinite(mean_kl) else 'not finite, which is beyond'} kl_monitor.stop_kl ="
+            f" {self.stop_kl:g}."
         )

@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
-from remax_lightning.strategies import AtomicCheckpointIO, global_grad_norm, remove_stale
+from remax_lightning.strategies import AtomicCheckpointIO, global_grad_norm, keep_finite_checkpoints, remove_stale
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.optim import check_learning_rate_precision, learning_rates, parameter_groups
 from remax_lightning.training.preemption import StopAtStepEnd, defer_signals
 from remax_lightning.training.resume import checkpoint_folders, gather_rank_states, resume_after_last_batch
 from remax_lightning.training.schedules import set_total_steps
 from remax_lightning.training.seeding import random_state, set_random_state
+from remax_lightning.training.skipping import SkippedSteps
 from remax_lightning.training.step_metrics import log_at_global_step
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class BaseModule(LightningModule):
         tokenizer: its tokenizer, a folder or a hub name; None takes the model's path.
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
+        max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,18 +50,21 @@ class BaseModule(LightningModule):
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
+        max_skipped_steps: int,
     ) -> None:
         super().__init__()
         self._source = source
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.tokenizer_path = tokenizer or source.path
+        self.skipped_steps = SkippedSteps(max_skipped_steps)
         self._random_state: dict[str, Any] | None = None
         self._step_ends: StopAtStepEnd | None = None
 
     def setup(self, stage: str) -> None:
-        """Have checkpoints written atomically, signals wait for the end of a step, and figures logged at its number."""
+        """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        keep_finite_checkpoints(self.trainer)
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
 
@@ -105,10 +110,22 @@ class BaseModule(LightningModule):
                 set_total_steps(config.scheduler, self.trainer.estimated_stepping_batches)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log what the optimizer step starts from: its learning rates, and the norm of the gradient before clipping."""
+        """Skip the step if its gradient is not finite; log its learning rates, and the norm before clipping.
+
+        Raises:
+            UserError: after `max_skipped_steps` skipped steps in a row.
+        """
         norm = global_grad_norm(self.trainer, optimizer)
-        if norm is not None:  # DeepSpeed comes here at every micro-batch
-            self.log_dict({"train/grad_norm": norm, **learning_rates(optimizer)}, batch_size=1)
+        if norm is None:  # DeepSpeed comes here at every micro-batch
+            return
+        self.skipped_steps.check(self, optimizer, norm)
+        figures = {"train/skipped_steps": float(self.skipped_steps.total), **learning_rates(optimizer)}
+        self.log_dict({"train/grad_norm": norm, **figures}, batch_size=1)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule, unless the optimizer step was skipped."""
+        if not self.skipped_steps.is_skipped:
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""
@@ -116,10 +133,13 @@ class BaseModule(LightningModule):
             for folder in checkpoint_folders(self.trainer):
                 remove_stale(folder)
         checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
+        checkpoint["skipped_steps"] = self.skipped_steps.state_dict()
         resume_after_last_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the saved random state until the first batch, because Lightning draws random numbers before."""
+        if "skipped_steps" in checkpoint:  # not in a checkpoint of 0.1.0
+            self.skipped_steps.load_state_dict(checkpoint["skipped_steps"])
         saved = checkpoint.get("random_state")
         states = [saved] if isinstance(saved, dict) else saved or []  # version 0.1.0 saved that of rank 0 only
         # With another number of ranks the random numbers change.

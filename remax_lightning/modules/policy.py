@@ -34,6 +34,7 @@ class PolicyModule(BaseModule):
         tokenizer: its tokenizer, a folder or a hub name; None takes the policy's path.
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
+        max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
     """
 
     policy: PreTrainedModel
@@ -49,8 +50,9 @@ class PolicyModule(BaseModule):
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
+        max_skipped_steps: int,
     ) -> None:
-        super().__init__(policy, tokenizer, optimizer, lr_scheduler)
+        super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         check_policy(policy)
         self.policy_source, self.worker = policy, worker
         if policy.lora is not None:

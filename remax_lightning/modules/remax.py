@@ -50,6 +50,8 @@ class ReMaxModule(PolicyModule):
         loss: how advantages become a loss.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step; `WarmupCosine` and `WarmupLinear` know the length of the run.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
+            can be the chance of a batch; 5 in a row say that training has diverged.
 
     Raises:
         UserError: if the choices contradict each other.
@@ -69,12 +71,13 @@ class ReMaxModule(PolicyModule):
         loss: LossConfig = LossConfig(),  # noqa: B008
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_steps: int = 5,
     ) -> None:
         checks.check_kl(kl_coef, kl, policy, reference)
         checks.check_reference(reference)
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, objective.truncation_penalty)
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
         self.buffer = RolloutBuffer()

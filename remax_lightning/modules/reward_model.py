@@ -53,6 +53,8 @@ class RewardModelModule(BaseModule):
         normalize: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
+            can be the chance of a batch; 5 in a row say that training has diverged.
 
     Raises:
         UserError: if a number is out of its range.
@@ -69,8 +71,9 @@ class RewardModelModule(BaseModule):
         normalize: bool = True,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_steps: int = 5,
     ) -> None:
-        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler)
+        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         for name, value in (("margin", margin), ("centering_coef", centering_coef)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"model.{name} must be 0 or more, got {value}")

@@ -42,6 +42,8 @@ class SFTModule(PolicyModule):
         sampling: how responses are sampled in validation.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
+            can be the chance of a batch; 5 in a row say that training has diverged.
     """
 
     scores_training_rows = False
@@ -56,9 +58,10 @@ class SFTModule(PolicyModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_steps: int = 5,
     ) -> None:
         worker = RolloutWorker(rollout or AutoEngine(), sampling, reward)
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         self.packing = packing
         self._packing_mode: PackingMode = "positions"
         self._training, self._held_out = MeanMetrics(), MeanMetrics()

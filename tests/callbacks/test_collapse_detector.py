@@ -87,6 +87,8 @@ def run(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(FakeModule(list(outputs)), **(fit or {}))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return trainer, [str(each.message) for each in caught if "collapse." in str(each.message)]
 
 
@@ -207,6 +209,18 @@ def test_a_step_without_a_figure_is_nan_in_the_log_and_no_alarm(tmp_path: Path) 
     assert run(tmp_path, outputs)[1] == []
     assert all(math.isnan(value) for value in scalars(tmp_path, "train/length_correlation"))
     assert all(math.isnan(value) for value in scalars(tmp_path, "train/kl_slope"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("figure", ["reward", "entropy", "kl"])
+def test_a_figure_that_is_not_finite_is_an_alarm_at_once(figure: str, value: float, tmp_path: Path) -> None:
+    outputs = series((3, HEALTHY))
+    broken = outputs[1]["rollout"].reward if figure == "reward" else outputs[1][figure]
+    broken.view(-1)[0] = value
+    with pytest.warns(UserWarning, match=rf"Optimizer step 2: not finite: {figure}\. What to do"):
+        trainer, _ = run(tmp_path, outputs, action="stop")
+    assert trainer.global_step == 2
+    assert scalars(tmp_path, "train/collapse_alarms") == [0.0, 1.0]
 
 
 def test_a_resumed_run_goes_on_from_what_it_had_seen(tmp_path: Path) -> None:

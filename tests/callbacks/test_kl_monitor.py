@@ -55,6 +55,17 @@ def test_stops_when_the_mean_exceeds_the_limit_and_says_why(tmp_path: Path, capl
     assert "kl_monitor.stop_kl" in caplog.text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kl_that_is_not_finite_stops_the_run(value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outputs = [make_output(i) for i in range(6)]
+    outputs[2]["kl"][0, 0] = value
+    trainer = make_trainer(tmp_path, [KLMonitor(stop_kl=1e6)])
+    with caplog.at_level(logging.INFO):
+        trainer.fit(FakeModule(outputs))
+    assert trainer.global_step == 3
+    assert "not finite" in caplog.text
+
+
 def ziegler(coefficient: float, kls: list[list[float]], target: float, horizon: int) -> list[float]:
     """The coefficient before each step and after the last one."""
     values = [coefficient]

@@ -143,7 +143,7 @@ def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), **options: An
     return Trainer(**(defaults | options), callbacks=list(callbacks))
 
 
-OF_THE_OPTIMIZER = {"train/lr", "train/grad_norm"}
+OF_THE_OPTIMIZER = {"train/lr", "train/grad_norm", "train/skipped_steps"}
 """What every stage logs of its optimizer."""
 
 

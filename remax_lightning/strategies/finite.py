@@ -1,0 +1,132 @@
+"""Whether what a run has made is finite: the trained weights and the state of the optimizer, agreed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from remax_lightning.distributed import broadcast, max_over_ranks
+from remax_lightning.sharding import local_shard
+
+
+def nonfinite_name(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or an infinity; None if there is none.
+
+    Of sharded tensors, this rank's shard counts. Whole numbers, in which 4-bit weights are stored, are finite.
+    """
+    names: list[str] = []
+    largest: dict[torch.device, list[Tensor]] = {}
+    for name, tensor in tensors:
+        shard = local_shard(tensor).detach()
+        if not shard.is_floating_point() or shard.numel() == 0:
+            continue
+        names.append(name)
+        # The largest magnitude is NaN or infinite exactly where an entry is, and computing it takes no memory.
+        norm = torch.linalg.vector_norm(shard, torch.inf)
+        largest.setdefault(norm.device, []).append(torch.stack([norm.float(), norm.new_tensor(len(names) - 1).float()]))
+    # ---- One copy to the host per device ----
+    bad: list[int] = []
+    for pairs in largest.values():
+        table = torch.stack(pairs).cpu()  # [tensors, 2]: magnitude, position in `names`
+        bad += [int(index) for index in table[~table[:, 0].isfinite(), 1].tolist()]
+    return names[min(bad)] if bad else None
+
+
+def nonfinite_in_model(trainer: Trainer, model: nn.Module) -> str | None:
+    """Return the name of a trained weight, on any rank, that is not finite; None if all are. The same on every rank.
+
+    Frozen weights and buffers do not count: some models publish masks and biases of minus infinity.
+    """
+    return _agreed(trainer, nonfinite_name(_trained(model)))
+
+
+def nonfinite_state(trainer: Trainer) -> str | None:
+    """Return the name of a trained weight or of an optimizer's state that is not finite; see `nonfinite_in_model`."""
+
+    def states() -> Iterator[tuple[str, Tensor]]:
+        yield from _trained(trainer.lightning_module)
+        for optimizer in trainer.optimizers:
+            for state in dict(getattr(optimizer, "state", {})).values():
+                named = state.items() if isinstance(state, dict) else ()
+                yield from ((f"the optimizer's {key}", value) for key, value in named if isinstance(value, Tensor))
+
+    return _agreed(trainer, nonfinite_name(states()))
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _agreed(trainer: Trainer, name: str | None) -> str | None:
+    """Return the name that the highest rank with one has; None if no rank has one."""
+    rank = int(max_over_ranks(trainer, [0 if name is None else trainer.global_rank + 1])[0]) - 1
+    if rank < 0 or trainer.world_size == 1:
+        return name
+    return broadcast(trainer.strategy, name, src=rank)
+
+
+# ---- Checkpoints ----
+
+
+def keep_finite_checkpoints(trainer: Trainer) -> None:
+    """Have a run save no checkpoint, and remove none, while its weights or optimizer state are not finite.
+
+    `trainer.save_checkpoint` then warns and keeps what is on the disk, whoever calls it. `ModelCheckpoint` would
+    replace its links and remove older checkpoints all the same, so that it does not even start to.
+
+    Args:
+        trainer: a trainer that is about to run; a second call changes nothing.
+    """
+    if not isinstance(trainer.save_checkpoint, _FiniteSave):
+        save = _FiniteSave(trainer, trainer.save_checkpoint)
+        trainer.save_checkpoint = save  # type: ignore[method-assign]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            for name in ("_save_topk_checkpoint", "_save_last_checkpoint"):
+                method = getattr(callback, name)
+                if not isinstance(method, partial):
+                    setattr(callback, name, partial(_save_if_finite, method))
+
+
+class _FiniteSave:
+    """Stands in for `trainer.save_checkpoint`."""
+
+    def __init__(self, trainer: Trainer, save: Callable[..., None]) -> None:
+        self._trainer, self._save = trainer, save
+        self.known_finite = False
+
+    def __call__(self, filepath: Any, *args: Any, **options: Any) -> None:
+        if self.known_finite or self.check():
+            self._save(filepath, *args, **options)
+
+    def check(self) -> bool:
+        """Return whether there is something to save, and warn otherwise; every rank calls this."""
+        trainer = self._trainer
+        name = nonfinite_state(trainer) if trainer.lightning_module is not None else None
+        if name is not None:
+            rank_zero_warn(
+                f"Optimizer step {trainer.global_step}: no checkpoint is saved, because {name} is not finite; earlier"
+                " checkpoints stay. Resume from one of them with a lower learning rate"
+                " (model.optimizer.init_args.lr) or with trainer.gradient_clip_val."
+            )
+        return name is None
+
+
+def _save_if_finite(save: Callable[..., None], trainer: Trainer, *args: Any) -> None:
+    """Call a method of `ModelCheckpoint` that saves and removes checkpoints, unless there is nothing to save."""
+    guard = trainer.save_checkpoint
+    if not isinstance(guard, _FiniteSave) or guard.known_finite:
+        save(trainer, *args)
+    elif guard.check():
+        guard.known_finite = True  # so that the weights are read once
+        try:
+            save(trainer, *args)
+        finally:
+            guard.known_finite = False
