@@ -30,8 +30,9 @@ class ModelConfig:
         path: a folder or a hub name.
         dtype: dtype of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
         gradient_checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
-        disable_dropout: set every dropout of the model to 0. With dropout, training would compute log-probs of another
-            distribution than the sampled one, and the KL to the reference would start above 0.
+        disable_dropout: set every dropout of the model, and other noise such as a router's jitter, to 0. With dropout,
+            training would compute log-probs of another distribution than the sampled one, and the KL to the reference
+            would start above 0.
         from_scratch: use random weights with the configuration at `path`, for supervised training of a new model.
         attn_implementation: attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); None lets
             transformers choose.
@@ -200,11 +201,20 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
+_RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter", "input_noise")
+"""Parts of the names that families give to what is random in train mode."""
+
+
 def zero_dropout(config: Any) -> None:
-    """Set every dropout probability of a configuration to 0; families call them `dropout`, `attn_pdrop` and so on."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):
+    """Set all that is random in train mode to 0: families call it `dropout`, `attn_pdrop`, `router_jitter_noise`, ...
+
+    Configurations inside a configuration, such as that of a text model, count too.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and any(word in name for word in _RANDOM):
             setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            zero_dropout(value)
 
 
 def _first_line(error: Exception) -> str:

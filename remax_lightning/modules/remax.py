@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.distributed import broadcast, raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models import ModelConfig
@@ -22,6 +22,7 @@ from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.experience import Experience, RolloutBuffer
 from remax_lightning.training.objective import Objective, UpdatePlan
+from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure_gaps
 from remax_lightning.training.reference import Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
 from remax_lightning.training.step_metrics import MeanMetrics, predictions, step_values
@@ -48,6 +49,9 @@ class ReMaxModule(PolicyModule):
         kl: how the KL is estimated and used.
         advantage: how rewards become advantages.
         loss: how advantages become a loss.
+        check_on_policy: before the first step, compare the log-probs of a few drawn tokens with those of the training
+            pass, and stop the run if they differ by more than rounding. Takes under 2 seconds. Set it to false for an
+            engine that draws from another policy on purpose.
         optimizer: AdamW by default.
         lr_scheduler: stepped after each optimizer step; `WarmupCosine` and `WarmupLinear` know the length of the run.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
@@ -69,6 +73,7 @@ class ReMaxModule(PolicyModule):
         kl: KLConfig = KLConfig(),  # noqa: B008
         advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008
         loss: LossConfig = LossConfig(),  # noqa: B008
+        check_on_policy: bool = True,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
@@ -80,6 +85,7 @@ class ReMaxModule(PolicyModule):
         super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
+        self.check_on_policy = check_on_policy
         self.buffer = RolloutBuffer()
         self._plans: dict[int, UpdatePlan] = {}
         self._reference: Reference | None = None
@@ -121,6 +127,19 @@ class ReMaxModule(PolicyModule):
         self._plans.clear()
         for number in num_micro_batches:
             self.get_plan(number)
+        if self.check_on_policy:
+            self._check_on_policy()
+
+    def _check_on_policy(self) -> None:
+        """Stop a run whose engine, model or precision separates what is drawn from what is trained."""
+        model, lora = self.policy, self.policy_source.lora
+        is_16_bit = "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
+        asked = not self.policy_source.disable_dropout or (lora is not None and lora.dropout > 0)
+        with self.trainer.precision_plugin.train_step_context():
+            with raise_on_all_ranks(self.trainer):
+                gaps = measure_gaps(model, self.worker)
+            gaps = OnPolicyGaps(*max_over_ranks(self.trainer, gaps))
+            judge_gaps(gaps, model, self.worker, is_16_bit=is_16_bit, random_layers=asked)
 
     def on_validation_start(self) -> None:
         """Move frozen models to the device, and start an evaluation."""
@@ -141,6 +160,7 @@ class ReMaxModule(PolicyModule):
         self.evaluator.prepare(self.trainer, self.policy, self._reference, self._seed)
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
+        checks.check_rope(self.policy, longest, self.sampling.max_response_length)
 
     def get_plan(self, num_micro_batches: int) -> UpdatePlan:
         """Return the plan for rollout batches of `num_micro_batches`; data modules have it at fit start.

@@ -100,6 +100,36 @@ def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_re
     )
 
 
+def check_rope(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
+    """Refuse texts that cross the length at which the rotary embeddings of the policy change.
+
+    With longrope and dynamic NTK the frequencies depend on the length so far: keys that decoding stored before that
+    length are not those that a training pass over the whole text computes.
+    """
+    config = policy.config.get_text_config()
+    limit = rope_change(config)
+    longest = (max_prompt_length or 0) + max_response_length
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"data.max_prompt_length {max_prompt_length} + model.sampling.max_response_length {max_response_length} is"
+            f" more than {limit} tokens, where the rotary embeddings of the policy change, so that drawn and trained"
+            f" log-probs would differ by nats; keep the sum at {limit} or below"
+        )
+
+
+def rope_change(config: Any) -> int | None:
+    """Return the length beyond which a configuration's rotary frequencies depend on the length; None without one."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) in ("longrope", "su", "dynamic"):
+            limit = kind.get("original_max_position_embeddings")
+            limit = limit or getattr(config, "original_max_position_embeddings", None)
+            limits.append(int(limit or config.max_position_embeddings))
+    return min(limits, default=None)
+
+
 def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
     """Refuse conversations that need more positions than the reward model has."""
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

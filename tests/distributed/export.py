@@ -51,7 +51,7 @@ def train(strategy: str, family: str, folder: Path, *, freeze: bool = False) -> 
     out, own = folder / f"{strategy}-{family}", folder / f"data{rank}"
     own.mkdir(exist_ok=True)
     # At this rate the steps show in 16 bits.
-    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=0.1))
+    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=0.1), check_on_policy=True)
     keep, save = Keep(), ModelCheckpoint(out / "checkpoints", filename="{step}", every_n_train_steps=1)
     trainer = make_trainer(
         out,

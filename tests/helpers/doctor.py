@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ def ask(context: DoctorContext, name: str) -> Finding:
     [check] = [each for each in CHECKS if each.name == name]
     fresh = DoctorContext(context.args, context.module, context.data, context.trainer, context.num_prompts)
     return run_check(check, fresh, set())
+
+
+@contextmanager
+def blind_to_padding(model: Any) -> Iterator[None]:
+    """Let the model ignore its attention mask inside."""
+    body = model.get_decoder()
+    forward = type(body).forward
+
+    def ignoring(*args: Any, **options: Any) -> Any:
+        given = options["attention_mask"]
+        return forward(body, *args, **options | {"attention_mask": None if given is None else torch.ones_like(given)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body, "forward", ignoring)
+        yield
 
 
 class EosStrippingEngine(PairedEngine):

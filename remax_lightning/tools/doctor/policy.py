@@ -16,6 +16,7 @@ from remax_lightning.rollout import SamplingConfig
 from remax_lightning.tools.doctor.batches import select_rows
 from remax_lightning.tools.doctor.context import DoctorContext
 from remax_lightning.tools.doctor.finding import LARGE_KL, Finding, NotApplicable, Tolerance, worst
+from remax_lightning.training.on_policy import measure_gaps
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 KL, KL_16_BITS = Tolerance(1e-6, 1e-4), Tolerance(2e-3, 2e-2)
@@ -124,6 +125,10 @@ def check_log_probs(context: DoctorContext) -> Finding:
         return _mean_and_max_difference(cast(Tensor, rollout.log_probs)[mask], trained[mask])
 
     finding = _judge_log_probs(context, "decoding and training differ by", *difference())
+    # ---- The figures of the check before the first step ----
+    gaps = measure_gaps(module.policy, module.worker)._asdict()
+    measured = f"{finding.measured}; before the first step: " + ", ".join(f"{k} {v:.2g}" for k, v in gaps.items())
+    finding = finding._replace(measured=measured, values=finding.values | gaps)
     if finding.status == "pass":
         return finding
     with eval_mode(module.policy):

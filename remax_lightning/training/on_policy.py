@@ -1,0 +1,248 @@
+"""Proof that the log-probs of drawn tokens are those that training computes, for any engine, model and precision.
+
+Two prompts of random tokens, one of them padded, get a few response tokens. Three things could separate what is drawn
+from what is trained, and each has a figure of its own: the engine, the mode of the model (dropout under another name,
+noise in a router), and padding (a recurrent state that reads it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from remax_lightning.errors import UserError
+from remax_lightning.models.forward import eval_mode, language_model
+from remax_lightning.models.log_probs import policy_statistics
+from remax_lightning.models.sampling_mask import NO_TOKENS, apply_temperature, make_sampling_mask
+from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.types import PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPT_LENGTHS = (6, 3)
+"""Tokens of the two prompts; the second is padded on the left to the length of the first."""
+RESPONSE_LENGTH = 8
+"""Tokens of a response: enough for cached steps to go wrong, and under 2 seconds for a policy that fits the device."""
+LIMIT, LIMIT_16_BITS = 0.05, 1.0
+"""Nats between two log-probs of one token beyond what rounding explains: decoding, training and a plain pass multiply
+in other shapes and orders."""
+MODE_LIMIT, MODE_LIMIT_16_BITS = 1e-3, 0.05
+"""The same between train and eval mode, which multiply in the same order."""
+
+
+class OnPolicyGaps(NamedTuple):
+    """The largest differences between log-probs of the same tokens, in nats; infinite where one is not a number.
+
+    Args:
+        decoding: the engine's log-probs of sampled tokens against a plain pass; 0 where the engine returns none, whose
+            sampled tokens cannot be judged.
+        greedy: how far the greedy tokens are below the most likely ones in a plain pass.
+        mode: train mode against eval mode.
+        padding: the batch with a padded prompt against each row alone, without padding.
+    """
+
+    decoding: float
+    greedy: float
+    mode: float
+    padding: float
+
+
+@torch.no_grad()
+def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps:
+    """Roll out two short responses, and compare their log-probs with those of the training pass and of plain passes.
+
+    All ranks have to call this where the policy is sharded: each makes the same number of passes. The random numbers of
+    the run are left as they are.
+
+    Args:
+        policy: the model that is trained, in train mode.
+        worker: prepared to roll out with it; its engine and sampling are those of the run.
+    """
+    with isolate_rng():
+        rollout, greedy_ids = _roll_out(policy, worker)
+        trained = _log_probs(policy, rollout, worker)  # [2, R] in train mode
+        with eval_mode(policy):
+            padded = _log_probs(policy, rollout, worker)  # [2, R]
+            alone, greedy_gaps = zip(
+                *(_plain_pass(policy, worker, rollout, greedy_ids, row) for row in range(len(PROMPT_LENGTHS))),
+                strict=True,
+            )
+    mask = rollout.sampled.response_mask
+    plain = torch.zeros_like(padded).masked_scatter(mask, torch.cat(alone))  # [2, R]
+    drawn = plain if rollout.log_probs is None else rollout.log_probs
+    return OnPolicyGaps(
+        decoding=_largest(drawn - plain, mask),
+        greedy=max(greedy_gaps),
+        mode=_largest(trained - padded, mask),
+        padding=_largest(padded - plain, mask),
+    )
+
+
+def judge_gaps(
+    gaps: OnPolicyGaps, policy: PreTrainedModel, worker: RolloutWorker, *, is_16_bit: bool, random_layers: bool
+) -> None:
+    """Stop a run whose gradient would be of another policy than the one that draws.
+
+    All ranks have to call this with the same gaps: looking for the layer to blame runs the policy.
+
+    Args:
+        gaps: the largest over all ranks.
+        policy: the model that is trained, in train mode.
+        worker: prepared to roll out with it.
+        is_16_bit: whether the policy computes in 16 bits.
+        random_layers: whether the configuration asks for dropout, so that train mode may differ.
+
+    Raises:
+        UserError: naming what is to blame: a layer, padding or the engine.
+    """
+    limit, mode_limit = (LIMIT_16_BITS, MODE_LIMIT_16_BITS) if is_16_bit else (LIMIT, MODE_LIMIT)
+    name = type(language_model(policy)).__name__
+    if gaps.mode > mode_limit and not random_layers:
+        raise UserError(
+            f"model.policy: in train mode {name} gives tokens log-probs that differ by up to {gaps.mode:.2g} nats from"
+            f" eval mode, in which responses are drawn; {_random_layer(policy)} depends on the mode. Set what makes it"
+            " random to 0 in the config.json of the policy, or set model.check_on_policy to false to train like this"
+        )
+    if gaps.padding > limit:
+        raise UserError(
+            f"model.policy: {name} gives a prompt with padding log-probs that differ by up to {gaps.padding:.2g} nats"
+            " from the same prompt without padding, so what it draws depends on the other prompts of the batch; take a"
+            " model that reads attention_mask, or set model.check_on_policy to false to train like this"
+        )
+    if max(gaps.decoding, gaps.greedy) > limit:
+        what = "sampled tokens" if gaps.decoding > limit else "greedy tokens"
+        gap = gaps.decoding if gaps.decoding > limit else gaps.greedy
+        raise UserError(
+            f"model.rollout: {type(worker.engine).__name__} draws {what} whose log-probs differ by up to {gap:.2g} nats"
+            f" from those of {name} itself, so the gradient would be of another policy than the one that draws; leave"
+            " model.rollout out, set it to HuggingFaceEngine, or set model.check_on_policy to false where the engine"
+            " is off-policy on purpose"
+        )
+
+
+def _roll_out(policy: PreTrainedModel, worker: RolloutWorker) -> tuple[Rollout, Tensor]:
+    """Return two unscored responses with the engine's log-probs `[2, R]`, and the greedy ids `[2, R]`."""
+    device = next(policy.parameters()).device
+    prompt = _prompts(policy, worker, device)
+    generator = torch.Generator(device).manual_seed(0)
+    length = min(RESPONSE_LENGTH, worker.sampling.max_response_length)
+    shortest = min(length, worker.sampling.min_response_length)
+    sampling = worker.sampling
+    worker.sampling = replace(sampling, max_response_length=length, min_response_length=shortest, num_samples=1)
+    try:
+        responses = worker.generate_responses(policy, prompt, generator, greedy=True, return_log_probs=True)
+    finally:
+        worker.sampling = sampling
+        worker.timer.pop()  # not part of the first step
+    reward = torch.zeros(len(PROMPT_LENGTHS), device=device)
+    sampled, greedy, log_probs = responses
+    rollout = Rollout(prompt, sampled, greedy, reward, None, {}, None, log_probs)
+    return rollout, cast(Any, greedy).response_ids
+
+
+def _prompts(policy: PreTrainedModel, worker: RolloutWorker, device: torch.device) -> PromptBatch:
+    """Return two prompts of random tokens, the second padded on the left."""
+    vocabulary: int = policy.config.get_text_config().vocab_size
+    special = {*worker.tokenizer.all_special_ids, *worker.eos_ids, *worker.unused_ids}
+    usable = torch.tensor([index for index in range(vocabulary) if index not in special] or [0])
+    longest = max(PROMPT_LENGTHS)
+    draw = torch.randint(0, len(usable), (len(PROMPT_LENGTHS), longest), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(longest) >= longest - torch.tensor(PROMPT_LENGTHS)[:, None]  # [2, P]
+    pad_id = int(cast(int, worker.tokenizer.pad_token_id))
+    ids = usable[draw].where(mask, torch.tensor(pad_id))
+    texts = worker.tokenizer.batch_decode([row[row_mask].tolist() for row, row_mask in zip(ids, mask, strict=True)])
+    return PromptBatch(ids.to(device), mask.to(device), list(texts), [{} for _ in texts])
+
+
+def _log_probs(policy: PreTrainedModel, rollout: Rollout, worker: RolloutWorker) -> Tensor:
+    """Return `[2, R]` log-probs as a training pass computes them."""
+    return policy_statistics(policy, rollout, worker.sampling, suppressed=worker.suppressed).log_probs
+
+
+def _plain_pass(
+    policy: PreTrainedModel, worker: RolloutWorker, rollout: Rollout, greedy_ids: Tensor, row: int
+) -> tuple[Tensor, float]:
+    """Run one prompt with its sampled and with its greedy response, without padding, mask and positions.
+
+    Returns:
+        The log-probs `[tokens]` of the sampled tokens, and how far the greedy ones are below the most likely.
+    """
+    prompt = rollout.prompt.prompt_ids[row][rollout.prompt.prompt_mask[row]]  # [P of the row]
+    responses = cast(Any, rollout.greedy)
+    results = []
+    for ids, mask in (
+        (rollout.sampled.response_ids[row], rollout.sampled.response_mask[row]),
+        (greedy_ids[row], responses.response_mask[row]),
+    ):
+        tokens = ids[mask]
+        logits = cast(Tensor, policy(torch.cat([prompt, tokens])[None], use_cache=False).logits)[0]
+        predicting = logits[len(prompt) - 1 : -1].float()  # [tokens, V]
+        positions = torch.arange(len(tokens), device=tokens.device)
+        results.append((worker.suppressed.apply(predicting, positions), tokens))
+    (sampled_logits, sampled), (greedy_logits, greedy) = results
+    below = greedy_logits.max(-1).values - greedy_logits.gather(-1, greedy[:, None]).squeeze(-1)
+    return _gather(sampled_logits, sampled, worker), _largest(below, torch.ones_like(below, dtype=torch.bool))
+
+
+def _gather(logits: Tensor, tokens: Tensor, worker: RolloutWorker) -> Tensor:
+    """Return `[tokens]` log-probs under the distribution that the run trains."""
+    sampling = worker.sampling
+    logits = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)
+    mask = make_sampling_mask(sampling, NO_TOKENS, tokens)
+    if mask is not None:
+        kept = mask(logits, slice(None)).scatter(-1, tokens[:, None], True)
+        logits = logits.masked_fill(~kept, -torch.inf)
+    return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _largest(difference: Tensor, mask: Tensor) -> float:
+    """Return the largest absolute value under a mask; NaN counts as infinite."""
+    return float(difference[mask].abs().nan_to_num(torch.inf).max()) if mask.any() else 0.0
+
+
+def _random_layer(policy: PreTrainedModel) -> str:
+    """Return the name of the first layer that gives the same inputs other outputs in train mode than in eval mode."""
+    ids = torch.arange(1, 7, device=next(policy.parameters()).device)[None]
+    outputs: list[dict[str, Tensor]] = []
+    training = policy.training
+    with isolate_rng(), torch.no_grad():
+        for train in (True, False):
+            policy.train(train)
+            with _recorded_outputs(policy) as recorded:
+                policy(ids, use_cache=False)
+            outputs.append(recorded)
+    policy.train(training)
+    # Children report before their parents: the first difference is the layer itself.
+    for layer, output in outputs[0].items():
+        other = outputs[1].get(layer)
+        if other is not None and (output.shape != other.shape or not torch.equal(output, other)):
+            return f"the layer {layer}"
+    return "a layer"
+
+
+@contextmanager
+def _recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the output of every layer, by name and in the order in which they finish."""
+    recorded: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and name not in recorded:
+                recorded[name] = first.detach().clone()
+
+        return record
+
+    hooks = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()

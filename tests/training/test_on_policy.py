@@ -1,0 +1,213 @@
+"""The check before the first step: it passes what is right in every precision, and names what separates drawing from
+training."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from helpers.doctor import blind_to_padding
+from helpers.training import Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, weights_of
+from torch import Tensor, nn
+
+from remax_lightning.config import SamplingConfig
+from remax_lightning.errors import UserError
+from remax_lightning.models import ModelConfig
+from remax_lightning.models.lora import LoRAConfig
+from remax_lightning.rollout import AutoEngine, GenerationOutput, GenerationRequest, HuggingFaceEngine, PairedEngine
+from remax_lightning.training.config_checks import check_rope
+from remax_lightning.training.on_policy import judge_gaps, measure_gaps
+from remax_lightning.training.worker import RolloutWorker
+
+TINY = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def prepared_worker(engine: Any = None, **sampling: Any) -> RolloutWorker:
+    worker = RolloutWorker(engine or AutoEngine(), SamplingConfig(**{"max_response_length": 12} | sampling))
+    worker.prepare(make_tokenizer(), [2], torch.device("cpu"), unused_ids=(94, 95))
+    return worker
+
+
+def check(model: Any, engine: Any = None, *, random_layers: bool = False, **sampling: Any) -> None:
+    worker = prepared_worker(engine, **sampling)
+    gaps = measure_gaps(model.train(), worker)
+    judge_gaps(gaps, model, worker, is_16_bit=False, random_layers=random_layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("engine", [PairedEngine, HuggingFaceEngine])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.7, "top_p": 0.8, "processed_log_probs": True, "min_response_length": 3}, {"num_samples": 3}],
+    ids=str,
+)
+def test_a_plain_model_differs_by_rounding(family: str, engine: Any, sampling: dict[str, Any]) -> None:
+    model = model_without_dropout(family)
+    gaps = measure_gaps(model.train(), prepared_worker(engine(), **sampling))
+    assert max(gaps) < 1e-3
+    assert model.training
+
+
+def model_without_dropout(family: str) -> Any:
+    from remax_lightning.models.loading import zero_dropout
+
+    model = tiny_model(family)
+    config = copy.deepcopy(model.config)
+    zero_dropout(config)
+    fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+class Noise(nn.Module):
+    """A layer that is random in train mode and says so nowhere."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + torch.randn_like(values) if self.training else values
+
+
+def test_a_random_layer_is_named_unless_it_was_asked_for() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.act_fn = Noise()
+    with pytest.raises(UserError, match=r"in train mode LlamaForCausalLM .* layer model\.layers\.1\.mlp\.act_fn dep"):
+        check(model)
+    check(model, random_layers=True)
+
+
+def test_a_router_that_jitters_is_noticed() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4, router_jitter_noise=0.1))
+    with pytest.raises(UserError, match=r"in train mode MixtralForCausalLM .* the layer model\.layers\.0\.mlp"):
+        check(model)
+
+
+def test_a_model_that_reads_padding() -> None:
+    model = tiny_model("llama")
+    with blind_to_padding(model), pytest.raises(UserError, match=r"model\.policy: .* a prompt with padding"):
+        check(model)
+
+
+class OtherTemperature(PairedEngine):
+    """Draws at temperature 3 and says what it drew with."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, sampling=replace(request.sampling, temperature=3.0)))
+
+
+class BlindEngine(PairedEngine):
+    """Takes padding for tokens."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, prompt_mask=torch.ones_like(request.prompt_mask)))
+
+
+class StaleEngine(PairedEngine):
+    """Draws with other weights than the policy has now."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        stale = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in stale.parameters():
+                parameter.add_(0.1)
+        return super().generate(stale, request)
+
+
+class StaleGreedyEngine(StaleEngine):
+    """The same, and says nothing of log-probs."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, return_log_probs=False))
+
+
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [
+        (OtherTemperature, "sampled tokens"),
+        (BlindEngine, "sampled tokens"),
+        (StaleEngine, "sampled tokens"),
+        (StaleGreedyEngine, "greedy tokens"),
+    ],
+)
+def test_an_engine_that_draws_from_another_policy(engine: Any, what: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.rollout: {engine.__name__} draws {what} .* model\.check_on_policy"):
+        check(tiny_model("llama"), engine())
+
+
+RANDOM = {
+    "phimoe": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.1},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32, "layerdrop": 0.5},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_what_is_random_in_train_mode_is_off_in_a_loaded_policy(family: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(TINY | RANDOM[family]))).save_pretrained(tmp_path)
+    policy: Any = ModelConfig(str(tmp_path)).load("model.policy").train()
+    ids = torch.randint(4, 96, (4, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        trained = policy(ids, use_cache=False).logits
+        drawn = policy.eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(trained, drawn, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "limit"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 256, 32),
+        ({"rope_type": "dynamic", "factor": 4.0}, 32, 32),
+        ({"rope_type": "linear", "factor": 4.0}, 32, None),
+        ({"rope_type": "default"}, 32, None),
+    ],
+)
+def test_texts_stay_below_the_length_where_rotary_embeddings_change(
+    rope: dict[str, Any], positions: int, limit: int | None
+) -> None:
+    model = tiny_model("llama")
+    model.config.rope_parameters = {"rope_theta": 100.0, **rope}
+    model.config.max_position_embeddings = positions
+    check_rope(model, 24, 8)
+    if limit is None:
+        check_rope(model, 240, 80)
+    else:
+        with pytest.raises(UserError, match=f"more than {limit} tokens, where the rotary embeddings"):
+            check_rope(model, 25, 8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_is_the_same_with_and_without_the_check(precision: str, lora: bool, tmp_path: Path) -> None:
+    """No random number, no timer and no gradient of the run is touched."""
+    path = save_policy(tmp_path / "policy")
+    source = ModelConfig(path, lora=LoRAConfig(r=2) if lora else None)
+    weights = []
+    for checked in (True, False):
+        torch.manual_seed(3)
+        module = remax_module(source, None if lora else path, check_on_policy=checked)
+        recorder = Recorder()
+        trainer = make_trainer(tmp_path, [recorder], max_steps=2, precision=precision)
+        trainer.fit(module, prompt_data(tmp_path, path))
+        weights.append((weights_of(module), [output["rollout"].sampled.response_ids for output in recorder.outputs]))
+    (first, first_ids), (second, second_ids) = weights
+    assert all(torch.equal(a, b) for a, b in zip(first_ids, second_ids, strict=True))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_with_a_stale_engine_ends_before_its_first_step(tmp_path: Path) -> None:
+    path = save_policy(tmp_path / "policy")
+    with pytest.raises(UserError, match="StaleEngine draws sampled tokens"):
+        fit(remax_module(path, rollout=StaleEngine(), check_on_policy=True), prompt_data(tmp_path, path), tmp_path)
