@@ -23,9 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
 from remax_lightning.errors import RankError, RankUserError, UserError
+from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.preemption import EXIT_CODE
-from remax_lightning.training.resume import previous_checkpoint_folders
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
@@ -82,10 +82,15 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the configuration in the folder of the run, and never overwrites a file."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
-        self.config_filename = next(name for name in names if not (folder / name).exists())
-        super().setup(trainer, pl_module, stage)
+        if self.already_saved:
+            return
+        self.already_saved = True
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
+            path = next(folder / name for name in names if not (folder / name).exists())
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, multifile=self.multifile)
 
 
 class RemaxCLI(LightningCLI):
@@ -155,7 +160,7 @@ class RemaxCLI(LightningCLI):
 
         Lightning would only look for `last.ckpt` in the folder of this run, which is new.
         """
-        folders = previous_checkpoint_folders(self.trainer)
+        folders = earlier_checkpoint_folders(self.trainer)
         checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
         if checkpoint is not None:
             return str(checkpoint)

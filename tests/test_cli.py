@@ -187,7 +187,9 @@ def test_the_command_line_beats_the_checkpoint(fitted: Run) -> None:
 
 def test_the_configuration_is_never_saved_over_a_file(tmp_path: Path, policy_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    own = write_config(path, changed(small_config(tmp_path, policy_path), trainer__logger=False, trainer__max_steps=1))
+    here = {"save_dir": str(tmp_path), "name": "", "version": ""}  # every run in the folder of the configuration
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": here}
+    own = write_config(path, changed(small_config(tmp_path, policy_path), trainer__logger=logger, trainer__max_steps=1))
     before = path.read_text()
     with in_folder(tmp_path):
         run(["fit", "--config", own])

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_path: Path) -> t
 def predicted(config: Path, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     with in_folder(folder):
         run(["predict", "--config", str(config), "--trainer.logger=false", *arguments])
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "version_0" / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_every_response_is_a_line(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from remax_lightning.callbacks.step_output import is_dry_run, rollout_output, run_folder
+from remax_lightning.callbacks.step_output import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
@@ -30,6 +30,7 @@ from remax_lightning.evaluation.intervals import (
     format_table,
     intervals_are,
 )
+from remax_lightning.run_folder import run_folder
 from remax_lightning.types import PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
@@ -109,10 +110,10 @@ class Evaluation(Callback):
         self._target = self._find_target(trainer) if stage == "test" else None
 
     def _find_target(self, trainer: Trainer) -> Path | None:
-        folder = run_folder(trainer)  # a collective
         if is_dry_run(trainer):
             return None
         if self.path is None:
+            folder = run_folder(trainer)
             names = ("evaluation.json", *(f"evaluation_{count}.json" for count in range(1, 10_000)))
             targets = [folder / name for name in names]
         else:

@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.callbacks.step_output import is_dry_run, run_folder
+from remax_lightning.callbacks.step_output import is_dry_run
 from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import policy_weights, save_exported, save_policy
+from remax_lightning.run_folder import run_folder
 
 
 class ExportPolicy(Callback):
@@ -35,6 +36,8 @@ class ExportPolicy(Callback):
     Raises:
         UserError: if `mode` or `monitor` is invalid, or the weights cannot be gathered under the strategy.
     """
+
+    folder_key = "export.folder"
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class ExportPolicy(Callback):
         self._metric_appeared = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder. Every rank has to call this, because the logger broadcasts its folder."""
+        """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
         from lightning.pytorch.strategies import FSDPStrategy
 
         if stage != "fit" or is_dry_run(trainer):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from remax_lightning.distributed import max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.run_folder import run_folder
 
 
 class PredictionWriter(Callback):
@@ -19,7 +20,7 @@ class PredictionWriter(Callback):
     With several ranks, each rank writes a file: `predictions.rank0.jsonl` and so on.
 
     Args:
-        path: the file; `predictions.jsonl` in `trainer.default_root_dir` by default. It must not exist.
+        path: the file; `predictions.jsonl` in the run's folder by default. It must not exist.
 
     Raises:
         UserError: if the file exists when prediction starts.
@@ -69,7 +70,7 @@ class PredictionWriter(Callback):
             rank_zero_info(f"Wrote {total} predictions to {self._file(trainer)}{others}.")
 
     def _file(self, trainer: Trainer) -> Path:
-        path = Path(self.path) if self.path is not None else Path(trainer.default_root_dir) / "predictions.jsonl"
+        path = Path(self.path) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
         if trainer.world_size == 1:
             return path
         return path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")

@@ -20,11 +20,11 @@ from remax_lightning.callbacks.step_output import (
     response_length,
     response_reward,
     rollout_output,
-    run_folder,
     tensorboard_writer,
 )
 from remax_lightning.callbacks.token_strings import token_texts
 from remax_lightning.errors import UserError
+from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
 Stage = Literal["train", "validation"]
@@ -66,6 +66,8 @@ class SampleDump(Callback):
         UserError: if a value is out of its range.
     """
 
+    folder_key = "samples.folder"
+
     def __init__(self, every_n_steps: int = 50, num_samples: int = 8, folder: str | None = None) -> None:
         super().__init__()
         if every_n_steps < 0:
@@ -80,7 +82,7 @@ class SampleDump(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder. Every rank has to call this, because the logger broadcasts its folder."""
+        """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "samples"
         self._directory = None if is_dry_run(trainer) else folder
 

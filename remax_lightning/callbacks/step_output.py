@@ -1,4 +1,4 @@
-"""Helpers for callbacks: values from the outputs of a step, logging, folders.
+"""Helpers for callbacks: values from the outputs of a step, and logging.
 
 Sums over ranks are in float64. Decisions use only reduced numbers, so that all ranks decide the same.
 """
@@ -6,7 +6,6 @@ Sums over ranks are in float64. Decisions use only reduced numbers, so that all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -56,11 +55,6 @@ def response_length(output: StepOutput) -> Tensor:
 def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
     """Log numbers of the optimizer step that has just ended; `log_every_n_steps` applies."""
     pl_module.log_dict(dict(values), on_step=True, on_epoch=False, batch_size=1)
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run: that of the logger, else `default_root_dir`. Call it on every rank."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def is_dry_run(trainer: Trainer) -> bool:

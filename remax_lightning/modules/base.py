@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
+from remax_lightning.run_folder import RunFolder, reserve_versions
 from remax_lightning.strategies import AtomicCheckpointIO, global_grad_norm, keep_finite_checkpoints, remove_stale
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.optim import check_learning_rate_precision, learning_rates, parameter_groups
@@ -59,9 +61,20 @@ class BaseModule(LightningModule):
         self.skipped_steps = SkippedSteps(max_skipped_steps)
         self._random_state: dict[str, Any] | None = None
         self._step_ends: StopAtStepEnd | None = None
+        self._run_folder: RunFolder | None = None  # in runs of a trainer only, not in `remax doctor`
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Give every run a folder of its own. Called on every rank, before loggers and callbacks start."""
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            reserve_versions(self.trainer.loggers)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._run_folder = next((item for item in callbacks if isinstance(item, RunFolder)), None) or RunFolder()
+        return [] if self._run_folder in callbacks else [self._run_folder]
 
     def setup(self, stage: str) -> None:
         """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""
+        if stage == "fit" and self._run_folder is not None:
+            self._run_folder.lock(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         keep_finite_checkpoints(self.trainer)

@@ -11,6 +11,7 @@ from typing import Any
 
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import Figure, format_interval, format_number, format_table, mean_figure
+from remax_lightning.run_folder import run_folder
 from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
 
 FOLDER = Path("runs/pipeline")
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     # ---- Stage 3: evaluate the first stage, align it, evaluate again ----
     first = ["--model.policy.path", str(FOLDER / "sft/last"), "--trainer.logger.init_args.name", "before"]
     before = _evaluate(steps, "evaluation before", first)
-    aligned = Path(steps.run("ReMax", "fit", "pipeline.yaml").log_dir)
+    aligned = run_folder(steps.run("ReMax", "fit", "pipeline.yaml"))
     last = ["--model.policy.path", str(FOLDER / "policy/last"), "--trainer.logger.init_args.name", "after"]
     after = _evaluate(steps, "evaluation after", [*last, "--evaluation.path", str(aligned / "evaluation.json")])
     # ---- Report, table and figures.json ----
@@ -126,7 +127,7 @@ def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, 
     from remax_lightning.tools.evaluations import read_evaluation
 
     trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
-    path = Path(more[-1]) if more[-2] == "--evaluation.path" else Path(trainer.log_dir)
+    path = Path(more[-1]) if more[-2] == "--evaluation.path" else run_folder(trainer)
     evaluation = read_evaluation(path)
     figures = {name: Figure(**figure) for name, figure in evaluation.answer["figures"].items()}
     for figure_name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):

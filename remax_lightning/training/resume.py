@@ -26,24 +26,6 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
     return {Path(item) for item in folders if item is not None and "://" not in str(item)}
 
 
-def previous_checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return the checkpoint folders of this run and of earlier runs with the same logger.
-
-    Each run with a logger has its own folder (a version), unless `ModelCheckpoint` has a `dirpath`.
-    """
-    root, folders = Path(trainer.default_root_dir), []
-    for callback in trainer.checkpoint_callbacks:
-        folder = getattr(callback, "dirpath", None)
-        if folder is not None:
-            folders.append(Path(folder))
-        elif trainer.logger is None:
-            folders.append(root / "checkpoints")
-        else:
-            runs = Path(trainer.logger.save_dir or root) / str(trainer.logger.name)
-            folders.extend(runs.glob("*/checkpoints"))
-    return folders
-
-
 def select_rank_state(states: list[dict[str, Any] | None] | None, trainer: Trainer) -> Any:
     """Return the state of this rank from `gather_rank_states`, on its device.
 

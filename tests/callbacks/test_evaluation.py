@@ -16,6 +16,7 @@ from conftest import make_tokenizer, tiny_model
 from helpers.chat_templates import THINKING, user
 from helpers.training import PROMPTS, Recorder, make_trainer, remax_module, save_policy, write_rows
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule, SFTDataModule
@@ -49,7 +50,8 @@ def run(
     data = PromptDataModule(path, folders[0], val_path=path, batch_size=3, max_prompt_length=64)
     module = remax_module(*folders, sampling=SamplingConfig(max_response_length=6, num_samples=2))
     torch.manual_seed(0)
-    trainer = make_trainer(folder, callbacks, **{"limit_val_batches": 1.0, **options})
+    logger = CSVLogger(folder, name="", version="")  # so that `folder` is that of the run
+    trainer = make_trainer(folder, callbacks, **{"limit_val_batches": 1.0, "logger": logger, **options})
     (metrics,) = trainer.validate(module, data, verbose=False) if validates else trainer.test(module, data)
     return metrics
 

@@ -35,7 +35,7 @@ BATCHES = [
 def test_writes_a_line_per_prediction_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         make_trainer(tmp_path, [PredictionWriter()]).predict(Predictor(BATCHES), return_predictions=False)
-    path = tmp_path / "predictions.jsonl"
+    path = tmp_path / "logs" / "predictions.jsonl"
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert written == [*BATCHES[0], *BATCHES[1]]
     assert f"Wrote 3 predictions to {path}" in caplog.text
@@ -53,9 +53,9 @@ def test_refuses_a_file_that_exists(tmp_path: Path) -> None:
 def test_values_that_json_has_not_are_written_as_text(tmp_path: Path) -> None:
     batch = [{"row": {"day": datetime.date(2024, 2, 3)}}]
     make_trainer(tmp_path, [PredictionWriter()]).predict(Predictor([batch]))
-    assert json.loads((tmp_path / "predictions.jsonl").read_text()) == {"row": {"day": "2024-02-03"}}
+    assert json.loads((tmp_path / "logs" / "predictions.jsonl").read_text()) == {"row": {"day": "2024-02-03"}}
 
 
 def test_other_predictions_are_left_alone(tmp_path: Path) -> None:
     make_trainer(tmp_path, [PredictionWriter()]).predict(Predictor([[1, 2], "text"]))
-    assert not (tmp_path / "predictions.jsonl").exists()
+    assert not (tmp_path / "logs" / "predictions.jsonl").exists()

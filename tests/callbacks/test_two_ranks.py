@@ -80,6 +80,6 @@ def test_rank_0_alone_writes_samples_and_each_rank_its_predictions(run: Path) ->
     text = (run / "logs" / "samples" / "train.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1] * 8 + [2] * 8 + [3] * 8
     for rank in (0, 1):
-        lines = (run / f"predictions.rank{rank}.jsonl").read_text().splitlines()
+        lines = (run / "version_0" / f"predictions.rank{rank}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [{"rank": rank}] * (1 + rank)
-    assert not (run / "predictions.jsonl").exists()
+    assert not (run / "version_0" / "predictions.jsonl").exists()
