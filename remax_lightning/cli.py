@@ -21,7 +21,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
+from remax_lightning.cli_checks import check_config
 from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
+from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
@@ -57,6 +59,9 @@ TOOLS = {
 
 TOOL_MODULES = {"plan": "remax_lightning.tools.plan.command", "doctor": "remax_lightning.tools.doctor.command"}
 """The module with `main` of tools that are packages."""
+
+
+_stage = Stage()
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -116,12 +121,21 @@ class RemaxCLI(LightningCLI):
             compute_fn=_tokenizer_path,
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check the values before any object is made of them."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        check_config(self.config[subcommand] if subcommand else self.config)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its errors are mistakes in the configuration."""
+        _stage.name = "trainer"
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
+        _stage.trainer = trainer
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint exists, and read nothing from it: the configuration counts.
@@ -138,6 +152,7 @@ class RemaxCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create trainer, module and data, and resolve `ckpt_path: last`."""
+        _stage.name = "model or data"  # made first, by the parser; the trainer follows
         super().instantiate_classes()
         arguments = self.config_init.get(self.subcommand) if self.subcommand else None
         if arguments is not None and arguments.get("ckpt_path") == "last":
@@ -146,6 +161,7 @@ class RemaxCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
         launched = launcher.ChildProcesses(self.trainer)
+        _stage.name = subcommand
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
@@ -175,14 +191,16 @@ class RemaxCLI(LightningCLI):
 def main() -> None:
     """Run the command line.
 
-    A user's mistake ends it with a message and exit code 2, without a traceback. SIGTERM ends it with 143, after a last
-    checkpoint. The processes that Lightning starts for further devices run this function, too.
+    Whatever ends it is told in one line, with exit code 2 for what a user can mend and 1 for a bug, whose traceback
+    goes to a file. SIGTERM ends it with 143, after a last checkpoint, and Ctrl-C with 130. The processes that Lightning
+    starts for further devices run this function, too.
     """
     launched = launcher.is_launched()
     if launched:
         launcher.exit_with_launcher()
     else:
         launcher.mark_launcher()
+    _stage.name, _stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             tool, _ = TOOLS[sys.argv[1]]
@@ -192,16 +210,28 @@ def main() -> None:
     except SIGTERMException:
         # Lightning treats any other exit code of a process that it started as a failure.
         raise SystemExit(0 if launched else EXIT_CODE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except (Exception, SystemExit) as error:
-        mistake = foreign_exit_message(error) if isinstance(error, SystemExit) else user_error_message(error)
+        end = _end(error)
         on_all_ranks = isinstance(error, RankUserError | RankError)
         if on_all_ranks and launched:
             time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
-        if mistake is None:
-            raise
         if not on_all_ranks or getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"remax: error: {mistake}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+            print(f"remax: error: {end.message}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(end.code) from None
+
+
+def _end(error: Exception | SystemExit) -> End:
+    """Return how the command ends; an exit that has been explained already is raised again."""
+    if not isinstance(error, SystemExit):
+        return describe_end(error, _stage)
+    if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
+        raise SystemExit(INTERRUPTED) from None
+    message = foreign_exit_message(error)
+    if message is None:
+        raise error
+    return End(message, 2)
 
 
 def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> RemaxCLI:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
-from helpers.cli import changed, in_folder, message, misread, refused, remax, small_config, write_config
+from helpers.cli import changed, in_folder, is_one_message, message, misread, refused, remax, small_config, write_config
 from helpers.training import fit, prompt_data, remax_module
 
 from remax_lightning.callbacks import KLMonitor, SampleDump
@@ -548,17 +548,22 @@ def test_a_ring_of_exceptions_ends() -> None:
     assert user_error_message(full) == "the key is wrong"
 
 
-def test_a_fault_of_ours_keeps_its_traceback(
+def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from remax_lightning.modules import ReMaxModule
+    from remax_lightning.training import objective
 
-    def fault(*arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(ReMaxModule, "training_step", fault)
-    with in_folder(tmp_path), pytest.raises(ZeroDivisionError):
-        remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", config))
+    monkeypatch.setattr(objective, "remax_advantages", None)
+    with in_folder(tmp_path):
+        outcome = remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", config))
+    assert outcome.code == 1
+    assert is_one_message(outcome)
+    assert "bug of remax-lightning" in message(outcome)
+    assert "remax_lightning/" in message(outcome)
+    [path] = tmp_path.rglob("traceback.txt")
+    assert str(path) in message(outcome)
+    assert "Traceback (most recent call last)" in path.read_text()
+    assert "not callable" in path.read_text()
 
 
 @pytest.mark.slow

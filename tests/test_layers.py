@@ -42,6 +42,8 @@ ALLOWED = {
     "modules": LOWER | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"},
     "tasks": ANYTHING,
     "cli_errors": {"errors"},
+    "cli_checks": {"errors"},
+    "cli_exit": {"errors", "cli_errors"},
     "cli": ANYTHING,
     "tools": ANYTHING,
 }

@@ -153,7 +153,7 @@ def _read_samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str
             try:
                 sample = json.loads(line)
                 sample = {**sample, "step": int(sample["step"]), "stage": stage, "response": str(sample["response"])}
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # 1e400 is infinite
                 broken += 1
                 continue
             yield sample
@@ -171,7 +171,7 @@ def _read_figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
             name: {key: float(figure[key]) for key in ("value", "low", "high", "n") if figure.get(key) is not None}
             for name, figure in read.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         notes.append(f"{path.name} could not be read: expected an object with figures, numbers by name.")
         return {}
 

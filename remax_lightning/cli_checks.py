@@ -1,0 +1,182 @@
+"""Checks of a configuration's values after parsing, before any object is made; all mistakes are told together.
+
+The classes of this package check their own arguments. Here stand the keys of Lightning and torch, which take a wrong
+value in silence, or refuse it late, without the name of the key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import Namespace
+
+from remax_lightning.errors import UserError
+
+
+class Rule(NamedTuple):
+    """What a value must be.
+
+    Attributes:
+        keys: patterns of the key, as in the YAML without `init_args` of model and data.
+        expected: what is right, in words.
+        holds: whether a value is right; null is not asked.
+    """
+
+    keys: tuple[str, ...]
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(low: int, high: float = float("inf")) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _from(low: float, high: float = float("inf")) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and low <= value <= high
+
+
+def _share_or_count(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 <= value <= 1 or (value > 1 and value.is_integer())
+    return _whole(0)(value)
+
+
+def _interval(value: Any) -> bool:
+    """Whether Lightning can count by it: batches, a share of an epoch, or a duration."""
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return _whole(1)(value) or isinstance(value, str | Mapping | Namespace)
+
+
+def _devices(value: Any) -> bool:
+    if isinstance(value, str):
+        if value.strip() in ("auto", "-1"):
+            return True
+        parts = [part.strip() for part in value.strip().strip(",").split(",")]
+        if not all(part.isdecimal() for part in parts):
+            return False
+        return int(parts[0]) >= 1 if "," not in value else len(set(parts)) == len(parts)
+    if isinstance(value, Sequence):
+        return bool(value) and all(_whole(0)(index) for index in value) and len(set(value)) == len(value)
+    return value == -1 or _whole(1)(value)
+
+
+def _pair_below_one(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(_number(beta) and 0 <= beta < 1 for beta in value)
+
+
+_DURATION = re.compile(r"\d+:\d\d?:\d\d?:\d\d?")
+_OPTIMIZER = "*.optimizer.init_args."
+_SCHEDULER = "*.lr_scheduler.init_args."
+_CALLBACK = "trainer.callbacks.*.init_args."
+
+RULES = (
+    Rule(("seed_everything",), "a whole number from 0 to 4294967295, true or false",
+         lambda value: isinstance(value, bool) or _whole(0, 2**32 - 1)(value)),
+    Rule(("trainer.accumulate_grad_batches", "trainer.num_nodes", "trainer.check_val_every_n_epoch"),
+         "a whole number from 1", _whole(1)),
+    Rule(("trainer.devices",), "auto, -1 (all), a number from 1, or indices such as [0, 1]", _devices),
+    Rule(("trainer.max_epochs", "trainer.max_steps"), "-1 (no limit), or a whole number from 0", _whole(-1)),
+    Rule(("trainer.num_sanity_val_steps",), "-1 (all), or a whole number from 0", _whole(-1)),
+    Rule(("trainer.min_epochs", "trainer.min_steps", "trainer.reload_dataloaders_every_n_epochs",
+          "trainer.log_every_n_steps"), "a whole number from 0", _whole(0)),
+    Rule(("trainer.limit_*_batches", "trainer.overfit_batches"),
+         "a share from 0.0 to 1.0, or a whole number of batches from 0", _share_or_count),
+    Rule(("trainer.val_check_interval",),
+         "a share above 0.0 up to 1.0, a whole number of batches from 1, or a duration", _interval),
+    Rule(("trainer.gradient_clip_val",), "a number from 0 (no clipping)", _from(0)),
+    Rule(("trainer.gradient_clip_algorithm",), "norm or value", lambda value: value in ("norm", "value")),
+    Rule(("trainer.max_time",), "a duration DD:HH:MM:SS",
+         lambda value: not isinstance(value, str) or _DURATION.fullmatch(value) is not None),
+    Rule((f"{_OPTIMIZER}lr", f"{_OPTIMIZER}weight_decay", f"{_OPTIMIZER}eps", f"{_OPTIMIZER}momentum",
+          f"{_OPTIMIZER}lambd", f"{_OPTIMIZER}alpha", f"{_OPTIMIZER}lr_decay"), "a number from 0",
+         lambda value: not _number(value) or _from(0)(value)),  # Adafactor's eps is a pair
+    Rule((f"{_OPTIMIZER}betas",), "numbers from 0 to below 1", _pair_below_one),
+    Rule((f"{_SCHEDULER}warmup_steps", f"{_SCHEDULER}last_epoch", f"{_SCHEDULER}num_warmup_steps",
+          f"{_SCHEDULER}patience", f"{_SCHEDULER}cooldown"), "a whole number from 0", _whole(-1)),
+    Rule((f"{_SCHEDULER}total_steps", f"{_SCHEDULER}total_iters", f"{_SCHEDULER}T_max", f"{_SCHEDULER}T_0",
+          f"{_SCHEDULER}step_size"), "a whole number from 1", _whole(1)),
+    Rule((f"{_SCHEDULER}gamma", f"{_SCHEDULER}eta_min"), "a number from 0", _from(0)),
+    Rule((f"{_SCHEDULER}*factor",), "a number from 0 to 1", _from(0, 1)),
+    Rule((f"{_CALLBACK}save_top_k",), "-1 (all), or a whole number from 0", _whole(-1)),
+    Rule((f"{_CALLBACK}every_n_train_steps", f"{_CALLBACK}every_n_epochs", f"{_CALLBACK}patience",
+          f"{_CALLBACK}refresh_rate"), "a whole number from 0", _whole(0)),
+)  # fmt: skip
+"""What Lightning and torch do not check at once."""
+
+FILES = ("predictions.path",)
+"""Keys of files that are written at the end of a run, when a wrong path would cost the run."""
+
+FOLDERS = ("trainer.default_root_dir", "trainer.logger.init_args.save_dir", "trainer.callbacks.*.init_args.dirpath",
+           "export.folder", "samples.folder", "evaluation.folder")  # fmt: skip
+"""Keys of folders that are made while a run goes on."""
+
+
+def check_config(config: Namespace | Mapping[str, Any]) -> None:
+    """Refuse values that Lightning or torch would refuse late or take in silence.
+
+    Args:
+        config: the parsed configuration of a subcommand.
+
+    Raises:
+        UserError: with one line per mistake.
+    """
+    mistakes = [text for key, value in flatten(config) if (text := explain(key, value)) is not None]
+    if mistakes:
+        raise UserError("\n  ".join(mistakes))
+
+
+def explain(key: str, value: Any) -> str | None:
+    """Return what is wrong with the value of a key; None if nothing is, or no rule is about it."""
+    if value is None:
+        return None
+    for rule in RULES:
+        if any(fnmatchcase(key, pattern) for pattern in rule.keys) and not rule.holds(value):
+            return f"{key}: expected {rule.expected}, got {value}"
+    is_file = any(fnmatchcase(key, pattern) for pattern in FILES)
+    if is_file or any(fnmatchcase(key, pattern) for pattern in FOLDERS):
+        return _explain_path(key, str(value), is_file)
+    return None
+
+
+def _explain_path(key: str, value: str, is_file: bool) -> str | None:
+    if "://" in value:
+        return None
+    path = Path(value).expanduser().absolute()
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        return f"{key}: {value[:60]!r} is no path of this system"
+    if is_file and path.is_dir():
+        return f"{key}: {value!r} is a folder; give the path of a file in it"
+    folder = path.parent if is_file else path
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        return f"{key}: cannot write to {value!r}: {str(existing)!r} is a file, not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{key}: cannot write to {value!r}: no right to write in {str(existing)!r}"
+    return None
+
+
+def flatten(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a configuration, as in the YAML, with their values; lists of classes by number."""
+    if isinstance(config, Namespace):
+        config = vars(config)
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            # Arguments of the module and of the data module stand in the YAML without init_args.
+            inner = key if name == "init_args" and key in ("model", "data") else f"{key}.{name}".removeprefix(".")
+            yield from flatten(value, inner)
+        return
+    if isinstance(config, list) and any(isinstance(item, Namespace | Mapping) for item in config):
+        for number, item in enumerate(config):
+            yield from flatten(item, f"{key}.{number}")
+        return
+    yield key, config

@@ -1,0 +1,238 @@
+"""The end of the command: one line and an exit code for whatever ended it; tracebacks go to a file.
+
+| what ended the run | exit code | file with the traceback |
+|---|---|---|
+| a mistake in the configuration or the data | 2 | no |
+| a disk that is full, read-only or closed to the user | 2 | no |
+| a library that refuses what it was given, before the first training step | 2 | yes |
+| code of the user's own: a reward, a callback, a data module | 2 | yes |
+| Ctrl-C | 130 | no |
+| anything else, which is a bug | 1 | yes |
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sysconfig
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+import remax_lightning
+from remax_lightning.cli_errors import user_error_message
+from remax_lightning.errors import exception_chain
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE}
+# Libraries in Rust and C++ tell the number in their text: "I/O error: No space left on device (os error 28)".
+_FOREIGN_ERRNO = re.compile(r"os error (\d+)|\bcode: (\d+), kind:|\[Errno (\d+)\]")
+
+_PACKAGE = Path(remax_lightning.__file__).parent
+_LIBRARY_FOLDERS = tuple(
+    dict.fromkeys(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib", "platstdlib"))
+)
+
+Side = Literal["ours", "library", "user"]
+"""Whose a file is: this package's, an installed library's, or the user's own."""
+
+_TRANSLATIONS = (
+    (
+        re.compile(r"`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches"
+                   r" \((\d+)\)"),
+        "trainer.val_check_interval is {0}, but an epoch has only {1} training batches; lower it, or set"
+        " trainer.check_val_every_n_epoch to null, which counts batches over epochs",
+    ),
+    (
+        re.compile(r"requested to check \S+ of the `(\w+)_dataloader` but"),
+        "trainer.limit_{0}_batches leaves less than one batch of the data; raise it, or set it to 0 for none",
+    ),
+)  # fmt: skip
+"""What libraries say of a key of the configuration, and how it reads with the key's name."""
+
+
+@dataclass
+class Stage:
+    """How far the command has come: what an error that it meets is about.
+
+    Attributes:
+        name: what is going on, in the words of the configuration: `trainer`, `model`, or a subcommand.
+        trainer: the trainer as soon as there is one.
+    """
+
+    name: str = "remax"
+    trainer: Trainer | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training step has begun: from then on the input was accepted by all libraries."""
+        return self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
+
+    def folder(self) -> Path:
+        """Return the folder of the run, or the current one as long as there is none."""
+        if self.trainer is not None:
+            folder = getattr(self.trainer, "log_dir", None)
+            if folder is not None and Path(folder).is_dir():
+                return Path(folder)
+        return Path.cwd()
+
+
+class End(NamedTuple):
+    """The line that the command ends with, without `remax: error:`, and its exit code."""
+
+    message: str
+    code: int
+
+
+def describe_end(error: BaseException, stage: Stage) -> End:
+    """Return how the command ends after an exception. Writes the traceback to a file where it is of use.
+
+    Args:
+        error: what was raised.
+        stage: how far the command had come.
+    """
+    message = user_error_message(error) or _describe_disk(error)
+    if message is not None:
+        return End(message, 2)
+    message, code = _describe_memory(error), 2
+    if message is None:
+        message, code = _describe_by_side(error, stage)
+    path = write_traceback(error, stage.folder())
+    return End(message if path is None else f"{message} (traceback: {path})", code)
+
+
+def write_traceback(error: BaseException, folder: Path) -> Path | None:
+    """Write the traceback of this process to a file and return its path; None if nothing can be written.
+
+    Each rank has a file of its own: `traceback.txt`, `traceback-rank1.txt` and so on.
+    """
+    rank = getattr(rank_zero_only, "rank", 0) or 0
+    text = "".join(traceback.format_exception(error))
+    for place in dict.fromkeys((folder, Path.cwd())):
+        path = place / ("traceback.txt" if rank == 0 else f"traceback-rank{rank}.txt")
+        try:
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        return path
+    return None
+
+
+def _describe_disk(error: BaseException) -> str | None:
+    """Return a message about a file that the system refuses, with the free space of its disk; None if it is none."""
+    for cause in exception_chain(error):
+        number = _error_number(cause)
+        if number not in _DISK | _PATH:
+            continue
+        name = getattr(cause, "filename", None)
+        text = f"{name or 'a file of the run'}: {os.strerror(number)}"
+        if number in _PATH:
+            return f"{text}; give another path"
+        place = _existing_folder(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd())
+        free = shutil.disk_usage(place).free / 2**20
+        advice = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "check the rights of the folder"
+        return f"{text} ({free:,.0f} MiB free at {place}); {advice}, or give another path"
+    return None
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the number of a system error, also of one that a library in another language passes on as text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = _FOREIGN_ERRNO.search(str(error)) if isinstance(error, Exception) else None
+    return int(next(group for group in match.groups() if group)) if match else None
+
+
+def _existing_folder(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _describe_memory(error: BaseException) -> str | None:
+    for cause in exception_chain(error):
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+            return (
+                f"out of memory: {first_line(cause)}; lower data.micro_batch_size, data.batch_size or the lengths;"
+                " `remax plan` computes what a configuration needs"
+            )
+    return None
+
+
+def _describe_by_side(error: BaseException, stage: Stage) -> tuple[str, int]:
+    """Return the message and exit code of an exception that names no mistake, by whose code raised it."""
+    # ---- The user's own code, wherever in the chain: the innermost frame that is no library's ----
+    for cause in exception_chain(error):
+        frame = next((frame for frame in _frames(cause) if side(frame.filename) != "library"), None)
+        if frame is not None and side(frame.filename) == "user":
+            name = frame.name if frame.name != "<module>" else Path(frame.filename).stem
+            return f"{name} ({frame.filename}:{frame.lineno}) raised {_short(cause)}", 2
+    for cause in exception_chain(error):
+        for pattern, text in _TRANSLATIONS:
+            if match := pattern.search(str(cause)):
+                return text.format(*match.groups()), 2
+    # ---- A library that refuses what the configuration gave it ----
+    innermost = _frames(error)[0] if error.__traceback__ is not None else None
+    if innermost is not None and side(innermost.filename) == "library" and not stage.trains:
+        return f"{stage.name}: {_short(error)}", 2
+    place = "" if innermost is None else f" at {_short_path(innermost.filename)}:{innermost.lineno}"
+    return f"this looks like a bug of remax-lightning, please report it: {_short(error)}{place}", 1
+
+
+class _Frame(NamedTuple):
+    filename: str
+    lineno: int
+    name: str
+
+
+def _frames(error: BaseException) -> list[_Frame]:
+    """Return the frames of an exception, innermost first."""
+    return [
+        _Frame(frame.f_code.co_filename, number, _qualified_name(frame.f_code))
+        for frame, number in reversed(list(traceback.walk_tb(error.__traceback__)))
+    ]
+
+
+def _qualified_name(code: CodeType) -> str:
+    return code.co_qualname if hasattr(code, "co_qualname") else code.co_name  # co_qualname is of Python 3.11
+
+
+def side(filename: str) -> Side:
+    """Return whose a file of Python code is. Code without a file (a string, a template) is a library's."""
+    path = Path(filename)
+    if path.is_relative_to(_PACKAGE):
+        return "ours"
+    if filename.startswith("<") or (not path.is_absolute() and not path.exists()):
+        return "library"
+    path = path.resolve()
+    installed = any(path.is_relative_to(folder) for folder in _LIBRARY_FOLDERS)
+    return "library" if installed or {"site-packages", "dist-packages"} & set(path.parts) else "user"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text that says anything, at most 300 characters."""
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    text = next((line for line in lines if line), "")
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _short(error: BaseException) -> str:
+    text = first_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _short_path(filename: str) -> str:
+    path = Path(filename)
+    return str(path.relative_to(_PACKAGE.parent)) if path.is_relative_to(_PACKAGE) else filename
