@@ -45,6 +45,19 @@ _DENIED_AFTER = re.compile(
 # Letters in front make a name or, behind a caret, a unit's exponent: cm^2, H2O, x_1.
 _PART_OF_A_NAME = re.compile(r"(?:[^\W\d]|_\{?|[A-Za-z]\s*\^\s*\{?-?|\\(?:text|mathrm)\{[^{}]*\}\s*\^\s*\{?-?)$")
 
+_MAX_FORMULA = 1000
+"""Characters of a formula that is looked at."""
+# Dollar signs are formulas' only where no space is inside and no digit behind: "$5 and $6" are prices.
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$])\$(?![\s$])([^$\n]*?)(?<![\s\\])\$(?![\d$])|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+_ANSWER_IS = re.compile(r"^.*\banswer\b\W*(?:is|:|=)?\W*?(?=[-+.\w\\({\[≠])", re.IGNORECASE)
+_TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\{([^{}]*)\}")
+# Three letters in a row, or a short word: math-verify would read a product of letters.
+_MISREAD = re.compile(r"\d\s+\d|\d[eE][-+]?\d|\d{4}-\d\d?-\d")
+"""Mixed numbers, exponents and dates: math-verify reads 1 1/2 as 1, and subtracts."""
+_PROSE = re.compile(r"[^\W\d_]{3,}|\b(?:no|is|if|to|of|at|it|we|by|do|so|be|as)\b", re.IGNORECASE)
+
 
 def plain_number(text: str) -> Fraction | None:
     """Return the number that `text` is as a whole, exactly; None where it is anything else.
@@ -81,6 +94,66 @@ def final_number(text: str) -> Fraction | None:
             continue
         return _standing_alone(left, match[0], right)
     return None
+
+
+def gold_formula(text: str) -> str | None:
+    r"""Return the formula that a right answer is, as LaTeX without dollar signs; None where it is prose, or nothing.
+
+    A worked solution has it in its last `\boxed{...}` or after `####`.
+    """
+    if (boxed := _boxed(text)) is not None:
+        text = boxed[1]
+    return _formula(text.rpartition("####")[2])
+
+
+def final_formula(text: str) -> str | None:
+    r"""Return the formula that a response gives as its answer, as LaTeX without dollar signs; None where it gives none.
+
+    It is the last `\boxed{...}`, else what follows the last `####`, else the last formula between dollar signs or
+    `\(...\)`, else the last line, without words such as "the answer is" before it, else the last number.
+    """
+    before, after = "", ""
+    if (boxed := _boxed(text)) is not None:
+        before, text, after = boxed
+    elif "####" in text:
+        text = text.rpartition("####")[2]
+    elif (segments := list(_MATH.finditer(text))) and (last := segments[-1]):
+        before, text, after = text[: last.start()], next(filter(None, last.groups())), text[last.end() :]
+    else:
+        lines = text.strip().splitlines() or [""]
+        text = _ANSWER_IS.sub("", lines[-1])
+        if _formula(text) is None:
+            number = final_number(text)
+            return None if number is None else str(number)
+    is_denied = _DENIED_BEFORE.search(_normal(before[-80:])) or _DENIED_BEFORE.match(text.strip()[:4])
+    if is_denied or _OPERAND_AFTER.match(_normal(after[:40])) or _DENIED_AFTER.match(after[:40]):
+        return None
+    return _formula(text)
+
+
+def words_of(formula: str) -> str | None:
+    r"""Return the words of an answer that is only `\text{...}`, in small letters, without brackets; None for others."""
+    match = _TEXT.fullmatch(formula.strip())
+    return match[1].strip(" ().").casefold() if match else None
+
+
+def _formula(text: str) -> str | None:
+    """Return `text` in the LaTeX that math-verify reads, None where it is prose."""
+    text = text.strip().removesuffix(".").strip()
+    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(start) and text.endswith(end) and len(text) > len(start + end):
+            text = text.removeprefix(start).removesuffix(end).strip().removesuffix(".")
+    text = _normal(re.sub(r"\\[dtc]frac", r"\\frac", text.replace("$", " "))).replace("**", "^").strip()
+    if re.search(r"[eE]", text) and (number := plain_number(text)) is not None:  # math-verify reads 1e-9 as e - 9
+        text = format(Decimal(number.numerator) / Decimal(number.denominator), "f")
+    text = text.replace("%", "\\%").replace("≠", "\\neq ").replace("π", "\\pi ").replace("∞", "\\infty ")
+    text = re.sub(r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", text)
+    text = re.sub(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])", r"\\\1", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    bare = re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\(?:text\w*|mathrm|mbox|operatorname)\{[^{}]*\}|\\[A-Za-z]+", " ", text)
+    if not text or len(text) > _MAX_FORMULA or _MISREAD.search(text) or _PROSE.search(bare):
+        return None
+    return text
 
 
 def _standing_alone(left: str, digits: str, right: str) -> Fraction | None:

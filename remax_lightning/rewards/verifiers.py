@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from numbers import Number
 from typing import Any, TypeVar
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.answers import final_number, plain_number
+from remax_lightning.rewards.answers import final_formula, final_number, gold_formula, plain_number, words_of
 from remax_lightning.rewards.base import shorten
+from remax_lightning.rewards.math_worker import compare
 
 _KEY = "model.reward.init_args.arguments"
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
@@ -62,6 +64,30 @@ def _gold_number(row: dict[str, Any], where: str, column: str = "response", tole
     if number is None:
         raise _unreadable("numeric_answer", "a number and nothing else (or after ####)", text, where, column)
     return number
+
+
+def _gold_formula(row: dict[str, Any], where: str, column: str = "response", time_limit: float = 5.0) -> str:
+    r"""Return the right answer of a row, a formula, as LaTeX; words where it is only `\text{...}`.
+
+    Raises:
+        RewardError: if it is none.
+    """
+    _require_math_verify()
+    text = _gold_text(row, where, column)
+    formula = gold_formula(text)
+    if formula is not None and plain_number(formula) is None and words_of(formula) is None:
+        [verdict] = compare([(formula, None)], time_limit)
+        formula = formula if verdict == "equal" else None
+    if formula is None:
+        raise _unreadable("math_answer", "a number or a formula in LaTeX", text, where, column)
+    return formula
+
+
+def _require_math_verify() -> None:
+    if find_spec("math_verify") is None:
+        raise UserError(
+            "model.reward: math_answer needs math-verify, which is not installed: pip install 'remax-lightning[verify]'"
+        )
 
 
 def _unreadable(verifier: str, expectation: str, right: str, where: str, column: str) -> RewardError:
@@ -151,6 +177,84 @@ def numeric_answer(
 
 def _is_close(answer: Fraction, expected: Fraction, tolerance: float) -> bool:
     return abs(answer - expected) <= Fraction(tolerance) * min(Fraction(1), abs(expected))
+
+
+@_checks_rows(_gold_formula)
+def math_answer(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    column: str = "response",
+    time_limit: float = 5.0,
+) -> list[float]:
+    r"""1.0 where the formula that the response gives as its answer equals the row's, 0.0 elsewhere.
+
+    math-verify compares, so that `\frac{1}{2}`, `0.5` and `\boxed{2/4}` are equal; it needs the extra `verify`. The row
+    holds a number or a formula in LaTeX, or a worked solution with one in `\boxed{...}` or after `####`; words stand in
+    `\text{...}`, and the response must have the same ones. The response's answer is its last `\boxed{...}`, else what
+    follows its last `####`, else its last formula between dollar signs, else its last line or number. It scores 0.0
+    where it is denied ("not 5"), scaled ("5 million") or prose. Numbers must be equal exactly, and 12 digits of others.
+
+    Args:
+        prompts: `M` prompts.
+        responses: `M` responses; one without a formula scores 0.0.
+        rows: `M` raw rows.
+        column: the column that holds the right answer, the project's own name for it by default.
+        time_limit: seconds that one comparison may take. It runs in a process of its own, which is then killed, and the
+            response scores 0.0, with a warning.
+
+    Raises:
+        UserError: if math-verify is not installed, or `time_limit` is not above 0.
+        RewardError: if the column of a row holds no formula: text, a list, a dict.
+    """
+    from lightning.pytorch.utilities import rank_zero_warn  # here, since it loads much
+
+    if not time_limit > 0:
+        raise UserError(f"{_KEY}.time_limit: expected seconds above 0, got {time_limit}")
+    scores: list[float] = []
+    open_pairs: dict[int, tuple[str, str]] = {}
+    for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
+        gold = _readable_gold(row, prompt, column)
+        score = _score_of_plain_text(gold, response)
+        scores.append(score or 0.0)
+        answer = final_formula(response)
+        if score is None and answer is not None and (":" in gold) == (":" in answer):
+            open_pairs[index] = gold, answer
+    verdicts = compare(list(open_pairs.values()), time_limit)
+    for (index, (gold, answer)), verdict in zip(open_pairs.items(), verdicts, strict=True):
+        if verdict == "unreadable":
+            raise _unreadable("math_answer", "a number or a formula in LaTeX", gold, _of_prompt(prompts[index]), column)
+        if verdict == "timeout":
+            rank_zero_warn(
+                f"math_answer: comparing {shorten(answer)} with {shorten(gold)} was stopped after {time_limit:g} s; the"
+                " response scores 0"
+            )
+        scores[index] = float(verdict == "equal")
+    return scores
+
+
+def _readable_gold(row: dict[str, Any], prompt: str, column: str) -> str:
+    """Return the row's formula, which is parsed only when it is compared."""
+    _require_math_verify()
+    text = _gold_text(row, _of_prompt(prompt), column)
+    formula = gold_formula(text)
+    if formula is None:
+        raise _unreadable("math_answer", "a number or a formula in LaTeX", text, _of_prompt(prompt), column)
+    return formula
+
+
+def _score_of_plain_text(gold: str, response: str) -> float | None:
+    """Return the score where right answer and response are words or plain numbers, None where math-verify decides."""
+    answer, expected = final_formula(response), plain_number(gold)
+    if (words := words_of(gold)) is not None and len(words) > 1:
+        return float(answer is not None and words_of(answer) == words)
+    if expected is None or answer is None:
+        # Prose may still end with a number: "so it is 5 apples".
+        return None if expected is None else float(final_number(response) == expected)
+    number = plain_number(answer)
+    if number == expected:
+        return 1.0
+    return None if number is None or "%" in gold + answer else 0.0
 
 
 def regex_format(

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards import FunctionReward, exact_match, length_penalty, numeric_answer, regex_format
+from remax_lightning.rewards import (
+    FunctionReward,
+    exact_match,
+    length_penalty,
+    math_answer,
+    numeric_answer,
+    regex_format,
+    verifiers,
+)
 from remax_lightning.rewards.answers import final_number
 
 
@@ -230,3 +239,146 @@ def test_right_answers_are_checked_without_responses(function: str, row: dict[st
     reward.check_rows([{"gold": "#### 3"}, {"gold": 3}], ["a.jsonl, line 1", "a.jsonl, line 2"])
     with pytest.raises(RewardError, match=rf"{message}.* for a.jsonl, line 3; "):
         reward.check_rows([{"gold": "3"}, row], ["a.jsonl, line 2", "a.jsonl, line 3"])
+
+
+# Formulas
+
+EQUAL = [
+    ("5", "5"),
+    ("5", "The answer is 5."),
+    ("5", "\\boxed{5}"),
+    ("5", "so $x = 5$"),
+    ("5", "5 apples"),
+    ("5", "\\boxed{5\\text{ cm}}"),
+    ("5", "\\boxed{5 apples}"),
+    ("5", "\\boxed{\\frac{10}{2}}"),
+    ("5", "\\boxed{\\sqrt{25}}"),
+    ("\\frac{1}{2}", "0.5"),
+    ("\\frac12", "1/2"),
+    ("\\frac12", "The answer is 1/2."),
+    ("\\frac12", "$\\frac{2}{4}$."),
+    ("1/2", "\\(\\frac12\\)"),
+    ("$\\frac{1}{2}$", "#### 1/2"),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}"),
+    ("x=5", "5"),
+    ("\\{1,2\\}", "\\boxed{2, 1}"),
+    ("1 \\text{ or } 2", "\\boxed{1, 2}"),
+    ("(1,2)", "\\boxed{(1, 2)}"),
+    ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}"),
+    ("\\text{(A)}", "\\boxed{A}"),
+    ("A", "\\boxed{\\text{A}}"),
+    ("\\sqrt{2}", "\\boxed{\\sqrt2}"),
+    ("sqrt(2)", "$\\sqrt{2}$"),
+    ("x**2+1", "x^2+1"),
+    ("2\\pi", "\\boxed{2π}"),
+    ("50\\%", "\\boxed{0.5}"),
+    ("\\frac12", "\\boxed{50\\%}"),
+    ("1,234", "1234"),
+    ("10^{-9}", "1e-9"),
+    ("0.000000001", "1e-9"),
+    ("work \\boxed{\\frac{3}{4}} done", "0.75"),
+    ("GSM\n#### 12", "12"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}"),
+    ("3+4i", "\\boxed{4i+3}"),
+    ("(-\\infty,2)", "\\boxed{(-\\infty, 2)}"),
+    ("90^\\circ", "\\boxed{90}"),
+    ("3:2", "\\boxed{3:2}"),
+    ("\\frac{1}{3}", "\\boxed{\\dfrac{1}{3}}"),
+    ("2", "$1+1=2$"),
+    ("5", "**5**"),
+    ("x>5", "x > 5"),
+    (0.5, "1/2"),
+    ("1e-9", "0.000000001"),
+    ("1e-9", "\\boxed{10^{-9}}"),
+]
+NOT_EQUAL = [
+    ("5", "not 5"),
+    ("5", "≠ 5"),
+    ("5", "\\neq 5"),
+    ("5", "$\\neq 5$"),
+    ("5", "$x \\ne 5$"),
+    ("5", "The answer is not $5$"),
+    ("10", "10 million"),
+    ("10", "\\boxed{10} million"),
+    ("10", "\\boxed{10 million}"),
+    ("0.1234567", "0.1234568"),
+    ("\\frac13", "0.333333"),
+    ("\\frac12", "The answer is not $\\frac{1}{2}$"),
+    ("\\frac12", "\\boxed{\\frac12} or \\boxed{\\frac13}"),
+    ("\\frac12", "\\frac12 million"),
+    ("\\frac12", "$x \\neq \\boxed{\\frac12}$"),
+    ("\\frac12", "the answer is not 1/2"),
+    ("2/5", "12:30"),
+    ("1", "1 1/2"),
+    ("5", "\\boxed{5 or 6}"),
+    ("5", "$5 and $6"),
+    ("5", ""),
+    ("5", "unknown"),
+    ("x", "unknown"),
+    ("5", "\\boxed{5!}"),
+    ("\\text{Evelyn}", "Evelyn is not it"),
+    ("\\text{Evelyn}", "\\boxed{\\text{Carla}}"),
+    ("(1,2)", "\\boxed{[1,2]}"),
+    ("0", "0.0000001"),
+    ("\\pi", "3.14159"),
+    ("\\frac12", "\\boxed{}"),
+    ("\\frac12", "\\boxed{\\frac12, \\frac13}"),
+    ("\\frac12", "cannot be $\\frac12$"),
+    ("\\frac12", "$\\frac12$ is wrong"),
+    ("x^2", "\\boxed{y^2}"),
+    ("1e-9", "1"),
+    ("5", "$5 \\times 10^3$"),
+    ("\\frac12", "1/2 + 1"),
+    ("\\sqrt2", "\\boxed{\\sqrt2 \\approx 1.41} thousand"),
+    ("10^{-14}", "0"),
+    ("\\frac{1}{10^{14}}", "\\boxed{0}"),
+    ("5", "\\boxed{5}\n\nWait, that is wrong, it is \\boxed{6}"),
+]
+"""The right answer and a response."""
+
+
+def math_scores(pairs: list[tuple[Any, str]], **options: Any) -> list[float]:
+    return math_answer(
+        ["p"] * len(pairs), [response for _, response in pairs], rows(*(gold for gold, _ in pairs)), **options
+    )
+
+
+def test_formulas_are_compared_by_their_value() -> None:
+    wrong = [pair for pair, score in zip(EQUAL, math_scores(EQUAL), strict=True) if score != 1.0]
+    paid = [pair for pair, score in zip(NOT_EQUAL, math_scores(NOT_EQUAL), strict=True) if score != 0.0]
+    assert wrong == paid == []
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["unknown", "Tuesday", "no solution", "1 1/2", "\\frac{", "x+", "12 apples", "It is 5", "2024-01-02", " ", ["5"]],
+)
+def test_right_answers_that_are_no_formula_are_refused(gold: Any) -> None:
+    with pytest.raises(RewardError, match=r"in column 'response', got "):
+        math_scores([(gold, "\\frac{1}{2}")])
+    with pytest.raises(RewardError, match=r"in column 'response', got .* for a.jsonl, line 1"):
+        FunctionReward("remax_lightning.rewards.verifiers.math_answer").check_rows(rows(gold), ["a.jsonl, line 1"])
+
+
+def test_a_comparison_that_takes_too_long_is_killed_and_scores_0() -> None:
+    """In a thread too, where signals do not arrive; the others keep their scores."""
+    scores: list[float] = []
+    pairs = [("\\frac12", "\\boxed{9^{9^{9^{9}}}}"), ("\\frac12", "\\boxed{\\frac24}")]
+
+    def score() -> None:
+        with pytest.warns(UserWarning, match=r"comparing '9\^.* was stopped after 1.5 s; the response scores 0"):
+            scores.extend(math_scores(pairs, time_limit=1.5))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    thread.join(60)
+    assert scores == [0.0, 1.0]
+    assert math_scores(pairs[1:]) == [1.0]
+    with pytest.raises(UserError, match=r"time_limit: expected seconds above 0, got 0"):
+        math_scores(pairs, time_limit=0)
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifiers, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'remax-lightning\[verify\]'"):
+        math_scores([("5", "5")])
