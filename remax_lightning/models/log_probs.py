@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import (
+    OutputHead,
     PolicyStatistics,
     TokenStatistics,
     hidden_statistics,
@@ -42,8 +43,9 @@ def response_statistics(
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
     (rows,) = _forward_batches(prompt, responses)
-    statistics = _statistics(model, rows, temperature, SamplingConfig(), NO_TOKENS)[0]
-    return TokenStatistics(*(_scatter_tokens([values], responses.response_mask) for values in statistics))
+    log_probs, entropy, _ = row_statistics(model, rows, find_head(model).head, temperature).statistics
+    mask = responses.response_mask
+    return TokenStatistics(_scatter_tokens([log_probs], mask), _scatter_tokens([entropy], mask))
 
 
 def policy_statistics(
@@ -75,22 +77,12 @@ def policy_statistics(
     passes: list[PolicyStatistics] = []
     for rows in _forward_batches(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
-            passes.append(PolicyStatistics(*_statistics(policy, rows, temperature, sampling, suppressed)[0]))
-            continue
-        head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
-        reference_inputs = rollout.reference_hidden[rows.token_mask], other
-        hidden, ids = _predicting_states(policy, rows), rows.ids[rows.mask]  # [M, D], [M]
-        passes.append(
-            hidden_statistics(
-                hidden,
-                head,
-                ids,
-                temperature,
-                reference=reference_inputs,
-                sampling_mask=make_sampling_mask(sampling, suppressed, rows.positions),
-                reference_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=False),
-            )
-        )
+            head, compared = find_head(policy).head, None
+        else:
+            head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
+            compared = rollout.reference_hidden[rows.token_mask], other  # [M, D']
+        passes.append(row_statistics(policy, rows, head, temperature, sampling, suppressed, compared).statistics)
+    # Every pass returns its counted tokens in a row, `[M]`; back to their places, `[S, R]`.
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*passes, strict=True)
     return PolicyStatistics(
@@ -131,8 +123,16 @@ def with_reference(
     for rows in _forward_batches(
         rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches
     ):
-        statistics, hidden = _statistics(reference, rows, _temperature(sampling), sampling, suppressed, truncate=False)
-        log_probs.append(statistics.log_probs)
+        statistics, hidden = row_statistics(
+            reference,
+            rows,
+            find_head(reference).head,
+            _temperature(sampling),
+            sampling,
+            suppressed,
+            truncate=False,
+        )
+        log_probs.append(statistics.log_probs)  # [M]
         if keep_hidden and hidden is not None:
             hidden_parts.append(hidden)
     return rollout._replace(
@@ -145,32 +145,40 @@ def _temperature(sampling: SamplingConfig) -> float:
     return sampling.temperature if sampling.scale_log_probs else 1.0
 
 
-class _ForwardBatch(NamedTuple):
+class ForwardBatch(NamedTuple):
     """Prompts and responses side by side, without columns that are padding in every row.
 
     Args:
         input_ids: `[M, T]` token ids of `M` of the responses with their prompts.
         input_mask: `[M, T]` bool, True on real tokens.
         ids: `[M, L]` the responses alone.
-        mask: `[M, L]` their mask.
+        counted: rows and columns of the `K` counted tokens in `ids`, both `[K]`. Indices in place of a mask, since
+            their shape tells `K`; of a mask only its values do.
         token_mask: `[S, R]` bool, where the counted tokens stand among all responses.
     """
 
     input_ids: Tensor
     input_mask: Tensor
     ids: Tensor
-    mask: Tensor
+    counted: tuple[Tensor, Tensor]
     token_mask: Tensor
 
-    @property
-    def positions(self) -> Tensor:
-        """Position in its response of each counted token, `[M * L]` in the order of `ids[mask]`."""
-        return self.mask.nonzero()[:, 1]
+
+class RowStatistics(NamedTuple):
+    """What `row_statistics` returns.
+
+    Args:
+        statistics: of the `K` counted tokens, each `[K]`; `kl` only where there is a reference.
+        hidden: `[K, D]` the hidden states that predict them; None without a head.
+    """
+
+    statistics: PolicyStatistics
+    hidden: Tensor | None
 
 
 def _forward_batches(
     prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
-) -> Iterator[_ForwardBatch]:
+) -> Iterator[ForwardBatch]:
     """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
     # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
@@ -178,7 +186,7 @@ def _forward_batches(
         yield _make_forward_batch(prompt, responses, rows if chosen is None else rows[chosen[rows]])
 
 
-def _make_forward_batch(prompt: PromptBatch, responses: Responses, rows: Tensor) -> _ForwardBatch:
+def _make_forward_batch(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBatch:
     prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))
     prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]
     token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
@@ -187,7 +195,8 @@ def _make_forward_batch(prompt: PromptBatch, responses: Responses, rows: Tensor)
     ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]
     input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)
     input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
-    return _ForwardBatch(input_ids, input_mask, ids, mask, token_mask)
+    counted_rows, counted_columns = mask.nonzero(as_tuple=True)  # both [K]
+    return ForwardBatch(input_ids, input_mask, ids, (counted_rows, counted_columns), token_mask)
 
 
 def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -197,34 +206,56 @@ def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
     return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
 
 
-def _statistics(
+def row_statistics(
     model: PreTrainedModel,
-    rows: _ForwardBatch,
-    temperature: float,
-    sampling: SamplingConfig,
-    suppressed: SuppressedTokens,
+    rows: ForwardBatch,
+    head: OutputHead | None,
+    temperature: float = 1.0,
+    sampling: SamplingConfig | None = None,
+    suppressed: SuppressedTokens = NO_TOKENS,
+    reference: tuple[Tensor, OutputHead] | None = None,
     *,
     truncate: bool = True,
-) -> tuple[TokenStatistics, Tensor | None]:
-    """Return the statistics `[M]` of the counted tokens, and the hidden states behind them if the head can be read."""
-    head, ids = find_head(model).head, rows.ids[rows.mask]
+) -> RowStatistics:
+    """Run `model` once over `rows` and return the statistics of their counted tokens.
+
+    Without suppressed tokens no operator needs the values of its tensors, so `remax plan` runs it on shapes alone.
+
+    Args:
+        model: policy or reference.
+        rows: prompts with their responses.
+        head: the model's output head, see `find_head`; None lets the model compute the logits of all tokens at once.
+        temperature: divides the logits.
+        sampling: says which tokens `truncate` leaves out; None for none.
+        suppressed: tokens that could not be drawn.
+        reference: `[K, D']` hidden states of the reference for the counted tokens, and its head, for the KL over the
+            vocabulary. Needs `head`.
+        truncate: False for the reference, which is compared with the policy but not truncated.
+    """
+    length, sampling = rows.ids.shape[1], sampling or SamplingConfig()
     if head is None:
-        positions = torch.arange(rows.ids.shape[1], device=ids.device).repeat(len(rows.ids))  # [M * L]
+        positions = torch.arange(length, device=rows.ids.device).repeat(len(rows.ids))  # [M * L]
         sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
-        statistics = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)
-        return TokenStatistics(*(values[rows.mask] for values in statistics)), None
-    sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
-    hidden = _predicting_states(model, rows)
-    return TokenStatistics(*hidden_statistics(hidden, head, ids, temperature, sampling_mask=sampling_mask)[:2]), hidden
+        log_probs, entropy = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)  # [M, L]
+        return RowStatistics(PolicyStatistics(log_probs[rows.counted], entropy[rows.counted]), None)
+    # The state before a token predicts it.
+    states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
+    hidden = states[:, -length - 1 : -1][rows.counted]  # [K, D]
+    del states  # free it, unless the backward pass needs it
+    positions = rows.counted[1]  # [K]
+    statistics = hidden_statistics(
+        hidden,
+        head,
+        rows.ids[rows.counted],
+        temperature,
+        reference=reference,
+        sampling_mask=make_sampling_mask(sampling, suppressed, positions, truncate=truncate),
+        reference_mask=make_sampling_mask(sampling, suppressed, positions, truncate=False),
+    )
+    return RowStatistics(statistics, hidden)
 
 
-def _predicting_states(model: PreTrainedModel, rows: _ForwardBatch) -> Tensor:
-    """Return the hidden states that predict the counted tokens, one row for each."""
-    length = rows.ids.shape[1]
-    return hidden_states(model, rows.input_ids, rows.input_mask)[:, -length - 1 : -1][rows.mask]
-
-
-def _logits(model: PreTrainedModel, rows: _ForwardBatch) -> Tensor:
+def _logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
     length = rows.ids.shape[1]
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
     if accepts_argument(model, "logits_to_keep"):

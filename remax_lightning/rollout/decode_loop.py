@@ -164,7 +164,7 @@ class DecodeLoop:
                 self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length or not self._rows_are_left(step):
                 break
-            self._decode_step(step)
+            self.decode_step(step, self.tokens)
         return output
 
     def _store_tokens(self, output: DecodeOutput, step: int) -> None:
@@ -205,15 +205,20 @@ class DecodeLoop:
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
 
-    def _decode_step(self, step: int) -> None:
-        """Feed the chosen tokens; their successors' logits replace `self.logits`."""
+    def decode_step(self, step: int, tokens: Tensor) -> None:
+        """Run the model on one token per row; the logits of the next ones, `[M, V]`, replace `self.logits`.
+
+        Args:
+            step: position of these tokens in the responses, from 0. Steps follow each other without a gap.
+            tokens: `[M]` the tokens that were chosen from `self.logits`.
+        """
         num_rows, slot = len(self.active), self.prompt_length + step
         length = bucketed_length(slot + 1)
         # Views are made once per shape: slicing every buffer costs time at each token.
         if self._views is None or self._views[:2] != (num_rows, length):
             self._views = num_rows, length, self._slice_buffers(num_rows, length)
-        tokens, positions, mask, *_ = inputs = self._views[2]
-        tokens[:, 0] = self.tokens
+        token_buffer, positions, mask, *_ = inputs = self._views[2]
+        token_buffer[:, 0] = tokens
         mask[:, slot] = 1
         if self.step_cache is None:
             self.logits = self._forward(length, *inputs)

@@ -185,10 +185,13 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_leave_the_batch_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     eos = likely_token(model)
-    advance = decode_loop.DecodeLoop._decode_step
-    monkeypatch.setattr(
-        decode_loop.DecodeLoop, "_decode_step", lambda self, step: sizes.append(len(self.active)) or advance(self, step)
-    )
+    advance = decode_loop.DecodeLoop.decode_step
+
+    def decode_step(self: decode_loop.DecodeLoop, step: int, tokens: torch.Tensor) -> None:
+        sizes.append(len(self.active))
+        advance(self, step, tokens)
+
+    monkeypatch.setattr(decode_loop.DecodeLoop, "decode_step", decode_step)
     run(PairedEngine, model, [3, 7, 5, 4], max_response_length=200, eos=eos, num_samples=4)
     assert sizes == sorted(sizes, reverse=True)
     assert set(sizes) <= {20, 10, 5, 3, 2, 1}

@@ -10,11 +10,12 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from remax_lightning.models.log_probs import response_statistics
+from remax_lightning.errors import UserError
+from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.tools.plan.activation_memory import StepPasses, StepShape
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
-from remax_lightning.types import PromptBatch, Responses
+from remax_lightning.types import PromptBatch, Responses, Rollout
 
 PROMPTS, PROMPT, RESPONSE = 8, 12, 20
 SAMPLING = SamplingConfig(max_response_length=RESPONSE, min_response_length=RESPONSE)
@@ -74,3 +75,52 @@ def test_a_pass_without_gradients(family: str) -> None:
     with torch.no_grad(), LiveBytes([model]) as live:
         response_statistics(model, prompt, responses)
     assert expected == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_policy_is_truncated_and_the_reference_is_not() -> None:
+    """Also where both are one model, as under LoRA; top-p sorts, so a truncated pass takes more."""
+    sampling = SamplingConfig(max_response_length=RESPONSE, top_p=0.9, processed_log_probs=True)
+    model, (prompt, responses) = tiny_model("llama", vocab_size=4096).eval(), rows()
+    rollout = Rollout(prompt, responses, None, torch.zeros(PROMPTS), None, {}, None, None)
+    plan = StepPasses(model, StepShape(PROMPTS, sampling, PROMPT, 8, 8, 8), nullcontext, whole_logits=False)
+    with torch.no_grad(), LiveBytes([model]) as live:
+        policy_statistics(model, rollout, sampling)
+        truncated = live.peak
+    with torch.no_grad(), LiveBytes([model]) as live:
+        with_reference(rollout, model, sampling)
+        whole = live.peak
+    assert truncated > 1.5 * whole
+    assert plan.policy_scoring() == pytest.approx(truncated, rel=0.1)
+    assert plan.reference_scoring(model) == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_makes_all_logits_itself(family: str) -> None:
+    model, (prompt, responses) = tiny_model(family, vocab_size=4096).train(), rows()
+    shape = StepShape(PROMPTS, SAMPLING, PROMPT, 8, 8, 8)
+    expected = StepPasses(model, shape, nullcontext, whole_logits=True).training()
+    model.zero_grad(set_to_none=True)
+    model.register_forward_hook(lambda *_: None)  # hooks of the head must run, so it is not read apart
+    with LiveBytes([model]) as live:
+        statistics = response_statistics(model, prompt, responses)
+    assert expected.forward == pytest.approx(live.peak, rel=0.1)
+    assert expected.activations < expected.forward - statistics.log_probs.numel() * 4096 * 4
+
+
+def test_a_rollout_of_one_token_has_no_decoding_step() -> None:
+    model, (prompt, _) = tiny_model().eval(), rows()
+    sampling = SamplingConfig(max_response_length=1)
+    expected = StepPasses(model, StepShape(PROMPTS, sampling, PROMPT, 8, 8, 8), nullcontext, whole_logits=False)
+    request = GenerationRequest(prompt.prompt_ids, prompt.prompt_mask, sampling, [2], 0, torch.Generator())
+    with LiveBytes([model]) as live:
+        PairedEngine(cuda_graphs=False).generate(model, request)
+    count = expected.rollout(greedy=True)
+    assert count.cache + count.working == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_model_without_keys_and_values_is_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4))
+    with pytest.raises(UserError, match=r"PairedEngine only, which cannot decode with a MambaForCausalLM"):
+        passes(model).rollout(greedy=True)

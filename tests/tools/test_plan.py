@@ -63,9 +63,7 @@ def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_
     model = ModelConfig(policy).load("model.policy")
     parts = planned(tmp_path, policy, trainer__precision="bf16-mixed")["phases"]["rollout"]
     assert parts["KV cache"] == 2 * 2 * 32 * 2 * 8 * 32
-    assert parts["packed weights"] == 2 * sum(
-        each.weight.numel() for each in model.modules() if type(each) is nn.Linear
-    )
+    assert parts["16-bit copy"] == 2 * sum(each.weight.numel() for each in model.modules() if type(each) is nn.Linear)
 
 
 def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:

@@ -1,25 +1,27 @@
 """What the passes of a step hold beside weights and stored gradients, found by running them on shapes alone.
 
-The model's own code runs, so no family needs a formula of its own.
+The code of a real step runs, the decoding loop, the pass that computes log-probs and the model's own, so neither a
+family nor a change to a pass needs a formula here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
-from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
-from remax_lightning.models.lm_head import SOFT_CAPS, hidden_states
-from remax_lightning.models.sampling_mask import NO_TOKENS, make_sampling_mask
-from remax_lightning.rollout import SamplingConfig
+from remax_lightning.functional import OutputHead, PolicyStatistics
+from remax_lightning.models.forward import accepts_argument, language_model, prompt_index_per_row
+from remax_lightning.models.lm_head import SOFT_CAPS
+from remax_lightning.models.log_probs import ForwardBatch, row_statistics
+from remax_lightning.rollout import GenerationRequest, SamplingConfig
+from remax_lightning.rollout.decode_loop import DecodeBuffers, DecodeLoop
 from remax_lightning.rollout.sampling import next_tokens
-from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
+from remax_lightning.sharding import unwrap_peft
 from remax_lightning.tools.plan.memory_tracker import LiveBytes
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 
@@ -83,50 +85,38 @@ class StepPasses:
         Raises:
             UserError: if the policy needs another engine.
         """
-        from transformers import DynamicCache
-
-        model, sampling = language_model(self.policy), self.work.sampling
+        model, sampling = language_model(self.policy).eval(), self.work.sampling
         if getattr(model, "_is_stateful", False) or not accepts_argument(model, "past_key_values"):
             raise _unsupported_engine_error(model)
-        model.eval()
-        ids, mask = _dummy_rows(self.work.prompts, self.work.prompt_length)
-        rows = prompt_index_per_row(ids, sampling.num_samples, greedy)
+        ids, mask = _dummy_rows(self.work.prompts, self.work.prompt_length)  # [B, P]
+        rows = prompt_index_per_row(ids, sampling.num_samples, greedy)  # [N]
+        request = GenerationRequest(ids, mask, sampling, [], 0, torch.Generator(), greedy)
         with self.autocast(), LiveBytes([model]) as live:
-            cache = DynamicCache(config=model.config)
-            inputs = model_inputs(model, ids, mask)
-            if accepts_argument(model, "logits_to_keep"):
-                inputs["logits_to_keep"] = 1
-            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1][rows]
-            layout = layout_of(cache)
-            if layout is None:
-                raise _unsupported_engine_error(model)
-            length = bucketed_length(self.work.length)
-            slots = make_slots(cache, len(rows), length)
-            fill_slots(slots, cache, rows, self.work.prompt_length)
-            del cache
-            token, position = torch.zeros(len(rows), 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-            step = {"input_ids": token, "attention_mask": torch.ones(len(rows), length, dtype=torch.long)}
-            if accepts_argument(model, "position_ids"):
-                step["position_ids"] = token
-            filled = cache_of_slots(layout, slots, position, length)
-            logits = model(**step, past_key_values=filled, use_cache=True).logits[:, -1]
-            next_tokens(logits, self.work.prompts * sampling.num_samples, sampling, torch.Generator())
-        states = sum(slot.nbytes for slot in slots)
+            # No CUDA graphs, which take no tensors without memory, and no cast weights, which the plan lists apart.
+            try:
+                loop = DecodeLoop(model, request, rows, None, DecodeBuffers.create)
+            except UserError as error:
+                raise _unsupported_engine_error(model) from error
+            tokens = next_tokens(loop.logits, request.num_sampled, sampling, request.generator)  # [N]
+            # The last step attends to the most slots; a response of one token needs none.
+            if sampling.max_response_length > 1:
+                loop.decode_step(sampling.max_response_length - 2, tokens)
+                next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
+        states = sum(slots.nbytes for slots in loop.buffers.states)
         return RolloutBytes(states, live.peak - states)
 
     @torch.no_grad()
     def policy_scoring(self) -> int:
         """Count a pass of the policy without gradients."""
         with LiveBytes([self.policy]) as live, self.autocast():
-            self._log_probs(self.policy.train(), self.work.scoring_rows, live, self.whole_logits)
+            self._run(self.policy.train(), self._head(self.policy), self.work.scoring_rows)
         return live.peak
 
     @torch.no_grad()
     def reference_scoring(self, reference: PreTrainedModel) -> int:
         """Count a pass of the reference, which may be the policy itself."""
-        whole_logits = self.whole_logits and reference is self.policy
         with LiveBytes([reference]) as live, self.autocast():
-            self._log_probs(reference.eval(), self.work.reference_rows, live, whole_logits)
+            self._run(reference.eval(), self._head(reference), self.work.reference_rows, truncate=False)
         return live.peak
 
     @torch.no_grad()
@@ -140,7 +130,7 @@ class StepPasses:
 
     def hidden_state_bytes(self, reference: PreTrainedModel, rows: int) -> int:
         """Count the reference's hidden states of `rows` responses, which a KL over the vocabulary needs."""
-        weight = self._required_head(reference).weight
+        weight = self._required_head(reference).weight  # [V, D']
         return rows * self.work.sampling.max_response_length * weight.shape[1] * weight.itemsize
 
     def training(self, reference: PreTrainedModel | None = None) -> TrainingBytes:
@@ -160,54 +150,69 @@ class StepPasses:
             weight.register_post_accumulate_grad_hook(store) for weight in policy.parameters() if weight.requires_grad
         ]
         with LiveBytes([policy] if reference is None else [policy, reference]) as live:
-            with self.autocast():
-                log_probs, body = self._log_probs(policy, self.work.training_rows, live, self.whole_logits, reference)
+            with self.autocast(), _live_after_body(policy, self._head(policy), live) as body:
+                statistics = self._run(policy, self._head(policy), self.work.training_rows, reference)
+                loss = statistics.log_probs if statistics.kl is None else statistics.log_probs + statistics.kl  # [K]
+            del statistics
             forward = live.peak
             live.reset()
-            log_probs.sum().backward()
+            loss.sum().backward()
             moments.append(BackwardPeak(live.peak, stored))
         for hook in hooks:
             hook.remove()
-        return TrainingBytes(body, forward, tuple(moments))
+        return TrainingBytes(body[0], forward, tuple(moments))
 
-    def _log_probs(
+    def _run(
         self,
         model: PreTrainedModel,
-        rows: int,
-        live: LiveBytes,
-        whole_logits: bool,
+        head: OutputHead | None,
+        num_rows: int,
         reference: PreTrainedModel | None = None,
-    ) -> tuple[Tensor, int]:
-        """Return log-probs, as `policy_statistics` makes them, and what is alive when the body is through."""
-        ids, mask = _dummy_rows(rows, self.work.length)
-        responses, token_mask = ids[:, self.work.prompt_length :], None
-        if model is self.policy:
-            token_mask = make_sampling_mask(self.work.sampling, NO_TOKENS, responses.flatten())
-        predicting = slice(-responses.shape[1] - 1, -1)
-        head = None if whole_logits else output_head(model)
-        if head is None:
-            inputs = model_inputs(model, ids, mask)
-            if accepts_argument(model, "logits_to_keep"):
-                inputs["logits_to_keep"] = responses.shape[1] + 1
-            logits = model(**inputs, use_cache=False).logits
-            body = live.live - logits.nbytes
-            return token_statistics(logits[:, predicting], responses, sampling_mask=token_mask).log_probs, body
-        hidden = hidden_states(model, ids, mask)[:, predicting].flatten(0, 1)
-        body, compared = live.live, None
+        *,
+        truncate: bool = True,
+    ) -> PolicyStatistics:
+        """Run the pass of a step over `num_rows` responses of full length, with all their tokens counted."""
+        length = self.work.sampling.max_response_length
+        ids, mask = _dummy_rows(num_rows, self.work.length)  # [M, T]
+        counted = torch.arange(num_rows).repeat_interleave(length), torch.arange(length).repeat(num_rows)  # [K]
+        rows = ForwardBatch(ids, mask, ids[:, -length:], counted, mask[:, -length:])
+        compared = None
         if reference is not None:
             other = self._required_head(reference)
-            compared = torch.empty(len(hidden), other.weight.shape[1], dtype=other.weight.dtype), other
-        statistics = hidden_statistics(hidden, head, responses.flatten(), reference=compared, sampling_mask=token_mask)
-        return statistics.log_probs if statistics.kl is None else statistics.log_probs + statistics.kl, body
+            compared = torch.empty(len(counted[0]), other.weight.shape[1], dtype=other.weight.dtype), other  # [K, D']
+        return row_statistics(
+            model, rows, head, sampling=self.work.sampling, reference=compared, truncate=truncate
+        ).statistics
+
+    def _head(self, model: PreTrainedModel) -> OutputHead | None:
+        """Return the head that the pass of a model can read; None where the model makes all logits at once."""
+        return None if self.whole_logits and model is self.policy else output_head(model)
 
     def _required_head(self, reference: PreTrainedModel) -> OutputHead:
         head = output_head(reference)
-        if head is None or self.whole_logits or output_head(self.policy) is None:
+        if head is None or self._head(self.policy) is None:
             raise UserError(
                 "model.kl.estimator (or loss_estimator) full needs output heads that can be read: not under a strategy"
                 " that spreads the policy over the devices, and only linear ones; choose k1, k2 or k3"
             )
         return head
+
+
+@contextmanager
+def _live_after_body(model: PreTrainedModel, head: OutputHead | None, live: LiveBytes) -> Iterator[list[int]]:
+    """Fill a list, inside, with the bytes that are alive when the body of the model is through, before any logits."""
+    moments: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        moments.append(live.live - (output.logits.nbytes if head is None else 0))
+
+    # Without a head the model itself runs to its logits; a PEFT wrapper calls it without its hooks.
+    module = cast(nn.Module, model if head is None else unwrap_peft(model).base_model)
+    hook = module.register_forward_hook(note)
+    try:
+        yield moments
+    finally:
+        hook.remove()
 
 
 def update_bytes(

@@ -181,9 +181,9 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
         [_parameter_bytes(layer) for layer in decoder_layers(cast(nn.Module, core))],
     )
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
-    packed = 0
-    if run.is_mixed and not run.strategy.shards_policy:  # float32 weights cast to 16 bits, on every device
-        packed = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
+    cast_copy = 0
+    if run.is_mixed and not run.strategy.shards_policy:  # every device casts its float32 weights once per rollout
+        cast_copy = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
     if run.module.policy_source.quantization is not None:
         head = core.get_output_embeddings()
         cut = [weight for weight in linears if head is None or weight is not head.weight]
@@ -195,7 +195,7 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
         largest=max(parameter.nbytes for parameter in parameters),
         layer=max(layers, default=0),
         outside=_parameter_bytes(policy) - sum(layers),
-        packed=packed,
+        cast_copy=cast_copy,
     )
 
 

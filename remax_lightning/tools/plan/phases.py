@@ -15,7 +15,7 @@ PHASES = ("rollout", "scoring", "training", "update")
 
 PARTS = (
     *("policy weights", "gradients", "gradient buffers", "master weights", "optimizer", "value model"),
-    *("reference", "reward model", "frozen model at work", "gathered weights", "packed weights"),
+    *("reference", "reward model", "frozen model at work", "gathered weights", "16-bit copy"),
     *("KV cache", "reference hidden states", "activations", "logits and temporary"),
 )
 """All parts, in the order of the table."""
@@ -39,7 +39,7 @@ def phases(
     policy = make_strategy_memory(size, step, strategy)
     always = _resident_parts(policy, frozen, value)
     hidden = {"reference hidden states": step.hidden}
-    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "packed weights": size.packed}
+    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "16-bit copy": size.cast_copy}
     rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
     moments_by_phase: dict[str, list[Counter[str]]] = {
@@ -100,7 +100,7 @@ def _resident_parts(
     for model in frozen:
         parts[model.name] += _resident_frozen_bytes(model, policy.strategy)
     if step.keeps_cache:
-        parts.update({"KV cache": step.rollout.cache, "packed weights": policy.size.packed})
+        parts.update({"KV cache": step.rollout.cache, "16-bit copy": policy.size.cast_copy})
     if value is not None:
         other = make_strategy_memory(value, step.scaled(value.trainable / policy.size.trainable), policy.strategy)
         # Its gradients too, because both models are trained at the same time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,6 +22,7 @@ from remax_lightning.training.config_checks import check_quantization
 from remax_lightning.training.objective import UpdatePlan
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+Device: TypeAlias = Literal["cpu", "gpu"]
 OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -64,7 +65,7 @@ class PlannedRun(NamedTuple):
     scores_policy: bool
     strategy: Strategy
     precision: str
-    device: Literal["cpu", "gpu"]
+    device: Device
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,7 +118,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     trainer, module, data = cli.config_init["fit"]["trainer"], cli.model, cli.datamodule
     if not isinstance(module, ReMaxModule):
         raise UserError(f"model: remax plan is for ReMaxModule, got {type(module).__name__}")
-    device: Literal["cpu", "gpu"] = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
+    device: Device = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
     devices, note = _devices(trainer["devices"], device)
     strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
     check_quantization(module.policy_source, trainer["strategy"])

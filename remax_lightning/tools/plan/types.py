@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from remax_lightning.models.frozen import Placement
+from remax_lightning.strategies.gather_mode import Gather
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -36,7 +39,7 @@ class Strategy:
     max_live: int = 1_000_000_000
     prefetch: int = 50_000_000
     bucket_views: bool = False
-    gather: Literal["auto", "once", "layerwise"] = "auto"
+    gather: Gather = "auto"
     touched: bool = False
 
     @property
@@ -59,7 +62,7 @@ class ModelSize(NamedTuple):
         largest: bytes of the largest tensor.
         layer: bytes of the largest layer.
         outside: bytes of the weights outside the layers.
-        packed: bytes of the 16-bit copy of the weights that rollouts use in mixed precision.
+        cast_copy: bytes of the 16-bit copy of the linear layers' weights that rollouts read in mixed precision.
     """
 
     weights: int
@@ -68,7 +71,7 @@ class ModelSize(NamedTuple):
     largest: int
     layer: int
     outside: int
-    packed: int = 0
+    cast_copy: int = 0
 
 
 class FrozenSize(NamedTuple):
@@ -89,7 +92,7 @@ class FrozenSize(NamedTuple):
     working: int
     layers: int = 0
     layer: int = 0
-    placement: Literal["replicate", "shard", "cpu"] = "replicate"
+    placement: Placement = "replicate"
     stays: int = 0
 
 
