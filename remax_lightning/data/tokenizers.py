@@ -115,6 +115,7 @@ def response_texts(
 
     A response that is decoded alone loses what its tokenizer strips at the start of a text. SentencePiece (Llama 2,
     Mistral) strips a space, so that " 4" would read "4" and the first line of a piece of code would lose its indent.
+    Behind a special token it puts a space in front of a text, which is none of the response's and left out.
 
     Args:
         tokenizer: the policy's.
@@ -128,12 +129,22 @@ def response_texts(
     shown = [[token for token in ids if token not in hidden] for ids in responses]
     contexts = _decode(tokenizer, prompts)
     wholes = _decode(tokenizer, [[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
+    puts_space = {token: _puts_space_behind(tokenizer, token) for token in {ids[-1] for ids in prompts if len(ids)}}
     texts = []
     for i, (whole, ids) in enumerate(zip(wholes, shown, strict=True)):
-        context = contexts[i // per_prompt]
+        context, prompt = contexts[i // per_prompt], prompts[i // per_prompt]
         # A decoder that rewrites the end of the prompt leaves no boundary: the response is then read alone.
-        texts.append(whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, [ids])[0])
+        text = whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, [ids])[0]
+        texts.append(text.removeprefix(" ") if len(prompt) and puts_space[prompt[-1]] else text)
     return texts
+
+
+def _puts_space_behind(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    """Whether a text right behind a special token gets a space that it has not, as encoding and decoding show."""
+    token = getattr(tokenizer, "added_tokens_decoder", {}).get(token_id)
+    if token is None:
+        return False
+    return _decode(tokenizer, _encode(tokenizer, [f"{token.content}a"])) == [f"{token.content} a"]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:

@@ -67,9 +67,16 @@ def test_special_tokens_are_context_but_no_text_unless_asked_for() -> None:
     }
     assert read[True].replace(" ", "") == "2+2is44"
     assert read[False].replace(" ", "") == "<think>2+2is4</think>4"
-    # Nothing but a special token stands in front: the space is the response's own.
-    space = tokenizer.convert_tokens_to_ids(["▁4"])
-    assert response_texts(tokenizer, [[tokenizer.convert_tokens_to_ids("[/INST]")]], [space]) == [" 4"]
+
+
+@pytest.mark.parametrize("text", ["4", " 4", "    a", "x", "\n4", ""])
+@pytest.mark.parametrize("start", ["", "hi"])
+def test_a_response_right_behind_a_special_token_reads_as_it_was_written(start: str, text: str) -> None:
+    """There SentencePiece puts a space in front of it, as at the beginning of a text: the response has none."""
+    tokenizer = sentencepiece(additional_special_tokens=["[/INST]"])
+    prompt, whole = (encode_text(tokenizer, [f"{start}[/INST]{end}"])[0] for end in ("", text))
+    assert whole[: len(prompt)] == prompt
+    assert response_texts(tokenizer, [prompt], [whole[len(prompt) :]]) == [text]
 
 
 def test_ends_are_no_text_and_an_ordinary_token_that_ends_a_response_is() -> None:

@@ -42,7 +42,8 @@ def published_tokenizer(name: str) -> Any:
         tokenizer.chat_template = (part("templates") / f"{published.template}.jinja").read_text(encoding="utf-8")
     tokens = [token for token in published.tokens if token not in tokenizer.get_vocab()]
     if tokens:
-        tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+        added = [AddedToken(token, special=True, rstrip=published.rstrip) for token in tokens]
+        tokenizer.add_tokens(added, special_tokens=True)
     if published.eos:
         tokenizer.eos_token = published.eos
     if tokenizer.pad_token is None:

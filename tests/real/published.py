@@ -16,6 +16,7 @@ class Published(NamedTuple):
         eos: end-of-sequence token of the template's model; empty for the tokenizer's.
         call_end: the token that ends a turn with calls of tools; empty for `turn_end`.
         after: what the template writes behind the end of a turn, besides white space.
+        rstrip: whether `tokens` take the white space behind them, which is then no token.
     """
 
     tokenizer: str
@@ -25,6 +26,7 @@ class Published(NamedTuple):
     eos: str = ""
     call_end: str = ""
     after: str = ""
+    rstrip: bool = False
 
 
 LLAMA = "<|eot_id|>"
@@ -46,11 +48,11 @@ TEMPLATES = {
     # Those that llama.cpp has collected.
     "gpt_oss": Published("gpt_oss", "<|return|>", "openai-gpt-oss-120b", call_end="<|call|>"),
     "phi3_5": Published(
-        "llama2", "<|end|>", "microsoft-Phi-3.5-mini-instruct", PHI, "<|endoftext|>", after="<|endoftext|>"
+        "llama2", "<|end|>", "microsoft-Phi-3.5-mini-instruct", PHI, "<|endoftext|>", after="<|endoftext|>", rstrip=True
     ),
     "gemma2": Published("gemma3", "<end_of_turn>", "google-gemma-2-2b-it"),
     "granite3_3": Published(
-        "llama2", "<|end_of_text|>", "ibm-granite-granite-3.3-2B-Instruct", GRANITE, "<|end_of_text|>"
+        "qwen3", "<|end_of_text|>", "ibm-granite-granite-3.3-2B-Instruct", GRANITE, "<|end_of_text|>"
     ),
     "hermes3": Published(
         "llama3_1", CHATML, "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", ("<|im_start|>", CHATML), CHATML
@@ -120,6 +122,9 @@ DIALOGUES = {
         [user("Is it warm?"), assistant(None, tool_calls=[CALL]), TOOL_SAYS],
         assistant("It is mild."),
         [TOOL],
+    ),
+    "spaces": Dialogue(
+        [user("Repeat :  it is n't so .")], assistant("It is n't so , is it ?  No  , it 's not ! I 'm , you 're .")
     ),
     "other characters": Dialogue([user("Übersetze „日本語“ 🙂")], assistant("“Japanese” — naïve? 🎉")),
 }

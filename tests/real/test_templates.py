@@ -13,6 +13,8 @@ from real.conftest import published_tokenizer
 from real.published import DIALOGUES, TEMPLATES, Dialogue
 
 from remax_lightning.data import LoadingConfig, SFTDataModule
+from remax_lightning.data.chat_templates import special_tokens
+from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.errors import DataError, UserError
 
 THOUGHT = re.compile(r"</?think>")
@@ -106,3 +108,10 @@ def test_a_response_is_what_transformers_writes_behind_the_prompt(name: str, kin
         assert prompt_ids + response_ids == ids
     else:  # a token would reach over the end of the prompt, which a policy cannot write
         assert tokenizer.decode(prompt_ids + response_ids) == tokenizer.decode(ids)
+    # A reward is given the same text, without special tokens, where a policy writes these tokens.
+    hidden = hidden_ids(tokenizer, [response_ids[-1]], skip_special_tokens=True)
+    (read,) = response_texts(tokenizer, [prompt_ids], [response_ids], hidden)
+    specials = "|".join(map(re.escape, special_tokens(tokenizer)))
+    written = re.sub(specials, "", text.removeprefix(prompt))
+    # A token that takes the white space behind it takes that of the response, too.
+    assert read == (written.lstrip() if published.rstrip else written)
