@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import math
 import re
 import traceback
 from collections.abc import Iterable, Iterator
@@ -72,6 +73,7 @@ MOVED_NAMES = {
 
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
+_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 
 
@@ -82,6 +84,17 @@ class RemaxParser(LightningArgumentParser):
         # With abbreviations --trainer.max_step would mean --trainer.max_steps, and a typo could mean another key.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse arguments and configuration files, and refuse numbers that are not finite."""
+        config = super().parse_args(*args, **kwargs)
+        lines = [
+            f'Parser key "{key}": must be a finite number, got {value}; null means "none" where a key may be unset'
+            for key, value in _nonfinite_numbers(config)
+        ]
+        if lines:
+            self.error("\n".join(lines))
+        return config
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with code 2."""
         if not self.exit_on_error:
@@ -91,6 +104,20 @@ class RemaxParser(LightningArgumentParser):
         known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
         tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
         self.exit(2, f"remax: error: {shorten_message(message, known)}\n{tip}")
+
+
+def _nonfinite_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the key, as a user writes it, and the value of every number of a configuration that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict | jsonargparse.Namespace):
+        for name, part in (value if isinstance(value, dict) else vars(value)).items():
+            # The subcommand is no part of a key, nor are the init_args of the module and the data.
+            inner = key if not key and name in _SUBCOMMANDS else f"{key}.{name}" if key else str(name)
+            yield from _nonfinite_numbers(part, key if key in ("model", "data") and name == "init_args" else inner)
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _nonfinite_numbers(part, f"{key}[{number}]")
 
 
 def shorten_message(message: str, known: Iterable[str] = ()) -> str:

@@ -112,6 +112,29 @@ def unsharded_groups(groups: Sequence[Any]) -> Iterator[None]:
 # What is inside
 
 
+def nonfinite_name(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or an infinity; None if there is none.
+
+    Of sharded tensors, this rank's shard counts. Whole numbers, in which 4-bit weights are stored, are finite.
+    """
+    names: list[str] = []
+    largest: dict[torch.device, list[Tensor]] = {}
+    for name, tensor in tensors:
+        shard = local_shard(tensor).detach()
+        if not shard.is_floating_point() or shard.numel() == 0:
+            continue
+        names.append(name)
+        # The largest magnitude is NaN or infinite exactly where an entry is, and computing it takes no memory.
+        norm = torch.linalg.vector_norm(shard, torch.inf)
+        largest.setdefault(norm.device, []).append(torch.stack([norm.float(), norm.new_tensor(len(names) - 1).float()]))
+    # ---- One copy to the host per device ----
+    bad: list[int] = []
+    for pairs in largest.values():
+        table = torch.stack(pairs).cpu()  # [tensors, 2]: magnitude, position in `names`
+        bad += [int(index) for index in table[~table[:, 0].isfinite(), 1].tolist()]
+    return names[min(bad)] if bad else None
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the outermost modules that must stay in one piece, as the model of transformers names them itself.
 

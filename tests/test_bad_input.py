@@ -135,6 +135,44 @@ def test_so_it_is_on_the_command_line(
     assert expected in misread(config, tmp_path, capsys, *arguments)
 
 
+NOT_FINITE = {
+    "the module": ({"model__kl_coef": float("nan")}, (), "model.kl_coef: must be a finite number, got nan"),
+    "a group": ({"model__kl": {"loss_coef": float("inf")}}, (), "model.kl.loss_coef: must be a finite number, got inf"),
+    "the optimizer": (
+        {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": float("inf")}}},
+        (),
+        "model.optimizer.init_args.lr: must be a finite number, got inf",
+    ),
+    "a list": (
+        {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, float("nan")]}}},
+        (),
+        "model.optimizer.init_args.betas[1]: must be a finite number, got nan",
+    ),
+    "a callback": ({"collapse__max_kl": float("-inf")}, (), "collapse.max_kl: must be a finite number, got -inf"),
+    "the trainer": ({"trainer__gradient_clip_val": float("nan")}, (), "trainer.gradient_clip_val: must be a finite"),
+    "free options": (
+        {"model__reward__init_args__arguments": {"scales": {"first": float("nan")}}},
+        (),
+        "model.reward.init_args.arguments.scales.first: must be a finite number, got nan",
+    ),
+    "the command line": ({}, ("--model.kl_coef", ".nan"), "model.kl_coef: must be a finite number, got nan"),
+    "more than a float holds": ({}, ("--model.kl_coef", "1e999"), "model.kl_coef: must be a finite number, got inf"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_numbers_are_finite(case: str, config: Config, tmp_path: Path, capsys: Any) -> None:
+    values, arguments, expected = NOT_FINITE[case]
+    assert expected in misread(changed(config, **values), tmp_path, capsys, *arguments)
+
+
+def test_all_numbers_that_are_not_finite_are_named(config: Config, tmp_path: Path, capsys: Any) -> None:
+    values = {"model__kl_coef": float("nan"), "kl_monitor__stop_kl": float("inf")}
+    said = misread(changed(config, **values), tmp_path, capsys)
+    assert "model.kl_coef: must be" in said
+    assert "kl_monitor.stop_kl: must be" in said
+
+
 GROUPS = {
     "sampling": SamplingConfig,
     "advantage": AdvantageConfig,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from remax_lightning.callbacks.step_output import is_dry_run
-from remax_lightning.distributed import barrier, broadcast
+from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
-from remax_lightning.models.hf_export import policy_weights, save_exported, save_policy
+from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
 from remax_lightning.run_folder import run_folder
+from remax_lightning.strategies import nonfinite_in_model
 
 
 class ExportPolicy(Callback):
@@ -94,9 +97,8 @@ class ExportPolicy(Callback):
         self._metric_appeared = True
         # Rank 0 decides for all ranks: saving is a collective, and metrics may differ in their last digit.
         score = broadcast(trainer.strategy, float(metric))
-        if self._is_better(score):
+        if self._is_better(score) and self._export(trainer, pl_module, self._directory / "best"):
             self.best_score, self.best_path = score, self._resolved_path("best")
-            self._export(trainer, pl_module, self._directory / "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the policy, and warn if there was no best one."""
@@ -129,23 +131,37 @@ class ExportPolicy(Callback):
             return not math.isnan(score)
         return score > self.best_score if self.mode == "max" else score < self.best_score
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
+    def _export(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> bool:
+        """Write the policy, unless a weight is not finite; return whether it was written. A collective."""
         module = cast("Any", pl_module)
         exported = module.exported() if hasattr(module, "exported") else None
         model = exported.model if exported is not None else getattr(module, "policy", None)
         if model is None or not hasattr(module, "tokenizer"):
-            return
+            return True  # this module has nothing to export
+        damaged = nonfinite_in_model(trainer, model)
         # ---- Gather on all ranks, write on rank 0, and let the others wait ----
         merge = self.merge_lora
         weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # a collective
-        if trainer.is_global_zero and exported is not None:
-            write_folder_atomically(target, lambda folder: save_exported(exported, module.tokenizer, weights, folder))
-        elif trainer.is_global_zero:
-            write_folder_atomically(
-                target, lambda folder: save_policy(model, module.tokenizer, weights, folder, merge_lora=merge)
+        if trainer.is_global_zero and damaged is None:
+            try:
+                write_folder_atomically(target, partial(self._write, module, exported, model, weights))
+            except NotFiniteError as error:
+                damaged = str(error)
+        damaged = broadcast(trainer.strategy, damaged)  # the other ranks wait here
+        if damaged is None:
+            rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
+        else:
+            rank_zero_warn(
+                f"Optimizer step {trainer.global_step}: the model is not exported to {target}, because {damaged} is not"
+                " finite; what is there stays."
             )
-        rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
-        barrier(trainer.strategy, "export_policy")
+        return damaged is None
+
+    def _write(self, module: Any, exported: Any, model: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
+        if exported is not None:
+            save_exported(exported, module.tokenizer, weights, folder)
+        else:
+            save_policy(model, module.tokenizer, weights, folder, merge_lora=self.merge_lora)
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:

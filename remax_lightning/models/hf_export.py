@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from remax_lightning.sharding import gathered, is_peft_wrapper, is_zero3_sharded, unwrap_peft
+from remax_lightning.errors import UserError
+from remax_lightning.sharding import gathered, is_peft_wrapper, is_zero3_sharded, nonfinite_name, unwrap_peft
 from remax_lightning.types import ExportSpec
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def deduplicate_tied(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict
     }
 
 
+class NotFiniteError(UserError):
+    """Weights that were to be written are not finite; what is on the disk stays."""
+
+
 def save_policy(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,9 +107,15 @@ def save_exported(
         tokenizer: its tokenizer.
         weights: full weights on the CPU; None takes those of the model.
         folder: an existing folder.
+
+    Raises:
+        NotFiniteError: if the change has made a trained weight infinite or NaN.
     """
     shell = _shallow_copy(exported.model)
     changed, config = exported.change(exported.model.state_dict() if weights is None else weights)
+    trained = [name for name, parameter in exported.model.named_parameters() if parameter.requires_grad]
+    if name := nonfinite_name((name, changed[name]) for name in trained if name in changed):
+        raise NotFiniteError(name)
     for name, value in {**exported.config, **config}.items():
         if value is not None:
             setattr(shell.config, name, value)

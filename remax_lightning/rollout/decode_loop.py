@@ -14,7 +14,7 @@ from remax_lightning.models.forward import accepts_argument, model_inputs
 from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import StepCache
-from remax_lightning.rollout.sampling import next_tokens
+from remax_lightning.rollout.sampling import bad_rows, check_logits, next_tokens
 from remax_lightning.rollout.static_cache import (
     bucketed_length,
     cache_of_slots,
@@ -139,7 +139,12 @@ class DecodeLoop:
         buffers.slot.fill_(self.prompt_length)
 
     def run(self) -> DecodeOutput:
-        """Decode until every row has ended or reached the maximum length."""
+        """Decode until every row has ended or reached the maximum length.
+
+        Raises:
+            UserError: if logits are not finite. On a CPU every token is checked; on CUDA those before a check for
+                finished rows and the last one: what is not finite stays in the cache of its row.
+        """
         request, sampling, device = self.request, self.request.sampling, self.active.device
         shape = len(self.active), sampling.max_response_length
         ids = torch.full(shape, request.pad_id, dtype=torch.long, device=device)  # [N, R]
@@ -162,7 +167,10 @@ class DecodeLoop:
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
             if request.stop_check is not None and may_end:
                 self._apply_stop_check(request.stop_check, output, step)
-            if step + 1 == sampling.max_response_length or not self._rows_are_left(step):
+            if step + 1 == sampling.max_response_length:
+                check_logits(self.logits)
+                break
+            if not self._rows_are_left(step):
                 break
             self.decode_step(step, self.tokens)
         return output
@@ -184,9 +192,15 @@ class DecodeLoop:
 
     def _rows_are_left(self, step: int) -> bool:
         """Return whether any row is unfinished; shrink the batch once the unfinished rows fit into half of it."""
-        if self.active.device.type == "cuda" and (step + 1) % EOS_CHECK_INTERVAL:
+        on_cuda = self.active.device.type == "cuda"
+        if on_cuda and (step + 1) % EOS_CHECK_INTERVAL:
             return True
-        left, size = int((~self.ended).sum()), len(self.ended)
+        unfinished_rows = (~self.ended).sum()
+        if on_cuda:  # both in one number, so that the host waits once; on a CPU each token has been checked
+            unfinished_rows = torch.where(bad_rows(self.logits) > 0, -1, unfinished_rows)
+        left, size = int(unfinished_rows), len(self.ended)
+        if left < 0:
+            check_logits(self.logits)
         # Halving keeps the number of shapes small, and copying keys and values pays off.
         while left and size > 1 and left <= (size + 1) // 2:
             size = (size + 1) // 2

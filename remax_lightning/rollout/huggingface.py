@@ -11,7 +11,7 @@ from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import language_model, prompt_index_per_row
 from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
-from remax_lightning.rollout.sampling import next_tokens
+from remax_lightning.rollout.sampling import check_logits, next_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +83,8 @@ class _Choose:
         may_end = input_ids.shape[1] - request.prompt_ids.shape[1] >= sampling.min_response_length
         if len(self.suppressed[may_end]):
             scores = scores.index_fill(1, self.suppressed[may_end], -torch.inf)
+        if scores.device.type != "cpu":  # where `next_tokens` checks; `generate` waits at each token anyway
+            check_logits(scores)
         tokens = next_tokens(scores, request.num_sampled, sampling, request.generator)  # [N]
         if request.return_log_probs:
             sampled = slice(0, request.num_sampled)

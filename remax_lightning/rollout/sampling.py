@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
+from remax_lightning.errors import UserError
 from remax_lightning.models.sampling_mask import apply_temperature, apply_top_k_top_p
 
 
@@ -20,8 +21,15 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
 
     Returns:
         `[M]` token ids.
+
+    Raises:
+        UserError: on a CPU, if a row of the logits is no distribution. Elsewhere the host would have to wait for the
+            device at every token, and engines call `check_logits` now and then.
     """
-    greedy = logits[num_sampled:].max(-1).indices  # the first of equal ones, like argmax, in a third of its time
+    # The first of equal ones, like argmax, in a third of its time.
+    highest, greedy = logits[num_sampled:].max(-1)
+    if logits.device.type == "cpu":
+        _raise_if_any(int((~highest.isfinite()).sum()), len(highest))
     if num_sampled == 0:
         return greedy
     scaled = apply_temperature(logits[:num_sampled], sampling.temperature)
@@ -59,12 +67,37 @@ def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
     blocks = torch.nn.functional.pad(probs, (0, -vocab_size % block_size)).view(num_rows, -1, block_size)  # [M, K, V/K]
     cumulative = blocks.sum(-1).cumsum(-1)  # [M, K]
     uniform = torch.rand(num_rows, 1, generator=generator, dtype=cumulative.dtype)
+    _raise_if_any(int((~cumulative[:, -1].isfinite()).sum()), num_rows)
     point = uniform * cumulative[:, -1:]  # [M, 1]
     block = _search(cumulative, point)
     # Step 2: pick a token within the block, by what is left of the point.
     before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
     within = blocks.gather(1, block[:, :, None].expand(-1, -1, block_size)).squeeze(1).cumsum(-1)  # [M, V/K]
     return (block * block_size + _search(within, (point - before).clamp_min(0.0))).squeeze(-1)
+
+
+def bad_rows(logits: Tensor) -> Tensor:
+    """Return how many rows of `[M, V]` logits hold NaN or plus infinity, or nothing but minus infinity."""
+    return (~logits.amax(-1).isfinite()).sum()  # the maximum of a row with a NaN is NaN
+
+
+def check_logits(logits: Tensor) -> None:
+    """Check that every row of `[M, V]` logits is a distribution; the host waits for the device.
+
+    Raises:
+        UserError: if one is not. A token drawn from NaN would be the first of the vocabulary, without a word.
+    """
+    _raise_if_any(int(bad_rows(logits)), len(logits))
+
+
+def _raise_if_any(count: int, num_rows: int) -> None:
+    if count:
+        raise UserError(
+            f"model.policy: the logits of {count} of {num_rows} responses are not finite, so that no token can be"
+            " drawn: its weights are damaged, or its activations overflow. Use another model or an earlier checkpoint;"
+            " in training lower model.optimizer.init_args.lr or set trainer.gradient_clip_val, and with float16 set"
+            " trainer.precision: bf16-mixed"
+        )
 
 
 def _search(cumulative: Tensor, point: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from remax_lightning.strategies.atomic_checkpoint import (
     remove_stale,
 )
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
-from remax_lightning.strategies.finite import keep_finite_checkpoints, nonfinite_in_model, nonfinite_name
+from remax_lightning.strategies.finite import keep_finite_checkpoints, nonfinite_in_model, nonfinite_state
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
 from remax_lightning.strategies.gather import forward_is_collective, full_parameters, rollout_parameters
 from remax_lightning.strategies.grad_norm import global_grad_norm
@@ -23,7 +23,7 @@ __all__ = [
     "keep_finite_checkpoints",
     "latest_checkpoint",
     "nonfinite_in_model",
-    "nonfinite_name",
+    "nonfinite_state",
     "recover_interrupted",
     "remove_stale",
     "rollout_parameters",

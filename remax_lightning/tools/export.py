@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST, read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
 from remax_lightning.models.lora_checkpoint import adapter_dtype, contains_adapter, load_adapter
+from remax_lightning.sharding import nonfinite_name
 
 POLICY = "policy."
 """Prefix of the names of the policy's weights in a checkpoint."""
@@ -84,6 +85,8 @@ def main(args: Sequence[str]) -> None:
         key="model.tokenizer",
     )
     # ---- Write: the adapter alone, or the full model with an adapter merged ----
+    if contains_adapter(weights):
+        _check_finite(weights.items(), options.checkpoint)
     if options.adapter:
         adapter = _adapter_model(weights, run)
 
@@ -93,6 +96,8 @@ def main(args: Sequence[str]) -> None:
 
     else:
         model, whole = _merged_model(weights, run) if contains_adapter(weights) else _full_model(weights, run)
+        if whole is not None:
+            _check_finite(((name, whole[name]) for name, _ in model.named_parameters()), options.checkpoint)
 
         def write(folder: Path) -> None:
             save_policy(model, tokenizer, whole, folder, max_shard_size=options.max_shard_size)
@@ -182,6 +187,11 @@ def _section(config: Any, name: str) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else value
 
 
+def _check_finite(weights: Iterable[tuple[str, Tensor]], checkpoint: Path) -> None:
+    if name := nonfinite_name(weights):
+        raise UserError(f"checkpoint: {name} in {str(checkpoint)!r} is not finite; export an earlier checkpoint")
+
+
 def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Tensor]]:
     """Return the model on the meta device, and its full weights from the checkpoint."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
@@ -195,7 +205,11 @@ def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Te
         ([name for name in weights if name not in parameters], "has, unlike model.policy.path,"),
         ([name for name in shared if shared[name].shape != parameters[name].shape], "has in another shape"),
         (
-            [name for name in shared if not torch.equal(shared[name], weights[name])],
+            [
+                name
+                for name in shared
+                if shared[name] is not weights[name] and not torch.equal(shared[name], weights[name])
+            ],
             "has untied, contrary to the configuration of the model,",
         ),
     ):

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.distributed import max_over_ranks
 from remax_lightning.errors import SignalExit
+from remax_lightning.strategies import nonfinite_state
 
 END, REQUEUE = 1, 2
 EXIT_CODE = 128 + signal.SIGTERM
@@ -173,6 +174,12 @@ def _save(trainer: Trainer) -> None:
         )
         return
     if not any(callback._last_global_step_saved == trainer.global_step for callback in resumable):
+        if nonfinite_state(trainer) is not None:
+            rank_zero_warn(
+                "Received SIGTERM: weights or optimizer state are not finite, and no checkpoint is saved; --ckpt_path"
+                " last resumes from an earlier one."
+            )
+            return
         trainer.save_checkpoint(Path(cast(str, resumable[0].dirpath)) / "last.ckpt")
     rank_zero_info(
         f"Received SIGTERM: saved a checkpoint after optimizer step {trainer.global_step}; --ckpt_path last resumes."

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import nonfinite_in_model, nonfinite_name
+from remax_lightning.sharding import nonfinite_name
+from remax_lightning.strategies import nonfinite_in_model
 from remax_lightning.training.optim import learning_rates
 
 

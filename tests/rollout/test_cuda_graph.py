@@ -11,9 +11,11 @@ from fake_cuda import FakeCuda, is_there
 from rollout.families import FAMILIES, Family, family_model
 from torch import nn
 
+from remax_lightning.errors import UserError
 from remax_lightning.rollout import (
     AutoEngine,
     GenerationRequest,
+    HuggingFaceEngine,
     PairedEngine,
     RolloutEngine,
     SamplingConfig,
@@ -145,8 +147,19 @@ def test_the_host_waits_at_looks_only(log_probs: bool, cuda_graphs: bool, fake_c
     request = GenerationRequest(prompts, mask, sampling, [95], PAD, chance, return_log_probs=log_probs)
     assert engine.generate(model, request).sampled_ids.shape == (4, 40)
     # The ids that end a response are copied there once. The prefill asks whether any prompt is padded; after 16 and 32
-    # tokens ended rows are counted.
-    assert fake_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2}
+    # tokens ended rows are counted, and at the end the logits are checked.
+    assert fake_cuda.reads == {"from the host": 1, "_local_scalar_dense": 1 + 2 + 1}
+
+
+@pytest.mark.parametrize("length", [4, 40])
+@pytest.mark.parametrize("engine", [PairedEngine, HuggingFaceEngine])
+def test_logits_that_are_not_finite_end_a_rollout(engine: Any, length: int, fake_cuda: FakeCuda) -> None:
+    model = tiny_model("llama").to("cuda")
+    assert roll_out(engine(), model, length=length)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(UserError, match=r"model\.policy: the logits of \d+ of \d+ responses are not finite"):
+        roll_out(engine(), model, length=length)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

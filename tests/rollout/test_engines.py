@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from remax_lightning.errors import UserError
 from remax_lightning.models.sampling_mask import SuppressedTokens
 from remax_lightning.rollout import (
     AutoEngine,
@@ -69,6 +70,31 @@ def test_greedy_rows_are_those_of_generate(model: Any, engine: Any) -> None:
     assert (expected == eos).any()
     assert torch.equal(greedy[:, : expected.shape[1]], expected)
     assert (greedy[:, expected.shape[1] :] == PAD).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("samples", "greedy"), [(1, False), (2, True)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_logits_that_are_not_finite_end_a_rollout(engine: Any, samples: int, greedy: bool, value: float) -> None:
+    """One damaged row of the output head, on a CPU; test_cuda_graph.py has CUDA."""
+    damaged = tiny_model("gpt2")
+    handle = damaged.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, *fill))
+    fill = torch.tensor([7]), value
+    with pytest.raises(UserError, match=r"model\.policy: the logits of \d of \d responses are not finite"):
+        run(engine, damaged, [3, 5], max_response_length=3, num_samples=samples, asked={"greedy": greedy}, top_p=0.9)
+    handle.remove()
+    run(engine, damaged, [3, 5], max_response_length=3, num_samples=samples, asked={"greedy": greedy}, top_p=0.9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_may_rule_tokens_out(engine: Any) -> None:
+    """Minus infinity on some tokens is a distribution."""
+    model = tiny_model("gpt2")
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.arange(40), -torch.inf)
+    )
+    output = run(engine, model, [3, 5], max_response_length=6, num_samples=3)
+    assert (output.sampled_ids[:, 0] >= 40).all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -98,6 +98,20 @@ def test_the_configuration_of_a_run_is_found(tmp_path: Path, policy_path: Path, 
         assert (tmp_path / "out" / name).read_text() == (last / name).read_text()
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_that_are_not_finite_replace_nothing(adapted: bool, run: Run, capsys: Any) -> None:
+    assert run.export(capsys).code == 0
+    before = written(run.out)
+    weights = run.adapt() if adapted else run.policy.state_dict()
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name].view(-1)[1] = float("nan")
+    run.save(weights)
+    outcome = run.export(capsys, "--overwrite")
+    assert outcome.code == 2
+    assert f"{name} in '{run.checkpoint}' is not finite; export an earlier checkpoint" in outcome.err
+    assert same(written(run.out), before)
+
+
 def test_a_configuration_can_be_given(run: Run, capsys: Any) -> None:
     elsewhere = run.config.rename(run.folder / "mine.yaml")
     assert "--config must be the configuration of the run" in run.export(capsys).err
