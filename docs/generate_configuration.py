@@ -84,6 +84,7 @@ def sections() -> Iterator[Section]:
     yield Section("model", modules.SFTModule, is_choice=True)
     yield Section("model", modules.RewardModelModule, is_choice=True)
     yield Section("data", data.PromptDataModule, is_choice=True)
+    yield Section("data", data.ReasoningGymDataModule, is_choice=True)
     yield Section("data", data.SFTDataModule, is_choice=True)
     yield Section("data", data.PreferenceDataModule, is_choice=True)
     yield Section("data.pair_columns", data.PairColumns)

@@ -20,7 +20,7 @@ _PUBLIC = {
         "TensorBoardReport",
         "Throughput",
     ),
-    "data": ("PreferenceDataModule", "PromptDataModule", "SFTDataModule"),
+    "data": ("PreferenceDataModule", "PromptDataModule", "ReasoningGymDataModule", "SFTDataModule"),
     "errors": ("DataError", "RewardError", "UserError"),
     "models": ("ModelConfig",),
     "modules": (

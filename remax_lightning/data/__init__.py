@@ -8,6 +8,7 @@ from remax_lightning.data.pairs import PairColumns
 from remax_lightning.data.preferences import PreferenceDataModule
 from remax_lightning.data.prompts import PromptDataModule
 from remax_lightning.data.reading import read_rows, rows_in_memory
+from remax_lightning.data.reasoning_gym import ReasoningGymDataModule
 from remax_lightning.data.sampler import MicroBatchSampler
 from remax_lightning.data.supervised import SFTDataModule
 from remax_lightning.data.tokenizers import load_tokenizer
@@ -18,6 +19,7 @@ __all__ = [
     "PairColumns",
     "PreferenceDataModule",
     "PromptDataModule",
+    "ReasoningGymDataModule",
     "SFTDataModule",
     "TextDataModule",
     "load_tokenizer",

@@ -7,7 +7,14 @@ from remax_lightning.rewards.classifier import ClassifierReward
 from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig
 from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.http import HTTPReward
-from remax_lightning.rewards.verifiers import exact_match, length_penalty, math_answer, numeric_answer, regex_format
+from remax_lightning.rewards.verifiers import (
+    exact_match,
+    length_penalty,
+    math_answer,
+    numeric_answer,
+    reasoning_gym_answer,
+    regex_format,
+)
 from remax_lightning.rewards.weighted import WeightedReward
 
 __all__ = [
@@ -23,5 +30,6 @@ __all__ = [
     "length_penalty",
     "math_answer",
     "numeric_answer",
+    "reasoning_gym_answer",
     "regex_format",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cache
 from importlib.util import find_spec
 from numbers import Number
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.answers import final_formula, final_number, gold_formula, plain_number, words_of
@@ -88,6 +89,38 @@ def _require_math_verify() -> None:
         raise UserError(
             "model.reward: math_answer needs math-verify, which is not installed: pip install 'remax-lightning[verify]'"
         )
+
+
+def _reasoning_gym_scorer(row: dict[str, Any], where: str, tag: str | None = "answer") -> Callable[..., float]:  # noqa: ARG001
+    """Return the function that scores answers to the row's task.
+
+    Raises:
+        RewardError: if the row is of no task.
+    """
+    if find_spec("reasoning_gym") is None:
+        raise UserError(
+            "model.reward: reasoning_gym_answer needs reasoning-gym, which is not installed: "
+            "pip install 'remax-lightning[verify]'"
+        )
+    metadata = row.get("metadata")
+    name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+    if name is None or not {"question", "answer"} <= row.keys():
+        raise RewardError(
+            "reasoning_gym_answer: expected a row of reasoning-gym, with question, answer and metadata, got the "
+            f"columns {', '.join(map(str, row)) or 'none'} for {where}; use ReasoningGymDataModule,"
+            " or write its entries whole"
+        )
+    try:
+        return _scorer_of_task(name)
+    except ValueError:
+        raise RewardError(f"reasoning_gym_answer: reasoning-gym has no task {name!r}, the source of {where}") from None
+
+
+@cache
+def _scorer_of_task(name: str) -> Callable[..., float]:
+    from reasoning_gym import get_score_answer_fn
+
+    return cast("Callable[..., float]", get_score_answer_fn(name))
 
 
 def _unreadable(verifier: str, expectation: str, right: str, where: str, column: str) -> RewardError:
@@ -255,6 +288,39 @@ def _score_of_plain_text(gold: str, response: str) -> float | None:
     if number == expected:
         return 1.0
     return None if number is None or "%" in gold + answer else 0.0
+
+
+@_checks_rows(_reasoning_gym_scorer)
+def reasoning_gym_answer(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    tag: str | None = "answer",
+) -> list[float]:
+    """The score from 0 to 1 that a task of reasoning-gym gives to the answer in the response; needs the extra `verify`.
+
+    Args:
+        prompts: `M` prompts.
+        responses: `M` responses; the answer is between the last `<answer>` and `</answer>`. Without one, or where the
+            task cannot read it, the response scores 0.0.
+        rows: `M` rows of `ReasoningGymDataModule`: `question`, `answer` and `metadata`.
+        tag: name of the tag around the answer; null takes the whole response.
+
+    Raises:
+        UserError: if reasoning-gym is not installed.
+        RewardError: if a row is of no task.
+    """
+    scores = []
+    for prompt, response, row in zip(prompts, responses, rows, strict=True):
+        score_answer = _reasoning_gym_scorer(row, _of_prompt(prompt))
+        from reasoning_gym.utils import extract_answer  # here, since the line above says if it is not installed
+
+        answer = response.strip() if tag is None else extract_answer(response, tag)
+        try:
+            scores.append(float(score_answer(answer=answer, entry=row)) if answer else 0.0)
+        except Exception:  # scorers parse what the policy wrote, and some do not expect everything
+            scores.append(0.0)
+    return scores
 
 
 def regex_format(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,3 +293,19 @@ def test_how_far_generate_samples_from_rollouts(well: DoctorContext, monkeypatch
             if int(row[-1]) in ENDS:
                 break
     assert ask(well, "generation_config").values["kl"] == pytest.approx(sum(surprise) / len(surprise), rel=1e-4)
+
+
+def test_special_tokens_that_the_reward_does_not_see(tmp_path: Path) -> None:
+    context = loaded(tmp_path, healthy(tmp_path))
+    assert ask(context, "special_tokens").status == "pass"
+    context.tokenizer.add_special_tokens({"additional_special_tokens": ["7"]})
+    sampled = context.rollout.sampled
+    sampled.response_ids[1, 0], sampled.response_mask[1, 0] = context.tokenizer.convert_tokens_to_ids("7"), True
+    found = ask(context, "special_tokens")
+    assert found.status == "warn", found
+    assert "'7' (" in found.measured
+    assert found.values["responses"] >= 1
+    assert "set model.sampling.skip_special_tokens: false" in found.fix
+    sampling = replace(context.module.sampling, skip_special_tokens=False)
+    context.module.worker.sampling = sampling
+    assert ask(context, "special_tokens").status == "pass"
