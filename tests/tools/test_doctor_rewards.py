@@ -33,7 +33,7 @@ def with_template(folder: Path, **options: Any) -> DoctorContext:
     return loaded(folder, with_reward_model(healthy(folder), folder, **options))
 
 
-def last_column(model: Any, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def last_column(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, types: Any = None) -> torch.Tensor:
     """Read the score in the last column, as if there were no padding."""
     hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state[:, -1]
     scores: torch.Tensor = model.score(hidden)[:, 0].float()

@@ -121,7 +121,7 @@ def test_every_chart_is_drawn_where_its_numbers_are(page: Any) -> None:
           }),
         }))""",
     )
-    assert len(charts) == len(titles) == 15
+    assert len(charts) == len(titles) == 17
     for chart in charts:
         assert chart["inside"], chart["label"]
         assert chart["numbers"], chart["label"]
