@@ -25,6 +25,7 @@ from remax_lightning.cli_checks import check_config
 from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
 from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.errors import RankError, RankUserError, UserError
+from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.preemption import EXIT_CODE
@@ -138,17 +139,20 @@ class RemaxCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Check that the checkpoint exists, and read nothing from it: the configuration counts.
+        """Check that the checkpoint is whole and runs no code, and take nothing from it: the configuration counts.
 
-        Lightning would read the whole file, and its hyper-parameters would override the command line.
+        Lightning would read it all, and its hyper-parameters would override the command line.
         """
         subcommand = self.config.get("subcommand")
         path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
+        strategies.check_address(path)
         if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
             return
         strategies.recover_interrupted(Path(path).parent)
         if not Path(path).exists():
             raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
+        if not launcher.is_launched():
+            inspect_checkpoint(Path(path))
 
     def instantiate_classes(self) -> None:
         """Create trainer, module and data, and resolve `ckpt_path: last`."""

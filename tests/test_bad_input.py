@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,8 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.cli import changed, in_folder, is_one_message, message, misread, refused, remax, small_config, write_config
-from helpers.training import fit, prompt_data, remax_module
+from helpers.payloads import RunsCode, fsdp2_folder, lightning_file, zero_folder
+from helpers.training import fit, prompt_data, remax_module, save_policy
 
 from remax_lightning.callbacks import KLMonitor, SampleDump
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS, user_error_message
@@ -539,6 +542,76 @@ def test_a_checkpoint_that_is_not_there(
     outcome = refused(config, tmp_path, capsys, "--ckpt_path", "nowhere.ckpt", subcommand=subcommand)
     assert "ckpt_path: there is no checkpoint 'nowhere.ckpt'" in message(outcome)
     assert not (tmp_path / "runs").exists()
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code": (
+        lambda file: lightning_file(file, callbacks=RunsCode(file.with_name("mark"))),
+        "holds code (posix.system)",
+    ),
+    "code in ZeRO's files": (
+        lambda path: torch.save(RunsCode(path.with_name("mark")), zero_folder(path, 2) / "checkpoint" / "more.pt"),
+        "holds code (posix.system)",
+    ),
+    "code in FSDP2's table": (
+        lambda path: (fsdp2_folder(path) / ".metadata").write_bytes(pickle.dumps(RunsCode(path.with_name("mark")))),
+        "holds code (posix.system)",
+    ),
+    "empty": (lambda file: file.touch(), "cannot be read: it is not a checkpoint, or an incomplete one"),
+    "truncated": (
+        lambda file: file.write_bytes(lightning_file(file).read_bytes()[:-40]),
+        "cannot be read: it is not a checkpoint, or an incomplete one",
+    ),
+    "foreign": (lambda file: torch.save({"weight": torch.ones(2)}, file), "is no checkpoint of a run"),
+    "of another model": (lambda file: lightning_file(file), "is of another model than that of this configuration"),
+}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("mistake", CHECKPOINTS)
+def test_a_checkpoint_that_cannot_be_used_is_named_and_runs_no_code(
+    mistake: str, subcommand: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, problem = CHECKPOINTS[mistake]
+    make(tmp_path / "a.saved")
+    outcome = refused(config, tmp_path, capsys, "--ckpt_path", "a.saved", subcommand=subcommand)
+    said = message(outcome)
+    assert said.startswith("ckpt_path: 'a.saved")
+    assert problem in said
+    assert said.count("\n") == 1
+    assert "weights_only" not in outcome.err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_of_the_web_is_refused(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = refused(config, tmp_path, capsys, "--ckpt_path", "http://127.0.0.1:9/a.ckpt")
+    assert "ckpt_path: 'http://127.0.0.1:9/a.ckpt' is an address; download it" in message(outcome)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_family_or_optimizer_is_refused(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with in_folder(tmp_path):
+        path = write_config(tmp_path / "first.yaml", changed(config, trainer__max_steps=1))
+        assert remax(capsys, "fit", "--config", path).code == 0
+        [file] = (tmp_path / "runs").rglob("*.ckpt")
+        shutil.copy(file, tmp_path / "mine.saved")
+        shutil.rmtree(tmp_path / "runs")
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    arguments = ("--ckpt_path", "mine.saved")
+    said = message(refused(changed(config, model__optimizer=optimizer), tmp_path, capsys, *arguments))
+    assert "mine.saved' holds the state of another optimizer than model.optimizer, SGD: they differ in" in said
+    other = save_policy(tmp_path / "other", "gpt2")
+    values = changed(config, model__policy__path=other, model__reference__path=other)
+    for subcommand in ("fit", "test"):
+        said = message(refused(values, tmp_path, capsys, *arguments, subcommand=subcommand))
+        assert "mine.saved' is of another model than that of this configuration: it lacks " in said
+    content = torch.load(tmp_path / "mine.saved", weights_only=True)
+    del content["optimizer_states"], content["lr_schedulers"]
+    torch.save(content, tmp_path / "mine.saved")
+    said = message(refused(config, tmp_path, capsys, *arguments))
+    assert "mine.saved' holds weights alone (save_weights_only: true), so training cannot resume from it" in said
 
 
 def test_validation_without_rows_for_it(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

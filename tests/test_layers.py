@@ -30,7 +30,7 @@ ALLOWED = {
     "run_folder": {"distributed", "errors"},
     "functional": set(),
     "models": LOWER,
-    "strategies": LOWER,
+    "strategies": LOWER | {"models.checkpoint_reader", "models.zero_reader"},  # what they load is read there first
     "data": LOWER,
     "rewards": LOWER | {"models", "data.conversations", "data.chat_templates"},  # the tokens that it was trained on
     "rollout": LOWER | {"models", "strategies"},

@@ -1,16 +1,23 @@
-"""Read the weights of a checkpoint in one process, whichever strategy wrote it, without running pickled code."""
+"""Read checkpoints of every strategy without running code that a stranger may have pickled into them.
+
+This is the only reader of checkpoints: `remax export` takes weights from it in one process, and `fit`, `validate`,
+`test` and `predict` let it look at every file (`inspect_checkpoint`) before a strategy or DeepSpeed loads one.
+"""
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +26,9 @@ from remax_lightning.errors import UserError
 
 TRUST = "--trust_checkpoint"
 """Option of `remax export` with which a user trusts the code in a checkpoint."""
-_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed")
+EXPORT_KEY, RESUME_KEY = "checkpoint", "ckpt_path"
+"""What messages call the path: the argument of `remax export`, and the key of `fit` and the other subcommands."""
+_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|Trying to call reduce for .*function (\S+)")
 _SHARDED = "state_dict."
 """Prefix that Lightning's FSDP2 strategy puts before the names of weights in a folder of shards."""
 
@@ -56,42 +65,218 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
-def load_torch_file(file: Path, trusted: bool, known: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
-    """Return what `torch.save` wrote; tensors are memory-mapped.
+def load_torch_file(
+    file: Path,
+    trusted: bool = False,
+    known: AbstractContextManager[Any] | None = None,
+    *,
+    key: str = EXPORT_KEY,
+    mmap: bool = True,
+) -> dict[str, Any]:
+    """Return what `torch.save` wrote.
 
     Args:
         file: path of the file.
         trusted: whether the file may run code.
         known: context in which further classes count as harmless.
+        key: what messages call the checkpoint.
+        mmap: whether tensors are memory-mapped, and so read from the disk when they are used.
 
     Raises:
         UserError: if it cannot be read, or would run code.
     """
     try:
+        mmap = mmap and zipfile.is_zipfile(file)
         with known or nullcontext():
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trusted)
-    except pickle.UnpicklingError as error:
-        refused = _REFUSED.search(str(error))
-        if refused is None:
-            raise unreadable_error(file, error) from error
-        raise UserError(
-            f"checkpoint: {str(file)!r} holds a {refused[1]}, and reading that may run any code; if you trust the"
-            f" author of the file, add {TRUST}"
-        ) from error
-    except (EOFError, OSError, RuntimeError) as error:
-        raise unreadable_error(file, error) from error
+            content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=not trusted)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything
+        with suppress(OSError), file.open("rb") as stream:
+            if code := _refused_code(error, stream):
+                raise code_error(file, code, key) from None
+        raise unreadable_error(file, error, key) from None
+    return _checked_content(content, file, key)
+
+
+def load_torch_stream(stream: IO[bytes], name: str, *, key: str) -> Any:
+    """Return what `torch.save` wrote to a stream, as of a remote file; errors as in `load_torch_file`.
+
+    Args:
+        stream: can be read again from its start.
+        name: what messages call the file.
+        key: what messages call the checkpoint.
+    """
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:
+        stream.seek(0)
+        if code := _refused_code(error, stream):
+            raise code_error(name, code, key) from None
+        raise unreadable_error(name, error, key) from None
+
+
+def _checked_content(content: Any, file: Path | str, key: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise UserError(f"checkpoint: {str(file)!r} holds a {type(content).__name__}; give a checkpoint of `remax fit`")
-    return content
+        raise UserError(f"{key}: {str(file)!r} holds a {type(content).__name__}; give a checkpoint of `remax fit`")
+    return dict(content)
 
 
-def unreadable_error(file: Path, error: BaseException | str) -> UserError:
+# ---- Errors, without torch's advice to set `weights_only=False`, which runs the code ----
+
+
+def unreadable_error(file: Path | str, error: BaseException | str, key: str = EXPORT_KEY) -> UserError:
     """Return an error for a file that is missing, incomplete or of another kind."""
-    text = str(error).strip().splitlines()
+    # torch puts its advice first, and what went wrong last.
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    if "weights_only" in text:
+        text = "it is no file of torch.save, or was changed"
+    lines = text.strip().splitlines()
     return UserError(
-        f"checkpoint: {str(file)!r} cannot be read: it is not a checkpoint, or an incomplete one"
-        f" ({text[0] if text else type(error).__name__}); give a complete checkpoint"
+        f"{key}: {str(file)!r} cannot be read: it is not a checkpoint, or an incomplete one"
+        f" ({lines[0] if lines else type(error).__name__}); give a complete checkpoint"
     )
+
+
+def code_error(file: Path | str, name: str, key: str = EXPORT_KEY) -> UserError:
+    """Return an error for a file with a pickled function or class, `name`, that reading it would call."""
+    advice = "give another one; the state of your own callbacks may hold tensors, numbers and text, but no classes"
+    if key == EXPORT_KEY:
+        advice = f"if you trust the author of the file, add {TRUST}"
+    return UserError(f"{key}: {str(file)!r}: the file holds code ({name}), which is not run; {advice}")
+
+
+def _refused_code(error: Exception, stream: IO[bytes]) -> str | None:
+    """Return the function or class because of which torch refused a file; None if it refused it for another reason."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    if (refused := _REFUSED.search(str(error))) is not None:
+        return next(name for name in refused.groups() if name)
+    # Forms of pickle that torch does not know at all: look for the names in it.
+    data = stream.read()
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    names = _pickled_names(data)
+    return next((name for name in names if not name.startswith(("torch.", "collections."))), None)
+
+
+def _pickled_names(data: bytes) -> Iterator[str]:
+    """Yield the dotted names of functions and classes in a pickle, as far as it can be followed."""
+    texts: list[str] = []
+    with suppress(Exception):  # it may be damaged, or no pickle
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name in ("GLOBAL", "INST"):
+                yield str(argument).replace(" ", ".")
+            elif operation.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif isinstance(argument, str):
+                texts.append(argument)
+
+
+# ---- Checkpoints as a whole ----
+
+
+class CheckpointInfo(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Args:
+        step: optimizer steps done.
+        shapes: full shapes of the weights, by their names in the LightningModule.
+        optimizer_groups: of each parameter group of the optimizer, the names of its settings and the number of its
+            parameters, None where a strategy has flattened them; empty where the checkpoint has weights alone.
+    """
+
+    step: int
+    shapes: dict[str, torch.Size]
+    optimizer_groups: list[tuple[frozenset[str], int | None]]
+
+
+def inspect_checkpoint(path: Path, key: str = RESUME_KEY) -> CheckpointInfo:
+    """Read all of a checkpoint but the numbers of its tensors: whether it is whole, runs no code, and what it holds.
+
+    Whatever loads it afterwards, also with an unpickler that calls functions, finds none in it.
+
+    Args:
+        path: a `.ckpt` file, or a checkpoint folder of DeepSpeed or FSDP2.
+        key: what messages call the checkpoint.
+
+    Raises:
+        UserError: if a file is missing, truncated, of another kind, or would run code.
+    """
+    if path.is_file():
+        content = checked_run(load_torch_file(path, key=key), path, key)
+        shapes = tensor_shapes(content["state_dict"])
+        return CheckpointInfo(int(content["global_step"]), shapes, optimizer_groups(content))
+    if (path / ".metadata").is_file() or (path / "meta.pt").is_file():
+        return _inspect_shards(path, key)
+    if (path / "latest").is_file():
+        from remax_lightning.models.zero_reader import inspect_zero
+
+        return inspect_zero(path, key)
+    what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
+    raise UserError(f"{key}: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
+
+
+def checked_run(content: Any, path: Path | str, key: str) -> dict[str, Any]:
+    """Return what a file holds if Lightning has saved it during a run.
+
+    Raises:
+        UserError: if it is a file of something else, such as weights alone.
+    """
+    run = _checked_content(content, path, key)
+    missing = [name for name in ("state_dict", "global_step", "pytorch-lightning_version") if name not in run]
+    if missing or not isinstance(run["state_dict"], dict):
+        raise UserError(
+            f"{key}: {str(path)!r} is no checkpoint of a run: it has no {', '.join(missing) or 'weights by name'}; give"
+            " a checkpoint of `remax fit`, or give a folder of weights for transformers as model.policy.path"
+        )
+    return run
+
+
+def tensor_shapes(weights: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors among some values."""
+    return {name: value.shape for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def optimizer_groups(content: Any) -> list[tuple[frozenset[str], int | None]]:
+    """Return `CheckpointInfo.optimizer_groups` from the first optimizer state in nested dictionaries and lists."""
+    if isinstance(content, Mapping):
+        groups = content.get("param_groups")
+        if isinstance(groups, list) and groups and all(isinstance(group, Mapping) for group in groups):
+            return [(frozenset(group) - {"params"}, _length(group.get("params"))) for group in groups]
+        parts = [content.get(name) for name in ("optimizer_states", "optimizer_state_dict", "base_optimizer_state")]
+    else:
+        parts = list(content) if isinstance(content, list) else []
+    return next((found for part in parts if (found := optimizer_groups(part))), [])
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
+def _inspect_shards(path: Path, key: str) -> CheckpointInfo:
+    """Inspect a checkpoint folder of FSDP2."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+    rest = load_torch_file(path / "meta.pt", key=key)
+    metadata = _read_metadata(path / ".metadata", "", key)
+    _check_shards(path, metadata, key)
+    # Beside tensors, torch pickles single numbers into the shards, and unpickles them without any limit.
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with (path / stored.relative_path).open("rb") as file:
+                file.seek(stored.offset)
+                data = io.BytesIO(file.read(stored.length))
+            load_torch_stream(data, str(path / stored.relative_path), key=key)
+    shapes = {
+        name.removeprefix(_SHARDED): stored.size
+        for name, stored in metadata.state_dict_metadata.items()
+        if name.startswith(_SHARDED) and isinstance(stored, TensorStorageMetadata)
+    }
+    # Names such as optimizer_0.param_groups.0.lr; there, and in the planner's data, a group has no list of parameters.
+    settings = [name.split(".") for name in metadata.state_dict_metadata if ".param_groups." in name]
+    names = frozenset(parts[-1] for parts in settings if parts[0] == "optimizer_0") - {"params"}
+    return CheckpointInfo(int(rest.get("global_step", 0)), shapes, [(names, None)] if names else [])
 
 
 def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
@@ -122,21 +307,31 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
     return {name.removeprefix(_SHARDED): value for name, value in weights.items()}
 
 
-def _check_shards(path: Path, metadata: Any) -> None:
-    """Refuse a folder with a missing or truncated file."""
+def _check_shards(path: Path, metadata: Any, key: str = EXPORT_KEY) -> None:
+    """Refuse a folder with a missing or truncated file, or with files in another encoding."""
     for stored in metadata.storage_data.values():
         file = path / stored.relative_path
         if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
-            raise unreadable_error(file, "a shard is missing or truncated")
+            raise unreadable_error(file, "a shard is missing or truncated", key)
+        if stored.transform_descriptors:  # what is read here would not be what torch reads
+            raise unreadable_error(file, "a shard is compressed", key)
 
 
-def _read_metadata(file: Path, load_id: str, **_: Any) -> Any:
+def _read_metadata(file: Path, load_id: str, key: str = EXPORT_KEY, **_: Any) -> Any:
     """Return the metadata of torch's distributed checkpoint, without unpickling arbitrary classes as torch does."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
     try:
         with file.open("rb") as stream:
-            metadata = _Metadata(stream).load()
-    except (EOFError, OSError, pickle.UnpicklingError) as error:
-        raise unreadable_error(file, error) from error
+            metadata = _Metadata(stream, file, key).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and (refused := _REFUSED.search(str(error))):
+            raise code_error(file, refused[1], key) from None
+        raise unreadable_error(file, error, key) from None
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None or metadata.storage_meta is None:
+        raise unreadable_error(file, f"it holds a {type(metadata).__name__}", key)
     metadata.storage_meta.load_id = load_id
     return metadata
 
@@ -149,34 +344,43 @@ def enum_member(kind: Any, name: str) -> Enum:
     """Return a member of an enumeration. Replaces `getattr` in pickles, which could return any attribute.
 
     Raises:
-        UserError: if `kind` is not an enumeration with this member.
+        UnpicklingError: if `kind` is not an enumeration with this member; in the words of torch for what it refuses.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
-        raise UserError(
-            f"checkpoint: it looks up {name!r} in a {kind!r}, and reading that may run any code; if you trust the"
-            f" author of the file, add {TRUST}"
-        )
+        raise pickle.UnpicklingError(f"GLOBAL getattr({getattr(kind, '__name__', kind)},{name}) was not an allowed")
     return kind[name]
 
 
 class _Metadata(pickle.Unpickler):
     """Unpickles the classes of such metadata, and no others."""
 
+    def __init__(self, stream: IO[bytes], file: Path | str = ".metadata", key: str = EXPORT_KEY) -> None:
+        super().__init__(stream)
+        self._file, self._key = file, key
+
     def find_class(self, module: str, name: str) -> Any:
         """Return the class if it is harmless."""
         if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
             return enum_member
         harmless = (
-            module == "torch.distributed.checkpoint.metadata"
+            (module == _METADATA_MODULE and _is_defined_there(name))
             or (module, name) in _HARMLESS
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         )
         if not harmless:
-            raise UserError(
-                f"checkpoint: its .metadata holds a {module}.{name}, and reading that may run any code; if you trust"
-                f" the author of the file, add {TRUST}"
-            )
+            raise code_error(self._file, f"{module}.{name}", self._key)
         return super().find_class(module, name)
+
+
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+
+
+def _is_defined_there(name: str) -> bool:
+    """Whether a class of this name is defined in the module; `os.system`, too, can be reached from it."""
+    from torch.distributed.checkpoint import metadata
+
+    kind = vars(metadata).get(name)
+    return isinstance(kind, type) and kind.__module__ == _METADATA_MODULE
 
 
 _HARMLESS = {

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.checkpoint_reader import GETATTR, enum_member, load_torch_file, unreadable_error
+from remax_lightning.models.checkpoint_reader import (
+    EXPORT_KEY,
+    GETATTR,
+    CheckpointInfo,
+    enum_member,
+    load_torch_file,
+    optimizer_groups,
+    tensor_shapes,
+    unreadable_error,
+)
 
 
-def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
+def read_zero(path: Path, trusted: bool = False) -> dict[str, Tensor]:
     """Return the weights of a checkpoint of ZeRO stages 1 to 3, in the dtype of the trained model.
 
     Stages 1 and 2 save the model and the float32 weights of the optimizer. Stage 3 saves only the latter, one shard per
@@ -28,13 +37,13 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
         UserError: if a file is missing or cannot be read.
     """
     # ---- Stages 1 and 2: rank 0 saved the full model ----
-    folder = path / (path / "latest").read_text().strip()
+    folder = _latest_folder(path)
     full = folder / "mp_rank_00_model_states.pt"
     if full.is_file():
-        return dict(load_torch_file(full, trusted)["module"])
+        return dict(load_deepspeed_file(full, trusted)["module"])
     # ---- Stage 3: shapes from rank 0, then the shards of each rank ----
     first = _shard_file(folder, 0, "model_states")
-    state = load_torch_file(first, trusted)
+    state = load_deepspeed_file(first, trusted)
     if "param_shapes" not in state or "dp_world_size" not in state:
         raise UserError(
             f"checkpoint: {str(first)!r} does not say how DeepSpeed sharded the weights; give another checkpoint"
@@ -47,7 +56,7 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     for rank in range(ranks):
         _copy_shards(weights, trained, _flat_groups(_shard_file(folder, rank, "optim_states"), trusted), rank, ranks)
         if frozen:
-            parts = load_torch_file(_shard_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
+            parts = load_deepspeed_file(_shard_file(folder, rank, "model_states"), trusted)["frozen_param_fragments"]
             _copy_shards(weights, frozen, (parts[name] for name in frozen), rank, ranks)
     # ---- Buffers are not sharded, and tied parameters are saved once ----
     buffers = {name: state["module"][name] for name in state.get("buffer_names") or ()}
@@ -55,17 +64,63 @@ def read_zero(path: Path, trusted: bool) -> dict[str, Tensor]:
     return weights | buffers | tied
 
 
-def _shard_file(folder: Path, rank: int, kind: str) -> Path:
+def inspect_zero(path: Path, key: str) -> CheckpointInfo:
+    """Do what `inspect_checkpoint` does for a folder of DeepSpeed."""
+    folder = _latest_folder(path, key)
+    full = folder / "mp_rank_00_model_states.pt"
+    sharded = not full.is_file()
+    state = load_deepspeed_file(_shard_file(folder, 0, "model_states", key) if sharded else full, key=key)
+    if not {"dp_world_size", "param_shapes", "module"} <= state.keys():
+        raise unreadable_error(folder, "it does not say how DeepSpeed sharded the weights", key)
+    # ---- Every file: one with the optimizer of each rank, and under stage 3 one with the rest of it ----
+    files = {*folder.glob("*.pt"), *(path / "checkpoint").glob("*.pt")}
+    for rank in range(int(state["dp_world_size"])):
+        files.add(_shard_file(folder, rank, "optim_states", key))
+        if sharded:
+            files.add(_shard_file(folder, rank, "model_states", key))
+    groups: list[tuple[frozenset[str], int | None]] = []
+    for file in sorted(files):
+        content = load_deepspeed_file(file, key=key)
+        groups = groups or [(settings, None) for settings, _ in optimizer_groups(content)]
+    # ---- Shapes: of the full model, or from the lists that stage 3 writes; tied parameters are saved once ----
+    shapes = tensor_shapes(state["module"])
+    if sharded:
+        shapes = {name: shapes[name] for name in state.get("buffer_names") or () if name in shapes}
+        for part in (*state["param_shapes"], state.get("frozen_param_shapes") or {}):
+            shapes |= part
+        shapes |= {name: shapes[other] for name, other in (state.get("shared_params") or {}).items() if other in shapes}
+    return CheckpointInfo(int(state.get("global_step", 0)), shapes, groups)
+
+
+def load_deepspeed_file(
+    file: Path, trusted: bool = False, *, key: str = EXPORT_KEY, mmap: bool = True
+) -> dict[str, Any]:
+    """Return what DeepSpeed saved to one of its files, with the few harmless classes that it puts there."""
+    return load_torch_file(file, trusted, _allow_deepspeed_classes(), key=key, mmap=mmap)
+
+
+def _latest_folder(path: Path, key: str = EXPORT_KEY) -> Path:
+    """Return the folder in the checkpoint that its file `latest` names."""
+    try:
+        name = (path / "latest").read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable_error(path / "latest", error, key) from None
+    if not name or Path(name).name != name or name == "..":
+        raise unreadable_error(path / "latest", f"it names no folder of the checkpoint: {name[:50]!r}", key)
+    return path / name
+
+
+def _shard_file(folder: Path, rank: int, kind: str, key: str = EXPORT_KEY) -> Path:
     """Return the file of a rank; its name depends on the precision and the version of DeepSpeed."""
     files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"))
     if not files:
-        raise unreadable_error(folder, f"there is no file of rank {rank}'s {kind}")
+        raise unreadable_error(folder, f"there is no file of rank {rank}'s {kind}", key)
     return files[0]
 
 
 def _flat_groups(file: Path, trusted: bool) -> Iterator[Tensor]:
     """Yield the float32 weights of a rank: flat tensors, each a concatenation of shards of many parameters."""
-    content = load_torch_file(file, trusted, _allow_deepspeed_classes())
+    content = load_deepspeed_file(file, trusted)
     try:
         groups = content["optimizer_state_dict"]["fp32_flat_groups"]
     except KeyError as error:

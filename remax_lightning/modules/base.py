@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
@@ -15,8 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.models import ModelConfig
+from remax_lightning.models.checkpoint_reader import CheckpointInfo, optimizer_groups, tensor_shapes
 from remax_lightning.run_folder import RunFolder, reserve_versions
-from remax_lightning.strategies import AtomicCheckpointIO, global_grad_norm, keep_finite_checkpoints, remove_stale
+from remax_lightning.strategies import (
+    AtomicCheckpointIO,
+    check_model,
+    check_optimizers,
+    global_grad_norm,
+    keep_finite_checkpoints,
+    remove_stale,
+)
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.optim import check_learning_rate_precision, learning_rates, parameter_groups
 from remax_lightning.training.preemption import StopAtStepEnd, defer_signals
@@ -61,6 +72,7 @@ class BaseModule(LightningModule):
         self.skipped_steps = SkippedSteps(max_skipped_steps)
         self._random_state: dict[str, Any] | None = None
         self._step_ends: StopAtStepEnd | None = None
+        self._resumed: CheckpointInfo | None = None
         self._run_folder: RunFolder | None = None  # in runs of a trainer only, not in `remax doctor`
 
     def configure_callbacks(self) -> list[Callback]:
@@ -75,8 +87,11 @@ class BaseModule(LightningModule):
         """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""
         if stage == "fit" and self._run_folder is not None:
             self._run_folder.lock(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        plugin: Any = self.trainer.strategy.checkpoint_io
+        if type(plugin) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) in (TorchCheckpointIO, NoneType):
+            plugin.checkpoint_io = AtomicCheckpointIO()  # such as that of AsyncCheckpointIO
         keep_finite_checkpoints(self.trainer)
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
@@ -103,6 +118,9 @@ class BaseModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make optimizer and schedule."""
         optimizer = self.optimizer(parameter_groups(self.trained_model))
+        if self._resumed is not None:
+            check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
+        self._resumed = None
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             check_deepspeed(self.trainer.strategy, self.trainer.accumulate_grad_batches)
         else:
@@ -150,7 +168,15 @@ class BaseModule(LightningModule):
         resume_after_last_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the saved random state until the first batch, because Lightning draws random numbers before."""
+        """Check that the checkpoint is of this model, and keep the random state that it holds.
+
+        The state waits until the first batch, because Lightning draws random numbers before.
+        """
+        weights = checkpoint.get("state_dict")
+        if weights is not None:  # strategies that shard load and check the weights themselves
+            check_model(self.trainer.ckpt_path, tensor_shapes(weights), self)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self._resumed = CheckpointInfo(0, {}, optimizer_groups(checkpoint))
         if "skipped_steps" in checkpoint:  # not in a checkpoint of 0.1.0
             self.skipped_steps.load_state_dict(checkpoint["skipped_steps"])
         saved = checkpoint.get("random_state")

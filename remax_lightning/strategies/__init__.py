@@ -2,10 +2,12 @@
 
 from remax_lightning.strategies.atomic_checkpoint import (
     AtomicCheckpointIO,
+    check_address,
     latest_checkpoint,
     recover_interrupted,
     remove_stale,
 )
+from remax_lightning.strategies.checkpoint_checks import check_model, check_optimizers
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.finite import keep_finite_checkpoints, nonfinite_in_model, nonfinite_state
 from remax_lightning.strategies.fsdp2 import ReMaxFSDP2Strategy, shard_policy
@@ -17,6 +19,9 @@ __all__ = [
     "AtomicCheckpointIO",
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
+    "check_address",
+    "check_model",
+    "check_optimizers",
     "forward_is_collective",
     "full_parameters",
     "global_grad_norm",

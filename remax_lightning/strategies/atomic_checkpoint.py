@@ -18,11 +18,20 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.distributed import barrier, broadcast
 from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import (
+    RESUME_KEY,
+    checked_run,
+    inspect_checkpoint,
+    load_torch_file,
+    load_torch_stream,
+    unreadable_error,
+)
 
 TEMPORARY, OLD = ".tmp", ".old"
 """Suffixes of files and folders that are incomplete or about to be deleted, and of complete ones being replaced."""
@@ -53,18 +62,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         _replace(new, target)
 
-    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Read the file.
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read the file, and run no code that it may hold, whatever `weights_only` asks for.
 
         Raises:
-            UserError: if it is a folder, which only the strategy that saved it can read.
+            UserError: if it is not whole, would run code, is not of a run, or is a folder, which only the strategy that
+                saved it can read.
         """
-        if _is_local_file_protocol(path) and Path(path).is_dir():
+        check_address(str(path))
+        if not _is_local_file_protocol(path):
+            try:
+                with get_filesystem(path).open(str(path), "rb") as stream:
+                    content = load_torch_stream(stream, str(path), key=RESUME_KEY)
+            except UserError:
+                raise
+            except (OSError, ImportError, ValueError) as error:  # no such file, no credentials, no library for it
+                raise unreadable_error(str(path), error, RESUME_KEY) from None
+            return checked_run(content, path, RESUME_KEY)
+        if Path(path).is_dir():
             raise UserError(
                 f"ckpt_path: {str(path)!r} is a folder of DeepSpeed or FSDP2, but trainer.strategy reads a file; set"
                 " the trainer.strategy that the checkpoint was saved under"
             )
-        return super().load_checkpoint(path, *args, **options)
+        # Not memory-mapped: the state of the optimizer would stay a view of the file.
+        return checked_run(load_torch_file(Path(path), key=RESUME_KEY, mmap=False), path, RESUME_KEY)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the file, folder or link. A kill in between leaves no incomplete folder under its name."""
@@ -120,8 +141,21 @@ def remove_stale(folder: Path) -> None:
             _delete(leftover)
 
 
+def check_address(path: str) -> None:
+    """Refuse a checkpoint at an address of the web, of which neither author nor length is known.
+
+    Raises:
+        UserError: if the path is such an address.
+    """
+    if "http://" in path or "https://" in path or "ftp://" in path:
+        raise UserError(f"{RESUME_KEY}: {path!r} is an address; download it from a source you know, and give the path")
+
+
 def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
-    """Return the latest complete checkpoint; None if there is none.
+    """Return the whole checkpoint with the most optimizer steps; None if there is none.
+
+    Copies and restored backups change the times of files, so these only decide between equal steps. A checkpoint that
+    is truncated, or of another kind, is left out with a warning.
 
     Args:
         folders: folders with checkpoints of any name.
@@ -132,7 +166,13 @@ def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
     for folder, pattern in patterns:
         recover_interrupted(folder)
         checkpoints += [path for path in folder.glob(pattern) if path.exists()]
-    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    whole: dict[Path, tuple[int, float]] = {}
+    for path in checkpoints:
+        try:
+            whole[path] = inspect_checkpoint(path).step, path.stat().st_mtime
+        except UserError as error:
+            rank_zero_warn(f"{error}. It is left out in the search for the last checkpoint.")
+    return max(whole, key=lambda path: whole[path], default=None)
 
 
 # ---- Names beside a checkpoint ----

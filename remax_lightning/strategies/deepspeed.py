@@ -6,18 +6,20 @@ import atexit
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 
 from remax_lightning.distributed import broadcast, leave_process_group
 from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import RESUME_KEY
+from remax_lightning.models.zero_reader import load_deepspeed_file
 from remax_lightning.strategies import universal_checkpoint as universal
 from remax_lightning.strategies import zero3
 from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import KEY, Gather, check_gather, register_gather_mode
 
 
@@ -45,10 +47,6 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     def __init__(self, gather: Gather = "auto", **options: Any) -> None:
         self.gather = check_gather(gather)
         super().__init__(**options)
-
-    @property
-    def _is_fitting(self) -> bool:
-        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _on_cpu(self) -> bool:
@@ -95,6 +93,9 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             # DeepSpeed refuses torch's optimizers under offload by default. They work; its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         super().init_deepspeed()
+        # DeepSpeed would unpickle its files without any limit.
+        if (reader := cast(Any, self.deepspeed_engine).checkpoint_engine) is not None:
+            reader.load = _load_file
         if self.zero_stage_3 and self.lightning_module is not None:
             zero3.register_engine(self.lightning_module, self.deepspeed_engine)
             register_gather_mode(self.lightning_module, self.gather)
@@ -123,9 +124,16 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
                 f"ckpt_path: {str(path)!r} is not a checkpoint of DeepSpeed ZeRO; set the trainer.strategy that it"
                 " was saved under"
             )
-        if self.zero_stage_3 and not self._is_fitting:
+        fitting = is_fitting(self.lightning_module)
+        optimizer = getattr(cast(Any, self.deepspeed_engine).optimizer, "optimizer", None)
+        check_checkpoint(self, path, [optimizer] if fitting and optimizer is not None else [])
+        if self.zero_stage_3 and not fitting:
             return zero3.load_weights(self.lightning_module, path)
-        if saved == self.world_size or not self._is_fitting:
+        if saved == self.world_size or not fitting:
             return super().load_checkpoint(path, weights_only)
         with universal.reshard(self, path):
             return super().load_checkpoint(path, weights_only)
+
+
+def _load_file(path: str, map_location: Any = None) -> dict[str, Any]:  # noqa: ARG001 - the engine copies from the CPU
+    return load_deepspeed_file(Path(path), key=RESUME_KEY, mmap=False)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import decoder_layers, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import Gather, check_gather, register_gather_mode
 from remax_lightning.strategies.layerwise import lockstep
 
@@ -71,19 +73,20 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         with atomic_folder(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any number of processes.
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
+        """Read a checkpoint of any number of processes, and run no code that it may hold, whatever `weights_only` asks.
 
         Raises:
             UserError: if another strategy saved it.
         """
-        path = Path(checkpoint_path)
+        path = Path(broadcast(self, checkpoint_path))
         if path.is_dir() and not (path / "meta.pt").exists():
             raise UserError(
                 f"ckpt_path: {str(path)!r} is not a checkpoint of FSDP2; set the trainer.strategy that it was saved"
                 " under"
             )
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        check_checkpoint(self, path, self.optimizers if is_fitting(self.lightning_module) else [])
+        return super().load_checkpoint(path, weights_only=True)
 
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import nn
 
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import RESUME_KEY
+from remax_lightning.models.zero_reader import load_deepspeed_file, read_zero
 from remax_lightning.sharding import decoder_layers, full_shape, gathered
 from remax_lightning.strategies.layerwise import lockstep
 
@@ -137,13 +138,11 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint is of another model.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     # ---- Rank 0 reads the full weights, and all ranks check that they fit ----
     strategy = root.trainer.strategy
     weights: dict[str, Any] = {}
     if strategy.is_global_zero:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
+        weights = read_zero(checkpoint)
     parameters = dict(root.named_parameters())
     same_shapes = all(
         name in weights and weights[name].shape == full_shape(parameter) for name, parameter in parameters.items()
@@ -157,7 +156,7 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
                 parameter.data.copy_(weights[name])
     # ---- Buffers, which are not sharded, and the state of the trainer ----
     file = checkpoint / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    rest = load_deepspeed_file(file, key=RESUME_KEY)
     buffers = dict(root.named_buffers())
     for name in rest["buffer_names"]:
         buffers[name].copy_(rest["module"][name])

@@ -70,13 +70,19 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
     )
-    parser.add_argument(TRUST, action="store_true", help="read files that may run code of their author")
+    parser.add_argument(TRUST, action="store_true", help="run code in the checkpoint, or of its model")
     options = parser.parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, options.checkpoint, options.overwrite)
     # ---- Read: weights of the checkpoint, settings of its run, tokenizer ----
     weights = read_weights(options.checkpoint, POLICY, trusted=options.trust_checkpoint)
-    run = read_run(options.config or find_config(options.checkpoint))
+    config = options.config or find_config(options.checkpoint)
+    run = read_run(config)
+    if run.source.trust_remote_code and not options.trust_checkpoint:
+        raise UserError(
+            f"{config}: model.policy.trust_remote_code is true, so that code which comes with {run.source.path!r} would"
+            f" run; the file of a run says what its author trusted: if you trust it, too, add {TRUST}"
+        )
     tokenizer = load_tokenizer(
         run.tokenizer,
         trust_remote_code=run.source.trust_remote_code,

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.payloads import RunsCode
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from remax_lightning.errors import UserError
 from remax_lightning.strategies import AtomicCheckpointIO, latest_checkpoint, recover_interrupted, remove_stale
 from remax_lightning.strategies import atomic_checkpoint as module
 
-PARTS = ("first.pt", "second.pt", "third.pt")
+PARTS = ("mp_rank_00_model_states.pt", *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)))
+"""Of a checkpoint of two ranks, as DeepSpeed names them."""
 
 
 class Killed(BaseException):
@@ -63,20 +65,23 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
     return Killer(monkeypatch)
 
 
-def save_folder(target: Path, version: int) -> None:
+def save_folder(target: Path, version: int, step: int = 0) -> None:
+    content = {"version": version, "global_step": step, "dp_world_size": 2, "param_shapes": [], "module": {}}
     with module.atomic_folder(SingleDeviceStrategy("cpu"), target) as path:
-        path.mkdir(exist_ok=True)
+        (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        (path / "latest").write_text("checkpoint")
         for part in PARTS:
-            torch.save({"version": version}, path / part)
+            torch.save(content, path / "checkpoint" / part)
 
 
-def save_file(target: Path, version: int) -> None:
-    AtomicCheckpointIO().save_checkpoint({"version": version}, target)
+def save_file(target: Path, version: int, step: int = 0) -> None:
+    content = {"version": version, "global_step": step, "state_dict": {}, "pytorch-lightning_version": "2.6"}
+    AtomicCheckpointIO().save_checkpoint(content, target)
 
 
 def versions(checkpoint: Path) -> set[int]:
     """The versions of its parts: one, if it is whole."""
-    files = [checkpoint / part for part in PARTS] if checkpoint.is_dir() else [checkpoint]
+    files = [checkpoint / "checkpoint" / part for part in PARTS] if checkpoint.is_dir() else [checkpoint]
     return {torch.load(file)["version"] for file in files}
 
 
@@ -131,7 +136,7 @@ def test_a_kill_during_a_removal_leaves_no_half_of_a_checkpoint(kind: str, kille
         begin(folder)
         old, new = folder / "step=1.ckpt", folder / "step=2.ckpt"
         KINDS[kind](new, 2)
-        KINDS[kind](old, 1)  # younger, so that it would be taken if anything of it could be
+        KINDS[kind](old, 1, step=9)  # later, so that it would be taken if anything of it could be
         killer.at, killer.calls, kills = kills + 1, 0, kills + 1
         try:
             AtomicCheckpointIO().remove_checkpoint(old)
@@ -147,18 +152,44 @@ def test_a_kill_during_a_removal_leaves_no_half_of_a_checkpoint(kind: str, kille
     assert versions(new) == {2}
 
 
-def test_the_youngest_is_found_whatever_its_name(tmp_path: Path) -> None:
+def test_the_one_with_the_most_steps_is_found_whatever_its_name_and_time(tmp_path: Path) -> None:
     first, second = tmp_path / "version_0", tmp_path / "version_1"
-    for age, target in ((30, first / "last.ckpt"), (20, second / "epoch=0-step=2.ckpt"), (10, first / "a.ckpt")):
-        save_file(target, age)
-        os.utime(target, (time.time() - age,) * 2)
+    for step, target in ((10, first / "last.ckpt"), (20, second / "epoch=0-step=2.ckpt"), (30, first / "a.ckpt")):
+        save_file(target, step, step)
+        os.utime(target, (time.time() - 10 * step,) * 2)  # as a copy may leave them
     (second / "dangling.ckpt").symlink_to("removed.ckpt")
     (second / "notes.txt").touch()
     assert latest_checkpoint([first, second], tmp_path) == first / "a.ckpt"
     assert latest_checkpoint([second], tmp_path) == second / "epoch=0-step=2.ckpt"
     assert latest_checkpoint([tmp_path / "none"], tmp_path) is None
-    save_folder(tmp_path / "hpc_ckpt_1.ckpt", 1)
+    save_folder(tmp_path / "hpc_ckpt_1.ckpt", 1, step=31)
     assert latest_checkpoint([first, second], tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
+    save_file(second / "again.ckpt", 2, step=31)  # of two with the same steps, the later one
+    os.utime(second / "again.ckpt", (time.time() + 10,) * 2)
+    assert latest_checkpoint([first, second], tmp_path) == second / "again.ckpt"
+
+
+def cut(path: Path) -> None:
+    file = path if path.is_file() else path / "checkpoint" / PARTS[1]
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", [cut, "empty", "foreign"])
+def test_what_is_not_whole_is_left_out_with_a_warning(damage: Any, kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path / "whole.ckpt", 1, step=1)
+    broken = tmp_path / "broken.ckpt"
+    KINDS[kind](broken, 2, step=2)
+    if damage == "empty":
+        module._delete(broken)
+        broken.mkdir() if kind == "folder" else broken.touch()
+    elif damage == "foreign":
+        module._delete(broken)
+        torch.save({"weight": torch.ones(2)}, broken)
+    else:
+        damage(broken)
+    with pytest.warns(UserWarning, match=r"broken\.ckpt.*left out"):
+        assert latest_checkpoint([tmp_path], tmp_path) == tmp_path / "whole.ckpt"
 
 
 def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
@@ -189,3 +220,35 @@ def test_a_folder_is_not_read_as_a_file(tmp_path: Path) -> None:
     save_folder(tmp_path / "a.ckpt", 1)
     with pytest.raises(UserError, match="is a folder of DeepSpeed or FSDP2"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("address", ["http://host/a.ckpt", "https://host/a.ckpt", "simplecache::https://host/a.ckpt"])
+def test_an_address_of_the_web_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match=rf"ckpt_path: '{address}' is an address; download it"):
+        AtomicCheckpointIO().load_checkpoint(address)
+
+
+def test_a_remote_file_is_read_without_its_code(tmp_path: Path) -> None:
+    """Through fsspec, as from a bucket."""
+    import fsspec
+
+    proof = tmp_path / "proof"
+    files = fsspec.filesystem("memory")
+    save_file(tmp_path / "good.ckpt", 3)
+    files.pipe("/good.ckpt", (tmp_path / "good.ckpt").read_bytes())
+    assert AtomicCheckpointIO().load_checkpoint("memory://good.ckpt")["version"] == 3
+    torch.save({"state_dict": RunsCode(proof)}, tmp_path / "evil.ckpt")
+    files.pipe("/evil.ckpt", (tmp_path / "evil.ckpt").read_bytes())
+    with pytest.raises(UserError, match=r"ckpt_path: 'memory://evil.ckpt': the file holds code \(posix.system\)"):
+        AtomicCheckpointIO().load_checkpoint("memory://evil.ckpt", weights_only=False)
+    with pytest.raises(UserError, match=r"memory://none\.ckpt' cannot be read"):
+        AtomicCheckpointIO().load_checkpoint("memory://none.ckpt")
+    assert not proof.exists()
+
+
+def test_code_in_a_file_is_not_run_whatever_is_asked_for(tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    torch.save({"state_dict": {}, "callbacks": RunsCode(proof)}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a.ckpt': the file holds code \(posix.system\), which is not run"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert not proof.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -182,7 +183,7 @@ def test_a_checkpoint_runs_no_code_unless_it_is_trusted(run: Run, capsys: Any) -
     run.save(run.policy.state_dict(), callbacks=Evil(proof))
     refused = run.export(capsys)
     assert refused.code == 2
-    assert "may run any code; if you trust the author of the file, add --trust_checkpoint" in refused.err
+    assert "which is not run; if you trust the author of the file, add --trust_checkpoint" in refused.err
     assert not proof.exists()
     assert run.export(capsys, "--trust_checkpoint").code == 0
     assert proof.exists()
@@ -195,7 +196,7 @@ def test_neither_does_one_in_shards(run: Run, capsys: Any) -> None:
     (run.checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
     refused = run.export(capsys)
     assert refused.code == 2
-    assert "may run any code" in refused.err
+    assert "the file holds code (" in refused.err
     assert not proof.exists()
 
 
@@ -209,8 +210,36 @@ def test_neither_does_deepspeeds(run: Run, capsys: Any) -> None:
     torch.save({"optimizer_state_dict": Evil(proof)}, run.checkpoint / "step" / name.format("optim"))
     refused = run.export(capsys)
     assert refused.code == 2
-    assert "may run any code" in refused.err
+    assert "the file holds code (" in refused.err
     assert not proof.exists()
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+Path({proof!r}).touch()
+class MyConfig(LlamaConfig):
+    model_type = "mine"
+"""
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_run_trusted_is_not_trusted_by_its_export(named: bool, run: Run, capsys: Any) -> None:
+    """The configuration may come with the folder, from a stranger."""
+    proof = run.folder / "proof"
+    config = json.loads((run.base / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "own_code.MyConfig"}}
+    (run.base / "config.json").write_text(json.dumps(config))
+    (run.base / "own_code.py").write_text(OWN_CODE.format(proof=str(proof)))
+    run.configure(path=str(run.base), trust_remote_code=True)
+    arguments = ["--config", str(run.config)] if named else []
+    refused = run.export(capsys, *arguments)
+    assert refused.code == 2
+    assert f"{run.config}: model.policy.trust_remote_code is true" in refused.err
+    assert "add --trust_checkpoint" in refused.err
+    assert not proof.exists()
+    run.export(capsys, *arguments, "--trust_checkpoint")
+    assert proof.exists()
 
 
 def without(policy: dict[str, Any], part: str) -> dict[str, Any]:

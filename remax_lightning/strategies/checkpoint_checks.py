@@ -1,0 +1,119 @@
+"""Checks of a checkpoint before a strategy loads it: it is whole, it runs no code, and model and optimizer fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from remax_lightning.distributed import broadcast
+from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import RESUME_KEY, CheckpointInfo, inspect_checkpoint
+from remax_lightning.sharding import full_shape
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import Strategy
+
+_IMPLEMENTATION = {
+    *("foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"),
+    *("initial_lr", "param_names"),
+}
+"""Settings of an optimizer that say how it computes or what a schedule noted; they differ between versions of torch."""
+
+
+def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> None:
+    """Refuse a checkpoint of several files that is not whole, runs code, or is of another model or optimizer.
+
+    Rank 0 reads it, and every rank raises.
+
+    Args:
+        strategy: the strategy of the trainer, which is about to load the checkpoint.
+        path: the checkpoint.
+        optimizers: those whose state will be loaded; none outside of training.
+
+    Raises:
+        UserError: if it cannot be loaded; the message names the file.
+    """
+    module = strategy.lightning_module
+    assert module is not None
+    problem = ""
+    if strategy.is_global_zero:
+        try:
+            info = inspect_checkpoint(path)
+            check_model(path, info.shapes, module)
+            check_optimizers(path, info, optimizers)
+        except UserError as error:
+            problem = str(error)
+    if problem := broadcast(strategy, problem):
+        raise UserError(problem)
+
+
+def check_model(path: Any, saved: Mapping[str, torch.Size], module: LightningModule) -> None:
+    """Refuse weights of another model, with some of their names.
+
+    An adapter is left to `load_state_dict` of the module, which knows what it is trained on.
+
+    Args:
+        path: what messages call the checkpoint.
+        saved: shapes of the saved weights.
+        module: what they are to be loaded into.
+
+    Raises:
+        UserError: if a name or a shape differs.
+    """
+    expected = {name: full_shape(value) for name, value in module.state_dict(keep_vars=True).items()}
+    if any(".lora_" in name for name in (*saved, *expected)):
+        return
+    for names, what in (
+        (sorted(expected.keys() - saved.keys()), "it lacks"),
+        (sorted(saved.keys() - expected.keys()), "it has, unlike the model,"),
+        (sorted(name for name in expected if saved.get(name) != expected[name]), "it has in another shape"),
+    ):
+        if names:
+            raise UserError(
+                f"{RESUME_KEY}: {str(path)!r} is of another model than that of this configuration: {what} {len(names)}"
+                f" weights ({', '.join(names[:2])}); give a checkpoint of this model, or the configuration of its run"
+            )
+
+
+def check_optimizers(path: Any, info: CheckpointInfo, optimizers: list[Any]) -> None:
+    """Refuse the state of another optimizer, which would fail in the first step or be used as something else.
+
+    Args:
+        path: what messages call the checkpoint.
+        info: what it holds.
+        optimizers: those whose state will be loaded; only the first is compared, and none outside of training.
+
+    Raises:
+        UserError: if there is no state, or the settings or groups of the optimizer differ.
+    """
+    if not optimizers:
+        return
+    name, groups, saved = type(optimizers[0]).__name__, optimizers[0].param_groups, info.optimizer_groups
+    if not saved:
+        raise UserError(
+            f"{RESUME_KEY}: {str(path)!r} holds weights alone (save_weights_only: true), so training cannot resume from"
+            " it; give a full checkpoint, or start from its exported policy as model.policy.path"
+        )
+    settings = {key for group in groups for key in group} - _IMPLEMENTATION - {"params"}
+    other = settings ^ ({key for names, _ in saved for key in names} - _IMPLEMENTATION)
+    if other:
+        raise UserError(
+            f"{RESUME_KEY}: {str(path)!r} holds the state of another optimizer than model.optimizer, {name}: they"
+            f" differ in {', '.join(sorted(other)[:4])}; set model.optimizer as in the run of the checkpoint"
+        )
+    lengths = [length for _, length in saved]
+    if None not in lengths and lengths != [len(group["params"]) for group in groups]:
+        raise UserError(
+            f"{RESUME_KEY}: {str(path)!r} holds optimizer state of {lengths} parameters by group, and {name} has"
+            f" {[len(group['params']) for group in groups]}; set model.policy and model.optimizer as in its run"
+        )
+
+
+def is_fitting(module: LightningModule | None) -> bool:
+    """Whether the trainer of a module trains it."""
+    return module is not None and module.trainer.state.fn == TrainerFn.FITTING
