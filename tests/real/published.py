@@ -128,3 +128,5 @@ DIALOGUES = {
     ),
     "other characters": Dialogue([user("Übersetze „日本語“ 🙂")], assistant("“Japanese” — naïve? 🎉")),
 }
+TOPICS = ("the sea", "an old friend", "your work", "a train, late at night")
+"""What the pretrained model writes about."""

@@ -1,8 +1,7 @@
-"""A pretrained model: doctor, training with an adapter, and what other programs make of the export."""
+"""A pretrained model: training with an adapter, and what other programs make of the export."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from functools import partial
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.cli import in_folder, remax, write_config
 from helpers.training import make_trainer, write_rows
 from lightning.pytorch import Callback
+from real.published import TOPICS, user
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.data import LoadingConfig, PromptDataModule
@@ -23,8 +22,7 @@ from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import StepOutput
 
-TOPICS = ("the sea", "an old friend", "your work", "a train, late at night")
-ROWS = [{"prompt": [{"role": "user", "content": f"Write one short sentence about {topic}."}]} for topic in TOPICS]
+ROWS = [{"prompt": [user(f"Write one short sentence about {topic}.")]} for topic in TOPICS]
 STEPS = 10
 
 
@@ -87,29 +85,6 @@ def training(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainin
     package.removeHandler(log)
     package.setLevel(level)
     return Training(module, outputs.steps, figures, "\n".join(log.lines), folder / "policy" / "last")
-
-
-def test_doctor_finds_nothing_wrong(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("vaderSentiment")
-    config = {
-        "trainer": {"accelerator": "cpu", "devices": 1},
-        "model": {
-            "policy": {"path": str(smollm2), "lora": {"r": 8}},
-            "reward": {"class_path": "FunctionReward", "init_args": {"function": "real.rewards.sentiment"}},
-            "sampling": {"max_response_length": 32},
-        },
-        "data": {"path": write_rows(tmp_path / "rows.jsonl", ROWS), "batch_size": 4, "max_prompt_length": 64},
-    }
-    with in_folder(tmp_path):
-        path = write_config(tmp_path / "run.yaml", config)
-        outcome = remax(capsys, "doctor", "--config", path, "--num_prompts", "4", "--json", "out.json")
-        results = json.loads((tmp_path / "out.json").read_text())["checks"]
-    print(json.dumps(results, indent=1))
-    assert outcome.code == 0, outcome.out
-    statuses = {result["name"]: result["status"] for result in results}
-    assert "fail" not in statuses.values()
-    for name in ("eos", "eos_trained", "prompt_padding", "greedy", "log_probs", "on_policy", "kl_at_start"):
-        assert statuses[name] == "pass", results
 
 
 def test_training_is_finite_and_moves_the_policy(training: Training) -> None:
