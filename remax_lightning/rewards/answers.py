@@ -33,7 +33,7 @@ _DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _OPERAND_AFTER = re.compile(
-    r"\s*(?:[*/^\u00d7·÷√π∞²³½¼¾+]|,[0-9]|\.[0-9]|:\s*[0-9]|[-\u2013]\s*[A-Za-z]\b(?!\w)|<[^/A-Za-z|]|[≤≥]|or\b"
+    r"\s*(?:\\(?:text|mathrm|mbox)\{\s*)?(?:[*/^\u00d7·÷√π∞²³½¼¾+]|,[0-9]|\.[0-9]|:\s*[0-9]|[-\u2013]\s*[A-Za-z]\b(?!\w)|<[^/A-Za-z|]|[≤≥]|or\b"
     r"|\\(?:times|cdot|div|pm|sqrt|frac|pi|leq?|geq?|infty)\b"
     r"|(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?)\b)",
     re.IGNORECASE,
@@ -54,7 +54,7 @@ _MATH = re.compile(
 _ANSWER_IS = re.compile(r"^.*\banswer\b\W*(?:is|:|=)?\W*?(?=[-+.\w\\({\[≠])", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\{([^{}]*)\}")
 # Three letters in a row, or a short word: math-verify would read a product of letters.
-_MISREAD = re.compile(r"\d\s+\d|\d[eE][-+]?\d|\d{4}-\d\d?-\d")
+_MISREAD = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b|\d\s+\d|\d[eE][-+]?\d|\d{4}-\d\d?-\d")
 """Mixed numbers, exponents and dates: math-verify reads 1 1/2 as 1, and subtracts."""
 _PROSE = re.compile(r"[^\W\d_]{3,}|\b(?:no|is|if|to|of|at|it|we|by|do|so|be|as)\b", re.IGNORECASE)
 

@@ -292,6 +292,9 @@ EQUAL = [
     ("1e-9", "\\boxed{10^{-9}}"),
 ]
 NOT_EQUAL = [
+    ("10", "\\boxed{10}\\text{ million}"),
+    ("10", "\\boxed{10\\text{ million}}"),
+    ("\\frac12", "\\boxed{\\frac12 \\text{ million}}"),
     ("5", "not 5"),
     ("5", "≠ 5"),
     ("5", "\\neq 5"),
