@@ -7,12 +7,13 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -79,7 +80,7 @@ def config_folder() -> Path:
 def _tokenizer_path(module: Any, data: Any) -> str | None:
     """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
     for name in ("policy", "reward_model"):
-        if module.get(name) is not None:
+        if isinstance(module.get(name), Mapping | Namespace):
             return str(module.get("tokenizer") or module[name]["path"])
     return cast("str | None", data.get("tokenizer"))
 
@@ -124,9 +125,14 @@ class RemaxCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check the values before any object is made of them."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: the file is no text in UTF-8: {error}; save it as UTF-8") from error
+        except RecursionError as error:
+            raise UserError("config: nested too deeply, or an alias that holds itself; write it out") from error
         subcommand = self.config.get("subcommand")
-        check_config(self.config[subcommand] if subcommand else self.config)
+        check_config(self.config[subcommand] if subcommand else self.config, CALLBACKS)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its errors are mistakes in the configuration."""

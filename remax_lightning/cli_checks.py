@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,8 @@ RULES = (
     Rule(("trainer.accumulate_grad_batches", "trainer.num_nodes", "trainer.check_val_every_n_epoch"),
          "a whole number from 1", _whole(1)),
     Rule(("trainer.devices",), "auto, -1 (all), a number from 1, or indices such as [0, 1]", _devices),
+    Rule(("trainer.strategy",), "a strategy whose processes are commands of their own, such as ddp",
+         lambda value: not isinstance(value, str) or not re.search("spawn|fork|notebook", value)),
     Rule(("trainer.max_epochs", "trainer.max_steps"), "-1 (no limit), or a whole number from 0", _whole(-1)),
     Rule(("trainer.num_sanity_val_steps",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule(("trainer.min_epochs", "trainer.min_steps", "trainer.reload_dataloaders_every_n_epochs",
@@ -106,12 +108,20 @@ RULES = (
     Rule((f"{_SCHEDULER}total_steps", f"{_SCHEDULER}total_iters", f"{_SCHEDULER}T_max", f"{_SCHEDULER}T_0",
           f"{_SCHEDULER}step_size"), "a whole number from 1", _whole(1)),
     Rule((f"{_SCHEDULER}gamma", f"{_SCHEDULER}eta_min"), "a number from 0", _from(0)),
-    Rule((f"{_SCHEDULER}*factor",), "a number from 0 to 1", _from(0, 1)),
+    Rule((f"{_SCHEDULER}factor", f"{_SCHEDULER}start_factor", f"{_SCHEDULER}end_factor"),
+         "a number from 0 to 1", _from(0, 1)),
     Rule((f"{_CALLBACK}save_top_k",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule((f"{_CALLBACK}every_n_train_steps", f"{_CALLBACK}every_n_epochs", f"{_CALLBACK}patience",
           f"{_CALLBACK}refresh_rate"), "a whole number from 0", _whole(0)),
 )  # fmt: skip
 """What Lightning and torch do not check at once."""
+
+GROUPS = ("trainer", "model", "data", "model.policy", "model.reference", "model.sampling", "model.kl",
+          "model.advantage", "model.loss", "data.loading")  # fmt: skip
+"""Keys that hold others: a single value, or a list, would be passed on as it is."""
+
+OPTIONAL_GROUPS = ("model", "model.policy", "model.reference")
+"""Groups that may be null; where one must not be, the parser says that it is missing."""
 
 FILES = ("predictions.path",)
 """Keys of files that are written at the end of a run, when a wrong path would cost the run."""
@@ -121,16 +131,24 @@ FOLDERS = ("trainer.default_root_dir", "trainer.logger.init_args.save_dir", "tra
 """Keys of folders that are made while a run goes on."""
 
 
-def check_config(config: Namespace | Mapping[str, Any]) -> None:
+def check_config(config: Namespace | Mapping[str, Any], groups: Collection[str] = ()) -> None:
     """Refuse values that Lightning or torch would refuse late or take in silence.
 
     Args:
         config: the parsed configuration of a subcommand.
+        groups: further keys at the top that hold others, such as those of callbacks.
 
     Raises:
         UserError: with one line per mistake.
     """
-    mistakes = [text for key, value in flatten(config) if (text := explain(key, value)) is not None]
+    mistakes = []
+    for key, value in flatten(config):
+        if key in groups or (key in GROUPS and not (value is None and key in OPTIONAL_GROUPS)):
+            text: str | None = f"{key}: expected a group of keys, got {'null' if value is None else value}"
+        else:
+            text = explain(key, value)
+        if text is not None:
+            mistakes.append(text)
     if mistakes:
         raise UserError("\n  ".join(mistakes))
 
@@ -139,6 +157,8 @@ def explain(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a key; None if nothing is, or no rule is about it."""
     if value is None:
         return None
+    if isinstance(value, str) and "\0" in value:
+        return f"{key}: {value[:60]!r} holds a null character"
     for rule in RULES:
         if any(fnmatchcase(key, pattern) for pattern in rule.keys) and not rule.holds(value):
             return f"{key}: expected {rule.expected}, got {value}"
@@ -152,7 +172,7 @@ def _explain_path(key: str, value: str, is_file: bool) -> str | None:
     if "://" in value:
         return None
     path = Path(value).expanduser().absolute()
-    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in path.parts):
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
         return f"{key}: {value[:60]!r} is no path of this system"
     if is_file and path.is_dir():
         return f"{key}: {value!r} is a folder; give the path of a file in it"

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import jsonargparse
 import lightning
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -74,6 +76,9 @@ MOVED_NAMES = {
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
+MAX_MISTAKES = 10
+"""How many wrong keys or values are told at once."""
+
 _TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 
 
@@ -84,26 +89,107 @@ class RemaxParser(LightningArgumentParser):
         # With abbreviations --trainer.max_step would mean --trainer.max_steps, and a typo could mean another key.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse arguments and configuration files, and refuse numbers that are not finite."""
-        config = super().parse_args(*args, **kwargs)
-        lines = [
-            f'Parser key "{key}": must be a finite number, got {value}; null means "none" where a key may be unset'
-            for key, value in _nonfinite_numbers(config)
-        ]
-        if lines:
-            self.error("\n".join(lines))
-        return config
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Parse, and refuse numbers that are not finite; of several wrong keys or values, tell all at once.
+
+        jsonargparse stops at the first, so what it names is left out and the rest is parsed again.
+        """
+        arguments = list(sys.argv[1:] if args is None else args)
+        mistakes: dict[str, str] = {}
+        tip = ""
+        while True:
+            try:
+                parsed = super().parse_args(arguments, *rest, **options)
+                lines = [
+                    f'Parser key "{key}": must be a finite number, got {value}; null means "none" where a key may be'
+                    " unset"
+                    for key, value in _nonfinite_numbers(parsed)
+                ]
+                if lines:
+                    self.error("\n".join(lines))
+                if not mistakes:
+                    return parsed
+                break
+            except _ParseExit as end:
+                tip = tip or end.tip
+                further = {key: text for key, text in end.mistakes.items() if not _is_consequence(key, mistakes)}
+                mistakes |= further
+                reduced = [without_key(arguments, key) for key in further if key]
+                if not reduced or reduced[0] is None or len(mistakes) >= MAX_MISTAKES:
+                    break
+                arguments = reduced[0]  # a message names one key, or several types of one
+        lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
+        print("remax: error: {}\n{}".format("\n  ".join(lines), tip), end="", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with code 2."""
+        """End with code 2; `parse_args` prints what is wrong."""
         if not self.exit_on_error:
             super().error(message, ex)
         subcommands = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
         parsers = [self, *(parser for choices in subcommands for parser in choices)]
         known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
         tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
-        self.exit(2, f"remax: error: {shorten_message(message, known)}\n{tip}")
+        raise _ParseExit(explain_message(message, known), tip)
+
+
+class _ParseExit(SystemExit):
+    """The parser refuses its arguments: the mistakes by key, and a line of advice."""
+
+    def __init__(self, mistakes: dict[str, str], tip: str) -> None:
+        super().__init__(2)
+        self.mistakes, self.tip = mistakes, tip
+
+
+def _is_consequence(key: str, mistakes: Iterable[str]) -> bool:
+    """Whether a key is wrong only because another one was left out: it, or a group around it, is missing now."""
+    plain = _plain(key)
+    return any(plain == _plain(other) or _plain(other).startswith(f"{plain}.") for other in mistakes)
+
+
+def _plain(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
+def without_key(arguments: list[str], key: str) -> list[str] | None:
+    """Return the arguments of the command without a key, on the command line and in YAML files; None if it is nowhere.
+
+    A YAML file with the key is replaced by its text without it.
+    """
+    kept, changed, index = [], False, 0
+    while index < len(arguments):
+        name, equals, value = arguments[index].partition("=")
+        separate = not equals and index + 1 < len(arguments) and not arguments[index + 1].startswith("--")
+        words = arguments[index : index + 1 + separate]
+        index += len(words)
+        if name.startswith("--") and _plain(name[2:].rstrip("+")) == _plain(key):
+            changed = True
+        elif name in ("--config", "-c") and (equals or separate):
+            text = _yaml_without_key(value if equals else words[1], _plain(key).split("."))
+            changed = changed or text is not None
+            kept += words if text is None else ["--config", text]
+        else:
+            kept += words
+    return kept if changed else None
+
+
+def _yaml_without_key(config: str, path: list[str]) -> str | None:
+    """Return the YAML text of a configuration, a file or a text, without a key; None if it does not have it."""
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8") if "\n" not in config else config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return yaml.safe_dump(values) if _remove(values, path) else None
+
+
+def _remove(values: Any, path: list[str]) -> bool:
+    if not isinstance(values, dict):
+        return False
+    if len(path) == 1 and path[0] in values:
+        del values[path[0]]
+        return True
+    inner = values.get(path[0])
+    return (isinstance(inner, dict) and _remove(inner, path[1:])) or _remove(values.get("init_args"), path)
 
 
 def _nonfinite_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -127,22 +213,36 @@ def shorten_message(message: str, known: Iterable[str] = ()) -> str:
         message: the message of jsonargparse.
         known: keys that always exist, for suggestions.
     """
+    mistakes = explain_message(message, known)
+    return "\n  ".join(f"{key}: {text}" if key else text for key, text in mistakes.items())
+
+
+def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
+    """Return what is wrong by key; the key is empty where the message names none.
+
+    Args:
+        message: the message of jsonargparse.
+        known: keys that always exist, for suggestions.
+    """
     if hint := _moved_name_hint(message):
-        return hint
+        return {"": hint}
     # ---- One explanation per key ----
     explanations: dict[str, list[str]] = {}
     for line in _parse_lines(message):
         key, text = _explain(line, list(known))
         explanations.setdefault(key, []).append(text)
     value = _GIVEN.search(message)
-    lines = []
+    mistakes = {}
     for key, texts in explanations.items():
         text = "; ".join(dict.fromkeys(texts))
         if all(part.startswith("expected ") for part in texts):  # the types of a union, none of which fits
             text = text.replace("; expected ", ", or ")
             text += f", got {value[1]}" if value and ", got " not in text else ""
-        lines.append(f"{key}: {text}" if key else text)
-    return "\n  ".join(lines) or message
+        mistakes[key] = text
+    if not mistakes and (match := _KEY.match(message)):  # only lines about what a class may be given as
+        got = f", got {value[1]}" if value else ""
+        mistakes[match[1]] = f"expected a class with class_path and init_args, or a group of keys{got}"
+    return mistakes or {"": message}
 
 
 def user_error_message(error: BaseException | None) -> str | None:
@@ -258,7 +358,13 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
     full = f"{line.key}.{inner}" if line.key else inner
     parent, _, last = full.rpartition(".")
     if line.class_path:
-        options = _argument_names(line.class_path, inner.split(".")[:-1])
+        parts = inner.split(".")
+        options = _argument_names(line.class_path, parts[:-1])
+        for depth in range(len(parts) - 1):  # a group around the key may be what is misspelt
+            groups = _argument_names(line.class_path, parts[:depth])
+            if groups and parts[depth] not in groups:
+                last, options = parts[depth], groups
+                break
     elif options := [dest.removeprefix(f"{parent}.") for dest in known if dest.startswith(f"{parent}.")]:
         pass
     else:

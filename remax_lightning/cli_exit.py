@@ -28,7 +28,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 import remax_lightning
-from remax_lightning.cli_errors import user_error_message
+from remax_lightning.cli_errors import shorten_message, user_error_message
 from remax_lightning.errors import exception_chain
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Stage:
         """Return the folder of the run, or the current one as long as there is none."""
         if self.trainer is not None:
             folder = getattr(self.trainer, "log_dir", None)
-            if folder is not None and Path(folder).is_dir():
+            if folder is not None and "\0" not in str(folder) and Path(folder).is_dir():
                 return Path(folder)
         return Path.cwd()
 
@@ -126,7 +126,7 @@ def write_traceback(error: BaseException, folder: Path) -> Path | None:
         path = place / ("traceback.txt" if rank == 0 else f"traceback-rank{rank}.txt")
         try:
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a path with a null character
             continue
         return path
     return None
@@ -139,7 +139,8 @@ def _describe_disk(error: BaseException) -> str | None:
         if number not in _DISK | _PATH:
             continue
         name = getattr(cause, "filename", None)
-        text = f"{name or 'a file of the run'}: {os.strerror(number)}"
+        shown = os.fsdecode(name) if isinstance(name, str | bytes) else "a file of the run"
+        text = f"{shown if len(shown) <= 200 else f'{shown[:200]}...'}: {os.strerror(number)}"
         if number in _PATH:
             return f"{text}; give another path"
         place = _existing_folder(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd())
@@ -165,7 +166,7 @@ def _describe_memory(error: BaseException) -> str | None:
     for cause in exception_chain(error):
         if isinstance(cause, MemoryError | torch.OutOfMemoryError):
             return (
-                f"out of memory: {first_line(cause)}; lower data.micro_batch_size, data.batch_size or the lengths;"
+                f"out of memory: {_short(cause)}; lower data.micro_batch_size, data.batch_size or the lengths;"
                 " `remax plan` computes what a configuration needs"
             )
     return None
@@ -183,10 +184,15 @@ def _describe_by_side(error: BaseException, stage: Stage) -> tuple[str, int]:
         for pattern, text in _TRANSLATIONS:
             if match := pattern.search(str(cause)):
                 return text.format(*match.groups()), 2
-    # ---- A library that refuses what the configuration gave it ----
-    innermost = _frames(error)[0] if error.__traceback__ is not None else None
-    if innermost is not None and side(innermost.filename) == "library" and not stage.trains:
-        return f"{stage.name}: {_short(error)}", 2
+    # ---- A library that refuses what the configuration gave it: at the start, or in a class that only Lightning calls
+    frames = _frames(error)
+    innermost = frames[0] if frames else None
+    if innermost is not None and side(innermost.filename) == "library":
+        nearest = next((frame for frame in frames if side(frame.filename) == "ours"), None)
+        only_libraries = nearest is None or Path(nearest.filename).parent == _PACKAGE
+        is_optimizer = Path(innermost.filename).is_relative_to(Path(torch.optim.__file__).parent)
+        if not stage.trains or only_libraries or is_optimizer:
+            return f"{stage.name}: {_short(error)}", 2
     place = "" if innermost is None else f" at {_short_path(innermost.filename)}:{innermost.lineno}"
     return f"this looks like a bug of remax-lightning, please report it: {_short(error)}{place}", 1
 
@@ -230,6 +236,8 @@ def first_line(error: BaseException) -> str:
 
 def _short(error: BaseException) -> str:
     text = first_line(error)
+    if text.startswith(("Does not validate", "Parser key")):  # jsonargparse's tree of types that did not fit
+        text = shorten_message(str(error)).partition("\n")[0][:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

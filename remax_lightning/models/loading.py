@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from remax_lightning.config import WeightDType
-from remax_lightning.errors import UserError
+from remax_lightning.errors import RankError, UserError
 from remax_lightning.models.frozen import Placement, check_placement
 from remax_lightning.models.lora import LoRAConfig, add_adapter
 
@@ -103,8 +104,8 @@ class ModelConfig:
                     use_safetensors=None if self.allow_pickle else True,
                     **common,
                 )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        except Exception as error:
+            raise load_failure(error, f"{key}.path", self.path) from error
         if self.quantization is not None:
             _avoid_inference_kernel(model)
         if self.gradient_checkpointing:
@@ -141,8 +142,8 @@ class ModelConfig:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}.path: cannot make a model of {self.path!r}: {_first_line(error)}") from error
+        except Exception as error:
+            raise load_failure(error, f"{key}.path", self.path) from error
         with suppress(OSError):  # the model has no generation settings
             model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
         return cast("PreTrainedModel", model)
@@ -156,8 +157,8 @@ class ModelConfig:
             config = AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}.path: cannot load {self.path!r}: {_first_line(error)}") from error
+        except Exception as error:
+            raise load_failure(error, f"{key}.path", self.path) from error
         if self.disable_dropout:
             zero_dropout(config)
         return config
@@ -215,6 +216,43 @@ def zero_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
         elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
             zero_dropout(value)
+
+
+def load_failure(error: Exception, key: str, path: str) -> Exception:
+    """Return the mistake behind an exception of transformers: whatever it raises is about the files at `path`.
+
+    Args:
+        error: what loading raised.
+        key: the configuration key of the path.
+        path: a folder or a hub name.
+    """
+    if isinstance(error, UserError | RankError | torch.OutOfMemoryError):
+        return error
+    if isinstance(error, RecursionError):
+        return UserError(f"{key}: cannot load {path!r}: a JSON file in it is nested too deeply; save the model again")
+    if damaged := damaged_weights(Path(path)):
+        return UserError(f"{key}: {damaged} is damaged or cut short; copy or download it again")
+    mismatch = re.search(r"^.*(?:size mismatch for|ckpt: torch.Size|MISMATCH).*$", str(error), re.MULTILINE)
+    if mismatch or "ignore_mismatched_sizes" in str(error):
+        what = f" ({mismatch[0].strip()[:200]})" if mismatch else ""
+        return UserError(
+            f"{key}: config.json in {path!r} does not fit the weights beside it{what}; take both from one model"
+        )
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return UserError(f"{key}: cannot load {path!r}: {kind}{_first_line(error)}")
+
+
+def damaged_weights(folder: Path) -> Path | None:
+    """Return the first safetensors file of a folder that cannot be opened; None if all can."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -136,7 +136,7 @@ def _check_adapter(path: str, key: str) -> None:
         raise UserError(f"{key}.path: there is no folder {path!r}; give the folder or hub name of an adapter")
     try:
         config: Any = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"{key}.path: {path!r} is not an adapter (adapter_config.json is missing or unreadable); set a full model"
             " in model.policy.path"

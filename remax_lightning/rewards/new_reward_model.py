@@ -82,7 +82,7 @@ def _random_model(source: ClassifierSource) -> PreTrainedModel:
         if source.configure is not None:
             source.configure(config)
         model = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype, **common, **source.options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries raise is about the files at the path
         raise UserError(f"{KEY}.path: no reward model can be made after {source.path!r}: {error}") from error
     return cast("PreTrainedModel", model)
 

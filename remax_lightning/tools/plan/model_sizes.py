@@ -144,8 +144,8 @@ def _empty_classifier(reward: ClassifierReward) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_config(
             config, dtype=dtype or torch.float32, trust_remote_code=reward.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the libraries raise is about the files at the path
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{key}.path: the configuration of {path!r} cannot be read: {reason}") from error
     return cast("PreTrainedModel", model.requires_grad_(False))
 
