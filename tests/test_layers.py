@@ -17,7 +17,7 @@ PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
-LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder"}
+LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk"}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
@@ -27,6 +27,7 @@ ALLOWED = {
     "config": {"errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},
+    "disk": set(),
     "run_folder": {"distributed", "errors"},
     "functional": set(),
     "models": LOWER,

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from remax_lightning.callbacks.step_output import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
+from remax_lightning.disk import describe_disk_error
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import Evaluator
@@ -338,4 +339,6 @@ def _write_files(path: Path, answer: dict[str, Any], records: Sequence[PromptRec
             new.write_text(text, encoding="utf-8", errors="backslashreplace")
             new.replace(file)
     except OSError as error:
-        raise UserError(f"evaluation.path: cannot write {path} ({error}); the table above shows the figures") from error
+        raise UserError(
+            f"evaluation.path: {describe_disk_error(error, path)}. The table above shows the figures"
+        ) from error

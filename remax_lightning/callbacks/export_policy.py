@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import is_dry_run
+from remax_lightning.disk import describe_disk_error, is_disk_error
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
@@ -65,12 +66,13 @@ class ExportPolicy(Callback):
         self.best_score: float | None = None
         self.best_path: str | None = None
         self._directory: Path | None = None
-        self._metric_appeared = False
+        self._metric_appeared = self._exported_last = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
         from lightning.pytorch.strategies import FSDPStrategy
 
+        self._exported_last = False
         if stage != "fit" or is_dry_run(trainer):
             self._directory = None
             return
@@ -97,8 +99,14 @@ class ExportPolicy(Callback):
         self._metric_appeared = True
         # Rank 0 decides for all ranks: saving is a collective, and metrics may differ in their last digit.
         score = broadcast(trainer.strategy, float(metric))
-        if self._is_better(score) and self._export(trainer, pl_module, self._directory / "best"):
-            self.best_score, self.best_path = score, self._resolved_path("best")
+        if self._is_better(score):
+            try:
+                is_written = self._export(trainer, pl_module, self._directory / "best")
+            except UserError as error:  # the disk; the best policy before this one is still there
+                rank_zero_warn(f"{error}. Training goes on; the next better policy is tried again.")
+                is_written = False
+            if is_written:
+                self.best_score, self.best_path = score, self._resolved_path("best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the policy, and warn if there was no best one."""
@@ -106,6 +114,7 @@ class ExportPolicy(Callback):
             return
         if self.last:
             self._export(trainer, pl_module, self._directory / "last")
+            self._exported_last = True
         if self.best and not self._metric_appeared and (hasattr(pl_module, "policy") or hasattr(pl_module, "exported")):
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
             rank_zero_warn(
@@ -113,6 +122,11 @@ class ExportPolicy(Callback):
                 f"logged. Logged metrics: {names}. Set export.monitor to one of these, or export.best "
                 "to false."
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the policy of a run that was resumed at its end: Lightning then trains nothing and ends no training."""
+        if self.last and self._directory is not None and not self._exported_last and trainer.global_step > 0:
+            self._export(trainer, pl_module, self._directory / "last")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far and the folder of its policy."""
@@ -142,12 +156,19 @@ class ExportPolicy(Callback):
         # ---- Gather on all ranks, write on rank 0, and let the others wait ----
         merge = self.merge_lora
         weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # a collective
+        problem = ""
         if trainer.is_global_zero and damaged is None:
             try:
                 write_folder_atomically(target, partial(self._write, module, exported, model, weights))
             except NotFiniteError as error:
                 damaged = str(error)
-        damaged = broadcast(trainer.strategy, damaged)  # the other ranks wait here
+            except Exception as error:
+                if not _is_failed_write(error):
+                    raise
+                problem = f"export: {describe_disk_error(error, target)}"
+        damaged, problem = broadcast(trainer.strategy, (damaged, problem))  # the other ranks wait here
+        if problem:
+            raise UserError(problem)
         if damaged is None:
             rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
         else:
@@ -162,6 +183,11 @@ class ExportPolicy(Callback):
             save_exported(exported, module.tokenizer, weights, folder)
         else:
             save_policy(model, module.tokenizer, weights, folder, merge_lora=self.merge_lora)
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether it is the disk; safetensors has an exception of its own for this."""
+    return is_disk_error(error) or (type(error).__name__ == "SafetensorError" and "I/O error" in str(error))
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from remax_lightning.distributed import max_over_ranks, sum_over_ranks
+from remax_lightning.disk import append_lines, describe_disk_error, tolerate_disk_errors
+from remax_lightning.distributed import gather_objects, max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.run_folder import run_folder
 
@@ -23,17 +24,19 @@ class PredictionWriter(Callback):
         path: the file; `predictions.jsonl` in the run's folder by default. It must not exist.
 
     Raises:
-        UserError: if the file exists when prediction starts.
+        UserError: if the file exists when prediction starts, or cannot be written.
     """
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
         self.path = path
         self._lines = 0
+        self._pending: list[str] = []
+        self._warned: set[str] = set()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to overwrite or extend the file of another run."""
-        self._lines = 0
+        self._lines, self._pending = 0, []
         path = self._file(trainer)
         # All ranks decide the same, or the others would wait for the rank that stopped.
         if max_over_ranks(trainer, [float(path.exists())])[0] > 0:
@@ -41,6 +44,14 @@ class PredictionWriter(Callback):
                 f"predictions.path must be a file that does not exist yet, got {path}; "
                 "move it away or give another path"
             )
+        problem = ""
+        try:
+            append_lines(path, [])
+            path.unlink()
+        except OSError as error:
+            problem = f"predictions.path: {describe_disk_error(error, path)}; give another path"
+        if problems := [text for text in gather_objects(problem) if text]:
+            raise UserError(problems[0])
 
     def on_predict_batch_end(
         self,
@@ -54,16 +65,26 @@ class PredictionWriter(Callback):
         """Append the predictions of a batch."""
         if not isinstance(outputs, list) or not all(isinstance(line, dict) for line in outputs):
             return
+        # `default=str` writes dates of Parquet files as text.
+        self._pending += [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs]
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         path = self._file(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # `default=str` writes dates of Parquet files as text. A lone surrogate is written as \udXXX, which JSON can
-        # read.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs)
-        self._lines += len(outputs)
+        with tolerate_disk_errors(path, self._warned, "Predictions are kept in memory and tried again."):
+            append_lines(path, self._pending)
+            self._lines += len(self._pending)
+            self._pending = []
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log where the predictions are."""
+        """Log where the predictions are.
+
+        Raises:
+            UserError: if some of them could not be written.
+        """
+        missing = sum(gather_objects(len(self._pending)))
+        if missing:
+            raise UserError(f"predictions.path: {missing} predictions could not be written to {self._file(trainer)}")
         total = int(sum_over_ranks(trainer, [float(self._lines)])[0])
         if total:
             others = "" if trainer.world_size == 1 else f" and the files of the {trainer.world_size - 1} other ranks"

@@ -23,6 +23,7 @@ from remax_lightning.callbacks.step_output import (
     tensorboard_writer,
 )
 from remax_lightning.callbacks.token_strings import token_texts
+from remax_lightning.disk import append_lines, tolerate_disk_errors
 from remax_lightning.errors import UserError
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
@@ -80,6 +81,7 @@ class SampleDump(Callback):
         self._directory: Path | None = None
         self._samples: dict[Stage, list[dict[str, Any]]] = {"train": [], "validation": []}
         self._resumed = False
+        self._warned: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
@@ -145,24 +147,25 @@ class SampleDump(Callback):
         if self._directory is None:
             return
         path = self._directory / f"{stage}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate (half an emoji in the data set) cannot be encoded; \udXXX is valid JSON.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        writer = tensorboard_writer(trainer)
-        if writer is not None:
-            writer.add_text(f"samples/{stage}", _markdown_table(samples), samples[0]["step"])
+        with tolerate_disk_errors(path, self._warned, "Training goes on, and samples are tried again."):
+            append_lines(path, (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        with tolerate_disk_errors(run_folder(trainer), self._warned, "Training goes on without this log."):
+            writer = tensorboard_writer(trainer)
+            if writer is not None:
+                writer.add_text(f"samples/{stage}", _markdown_table(samples), samples[0]["step"])
 
     def _filter_lines(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
         if self._directory is None or not (path := self._directory / f"{stage}.jsonl").exists():
             return
         rewritten = path.with_suffix(".tmp")
-        with path.open(encoding="utf-8") as old, rewritten.open("w", encoding="utf-8") as new:
-            new.writelines(line for line in old if keeps(_step_of(line)))
-        rewritten.replace(path)
+        with tolerate_disk_errors(path, self._warned, "Lines of steps that are repeated stay in it."):
+            # Bytes, because a crash may have cut the last line inside a character.
+            with path.open("rb") as old, rewritten.open("wb") as new:
+                new.writelines(line for line in old if keeps(_step_of(line)))
+            rewritten.replace(path)
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     """Return the step of a line. A line that a crash truncated counts as later than any step, so it is removed."""
     try:
         return int(json.loads(line)["step"])

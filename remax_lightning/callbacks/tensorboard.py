@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import (
@@ -16,8 +18,10 @@ from remax_lightning.callbacks.step_output import (
     rollout_output,
     tensorboard_writer,
 )
+from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import gather_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
 _CHARTS: dict[str, dict[str, list[str]]] = {
@@ -73,6 +77,7 @@ class TensorBoardReport(Callback):
         self.every_n_steps = every_n_steps
         self._has_layout = False
         self._values: dict[str, list[Tensor]] = {}
+        self._warned: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the state of an earlier fit."""
@@ -84,18 +89,18 @@ class TensorBoardReport(Callback):
     ) -> None:
         """Collect the responses of a micro-batch; write histograms at the end of every n-th optimizer step."""
         output = rollout_output(outputs)
-        writer = tensorboard_writer(trainer)
-        if output is None or writer is None:
+        if output is None or not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             return
         if not self._has_layout:  # `output` shows that this module logs the values of the charts
             self._has_layout = True
-            writer.add_custom_scalars(_layout())
+            with self._tolerated(trainer):
+                cast(Any, tensorboard_writer(trainer)).add_custom_scalars(_layout())
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if self.every_n_steps == 0 or step % self.every_n_steps:
             return
         self._collect(output)
         if output["closes_step"]:
-            self._write(trainer, writer, step)
+            self._write(trainer, step)
 
     def _collect(self, output: StepOutput) -> None:
         values = {"reward": response_reward(output), "response_length": response_length(output)}
@@ -105,13 +110,18 @@ class TensorBoardReport(Callback):
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
-    def _write(self, trainer: Trainer, writer: Any, step: int) -> None:
+    def _tolerated(self, trainer: Trainer) -> AbstractContextManager[None]:
+        return tolerate_disk_errors(run_folder(trainer), self._warned, "Training goes on without this log.")
+
+    def _write(self, trainer: Trainer, step: int) -> None:
         values, self._values = self._values, {}
         for name, parts in values.items():
             local = torch.cat(parts)
             gathered = gather_over_ranks(trainer, local[local.isfinite()])
             if gathered.numel() > 0:
-                writer.add_histogram(f"distribution/{name}", gathered.numpy(), step)
+                with self._tolerated(trainer):
+                    writer = cast(Any, tensorboard_writer(trainer))
+                    writer.add_histogram(f"distribution/{name}", gathered.numpy(), step)
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:

@@ -201,6 +201,22 @@ class TextDataModule(LightningDataModule, ABC):
             raise RuntimeError(f"{type(self).__name__}.setup must run before its fingerprint is asked for")
         return cast(PreparedExamples, self._train.examples).fingerprint()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the data: the fingerprint of the training rows."""
+        return {} if self._train is None else {"fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn where a run goes on with other training rows than those of its checkpoint."""
+        saved = state_dict.get("fingerprint")
+        if self._train is not None and saved is not None and saved != self.fingerprint():
+            source = "data" if self.path is None else f"data.path ({self.path})"
+            rank_zero_warn(
+                f"{source} does not hold the rows of the checkpoint: the run goes on at the same position in other"
+                " rows, so some are trained on twice in an epoch and some not at all. To repeat the run exactly, resume"
+                " with the old rows; to train on the new ones from their beginning, start from the exported policy"
+                " (model.policy.path)."
+            )
+
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled batches, without the last short one. Resumable at every batch.
 

@@ -21,11 +21,13 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import CheckpointInfo, optimizer_groups, tensor_shapes
 from remax_lightning.run_folder import RunFolder, reserve_versions
 from remax_lightning.strategies import (
+    PARAMETER_NAMES,
     AtomicCheckpointIO,
     check_model,
     check_optimizers,
     global_grad_norm,
     keep_finite_checkpoints,
+    optimizer_parameter_names,
     remove_stale,
 )
 from remax_lightning.training.config_checks import check_deepspeed
@@ -36,6 +38,7 @@ from remax_lightning.training.schedules import set_total_steps
 from remax_lightning.training.seeding import random_state, set_random_state
 from remax_lightning.training.skipping import SkippedSteps
 from remax_lightning.training.step_metrics import log_at_global_step
+from remax_lightning.training.tolerant_logging import tolerate_failing_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +98,8 @@ class BaseModule(LightningModule):
         keep_finite_checkpoints(self.trainer)
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
+        if stage == "fit" and self._run_folder is not None:
+            tolerate_failing_logs(self.trainer)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -165,6 +170,9 @@ class BaseModule(LightningModule):
                 remove_stale(folder)
         checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
         checkpoint["skipped_steps"] = self.skipped_steps.state_dict()
+        names = [optimizer_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
+        if all(name is not None for name in names):
+            checkpoint[PARAMETER_NAMES] = names
         resume_after_last_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,8 +22,9 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_fil
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.distributed import barrier, broadcast
-from remax_lightning.errors import UserError
+from remax_lightning.disk import describe_disk_error, is_disk_error
+from remax_lightning.distributed import barrier, broadcast, gather_objects
+from remax_lightning.errors import RankError, UserError
 from remax_lightning.models.checkpoint_reader import (
     RESUME_KEY,
     checked_run,
@@ -45,7 +46,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the system folder for temporary files first. If that is on another disk, moving the file is a
     copy, and a killed process leaves an incomplete file.
+
+    A checkpoint that the disk has no room for is a warning. Until the next one is complete, checkpoints that are to be
+    removed stay, because `ModelCheckpoint` takes the new one for saved.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed = False
+        self._to_remove: list[Path] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the file atomically; on a remote file system, as Lightning does."""
@@ -57,10 +66,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         new = _temporary(target)
         try:
             torch.save(checkpoint, new)
-        except Exception:
-            _delete(new)  # for example of a full disk
-            raise
-        _replace(new, target)
+            _replace(new, target)
+        except Exception as error:
+            _delete(new)
+            if not is_disk_error(error):
+                raise
+            self.note_failure(target, describe_disk_error(error, target))
+        else:
+            self.note_success(target)
+
+    def note_failure(self, target: Path, description: str) -> None:
+        """Warn that a checkpoint could not be written, and keep earlier ones until the next is complete."""
+        self._failed = True
+        rank_zero_warn(
+            f"The checkpoint {target.name} was not saved: {description}. Earlier checkpoints stay, and the next save is"
+            " tried as usual."
+        )
+
+    def note_success(self, target: Path) -> None:
+        """Remove what stayed only because a save failed."""
+        self._failed, removable, self._to_remove = False, self._to_remove, []
+        for path in removable:
+            if path != target:
+                self.remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Read the file, and run no code that it may hold, whatever `weights_only` asks for.
@@ -92,6 +120,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
+        elif self._failed:
+            self._to_remove.append(target)
+        elif not os.path.lexists(target):
+            return  # it could not be saved
         elif target.is_symlink():
             target.unlink()  # older releases of fsspec would remove the folder that it points to
         elif target.is_dir():
@@ -113,10 +145,32 @@ def atomic_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
     if strategy.is_global_zero:
         target.parent.mkdir(parents=True, exist_ok=True)
     barrier(strategy, "the folder of checkpoints exists")
-    yield new
-    barrier(strategy, "every part of the checkpoint is written")
-    if strategy.is_global_zero:
-        _replace(new, target)
+    failure: Exception | None = None
+    try:
+        yield new
+    except Exception as error:
+        failure = error
+    # ---- All ranks agree whether every part is written ----
+    parts = gather_objects(None if failure is None else (is_disk_error(failure), describe_disk_error(failure, target)))
+    failures = [part for part in parts if part is not None]
+    if strategy.is_global_zero and not failures:
+        try:
+            _replace(new, target)
+        except OSError as error:
+            failures = [(is_disk_error(error), describe_disk_error(error, target))]
+            failure = error
+    failures = broadcast(strategy, failures)
+    io = strategy.checkpoint_io if isinstance(strategy.checkpoint_io, AtomicCheckpointIO) else None
+    if failures:
+        if strategy.is_global_zero:
+            _delete(new)
+        if failure is not None and not is_disk_error(failure):
+            raise failure
+        if io is None or not all(is_disk for is_disk, _ in failures):
+            raise failure or RankError(failures[0][1])
+        io.note_failure(target, failures[0][1])
+    elif io is not None and strategy.is_global_zero:
+        io.note_success(target)
 
 
 def recover_interrupted(folder: Path) -> None:

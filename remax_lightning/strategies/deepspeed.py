@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +107,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint atomically."""
-        with atomic_folder(self, filepath) as path:
+        with atomic_folder(self, filepath) as path, _errors_at_the_end(self.deepspeed_engine):
             super().save_checkpoint(checkpoint, str(path), storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -137,3 +139,24 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
 def _load_file(path: str, map_location: Any = None) -> dict[str, Any]:  # noqa: ARG001 - the engine copies from the CPU
     return load_deepspeed_file(Path(path), key=RESUME_KEY, mmap=False)
+
+
+@contextmanager
+def _errors_at_the_end(engine: Any) -> Iterator[None]:
+    """Raise what a rank could not write after all of its parts: within DeepSpeed, the others would wait for it."""
+    writer, failures = engine.checkpoint_engine, []
+    save = writer.save
+
+    def try_to_save(state_dict: Any, path: str) -> None:
+        try:
+            save(state_dict, path)
+        except Exception as error:
+            failures.append(error)
+
+    writer.save = try_to_save
+    try:
+        yield
+    finally:
+        writer.save = save
+    if failures:
+        raise failures[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -86,7 +86,74 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
                 " under"
             )
         check_checkpoint(self, path, self.optimizers if is_fitting(self.lightning_module) else [])
-        return super().load_checkpoint(path, weights_only=True)
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only=True)
+        # ---- A file of DDP, of one process or of `save_distributed_checkpoint: false` ----
+        # Lightning would take its optimizer states in the order of the model, but they are in that of the groups.
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(path, weights_only=True)
+        finally:
+            self.optimizers = optimizers
+        saved_names = checkpoint.get(PARAMETER_NAMES) or [None] * len(optimizers)
+        states = checkpoint.get("optimizer_states") or []
+        for optimizer, state, names in zip(optimizers, states, saved_names, strict=False):
+            self._load_optimizer_state(optimizer, state, names, path)
+        return checkpoint
+
+    def _load_optimizer_state(self, optimizer: Any, state: dict[str, Any], names: list[str] | None, path: Path) -> None:
+        """Load an unsharded optimizer state by the names of the parameters."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        model = cast(nn.Module, self.model)
+        ids = [number for group in state["param_groups"] for number in group["params"]]
+        if ids != list(range(len(ids))):  # 0.2 wrote files of FSDP2 in the order of the model
+            names = [name for name, _ in model.named_parameters()]
+        names = names or optimizer_parameter_names(model, optimizer) or []
+        if len(names) <= max(ids, default=-1):
+            raise UserError(
+                f"ckpt_path: {str(path)!r} holds optimizer states of {len(ids)} parameters, but {len(names)} are"
+                " trained; resume with the model and the adapter of the checkpoint"
+            )
+        by_name: dict[str, Any] = {
+            "state": {names[number]: value for number, value in state["state"].items()},
+            "param_groups": [
+                group | {"params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=by_name, options=options)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the state for a checkpoint; in one file it is in the order of the groups, as DDP reads it."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        model = cast(nn.Module, self.model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = cast(Any, get_optimizer_state_dict(model, optimizer, options=options))
+        if not self.is_global_zero:
+            return state
+        numbers = {name: number for number, name in enumerate(optimizer_parameter_names(model, optimizer) or [])}
+        return {
+            "state": {numbers[name]: value for name, value in state["state"].items()},
+            "param_groups": [
+                group | {"params": sorted(numbers[name] for name in group["params"])} for group in state["param_groups"]
+            ],
+        }
+
+
+PARAMETER_NAMES = "optimizer_parameter_names"
+"""Key of a checkpoint: the names of the parameters of each optimizer, in the order in which it numbers them."""
+
+
+def optimizer_parameter_names(model: nn.Module, optimizer: Any) -> list[str] | None:
+    """Return the names of an optimizer's parameters in its order; None where it holds others, as DeepSpeed's does."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [names[parameter] for parameter in parameters] if all(item in names for item in parameters) else None
 
 
 def shard_policy(policy: Any, mesh: DeviceMesh) -> None:

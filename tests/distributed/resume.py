@@ -126,6 +126,50 @@ def validate(strategy: str, folder: Path, checkpoint: Path) -> float:
     return trainer.validate(module, data, verbose=False, ckpt_path=checkpoint)[0]["val/kl"]
 
 
+class Moments(Callback):
+    """Writes down the moments that the optimizer starts from, by the names of the weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: Any = get_optimizer_state_dict(pl_module, trainer.optimizers[0], options=options)
+        if RANK == 0:
+            decays = {name: group["weight_decay"] for group in state["param_groups"] for name in group["params"]}
+            torch.save({"state": state["state"], "weight_decay": decays}, self.path)
+
+
+def moments(folder: Path) -> None:
+    """FSDP2 from files of DDP, of one process, of earlier versions, and of its own in one file."""
+    from remax_lightning.strategies import ReMaxFSDP2Strategy
+
+    sources = {"two": folder / "save-2-ddp/step=2.ckpt", "one": folder / "save-1-ddp/step=2.ckpt"}
+    old = torch.load(sources["two"], weights_only=True)
+    del old["optimizer_parameter_names"]
+    sources["old"] = folder / "old.ckpt"
+    if RANK == 0:
+        torch.save(old, sources["old"])
+
+    def start(name: str, checkpoint: Path, strategy: Any, saves: bool = False, steps: int = 3) -> None:
+        callbacks: list[Any] = [Moments(folder / f"moments-{name}.pt")]
+        if saves:
+            callbacks.append(ModelCheckpoint(folder / name, "{step}", every_n_train_steps=1))
+        trainer = make_trainer(
+            folder, callbacks, devices=RANKS, strategy=strategy, max_steps=steps, accumulate_grad_batches=2,
+            enable_checkpointing=saves,
+        )  # fmt: skip
+        trainer.fit(make_module(folder), make_data(folder), ckpt_path=checkpoint)
+
+    for name, checkpoint in sources.items():
+        start(name, checkpoint, make_strategy("fsdp2"))
+    start("file", sources["two"], ReMaxFSDP2Strategy(save_distributed_checkpoint=False), saves=True)
+    whole = folder / "file" / "step=3.ckpt"
+    start("again", whole, make_strategy("fsdp2"), steps=4)
+
+
 def refused(folder: Path) -> None:
     """What stands in the way of one rank or another strategy, each with the message that says so."""
     found = {}

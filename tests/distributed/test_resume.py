@@ -121,3 +121,33 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(one: Path) -> None:
     assert set(messages) == set(expected)
     for name, text in expected.items():
         assert text in messages[name]
+
+
+def moments_by_name(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The moments in a file of DDP: it numbers matrices first, then biases and norms, both in the model's order."""
+    content = torch.load(checkpoint, weights_only=True)
+    names = [f"policy.{name}" for name, _ in tiny_model("gpt2").named_parameters()]
+    dims = {name: content["state_dict"][name].dim() for name in names}
+    ordered = [name for name in names if dims[name] > 1] + [name for name in names if dims[name] == 1]
+    assert ordered != names
+    states = content["optimizer_states"][0]["state"]
+    assert sorted(states) == list(range(len(ordered)))
+    return {name: states[number] for number, name in enumerate(ordered)}
+
+
+def test_fsdp2_reads_the_moments_of_ddp_by_the_names_of_weights(one: Path) -> None:
+    launch(resume.moments, one)
+    for name, source in (("two", "save-2-ddp"), ("old", "save-2-ddp"), ("one", "save-1-ddp")):
+        check_moments(one / f"moments-{name}.pt", moments_by_name(one / source / "step=2.ckpt"))
+    # ---- FSDP2's own checkpoint of one file has the order of DDP ----
+    check_moments(one / "moments-again.pt", moments_by_name(one / "file" / "step=3.ckpt"))
+
+
+def check_moments(path: Path, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    loaded = torch.load(path, weights_only=True)
+    assert set(loaded["state"]) == set(expected)
+    for name, state in expected.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(loaded["state"][name][key], state[key]), (name, key)
+        assert loaded["state"][name]["exp_avg"].abs().sum() > 0
+        assert loaded["weight_decay"][name] == (10.0 if state["exp_avg"].dim() > 1 else 0.0)

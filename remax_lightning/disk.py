@@ -1,0 +1,111 @@
+"""Disks that are full, read-only or closed to this user: what is said, and what goes on without the file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""What torch's own writer says of a failed write, without the number of the error."""
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether an exception says that a file could not be written; torch's writer and its distributed one count, too."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict):  # torch's CheckpointException: (exception, traceback) by rank
+        return bool(failures) and all(is_disk_error(failure[0]) for failure in failures.values())
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WRITER)
+
+
+def describe_disk_error(error: BaseException, path: Path) -> str:
+    """Return one line that names the file, what is wrong with its disk, and how much space that has left."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        error = next(iter(failures.values()))[0]
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "writing failed"
+    if isinstance(error, OSError) and not error.errno:
+        reason = str(error)
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    space = ""
+    with suppress(OSError):
+        usage = shutil.disk_usage(folder)
+        space = f"; {_size(usage.free)} of {_size(usage.total)} are free there"
+    return f"cannot write {path}: {reason}{space}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    r"""Append lines to a file in UTF-8, all of them or, where that fails, none; its folder is created.
+
+    A lone surrogate (half an emoji in the data set), which cannot be encoded, is written as JSON's `\udXXX`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rest = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+@contextmanager
+def tolerate_disk_errors(path: Path, warned: set[str], consequence: str) -> Iterator[None]:
+    """Warn, once for each path in `warned`, where the file cannot be written inside, and go on."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    try:
+        yield
+    except Exception as error:
+        cause = _os_error(error)  # TensorBoard's logger wraps it in a ValueError
+        if cause is None:
+            raise
+        if str(path) not in warned:
+            warned.add(str(path))
+            rank_zero_warn(f"{describe_disk_error(cause, path)}. {consequence}")
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the first OSError among an exception and its causes, which may form a ring."""
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        if isinstance(error, OSError):
+            return error
+        passed.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def silence_tensorboard_thread() -> None:
+    """Keep TensorBoard's writing thread from printing a traceback where it fails; the next call raises the error."""
+    before = threading.excepthook
+    if getattr(before, "is_quiet", False):
+        return
+
+    def quiet(failure: Any) -> None:
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            before(failure)
+
+    quiet.is_quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = quiet
