@@ -166,8 +166,6 @@ def moments(folder: Path) -> None:
     for name, checkpoint in sources.items():
         start(name, checkpoint, make_strategy("fsdp2"))
     start("file", sources["two"], ReMaxFSDP2Strategy(save_distributed_checkpoint=False), saves=True)
-    whole = folder / "file" / "step=3.ckpt"
-    start("again", whole, make_strategy("fsdp2"), steps=4)
 
 
 def refused(folder: Path) -> None:
