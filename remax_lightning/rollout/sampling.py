@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from remax_lightning.config import SamplingConfig
 from remax_lightning.errors import UserError
@@ -29,7 +30,7 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
     # The first of equal ones, like argmax, in a third of its time.
     highest, greedy = logits[num_sampled:].max(-1)
     if logits.device.type == "cpu":
-        _raise_if_any(int((~highest.isfinite()).sum()), len(highest))
+        _raise_if_any((~highest.isfinite()).sum(), len(highest))
     if num_sampled == 0:
         return greedy
     scaled = apply_temperature(logits[:num_sampled], sampling.temperature)
@@ -67,7 +68,7 @@ def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
     blocks = torch.nn.functional.pad(probs, (0, -vocab_size % block_size)).view(num_rows, -1, block_size)  # [M, K, V/K]
     cumulative = blocks.sum(-1).cumsum(-1)  # [M, K]
     uniform = torch.rand(num_rows, 1, generator=generator, dtype=cumulative.dtype)
-    _raise_if_any(int((~cumulative[:, -1].isfinite()).sum()), num_rows)
+    _raise_if_any((~cumulative[:, -1].isfinite()).sum(), num_rows)
     point = uniform * cumulative[:, -1:]  # [M, 1]
     block = _search(cumulative, point)
     # Step 2: pick a token within the block, by what is left of the point.
@@ -87,13 +88,15 @@ def check_logits(logits: Tensor) -> None:
     Raises:
         UserError: if one is not. A token drawn from NaN would be the first of the vocabulary, without a word.
     """
-    _raise_if_any(int(bad_rows(logits)), len(logits))
+    _raise_if_any(bad_rows(logits), len(logits))
 
 
-def _raise_if_any(count: int, num_rows: int) -> None:
+def _raise_if_any(count: Tensor, num_rows: int) -> None:
+    if isinstance(count, FakeTensor):  # the plan runs on tensors without values
+        return
     if count:
         raise UserError(
-            f"model.policy: the logits of {count} of {num_rows} responses are not finite, so that no token can be"
+            f"model.policy: the logits of {int(count)} of {num_rows} responses are not finite, so that no token can be"
             " drawn: its weights are damaged, or its activations overflow. Use another model or an earlier checkpoint;"
             " in training lower model.optimizer.init_args.lr or set trainer.gradient_clip_val, and with float16 set"
             " trainer.precision: bf16-mixed"

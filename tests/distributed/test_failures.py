@@ -63,7 +63,8 @@ def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, policy: str, tmp
     """As on GPUs, where a broken connection is not noticed: the other rank is busy for long."""
     reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1 - rank, "waits": 100.0}}
     killed = [hit(tmp_path, "rollout", rank)]
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", killed, model__reward__init_args=reward))
+    changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it waits in its second batch
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", killed, **changes))
     assert ended.code != 0
     assert ended.seconds is not None
     assert ended.seconds < SOON
