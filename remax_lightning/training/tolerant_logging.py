@@ -30,7 +30,7 @@ class TolerantMethod:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the method, unless its logger failed a moment ago."""
         logger: Any = self._logger
-        if time.monotonic() < getattr(logger, "_retry_at", 0.0):
+        if time.monotonic() < vars(logger).get("_retry_at", 0.0):
             return None
         with tolerate_disk_errors(self._folder, self._warned, "Training goes on; the log is tried again."):
             return self._method(*args, **options)
