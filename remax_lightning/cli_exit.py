@@ -29,6 +29,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 import remax_lightning
 from remax_lightning.cli_errors import shorten_message, user_error_message
+from remax_lightning.disk import DISK_ERRORS
 from remax_lightning.errors import exception_chain
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE}
 # Libraries in Rust and C++ tell the number in their text: "I/O error: No space left on device (os error 28)".
 _FOREIGN_ERRNO = re.compile(r"os error (\d+)|\bcode: (\d+), kind:|\[Errno (\d+)\]")
@@ -136,7 +136,7 @@ def _describe_disk(error: BaseException) -> str | None:
     """Return a message about a file that the system refuses, with the free space of its disk; None if it is none."""
     for cause in exception_chain(error):
         number = _error_number(cause)
-        if number not in _DISK | _PATH:
+        if number not in DISK_ERRORS | _PATH:
             continue
         name = getattr(cause, "filename", None)
         shown = os.fsdecode(name) if isinstance(name, str | bytes) else "a file of the run"

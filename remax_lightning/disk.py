@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from remax_lightning.errors import exception_chain
+
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """What torch's own writer says of a failed write, without the number of the error."""
@@ -88,13 +90,7 @@ def tolerate_disk_errors(path: Path, warned: set[str], consequence: str) -> Iter
 
 def _os_error(error: BaseException | None) -> OSError | None:
     """Return the first OSError among an exception and its causes, which may form a ring."""
-    passed: set[int] = set()
-    while error is not None and id(error) not in passed:
-        if isinstance(error, OSError):
-            return error
-        passed.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    return next((cause for cause in exception_chain(error) if isinstance(cause, OSError)), None)
 
 
 def silence_tensorboard_thread() -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "config": {"errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},
-    "disk": set(),
+    "disk": {"errors"},
     "run_folder": {"distributed", "errors"},
     "functional": set(),
     "models": LOWER,
@@ -44,7 +44,7 @@ ALLOWED = {
     "tasks": ANYTHING,
     "cli_errors": {"errors"},
     "cli_checks": {"errors"},
-    "cli_exit": {"errors", "cli_errors"},
+    "cli_exit": {"errors", "cli_errors", "disk"},
     "cli": ANYTHING,
     "tools": ANYTHING,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import SamplingMask
+from remax_lightning.functional.lm_head import mask_logits
 
 
 class SuppressedTokens(NamedTuple):
@@ -41,13 +42,20 @@ class SuppressedTokens(NamedTuple):
         before = torch.tensor([*self.unused_ids, *self.eos_ids], dtype=torch.long, device=device)
         return before, before[: len(self.unused_ids)]
 
-    def apply(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Return `[M, V]` logits with minus infinity on suppressed tokens; `positions` `[M]` count from 0."""
-        before, after = self.ids_by_phase(logits.device)
+    def apply(self, logits: Tensor, positions: Tensor, ids_by_phase: tuple[Tensor, Tensor]) -> Tensor:
+        """Return logits with minus infinity on suppressed tokens; the host does not wait for the device.
+
+        Args:
+            logits: `[M, V]`.
+            positions: `[M]` position of each row in its response, from 0.
+            ids_by_phase: those of this object, made once for many calls.
+        """
+        before, after = ids_by_phase
         logits = logits.index_fill(1, after, -torch.inf)
-        early = (positions < self.min_response_length).nonzero().squeeze(-1)
-        logits[early] = logits[early].index_fill(1, before, -torch.inf)
-        return logits
+        if self.min_response_length == 0:
+            return logits
+        early = positions < self.min_response_length  # [M]
+        return torch.where(early[:, None], logits.index_fill(1, before, -torch.inf), logits)
 
 
 NO_TOKENS = SuppressedTokens()
@@ -105,10 +113,11 @@ def make_sampling_mask(
         return None
     # Sampling decides at its own temperature, which log-probs leave out if scale_log_probs is False.
     temperature = 1.0 if sampling.scale_log_probs else sampling.temperature
+    ids_by_phase = suppressed.ids_by_phase(positions.device)  # copied to the device once, not for every chunk
 
     def mask(logits: Tensor, rows: slice) -> Tensor:
         if suppressed.exist:
-            logits = suppressed.apply(logits, positions[rows])
+            logits = suppressed.apply(logits, positions[rows], ids_by_phase)
         if truncates:
             logits = apply_top_k_top_p(apply_temperature(logits, temperature), sampling)
         return logits > -torch.inf
@@ -129,7 +138,5 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
         `[M]` log-probs in nats, float32.
     """
     scaled = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)  # [M, V]
-    mask = make_sampling_mask(sampling, NO_TOKENS, tokens)
-    if mask is not None:
-        scaled = scaled.masked_fill(~mask(scaled, slice(None)), -torch.inf)
+    scaled = mask_logits(scaled, tokens, make_sampling_mask(sampling, NO_TOKENS, tokens), slice(None))
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -105,6 +106,12 @@ class BaseModule(LightningModule):
     def trained_model(self) -> PreTrainedModel:
         """The model that is trained."""
         raise NotImplementedError
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether the trained model computes in 16 bits; its rounding shows in every log-prob."""
+        model = self.trained_model
+        return "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
 
     def _find_tokenizer(self, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the data module if it has one, so that prompts and responses agree."""

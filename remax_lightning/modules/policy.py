@@ -89,10 +89,13 @@ class PolicyModule(BaseModule):
 
     def prepare_rollouts(self) -> None:
         """Prepare the worker: stop strings, EOS and unused tokens, and the reward on the device."""
-        if self.worker.device != self.device:
+        is_new = self.worker.device != self.device
+        if is_new:
             log_ignored_settings(self.policy, self.sampling)
             warn_of_turn_end(self.tokenizer, self.eos_ids(), getattr(self.trainer, "datamodule", None))
-        self.worker.prepare(self.tokenizer, self.eos_ids(), self.device, self.unused_ids())
+        # Every validation comes here; a vocabulary of 150,000 tokens is compared once.
+        unused_ids = self.unused_ids() if is_new else self.worker.unused_ids
+        self.worker.prepare(self.tokenizer, self.eos_ids(), self.device, unused_ids)
 
     def configure_model(self) -> None:
         """Load policy and tokenizer; Lightning calls this in the context of the strategy."""

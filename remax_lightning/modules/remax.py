@@ -133,13 +133,12 @@ class ReMaxModule(PolicyModule):
     def _check_on_policy(self) -> None:
         """Stop a run whose engine, model or precision separates what is drawn from what is trained."""
         model, lora = self.policy, self.policy_source.lora
-        is_16_bit = "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
         asked = not self.policy_source.disable_dropout or (lora is not None and lora.dropout > 0)
         with self.trainer.precision_plugin.train_step_context():
             with raise_on_all_ranks(self.trainer):
                 gaps = measure_gaps(model, self.worker)
             gaps = OnPolicyGaps(*max_over_ranks(self.trainer, gaps))
-            judge_gaps(gaps, model, self.worker, is_16_bit=is_16_bit, random_layers=asked)
+            judge_gaps(gaps, model, self.worker, is_16_bit=self.is_16_bit, random_layers=asked)
 
     def on_validation_start(self) -> None:
         """Move frozen models to the device, and start an evaluation."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import eval_mode, language_model
 from remax_lightning.models.log_probs import policy_statistics
-from remax_lightning.models.sampling_mask import NO_TOKENS, apply_temperature, make_sampling_mask
+from remax_lightning.models.sampling_mask import gather_log_probs
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout
 
@@ -185,21 +185,13 @@ def _plain_pass(
         logits = cast(Tensor, policy(torch.cat([prompt, tokens])[None], use_cache=False).logits)[0]
         predicting = logits[len(prompt) - 1 : -1].float()  # [tokens, V]
         positions = torch.arange(len(tokens), device=tokens.device)
-        results.append((worker.suppressed.apply(predicting, positions), tokens))
+        ids_by_phase = worker.suppressed.ids_by_phase(tokens.device)
+        results.append((worker.suppressed.apply(predicting, positions, ids_by_phase), tokens))
     (sampled_logits, sampled), (greedy_logits, greedy) = results
     below = greedy_logits.max(-1).values - greedy_logits.gather(-1, greedy[:, None]).squeeze(-1)
-    return _gather(sampled_logits, sampled, worker), _largest(below, torch.ones_like(below, dtype=torch.bool))
-
-
-def _gather(logits: Tensor, tokens: Tensor, worker: RolloutWorker) -> Tensor:
-    """Return `[tokens]` log-probs under the distribution that the run trains."""
-    sampling = worker.sampling
-    logits = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)
-    mask = make_sampling_mask(sampling, NO_TOKENS, tokens)
-    if mask is not None:
-        kept = mask(logits, slice(None)).scatter(-1, tokens[:, None], True)
-        logits = logits.masked_fill(~kept, -torch.inf)
-    return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    return gather_log_probs(sampled_logits, sampled, worker.sampling), _largest(
+        below, torch.ones_like(below, dtype=torch.bool)
+    )
 
 
 def _largest(difference: Tensor, mask: Tensor) -> float:

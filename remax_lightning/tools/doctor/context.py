@@ -172,8 +172,7 @@ class DoctorContext:
     @property
     def is_16_bit(self) -> bool:
         """Whether the policy computes in 16 bits; its rounding shows in every log-prob."""
-        model = self.module.trained_model
-        return "16" in str(self.trainer.precision) or model.dtype in (torch.float16, torch.bfloat16)
+        return bool(self.module.is_16_bit)
 
 
 def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
