@@ -24,7 +24,7 @@ from predicted import predicted
 from timing import device_name, save, seconds
 from torch import Tensor
 
-from remax_lightning.tools.plan.memory_tracker import shapes_only
+from remax_lightning.tools.plan.activation_memory import shapes_only
 
 REMAX_BYTES, PPO_BYTES = 20, 36
 """Bytes per parameter of states where all models are of one size: bfloat16 weights and gradients with float32 master

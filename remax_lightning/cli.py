@@ -29,7 +29,7 @@ from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
-from remax_lightning.training.preemption import EXIT_CODE
+from remax_lightning.training.resume import EXIT_CODE
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,

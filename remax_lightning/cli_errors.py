@@ -67,6 +67,7 @@ MOVED_NAMES = {
     "remax_lightning.modules.schedules": "remax_lightning.training.schedules",
     "remax_lightning.rewards.deepspeed_chat": "remax_lightning.rewards.formats.deepspeed_chat",
     "remax_lightning.rollout.engine": "remax_lightning.rollout.base",
+    "remax_lightning.rollout.huggingface": "remax_lightning.rollout.auto",
     "remax_lightning.strategies.checkpoints": "remax_lightning.strategies.atomic_checkpoint",
     "remax_lightning.tools.addition": "remax_lightning.tasks.addition",
     "remax_lightning.tools.dialogues": "remax_lightning.tasks.dialogues",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remax_lightning.distributed import gather_objects
 from remax_lightning.functional import win_rates
-from remax_lightning.training.step_metrics import step_values
+from remax_lightning.training.metrics import step_values
 from remax_lightning.types import PromptRecord, Responses, StepOutput
 
 MAX_NATS = 700.0

@@ -9,16 +9,23 @@ from remax_lightning.functional.advantages import (
     whiten_advantages,
 )
 from remax_lightning.functional.bootstrap import percentile_interval, proportion_interval, resampled_ratios, win_rates
-from remax_lightning.functional.bradley_terry import bradley_terry_loss
-from remax_lightning.functional.kl import KLEstimator, kl_estimate
-from remax_lightning.functional.lm_head import OutputHead, SamplingMask
 from remax_lightning.functional.log_probs import (
+    OutputHead,
     PolicyStatistics,
+    SamplingMask,
     TokenStatistics,
     hidden_statistics,
     token_statistics,
 )
-from remax_lightning.functional.losses import SurrogateLoss, clipped_surrogate_loss, kl_loss, reinforce_loss
+from remax_lightning.functional.losses import (
+    KLEstimator,
+    SurrogateLoss,
+    bradley_terry_loss,
+    clipped_surrogate_loss,
+    kl_estimate,
+    kl_loss,
+    reinforce_loss,
+)
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
 
 __all__ = [

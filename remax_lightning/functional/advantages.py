@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remax_lightning.functional._checks import (
+from remax_lightning.functional.masking import (
     check_argument,
     check_choice,
     check_mask,
     check_shape,
     compute_dtype,
+    masked_sum,
 )
-from remax_lightning.functional.masking import masked_sum
 
 Baseline: TypeAlias = Literal["greedy", "leave_one_out", "group_mean", "none"]
 """What the reward is compared with: that of the greedy response, the mean of the others, of all, or 0."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from remax_lightning.functional._checks import check_argument, check_shape
+from remax_lightning.functional.masking import check_argument, check_shape
 
 _ENTRIES_AT_ONCE = 2**22
 """Counts that a part of the resamples may take, 32 MiB in float64."""

@@ -1,19 +1,67 @@
-"""Losses of policy-gradient steps, each with an explicit normalizer.
+"""Estimates of the KL, and losses, each with an explicit normalizer.
 
-The normalizer is given, not taken from the mask, so that it can be the number of response tokens of the whole
+The normalizer of a loss is given, not taken from the mask, so that it can be the number of response tokens of the whole
 optimizer step over all ranks: the gradient then does not depend on how the step was split.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from remax_lightning.functional._checks import check_argument, check_mask, check_shape, compute_dtype
-from remax_lightning.functional.kl import KLEstimator, kl_estimate
-from remax_lightning.functional.masking import masked_mean, safe_divide
+from remax_lightning.functional.masking import (
+    check_argument,
+    check_choice,
+    check_mask,
+    check_shape,
+    compute_dtype,
+    masked_mean,
+    safe_divide,
+)
+
+KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+"""How KL is estimated: the log-ratio, half its square, or the unbiased estimate that is never negative."""
+
+
+def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, clamp: float | None = None) -> Tensor:
+    """Return an estimate of KL(policy || reference) per token, in nats.
+
+    `k1 = log_ratio`, `k2 = log_ratio² / 2`, `k3 = exp(-log_ratio) - 1 + log_ratio`. Over tokens sampled from
+    the policy, k1 and k3 are unbiased, k2 is not but has the least variance (Schulman 2020, "Approximating KL
+    Divergence").
+
+    Args:
+        log_ratio: any shape, log-prob under the policy minus log-prob under the reference, in nats.
+        estimator: which of the three.
+        clamp: the estimate is kept between `-clamp` and `clamp`; None leaves it as it is, and so unbiased.
+
+    Returns:
+        float32 of the same shape (float64 for float64); differentiable.
+
+    Raises:
+        ValueError: if `estimator` is unknown or `clamp` is not above 0.
+    """
+    check_choice("estimator", estimator, get_args(KLEstimator))
+    check_argument(clamp is None or clamp > 0, "clamp", "above 0 or None", clamp)
+    log_ratio = log_ratio.to(compute_dtype(log_ratio))
+    if estimator == "k1":
+        estimate = log_ratio
+    elif estimator == "k2":
+        estimate = 0.5 * log_ratio.square()
+    else:
+        if clamp is not None:
+            # The clamp below hides an overflow of exp from the value, not from the gradient, which would be 0
+            # * inf = NaN. So the log-ratio stops where exp is still finite, far beyond any clamp of the
+            # estimate.
+            log_ratio = log_ratio.clamp(min=-math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
+        # expm1 keeps the digits that exp(x) - 1 loses near 0, where a policy close to its reference lives.
+        estimate = torch.expm1(-log_ratio) + log_ratio
+    return estimate if clamp is None else estimate.clamp(-clamp, clamp)
+
 
 MAX_LOG_RATIO = 20.0
 """Where the log of a probability ratio stops, in nats. Without it exp overflows, and the gradient of a token
@@ -142,3 +190,42 @@ def _zero_outside_mask(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
     check_mask("mask", mask, "[S, R]", first.shape)
     dtype = compute_dtype(*tensors.values())
     return [torch.where(mask, tensor.to(dtype), 0.0) for tensor in tensors.values()]
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    normalizer: Tensor | float,
+    margin: Tensor | float = 0.0,
+    centering_coef: float = 0.0,
+) -> Tensor:
+    """Return `Σ [-logsigmoid(chosen - rejected - margin) + centering_coef · (chosen + rejected)²] / normalizer`.
+
+    The first term is the negative log-likelihood of the preferences under the model of Bradley and Terry (1952), as
+    Ouyang et al. (2022, arXiv 2203.02155, equation 1) train on one pair; the margin is that of Llama 2 (Touvron et al.
+    2023, arXiv 2307.09288, equation 2). The likelihood does not see a constant added to all scores; the second term
+    (Eisenstein et al. 2023, arXiv 2312.09244, section 2) holds them around 0.
+
+    Args:
+        chosen: `[B]` scores of the chosen responses.
+        rejected: `[B]` scores of the rejected responses.
+        normalizer: what the sum is divided by, such as the number of pairs.
+        margin: `[B]` or one number, what a chosen response has to be ahead by; in units of the score.
+        centering_coef: weight of the second term, 0 or more.
+
+    Returns:
+        scalar float32 (float64 if an input is), differentiable.
+
+    Raises:
+        ValueError: if the shapes differ or `centering_coef` is below 0.
+    """
+    check_shape("chosen", chosen, "[B]", (None,))
+    check_shape("rejected", rejected, "[B]", chosen.shape)
+    if isinstance(margin, Tensor):
+        check_shape("margin", margin, "[B]", chosen.shape)
+    check_argument(centering_coef >= 0, "centering_coef", "0 or more", centering_coef)
+    dtype = compute_dtype(chosen, rejected)
+    chosen, rejected = chosen.to(dtype), rejected.to(dtype)
+    margin = torch.as_tensor(margin, dtype=dtype, device=chosen.device)
+    losses = -F.logsigmoid(chosen - rejected - margin) + centering_coef * (chosen + rejected) ** 2
+    return safe_divide(losses.sum(), normalizer)

@@ -16,9 +16,8 @@ from remax_lightning.functional import (
     hidden_statistics,
     token_statistics,
 )
-from remax_lightning.models.forward import accepts_argument, model_inputs
-from remax_lightning.models.lm_head import find_head, hidden_states, required_head
-from remax_lightning.models.sampling_mask import NO_TOKENS, SuppressedTokens, make_sampling_mask
+from remax_lightning.models.forward import accepts_argument, find_head, hidden_states, model_inputs, required_head
+from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, make_sampling_mask
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:

@@ -32,14 +32,23 @@ from remax_lightning.strategies import (
     remove_stale,
 )
 from remax_lightning.training.config_checks import check_deepspeed
-from remax_lightning.training.optim import check_learning_rate_precision, learning_rates, parameter_groups
-from remax_lightning.training.preemption import StopAtStepEnd, defer_signals
-from remax_lightning.training.resume import checkpoint_folders, gather_rank_states, resume_after_last_batch
-from remax_lightning.training.schedules import set_total_steps
-from remax_lightning.training.seeding import random_state, set_random_state
+from remax_lightning.training.metrics import log_at_global_step, tolerate_failing_logs
+from remax_lightning.training.resume import (
+    StopAtStepEnd,
+    checkpoint_folders,
+    defer_signals,
+    gather_rank_states,
+    random_state,
+    resume_after_last_batch,
+    set_random_state,
+)
+from remax_lightning.training.schedules import (
+    check_learning_rate_precision,
+    learning_rates,
+    parameter_groups,
+    set_total_steps,
+)
 from remax_lightning.training.skipping import SkippedSteps
-from remax_lightning.training.step_metrics import log_at_global_step
-from remax_lightning.training.tolerant_logging import tolerate_failing_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

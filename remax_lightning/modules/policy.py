@@ -12,11 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.float32_buffers import Float32Buffers
+from remax_lightning.models.loading import Float32Buffers
+from remax_lightning.models.sampling import log_ignored_settings
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
-from remax_lightning.rollout.generation_config import log_ignored_settings
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training.config_checks import check_policy, check_quantization, warn_of_turn_end
 from remax_lightning.training.worker import RolloutWorker

@@ -21,11 +21,11 @@ from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.metrics import MeanMetrics, predictions, step_values
 from remax_lightning.training.objective import Objective, UpdatePlan
 from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure_gaps
 from remax_lightning.training.reference import Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
-from remax_lightning.training.step_metrics import MeanMetrics, predictions, step_values
 from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
 

@@ -18,8 +18,8 @@ from remax_lightning.distributed import sum_tensor_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.float32_buffers import Float32Buffers
 from remax_lightning.models.forward import eval_mode
+from remax_lightning.models.loading import Float32Buffers
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
@@ -27,8 +27,7 @@ from remax_lightning.rewards.score_head import score_head
 from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold_into_weights, score_layers
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training import config_checks as checks
-from remax_lightning.training.preference_metrics import PairScores, PairScoreSums
-from remax_lightning.training.step_metrics import MeanMetrics
+from remax_lightning.training.metrics import MeanMetrics, PairScores, PairScoreSums
 from remax_lightning.types import ExportSpec, PreferenceBatch
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training.config_checks import check_response_ends
+from remax_lightning.training.metrics import MeanMetrics
 from remax_lightning.training.packing import PackingMode, find_packing_mode, pack, packed_log_probs
-from remax_lightning.training.step_metrics import MeanMetrics
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 

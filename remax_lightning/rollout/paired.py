@@ -1,21 +1,272 @@
-"""The default rollout engine: sampled and greedy responses decoded together, on the weights that are trained."""
+"""The default rollout engine: sampled and greedy responses decoded together, on the weights that are trained.
+
+One prefill, then all rows of a rollout token by token, in buffers that stay in place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from remax_lightning.models.forward import language_model, prompt_index_per_row
-from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
-from remax_lightning.rollout.cast_linear import CastLinear, cast_linears
-from remax_lightning.rollout.cuda_graph import StepCache
-from remax_lightning.rollout.decode_loop import DecodeBuffers, DecodeLoop
+from remax_lightning.errors import UserError
+from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
+from remax_lightning.models.sampling import bad_rows, check_logits, gather_log_probs, next_tokens
+from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
+from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
+from remax_lightning.rollout.static_cache import (
+    bucketed_length,
+    cache_of_slots,
+    fill_slots,
+    keep_rows,
+    layout_of,
+    make_slots,
+    slot_dtype,
+    states_of,
+)
 from remax_lightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+
+EOS_CHECK_INTERVAL = 16
+"""On CUDA, tokens between two checks for finished rows, since each check synchronizes the host with the device. On a
+CPU, rows are checked at every token."""
+
+
+class DecodeBuffers(NamedTuple):
+    """What a decoding step reads and writes; `C` is the number of cache slots.
+
+    Args:
+        tokens: `[N, 1]` the tokens to feed.
+        positions: `[N, 1]` their positions.
+        mask: `[N, C]` 1 on the slots of real tokens, 0 on padding and on slots that are still empty.
+        slot: `[1]` the slot to write next.
+        states: `[N, H, C, D]` keys, then values of each layer.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    slot: Tensor
+    states: list[Tensor]
+
+    @classmethod
+    def create(cls, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
+        """Allocate buffers for `num_rows` rows and `length` slots of a model with such a prefilled cache."""
+        states = make_slots(cache, num_rows, length)
+        zeros = partial(torch.zeros, dtype=torch.long, device=states[0].device)
+        return cls(zeros(num_rows, 1), zeros(num_rows, 1), zeros(num_rows, length), zeros(1), states)
+
+    def fits(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
+        """Return whether a rollout of this size and model can use these buffers."""
+        rows, slots = self.mask.shape
+        return (
+            rows >= num_rows
+            and slots >= length
+            and [_kind(states, states.dtype) for states in self.states]
+            == [_kind(states, slot_dtype(states)) for states in states_of(cache)]
+        )
+
+
+def _kind(states: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    return states.shape[1], states.shape[3], dtype, states.device
+
+
+class DecodeOutput(NamedTuple):
+    """`N` responses: `ids` and `log_probs` `[N, R]`, `stopped_at` `[N]`; see `GenerationOutput`."""
+
+    ids: Tensor
+    log_probs: Tensor | None
+    stopped_at: Tensor | None
+
+
+class DecodeLoop:
+    """The state of one decoding loop. Sampled rows come first, prompt by prompt, then the greedy ones.
+
+    Finished rows leave the batch: row `i` of the model's batch writes row `active[i]` of the responses.
+
+    Args:
+        model: the policy.
+        request: prompts, sampling settings, and what to return.
+        rows: `[N]` index of the prompt that each row continues.
+        step_cache: replays the decoding step as a CUDA graph; None runs the model each time.
+        allocate: returns buffers for a prefilled cache, a number of rows, and a number of slots.
+
+    Raises:
+        UserError: if the model's cache has other states than keys and values.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        request: GenerationRequest,
+        rows: Tensor,
+        step_cache: StepCache | None,
+        allocate: Callable[[DynamicCache, int, int], DecodeBuffers],
+    ) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.request, self.step_cache = model, request, step_cache
+        self.prompt_length, self.num_sampled = request.prompt_ids.shape[1], request.num_sampled
+        # Prefill: every prompt once, whatever the number of its rows.
+        cache = DynamicCache(config=model.config)
+        inputs = model_inputs(model, request.prompt_ids, request.prompt_mask)
+        if accepts_argument(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = 1
+        prompt_logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # [B, V]
+        self.logits = prompt_logits[rows]  # [N, V]
+        layout = layout_of(cache)
+        if layout is None:
+            raise UserError(
+                f"model.rollout: PairedEngine cannot decode with a {type(model).__name__}, which keeps more than keys"
+                " and values; leave model.rollout out, or set it to HuggingFaceEngine"
+            )
+        self.layout = layout
+        length = bucketed_length(self.prompt_length + request.sampling.max_response_length)
+        self.buffers = allocate(cache, len(rows), length)
+        self._fill(cache, request.prompt_mask[rows].long(), rows)
+        self.active = torch.arange(len(rows), device=rows.device)  # [M]
+        self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
+        self._views: tuple[int, int, tuple[Tensor, ...]] | None = None
+
+    def _fill(self, cache: DynamicCache, mask: Tensor, rows: Tensor) -> None:
+        """Copy each prompt's keys and values into the slots of its rows, and reset mask and positions."""
+        num_rows, buffers = len(rows), self.buffers
+        fill_slots(buffers.states, cache, rows, self.prompt_length)
+        buffers.mask[:num_rows] = torch.nn.functional.pad(mask, (0, buffers.mask.shape[1] - self.prompt_length))
+        buffers.positions[:num_rows, 0] = mask.sum(-1)
+        buffers.slot.fill_(self.prompt_length)
+
+    def run(self) -> DecodeOutput:
+        """Decode until every row has ended or reached the maximum length.
+
+        Raises:
+            UserError: if logits are not finite. On a CPU every token is checked; on CUDA those before a check for
+                finished rows and the last one: what is not finite stays in the cache of its row.
+        """
+        request, sampling, device = self.request, self.request.sampling, self.active.device
+        shape = len(self.active), sampling.max_response_length
+        ids = torch.full(shape, request.pad_id, dtype=torch.long, device=device)  # [N, R]
+        output = DecodeOutput(
+            ids,
+            torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
+            None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
+        )
+        # Before and after the minimum length; one copy to the device has the EOS ids, too.
+        suppressed = request.suppressed.ids_by_phase(device)
+        eos_ids = suppressed[0][len(request.unused_ids) :]
+        for step in range(sampling.max_response_length):
+            # Choose the next token of every row.
+            may_end = step >= sampling.min_response_length
+            if len(suppressed[may_end]):
+                self.logits = self.logits.index_fill(1, suppressed[may_end], -torch.inf)
+            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
+            self._store_tokens(output, step)
+            # Find rows that end here.
+            self.ended = self.ended | torch.isin(self.tokens, eos_ids)
+            if request.stop_check is not None and may_end:
+                self._apply_stop_check(request.stop_check, output, step)
+            if step + 1 == sampling.max_response_length:
+                check_logits(self.logits)
+                break
+            if not self._rows_are_left(step):
+                break
+            self.decode_step(step, self.tokens)
+        return output
+
+    def _store_tokens(self, output: DecodeOutput, step: int) -> None:
+        """Store the tokens of unfinished rows, and the log-probs of the sampled ones."""
+        output.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
+        if output.log_probs is not None:
+            sampled = slice(0, self.num_sampled)
+            log_probs = gather_log_probs(self.logits[sampled], self.tokens[sampled], self.request.sampling)
+            output.log_probs[self.active[sampled], step] = log_probs.masked_fill(self.ended[sampled], 0.0)
+
+    def _apply_stop_check(self, stop_check: StopCheck, output: DecodeOutput, step: int) -> None:
+        """End the rows whose last token completes a stop string."""
+        stopped = stop_check(output.ids[self.active, : step + 1]) & ~self.ended  # [M]
+        if output.stopped_at is not None:
+            output.stopped_at[self.active] = output.stopped_at[self.active].masked_fill(stopped, step + 1)
+        self.ended = self.ended | stopped
+
+    def _rows_are_left(self, step: int) -> bool:
+        """Return whether any row is unfinished; shrink the batch once the unfinished rows fit into half of it."""
+        on_cuda = self.active.device.type == "cuda"
+        if on_cuda and (step + 1) % EOS_CHECK_INTERVAL:
+            return True
+        unfinished_rows = (~self.ended).sum()
+        if on_cuda:  # both in one number, so that the host waits once; on a CPU each token has been checked
+            unfinished_rows = torch.where(bad_rows(self.logits) > 0, -1, unfinished_rows)
+        left, size = int(unfinished_rows), len(self.ended)
+        if left < 0:
+            check_logits(self.logits)
+        # Halving keeps the number of shapes small, and copying keys and values pays off.
+        while left and size > 1 and left <= (size + 1) // 2:
+            size = (size + 1) // 2
+        if left and size < len(self.ended):
+            unfinished, finished = (~self.ended).nonzero().squeeze(-1), self.ended.nonzero().squeeze(-1)
+            self._compact_rows(
+                torch.cat([unfinished, finished[: size - left]]).sort().values, self.prompt_length + step
+            )
+        return left > 0
+
+    def _compact_rows(self, rows: Tensor, filled: int) -> None:
+        """Move the given rows, with their first `filled` slots, to the front of the buffers and drop the others."""
+        keep_rows(self.buffers.states, rows, filled)
+        for buffer in (self.buffers.positions, self.buffers.mask):
+            buffer[: len(rows)] = buffer[rows]
+        self.num_sampled = int((rows < self.num_sampled).sum())
+        self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
+
+    def decode_step(self, step: int, tokens: Tensor) -> None:
+        """Run the model on one token per row; the logits of the next ones, `[M, V]`, replace `self.logits`.
+
+        Args:
+            step: position of these tokens in the responses, from 0. Steps follow each other without a gap.
+            tokens: `[M]` the tokens that were chosen from `self.logits`.
+        """
+        num_rows, slot = len(self.active), self.prompt_length + step
+        length = bucketed_length(slot + 1)
+        # Views are made once per shape: slicing every buffer costs time at each token.
+        if self._views is None or self._views[:2] != (num_rows, length):
+            self._views = num_rows, length, self._slice_buffers(num_rows, length)
+        token_buffer, positions, mask, *_ = inputs = self._views[2]
+        token_buffer[:, 0] = tokens
+        mask[:, slot] = 1
+        if self.step_cache is None:
+            self.logits = self._forward(length, *inputs)
+        else:
+            key = num_rows, length, self.buffers.mask.shape[1], self.layout
+            self.logits = self.step_cache.run(key, partial(self._forward, length), inputs)  # [M, V]
+        positions.add_(1)
+        self.buffers.slot.add_(1)
+
+    def _slice_buffers(self, num_rows: int, length: int) -> tuple[Tensor, ...]:
+        tokens, positions, mask, slot, states = self.buffers
+        return (
+            tokens[:num_rows],
+            positions[:num_rows],
+            mask[:num_rows, :length],
+            slot,
+            *(layer[:num_rows] for layer in states),
+        )
+
+    def _forward(
+        self, length: int, tokens: Tensor, positions: Tensor, mask: Tensor, slot: Tensor, *states: Tensor
+    ) -> Tensor:
+        """Return `[M, V]` logits. CUDA graphs capture this: a function of its arguments and the model's weights."""
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if accepts_argument(self.model, "position_ids"):
+            inputs["position_ids"] = positions
+        cache = cache_of_slots(self.layout, states, slot, length)
+        logits: Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        return logits
 
 
 class PairedEngine:

@@ -19,7 +19,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST, read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
-from remax_lightning.models.lora_checkpoint import adapter_dtype, contains_adapter, load_adapter
+from remax_lightning.models.lora import adapter_dtype, contains_adapter, load_adapter
 from remax_lightning.sharding import nonfinite_name
 
 POLICY = "policy."

@@ -124,7 +124,7 @@ def _rule_accuracy() -> float:
 
 def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, Figure]:
     """Evaluate a policy on the held-out prompts, and also score its responses with the rule."""
-    from remax_lightning.tools.evaluations import read_evaluation
+    from remax_lightning.tools.compare import read_evaluation
 
     trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
     path = Path(more[-1]) if more[-2] == "--evaluation.path" else run_folder(trainer)

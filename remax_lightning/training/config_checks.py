@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from remax_lightning.config import KLConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.lm_head import required_head
+from remax_lightning.models.forward import required_head
 from remax_lightning.rewards.pooling import Pooling, pool_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 

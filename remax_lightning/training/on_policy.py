@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import eval_mode, language_model
 from remax_lightning.models.log_probs import policy_statistics
-from remax_lightning.models.sampling_mask import gather_log_probs
+from remax_lightning.models.sampling import gather_log_probs
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout
 

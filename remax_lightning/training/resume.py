@@ -1,16 +1,49 @@
-"""State of a checkpoint beyond weights: unfinished rollouts, and loop positions that resume exactly."""
+"""Stopping and resuming: signals and early stops, random states, and checkpoints that resume exactly.
+
+A run stops at the end of the same step on all ranks, with a checkpoint after SIGTERM or SLURM's signal. Lightning's
+handlers act at once: they save and wait for other ranks in the middle of a step. Here a signal is only recorded, and
+handled at the end of the step. A step may never end, because a reward hangs: a second SIGTERM ends the process at once.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.distributed import gather_objects
-from remax_lightning.errors import UserError
+from remax_lightning.distributed import gather_objects, max_over_ranks
+from remax_lightning.errors import SignalExit, UserError
+from remax_lightning.strategies import nonfinite_state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of this process's generators: torch's, Python's and, on a GPU, the device's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore the generators to a state of `random_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def gather_rank_states(state: dict[str, Any] | None) -> list[dict[str, Any] | None]:
@@ -60,3 +93,163 @@ def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:
     for part in ("total", "current"):
         batches[part]["completed"] = batches[part]["processed"] - 1
         epochs[part]["processed"] = epochs[part]["completed"] = epochs[part]["started"] - 1
+
+
+END, REQUEUE = 1, 2
+EXIT_CODE = 128 + signal.SIGTERM
+_ONE_SIGNAL = 0.2
+"""Seconds within which signals count as one: a wrapper may pass one on that the whole process group has got."""
+
+
+class DeferredSignals(_SignalConnector):
+    """Lightning's handling of signals, deferred: `requested` says what was requested."""
+
+    requested = 0
+    _watch: _SecondSigterm | None = None
+
+    def register_signal_handlers(self) -> None:
+        """Install the handlers and clear earlier requests."""
+        self.requested = 0
+        super().register_signal_handlers()
+        if self._watch is None and threading.current_thread() is threading.main_thread():
+            self._watch = _SecondSigterm(self.trainer)
+
+    def teardown(self) -> None:
+        """Restore what was there before."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        super().teardown()
+
+    def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.requested = max(self.requested, END)
+            return
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
+        raise SignalExit(EXIT_CODE)  # outside of training there is nothing to save
+
+    def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
+        self.requested = REQUEUE
+
+    def requeue(self, signum: int) -> None:
+        """Save a checkpoint that Lightning loads when SLURM runs the job again, and requeue the job."""
+        super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
+
+
+class _SecondSigterm:
+    """Ends the process, and those that it launched, when a second SIGTERM arrives.
+
+    Python runs signal handlers between two instructions of the main thread, so none runs while that is inside of a
+    library: in a collective, or in a reward that waits. The interpreter writes the number of a signal to a pipe at
+    once, and a thread reads it there.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._replaced = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, daemon=True, name="second-sigterm").start()
+
+    def stop(self) -> None:
+        """Give the pipe back; the thread ends with it."""
+        signal.set_wakeup_fd(self._replaced)
+        os.close(self._write)
+
+    def _wait(self) -> None:
+        first = None
+        while number := os.read(self._read, 1):
+            now = time.monotonic()
+            if number[0] == signal.SIGTERM and first is not None and now - first > _ONE_SIGNAL:
+                self._end()
+            elif number[0] == signal.SIGTERM and first is None:
+                first = now
+        os.close(self._read)
+
+    def _end(self) -> None:
+        with suppress(OSError, ValueError):  # standard error may be closed
+            sys.stderr.write("remax: SIGTERM came a second time: the run ends at once, without another checkpoint\n")
+            sys.stderr.flush()
+        for process in getattr(self._trainer.strategy.launcher, "procs", ()):
+            process.kill()
+        os._exit(EXIT_CODE)
+
+
+def defer_signals(trainer: Trainer) -> None:
+    """Defer signals to the end of the step; call this before Lightning installs its handlers."""
+    if not isinstance(trainer._signal_connector, DeferredSignals):
+        trainer._signal_connector = DeferredSignals(trainer)
+
+
+class StopAtStepEnd:
+    """Stops a run on all ranks, at the end of the optimizer step in which one rank has to stop.
+
+    Args:
+        trainer: a trainer that starts to train, with deferred signals.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._signals = cast(DeferredSignals, trainer._signal_connector)
+        self._step, self._should_stop, self._handled = trainer.global_step, False, False
+
+    def after_batch(self) -> None:
+        """Stop if any rank has to stop. Every rank calls this after each batch and all callbacks.
+
+        Nothing is decided in the middle of an optimizer step, because no checkpoint holds its gradients.
+        """
+        trainer = self._trainer
+        self._should_stop |= trainer.should_stop
+        trainer.should_stop = False
+        if trainer.global_step == self._step:
+            return
+        self._step, trainer.should_stop, self._should_stop = trainer.global_step, self._should_stop, False
+        self.stop_on_all_ranks()
+
+    def stop_on_all_ranks(self) -> None:
+        """Make `should_stop` the same on all ranks, and after a signal save the run and let Lightning end it."""
+        # The same decision on all ranks: the strongest request of any of them.
+        trainer, signals = self._trainer, self._signals
+        requested, stop = map(int, max_over_ranks(trainer, [signals.requested, trainer.should_stop]))
+        trainer.should_stop = bool(stop)
+        if not requested or self._handled:
+            return
+        self._handled = True
+        if requested == REQUEUE:
+            signals.requeue(signal.SIGUSR1)
+        elif not cast(Any, trainer).fast_dev_run:
+            _save(trainer)
+        # Lightning then leaves its loops at once. After the last step it would skip the hooks that end a run.
+        signals.received_sigterm = not _is_last_step(trainer)
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or last_epoch
+
+
+def _save(trainer: Trainer) -> None:
+    if trainer.global_step == 0:  # in the evaluation before it
+        rank_zero_info("Told to end before the first optimizer step: there is nothing to save.")
+        return
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    resumable = [callback for callback in callbacks if not callback.save_weights_only]
+    if not resumable:
+        rank_zero_warn(
+            "The run received SIGTERM but saves nothing, because there is no ModelCheckpoint that saves full"
+            " checkpoints; set trainer.enable_checkpointing to true"
+        )
+        return
+    if not any(callback._last_global_step_saved == trainer.global_step for callback in resumable):
+        if nonfinite_state(trainer) is not None:
+            rank_zero_warn(
+                "Received SIGTERM: weights or optimizer state are not finite, and no checkpoint is saved; --ckpt_path"
+                " last resumes from an earlier one."
+            )
+            return
+        trainer.save_checkpoint(Path(cast(str, resumable[0].dirpath)) / "last.ckpt")
+    rank_zero_info(
+        f"Received SIGTERM: saved a checkpoint after optimizer step {trainer.global_step}; --ckpt_path last resumes."
+    )

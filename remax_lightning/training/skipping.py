@@ -16,7 +16,7 @@ from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import nonfinite_name
 from remax_lightning.strategies import nonfinite_in_model
-from remax_lightning.training.optim import learning_rates
+from remax_lightning.training.schedules import learning_rates
 
 
 class SkippedSteps:

@@ -14,10 +14,10 @@ from torch import Tensor
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import eval_mode
-from remax_lightning.models.sampling_mask import SuppressedTokens
+from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
-from remax_lightning.rollout.stop_strings import stop_string_check
+from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.types import PromptBatch, Responses, Rollout
 

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule, SFTDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.dataset_texts import response_texts, tokenize_responses
+from remax_lightning.evaluation.evaluator import response_texts, tokenize_responses
 from remax_lightning.evaluation.intervals import MEANINGS, figures, format_number, format_table
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch, PromptRecord

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.lm_head import find_head
+from remax_lightning.models.forward import find_head
 from remax_lightning.modules import LossConfig
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.strategies import full_parameters, rollout_parameters

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.data import PromptDataModule
-from remax_lightning.evaluation.dataset_texts import split_text
+from remax_lightning.evaluation.evaluator import split_text
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rewards.base import Reward

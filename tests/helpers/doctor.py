@@ -20,7 +20,7 @@ from remax_lightning.data import PromptDataModule
 from remax_lightning.rewards import Reward
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine
 from remax_lightning.tools.doctor import CHECKS, DoctorContext, Finding, load_context
-from remax_lightning.tools.doctor.registry import run_check
+from remax_lightning.tools.doctor.command import run_check
 from remax_lightning.types import PromptBatch
 
 ENDS = (2, *range(21, 47))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from conftest import tiny_model
 
-from remax_lightning.models.float32_buffers import Float32Buffers
+from remax_lightning.models.loading import Float32Buffers
 
 
 def test_rotary_frequencies_survive_a_cast() -> None:

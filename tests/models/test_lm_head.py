@@ -11,7 +11,7 @@ from conftest import tiny_model
 from torch import nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.lm_head import find_head, hidden_states, required_head
+from remax_lightning.models.forward import find_head, hidden_states, required_head
 
 IDS = torch.randint(0, 96, (3, 9), generator=torch.Generator().manual_seed(5))
 MASK = torch.ones(3, 9, dtype=torch.bool)
@@ -198,7 +198,7 @@ def test_a_configuration_that_does_not_say_the_truth_is_not_believed() -> None:
 
 
 def test_the_log_says_once_why(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="remax_lightning.models.lm_head"):
+    with caplog.at_level(logging.INFO, logger="remax_lightning.models.forward"):
         model = make("llama")
         for _ in range(3):
             find_head(model)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import log_probs as statistics_module
-from remax_lightning.models.lm_head import HeadSearch, find_head
+from remax_lightning.models.forward import HeadSearch, find_head
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch, Responses, Rollout

@@ -18,11 +18,11 @@ from helpers.training import Recorder, fit, make_trainer, prompt_data, remax_mod
 
 from remax_lightning.callbacks import BaselineMonitor, CollapseDetector, Evaluation, KLMonitor, SampleDump, Throughput
 from remax_lightning.data import PreferenceDataModule, SFTDataModule
-from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.models import LoRAConfig, ModelConfig, sampling
 from remax_lightning.modules import KLConfig, LossConfig, RewardModelModule, SFTModule
 from remax_lightning.rewards import ClassifierReward
-from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig, sampling
-from remax_lightning.rollout import decode_loop as decoding
+from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig
+from remax_lightning.rollout import paired as decoding
 
 Ran = TypeVar("Ran")
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)

@@ -273,7 +273,7 @@ def test_figures_are_those_of_the_pairs(start: str, tmp_path: Path, batch_size: 
 
 
 def test_calibration_error_of_many_pairs() -> None:
-    from remax_lightning.training.preference_metrics import PairScores
+    from remax_lightning.training.metrics import PairScores
 
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 400, generator=generator, dtype=torch.float64)

@@ -20,7 +20,7 @@ from torch import Tensor
 from remax_lightning.data import SFTDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.lm_head import HeadSearch
+from remax_lightning.models.forward import HeadSearch
 from remax_lightning.modules import SFTModule
 from remax_lightning.rewards import FunctionReward
 from remax_lightning.rewards.base import Reward

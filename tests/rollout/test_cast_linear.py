@@ -12,7 +12,7 @@ from conftest import tiny_model
 from torch import nn
 
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.rollout.cast_linear import CastLinear, cast_linears
+from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
 
 
 @pytest.fixture

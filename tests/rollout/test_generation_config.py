@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import tiny_model
 
+from remax_lightning.models.sampling import ignored_settings, log_ignored_settings
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.generation_config import ignored_settings, log_ignored_settings
 
 
 def test_the_implicit_top_k_of_transformers_is_named() -> None:

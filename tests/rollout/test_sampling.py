@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.sampling_mask import (
+from remax_lightning.models.sampling import (
     NO_TOKENS,
     SuppressedTokens,
     apply_temperature,
     apply_top_k_top_p,
     gather_log_probs,
     make_sampling_mask,
+    next_tokens,
+    sample,
+    sample_exponential_race,
+    sample_inverse_cdf,
 )
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.rollout.sampling import next_tokens, sample, sample_exponential_race, sample_inverse_cdf
 
 WAYS = pytest.mark.parametrize("way", [sample_inverse_cdf, sample_exponential_race], ids=["inversion", "race"])
 

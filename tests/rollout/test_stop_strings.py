@@ -9,7 +9,7 @@ import torch
 from conftest import make_tokenizer
 
 from remax_lightning.errors import UserError
-from remax_lightning.rollout.stop_strings import stop_string_check
+from remax_lightning.rollout.base import stop_string_check
 
 
 def test_without_strings_there_is_no_check() -> None:

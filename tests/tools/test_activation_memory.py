@@ -13,8 +13,7 @@ from torch import nn
 from remax_lightning.errors import UserError
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.tools.plan.activation_memory import StepPasses, StepShape
-from remax_lightning.tools.plan.memory_tracker import LiveBytes
+from remax_lightning.tools.plan.activation_memory import LiveBytes, StepPasses, StepShape
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 PROMPTS, PROMPT, RESPONSE = 8, 12, 20

@@ -13,7 +13,7 @@ from helpers.pages import ROOT, tables
 from remax_lightning.cli import run
 from remax_lightning.tasks.addition import write_addition_task
 from remax_lightning.tools.doctor import CHECKS, DoctorContext, load_context, run_checks
-from remax_lightning.tools.doctor.batches import first_rows
+from remax_lightning.tools.doctor.context import first_rows
 from remax_lightning.types import PromptBatch
 
 pytestmark = pytest.mark.slow  # every call examines a whole run

@@ -14,7 +14,7 @@ from helpers.training import save_policy
 from remax_lightning.functional import TokenStatistics
 from remax_lightning.tools.doctor import DoctorContext
 from remax_lightning.tools.doctor import policy as policy_checks
-from remax_lightning.tools.doctor.finding import Tolerance
+from remax_lightning.tools.doctor.context import Tolerance
 from remax_lightning.tools.doctor.policy import KL, KL_16_BITS, LARGEST, LARGEST_16_BITS, MEAN, MEAN_16_BITS
 from remax_lightning.types import Rollout
 

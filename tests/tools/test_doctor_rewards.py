@@ -16,7 +16,7 @@ from helpers.training import write_rows
 
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.tools.doctor import DoctorContext, load_context, memory
-from remax_lightning.tools.doctor.registry import run_checks
+from remax_lightning.tools.doctor.command import run_checks
 
 pytestmark = pytest.mark.slow  # every context loads a policy, a reference and a reward model
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, SamplingConfig
 from remax_lightning.functional import reinforce_loss, token_statistics
-from remax_lightning.models.sampling_mask import SuppressedTokens, make_sampling_mask
+from remax_lightning.models.sampling import SuppressedTokens, make_sampling_mask
 from remax_lightning.training.objective import Objective
 from remax_lightning.types import PromptBatch, Responses, Rollout
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import WarmupCosine, WarmupLinear
-from remax_lightning.training.optim import check_learning_rate_precision, parameter_groups
-from remax_lightning.training.schedules import set_total_steps
+from remax_lightning.training.schedules import check_learning_rate_precision, parameter_groups, set_total_steps
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`remax doctor`: check a configuration with its real models and data before training."""
+"""`remax doctor`: check a configuration with its real models and data before training; the list of all checks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,138 @@ import json
 import logging
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.tools.doctor import CHECKS, Result, load_context, run_checks
+from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
+from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
+from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable, Status, load_context
+
+REMAX, SFT, REWARD_MODEL = ReMaxModule, SFTModule, RewardModelModule
+ALL_STAGES = (REMAX, SFT, REWARD_MODEL)
+"""The stages of training, by their module."""
+
+
+class Check(NamedTuple):
+    """One check of a run.
+
+    Args:
+        name: the name that is printed.
+        run: the function that checks.
+        stages: modules that the check applies to.
+        needs: names of the loading checks that have to pass first.
+    """
+
+    name: str
+    run: Callable[[DoctorContext], Finding]
+    stages: tuple[type, ...] = (REMAX,)
+    needs: tuple[str, ...] = ("data", "models")
+
+
+class Result(NamedTuple):
+    """The result of a check; see `Finding`."""
+
+    name: str
+    status: Status
+    measured: str
+    fix: str
+    values: dict[str, float]
+
+
+def check_data(context: DoctorContext) -> Finding:
+    """Load the data."""
+    context.load_data()
+    kind, path = type(context.data).__name__, getattr(context.data, "path", "")
+    return Finding("pass", f"{kind} reads {path or 'its rows'}")
+
+
+def check_models(context: DoctorContext) -> Finding:
+    """Load the models and run the module's own checks."""
+    context.load_models()
+    model = context.module.trained_model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype, device = str(model.dtype).removeprefix("torch."), context.module.device
+    return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{context.note}")
+
+
+def check_reward(context: DoctorContext) -> Finding:
+    """Load the reward."""
+    if context.reward is None:
+        raise NotApplicable("the run has no model.reward")
+    context.load_reward()
+    return Finding("pass", f"{context.reward!r} is loaded")
+
+
+CHECKS = (
+    Check("data", check_data, ALL_STAGES, ()),
+    Check("models", check_models, ALL_STAGES, ()),
+    Check("reward", check_reward, (REMAX, SFT), ("models",)),
+    Check("prompts", prompts.check_prompts, ALL_STAGES),
+    Check("bos", prompts.check_bos, ALL_STAGES),
+    Check("prompt_eos", prompts.check_prompt_eos, ALL_STAGES),
+    Check("pad_token", responses.check_pad_token, ALL_STAGES),
+    Check("prompt_padding", policy.check_prompt_padding, (REMAX, SFT)),
+    Check("eos", responses.check_eos, (REMAX, SFT)),
+    Check("eos_trained", responses.check_eos_trained, (REMAX, SFT)),
+    Check("special_tokens", responses.check_special_tokens, (REMAX, SFT)),
+    Check("truncation", responses.check_truncation),
+    Check("generation_config", responses.check_generation_config),
+    Check("greedy", policy.check_greedy),
+    Check("log_probs", policy.check_log_probs),
+    Check("on_policy", policy.check_on_policy),
+    Check("kl_at_start", policy.check_kl_at_start),
+    Check("reward_template", rewards.check_reward_template, (REMAX,), ("data", "models", "reward")),
+    Check("reward_truncation", rewards.check_reward_truncation, (REMAX,), ("data", "models", "reward")),
+    Check("reward_padding", rewards.check_reward_padding, (REMAX, REWARD_MODEL), ("data", "models", "reward")),
+    Check("reward_spread", rewards.check_reward_spread, (REMAX,), ("data", "models", "reward")),
+    Check("memory", memory.check_memory, ALL_STAGES, ()),
+)
+"""In the order in which they run: loading comes first, because later checks need it."""
+
+
+def run_checks(context: DoctorContext) -> Iterator[Result]:
+    """Yield the result of each check. A check that raises has failed; the others still run."""
+    failed: set[str] = set()
+    for check in CHECKS:
+        finding = run_check(check, context, failed)
+        if finding.status == "fail":
+            failed.add(check.name)
+        yield Result(check.name, *finding)
+
+
+def run_check(check: Check, context: DoctorContext, failed: set[str]) -> Finding:
+    """Return the finding of one check.
+
+    Args:
+        check: the check.
+        context: the run.
+        failed: names of the checks that failed before.
+    """
+    if not isinstance(context.module, check.stages):
+        return Finding("skip", f"does not apply to {type(context.module).__name__}")
+    missing = [name for name in check.needs if name in failed]
+    if missing:
+        return Finding("skip", f"needs {' and '.join(missing)}")
+    try:
+        with torch.no_grad(), context.trainer.precision_plugin.forward_context():
+            return check.run(context)
+    except NotApplicable as reason:
+        return Finding("skip", str(reason))
+    except torch.OutOfMemoryError:
+        fix = "a run on several devices may still fit: use --trainer.accelerator cpu here, and see the check `memory`"
+        return Finding("fail", "this device has too little memory for the whole run in one process", fix)
+    except UserError as error:
+        return Finding("fail", str(error), "correct what the message says")
+    except Exception as error:
+        return Finding(
+            "fail", f"{type(error).__name__}: {error}", "this is an error inside the check, not a result of it"
+        )
+
 
 WIDTH = 110
 """Columns of the output."""

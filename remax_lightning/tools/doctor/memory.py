@@ -10,8 +10,7 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
-from remax_lightning.tools.doctor.context import DoctorContext
-from remax_lightning.tools.doctor.finding import Finding, NotApplicable
+from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable
 from remax_lightning.tools.plan.command import GB, HEADROOM, plan
 from remax_lightning.tools.plan.model_sizes import measure
 from remax_lightning.tools.plan.run_config import read_run

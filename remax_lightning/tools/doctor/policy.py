@@ -11,11 +11,17 @@ from torch import Tensor
 from remax_lightning.functional import kl_estimate
 from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
-from remax_lightning.models.sampling_mask import SuppressedTokens
+from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.tools.doctor.batches import select_rows
-from remax_lightning.tools.doctor.context import DoctorContext
-from remax_lightning.tools.doctor.finding import LARGE_KL, Finding, NotApplicable, Tolerance, worst
+from remax_lightning.tools.doctor.context import (
+    LARGE_KL,
+    DoctorContext,
+    Finding,
+    NotApplicable,
+    Tolerance,
+    select_rows,
+    worst,
+)
 from remax_lightning.training.on_policy import measure_gaps
 from remax_lightning.types import PromptBatch, Responses, Rollout
 

@@ -6,9 +6,7 @@ from typing import Any
 
 from remax_lightning.data.formatting import special_prefix
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.tools.doctor.batches import unpadded_ids
-from remax_lightning.tools.doctor.context import DoctorContext
-from remax_lightning.tools.doctor.finding import Finding, NotApplicable
+from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable, unpadded_ids
 from remax_lightning.types import PreferenceBatch
 
 MOSTLY_LEFT_OUT = 0.5

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from remax_lightning.data.tokenizers import hidden_ids, special_ids
 from remax_lightning.models.forward import eval_mode, language_model, model_inputs
-from remax_lightning.models.sampling_mask import apply_temperature
+from remax_lightning.models.sampling import apply_temperature, ignored_settings
 from remax_lightning.rewards.pooling import pool_last_token
-from remax_lightning.rollout.generation_config import ignored_settings
-from remax_lightning.tools.doctor.batches import select_rows
-from remax_lightning.tools.doctor.context import DoctorContext
-from remax_lightning.tools.doctor.finding import LARGE_KL, Finding, NotApplicable, Status
+from remax_lightning.tools.doctor.context import LARGE_KL, DoctorContext, Finding, NotApplicable, Status, select_rows
 from remax_lightning.types import PreferenceBatch, PromptBatch, Responses
 
 MIN_PROBABILITY = 1e-30

@@ -13,6 +13,7 @@ from remax_lightning.tools.plan.model_sizes import Sizes, measure
 from remax_lightning.tools.plan.phases import (
     PARTS,
     PHASES,
+    Parts,
     least_devices,
     offloaded_bytes,
     peak_bytes,
@@ -20,7 +21,6 @@ from remax_lightning.tools.plan.phases import (
     resolve_gather_mode,
 )
 from remax_lightning.tools.plan.run_config import PlannedRun, read_run
-from remax_lightning.tools.plan.strategy_memory import Parts
 from remax_lightning.tools.plan.types import Strategy
 
 HEADROOM = 0.1

@@ -16,12 +16,11 @@ from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
 from remax_lightning.sharding import decoder_layers
-from remax_lightning.tools.plan.activation_memory import StepPasses, update_bytes
-from remax_lightning.tools.plan.memory_tracker import shapes_only
+from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
 from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step
 from remax_lightning.training.config_checks import check_lengths
-from remax_lightning.training.optim import parameter_groups
+from remax_lightning.training.schedules import parameter_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,14 +1,245 @@
-"""The memory of a run by phase and part, in bytes per device."""
+"""The memory of a run by phase and part, in bytes per device.
+
+The rules of each strategy say which share of weights, gradients and optimizer state a device keeps, what it gathers and
+when, and which buffers it communicates through.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from remax_lightning.strategies.gather_mode import MAX_MEMORY_SHARE
-from remax_lightning.tools.plan.strategy_memory import Parts, StrategyMemory, make_strategy_memory
-from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step, Strategy
+from remax_lightning.tools.plan.types import BackwardPeak, FrozenSize, ModelSize, Step, Strategy
+
+MASTER = 4
+"""Bytes of a float32 number, in which DeepSpeed keeps a copy of the weights, of any dtype."""
+
+Parts = dict[str, int]
+"""Bytes by part."""
+
+
+class StrategyMemory(ABC):
+    """A model that is trained under one of the strategies: what a device holds of it beside activations."""
+
+    def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
+        self.size, self.step, self.strategy = size, step, strategy
+        self.gradients = size.trainable * size.itemsize
+        self.accumulates = step.micro_batches > 1
+        self.passes_follow = step.passes > 1  # so that a forward pass finds gradients of the one before it
+
+    @abstractmethod
+    def resident(self) -> Parts:
+        """Return what is there in every phase."""
+
+    def rollout(self) -> Parts:
+        """Return what else a rollout needs."""
+        return {}
+
+    def scoring(self) -> Parts:
+        """Return what else a pass without gradients needs."""
+        return {}
+
+    def body(self) -> Parts:
+        """Return what else the forward pass needs before it makes logits."""
+        return self.forward()
+
+    def forward(self) -> Parts:
+        """Return what else the forward pass needs when it makes logits."""
+        return self.scoring()
+
+    @abstractmethod
+    def backward(self, moment: BackwardPeak) -> Parts:
+        """Return what else is there at a moment of the backward pass."""
+
+    @abstractmethod
+    def update(self) -> Parts:
+        """Return what else the update needs."""
+
+    def host(self) -> int:
+        """Return the bytes in the host's memory, per device."""
+        return 0
+
+
+class Replicated(StrategyMemory):
+    """One process, or DDP."""
+
+    def resident(self) -> Parts:
+        """Weights, optimizer, and DDP's buckets, a second copy of the gradients unless these are views of them."""
+        parts = {"policy weights": self.size.weights, "optimizer": self.step.update.state}
+        return parts | ({"gradient buffers": self.gradients} if self.strategy.kind == "ddp" else {})
+
+    def forward(self) -> Parts:
+        """The gradients of the pass before; none in a rollout's first one, see `ReMaxModule`."""
+        return {"gradients": self._stored(self.size.trainable)} if self.passes_follow else {}
+
+    def backward(self, moment: BackwardPeak) -> Parts:
+        """The gradients so far; all of them where an earlier micro-batch has left them."""
+        return {"gradients": self._stored(self.size.trainable if self.accumulates else moment.stored)}
+
+    def update(self) -> Parts:
+        """Gradients, and what the optimizer needs."""
+        return {"gradients": self._stored(self.size.trainable), "logits and temporary": self.step.update.working}
+
+    def _stored(self, count: int) -> int:
+        return 0 if self.strategy.kind == "ddp" and self.strategy.bucket_views else count * self.size.itemsize
+
+
+class FullySharded(StrategyMemory):
+    """FSDP2: every layer is a group, and what belongs to no layer is one."""
+
+    def resident(self) -> Parts:
+        """A share of weights and optimizer."""
+        share = self.strategy.share
+        return {"policy weights": share(self.size.weights), "optimizer": share(self.step.update.state)}
+
+    def rollout(self) -> Parts:
+        """All weights, or those of a layer, the next one and the rest."""
+        layers = self.size.outside + 2 * self.size.layer
+        return {"gathered weights": layers if self.strategy.gather == "layerwise" else self.size.weights}
+
+    def scoring(self) -> Parts:
+        """When the logits are made, what belongs to no layer."""
+        return {"gathered weights": self.size.outside}
+
+    def forward(self) -> Parts:
+        """As much, and a share of the gradients of the pass before."""
+        return self.scoring() | ({"gradients": self.strategy.share(self.gradients)} if self.passes_follow else {})
+
+    def backward(self, moment: BackwardPeak) -> Parts:
+        """A layer, the next one and the rest; a share of the gradients, and a layer's own on their way."""
+        stored = self.size.trainable if self.accumulates else moment.stored
+        begun = moment.stored > 0
+        return {
+            "gathered weights": self.size.outside + 2 * self.size.layer * begun,
+            "gradients": self.strategy.share(stored * self.size.itemsize),
+            "gradient buffers": min(self.size.layer, self.gradients) * begun,
+        }
+
+    def update(self) -> Parts:
+        """A share of the gradients and of what the optimizer needs."""
+        share = self.strategy.share
+        return {"gradients": share(self.gradients), "logits and temporary": share(self.step.update.working)}
+
+
+class Zero(StrategyMemory):
+    """DeepSpeed's ZeRO-1 and 2, which differ here in the gradients of several micro-batches only."""
+
+    def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
+        super().__init__(size, step, strategy)
+        self.master = strategy.share(MASTER * size.trainable)
+        self.state = strategy.share(step.flat_update.state)
+        self.gradient_share = strategy.share(self.gradients)
+        # A float32 copy of the gradients, and what the optimizer needs.
+        self.working = self.master + strategy.share(step.flat_update.working)
+        self.on_device = 0 if strategy.offload_optimizer else 1
+
+    def resident(self) -> Parts:
+        """Weights and a share of optimizer and master weights."""
+        parts = {"policy weights": self.size.weights}
+        return parts | {"master weights": self.master * self.on_device, "optimizer": self.state * self.on_device}
+
+    def forward(self) -> Parts:
+        """The gradients of earlier micro-batches: ZeRO-1 leaves them whole until the last."""
+        if not self.accumulates:
+            return {}
+        return {"gradients": self.gradients if self.strategy.stage == 1 else self.gradient_share * self.on_device}
+
+    def backward(self, moment: BackwardPeak) -> Parts:
+        """Buckets; from the first full one on a copy of the one that is reduced, and a share of the gradients."""
+        accumulated = 0
+        if self.accumulates:  # ZeRO-1 reduces with the last micro-batch only
+            whole = self.gradients - moment.stored * self.size.itemsize
+            accumulated = whole if self.strategy.stage == 1 else self.gradient_share * self.on_device
+        if not moment.stored:
+            return {"gradients": accumulated}
+        buffers = self.strategy.buckets * self.strategy.bucket
+        buffers = min(buffers, self.size.trainable) if self.strategy.touched else buffers
+        copied = self._reduced(moment)
+        gradients = accumulated + (self.gradient_share * self.on_device if copied else 0)
+        return {"gradients": gradients, "gradient buffers": (buffers + copied) * self.size.itemsize}
+
+    def _reduced(self, moment: BackwardPeak) -> int:
+        """Return the numbers in a bucket that is being reduced; 0 before the first is full."""
+        bucket = min(self.strategy.bucket, self.size.trainable)
+        return bucket if moment.stored >= bucket else 0
+
+    def update(self) -> Parts:
+        """The share of the gradients, kept until the last parameter group, with what works on it."""
+        return {"gradients": self.gradient_share, "logits and temporary": self.working} if self.on_device else {}
+
+    def host(self) -> int:
+        """Master weights, optimizer, gradients and what works on them."""
+        return 0 if self.on_device else self.master + self.state + self.working + self.gradient_share
+
+
+class Zero3(Zero):
+    """ZeRO-3."""
+
+    def resident(self) -> Parts:
+        """A share of everything, the gradients included, and the bucket that they are reduced through."""
+        strategy = self.strategy
+        bucket = min(strategy.bucket, self.size.trainable) if strategy.touched else strategy.bucket
+        return {
+            "policy weights": 0 if strategy.offload_parameters else strategy.share(self.size.weights),
+            "gradients": self.gradient_share * self.on_device,
+            "gradient buffers": bucket * self.size.itemsize,
+            "master weights": self.master * self.on_device,
+            "optimizer": self.state * self.on_device,
+        }
+
+    def rollout(self) -> Parts:
+        """All weights; or what belongs to no layer, and a layer with the buffer that it comes in."""
+        layers = self.size.outside + 2 * self.size.layer
+        return {"gathered weights": layers if self.strategy.gather == "layerwise" else self.size.weights}
+
+    def scoring(self) -> Parts:
+        """One tensor at a time."""
+        return {"gathered weights": self.size.largest}
+
+    def body(self) -> Parts:
+        """What the forward pass has gathered, and the buffer that it came in."""
+        buffered = min(self.strategy.prefetch * self.size.itemsize, self.size.weights) if self._knows_order else 0
+        return {"gathered weights": self._gathered + buffered}
+
+    def forward(self) -> Parts:
+        """What the forward pass has gathered."""
+        return {"gathered weights": self._gathered}
+
+    def backward(self, moment: BackwardPeak) -> Parts:
+        """What is still gathered, and a copy of the bucket that is reduced."""
+        gathered = max(self.size.largest, self._gathered - moment.stored * self.size.itemsize)
+        return {"gathered weights": gathered, "gradient buffers": self._reduced(moment) * self.size.itemsize}
+
+    @property
+    def _knows_order(self) -> bool:
+        """Whether weights are fetched ahead: a rollout makes DeepSpeed forget in which order, two passes teach it."""
+        return self.step.passes > 2
+
+    @property
+    def _gathered(self) -> int:
+        most = self.strategy.max_live * self.size.itemsize
+        return min(most, self.size.weights) if self._knows_order else self.size.largest
+
+    def update(self) -> Parts:
+        """What works on the gradients, which stay where they are."""
+        return {"logits and temporary": self.working} if self.on_device else {}
+
+    def host(self) -> int:
+        """As ZeRO-2, with the weights where they are offloaded."""
+        return super().host() + (self.strategy.share(self.size.weights) if self.strategy.offload_parameters else 0)
+
+
+KINDS = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}
+
+
+def make_strategy_memory(size: ModelSize, step: Step, strategy: Strategy) -> StrategyMemory:
+    """Return what a device holds of a model that is trained under `strategy`."""
+    kind = KINDS.get(strategy.kind, Zero3 if strategy.stage == 3 else Zero)
+    return kind(size, step, strategy)
+
 
 PHASES = ("rollout", "scoring", "training", "update")
 """Generation; rewards and log-probs without gradients; the pass with gradients; clipping and optimizer."""

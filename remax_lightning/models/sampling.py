@@ -1,0 +1,304 @@
+"""The sampling distribution: suppressed tokens, temperature, top-k, top-p and min-p, and how tokens are drawn from it.
+
+Rollout engines sample from it and training computes log-probs under it, so both share these functions. Of a model's own
+`generation_config` nothing is used: `SamplingConfig` alone decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from remax_lightning.config import SamplingConfig
+from remax_lightning.errors import UserError
+from remax_lightning.functional import SamplingMask
+from remax_lightning.functional.log_probs import mask_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+class SuppressedTokens(NamedTuple):
+    """Tokens that cannot be drawn. Policy and reference leave them out of the distribution, as drawing does.
+
+    Without that the gradient would be of another policy than the one that drew: a blocked EOS has no sample that
+    could lower its probability, so training would raise it without bound.
+
+    Args:
+        unused_ids: ids without a token in the tokenizer, such as the rows that pad an embedding to a round size. No
+            reward could see them.
+        eos_ids: ids that cannot be drawn before `min_response_length`.
+        min_response_length: number of tokens before a response may end.
+    """
+
+    unused_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+    min_response_length: int = 0
+
+    @property
+    def exist(self) -> bool:
+        """Whether any token is suppressed anywhere."""
+        return bool(self.unused_ids) or (self.min_response_length > 0 and bool(self.eos_ids))
+
+    def ids_by_phase(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the ids suppressed before `min_response_length`, and those suppressed from there on."""
+        before = torch.tensor([*self.unused_ids, *self.eos_ids], dtype=torch.long, device=device)
+        return before, before[: len(self.unused_ids)]
+
+    def apply(self, logits: Tensor, positions: Tensor, ids_by_phase: tuple[Tensor, Tensor]) -> Tensor:
+        """Return logits with minus infinity on suppressed tokens; the host does not wait for the device.
+
+        Args:
+            logits: `[M, V]`.
+            positions: `[M]` position of each row in its response, from 0.
+            ids_by_phase: those of this object, made once for many calls.
+        """
+        before, after = ids_by_phase
+        logits = logits.index_fill(1, after, -torch.inf)
+        if self.min_response_length == 0:
+            return logits
+        early = positions < self.min_response_length  # [M]
+        return torch.where(early[:, None], logits.index_fill(1, before, -torch.inf), logits)
+
+
+NO_TOKENS = SuppressedTokens()
+"""Nothing is suppressed."""
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return float32 logits divided by the temperature."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
+
+
+def apply_top_k_top_p(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Apply top-k, top-p and min-p in this order, as transformers does.
+
+    Args:
+        logits: `[M, V]` logits, already divided by the temperature.
+        sampling: which of the three to apply, and how.
+
+    Returns:
+        `[M, V]` logits with dropped tokens at minus infinity. The most likely token always stays.
+    """
+    if 0 < sampling.top_k < logits.shape[-1]:
+        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # [M, 1]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_logits, order = logits.sort(dim=-1, descending=True)
+        sorted_probs = sorted_logits.softmax(-1)
+        # A token is dropped if the more likely ones reach top_p without it.
+        probability_before = sorted_probs.cumsum(-1) - sorted_probs
+        dropped = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, probability_before >= sampling.top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    if sampling.min_p > 0:
+        probs = logits.softmax(-1)
+        threshold = sampling.min_p * probs.amax(-1, keepdim=True)  # [M, 1]
+        logits = logits.masked_fill(probs < threshold, -torch.inf)
+    return logits
+
+
+def make_sampling_mask(
+    sampling: SamplingConfig, suppressed: SuppressedTokens, positions: Tensor, *, truncate: bool = True
+) -> SamplingMask | None:
+    """Return a function from logits to the tokens that log-probs range over; None for all tokens.
+
+    The function expects logits divided by the temperature of the log-probs.
+
+    Args:
+        sampling: `processed_log_probs` says whether top-k, top-p and min-p leave tokens out.
+        suppressed: tokens that cannot be drawn.
+        positions: `[M]` position of each token in its response, from 0.
+        truncate: False for the reference, which is compared with the policy but not truncated.
+    """
+    truncates = truncate and sampling.processed_log_probs and sampling.truncates
+    if not (truncates or suppressed.exist):
+        return None
+    # Sampling decides at its own temperature, which log-probs leave out if scale_log_probs is False.
+    temperature = 1.0 if sampling.scale_log_probs else sampling.temperature
+    ids_by_phase = suppressed.ids_by_phase(positions.device)  # copied to the device once, not for every chunk
+
+    def mask(logits: Tensor, rows: slice) -> Tensor:
+        if suppressed.exist:
+            logits = suppressed.apply(logits, positions[rows], ids_by_phase)
+        if truncates:
+            logits = apply_top_k_top_p(apply_temperature(logits, temperature), sampling)
+        return logits > -torch.inf
+
+    return mask
+
+
+def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return the log-probs of sampled tokens as the training pass computes them for the same `sampling`.
+
+    Args:
+        logits: `[M, V]` logits of the last position, minus infinity on suppressed tokens.
+        tokens: `[M]` token ids.
+        sampling: `scale_log_probs` says whether to divide by the temperature, `processed_log_probs` whether to leave
+            dropped tokens out of the distribution.
+
+    Returns:
+        `[M]` log-probs in nats, float32.
+    """
+    scaled = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)  # [M, V]
+    scaled = mask_logits(scaled, tokens, make_sampling_mask(sampling, NO_TOKENS, tokens), slice(None))
+    return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """Choose the next token of each row: sampled on the first `num_sampled` rows, greedy on the others.
+
+    Args:
+        logits: `[M, V]` logits of the last position.
+        num_sampled: number of sampled rows; they come first.
+        sampling: temperature, top-k, top-p and min-p.
+        generator: source of randomness. How much it is advanced depends on the number of sampled rows alone.
+
+    Returns:
+        `[M]` token ids.
+
+    Raises:
+        UserError: on a CPU, if a row of the logits is no distribution. Elsewhere the host would have to wait for the
+            device at every token, and engines call `check_logits` now and then.
+    """
+    # The first of equal ones, like argmax, in a third of its time.
+    highest, greedy = logits[num_sampled:].max(-1)
+    if logits.device.type == "cpu":
+        _raise_if_any((~highest.isfinite()).sum(), len(highest))
+    if num_sampled == 0:
+        return greedy
+    scaled = apply_temperature(logits[:num_sampled], sampling.temperature)
+    return torch.cat([sample(apply_top_k_top_p(scaled, sampling), generator), greedy])
+
+
+def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample one token id per row of `[M, V]` float32 logits, with the method that suits the device."""
+    if logits.device.type == "cpu":
+        return sample_inverse_cdf(logits, generator)
+    return sample_exponential_race(logits, generator)
+
+
+def sample_exponential_race(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample `[M]` token ids as the argmin of exponential variables whose rates are the tokens' probabilities.
+
+    This takes four kernels and no synchronization. `torch.multinomial` samples in the same way, but on CUDA it spends
+    two thirds of its time on ten more kernels that check that its input is a distribution, which a softmax always is.
+    """
+    times = torch.empty_like(logits).exponential_(generator=generator)  # [M, V]
+    return (logits - times.log_()).argmax(-1)
+
+
+def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample `[M]` token ids by inverting the cumulative distribution function, with one random number per row.
+
+    On a CPU `torch.multinomial` costs an order of magnitude more. The function is inverted in two steps, first to a
+    block of the vocabulary and then within the block, because a cumulative sum over the whole vocabulary would cost
+    more than the softmax.
+    """
+    probs = logits.softmax(-1)
+    num_rows, vocab_size = probs.shape
+    # Step 1: pick a block of about sqrt(V) tokens.
+    block_size = 1 << vocab_size.bit_length() // 2
+    blocks = torch.nn.functional.pad(probs, (0, -vocab_size % block_size)).view(num_rows, -1, block_size)  # [M, K, V/K]
+    cumulative = blocks.sum(-1).cumsum(-1)  # [M, K]
+    uniform = torch.rand(num_rows, 1, generator=generator, dtype=cumulative.dtype)
+    _raise_if_any((~cumulative[:, -1].isfinite()).sum(), num_rows)
+    point = uniform * cumulative[:, -1:]  # [M, 1]
+    block = _search(cumulative, point)
+    # Step 2: pick a token within the block, by what is left of the point.
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, block_size)).squeeze(1).cumsum(-1)  # [M, V/K]
+    return (block * block_size + _search(within, (point - before).clamp_min(0.0))).squeeze(-1)
+
+
+def bad_rows(logits: Tensor) -> Tensor:
+    """Return how many rows of `[M, V]` logits hold NaN or plus infinity, or nothing but minus infinity."""
+    return (~logits.amax(-1).isfinite()).sum()  # the maximum of a row with a NaN is NaN
+
+
+def check_logits(logits: Tensor) -> None:
+    """Check that every row of `[M, V]` logits is a distribution; the host waits for the device.
+
+    Raises:
+        UserError: if one is not. A token drawn from NaN would be the first of the vocabulary, without a word.
+    """
+    _raise_if_any(bad_rows(logits), len(logits))
+
+
+def _raise_if_any(count: Tensor, num_rows: int) -> None:
+    if isinstance(count, FakeTensor):  # the plan runs on tensors without values
+        return
+    if count:
+        raise UserError(
+            f"model.policy: the logits of {int(count)} of {num_rows} responses are not finite, so that no token can be"
+            " drawn: its weights are damaged, or its activations overflow. Use another model or an earlier checkpoint;"
+            " in training lower model.optimizer.init_args.lr or set trainer.gradient_clip_val, and with float16 set"
+            " trainer.precision: bf16-mixed"
+        )
+
+
+def _search(cumulative: Tensor, point: Tensor) -> Tensor:
+    """Return `[M, 1]` the first index where a cumulative sum `[M, K]` exceeds the point; its term is never 0."""
+    total = cumulative[:, -1:]
+    # Rounding may have lifted the point to the total itself, which would give an index past the end.
+    point = torch.minimum(point, total * (1 - torch.finfo(total.dtype).eps))
+    index: Tensor = torch.searchsorted(cumulative, point, right=True)
+    return index
+
+
+NEUTRAL: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "top_h": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+}
+"""Settings of transformers that change the sampled distribution, and the value with which they do not."""
+IMPLICIT_TOP_K = 50
+"""The top-k that transformers 5 uses if sampling is on and none is set."""
+
+
+def ignored_settings(model: PreTrainedModel, sampling: SamplingConfig) -> dict[str, Any]:
+    """Return the settings with which `model.generate` would sample from another distribution than `sampling` says."""
+    config: Any = model.generation_config
+    if config is None:
+        return {}
+    settings = {name: getattr(config, name, None) for name in NEUTRAL}
+    if settings["top_k"] is None:
+        settings["top_k"] = IMPLICIT_TOP_K
+    wanted = {name: getattr(sampling, name, neutral) for name, neutral in NEUTRAL.items()}
+    return {name: value for name, value in settings.items() if value is not None and value != wanted[name]}
+
+
+def log_ignored_settings(model: PreTrainedModel, sampling: SamplingConfig) -> None:
+    """Log the settings of the model that sampling ignores."""
+    ignored = ignored_settings(model, sampling)
+    if ignored:
+        log.info(
+            "responses are sampled as model.sampling says; model.generate would also have taken %s",
+            ", ".join(f"{name} {value}" for name, value in ignored.items()),
+        )

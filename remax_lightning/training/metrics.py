@@ -1,0 +1,224 @@
+"""What is reported of a step or of pairs, at which step, and loggers that may fail.
+
+Figures by name for the logs, predictions as plain dictionaries, scores of held-out pairs with each pair once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch import Tensor
+
+from remax_lightning.disk import silence_tensorboard_thread, tolerate_disk_errors
+from remax_lightning.distributed import gather_objects
+from remax_lightning.functional import bradley_terry_loss
+from remax_lightning.run_folder import run_folder
+from remax_lightning.types import PreferenceBatch, Responses, Rollout, StepOutput
+
+Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
+"""Values by name, of which the mean is logged, with a mask or None."""
+
+
+class GlobalStepConnector(_LoggerConnector):
+    """Lightning's way to its loggers, with the number of optimizer steps done as the step of what is logged.
+
+    Lightning logs a training step, and the validation after it, under the number of steps before it. Samples,
+    histograms and checkpoints are numbered by the steps done, so that one moment had two numbers.
+    """
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Log at `trainer.global_step`, unless the caller or a metric called `step` says another."""
+        if metrics and step is None and "step" not in metrics:
+            step = self.trainer.global_step
+            metrics = {"epoch": torch.tensor(self.trainer.current_epoch), **metrics}
+        super().log_metrics(metrics, step)
+
+
+def log_at_global_step(trainer: Trainer) -> None:
+    """Log every figure of a run, of callbacks too, at the optimizer steps done; call this before a run starts."""
+    if type(trainer._logger_connector) is _LoggerConnector:
+        trainer._logger_connector = GlobalStepConnector(trainer)
+
+
+class MeanMetrics:
+    """Weighted sums by name, gathered over the parts of an optimizer step; one reduction over ranks makes means.
+
+    All names share that reduction, in float64. `torchmetrics.MeanMetric` gathers two tensors for each name, in float32.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, figures: Figures) -> None:
+        """Add values, or those under their mask, each with weight 1."""
+        for name, (values, mask) in figures.items():
+            # Counts of tokens outgrow float32; Apple's GPUs have nothing wider.
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            weights = torch.ones_like(values, dtype=dtype) if mask is None else mask.to(dtype)
+            weighted = values.detach().to(dtype).masked_fill(weights == 0, 0.0)
+            pair = torch.stack([weighted.sum(), weights.sum()])  # sum and count
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the means by name, and reset; `reduce` sums a tensor over ranks."""
+        names, sums = list(self._sums), torch.stack(list(self._sums.values()))
+        self._sums = {}
+        total, weight = reduce(sums).unbind(-1)
+        return dict(zip(names, (total / weight.clamp_min(1)).tolist(), strict=True))
+
+
+def step_values(output: StepOutput) -> Figures:
+    """Return the values to log of a step, in training and in evaluation."""
+    rollout = output["rollout"]
+    mask = rollout.sampled.response_mask
+    values: Figures = {
+        "reward": (rollout.reward, None),
+        "advantage": (output["advantages"], mask),
+        "entropy": (output["entropy"], output["entropy_mask"]),
+        "response_length": (mask.sum(-1).float(), None),
+        "truncation_rate": (rollout.sampled.truncated.float(), None),
+    }
+    if rollout.baseline_reward is not None:
+        values["baseline_reward"] = (rollout.baseline_reward, None)
+    if output["kl"] is not None:
+        values["kl"] = (output["kl"], mask)
+    for name, part in rollout.reward_parts.items():
+        values[f"reward_part/{name}"] = (part, None)
+    return values
+
+
+def predictions(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return one JSON-ready dictionary per sampled response, with the greedy response of its prompt."""
+    greedy = cast(Responses, rollout.greedy)
+    baseline = cast(Tensor, rollout.baseline_reward).tolist()
+    lengths = rollout.sampled.response_mask.sum(-1).tolist()
+    rows = []
+    for i, reward in enumerate(rollout.reward.tolist()):
+        prompt = i // rollout.num_samples
+        rows.append(
+            {
+                "prompt": rollout.prompt.prompts[prompt],
+                "response": rollout.sampled.texts[i],
+                "reward": reward,
+                "greedy_response": greedy.texts[prompt],
+                "baseline_reward": baseline[prompt],
+                "response_length": lengths[i],
+                "truncated": bool(rollout.sampled.truncated[i]),
+                "row": rollout.prompt.rows[prompt],
+            }
+        )
+    return rows
+
+
+CALIBRATION_BINS = 15
+"""Bins of equal width that probabilities are compared with frequencies in, as is usual (Guo et al. 2017)."""
+
+
+class PairScores(NamedTuple):
+    """Scores of pairs.
+
+    Args:
+        chosen: `[M]` float64 scores of the chosen responses.
+        rejected: `[M]` float64 scores of the rejected ones.
+        margin: `[M]` float64, the required difference of the scores.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    margin: Tensor
+
+    def figures(self, centering_coef: float) -> dict[str, float]:
+        """Return the metrics of the pairs.
+
+        `calibration_error` is the expected calibration error of `sigmoid(difference)`, the probability that the model
+        gives to the response with the higher score.
+        """
+        from torchmetrics.functional.classification import binary_calibration_error
+
+        difference = self.chosen - self.rejected  # [M]
+        right = (difference > 0).long()  # [M]
+        mean, std = self.moments()
+        loss = bradley_terry_loss(self.chosen, self.rejected, len(difference), self.margin, centering_coef)
+        error = binary_calibration_error(torch.sigmoid(difference.abs()), right, n_bins=CALIBRATION_BINS, norm="l1")
+        return {
+            "loss": float(loss),
+            "accuracy": float(right.double().mean()),
+            "calibration_error": float(error),
+            "margin": float(difference.mean()),
+            "reward_mean": mean,
+            "reward_std": std,
+        }
+
+    def moments(self) -> tuple[float, float]:
+        """Return mean and standard deviation of all `2M` scores, the latter over `2M`, so that the variance is 1."""
+        scores = torch.cat([self.chosen, self.rejected])
+        return float(scores.mean()), float(scores.std(correction=0))
+
+
+class PairScoreSums:
+    """Gathers scores batch by batch."""
+
+    def __init__(self) -> None:
+        self._scores: dict[int, tuple[float, float, float]] = {}
+
+    def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
+        """Add the `[B]` scores of a batch; a repeated pair counts once."""
+        columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
+        self._scores |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
+
+    def gather(self) -> PairScores | None:
+        """Return the scores of all ranks, the same on each rank, and reset; None if there are none."""
+        local, self._scores = self._scores, {}
+        scores = {index: row for part in gather_objects(local) for index, row in part.items()}
+        if not scores:
+            return None
+        # In one order on every rank: a sum of float64 depends on it in its last digit.
+        values = torch.tensor([scores[index] for index in sorted(scores)], dtype=torch.float64)  # [M, 3]
+        return PairScores(*values.unbind(1))
+
+
+RETRY_SECONDS = 60.0
+"""How long a TensorBoard writer that failed is left alone: each attempt creates another event file."""
+
+
+class TolerantMethod:
+    """Stands in for a method of a logger: a file that cannot be written is a warning, once for each logger.
+
+    TensorBoard writes in a thread, which ends at its first error and raises that from every later call. A writer that
+    failed is dropped, so that the next call opens another one.
+    """
+
+    def __init__(self, logger: Logger, method: Callable[..., Any], folder: Path, warned: set[str]) -> None:
+        self._logger, self._method, self._folder, self._warned = logger, method, folder, warned
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the method, unless its logger failed a moment ago."""
+        logger: Any = self._logger
+        if time.monotonic() < vars(logger).get("_retry_at", 0.0):
+            return None
+        with tolerate_disk_errors(self._folder, self._warned, "Training goes on; the log is tried again."):
+            return self._method(*args, **options)
+        if isinstance(logger, TensorBoardLogger):
+            logger._experiment = None
+            logger._retry_at = time.monotonic() + RETRY_SECONDS
+        return None
+
+
+def tolerate_failing_logs(trainer: Trainer) -> None:
+    """Have a run go on where a logger's files cannot be written; a second call changes nothing."""
+    folder = run_folder(trainer)
+    for logger in trainer.loggers:
+        warned: set[str] = set()
+        for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
+            method = getattr(logger, name)
+            if not isinstance(method, TolerantMethod):
+                setattr(logger, name, TolerantMethod(logger, method, folder, warned))
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        silence_tensorboard_thread()
