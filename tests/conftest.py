@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = nodeid.partition("::")[0]
             return "ranks" if launches_ranks(path) else path
 
-    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # `longest_files_first` has put them in order
+    return ByFile(config, log)
 
 
 @cache
@@ -49,6 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
     from exhaustive import is_exhaustive, unmatched, without_representative
 
+    longest_files_first(items)
     names = [(item.path.relative_to(TESTS).as_posix(), item.name) for item in items]
     for item, (path, name) in zip(items, names, strict=True):
         if is_exhaustive(path, name):
@@ -62,6 +67,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
     if not chosen and (bare := without_representative(names)):
         raise pytest.UsageError(f"tests/exhaustive.py: `make test` would run nothing of {', '.join(bare)}")
+
+
+def longest_files_first(items: list[pytest.Item]) -> None:
+    """Put the files with the most slow tests first, those on several ranks before all: a worker that begins a long file
+    at the end leaves the others without work. Within a file the order stays."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += 20 if item.get_closest_marker("slow") else 1
+    ranks = {path for path in weights if launches_ranks(path.relative_to(TESTS.parent).as_posix())}
+    items.sort(key=lambda item: (item.path not in ranks, -weights[item.path]))
 
 
 @pytest.fixture(autouse=True)

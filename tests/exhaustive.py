@@ -10,21 +10,35 @@ import re
 from collections.abc import Iterable
 
 EXHAUSTIVE = (
-    # Kills and signals: one strategy each stands for the others, DDP's file in a kill and ZeRO-3's folder at a signal.
-    ("distributed/test_failures.py", r"killed_within_a_save.*\[(zero1|zero2|zero3|fsdp2)\]"),
-    ("distributed/test_failures.py", r"sigterm_to_the_command.*\[(ddp|fsdp2)\]"),
-    ("distributed/test_failures.py", r"killed_in_a_rollout.*\[0--9\]"),
-    ("distributed/test_failures.py", r"waits_for_no_other.*\[1\]"),
-    ("distributed/test_failures.py", r"sigterm_to_another_rank.*\[validation\]"),
+    # Kills and signals under the real command, of which each run costs two starts: a reward that fails and a rank that
+    # is killed stay. In one process, or in those of the session, are a save that is killed at each of its writes
+    # (strategies/test_atomic_checkpoint.py), a signal (training/test_preemption.py) and a stop that one rank asks for
+    # (callbacks/test_collapse_two_ranks.py).
+    ("distributed/test_failures.py", r"killed_within_a_save|sigterm_to_the_command|sigterm_to_another_rank"),
+    ("distributed/test_failures.py", r"killed_in_a_rollout.*\[0--9\]|waits_for_no_other|stops_one_rank"),
     # Two ranks: all strategies are met in test_invariance.py, the sharded ones in test_sharded.py too.
+    ("distributed/test_resume.py", r"\[(zero1|zero2)(-|\])"),
+    ("distributed/test_sharded.py", r"\[fsdp2-layerwise\]"),
+    ("distributed/test_export.py", r"parts_of_unequal_length"),
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
-    ("test_benchmarks.py", r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report"),
+    ("test_benchmarks.py", r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
     ("test_architecture.py", r"measure"),
-    ("tools/test_plan.py", r"the_table_of_the_page"),
+    ("tools/test_plan.py", r"the_table_of_the_page|divides_what_it_says\[(ddp|zero1|zero2-optimizer)"),
+    # Processes of a test's own: of those that say the same of another case, one stays.
+    ("distributed/test_processes.py", r"leaves_behind|that_fails|never_joins|cannot_be_started"),
+    ("training/test_preemption.py", r"reward_that_hangs\[(Python-fit|a library-validate)\]"),
+    ("callbacks/test_export_policy.py", r"transformers_alone.*\[False\]"),
+    ("test_cli.py", r"exported_policy_needs_transformers_alone"),
+    ("test_bad_input.py", r"command_itself_ends_with_code_2"),
+    # Training to an end: the first task stays, and three stages of two steps each.
+    ("modules/test_learning.py", r"in_other_variants"),
+    ("test_stages.py", r"right_solutions_from_wrong"),
+    # The command on a checkpoint that cannot be used: what reads it is the same for every subcommand.
+    ("test_bad_input.py", r"runs_no_code\[.*-(validate|test|predict)\]"),
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
     ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),
     # Whole runs on the fake CUDA device: one in 32 and one in 16 bits stay.

@@ -6,11 +6,11 @@ from exhaustive import EXHAUSTIVE, is_exhaustive, unmatched, without_representat
 
 
 def test_a_representative_stays() -> None:
-    name = "test_a_run_killed_within_a_save_goes_on_from_the_checkpoint_before"
-    path = "distributed/test_failures.py"
+    name = "test_a_resumed_run_repeats_the_uninterrupted_one"
+    path = "distributed/test_resume.py"
     assert is_exhaustive(path, f"{name}[zero1]")
     assert not is_exhaustive(path, f"{name}[ddp]")
-    assert not is_exhaustive("distributed/test_resume.py", f"{name}[zero1]")
+    assert not is_exhaustive("distributed/test_failures.py", f"{name}[zero1]")
 
 
 def test_a_row_that_matches_nothing_is_noticed() -> None:

@@ -197,37 +197,65 @@ def test_functional_needs_torch_alone(file: Path) -> None:
 
 LIGHT = """
 import json, sys
-{code}
-heavy = [name for name in sys.modules
-         if name.split(".")[0] in ("deepspeed", "datasets", "peft")
-         or name == "transformers.modeling_utils"
-         or (name.startswith("transformers.models.") and not name.startswith("transformers.models.auto.")
-             and ".modeling_" in name)]
-print(json.dumps(dict(heavy=heavy, torch="torch" in sys.modules)), file=sys.stderr)
+
+loaded, before = {}, set()
+def note(stage):
+    loaded[stage] = sorted(set(sys.modules) - before)
+
+import remax_lightning
+note("package")
+import lightning.pytorch
+before = set(sys.modules)
+import remax_lightning.callbacks
+note("callbacks")
+import remax_lightning.rewards as rewards
+assert rewards.__all__
+note("rewards")
+import remax_lightning.data
+note("data")
+sys.argv = ["remax", "--help"]
+from remax_lightning.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0
+note("help")
+print(json.dumps(loaded), file=sys.stderr)
 """
+"""Imports one part after the other, those that may load least first, and notes which modules are there by then."""
+
+HEAVY = {
+    "package": {"torch", "lightning", "transformers", "datasets", "deepspeed", "peft"},
+    "callbacks": {"tensorboard", "transformers", "datasets", "deepspeed", "peft"},
+    "rewards": {"transformers", "datasets", "deepspeed", "peft"},
+    "data": {"datasets", "deepspeed", "peft", "pyarrow", "transformers.modeling_utils"},
+    "help": {"datasets", "deepspeed", "peft", "transformers.modeling_utils"},
+}
+"""What a part loads only once it is used."""
 
 
-def loaded_by(code: str) -> dict[str, object]:
-    command = [sys.executable, "-c", LIGHT.format(code=code)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The modules that each part has loaded, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
     return json.loads(result.stderr.splitlines()[-1])
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert loaded_by("import remax_lightning") == {"heavy": [], "torch": False}
-
-
 @pytest.mark.slow
-def test_help_loads_neither_models_nor_deepspeed() -> None:
-    code = "\n".join(
-        [
-            "sys.argv = ['remax', '--help']",
-            "from remax_lightning.cli import main",
-            "try: main()",
-            "except SystemExit as end: assert end.code == 0",
-        ]
-    )
-    assert loaded_by(code)["heavy"] == []
+@pytest.mark.parametrize("part", HEAVY)
+def test_an_import_loads_nothing_heavy(part: str, loaded: dict[str, list[str]]) -> None:
+    names = set(loaded[part])
+    assert "remax_lightning" in names or part != "package"
+    assert not {name for name in HEAVY[part] if name in names}
+    assert not {name for name in names if is_a_model(name)}
+
+
+def is_a_model(module: str) -> bool:
+    """Whether it is the code of one of transformers' models."""
+    within = module.startswith("transformers.models.") and not module.startswith("transformers.models.auto.")
+    return within and ".modeling_" in module
 
 
 def test_no_test_imports_another() -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +73,3 @@ def test_log_every_n_steps_holds(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, every_callback()[1:], log_every_n_steps=3)
     trainer.fit(FakeModule(outputs))
     assert [event.step for event in events(tmp_path).Scalars("train/reward_variance")] == [2, 5]
-
-
-@pytest.mark.slow
-def test_importing_the_callbacks_loads_no_model_and_no_tensorboard() -> None:
-    code = (
-        "import sys, lightning.pytorch\n"
-        "before = set(sys.modules)\n"
-        "import remax_lightning.callbacks\n"
-        "new = [name for name in set(sys.modules) - before if not name.startswith('remax_lightning')]\n"
-        "heavy = ('tensorboard', 'transformers', 'datasets', 'deepspeed', 'peft')\n"
-        "print([name for name in new if name.split('.')[0] in heavy])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

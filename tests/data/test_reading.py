@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,17 +151,6 @@ def test_gsm8k_row_counts(gsm8k: Path) -> None:
         rows = read_rows(str(gsm8k / name))
         assert len(rows.values) == count
         assert set(rows.values[-1]) == {"question", "answer"}
-
-
-@pytest.mark.slow
-def test_import_is_cheap() -> None:
-    code = (
-        "import sys, remax_lightning.data; "
-        "heavy = ('datasets', 'deepspeed', 'pyarrow', 'transformers.modeling_utils'); "
-        "print(*(name for name in heavy if name in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 def compressed(name: str, data: bytes) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed.invariance import STRATEGIES, make_strategy
+from distributed.invariance import make_strategy
 from helpers.training import PromptEngine, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -66,8 +66,9 @@ def train(
     accumulate: int = 1,
     optimizer: Any = ADAMW,
     seed: int = 0,
+    steps: int = STEPS,
 ) -> list[float]:
-    """Train for the four steps, or those after the checkpoint."""
+    """Train for the steps, or those after the checkpoint."""
     module, data = make_module(folder, dropout=dropout, optimizer=optimizer), make_data(folder)
     losses = Losses()
     saves = ModelCheckpoint(folder / name, "{step}", save_top_k=-1, every_n_train_steps=1)
@@ -76,7 +77,7 @@ def train(
         [losses, saves],
         devices=RANKS,
         strategy=chosen(strategy),
-        max_steps=STEPS,
+        max_steps=steps,
         accumulate_grad_batches=accumulate,
         enable_checkpointing=True,
     )
@@ -89,34 +90,37 @@ def keep(folder: Path, name: str, found: Any) -> None:
     (folder / f"{name}-{RANK}.json").write_text(json.dumps(found))
 
 
-def exactly(folder: Path) -> None:
+def exactly(folder: Path, strategy: str) -> None:
     """Four steps, and those after a checkpoint between two rollouts and after one within a rollout."""
-    for strategy in STRATEGIES:
-        name = f"exactly-{strategy}"
-        found = {"whole": train(strategy, folder, name, dropout=True)}
-        for step in (2, 3):
-            checkpoint = folder / name / f"step={step}.ckpt"
-            found[str(step)] = train(strategy, folder, f"{name}-{step}", checkpoint, dropout=True, seed=1)
-        keep(folder, name, found)
+    name = f"exactly-{strategy}"
+    found = {"whole": train(strategy, folder, name, dropout=True)}
+    for step in (2, 3):
+        checkpoint = folder / name / f"step={step}.ckpt"
+        found[str(step)] = train(strategy, folder, f"{name}-{step}", checkpoint, dropout=True, seed=1)
+    keep(folder, name, found)
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, strategy: str) -> None:
     """Four steps on this number of ranks, one for each rollout, and their checkpoints."""
-    for strategy in STRATEGIES:
-        name = f"save-{RANKS}-{strategy}"
-        keep(folder, name, train(strategy, folder, name, accumulate=2))
-    train("zero2", folder, f"sgd-{RANKS}", accumulate=2, optimizer=SGD)
+    name = f"save-{RANKS}-{strategy}"
+    keep(folder, name, train(strategy, folder, name, accumulate=2))
 
 
-def elsewhere(folder: Path, ranks: int) -> None:
+def elsewhere(folder: Path, strategy: str, ranks: int) -> None:
     """The last two steps, from checkpoints of another number of ranks, and an evaluation of those."""
-    for strategy in STRATEGIES:
-        checkpoint = folder / f"save-{ranks}-{strategy}" / "step=2.ckpt"
-        found = {"losses": train(strategy, folder, "from", checkpoint, accumulate=2)}
-        found["left"] = sorted(path.name for path in checkpoint.iterdir()) if checkpoint.is_dir() else []
-        if strategy in ("ddp", "zero3"):  # ZeRO-3 has a way of its own
-            found["validated"] = validate(strategy, folder, checkpoint)
-        keep(folder, f"from-{ranks}-{strategy}", found)
+    checkpoint = folder / f"save-{ranks}-{strategy}" / "step=2.ckpt"
+    found = {"losses": train(strategy, folder, "from", checkpoint, accumulate=2)}
+    found["left"] = sorted(path.name for path in checkpoint.iterdir()) if checkpoint.is_dir() else []
+    if strategy in ("ddp", "zero3"):  # ZeRO-3 has a way of its own
+        found["validated"] = validate(strategy, folder, checkpoint)
+    keep(folder, f"from-{ranks}-{strategy}", found)
+
+
+def save_other(folder: Path) -> None:
+    """The checkpoints of this number of ranks that another number refuses: of SGD, of ZeRO, and within a rollout."""
+    train("zero2", folder, "other-sgd", accumulate=2, optimizer=SGD, steps=2)
+    train("zero2", folder, "other-zero2", accumulate=2, steps=2)
+    train("ddp", folder, "other-within", steps=3)
 
 
 def validate(strategy: str, folder: Path, checkpoint: Path) -> float:
@@ -172,11 +176,11 @@ def refused(folder: Path) -> None:
     """What stands in the way of one rank or another strategy, each with the message that says so."""
     found = {}
     cases = {
-        "within a rollout": ("ddp", "exactly-ddp/step=3.ckpt", ADAMW),
+        "within a rollout": ("ddp", "other-within/step=3.ckpt", ADAMW),
         "a file for ZeRO": ("zero2", "save-2-ddp/step=2.ckpt", ADAMW),
-        "a folder for DDP": ("ddp", "save-2-zero2/step=2.ckpt", ADAMW),
-        "ZeRO's folder for FSDP2": ("fsdp2", "save-2-zero2/step=2.ckpt", ADAMW),
-        "SGD under ZeRO": ("zero2", "sgd-2/step=2.ckpt", SGD),
+        "a folder for DDP": ("ddp", "other-zero2/step=2.ckpt", ADAMW),
+        "ZeRO's folder for FSDP2": ("fsdp2", "other-zero2/step=2.ckpt", ADAMW),
+        "SGD under ZeRO": ("zero2", "other-sgd/step=2.ckpt", SGD),
     }
     for name, (strategy, checkpoint, optimizer) in cases.items():
         try:

@@ -50,7 +50,7 @@ def test_a_rank_that_fails_fails_the_test_at_once(tmp_path: Path) -> None:
 
 def test_a_rank_that_never_joins_fails_the_test() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0\] failed or did not end"):
-        launch(stays_away, timeout=5)
+        launch(stays_away, timeout=3)
 
 
 def test_processes_that_cannot_be_started_fail_the_test(tmp_path: Path) -> None:

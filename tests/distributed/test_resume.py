@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def exactly(folder: Path) -> Path:
-    launch(resume.exactly, folder)
-    return folder
+@cache
+def exactly(folder: Path, strategy: str) -> None:
+    """Runs of two ranks, and those that resume from their checkpoints."""
+    launch(resume.exactly, folder, strategy)
 
 
-@pytest.fixture(scope="module")
-def two(folder: Path) -> Path:
-    """Checkpoints of two ranks."""
-    launch(resume.save, folder)
-    return folder
+@cache
+def saved(folder: Path, strategy: str, ranks: int) -> None:
+    """Checkpoints of that many ranks."""
+    launch(resume.save, folder, strategy, ranks=ranks)
 
 
-@pytest.fixture(scope="module")
-def one(exactly: Path, two: Path) -> Path:
-    """Checkpoints of one rank, and what one rank makes of those of two."""
-    launch(resume.save, two, ranks=1)
-    launch(resume.elsewhere, two, 2, ranks=1)
-    launch(resume.refused, two, ranks=1)
-    return two
-
-
-@pytest.fixture(scope="module")
-def back(one: Path) -> Path:
-    """What two ranks make of those of one."""
-    launch(resume.elsewhere, one, 1)
-    return one
+@cache
+def elsewhere(folder: Path, strategy: str, ranks: int) -> None:
+    """What that many ranks make of a checkpoint of the other number, and what they make of their own."""
+    saved(folder, strategy, 1)
+    saved(folder, strategy, 2)
+    launch(resume.elsewhere, folder, strategy, 3 - ranks, ranks=ranks)
 
 
 def found(folder: Path, name: str, ranks: int = 2) -> list[Any]:
@@ -60,18 +52,20 @@ def found(folder: Path, name: str, ranks: int = 2) -> list[Any]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_repeats_the_uninterrupted_one(strategy: str, exactly: Path) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one(strategy: str, folder: Path) -> None:
     """With dropout, and random numbers of its own on every rank."""
-    for rank in found(exactly, f"exactly-{strategy}"):
+    exactly(folder, strategy)
+    for rank in found(folder, f"exactly-{strategy}"):
         assert len(set(rank["whole"])) == 4
         assert rank["2"] == rank["whole"][2:]
         assert rank["3"] == rank["whole"][3:]  # from within a rollout
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_checkpoint_holds_the_policy_and_no_frozen_model(strategy: str, two: Path) -> None:
+def test_a_checkpoint_holds_the_policy_and_no_frozen_model(strategy: str, folder: Path) -> None:
+    saved(folder, strategy, 2)
     expected = {f"policy.{name}" for name in tiny_model("gpt2").state_dict()}
-    assert weights_in(two / f"save-2-{strategy}" / "step=2.ckpt") == expected
+    assert weights_in(folder / f"save-2-{strategy}" / "step=2.ckpt") == expected
 
 
 def weights_in(checkpoint: Path) -> set[str]:
@@ -89,14 +83,13 @@ def weights_in(checkpoint: Path) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_process_goes_on_where_two_stopped(strategy: str, one: Path) -> None:
-    check_elsewhere(one, strategy, 1)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_go_on_where_one_stopped(strategy: str, back: Path) -> None:
-    check_elsewhere(back, strategy, 2)
+def test_another_number_of_processes_goes_on(strategy: str, ranks: int, folder: Path) -> None:
+    """One where two stopped, and two where one did."""
+    elsewhere(folder, strategy, ranks)
+    elsewhere(folder, "ddp", 1)
+    check_elsewhere(folder, strategy, ranks)
 
 
 def check_elsewhere(folder: Path, strategy: str, ranks: int) -> None:
@@ -109,8 +102,11 @@ def check_elsewhere(folder: Path, strategy: str, ranks: int) -> None:
         assert not {"universal", "latest_universal"} & set(rank["left"])  # converted for a while only
 
 
-def test_what_cannot_be_resumed_is_refused_with_the_reason(one: Path) -> None:
-    messages = found(one, "refused", 1)[0]
+def test_what_cannot_be_resumed_is_refused_with_the_reason(folder: Path) -> None:
+    saved(folder, "ddp", 2)
+    launch(resume.save_other, folder)
+    launch(resume.refused, folder, ranks=1)
+    messages = found(folder, "refused", 1)[0]
     expected = {
         "within a rollout": "trainer.devices x num_nodes must be 2, got 1",
         "a file for ZeRO": "is not a checkpoint of DeepSpeed ZeRO; set the trainer.strategy",
@@ -135,10 +131,12 @@ def moments_by_name(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {name: states[number] for number, name in enumerate(ordered)}
 
 
-def test_fsdp2_reads_the_moments_of_ddp_by_the_names_of_weights(one: Path) -> None:
-    launch(resume.moments, one)
+def test_fsdp2_reads_the_moments_of_ddp_by_the_names_of_weights(folder: Path) -> None:
+    saved(folder, "ddp", 1)
+    saved(folder, "ddp", 2)
+    launch(resume.moments, folder)
     for name, source in (("two", "save-2-ddp"), ("old", "save-2-ddp"), ("one", "save-1-ddp")):
-        check_moments(one / f"moments-{name}.pt", moments_by_name(one / source / "step=2.ckpt"))
+        check_moments(folder / f"moments-{name}.pt", moments_by_name(folder / source / "step=2.ckpt"))
 
 
 def check_moments(path: Path, expected: dict[str, dict[str, torch.Tensor]]) -> None:

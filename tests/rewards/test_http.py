@@ -52,7 +52,8 @@ class Scorer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        # The server looks for its end this often, in seconds; by default every test waits half a second for it.
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def reward(self, **options: Any) -> HTTPReward:
         return HTTPReward(self.url, **{"backoff": 0.01, "timeout": 5.0, **options})
