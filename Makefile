@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-real test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-real chaos test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -58,7 +58,10 @@ test-real: $(VENV)/.installed-real ## run the tests with a pretrained model and 
 	$(BIN)/python tests/real/fetch.py
 	$(PYTEST) -m real tests/real
 
-test-all: test test-rest test-real ## run everything
+chaos: $(VENV)/.installed-test ## kill, starve, deceive and damage runs, about 1600 times; goes on where it was stopped
+	$(BIN)/python -m benchmarks.chaos
+
+test-all: test test-rest test-real chaos ## run everything
 
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
 	$(PYTEST) -m 'not slow and not exhaustive and not real'

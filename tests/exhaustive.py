@@ -26,6 +26,7 @@ EXHAUSTIVE = (
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
     ("test_benchmarks.py", r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
+    ("benchmarks/test_chaos.py", r"every_kind"),
     ("test_architecture.py", r"measure"),
     ("tools/test_plan.py", r"the_table_of_the_page|divides_what_it_says\[(ddp|zero1|zero2-optimizer)"),
     # Processes of a test's own: of those that say the same of another case, one stays.
