@@ -19,6 +19,7 @@ _PUBLIC = {
         "SampleDump",
         "TensorBoardReport",
         "Throughput",
+        "default_callbacks",
     ),
     "data": ("PreferenceDataModule", "PromptDataModule", "ReasoningGymDataModule", "SFTDataModule"),
     "errors": ("DataError", "RewardError", "UserError"),

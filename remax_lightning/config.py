@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional.advantages import Baseline, KLCredit, RewardClipAt
@@ -15,6 +16,26 @@ WeightDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 def _require(holds: bool, key: str, expected: str, got: object) -> None:
     if not holds:
         raise UserError(f"model.{key} must be {expected}, got {got}")
+
+
+def config_from_dict(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """Return a dataclass of a configuration from what `dataclasses.asdict` made of it.
+
+    Args:
+        kind: the dataclass; its fields may be dataclasses or None.
+        values: its fields. What the class does not know, as of a later version, is left out.
+    """
+    hints = get_type_hints(kind)
+    arguments = {}
+    for field in fields(kind):
+        if field.name not in values:
+            continue
+        value, hint = values[field.name], hints[field.name]
+        inner = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        if inner is not None and isinstance(value, Mapping):
+            value = config_from_dict(cast("type[Any]", inner), value)
+        arguments[field.name] = tuple(value) if get_origin(hint) is tuple and isinstance(value, list) else value
+    return kind(**arguments)
 
 
 @dataclass(frozen=True)

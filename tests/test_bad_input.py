@@ -259,15 +259,10 @@ class Beginning:
 VALUES: dict[str, tuple[Callable[[Beginning], Any], str, str]] = {
     "temperature": (lambda _: SamplingConfig(temperature=0), "model.sampling.temperature must be above 0", "got 0"),
     "kl_coef": (lambda begin: begin(kl_coef=-1), "model.kl_coef must be 0 or more", "got -1"),
-    "KL without a reference": (
-        lambda begin: begin(reference=None),
-        "model.kl_coef is 0.05, but there is no model.reference",
-        "set model.reference.path",
-    ),
-    "KL loss without a reference": (
-        lambda begin: begin(reference=None, kl_coef=0.0, kl=KLConfig(loss_coef=0.1)),
-        "model.kl.loss_coef is 0.1, but there is no model.reference",
-        "or model.kl.loss_coef to 0",
+    "KL to a start that is random": (
+        lambda begin: begin(policy=ModelConfig(begin.policy, from_scratch=True), reference=None),
+        "model.policy.from_scratch has random weights",
+        "set model.reference, or model.kl_coef",
     ),
     "a policy placed like a reference": (
         lambda begin: begin(policy=ModelConfig(begin.policy, placement="cpu")),
@@ -679,7 +674,7 @@ def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
 
 @pytest.mark.slow
 def test_the_command_itself_ends_with_code_2_and_one_message(config: Config, tmp_path: Path) -> None:
-    path = write_config(tmp_path / "run.yaml", changed(config, model__reference=...))
+    path = write_config(tmp_path / "run.yaml", changed(config, model__kl_coef=-1))
     command = [sys.executable, "-c", "from remax_lightning.cli import main; main()", "fit", "--config", path]
     python_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
@@ -687,6 +682,6 @@ def test_the_command_itself_ends_with_code_2_and_one_message(config: Config, tmp
     )
     assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if "error" in line]
-    assert line.startswith("remax: error: model.kl_coef is 0.05, but there is no model.reference")
+    assert line.startswith("remax: error: model.kl_coef must be 0 or more, got -1")
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()

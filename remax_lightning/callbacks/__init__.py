@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import Callback
+
 from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
 from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.evaluation import Evaluation
@@ -13,6 +15,26 @@ from remax_lightning.callbacks.step_output import rollout_output
 from remax_lightning.callbacks.tensorboard import TensorBoardReport
 from remax_lightning.callbacks.throughput import Throughput
 
+
+def default_callbacks() -> list[Callback]:
+    """Return what the command line adds to every run, for a `Trainer` of your own.
+
+    Samples, figures of KL, baseline and throughput, guards against collapse, the exported policy, the table of an
+    evaluation and TensorBoard's charts, each with its defaults. To change one, leave it out and add your own.
+    """
+    return [
+        KLMonitor(),
+        SampleDump(),
+        BaselineMonitor(),
+        CollapseDetector(),
+        Throughput(),
+        ExportPolicy(),
+        TensorBoardReport(),
+        PredictionWriter(),
+        Evaluation(),
+    ]
+
+
 __all__ = [
     "BaselineMonitor",
     "CollapseDetector",
@@ -23,5 +45,6 @@ __all__ = [
     "SampleDump",
     "TensorBoardReport",
     "Throughput",
+    "default_callbacks",
     "rollout_output",
 ]

@@ -26,6 +26,8 @@ from remax_lightning.errors import UserError
 
 TRUST = "--trust_checkpoint"
 """Option of `remax export` with which a user trusts the code in a checkpoint."""
+HYPER_PARAMETERS = "hyper_parameters"
+"""Key of a checkpoint for the arguments of its module; Lightning's."""
 EXPORT_KEY, RESUME_KEY = "checkpoint", "ckpt_path"
 """What messages call the path: the argument of `remax export`, and the key of `fit` and the other subcommands."""
 _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|Trying to call reduce for .*function (\S+)")
@@ -63,6 +65,31 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     if not weights:
         raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
     return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+def read_hyper_parameters(path: Path) -> dict[str, Any]:
+    """Return the arguments of the module that a checkpoint was saved from, as numbers, text and dictionaries.
+
+    Args:
+        path: a `.ckpt` file, or a checkpoint folder of DeepSpeed or FSDP2.
+
+    Raises:
+        UserError: if it cannot be read, would run code, or has none, such as a checkpoint of version 0.1.
+    """
+    if (path / "latest").is_file():
+        from remax_lightning.models.zero_reader import read_zero_rest
+
+        content = read_zero_rest(path)
+    else:
+        # FSDP2 keeps what is no tensor of a shard in a file of its own.
+        content = load_torch_file(path / "meta.pt" if path.is_dir() else path)
+    arguments = content.get(HYPER_PARAMETERS)
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"checkpoint: {str(path)!r} does not say which module it is of; give the arguments of the module, policy at"
+            " least: load_from_checkpoint(path, policy=...)"
+        )
+    return dict(arguments)
 
 
 def load_torch_file(

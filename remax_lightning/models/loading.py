@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,30 @@ class ModelConfig:
         if self.disable_dropout:
             zero_dropout(config)
         return config
+
+
+ModelSource: TypeAlias = ModelConfig | str
+"""A model as the modules take it: all about it, or its `path` alone."""
+
+
+def as_model_config(source: ModelSource, argument: str) -> ModelConfig:
+    """Return the source of a model that may be given by its folder or hub name alone.
+
+    Args:
+        source: a `ModelConfig`, or its `path`.
+        argument: the name of the argument, for the message.
+
+    Raises:
+        TypeError: if it is something else, such as a loaded model.
+    """
+    if isinstance(source, ModelConfig):
+        return source
+    if isinstance(source, str | Path):
+        return ModelConfig(str(source))
+    raise TypeError(
+        f"{argument} must be a folder, a hub name or a ModelConfig, got {type(source).__name__}: the model is loaded"
+        " when training starts, so that a strategy can shard it"
+    )
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

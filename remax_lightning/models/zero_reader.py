@@ -64,6 +64,13 @@ def read_zero(path: Path, trusted: bool = False) -> dict[str, Tensor]:
     return weights | buffers | tied
 
 
+def read_zero_rest(path: Path) -> dict[str, Any]:
+    """Return what rank 0 saved beside the weights, in files of any stage."""
+    folder = _latest_folder(path)
+    full = folder / "mp_rank_00_model_states.pt"
+    return load_deepspeed_file(full if full.is_file() else _shard_file(folder, 0, "model_states"))
+
+
 def inspect_zero(path: Path, key: str) -> CheckpointInfo:
     """Do what `inspect_checkpoint` does for a folder of DeepSpeed."""
     folder = _latest_folder(path, key)

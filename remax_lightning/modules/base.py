@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
+from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.checkpoint_reader import CheckpointInfo, optimizer_groups, tensor_shapes
+from remax_lightning.models.checkpoint_reader import HYPER_PARAMETERS, CheckpointInfo, optimizer_groups, tensor_shapes
 from remax_lightning.run_folder import RunFolder, reserve_versions
 from remax_lightning.strategies import (
     PARAMETER_NAMES,
@@ -49,16 +50,24 @@ from remax_lightning.training.schedules import (
     set_total_steps,
 )
 from remax_lightning.training.skipping import SkippedSteps
+from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_DATA_MODULES = {
+    "PromptBatch": "PromptDataModule",
+    "SupervisedBatch": "SFTDataModule",
+    "PreferenceBatch": "PreferenceDataModule",
+}
+
+
 class BaseModule(LightningModule):
     """Trains one model.
 
-    The command line saves the configuration in the folder of the run, so a checkpoint holds no hyper-parameters. When a
-    run is resumed, the configuration counts.
+    A checkpoint holds the arguments of the module that are text and numbers, for `load_from_checkpoint`. When a run is
+    resumed, the configuration counts, not they.
 
     Args:
         source: where the model comes from.
@@ -69,6 +78,8 @@ class BaseModule(LightningModule):
     """
 
     tokenizer: PreTrainedTokenizerBase
+    batch_type: ClassVar[type[PromptBatch | SupervisedBatch | PreferenceBatch]]
+    """What its data loaders yield."""
 
     def __init__(
         self,
@@ -116,6 +127,10 @@ class BaseModule(LightningModule):
         """The model that is trained."""
         raise NotImplementedError
 
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return the arguments of the module that are text, numbers or made of them, for its checkpoints."""
+        raise NotImplementedError
+
     @property
     def is_16_bit(self) -> bool:
         """Whether the trained model computes in 16 bits; its rounding shows in every log-prob."""
@@ -124,7 +139,8 @@ class BaseModule(LightningModule):
 
     def _find_tokenizer(self, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the data module if it has one, so that prompts and responses agree."""
-        shared = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        # ---- Without a trainer, after `load_from_checkpoint`, there is no data module ----
+        shared = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         if shared is not None:
             return cast("PreTrainedTokenizerBase", shared)
         source = self._source
@@ -186,6 +202,7 @@ class BaseModule(LightningModule):
                 remove_stale(folder)
         checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
         checkpoint["skipped_steps"] = self.skipped_steps.state_dict()
+        checkpoint[HYPER_PARAMETERS] = self.hyper_parameters()
         names = [optimizer_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if all(name is not None for name in names):
             checkpoint[PARAMETER_NAMES] = names
@@ -213,9 +230,25 @@ class BaseModule(LightningModule):
 
         Validation and loaders draw numbers between two batches, which a resumed run may not repeat.
         """
+        self._check_batch(batch)
         state, self._random_state = self._random_state, None
         if state is not None:
             set_random_state(state, self.device)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse what is no batch of this stage."""
+        self._check_batch(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    def _check_batch(self, batch: Any) -> None:
+        if not isinstance(batch, self.batch_type):
+            name = self.batch_type.__name__
+            raise UserError(
+                f"data: {type(self).__name__} takes batches of type {name}, got {type(batch).__name__} from the data"
+                f" loader; give the rows to a data module, such as {_DATA_MODULES[name]}(data=rows), or yield {name}"
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the random state for the next batch; after an optimizer step, stop if a rank has to."""

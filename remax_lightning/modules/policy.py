@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args, get_type_hints
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
+from remax_lightning.config import config_from_dict
+from remax_lightning.data.collate import pad
+from remax_lightning.data.formatting import PromptFormatter
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
-from remax_lightning.models import ModelConfig
-from remax_lightning.models.loading import Float32Buffers
+from remax_lightning.models.checkpoint_reader import read_hyper_parameters, read_weights
+from remax_lightning.models.loading import Float32Buffers, ModelSource, as_model_config
 from remax_lightning.models.sampling import log_ignored_settings
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.weighted import NoReward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training.config_checks import check_policy, check_quantization, warn_of_turn_end
 from remax_lightning.training.worker import RolloutWorker
+from remax_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +47,7 @@ class PolicyModule(BaseModule):
     """
 
     policy: PreTrainedModel
+    batch_type = PromptBatch
     scores_training_rows: ClassVar[bool] = True
     """Whether the reward scores responses to the training rows, not only to those of validation."""
     constants: Float32Buffers
@@ -45,13 +55,14 @@ class PolicyModule(BaseModule):
 
     def __init__(
         self,
-        policy: ModelConfig,
+        policy: ModelSource,
         worker: RolloutWorker,
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_steps: int,
     ) -> None:
+        policy = as_model_config(policy, "policy")
         super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         check_policy(policy)
         self.policy_source, self.worker = policy, worker
@@ -172,6 +183,99 @@ class PolicyModule(BaseModule):
                 f" checkpoint's run. They differ in {len(other)} places: {', '.join(other[:2])}"
             )
         return result
+
+    # Without a trainer
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu", **arguments: Any
+    ) -> Self:
+        """Return the module of a checkpoint with its trained policy and tokenizer, ready to `generate`.
+
+        Reads checkpoints of every strategy without running code in them. The policy's folder or hub name must still
+        exist: its configuration and tokenizer are there, and the base of an adapter.
+
+        Args:
+            checkpoint_path: a `.ckpt` file, or a checkpoint folder of DeepSpeed or FSDP2.
+            map_location: the device of the policy.
+            **arguments: arguments of the module, in place of the saved ones. Objects such as `reward`, `rollout` and
+                `optimizer` are not saved; they are needed to train, not to generate.
+
+        Raises:
+            UserError: if the checkpoint cannot be read, would run code, or does not fit the policy.
+        """
+        path = Path(checkpoint_path)
+        saved = cls._arguments_of({} if "policy" in arguments else read_hyper_parameters(path))
+        module = cls(**{"reward": NoReward()} | saved | arguments)
+        module._load_trained_policy(read_weights(path, ""))
+        return module.to(map_location).eval()
+
+    @classmethod
+    def _arguments_of(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the module from those that `hyper_parameters` returned."""
+        hints = get_type_hints(cls.__init__)
+        arguments = {}
+        for name, value in saved.items():
+            kinds = [kind for kind in (hints.get(name), *get_args(hints.get(name))) if is_dataclass(kind)]
+            arguments[name] = config_from_dict(kinds[0], value) if kinds and isinstance(value, dict) else value
+        return arguments
+
+    def _load_trained_policy(self, weights: dict[str, Tensor]) -> None:
+        """Make the policy and load its trained weights; with an adapter, those around the base from its path."""
+        from transformers import GenerationConfig
+
+        source = self.policy_source
+        if source.lora is None:  # all weights are in the checkpoint: make a model without reading the old ones
+            dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+            source = replace(source, from_scratch=True, dtype=str(dtype).removeprefix("torch."))
+        self.policy = source.load("model.policy")
+        with suppress(OSError):  # the model has no generation settings
+            self.policy.generation_config = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+        self.constants = Float32Buffers(self.policy)
+        self.load_state_dict(weights)
+        self.tokenizer = self._find_tokenizer()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        *,
+        greedy: bool = True,
+        batch_size: int = 16,
+        seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """Return the policy's response to each prompt, as in training: the same template, stop strings and lengths.
+
+        Args:
+            prompts: texts, which the policy continues, or lists of messages for the tokenizer's chat template.
+            greedy: the most likely tokens; False samples as `sampling` says.
+            batch_size: prompts that are decoded together.
+            seed: fixes the sampled responses.
+            chat_template_kwargs: variables of the chat template.
+
+        Raises:
+            RuntimeError: if there is no policy yet.
+            DataError: if a prompt cannot be rendered.
+        """
+        if "policy" not in self._modules:
+            raise RuntimeError("there is no policy yet: train first, or use load_from_checkpoint")
+        sampling = replace(self.sampling, num_samples=1)
+        if greedy:  # the only token of each distribution that is left
+            sampling = replace(sampling, top_k=1, top_p=1.0, min_p=0.0, temperature=1.0)
+        worker = RolloutWorker(self.engine, sampling)
+        worker.prepare(self.tokenizer, self.eos_ids(), self.device, self.unused_ids())
+        generator = torch.Generator(self.device).manual_seed(seed)
+        formatter = PromptFormatter(self.tokenizer, template_kwargs=chat_template_kwargs)
+        texts = [formatter.text({"prompt": prompt}, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        encoded = formatter.encode(texts)
+        responses: list[str] = []
+        for start in range(0, len(texts), batch_size):
+            rows = slice(start, start + batch_size)
+            ids, mask = pad(encoded[rows], int(cast(int, self.tokenizer.pad_token_id)), "left")  # [B, P]
+            batch = PromptBatch(ids.to(self.device), mask.to(self.device), list(texts[rows]), [{}] * len(ids))
+            responses += worker.generate_responses(self.policy, batch, generator, greedy=False).sampled.texts
+        return responses
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

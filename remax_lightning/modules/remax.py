@@ -14,10 +14,11 @@ from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import PolicyStatistics
-from remax_lightning.models import ModelConfig
+from remax_lightning.models.loading import ModelSource, as_model_config
 from remax_lightning.models.log_probs import policy_statistics, with_reference
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.experience import Experience, RolloutBuffer
@@ -37,11 +38,11 @@ class ReMaxModule(PolicyModule):
     """Aligns a policy with a reward.
 
     Args:
-        policy: the language model that is trained.
-        reward: scores responses.
-        reference: frozen model of the KL, usually the start of the policy; required if `kl_coef` or `kl.loss_coef` is
-            above 0. With `policy.lora` leave it out: the start of the policy is then the reference, without a second
-            copy of the weights.
+        policy: the language model that is trained; a folder or hub name alone is its `path`.
+        reward: scores responses. The dotted path of a function alone is a `FunctionReward`; from Python also the
+            function itself, or a list of rewards, whose sum counts.
+        reference: frozen model of the KL. None takes the start of the policy, where `kl_coef` or `kl.loss_coef` is
+            above 0: a second copy of its weights, or none with `policy.lora`.
         tokenizer: folder or hub name; None takes the policy's.
         rollout: engine that generates responses; None chooses one for the architecture of the policy.
         sampling: how responses are sampled.
@@ -59,13 +60,14 @@ class ReMaxModule(PolicyModule):
 
     Raises:
         UserError: if the choices contradict each other.
+        TypeError: if an argument is of another type.
     """
 
     def __init__(
         self,
-        policy: ModelConfig,
-        reward: Reward,
-        reference: ModelConfig | None = None,
+        policy: ModelSource,
+        reward: RewardSource,
+        reference: ModelSource | None = None,
         tokenizer: str | None = None,
         rollout: RolloutEngine | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -78,10 +80,14 @@ class ReMaxModule(PolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
     ) -> None:
-        checks.check_kl(kl_coef, kl, policy, reference)
+        policy = as_model_config(policy, "policy")
+        reference = None if reference is None else as_model_config(reference, "reference")
+        if reference is None and policy.lora is None and (kl_coef > 0 or kl.loss_coef > 0):
+            reference = checks.start_of(policy)  # the KL is measured to where the policy starts
+        checks.check_kl(kl_coef)
         checks.check_reference(reference)
         objective = Objective(kl, advantage, loss, sampling.num_samples)
-        worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, objective.truncation_penalty)
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, as_reward(reward), objective.truncation_penalty)
         super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
@@ -92,6 +98,22 @@ class ReMaxModule(PolicyModule):
         self._metrics = MeanMetrics()
         self._num_rollouts = 0
         self._seed: int | None = None
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return the arguments that are text, numbers or made of them, for its checkpoints."""
+        objective = self.objective
+        return {
+            "policy": asdict(self.policy_source),
+            "reference": None if self.reference_source is None else asdict(self.reference_source),
+            "tokenizer": self.tokenizer_path,
+            "sampling": asdict(self.sampling),
+            "kl_coef": self.kl_coef,
+            "kl": asdict(objective.kl_config),
+            "advantage": asdict(objective.advantage_config),
+            "loss": asdict(objective.loss_config),
+            "check_on_policy": self.check_on_policy,
+            "max_skipped_steps": self.skipped_steps.maximum,
+        }
 
     # Loading
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -17,9 +18,8 @@ from torch.nn import functional as F
 from remax_lightning.distributed import sum_tensor_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.functional import bradley_terry_loss
-from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import eval_mode
-from remax_lightning.models.loading import Float32Buffers
+from remax_lightning.models.loading import Float32Buffers, ModelSource, as_model_config
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
 from remax_lightning.rewards.pooling import Pooling, choose_pooling
@@ -60,10 +60,11 @@ class RewardModelModule(BaseModule):
     """
 
     reward_model: PreTrainedModel
+    batch_type = PreferenceBatch
 
     def __init__(
         self,
-        reward_model: ModelConfig,
+        reward_model: ModelSource,
         tokenizer: str | None = None,
         margin: float = 0.0,
         centering_coef: float = 0.01,
@@ -72,6 +73,7 @@ class RewardModelModule(BaseModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
     ) -> None:
+        reward_model = as_model_config(reward_model, "reward_model")
         super().__init__(reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         for name, value in (("margin", margin), ("centering_coef", centering_coef)):
             if not 0 <= value < float("inf"):
@@ -83,6 +85,17 @@ class RewardModelModule(BaseModule):
         self._pooling: Pooling | None = None
         self._layers = ScoreLayers(None, None)
         self._training, self._held_out = MeanMetrics(), PairScoreSums()
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return the arguments that are text, numbers or made of them, for its checkpoints."""
+        return {
+            "reward_model": asdict(self.reward_model_source),
+            "tokenizer": self.tokenizer_path,
+            "margin": self.margin,
+            "centering_coef": self.centering_coef,
+            "normalize": self.normalize,
+            "max_skipped_steps": self.skipped_steps.maximum,
+        }
 
     # Loading
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from remax_lightning.distributed import raise_on_all_ranks, sum_tensor_over_ranks
-from remax_lightning.models import ModelConfig
+from remax_lightning.models.loading import ModelSource
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.training.config_checks import check_response_ends
 from remax_lightning.training.metrics import MeanMetrics
@@ -33,7 +34,7 @@ class SFTModule(PolicyModule):
     micro-batches.
 
     Args:
-        policy: the language model that is trained.
+        policy: the language model that is trained; a folder or hub name alone is its `path`.
         reward: if set, validation also generates responses and scores them.
         tokenizer: folder or hub name; None takes the policy's.
         packing: pack several examples into a row in training, without padding. The loss is the same and training is
@@ -46,12 +47,13 @@ class SFTModule(PolicyModule):
             can be the chance of a batch; 5 in a row say that training has diverged.
     """
 
+    batch_type = SupervisedBatch
     scores_training_rows = False
 
     def __init__(
         self,
-        policy: ModelConfig,
-        reward: Reward | None = None,
+        policy: ModelSource,
+        reward: RewardSource | None = None,
         tokenizer: str | None = None,
         packing: bool = False,
         rollout: RolloutEngine | None = None,
@@ -60,11 +62,21 @@ class SFTModule(PolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
     ) -> None:
-        worker = RolloutWorker(rollout or AutoEngine(), sampling, reward)
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, None if reward is None else as_reward(reward))
         super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
         self.packing = packing
         self._packing_mode: PackingMode = "positions"
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return the arguments that are text, numbers or made of them, for its checkpoints."""
+        return {
+            "policy": asdict(self.policy_source),
+            "tokenizer": self.tokenizer_path,
+            "packing": self.packing,
+            "sampling": asdict(self.sampling),
+            "max_skipped_steps": self.skipped_steps.maximum,
+        }
 
     def on_fit_start(self) -> None:
         """Prepare rollouts, find how to pack examples for this policy, and check the ends of responses.

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -21,6 +21,19 @@ _TRAINER_ARGUMENTS = ("completion_ids", "trainer_state", "log_extra", "log_metri
 """What TRL's trainer passes besides texts and columns."""
 _VERL_COLUMNS = ("data_source", "ground_truth", "extra_info")
 _MISSING = object()
+
+
+if TYPE_CHECKING:
+    FunctionSource: TypeAlias = str | Callable[..., Any]
+else:  # a configuration holds the dotted path; the command line reads the annotation
+    FunctionSource = str
+"""A function as `FunctionReward` takes it."""
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return the dotted path of a function, or what comes closest for other objects that can be called."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}".replace("<locals>.", "")
 
 
 class FunctionReward(Reward):
@@ -45,7 +58,8 @@ class FunctionReward(Reward):
 
     Args:
         function: dotted path to the function, as in `my_rewards.politeness` or
-            `remax_lightning.rewards.verifiers.exact_match`. Modules in the current directory are found too.
+            `remax_lightning.rewards.verifiers.exact_match`. Modules in the current directory are found too. From Python
+            also the function itself.
         arguments: keyword arguments that every call gets.
         style: `remax`, `trl` or `verl`; `auto` tells it by the parameters.
         columns: column of a parameter where the data calls it otherwise, as in `{ground_truth: response}`; a dot leads
@@ -57,15 +71,15 @@ class FunctionReward(Reward):
 
     def __init__(
         self,
-        function: str,
+        function: FunctionSource,
         arguments: dict[str, Any] | None = None,
         style: Style = "auto",
         columns: dict[str, str] | None = None,
     ) -> None:
-        self.function = function
+        self._call = _import_function(function) if isinstance(function, str) else function
+        self.function = function = function if isinstance(function, str) else _name_of(function)
         self.arguments = dict(arguments or {})
         self.columns = dict(columns or {})
-        self._call = _import_function(function)
         self._parameters = _Parameters.of(self._call)
         self.style = _style(function, self._parameters, style)
         self.skips_none = self.style == "trl"
@@ -78,6 +92,11 @@ class FunctionReward(Reward):
                 raise UserError(f"{_KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
         else:
             self._check_names()
+
+    @property
+    def name(self) -> str:
+        """The name of the function without its module, as a part of several rewards is called."""
+        return self.function.rpartition(".")[2]
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]

@@ -3,17 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines
+from remax_lightning.rewards.function import FunctionReward
 
 _KEY = "model.reward.init_args"
+
+
+if TYPE_CHECKING:
+    RewardSource: TypeAlias = Reward | str | Callable[..., Any] | Sequence[Reward | str | Callable[..., Any]]
+else:  # what a configuration can hold; the command line reads the annotation
+    RewardSource = Reward | str
+"""A reward as the modules take it."""
+
+
+def as_reward(reward: RewardSource, argument: str = "reward") -> Reward:
+    """Return the reward that is meant by an object, a function, its dotted path, or a list of these.
+
+    Args:
+        reward: a list is a `WeightedReward` with weights of 1, each part under the name of its function or class.
+        argument: the name of the argument, for the message.
+
+    Raises:
+        TypeError: if it is something else, such as a class that was not called.
+        UserError: if a function cannot be imported or used.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str) or (callable(reward) and not isinstance(reward, type)):
+        return FunctionReward(reward)
+    if isinstance(reward, list | tuple) and reward:
+        parts: dict[str, Reward] = {}
+        for number, item in enumerate(reward):
+            part = as_reward(item, f"{argument}[{number}]")
+            name = part.name if isinstance(part, FunctionReward) else type(part).__name__
+            parts[name if name not in parts else f"{name}_{number}"] = part
+        return WeightedReward(parts)
+    hint = f"; call it: {reward.__name__}(...)" if isinstance(reward, type) else ""
+    kind = f"the class {reward.__name__}" if isinstance(reward, type) else f"{type(reward).__name__} {reward!r:.60}"
+    raise TypeError(f"{argument} must be a Reward, a function, its dotted path, or a list of these, got {kind}{hint}")
+
+
+class NoReward(Reward):
+    """Stands for the reward of a module that was loaded to generate; it refuses to score."""
+
+    def score(self, *_: Any) -> list[float]:
+        """Refuse to score.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("the module was loaded without a reward: load_from_checkpoint(path, reward=...)")
 
 
 class WeightedReward(Reward):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -57,16 +58,24 @@ def check_reference(reference: ModelConfig | None) -> None:
         )
 
 
-def check_kl(kl_coef: float, kl: KLConfig, policy: ModelConfig, reference: ModelConfig | None) -> None:
-    """Refuse a KL coefficient without a reference to measure the KL to."""
+def check_kl(kl_coef: float) -> None:
+    """Refuse a negative KL coefficient."""
     if kl_coef < 0:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
-    if reference is None and policy.lora is None and (kl_coef > 0 or kl.loss_coef > 0):
-        key, value = ("kl_coef", kl_coef) if kl_coef > 0 else ("kl.loss_coef", kl.loss_coef)
+
+
+def start_of(policy: ModelConfig) -> ModelConfig:
+    """Return where a reference comes from that is the policy before training.
+
+    Raises:
+        UserError: if the policy starts from random weights, of which there is no second copy.
+    """
+    if policy.from_scratch:
         raise UserError(
-            f"model.{key} is {value}, but there is no model.reference to measure the KL to; set"
-            f" model.reference.path (usually {policy.path!r}, where the policy starts) or model.{key} to 0"
+            "model.reference.path: the KL needs a reference, and model.policy.from_scratch has random weights; set"
+            " model.reference, or model.kl_coef and model.kl.loss_coef to 0"
         )
+    return replace(policy, gradient_checkpointing=False)
 
 
 def check_full_kl(kl: KLConfig, policy: PreTrainedModel, reference: Reference) -> None:
