@@ -240,12 +240,6 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
             text = text.replace("; expected ", ", or ")
             text += f", got {value[1]}" if value and ", got " not in text else ""
         mistakes[key] = text
-    # ---- A group that may be text alone: what is wrong inside of it is what the user has to know ----
-    mistakes = {
-        key: text
-        for key, text in mistakes.items()
-        if not (text.startswith("expected text") and any(other.startswith(f"{key}.") for other in mistakes))
-    }
     if not mistakes and (match := _KEY.match(message)):  # only lines about what a class may be given as
         got = f", got {value[1]}" if value else ""
         mistakes[match[1]] = f"expected a class with class_path and init_args, or a group of keys{got}"

@@ -24,7 +24,7 @@ from helpers.training import fit, prompt_data, remax_module, save_policy
 
 from remax_lightning.callbacks import KLMonitor, SampleDump
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS, user_error_message
-from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.config import AdvantageConfig, LossConfig
 from remax_lightning.data import LoadingConfig, PromptDataModule
 from remax_lightning.errors import UserError, exception_chain
 from remax_lightning.models import LoRAConfig, ModelConfig

@@ -40,7 +40,9 @@ ALLOWED = {
     | {"rollout", "rewards", "models", "strategies", "training", "modules"}
     | {"data.conversations", "data.chat_templates"},  # responses of the data set, as the supervised stage trains them
     "callbacks": LOWER | {"models", "evaluation", "strategies", "data.tokenizers"},
-    "modules": LOWER | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"},
+    "modules": LOWER
+    | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"}
+    | {"data.collate", "data.formatting"},  # prompts that `generate` is given, rendered as in training
     "tasks": ANYTHING,
     "cli_errors": {"errors"},
     "cli_checks": {"errors"},

@@ -208,7 +208,10 @@ class ModelConfig:
         return config
 
 
-ModelSource: TypeAlias = ModelConfig | str
+if TYPE_CHECKING:
+    ModelSource: TypeAlias = ModelConfig | str
+else:  # the command line reads the annotation: for it, a path alone is written out before it looks
+    ModelSource = ModelConfig
 """A model as the modules take it: all about it, or its `path` alone."""
 
 

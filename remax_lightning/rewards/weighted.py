@@ -19,8 +19,8 @@ _KEY = "model.reward.init_args"
 
 if TYPE_CHECKING:
     RewardSource: TypeAlias = Reward | str | Callable[..., Any] | Sequence[Reward | str | Callable[..., Any]]
-else:  # what a configuration can hold; the command line reads the annotation
-    RewardSource = Reward | str
+else:  # the command line reads the annotation: for it, a function's path alone is written out before it looks
+    RewardSource = Reward
 """A reward as the modules take it."""
 
 
