@@ -27,6 +27,7 @@ from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_e
 from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
+from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.resume import EXIT_CODE
@@ -159,6 +160,8 @@ class RemaxCLI(LightningCLI):
             raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
         if not launcher.is_launched():
             inspect_checkpoint(Path(path))
+            if Path(path).is_file():  # the files of a folder are shared among the ranks when they load it
+                check_whole(Path(path), "ckpt_path")
 
     def instantiate_classes(self) -> None:
         """Create trainer, module and data, and resolve `ckpt_path: last`."""
@@ -186,8 +189,11 @@ class RemaxCLI(LightningCLI):
 
         Lightning would only look for `last.ckpt` in the folder of this run, which is new.
         """
+        if launcher.is_launched():  # it is read to its end once, by the process that started this one
+            return launcher.last_checkpoint()
         folders = earlier_checkpoint_folders(self.trainer)
         checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
+        launcher.tell_last_checkpoint(checkpoint)
         if checkpoint is not None:
             return str(checkpoint)
         if self.subcommand != "fit":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -29,8 +28,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 import remax_lightning
 from remax_lightning.cli_errors import shorten_message, user_error_message
-from remax_lightning.disk import DISK_ERRORS
+from remax_lightning.disk import DISK_ERRORS, free_space
 from remax_lightning.errors import exception_chain
+from remax_lightning.run_folder import known_run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -84,11 +84,8 @@ class Stage:
 
     def folder(self) -> Path:
         """Return the folder of the run, or the current one as long as there is none."""
-        if self.trainer is not None:
-            folder = getattr(self.trainer, "log_dir", None)
-            if folder is not None and "\0" not in str(folder) and Path(folder).is_dir():
-                return Path(folder)
-        return Path.cwd()
+        folder = None if self.trainer is None else known_run_folder(self.trainer)
+        return folder if folder is not None and "\0" not in str(folder) and folder.is_dir() else Path.cwd()
 
 
 class End(NamedTuple):
@@ -143,10 +140,9 @@ def _describe_disk(error: BaseException) -> str | None:
         text = f"{shown if len(shown) <= 200 else f'{shown[:200]}...'}: {os.strerror(number)}"
         if number in _PATH:
             return f"{text}; give another path"
-        place = _existing_folder(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd())
-        free = shutil.disk_usage(place).free / 2**20
+        space = free_space(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd())
         advice = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "check the rights of the folder"
-        return f"{text} ({free:,.0f} MiB free at {place}); {advice}, or give another path"
+        return f"{text}{space}; {advice}, or give another path"
     return None
 
 
@@ -156,10 +152,6 @@ def _error_number(error: BaseException) -> int | None:
         return error.errno
     match = _FOREIGN_ERRNO.search(str(error)) if isinstance(error, Exception) else None
     return int(next(group for group in match.groups() if group)) if match else None
-
-
-def _existing_folder(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _describe_memory(error: BaseException) -> str | None:

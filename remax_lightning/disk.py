@@ -36,14 +36,20 @@ def describe_disk_error(error: BaseException, path: Path) -> str:
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "writing failed"
     if isinstance(error, OSError) and not error.errno:
         reason = str(error)
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    space = ""
-    with suppress(OSError):
-        usage = shutil.disk_usage(folder)
-        space = f"; {_size(usage.free)} of {_size(usage.total)} are free there"
-    return f"cannot write {path}: {reason}{space}"
+    return f"cannot write {path}: {reason}{free_space(path)}"
+
+
+def free_space(path: Path) -> str:
+    """Return what a message says of the free space where a path is, or would be; empty where the system does not say.
+
+    A quota may leave less.
+    """
+    with suppress(OSError, ValueError):  # ValueError: a path with a null character
+        for folder in (path.absolute(), *path.absolute().parents):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                usage = shutil.disk_usage(folder)
+                return f"; {_size(usage.free)} of {_size(usage.total)} are free there"
+    return ""
 
 
 def _size(count: float) -> str:

@@ -63,6 +63,11 @@ def run_folder(trainer: Trainer) -> Path:
     return _folders[trainer]
 
 
+def known_run_folder(trainer: Trainer) -> Path | None:
+    """Return the folder of the run as soon as `run_folder` has chosen it, on any rank alone; None before."""
+    return _folders.get(trainer)
+
+
 def earlier_checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Return the folders in which this run and earlier ones with the same logger or root have their checkpoints.
 

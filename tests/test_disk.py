@@ -23,7 +23,7 @@ from remax_lightning.callbacks import ExportPolicy, PredictionWriter, SampleDump
 from remax_lightning.disk import append_lines, describe_disk_error, is_disk_error
 from remax_lightning.errors import UserError
 from remax_lightning.strategies import AtomicCheckpointIO
-from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 
 ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT]
 
@@ -121,11 +121,13 @@ def test_a_folder_of_parts_is_kept_whole(tmp_path: Path) -> None:
     strategy, target = SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt"
     strategy.checkpoint_io = io = AtomicCheckpointIO()
     for version in (1, 2, 3):
-        with atomic_folder(strategy, target) as path:
-            path.mkdir()
+
+        def write(path: Path, version: int = version) -> None:
             (path / "part").write_text(str(version))
             if version == 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
+
+        save_folder_atomically(strategy, target, write)
         io.remove_checkpoint(tmp_path / "b.ckpt")
         assert (target / "part").read_text() == {1: "1", 2: "1", 3: "3"}[version]
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

@@ -31,7 +31,8 @@ ALLOWED = {
     "run_folder": {"distributed", "errors"},
     "functional": set(),
     "models": LOWER,
-    "strategies": LOWER | {"models.checkpoint_reader", "models.zero_reader"},  # what they load is read there first
+    # What strategies load is read there first.
+    "strategies": LOWER | {"models.checkpoint_reader", "models.checksums", "models.zero_reader"},
     "data": LOWER,
     "rewards": LOWER | {"models", "data.conversations", "data.chat_templates"},  # the tokens that it was trained on
     "rollout": LOWER | {"models", "strategies"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "tasks": ANYTHING,
     "cli_errors": {"errors"},
     "cli_checks": {"errors"},
-    "cli_exit": {"errors", "cli_errors", "disk"},
+    "cli_exit": {"errors", "cli_errors", "disk", "run_folder"},
     "cli": ANYTHING,
     "tools": ANYTHING,
 }

@@ -17,6 +17,7 @@ from remax_lightning.callbacks.step_output import is_dry_run
 from remax_lightning.disk import describe_disk_error, is_disk_error
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
+from remax_lightning.models.checksums import compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
 from remax_lightning.run_folder import run_folder
 from remax_lightning.strategies import nonfinite_in_model
@@ -191,17 +192,23 @@ def _is_failed_write(error: BaseException) -> bool:
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with an empty folder beside `target`, then rename that folder to `target`."""
+    """Call `write` with an empty folder beside `target`, add checksums of its files, and rename it to `target`."""
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for leftover in (new, old):  # of a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         write(new)
+        write_manifest(new, compute_checksums(new, list_files(new)))
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.models.checksums import check_whole
 
 TRUST = "--trust_checkpoint"
 """Option of `remax export` with which a user trusts the code in a checkpoint."""
@@ -48,8 +49,9 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
             classes that DeepSpeed and FSDP2 save are read.
 
     Raises:
-        UserError: if it is not a complete checkpoint, would run code, or has no such weights.
+        UserError: if it is damaged, not a complete checkpoint, would run code, or has no such weights.
     """
+    check_whole(path, EXPORT_KEY)
     if path.is_file():
         state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
         weights = {name: value for name, value in state.items() if name.startswith(prefix)}

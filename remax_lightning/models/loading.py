@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from remax_lightning.config import WeightDType
 from remax_lightning.errors import RankError, UserError
+from remax_lightning.models.checksums import check_exported
 from remax_lightning.models.frozen import Placement, check_placement
 from remax_lightning.models.lora import LoRAConfig, add_adapter
 
@@ -128,6 +129,8 @@ class ModelConfig:
 
         self._check(key)
         config = self._config(key)
+        if not self.from_scratch:
+            check_exported(Path(self.path), f"{key}.path")
         dtype = torch.get_default_dtype() if self.dtype is None else getattr(torch, self.dtype)
         # ---- Arguments of both ways to create the model; transformers must not see None ----
         common: dict[str, Any] = {

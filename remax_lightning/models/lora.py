@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
+from remax_lightning.models.checksums import check_exported
 from remax_lightning.sharding import is_peft_wrapper
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
     adapted: Any
     if lora.path is not None:
         _check_adapter(lora.path, key)
+        check_exported(Path(lora.path), f"{key}.path")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -11,10 +11,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.disk import describe_disk_error, is_disk_error
-from remax_lightning.distributed import barrier, broadcast, gather_objects
+from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import RankError, UserError
 from remax_lightning.models.checkpoint_reader import (
     RESUME_KEY,
@@ -33,11 +33,20 @@ from remax_lightning.models.checkpoint_reader import (
     load_torch_stream,
     unreadable_error,
 )
+from remax_lightning.models.checksums import (
+    Checksum,
+    check_stream,
+    check_whole,
+    compute_checksums,
+    list_files,
+    write_manifest,
+)
 
 TEMPORARY, OLD = ".tmp", ".old"
 """Suffixes of files and folders that are incomplete or about to be deleted, and of complete ones being replaced."""
 
 SUFFIX = ".ckpt"
+T = TypeVar("T")
 _STARTED = time.time()
 
 
@@ -62,13 +71,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         new = _temporary(target)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
             torch.save(checkpoint, new)
             _replace(new, target)
         except Exception as error:
-            _delete(new)
+            with suppress(OSError):  # a disk that has become read-only; the next run removes it
+                _delete(new)
             if not is_disk_error(error):
                 raise
             self.note_failure(target, describe_disk_error(error, target))
@@ -94,13 +104,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read the file, and run no code that it may hold, whatever `weights_only` asks for.
 
         Raises:
-            UserError: if it is not whole, would run code, is not of a run, or is a folder, which only the strategy that
-                saved it can read.
+            UserError: if it is damaged or not whole, would run code, is not of a run, or is a folder, which only the
+                strategy that saved it can read.
         """
         check_address(str(path))
         if not _is_local_file_protocol(path):
             try:
                 with get_filesystem(path).open(str(path), "rb") as stream:
+                    check_stream(stream, str(path), RESUME_KEY)
                     content = load_torch_stream(stream, str(path), key=RESUME_KEY)
             except UserError:
                 raise
@@ -112,6 +123,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"ckpt_path: {str(path)!r} is a folder of DeepSpeed or FSDP2, but trainer.strategy reads a file; set"
                 " the trainer.strategy that the checkpoint was saved under"
             )
+        check_whole(Path(path), RESUME_KEY)
         # Not memory-mapped: the state of the optimizer would stay a view of the file.
         return checked_run(load_torch_file(Path(path), key=RESUME_KEY, mmap=False), path, RESUME_KEY)
 
@@ -122,55 +134,78 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
         elif self._failed:
             self._to_remove.append(target)
-        elif not os.path.lexists(target):
-            return  # it could not be saved
-        elif target.is_symlink():
-            target.unlink()  # older releases of fsspec would remove the folder that it points to
-        elif target.is_dir():
-            _discard(target)
-        else:
-            super().remove_checkpoint(path)
+        elif os.path.lexists(target):  # otherwise it could not be saved
+            try:
+                _remove(target)
+            except OSError as error:
+                rank_zero_warn(f"The old checkpoint {target} stays, because it cannot be removed: {error.strerror}.")
 
 
-@contextmanager
-def atomic_folder(strategy: Strategy, target: Any) -> Iterator[Path]:
-    """Yield a temporary path for a checkpoint folder, and rename it to `target` once all ranks have written their part.
+def save_folder_atomically(strategy: Strategy, target: Any, write: Callable[[Path], object]) -> None:
+    """Save a checkpoint folder of all ranks: under a temporary name, and as `target` once it is complete.
+
+    What one rank cannot write, no rank has saved: all agree after each part, so that none waits for another one. On a
+    failing disk they warn and keep what is there. The folder gets a manifest of checksums, which the ranks compute
+    together.
 
     Args:
-        strategy: the strategy of the trainer; every rank has to enter and leave.
+        strategy: the strategy of the trainer; every rank has to call this.
         target: path of the checkpoint; that of rank 0 counts.
+        write: writes the part of this rank into an existing, empty folder. It may wait for other ranks, so it must not
+            fail on one rank alone before the others are through.
     """
     # All ranks write to the same unique name, so rank 0 chooses it.
     target, new = broadcast(strategy, (Path(target), _temporary(Path(target))))
-    if strategy.is_global_zero:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    barrier(strategy, "the folder of checkpoints exists")
-    failure: Exception | None = None
+    is_first, rank, ranks = strategy.is_global_zero, strategy.global_rank, strategy.world_size  # type: ignore[attr-defined]
+    io = strategy.checkpoint_io if isinstance(strategy.checkpoint_io, AtomicCheckpointIO) else None
     try:
-        yield new
+        _agree(target, lambda: new.mkdir(parents=True) if is_first else None)
+        _agree(target, lambda: write(new))
+        names: list[str] = _agree(target, lambda: list_files(new) if is_first else [])[0]
+        shares = _agree(target, lambda: compute_checksums(new, names[rank::ranks]))
+        checksums = {name: item for share in shares for name, item in share.items()}
+        _agree(target, lambda: _complete(new, target, checksums) if is_first else None)
+    except Exception as error:
+        if is_first:
+            with suppress(OSError):
+                _delete(new)
+        if not isinstance(error, _DiskError):
+            raise
+        if io is None:  # another writer of checkpoints, which keeps none where one fails
+            raise (error.__cause__ or error) from None
+        io.note_failure(target, str(error))
+    else:
+        if io is not None and is_first:
+            io.note_success(target)
+
+
+class _DiskError(RankError):
+    """A part of a checkpoint could not be written on some rank, because of its disk."""
+
+
+def _agree(target: Path, action: Callable[[], T]) -> list[T]:
+    """Do something on every rank and return what each made of it, by rank; raise on all ranks where one fails."""
+    failure: Exception | None = None
+    result = None
+    try:
+        result = action()
     except Exception as error:
         failure = error
-    # ---- All ranks agree whether every part is written ----
-    parts = gather_objects(None if failure is None else (is_disk_error(failure), describe_disk_error(failure, target)))
-    failures = [part for part in parts if part is not None]
-    if strategy.is_global_zero and not failures:
-        try:
-            _replace(new, target)
-        except OSError as error:
-            failures = [(is_disk_error(error), describe_disk_error(error, target))]
-            failure = error
-    failures = broadcast(strategy, failures)
-    io = strategy.checkpoint_io if isinstance(strategy.checkpoint_io, AtomicCheckpointIO) else None
-    if failures:
-        if strategy.is_global_zero:
-            _delete(new)
-        if failure is not None and not is_disk_error(failure):
-            raise failure
-        if io is None or not all(is_disk for is_disk, _ in failures):
-            raise failure or RankError(failures[0][1])
-        io.note_failure(target, failures[0][1])
-    elif io is not None and strategy.is_global_zero:
-        io.note_success(target)
+    described = None if failure is None else (is_disk_error(failure), describe_disk_error(failure, target))
+    parts = gather_objects((result, described))
+    failures = [part for _, part in parts if part is not None]
+    if not failures:
+        return [cast("T", value) for value, _ in parts]
+    if failure is not None and not is_disk_error(failure):
+        raise failure
+    if all(is_disk for is_disk, _ in failures):
+        raise _DiskError(failures[0][1]) from failure
+    raise RankError(next(text for is_disk, text in failures if not is_disk)) from failure
+
+
+def _complete(new: Path, target: Path, checksums: dict[str, Checksum]) -> None:
+    write_manifest(new, checksums)
+    _replace(new, target)
 
 
 def recover_interrupted(folder: Path) -> None:
@@ -189,10 +224,12 @@ def remove_stale(folder: Path) -> None:
     """
     recover_interrupted(folder)
     for old in _entries(folder, OLD):
-        _discard(old)
+        with suppress(OSError):  # a disk that refuses this refuses the save, too, which says so
+            _discard(old)
     for leftover in _entries(folder, TEMPORARY):
-        if leftover.lstat().st_mtime < _STARTED:
-            _delete(leftover)
+        with suppress(OSError):
+            if leftover.lstat().st_mtime < _STARTED:
+                _delete(leftover)
 
 
 def check_address(path: str) -> None:
@@ -209,7 +246,8 @@ def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
     """Return the whole checkpoint with the most optimizer steps; None if there is none.
 
     Copies and restored backups change the times of files, so these only decide between equal steps. A checkpoint that
-    is truncated, or of another kind, is left out with a warning.
+    is damaged, truncated, or of another kind, is left out with a warning. Only the latest one is read to its end, and
+    where that is damaged the one before it.
 
     Args:
         folders: folders with checkpoints of any name.
@@ -220,13 +258,22 @@ def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
     for folder, pattern in patterns:
         recover_interrupted(folder)
         checkpoints += [path for path in folder.glob(pattern) if path.exists()]
-    whole: dict[Path, tuple[int, float]] = {}
+    # ---- What each says of itself, without the numbers of its tensors ----
+    steps: dict[Path, tuple[int, float]] = {}
     for path in checkpoints:
         try:
-            whole[path] = inspect_checkpoint(path).step, path.stat().st_mtime
+            steps[path] = inspect_checkpoint(path).step, path.stat().st_mtime
         except UserError as error:
             rank_zero_warn(f"{error}. It is left out in the search for the last checkpoint.")
-    return max(whole, key=lambda path: whole[path], default=None)
+    # ---- The latest whose numbers are whole ----
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+        try:
+            check_whole(path, RESUME_KEY)
+        except UserError as error:
+            rank_zero_warn(f"{error}. It is left out in the search for the last checkpoint: the one before it is used.")
+        else:
+            return path
+    return None
 
 
 # ---- Names beside a checkpoint ----
@@ -262,7 +309,12 @@ def _replace(new: Path, target: Path) -> None:
         # which `recover_interrupted` detects.
         _discard(old)
         target.rename(old)
-    new.replace(target)
+    try:
+        new.replace(target)
+    except OSError:
+        if old.exists() and not os.path.lexists(target):
+            old.rename(target)
+        raise
     _sync(target.parent)
     _discard(old)
 
@@ -276,6 +328,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint of any kind; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        _discard(path)
 
 
 def _discard(path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from remax_lightning.distributed import broadcast
+from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.models.checkpoint_reader import RESUME_KEY, CheckpointInfo, inspect_checkpoint
+from remax_lightning.models.checksums import find_damage, unchecked_files
 from remax_lightning.sharding import full_shape
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ _IMPLEMENTATION = {
 
 
 def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> None:
-    """Refuse a checkpoint of several files that is not whole, runs code, or is of another model or optimizer.
+    """Refuse a checkpoint that is damaged or not whole, runs code, or is of another model or optimizer.
 
-    Rank 0 reads it, and every rank raises.
+    Rank 0 looks it through, all ranks together compare checksums, and every rank raises.
 
     Args:
         strategy: the strategy of the trainer, which is about to load the checkpoint.
@@ -40,16 +41,22 @@ def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> N
     """
     module = strategy.lightning_module
     assert module is not None
-    problem = ""
+    problem, names = "", []
     if strategy.is_global_zero:
         try:
+            names = unchecked_files(path, RESUME_KEY)
             info = inspect_checkpoint(path)
             check_model(path, info.shapes, module)
             check_optimizers(path, info, optimizers)
         except UserError as error:
             problem = str(error)
-    if problem := broadcast(strategy, problem):
+    problem, names = broadcast(strategy, (problem, names))
+    if problem:
         raise UserError(problem)
+    rank, ranks = strategy.global_rank, strategy.world_size  # type: ignore[attr-defined]
+    damages = gather_objects(find_damage(path, names[rank::ranks]))
+    if damage := next((item for item in damages if item is not None), None):
+        raise damage.error(RESUME_KEY)
 
 
 def check_model(path: Any, saved: Mapping[str, torch.Size], module: LightningModule) -> None:

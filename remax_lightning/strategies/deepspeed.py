@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -20,7 +21,7 @@ from remax_lightning.models.checkpoint_reader import RESUME_KEY
 from remax_lightning.models.zero_reader import load_deepspeed_file
 from remax_lightning.strategies import universal_checkpoint as universal
 from remax_lightning.strategies import zero3
-from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import KEY, Gather, check_gather, register_gather_mode
 
@@ -107,8 +108,28 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint atomically."""
-        with atomic_folder(self, filepath) as path, _errors_at_the_end(self.deepspeed_engine):
-            super().save_checkpoint(checkpoint, str(path), storage_options)
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} takes no storage_options: DeepSpeed writes the files itself")
+        # DeepSpeed saves weights and optimizer itself, and this beside them.
+        content = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        save_folder_atomically(self, filepath, functools.partial(self._write_parts, content))
+
+    def _write_parts(self, content: dict[str, Any], folder: Path) -> None:
+        """Let the engine write this rank's files. As Lightning's strategy does, but no error of one rank blocks others.
+
+        Within the engine, the others would wait for a rank that cannot write; so `latest` is written here, too.
+        """
+        engine: Any = self.deepspeed_engine
+        with _errors_at_the_end(engine):
+            engine.save_checkpoint(
+                str(folder),
+                client_state=content,
+                tag=_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=self.exclude_frozen_parameters,
+            )
+        if self.is_global_zero:
+            (folder / "latest").write_text(_TAG)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, also of another number of processes.
@@ -137,6 +158,10 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             return super().load_checkpoint(path, weights_only)
 
 
+_TAG = "checkpoint"
+"""Folder of the files in a checkpoint, by Lightning's choice."""
+
+
 def _load_file(path: str, map_location: Any = None) -> dict[str, Any]:  # noqa: ARG001 - the engine copies from the CPU
     return load_deepspeed_file(Path(path), key=RESUME_KEY, mmap=False)
 
@@ -144,19 +169,23 @@ def _load_file(path: str, map_location: Any = None) -> dict[str, Any]:  # noqa: 
 @contextmanager
 def _errors_at_the_end(engine: Any) -> Iterator[None]:
     """Raise what a rank could not write after all of its parts: within DeepSpeed, the others would wait for it."""
-    writer, failures = engine.checkpoint_engine, []
-    save = writer.save
+    failures: list[Exception] = []
 
-    def try_to_save(state_dict: Any, path: str) -> None:
-        try:
-            save(state_dict, path)
-        except Exception as error:
-            failures.append(error)
+    def guarded(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            try:
+                function(*args, **options)
+            except Exception as error:
+                failures.append(error)
 
-    writer.save = try_to_save
-    try:
+        return call
+
+    # All that DeepSpeed writes: the parts of every rank, and on rank 0 its scripts that convert them.
+    writer = engine.checkpoint_engine
+    with (
+        patch.object(writer, "save", guarded(writer.save)),
+        patch.object(engine, "_copy_recovery_script", guarded(engine._copy_recovery_script)),
+    ):
         yield
-    finally:
-        writer.save = save
     if failures:
         raise failures[0]

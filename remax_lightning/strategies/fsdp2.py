@@ -14,7 +14,7 @@ from torch import nn
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import decoder_layers, unsharded_groups
-from remax_lightning.strategies.atomic_checkpoint import atomic_folder
+from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import Gather, check_gather, register_gather_mode
 from remax_lightning.strategies.layerwise import lockstep
@@ -70,8 +70,11 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint atomically."""
-        with atomic_folder(self, filepath) as path:
-            super().save_checkpoint(checkpoint, path, storage_options)
+        if not self._save_distributed_checkpoint:  # one file, which `AtomicCheckpointIO` writes
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        write = super().save_checkpoint
+        save_folder_atomically(self, filepath, lambda folder: write(checkpoint, folder, storage_options))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Read a checkpoint of any number of processes, and run no code that it may hold, whatever `weights_only` asks.

@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-_LAUNCHER = "REMAX_LAUNCHER"
+_LAUNCHER, _LAST = "REMAX_LAUNCHER", "REMAX_LAST_CHECKPOINT"
 _PAUSE = 0.5
 
 
@@ -23,6 +24,16 @@ def is_launched() -> bool:
 def mark_launcher() -> None:
     """Tell processes that Lightning will start the id of this process."""
     os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def tell_last_checkpoint(path: Path | None) -> None:
+    """Tell processes that Lightning will start what `ckpt_path: last` is, so that all of them load the same."""
+    os.environ[_LAST] = str(path or "")
+
+
+def last_checkpoint() -> str | None:
+    """Return what the process that started this one has told; None if it found no checkpoint."""
+    return os.environ.get(_LAST) or None
 
 
 def exit_with_launcher() -> None:

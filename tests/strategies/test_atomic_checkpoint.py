@@ -67,11 +67,14 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
 
 def save_folder(target: Path, version: int, step: int = 0) -> None:
     content = {"version": version, "global_step": step, "dp_world_size": 2, "param_shapes": [], "module": {}}
-    with module.atomic_folder(SingleDeviceStrategy("cpu"), target) as path:
-        (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+
+    def write(path: Path) -> None:
+        (path / "checkpoint").mkdir(exist_ok=True)
         (path / "latest").write_text("checkpoint")
         for part in PARTS:
             torch.save(content, path / "checkpoint" / part)
+
+    module.save_folder_atomically(SingleDeviceStrategy("cpu"), target, write)
 
 
 def save_file(target: Path, version: int, step: int = 0) -> None:
@@ -211,8 +214,12 @@ def test_settling_a_folder_that_is_not_there_or_in_order_changes_nothing(tmp_pat
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save_folder(tmp_path / "a.ckpt", 1)
-    with pytest.raises(OSError, match="full"), module.atomic_folder(SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt"):
+
+    def write(_: Path) -> None:
         raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        module.save_folder_atomically(SingleDeviceStrategy("cpu"), tmp_path / "a.ckpt", write)
     assert versions(tmp_path / "a.ckpt") == {1}
 
 

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.models.checksums import check_exported
 from remax_lightning.rewards.formats.detect import (
     Kind,
     RewardCheckpoint,
@@ -100,6 +102,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
     common: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
+        check_exported(Path(source.path), f"{source.key}.path")
         stored = list_tensors(source.path, source.revision, source.allow_pickle)
     except UserError:
         raise

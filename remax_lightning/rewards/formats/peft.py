@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.models.checksums import check_exported
 from remax_lightning.rewards.formats.detect import find_file
 from remax_lightning.sharding import is_zero3_sharded
 
@@ -46,6 +47,7 @@ def read_adapter(path: str, revision: str | None, allow_pickle: bool, key: str) 
             return None
     except OSError:  # no such folder, no such repository: whoever loads the model says so
         return None
+    check_exported(Path(path), f"{key}.path")
     from peft import PeftConfig
 
     try:
