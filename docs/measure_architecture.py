@@ -134,18 +134,23 @@ class StepFigures(NamedTuple):
 
     Args:
         functions: by file, the qualified names of the functions that the step calls.
-        depth: most frames of the package on top of each other, `training_step` included.
+        stack: most frames of the package on top of each other, from `training_step` on.
         data_files: files of `data` that ran before the step: they make the batch from the rows.
     """
 
     functions: dict[str, set[str]]
-    depth: int
+    stack: list[str]
     data_files: set[str]
 
     @property
     def files(self) -> int:
         """Files that the step visits."""
         return len(self.functions)
+
+    @property
+    def depth(self) -> int:
+        """Frames of the package on top of each other, `training_step` included."""
+        return len(self.stack)
 
     @property
     def num_functions(self) -> int:
@@ -164,9 +169,10 @@ class StepProfiler:
         self.step = step
         self.functions: dict[str, set[str]] = defaultdict(set)
         self.data_files: set[str] = set()
-        self.depth = 0
+        self.deepest: list[str] = []
         self._steps_seen = 0
-        self._stack: list[bool] = []  # for every frame of the package, whether it is the training step that is kept
+        self._stack: list[str] = []  # the frames of the package
+        self._start: int | None = None  # how many of them are below the training step that is kept; None outside of it
         self._folder = f"{PACKAGE}{os.sep}"
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:  # noqa: ARG002 (the signature of `sys.setprofile`)
@@ -177,21 +183,26 @@ class StepProfiler:
         if event == "return":
             if self._stack:
                 self._stack.pop()
+            if self._start == len(self._stack):
+                self._start = None
             return
 
         file = Path(code.co_filename).relative_to(PACKAGE).as_posix()
         starts_step = code.co_name == "training_step"
         self._steps_seen += starts_step
-        self._stack.append(starts_step and self._steps_seen == self.step)
-        if any(self._stack):
+        if starts_step and self._steps_seen == self.step:
+            self._start = len(self._stack)
+        self._stack.append(f"{file} {code.co_qualname}")
+        if self._start is not None:
             self.functions[file].add(code.co_qualname)
-            self.depth = max(self.depth, len(self._stack) - self._stack.index(True))
+            if len(self._stack) - self._start > len(self.deepest):
+                self.deepest = self._stack[self._start :]
         elif self._steps_seen < self.step and file.startswith("data/"):
             self.data_files.add(file)
 
     def figures(self) -> StepFigures:
         """Return what was kept."""
-        return StepFigures(dict(self.functions), self.depth, self.data_files)
+        return StepFigures(dict(self.functions), self.deepest, self.data_files)
 
 
 CHARACTERS = "0123456789+= abcdefghijklmnopqrstuvwxyz"
@@ -366,6 +377,9 @@ def main() -> None:
     print(f"\nsharding: {', '.join(source.sharding_readers)}\ncollectives: {', '.join(source.collective_callers)}\n")
     for file in sorted(step.functions):
         print(f"{file}: {', '.join(sorted(step.functions[file]))}")
+    print(f"\nbefore the step: {', '.join(sorted(step.data_files))}\ndeepest:")
+    for frame in step.stack:
+        print(f"  {frame}")
 
 
 if __name__ == "__main__":

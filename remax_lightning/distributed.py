@@ -4,7 +4,7 @@ This is the only file that calls a collective; a test looks for others. Every fu
 and without a process group. Two families differ in what they go through:
 
 - Functions of a trainer or a strategy go through Lightning's `Strategy`, which knows the device to communicate on.
-- `all_reduce` and `gather_objects` go to the default process group, for code that runs below a trainer.
+- `reduce_over_ranks` and `gather_objects` go to the default process group, for code that runs below a trainer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def all_reduce(tensor: Tensor, operation: Literal["sum", "max", "min"]) -> Tensor:
+def reduce_over_ranks(tensor: Tensor, operation: Literal["sum", "max", "min"]) -> Tensor:
     """Reduce a tensor over all ranks in place, and return it.
 
     The call is asynchronous on CUDA: only a reader of the value makes the host wait for the device.

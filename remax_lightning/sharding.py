@@ -24,12 +24,16 @@ def is_zero3_sharded(target: nn.Module | Tensor) -> bool:
 
 def is_fsdp2_root(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded the model itself, not only modules inside it."""
-    return _is_fsdp2(model)
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def fsdp2_groups(model: nn.Module) -> list[Any]:
     """Return the modules that FSDP2 gathers one by one, from the outermost to the innermost."""
-    return [module for module in model.modules() if _is_fsdp2(module)]
+    return [module for module in model.modules() if is_fsdp2_root(module)]
 
 
 def is_sharded(target: nn.Module | Tensor) -> bool:
@@ -39,14 +43,6 @@ def is_sharded(target: nn.Module | Tensor) -> bool:
     if isinstance(target, nn.Module):
         return bool(fsdp2_groups(target))
     return hasattr(target, "device_mesh")  # a DTensor
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
 
 
 # How large it is without sharding
@@ -154,4 +150,11 @@ def is_peft_wrapper(model: nn.Module) -> bool:
 
 def unwrap_peft(model: Any) -> Any:
     """Return the model inside a wrapper of PEFT, its adapters included, or the model itself if it has no wrapper."""
-    return model.get_base_model() if is_peft_wrapper(model) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def language_model(model: Any) -> Any:
+    """Return the model inside a PEFT wrapper that adapts layers; a wrapper for prompt learning is kept."""
+    if not hasattr(model, "get_base_model") or model.active_peft_config.is_prompt_learning:
+        return model
+    return model.get_base_model()

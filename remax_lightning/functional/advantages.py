@@ -155,7 +155,9 @@ def remax_advantages(
     check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
     loss_mask = response_mask if loss_mask is None else loss_mask
     check_mask("loss_mask", loss_mask, "[S, R]", response_mask.shape)
-    _check_numbers(gamma, reward_clip, reward_clip_at)
+    check_argument(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
+    check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
+    check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
     _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
     # ---- r and b, clipped before the comparison if so configured ----
     dtype = compute_dtype(*(x for x in (reward, baseline_reward, kl) if x is not None))
@@ -194,12 +196,6 @@ def _discounted_sum_to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
         decay = decay * F.pad(decay[:, width:], (0, width))
         width *= 2
     return total
-
-
-def _check_numbers(gamma: float, reward_clip: float | None, reward_clip_at: RewardClipAt) -> None:
-    check_argument(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
-    check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
-    check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
 
 
 def _check_kl(

@@ -71,20 +71,17 @@ class LogitTransform(NamedTuple):
         """Return weight and bias in the dtype of the product."""
         return weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return logits divided by the temperature, as a new tensor."""
+    def log_softmax(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
         logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)  # [M, V]
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def log_softmax(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
-        logits = self.logits(hidden, weight, bias)
+        if self.temperature != 1:
+            logits.div_(self.temperature)
         log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask, rows), dim=-1)
         if self.soft_cap is None:
             return log_probs, None
@@ -247,7 +244,8 @@ class _HiddenStatistics(torch.autograd.Function):
                 transform.cast_weights(weight, bias),
                 _ReferenceLogits.from_tensors(reference_hidden, reference_weight, reference_bias, reference_transform),
             )
-            for part in _slices(len(hidden), rows):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
                 log_softmax = transform.log_softmax(hidden[part], *head, ids[part], part)[0]  # [rows, V]
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if reference_logits is not None and kl is not None:
@@ -282,7 +280,8 @@ class _HiddenStatistics(torch.autograd.Function):
                 reference_logits = _ReferenceLogits.from_tensors(
                     reference_hidden, reference_weight, reference_bias, ctx.reference_transform
                 )
-            for part in _slices(len(hidden), ctx.rows):
+            for start in range(0, len(hidden), ctx.rows):
+                part = slice(start, start + ctx.rows)
                 log_softmax, slope = (
                     (saved_log_softmax, None)
                     if saved_log_softmax is not None
@@ -359,7 +358,3 @@ class _GradientSums:
         return tuple(
             None if gradient is None or tensor is None else gradient.to(tensor.dtype) for gradient, tensor in leaves
         )
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead
-from remax_lightning.sharding import is_peft_wrapper, is_zero3_sharded, unwrap_peft
+from remax_lightning.sharding import is_zero3_sharded, language_model, unwrap_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,14 +31,6 @@ log = logging.getLogger(__name__)
 @lru_cache(maxsize=64)
 def _forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
-
-
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model inside a PEFT wrapper that adapts layers; a wrapper for prompt learning is kept."""
-    wrapper: Any = model
-    if not is_peft_wrapper(model) or wrapper.active_peft_config.is_prompt_learning:
-        return model
-    return cast("PreTrainedModel", unwrap_peft(model))
 
 
 def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
@@ -52,11 +44,6 @@ def prompt_index_per_row(prompt_ids: Tensor, num_samples: int, greedy: bool) -> 
     return torch.cat([prompts.repeat_interleave(num_samples), prompts if greedy else prompts[:0]])
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Return `[M, T]` positions that count real tokens only, from 0, so that left padding shifts nothing."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
     """Return the arguments of a forward pass over rows padded on either side.
 
@@ -67,7 +54,8 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> dic
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts_argument(model, "position_ids"):
-        inputs["position_ids"] = position_ids(mask)
+        # [M, T] positions that count real tokens only, from 0, so that left padding shifts nothing.
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
     return inputs
 
 
@@ -124,7 +112,12 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
     hook), and only if it reproduces the logits of the model. The result is logged once.
     """
     reason = _why_unreadable(model)
-    recipe = _LogitRecipe(reason=reason) if reason else _cached_recipe(model)
+    if not reason and model not in _recipes:
+        try:
+            _recipes[model] = _probe_logits(model)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            _recipes[model] = _LogitRecipe(reason=f"the probe of its head failed ({type(error).__name__}: {error})")
+    recipe = _LogitRecipe(reason=reason) if reason else _recipes[model]
     if _logged_reasons.get(model) != recipe.reason:
         _logged_reasons[model] = recipe.reason
         log.info(
@@ -136,7 +129,7 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
         )
     if recipe.reason:
         return HeadSearch(None, recipe.reason)
-    layer = _unwrapped(model).get_output_embeddings()
+    layer = unwrap_peft(model).get_output_embeddings()
     return HeadSearch(OutputHead(layer.weight, layer.bias, recipe.scale, recipe.soft_cap))
 
 
@@ -163,18 +156,13 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Te
         input_ids: `[M, T]` token ids.
         mask: `[M, T]` bool, True on real tokens.
     """
-    core = _unwrapped(model)
+    core = unwrap_peft(model)
     return cast(Tensor, core.base_model(**model_inputs(core, input_ids, mask), use_cache=False).last_hidden_state)
-
-
-def _unwrapped(model: PreTrainedModel) -> Any:
-    """Return the language model inside a PEFT wrapper; adapters are part of its layers."""
-    return unwrap_peft(model)
 
 
 def _why_unreadable(model: PreTrainedModel) -> str:
     """Return why the head cannot be read, as far as that is visible without running the model; empty if it can."""
-    core = _unwrapped(model)
+    core = unwrap_peft(model)
     layer = core.get_output_embeddings()
     if core.base_model is core or layer is None:
         return "it has no separate body and output embedding"
@@ -192,22 +180,13 @@ def _why_unreadable(model: PreTrainedModel) -> str:
     return ""
 
 
-def _cached_recipe(model: PreTrainedModel) -> _LogitRecipe:
-    if model not in _recipes:
-        try:
-            _recipes[model] = _probe_logits(model)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            _recipes[model] = _LogitRecipe(reason=f"the probe of its head failed ({type(error).__name__}: {error})")
-    return _recipes[model]
-
-
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> _LogitRecipe:
     """Run two rows of random tokens, one padded on the left, and compare the input and the output of the head.
 
     The output of the head is replaced by large random numbers, so that a soft cap has a visible effect on the logits.
     """
-    core = _unwrapped(model)
+    core = unwrap_peft(model)
     layer, config = core.get_output_embeddings(), core.config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, layer.out_features, (2, PROBED_TOKENS), generator=generator)

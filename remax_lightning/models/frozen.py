@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from remax_lightning.distributed import all_reduce, num_ranks
+from remax_lightning.distributed import num_ranks, reduce_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import decoder_layers, fsdp2_groups, unsharded_groups, unwrap_peft
 
@@ -146,7 +146,7 @@ def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
     def announce(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal last
         last = args, kwargs
-        all_reduce(torch.ones((), dtype=torch.long, device=device), "sum")
+        reduce_over_ranks(torch.ones((), dtype=torch.long, device=device), "sum")
 
     handle = module.register_forward_pre_hook(announce, with_kwargs=True)
     try:
@@ -155,7 +155,7 @@ def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
         handle.remove()
     # ---- The rest of the ranks: take part with 0 until no rank announces a pass. Skipped after an error, which ends
     # the run ----
-    while int(all_reduce(torch.zeros((), dtype=torch.long, device=device), "sum")) > 0:
+    while int(reduce_over_ranks(torch.zeros((), dtype=torch.long, device=device), "sum")) > 0:
         with torch.no_grad():
             module(*last[0], **last[1])
 

@@ -181,21 +181,19 @@ def _forward_batches(
     """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
     # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
-    for rows in numbers.split(batch_size or len(numbers)):
-        yield _make_forward_batch(prompt, responses, rows if chosen is None else rows[chosen[rows]])
-
-
-def _make_forward_batch(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBatch:
-    prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))
-    prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]
-    token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
-    first = int(prompt_mask.any(0).long().argmax())
-    length = max(1, int(token_mask.sum(-1).max()))
-    ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]
-    input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)
-    input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
-    counted_rows, counted_columns = mask.nonzero(as_tuple=True)  # both [K]
-    return ForwardBatch(input_ids, input_mask, ids, (counted_rows, counted_columns), token_mask)
+    for batch in numbers.split(batch_size or len(numbers)):
+        rows = batch if chosen is None else batch[chosen[batch]]  # [M]
+        prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))  # [M]
+        prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]  # [M, P]
+        token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
+        # Columns that are padding in every row are left out: L tokens of the longest response, T with its prompt.
+        first = int(prompt_mask.any(0).long().argmax())
+        length = max(1, int(token_mask.sum(-1).max()))
+        ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]  # [M, L]
+        input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)  # [M, T]
+        input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
+        counted_rows, counted_columns = mask.nonzero(as_tuple=True)  # both [K]
+        yield ForwardBatch(input_ids, input_mask, ids, (counted_rows, counted_columns), token_mask)
 
 
 def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:

@@ -173,15 +173,9 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
         _raise_if_any((~highest.isfinite()).sum(), len(highest))
     if num_sampled == 0:
         return greedy
-    scaled = apply_temperature(logits[:num_sampled], sampling.temperature)
-    return torch.cat([sample(apply_top_k_top_p(scaled, sampling), generator), greedy])
-
-
-def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample one token id per row of `[M, V]` float32 logits, with the method that suits the device."""
-    if logits.device.type == "cpu":
-        return sample_inverse_cdf(logits, generator)
-    return sample_exponential_race(logits, generator)
+    scaled = apply_top_k_top_p(apply_temperature(logits[:num_sampled], sampling.temperature), sampling)  # [S, V]
+    sample = sample_inverse_cdf if logits.device.type == "cpu" else sample_exponential_race
+    return torch.cat([sample(scaled, generator), greedy])  # [M]
 
 
 def sample_exponential_race(logits: Tensor, generator: torch.Generator) -> Tensor:

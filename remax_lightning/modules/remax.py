@@ -209,8 +209,12 @@ class ReMaxModule(PolicyModule):
         experience = self.buffer.micro_batch(batch.micro_batch_index)  # r [S], b [B], mask [S, R]
         active = experience.active_responses()  # [S], False where every advantage is 0
         stats = self.token_statistics(experience.rollout, active)  # log pi(y_t) [S, R]: the only pass with gradients
-        experience = self._with_advantages(experience, stats)  # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
-        normalizer = self._normalizer(experience, batch.micro_batch_index)  # N, over all ranks
+        # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
+        experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
+        # N, over all ranks. Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
+        accumulate = self.trainer.accumulate_grad_batches
+        normalizer = experience.normalizers[batch.micro_batch_index // accumulate]
+        normalizer = normalizer / (accumulate * self.trainer.world_size)
         # - sum_t A_t log pi(y_t) / N
         loss, clip_fraction = self.objective.loss(stats.log_probs, experience, normalizer, stats.kl)
         return self._report(loss, clip_fraction, experience, stats, active, batch.micro_batch_index)
@@ -227,7 +231,8 @@ class ReMaxModule(PolicyModule):
         normalizers = self._sum_over_ranks(self.objective.update_counts(rollout, plan.updates_per_rollout))  # [U]
         experience = Experience(rollout, normalizers)
         if not plan.has_kl:
-            experience = self._with_advantages(experience)  # A_t needs nothing of the policy
+            # A_t needs nothing of the policy
+            experience = self.objective.with_advantages(experience, None, self.kl_coef, self._sum_over_ranks)
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
         return experience  # advantages with a KL of a single update are computed in the training pass
@@ -236,7 +241,8 @@ class ReMaxModule(PolicyModule):
         """Add log pi_old(y_t), and the advantages that depend on a KL."""
         rollout = experience.rollout
         if rollout.log_probs is not None:
-            return self._with_advantages(experience, PolicyStatistics(rollout.log_probs, rollout.log_probs, None))
+            stats = PolicyStatistics(rollout.log_probs, rollout.log_probs, None)
+            return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         with torch.no_grad(), self.worker.timer.measure("reward", self.device):
             active = experience.active_responses(plan.num_micro_batches)  # [S]
             size = len(rollout.reward) // plan.num_micro_batches
@@ -244,11 +250,7 @@ class ReMaxModule(PolicyModule):
         # Training passes need the hidden states of the reference only for a KL loss over the vocabulary.
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
         experience = experience._replace(rollout=rollout._replace(log_probs=stats.log_probs, reference_hidden=hidden))
-        return self._with_advantages(experience, stats)
-
-    def _with_advantages(self, experience: Experience, stats: PolicyStatistics | None = None) -> Experience:
-        log_probs, full_kl = (None, None) if stats is None else (stats.log_probs, stats.kl)
-        return self.objective.with_advantages(experience, self.kl_coef, self._sum_over_ranks, log_probs, full_kl)
+        return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
 
     def token_statistics(
         self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
@@ -257,11 +259,6 @@ class ReMaxModule(PolicyModule):
         return policy_statistics(
             self.policy, rollout, self.worker.sampling, self.reference, active, batch_size, self.worker.suppressed
         )
-
-    def _normalizer(self, experience: Experience, micro_batch_index: int) -> Tensor:
-        accumulate = self.trainer.accumulate_grad_batches
-        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
-        return experience.normalizers[micro_batch_index // accumulate] / (accumulate * self.trainer.world_size)
 
     def _free_gradients(self) -> None:
         """Free the gradients of the last step, which Lightning would keep during the rollout."""
@@ -307,7 +304,10 @@ class ReMaxModule(PolicyModule):
         greedy = stage == EVALUATION or self.objective.needs_greedy
         generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
         with raise_on_all_ranks(self.trainer):
-            return self.worker.roll_out(self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs)
+            responses = self.worker.generate_responses(
+                self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs
+            )  # y ~ pi(.|x) [S, R], y* greedy [B, R]
+            return self.worker.score_responses(batch, responses)  # r = reward(x, y) [S], b = reward(x, y*) [B]
 
     def with_reference(self, rollout: Rollout) -> Rollout:
         """Return `rollout` with the log-probs of its sampled tokens under the reference, if there is one."""

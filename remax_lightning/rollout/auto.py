@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional import response_mask
-from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
+from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
 from remax_lightning.models.sampling import check_logits, gather_log_probs, next_tokens
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine, StopCheck
 from remax_lightning.rollout.paired import PairedEngine
-from remax_lightning.rollout.static_cache import bucketed_length, cache_of_slots, fill_slots, layout_of, make_slots
+from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
+from remax_lightning.sharding import language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,12 +126,15 @@ class AutoEngine:
     def __init__(self) -> None:
         self._engine: RolloutEngine | None = None
 
+    def choice(self, model: PreTrainedModel) -> RolloutEngine:
+        """Return the engine that fits the first model that was asked for, in eval mode and with full parameters."""
+        if self._engine is None:
+            self._engine = choose_engine(language_model(model))
+        return self._engine
+
     def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
         """Generate responses with the engine that fits `model`; see `RolloutEngine`."""
-        model = language_model(model)
-        if self._engine is None:
-            self._engine = choose_engine(model)
-        return self._engine.generate(model, request)
+        return self.choice(model).generate(model, request)
 
 
 def clone_engine(engine: RolloutEngine) -> RolloutEngine:
@@ -177,7 +181,7 @@ def _probe(model: PreTrainedModel) -> str:
     ids = torch.randint(0, vocab_size, (2, 6), generator=generator).to(model.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :3] = False
-    cache, last = DynamicCache(config=model.config), ids.shape[1] - 1
+    cache = DynamicCache(config=model.config)
     model(**model_inputs(model, ids[:, :-1], mask[:, :-1]), past_key_values=cache, use_cache=True)
     layout = layout_of(cache)
     if layout is None:
@@ -189,11 +193,11 @@ def _probe(model: PreTrainedModel) -> str:
     expected = model(**inputs, past_key_values=full_cache, use_cache=True).logits[:, -1]  # [2, V]
     # The last token decoded on a static cache.
     length = bucketed_length(ids.shape[1])
-    slots = make_slots(cache, 2, length)
-    fill_slots(slots, cache, torch.arange(2, device=ids.device), last)
+    buffers = DecodeBuffers.create(cache, 2, length)
+    buffers.fill(cache, mask[:, :-1], torch.arange(2, device=ids.device))
     step = {name: values[:, -1:] for name, values in inputs.items()}
     step["attention_mask"] = torch.nn.functional.pad(mask.long(), (0, length - ids.shape[1]))
-    static_cache = cache_of_slots(layout, slots, torch.tensor([last], device=ids.device), length)
+    static_cache = cache_of_slots(layout, buffers.states, buffers.slot, length)
     decoded = model(**step, past_key_values=static_cache, use_cache=True).logits[:, -1]  # [2, V]
     # The tolerance allows for rounding; a wrong mask or position is far outside it.
     tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1

@@ -7,28 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.forward import accepts_argument, language_model, model_inputs, prompt_index_per_row
+from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
 from remax_lightning.models.sampling import bad_rows, check_logits, gather_log_probs, next_tokens
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
-from remax_lightning.rollout.static_cache import (
-    bucketed_length,
-    cache_of_slots,
-    fill_slots,
-    keep_rows,
-    layout_of,
-    make_slots,
-    slot_dtype,
-    states_of,
-)
-from remax_lightning.sharding import is_sharded
+from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
+from remax_lightning.sharding import is_sharded, language_model
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -37,45 +27,6 @@ if TYPE_CHECKING:
 EOS_CHECK_INTERVAL = 16
 """On CUDA, tokens between two checks for finished rows, since each check synchronizes the host with the device. On a
 CPU, rows are checked at every token."""
-
-
-class DecodeBuffers(NamedTuple):
-    """What a decoding step reads and writes; `C` is the number of cache slots.
-
-    Args:
-        tokens: `[N, 1]` the tokens to feed.
-        positions: `[N, 1]` their positions.
-        mask: `[N, C]` 1 on the slots of real tokens, 0 on padding and on slots that are still empty.
-        slot: `[1]` the slot to write next.
-        states: `[N, H, C, D]` keys, then values of each layer.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor
-    slot: Tensor
-    states: list[Tensor]
-
-    @classmethod
-    def create(cls, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
-        """Allocate buffers for `num_rows` rows and `length` slots of a model with such a prefilled cache."""
-        states = make_slots(cache, num_rows, length)
-        zeros = partial(torch.zeros, dtype=torch.long, device=states[0].device)
-        return cls(zeros(num_rows, 1), zeros(num_rows, 1), zeros(num_rows, length), zeros(1), states)
-
-    def fits(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
-        """Return whether a rollout of this size and model can use these buffers."""
-        rows, slots = self.mask.shape
-        return (
-            rows >= num_rows
-            and slots >= length
-            and [_kind(states, states.dtype) for states in self.states]
-            == [_kind(states, slot_dtype(states)) for states in states_of(cache)]
-        )
-
-
-def _kind(states: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    return states.shape[1], states.shape[3], dtype, states.device
 
 
 class DecodeOutput(NamedTuple):
@@ -127,21 +78,15 @@ class DecodeLoop:
                 f"model.rollout: PairedEngine cannot decode with a {type(model).__name__}, which keeps more than keys"
                 " and values; leave model.rollout out, or set it to HuggingFaceEngine"
             )
-        self.layout = layout
+        self.layout, self.takes_positions = layout, "position_ids" in inputs
+        # Keys and values of each prompt go into the slots of its rows; the first token goes into the slot behind.
         length = bucketed_length(self.prompt_length + request.sampling.max_response_length)
         self.buffers = allocate(cache, len(rows), length)
-        self._fill(cache, request.prompt_mask[rows].long(), rows)
+        self.buffers.fill(cache, request.prompt_mask, rows)
+        # All rows are active, and none has ended.
         self.active = torch.arange(len(rows), device=rows.device)  # [M]
         self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
-        self._views: tuple[int, int, tuple[Tensor, ...]] | None = None
-
-    def _fill(self, cache: DynamicCache, mask: Tensor, rows: Tensor) -> None:
-        """Copy each prompt's keys and values into the slots of its rows, and reset mask and positions."""
-        num_rows, buffers = len(rows), self.buffers
-        fill_slots(buffers.states, cache, rows, self.prompt_length)
-        buffers.mask[:num_rows] = torch.nn.functional.pad(mask, (0, buffers.mask.shape[1] - self.prompt_length))
-        buffers.positions[:num_rows, 0] = mask.sum(-1)
-        buffers.slot.fill_(self.prompt_length)
+        self._shape: tuple[int, int] | None = None  # rows and slots of the view
 
     def run(self) -> DecodeOutput:
         """Decode until every row has ended or reached the maximum length.
@@ -173,7 +118,8 @@ class DecodeLoop:
             if request.stop_check is not None and may_end:
                 self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length:
-                check_logits(self.logits)
+                if device.type != "cpu":  # on a CPU each token has been checked
+                    check_logits(self.logits)
                 break
             if not self._rows_are_left(step):
                 break
@@ -218,9 +164,7 @@ class DecodeLoop:
 
     def _compact_rows(self, rows: Tensor, filled: int) -> None:
         """Move the given rows, with their first `filled` slots, to the front of the buffers and drop the others."""
-        keep_rows(self.buffers.states, rows, filled)
-        for buffer in (self.buffers.positions, self.buffers.mask):
-            buffer[: len(rows)] = buffer[rows]
+        self.buffers.keep_rows(rows, filled)
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
 
@@ -233,39 +177,27 @@ class DecodeLoop:
         """
         num_rows, slot = len(self.active), self.prompt_length + step
         length = bucketed_length(slot + 1)
-        # Views are made once per shape: slicing every buffer costs time at each token.
-        if self._views is None or self._views[:2] != (num_rows, length):
-            self._views = num_rows, length, self._slice_buffers(num_rows, length)
-        token_buffer, positions, mask, *_ = inputs = self._views[2]
-        token_buffer[:, 0] = tokens
-        mask[:, slot] = 1
+        # View and cache are made once per shape: slicing every buffer costs time at each token.
+        if self._shape != (num_rows, length):
+            self._shape, self._view = (num_rows, length), self.buffers.view(num_rows, length)
+            self._cache = cache_of_slots(self.layout, self._view.states, self._view.slot, length)
+        inputs = self._view.tokens, self._view.positions, self._view.mask
+        self._view.tokens[:, 0] = tokens
+        self._view.mask[:, slot] = 1
         if self.step_cache is None:
-            self.logits = self._forward(length, *inputs)
+            self.logits = self._forward(*inputs)
         else:
             key = num_rows, length, self.buffers.mask.shape[1], self.layout
-            self.logits = self.step_cache.run(key, partial(self._forward, length), inputs)  # [M, V]
-        positions.add_(1)
+            self.logits = self.step_cache.run(key, self._forward, inputs)  # [M, V]
+        self._view.positions.add_(1)
         self.buffers.slot.add_(1)
 
-    def _slice_buffers(self, num_rows: int, length: int) -> tuple[Tensor, ...]:
-        tokens, positions, mask, slot, states = self.buffers
-        return (
-            tokens[:num_rows],
-            positions[:num_rows],
-            mask[:num_rows, :length],
-            slot,
-            *(layer[:num_rows] for layer in states),
-        )
-
-    def _forward(
-        self, length: int, tokens: Tensor, positions: Tensor, mask: Tensor, slot: Tensor, *states: Tensor
-    ) -> Tensor:
-        """Return `[M, V]` logits. CUDA graphs capture this: a function of its arguments and the model's weights."""
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Return `[M, V]` logits. CUDA graphs capture this: it reads its arguments, the slots and the weights."""
         inputs = {"input_ids": tokens, "attention_mask": mask}
-        if accepts_argument(self.model, "position_ids"):
+        if self.takes_positions:
             inputs["position_ids"] = positions
-        cache = cache_of_slots(self.layout, states, slot, length)
-        logits: Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits: Tensor = self.model(**inputs, past_key_values=self._cache, use_cache=True).logits[:, -1]
         return logits
 
 
@@ -309,7 +241,11 @@ class PairedEngine:
                     step_cache.clear()  # its graphs read the old copies
             self._casts = casts
             output = DecodeLoop(model, request, rows, step_cache, self._allocate).run()
-        self._free(model, request.prompt_ids.device)
+        # Buffers and graphs stay only where the next rollout can replay the graphs.
+        if step_cache is None or not (self.keep_cache and step_cache.is_reusable and not is_sharded(model)):
+            self._buffers, self._casts = None, []
+            if step_cache is not None:
+                step_cache.clear()
         return GenerationOutput(
             sampled_ids=output.ids[:num_sampled],  # [S, R]
             greedy_ids=output.ids[num_sampled:] if request.greedy else None,  # [B, R]
@@ -325,11 +261,3 @@ class PairedEngine:
             self._buffers = None  # free the old ones before allocating new ones
             self._buffers = DecodeBuffers.create(cache, num_rows, length)
         return self._buffers
-
-    def _free(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Free buffers and graphs, unless the next rollout can replay the graphs."""
-        if device.type == "cuda" and self._step_cache is not None:
-            if self.keep_cache and self._step_cache.is_reusable and not is_sharded(model):
-                return
-            self._step_cache.clear()
-        self._buffers, self._casts = None, []

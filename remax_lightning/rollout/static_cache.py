@@ -7,8 +7,8 @@ one shape, which CUDA graphs require (`cuda_graph.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,14 +45,6 @@ def layout_of(cache: DynamicCache) -> Layout | None:
     return tuple(getattr(layer, "sliding_window", None) for layer in layers)
 
 
-def make_slots(cache: DynamicCache, num_rows: int, length: int) -> list[Tensor]:
-    """Return `[N, H, length, D]` keys, then values of each layer; zeros, as attention multiplies masked slots too."""
-    return [
-        states.new_zeros(num_rows, states.shape[1], length, states.shape[3], dtype=slot_dtype(states))
-        for states in states_of(cache)
-    ]
-
-
 def slot_dtype(states: Tensor) -> torch.dtype:
     """Return the dtype of slots for such keys or values of a prefilled cache.
 
@@ -69,23 +61,70 @@ def states_of(cache: DynamicCache) -> list[Tensor]:
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
-def fill_slots(slots: list[Tensor], cache: DynamicCache, rows: Tensor, prompt_length: int) -> None:
-    """Copy the prompts' keys and values into the slots of the rows that continue them.
+class DecodeBuffers(NamedTuple):
+    """What a decoding step reads and writes; `C` is the number of cache slots.
 
     Args:
-        slots: from `make_slots`; may have more rows.
-        cache: the prefilled cache of the `B` prompts. Layers with a sliding window hold the last tokens only.
-        rows: `[N]` index of the prompt that each row continues.
-        prompt_length: `P`.
+        tokens: `[N, 1]` the tokens to feed.
+        positions: `[N, 1]` their positions.
+        mask: `[N, C]` 1 on the slots of real tokens, 0 on padding and on slots that are still empty.
+        slot: `[1]` the slot to write next.
+        states: `[N, H, C, D]` keys, then values of each layer.
     """
-    for slot, prompt in zip(slots, states_of(cache), strict=True):
-        slot[: len(rows), :, prompt_length - prompt.shape[2] : prompt_length] = prompt.index_select(0, rows)
 
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    slot: Tensor
+    states: list[Tensor]
 
-def keep_rows(slots: list[Tensor], rows: Tensor, length: int) -> None:
-    """Move `rows`, with their first `length` slots, to the front."""
-    for slot in slots:
-        slot[: len(rows), :, :length] = slot[:, :, :length].index_select(0, rows)
+    @classmethod
+    def create(cls, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
+        """Allocate buffers for `num_rows` rows and `length` slots of a model with such a prefilled cache."""
+        states = [
+            # Zeros, as attention multiplies masked slots too.
+            states.new_zeros(num_rows, states.shape[1], length, states.shape[3], dtype=slot_dtype(states))
+            for states in states_of(cache)
+        ]  # [N, H, C, D] each
+        zeros = partial(torch.zeros, dtype=torch.long, device=states[0].device)
+        return cls(zeros(num_rows, 1), zeros(num_rows, 1), zeros(num_rows, length), zeros(1), states)
+
+    def fits(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
+        """Return whether a rollout of this size and model can use these buffers."""
+        rows, slots = self.mask.shape
+        kinds = [(states.shape[1], states.shape[3], states.dtype, states.device) for states in self.states]
+        wanted = [(states.shape[1], states.shape[3], slot_dtype(states), states.device) for states in states_of(cache)]
+        return rows >= num_rows and slots >= length and kinds == wanted
+
+    def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:
+        """Copy the prompts' keys and values into the slots of the rows that continue them; reset mask and positions.
+
+        Args:
+            cache: the prefilled cache of the `B` prompts. Layers with a sliding window hold the last tokens only.
+            prompt_mask: `[B, P]` bool, True on real tokens.
+            rows: `[N]` index of the prompt that each row continues; there may be more rows in the buffers.
+        """
+        num_rows, length = len(rows), prompt_mask.shape[1]
+        for slots, states in zip(self.states, states_of(cache), strict=True):
+            slots[:num_rows, :, length - states.shape[2] : length] = states.index_select(0, rows)
+        mask = prompt_mask[rows].long()  # [N, P]
+        self.mask[:num_rows] = torch.nn.functional.pad(mask, (0, self.mask.shape[1] - length))
+        self.positions[:num_rows, 0] = mask.sum(-1)
+        self.slot.fill_(length)
+
+    def keep_rows(self, rows: Tensor, filled: int) -> None:
+        """Move `rows`, with their first `filled` slots, to the front."""
+        for slots in self.states:
+            slots[: len(rows), :, :filled] = slots[:, :, :filled].index_select(0, rows)
+        for buffer in (self.positions, self.mask):
+            buffer[: len(rows)] = buffer[rows]
+
+    def view(self, num_rows: int, length: int) -> DecodeBuffers:
+        """Return what a step of the first `num_rows` rows reads that attends to `length` slots, in the same memory."""
+        states = [slots[:num_rows] for slots in self.states]  # all slots: the cache picks those to attend to
+        return DecodeBuffers(
+            self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows, :length], self.slot, states
+        )
 
 
 def cache_of_slots(layout: Layout, slots: Sequence[Tensor], position: Tensor, length: int) -> DynamicCache:

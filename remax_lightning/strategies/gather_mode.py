@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from remax_lightning.distributed import all_reduce
+from remax_lightning.distributed import reduce_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import decoder_layers, full_numel
 
@@ -61,7 +61,7 @@ def fits_on_every_rank(model: nn.Module) -> bool:
     # All ranks decide the same, by the one with the least memory.
     free = free_bytes(device)
     enough = free is None or sum(full_bytes(parameter) for parameter in model.parameters()) <= MAX_MEMORY_SHARE * free
-    return bool(all_reduce(torch.tensor(int(enough), device=device), "min"))
+    return bool(reduce_over_ranks(torch.tensor(int(enough), device=device), "min"))
 
 
 def full_bytes(parameter: Tensor) -> int:

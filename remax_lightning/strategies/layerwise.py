@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remax_lightning.distributed import all_reduce
+from remax_lightning.distributed import reduce_over_ranks
 
 
 @contextmanager
@@ -59,4 +59,4 @@ def _exchange(number: int, device: torch.device) -> torch.Tensor:
     The maximum is enough because all ranks that need a layer need the same one: they run in lockstep.
     """
     announced = torch.full((), number, device=device)
-    return all_reduce(announced, "max")
+    return reduce_over_ranks(announced, "max")

@@ -28,6 +28,8 @@ class Experience(NamedTuple):
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
         """Return micro-batch `index` of `num_micro_batches` equal ones."""
+        if num_micro_batches == 1:
+            return self
         rollout = self.rollout.micro_batch(index, num_micro_batches)
         size = len(rollout.reward)
         rows = slice(index * size, (index + 1) * size)

@@ -12,6 +12,7 @@ from torch import Tensor
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
 from remax_lightning.functional import (
+    PolicyStatistics,
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
@@ -70,11 +71,8 @@ class Objective:
                 " rollout: that KL needs the hidden states of a pass of its own"
             )
         self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
-
-    @property
-    def needs_greedy(self) -> bool:
+        self.needs_greedy = advantage.baseline == "greedy"
         """Whether the baseline is the greedy response's reward."""
-        return self.advantage_config.baseline == "greedy"
 
     @property
     def truncation_penalty(self) -> float:
@@ -165,10 +163,9 @@ class Objective:
     def with_advantages(
         self,
         experience: Experience,
+        stats: PolicyStatistics | None,
         kl_coef: float,
         reduce: Callable[[Tensor], Tensor],
-        log_probs: Tensor | None = None,
-        full_kl: Tensor | None = None,
     ) -> Experience:
         """Return `experience` with its advantages, A_t = r - b - beta * sum_{s>=t} kl_s by default.
 
@@ -176,14 +173,13 @@ class Objective:
 
         Args:
             experience: a rollout, or a micro-batch of one.
+            stats: of the policy, for the KL; None without one.
             kl_coef: beta.
             reduce: sums a tensor over ranks.
-            log_probs: `[S, R]` of the policy; None without a KL.
-            full_kl: `[S, R]` KL over the vocabulary; needed for `full`.
         """
         if experience.advantages is not None:
             return experience
-        kl = None if log_probs is None else self.kl(log_probs, experience.rollout, full_kl)  # [S, R]
+        kl = None if stats is None else self.kl(stats.log_probs, experience.rollout, stats.kl)  # [S, R]
         advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)  # [S, R]
         return experience._replace(advantages=advantages, kl=kl)
 

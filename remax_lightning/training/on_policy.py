@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.forward import eval_mode, language_model
+from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import policy_statistics
 from remax_lightning.models.sampling import gather_log_probs
+from remax_lightning.sharding import language_model
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout
 

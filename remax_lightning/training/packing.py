@@ -9,7 +9,8 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import hidden_statistics, token_statistics
-from remax_lightning.models.forward import accepts_argument, eval_mode, find_head, language_model
+from remax_lightning.models.forward import accepts_argument, eval_mode, find_head
+from remax_lightning.sharding import language_model
 from remax_lightning.types import SupervisedBatch
 
 if TYPE_CHECKING:

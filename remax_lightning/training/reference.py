@@ -63,16 +63,15 @@ class SeparateReference:
 
     def running(self) -> Any:
         """Return a context for forward passes."""
-        return self._require_frozen().running()
+        if self._frozen is None:
+            raise RuntimeError("prepare(device) must be called before the reference is run")
+        return self._frozen.running()
 
     def generating(self) -> Any:
         """Return a context in which the model is unsharded on every rank."""
-        return self._require_frozen().unsharded()
-
-    def _require_frozen(self) -> FrozenModel:
         if self._frozen is None:
-            raise RuntimeError("prepare(device) must be called before the reference is run")
-        return self._frozen
+            raise RuntimeError("prepare(device) must be called before the reference generates")
+        return self._frozen.unsharded()
 
 
 class SharedReference:

@@ -16,7 +16,7 @@ from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rewards.base import Reward, checked_scores
-from remax_lightning.rollout import GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
+from remax_lightning.rollout import AutoEngine, GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -91,11 +91,6 @@ class GeneratedResponses(NamedTuple):
     log_probs: Tensor | None
 
 
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Return the token ids where `mask` is True, row by row."""
-    return [row[row_mask].tolist() for row, row_mask in zip(ids.cpu(), mask.cpu(), strict=True)]
-
-
 class RolloutWorker:
     """Generates responses with a model and scores them. Call `prepare` before the first rollout.
 
@@ -110,6 +105,8 @@ class RolloutWorker:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: list[int]
     unused_ids: tuple[int, ...]
+    hidden: frozenset[int]
+    """Token ids that are left out of the text of a response."""
     stop_check: StopCheck | None
 
     def __init__(
@@ -124,6 +121,7 @@ class RolloutWorker:
         self.truncation_penalty = truncation_penalty
         self.timer = timer if timer is not None else PhaseTimer()
         self.device: torch.device | None = None
+        self._chosen_engine: RolloutEngine | None = None
 
     def prepare(
         self,
@@ -141,6 +139,7 @@ class RolloutWorker:
             unused_ids: ids of the policy without a token in the tokenizer; they are never drawn.
         """
         self.tokenizer, self.eos_ids, self.unused_ids = tokenizer, eos_ids, unused_ids
+        self.hidden = hidden_ids(tokenizer, eos_ids, skip_special_tokens=self.sampling.skip_special_tokens)
         if self.device == device:
             return
         self.stop_check = stop_string_check(tokenizer, self.sampling.stop_strings)
@@ -198,7 +197,11 @@ class RolloutWorker:
         )
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
         with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):
-            output = self.engine.generate(model, request)
+            if self._chosen_engine is None:
+                # Once: the choice of `AutoEngine` runs the model, whose parameters are gathered here.
+                is_auto = type(self.engine) is AutoEngine
+                self._chosen_engine = cast(AutoEngine, self.engine).choice(model) if is_auto else self.engine
+            output = self._chosen_engine.generate(model, request)
             # `stopped_at` counts the sampled rows first, then the greedy ones.
             num_sampled, stopped_at = len(output.sampled_ids), output.stopped_at
             stops = None if stopped_at is None else stopped_at[:num_sampled]
@@ -215,9 +218,12 @@ class RolloutWorker:
         ends = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).any(-1)  # [M]
         if stopped_at is not None:
             ends |= stopped_at > 0
-        hidden = hidden_ids(self.tokenizer, self.eos_ids, skip_special_tokens=self.sampling.skip_special_tokens)
-        prompts = _unpadded(prompt.prompt_ids, prompt.prompt_mask)
-        texts = response_texts(self.tokenizer, prompts, _unpadded(ids, mask), hidden)
+        # Token ids row by row, without padding: of the prompts, then of the responses.
+        prompts, responses = (
+            [row[row_mask].tolist() for row, row_mask in zip(rows.cpu(), masks.cpu(), strict=True)]
+            for rows, masks in ((prompt.prompt_ids, prompt.prompt_mask), (ids, mask))
+        )
+        texts = response_texts(self.tokenizer, prompts, responses, self.hidden)
         return Responses(ids, mask, ~ends, texts)
 
     def score_responses(self, prompt: PromptBatch, responses: GeneratedResponses) -> Rollout:

@@ -19,7 +19,7 @@ from remax_lightning.rollout import (
     paired,
 )
 from remax_lightning.rollout.auto import why_unsupported
-from remax_lightning.rollout.static_cache import make_slots
+from remax_lightning.rollout.static_cache import DecodeBuffers
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
 ENGINES = [PairedEngine, HuggingFaceEngine]
@@ -257,7 +257,7 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
         assert why_unsupported(model) == ""
         cache = DynamicCache(config=model.config)
         model(torch.arange(5, 9)[None], past_key_values=cache)
-        assert {states.dtype for states in make_slots(cache, 1, 16)} == {torch.bfloat16}
+        assert {states.dtype for states in DecodeBuffers.create(cache, 1, 16).states} == {torch.bfloat16}
         ids, mask = left_padded([3, 7, 5])
         written = run(PairedEngine, model, [3, 7, 5], max_response_length=6, eos=0).greedy_ids
         for prompt, real, response in zip(ids, mask, written, strict=True):

@@ -18,7 +18,6 @@ from remax_lightning.models.sampling import (
     gather_log_probs,
     make_sampling_mask,
     next_tokens,
-    sample,
     sample_exponential_race,
     sample_inverse_cdf,
 )
@@ -121,7 +120,7 @@ def test_greedy_rows_draw_nothing() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     tokens = next_tokens(logits, 4, SamplingConfig(), torch.Generator().manual_seed(3))
     assert torch.equal(tokens[4:], logits[4:].argmax(-1))
-    assert torch.equal(tokens[:4], sample(logits[:4], torch.Generator().manual_seed(3)))
+    assert torch.equal(tokens[:4], sample_inverse_cdf(logits[:4], torch.Generator().manual_seed(3)))
 
 
 def test_the_likeliest_of_equal_tokens_is_the_first() -> None:
@@ -137,7 +136,9 @@ def test_log_probs_are_of_the_distribution_that_was_asked_for(scale: bool, trunc
     sampling = SamplingConfig(temperature=0.6, top_k=6, top_p=0.8, scale_log_probs=scale, processed_log_probs=truncated)
     logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
     allowed = apply_top_k_top_p(apply_temperature(logits, 0.6), sampling) > -torch.inf
-    tokens = sample(apply_top_k_top_p(apply_temperature(logits, 0.6), sampling), torch.Generator().manual_seed(1))
+    tokens = sample_inverse_cdf(
+        apply_top_k_top_p(apply_temperature(logits, 0.6), sampling), torch.Generator().manual_seed(1)
+    )
     got = gather_log_probs(logits, tokens, sampling)
     for row, token in enumerate(tokens.tolist()):
         values = [(value / 0.6 if scale else value) for value in logits[row].double().tolist()]

@@ -7,14 +7,7 @@ import torch
 from conftest import tiny_model
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
-from remax_lightning.rollout.static_cache import (
-    bucketed_length,
-    cache_of_slots,
-    fill_slots,
-    keep_rows,
-    layout_of,
-    make_slots,
-)
+from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
 
 ROWS = torch.tensor([0, 0, 1, 1, 2, 0, 1, 2])
 PROMPT = 29
@@ -42,8 +35,8 @@ def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
     model = make()
     ours, other = filled(model), filled(model)
     layout = layout_of(ours)
-    slots = make_slots(ours, len(ROWS), bucketed_length(PROMPT + 12))
-    fill_slots(slots, ours, ROWS, PROMPT)
+    buffers = DecodeBuffers.create(ours, len(ROWS), bucketed_length(PROMPT + 12))
+    buffers.fill(ours, torch.ones(3, PROMPT, dtype=torch.bool), ROWS)
     other.batch_select_indices(ROWS)
     rows, count, lengths = torch.tensor([1, 4, 6]), len(ROWS), set()
     with torch.no_grad():
@@ -51,13 +44,13 @@ def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
             tokens = torch.arange(count)[:, None] + 10 * step
             position, length = PROMPT + step, bucketed_length(PROMPT + step + 1)
             lengths.add(length)
-            cache = cache_of_slots(layout, [slot[:count] for slot in slots], torch.tensor([position]), length)
+            cache = cache_of_slots(layout, [slot[:count] for slot in buffers.states], torch.tensor([position]), length)
             mask = (torch.arange(length) <= position).long().expand(count, -1)
             place = torch.full((count, 1), position)
             got = model(tokens, attention_mask=mask, position_ids=place, past_key_values=cache).logits
             torch.testing.assert_close(got, model(tokens, past_key_values=other).logits, atol=1e-5, rtol=1e-4)
             if step == 5:
-                keep_rows(slots, rows, position + 1)
+                buffers.keep_rows(rows, position + 1)
                 other.batch_select_indices(rows)
                 count = len(rows)
     assert lengths == {32, 48}
@@ -66,8 +59,9 @@ def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
 def test_a_step_writes_into_the_memory_that_was_made() -> None:
     model = tiny_model("llama", vocab_size=256)
     cache = filled(model)
-    slots = make_slots(cache, 3, 32)
-    fill_slots(slots, cache, torch.arange(3), PROMPT)
+    buffers = DecodeBuffers.create(cache, 3, 32)
+    buffers.fill(cache, torch.ones(3, PROMPT, dtype=torch.bool), torch.arange(3))
+    slots = buffers.states
     before = [slot.clone() for slot in slots]
     ours = cache_of_slots(layout_of(cache), slots, torch.tensor([30]), 32)
     with torch.no_grad():

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from remax_lightning.data.tokenizers import hidden_ids, special_ids
-from remax_lightning.models.forward import eval_mode, language_model, model_inputs
+from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.sampling import apply_temperature, ignored_settings
 from remax_lightning.rewards.pooling import pool_last_token
+from remax_lightning.sharding import language_model
 from remax_lightning.tools.doctor.context import LARGE_KL, DoctorContext, Finding, NotApplicable, Status, select_rows
 from remax_lightning.types import PreferenceBatch, PromptBatch, Responses
 

@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, PolicyStatistics
-from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, language_model, prompt_index_per_row
+from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, prompt_index_per_row
 from remax_lightning.models.log_probs import ForwardBatch, row_statistics
 from remax_lightning.models.sampling import next_tokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
-from remax_lightning.rollout.paired import DecodeBuffers, DecodeLoop
-from remax_lightning.sharding import unwrap_peft
+from remax_lightning.rollout.paired import DecodeLoop
+from remax_lightning.rollout.static_cache import DecodeBuffers
+from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, initial_adapter
-from remax_lightning.models.forward import language_model
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
-from remax_lightning.sharding import decoder_layers
+from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
 from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step
