@@ -57,7 +57,7 @@ class SamplingConfig:
             to the response.
         skip_special_tokens: leave special tokens out of the text that the reward, evaluations and samples read. False
             keeps all but those that end or pad a response, for rewards that look for tags such as `<think>` which the
-            tokenizer marks as special.
+            tokenizer marks as special, and for gpt-oss, whose special tokens part the thought from the answer.
         processed_log_probs: take the policy's log-probs under the truncated distribution, over the tokens that top-k,
             top-p and min-p keep. True keeps the gradient on-policy under truncation; False is what the paper's code
             does. The reference always keeps all tokens, so that the KL is finite.

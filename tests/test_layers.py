@@ -39,7 +39,8 @@ ALLOWED = {
     "training": LOWER | {"rollout", "rewards", "models", "strategies", "data.tokenizers"},
     "evaluation": LOWER
     | {"rollout", "rewards", "models", "strategies", "training", "modules"}
-    | {"data.conversations", "data.chat_templates"},  # responses of the data set, as the supervised stage trains them
+    # responses of the data set, as the supervised stage trains them
+    | {"data.conversations", "data.chat_templates", "data.tokenizers"},
     "callbacks": LOWER | {"models", "evaluation", "strategies", "data.tokenizers"},
     "modules": LOWER
     | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"}

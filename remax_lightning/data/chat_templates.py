@@ -1,21 +1,23 @@
-"""What a chat template makes of conversations, for policy and reward model, and the check that nothing is lost."""
+"""What a chat template makes of conversations, for policy and reward model: prompts, responses, turn ends."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from remax_lightning.data.conversations import (
-    REASONING_FIELDS,
     RESERVED_KWARGS,
+    THOUGHT_MARKS,
     Message,
-    call_arguments,
+    closing_mark,
     content_text,
-    message_form,
+    opened_thought,
+    take_thought,
 )
+from remax_lightning.data.message_forms import mark_message
+from remax_lightning.data.rendering import LostMessageError, TemplateRenderer, in_front
 from remax_lightning.data.tokenizers import encode_responses
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
@@ -23,37 +25,23 @@ from remax_lightning.types import Conversation, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?reasoning>")
-"""Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
-_TOOLS = -1
-"""In place of a message's number, where tools are lost."""
-_ARGUMENT = "probe-argument"
-"""An argument of every tool call in a probe; its quotes show how a template has written the arguments."""
-_SHORT = 32
-"""Characters below which a content may stand in a text by accident, so that finding it proves nothing."""
+
+class _TurnStart(NamedTuple):
+    """What a template writes behind the last message of a prompt.
+
+    Args:
+        mark: the content of that message in a probe.
+        in_prompt: what follows it at the end of a prompt.
+        in_whole: what follows it before the content of a response.
+    """
+
+    mark: str
+    in_prompt: str
+    in_whole: str
 
 
-class _Form(NamedTuple):
-    """How messages are written for a template: templates differ in what they read of one and the same content."""
-
-    content: Literal["given", "text", "parts"] = "given"
-    null_is_empty: bool = False
-    arguments: Literal["given", "objects", "json"] = "given"
-
-
-class _Fit(NamedTuple):
-    """The form in which a template keeps the most of messages of one shape, and the messages that it loses even so."""
-
-    form: _Form
-    lost: tuple[tuple[int, str], ...] = ()
-
-
-class ChatRenderer:
-    """Writes conversations with a tokenizer's chat template, and refuses to lose anything of them.
-
-    Templates skip without an error what they do not know: roles, text where they read parts, thoughts, tools. Once for
-    each shape of a conversation (its roles, and the kinds of its contents) a probe with marked contents shows what a
-    template leaves out; and in each text that is written the contents are looked for.
+class ChatRenderer(TemplateRenderer):
+    """Writes prompts, responses and whole conversations with a tokenizer's chat template.
 
     Args:
         tokenizer: whose chat template it is.
@@ -61,9 +49,10 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the chat template") -> None:
-        self.tokenizer, self.name = tokenizer, name
-        self._fits: dict[tuple[Any, ...], _Fit] = {}
+        super().__init__(tokenizer, name)
+        self._turn_starts: dict[tuple[Any, ...], _TurnStart | None] = {}
         self._tail: str | None = None
+        self._turn_end: str | None = None
         self._call_ends: set[str] = set()
 
     def prompt(self, conversation: Conversation) -> str:
@@ -72,10 +61,13 @@ class ChatRenderer:
         Raises:
             DataError: if the template refuses a message or leaves one out; the message names line and role.
         """
-        return self._render(conversation, conversation.messages, is_prompt=True)
+        return self.render(conversation, conversation.messages, is_prompt=True)
 
     def whole(self, conversation: Conversation, response: Message, *, is_generated: bool = False) -> str:
         """Return the messages and a response as the template writes them all.
+
+        Some templates leave a message out once a response follows (Mistral Nemo writes the system message into the last
+        turn if that is the user's). There the prompt, which has it, and what is written behind it stand together.
 
         Args:
             conversation: what stands before the response.
@@ -86,10 +78,23 @@ class ChatRenderer:
         Raises:
             DataError: as in `prompt`.
         """
-        return self._render(conversation, [*conversation.messages, response], is_generated=is_generated)
+        messages = [*conversation.messages, response]
+        try:
+            return self.render(conversation, messages, is_generated=is_generated)
+        except LostMessageError as error:
+            if error.index == len(conversation.messages):
+                raise
+            prompt = Prompt(self.prompt(conversation), conversation)  # raises where the message is lost in it, too
+            if (turn := self._turn_behind(prompt, response, is_generated=is_generated)) is None:
+                raise
+            return prompt + turn
 
     def response(self, prompt: Prompt, message: Message) -> str:
         """Return the text to imitate after a prompt: what the template writes there, through the end of the turn.
+
+        Where the prompt ends with an opened thought that the template does not write in a conversation which has its
+        response (R1 distill, QwQ), the response begins with the thought of the message and closes it; a message without
+        a thought closes it at once.
 
         Behind the token that ends a turn nothing is left. Where the template ends turns without a special token, what
         it writes behind the content is left out, and the end-of-sequence token takes its place (`response_ids`). After
@@ -105,17 +110,7 @@ class ChatRenderer:
         """
         if prompt.conversation is None:
             return content_text(message)
-        whole = self.whole(prompt.conversation, message)
-        if not whole.startswith(prompt):
-            place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-            raise DataError(
-                f"{_in_front(prompt.conversation)}{self.name} writes {prompt[place : place + 40]!r} at the end of the"
-                f" prompt, and {whole[place : place + 40]!r} there in a conversation that has its response; training"
-                " needs a response that continues the prompt. Write the response as the template has it, set"
-                " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
-                " template whose generation prompt begins as its assistant's turns do"
-            )
-        text, end = whole[len(prompt) :], self.turn_end_after(prompt.conversation)
+        text, end = self._continuation(prompt, message), self.turn_end_after(prompt.conversation)
         if message.get("tool_calls") and (call_end := self._special_end(text)):
             self._call_ends.add(call_end)  # a call may end with a token of its own
             end = call_end
@@ -125,6 +120,109 @@ class ChatRenderer:
         while text.endswith(end + end):  # the data spells it out, too
             text = text[: -len(end)]
         return text
+
+    def _continuation(self, prompt: Prompt, message: Message) -> str:
+        """Return all that the template writes for a response behind a prompt, to the end of the text."""
+        assert prompt.conversation is not None
+        try:
+            whole = self.whole(prompt.conversation, message)
+            if whole.startswith(prompt):
+                return whole[len(prompt) :]
+            refusal = self._mismatch(prompt, whole)
+        except LostMessageError as error:  # a thought that the template takes out of the response
+            refusal = error
+        if (turn := self._turn_behind(prompt, message)) is None:
+            raise refusal
+        return turn
+
+    def _mismatch(self, prompt: Prompt, whole: str) -> DataError:
+        assert prompt.conversation is not None
+        place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        return DataError(
+            f"{in_front(prompt.conversation)}{self.name} writes {prompt[place : place + 40]!r} at the end of the"
+            f" prompt, and {whole[place : place + 40]!r} there in a conversation that has its response; training"
+            " needs a response that continues the prompt. Write the response as the template has it, set"
+            " data.loading.chat_template_kwargs (enable_thinking: false where there are no thoughts), or take a"
+            " template whose generation prompt begins as its assistant's turns do"
+        )
+
+    # Responses behind prompts that no whole conversation begins with
+
+    def _turn_behind(self, prompt: Prompt, response: Message, *, is_generated: bool = False) -> str | None:
+        """Return what the template writes for a response behind the last message of its prompt, to the end of the text.
+
+        It is rendered behind marks in place of the messages, so that the place where it begins is certain. What stands
+        at the end of the prompt and not before a response must be a thought that is opened, or empty, or white space;
+        None is returned where it is something else.
+
+        Raises:
+            DataError: if the template refuses the response or leaves out a part of it.
+        """
+        conversation = prompt.conversation
+        start = None if conversation is None else self._turn_start(conversation)
+        if conversation is None or start is None or not prompt.endswith(start.in_prompt):
+            return None
+        # What the generation prompt has beyond the beginning of a turn: R1's `<think>`, or an empty thought. DeepSeek
+        # V3.1 writes only the end of a thought before an answer.
+        extra = "" if start.in_whole.startswith(start.in_prompt) else "".join(opened_thought(start.in_prompt) or ())
+        if start.in_prompt.startswith(start.in_whole):
+            extra = start.in_prompt.removeprefix(start.in_whole)
+        begin = start.in_prompt.removesuffix(extra)
+        if not start.in_whole.startswith(begin) or (parts := self._parts_behind(extra, response)) is None:
+            return None
+        thought, message = parts
+        text = self._render_behind_marks(conversation, message, is_generated).rpartition(start.mark)[2]
+        if not text.startswith(begin):
+            return None
+        text = text[len(begin) :]
+        if (opened := opened_thought(extra)) is None:
+            return text
+        space, closing = opened[1], closing_mark(opened[0])
+        return thought + text if text.startswith(closing) else f"{thought}{space}{closing}{space * 2}{text}"
+
+    @staticmethod
+    def _parts_behind(extra: str, response: Message) -> tuple[str, Message] | None:
+        """Return thought and rest of a response behind the end of a generation prompt; None where it fits none."""
+        if not extra.strip():
+            return "", response
+        if THOUGHT_MARKS.sub("", extra).strip():  # other words
+            return None
+        parts = take_thought(response)
+        # An empty thought in the prompt says that there is none.
+        return None if parts is None or (parts[0] and opened_thought(extra) is None) else parts
+
+    def _render_behind_marks(self, conversation: Conversation, response: Message, is_generated: bool) -> str:
+        """Return the text of a conversation whose messages are marks, except the response."""
+        messages = [*conversation.messages, response]
+        marked = [mark_message(message, i)[0] for i, message in enumerate(conversation.messages)]
+        fit = self.fit(conversation, messages, is_prompt=False)
+        try:
+            text = self.apply(conversation, [*marked, response], fit.form, is_prompt=False)
+        except Exception as error:
+            raise self.refusal(conversation, messages, fit.form, error) from error
+        if not is_generated:
+            self.check_message(conversation, response, len(marked), text, fit.lost, is_last=True, is_response=True)
+        return text
+
+    def _turn_start(self, conversation: Conversation) -> _TurnStart | None:
+        """Return what the template writes behind the last message, found once for each shape of a conversation."""
+        messages = conversation.messages
+        shape = self.shape(conversation, messages, is_prompt=True)
+        if shape not in self._turn_starts:
+            marked = [mark_message(message, i)[0] for i, message in enumerate(messages)]
+            marks = [text for field, text in mark_message(messages[-1], len(messages) - 1)[1] if field == "content"]
+            answer = "probe-of-the-assistant"
+            whole = [*messages, {"role": "assistant", "content": answer}]
+            try:
+                mark = marks[-1]
+                forms = [self.fit(conversation, *case).form for case in ((messages, True), (whole, False))]
+                in_prompt = self.apply(conversation, marked, forms[0], is_prompt=True).rpartition(mark)[2]
+                text = self.apply(conversation, [*marked, whole[-1]], forms[1], is_prompt=False)
+                in_whole = text.rpartition(mark)[2].partition(answer)[0]
+                self._turn_starts[shape] = _TurnStart(mark, in_prompt, in_whole)
+            except Exception:  # whatever a template raises, and a last message without content
+                self._turn_starts[shape] = None
+        return self._turn_starts[shape]
 
     def response_ids(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of responses to imitate; each ends with the token that ends a turn.
@@ -156,9 +254,14 @@ class ChatRenderer:
         Args:
             conversation: one of the data, for templates that take no other: they need tools, or variables.
         """
-        tail = self._turn_tail(conversation)
-        places = [(tail.find(token), -len(token), token) for token in special_tokens(self.tokenizer) if token in tail]
-        return min(places)[2] if places else ""
+        if self._turn_end is None:
+            tail = self._turn_tail(conversation)
+            places = [(tail.find(token), -len(token), token) for token in self._special_tokens if token in tail]
+            turn_end = min(places)[2] if places else ""
+            if self._tail is None:  # no conversation so far had an answer; the next one may
+                return turn_end
+            self._turn_end = turn_end
+        return self._turn_end
 
     def _turn_tail(self, conversation: Conversation) -> str:
         """Return all that the template writes after the content of the last message, which is the assistant's."""
@@ -167,7 +270,7 @@ class ChatRenderer:
         marks = ("probe-of-the-user", "probe-of-the-assistant")
         for start in (Conversation([{"role": "user", "content": marks[0]}]), conversation):
             try:
-                text = self._render(start, [*start.messages, {"role": "assistant", "content": marks[1]}])
+                text = self.render(start, [*start.messages, {"role": "assistant", "content": marks[1]}])
             except DataError:  # a template for other conversations than these two messages
                 continue
             self._tail = text.rpartition(marks[1])[2]
@@ -177,167 +280,12 @@ class ChatRenderer:
     def _special_end(self, text: str) -> str:
         """Return the special token that a text ends with, white space aside; empty where it ends with none."""
         text = text.rstrip()
-        return max((token for token in special_tokens(self.tokenizer) if text.endswith(token)), key=len, default="")
+        return max((token for token in self._special_tokens if text.endswith(token)), key=len, default="")
 
-    def _render(
-        self,
-        conversation: Conversation,
-        messages: list[Message],
-        *,
-        is_prompt: bool = False,
-        is_generated: bool = False,
-    ) -> str:
-        fit = self._fit(conversation, messages, is_prompt)
-        try:
-            text = self._apply(conversation, messages, fit.form, is_prompt)
-        except Exception as error:  # a template is a program: it may raise anything
-            raise self._refusal(conversation, messages, fit.form, error) from error
-        self._check(conversation, messages, text, fit.lost, is_prompt, is_generated)
-        return text
-
-    def _apply(self, conversation: Conversation, messages: Sequence[Message], form: _Form, is_prompt: bool) -> str:
-        formed: Any = list(messages) if form == _Form() else [_formed(message, form) for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(
-                formed,
-                tools=conversation.tools or None,
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-                **conversation.template_kwargs,
-            )
-        )
-
-    # What is lost
-
-    def _fit(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
-        """Return how to write messages of this shape, found by a probe the first time that it comes."""
-        options = repr(conversation.template_kwargs) if conversation.template_kwargs else ""
-        tools = tuple("function" in tool for tool in conversation.tools)
-        shape = (is_prompt, tools, options, *map(message_form, messages))
-        fit = self._fits.get(shape)
-        if fit is None:
-            fit = self._fits[shape] = self._probe(conversation, messages, is_prompt)
-        return fit
-
-    def _probe(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
-        """Try the forms in order; the first in which nothing is lost is right, else the one that loses the least."""
-        marked = [_marked(message, i) for i, message in enumerate(messages)]
-        tool_marks = [f"probe-tool-{j}-end" for j in range(len(conversation.tools))]
-        tools = [_renamed(tool, mark) for tool, mark in zip(conversation.tools, tool_marks, strict=True)]
-        conversation = conversation._replace(tools=tools)
-        best: tuple[int, _Fit] | None = None
-        for form in _forms(messages):
-            try:
-                text = self._apply(conversation, [message for message, _ in marked], form, is_prompt)
-            except Exception:
-                continue
-            lost = tuple(
-                (i, field)
-                for i, (_, marks) in enumerate(marked)
-                for field, mark in marks
-                # Thoughts of earlier turns are left out on purpose; those of the response are what is trained.
-                if mark not in text and (field not in REASONING_FIELDS or (i == len(messages) - 1 and not is_prompt))
-            )
-            if any(mark not in text for mark in tool_marks):
-                lost = (*lost, (_TOOLS, "tools"))
-            # A template that takes everything for text writes null as the word, and a list as it stands in a program.
-            written_raw = form.content != "text" and any(
-                isinstance(_formed(message, form)["content"], list) and _is_quoted(text, marks)
-                for message, marks in marked
-            )
-            # Arguments are an object in the text, neither as a program prints it nor as text within quotes.
-            quoted = sum(f"{quote}{_ARGUMENT}" in text for quote in ("'", '\\"'))
-            cost = len(lost) + ("None" in text) + written_raw + quoted
-            if best is None or cost < best[0]:
-                best = (cost, _Fit(form, lost))
-            if cost == 0:
-                break
-        return _Fit(_Form()) if best is None else best[1]
-
-    def _check(
-        self,
-        conversation: Conversation,
-        messages: Sequence[Message],
-        text: str,
-        lost: tuple[tuple[int, str], ...],
-        is_prompt: bool,
-        is_generated: bool,
-    ) -> None:
-        """Look for all contents in the text that was made of them."""
-        last = len(messages) - 1
-        for i, message in enumerate(messages):
-            if i == last and is_generated:
-                break
-            content = message["content"]
-            # The whole of it stands in nearly every text as it is; everything else costs more.
-            if isinstance(content, str) and content in text and not lost:
-                pass
-            elif not _holds(text, content, whole=i == last, by_accident=(i, "content") in lost):
-                raise self._loss(conversation, message, i)
-            if len(message) > 2:
-                self._check_fields(conversation, message, i, text, is_response=i == last and not is_prompt, lost=lost)
-        if conversation.tools and not is_generated:
-            for tool in conversation.tools:
-                name = _function_name(tool)
-                if name and (name not in text or (_TOOLS, "tools") in lost):
-                    raise DataError(
-                        f"{conversation.where}: {self.name} leaves out the tool {name!r} of column 'tools'; take a"
-                        " tokenizer whose template reads tools, or remove the column"
-                    )
-
-    def _check_fields(
-        self,
-        conversation: Conversation,
-        message: Message,
-        i: int,
-        text: str,
-        *,
-        is_response: bool,
-        lost: tuple[tuple[int, str], ...],
-    ) -> None:
-        for call in message.get("tool_calls") or []:
-            name = _function_name(call)
-            if name and (name not in text or (i, "tool_calls") in lost):
-                raise self._loss(conversation, message, i, f"the call of {name!r} in ")
-        for field in REASONING_FIELDS if is_response else ():
-            thought = message.get(field)
-            if thought and not _holds(text, thought, whole=True, by_accident=(i, field) in lost):
-                raise self._loss(conversation, message, i, f"{field!r} of ")
-
-    def _loss(self, conversation: Conversation, message: Message, i: int, what: str = "") -> DataError:
-        if not what and _THOUGHT.search(content_text(message)):
-            advice = "the template takes the thought out of content; remove it from the row"
-        elif not what:
-            advice = "its place or its role is none that the template writes; correct the row"
-        elif what.startswith("'"):
-            advice = "the template does not read the field; write it into content, as the template has thoughts there"
-        else:
-            advice = "the template does not read it; remove it"
-        return DataError(
-            f"{_in_front(conversation)}{self.name} leaves out {what}message {i} (role {message['role']!r}): {advice},"
-            " or take a tokenizer whose template writes it"
-        )
-
-    def _refusal(
-        self, conversation: Conversation, messages: Sequence[Message], form: _Form, error: Exception
-    ) -> DataError:
-        """Say which message a template stumbles over: the last of the shortest beginning that it refuses."""
-        from jinja2 import TemplateError
-
-        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        for count in range(1, len(messages) + 1):
-            try:
-                self._apply(conversation, messages[:count], form, is_prompt=False)
-            except Exception:
-                which = f"message {count - 1} (role {messages[count - 1]['role']!r})"
-                break
-        else:
-            which = f"these messages (roles {', '.join(repr(message['role']) for message in messages)})"
-        return DataError(f"{_in_front(conversation)}{self.name} refuses {which}: {reason}")
-
-
-def _in_front(conversation: Conversation) -> str:
-    return f"{conversation.where}: " if conversation.where else ""
+    @cached_property
+    def _special_tokens(self) -> set[str]:
+        """Special tokens of the tokenizer, which builds a list of all added tokens whenever it is asked."""
+        return special_tokens(self.tokenizer)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -367,136 +315,3 @@ def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokeni
                 f"{key}: the chat template of {tokenizer.name_or_path!r} has no variable {name!r}; correct the name, or"
                 " remove it"
             )
-
-
-def _marked(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
-    """Return a message whose texts are marks, and the marks by field."""
-    content, marks = message["content"], []
-    marked = dict(message)
-    if isinstance(content, list):
-        marked["content"] = [{**part, "text": f"probe-{i}-{j}-end"} for j, part in enumerate(content)]
-        marks = [("content", part["text"]) for part in marked["content"]]
-    elif content is not None:
-        marked["content"] = f"probe-{i}-end"
-        marks = [("content", marked["content"])]
-    for field in REASONING_FIELDS:
-        if message.get(field):
-            marked[field] = f"probe-{i}-{field}-end"
-            marks.append((field, marked[field]))
-    if message.get("tool_calls"):
-        names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
-        calls = [_with_arguments(call, _marked_arguments) for call in message["tool_calls"]]
-        marked["tool_calls"] = [_renamed(call, name) for call, name in zip(calls, names, strict=True)]
-        marks += [("tool_calls", name) for name in names]
-    return marked, marks
-
-
-def _renamed(tool: Any, name: str) -> Any:
-    """Return a tool, or a call of one, under another name."""
-    if not isinstance(tool, dict):
-        return tool
-    function = tool.get("function")
-    return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
-
-
-def _is_quoted(text: str, marks: list[tuple[str, str]]) -> bool:
-    return any(f"{quote}{mark}{quote}" in text for field, mark in marks if field == "content" for quote in "'\"")
-
-
-def _forms(messages: Sequence[Message]) -> Iterator[_Form]:
-    """Yield the forms that messages can be written in, the likeliest first."""
-    contents = [message["content"] for message in messages]
-    calls = [call for message in messages for call in message.get("tool_calls") or []]
-    kinds: list[Literal["given", "text", "parts"]] = ["given"]
-    kinds += ["text"] if any(isinstance(content, list) for content in contents) else []
-    kinds += ["parts"] if any(isinstance(content, str) for content in contents) else []
-    nulls = (False, True) if None in contents else (False,)
-    # OpenAI writes arguments as JSON in a string. Most templates are made for objects, and would quote it once more;
-    # others add strings up, and need it.
-    values = [call_arguments(call) for call in calls]
-    arguments: list[Literal["given", "objects", "json"]] = []
-    arguments += ["objects"] if any(isinstance(value, str) for value in values) else []
-    arguments += ["given"]
-    arguments += ["json"] if any(isinstance(value, dict) for value in values) else []
-    for written, kind, null_is_empty in product(arguments, kinds, nulls):
-        yield _Form(kind, null_is_empty, written)
-
-
-def _formed(message: Message, form: _Form) -> Message:
-    content = message["content"]
-    if content is None and form.null_is_empty:
-        content = ""
-    if form.content == "text" and isinstance(content, list):
-        content = content_text(message)
-    elif form.content == "parts" and isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    formed = {**message, "content": content}
-    if form.arguments != "given" and message.get("tool_calls"):
-        change = _as_object if form.arguments == "objects" else _as_json
-        formed["tool_calls"] = [_with_arguments(call, change) for call in message["tool_calls"]]
-    return formed
-
-
-def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a tool call with changed arguments, where it has any."""
-    value = call_arguments(call)
-    if value is None:
-        return call
-    if "function" in call:
-        return {**call, "function": {**call["function"], "arguments": change(value)}}
-    return {**call, "arguments": change(value)}
-
-
-def _as_object(arguments: Any) -> Any:
-    """Return arguments as an object, where they are JSON in a string."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _as_json(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-
-
-def _marked_arguments(arguments: Any) -> Any:
-    """Return arguments with one more, of the same kind as they are."""
-    value = _as_object(arguments)
-    if not isinstance(value, dict):
-        return arguments
-    marked = {**value, _ARGUMENT: "probe"}
-    return _as_json(marked) if isinstance(arguments, str) else marked
-
-
-def _function_name(tool: Any) -> str:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _holds(text: str, content: Any, *, whole: bool, by_accident: bool) -> bool:
-    """Whether a text holds a content.
-
-    Args:
-        text: what a template wrote.
-        content: text, a list of text parts, or None.
-        whole: whether a thought inside of the content has to stand there too; that of an earlier turn need not.
-        by_accident: whether the template leaves such a message out, so that a short content proves nothing.
-    """
-    if isinstance(content, list):
-        return all(_holds(text, part["text"], whole=whole, by_accident=by_accident) for part in content)
-    if not isinstance(content, str) or not content.strip():
-        return True
-    if by_accident and len(content.strip()) < _SHORT:
-        return False
-    if content.strip() in text:
-        return True
-    pieces = [piece.strip() for piece in _THOUGHT.split(content)]
-    return all(_holds_piece(text, piece) for piece in (pieces if whole else pieces[-1:]))
-
-
-def _holds_piece(text: str, piece: str) -> bool:
-    """Whether a text holds a piece as it is, as JSON, or with other white space."""
-    if piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text or json.dumps(piece)[1:-1] in text:
-        return True
-    return "".join(piece.split()) in "".join(text.split())

@@ -17,8 +17,10 @@ Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Where messages of data sets have what the assistant thought; a template reads one of them."""
-_OPEN_THOUGHT = re.compile(r"(<think(?:ing)?>|\[THINK\]|<reasoning>)\s*\Z")
-"""A thought that the end of a generation prompt opens."""
+THOUGHT_MARKS = re.compile(r"</?(?:\w+:)?think(?:ing)?>|\[/?THINK\]|</?reasoning>|<\|(?:START|END)_THINKING\|>")
+"""Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
+_OPEN_THOUGHT = re.compile(r"(<(?:\w+:)?think(?:ing)?>|\[THINK\]|<reasoning>|<\|START_THINKING\|>)(\s*)\Z")
+"""A thought that the end of a generation prompt opens, and the white space behind the mark."""
 RESERVED_KWARGS = frozenset(
     {
         *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
@@ -153,10 +155,50 @@ def with_opened_thought(prompt: str, response: str) -> str:
 
     A generation prompt may open the thought. The message of the assistant is then that opening and the response.
     """
-    opened = _OPEN_THOUGHT.search(prompt)
-    if opened is None or opened[1] in response or f"{opened[1][0]}/{opened[1][1:]}" not in response:
+    mark, space = opened_thought(prompt) or ("", "")
+    if not mark or mark in response or closing_mark(mark) not in response:
         return response
-    return opened[0] + response
+    return mark + space + response
+
+
+def opened_thought(prompt: str) -> tuple[str, str] | None:
+    """Return the mark of a thought that the end of a prompt opens, and the white space behind it; None without one."""
+    opened = _OPEN_THOUGHT.search(prompt)
+    return None if opened is None else (opened[1], opened[2])
+
+
+def closing_mark(mark: str) -> str:
+    """Return the mark that ends a thought which another mark opens: `</think>` for `<think>`."""
+    return mark.replace("START_", "END_") if "START_" in mark else f"{mark[0]}/{mark[1:]}"
+
+
+def take_thought(message: Message) -> tuple[str, Message] | None:
+    """Return what the assistant thought before a message, and the message without it.
+
+    A thought stands in a field of its own or at the beginning of the content, between marks. It is empty where there is
+    none. None is returned where it cannot be told apart: marks that are not closed, several thoughts, lists of parts.
+    """
+    fields = [field for field in REASONING_FIELDS if message.get(field)]
+    content = message["content"]
+    text = content_text(message)
+    marks = list(THOUGHT_MARKS.finditer(text))
+    if not marks:
+        thought = message[fields[0]] if fields else ""
+        rest = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
+        return (thought.strip(), rest) if isinstance(thought, str) else None
+    # The opening mark may be missing: a row may hold what a policy wrote behind a prompt that has it.
+    opening, closing = (None, marks[0]) if len(marks) == 1 else (marks[0], marks[1])
+    is_pair = opening is None or (closing_mark(opening[0]) == closing[0] and not text[: opening.start()].strip())
+    is_closed = "/" in closing[0] or "END_" in closing[0]
+    if fields or len(marks) > 2 or not (is_pair and is_closed) or not isinstance(content, str):
+        return None
+    start = 0 if opening is None else opening.end()
+    return text[start : closing.start()].strip(), {**message, "content": text[closing.end() :].lstrip()}
+
+
+def is_plain(message: Mapping[str, Any]) -> bool:
+    """Whether a message says all that it has in its content: no thoughts in fields of their own, no calls of tools."""
+    return not message.get("tool_calls") and not any(message.get(field) for field in REASONING_FIELDS)
 
 
 def check_characters(text: str, what: str) -> None:

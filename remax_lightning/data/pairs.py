@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from remax_lightning.data.conversations import Message, content_text
+from remax_lightning.data.conversations import Message, content_text, is_plain
 from remax_lightning.data.formatting import get_column
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
@@ -38,7 +38,8 @@ def separate_prompt(
     Three forms are read. Text beside a prompt stays as it is. Text without a prompt is a pair of whole transcripts,
     whose prompt reaches through the last `marker`. Lists of messages end with a response of the assistant; what stands
     before it is the prompt, unless nothing does or a template wants the prompt as text: then it is that of the prompt's
-    own column. In the row the responses are text; the messages have the rest, such as thoughts and calls of tools.
+    own column. In the row the responses are text, and messages where that would lose a thought or a call of a
+    tool (`row_value`).
 
     Args:
         row: the raw row.
@@ -78,8 +79,16 @@ def separate_prompt(
         responses = (as_response(chosen), as_response(rejected))
     if prompt is None:
         get_column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
-    texts = dict(zip((columns.chosen, columns.rejected), map(content_text, responses), strict=True))
-    return {**row, prompt_column: prompt, **texts}, responses
+    values = dict(zip((columns.chosen, columns.rejected), map(row_value, responses), strict=True))
+    return {**row, prompt_column: prompt, **values}, responses
+
+
+def row_value(message: Message) -> str | list[Message]:
+    """Return a response as a row has it, for rewards and evaluations.
+
+    It is text where that says all; else a list of the one message, so that thoughts and calls of tools stay.
+    """
+    return content_text(message) if is_plain(message) else [message]
 
 
 def as_response(text: str) -> Message:

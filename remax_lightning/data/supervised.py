@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, collate_supervised
-from remax_lightning.data.conversations import Message, content_text, is_empty, read_message
+from remax_lightning.data.conversations import Message, is_empty, read_message
 from remax_lightning.data.formatting import get_column
 from remax_lightning.data.limits import Limit, check_at_least
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
-from remax_lightning.data.pairs import PairColumns, PairError, as_response, split_last
+from remax_lightning.data.pairs import PairColumns, PairError, as_response, row_value, split_last
 from remax_lightning.data.preparation import PreparedExamples
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import DataError
@@ -134,11 +134,11 @@ class SFTDataModule(TextDataModule):
                     f"{where}: the messages in column {name!r} (data.response_column) begin otherwise than those in"
                     f" {self.prompt_column!r}; give the response alone, or the whole conversation"
                 )
-            return {**row, self.prompt_column: before or prompt, name: content_text(message)}, message
+            return {**row, self.prompt_column: before or prompt, name: row_value(message)}, message
         if value is None and isinstance(messages, list) and messages:
             last = messages[-1]
             if isinstance(last, dict) and last.get("role") == "assistant":
-                return {**row, self.prompt_column: messages[:-1], name: content_text(last)}, last
+                return {**row, self.prompt_column: messages[:-1], name: row_value(last)}, last
         value = get_column(row, name, where, key="data.response_column")
         raise DataError(f"{where}: column {name!r} must be text or messages, got {type(value).__name__}")
 

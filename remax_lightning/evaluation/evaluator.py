@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.data.chat_templates import ChatRenderer
-from remax_lightning.data.conversations import content_text
+from remax_lightning.data.conversations import Message, content_text, is_empty, is_plain
+from remax_lightning.data.tokenizers import encode_batch, hidden_ids, response_texts
 from remax_lightning.distributed import raise_on_all_ranks
 from remax_lightning.evaluation.prompt_metrics import (
     PromptSums,
@@ -32,53 +33,97 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def response_texts(rows: Sequence[dict[str, Any]], column: str) -> list[str | None]:
-    """Return each row's response: text, or the last of its messages, the assistant's; None where there is none."""
-    return [_response_text(row.get(column)) for row in rows]
+def response_messages(rows: Sequence[dict[str, Any]], column: str) -> list[Message | None]:
+    """Return each row's response as a message, with thoughts and calls of tools; None where there is none.
+
+    Args:
+        rows: of the data set.
+        column: holds text, or messages that end with the response.
+    """
+    return [_response_message(row.get(column)) for row in rows]
 
 
-def _response_text(value: Any) -> str | None:
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        value = content_text(value[-1])
-    if not isinstance(value, str) or not value.strip():
+def _response_message(value: Any) -> Message | None:
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    message = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(message, dict) or message.get("role") != "assistant":
         return None
-    return value.encode(errors="replace").decode()  # half an emoji stops tokenizers
+    message = {"content": None, **message}
+    if is_empty(message):
+        return None
+    # Half an emoji stops tokenizers.
+    return {
+        name: item.encode(errors="replace").decode() if isinstance(item, str) else item
+        for name, item in message.items()
+    }
+
+
+def shown_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    messages: Sequence[Message | None],
+    hidden: Collection[int],
+) -> list[str | None]:
+    """Return responses of the data set as a reward reads those of the policy; None for None.
+
+    That is the content, and where a message has a thought or calls a tool, what the chat template writes for it.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: `B` prompts.
+        messages: `B` responses.
+        hidden: ids that are left out of texts, see `hidden_ids`.
+    """
+    renderer = ChatRenderer(tokenizer)
+    texts: list[str | None] = []
+    for prompt, message in zip(prompts, messages, strict=True):
+        conversation = getattr(prompt, "conversation", None)
+        if message is None or is_plain(message) or conversation is None:
+            texts.append(None if message is None else content_text(message) or None)
+            continue
+        start = Prompt(prompt, conversation)
+        (ids,) = renderer.response_ids([start], [renderer.response(start, message)])
+        texts += response_texts(tokenizer, encode_batch(tokenizer, [prompt]), [ids], hidden)
+    return texts
 
 
 def tokenize_responses(
     tokenizer: PreTrainedTokenizerBase,
     policy: PreTrainedModel,
     prompt: PromptBatch,
-    texts: Sequence[str | None],
+    messages: Sequence[Message | None],
     max_length: int,
 ) -> Responses:
-    """Return texts as responses to the prompts, an empty one for None.
+    """Return messages as responses to the prompts, an empty one for None.
 
     They are tokenized as the supervised stage does it: apart from the prompt, after messages as the chat template
-    writes them, with the token behind that ends a turn.
+    writes them, thoughts and calls of tools included, with the token behind that ends a turn.
 
     Args:
         tokenizer: the policy's.
         policy: whose positions have to be enough for prompt and response.
         prompt: `B` prompts.
-        texts: `B` responses.
+        messages: `B` responses.
         max_length: tokens that are kept of each, from its beginning.
     """
     renderer = ChatRenderer(tokenizer)
     known: list[tuple[Prompt, str]] = []
-    for prompt_text, text in zip(prompt.prompts, texts, strict=True):
-        if text is not None:
+    for prompt_text, message in zip(prompt.prompts, messages, strict=True):
+        if message is not None:
             start = prompt_text if isinstance(prompt_text, Prompt) else Prompt(prompt_text)
-            known.append((start, renderer.response(start, {"role": "assistant", "content": text})))
+            known.append((start, renderer.response(start, message)))
     encoded = iter(renderer.response_ids([start for start, _ in known], [text for _, text in known]))
     rows: list[list[int]] = []
-    for text, length in zip(texts, prompt.prompt_mask.sum(1).tolist(), strict=True):
-        ids = [] if text is None else next(encoded)
+    for message, length in zip(messages, prompt.prompt_mask.sum(1).tolist(), strict=True):
+        ids = [] if message is None else next(encoded)
         rows.append(ids[: min(max_length, _max_positions(policy) - length)])
     width, device = max(1, *map(len, rows)), prompt.prompt_ids.device
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows], device=device)
-    return Responses(padded, mask, ~mask.any(1), [text or "" for text in texts])
+    return Responses(
+        padded, mask, ~mask.any(1), ["" if message is None else content_text(message) for message in messages]
+    )
 
 
 def split_text(
@@ -95,7 +140,7 @@ def split_text(
         text: the text.
         max_length: tokens of a piece.
     """
-    (ids,) = _tokenize(tokenizer, [text])
+    (ids,) = encode_batch(tokenizer, [text])
     before = tokenizer.bos_token_id
     if before is not None:
         ids = [int(before), *ids]
@@ -109,13 +154,6 @@ def piece_to_batch(piece: tuple[list[int], list[int]], device: torch.device) -> 
     prompt, response = (torch.tensor([ids], device=device) for ids in piece)
     masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt, response)]
     return PromptBatch(prompt, masks[0], [""], [{}]), Responses(response, masks[1], ~masks[1].any(1), [""])
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _max_positions(policy: PreTrainedModel) -> int:
@@ -214,9 +252,13 @@ class Evaluator:
 
     def _compare_with_dataset(self, prompt: PromptBatch, records: list[PromptRecord]) -> list[PromptRecord]:
         """Score the data set's responses, and compare the rewards."""
-        texts = response_texts(prompt.rows, self.config.response_column)
-        if self._all_missing(texts):
+        messages = response_messages(prompt.rows, self.config.response_column)
+        if self._all_missing(messages):
             return records
+        tokenizer, skips = self.worker.tokenizer, self.worker.sampling.skip_special_tokens
+        hidden = hidden_ids(tokenizer, self.worker.eos_ids, skip_special_tokens=skips)
+        with raise_on_all_ranks(self.trainer):
+            texts = shown_texts(tokenizer, prompt.prompts, messages, hidden)
         # Where there is none, the policy's own stands in: it has been scored before, so it can be scored.
         pairs = zip(texts, records, strict=True)
         chosen = [record.responses["sampled"][0] if text is None else text for text, record in pairs]
@@ -233,14 +275,14 @@ class Evaluator:
 
     def _add_perplexity(self, prompt: PromptBatch, records: list[PromptRecord]) -> list[PromptRecord]:
         """Compute the log-probs of the data set's responses under policy and reference."""
-        texts = response_texts(prompt.rows, self.config.response_column)
-        if self._all_missing(texts):
+        messages = response_messages(prompt.rows, self.config.response_column)
+        if self._all_missing(messages):
             return records
         tokenizer, max_length = self.worker.tokenizer, self.config.max_length
-        responses = tokenize_responses(tokenizer, self.policy, prompt, texts, max_length)
+        responses = tokenize_responses(tokenizer, self.policy, prompt, messages, max_length)
         return [
-            record if text is None else record._replace(sums=record.sums | sums)
-            for record, text, sums in zip(records, texts, self._log_likelihoods(prompt, responses), strict=True)
+            record if message is None else record._replace(sums=record.sums | sums)
+            for record, message, sums in zip(records, messages, self._log_likelihoods(prompt, responses), strict=True)
         ]
 
     @torch.no_grad()
@@ -271,6 +313,6 @@ class Evaluator:
         columns = {name: sums_by_prompt(-values, mask, count) for name, values in log_probs.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
-    def _all_missing(self, texts: Sequence[str | None]) -> bool:
+    def _all_missing(self, messages: Sequence[Message | None]) -> bool:
         """Whether no row has a response. Of several ranks all go on: a sharded model runs on each or on none."""
-        return self.trainer.world_size == 1 and not any(texts)
+        return self.trainer.world_size == 1 and not any(messages)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from remax_lightning.config import WeightDType
 from remax_lightning.errors import RankError, UserError
@@ -76,9 +77,9 @@ class ModelConfig:
         path: a folder or a hub name.
         dtype: dtype of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
         gradient_checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
-        disable_dropout: set every dropout of the model, and other noise such as a router's jitter, to 0. With dropout,
-            training would compute log-probs of another distribution than the sampled one, and the KL to the reference
-            would start above 0.
+        disable_dropout: set every dropout of the model, and other noise such as a router's jitter, to 0, in its
+            configuration and in its layers. With dropout, training would compute log-probs of another distribution than
+            the sampled one, and the KL to the reference would start above 0.
         from_scratch: use random weights with the configuration at `path`, for supervised training of a new model.
         attn_implementation: attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); None lets
             transformers choose.
@@ -153,6 +154,8 @@ class ModelConfig:
                 )
         except Exception as error:
             raise load_failure(error, f"{key}.path", self.path) from error
+        if self.disable_dropout:
+            silence_random_layers(model)
         if self.quantization is not None:
             _avoid_inference_kernel(model)
         if self.gradient_checkpointing:
@@ -276,20 +279,45 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
-_RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter", "input_noise")
-"""Parts of the names that families give to what is random in train mode."""
+_RANDOM = re.compile(r"drop(?!s?_?tokens|ped)|jitter|noise|stochastic_depth", re.IGNORECASE)
+"""Parts of the names that families give to the probability or the strength of what is random in train mode."""
 
 
 def zero_dropout(config: Any) -> None:
     """Set all that is random in train mode to 0: families call it `dropout`, `attn_pdrop`, `router_jitter_noise`, ...
 
-    Configurations inside a configuration, such as that of a text model, count too.
+    Configurations and dictionaries inside a configuration, such as that of a text model, count too.
+
+    Args:
+        config: a configuration of transformers, or a dictionary in one; changed in place.
     """
-    for name, value in list(vars(config).items()):
-        if isinstance(value, float) and any(word in name for word in _RANDOM):
-            setattr(config, name, 0.0)
-        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
+    values = config if isinstance(config, dict) else vars(config)
+    for name, value in list(values.items()):
+        if isinstance(value, float) and _RANDOM.search(str(name)):
+            values[name] = 0.0
+        elif isinstance(value, dict) or (hasattr(value, "to_dict") and hasattr(value, "model_type")):
             zero_dropout(value)
+
+
+def silence_random_layers(model: nn.Module) -> None:
+    """Set the probability of every layer that is random in train mode to 0, whatever its configuration calls it.
+
+    Such a layer is of one of torch's dropout types, or has a float whose name says so, for `F.dropout` in its forward
+    pass: `drop_prob` of a stochastic depth, `attention_dropout`, `dropout` of torch's recurrent and attention layers.
+
+    Args:
+        model: changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        if re.search("drop_?path|stochastic_?depth", type(module).__name__, re.IGNORECASE):
+            names = [name for name, value in vars(module).items() if isinstance(value, float)]
+        else:
+            names = [name for name, value in vars(module).items() if isinstance(value, float) and _RANDOM.search(name)]
+        for name in names:
+            # `keep_prob` and its like are 1 where nothing is dropped.
+            setattr(module, name, 1.0 if "keep" in name else 0.0)
 
 
 def load_failure(error: Exception, key: str, path: str) -> Exception:

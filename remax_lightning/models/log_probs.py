@@ -216,7 +216,7 @@ def row_statistics(
 ) -> RowStatistics:
     """Run `model` once over `rows` and return the statistics of their counted tokens.
 
-    Without suppressed tokens no operator needs the values of its tensors, so `remax plan` runs it on shapes alone.
+    No operator needs the values of its tensors, so `remax plan` runs it on shapes alone.
 
     Args:
         model: policy or reference.

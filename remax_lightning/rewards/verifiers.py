@@ -43,6 +43,8 @@ def _gold_text(row: dict[str, Any], where: str, column: str = "response", ignore
             f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
             f"the columns {filled or 'none'} for {where}; name one of these there or complete the data"
         )
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        value = value[-1].get("content")  # a response with a thought or a call of a tool is a message in the row
     if not isinstance(value, str | Number) or isinstance(value, bool | complex):
         raise RewardError(
             f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(value).__name__}, "

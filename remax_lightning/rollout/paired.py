@@ -86,6 +86,8 @@ class DecodeLoop:
         # All rows are active, and none has ended.
         self.active = torch.arange(len(rows), device=rows.device)  # [M]
         self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
+        # Before and after the minimum length; one copy to the device has the EOS ids, too.
+        self._suppressed = request.suppressed.ids_by_phase(rows.device)
         self._shape: tuple[int, int] | None = None  # rows and slots of the view
 
     def run(self) -> DecodeOutput:
@@ -103,19 +105,14 @@ class DecodeLoop:
             torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
             None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
         )
-        # Before and after the minimum length; one copy to the device has the EOS ids, too.
-        suppressed = request.suppressed.ids_by_phase(device)
-        eos_ids = suppressed[0][len(request.unused_ids) :]
+        eos_ids = self._suppressed[0][len(request.unused_ids) :]
         for step in range(sampling.max_response_length):
             # Choose the next token of every row.
-            may_end = step >= sampling.min_response_length
-            if len(suppressed[may_end]):
-                self.logits = self.logits.index_fill(1, suppressed[may_end], -torch.inf)
-            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
+            self.tokens = self.choose_tokens(step)  # [M]
             self._store_tokens(output, step)
             # Find rows that end here.
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
-            if request.stop_check is not None and may_end:
+            if request.stop_check is not None and step >= sampling.min_response_length:
                 self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length:
                 if device.type != "cpu":  # on a CPU each token has been checked
@@ -125,6 +122,13 @@ class DecodeLoop:
                 break
             self.decode_step(step, self.tokens)
         return output
+
+    def choose_tokens(self, step: int) -> Tensor:
+        """Return `[M]` the next token of every row, never a suppressed one; `step` is its position from 0."""
+        suppressed = self._suppressed[step >= self.request.sampling.min_response_length]
+        if len(suppressed):
+            self.logits = self.logits.index_fill(1, suppressed, -torch.inf)
+        return next_tokens(self.logits, self.num_sampled, self.request.sampling, self.request.generator)
 
     def _store_tokens(self, output: DecodeOutput, step: int) -> None:
         """Store the tokens of unfinished rows, and the log-probs of the sampled ones."""

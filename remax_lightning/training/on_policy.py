@@ -7,11 +7,14 @@ noise in a router), and padding (a recurrent state that reads it).
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import policy_statistics
-from remax_lightning.models.sampling import gather_log_probs
+from remax_lightning.models.sampling import apply_temperature, apply_top_k_top_p, gather_log_probs
 from remax_lightning.sharding import language_model
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout
@@ -29,11 +32,22 @@ if TYPE_CHECKING:
 
 PROMPT_LENGTHS = (6, 3)
 """Tokens of the two prompts; the second is padded on the left to the length of the first."""
+RANDOM_PASSES = 8
+"""Passes in train mode of a model that draws random numbers there. One would miss a layer that is left out of a tenth
+of the passes; a model that draws none needs one."""
+SAMPLES = 16
+"""Responses per prompt from an engine without log-probs, which can only be judged by how likely they are."""
 RESPONSE_LENGTH = 8
 """Tokens of a response: enough for cached steps to go wrong, and under 2 seconds for a policy that fits the device."""
 LIMIT, LIMIT_16_BITS = 0.05, 1.0
 """Nats between two log-probs of one token beyond what rounding explains: decoding, training and a plain pass multiply
 in other shapes and orders."""
+LIKELIHOOD_LIMIT = 6.0
+"""Standard errors by which the mean log-prob of sampled tokens may differ from what the policy itself would draw; by
+chance it is more in one run of 500 million."""
+MAX_IMPOSSIBLE = 0.02
+"""Share of sampled tokens that the policy would not draw at all: rounding moves a token over the edge of top-k or top-p
+now and then."""
 MODE_LIMIT, MODE_LIMIT_16_BITS = 1e-3, 0.05
 """The same between train and eval mode, which multiply in the same order."""
 
@@ -42,17 +56,19 @@ class OnPolicyGaps(NamedTuple):
     """The largest differences between log-probs of the same tokens, in nats; infinite where one is not a number.
 
     Args:
-        decoding: the engine's log-probs of sampled tokens against a plain pass; 0 where the engine returns none, whose
-            sampled tokens cannot be judged.
+        decoding: the engine's log-probs of sampled tokens against a plain pass; 0 where the engine returns none.
         greedy: how far the greedy tokens are below the most likely ones in a plain pass.
-        mode: train mode against eval mode.
+        mode: train mode against eval mode; the largest of several passes where the model draws random numbers.
         padding: the batch with a padded prompt against each row alone, without padding.
+        likelihood: for an engine without log-probs, by how many standard errors the mean log-prob of its sampled tokens
+            differs from that of tokens which the policy draws, infinite where it could not draw them; else 0.
     """
 
     decoding: float
     greedy: float
     mode: float
     padding: float
+    likelihood: float = 0.0
 
 
 @torch.no_grad()
@@ -68,21 +84,23 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
     """
     with isolate_rng():
         rollout, greedy_ids = _roll_out(policy, worker)
-        trained = _log_probs(policy, rollout, worker)  # [2, R] in train mode
+        trained = _passes_in_train_mode(policy, rollout, worker)  # [passes, 2, R]
         with eval_mode(policy):
             padded = _log_probs(policy, rollout, worker)  # [2, R]
             alone, greedy_gaps = zip(
                 *(_plain_pass(policy, worker, rollout, greedy_ids, row) for row in range(len(PROMPT_LENGTHS))),
                 strict=True,
             )
+            likelihood = 0.0 if rollout.log_probs is not None else _unlikelihood(policy, worker)
     mask = rollout.sampled.response_mask
     plain = torch.zeros_like(padded).masked_scatter(mask, torch.cat(alone))  # [2, R]
     drawn = plain if rollout.log_probs is None else rollout.log_probs
     return OnPolicyGaps(
         decoding=_largest(drawn - plain, mask),
         greedy=max(greedy_gaps),
-        mode=_largest(trained - padded, mask),
+        mode=_largest(trained - padded, mask.expand_as(trained)),
         padding=_largest(padded - plain, mask),
+        likelihood=likelihood,
     )
 
 
@@ -126,23 +144,84 @@ def judge_gaps(
             " model.rollout out, set it to HuggingFaceEngine, or set model.check_on_policy to false where the engine"
             " is off-policy on purpose"
         )
+    if gaps.likelihood > LIKELIHOOD_LIMIT:
+        how = (
+            f"whose mean log-prob is {gaps.likelihood:.2g} standard errors from that of tokens which {name} would draw"
+            if math.isfinite(gaps.likelihood)
+            else f"which {name} would not draw with model.sampling"
+        )
+        raise UserError(
+            f"model.rollout: {type(worker.engine).__name__} draws sampled tokens {how}, so the gradient would be of"
+            " another policy than the one that draws; leave model.rollout out, set it to HuggingFaceEngine, let it"
+            " return log-probs, or set model.check_on_policy to false where the engine is off-policy on purpose"
+        )
 
 
-def _roll_out(policy: PreTrainedModel, worker: RolloutWorker) -> tuple[Rollout, Tensor]:
-    """Return two unscored responses with the engine's log-probs `[2, R]`, and the greedy ids `[2, R]`."""
+def _passes_in_train_mode(policy: PreTrainedModel, rollout: Rollout, worker: RolloutWorker) -> Tensor:
+    """Return `[passes, 2, R]` log-probs in train mode: of one pass, and of more where it drew random numbers.
+
+    All ranks draw or none does, since they have the same layers; so all make the same number of passes.
+    """
+    before = _random_state()
+    passes = [_log_probs(policy, rollout, worker)]
+    if any(not torch.equal(old, new) for old, new in zip(before, _random_state(), strict=True)):
+        passes += [_log_probs(policy, rollout, worker) for _ in range(RANDOM_PASSES - 1)]
+    return torch.stack(passes)
+
+
+def _random_state() -> list[Tensor]:
+    """Return the state of the generators that layers draw from: torch's, NumPy's and Python's."""
+    states = [torch.get_rng_state(), torch.from_numpy(cast(Any, np.random.get_state())[1].astype(np.int64))]
+    states.append(torch.tensor(random.getstate()[1], dtype=torch.int64))
+    return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def _unlikelihood(policy: PreTrainedModel, worker: RolloutWorker) -> float:
+    """Return by how many standard errors the mean log-prob of an engine's samples is off; see `OnPolicyGaps`.
+
+    Of a token that is drawn from p the log-prob has the mean `sum p log p` and the variance `sum p (log p)^2 - mean^2`.
+    Tokens of one response are drawn one after the other, so that the sum of the differences from these means has the
+    sum of the variances as its own.
+    """
+    rollout, _ = _roll_out(policy, worker, num_samples=SAMPLES)
+    responses, prompt = rollout.sampled, rollout.prompt
+    difference = variance = impossible = count = 0.0
+    for row, (ids, mask) in enumerate(zip(responses.response_ids, responses.response_mask, strict=True)):
+        index = row // SAMPLES
+        tokens = ids[mask]
+        logits = _logits_behind(policy, worker, prompt.prompt_ids[index][prompt.prompt_mask[index]], tokens)
+        logits = apply_top_k_top_p(apply_temperature(logits, worker.sampling.temperature), worker.sampling)
+        log_probs = logits.log_softmax(-1)  # [tokens, V]
+        surprise = (log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)  # [tokens], minus the entropy
+        square = (log_probs.exp() * log_probs.clamp_min(-1e4).square()).sum(-1)
+        drawn = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        possible = drawn.isfinite()
+        count += len(tokens)
+        impossible += float((~possible).sum())
+        difference += float((drawn - surprise)[possible].sum())
+        variance += float((square - surprise.square())[possible].sum())
+    if impossible > MAX_IMPOSSIBLE * count:
+        return math.inf
+    # Where the policy is certain nothing varies: a difference is rounding, or shows above as impossible.
+    return abs(difference) / math.sqrt(variance) if variance > 1e-6 else 0.0
+
+
+def _roll_out(policy: PreTrainedModel, worker: RolloutWorker, num_samples: int = 1) -> tuple[Rollout, Tensor]:
+    """Return unscored responses to two prompts with the engine's log-probs `[S, R]`, and the greedy ids `[2, R]`."""
     device = next(policy.parameters()).device
     prompt = _prompts(policy, worker, device)
     generator = torch.Generator(device).manual_seed(0)
     length = min(RESPONSE_LENGTH, worker.sampling.max_response_length)
     shortest = min(length, worker.sampling.min_response_length)
     sampling = worker.sampling
-    worker.sampling = replace(sampling, max_response_length=length, min_response_length=shortest, num_samples=1)
+    worker.sampling = replace(sampling, max_response_length=length, min_response_length=shortest)
+    worker.sampling = replace(worker.sampling, num_samples=num_samples)
     try:
         responses = worker.generate_responses(policy, prompt, generator, greedy=True, return_log_probs=True)
     finally:
         worker.sampling = sampling
         worker.timer.pop()  # not part of the first step
-    reward = torch.zeros(len(PROMPT_LENGTHS), device=device)
+    reward = torch.zeros(len(PROMPT_LENGTHS) * num_samples, device=device)
     sampled, greedy, log_probs = responses
     rollout = Rollout(prompt, sampled, greedy, reward, None, {}, None, log_probs)
     return rollout, cast(Any, greedy).response_ids
@@ -183,16 +262,20 @@ def _plain_pass(
         (greedy_ids[row], responses.response_mask[row]),
     ):
         tokens = ids[mask]
-        logits = cast(Tensor, policy(torch.cat([prompt, tokens])[None], use_cache=False).logits)[0]
-        predicting = logits[len(prompt) - 1 : -1].float()  # [tokens, V]
-        positions = torch.arange(len(tokens), device=tokens.device)
-        ids_by_phase = worker.suppressed.ids_by_phase(tokens.device)
-        results.append((worker.suppressed.apply(predicting, positions, ids_by_phase), tokens))
+        results.append((_logits_behind(policy, worker, prompt, tokens), tokens))
     (sampled_logits, sampled), (greedy_logits, greedy) = results
     below = greedy_logits.max(-1).values - greedy_logits.gather(-1, greedy[:, None]).squeeze(-1)
     return gather_log_probs(sampled_logits, sampled, worker.sampling), _largest(
         below, torch.ones_like(below, dtype=torch.bool)
     )
+
+
+def _logits_behind(policy: PreTrainedModel, worker: RolloutWorker, prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logits `[tokens, V]` that predict tokens behind a prompt, minus infinity on suppressed ones."""
+    logits = cast(Tensor, policy(torch.cat([prompt, tokens])[None], use_cache=False).logits)[0]
+    predicting = logits[len(prompt) - 1 : -1].float()  # [tokens, V]
+    positions = torch.arange(len(tokens), device=tokens.device)
+    return worker.suppressed.apply(predicting, positions, worker.suppressed.ids_by_phase(tokens.device))
 
 
 def _largest(difference: Tensor, mask: Tensor) -> float:

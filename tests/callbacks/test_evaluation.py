@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from remax_lightning.callbacks import Evaluation
 from remax_lightning.data import PromptDataModule, SFTDataModule
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.evaluator import response_texts, tokenize_responses
+from remax_lightning.evaluation.evaluator import response_messages, shown_texts, tokenize_responses
 from remax_lightning.evaluation.intervals import MEANINGS, figures, format_number, format_table
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch, PromptRecord
@@ -196,7 +196,9 @@ def test_surrogates_and_half_written_files_do_no_harm(folders: tuple[str, str], 
     (record,) = lines(tmp_path / "evaluation.jsonl")
     assert record["responses"]["chosen"] == ["half"]
     # No file gets that far with half a surrogate pair; a data module of the user's own may.
-    assert response_texts([{"chosen": "\ud83d half"}], "chosen") == ["? half"]
+    (message,) = response_messages([{"chosen": "\ud83d half"}], "chosen")
+    assert message is not None
+    assert message["content"] == "? half"
     assert not list(tmp_path.glob(".evaluation*"))
 
 
@@ -355,12 +357,23 @@ def test_other_modules_are_left_alone(tmp_path: Path) -> None:
 def test_the_data_sets_response_is_what_the_supervised_stage_trains(tmp_path: Path) -> None:
     """After messages: the thought that the generation prompt opens is closed, and the template's end stands once."""
     make_tokenizer(chat_template=THINKING).save_pretrained(tmp_path)
-    rows = [{"prompt": [user("1+1")], "response": "2"}, {"prompt": "2+2=", "response": "4"}]
-    data = SFTDataModule(write_rows(tmp_path / "rows.jsonl", rows), str(tmp_path), batch_size=2)
+    thought = {"role": "assistant", "content": "2", "reasoning_content": "1 and 1"}
+    call = {"type": "function", "function": {"name": "sum", "arguments": {}}}
+    rows = [
+        {"prompt": [user("1+1")], "response": "2"},
+        {"prompt": "2+2=", "response": "4"},
+        {"prompt": [user("1+1")], "response": [thought]},
+        {"prompt": [user("1+1")], "response": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
+    ]
+    data = SFTDataModule(write_rows(tmp_path / "rows.jsonl", rows), str(tmp_path), batch_size=4)
     data.setup("fit")
     (batch,) = list(data.train_dataloader())
     prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
-    texts = response_texts(batch.rows, "response")
-    responses = tokenize_responses(data.tokenizer, tiny_model(), prompt, texts, 100)
+    messages = response_messages(batch.rows, "response")
+    responses = tokenize_responses(data.tokenizer, tiny_model(), prompt, messages, 100)
+    # A reward reads them as it reads the policy's: with the thought, which begins in the prompt.
+    texts = set(shown_texts(data.tokenizer, batch.prompts, messages, {2, 3}))
+    called = "\n</think>\n\n<call>sum <unk><unk></call>"  # the tokenizer has no braces
+    assert texts == {"2", "4", "1 and 1\n</think>\n\n2", called}
     assert torch.equal(responses.response_mask, batch.response_mask)
     assert torch.equal(responses.response_ids[responses.response_mask], batch.response_ids[batch.response_mask])

@@ -13,6 +13,8 @@ from helpers.chat_templates import (
     CALL,
     CONCATENATING,
     KNOWN_ROLES,
+    MOVED_SYSTEM,
+    OPENS_THOUGHT,
     PARTS,
     STRICT_ROLES,
     THINKING,
@@ -257,9 +259,82 @@ def test_a_thought_that_the_template_leaves_out() -> None:
 
 
 def test_a_template_that_writes_the_prompt_otherwise_before_a_response() -> None:
-    template = KNOWN_ROLES.replace("<s>assistant\n{%", "<s>assistant\n<think>{%")
-    with pytest.raises(DataError, match=r"here: the chat template writes '<think>' at the end of the prompt, and 'yes"):
+    template = KNOWN_ROLES.replace("<s>assistant\n{%", "<s>assistant\nSure: {%")
+    with pytest.raises(DataError, match=r"here: the chat template writes 'Sure: ' at the end of the prompt, and 'yes"):
         response_of(template, assistant("yes"))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (assistant("yes"), "\n</think>\n\nyes</s>"),
+        (assistant("<think>\nhm\n</think>\n\nyes"), "hm\n</think>\n\nyes</s>"),
+        (assistant("hm</think>yes"), "hm\n</think>\n\nyes</s>"),
+        (assistant("yes", reasoning_content="hm"), "hm\n</think>\n\nyes</s>"),
+        (assistant("yes", thinking="hm\n"), "hm\n</think>\n\nyes</s>"),
+        (assistant(None, tool_calls=[CALL]), '\n</think>\n\n<call>weather {"city": "Oslo"}</call></s>'),
+        (assistant("Hi"), "\n</think>\n\nHi</s>"),  # what the prompt says, too
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_closed(message: dict[str, Any], expected: str) -> None:
+    """The policy is given the opened thought: it has to learn to close it, at once where there is nothing to think."""
+    start, text = response_of(OPENS_THOUGHT, message)
+    assert start == "<s>user\nHi</s>\n<s>assistant\n<think>\n"
+    assert text == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["<think>never closed", "<think>a</think>b<think>c</think>d", "first <think>a</think>b", "a</think>b</think>"],
+)
+def test_a_thought_that_cannot_be_told_apart_is_refused(content: str) -> None:
+    with pytest.raises(DataError, match=r"here: the chat template (leaves out message 1|writes )"):
+        response_of(OPENS_THOUGHT, assistant(content))
+
+
+def test_a_response_behind_an_empty_thought() -> None:
+    """The prompt says that there is none: the answer follows, and a row with a thought is refused."""
+    options: dict[str, Any] = {"template_kwargs": {"no_think": True}}
+    start, text = response_of(OPENS_THOUGHT, assistant("yes"), **options)
+    assert start.endswith("<think>\n\n</think>\n\n")
+    assert text == "yes</s>"
+    with pytest.raises(DataError, match=r"leaves out 'reasoning_content' of message 1"):
+        response_of(OPENS_THOUGHT, assistant("yes", reasoning_content="hm"), **options)
+
+
+def test_a_thought_without_line_breaks() -> None:
+    """DeepSeek V3.1 writes the end of an empty thought before every answer."""
+    template = OPENS_THOUGHT.replace("'<think>\n' }}", "'<think>' }}")
+    assert response_of(template, assistant("yes"))[1] == "</think>yes</s>"
+    closed = template.replace("<s>assistant\n{{", "<s>assistant\n</think>{{")
+    assert response_of(closed, assistant("yes"))[1] == "</think>yes</s>"
+    assert response_of(closed, assistant("yes", reasoning_content="hm"))[1] == "hm</think>yes</s>"
+
+
+def test_a_system_message_that_moves_to_the_last_turn(tmp_path: Path) -> None:
+    """The prompt has it where the policy reads it, in supervised training and in pairs."""
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, user("a"), assistant("b"), user("c")]
+    rows = [{"prompt": messages, "response": "c</u>", "chosen": [assistant("d")], "rejected": [assistant("e")]}]
+    (batch,) = data_of(SFTDataModule, tmp_path, MOVED_SYSTEM, rows).train_dataloader()
+    assert batch.prompts == ["<u>a</u> b</s><u>Be brief.\n\nc</u>"]
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(batch.response_ids[0]) == " c</u></s>"
+    (pair,) = data_of(PreferenceDataModule, tmp_path, MOVED_SYSTEM, rows).train_dataloader()
+    assert tokenizer.decode(pair.chosen_ids[0]) == "<u>a</u> b</s><u>Be brief.\n\nc</u> d</s>"
+    # Only where the prompt has it: with a tool's answer at the end it stands nowhere.
+    with pytest.raises(DataError, match=r"leaves out message 0 \(role 'system'\)"):
+        prompt(MOVED_SYSTEM, *messages, {"role": "tool", "content": "f"})
+
+
+def test_a_row_keeps_the_thought_of_its_response(tmp_path: Path) -> None:
+    """Rewards and evaluations read it there; a response that is content alone is text."""
+    thought = assistant("4", reasoning_content="2+2")
+    row = {"chosen": [user("x"), thought], "rejected": [user("x"), assistant("5")]}
+    for module, options in ((PromptDataModule, {}), (SFTDataModule, {"response_column": "chosen"})):
+        (batch,) = data_of(module, tmp_path, THINKING, [row], **options).train_dataloader()
+        assert batch.rows[0]["chosen"] == [thought]
+        assert batch.rows[0]["rejected"] == "5"
 
 
 def test_a_template_that_ends_turns_without_a_special_token(tmp_path: Path) -> None:

@@ -36,6 +36,24 @@ THINKING = (
 )
 """Opens a thought in the generation prompt, writes that of the last turn alone, and reads tools (Qwen3, DeepSeek)."""
 
+OPENS_THOUGHT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<s>assistant\n{{ (m.content or '').split('</think>')[-1] }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}</s>\n{% else %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n"
+    "{% if no_think %}{{ '<think>\n\n</think>\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+"""Opens a thought in the generation prompt and takes it out of every answer (R1 distill); closes it on demand (QwQ)."""
+
+MOVED_SYSTEM = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.system = m.content %}"
+    "{% elif m.role == 'user' %}"
+    "<u>{% if loop.last and ns.system %}{{ ns.system + '\n\n' }}{% endif %}{{ m.content }}</u>"
+    "{% else %}{{ ' ' + m.content }}</s>{% endif %}{% endfor %}"
+)
+"""Writes the system message into the last turn, if that is the user's (Mistral Nemo)."""
+
 PARTS = (
     "{% for m in messages %}<s>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
     "{% endif %}{% endfor %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"

@@ -8,19 +8,52 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from helpers.training import FixedEngine, distance, fit, prompt_data, remax_module, save_policy
+from conftest import make_tokenizer, tiny_model
+from helpers.training import (
+    FixedEngine,
+    Recorder,
+    distance,
+    fit,
+    make_trainer,
+    prompt_data,
+    remax_module,
+    save_policy,
+)
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import KLConfig, LossConfig
 from remax_lightning.modules import remax as module_file
-from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationOutput, GenerationRequest, HuggingFaceEngine, PairedEngine, SamplingConfig
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("models")
     return save_policy(folder / "policy"), save_policy(folder / "reference", noise=0.02)
+
+
+# Ids without a token
+
+
+@pytest.mark.parametrize("engine", [PairedEngine, HuggingFaceEngine])
+def test_a_whole_run_draws_no_id_without_a_token(engine: Any, tmp_path: Path) -> None:
+    """The embedding has 24 rows more than the tokenizer has tokens, each as likely as a token."""
+    tokenizer, model = make_tokenizer(), tiny_model("llama", vocab_size=120)
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    policy = str(tmp_path / "policy")
+    sampling = SamplingConfig(max_response_length=12, num_samples=4)
+    module = remax_module(policy, policy, rollout=engine(), sampling=sampling, check_on_policy=True)
+    recorder = Recorder()
+    data = prompt_data(tmp_path, policy, batch_size=2)
+    make_trainer(tmp_path, [recorder], max_steps=2, limit_val_batches=1).fit(module, data)
+    assert len(recorder.outputs) == 2
+    for output in recorder.outputs:
+        rollout = output["rollout"]
+        for responses in (rollout.sampled, rollout.greedy):
+            assert responses.response_ids.max() < len(tokenizer)
+        # Half of them would be beyond the tokenizer's last ids now and then.
+        assert rollout.sampled.response_ids.max() > len(tokenizer) // 2
 
 
 # Stop strings

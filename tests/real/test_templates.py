@@ -67,7 +67,60 @@ def expected(tokenizer: Any, dialogue: Dialogue) -> tuple[str, str] | None:
         printed = any(text in whole for text in ("'type': 'text'", "'city': ", '\\"city\\"', "None"))
         if all(piece in whole for piece in pieces(dialogue)) and not printed and whole.startswith(prompt):
             return prompt, whole
+        if (
+            not printed
+            and (whole := composed(tokenizer, form, prompt))
+            and all(piece in whole for piece in pieces(dialogue))
+        ):
+            return prompt, whole
     return None
+
+
+def composed(tokenizer: Any, dialogue: Dialogue, prompt: str) -> str | None:
+    """Prompt and response where no whole conversation begins with the prompt: the turn that the template writes behind
+    the last message, behind a thought that is closed."""
+    response, thought = dict(dialogue.response), dialogue.response.get("reasoning_content", "")
+    response.pop("reasoning_content", None)
+    if "</think>" in (response["content"] or ""):
+        thought, _, response["content"] = response["content"].removeprefix("<think>").partition("</think>")
+        thought, response["content"] = thought.strip(), response["content"].lstrip()
+    whole = write(tokenizer, Dialogue(dialogue.messages, response, dialogue.tools))[1]
+    stem = prompt.removesuffix("<think>\n")
+    if stem != prompt and whole.startswith(stem):
+        return f"{prompt}{thought}\n</think>\n\n{whole[len(stem) :]}"
+    # Mistral Nemo: the system message stands in the last turn, while nothing follows it.
+    system = dialogue.messages[0]
+    if not thought and system["role"] == "system" and f"{system['content']}\n\n" in prompt:
+        stem = prompt.replace(f"{system['content']}\n\n", "")
+        return f"{prompt}{whole[len(stem) :]}" if whole.startswith(stem) else None
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "trained"),
+    [
+        ("r1_distill_llama", "one turn", "\n</think>\n\nOslo is the capital.<｜end▁of▁sentence｜>"),
+        ("r1_distill_llama", "thought", "Two and two, counted.\n</think>\n\nIt is four.<｜end▁of▁sentence｜>"),
+        ("r1_distill_llama", "thought as text", "Two and two.\n</think>\n\nIt is four.<｜end▁of▁sentence｜>"),
+        ("qwq", "one turn", "\n</think>\n\nOslo is the capital.<|im_end|>"),
+        ("qwq", "thought", "Two and two, counted.\n</think>\n\nIt is four.<|im_end|>"),
+        ("qwq", "turns", "\n</think>\n\nAbout 700,000.\n\nSo says the last census.<|im_end|>"),
+        ("mistral_nemo", "system", "Roma aeterna.</s>"),
+    ],
+)
+def test_ordinary_rows_train_where_the_template_writes_prompts_otherwise(name: str, kind: str, trained: str) -> None:
+    """Spelled out, beside `composed`: what the policy learns to write behind the prompt that it is given."""
+    dialogue, tokenizer = DIALOGUES[kind], published_tokenizer(name)
+    data = Supervised(
+        data=[{"prompt": dialogue.messages, "response": [dialogue.response]}],
+        tokenizer=name,
+        batch_size=1,
+        loading=LoadingConfig(cache=False),
+    )
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch.prompts[0] == write(tokenizer, dialogue)[0]
+    assert tokenizer.decode(batch.response_ids[0]) == trained
 
 
 class Supervised(SFTDataModule):

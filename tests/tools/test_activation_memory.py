@@ -12,6 +12,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
+from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.tools.plan.activation_memory import LiveBytes, StepPasses, StepShape
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -21,8 +22,9 @@ SAMPLING = SamplingConfig(max_response_length=RESPONSE, min_response_length=RESP
 FAMILIES = ["llama", "qwen2", "opt", "gpt2"]
 
 
-def passes(model: Any, autocast: Any = nullcontext) -> StepPasses:
-    return StepPasses(model, StepShape(PROMPTS, SAMPLING, PROMPT, 8, 8, 8), autocast, whole_logits=False)
+def passes(model: Any, autocast: Any = nullcontext, suppressed: SuppressedTokens = NO_TOKENS) -> StepPasses:
+    shape = StepShape(PROMPTS, SAMPLING, PROMPT, 8, 8, 8, suppressed=suppressed)
+    return StepPasses(model, shape, autocast, whole_logits=False)
 
 
 def mixed() -> Any:
@@ -48,6 +50,28 @@ def test_a_rollout(family: str, autocast: Any, monkeypatch: pytest.MonkeyPatch) 
         request = GenerationRequest(prompt.prompt_ids, prompt.prompt_mask, SAMPLING, [2], 0, generator)
         PairedEngine(cuda_graphs=False).generate(model, request)
     assert expected.cache + expected.working + copy == pytest.approx(live.peak, rel=0.1)
+
+
+SUPPRESSED = SuppressedTokens((91, 92, 93, 94, 95), (2,), RESPONSE)
+
+
+def test_tokens_that_are_not_drawn_cost_masks_of_the_vocabulary() -> None:
+    """Their logits are written anew at every token of a rollout, and masked in a pass: both as in the real ones."""
+    model, (prompt, responses) = tiny_model("llama", vocab_size=5000).eval(), rows()
+    expected = passes(model, suppressed=SUPPRESSED).rollout(greedy=True)
+    with LiveBytes([model]) as live:
+        generator = torch.Generator().manual_seed(0)
+        request = GenerationRequest(
+            prompt.prompt_ids, prompt.prompt_mask, SAMPLING, [2], 0, generator, unused_ids=SUPPRESSED.unused_ids
+        )
+        PairedEngine(cuda_graphs=False).generate(model, request)
+    assert expected.cache + expected.working == pytest.approx(live.peak, rel=0.1)
+    with LiveBytes([model]) as live, torch.no_grad():
+        rollout = Rollout(prompt, responses, None, torch.zeros(PROMPTS), None, {}, None, None)
+        policy_statistics(model.train(), rollout, SAMPLING, suppressed=SUPPRESSED)
+    without, counted = passes(model).policy_scoring(), passes(model, suppressed=SUPPRESSED).policy_scoring()
+    assert counted == pytest.approx(live.peak, rel=0.02)
+    assert counted > without
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import make_tokenizer, tiny_model
 from helpers.cli import changed, small_config
 from helpers.training import save_policy
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from remax_lightning.cli import config_folder
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
+from remax_lightning.tools.plan import run_config
 from remax_lightning.tools.plan.command import main
 from remax_lightning.tools.plan.phases import least_devices
 
@@ -64,6 +66,18 @@ def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_
     parts = planned(tmp_path, policy, trainer__precision="bf16-mixed")["phases"]["rollout"]
     assert parts["KV cache"] == 2 * 2 * 32 * 2 * 8 * 32
     assert parts["16-bit copy"] == 2 * sum(each.weight.numel() for each in model.modules() if type(each) is nn.Linear)
+
+
+def test_tokens_that_are_not_drawn_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded embedding needs masks of the vocabulary, in every pass that makes logits."""
+    model = tiny_model("llama", vocab_size=5000)
+    model.save_pretrained(tmp_path / "wide")
+    make_tokenizer().save_pretrained(tmp_path / "wide")
+    masked = planned(tmp_path, str(tmp_path / "wide"))["phases"]
+    monkeypatch.setattr(run_config, "_tokenizer", lambda data: None)
+    usual = planned(tmp_path, str(tmp_path / "wide"))["phases"]
+    for phase in ("scoring", "training"):
+        assert masked[phase]["logits and temporary"] > usual[phase]["logits and temporary"]
 
 
 def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:

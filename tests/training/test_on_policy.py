@@ -143,11 +143,115 @@ def test_an_engine_that_draws_from_another_policy(engine: Any, what: str) -> Non
         check(tiny_model("llama"), engine())
 
 
+class SilentTemperature(OtherTemperature):
+    """Draws at another temperature, and says nothing of log-probs; the greedy tokens are right."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, return_log_probs=False))
+
+
+class SilentWide(PairedEngine):
+    """Does not know top-k, and says nothing of log-probs."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        sampling = replace(request.sampling, top_k=0)
+        return super().generate(model, replace(request, sampling=sampling, return_log_probs=False))
+
+
+class Silent(PairedEngine):
+    """Draws what the policy draws, and says nothing of log-probs."""
+
+    def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
+        return super().generate(model, replace(request, return_log_probs=False))
+
+
+@pytest.mark.parametrize(
+    ("engine", "sampling", "how"),
+    [
+        (SilentTemperature, {}, "whose mean log-prob is .* standard errors from"),
+        (SilentWide, {"top_k": 3}, "which LlamaForCausalLM would not draw"),
+    ],
+)
+def test_samples_without_log_probs_are_judged_by_how_likely_they_are(
+    engine: Any, sampling: dict[str, Any], how: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{engine.__name__} draws sampled tokens {how}"):
+        check(spread_model(), engine(), **sampling)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.5, "temperature": 0.7}, {"min_response_length": 4}):
+        check(spread_model(), Silent(), **options)
+    assert measure_gaps(spread_model().train(), prepared_worker(Silent())).likelihood > 0, "else nothing was measured"
+
+
+def spread_model() -> Any:
+    """A model that is surer of some tokens than of others: a random one draws all alike at every temperature."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model
+
+
+class Skipped(nn.Module):
+    """A layer that one pass in seven leaves out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * 0 if self.training and torch.rand([]) < 0.15 else self.layer(values)
+
+
+def test_a_layer_that_is_seldom_left_out_is_noticed() -> None:
+    """One pass would miss it in most runs: a model that draws random numbers is looked at several times."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Skipped(model.model.layers[1].mlp)
+    with pytest.raises(UserError, match="in train mode LlamaForCausalLM"):
+        check(model)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as vision models have it."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values if not self.training or torch.rand([]) >= self.rate else values * 0
+
+
+class Functional(nn.Module):
+    """Drops by a function, at a rate of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embd_drop_rate, self.eps = 0.5, 0.5
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(values, self.embd_drop_rate, self.training)
+
+
+def test_layers_that_are_random_by_their_kind_are_silenced() -> None:
+    """Whatever a configuration calls them: torch's types, stochastic depth, and rates for functions."""
+    from remax_lightning.models.loading import silence_random_layers
+
+    layers = nn.ModuleList([nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.Dropout1d(0.5), DropPath(0.5), Functional()])
+    layers.append(nn.MultiheadAttention(4, 1, dropout=0.5, batch_first=True))
+    silence_random_layers(layers.train())
+    values = torch.randn(2, 8, 4)
+    for layer in layers:
+        outputs = [layer(*[values] * (3 if isinstance(layer, nn.MultiheadAttention) else 1)) for _ in range(4)]
+        first, *others = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        assert all(torch.equal(first, other) for other in others), layer
+    assert layers[4].eps == 0.5
+
+
 RANDOM = {
     "phimoe": {"num_local_experts": 4},
     "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.1},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32, "layerdrop": 0.5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2, "emb_pdrop": 0.3},
 }
 
 

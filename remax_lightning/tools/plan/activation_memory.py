@@ -21,7 +21,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, PolicyStatistics
 from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, prompt_index_per_row
 from remax_lightning.models.log_probs import ForwardBatch, row_statistics
-from remax_lightning.models.sampling import next_tokens
+from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
 from remax_lightning.rollout.paired import DecodeLoop
 from remax_lightning.rollout.static_cache import DecodeBuffers
@@ -119,6 +119,7 @@ class StepShape(NamedTuple):
         reference_rows: responses per pass of the reference.
         reward_rows: texts per pass of the reward model.
         reward_length: most tokens of a text; None for those of prompt and response.
+        suppressed: tokens that are not drawn, and left out of the log-probs; their masks take memory.
     """
 
     prompts: int
@@ -129,6 +130,7 @@ class StepShape(NamedTuple):
     reference_rows: int
     reward_rows: int = 0
     reward_length: int | None = None
+    suppressed: SuppressedTokens = NO_TOKENS
 
     @property
     def length(self) -> int:
@@ -168,18 +170,22 @@ class StepPasses:
             raise _unsupported_engine_error(model)
         ids, mask = _dummy_rows(self.work.prompts, self.work.prompt_length)  # [B, P]
         rows = prompt_index_per_row(ids, sampling.num_samples, greedy)  # [N]
-        request = GenerationRequest(ids, mask, sampling, [], 0, torch.Generator(), greedy)
+        suppressed = self.work.suppressed
+        eos_ids = list(suppressed.eos_ids) if sampling.min_response_length else []
+        request = GenerationRequest(
+            ids, mask, sampling, eos_ids, 0, torch.Generator(), greedy, unused_ids=suppressed.unused_ids
+        )
         with self.autocast(), LiveBytes([model]) as live:
             # No CUDA graphs, which take no tensors without memory, and no cast weights, which the plan lists apart.
             try:
                 loop = DecodeLoop(model, request, rows, None, DecodeBuffers.create)
             except UserError as error:
                 raise _unsupported_engine_error(model) from error
-            tokens = next_tokens(loop.logits, request.num_sampled, sampling, request.generator)  # [N]
+            tokens = loop.choose_tokens(0)  # [N]
             # The last step attends to the most slots; a response of one token needs none.
             if sampling.max_response_length > 1:
                 loop.decode_step(sampling.max_response_length - 2, tokens)
-                next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
+                loop.choose_tokens(sampling.max_response_length - 1)
         states = sum(slots.nbytes for slots in loop.buffers.states)
         return RolloutBytes(states, live.peak - states)
 
@@ -259,7 +265,13 @@ class StepPasses:
             other = self._required_head(reference)
             compared = torch.empty(len(counted[0]), other.weight.shape[1], dtype=other.weight.dtype), other  # [K, D']
         return row_statistics(
-            model, rows, head, sampling=self.work.sampling, reference=compared, truncate=truncate
+            model,
+            rows,
+            head,
+            sampling=self.work.sampling,
+            suppressed=self.work.suppressed,
+            reference=compared,
+            truncate=truncate,
         ).statistics
 
     def _head(self, model: PreTrainedModel) -> OutputHead | None:

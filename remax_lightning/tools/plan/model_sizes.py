@@ -12,6 +12,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, initial_adapter
+from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
 from remax_lightning.sharding import decoder_layers, language_model
@@ -68,6 +69,7 @@ def _measure(run: PlannedRun) -> Sizes:
     module, work, kl = run.module, run.work, run.module.objective.kl_config
     policy = empty_model(dataclasses.replace(module.policy_source, dtype=_dtype_name(run.policy_dtype)), "model.policy")
     check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
+    work = work._replace(suppressed=_suppressed_tokens(run, policy))
     passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
     source, shared = module.reference_source, 0
     reference = None if source is None else empty_model(source, "model.reference").requires_grad_(False)
@@ -99,6 +101,19 @@ def _measure(run: PlannedRun) -> Sizes:
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     size = _policy_size(policy, run)
     return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
+
+
+def _suppressed_tokens(run: PlannedRun, policy: PreTrainedModel) -> SuppressedTokens:
+    """Return the tokens that a run does not draw: EOS at first, and rows of the embedding without a token."""
+    if run.tokenizer is None:
+        return NO_TOKENS
+    eos_id = run.tokenizer.eos_token_id
+    num_used = len(set(run.tokenizer.get_vocab().values()))
+    return SuppressedTokens(
+        tuple(range(num_used, policy.config.get_text_config().vocab_size)),
+        () if eos_id is None else (int(cast(int, eos_id)),),
+        run.work.sampling.min_response_length,
+    )
 
 
 def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:

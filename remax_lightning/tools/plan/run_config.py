@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,6 +20,9 @@ from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
 from remax_lightning.training.objective import UpdatePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 Device: TypeAlias = Literal["cpu", "gpu"]
@@ -55,6 +58,7 @@ class PlannedRun(NamedTuple):
         strategy: how the run is spread.
         precision: `trainer.precision` in Lightning's newer words.
         device: what is planned for.
+        tokenizer: whose tokens are drawn; None where it cannot be loaded.
         notes: how the configuration was read where it leaves a choice.
     """
 
@@ -66,6 +70,7 @@ class PlannedRun(NamedTuple):
     strategy: Strategy
     precision: str
     device: Device
+    tokenizer: PreTrainedTokenizerBase | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -134,6 +139,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
+        tokenizer=_tokenizer(data),
         notes=tuple(text for text in (note, unknown_note) if text),
     )
 
@@ -168,6 +174,13 @@ def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[Class
         reward_rows=min(texts, max((reward.batch_size for reward in rewards), default=0)),
         reward_length=max(limits) if rewards and len(limits) == len(rewards) else None,
     )
+
+
+def _tokenizer(data: Any) -> PreTrainedTokenizerBase | None:
+    try:
+        return cast("PreTrainedTokenizerBase | None", getattr(data, "tokenizer", None))
+    except UserError:  # a plan needs it for the masks of tokens that are not drawn only
+        return None
 
 
 def _has_validation(data: Any) -> bool:

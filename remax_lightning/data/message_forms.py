@@ -1,0 +1,159 @@
+"""The forms that messages are written in for a chat template, and the marks that show what a template leaves out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, Message, call_arguments, content_text
+
+ARGUMENT = "probe-argument"
+"""An argument of every tool call in a probe; its quotes show how a template has written the arguments."""
+_SHORT = 32
+"""Characters below which a content may stand in a text by accident, so that finding it proves nothing."""
+
+
+class MessageForm(NamedTuple):
+    """How messages are written for a template: templates differ in what they read of one and the same content."""
+
+    content: Literal["given", "text", "parts"] = "given"
+    null_is_empty: bool = False
+    arguments: Literal["given", "objects", "json"] = "given"
+
+
+def mark_message(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
+    """Return a message whose texts are marks, and the marks by field."""
+    content, marks = message["content"], []
+    marked = dict(message)
+    if isinstance(content, list):
+        marked["content"] = [{**part, "text": f"probe-{i}-{j}-end"} for j, part in enumerate(content)]
+        marks = [("content", part["text"]) for part in marked["content"]]
+    elif content is not None:
+        marked["content"] = f"probe-{i}-end"
+        marks = [("content", marked["content"])]
+    for field in REASONING_FIELDS:
+        if message.get(field):
+            marked[field] = f"probe-{i}-{field}-end"
+            marks.append((field, marked[field]))
+    if message.get("tool_calls"):
+        names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
+        calls = [_with_arguments(call, _marked_arguments) for call in message["tool_calls"]]
+        marked["tool_calls"] = [rename_function(call, name) for call, name in zip(calls, names, strict=True)]
+        marks += [("tool_calls", name) for name in names]
+    return marked, marks
+
+
+def rename_function(tool: Any, name: str) -> Any:
+    """Return a tool, or a call of one, under another name."""
+    if not isinstance(tool, dict):
+        return tool
+    function = tool.get("function")
+    return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
+
+
+def is_quoted(text: str, marks: list[tuple[str, str]]) -> bool:
+    """Whether a text has the mark of a content within quotes, as a program prints it."""
+    return any(f"{quote}{mark}{quote}" in text for field, mark in marks if field == "content" for quote in "'\"")
+
+
+def message_forms(messages: Sequence[Message]) -> Iterator[MessageForm]:
+    """Yield the forms that messages can be written in, the likeliest first."""
+    contents = [message["content"] for message in messages]
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    kinds: list[Literal["given", "text", "parts"]] = ["given"]
+    kinds += ["text"] if any(isinstance(content, list) for content in contents) else []
+    kinds += ["parts"] if any(isinstance(content, str) for content in contents) else []
+    nulls = (False, True) if None in contents else (False,)
+    # OpenAI writes arguments as JSON in a string. Most templates are made for objects, and would quote it once more;
+    # others add strings up, and need it.
+    values = [call_arguments(call) for call in calls]
+    arguments: list[Literal["given", "objects", "json"]] = []
+    arguments += ["objects"] if any(isinstance(value, str) for value in values) else []
+    arguments += ["given"]
+    arguments += ["json"] if any(isinstance(value, dict) for value in values) else []
+    for written, kind, null_is_empty in product(arguments, kinds, nulls):
+        yield MessageForm(kind, null_is_empty, written)
+
+
+def write_in_form(message: Message, form: MessageForm) -> Message:
+    """Return a message in the form that a template reads."""
+    content = message["content"]
+    if content is None and form.null_is_empty:
+        content = ""
+    if form.content == "text" and isinstance(content, list):
+        content = content_text(message)
+    elif form.content == "parts" and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    formed = {**message, "content": content}
+    if form.arguments != "given" and message.get("tool_calls"):
+        change = _as_object if form.arguments == "objects" else _as_json
+        formed["tool_calls"] = [_with_arguments(call, change) for call in message["tool_calls"]]
+    return formed
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a tool call with changed arguments, where it has any."""
+    value = call_arguments(call)
+    if value is None:
+        return call
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": change(value)}}
+    return {**call, "arguments": change(value)}
+
+
+def _as_object(arguments: Any) -> Any:
+    """Return arguments as an object, where they are JSON in a string."""
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def _as_json(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _marked_arguments(arguments: Any) -> Any:
+    """Return arguments with one more, of the same kind as they are."""
+    value = _as_object(arguments)
+    if not isinstance(value, dict):
+        return arguments
+    marked = {**value, ARGUMENT: "probe"}
+    return _as_json(marked) if isinstance(arguments, str) else marked
+
+
+def function_name(tool: Any) -> str:
+    """Return the name of a tool, or of the function that a call calls; empty where there is none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def holds_content(text: str, content: Any, *, whole: bool, by_accident: bool) -> bool:
+    """Whether a text holds a content.
+
+    Args:
+        text: what a template wrote.
+        content: text, a list of text parts, or None.
+        whole: whether a thought inside of the content has to stand there too; that of an earlier turn need not.
+        by_accident: whether the template leaves such a message out, so that a short content proves nothing.
+    """
+    if isinstance(content, list):
+        return all(holds_content(text, part["text"], whole=whole, by_accident=by_accident) for part in content)
+    if not isinstance(content, str) or not content.strip():
+        return True
+    if by_accident and len(content.strip()) < _SHORT:
+        return False
+    if content.strip() in text:
+        return True
+    pieces = [piece.strip() for piece in THOUGHT_MARKS.split(content)]
+    return all(_holds_piece(text, piece) for piece in (pieces if whole else pieces[-1:]))
+
+
+def _holds_piece(text: str, piece: str) -> bool:
+    """Whether a text holds a piece as it is, as JSON, or with other white space."""
+    if piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text or json.dumps(piece)[1:-1] in text:
+        return True
+    return "".join(piece.split()) in "".join(text.split())
