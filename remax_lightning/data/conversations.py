@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from remax_lightning.data.tokenizers import encode_batch
 from remax_lightning.errors import DataError
 from remax_lightning.types import Conversation
 
@@ -237,11 +238,9 @@ def conversation_ids(
         texts: prompt and response, and what a template puts around them, as one text.
         is_chat: whether a chat template wrote the texts.
     """
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=not is_chat, return_attention_mask=False, verbose=False)
+    encoded = encode_batch(tokenizer, texts, add_special_tokens=not is_chat)
     first, last = (tokenizer.bos_token_id, tokenizer.cls_token_id), (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    return [_once(list(ids), first, last) for ids in encoded["input_ids"]]
+    return [_once(ids, first, last) for ids in encoded]
 
 
 def _once(ids: list[int], first: tuple[int | None, ...], last: tuple[int | None, ...]) -> list[int]:

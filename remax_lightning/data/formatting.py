@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs
 from remax_lightning.data.conversations import Message, check_characters, content_text, read_conversation
 from remax_lightning.data.reading import Row
+from remax_lightning.data.tokenizers import encode_batch
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
 
@@ -187,15 +188,7 @@ def get_column(row: Row, name: str, where: str, key: str) -> Any:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each text, without special tokens but those that the text spells out."""
-    if not texts:
-        return []
-    encoding = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,  # length is judged here, by the limits of the configuration
-    )
-    return [list(ids) for ids in encoding["input_ids"]]
+    return encode_batch(tokenizer, texts)
 
 
 def check_template(template: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import make_tokenizer
 
 from remax_lightning.data import load_tokenizer
+from remax_lightning.data.tokenizers import encode_batch
 from remax_lightning.errors import UserError
 
 
@@ -75,3 +76,33 @@ def test_broken_tokenizer_file(tmp_path: Path) -> None:
 def test_unknown_hub_name_is_one_clear_error() -> None:
     with pytest.raises(UserError, match=r"data\.tokenizer: no tokenizer could be loaded from 'nobody/nothing'"):
         load_tokenizer("nobody/nothing")
+
+
+@pytest.mark.parametrize("add_special_tokens", [False, True])
+def test_a_batch_is_encoded_as_the_tokenizer_does(add_special_tokens: bool) -> None:
+    """Also where truncation, padding or another class stand in the way of the short cut."""
+    tokenizer = make_tokenizer()
+    texts = ["2+2=4</s>", "", "<s>a\nb", "unknown: {}"]
+    expected = [list(ids) for ids in tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]]
+    assert expected[0] != expected[2]
+
+    def encoded(other: Any) -> list[list[int]]:
+        return encode_batch(other, texts, add_special_tokens=add_special_tokens)
+
+    assert encoded(tokenizer) == expected
+    tokenizer(texts, padding=True, truncation=True, max_length=2)
+    assert encoded(tokenizer) == expected
+    tokenizer.split_special_tokens = True
+    assert encoded(tokenizer) == [
+        list(ids) for ids in tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    ]
+
+    class Doubling(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            return super().__call__([text * 2 for text in texts], **options)
+
+    doubling = Doubling(tokenizer_object=make_tokenizer().backend_tokenizer)
+    assert encoded(doubling) == [
+        list(ids)
+        for ids in make_tokenizer()([text * 2 for text in texts], add_special_tokens=add_special_tokens)["input_ids"]
+    ]
