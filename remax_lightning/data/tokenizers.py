@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +214,6 @@ def encode_batch(
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-@cache
 def _is_plain(kind: type) -> bool:
     """Whether a tokenizer's class encodes as transformers' own base does."""
     from transformers import PreTrainedTokenizerFast
