@@ -45,6 +45,8 @@ _DENIED_AFTER = re.compile(
 # Letters in front make a name or, behind a caret, a unit's exponent: cm^2, H2O, x_1.
 _PART_OF_A_NAME = re.compile(r"(?:[^\W\d]|_\{?|[A-Za-z]\s*\^\s*\{?-?|\\(?:text|mathrm)\{[^{}]*\}\s*\^\s*\{?-?)$")
 
+_LIST_ITEM = re.compile(r"^[ \t>*#-]*([0-9]{1,3})[.)][ \t]", re.MULTILINE)
+"""The number of an item in a list, at the beginning of a line."""
 _MAX_FORMULA = 1000
 """Characters of a formula that is looked at."""
 # Dollar signs are formulas' only where no space is inside and no digit behind: "$5 and $6" are prices.
@@ -87,7 +89,12 @@ def final_number(text: str) -> Fraction | None:
         text = text.rpartition("####")[2]
     if _DENIED_BEFORE.search(before[-80:]) or (boxed is not None and _OPERAND_AFTER.match(after[:40])):
         return None
+    # "1. Add. 2. Divide." on two lines: the numbers of the items are no answers, one that stands alone may be.
+    items = {item.start(1): int(item[1]) for item in _LIST_ITEM.finditer(text)}
+    counted = {place for place, number in items.items() if number - 1 in items.values() or number + 1 in items.values()}
     for match in reversed(list(_NUMBER.finditer(text))):
+        if match.start() in counted:
+            continue
         # Only the neighborhood is looked at, so that a long text costs no more than a short one.
         left, right = text[max(0, match.start() - 80) : match.start()], text[match.end() : match.end() + 80]
         if _PART_OF_A_NAME.search(left):

@@ -179,6 +179,8 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
         tensor = torch.as_tensor(scores).detach()
     except Exception:  # text, a dict, None, a NumPy array of objects
         raise error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         raise error("complex numbers")
     if tensor.dim() != 1 or tensor.shape[0] != count:
@@ -192,8 +194,13 @@ def _checked(name: str, scores: Any, prompts: Sequence[str], responses: Sequence
 
 
 def _without_index(scores: Any) -> Any:
-    """Return a pandas Series as an array, whatever its index, and an array of objects as a list."""
+    """Return a pandas Series as an array, whatever its index, and an array of objects as a list.
+
+    A masked array becomes a list with None where it is masked: the number below a mask is no score.
+    """
     array = scores.to_numpy() if hasattr(scores, "to_numpy") else scores
+    if hasattr(array, "filled") and hasattr(array, "mask"):
+        return array.tolist()
     is_objects = getattr(array, "ndim", 0) == 1 and str(array.dtype) == "object"
     return list(array) if is_objects else array
 

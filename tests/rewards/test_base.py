@@ -174,3 +174,10 @@ def test_a_signal_within_a_reward_is_no_error_of_it() -> None:
 
     with pytest.raises(SignalExit):
         checked_scores(Told(), ["p"], ["a"], [{}])
+
+
+def test_numbers_below_a_mask_are_no_scores() -> None:
+    masked = np.ma.array([1.0, 2.0, 3.0, 4.0], mask=[False, True, False, False])
+    with pytest.raises(RewardError, match=r"returned 'None' .* at index 1"):
+        scored(masked)
+    assert scored(torch.tensor([0.0, 2.0, 0.0, 0.0]).to_sparse()).reward.tolist() == [0.0, 2.0, 0.0, 0.0]

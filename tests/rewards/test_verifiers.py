@@ -385,3 +385,18 @@ def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(verifiers, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'remax-lightning\[verify\]'"):
         math_scores([("5", "5")])
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        ("1. Add the apples.\n2. Divide them.", None),
+        ("Steps:\n  1) five and five are 10\n  2) done", 10),
+        ("1. Add.\n2. Divide.\nSo it is 7.", 7),
+        ("2. That is all.", 2),
+        ("18. She sells them.", 18),
+    ],
+)
+def test_the_numbers_of_list_items_are_no_answers(response: str, number: float | None) -> None:
+    """A policy that writes lists would be paid for their length where the right answer is small."""
+    assert final_number(response) == number
