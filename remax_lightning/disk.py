@@ -19,10 +19,7 @@ _WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether an exception says that a file could not be written; torch's writer and its distributed one count, too."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict):  # torch's CheckpointException: (exception, traceback) by rank
-        return bool(failures) and all(is_disk_error(failure[0]) for failure in failures.values())
+    """Whether an exception says that a file could not be written; what torch's writer raises counts, too."""
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WRITER)
@@ -30,9 +27,6 @@ def is_disk_error(error: BaseException | None) -> bool:
 
 def describe_disk_error(error: BaseException, path: Path) -> str:
     """Return one line that names the file, what is wrong with its disk, and how much space that has left."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        error = next(iter(failures.values()))[0]
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "writing failed"
     if isinstance(error, OSError) and not error.errno:
         reason = str(error)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from remax_lightning.disk import is_disk_error
 from remax_lightning.distributed import broadcast
-from remax_lightning.errors import UserError
+from remax_lightning.errors import RankError, UserError
 from remax_lightning.sharding import decoder_layers, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
@@ -73,8 +74,13 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:  # one file, which `AtomicCheckpointIO` writes
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        write = super().save_checkpoint
-        save_folder_atomically(self, filepath, lambda folder: write(checkpoint, folder, storage_options))
+        save = super().save_checkpoint
+
+        def write(folder: Path) -> None:
+            with _errors_of_ranks():
+                save(checkpoint, folder, storage_options)
+
+        save_folder_atomically(self, filepath, write)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Read a checkpoint of any number of processes, and run no code that it may hold, whatever `weights_only` asks.
@@ -90,7 +96,8 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
             )
         check_checkpoint(self, path, self.optimizers if is_fitting(self.lightning_module) else [])
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
+            with _errors_of_ranks():
+                return super().load_checkpoint(path, weights_only=True)
         # ---- A file of DDP, of one process or of `save_distributed_checkpoint: false` ----
         # Lightning would take its optimizer states in the order of the model, but they are in that of the groups.
         optimizers, self.optimizers = self.optimizers, []
@@ -146,6 +153,19 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
                 group | {"params": sorted(numbers[name] for name in group["params"])} for group in state["param_groups"]
             ],
         }
+
+
+@contextmanager
+def _errors_of_ranks() -> Iterator[None]:
+    """Raise what a rank has met in torch's distributed checkpoint, which wraps it in no subclass of `Exception`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values() if isinstance(failure, Exception)]
+        # A full disk is only a warning, so any other error comes first.
+        raise min(failures, key=is_disk_error, default=RankError(str(error))) from None
 
 
 PARAMETER_NAMES = "optimizer_parameter_names"
