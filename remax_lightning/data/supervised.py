@@ -27,7 +27,8 @@ class SFTDataModule(TextDataModule):
 
     A response becomes the tokens that read as it stands in the file behind its prompt, as the policy writes it. It ends
     with the end-of-sequence token, which is trained. After messages it is what the chat template writes behind the
-    prompt, thoughts and calls of tools included, through the token that ends the turn.
+    prompt, thoughts and calls of tools included, through the token that ends the turn. A thought that the prompt opens
+    is closed before the answer, whether the row has one or not.
 
     Args:
         path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
