@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,7 +22,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+gc.disable()  # until all tests are imported
+
 TESTS = Path(__file__).parent
+LONGEST = 1.5
+"""Seconds that a test without the mark `slow` may take; on a busy machine half of them are waiting."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -70,13 +75,58 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def longest_files_first(items: list[pytest.Item]) -> None:
-    """Put the files with the most slow tests first, those on several ranks before all: a worker that begins a long file
-    at the end leaves the others without work. Within a file the order stays."""
+    """Put the files with the most slow tests first, those on several ranks before all; within a file the order stays.
+
+    A worker that begins a long file at the end leaves the others without work.
+    """
     weights: Counter[Path] = Counter()
     for item in items:
         weights[item.path] += 20 if item.get_closest_marker("slow") else 1
     ranks = {path for path in weights if launches_ranks(path.relative_to(TESTS.parent).as_posix())}
     items.sort(key=lambda item: (item.path not in ranks, -weights[item.path]))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that took long and have no mark `slow`: `make quick` waits for them."""
+    unmarked = [
+        report
+        for report in terminalreporter.stats.get("passed", [])
+        if report.duration > LONGEST and not {"slow", "real"} & set(report.keywords)
+    ]
+    if unmarked:
+        terminalreporter.section(f"tests above {LONGEST} s without the mark slow")
+    for report in sorted(unmarked, key=lambda report: -report.duration):
+        terminalreporter.write_line(f"{report.duration:.2f}s {report.nodeid}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what the imports have made to no later search for garbage, and search the old objects less often.
+
+    By default an eighth of the suite's time goes into them: a search of all objects takes a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(2_000, 20, 100)
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_parser() -> Iterator[None]:
+    """Build the parser of the `remax` command once a process: it is the same for every call."""
+    from remax_lightning.cli import RemaxCLI
+
+    build, built = RemaxCLI.setup_parser, {}
+
+    def setup_parser(cli: RemaxCLI, *arguments: Any) -> None:
+        if not built:
+            before = set(vars(cli))
+            build(cli, *arguments)
+            built.update({name: value for name, value in vars(cli).items() if name not in before})
+        vars(cli).update(built)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemaxCLI, "setup_parser", setup_parser)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -233,6 +233,7 @@ def test_a_name_that_moved_is_refused_with_its_new_place(
     assert f"was moved; write {new}" in said
 
 
+@pytest.mark.slow
 def test_a_function_that_moved_is_refused_with_its_new_place(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,6 +331,7 @@ VALUES: dict[str, tuple[Callable[[Beginning], Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", VALUES)
 def test_values_that_cannot_be_are_refused(mistake: str, policy_path: Path, tmp_path: Path) -> None:
     begin, problem, fix = VALUES[mistake]
@@ -363,6 +365,7 @@ BY_COMMAND: dict[str, tuple[Config, str, str]] = {
 """A value for each place that refuses some."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", BY_COMMAND)
 def test_the_command_ends_with_what_is_said_of_a_value(
     place: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -417,6 +420,7 @@ def test_rows_that_cannot_be_used_name_file_and_line(mistake: str, policy_path: 
         assert part in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_limit_stops_where_that_is_asked_for(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,6 +442,7 @@ def saved_tokenizer(folder: Path, **absent: None) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "fix"),
     [
@@ -454,6 +459,7 @@ def test_a_tokenizer_without_its_tokens(
     assert fix in said
 
 
+@pytest.mark.slow
 def test_the_advice_on_the_pad_token_works(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved_tokenizer(tmp_path / "policy", pad_token=None)
     values = changed(config, model__policy__path=path, model__reference__path=path, data__loading__pad_token="eos")
@@ -462,6 +468,7 @@ def test_the_advice_on_the_pad_token_works(config: Config, tmp_path: Path, capsy
     assert outcome.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["policy", "reference"])
 def test_a_model_that_is_not_there(
     name: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -472,6 +479,7 @@ def test_a_model_that_is_not_there(
     assert said.startswith("data.tokenizer" if name == "policy" else "model.reference.path")
 
 
+@pytest.mark.slow
 def test_vocabularies_that_differ(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama", vocab_size=100).save_pretrained(tmp_path / "other")
     said = message(refused(changed(config, model__reference__path=str(tmp_path / "other")), tmp_path, capsys))
@@ -480,6 +488,7 @@ def test_vocabularies_that_differ(config: Config, tmp_path: Path, capsys: pytest
     assert "one of 96" in said
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_two_labels(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -505,6 +514,7 @@ def nan_later(prompts, responses, rows):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
@@ -530,6 +540,7 @@ def test_a_reward_that_fails_stops_the_run_and_shows_the_prompt(
     assert "prompt 0" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "predict"])
 def test_a_checkpoint_that_is_not_there(
     subcommand: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -562,6 +573,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("mistake", CHECKPOINTS)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_runs_no_code(
@@ -609,6 +621,7 @@ def test_a_checkpoint_of_another_family_or_optimizer_is_refused(
     assert "mine.saved' holds weights alone (save_weights_only: true), so training cannot resume from it" in said
 
 
+@pytest.mark.slow
 def test_validation_without_rows_for_it(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = refused(changed(config, data__val_size=0), tmp_path, capsys, subcommand="validate")
     assert "data.val_path must name the rows to validate on" in message(outcome)
@@ -629,6 +642,7 @@ EXITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 3])
 @pytest.mark.parametrize("place", EXITS)
 def test_sys_exit_in_a_users_code_is_no_success(

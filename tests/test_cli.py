@@ -165,18 +165,21 @@ def continued(fitted: Run, subcommand: str, *arguments: str) -> RemaxCLI:
     return run([subcommand, "--config", str(fitted.config), "--ckpt_path", str(fitted.checkpoint), *arguments])
 
 
+@pytest.mark.slow
 def test_validate_from_a_checkpoint_repeats_the_last_validation(fitted: Run) -> None:
     again = validated(continued(fitted, "validate", "--model.kl_coef=0.01", "--trainer.logger=false"))
     assert set(again) == set(fitted.metrics)
     assert again == pytest.approx(fitted.metrics, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_test_logs_under_its_own_name(fitted: Run) -> None:
     values = continued(fitted, "test", "--model.kl_coef=0.01", "--trainer.logger=false").trainer.callback_metrics
     assert float(values["test/reward"]) == pytest.approx(fitted.metrics["val/reward"], abs=1e-6)
     assert float(values["test/kl"]) == pytest.approx(fitted.metrics["val/kl"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_line_beats_the_checkpoint(fitted: Run) -> None:
     options = ("--model.kl_coef=0.25", "--trainer.max_steps=5", "--model.sampling.temperature=0.5")
     cli = continued(fitted, "fit", *options, "--trainer.logger=false", f"--export.folder={fitted.folder / 'more'}")
@@ -185,6 +188,7 @@ def test_the_command_line_beats_the_checkpoint(fitted: Run) -> None:
     assert cli.model.sampling.temperature == 0.5
 
 
+@pytest.mark.slow
 def test_the_configuration_is_never_saved_over_a_file(tmp_path: Path, policy_path: Path) -> None:
     path = tmp_path / "config.yaml"
     here = {"save_dir": str(tmp_path), "name": "", "version": ""}  # every run in the folder of the configuration
@@ -208,6 +212,7 @@ def test_nothing_but_yaml_on_the_standard_output(
     assert yaml.safe_load(printed.out)["model"]["init_args"]["kl_coef"] == 0.125
 
 
+@pytest.mark.slow
 def test_a_users_data_module(tmp_path: Path, policy_path: Path) -> None:
     config = changed(
         small_config(tmp_path, policy_path),

@@ -224,6 +224,7 @@ CALLBACK = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "code", "expected"),
     [("1 / 0", 2, "my_broken.py:4) raised ZeroDivisionError"), ("raise KeyboardInterrupt", 130, "")],

@@ -139,6 +139,7 @@ def test_a_configuration_trains_with_tiny_models(
     assert cli.model.trained_model.is_gradient_checkpointing == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("presets/*.yaml")), ids=name_of)
 def test_a_preset_trains(path: Path, tmp_path: Path, policy_path: Path) -> None:
     base = write_config(tmp_path / "mine.yaml", small_config(tmp_path, policy_path))

@@ -13,6 +13,8 @@ from helpers.doctor import doctor, healthy, statuses, with_reward_model
 
 from remax_lightning.rollout.cuda_graph import capture
 
+pytestmark = pytest.mark.slow
+
 
 def test_tensors_are_where_they_were_put(fake_cuda: FakeCuda) -> None:
     layer = torch.nn.Linear(3, 2).to("cuda")

@@ -13,6 +13,8 @@ from helpers.cli import changed, in_folder, remax, small_config, write_config
 from remax_lightning.cli import run
 from remax_lightning.rewards import exact_match
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     *("prompt", "response", "reward", "greedy_response", "baseline_reward", "response_length", "truncated", "row"),
 }

@@ -203,6 +203,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_live_run_is_refused_and_a_killed_one_taken_over(policy: str, tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     holder = hold(folder)

@@ -101,6 +101,7 @@ def test_from_preferences_to_an_aligned_policy(
     assert reward._text_template == "{prompt}{response}{eos}"
 
 
+@pytest.mark.slow
 def test_the_yaml_of_the_docs_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second, third, deepspeed_chat = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     for texts in ([second], [third], [third, deepspeed_chat]):
@@ -216,6 +217,7 @@ MISTAKES: dict[str, tuple[Callable[[Config, Path], Config], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_the_command_with_one_message(
     mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -82,6 +82,7 @@ def test_response_limit_is_checked(train: str, policy_path: Path) -> None:
         SFTDataModule(train, str(policy_path), max_response_length=0)
 
 
+@pytest.mark.slow
 def test_gsm8k_columns(gsm8k: Path, policy_path: Path) -> None:
     data = SFTDataModule(
         "unused.jsonl",

@@ -62,6 +62,7 @@ def test_several_responses_count_for_as_much_as_they_differ() -> None:
     assert perfect.low == pytest.approx(proportion_interval(64, 64)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "spread"), [(0.97, 0.0), (0.97, 1.0), (0.6, 0.5)])
 def test_intervals_of_several_responses_hold_the_truth(share: float, spread: float) -> None:
     """Simulated: `spread` of the prompts have four equal responses, the others independent ones."""
@@ -110,6 +111,7 @@ def test_two_perfect_figures_may_differ() -> None:
     assert (low, high) == pytest.approx((-room, room), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "shared"), [(0.5, 0.7, 0.0), (0.9, 0.97, 0.8), (0.99, 0.99, 0.5)])
 def test_intervals_of_differences_hold_the_truth(before: float, after: float, shared: float) -> None:
     """Simulated: a share of the prompts is as hard for the one as for the other."""

@@ -24,6 +24,8 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig
 from remax_lightning.rollout import paired as decoding
 
+pytestmark = pytest.mark.slow
+
 Ran = TypeVar("Ran")
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
@@ -151,7 +153,6 @@ def test_the_earlier_stages_train_as_on_a_cpu(folder: Path, tmp_path: Path, monk
     assert there == pytest.approx(here, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_run_is_resumed(tmp_path: Path, fake_cuda: FakeCuda) -> None:
     setting = Setting(tmp_path, "gpt2", dropout=True, trainer={"accelerator": "gpu", "precision": "bf16-mixed"})
     whole, _ = setting.start(0, WHOLE)

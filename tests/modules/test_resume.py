@@ -12,6 +12,8 @@ from helpers.checkpoints import HALF, WHOLE, Setting
 from remax_lightning.callbacks import KLMonitor
 from remax_lightning.modules import KLConfig, LossConfig, WarmupCosine
 
+pytestmark = pytest.mark.slow
+
 
 def setting(name: str, folder: Path) -> Setting:
     clipped = {"loss": LossConfig(kind="clipped")}
@@ -45,7 +47,6 @@ SETTINGS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_three_steps_and_three_are_six(name: str, tmp_path: Path) -> None:
     run = setting(name, tmp_path)
@@ -104,7 +105,6 @@ def test_a_run_that_stopped_inside_an_epoch_goes_on_as_if_it_had_not(moment: str
     assert rest.losses == whole.losses[HALF:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["every step", *SAVES])
 def test_a_run_counted_in_epochs_resumes_from_all_its_checkpoints(moment: str, tmp_path: Path) -> None:
     """The length of the schedule is then known from the data, which must not be read before the checkpoint."""

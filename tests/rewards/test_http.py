@@ -187,6 +187,7 @@ def test_requests_run_at_once_up_to_the_limit(scorer: Scorer) -> None:
     assert scorer.most_at_once == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failing", [drop, break_off, saying("busy", 503), saying("slow down", 429, Retry_After="0.01"), slow(1.5)]
 )
@@ -203,6 +204,7 @@ def test_the_server_says_how_long_to_wait(scorer: Scorer) -> None:
     assert time.monotonic() - start > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing", "said"),
     [
@@ -298,6 +300,7 @@ def test_a_connection_that_the_server_closed_in_between_is_made_anew(scorer: Sco
     assert score(reward) == [len(text) for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_a_date_says_how_long_to_wait(scorer: Scorer) -> None:
     scorer.answers = [saying("later", 503, Retry_After=formatdate(time.time() + 2, usegmt=True))]
     start = time.monotonic()

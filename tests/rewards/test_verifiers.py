@@ -363,6 +363,7 @@ def test_right_answers_that_are_no_formula_are_refused(gold: Any) -> None:
         FunctionReward("remax_lightning.rewards.verifiers.math_answer").check_rows(rows(gold), ["a.jsonl, line 1"])
 
 
+@pytest.mark.slow
 def test_a_comparison_that_takes_too_long_is_killed_and_scores_0() -> None:
     """In a thread too, where signals do not arrive; the others keep their scores."""
     scores: list[float] = []

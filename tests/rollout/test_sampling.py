@@ -77,6 +77,7 @@ def test_draw_never_takes_a_dropped_token(way: Any) -> None:
     assert abs(share - torch.tensor([0.0, 1.0]).softmax(0)[1].item()) < 0.01
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize("vocabulary", [2, 5, 64, 100, 1000])
 def test_draws_follow_the_distribution_whatever_the_vocabulary(vocabulary: int, way: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,10 @@ def test_the_demo_runs_from_nothing_to_a_table(
 ) -> None:
     """All three commands of the demo, cut short; that the whole of it learns is measured in `benchmarks/`."""
     monkeypatch.chdir(tmp_path)
+    # Of ten thousands of rows it would do nothing but tokenize them.
+    monkeypatch.setattr(demo, "write_addition_task", partial(write_addition_task, train=512, val=64))
     run = demo._run
-    short = ["--trainer.max_steps=40", "--trainer.val_check_interval=20"]
+    short = ["--trainer.max_steps=4", "--trainer.val_check_interval=2"]
     monkeypatch.setattr(demo, "_run", lambda sub, config, more: run(sub, config, more + short * (sub == "fit")))
     figures = demo.main(["--seed", "3"])
     assert figures["before/val/kl"] == pytest.approx(0.0, abs=1e-6)

@@ -18,6 +18,8 @@ from remax_lightning.tools.doctor.context import Tolerance
 from remax_lightning.tools.doctor.policy import KL, KL_16_BITS, LARGEST, LARGEST_16_BITS, MEAN, MEAN_16_BITS
 from remax_lightning.types import Rollout
 
+pytestmark = pytest.mark.slow  # every context loads a policy and a reference
+
 SAMPLING = {"max_response_length": 24, "num_samples": 2}
 
 

@@ -28,6 +28,8 @@ from helpers.training import write_rows
 
 from remax_lightning.tools.doctor import DoctorContext
 
+pytestmark = pytest.mark.slow  # every context loads a policy and a reference
+
 
 @pytest.fixture(scope="module")
 def well(tmp_path_factory: pytest.TempPathFactory) -> DoctorContext:

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("continued", [False, True])
 def test_figures_are_those_with_a_second_copy(
