@@ -1,4 +1,4 @@
-"""Writes samples of the policy for people to read: JSONL and TensorBoard text."""
+"""Writes samples of the policy for people to read, token by token: JSONL and TensorBoard text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,43 @@ from remax_lightning.callbacks.step_output import (
     rollout_output,
     tensorboard_writer,
 )
-from remax_lightning.callbacks.token_strings import token_texts
+from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.disk import append_lines, tolerate_disk_errors
 from remax_lightning.errors import UserError
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int], text: str, context: Sequence[int] = ()) -> list[str]:
+    """Return one string per token; together they are `text`.
+
+    A character of several tokens, as byte-level tokenizers make them, stands at the last of these and the ones before
+    it are empty, like special tokens that the text leaves out.
+
+    Args:
+        tokenizer: the tokenizer that decoded the text.
+        ids: the response's tokens, `[R]`.
+        text: the response, as `response_texts` gives it.
+        context: the last few tokens of its prompt.
+    """
+    special = special_ids(tokenizer)
+    tokens, pieces = list(context), [""] * len(ids)
+    written, start, stop = 0, 0, len(tokens)  # characters dealt out; tokens from `start` to `stop` are the context
+    for i, token in enumerate(ids):
+        if token in special and not text.startswith(tokenizer.decode([token], skip_special_tokens=False), written):
+            continue  # the text leaves it out
+        tokens.append(token)
+        # Some tokenizers decode a token otherwise at the start of a text, so what wrote the last piece comes along. The
+        # whole beginning instead would make the time quadratic in the length.
+        before = len(tokenizer.decode(tokens[start:stop], skip_special_tokens=False))
+        piece = tokenizer.decode(tokens[start:], skip_special_tokens=False)[before:]
+        if piece and text.startswith(piece, written):  # half a character is none of the text's
+            pieces[i] = piece
+            written, start, stop = written + len(piece), stop, len(tokens)
+    if pieces:
+        pieces[-1] += text[written:]
+    return pieces
+
 
 Stage = Literal["train", "validation"]
 _COLUMNS = (

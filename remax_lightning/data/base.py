@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.data.collate import Example, ExampleDataset, PairExample
+from remax_lightning.data.collate import Example, ExampleDataset, MicroBatchSampler, PairExample
 from remax_lightning.data.conversations import Message
 from remax_lightning.data.formatting import PromptFormatter, check_template
-from remax_lightning.data.limits import Limit, check_at_least, within_limit
-from remax_lightning.data.options import LoadingConfig
+from remax_lightning.data.options import (
+    Limit,
+    LoadingConfig,
+    Stage,
+    check_at_least,
+    check_stage_split,
+    select_stage_rows,
+    within_limit,
+)
 from remax_lightning.data.pairs import PairColumns, separate_prompt
 from remax_lightning.data.preparation import Outcome, PreparedExamples, Recipe, preparation_key, prepare
 from remax_lightning.data.reading import Row, Rows, count_reasons, is_on_hub, load_hub, read_rows, rows_in_memory
-from remax_lightning.data.sampler import MicroBatchSampler
-from remax_lightning.data.stages import Stage, check_stage_split, select_stage_rows
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Prompt

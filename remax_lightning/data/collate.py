@@ -1,16 +1,175 @@
-"""From examples to padded batches."""
+"""From rows to padded batches.
+
+The order of the rows is known from seed and epoch, shared out over ranks, and resumable at every position.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
-from remax_lightning.data.sampler import Key
+from remax_lightning.errors import UserError
 from remax_lightning.types import PreferenceBatch, Prompt, PromptBatch, SupervisedBatch
+
+Key = int | tuple[int, int]
+
+
+class MicroBatchSampler(DistributedSampler[Key]):
+    """Yields the keys of each rollout batch `num_micro_batches` times in a row, one micro-batch after the other.
+
+    A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per micro-batch. A
+    key is `(index, micro_batch_index)`, or the index alone where there is one micro-batch.
+
+    It is a `DistributedSampler` so that Lightning leaves it in place and tells it the epoch. Rank `r` of `W`
+    takes every `W`-th row, so the rows of one step over all ranks depend on `W * batch_size` only.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: prompts per rollout batch and rank.
+        num_micro_batches: how often each batch is yielded.
+        shuffle: whether to shuffle, differently in each epoch. Else the rows come in their order.
+        drop_last: whether to leave out the rows that do not fill a batch on every rank. Where they are kept,
+            a rank that would have one batch less than another repeats a row, because ranks that disagree wait
+            for each other forever.
+        seed: with the epoch, fixes the order.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if short batches would be split into micro-batches of unequal size.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        num_micro_batches: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_micro_batches > 1 and not drop_last:
+            raise ValueError(
+                f"drop_last must be True where num_micro_batches > 1, got num_micro_batches={num_micro_batches}"
+            )
+        rows: Any = range(num_rows)  # all that the base class asks of a data set is its length
+        super().__init__(rows, world_size, rank, shuffle, seed, drop_last)
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.num_micro_batches = num_micro_batches
+        full, local_rows = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
+        batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
+        lacks_a_batch = not drop_last and math.ceil(local_rows / batch_size) < batches
+        self.num_samples = full * batch_size if drop_last else local_rows + lacks_a_batch
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices of this rank's rows in `epoch`, each once but for the repeated one."""
+        indices = list(range(self.num_rows))
+        if self.shuffle:
+            # a text, because the sum of seed and epoch would give run 1 the order of run 0 one epoch later
+            random.Random(f"{self.seed}/{epoch}").shuffle(indices)
+        local = indices[self.rank :: self.num_replicas]
+        return (local + indices[:1])[: self.num_samples]
+
+    def __iter__(self) -> Iterator[Key]:
+        return _SamplerIterator(self)
+
+    def __len__(self) -> int:
+        """Keys in an epoch: rows of this rank times micro-batches."""
+        return self.num_samples * self.num_micro_batches
+
+    def signature(self) -> dict[str, int | bool]:
+        """Return what fixes the order besides the epoch; a position means nothing under another one."""
+        return {
+            "rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "num_micro_batches": self.num_micro_batches,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "world_size": self.num_replicas,
+        }
+
+
+class _SamplerIterator(Iterator[Key]):
+    """A place in an epoch, which `StatefulDataLoader` saves and restores.
+
+    The epoch is read from the sampler at the first key: Lightning makes the iterator before it calls
+    `set_epoch`.
+    """
+
+    def __init__(self, sampler: MicroBatchSampler) -> None:
+        self.sampler = sampler
+        self.yielded = 0
+        self._epoch: int | None = None
+        self._order: list[int] = []
+
+    def __next__(self) -> Key:
+        if self._epoch is None:
+            self._start_epoch(self.sampler.epoch)
+        if self.yielded >= len(self.sampler):
+            raise StopIteration
+        batch_size, num_micro_batches = self.sampler.batch_size, self.sampler.num_micro_batches
+        batch, rest = divmod(self.yielded, batch_size * num_micro_batches)
+        micro_batch_index, offset = divmod(rest, batch_size)
+        self.yielded += 1
+        index = self._order[batch * batch_size + offset]
+        return index if num_micro_batches == 1 else (index, micro_batch_index)
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch = self.sampler.epoch if self._epoch is None else self._epoch
+        return {
+            "epoch": epoch,
+            "yielded": self.yielded,
+            "length": len(self.sampler),
+            "signature": self.sampler.signature(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        epoch, yielded, saved = state["epoch"], state["yielded"], dict(state["signature"])
+        if "num_splits" in saved:  # as version 0.1 named it
+            saved["num_micro_batches"] = saved.pop("num_splits")
+        if yielded >= state["length"]:
+            # Saved after the last batch of an epoch: what comes next is the next one.
+            epoch, yielded = epoch + 1, 0
+        now = self.sampler.signature()
+        batches, rest = divmod(yielded, saved["batch_size"])
+        if (
+            _rows_per_rollout(saved) == _rows_per_rollout(now)
+            and rest == 0
+            and batches % saved["num_micro_batches"] == 0
+        ):
+            # Another number of ranks takes the same rows step by step: rank r always has every W-th of them.
+            saved |= {name: now[name] for name in ("batch_size", "world_size")}
+            yielded = batches * self.sampler.batch_size
+        changed = [f"{name} {saved[name]} to {now[name]}" for name in now if saved[name] != now[name]]
+        if yielded and changed:
+            raise UserError(
+                "data: the checkpoint was saved in the middle of an epoch whose order has changed:"
+                f" {', '.join(changed)}; resume with its settings (on another number of processes, set a"
+                f" data.batch_size that makes {_rows_per_rollout(state['signature'])} prompts in total, and resume"
+                " after a whole rollout), or start a new run from its exported policy"
+            )
+        self.sampler.set_epoch(epoch)
+        self._start_epoch(epoch)
+        self.yielded = yielded
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = self.sampler.order(epoch)
+
+
+def _rows_per_rollout(signature: dict[str, Any]) -> int:
+    """Return how many rows make a rollout, on all ranks together."""
+    return int(signature["batch_size"] * signature["world_size"])
 
 
 class Example(NamedTuple):

@@ -1,9 +1,20 @@
-"""Choices that the DataModules share."""
+"""What the DataModules share of their options: choices, limits in tokens, and which rows a stage takes."""
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from remax_lightning.data.preparation import PreparedExamples
+from remax_lightning.data.reading import Rows
+from remax_lightning.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -53,3 +64,105 @@ class LoadingConfig:
 
 
 DEFAULT_LOADING = LoadingConfig()
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Check that every value is at least `least`; the names are keys under `data`.
+
+    Raises:
+        UserError: if one is below.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"data.{name} must be at least {least}, got {value}")
+
+
+class Limit(NamedTuple):
+    """A limit in tokens.
+
+    Args:
+        parts: fields of an example, of which the longest counts; `prompt` is its prompt.
+        tokens: the most that are taken.
+        key: its configuration key, for messages.
+        policy: what happens to an example beyond it.
+    """
+
+    parts: Sequence[str]
+    tokens: int
+    key: str
+    policy: Literal["drop", "error"]
+
+
+def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
+    """Return the examples that are within a limit, and say in one line how many are not.
+
+    Raises:
+        DataError: if its policy is `error` and one is too long, or if none is left.
+    """
+    key = f"{limit.key}={limit.tokens}"
+    lengths = np.max([examples.lengths(part) for part in limit.parts], axis=0)  # [N]
+    fits = lengths <= limit.tokens  # [N]
+    total, dropped = len(examples), int((~fits).sum())
+    if dropped and limit.policy == "error":
+        first = int(np.argmin(fits))
+        raise DataError(
+            f"{examples.where(first)}: {lengths[first]} tokens, over {key}, and so are {dropped} of "
+            f"{total} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
+        )
+    message = f"{examples.rows.source}: dropped {dropped} of {total} rows, longer than {key} tokens"
+    if dropped == total:
+        raise DataError(f"{message}; none is left, the shortest has {lengths.min()} tokens: raise the limit")
+    if dropped * 2 > total:
+        rank_zero_warn(f"{message}: that is more than half of them")
+    else:
+        rank_zero_info(message)
+    return examples.select(fits)
+
+
+Stage = Literal["supervised", "reward_model", "remax"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_KEY = "data.loading.stage_split"
+
+
+def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name: str) -> None:
+    """Check that shares can be dealt out, and that the data module `name` has one.
+
+    Raises:
+        UserError: if not.
+    """
+    if shares is None:
+        return
+    usable = len(shares) == len(STAGES) and all(math.isfinite(share) and share >= 0 for share in shares)
+    if not usable or sum(shares) <= 0:
+        raise UserError(
+            f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, as [2, 4, 4] is; got"
+            f" {_format_shares(shares)}"
+        )
+    if stage is None:
+        raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {_format_shares(shares)}")
+    if shares[STAGES.index(stage)] == 0:
+        raise UserError(f"{_KEY} leaves nothing for {name}, got {_format_shares(shares)}; its stage is {stage}")
+
+
+def select_stage_rows(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) -> Rows:
+    """Return the rows of one stage, in their order; every row is one stage's.
+
+    Raises:
+        DataError: if there are too few rows for this stage to get one.
+    """
+    total = len(rows.values)
+    order = list(range(total))
+    random.Random(f"stages/{seed}").shuffle(order)
+    bounds = [0, *(round(total * reached / sum(shares)) for reached in accumulate(shares))]
+    number = STAGES.index(stage)
+    stage_rows = sorted(order[bounds[number] : bounds[number + 1]])
+    if not stage_rows:
+        raise DataError(
+            f"{_KEY}={_format_shares(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"
+        )
+    return rows.take(stage_rows)
+
+
+def _format_shares(shares: Sequence[float]) -> str:
+    return f"[{', '.join(f'{share:g}' for share in shares)}]"

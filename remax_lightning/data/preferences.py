@@ -10,8 +10,7 @@ from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs
 from remax_lightning.data.conversations import conversation_ids, is_empty, read_message
 from remax_lightning.data.formatting import get_column
-from remax_lightning.data.limits import Limit, check_at_least
-from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.options import DEFAULT_LOADING, Limit, LoadingConfig, check_at_least
 from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
 from remax_lightning.data.preparation import Outcome, PreparedExamples
 from remax_lightning.data.reading import Row

@@ -8,8 +8,7 @@ from typing import Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import collate_prompts
-from remax_lightning.data.limits import check_at_least
-from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig, check_at_least
 from remax_lightning.errors import UserError
 from remax_lightning.types import PromptBatch
 

@@ -10,8 +10,7 @@ from typing import Any, overload
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.data.limits import check_at_least
-from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig
+from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig, check_at_least
 from remax_lightning.data.prompts import PromptDataModule
 from remax_lightning.data.reading import Row
 from remax_lightning.errors import UserError

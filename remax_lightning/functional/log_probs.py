@@ -240,10 +240,11 @@ class _HiddenStatistics(torch.autograd.Function):
         kl, saved_log_softmax = None if reference_hidden is None else torch.zeros_like(log_probs), None
         keep = len(hidden) <= rows and transform.soft_cap is None and any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
-            head, reference_logits = (
-                transform.cast_weights(weight, bias),
-                _ReferenceLogits.from_tensors(reference_hidden, reference_weight, reference_bias, reference_transform),
-            )
+            head, reference_logits = transform.cast_weights(weight, bias), None
+            if reference_hidden is not None:
+                reference_logits = _ReferenceLogits.from_tensors(
+                    reference_hidden, reference_weight, reference_bias, reference_transform
+                )
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 log_softmax = transform.log_softmax(hidden[part], *head, ids[part], part)[0]  # [rows, V]

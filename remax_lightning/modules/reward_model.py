@@ -22,9 +22,15 @@ from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.loading import Float32Buffers, ModelSource, as_model_config
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.rewards.new_reward_model import load_reward_model
-from remax_lightning.rewards.pooling import Pooling, choose_pooling
-from remax_lightning.rewards.score_head import score_head
-from remax_lightning.rewards.score_normalization import Normalization, ScoreLayers, fold_into_weights, score_layers
+from remax_lightning.rewards.pooling import (
+    Normalization,
+    Pooling,
+    ScoreLayers,
+    choose_pooling,
+    fold_into_weights,
+    score_head,
+    score_layers,
+)
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.metrics import MeanMetrics, PairScores, PairScoreSums

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.asynchronous import wait_for
-from remax_lightning.rewards.base import Reward, Scores, shorten
+from remax_lightning.rewards.base import Reward, Scores, shorten, wait_for
 
 _KEY = "model.reward.init_args"
 Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]

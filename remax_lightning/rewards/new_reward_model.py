@@ -14,7 +14,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.loading import enable_gradient_checkpointing, looks_local, zero_dropout
 from remax_lightning.rewards.formats.load import ClassifierSource, load_classifier
-from remax_lightning.rewards.score_head import score_head
+from remax_lightning.rewards.pooling import score_head
 from remax_lightning.sharding import gathered, is_zero3_sharded
 
 if TYPE_CHECKING:

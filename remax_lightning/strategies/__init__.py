@@ -9,16 +9,25 @@ from remax_lightning.strategies.atomic_checkpoint import (
 )
 from remax_lightning.strategies.checkpoint_checks import check_model, check_optimizers
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
-from remax_lightning.strategies.finite import keep_finite_checkpoints, nonfinite_in_model, nonfinite_state
+from remax_lightning.strategies.finite import (
+    global_grad_norm,
+    keep_finite_checkpoints,
+    nonfinite_in_model,
+    nonfinite_state,
+)
 from remax_lightning.strategies.fsdp2 import (
     PARAMETER_NAMES,
     ReMaxFSDP2Strategy,
     optimizer_parameter_names,
     shard_policy,
 )
-from remax_lightning.strategies.gather import forward_is_collective, full_parameters, rollout_parameters
-from remax_lightning.strategies.grad_norm import global_grad_norm
-from remax_lightning.strategies.model_init import sharded_init, unsharded_init
+from remax_lightning.strategies.gather import (
+    forward_is_collective,
+    full_parameters,
+    rollout_parameters,
+    sharded_init,
+    unsharded_init,
+)
 
 __all__ = [
     "PARAMETER_NAMES",

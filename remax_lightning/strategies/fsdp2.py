@@ -17,8 +17,7 @@ from remax_lightning.errors import RankError, UserError
 from remax_lightning.sharding import decoder_layers, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
-from remax_lightning.strategies.gather_mode import Gather, check_gather, register_gather_mode
-from remax_lightning.strategies.layerwise import lockstep
+from remax_lightning.strategies.gather_mode import Gather, check_gather, lockstep, register_gather_mode
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

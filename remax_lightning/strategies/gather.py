@@ -1,20 +1,74 @@
-"""Gather a sharded policy, to read its parameters or for rollouts, under any strategy."""
+"""Create a policy as its strategy shards it, and gather it, to read its parameters or for rollouts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
+from remax_lightning.errors import UserError
 from remax_lightning.sharding import is_fsdp2_root, is_zero3_sharded
 from remax_lightning.strategies import fsdp2, zero3
 from remax_lightning.strategies.gather_mode import uses_layerwise_gather
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def sharded_init(strategy: Any, *, from_scratch: bool = False, key: str = "model.policy") -> Iterator[None]:
+    """Let `from_pretrained` shard the weights as it loads them, where the strategy is ZeRO-3.
+
+    Args:
+        strategy: the strategy of the trainer.
+        from_scratch: whether the weights are random instead of loaded.
+        key: the configuration key of the model, for messages.
+
+    Raises:
+        UserError: if ZeRO-3 would start from random weights, which differ from those of one process.
+    """
+    if not _is_zero3(strategy):
+        yield
+        return
+    if from_scratch:
+        raise UserError(
+            f"{key}.from_scratch must be false under ZeRO-3, got true: each rank would draw other weights than"
+            " one process does; save a random model first, or train from scratch under DDP or ZeRO-2"
+        )
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # transformers keeps a weak reference to this object, and shards models while the object lives.
+    config = HfDeepSpeedConfig(strategy.config)
+    try:
+        with strategy.precision_plugin.tensor_init_context():  # Lightning does not enter it under ZeRO-3
+            yield
+    finally:
+        del config
+
+
+@contextmanager
+def unsharded_init(strategy: Strategy) -> Iterator[None]:
+    """Create models that ZeRO-3 does not shard: full on every rank, in the precision of the run.
+
+    Every forward pass of a sharded model is a collective, which frozen models do not need.
+    """
+    if not _is_zero3(strategy):
+        yield
+        return
+    with zero3.zero_init_disabled(), strategy.precision_plugin.tensor_init_context():
+        yield
+
+
+def _is_zero3(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+
 
 _logged_modes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 

@@ -15,7 +15,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models.checkpoint_reader import RESUME_KEY
 from remax_lightning.models.zero_reader import load_deepspeed_file, read_zero
 from remax_lightning.sharding import decoder_layers, full_shape, gathered
-from remax_lightning.strategies.layerwise import lockstep
+from remax_lightning.strategies.gather_mode import lockstep
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
 """The `DeepSpeedZeRoOffload` object that shards a module; weak, because it refers to the module."""

@@ -22,8 +22,7 @@ from remax_lightning.rewards.formats.load import (
     saved_template,
     tokenizer_path,
 )
-from remax_lightning.rewards.score_head import score_head
-from remax_lightning.rewards.score_normalization import Normalization, fold_into_weights, score_layers
+from remax_lightning.rewards.pooling import Normalization, fold_into_weights, score_head, score_layers
 from remax_lightning.tools.export import check_target
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 
 from remax_lightning.data import LoadingConfig, PreferenceDataModule, PromptDataModule, SFTDataModule
 from remax_lightning.data.base import TextDataModule
+from remax_lightning.data.options import STAGES, select_stage_rows
 from remax_lightning.data.reading import Rows
-from remax_lightning.data.stages import STAGES, select_stage_rows
 from remax_lightning.errors import DataError, UserError
 
 

@@ -9,7 +9,7 @@ from helpers.reward_models import encoder_config
 from torch import nn
 from torch.nn import functional as F
 
-from remax_lightning.rewards.score_head import ScoreHead, score_head, score_head_name
+from remax_lightning.rewards.pooling import ScoreHead, score_head, score_head_name
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -21,7 +21,7 @@ from remax_lightning.strategies import (
     rollout_parameters,
     shard_policy,
 )
-from remax_lightning.strategies.layerwise import lockstep
+from remax_lightning.strategies.gather_mode import lockstep
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from helpers.cli import in_folder
 
+from remax_lightning.data.options import STAGES, select_stage_rows
 from remax_lightning.data.reading import read_rows
-from remax_lightning.data.stages import STAGES, select_stage_rows
 from remax_lightning.tools import pipeline
 
 SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]

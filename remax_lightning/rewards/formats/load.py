@@ -23,7 +23,7 @@ from remax_lightning.rewards.formats.detect import (
     read_tensor,
 )
 from remax_lightning.rewards.formats.peft import merge_adapter, read_adapter
-from remax_lightning.rewards.score_head import score_head, score_head_name
+from remax_lightning.rewards.pooling import score_head, score_head_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
