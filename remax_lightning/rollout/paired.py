@@ -108,7 +108,8 @@ class DecodeLoop:
         eos_ids = self._suppressed[0][len(request.unused_ids) :]
         for step in range(sampling.max_response_length):
             # Choose the next token of every row.
-            self.tokens = self.choose_tokens(step)  # [M]
+            self.suppress_tokens(step)
+            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
             self._store_tokens(output, step)
             # Find rows that end here.
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
@@ -123,12 +124,11 @@ class DecodeLoop:
             self.decode_step(step, self.tokens)
         return output
 
-    def choose_tokens(self, step: int) -> Tensor:
-        """Return `[M]` the next token of every row, never a suppressed one; `step` is its position from 0."""
+    def suppress_tokens(self, step: int) -> None:
+        """Set the logits of tokens that cannot be drawn at `step`, a position from 0, to minus infinity."""
         suppressed = self._suppressed[step >= self.request.sampling.min_response_length]
         if len(suppressed):
-            self.logits = self.logits.index_fill(1, suppressed, -torch.inf)
-        return next_tokens(self.logits, self.num_sampled, self.request.sampling, self.request.generator)
+            self.logits = self.logits.index_fill(1, suppressed, -torch.inf)  # [M, V]
 
     def _store_tokens(self, output: DecodeOutput, step: int) -> None:
         """Store the tokens of unfinished rows, and the log-probs of the sampled ones."""

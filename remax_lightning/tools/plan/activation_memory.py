@@ -21,7 +21,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, PolicyStatistics
 from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, prompt_index_per_row
 from remax_lightning.models.log_probs import ForwardBatch, row_statistics
-from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
+from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, next_tokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
 from remax_lightning.rollout.paired import DecodeLoop
 from remax_lightning.rollout.static_cache import DecodeBuffers
@@ -181,11 +181,13 @@ class StepPasses:
                 loop = DecodeLoop(model, request, rows, None, DecodeBuffers.create)
             except UserError as error:
                 raise _unsupported_engine_error(model) from error
-            tokens = loop.choose_tokens(0)  # [N]
+            loop.suppress_tokens(0)
+            tokens = next_tokens(loop.logits, request.num_sampled, sampling, request.generator)  # [N]
             # The last step attends to the most slots; a response of one token needs none.
             if sampling.max_response_length > 1:
                 loop.decode_step(sampling.max_response_length - 2, tokens)
-                loop.choose_tokens(sampling.max_response_length - 1)
+                loop.suppress_tokens(sampling.max_response_length - 1)
+                next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
         states = sum(slots.nbytes for slots in loop.buffers.states)
         return RolloutBytes(states, live.peak - states)
 
