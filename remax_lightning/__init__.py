@@ -34,7 +34,15 @@ _PUBLIC = {
         "WarmupCosine",
         "WarmupLinear",
     ),
-    "rewards": ("ClassifierReward", "FunctionReward", "HTTPReward", "Reward", "Scores", "WeightedReward"),
+    "rewards": (
+        "ClassifierReward",
+        "FunctionReward",
+        "HTTPReward",
+        "Reward",
+        "Scores",
+        "TimedReward",
+        "WeightedReward",
+    ),
     "rollout": (
         "AutoEngine",
         "GenerationOutput",

@@ -17,6 +17,7 @@ EXHAUSTIVE = (
     ("distributed/test_failures.py", r"killed_within_a_save|sigterm_to_the_command|sigterm_to_another_rank"),
     ("distributed/test_failures.py", r"killed_in_a_rollout.*\[0--9\]|waits_for_no_other|stops_one_rank"),
     ("distributed/test_disks.py", r"\[(ddp|zero1|zero2|fsdp2)\]"),
+    ("distributed/test_failures.py", r"never_returns_on_one_rank"),  # test_timed.py and test_stall_watchdog.py stay
     # Two ranks: all strategies are met in test_invariance.py, the sharded ones in test_sharded.py too.
     ("distributed/test_resume.py", r"\[(zero1|zero2)(-|\])"),
     ("distributed/test_sharded.py", r"\[fsdp2-layerwise\]"),

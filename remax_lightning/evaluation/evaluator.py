@@ -24,6 +24,7 @@ from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.rewards.base import Reward, checked_scores
 from remax_lightning.rollout import clone_engine
+from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
 from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
@@ -262,6 +263,7 @@ class Evaluator:
         # Where there is none, the policy's own stands in: it has been scored before, so it can be scored.
         pairs = zip(texts, records, strict=True)
         chosen = [record.responses["sampled"][0] if text is None else text for text, record in pairs]
+        report_progress(f"scoring {len(chosen)} responses of the data set with {self.worker.reward!r}")
         measure = self.worker.timer.measure("reward", prompt.prompt_ids.device)
         with raise_on_all_ranks(self.trainer), measure, torch.no_grad():
             assert isinstance(self.worker.reward, Reward)

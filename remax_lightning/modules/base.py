@@ -50,6 +50,7 @@ from remax_lightning.training.schedules import (
     set_total_steps,
 )
 from remax_lightning.training.skipping import SkippedSteps
+from remax_lightning.training.stalling import StallTimeout
 from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class BaseModule(LightningModule):
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
         max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
+        stall_timeout: seconds without progress that end the run; None watches nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,24 +90,28 @@ class BaseModule(LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_steps: int,
+        stall_timeout: float | None,
     ) -> None:
         super().__init__()
         self._source = source
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
+        self.stall_timeout = stall_timeout
+        self._stall_watch = None if stall_timeout is None else StallTimeout(stall_timeout)
         self._random_state: dict[str, Any] | None = None
         self._step_ends: StopAtStepEnd | None = None
         self._resumed: CheckpointInfo | None = None
         self._run_folder: RunFolder | None = None  # in runs of a trainer only, not in `remax doctor`
 
     def configure_callbacks(self) -> list[Callback]:
-        """Give every run a folder of its own. Called on every rank, before loggers and callbacks start."""
+        """Give every run its folder and a watchdog. Called on every rank, before loggers and callbacks start."""
         if getattr(rank_zero_only, "rank", 0) == 0:
             reserve_versions(self.trainer.loggers)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._run_folder = next((item for item in callbacks if isinstance(item, RunFolder)), None) or RunFolder()
-        return [] if self._run_folder in callbacks else [self._run_folder]
+        added: tuple[Callback | None, ...] = (self._run_folder, self._stall_watch)
+        return [item for item in added if item is not None and item not in callbacks]
 
     def setup(self, stage: str) -> None:
         """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""

@@ -44,6 +44,7 @@ class PolicyModule(BaseModule):
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
         max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
+        stall_timeout: seconds without progress that end the run; None watches nothing.
     """
 
     policy: PreTrainedModel
@@ -61,9 +62,10 @@ class PolicyModule(BaseModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_steps: int,
+        stall_timeout: float | None,
     ) -> None:
         policy = as_model_config(policy, "policy")
-        super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
+        super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         check_policy(policy)
         self.policy_source, self.worker = policy, worker
         if policy.lora is not None:

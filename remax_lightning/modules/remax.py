@@ -57,6 +57,9 @@ class ReMaxModule(PolicyModule):
         lr_scheduler: stepped after each optimizer step; `WarmupCosine` and `WarmupLinear` know the length of the run.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
+        stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
+            are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
+            a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
 
     Raises:
         UserError: if the choices contradict each other.
@@ -79,6 +82,7 @@ class ReMaxModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
+        stall_timeout: float | None = 1800.0,
     ) -> None:
         policy = as_model_config(policy, "policy")
         reference = None if reference is None else as_model_config(reference, "reference")
@@ -88,7 +92,7 @@ class ReMaxModule(PolicyModule):
         checks.check_reference(reference)
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         worker = RolloutWorker(rollout or AutoEngine(), sampling, as_reward(reward), objective.truncation_penalty)
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
         self.check_on_policy = check_on_policy
@@ -113,6 +117,7 @@ class ReMaxModule(PolicyModule):
             "loss": asdict(objective.loss_config),
             "check_on_policy": self.check_on_policy,
             "max_skipped_steps": self.skipped_steps.maximum,
+            "stall_timeout": self.stall_timeout,
         }
 
     # Loading

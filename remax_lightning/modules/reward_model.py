@@ -60,6 +60,9 @@ class RewardModelModule(BaseModule):
         lr_scheduler: stepped after each optimizer step.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
+        stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
+            are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
+            a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
 
     Raises:
         UserError: if a number is out of its range.
@@ -78,9 +81,10 @@ class RewardModelModule(BaseModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
+        stall_timeout: float | None = 1800.0,
     ) -> None:
         reward_model = as_model_config(reward_model, "reward_model")
-        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
+        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         for name, value in (("margin", margin), ("centering_coef", centering_coef)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"model.{name} must be 0 or more, got {value}")
@@ -101,6 +105,7 @@ class RewardModelModule(BaseModule):
             "centering_coef": self.centering_coef,
             "normalize": self.normalize,
             "max_skipped_steps": self.skipped_steps.maximum,
+            "stall_timeout": self.stall_timeout,
         }
 
     # Loading

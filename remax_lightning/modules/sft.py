@@ -45,6 +45,9 @@ class SFTModule(PolicyModule):
         lr_scheduler: stepped after each optimizer step.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
+        stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
+            are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
+            a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
     """
 
     batch_type = SupervisedBatch
@@ -61,9 +64,10 @@ class SFTModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
+        stall_timeout: float | None = 1800.0,
     ) -> None:
         worker = RolloutWorker(rollout or AutoEngine(), sampling, None if reward is None else as_reward(reward))
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps)
+        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         self.packing = packing
         self._packing_mode: PackingMode = "positions"
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
@@ -76,6 +80,7 @@ class SFTModule(PolicyModule):
             "packing": self.packing,
             "sampling": asdict(self.sampling),
             "max_skipped_steps": self.skipped_steps.maximum,
+            "stall_timeout": self.stall_timeout,
         }
 
     def on_fit_start(self) -> None:

@@ -7,6 +7,7 @@ from remax_lightning.rewards.classifier import ClassifierReward
 from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig
 from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.http import HTTPReward
+from remax_lightning.rewards.timed import TimedReward
 from remax_lightning.rewards.verifiers import (
     exact_match,
     length_penalty,
@@ -24,6 +25,7 @@ __all__ = [
     "HTTPReward",
     "Reward",
     "Scores",
+    "TimedReward",
     "WeightedReward",
     "checked_scores",
     "exact_match",

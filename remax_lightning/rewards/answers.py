@@ -144,6 +144,20 @@ def words_of(formula: str) -> str | None:
     return match[1].strip(" ().").casefold() if match else None
 
 
+def num_parts(formula: str) -> int:
+    """Return how many values a formula lists: those between commas outside of brackets, and inside of a set's.
+
+    A thousands separator is no comma of a list: plain numbers are read before.
+    """
+    text = re.sub(r"\\left|\\right|\\[,;: ]", "", formula).replace("\\{", "{").replace("\\}", "}").strip()
+    inside, depth = text[1:-1] if text[:1] + text[-1:] == "{}" else text, 0
+    parts = 1
+    for character in inside:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        parts += depth <= 0 and character in ",;"
+    return parts
+
+
 def _formula(text: str) -> str | None:
     """Return `text` in the LaTeX that math-verify reads, None where it is prose."""
     text = text.strip().removesuffix(".").strip()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, SignalExit, UserError
+from remax_lightning.rewards.child_process import CallFailedError, failing_line
 
 _SHOWN_CHARACTERS = 200
 
@@ -155,11 +156,18 @@ def _raw_scores(
     except (UserError, SignalExit):
         raise
     except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
-        index = _failing_row(reward, type(error), prompts, responses, rows)
+        index = failing_row(reward, type(error), prompts, responses, rows)
         raise RewardError(
-            f"model.reward: {reward!r} raised {type(error).__name__}: {error}"
+            f"model.reward: {reward!r} raised {_describe(error)}"
             f"{example_lines(prompts, responses, index)}\nMake it return one finite number per response."
         ) from error
+
+
+def _describe(error: BaseException) -> str:
+    """Return an exception with the line of the user's code that it comes from."""
+    text = str(error) if isinstance(error, CallFailedError) else f"{type(error).__name__}: {error}".rstrip(": ")
+    place = failing_line(error)
+    return text if place is None else f"{text} ({place})"
 
 
 def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -220,7 +228,7 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _failing_row(
+def failing_row(
     reward: Reward,
     failure: type[BaseException],
     prompts: Sequence[str],

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.base import Reward, Scores, shorten, wait_for
+from remax_lightning.rewards.timed import TimedReward
 
 _KEY = "model.reward.init_args"
 Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]
@@ -63,6 +65,11 @@ class FunctionReward(Reward):
         style: `remax`, `trl` or `verl`; `auto` tells it by the parameters.
         columns: column of a parameter where the data calls it otherwise, as in `{ground_truth: response}`; a dot leads
             into a dict. For `trl` and `verl`.
+        timeout: seconds for one batch of responses; the function then runs in a child process, which is killed when
+            they are over (`TimedReward` has the details). By default the function runs in the trainer's process, since
+            it may need what is there: a model on the GPU, a logger's run, counters that a callback reads. A function
+            that never returns is then ended by `model.stall_timeout`, with the whole run.
+        on_timeout: with a `timeout`: `error`, or the score of a response that takes too long.
 
     Raises:
         UserError: if the function cannot be imported or called, or does not take `arguments`.
@@ -74,8 +81,11 @@ class FunctionReward(Reward):
         arguments: dict[str, Any] | None = None,
         style: Style = "auto",
         columns: dict[str, str] | None = None,
+        timeout: float | None = None,
+        on_timeout: float | Literal["error"] = "error",
     ) -> None:
         self._call = _import_function(function) if isinstance(function, str) else function
+        self._source = function
         self.function = function = function if isinstance(function, str) else _name_of(function)
         self.arguments = dict(arguments or {})
         self.columns = dict(columns or {})
@@ -91,6 +101,25 @@ class FunctionReward(Reward):
                 raise UserError(f"{_KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
         else:
             self._check_names()
+        self.timeout, self.on_timeout = timeout, on_timeout
+        self._timed: TimedReward | None = None
+        if timeout is not None:
+            self._timed = TimedReward(FunctionReward(self._source, arguments, style, columns), timeout, on_timeout)
+            self.is_async = True
+        elif on_timeout != "error":
+            raise UserError(
+                f"{_KEY}.on_timeout needs {_KEY}.timeout, the seconds after which a response has that score"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy the arguments: a child process imports the function again by its path."""
+        arguments = (self._source, self.arguments, self.style, self.columns, self.timeout, self.on_timeout)
+        return type(self), arguments
+
+    def load(self, device: torch.device) -> None:
+        """Start the child process, if the function has a timeout."""
+        if self._timed is not None:
+            self._timed.load(device)
 
     @property
     def name(self) -> str:
@@ -102,6 +131,8 @@ class FunctionReward(Reward):
     ) -> Scores | Tensor | Sequence[float]:
         """Return what the function says of each response."""
         scores: Scores | Tensor | Sequence[float]
+        if self._timed is not None:
+            return self._timed.score(prompts, responses, rows)
         if self.style == "verl":
             return self._verl_scores(prompts, responses, rows)
         if self.style == "trl":

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from numbers import Number
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.answers import final_formula, final_number, gold_formula, plain_number, words_of
+from remax_lightning.rewards.answers import final_formula, final_number, gold_formula, num_parts, plain_number, words_of
 from remax_lightning.rewards.base import shorten
-from remax_lightning.rewards.math_worker import compare
+from remax_lightning.rewards.slow_checks import compare, search, task_scores
 
 _KEY = "model.reward.init_args.arguments"
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
@@ -93,8 +94,8 @@ def _require_math_verify() -> None:
         )
 
 
-def _reasoning_gym_scorer(row: dict[str, Any], where: str, tag: str | None = "answer") -> Callable[..., float]:  # noqa: ARG001
-    """Return the function that scores answers to the row's task.
+def _reasoning_gym_task(row: dict[str, Any], where: str, tag: str | None = "answer", time_limit: float = 5.0) -> str:  # noqa: ARG001
+    """Return the name of the task of reasoning-gym that the row is of.
 
     Raises:
         RewardError: if the row is of no task.
@@ -112,17 +113,27 @@ def _reasoning_gym_scorer(row: dict[str, Any], where: str, tag: str | None = "an
             f"columns {', '.join(map(str, row)) or 'none'} for {where}; use ReasoningGymDataModule,"
             " or write its entries whole"
         )
-    try:
-        return _scorer_of_task(name)
-    except ValueError:
-        raise RewardError(f"reasoning_gym_answer: reasoning-gym has no task {name!r}, the source of {where}") from None
+    if name not in _known_tasks():
+        raise RewardError(f"reasoning_gym_answer: reasoning-gym has no task {name!r}, the source of {where}")
+    return str(name)
 
 
 @cache
-def _scorer_of_task(name: str) -> Callable[..., float]:
-    from reasoning_gym import get_score_answer_fn
+def _known_tasks() -> frozenset[str]:
+    from reasoning_gym.factory import DATASETS
 
-    return cast("Callable[..., float]", get_score_answer_fn(name))
+    return frozenset(DATASETS)
+
+
+def _check_time_limit(time_limit: float) -> None:
+    if not 0 < time_limit < math.inf:
+        raise UserError(f"{_KEY}.time_limit: expected seconds above 0, got {time_limit}")
+
+
+def _warn_of_time(verifier: str, what: str, time_limit: float) -> None:
+    from lightning.pytorch.utilities import rank_zero_warn  # here, since it loads much
+
+    rank_zero_warn(f"{verifier}: {what} was stopped after {time_limit:g} s; the response scores 0")
 
 
 def _unreadable(verifier: str, expectation: str, right: str, where: str, column: str) -> RewardError:
@@ -228,7 +239,8 @@ def math_answer(
     holds a number or a formula in LaTeX, or a worked solution with one in `\boxed{...}` or after `####`; words stand in
     `\text{...}`, and the response must have the same ones. The response's answer is its last `\boxed{...}`, else what
     follows its last `####`, else its last formula between dollar signs, else its last line or number. It scores 0.0
-    where it is denied ("not 5"), scaled ("5 million") or prose. Numbers must be equal exactly, and 12 digits of others.
+    where it is denied ("not 5"), scaled ("5 million") or prose, or where it lists another number of values than the
+    row ("5, 5" and "5 or 5" for 5). Numbers must be equal exactly, and 12 digits of others.
 
     Args:
         prompts: `M` prompts.
@@ -242,10 +254,7 @@ def math_answer(
         UserError: if math-verify is not installed, or `time_limit` is not above 0.
         RewardError: if the column of a row holds no formula: text, a list, a dict.
     """
-    from lightning.pytorch.utilities import rank_zero_warn  # here, since it loads much
-
-    if not time_limit > 0:
-        raise UserError(f"{_KEY}.time_limit: expected seconds above 0, got {time_limit}")
+    _check_time_limit(time_limit)
     scores: list[float] = []
     open_pairs: dict[int, tuple[str, str]] = {}
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
@@ -253,17 +262,20 @@ def math_answer(
         score = _score_of_plain_text(gold, response)
         scores.append(score or 0.0)
         answer = final_formula(response)
-        if score is None and answer is not None and (":" in gold) == (":" in answer):
+        # "5, 5" or "5 or 5" is no answer to a question with one: math-verify compares sets, and would pay it.
+        if (
+            score is None
+            and answer is not None
+            and (":" in gold) == (":" in answer)
+            and num_parts(gold) == num_parts(answer)
+        ):
             open_pairs[index] = gold, answer
     verdicts = compare(list(open_pairs.values()), time_limit)
     for (index, (gold, answer)), verdict in zip(open_pairs.items(), verdicts, strict=True):
         if verdict == "unreadable":
             raise _unreadable("math_answer", "a number or a formula in LaTeX", gold, _of_prompt(prompts[index]), column)
         if verdict == "timeout":
-            rank_zero_warn(
-                f"math_answer: comparing {shorten(answer)} with {shorten(gold)} was stopped after {time_limit:g} s; the"
-                " response scores 0"
-            )
+            _warn_of_time("math_answer", f"comparing {shorten(answer)} with {shorten(gold)}", time_limit)
         scores[index] = float(verdict == "equal")
     return scores
 
@@ -292,14 +304,17 @@ def _score_of_plain_text(gold: str, response: str) -> float | None:
     return None if number is None or "%" in gold + answer else 0.0
 
 
-@_checks_rows(_reasoning_gym_scorer)
+@_checks_rows(_reasoning_gym_task)
 def reasoning_gym_answer(
     prompts: Sequence[str],
     responses: Sequence[str],
     rows: Sequence[dict[str, Any]],
     tag: str | None = "answer",
+    time_limit: float = 5.0,
 ) -> list[float]:
     """The score from 0 to 1 that a task of reasoning-gym gives to the answer in the response; needs the extra `verify`.
+
+    Rows may come from a JSON file, which holds lists where the task has tuples: both are tried.
 
     Args:
         prompts: `M` prompts.
@@ -307,21 +322,29 @@ def reasoning_gym_answer(
             task cannot read it, the response scores 0.0.
         rows: `M` rows of `ReasoningGymDataModule`: `question`, `answer` and `metadata`.
         tag: name of the tag around the answer; null takes the whole response.
+        time_limit: seconds that a task may take for one answer. It runs in a process of its own, which is then killed,
+            and the response scores 0.0, with a warning. Tasks take milliseconds; some search without a bound.
 
     Raises:
-        UserError: if reasoning-gym is not installed.
+        UserError: if reasoning-gym is not installed, or `time_limit` is not above 0.
         RewardError: if a row is of no task.
     """
-    scores = []
-    for prompt, response, row in zip(prompts, responses, rows, strict=True):
-        score_answer = _reasoning_gym_scorer(row, _of_prompt(prompt))
+    _check_time_limit(time_limit)
+    requests: dict[int, tuple[str, str, dict[str, Any]]] = {}
+    for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
+        task = _reasoning_gym_task(row, _of_prompt(prompt))
         from reasoning_gym.utils import extract_answer  # here, since the line above says if it is not installed
 
         answer = response.strip() if tag is None else extract_answer(response, tag)
-        try:
-            scores.append(float(score_answer(answer=answer, entry=row)) if answer else 0.0)
-        except Exception:  # scorers parse what the policy wrote, and some do not expect everything
-            scores.append(0.0)
+        if answer:
+            requests[index] = task, answer, {name: row[name] for name in ("question", "answer", "metadata")}
+    scores = [0.0] * len(responses)
+    for index, score in zip(requests, task_scores(list(requests.values()), time_limit), strict=True):
+        if score is None:
+            _warn_of_time(
+                "reasoning_gym_answer", f"the task {requests[index][0]} on {shorten(requests[index][1])}", time_limit
+            )
+        scores[index] = score or 0.0
     return scores
 
 
@@ -330,6 +353,7 @@ def regex_format(
     responses: Sequence[str],
     rows: Sequence[dict[str, Any]],  # noqa: ARG001
     pattern: str,
+    time_limit: float = 5.0,
 ) -> list[float]:
     r"""1.0 where `pattern` is found in the response, 0.0 elsewhere.
 
@@ -339,15 +363,23 @@ def regex_format(
         rows: `M` raw rows.
         pattern: a regular expression of Python's `re`, searched for anywhere (`\A...\Z` holds it to the whole
             response); its dot matches newlines too.
+        time_limit: seconds that the search in one response may take: a pattern such as `(a+)+$` takes years for a few
+            dozen characters. It runs in a process of its own, which is then killed, and the response scores 0.0, with a
+            warning.
 
     Raises:
-        UserError: if `pattern` is not a regular expression.
+        UserError: if `pattern` is not a regular expression, or `time_limit` is not above 0.
     """
+    _check_time_limit(time_limit)
     try:
-        compiled = re.compile(pattern, re.DOTALL)
+        re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
         raise UserError(f"{_KEY}.pattern: expected a regular expression, got {pattern!r}: {error}") from error
-    return [float(compiled.search(response) is not None) for response in responses]
+    found = search(pattern, list(responses), time_limit)
+    for response, is_found in zip(responses, found, strict=True):
+        if is_found is None:
+            _warn_of_time("regex_format", f"the search for {pattern!r} in {shorten(response)}", time_limit)
+    return [float(is_found or False) for is_found in found]
 
 
 def length_penalty(

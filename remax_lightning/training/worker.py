@@ -15,10 +15,11 @@ from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.sampling import SuppressedTokens
-from remax_lightning.rewards.base import Reward, checked_scores
+from remax_lightning.rewards.base import Reward, checked_scores, shorten
 from remax_lightning.rollout import AutoEngine, GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
+from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ class RolloutWorker:
             stop_check=self.stop_check,
             unused_ids=self.unused_ids,
         )
+        report_progress(f"generating responses to {len(prompt.prompts)} prompts")
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
         with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):
             if self._chosen_engine is None:
@@ -245,6 +247,7 @@ class RolloutWorker:
         if greedy is not None:
             rows = rows + list(range(num_prompts))
             texts, truncated = texts + greedy.texts, torch.cat([truncated, greedy.truncated])
+        report_progress(f"scoring {len(texts)} responses with {self.reward!r}, the first {shorten(texts[0])}")
         with self.timer.measure("reward", device), torch.no_grad():
             scores = checked_scores(
                 cast(Reward, self.reward),

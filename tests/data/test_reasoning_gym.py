@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_answers_are_scored_by_their_task(policy_path: Path) -> None:
     assert reasoning_gym_answer(["p"] * 4, [row["answer"] for row in rows], rows) == [0.0] * 4
     assert reasoning_gym_answer(["p"] * 4, [row["answer"] for row in rows], rows, tag=None) == [1.0] * 4
     FunctionReward(SCORER).check_rows(rows, ["here"] * 4)
+
+
+@pytest.mark.parametrize("task", ["rearc", "arc_agi"])
+def test_rows_that_json_has_stripped_of_their_tuples_are_scored_as_before(task: str) -> None:
+    import reasoning_gym as gym
+
+    entry = gym.create_dataset(task, size=1, seed=3)[0]
+    row = json.loads(json.dumps(entry))
+    assert row["metadata"] != entry["metadata"]
+    responses = [f"<answer>{entry['answer']}</answer>", "<answer>1 2\n3 4</answer>"]
+    for source in (entry, row):
+        assert reasoning_gym_answer(["p"] * 2, responses, [source] * 2) == [1.0, 0.05]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,30 @@ def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, policy: str, tmp
     assert ended.seconds < SOON
 
 
+@pytest.mark.parametrize(
+    ("deadline", "code"), [({"timeout": 3.0}, 2), ({"timeout": 3.0, "on_timeout": -1.0}, 0), ({}, None)]
+)
+def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
+    deadline: dict[str, float], code: int | None, policy: str, tmp_path: Path
+) -> None:
+    """It has a deadline, with an error on all ranks or a score; or the run has one, which ends all ranks."""
+    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1, "waits": 600.0}}
+    changes = {"model__reward__init_args": reward | deadline, "model__stall_timeout": 600.0 if deadline else 8.0}
+    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], evaluation__at_start=False, **changes))
+    assert "Traceback" not in ended.out
+    if code is None:
+        assert ended.code != 0
+        assert ended.out.count("remax: error: no progress for 8 s (model.stall_timeout)") == 1
+        assert "scoring 4 responses with FunctionReward(distributed.killing.reward)" in ended.out
+        [waits] = tmp_path.glob("runs/remax/*/stall-rank1.txt")
+        assert "in reward" in waits.read_text()
+        assert waits.with_name("stall-rank0.txt").exists()
+        return
+    assert ended.code == code, ended.out
+    took = "rank 1: model.reward: FunctionReward(distributed.killing.reward) took more than 3 s for"
+    assert ended.out.count(took) == (code == 2)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_killed_within_a_save_goes_on_from_the_checkpoint_before(
     strategy: str, policy: str, whole: list[float], tmp_path: Path

@@ -120,6 +120,7 @@ def remax_module(policy: str | ModelConfig, reference: str | ModelConfig | None 
         "kl_coef": 0.0 if reference is None else 0.05,
         "sampling": SamplingConfig(max_response_length=6),
         "optimizer": partial(torch.optim.SGD, lr=1.0),
+        "stall_timeout": None,  # test_stalling.py has it; a process for every run of a test costs its start
         "check_on_policy": False,  # engines with fixed responses are off-policy; test_on_policy.py has the check
     }
     return ReMaxModule(**(defaults | options))

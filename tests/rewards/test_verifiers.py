@@ -336,6 +336,12 @@ NOT_EQUAL = [
     ("10^{-14}", "0"),
     ("\\frac{1}{10^{14}}", "\\boxed{0}"),
     ("5", "\\boxed{5}\n\nWait, that is wrong, it is \\boxed{6}"),
+    ("\\frac12", "\\boxed{\\frac12, \\frac12}"),
+    ("\\frac12", "\\boxed{\\{0.5, \\frac12\\}}"),
+    ("x+1", "\\boxed{x+1 \\text{ or } 1+x}"),
+    ("5", "\\boxed{5, 5}"),
+    ("5", "The answer is 5 or 5"),
+    ("1, 2", "\\boxed{1, 2, 2}"),
 ]
 """The right answer and a response."""
 
@@ -380,6 +386,20 @@ def test_a_comparison_that_takes_too_long_is_killed_and_scores_0() -> None:
     assert math_scores(pairs[1:]) == [1.0]
     with pytest.raises(UserError, match=r"time_limit: expected seconds above 0, got 0"):
         math_scores(pairs, time_limit=0)
+
+
+def test_lists_are_compared_with_lists_of_as_many_values() -> None:
+    pairs = [("1, 2", "\\boxed{2, 1}"), ("\\{1, 2\\}", "\\boxed{1, 2}"), ("(1, 2)", "\\boxed{\\left(1, 2\\right)}")]
+    assert math_scores(pairs) == [1.0] * 3
+
+
+def test_a_search_that_takes_too_long_is_killed_and_scores_0() -> None:
+    responses = ["a" * 60 + "b", "aaa", "c"]
+    with pytest.warns(
+        UserWarning, match=r"regex_format: the search for .* was stopped after 0.5 s; the response scores 0"
+    ):
+        scores = regex_format(["p"] * 3, responses, [{}] * 3, r"(a+)+$", time_limit=0.5)
+    assert scores == [0.0, 1.0, 0.0]
 
 
 def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,236 @@
+"""A deadline for any reward: it scores in a child process, which is killed when a batch takes too long."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import RewardError, UserError
+from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, failing_row
+from remax_lightning.rewards.child_process import CallEndedError, CallTimeoutError, Child, Target
+
+_KEY = "model.reward.init_args"
+_ALONE_SECONDS = 5.0
+"""At least so long may one response take that is scored alone, in the search for those that never end."""
+Batch: TypeAlias = tuple[Sequence[str], Sequence[str], Sequence[dict[str, Any]]]
+"""`M` prompts, responses and rows."""
+
+
+class TimedReward(Reward):
+    """Scores with another reward in a child process, which is killed when a batch takes too long.
+
+    The child is a new Python process that imports what the reward needs and lives until the run ends or a deadline
+    passes; then it is killed with all that it has started, and another one begins. So a module's state (counters,
+    caches, a model on a GPU) is the child's, and code that needs the trainer's process, such as a logger's run or the
+    process group, cannot be timed. What the child prints appears, and its exceptions and exits are errors here. A call
+    for 64 responses costs 0.1 ms; each rank has a child of its own, of about 300 MB. It starts while
+    models are loaded.
+
+    Args:
+        reward: what scores; it is sent to the child by pickling. A reward of a user's own is a class of an importable
+            module, not of the script that is run.
+        timeout: seconds for one batch of responses. By default a minute, several times what graders that run tests
+            take; the time to import is not counted.
+        on_timeout: `error` ends the run and shows the response. A number is the score of each response that takes too
+            long: once a batch has passed its deadline, every response is scored alone, within `timeout` / `M` or 5
+            seconds, and twice `timeout` in all. Parts of a timed out response are 0. Use a number only where the reward
+            judges each response by itself.
+
+    Raises:
+        UserError: if a number is out of its range, or the reward cannot be sent to another process.
+    """
+
+    is_async = True  # it waits for the child
+
+    def __init__(self, reward: Reward, timeout: float = 60.0, on_timeout: float | Literal["error"] = "error") -> None:
+        check_deadline(timeout, on_timeout)
+        self.reward, self.timeout, self.on_timeout = reward, timeout, on_timeout
+        self.skips_none = reward.skips_none
+        try:
+            self._pickled = pickle.dumps(reward)
+        except Exception as error:
+            raise UserError(
+                f"{_KEY}.timeout: {reward!r} cannot be sent to another process ({type(error).__name__}: {error}); "
+                "name functions by their dotted path, in place of lambdas and objects. Without a timeout the reward "
+                "runs in the trainer's process, and model.stall_timeout alone ends a run that hangs"
+            ) from error
+        if b"__main__" in self._pickled:
+            raise UserError(
+                f"{_KEY}.timeout: {reward!r} is defined in the script that is run, which a child process does not"
+                " import; move it to a module of its own"
+            )
+        self._device = torch.device("cpu")
+        self._child: tuple[int, Child] | None = None
+        self._lock = threading.Lock()  # parts of a WeightedReward score in threads
+
+    def __repr__(self) -> str:
+        """The reward that scores, which is what an error is about."""
+        return repr(self.reward)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the child out of copies."""
+        return type(self), (self.reward, self.timeout, self.on_timeout)
+
+    def load(self, device: torch.device) -> None:
+        """Start the child, which loads the reward onto `device` while training goes on being prepared."""
+        self._device = device
+        self._process()
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Let the reward look at the prompts, in this process."""
+        self.reward.check_prompts(prompts)
+
+    def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+        """Let the reward look at the rows, in this process."""
+        self.reward.check_rows(rows, places)
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Scores | Tensor | Sequence[float]:
+        """Return what the reward says of each response.
+
+        Raises:
+            RewardError: if it takes too long and `on_timeout` is `error`, or its process ends; the message shows the
+                response.
+        """
+        batch = (list(prompts), list(responses), list(rows))
+        with self._lock:
+            try:
+                return self._call(batch, self.timeout)  # type: ignore[no-any-return]
+            except CallTimeoutError:
+                return self._score_alone(batch)  # type: ignore[return-value] - None of rewards that skip it
+            except CallEndedError as error:
+                raise self._ended(batch, error) from None
+
+    def _process(self) -> Child:
+        """Return the child; another one where it has ended, or belongs to the process that this one was forked from."""
+        if self._child is None or self._child[0] != os.getpid() or not self._child[1].is_alive:
+            target = Target(__name__, "load_reward", (self._pickled, str(self._device)))
+            self._child = os.getpid(), Child(target)
+        return self._child[1]
+
+    def _call(self, batch: Batch, seconds: float) -> Any:
+        return self._process().call(batch, seconds)
+
+    # ---- What is done about a deadline that has passed, or a process that has ended ----
+
+    def _score_alone(self, batch: Batch) -> Scores | list[float | None]:
+        """Score every response alone; those that take too long again have `on_timeout` as their score.
+
+        Raises:
+            RewardError: with the first of them, if `on_timeout` is `error`.
+        """
+        limit = min(self.timeout, max(_ALONE_SECONDS, self.timeout / len(batch[1])))
+        left = 2 * self.timeout  # of calls; what a new child needs to import is not counted
+        rewards: list[float | None] = []
+        parts: dict[str, list[float]] = {}
+        for index, single in enumerate(_singles(batch)):
+            if left <= 0 and self.on_timeout == "error":
+                break
+            scores = None
+            if left > 0:
+                self._process().start()
+                begin = time.monotonic()
+                scores = self._score_one(single, min(limit, left))
+                left -= time.monotonic() - begin
+            if scores is None and self.on_timeout == "error":
+                raise self._timed_out(batch, index)
+            rewards.append(float(self.on_timeout) if scores is None else scores[0])
+            for name, value in (scores[1] if scores is not None else {}).items():
+                parts.setdefault(name, [0.0] * index).append(value)
+            for values in parts.values():
+                values.extend([0.0] * (index + 1 - len(values)))
+        if len(rewards) < len(batch[1]) or self.on_timeout == "error":
+            raise self._timed_out(batch, None)  # alone, none takes as long
+        if not parts:
+            return rewards
+        return Scores(torch.tensor(rewards), {name: torch.tensor(values) for name, values in parts.items()})
+
+    def _score_one(self, single: Batch, seconds: float) -> tuple[float | None, dict[str, float]] | None:
+        """Return reward and parts of one response, the reward None where it does not apply; None without them in time.
+
+        Raises:
+            RewardError: if the reward fails.
+        """
+        try:
+            result = self._call(single, seconds)
+        except CallTimeoutError:
+            return None
+        except CallEndedError as error:
+            raise self._ended(single, error) from None
+        scores, applies = applicable_scores(_Returns(self, lambda *_: result), *single)
+        reward = float(scores.reward) if bool(applies) else None
+        return reward, {name: float(value) for name, value in scores.parts.items()}
+
+    def _timed_out(self, batch: Batch, index: int | None) -> RewardError:
+        return RewardError(
+            f"model.reward: {self!r} took more than {self.timeout:g} s for {len(batch[1])} responses and was stopped"
+            f"{example_lines(*batch[:2], index)}\nMake it faster, raise {_KEY}.timeout, or set {_KEY}.on_timeout to"
+            " the score of a response that takes too long."
+        )
+
+    def _ended(self, batch: Batch, error: CallEndedError) -> RewardError:
+        calls = _Returns(self, lambda *part: self._call(part, self.timeout))
+        index = failing_row(calls, CallEndedError, *batch)
+        return RewardError(
+            f"model.reward: the process of {self!r} {error}{example_lines(*batch[:2], index)}\n"
+            "Make it return one finite number per response."
+        )
+
+
+class _Returns(Reward):
+    """Calls a function under the name of another reward."""
+
+    def __init__(self, named: Reward, function: Callable[..., Any]) -> None:
+        self.named, self.function, self.skips_none = named, function, named.skips_none
+
+    def __repr__(self) -> str:
+        return repr(self.named)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
+        return self.function(prompts, responses, rows)
+
+
+def check_deadline(timeout: float, on_timeout: float | str) -> None:
+    """Refuse a deadline that is none.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if not 0 < timeout < math.inf:
+        raise UserError(f"{_KEY}.timeout: expected seconds above 0, got {timeout}")
+    if on_timeout != "error" and not (isinstance(on_timeout, int | float) and math.isfinite(on_timeout)):
+        raise UserError(f"{_KEY}.on_timeout: expected error or a finite score, got {on_timeout!r}")
+
+
+def _singles(batch: Batch) -> list[Batch]:
+    return [([prompt], [response], [row]) for prompt, response, row in zip(*batch, strict=True)]
+
+
+def load_reward(argument: tuple[bytes, str]) -> Callable[[Batch], Any]:
+    """Return what a child does for each request: score a batch with the reward that it was sent."""
+    pickled, device = argument
+    reward: Reward = pickle.loads(pickled)  # from the trainer
+    reward.load(torch.device(device))
+
+    def score(batch: Batch) -> Any:
+        with torch.no_grad():
+            scores: Any = reward.score(*batch)
+        if isinstance(scores, Scores):
+            return Scores(_on_cpu(scores.reward), {name: _on_cpu(part) for name, part in scores.parts.items()})
+        return _on_cpu(scores)
+
+    return score
+
+
+def _on_cpu(values: Any) -> Any:
+    """Tensors travel as numbers, not as memory of a device."""
+    return values.detach().cpu() if isinstance(values, Tensor) else values
