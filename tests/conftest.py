@@ -22,8 +22,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-gc.disable()  # until all tests are imported
-
 TESTS = Path(__file__).parent
 LONGEST = 1.5
 """Seconds that a test without the mark `slow` may take; on a busy machine half of them are waiting."""
@@ -97,6 +95,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section(f"tests above {LONGEST} s without the mark slow")
     for report in sorted(unmarked, key=lambda report: -report.duration):
         terminalreporter.write_line(f"{report.duration:.2f}s {report.nodeid}")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Search for no garbage while tests are imported. Ranks, which import this module without pytest, keep theirs."""
+    gc.disable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
