@@ -101,15 +101,15 @@ def read_log(path: Path) -> dict[str, dict[str, Any]]:
 
 def make_trials(options: argparse.Namespace, folder: Path) -> Iterator[warm.Trial]:
     """Return the trials of the kinds that were asked for."""
-    from benchmarks.chaos import damage, disks, endurance, kills, mutations, runs, servers
+    from benchmarks.chaos import config_mutations, damage, data_mutations, disks, endurance, kills, runs, servers
 
     fixtures = runs.make_fixtures(folder / "fixtures")
     seed, quick = options.seed, options.quick
     kinds = options.kinds or KINDS
     counts = {kind: options.count or (QUICK if quick else COUNTS)[kind] for kind in COUNTS}
     parts: dict[str, Iterator[warm.Trial]] = {
-        "yaml": mutations.trials(fixtures, seed, "yaml", counts["yaml"]),
-        "jsonl": mutations.trials(fixtures, seed, "jsonl", counts["jsonl"]),
+        "yaml": config_mutations.trials(fixtures, seed, counts["yaml"]),
+        "jsonl": data_mutations.trials(fixtures, seed, counts["jsonl"]),
         "flip": damage.trials(fixtures, seed, "flip", counts["flip"]),
         "truncate": damage.trials(fixtures, seed, "truncate", counts["truncate"]),
         "payload": damage.payload_trials(fixtures, seed, quick),
