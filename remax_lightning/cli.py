@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
 from remax_lightning.cli_checks import check_config
 from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
-from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
+from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end, printable
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
@@ -234,7 +234,7 @@ def main() -> None:
         if on_all_ranks and launched:
             time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
         if not on_all_ranks or getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"remax: error: {end.message}", file=sys.stderr)  # noqa: T201
+            print(f"remax: error: {printable(end.message)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(end.code) from None
 
 

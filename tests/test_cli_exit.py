@@ -253,3 +253,17 @@ def test_more_batches_between_validations_than_there_are(
         outcome = remax(capsys, "fit", "--config", write(tmp_path / "run.yaml", config))
     assert outcome.code == 2
     assert message(outcome).startswith("trainer.val_check_interval is 100, but an epoch has only ")
+
+
+def test_escapes_of_a_stranger_do_not_reach_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from remax_lightning import cli
+
+    def run() -> None:
+        raise UserError("the scorer answered \x1b]0;owned\x07 \u202e\n  é 日本")
+
+    monkeypatch.setattr(cli, "run", run)
+    outcome = remax(capsys, "fit")
+    assert outcome.code == 2
+    assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"

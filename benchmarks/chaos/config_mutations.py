@@ -212,8 +212,10 @@ def _spans(text: str) -> list[re.Match[str]]:
 
 def value(text: str, rng: random.Random) -> str:
     """Replace a value by one of another kind."""
-    place = rng.choice(_spans(text))
-    chosen = rng.choice(VALUES)
+    spans = _spans(text)
+    if not spans:
+        return text  # an earlier mutation left none
+    place, chosen = rng.choice(spans), rng.choice(VALUES)
     try:
         new = yaml.safe_dump(chosen, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
     except ValueError:
@@ -223,15 +225,18 @@ def value(text: str, rng: random.Random) -> str:
 
 def raw_text(text: str, rng: random.Random) -> str:
     """Replace a value by a piece of YAML, valid or not."""
-    place = rng.choice(_spans(text))
-    return text[: place.start()] + rng.choice(TEXTS) + text[place.end() :]
+    spans = _spans(text)
+    if not spans:
+        return text
+    place, piece = rng.choice(spans), rng.choice(TEXTS)
+    return text[: place.start()] + piece + text[place.end() :]
 
 
 def node(text: str, rng: random.Random) -> str:
     """Replace any node of the tree, a group, too; or remove it, or move it to another key."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         return text
     places = list(nodes(tree))
     if not places:
@@ -263,6 +268,8 @@ def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
 def key_name(text: str, rng: random.Random) -> str:
     """Misspell a key, or give it another one's name."""
     keys = list(re.finditer(r"[A-Za-z_]+(?=:)", text))
+    if not keys:
+        return text
     place = rng.choice(keys)
     word = place[0]
     i = rng.randrange(len(word))
@@ -275,7 +282,7 @@ def key_name(text: str, rng: random.Random) -> str:
 
 def line(text: str, rng: random.Random) -> str:
     """Remove, double, swap or indent a line."""
-    lines = text.splitlines(keepends=True)
+    lines = text.splitlines(keepends=True) or [""]
     i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
     action = rng.randrange(6)
     if action == 0:
@@ -295,7 +302,7 @@ def line(text: str, rng: random.Random) -> str:
 
 def character(text: str, rng: random.Random) -> str:
     """Remove, insert or replace a character."""
-    i = rng.randrange(len(text))
+    i = rng.randrange(max(len(text), 1))
     new = rng.choice((":", "-", "{", "}", "[", "'", '"', "\n", "\t", " ", "#", "&", "*", "!", "|", "%", "@", "0", "e",
                       "\x00", "\ud800", "é", chr(rng.randrange(32, 1000)), ""))  # fmt: skip
     return text[:i] + new + text[i + rng.randrange(2) :]
@@ -303,7 +310,7 @@ def character(text: str, rng: random.Random) -> str:
 
 def cut(text: str, rng: random.Random) -> str:
     """End the file early, or leave a piece out."""
-    i, j = sorted(rng.randrange(len(text)) for _ in range(2))
+    i, j = sorted(rng.randrange(max(len(text), 1)) for _ in range(2))
     return text[:j] if rng.random() < 0.5 else text[:i] + text[min(j, i + 300) :]
 
 

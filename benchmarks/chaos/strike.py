@@ -117,8 +117,8 @@ class Strike(Callback):
         writer.write_batch = wrapped
 
     def _strike_in_rollout(self, module: Any) -> None:
-        engine, passes = module.engine, 0
-        generate = engine.generate
+        worker, passes = module.worker, 0
+        generate = worker.generate_responses
 
         def count(*_: Any) -> None:
             nonlocal passes
@@ -126,18 +126,18 @@ class Strike(Callback):
             if passes == 3 and self.is_due("rollout") and self.trainer.training:
                 self.act()
 
-        def wrapped(model: Any, *args: Any, **options: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
             nonlocal passes
             passes = 0
             hook = module.policy.register_forward_pre_hook(count)
             try:
-                return generate(model, *args, **options)
+                return generate(*args, **options)
             finally:
                 hook.remove()
                 if self.is_due("rollout") and self.trainer.training:
                     self.act()  # where the engine calls something else than the policy
 
-        engine.generate = wrapped
+        worker.generate_responses = wrapped
 
     def _strike_in_reference(self, module: Any) -> None:
         def hook(*_: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ COLUMNS = ("right", "clear", "tracebacks", "hangs", "silently wrong", "code exec
 
 def write_totals(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Write a line for each kind and seed, in the place of an older one."""
-    description = _machine().description()
+    description = _machine().description() | {"commit": _commit()}
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault((entry["kind"], entry["seed"]), []).append(entry)
@@ -54,6 +55,12 @@ def write_totals(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     others = [line for line in old if (line["kind"], line["seed"]) not in groups]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in [*others, *new]))
+
+
+def _commit() -> str:
+    """Return the commit of the working copy; empty outside of one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _machine() -> Any:

@@ -308,8 +308,8 @@ def _become_trial(trial: Trial, place: Path) -> None:
         outcome = trial.run(place, random.Random(trial.key))
         (place / "outcome.json").write_text(json.dumps(outcome))
     except BaseException:
-        traceback.print_exc()
-        text = traceback.format_exc()
+        text = traceback.format_exc(limit=-8)
+        print(text, file=sys.stderr)
         (place / "outcome.json").write_text(json.dumps(Outcome(UNCLEAR, f"the trial itself failed: {text[-800:]}")))
     finally:
         sys.stdout.flush()

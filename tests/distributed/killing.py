@@ -67,8 +67,8 @@ class Hit(Callback):
         os.kill(os.getpid(), self.signum)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        engine, save, write = pl_module.engine, trainer.save_checkpoint, torch.save
-        generate = engine.generate
+        worker, save, write = pl_module.worker, trainer.save_checkpoint, torch.save
+        generate = worker.generate_responses
 
         def hit_in_rollout(*args: Any, **options: Any) -> Any:
             if self.due(trainer, "rollout") and trainer.training:
@@ -90,7 +90,7 @@ class Hit(Callback):
                 self.hit()
             write(obj, file, *args, **options)
 
-        engine.generate, trainer.save_checkpoint, torch.save = hit_in_rollout, hit_after_save, hit_in_file
+        worker.generate_responses, trainer.save_checkpoint, torch.save = hit_in_rollout, hit_after_save, hit_in_file
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.due(trainer, "between"):
