@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
-from remax_lightning.cli_checks import check_config
-from remax_lightning.cli_errors import RemaxParser, foreign_exit_message, user_error_message
+from remax_lightning.cli_errors import foreign_exit_message, user_error_message
 from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end, printable
+from remax_lightning.cli_parser import RemaxParser
 from remax_lightning.errors import RankError, RankUserError, UserError
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
@@ -118,22 +118,12 @@ class RemaxCLI(LightningCLI):
         """Give each callback of this package a key, so that overlays can change single options."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        cast(RemaxParser, parser).checked_callbacks = CALLBACKS
         parser.link_arguments(
             ("model.init_args", "data.init_args"),
             "data.init_args.tokenizer",
             compute_fn=_tokenizer_path,
         )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and check the values before any object is made of them."""
-        try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
-            raise UserError(f"config: the file is no text in UTF-8: {error}; save it as UTF-8") from error
-        except RecursionError as error:
-            raise UserError("config: nested too deeply, or an alias that holds itself; write it out") from error
-        subcommand = self.config.get("subcommand")
-        check_config(self.config[subcommand] if subcommand else self.config, CALLBACKS)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its errors are mistakes in the configuration."""

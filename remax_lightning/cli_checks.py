@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import Namespace
 
@@ -141,16 +143,84 @@ def check_config(config: Namespace | Mapping[str, Any], groups: Collection[str] 
     Raises:
         UserError: with one line per mistake.
     """
-    mistakes = []
-    for key, value in flatten(config):
-        if key in groups or (key in GROUPS and not (value is None and key in OPTIONAL_GROUPS)):
-            text: str | None = f"{key}: expected a group of keys, got {'null' if value is None else value}"
-        else:
-            text = explain(key, value)
-        if text is not None:
-            mistakes.append(text)
+    mistakes = [f"{key}: {text}" for key, text in explain_values(config, groups).items()]
     if mistakes:
         raise UserError("\n  ".join(mistakes))
+
+
+def explain_values(config: Namespace | Mapping[str, Any], groups: Collection[str] = ()) -> dict[str, str]:
+    """Return what is wrong by key; arguments as in `check_config`."""
+    mistakes = {}
+    for key, value in flatten(config):
+        if key in groups or (key in GROUPS and not (value is None and key in OPTIONAL_GROUPS)):
+            mistakes[key] = f"expected a group of keys, got {'null' if value is None else value}"
+        elif text := explain(key, value):
+            mistakes[key] = text.removeprefix(f"{key}: ")
+    return mistakes
+
+
+def explain_objects(config: Namespace, callbacks: Mapping[str, type]) -> list[str]:
+    """Return what the groups of options and the callbacks of this package refuse, a line each.
+
+    They are frozen dataclasses and callbacks, which check their arguments when they are made and do nothing else. Later
+    they would stop at the first.
+
+    Args:
+        config: the parsed configuration of a subcommand.
+        callbacks: classes by their keys.
+    """
+    mistakes: list[str] = []
+    for name in ("model", "data"):
+        _make_groups(config.get(name), mistakes)
+    for name, kind in callbacks.items():
+        _make(kind, config.get(name), mistakes)
+    return list(dict.fromkeys(mistakes))
+
+
+def _make_groups(value: Any, mistakes: list[str]) -> None:
+    """Make the dataclasses among the arguments of a class, and of the classes in them."""
+    if isinstance(value, list):
+        for item in value:
+            _make_groups(item, mistakes)
+    if not isinstance(value, Namespace) or not isinstance(arguments := value.get("init_args"), Namespace):
+        return
+    module, _, name = str(value.class_path).rpartition(".")
+    try:
+        hints = get_type_hints(getattr(import_module(module), name).__init__)
+    except (ImportError, AttributeError, NameError, TypeError, ValueError):  # the parser has said it, or will
+        return
+    for name, argument in vars(arguments).items():
+        kind = _dataclass(hints.get(name))
+        if kind is not None and isinstance(argument, Namespace) and "class_path" not in argument:
+            _make(kind, argument, mistakes)
+        else:
+            _make_groups(argument, mistakes)
+
+
+def _make(kind: type, value: Any, mistakes: list[str]) -> Any:
+    """Make an object of its options, those within first; return None, and say why, if it refuses them."""
+    if not isinstance(value, Namespace):
+        return None
+    hints = get_type_hints(getattr(kind, "__init__"))  # noqa: B009 - of a class, not of an instance
+    arguments, before = {}, len(mistakes)
+    for name, argument in vars(value).items():
+        inner = _dataclass(hints.get(name))
+        arguments[name] = argument if inner is None or argument is None else _make(inner, argument, mistakes)
+    if len(mistakes) > before:
+        return None
+    try:
+        return kind(**arguments)
+    except UserError as error:
+        mistakes.append(str(error))
+    except (TypeError, ValueError):  # of a class whose arguments are no plain options; it is made later
+        pass
+    return None
+
+
+def _dataclass(hint: Any) -> type | None:
+    return next(
+        (option for option in (hint, *get_args(hint)) if isinstance(option, type) and is_dataclass(option)), None
+    )
 
 
 def explain(key: str, value: Any) -> str | None:

@@ -9,21 +9,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
-import math
 import re
-import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jsonargparse
 import lightning
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
 
 import remax_lightning
 from remax_lightning.errors import SignalExit, UserError, exception_chain
@@ -76,135 +72,24 @@ MOVED_NAMES = {
 
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
-_SUBCOMMANDS = ("fit", "validate", "test", "predict")
-MAX_MISTAKES = 10
-"""How many wrong keys or values are told at once."""
+_FILE_OF_A_GROUP = re.compile(r"Unable to load config '(.+?)'; ")
+_WHOLE_FILES = (
+    (re.compile(r"Problems parsing config: *(.+)", re.DOTALL), "config: {0}"),
+    (re.compile(r"Unexpected config: *(\S.{0,60})?", re.DOTALL),
+     "config: expected groups of keys, such as model: and data:, got {0!r}"),
+)  # fmt: skip
+"""What jsonargparse says of a file as a whole."""
+
+_NO_KEYS = ("help", "config", "print_config", "print_shtab", "subcommand")
+_MAIN_CLASSES = {
+    "model": "remax_lightning.modules.ReMaxModule",
+    "data": "remax_lightning.data.PromptDataModule",
+    "model.optimizer.init_args": "torch.optim.AdamW",
+    "model.lr_scheduler.init_args": "remax_lightning.modules.WarmupCosine",
+}
+"""Classes whose options a hint knows, by the key that they stand under."""
 
 _TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
-
-
-class RemaxParser(LightningArgumentParser):
-    """Exits with one message that names the key, instead of pages of usage."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # With abbreviations --trainer.max_step would mean --trainer.max_steps, and a typo could mean another key.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
-        """Parse, and refuse numbers that are not finite; of several wrong keys or values, tell all at once.
-
-        jsonargparse stops at the first, so what it names is left out and the rest is parsed again.
-        """
-        arguments = list(sys.argv[1:] if args is None else args)
-        mistakes: dict[str, str] = {}
-        tip = ""
-        while True:
-            try:
-                parsed = super().parse_args(arguments, *rest, **options)
-                lines = [
-                    f'Parser key "{key}": must be a finite number, got {value}; null means "none" where a key may be'
-                    " unset"
-                    for key, value in _nonfinite_numbers(parsed)
-                ]
-                if lines:
-                    self.error("\n".join(lines))
-                if not mistakes:
-                    return parsed
-                break
-            except _ParseExit as end:
-                tip = tip or end.tip
-                further = {key: text for key, text in end.mistakes.items() if not _is_consequence(key, mistakes)}
-                mistakes |= further
-                reduced = [without_key(arguments, key) for key in further if key]
-                if not reduced or reduced[0] is None or len(mistakes) >= MAX_MISTAKES:
-                    break
-                arguments = reduced[0]  # a message names one key, or several types of one
-        lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
-        print("remax: error: {}\n{}".format("\n  ".join(lines), tip), end="", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with code 2; `parse_args` prints what is wrong."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        subcommands = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
-        parsers = [self, *(parser for choices in subcommands for parser in choices)]
-        known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
-        tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
-        raise _ParseExit(explain_message(message, known), tip)
-
-
-class _ParseExit(SystemExit):
-    """The parser refuses its arguments: the mistakes by key, and a line of advice."""
-
-    def __init__(self, mistakes: dict[str, str], tip: str) -> None:
-        super().__init__(2)
-        self.mistakes, self.tip = mistakes, tip
-
-
-def _is_consequence(key: str, mistakes: Iterable[str]) -> bool:
-    """Whether a key is wrong only because another one was left out: it, or a group around it, is missing now."""
-    plain = _plain(key)
-    return any(plain == _plain(other) or _plain(other).startswith(f"{plain}.") for other in mistakes)
-
-
-def _plain(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part != "init_args")
-
-
-def without_key(arguments: list[str], key: str) -> list[str] | None:
-    """Return the arguments of the command without a key, on the command line and in YAML files; None if it is nowhere.
-
-    A YAML file with the key is replaced by its text without it.
-    """
-    kept, changed, index = [], False, 0
-    while index < len(arguments):
-        name, equals, value = arguments[index].partition("=")
-        separate = not equals and index + 1 < len(arguments) and not arguments[index + 1].startswith("--")
-        words = arguments[index : index + 1 + separate]
-        index += len(words)
-        if name.startswith("--") and _plain(name[2:].rstrip("+")) == _plain(key):
-            changed = True
-        elif name in ("--config", "-c") and (equals or separate):
-            text = _yaml_without_key(value if equals else words[1], _plain(key).split("."))
-            changed = changed or text is not None
-            kept += words if text is None else ["--config", text]
-        else:
-            kept += words
-    return kept if changed else None
-
-
-def _yaml_without_key(config: str, path: list[str]) -> str | None:
-    """Return the YAML text of a configuration, a file or a text, without a key; None if it does not have it."""
-    try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8") if "\n" not in config else config)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return yaml.safe_dump(values) if _remove(values, path) else None
-
-
-def _remove(values: Any, path: list[str]) -> bool:
-    if not isinstance(values, dict):
-        return False
-    if len(path) == 1 and path[0] in values:
-        del values[path[0]]
-        return True
-    inner = values.get(path[0])
-    return (isinstance(inner, dict) and _remove(inner, path[1:])) or _remove(values.get("init_args"), path)
-
-
-def _nonfinite_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the key, as a user writes it, and the value of every number of a configuration that is NaN or infinite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield key, value
-    elif isinstance(value, dict | jsonargparse.Namespace):
-        for name, part in (value if isinstance(value, dict) else vars(value)).items():
-            # The subcommand is no part of a key, nor are the init_args of the module and the data.
-            inner = key if not key and name in _SUBCOMMANDS else f"{key}.{name}" if key else str(name)
-            yield from _nonfinite_numbers(part, key if key in ("model", "data") and name == "init_args" else inner)
-    elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            yield from _nonfinite_numbers(part, f"{key}[{number}]")
 
 
 def shorten_message(message: str, known: Iterable[str] = ()) -> str:
@@ -227,6 +112,9 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
     """
     if hint := _moved_name_hint(message):
         return {"": hint}
+    for pattern, text in _WHOLE_FILES:
+        if match := pattern.match(message):
+            return {"": text.format(*match.groups())}
     # ---- One explanation per key ----
     explanations: dict[str, list[str]] = {}
     for line in _parse_lines(message):
@@ -235,7 +123,7 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
     value = _GIVEN.search(message)
     mistakes = {}
     for key, texts in explanations.items():
-        text = "; ".join(dict.fromkeys(texts))
+        text = _FILE_OF_A_GROUP.sub(r"\1: ", "; ".join(dict.fromkeys(texts)))
         if all(part.startswith("expected ") for part in texts):  # the types of a union, none of which fits
             text = text.replace("; expected ", ", or ")
             text += f", got {value[1]}" if value and ", got " not in text else ""
@@ -353,11 +241,11 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
 
 
 def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
-    if name == "class_path":
+    if name == "class_path" and not group:
         return line.key, "write the arguments of the class under init_args, beside class_path"
     inner = f"{group}.{name}" if group else name
     full = f"{line.key}.{inner}" if line.key else inner
-    parent, _, last = full.rpartition(".")
+    last = full.rpartition(".")[2]
     if line.class_path:
         parts = inner.split(".")
         options = _argument_names(line.class_path, parts[:-1])
@@ -366,17 +254,44 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
             if groups and parts[depth] not in groups:
                 last, options = parts[depth], groups
                 break
-    elif options := [dest.removeprefix(f"{parent}.") for dest in known if dest.startswith(f"{parent}.")]:
-        pass
     else:
-        last, options = full.partition(".")[0], list(dict.fromkeys(dest.partition(".")[0] for dest in known))
+        last, options = _first_unknown(full, known)
     path = [part for part in full.split(".") if part != "init_args"]
     renamed = RENAMED_KEYS.get(".".join(path[-2:]))
     if renamed is not None and (renamed in options or not options):
         return full, f"was renamed; write {full.removesuffix(last)}{renamed}"
-    close = difflib.get_close_matches(last, options, 1)
-    hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(options)}" if options else "remove it"
+    if close := difflib.get_close_matches(last, options, 1):
+        hint = f"did you mean {close[0]}?"
+    elif places := [place for place in _places(full.rpartition(".")[2], known) if place != full]:
+        hint = f"did you mean {' or '.join(places[:3])}?"
+    else:
+        hint = f"the keys are {', '.join(options)}" if options else "remove it"
     return full, f"there is no such key; {hint}"
+
+
+def _first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
+    """Return the first part of a key that does not exist, which may be a group, and what exists in its place."""
+    options: list[str] = []
+    prefix, parts = "", key.split(".")
+    for part in parts:
+        inner = dict.fromkeys(dest.removeprefix(prefix).partition(".")[0] for dest in known if dest.startswith(prefix))
+        if not inner:
+            break
+        options, last = [option for option in inner if option not in _NO_KEYS], part
+        if part not in inner:
+            break
+        prefix += f"{part}."
+    return last, options
+
+
+def _places(name: str, known: Iterable[str]) -> list[str]:
+    """Return the keys of this name elsewhere in a configuration: a user may have left out the groups around it."""
+    places = [dest for dest in known if "." in dest and dest.rpartition(".")[2] == name]
+    for key, class_path in _MAIN_CLASSES.items():
+        options = _argument_names(class_path, [])
+        places += [f"{key}.{name}"] if name in options else []
+        places += [f"{key}.{group}.{name}" for group in options if name in _argument_names(class_path, [group])]
+    return list(dict.fromkeys(places))
 
 
 def _argument_names(class_path: str, groups: list[str]) -> list[str]:

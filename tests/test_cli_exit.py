@@ -103,10 +103,10 @@ def test_all_wrong_values_are_told_together(tmp_path: Path) -> None:
 
 
 def test_keys_are_those_of_the_yaml(tmp_path: Path, policy_path: Path) -> None:
-    optimizer = {"class_path": OPTIMIZER, "init_args": {"lr": -1}}
+    optimizer = {"class_path": OPTIMIZER, "init_args": {"lr": 0.5}}
     path = write(tmp_path / "run.yaml", changed(small_config(tmp_path, policy_path), model__optimizer=optimizer))
     keys = dict(flatten(remax_parser().parse_args(["fit", "--config", path])["fit"]))
-    assert keys["model.optimizer.init_args.lr"] == -1
+    assert keys["model.optimizer.init_args.lr"] == 0.5
     assert "data.batch_size" in keys
 
 

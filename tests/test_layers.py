@@ -46,7 +46,9 @@ ALLOWED = {
     | {"training", "evaluation", "rollout", "rewards", "models", "strategies", "data.tokenizers"}
     | {"data.collate", "data.formatting"},  # prompts that `generate` is given, rendered as in training
     "tasks": ANYTHING,
+    "yaml_files": set(),
     "cli_errors": {"errors"},
+    "cli_parser": {"cli_errors", "cli_checks", "yaml_files"},
     "cli_checks": {"errors"},
     "cli_exit": {"errors", "cli_errors", "disk", "run_folder"},
     "cli": ANYTHING,

@@ -17,7 +17,7 @@ from remax_lightning.data.conversations import (
     take_thought,
 )
 from remax_lightning.data.message_forms import mark_message
-from remax_lightning.data.rendering import LostMessageError, TemplateRenderer, in_front
+from remax_lightning.data.rendering import LostMessageError, StoppedTemplateError, TemplateRenderer, in_front
 from remax_lightning.data.tokenizers import encode_responses
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
@@ -220,6 +220,8 @@ class ChatRenderer(TemplateRenderer):
                 text = self.apply(conversation, [*marked, whole[-1]], forms[1], is_prompt=False)
                 in_whole = text.rpartition(mark)[2].partition(answer)[0]
                 self._turn_starts[shape] = _TurnStart(mark, in_prompt, in_whole)
+            except StoppedTemplateError:
+                raise
             except Exception:  # whatever a template raises, and a last message without content
                 self._turn_starts[shape] = None
         return self._turn_starts[shape]

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from remax_lightning.data.collate import Example, PairExample
 from remax_lightning.data.conversations import message_form
 from remax_lightning.data.reading import Row, Rows
+from remax_lightning.data.template_limits import template_limits
 from remax_lightning.errors import DataError
 from remax_lightning.types import Conversation, Prompt
 
@@ -82,11 +83,12 @@ class Recipe:
     def rendered(self, rows: Iterable[tuple[Row, str]]) -> list[Example | DataError]:
         """Render a batch of rows."""
         outcomes: list[Example | DataError] = []
-        for row, where in rows:
-            try:
-                outcomes.append(self.render(row, where))
-            except DataError as error:
-                outcomes.append(error)
+        with template_limits():
+            for row, where in rows:
+                try:
+                    outcomes.append(self.render(row, where))
+                except DataError as error:
+                    outcomes.append(error)
         return outcomes
 
     def records(self, rendered: list[Example | DataError]) -> Batch:

@@ -17,7 +17,8 @@ from remax_lightning.data.message_forms import (
     rename_function,
     write_in_form,
 )
-from remax_lightning.errors import DataError
+from remax_lightning.data.template_limits import TemplateLimitError, run_template
+from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class LostMessageError(DataError):
     def __init__(self, text: str, index: int) -> None:
         super().__init__(text)
         self.index = index
+
+
+class StoppedTemplateError(UserError):
+    """A template ran too long or wrote too much: none of the rows can be used with it."""
 
 
 class TemplateRenderer:
@@ -91,19 +96,31 @@ class TemplateRenderer:
         return text
 
     def apply(self, conversation: Conversation, messages: Sequence[Message], form: MessageForm, is_prompt: bool) -> str:
-        """Return what transformers makes of messages in one form; it raises whatever the template raises."""
+        """Return what transformers makes of messages in one form; it raises whatever the template raises.
+
+        Raises:
+            StoppedTemplateError: if it runs too long or writes too much.
+        """
         formed: Any = (
             list(messages) if form == MessageForm() else [write_in_form(message, form) for message in messages]
         )
-        return str(
-            self.tokenizer.apply_chat_template(
-                formed,
-                tools=conversation.tools or None,
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-                **conversation.template_kwargs,
+        try:
+            return run_template(
+                lambda: str(
+                    self.tokenizer.apply_chat_template(
+                        formed,
+                        tools=conversation.tools or None,
+                        tokenize=False,
+                        add_generation_prompt=is_prompt,
+                        **conversation.template_kwargs,
+                    )
+                )
             )
-        )
+        except TemplateLimitError as error:
+            raise StoppedTemplateError(
+                f"{in_front(conversation)}{self.name} was stopped: {error}; take a tokenizer with another chat"
+                " template, or correct this one"
+            ) from None
 
     # What is lost
 
@@ -131,6 +148,8 @@ class TemplateRenderer:
         for form in message_forms(messages):
             try:
                 text = self.apply(conversation, [message for message, _ in marked], form, is_prompt)
+            except StoppedTemplateError:  # in every other form, too, after as long
+                raise
             except Exception:
                 continue
             lost = tuple(
@@ -228,14 +247,18 @@ class TemplateRenderer:
 
     def refusal(
         self, conversation: Conversation, messages: Sequence[Message], form: MessageForm, error: Exception
-    ) -> DataError:
+    ) -> UserError:
         """Say which message a template stumbles over: the last of the shortest beginning that it refuses."""
         from jinja2 import TemplateError
 
+        if isinstance(error, StoppedTemplateError):  # trying again would take as long
+            return error
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         for count in range(1, len(messages) + 1):
             try:
                 self.apply(conversation, messages[:count], form, is_prompt=False)
+            except StoppedTemplateError:
+                raise
             except Exception:
                 which = f"message {count - 1} (role {messages[count - 1]['role']!r})"
                 break

@@ -21,6 +21,7 @@ from remax_lightning.models.checkpoint_reader import TRUST, read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
 from remax_lightning.models.lora import adapter_dtype, contains_adapter, load_adapter
 from remax_lightning.sharding import nonfinite_name
+from remax_lightning.yaml_files import read_yaml
 
 POLICY = "policy."
 """Prefix of the names of the policy's weights in a checkpoint."""
@@ -169,7 +170,7 @@ def read_run(path: Path) -> Run:
         UserError: if the file cannot be read or has no policy.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = read_yaml(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
     model, data = (_section(config, name) for name in ("model", "data"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from remax_lightning.errors import UserError
+from remax_lightning.yaml_files import load_yaml
 
 STAGES = ("train", "validation")
 """Stages with a file of sample dumps."""
@@ -178,8 +179,8 @@ def _read_figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
 
 def _parse_settings(config: str, notes: list[str]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(config)
-    except yaml.YAMLError:
-        notes.append("config.yaml is not valid YAML; it is shown as text.")
+        settings = load_yaml(config, "config.yaml")
+    except yaml.YAMLError as error:
+        notes.append(f"It is shown as text, since it cannot be read as YAML: {str(error).splitlines()[0]}")
         settings = None
     return settings if isinstance(settings, dict) else {}
