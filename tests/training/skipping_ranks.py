@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -103,3 +104,42 @@ def main(policy: str, folder: Path) -> None:
             told = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
             assert [message.split(" is ")[0] for message in told] == ["Optimizer step 2", "Optimizer step 4"], name
         print(name, flush=True)
+
+
+def float16(policy: str, folder: Path) -> None:
+    """DeepSpeed's own loss scale, which it lowers in silence where a gradient overflows.
+
+    DeepSpeed refuses float16 on most CPUs, although torch computes it there.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    rank = int(os.environ["LOCAL_RANK"])
+    data_folder = folder / f"data{rank}"
+    data_folder.mkdir(exist_ok=True)
+    for name in ("zero1", "zero2", "zero3"):
+        strategy, seen, engine = make_strategy(name), Weights(), Engine()
+        strategy.initial_scale_power, strategy.hysteresis = 10, 1
+        module = remax_module(policy, rollout=PromptEngine(), optimizer=partial(torch.optim.AdamW, lr=0.01))
+        options = {"devices": 2, "strategy": strategy, "precision": "16-true", "max_steps": 5}
+        trainer = make_trainer(data_folder, [Overflow({2, 3}, rank=1), seen, engine], **options)
+        with patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, prompt_data(data_folder, policy, batch_size=4))
+        assert seen.skipped == engine.skipped == [0, 1, 2, 2, 2], (name, seen.skipped, engine.skipped)
+        assert engine.scales == [1024, 512, 256, 256, 256], (name, engine.scales)
+        if rank == 0:
+            changed = [not equal(*pair) for pair in zip(seen.weights, seen.weights[1:], strict=False)]
+            assert changed == [True, False, False, True, True], (name, changed)
+
+
+class Engine(Callback):
+    """Keeps what DeepSpeed itself counts."""
+
+    def __init__(self) -> None:
+        self.skipped: list[int] = []
+        self.scales: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        engine = trainer.strategy.deepspeed_engine
+        self.skipped.append(engine.skipped_steps)
+        self.scales.append(float(engine.optimizer.loss_scaler.cur_scale))

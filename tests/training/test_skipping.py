@@ -14,7 +14,7 @@ import torch
 from helpers.ranks import launch
 from helpers.stages import pair_data, sft_data
 from helpers.training import make_trainer, prompt_data, remax_module, save_policy
-from training.skipping_ranks import Overflow, Weights, equal, main
+from training.skipping_ranks import Overflow, Weights, equal, float16, main
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
@@ -170,3 +170,8 @@ def test_deepspeeds_loss_scale_ends_where_deepspeed_does(value: float, hysteresi
 @pytest.mark.slow
 def test_two_ranks_skip_together_under_every_strategy(policy: str, tmp_path: Path) -> None:
     launch(main, policy, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_deepspeed_skips_in_silence_is_counted(policy: str, tmp_path: Path) -> None:
+    launch(float16, policy, tmp_path)
