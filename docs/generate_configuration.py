@@ -148,6 +148,11 @@ def _default(parameter: inspect.Parameter) -> str:
         return "its own table"
     if isinstance(value, type):
         return f"`{value.__name__}`"
+    if inspect.isfunction(value):  # lambda parameters: torch.optim.AdamW(parameters, lr=1e-6)
+        source = inspect.getsource(value)
+        called = re.search(rf"{parameter.name}: .* = lambda \w+: torch\.optim\.(\w+)\(\w+, (.+?)\),?$", source, re.M)
+        assert called, f"{parameter.name}: cannot tell the default from its source: {source}"
+        return f"`{called[1]}({called[2]})`"
     return f"`{_YAML.get(str(value), value)}`"
 
 

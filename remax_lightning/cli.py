@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -86,6 +87,13 @@ def _tokenizer_path(module: Any, data: Any) -> str | None:
     return cast("str | None", data.get("tokenizer"))
 
 
+def _computes_in_bfloat16(accelerator: Any) -> bool:
+    """Whether a run with this `trainer.accelerator` takes GPUs that compute in bfloat16."""
+    if accelerator not in (None, "auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return False
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 class _SaveConfig(SaveConfigCallback):
     """Saves the configuration in the folder of the run, and never overwrites a file."""
 
@@ -128,6 +136,10 @@ class RemaxCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its errors are mistakes in the configuration."""
         _stage.name = "trainer"
+        options: Any = self._get(self.config_init, "trainer") or {}
+        if options.get("precision") is None and _computes_in_bfloat16(options.get("accelerator")):
+            # Half of the memory of activations, and twice the speed or more; weights and optimizer stay in float32.
+            kwargs = {"precision": "bf16-mixed"} | kwargs
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:

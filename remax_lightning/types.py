@@ -10,7 +10,7 @@ NamedTuples, because Lightning moves those to the device and refuses frozen data
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from torch import Tensor
 
@@ -251,6 +251,10 @@ class StepOutput(TypedDict):
     """True where an optimizer step ends with this part; always True in validation."""
     records: NotRequired[list[PromptRecord]]
     """What was measured on each prompt; absent in training."""
+
+
+Batch: TypeAlias = PromptBatch | SupervisedBatch | PreferenceBatch
+"""What a data loader yields, by the stage."""
 
 
 class ExportSpec(NamedTuple):

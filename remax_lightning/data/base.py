@@ -73,7 +73,7 @@ class TextDataModule(LightningDataModule, ABC):
         path: str | list[str] | None,
         tokenizer: str | None,
         val_path: str | list[str] | None,
-        val_size: int,
+        val_size: int | None,
         prompt_column: str,
         template: str | None,
         batch_size: int,
@@ -86,7 +86,7 @@ class TextDataModule(LightningDataModule, ABC):
         super().__init__()
         _check_sources(path, tokenizer, data, val_path, val_data)
         check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
-        check_at_least(0, val_size=val_size, **{"loading.num_workers": loading.num_workers})
+        check_at_least(0, val_size=val_size or 0, **{"loading.num_workers": loading.num_workers})
         if val_size and not (val_path is None and val_data is None):
             other = "val_data" if val_path is None else "val_path"
             raise UserError(f"data.val_size must be 0 beside data.{other}, got {val_size}; remove one")
@@ -184,17 +184,20 @@ class TextDataModule(LightningDataModule, ABC):
             DataError: if a file or row cannot be used, or there are too few rows.
             UserError: if the stage needs validation rows and there is no source of them.
         """
-        has_val = self._has_val_source or self.val_size > 0
+        if self._train is None and (stage in (None, "fit") or not self._has_val_source):
+            self._check_val_rows(stage, self._has_val_source or self.val_size != 0)
+            self._setup_train()
+            self._check_val_rows(stage, self._has_val_source or self._val is not None)
+        if self._val is None and self._has_val_source:
+            rows = self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
+            self._val = self._dataset(rows, rows.dropped)
+
+    def _check_val_rows(self, stage: str | None, has_val: bool) -> None:
         if stage in ("validate", "test", "predict") and not has_val:
             raise UserError(
                 f"data.val_path must name the rows to {getattr(stage, 'value', stage)} on, got null; set it, or set "
                 "data.val_size to hold rows of data.path out"
             )
-        if self._train is None and (stage in (None, "fit") or not self._has_val_source):
-            self._setup_train()
-        if self._val is None and self._has_val_source:
-            rows = self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
-            self._val = self._dataset(rows, rows.dropped)
 
     def fingerprint(self) -> str:
         """Return a hash of the training rows, in their order, without those left out; `setup` must have run.
@@ -341,11 +344,15 @@ class TextDataModule(LightningDataModule, ABC):
         if self.loading.stage_split is not None and self.stage is not None:
             rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
         total = len(rows.values)
-        if self.val_size >= total:
-            raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {self.val_size}")
-        if self.val_size:
+        val_size = self.val_size
+        if val_size is None:  # a batch for every process must remain
+            spare = total - self.batch_size * (1 if self.trainer is None else self.trainer.world_size)
+            val_size = 0 if self._has_val_source else max(min(total // 20, 64, spare), 0)
+        if val_size >= total:
+            raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {val_size}")
+        if val_size:
             # Drawn before any filter, so that a new tokenizer or limit moves no row to the other side.
-            held_out = set(random.Random(f"val/{self.seed}").sample(range(total), self.val_size))
+            held_out = set(random.Random(f"val/{self.seed}").sample(range(total), val_size))
             return rows.take([i for i in range(total) if i not in held_out]), rows.take(sorted(held_out)), unreadable
         return rows, None, unreadable
 

@@ -39,7 +39,8 @@ class PreferenceDataModule(TextDataModule):
             CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the reward model's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
-        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`. None holds
+            out one row in 20, and 64 at most: enough to see whether a run learns, at little cost.
         prompt_column: column of the prompt: text, or a list of messages. Rows without it are whole conversations,
             whose common beginning is the prompt.
         pair_columns: columns of the two responses, and of a margin.
@@ -67,7 +68,7 @@ class PreferenceDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int = 0,
+        val_size: int | None = None,
         prompt_column: str = "prompt",
         pair_columns: PairColumns = PairColumns(),  # noqa: B008 (frozen)
         template: str | None = None,

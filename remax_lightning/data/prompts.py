@@ -21,7 +21,8 @@ class PromptDataModule(TextDataModule):
             CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
-        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`. None holds
+            out one row in 20, and 64 at most: enough to see whether a run learns, at little cost.
         prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
             whole conversations in `chosen` and `rejected` have it at their beginning instead.
         template: text around a plain prompt, with columns in braces, for instance `"Human:
@@ -48,7 +49,7 @@ class PromptDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int = 0,
+        val_size: int | None = None,
         prompt_column: str = "prompt",
         template: str | None = None,
         batch_size: int = 64,

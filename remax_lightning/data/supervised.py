@@ -34,7 +34,8 @@ class SFTDataModule(TextDataModule):
             CSV, TSV (also compressed), Parquet, Arrow and what else `datasets` reads. Null where `data` has them.
         tokenizer: folder or hub name of the policy's tokenizer.
         val_path: validation rows, of the same kinds. Testing and predicting read them too.
-        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`.
+        val_size: rows of `path` to hold out for validation where there is no `val_path`, drawn by `seed`. None holds
+            out one row in 20, and 64 at most: enough to see whether a run learns, at little cost.
         prompt_column: column of the prompt: text, or a list of messages for the tokenizer's chat template. Pairs of
             whole conversations in `chosen` and `rejected` have it at their beginning instead.
         response_column: column of the response: text, or messages that end with it; `chosen` of a pair. Messages
@@ -63,7 +64,7 @@ class SFTDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int = 0,
+        val_size: int | None = None,
         prompt_column: str = "prompt",
         response_column: str = "response",
         template: str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -51,12 +52,14 @@ from remax_lightning.training.schedules import (
 )
 from remax_lightning.training.skipping import SkippedSteps
 from remax_lightning.training.stalling import StallTimeout
-from remax_lightning.types import PreferenceBatch, PromptBatch, SupervisedBatch
+from remax_lightning.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+ADAPTER_RATE = 10
+"""How many times the default learning rate an adapter gets."""
 _DATA_MODULES = {
     "PromptBatch": "PromptDataModule",
     "SupervisedBatch": "SFTDataModule",
@@ -80,7 +83,7 @@ class BaseModule(LightningModule):
     """
 
     tokenizer: PreTrainedTokenizerBase
-    batch_type: ClassVar[type[PromptBatch | SupervisedBatch | PreferenceBatch]]
+    batch_type: ClassVar[type[Batch]]
     """What its data loaders yield."""
 
     def __init__(
@@ -94,7 +97,7 @@ class BaseModule(LightningModule):
     ) -> None:
         super().__init__()
         self._source = source
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
         self.stall_timeout = stall_timeout
@@ -103,6 +106,20 @@ class BaseModule(LightningModule):
         self._step_ends: StopAtStepEnd | None = None
         self._resumed: CheckpointInfo | None = None
         self._run_folder: RunFolder | None = None  # in runs of a trainer only, not in `remax doctor`
+
+    def _for_adapter(self, optimizer: OptimizerCallable) -> OptimizerCallable:
+        """Return the optimizer, with ten times the learning rate where it is the default and trains an adapter."""
+        default = inspect.signature(type(self)).parameters["optimizer"].default
+        if self._source.lora is None or optimizer is not default:
+            return optimizer  # a configuration has the number in it already
+
+        def with_rate_of_adapters(parameters: Any) -> Optimizer:
+            made: Optimizer = default(parameters)
+            for group in made.param_groups:
+                group["lr"] *= ADAPTER_RATE
+            return made
+
+        return with_rate_of_adapters
 
     def configure_callbacks(self) -> list[Callback]:
         """Give every run its folder and a watchdog. Called on every rank, before loggers and callbacks start."""

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from remax_lightning.config import config_from_dict
+from remax_lightning.config import WeightDType, config_from_dict
 from remax_lightning.data.collate import pad
 from remax_lightning.data.formatting import PromptFormatter
 from remax_lightning.distributed import broadcast
@@ -28,7 +28,7 @@ from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training.config_checks import check_policy, check_quantization, warn_of_turn_end
 from remax_lightning.training.worker import RolloutWorker
-from remax_lightning.types import PromptBatch
+from remax_lightning.types import Batch, PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class PolicyModule(BaseModule):
     """
 
     policy: PreTrainedModel
-    batch_type = PromptBatch
+    batch_type: ClassVar[type[Batch]] = PromptBatch
     scores_training_rows: ClassVar[bool] = True
     """Whether the reward scores responses to the training rows, not only to those of validation."""
     constants: Float32Buffers
@@ -218,7 +218,8 @@ class PolicyModule(BaseModule):
         hints = get_type_hints(cls.__init__)
         arguments = {}
         for name, value in saved.items():
-            kinds = [kind for kind in (hints.get(name), *get_args(hints.get(name))) if is_dataclass(kind)]
+            hint = hints.get(name)
+            kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)]
             arguments[name] = config_from_dict(kinds[0], value) if kinds and isinstance(value, dict) else value
         return arguments
 
@@ -229,10 +230,13 @@ class PolicyModule(BaseModule):
         source = self.policy_source
         if source.lora is None:  # all weights are in the checkpoint: make a model without reading the old ones
             dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-            source = replace(source, from_scratch=True, dtype=str(dtype).removeprefix("torch."))
+            name = cast("WeightDType", str(dtype).removeprefix("torch."))
+            source = replace(source, from_scratch=True, dtype=name)
         self.policy = source.load("model.policy")
         with suppress(OSError):  # the model has no generation settings
-            self.policy.generation_config = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+            self.policy.generation_config = GenerationConfig.from_pretrained(
+                source.path, revision=source.revision or "main"
+            )
         self.constants = Float32Buffers(self.policy)
         self.load_state_dict(weights)
         self.tokenizer = self._find_tokenizer()

@@ -53,7 +53,8 @@ class ReMaxModule(PolicyModule):
         check_on_policy: before the first step, compare the log-probs of a few drawn tokens with those of the training
             pass, and stop the run if they differ by more than rounding. Takes under 2 seconds. Set it to false for an
             engine that draws from another policy on purpose.
-        optimizer: AdamW by default.
+        optimizer: AdamW with a learning rate of 1e-6 by default, as in the recipes of TRL, verl and OpenRLHF (5e-7 to
+            1e-6): larger ones drift far from the reference. An adapter (`policy.lora`) gets ten times that.
         lr_scheduler: stepped after each optimizer step; `WarmupCosine` and `WarmupLinear` know the length of the run.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
@@ -79,7 +80,7 @@ class ReMaxModule(PolicyModule):
         advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008
         loss: LossConfig = LossConfig(),  # noqa: B008
         check_on_policy: bool = True,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,

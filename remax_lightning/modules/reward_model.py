@@ -56,7 +56,8 @@ class RewardModelModule(BaseModule):
         centering_coef: weight of the mean square of a pair's summed scores in the loss, which keeps scores around 0.
             0.01 as in its paper; 0 turns it off.
         normalize: whether the exported model scores with mean 0 and variance 1 on the validation pairs.
-        optimizer: AdamW by default.
+        optimizer: AdamW with a learning rate of 1e-5 by default, usual for all weights of a model; an adapter (`lora`)
+            gets ten times that.
         lr_scheduler: stepped after each optimizer step.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
@@ -78,7 +79,7 @@ class RewardModelModule(BaseModule):
         margin: float = 0.0,
         centering_coef: float = 0.01,
         normalize: bool = True,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,

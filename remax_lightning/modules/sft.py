@@ -41,7 +41,8 @@ class SFTModule(PolicyModule):
             faster.
         rollout: engine that generates responses in validation; None chooses one for the architecture of the policy.
         sampling: how responses are sampled in validation.
-        optimizer: AdamW by default.
+        optimizer: AdamW with a learning rate of 1e-5 by default, usual for all weights of a model; an adapter (`lora`)
+            gets ten times that.
         lr_scheduler: stepped after each optimizer step.
         max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
             can be the chance of a batch; 5 in a row say that training has diverged.
@@ -61,7 +62,7 @@ class SFTModule(PolicyModule):
         packing: bool = False,
         rollout: RolloutEngine | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,

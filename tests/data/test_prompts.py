@@ -160,11 +160,11 @@ def test_length_filter_says_how_many(
     train: str, tokenizer_path: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        PromptDataModule(train, tokenizer_path, batch_size=2, max_prompt_length=7).setup()
+        PromptDataModule(train, tokenizer_path, val_size=0, batch_size=2, max_prompt_length=7).setup()
         assert "dropped 0 of 23 rows, longer than data.max_prompt_length=7 tokens" in caplog.text
     assert not [w for w in recwarn if "dropped" in str(w.message)]
     with pytest.warns(UserWarning, match=r"dropped 13 of 23 rows.*more than half"):
-        PromptDataModule(train, tokenizer_path, batch_size=2, max_prompt_length=5).setup()
+        PromptDataModule(train, tokenizer_path, val_size=0, batch_size=2, max_prompt_length=5).setup()
 
 
 def test_files_are_read_once_and_only_where_needed(train: str, val: str, tokenizer_path: str) -> None:
@@ -186,11 +186,30 @@ def test_validation_file_alone_is_enough_to_validate(val: str, tokenizer_path: s
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_evaluation_without_rows_names_the_key(train: str, tokenizer_path: str, stage: str) -> None:
     with pytest.raises(UserError, match=rf"data\.val_path must name the rows to {stage} on"):
-        PromptDataModule(train, tokenizer_path).setup(stage)
+        PromptDataModule(train, tokenizer_path, val_size=0).setup(stage)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "held_out"), [(19, 4, 0), (23, 4, 1), (23, 23, 0), (4000, 4, 64)])
+def test_a_share_of_the_rows_is_held_out_by_default(
+    count: int, batch_size: int, held_out: int, tokenizer_path: str
+) -> None:
+    rows = [{"prompt": f"{number}"} for number in range(count)]
+    data = PromptDataModule(data=rows, tokenizer=tokenizer_path, batch_size=batch_size)
+    data.setup("fit")
+    validated = [row["prompt"] for batch in data.val_dataloader() for row in batch.rows]
+    trained = [row["prompt"] for batch in data.train_dataloader() for row in batch.rows]
+    assert len(validated) == held_out
+    assert not set(validated) & set(trained)
+
+
+def test_too_few_rows_to_hold_any_out_name_the_key(tokenizer_path: str) -> None:
+    data = PromptDataModule(data=[{"prompt": "a"}] * 8, tokenizer=tokenizer_path, batch_size=2)
+    with pytest.raises(UserError, match=r"data\.val_path must name the rows to validate on"):
+        data.setup("validate")
 
 
 def test_lightning_sets_the_epoch(train: str, tokenizer_path: str) -> None:
-    data = PromptDataModule(train, tokenizer_path, batch_size=6, micro_batch_size=3)
+    data = PromptDataModule(train, tokenizer_path, val_size=0, batch_size=6, micro_batch_size=3)
     module = Recorder()
     lightning.Trainer(max_epochs=3, accumulate_grad_batches=2, enable_checkpointing=False, **QUIET).fit(module, data)
     assert not module.validated, "without validation rows there is no validation"

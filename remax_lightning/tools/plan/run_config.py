@@ -184,7 +184,7 @@ def _tokenizer(data: Any) -> PreTrainedTokenizerBase | None:
 
 
 def _has_validation(data: Any) -> bool:
-    return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) > 0
+    return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) != 0
 
 
 def _reward_models(reward: Reward) -> tuple[list[ClassifierReward], str]:
