@@ -263,7 +263,7 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 def test_the_examples_plug_in(users_folder: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = f"model: {{policy: {{path: {policy_path}}}, kl_coef: 0}}\ndata: {{init_args: {{batch_size: 8}}}}"
-    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml", EXTENDING)[0]))
+    ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml", EXTENDING)[-1]))
     assert ended.code == 0, ended.err
     logged = scalars(users_folder / "runs" / "remax" / "version_0")
     assert {"train/distinct_responses", "train/reward_part/brief", "train/reward_part/polite"} <= logged
