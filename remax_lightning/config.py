@@ -160,8 +160,12 @@ class AdvantageConfig:
         reward_clip_at: clip the rewards, or their difference to the baseline.
         whiten: give the advantages mean 0 and variance 1 over all tokens of a rollout batch and all ranks.
         overlong: what to do with a response that hit the length limit: `keep` it as it is, `mask` it out of the loss,
-            or `penalize` it, as a greedy response too, by `truncation_penalty`.
-        truncation_penalty: how much reward a truncated response loses under `penalize`.
+            `penalize` it, as a greedy response too, by `truncation_penalty`, or penalize it `soft`: a response loses
+            a share of `truncation_penalty` that grows linearly over its last `overlong_cache` tokens before the limit
+            (DAPO, arXiv 2503.14476), so that long responses are told apart before they are cut.
+        truncation_penalty: how much reward a truncated response loses under `penalize` and `soft`.
+        overlong_cache: tokens before the limit over which the `soft` penalty grows. None takes a fifth of
+            `sampling.max_response_length`, DAPO's share (4,096 of 20,480).
     """
 
     baseline: Baseline = "greedy"
@@ -169,8 +173,9 @@ class AdvantageConfig:
     reward_clip: float | None = None
     reward_clip_at: RewardClipAt = "after_baseline"
     whiten: bool = False
-    overlong: Literal["keep", "mask", "penalize"] = "keep"
+    overlong: Literal["keep", "mask", "penalize", "soft"] = "keep"
     truncation_penalty: float = 1.0
+    overlong_cache: int | None = None
 
     def __post_init__(self) -> None:
         _require(0 < self.gamma <= 1, "advantage.gamma", "above 0 and at most 1", self.gamma)
@@ -178,6 +183,27 @@ class AdvantageConfig:
         _require(clip is None or clip > 0, "advantage.reward_clip", "null or above 0", clip)
         penalty = self.truncation_penalty
         _require(penalty >= 0, "advantage.truncation_penalty", "0 or more", penalty)
+        cache = self.overlong_cache
+        _require(cache is None or cache >= 1, "advantage.overlong_cache", "null or at least 1", cache)
+        _require(cache is None or self.overlong == "soft", "advantage.overlong_cache",
+                 f"null where advantage.overlong is {self.overlong}; only soft reads it", cache)  # fmt: skip
+
+    def soft_cache(self, max_response_length: int) -> int:
+        """Return the tokens over which the soft penalty grows; 0 where there is no such penalty.
+
+        Args:
+            max_response_length: the length limit, in tokens.
+
+        Raises:
+            UserError: if `overlong_cache` is longer than a response can be.
+        """
+        if self.overlong != "soft":
+            return 0
+        if self.overlong_cache is None:
+            return max(1, max_response_length // 5)
+        _require(self.overlong_cache <= max_response_length, "advantage.overlong_cache",
+                 f"at most model.sampling.max_response_length {max_response_length}", self.overlong_cache)  # fmt: skip
+        return self.overlong_cache
 
 
 @dataclass(frozen=True)

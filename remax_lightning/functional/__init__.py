@@ -6,6 +6,7 @@ from remax_lightning.functional.advantages import (
     RewardClipAt,
     baseline_values,
     remax_advantages,
+    soft_overlong_penalty,
     whiten_advantages,
 )
 from remax_lightning.functional.bootstrap import percentile_interval, proportion_interval, resampled_ratios, win_rates
@@ -52,6 +53,7 @@ __all__ = [
     "remax_advantages",
     "resampled_ratios",
     "response_mask",
+    "soft_overlong_penalty",
     "token_statistics",
     "whiten_advantages",
     "win_rates",

@@ -69,6 +69,24 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     return (total / num_samples).expand_as(group).flatten()
 
 
+def soft_overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+    """Return the share of a penalty that each response pays for its length, float32 from 0 to 1.
+
+    0 up to `max_length - cache` tokens, then linear, 1 at `max_length`: the negative of equation 13 of DAPO (Yu et al.
+    2025, arXiv 2503.14476).
+
+    Args:
+        lengths: `[M]` tokens of each response, the end-of-sequence token included.
+        max_length: the length limit.
+        cache: tokens over which the penalty grows, from 1 to `max_length`.
+
+    Raises:
+        ValueError: if `cache` is out of its range.
+    """
+    check_argument(1 <= cache <= max_length, "cache", f"between 1 and max_length={max_length}", cache)
+    return ((lengths.float() - (max_length - cache)) / cache).clamp(0.0, 1.0)  # [M]
+
+
 def whiten_advantages(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return advantages with mean 0 and variance 1 over all masked tokens, 0 outside the mask.
 

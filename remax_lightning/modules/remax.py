@@ -92,7 +92,9 @@ class ReMaxModule(PolicyModule):
         checks.check_kl(kl_coef)
         checks.check_reference(reference)
         objective = Objective(kl, advantage, loss, sampling.num_samples)
-        worker = RolloutWorker(rollout or AutoEngine(), sampling, as_reward(reward), objective.truncation_penalty)
+        overlong_cache = advantage.soft_cache(sampling.max_response_length)
+        penalty = objective.truncation_penalty
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, as_reward(reward), penalty, overlong_cache)
         super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
@@ -366,6 +368,7 @@ class ReMaxModule(PolicyModule):
             "reference": "the policy's start" if reference is None and self._reference is not None else reference,
             "reward": {"class_path": f"{type(self.reward).__module__}.{type(self.reward).__qualname__}"},
             "truncation_penalty": self.objective.truncation_penalty,
+            "overlong_cache": self.worker.overlong_cache,
             "sampling": asdict(self.sampling),
             "kl": asdict(self.objective.kl_config),
         }

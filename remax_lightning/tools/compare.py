@@ -244,6 +244,10 @@ def _difference_ends(
     return difference_interval(sides[0], sides[1], support), "exact"
 
 
+_SCORING = {"reward": None, "truncation_penalty": None, "overlong_cache": 0}
+"""Settings that rewards depend on, and their values in evaluations that are older than the setting."""
+
+
 def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
     """Refuse two evaluations with different rewards.
 
@@ -251,7 +255,7 @@ def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
         UserError: naming the settings that differ.
     """
     one, two = (
-        _flatten({name: evaluation.answer["settings"].get(name) for name in ("reward", "truncation_penalty")})
+        _flatten({name: evaluation.answer["settings"].get(name, default) for name, default in _SCORING.items()})
         for evaluation in (first, second)
     )
     differing = [name for name in {**one, **two} if one.get(name) != two.get(name)]

@@ -78,7 +78,7 @@ class Objective:
     def truncation_penalty(self) -> float:
         """Reward that a truncated response loses."""
         config = self.advantage_config
-        return config.truncation_penalty if config.overlong == "penalize" else 0.0
+        return config.truncation_penalty if config.overlong in ("penalize", "soft") else 0.0
 
     def plan_update(
         self,

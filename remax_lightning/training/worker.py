@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
-from remax_lightning.functional import response_mask
+from remax_lightning.functional import response_mask, soft_overlong_penalty
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rewards.base import Reward, checked_scores, shorten
@@ -100,6 +100,8 @@ class RolloutWorker:
         sampling: how responses are sampled, and which strings stop them.
         reward: scores responses; None where the worker only generates.
         truncation_penalty: reward that a truncated response loses, sampled or greedy.
+        overlong_cache: tokens before the length limit over which that penalty grows from 0, for every response that is
+            so long; 0 charges truncated responses only.
         timer: receives the seconds of `rollout` and `reward`; None makes a new one.
     """
 
@@ -116,10 +118,11 @@ class RolloutWorker:
         sampling: SamplingConfig,
         reward: Reward | None = None,
         truncation_penalty: float = 0.0,
+        overlong_cache: int = 0,
         timer: PhaseTimer | None = None,
     ) -> None:
         self.engine, self.sampling, self.reward = engine, sampling, reward
-        self.truncation_penalty = truncation_penalty
+        self.truncation_penalty, self.overlong_cache = truncation_penalty, overlong_cache
         self.timer = timer if timer is not None else PhaseTimer()
         self.device: torch.device | None = None
         self._chosen_engine: RolloutEngine | None = None
@@ -243,10 +246,10 @@ class RolloutWorker:
         device = prompt.prompt_ids.device
         # The prompt of each row: n times each for the sampled responses, once for the greedy ones.
         rows = [i for i in range(num_prompts) for _ in range(num_sampled // num_prompts)]
-        texts, truncated = sampled.texts, sampled.truncated
+        texts, overlong = sampled.texts, self._overlong_share(sampled)  # [S]
         if greedy is not None:
             rows = rows + list(range(num_prompts))
-            texts, truncated = texts + greedy.texts, torch.cat([truncated, greedy.truncated])
+            texts, overlong = texts + greedy.texts, torch.cat([overlong, self._overlong_share(greedy)])  # [S + B]
         report_progress(f"scoring {len(texts)} responses with {self.reward!r}, the first {shorten(texts[0])}")
         with self.timer.measure("reward", device), torch.no_grad():
             scores = checked_scores(
@@ -255,7 +258,7 @@ class RolloutWorker:
                 texts,
                 [prompt.rows[i] for i in rows],
             )
-            reward = scores.reward.to(device) - self.truncation_penalty * truncated  # [S + B]
+            reward = scores.reward.to(device) - self.truncation_penalty * overlong  # [S + B]
         return Rollout(
             prompt=prompt,
             sampled=sampled,
@@ -266,3 +269,10 @@ class RolloutWorker:
             reference_log_probs=None,
             log_probs=responses.log_probs,
         )
+
+    def _overlong_share(self, responses: Responses) -> Tensor:
+        """Return `[M]` the share of the truncation penalty that each response loses."""
+        if not self.overlong_cache:
+            return responses.truncated.float()
+        lengths = responses.response_mask.sum(-1)  # [M]
+        return soft_overlong_penalty(lengths, self.sampling.max_response_length, self.overlong_cache)

@@ -9,7 +9,7 @@ from oracles import advantages as oracle
 from oracles.cases import make
 from torch import Tensor
 
-from remax_lightning.functional import baseline_values, kl_estimate, remax_advantages
+from remax_lightning.functional import baseline_values, kl_estimate, remax_advantages, soft_overlong_penalty
 
 NAN = float("nan")
 
@@ -295,3 +295,20 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
     }
     with pytest.raises(ValueError, match=message):
         remax_advantages(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("cache", [1, 3, 10])
+def test_the_soft_penalty_is_that_of_the_paper(cache: int) -> None:
+    def equation_13(length: int) -> float:  # of DAPO, with a limit of 10 tokens
+        if length <= 10 - cache:
+            return 0.0
+        return ((10 - cache) - length) / cache if length <= 10 else -1.0
+
+    shares = soft_overlong_penalty(torch.arange(11), 10, cache)
+    torch.testing.assert_close(shares, torch.tensor([-equation_13(length) for length in range(11)]))
+
+
+@pytest.mark.parametrize("cache", [0, 11])
+def test_a_soft_penalty_needs_a_cache_within_the_limit(cache: int) -> None:
+    with pytest.raises(ValueError, match=f"cache must be between 1 and max_length=10, got {cache}"):
+        soft_overlong_penalty(torch.arange(3), 10, cache)

@@ -226,6 +226,16 @@ def test_truncated_responses_can_be_penalized(plain: str, tmp_path: Path) -> Non
     assert float(gradient[2].abs().max()) > 1e-3
 
 
+def test_long_responses_can_be_penalized_softly(plain: str, tmp_path: Path) -> None:
+    kept, _, _ = truncated(plain, tmp_path, "keep")
+    soft, _, _ = truncated(plain, tmp_path, "soft", overlong_cache=3)
+    for name, responses in (("reward", "sampled"), ("baseline_reward", "greedy")):
+        lengths = getattr(kept["rollout"], responses).response_mask.sum(-1)
+        lost = torch.tensor([max(0.0, (length - 1) / 3) * 1.5 for length in lengths.tolist()])
+        torch.testing.assert_close(getattr(soft["rollout"], name), getattr(kept["rollout"], name) - lost)
+        assert len(set(lost.tolist())) > 1
+
+
 # What is run, and how often
 
 

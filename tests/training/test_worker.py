@@ -46,6 +46,21 @@ def test_a_truncated_response_loses_the_penalty_sampled_or_greedy() -> None:
     assert (plain.baseline_reward - penalized.baseline_reward).tolist() == [2.0, 0.0]
 
 
+def test_a_soft_penalty_grows_over_the_last_tokens_before_the_limit() -> None:
+    # Of at most 4 tokens, EOS included, the last 2 cost half of the penalty each.
+    engine = FixedEngine([[20, 2, 3, 3], [20, 20, 2, 3], [20, 20, 20, 2]], [[2, 3, 3, 3], [20, 20, 2, 3], [20] * 4])
+    plain, soft = (
+        worker(engine, reward=CharacterReward(), truncation_penalty=3.0 * (cache > 0), overlong_cache=cache).roll_out(
+            tiny_model(), prompt(3), torch.Generator(), greedy=True
+        )
+        for cache in (0, 2)
+    )
+    assert plain.baseline_reward is not None
+    assert soft.baseline_reward is not None
+    torch.testing.assert_close(plain.reward - soft.reward, torch.tensor([0.0, 1.5, 3.0]))
+    torch.testing.assert_close(plain.baseline_reward - soft.baseline_reward, torch.tensor([0.0, 1.5, 3.0]))
+
+
 def test_seconds_are_counted_once_and_start_again() -> None:
     made = worker(FixedEngine([[20, 2, 3, 3]] * 2), reward=CharacterReward())
     made.roll_out(tiny_model(), prompt(), torch.Generator(), greedy=False)
