@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,14 @@ import torch
 from callbacks.fakes import FakeModule, make_output
 from callbacks.fakes import make_trainer as fake_trainer
 from helpers.training import make_trainer, prompt_data, remax_module, save_policy
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from remax_lightning.callbacks import ExportPolicy, PredictionWriter, SampleDump, TensorBoardReport
 from remax_lightning.disk import append_lines, describe_disk_error, is_disk_error
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import AtomicCheckpointIO
+from remax_lightning.strategies import AtomicCheckpointIO, latest_checkpoint
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 
 ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT]
@@ -104,6 +105,77 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(
     assert kept == [["step=1.ckpt"], ["step=1.ckpt"], ["step=1.ckpt"], ["step=4.ckpt"]]
     assert torch.load(tmp_path / "kept" / "step=4.ckpt", weights_only=True)["global_step"] == 4
     assert not list((tmp_path / "kept").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("save_last", ["link", True])
+def test_last_is_the_one_before_where_a_save_fails(
+    save_last: Any, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, steps = tmp_path / "kept", []
+    failing_at(monkeypatch, "save", errno.ENOSPC, {2} if save_last == "link" else {3, 4})
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            if (folder / "last.ckpt").exists():
+                steps.append(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
+
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_last=save_last)
+    trainer = make_trainer(tmp_path, [saves, Watch()], max_steps=4, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"\.ckpt was not saved"):
+        trainer.fit(remax_module(policy), prompt_data(tmp_path, policy))
+    assert steps == [1, 1, 3]
+    assert latest_checkpoint([folder], tmp_path) is not None
+
+
+def test_a_link_that_cannot_be_made_is_a_warning(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(shutil, "copy", refuse)
+    saves = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_last="link")
+    trainer = make_trainer(tmp_path, [saves], max_steps=2, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"cannot write .*last\.ckpt: .*The checkpoint itself was saved"):
+        trainer.fit(remax_module(policy), prompt_data(tmp_path, policy))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step=2.ckpt"]
+
+
+def test_a_folder_that_was_removed_during_the_run_is_made_again(policy: str, tmp_path: Path) -> None:
+    class Remove(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    saves = ModelCheckpoint(None, "{step}", every_n_train_steps=1)
+    callbacks = [SampleDump(every_n_steps=1), ExportPolicy(best=False), Remove(), saves]
+    logger = CSVLogger(tmp_path, "run", version="", flush_logs_every_n_steps=1)
+    trainer = make_trainer(tmp_path, callbacks, logger=logger, max_steps=4, enable_checkpointing=True)
+    trainer.fit(remax_module(policy), prompt_data(tmp_path, policy))
+    names = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert {"step=4.ckpt", "train.jsonl", "model.safetensors"} <= names
+
+
+def test_a_checkpoint_may_have_the_longest_name_that_there_is(tmp_path: Path) -> None:
+    name = "é" * 125 + ".ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("number", ERRORS)
+def test_an_old_checkpoint_that_cannot_be_removed_stays(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "old.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
+    for name in ("old.ckpt", "folder.ckpt"):
+        with pytest.warns(UserWarning, match=rf"old checkpoint .*{name} stays, because it cannot be removed"):
+            io.remove_checkpoint(tmp_path / name)
 
 
 def test_a_real_full_disk_keeps_the_checkpoint(small_disk: Path) -> None:

@@ -281,7 +281,9 @@ def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
 
 def _temporary(target: Path) -> Path:
     """Return an unused name beside the target that no pattern of checkpoints matches."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    # Names of checkpoints hold metrics and may be as long as the file system allows, 255 bytes.
+    name = target.name.encode()[:200].decode(errors="ignore")
+    return target.with_name(f".{name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
 def _old(target: Path) -> Path:

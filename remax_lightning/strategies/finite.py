@@ -5,8 +5,10 @@ Strategies spread a gradient over ranks in their own ways, so its norm is comput
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from remax_lightning.distributed import broadcast, max_over_ranks, sum_tensor_over_ranks
+from remax_lightning.disk import describe_disk_error
+from remax_lightning.distributed import barrier, broadcast, max_over_ranks, sum_tensor_over_ranks
 from remax_lightning.sharding import is_sharded, nonfinite_name
 
 
@@ -83,9 +86,10 @@ def _deepspeed_norm(engine: Any) -> Tensor | None:
 def nonfinite_in_model(trainer: Trainer, model: nn.Module) -> str | None:
     """Return the name of a trained weight, on any rank, that is not finite; None if all are. The same on every rank.
 
-    Frozen weights and buffers do not count: some models publish masks and biases of minus infinity.
+    Frozen weights and infinite buffers do not count: some models publish masks and biases of minus infinity. Buffers
+    count where they are NaN, as running statistics become.
     """
-    return _agreed(trainer, nonfinite_name(_trained(model)))
+    return _agreed(trainer, nonfinite_name(_trained(model)) or _nan_buffer(model))
 
 
 def nonfinite_state(trainer: Trainer) -> str | None:
@@ -98,11 +102,21 @@ def nonfinite_state(trainer: Trainer) -> str | None:
                 named = state.items() if isinstance(state, dict) else ()
                 yield from ((f"the optimizer's {key}", value) for key, value in named if isinstance(value, Tensor))
 
-    return _agreed(trainer, nonfinite_name(states()))
+    return _agreed(trainer, nonfinite_name(states()) or _nan_buffer(trainer.lightning_module))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _nan_buffer(model: nn.Module) -> str | None:
+    """Return the name of a buffer that a checkpoint holds and that has a NaN."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            is_saved = name not in module._non_persistent_buffers_set
+            if is_saved and buffer.is_floating_point() and bool(buffer.isnan().any()):
+                return f"{prefix}.{name}" if prefix else name
+    return None
 
 
 def _agreed(trainer: Trainer, name: str | None) -> str | None:
@@ -120,7 +134,8 @@ def keep_finite_checkpoints(trainer: Trainer) -> None:
     """Have a run save no checkpoint, and remove none, while its weights or optimizer state are not finite.
 
     `trainer.save_checkpoint` then warns and keeps what is on the disk, whoever calls it. `ModelCheckpoint` would
-    replace its links and remove older checkpoints all the same, so that it does not even start to.
+    replace its links and remove older checkpoints all the same, so that it does not even start to. Nor does it replace
+    the link `last.ckpt` by one to a checkpoint that the disk had no room for.
 
     Args:
         trainer: a trainer that is about to run; a second call changes nothing.
@@ -134,6 +149,9 @@ def keep_finite_checkpoints(trainer: Trainer) -> None:
                 method = getattr(callback, name)
                 if not isinstance(method, partial):
                     setattr(callback, name, partial(_save_if_finite, method))
+            if not isinstance(callback._link_checkpoint, partial):
+                link = partial(_link_if_saved, callback._link_checkpoint)
+                callback._link_checkpoint = link  # type: ignore[method-assign]
 
 
 class _FiniteSave:
@@ -158,6 +176,17 @@ class _FiniteSave:
                 " (model.optimizer.init_args.lr) or with trainer.gradient_clip_val."
             )
         return name is None
+
+
+def _link_if_saved(link: Callable[..., None], trainer: Trainer, filepath: str, linkpath: str) -> None:
+    """Call a method of `ModelCheckpoint` that makes a link to a checkpoint, if that was saved."""
+    if not broadcast(trainer.strategy, os.path.lexists(filepath)):
+        return
+    try:
+        link(trainer, filepath, linkpath)
+    except OSError as error:  # on the first rank, which makes the link; the others wait for it
+        rank_zero_warn(f"{describe_disk_error(error, Path(linkpath))}. The checkpoint itself was saved.")
+        barrier(trainer.strategy, "the link to the last checkpoint")
 
 
 def _save_if_finite(save: Callable[..., None], trainer: Trainer, *args: Any) -> None:

@@ -131,19 +131,26 @@ def validate(strategy: str, folder: Path, checkpoint: Path) -> float:
 
 
 class Moments(Callback):
-    """Writes down the moments that the optimizer starts from, by the names of the weights."""
+    """Writes down the moments that the optimizer starts from and ends with, by the names of the weights."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.write(trainer, pl_module, self.path)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.write(trainer, pl_module, self.path.with_suffix(".end"))
+
+    @staticmethod
+    def write(trainer: Any, pl_module: Any, path: Path) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: Any = get_optimizer_state_dict(pl_module, trainer.optimizers[0], options=options)
         if RANK == 0:
             decays = {name: group["weight_decay"] for group in state["param_groups"] for name in group["params"]}
-            torch.save({"state": state["state"], "weight_decay": decays}, self.path)
+            torch.save({"state": state["state"], "weight_decay": decays}, path)
 
 
 def moments(folder: Path) -> None:
@@ -170,6 +177,9 @@ def moments(folder: Path) -> None:
     for name, checkpoint in sources.items():
         start(name, checkpoint, make_strategy("fsdp2"))
     start("file", sources["two"], ReMaxFSDP2Strategy(save_distributed_checkpoint=False), saves=True)
+    # ---- DDP and FSDP2 read that file ----
+    for name in ("ddp", "fsdp2"):
+        start(f"{name}-of-file", folder / "file" / "step=3.ckpt", make_strategy(name), steps=4)
 
 
 def refused(folder: Path) -> None:

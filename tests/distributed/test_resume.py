@@ -137,6 +137,11 @@ def test_fsdp2_reads_the_moments_of_ddp_by_the_names_of_weights(folder: Path) ->
     launch(resume.moments, folder)
     for name, source in (("two", "save-2-ddp"), ("old", "save-2-ddp"), ("one", "save-1-ddp")):
         check_moments(folder / f"moments-{name}.pt", moments_by_name(folder / source / "step=2.ckpt"))
+    # What FSDP2 has gathered into one file is what it had, and what both strategies start from.
+    end = torch.load(folder / "moments-file.end", weights_only=True)["state"]
+    assert all(float(state["step"]) == 3 for state in end.values())
+    for name in ("ddp", "fsdp2"):
+        check_moments(folder / f"moments-{name}-of-file.pt", end)
 
 
 def check_moments(path: Path, expected: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule, make_output, make_trainer
 from conftest import make_tokenizer, tiny_model
+from helpers.training import save_policy
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
 from remax_lightning.callbacks import ExportPolicy
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.sharding import nonfinite_name
 from remax_lightning.strategies import keep_finite_checkpoints
 
@@ -114,6 +116,45 @@ def test_an_export_that_is_not_finite_replaces_none(tmp_path: Path) -> None:
     for name, weights in before.items():
         after = load_file(tmp_path / "policy" / name / "model.safetensors")
         assert all(torch.equal(value, weights[key]) for key, value in after.items())
+
+
+def test_a_buffer_that_has_become_nan_is_not_saved(tmp_path: Path) -> None:
+    """As running statistics do; infinite ones are masks."""
+
+    class Running(Trained):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1:
+                self.running[1] = math.nan
+            return super().training_step(batch, batch_idx)
+
+    module = Running(3, 9)
+    module.register_buffer("running", torch.tensor([-math.inf, 1.0]))
+    module.register_buffer("unsaved", torch.tensor([math.nan]), persistent=False)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1)
+    told = train(module, tmp_path, saver)
+    assert "Optimizer step 2: no checkpoint is saved, because running is not finite" in told[0]
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step=1.ckpt"]
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    module = Trained(3, 9)
+    module.policy = ModelConfig(save_policy(tmp_path / "policy"), lora=LoRAConfig(r=2)).load("model.policy")
+
+    class BreakAdapter(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                weight = next(value for name, value in module.policy.named_parameters() if "lora_B" in name)
+                weight.data[0] = math.inf
+
+    module.training_step = lambda batch, batch_idx: {  # type: ignore[method-assign]
+        **FakeModule.training_step(module, batch, batch_idx),
+        "loss": sum(weight.square().sum() for weight in module.parameters() if weight.requires_grad),
+    }
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1)
+    told = train(module, tmp_path, BreakAdapter(), saver)
+    assert "Optimizer step 2: no checkpoint is saved, because policy.base_model" in told[0]
+    assert "lora_B" in told[0]
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step=1.ckpt"]
 
 
 def test_frozen_weights_may_be_infinite(tmp_path: Path) -> None:
