@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from remax_lightning.cli_checks import explain_objects, explain_values, flatten
 from remax_lightning.cli_errors import explain_message
+from remax_lightning.cli_shorthand import SUBCOMMANDS, default_rate, write_out, write_out_option
 from remax_lightning.yaml_files import (
     BoundsError,
     check_bounds,
@@ -24,7 +25,6 @@ from remax_lightning.yaml_files import (
 )
 
 _CONFIG = ("config", "c")
-_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MAX_MISTAKES = 10
 """How many wrong keys or values are told at once."""
 _NOT_FINITE = 'Parser key "{}": must be a finite number, got {}; null means "none" where a key may be unset'
@@ -46,7 +46,7 @@ class RemaxParser(LightningArgumentParser):
         # With abbreviations --trainer.max_step would mean --trainer.max_steps, and a typo could mean another key.
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.checked_callbacks: Mapping[str, type] = {}  # by key; their options are checked with the other values
-        use_for_command_line()
+        use_for_command_line(write_out)
 
     def parse_path(self, cfg_path: Any, *rest: Any, **options: Any) -> Any:
         """Parse a configuration file, unless it is too large to be one, or no text."""
@@ -66,7 +66,7 @@ class RemaxParser(LightningArgumentParser):
         """
         if self.checked_callbacks:  # the parser of a subcommand; the one around it tells the mistakes
             return super().parse_args(args, *rest, **options)
-        arguments = original = list(sys.argv[1:] if args is None else args)
+        arguments = original = _completed(list(sys.argv[1:] if args is None else args))
         mistakes = _unreadable_values(arguments)
         tip, parsed = "", None
         arguments = _without_keys(arguments, mistakes) or arguments
@@ -104,7 +104,7 @@ class RemaxParser(LightningArgumentParser):
 
         Of arguments that cannot be parsed even without the mistakes, the values count as they stand in them.
         """
-        subcommand = next((argument for argument in arguments if argument in _SUBCOMMANDS), None)
+        subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
         if subcommand is None:
             return []
         callbacks = next((p.checked_callbacks for name, p in self._commands() if name == subcommand), {})
@@ -128,6 +128,32 @@ class RemaxParser(LightningArgumentParser):
         known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
         tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
         raise _ParseExit(explain_message(message, known), tip)
+
+
+def _completed(arguments: list[str]) -> list[str]:
+    """Return the arguments of the command with shorthand written out, and the default learning rate."""
+    completed: list[str] = []
+    for words, name, value in _words(arguments):
+        completed += write_out_option(name, value) or words
+    if any(argument in SUBCOMMANDS for argument in arguments):
+        rate = default_rate(_configs(completed))
+        completed += [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
+    return completed
+
+
+def _configs(arguments: list[str]) -> Iterator[Any]:
+    """Yield what each option sets in the form of a YAML file; what cannot be read counts as nothing."""
+    for _, name, value in _words(arguments):
+        if name in _CONFIG and value is not None:
+            yield _read_config(value)
+        elif name.startswith("model") and value is not None:
+            try:
+                config = load_yaml(value)
+            except yaml.YAMLError:
+                config = value
+            for key in reversed(_plain(name).split(".")):
+                config = {key: config}
+            yield config
 
 
 class _ParseExit(SystemExit):
@@ -265,7 +291,7 @@ def _nonfinite_numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]
     elif isinstance(value, dict | jsonargparse.Namespace):
         for name, part in (value if isinstance(value, dict) else vars(value)).items():
             # The subcommand is no part of a key, nor are the init_args of the module and the data.
-            inner = key if not key and name in _SUBCOMMANDS else f"{key}.{name}" if key else str(name)
+            inner = key if not key and name in SUBCOMMANDS else f"{key}.{name}" if key else str(name)
             yield from _nonfinite_numbers(part, key if key in ("model", "data") and name == "init_args" else inner)
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):

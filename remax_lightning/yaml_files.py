@@ -82,14 +82,17 @@ def check_size(path: Path) -> None:
         )
 
 
-def use_for_command_line() -> None:
+def use_for_command_line(write_out: Callable[[Any], Any]) -> None:
     """Let jsonargparse read all YAML within the bounds: files, overlays, files of groups, values on the command line.
 
     jsonargparse asks one loader for everything. Its own goes on reading what has passed; calling this again is safe.
+
+    Args:
+        write_out: gets each value that was read, and returns what it stands for.
     """
     load = get_loader("yaml")
     if not getattr(load, "checks_bounds", False):
-        set_loader("yaml", _CheckedLoader(load), (yaml.YAMLError,))
+        set_loader("yaml", _CheckedLoader(load, write_out), (yaml.YAMLError,))
 
 
 class _CheckedLoader:
@@ -97,11 +100,11 @@ class _CheckedLoader:
 
     checks_bounds = True
 
-    def __init__(self, load: Callable[[str], Any]) -> None:
-        self.load = load
+    def __init__(self, load: Callable[[str], Any], write_out: Callable[[Any], Any]) -> None:
+        self.load, self.write_out = load, write_out
 
     def __call__(self, text: str, path: Any = "") -> Any:
-        return _load_checked(self.load, text, str(path or ""))
+        return self.write_out(_load_checked(self.load, text, str(path or "")))
 
 
 def _load_checked(load: Callable[[str], Any], text: str, source: str) -> Any:

@@ -77,7 +77,7 @@ def made_small(config: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
     for reward in rewards(module.get("reward") or {}):
         if "ClassifierReward" in str(reward.get("class_path")):
             reward["init_args"] |= {"path": local["reward"], "dtype": None, "max_length": None}
-    data |= {"path": local["data"], "batch_size": 2 * parts, "val_size": min(32, data["val_size"])}
+    data |= {"path": local["data"], "batch_size": 2 * parts, "val_size": min(32, data["val_size"] or 0)}
     data |= {"micro_batch_size": 2} if data.get("micro_batch_size") else {}
     data |= {"val_path": local["data"]} if data.get("val_path") else {}
     # What the tiny policy's 256 positions hold.

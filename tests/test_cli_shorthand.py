@@ -1,0 +1,76 @@
+"""What a configuration may leave out: a path alone, a function alone, and the learning rate of an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.cli import in_folder, remax_parser
+
+FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
+SHORT = {"model": {"policy": "owner/name", "reward": FUNCTION}, "data": {"path": "rows.jsonl"}}
+
+
+def parsed(folder: Path, config: dict[str, Any], *options: str) -> Any:
+    """The module's arguments that the command reads from a configuration and options."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with in_folder(folder):
+        return remax_parser().parse_args(["fit", "--config", str(path), *options]).fit.model.init_args
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_path_and_a_function_stand_for_their_groups(nested: bool, tmp_path: Path) -> None:
+    model = SHORT["model"] | {"reference": "owner/start"}
+    if nested:
+        model = {"class_path": "ReMaxModule", "init_args": model}
+    module = parsed(tmp_path, SHORT | {"model": model})
+    assert (module.policy.path, module.reference.path) == ("owner/name", "owner/start")
+    assert module.policy.gradient_checkpointing is False
+    assert module.reward.class_path.endswith("FunctionReward")
+    assert module.reward.init_args.function == FUNCTION
+
+
+def test_options_of_the_command_do_too_and_come_later(tmp_path: Path) -> None:
+    options = ("--model.policy", "owner/other", "--model.policy.dtype=bfloat16", "--model.reward=my_module.my_function")
+    module = parsed(tmp_path, SHORT, *options)
+    assert (module.policy.path, module.policy.dtype) == ("owner/other", "bfloat16")
+    assert module.reward.init_args.function == "my_module.my_function"
+
+
+def test_classes_stay_classes(tmp_path: Path) -> None:
+    name = "remax_lightning.rewards.HTTPReward"
+    module = parsed(tmp_path, SHORT, "--model.reward", name, "--model.reward.url", "http://localhost")
+    assert module.reward.class_path == name
+    config = SHORT | {"model": SHORT["model"] | {"reward": {"class_path": name, "init_args": {"url": "http://host"}}}}
+    assert parsed(tmp_path, config).reward.init_args.url == "http://host"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "rate"),
+    [
+        ({}, (), 1e-6),
+        ({"policy": {"path": "p", "lora": {"r": 4}}}, (), 1e-5),
+        ({"policy": {"path": "p", "lora": {}}}, (), 1e-5),
+        ({}, ("--model.policy.lora.r=4",), 1e-5),
+        ({"policy": {"path": "p", "lora": None}}, (), 1e-6),
+        ({"policy": {"path": "p", "lora": {"r": 4}}}, ("--model.optimizer.init_args.lr=3e-4",), 3e-4),
+        ({"policy": {"path": "p", "lora": {"r": 4}}, "optimizer": {"class_path": "torch.optim.AdamW"}}, (), 1e-5),
+    ],
+)
+def test_an_adapter_starts_with_ten_times_the_rate_unless_one_is_set(
+    model: dict[str, Any], options: tuple[str, ...], rate: float, tmp_path: Path
+) -> None:
+    module = parsed(tmp_path, SHORT | {"model": SHORT["model"] | model}, *options)
+    assert module.optimizer.init_args.lr == rate
+
+
+@pytest.mark.parametrize(("lora", "rate"), [(None, 1e-5), ({"r": 2}, 1e-4)])
+def test_the_rate_is_that_of_the_stage(lora: Any, rate: float, tmp_path: Path) -> None:
+    stage = {"class_path": "SFTModule", "init_args": {"policy": {"path": "p", "lora": lora}}}
+    module = parsed(
+        tmp_path, {"model": stage, "data": {"class_path": "SFTDataModule", "init_args": {"path": "r.jsonl"}}}
+    )
+    assert module.optimizer.init_args.lr == rate
