@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from remax_lightning.cli_checks import explain_objects, explain_values, flatten
 from remax_lightning.cli_errors import explain_message
-from remax_lightning.cli_shorthand import SUBCOMMANDS, default_rate, write_out, write_out_option
+from remax_lightning.cli_shorthand import SUBCOMMANDS, dependent_defaults, write_out, write_out_option
 from remax_lightning.yaml_files import (
     BoundsError,
     check_bounds,
@@ -131,13 +131,13 @@ class RemaxParser(LightningArgumentParser):
 
 
 def _completed(arguments: list[str]) -> list[str]:
-    """Return the arguments of the command with shorthand written out, and the default learning rate."""
+    """Return the arguments of the command with shorthand written out, and defaults that depend on them."""
     completed: list[str] = []
     for words, name, value in _words(arguments):
         completed += write_out_option(name, value) or words
     if any(argument in SUBCOMMANDS for argument in arguments):
-        rate = default_rate(_configs(completed))
-        completed += [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
+        for key, default in dependent_defaults(list(_configs(completed))).items():
+            completed.append(f"--{key}={default}")
     return completed
 
 
@@ -146,7 +146,7 @@ def _configs(arguments: list[str]) -> Iterator[Any]:
     for _, name, value in _words(arguments):
         if name in _CONFIG and value is not None:
             yield _read_config(value)
-        elif name.startswith("model") and value is not None:
+        elif name.startswith(("model", "trainer")) and value is not None:
             try:
                 config = load_yaml(value)
             except yaml.YAMLError:

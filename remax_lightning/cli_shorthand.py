@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _MODELS = ("policy", "reference", "reward_model")
 _RATES = {"ReMaxModule": (1e-6, 1e-5), "SFTModule": (1e-5, 1e-4), "RewardModelModule": (1e-5, 1e-4)}
-"""Default learning rates of all weights, as in the signatures of the modules, and of an adapter, which starts from zero.
+"""Default learning rates of all weights, as in the modules' signatures, and of an adapter, which starts from zero.
 
 jsonargparse keeps the values of `configs/base.yaml`'s module, those of its optimizer too, where another one is chosen.
 """
@@ -70,6 +70,24 @@ def is_function(path: Any) -> bool:
         return True
 
 
+def dependent_defaults(configs: Sequence[Any]) -> dict[str, Any]:
+    """Return the values of keys that are not set, and whose default depends on others.
+
+    Args:
+        configs: what each file or option sets, in the form of a file.
+    """
+    defaults: dict[str, Any] = {}
+    if (rate := default_rate(configs)) is not None:
+        defaults["model.optimizer.init_args.lr"] = rate
+    trainer: dict[str, Any] = {}
+    for group in (group for config in configs for group in _groups(config)):
+        trainer |= group["trainer"] if isinstance(group.get("trainer"), Mapping) else {}
+    limits = (trainer.get("max_steps", -1) not in (-1, None), trainer.get("max_time") is not None)
+    if any(limits) and "max_epochs" not in trainer:
+        defaults["trainer.max_epochs"] = -1  # another length was asked for; one epoch would cut it short
+    return defaults
+
+
 def default_rate(configs: Iterable[Any]) -> float | None:
     """Return the learning rate that the module and an adapter call for; None where the configurations set one.
 
@@ -96,7 +114,14 @@ def default_rate(configs: Iterable[Any]) -> float | None:
 
 
 def _models(config: Any) -> Iterator[Any]:
-    """Yield what a configuration sets under `model`, for all subcommands or for one."""
-    for group in (config, *(config.get(name) for name in SUBCOMMANDS)) if isinstance(config, Mapping) else ():
-        if isinstance(group, Mapping) and isinstance(model := group.get("model"), Mapping | str):
+    """Yield what a configuration sets under `model`."""
+    for group in _groups(config):
+        if isinstance(model := group.get("model"), Mapping | str):
             yield model
+
+
+def _groups(config: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the keys of a configuration for all subcommands, and those for each."""
+    if isinstance(config, Mapping):
+        yield config
+        yield from (config[name] for name in SUBCOMMANDS if isinstance(config.get(name), Mapping))

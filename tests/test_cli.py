@@ -157,7 +157,7 @@ def test_a_checkpoint_holds_the_policy_and_nothing_frozen(fitted: Run) -> None:
     checkpoint = torch.load(fitted.checkpoint, weights_only=True)
     own = {f"policy.{name}" for name in fitted.cli.model.policy.state_dict()}
     assert set(checkpoint["state_dict"]) == own
-    assert "hyper_parameters" not in checkpoint
+    assert checkpoint["hyper_parameters"]["policy"]["path"] == fitted.cli.model.policy_source.path
     assert checkpoint["global_step"] == 4
 
 

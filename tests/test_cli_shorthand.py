@@ -74,3 +74,24 @@ def test_the_rate_is_that_of_the_stage(lora: Any, rate: float, tmp_path: Path) -
         tmp_path, {"model": stage, "data": {"class_path": "SFTDataModule", "init_args": {"path": "r.jsonl"}}}
     )
     assert module.optimizer.init_args.lr == rate
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "epochs"),
+    [
+        ({}, (), 1),
+        ({"max_steps": 10}, (), -1),
+        ({"max_time": "00:01:00:00"}, (), -1),
+        ({"max_steps": 10, "max_epochs": 3}, (), 3),
+        ({}, ("--trainer.max_steps=10",), -1),
+        ({"max_steps": 10}, ("--trainer.max_epochs", "2"), 2),
+        ({"max_steps": -1}, (), 1),
+    ],
+)
+def test_one_epoch_is_the_length_unless_another_is_asked_for(
+    trainer: dict[str, Any], options: tuple[str, ...], epochs: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SHORT | {"trainer": trainer}))
+    with in_folder(tmp_path):
+        assert remax_parser().parse_args(["fit", "--config", str(path), *options]).fit.trainer.max_epochs == epochs
