@@ -53,6 +53,7 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     size = reward.shape[0]
     check_argument(num_samples >= 1, "num_samples", "at least 1", num_samples)
     check_argument(size % num_samples == 0, "num_samples", f"a divisor of the {size} rewards", num_samples)
+    # b = r(x, y*), for all n samples of a prompt
     if kind == "greedy":
         if baseline_reward is None:
             raise ValueError("baseline_reward must have shape [B] for baseline='greedy', got None")
@@ -64,6 +65,7 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
     check_argument(num_samples >= 2, "num_samples", f"at least 2 for baseline={kind!r}", num_samples)
     group = reward.reshape(-1, num_samples)  # [B, n]
     total = group.sum(dim=1, keepdim=True)  # [B, 1]
+    # b_i = (sum_j r_j - r_i) / (n - 1), which does not depend on y_i: the gradient stays unbiased.
     if kind == "leave_one_out":
         return ((total - group) / (num_samples - 1)).flatten()
     return (total / num_samples).expand_as(group).flatten()
@@ -190,7 +192,9 @@ def remax_advantages(
     if kl is not None and kl_coef > 0 and kl_credit != "none":
         penalty = torch.where(response_mask, kl_coef * kl.detach().to(dtype), 0.0)
     # ---- A_t = gamma^k * clip(r - b) - beta * KL_t ----
+    # Siblings are compared in what is maximized, r - beta * sum_s kl_s, if kl_in_baseline.
     compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
+    # r - b [S]; in r itself the KL is left to `cost`, token by token
     above = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
     tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
     cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
@@ -207,6 +211,7 @@ def _discounted_sum_to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:
     # across them. That is log2(R) rounds, and only products of discounts: a cumulative sum divided by gamma^t
     # would overflow on long responses.
     total = values
+    # Padding discounts nothing, so that time counts response tokens.
     decay = torch.where(mask, torch.full_like(values, gamma), 1.0)
     width = 1
     while width < values.shape[1]:

@@ -76,6 +76,7 @@ class LogitTransform(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs of all tokens, minus infinity for those left out, and the derivative of the soft cap."""
         logits = F.linear(hidden.to(self.product_dtype), weight, bias).to(self.dtype)  # [M, V]
+        # In place from here on: [M, V] is the largest tensor of a training pass.
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.soft_cap is not None:
@@ -85,6 +86,7 @@ class LogitTransform(NamedTuple):
         log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask, rows), dim=-1)
         if self.soft_cap is None:
             return log_probs, None
+        # x = cap * tanh(z / cap) has the slope dx/dz = 1 - (x / cap)^2, and `logits` are x / temperature.
         return log_probs, logits.mul_(self.temperature / self.soft_cap).square_().neg_().add_(1)
 
     def product_gradient(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
@@ -153,7 +155,7 @@ def token_statistics(
     log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask, slice(None)), dim=-1).view(
         logits.shape
     )
-    log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # [S, R]
+    log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # log pi(y_t) [S, R]
     with torch.no_grad():
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
         entropy = torch.special.entr(log_softmax.exp()).sum(dim=-1)
@@ -200,6 +202,7 @@ def hidden_statistics(
     check_argument(temperature > 0, "temperature", "above 0", temperature)
     check_argument(logits_at_once > 0, "logits_at_once", "above 0", logits_at_once)
     vocabulary, dtype = head.weight.shape[0], compute_dtype(hidden, head.weight)
+    # ---- The reference's tensors, without gradient ----
     reference_inputs: tuple[Any, ...] = (None, None, None, None)  # hidden, weight, bias, transform
     if reference is not None:
         reference_hidden, reference_head = reference
@@ -211,10 +214,12 @@ def hidden_statistics(
             None if x is None else x.detach() for x in (reference_hidden, reference_head.weight, reference_head.bias)
         )
         reference_inputs = (*tensors, LogitTransform.from_head(reference_head, temperature, dtype, reference_mask))
+    # ---- `rows` tokens at a time ----
     transform, rows = (
         LogitTransform.from_head(head, temperature, dtype, sampling_mask),
         max(1, logits_at_once // vocabulary),
     )
+    # Tensors are passed one by one, because autograd does not look for them inside of tuples.
     apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
     return PolicyStatistics(*apply(hidden, head.weight, head.bias, transform, *reference_inputs, ids.long(), rows))
 
@@ -238,7 +243,10 @@ class _HiddenStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=transform.dtype) for _ in range(2))
         kl, saved_log_softmax = None if reference_hidden is None else torch.zeros_like(log_probs), None
+        # Where all tokens fit into one chunk, the backward pass reads the saved log-probs and needs no second product.
+        # A soft cap excludes that, since its slope would have to be saved too.
         keep = len(hidden) <= rows and transform.soft_cap is None and any(ctx.needs_input_grad)
+        # `transform` says which dtype each operation has; autocast would choose others.
         with torch.autocast(hidden.device.type, enabled=False):
             head, reference_logits = transform.cast_weights(weight, bias), None
             if reference_hidden is not None:
@@ -250,11 +258,13 @@ class _HiddenStatistics(torch.autograd.Function):
                 log_softmax = transform.log_softmax(hidden[part], *head, ids[part], part)[0]  # [rows, V]
                 log_probs[part] = log_softmax.gather(-1, ids[part, None]).squeeze(-1)
                 if reference_logits is not None and kl is not None:
+                    # KL_t = sum_v pi(v) (log pi(v) - log pi_ref(v))
                     kl[part] = reference_logits.log_ratio(log_softmax, ids[part], part).mul_(log_softmax.exp()).sum(-1)
                 # Impossible tokens have no entropy; 0 * -inf would be NaN.
                 entropy[part] = (
                     -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
                 )
+                # Clamped by now, from -inf to the least number: its exp is 0 still, and `log_ratio` knows both.
                 saved_log_softmax = log_softmax if keep else None
                 del log_softmax  # free it before the next chunk
         ctx.transform, ctx.reference_transform, ctx.rows = transform, reference_transform, rows
@@ -262,7 +272,7 @@ class _HiddenStatistics(torch.autograd.Function):
             hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax
         )
         ctx.mark_non_differentiable(entropy)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # an output without use has the gradient None, not zeros
         return log_probs, entropy, kl
 
     @staticmethod
@@ -289,7 +299,7 @@ class _HiddenStatistics(torch.autograd.Function):
                     else transform.log_softmax(hidden[part], *head, ids[part], part)
                 )
                 # ---- The gradient of the logits: grad * (onehot - p), plus grad_kl * p * (log_ratio - kl) ----
-                weights = -grad_log_probs[part, None]
+                weights = -grad_log_probs[part, None]  # [rows, 1]
                 if reference_logits is not None and grad_kl is not None:
                     weights = (
                         reference_logits.log_ratio(log_softmax, ids[part], part)
@@ -303,7 +313,7 @@ class _HiddenStatistics(torch.autograd.Function):
                 del log_softmax, slope, weights, gradient  # free them before the next product
                 gradient_sums.add(part, product, head[0])
                 del product
-        return (*gradient_sums.gradients(), *7 * [None])
+        return (*gradient_sums.gradients(), *7 * [None])  # transform, the reference's four, ids, rows
 
 
 class _ReferenceLogits(NamedTuple):
@@ -325,6 +335,7 @@ class _ReferenceLogits(NamedTuple):
     def log_ratio(self, policy_log_probs: Tensor, ids: Tensor, rows: slice) -> Tensor:
         """Return `policy_log_probs` minus the reference's, 0 where the policy's are -inf; a new tensor."""
         reference_log_probs, _ = self.transform.log_softmax(self.hidden[rows], self.weight, self.bias, ids, rows)
+        # Tokens that the policy cannot draw add nothing to the KL; of two -inf the difference would be NaN.
         left_out = policy_log_probs <= torch.finfo(policy_log_probs.dtype).min  # [rows, V]
         return reference_log_probs.neg_().add_(policy_log_probs).masked_fill_(left_out, 0.0)
 
@@ -348,6 +359,7 @@ class _GradientSums:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
             hidden = self.inputs[0][rows].to(gradient.dtype)
+            # Without a temporary of [V, D] where dtypes agree. A product of 16 bits is summed up in float32.
             if gradient.dtype == self.weight.dtype:
                 self.weight.addmm_(gradient.T, hidden)
             else:

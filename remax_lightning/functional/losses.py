@@ -138,9 +138,12 @@ def clipped_surrogate_loss(
     advantages = advantages.detach()
     ratio = (log_probs - old_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # pi / pi_old [S, R]
     plain = -advantages * ratio  # [S, R]
+    # The larger loss of the two: moving the ratio out of the range gains nothing, but moving back is rewarded.
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     if dual_clip is not None:
+        # With A < 0 the maximum grows with the ratio without bound.
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    # Where the loss is not the plain one, one of the clips has cut the gradient.
     return SurrogateLoss(safe_divide(loss.sum(), normalizer), masked_mean((loss != plain).detach(), mask))
 
 

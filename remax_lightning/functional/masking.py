@@ -77,6 +77,7 @@ def response_mask(response_ids: Tensor, eos_ids: Sequence[int], stopped_at: Tens
         ValueError: if `response_ids` is not two-dimensional, or `stopped_at` not as long.
     """
     check_shape("response_ids", response_ids, "[M, R]", (None, None))
+    # True on every EOS, [M, R].
     ends = torch.isin(response_ids, torch.tensor(list(eos_ids), dtype=response_ids.dtype, device=response_ids.device))
     ends_before = ends.cumsum(dim=1) - ends.long()  # [M, R], ends before each token
     if stopped_at is None:
@@ -108,6 +109,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 def safe_divide(total: Tensor, normalizer: Tensor | float) -> Tensor:
     """Return `total / normalizer`; a normalizer of 0 (no token counted, so `total` is 0) divides by 1."""
+    # The divisor is replaced, not the result: a quotient of 0 / 0 would leave NaN in the gradient.
     divisor = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
     return total / torch.where(divisor == 0, 1.0, divisor)
 

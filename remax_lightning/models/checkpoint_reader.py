@@ -51,6 +51,7 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     Raises:
         UserError: if it is damaged, not a complete checkpoint, would run code, or has no such weights.
     """
+    # ---- One reader for each way of saving: a file, shards of FSDP2, a folder of DeepSpeed ----
     check_whole(path, EXPORT_KEY)
     if path.is_file():
         state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
@@ -64,6 +65,7 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     else:
         what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
         raise UserError(f"checkpoint: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
+    # Of a reward model, say, where a policy was asked for.
     if not weights:
         raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
     return {name.removeprefix(prefix): value for name, value in weights.items()}
@@ -115,6 +117,7 @@ def load_torch_file(
         UserError: if it cannot be read, or would run code.
     """
     try:
+        # torch maps only its zip format, not the one before 1.6.
         mmap = mmap and zipfile.is_zipfile(file)
         with known or nullcontext():
             content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=not trusted)
@@ -196,6 +199,7 @@ def _pickled_names(data: bytes) -> Iterator[str]:
         for operation, argument, _ in pickletools.genops(data):
             if operation.name in ("GLOBAL", "INST"):
                 yield str(argument).replace(" ", ".")
+            # It takes module and name from the stack: the last two texts.
             elif operation.name == "STACK_GLOBAL":
                 yield ".".join(texts[-2:])
             elif isinstance(argument, str):
@@ -269,6 +273,7 @@ def tensor_shapes(weights: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 def optimizer_groups(content: Any) -> list[tuple[frozenset[str], int | None]]:
     """Return `CheckpointInfo.optimizer_groups` from the first optimizer state in nested dictionaries and lists."""
+    # Each strategy nests the state in its own way; the first `param_groups` on the way down counts.
     if isinstance(content, Mapping):
         groups = content.get("param_groups")
         if isinstance(groups, list) and groups and all(isinstance(group, Mapping) for group in groups):
@@ -319,7 +324,7 @@ def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
     if not trusted:
         reader.read_metadata = partial(_read_metadata, path / ".metadata", reader.load_id)
     # ---- Empty tensors of the saved shapes, which torch's loader fills from the shards ----
-    metadata = reader.read_metadata()
+    metadata = reader.read_metadata()  # names, shapes, and where each shard is
     _check_shards(path, metadata)
     weights: dict[str, Any] = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -361,6 +366,7 @@ def _read_metadata(file: Path, load_id: str, key: str = EXPORT_KEY, **_: Any) ->
         raise unreadable_error(file, error, key) from None
     if not isinstance(metadata, Metadata) or metadata.storage_data is None or metadata.storage_meta is None:
         raise unreadable_error(file, f"it holds a {type(metadata).__name__}", key)
+    # torch's own reader sets this as well, and asks for it later.
     metadata.storage_meta.load_id = load_id
     return metadata
 
@@ -391,6 +397,7 @@ class _Metadata(pickle.Unpickler):
         """Return the class if it is harmless."""
         if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
             return enum_member
+        # Metadata of shards, dtypes and paths; anything else could be called while unpickling.
         harmless = (
             (module == _METADATA_MODULE and _is_defined_there(name))
             or (module, name) in _HARMLESS

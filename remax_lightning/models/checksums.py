@@ -60,7 +60,7 @@ def write_manifest(folder: Path, checksums: Mapping[str, Checksum]) -> None:
 
 def _checksum(file: Path) -> Checksum:
     buffer, crc, size = bytearray(_CHUNK), 0, 0
-    view = memoryview(buffer)
+    view = memoryview(buffer)  # slices of it copy nothing
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             crc, size = zlib.crc32(view[:count], crc), size + count
@@ -108,6 +108,7 @@ def unchecked_files(path: Path, key: str) -> list[str]:
     Raises:
         UserError: if the manifest is damaged.
     """
+    # A file of `torch.save` has its checksums inside, so the manifest is only for folders.
     if path.is_file():
         names = [""]
     elif (path / MANIFEST).is_file():
@@ -124,9 +125,11 @@ def find_damage(path: Path, names: Sequence[str]) -> Damage | None:
         path: the checkpoint.
         names: some of `unchecked_files`: ranks may share the reading.
     """
+    # Files of an earlier version have no entry, and are checked by what `torch.save` wrote into them.
     expected = _read_manifest(path, "") if (path / MANIFEST).is_file() else {}
     for name in names:
         file = path / name if name else path
+        # Taken before the file is read: if it changes meanwhile, the next check reads it again.
         identity = _identity(file)
         try:
             what = _compare(file, expected[name]) if name in expected else _check_records(file)
@@ -157,6 +160,7 @@ def check_exported(folder: Path, key: str) -> None:
             continue
         if name.endswith(_WEIGHTS):
             raise damage.error(key)
+        # Tokenizers and generation settings are edited by hand at times; weights are not.
         rank_zero_warn(
             f"{key}: {damage.file} differs from what was exported ({damage.what}). If you have changed it on purpose,"
             f" remove {folder / MANIFEST}."
@@ -191,7 +195,7 @@ def _check_records(file: Path | IO[bytes]) -> str:
         return ""
     try:
         with zipfile.ZipFile(file) as archive:
-            record = archive.testzip()
+            record = archive.testzip()  # reads every record; the name of the first with another CRC32, or None
     except OSError:
         raise
     except Exception as error:  # damaged tables make zipfile raise nearly anything
@@ -208,6 +212,7 @@ def _read_manifest(folder: Path, key: str) -> dict[str, Checksum]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(file, f"it is no list of checksums ({type(error).__name__})").error(key) from None
     for name in checksums:
+        # A manifest may come from somebody else: it must not make us read other files.
         parts = PurePosixPath(name).parts
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
             raise Damage(file, f"it lists {name[:50]!r}, which is no file of the folder").error(key)

@@ -40,7 +40,7 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
 
 def prompt_index_per_row(prompt_ids: Tensor, num_samples: int, greedy: bool) -> Tensor:
     """Return `[N]` the index of each row's prompt: sampled rows first, prompt by prompt, then one greedy row each."""
-    prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)  # [B]
     return torch.cat([prompts.repeat_interleave(num_samples), prompts if greedy else prompts[:0]])
 
 
@@ -111,6 +111,7 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
     Only a plain linear layer with full weights is used (no adapter, quantization, ZeRO-3, FSDP, tensor parallelism or
     hook), and only if it reproduces the logits of the model. The result is logged once.
     """
+    # Asked at every call: hooks come and go, and a strategy may shard the model later. The probe runs once.
     reason = _why_unreadable(model)
     if not reason and model not in _recipes:
         try:
@@ -129,6 +130,7 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
         )
     if recipe.reason:
         return HeadSearch(None, recipe.reason)
+    # Only the recipe is stored. The weight is read where it is now.
     layer = unwrap_peft(model).get_output_embeddings()
     return HeadSearch(OutputHead(layer.weight, layer.bias, recipe.scale, recipe.soft_cap))
 
@@ -164,6 +166,7 @@ def _why_unreadable(model: PreTrainedModel) -> str:
     """Return why the head cannot be read, as far as that is visible without running the model; empty if it can."""
     core = unwrap_peft(model)
     layer = core.get_output_embeddings()
+    # transformers returns the model itself as `base_model` where it has no separate body.
     if core.base_model is core or layer is None:
         return "it has no separate body and output embedding"
     if type(layer) is not nn.Linear:
@@ -191,7 +194,7 @@ def _probe_logits(model: PreTrainedModel) -> _LogitRecipe:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, layer.out_features, (2, PROBED_TOKENS), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, : PROBED_TOKENS // 2] = False
+    mask[1, : PROBED_TOKENS // 2] = False  # left padding
     head_output = PROBE_SCALE * torch.randn(*ids.shape, layer.out_features, generator=generator)
     # ---- Run the model with the output of its head replaced, and record the input of the head ----
     head_inputs: list[Tensor] = []
@@ -212,6 +215,7 @@ def _probe_logits(model: PreTrainedModel) -> _LogitRecipe:
     reads_hidden = len(head_inputs) == 1 and head_inputs[0].shape == hidden.shape
     if not reads_hidden or not _is_close(hidden[mask], head_inputs[0][mask]):
         return _LogitRecipe(reason="its output embedding does not read its last hidden states")
+    # The first pair that reproduces the logits is taken; 1 and no cap, which most models have, comes first.
     for scale, cap in _candidate_recipes(config):
         scaled = scale * head_output
         expected = scaled if cap is None else cap * torch.tanh(scaled / cap)

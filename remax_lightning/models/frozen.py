@@ -58,6 +58,7 @@ class FrozenModel:
         if placement == "cpu":
             self._move_to_host(resident)
             return
+        # Shard before moving, so that no device ever holds the whole model.
         if placement == "shard" and num_ranks() > 1:
             self._body = _shard_layers(model, device, key)
         model.to(device)
@@ -96,6 +97,7 @@ class FrozenModel:
 
     def _move_to_host(self, resident: nn.Module | None) -> None:
         """Move the model to host memory, pinned if the device is CUDA."""
+        # By identity, so that tied weights are copied once and stay tied.
         stays = {id(tensor) for _, _, tensor in _tensor_slots(resident)} if resident is not None else set()
         host_tensors: dict[int, Tensor] = {}
         for slots, name, tensor in _tensor_slots(self.model):
@@ -139,6 +141,7 @@ def equalize_passes(module: nn.Module, device: torch.device) -> Iterator[None]:
         module: the module that every pass runs.
         device: device of the announcements.
     """
+    # Arguments of the last pass, which is repeated for ranks that have more of them.
     last: tuple[Any, Any] = (), {}
 
     # ---- Every pass of this rank adds 1 to a sum over ranks ----
@@ -170,6 +173,7 @@ def _tensor_slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
 
 
 def _copy_to_device(tensor: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
+    # Copies from pinned memory do not block the host; what reads them on the device is queued behind them.
     moved = tensor.detach().to(device, non_blocking=device.type != "cpu")
     moved = moved.pin_memory() if pin_memory else moved
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
@@ -204,5 +208,6 @@ def _shard_layers(model: Any, device: torch.device, key: str) -> nn.Module:
 
 def _common_parent(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     """Return the innermost module that contains all layers. Some models call it directly, not their base model."""
+    # `modules` goes from the outside in, so the last one that has all layers is the innermost.
     ancestors = [module for module in model.modules() if set(layers) <= set(module.modules())]
     return [module for module in ancestors if not isinstance(module, nn.ModuleList)][-1]

@@ -27,6 +27,7 @@ def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = Tr
     """
     from torch.distributed.tensor import DTensor
 
+    # ---- FSDP2 gathers by itself; under ZeRO-3 we gather one parameter after the other; others have full weights ----
     only_adapter = not merge_lora and hasattr(policy, "peft_config")
     values = policy.state_dict(keep_vars=True)
     if any(isinstance(value, DTensor) for value in values.values()):
@@ -113,6 +114,7 @@ def save_exported(
     """
     shell = _shallow_copy(exported.model)
     changed, config = exported.change(exported.model.state_dict() if weights is None else weights)
+    # Frozen weights may hold -inf on purpose, as masks do.
     trained = [name for name, parameter in exported.model.named_parameters() if parameter.requires_grad]
     if name := nonfinite_name((name, changed[name]) for name in trained if name in changed):
         raise NotFiniteError(name)
@@ -145,6 +147,7 @@ def export_generation_config(policy: PreTrainedModel, tokenizer: PreTrainedToken
     from transformers import GenerationConfig
 
     config = copy.deepcopy(policy.generation_config) or GenerationConfig()
+    # Training with checkpointing turns it off; decoding needs it.
     config.use_cache = True
     eos = config.eos_token_id if config.eos_token_id is not None else []
     ends = list(eos) if isinstance(eos, list | tuple) else [eos]
@@ -207,8 +210,9 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
     merged.tie_weights()
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
+            layer.merge(safe_merge=True)  # checks that the result is finite
             merged.set_submodule(name, layer.get_base_layer())
+    # No adapter is left in it, so transformers must not save it as one.
     merged._hf_peft_config_loaded = False
     merged.generation_config = core.generation_config
     return merged  # type: ignore[no-any-return]

@@ -65,6 +65,7 @@ def _recompute_rounded(model: nn.Module) -> None:
         rounded = [name for name in names if getattr(module._buffers[name], "dtype", None) in HALVES]
         if rounded and not list(module.parameters(recurse=False)):  # or it would initialize the weights, too
             for name in rounded:
+                # `_init_weights` fills the buffer in place, in the dtype that it has.
                 module._buffers[name] = cast(Tensor, module._buffers[name]).float()
             make(module)
 
@@ -128,6 +129,7 @@ class ModelConfig:
         """Load the model without its adapter: a strategy may shard the base while it loads, but not the adapter."""
         from transformers import AutoModelForCausalLM
 
+        # ---- What can be said before anything is loaded ----
         self._check(key)
         config = self._config(key)
         if not self.from_scratch:
@@ -155,6 +157,7 @@ class ModelConfig:
         except Exception as error:
             raise load_failure(error, f"{key}.path", self.path) from error
         if self.disable_dropout:
+            # Beyond the configuration: some layers read another key, or none.
             silence_random_layers(model)
         if self.quantization is not None:
             _avoid_inference_kernel(model)
@@ -271,7 +274,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Let `model` recompute its activations in the backward pass."""
     # Renamed in 5.23; the old name goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False})  # the reentrant kind needs inputs with a gradient, which frozen embeddings lack
 
 
 def looks_local(path: str) -> bool:
@@ -293,6 +296,7 @@ def zero_dropout(config: Any) -> None:
     """
     values = config if isinstance(config, dict) else vars(config)
     for name, value in list(values.items()):
+        # Floats only: an integer or a flag of such a name, as `num_dropped_tokens`, is no probability.
         if isinstance(value, float) and _RANDOM.search(str(name)):
             values[name] = 0.0
         elif isinstance(value, dict) or (hasattr(value, "to_dict") and hasattr(value, "model_type")):
@@ -311,6 +315,7 @@ def silence_random_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
+        # In a layer of this kind every float is its probability, whatever its name.
         if re.search("drop_?path|stochastic_?depth", type(module).__name__, re.IGNORECASE):
             names = [name for name, value in vars(module).items() if isinstance(value, float)]
         else:
@@ -328,10 +333,12 @@ def load_failure(error: Exception, key: str, path: str) -> Exception:
         key: the configuration key of the path.
         path: a folder or a hub name.
     """
+    # These say already what is wrong.
     if isinstance(error, UserError | RankError | torch.OutOfMemoryError):
         return error
     if isinstance(error, RecursionError):
         return UserError(f"{key}: cannot load {path!r}: a JSON file in it is nested too deeply; save the model again")
+    # ---- What transformers reports in words of its own: find out what is behind it ----
     if damaged := damaged_weights(Path(path)):
         return UserError(f"{key}: {damaged} is damaged or cut short; copy or download it again")
     mismatch = re.search(r"^.*(?:size mismatch for|ckpt: torch.Size|MISMATCH).*$", str(error), re.MULTILINE)
@@ -340,6 +347,7 @@ def load_failure(error: Exception, key: str, path: str) -> Exception:
         return UserError(
             f"{key}: config.json in {path!r} does not fit the weights beside it{what}; take both from one model"
         )
+    # Messages of OSError and ValueError are written for users; others need their type to be understood.
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return UserError(f"{key}: cannot load {path!r}: {kind}{_first_line(error)}")
 

@@ -41,7 +41,7 @@ def response_statistics(
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
-    (rows,) = _forward_batches(prompt, responses)
+    (rows,) = _forward_batches(prompt, responses)  # all responses in one batch
     log_probs, entropy, _ = row_statistics(model, rows, find_head(model).head, temperature).statistics
     mask = responses.response_mask
     return TokenStatistics(_scatter_tokens([log_probs], mask), _scatter_tokens([entropy], mask))
@@ -72,16 +72,18 @@ def policy_statistics(
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
+    # ---- Run the policy, a batch of responses at a time ----
     temperature = _temperature(sampling)
     passes: list[PolicyStatistics] = []
     for rows in _forward_batches(rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
             head, compared = find_head(policy).head, None
         else:
+            # A KL over the vocabulary compares whole distributions, which both heads make from hidden states.
             head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
-            compared = rollout.reference_hidden[rows.token_mask], other  # [M, D']
+            compared = rollout.reference_hidden[rows.token_mask], other  # [K, D']
         passes.append(row_statistics(policy, rows, head, temperature, sampling, suppressed, compared).statistics)
-    # Every pass returns its counted tokens in a row, `[M]`; back to their places, `[S, R]`.
+    # ---- Every pass returns its counted tokens in a row, [K]; back to their places, [S, R] ----
     mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
     log_probs, entropy, kl = zip(*passes, strict=True)
     return PolicyStatistics(
@@ -117,6 +119,7 @@ def with_reference(
         UserError: if `keep_hidden` and the reference's head cannot be read.
     """
     log_probs, hidden_parts, mask = [], [], rollout.sampled.response_mask
+    # Fail before the first pass rather than after it.
     if keep_hidden:
         required_head(reference, "model.reference")
     for rows in _forward_batches(
@@ -131,7 +134,7 @@ def with_reference(
             suppressed,
             truncate=False,
         )
-        log_probs.append(statistics.log_probs)  # [M]
+        log_probs.append(statistics.log_probs)  # log pi_ref(y_t) [K]
         if keep_hidden and hidden is not None:
             hidden_parts.append(hidden)
     return rollout._replace(
@@ -141,6 +144,7 @@ def with_reference(
 
 
 def _temperature(sampling: SamplingConfig) -> float:
+    # Scaled log-probs are of the distribution that is sampled from, the others of the model itself.
     return sampling.temperature if sampling.scale_log_probs else 1.0
 
 
@@ -183,11 +187,13 @@ def _forward_batches(
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
     for batch in numbers.split(batch_size or len(numbers)):
         rows = batch if chosen is None else batch[chosen[batch]]  # [M]
-        prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))  # [M]
+        prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))  # [M], response i has prompt i // n
         prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]  # [M, P]
+        # [S, R], True on the tokens of this batch alone
         token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
         # Columns that are padding in every row are left out: L tokens of the longest response, T with its prompt.
         first = int(prompt_mask.any(0).long().argmax())
+        # At least one column, also where no token counts.
         length = max(1, int(token_mask.sum(-1).max()))
         ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]  # [M, L]
         input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)  # [M, T]
@@ -197,7 +203,7 @@ def _forward_batches(
 
 
 def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Return the values of the tokens under `mask`, `[M]` or `[M, D]` in parts, at their places in `[S, R]`, else 0."""
+    """Return the values of the tokens under `mask`, `[K]` or `[K, D]` in parts, at their places in `[S, R]`, else 0."""
     joined = torch.cat(list(values))
     mask = mask.view(*mask.shape, *(1 for _ in joined.shape[1:]))
     return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
@@ -230,16 +236,18 @@ def row_statistics(
         truncate: False for the reference, which is compared with the policy but not truncated.
     """
     length, sampling = rows.ids.shape[1], sampling or SamplingConfig()
+    # ---- The head cannot be read: the model computes the logits of all response tokens at once ----
     if head is None:
         positions = torch.arange(length, device=rows.ids.device).repeat(len(rows.ids))  # [M * L]
         sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
         log_probs, entropy = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)  # [M, L]
         return RowStatistics(PolicyStatistics(log_probs[rows.counted], entropy[rows.counted]), None)
+    # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
     # The state before a token predicts it.
     states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
     hidden = states[:, -length - 1 : -1][rows.counted]  # [K, D]
     del states  # free it, unless the backward pass needs it
-    positions = rows.counted[1]  # [K]
+    positions = rows.counted[1]  # [K], of each token in its response
     statistics = hidden_statistics(
         hidden,
         head,
@@ -256,5 +264,7 @@ def _logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
     length = rows.ids.shape[1]
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
     if accepts_argument(model, "logits_to_keep"):
+        # The response, and the token before it, which predicts the first of the response.
         inputs["logits_to_keep"] = length + 1
+    # [M, L, V]; the logits of the last token predict a token that was not drawn
     return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -length - 1 : -1]

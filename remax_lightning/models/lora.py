@@ -85,6 +85,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
         _check_adapter(lora.path, key)
         check_exported(Path(lora.path), f"{key}.path")
     try:
+        # ---- Create it: the random numbers of the run stay where they are ----
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if lora.path is not None:
@@ -123,6 +124,7 @@ def initial_adapter(policy: Any) -> Iterator[None]:
 
     This needs no second copy of the base. Do not train inside.
     """
+    # A new adapter adds 0, so without it the policy is what training started from.
     if INITIAL not in policy.peft_config:
         with policy.disable_adapter():
             yield
@@ -149,6 +151,7 @@ def _check_adapter(path: str, key: str) -> None:
         ) from error
     if config.peft_type != "LORA":
         raise UserError(f"{key}.path: expected a LoRA adapter, got {config.peft_type.value} in {path!r}")
+    # Trained biases change the base itself, so switching the adapter off would not give the start of training.
     if config.bias != "none":
         raise UserError(
             f"{key}.path: expected an adapter without trained biases, got bias {config.bias!r} in {path!r};"
@@ -179,7 +182,7 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     """
     from peft import PeftConfig, get_peft_model
 
-    empty = next(model.parameters()).is_meta
+    empty = next(model.parameters()).is_meta  # only the adapter is wanted
     path = lora.get("path")
     config: Any = PeftConfig.from_pretrained(path) if path else _infer_lora_config(weights, lora)
     config.inference_mode = False
@@ -200,6 +203,7 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
 def _infer_lora_config(weights: Mapping[str, Tensor], lora: Mapping[str, Any]) -> Any:
     from peft import LoraConfig
 
+    # A is [r, in], so the rank can be read off. Alpha cannot.
     [rank, *others] = {len(value) for name, value in weights.items() if ".lora_A." in name}
     if others or "alpha" not in lora:
         raise UserError(

@@ -147,6 +147,7 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
         `[M]` log-probs in nats, float32.
     """
     scaled = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)  # [M, V]
+    # Suppressed tokens are at minus infinity already, so positions are not read; `tokens` only has their device.
     scaled = mask_logits(scaled, tokens, make_sampling_mask(sampling, NO_TOKENS, tokens), slice(None))
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
@@ -184,6 +185,8 @@ def sample_exponential_race(logits: Tensor, generator: torch.Generator) -> Tenso
     This takes four kernels and no synchronization. `torch.multinomial` samples in the same way, but on CUDA it spends
     two thirds of its time on ten more kernels that check that its input is a distribution, which a softmax always is.
     """
+    # With E_v ~ Exp(1), E_v / p_v is smallest at v with probability p_v. In logs that is the largest of
+    # log p_v - log E_v, and of logit_v - log E_v: a constant for the whole row changes no argmax.
     times = torch.empty_like(logits).exponential_(generator=generator)  # [M, V]
     return (logits - times.log_()).argmax(-1)
 

@@ -51,6 +51,7 @@ def read_zero(path: Path, trusted: bool = False) -> dict[str, Tensor]:
     ranks = int(state["dp_world_size"])
     frozen = dict(state.get("frozen_param_shapes") or {})
     trained = {name: shape for part in state["param_shapes"] for name, shape in part.items()}
+    # The weights of the model are a rounded copy of the optimizer's, so round here as well.
     dtype = _model_dtype(state["ds_config"])
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in (trained | frozen).items()}
     for rank in range(ranks):
@@ -112,6 +113,7 @@ def _latest_folder(path: Path, key: str = EXPORT_KEY) -> Path:
         name = (path / "latest").read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable_error(path / "latest", error, key) from None
+    # The name comes from the file: it must not lead out of the checkpoint.
     if not name or Path(name).name != name or name == "..":
         raise unreadable_error(path / "latest", f"it names no folder of the checkpoint: {name[:50]!r}", key)
     return path / name
@@ -152,6 +154,7 @@ def _copy_shards(
     for name, shape in shapes.items():
         size = shape.numel()
         length = -(-size // ranks)  # the shard of each rank, rounded up
+        # This flat tensor is used up, so the parameter is in the next one.
         if position == len(rest):
             rest, position = next(source, torch.empty(0)), 0
         # The flat tensor ends with padding, which the last rank's shard excludes.
@@ -159,7 +162,7 @@ def _copy_shards(
         if len(part) < length:
             raise UserError(f"checkpoint: rank {rank}'s file lacks a part of {name}; give a complete checkpoint")
         position += length
-        start = min(rank * length, size)
+        start = min(rank * length, size)  # small parameters may end before the last ranks
         wanted = weights[name].view(-1)[start : start + length]
         wanted.copy_(part[: len(wanted)])
 

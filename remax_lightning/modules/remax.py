@@ -91,6 +91,7 @@ class ReMaxModule(PolicyModule):
             reference = checks.start_of(policy)  # the KL is measured to where the policy starts
         checks.check_kl(kl_coef)
         checks.check_reference(reference)
+        # Raises where choices contradict each other: now, and not after minutes of loading models.
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
@@ -100,11 +101,11 @@ class ReMaxModule(PolicyModule):
         self.evaluator = Evaluator(worker, objective)
         self.check_on_policy = check_on_policy
         self.buffer = RolloutBuffer()
-        self._plans: dict[int, UpdatePlan] = {}
+        self._plans: dict[int, UpdatePlan] = {}  # by number of micro-batches
         self._reference: Reference | None = None
         self._metrics = MeanMetrics()
-        self._num_rollouts = 0
-        self._seed: int | None = None
+        self._num_rollouts = 0  # in training; with the seed it fixes the next one's random numbers
+        self._seed: int | None = None  # of the run: rank 0's, or that of the checkpoint
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return the arguments that are text, numbers or made of them, for its checkpoints."""
@@ -138,6 +139,7 @@ class ReMaxModule(PolicyModule):
     def configure_model(self) -> None:
         """Load policy, tokenizer and reference."""
         super().configure_model()
+        # Lightning calls this hook for every stage of a trainer; the models are loaded at the first.
         if self._reference is None:
             strategy = self.trainer.strategy
             self._reference = make_reference(self.reference_source, self.policy, self.policy_source, strategy)
@@ -146,6 +148,8 @@ class ReMaxModule(PolicyModule):
         """Move frozen models to the device, plan the updates, and check settings that need the loaded models."""
         self._prepare()
         self._plans.clear()
+        # Plan now, so that a contradiction ends the run before the first rollout. Loaders without a data module show
+        # their micro-batches only in their batches.
         num_micro_batches = getattr(getattr(self.trainer, "datamodule", None), "num_micro_batches", None)
         if num_micro_batches is not None:
             self.get_plan(num_micro_batches)
@@ -153,6 +157,7 @@ class ReMaxModule(PolicyModule):
     def on_train_start(self) -> None:
         """Check that no epoch ends within a rollout; the length of an epoch is known only now."""
         super().on_train_start()
+        # Plan again with the number of batches in an epoch.
         num_micro_batches = list(self._plans)
         self._plans.clear()
         for number in num_micro_batches:
@@ -163,10 +168,13 @@ class ReMaxModule(PolicyModule):
     def _check_on_policy(self) -> None:
         """Stop a run whose engine, model or precision separates what is drawn from what is trained."""
         model, lora = self.policy, self.policy_source.lora
+        # Where the user asked for dropout, train mode differs from eval mode on purpose.
         asked = not self.policy_source.disable_dropout or (lora is not None and lora.dropout > 0)
+        # In the run's own precision, so that rounding is that of a training step.
         with self.trainer.precision_plugin.train_step_context():
             with raise_on_all_ranks(self.trainer):
                 gaps = measure_gaps(model, self.worker)
+            # The largest gap of any rank, so that all ranks judge alike: looking for a layer to blame runs the policy.
             gaps = OnPolicyGaps(*max_over_ranks(self.trainer, gaps))
             judge_gaps(gaps, model, self.worker, is_16_bit=self.is_16_bit, random_layers=asked)
 
@@ -178,11 +186,13 @@ class ReMaxModule(PolicyModule):
     on_predict_start = on_validation_start
 
     def _prepare(self) -> None:
+        # The strategy has cast buffers along with the weights by now.
         self.constants.restore()
         if self._reference is not None:
             self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
         self.prepare_rollouts()
+        # ---- What only a run knows: its seed, and the longest prompt of its data ----
         if self._seed is None:
             # The seed of rank 0, because a checkpoint holds that one.
             self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
@@ -211,16 +221,20 @@ class ReMaxModule(PolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Train on one micro-batch of a rollout; the first one makes the rollout."""
+        # ---- Experience: made for the whole rollout batch, trained on micro-batch by micro-batch ----
         if batch.micro_batch_index == 0:
             # y ~ pi(.|x) and y* greedy, decoded together; r = reward(x, y), b = reward(x, y*); log pi_ref(y_t)
             self.buffer.fill(self._make_experience(batch))
         experience = self.buffer.micro_batch(batch.micro_batch_index)  # r [S], b [B], mask [S, R]
+        # ---- pi: one pass over this micro-batch ----
         active = experience.active_responses()  # [S], False where every advantage is 0
         stats = self.token_statistics(experience.rollout, active)  # log pi(y_t) [S, R]: the only pass with gradients
         # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
         experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
+        # ---- The loss ----
         # N, over all ranks. Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
         accumulate = self.trainer.accumulate_grad_batches
+        # Of the update that this micro-batch is part of.
         normalizer = experience.normalizers[batch.micro_batch_index // accumulate]
         normalizer = normalizer / (accumulate * self.trainer.world_size)
         # - sum_t A_t log pi(y_t) / N
@@ -230,9 +244,11 @@ class ReMaxModule(PolicyModule):
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""
         plan = self.get_plan(batch.num_micro_batches)
+        # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
         self._free_gradients()
         rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
         self._num_rollouts += 1
+        # ---- What training needs besides, from passes without gradients ----
         if plan.has_kl:
             rollout = self.with_reference(rollout)  # log pi_ref(y_t) [S, R]
         # N of each update: response tokens (or responses) over all ranks
@@ -241,6 +257,8 @@ class ReMaxModule(PolicyModule):
         if not plan.has_kl:
             # A_t needs nothing of the policy
             experience = self.objective.with_advantages(experience, None, self.kl_coef, self._sum_over_ranks)
+        # pi_old is the policy before the first update on this rollout. Several updates need it for pi / pi_old, and
+        # whitening with a KL needs all log-probs at once.
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
         return experience  # advantages with a KL of a single update are computed in the training pass
@@ -249,11 +267,13 @@ class ReMaxModule(PolicyModule):
         """Add log pi_old(y_t), and the advantages that depend on a KL."""
         rollout = experience.rollout
         if rollout.log_probs is not None:
+            # Advantages read log-probs only, so these stand in for the entropy as well. A KL over the vocabulary is
+            # refused with log-probs of the engine.
             stats = PolicyStatistics(rollout.log_probs, rollout.log_probs, None)
             return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         with torch.no_grad(), self.worker.timer.measure("reward", self.device):
             active = experience.active_responses(plan.num_micro_batches)  # [S]
-            size = len(rollout.reward) // plan.num_micro_batches
+            size = len(rollout.reward) // plan.num_micro_batches  # responses per pass, as many as in a training pass
             stats = self.token_statistics(rollout, active, size)
         # Training passes need the hidden states of the reference only for a KL loss over the vocabulary.
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
@@ -295,13 +315,16 @@ class ReMaxModule(PolicyModule):
             times=self.worker.timer.pop(),
             closes_step=(micro_batch_index + 1) % self.trainer.accumulate_grad_batches == 0,
         )
+        # ---- Log means over an optimizer step: sums over its micro-batches and all ranks, divided once ----
         values = {**step_values(output), "loss": (output["loss"], None)}
         if self.objective.loss_config.kind == "clipped":
             mask = self.objective.loss_mask(rollout)
+            # A mean already; weighted by its tokens it adds up with those of the other micro-batches.
             values["clip_fraction"] = (clip_fraction.expand_as(mask), mask)
         self._metrics.add(values)
         if output["closes_step"]:
             for name, mean in self._metrics.means(self._sum_over_ranks).items():
+                # The mean is final. Without `batch_size` Lightning would search the batch for it.
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
         return output
 
@@ -309,8 +332,10 @@ class ReMaxModule(PolicyModule):
 
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
         """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
+        # An evaluation compares with y*, whatever the baseline is in training.
         greedy = stage == EVALUATION or self.objective.needs_greedy
         generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
+        # A reward that fails on one rank ends all ranks, with its message.
         with raise_on_all_ranks(self.trainer):
             responses = self.worker.generate_responses(
                 self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs
@@ -378,6 +403,8 @@ class ReMaxModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the number of rollouts, and an unfinished rollout."""
         super().on_save_checkpoint(checkpoint)
+        # Seed and count fix the random numbers of the next rollout, so no generator is saved. Each rank has a rollout
+        # of its own.
         checkpoint["remax"] = {
             "seed": self._seed,
             "rollouts": self._num_rollouts,

@@ -113,12 +113,15 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of the responses."""
+        # ---- Minus log pi(y_t) of every response token in this batch, [M] ----
         nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
         reduce = partial(sum_tensor_over_ranks, self.trainer)
+        # ---- N: response tokens of the whole optimizer step, over all ranks ----
         local_tokens = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
         tokens = reduce(torch.tensor(float(local_tokens), dtype=torch.float32, device=self.device))
-        # Lightning and the strategy divide every gradient by micro-batches and ranks: undo it.
+        # ---- The loss. Lightning and the strategy divide every gradient by micro-batches and ranks: undo it ----
         loss = nll.sum() * (accumulate * self.trainer.world_size / tokens)
+        # ---- Log the mean over all tokens of the step ----
         self._training.add({"loss": (nll, None)})
         if (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch:
             self.log("train/loss", self._training.means(reduce)["loss"], prog_bar=True, batch_size=1)
@@ -138,6 +141,7 @@ class SFTModule(PolicyModule):
         if self.reward is None:
             return
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
+        # The same random numbers in every validation, so that only the policy changes.
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         with raise_on_all_ranks(self.trainer):
             rollout = self.worker.roll_out(self.policy, prompt, generator, greedy=True)

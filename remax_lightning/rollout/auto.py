@@ -40,6 +40,7 @@ class HuggingFaceEngine:
         choose = _Choose(request)
         stop = None if request.stop_check is None else _Stop(request.stop_check, request)
         output = _generate(model, request, choose, stop)  # [N, P + longest response]
+        # `generate` stops after the longest response; engines return R columns.
         missing = prompt_length + request.sampling.max_response_length - output.shape[1]
         ids = torch.nn.functional.pad(output[:, prompt_length:], (0, missing), value=request.pad_id)  # [N, R]
         stopped_at = None if stop is None else stop.stopped_at  # [N]
@@ -47,6 +48,7 @@ class HuggingFaceEngine:
         if request.return_log_probs:
             log_probs = torch.nn.functional.pad(torch.stack(choose.log_probs, 1), (0, missing))  # [S, R]
             of_sampled = None if stopped_at is None else stopped_at[:num_sampled]
+            # Behind the end of a response stands padding, which was chosen as well but does not count.
             log_probs = log_probs.masked_fill(~response_mask(ids[:num_sampled], request.eos_ids, of_sampled), 0.0)
         return GenerationOutput(ids[:num_sampled], ids[num_sampled:] if request.greedy else None, log_probs, stopped_at)
 
@@ -88,6 +90,7 @@ class _Choose:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         request, sampling = self.request, self.request.sampling
+        # By the position of the next token, from 0.
         may_end = input_ids.shape[1] - request.prompt_ids.shape[1] >= sampling.min_response_length
         if len(self.suppressed[may_end]):
             scores = scores.index_fill(1, self.suppressed[may_end], -torch.inf)
@@ -97,6 +100,7 @@ class _Choose:
         if request.return_log_probs:
             sampled = slice(0, request.num_sampled)
             self.log_probs.append(gather_log_probs(scores[sampled], tokens[sampled], sampling))
+        # Only the chosen token stays finite, so that greedy decoding, all that `generate` does here, takes it.
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -110,11 +114,13 @@ class _Stop:
         self.stopped_at = torch.zeros(0, dtype=torch.long)
 
     def __call__(self, input_ids: Tensor, _: Any, **__: Any) -> Tensor:
-        ids = input_ids[:, self.prompt_length :]
+        ids = input_ids[:, self.prompt_length :]  # [N, t]
+        # Rows and device are known at the first call.
         if len(self.stopped_at) == 0:
             self.stopped_at = torch.zeros_like(ids[:, 0])
             self.eos_ids = self.eos_ids.to(ids.device)
         if ids.shape[1] > self.min_response_length:
+            # A row that has ended holds padding, which must not complete a stop string.
             ended = (self.stopped_at > 0) | torch.isin(ids, self.eos_ids).any(-1)
             self.stopped_at = self.stopped_at.masked_fill(self.stop_check(ids) & ~ended, ids.shape[1])
         return self.stopped_at > 0
@@ -160,6 +166,7 @@ def choose_engine(model: PreTrainedModel) -> RolloutEngine:
 
 def why_unsupported(model: PreTrainedModel) -> str:
     """Return why `PairedEngine` cannot decode with `model`, or an empty string; runs the model on a few tokens."""
+    # The flag that transformers sets on Mamba and its relatives.
     if getattr(model, "_is_stateful", False):
         return "keeps a recurrent state"
     if not accepts_argument(model, "past_key_values"):
@@ -175,7 +182,7 @@ def _probe(model: PreTrainedModel) -> str:
     """Decode one token with and without left padding, and compare its logits with those of a plain forward pass."""
     from transformers import DynamicCache
 
-    # Two prompts of random tokens, one of them with left padding.
+    # ---- Prefill two prompts of random tokens, one of them with left padding ----
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, (2, 6), generator=generator).to(model.device)
@@ -187,11 +194,11 @@ def _probe(model: PreTrainedModel) -> str:
     if layout is None:
         # For example a convolutional or recurrent state, whose rows cannot be selected like those of keys and values.
         return "keeps more than keys and values in its cache"
-    # The expected logits, by one pass over all tokens.
+    # ---- The expected logits, by one pass over all tokens ----
     inputs = model_inputs(model, ids, mask)
     full_cache = DynamicCache(config=model.config)
     expected = model(**inputs, past_key_values=full_cache, use_cache=True).logits[:, -1]  # [2, V]
-    # The last token decoded on a static cache.
+    # ---- The last token, decoded on a static cache ----
     length = bucketed_length(ids.shape[1])
     buffers = DecodeBuffers.create(cache, 2, length)
     buffers.fill(cache, mask[:, :-1], torch.arange(2, device=ids.device))

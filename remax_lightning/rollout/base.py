@@ -109,10 +109,12 @@ def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
         return None
     from transformers import StopStringCriteria
 
+    # ---- Refuse at the start of the run what no response could hold ----
     prefix = _writable_prefix(tokenizer)
     for string in strings:
         _check_writable(tokenizer, string, prefix)
 
+    # transformers reads each token behind a prefix, as in the middle of a text.
     class Criteria(StopStringCriteria):
         """transformers' own, with a text in front of each token that this vocabulary can write."""
 
@@ -133,6 +135,7 @@ def stop_string_check(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
 
 def _writable_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a text that the tokenizer reads back as it is: transformers' own choice, or else a token's text."""
+    # "abcdef" is what transformers takes itself.
     for text in ("abcdef", *islice(_ordinary_texts(tokenizer), PREFIXES_TRIED)):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens: Any = tokenizer.convert_ids_to_tokens(ids)

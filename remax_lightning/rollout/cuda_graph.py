@@ -52,6 +52,7 @@ class StepCache:
         if weights == self._weights:
             self._moves = 0
         else:
+            # The first rollout moves nothing. Every later change of addresses is a move.
             self._moves = 0 if self._weights is None else self._moves + 1
             self.clear()
             self._weights = weights
@@ -87,7 +88,7 @@ class StepCache:
                 return step(*inputs)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
+        self._graphs.move_to_end(key)  # the most recently used one stays longest
         return self._graphs[key](*inputs)
 
     def _give_up(self, name: str, reason: str) -> None:
@@ -133,6 +134,7 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
         torch.cuda.set_sync_debug_mode(sync_debug_mode)
         torch.set_autocast_cache_enabled(cache_enabled)
 
+    # A graph reads and writes fixed memory: it takes no arguments, and its output is the same tensor at every replay.
     def replay(*_: Tensor) -> Tensor:
         graph.replay()
         return output
@@ -142,13 +144,15 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
 
 def _weights_fingerprint(model: nn.Module) -> Hashable:
     """Return what changes if a graph no longer reads the model's weights, or would run its adapters differently."""
+    # A graph reads memory, not parameters: updates in place are seen, new tensors are not.
     addresses = tuple(tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    # PEFT decides in Python which adapters run; a graph would replay the decision of its capture.
     adapters = tuple(
         (str(module.active_adapters), module.disable_adapters, str(module.merged_adapters))
         for module in model.modules()
         if hasattr(module, "merged_adapters")
     )
-    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")  # decides the kernels
     return id(model), addresses, adapters, autocast
 
 
@@ -176,6 +180,7 @@ def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Itera
     if layers and torch.is_autocast_enabled(device) and not is_sharded(model):
         casts = _cast(layers, torch.get_autocast_dtype(device), previous)
     for layer, cast in zip(layers, casts, strict=False):  # no casts where nothing changes
+        # An attribute of the instance hides the method of its class, until it is deleted below.
         layer.forward = cast
     try:
         yield casts
@@ -201,7 +206,7 @@ def _cast(layers: Sequence[nn.Linear], dtype: torch.dtype, previous: Sequence[Ca
     if [_kind(cast.weight, cast.weight.dtype) for cast in previous] != [_kind(layer.weight, dtype) for layer in layers]:
         return [CastLinear(layer, dtype) for layer in layers]
     for cast, layer in zip(previous, layers, strict=True):
-        cast.weight.copy_(layer.weight)
+        cast.weight.copy_(layer.weight)  # in place: graphs read this memory
         cast.bias = layer.bias
     return [*previous]
 

@@ -65,10 +65,11 @@ class DecodeLoop:
 
         self.model, self.request, self.step_cache = model, request, step_cache
         self.prompt_length, self.num_sampled = request.prompt_ids.shape[1], request.num_sampled
-        # Prefill: every prompt once, whatever the number of its rows.
+        # ---- Prefill: every prompt once, whatever the number of its rows ----
         cache = DynamicCache(config=model.config)
         inputs = model_inputs(model, request.prompt_ids, request.prompt_mask)
         if accepts_argument(model, "logits_to_keep"):
+            # The next token needs the last logits only: [B, 1, V] instead of [B, P, V].
             inputs["logits_to_keep"] = 1
         prompt_logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # [B, V]
         self.logits = prompt_logits[rows]  # [N, V]
@@ -79,11 +80,11 @@ class DecodeLoop:
                 " and values; leave model.rollout out, or set it to HuggingFaceEngine"
             )
         self.layout, self.takes_positions = layout, "position_ids" in inputs
-        # Keys and values of each prompt go into the slots of its rows; the first token goes into the slot behind.
+        # ---- Slots: each prompt's keys and values for every one of its rows; the first token goes behind them ----
         length = bucketed_length(self.prompt_length + request.sampling.max_response_length)
         self.buffers = allocate(cache, len(rows), length)
         self.buffers.fill(cache, request.prompt_mask, rows)
-        # All rows are active, and none has ended.
+        # ---- Rows: all are active, and none has ended ----
         self.active = torch.arange(len(rows), device=rows.device)  # [M]
         self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
         # Before and after the minimum length; one copy to the device has the EOS ids, too.
@@ -98,6 +99,7 @@ class DecodeLoop:
                 finished rows and the last one: what is not finite stays in the cache of its row.
         """
         request, sampling, device = self.request, self.request.sampling, self.active.device
+        # ---- Columns that no row reaches stay padding ----
         shape = len(self.active), sampling.max_response_length
         ids = torch.full(shape, request.pad_id, dtype=torch.long, device=device)  # [N, R]
         output = DecodeOutput(
@@ -105,13 +107,14 @@ class DecodeLoop:
             torch.zeros(shape, dtype=torch.float32, device=device) if request.return_log_probs else None,
             None if request.stop_check is None else torch.zeros_like(ids[:, 0]),
         )
+        # The ids that are suppressed before the minimum length are the unused ones, then EOS.
         eos_ids = self._suppressed[0][len(request.unused_ids) :]
         for step in range(sampling.max_response_length):
-            # Choose the next token of every row.
+            # ---- Choose the next token of every row ----
             self.suppress_tokens(step)
             self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
             self._store_tokens(output, step)
-            # Find rows that end here.
+            # ---- Find rows that end here ----
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
             if request.stop_check is not None and step >= sampling.min_response_length:
                 self._apply_stop_check(request.stop_check, output, step)
@@ -121,6 +124,7 @@ class DecodeLoop:
                 break
             if not self._rows_are_left(step):
                 break
+            # ---- Logits of the next position [M, V] ----
             self.decode_step(step, self.tokens)
         return output
 
@@ -134,12 +138,13 @@ class DecodeLoop:
         """Store the tokens of unfinished rows, and the log-probs of the sampled ones."""
         output.ids[self.active, step] = self.tokens.masked_fill(self.ended, self.request.pad_id)
         if output.log_probs is not None:
-            sampled = slice(0, self.num_sampled)
+            sampled = slice(0, self.num_sampled)  # the greedy rows are a baseline, which no gradient reaches
             log_probs = gather_log_probs(self.logits[sampled], self.tokens[sampled], self.request.sampling)
             output.log_probs[self.active[sampled], step] = log_probs.masked_fill(self.ended[sampled], 0.0)
 
     def _apply_stop_check(self, stop_check: StopCheck, output: DecodeOutput, step: int) -> None:
         """End the rows whose last token completes a stop string."""
+        # The response so far, with the token that was just stored.
         stopped = stop_check(output.ids[self.active, : step + 1]) & ~self.ended  # [M]
         if output.stopped_at is not None:
             output.stopped_at[self.active] = output.stopped_at[self.active].masked_fill(stopped, step + 1)
@@ -150,6 +155,7 @@ class DecodeLoop:
         on_cuda = self.active.device.type == "cuda"
         if on_cuda and (step + 1) % EOS_CHECK_INTERVAL:
             return True
+        # A number on the device; `int` below makes the host wait for it, once.
         unfinished_rows = (~self.ended).sum()
         if on_cuda:  # both in one number, so that the host waits once; on a CPU each token has been checked
             unfinished_rows = torch.where(bad_rows(self.logits) > 0, -1, unfinished_rows)
@@ -160,6 +166,8 @@ class DecodeLoop:
         while left and size > 1 and left <= (size + 1) // 2:
             size = (size + 1) // 2
         if left and size < len(self.ended):
+            # Keep the unfinished rows, and finished ones to fill up. Sorted, so that sampled rows stay in front of
+            # greedy ones.
             unfinished, finished = (~self.ended).nonzero().squeeze(-1), self.ended.nonzero().squeeze(-1)
             self._compact_rows(
                 torch.cat([unfinished, finished[: size - left]]).sort().values, self.prompt_length + step
@@ -169,6 +177,7 @@ class DecodeLoop:
     def _compact_rows(self, rows: Tensor, filled: int) -> None:
         """Move the given rows, with their first `filled` slots, to the front of the buffers and drop the others."""
         self.buffers.keep_rows(rows, filled)
+        # Rows keep their order, so the sampled ones among them come first again.
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
 
@@ -179,20 +188,23 @@ class DecodeLoop:
             step: position of these tokens in the responses, from 0. Steps follow each other without a gap.
             tokens: `[M]` the tokens that were chosen from `self.logits`.
         """
-        num_rows, slot = len(self.active), self.prompt_length + step
+        num_rows, slot = len(self.active), self.prompt_length + step  # the slot of the token that is fed
         length = bucketed_length(slot + 1)
         # View and cache are made once per shape: slicing every buffer costs time at each token.
         if self._shape != (num_rows, length):
             self._shape, self._view = (num_rows, length), self.buffers.view(num_rows, length)
             self._cache = cache_of_slots(self.layout, self._view.states, self._view.slot, length)
+        # ---- Write the inputs in place, where a captured graph reads them ----
         inputs = self._view.tokens, self._view.positions, self._view.mask
         self._view.tokens[:, 0] = tokens
         self._view.mask[:, slot] = 1
         if self.step_cache is None:
             self.logits = self._forward(*inputs)
         else:
+            # All that decides the kernels: rows, slots attended to, slots allocated (the strides), sliding windows.
             key = num_rows, length, self.buffers.mask.shape[1], self.layout
             self.logits = self.step_cache.run(key, self._forward, inputs)  # [M, V]
+        # ---- One position further; the view shares the memory of the buffers ----
         self._view.positions.add_(1)
         self.buffers.slot.add_(1)
 
@@ -231,10 +243,11 @@ class PairedEngine:
     def generate(self, model: PreTrainedModel, request: GenerationRequest) -> GenerationOutput:
         """Generate `n` sampled responses and, if `request.greedy`, one greedy response per prompt."""
         model, num_sampled = language_model(model), request.num_sampled
+        # ---- One row per response: B * n sampled, then B greedy ----
         rows = prompt_index_per_row(request.prompt_ids, request.sampling.num_samples, request.greedy)  # [N]
         device = request.prompt_ids.device.type
         step_cache = self._step_cache if device == "cuda" else None  # a CPU runs each step as it is
-        # Under autocast, weights are cast once for the rollout.
+        # ---- Decode; under autocast, weights are cast once for the rollout ----
         casting: AbstractContextManager[list[CastLinear]] = nullcontext([])
         if torch.is_autocast_enabled(device):
             casting = cast_linears(model, self._casts)
@@ -245,7 +258,7 @@ class PairedEngine:
                     step_cache.clear()  # its graphs read the old copies
             self._casts = casts
             output = DecodeLoop(model, request, rows, step_cache, self._allocate).run()
-        # Buffers and graphs stay only where the next rollout can replay the graphs.
+        # ---- Buffers and graphs stay only where the next rollout can replay the graphs ----
         if step_cache is None or not (self.keep_cache and step_cache.is_reusable and not is_sharded(model)):
             self._buffers, self._casts = None, []
             if step_cache is not None:

@@ -27,6 +27,7 @@ def bucketed_length(filled: int) -> int:
 
 
 def _bucket_size(length: int) -> int:
+    # A sixteenth of the next power of two, so eight lengths between two powers.
     return max(MIN_BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
 
 
@@ -106,15 +107,20 @@ class DecodeBuffers(NamedTuple):
         """
         num_rows, length = len(rows), prompt_mask.shape[1]
         for slots, states in zip(self.states, states_of(cache), strict=True):
+            # Prompts are padded on the left, so the last token of each is in slot P - 1. A window's states are the last
+            # ones.
             slots[:num_rows, :, length - states.shape[2] : length] = states.index_select(0, rows)
         mask = prompt_mask[rows].long()  # [N, P]
+        # Slots of the response are empty.
         self.mask[:num_rows] = torch.nn.functional.pad(mask, (0, self.mask.shape[1] - length))
+        # The first response token has the number of real prompt tokens as its position.
         self.positions[:num_rows, 0] = mask.sum(-1)
         self.slot.fill_(length)
 
     def keep_rows(self, rows: Tensor, filled: int) -> None:
         """Move `rows`, with their first `filled` slots, to the front."""
         for slots in self.states:
+            # `index_select` copies first, so a row may move over one that moves as well.
             slots[: len(rows), :, :filled] = slots[:, :, :filled].index_select(0, rows)
         for buffer in (self.positions, self.mask):
             buffer[: len(rows)] = buffer[rows]
@@ -138,6 +144,7 @@ def cache_of_slots(layout: Layout, slots: Sequence[Tensor], position: Tensor, le
     """
     from transformers import DynamicCache
 
+    # Without a configuration it has no layers, so ours are the only ones.
     cache = DynamicCache()
     layers: list[Any] = cache.layers
     for index, window in enumerate(layout):
@@ -175,9 +182,10 @@ def _slot_layer() -> Any:
             return self.keys[:, :, attended], self.values[:, :, attended]
 
         def get_seq_length(self) -> Any:
+            # A tensor, since a captured graph would freeze a number.
             return self.position
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 (part of the interface)
-            return len(self.attended), self.attended.start
+            return len(self.attended), self.attended.start  # keys, and the slot of the first
 
     return SlotLayer

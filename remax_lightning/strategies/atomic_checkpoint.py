@@ -47,7 +47,7 @@ TEMPORARY, OLD = ".tmp", ".old"
 
 SUFFIX = ".ckpt"
 T = TypeVar("T")
-_STARTED = time.time()
+_STARTED = time.time()  # of this process, see `remove_stale`
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -160,7 +160,8 @@ def save_folder_atomically(strategy: Strategy, target: Any, write: Callable[[Pat
     io = strategy.checkpoint_io if isinstance(strategy.checkpoint_io, AtomicCheckpointIO) else None
     try:
         _agree(target, lambda: new.mkdir(parents=True) if is_first else None)
-        _agree(target, lambda: write(new))
+        _agree(target, lambda: write(new))  # every rank its part
+        # Every rank computes checksums of some files; rank 0 writes them down and renames the folder.
         names: list[str] = _agree(target, lambda: list_files(new) if is_first else [])[0]
         shares = _agree(target, lambda: compute_checksums(new, names[rank::ranks]))
         checksums = {name: item for share in shares for name, item in share.items()}
@@ -192,12 +193,15 @@ def _agree(target: Path, action: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure = error
     described = None if failure is None else (is_disk_error(failure), describe_disk_error(failure, target))
+    # Errors travel as text: not every exception can be pickled.
     parts = gather_objects((result, described))
     failures = [part for _, part in parts if part is not None]
     if not failures:
         return [cast("T", value) for value, _ in parts]
+    # The rank that failed raises its own error, with its traceback.
     if failure is not None and not is_disk_error(failure):
         raise failure
+    # A full disk only costs this checkpoint; anything else ends the run.
     if all(is_disk for is_disk, _ in failures):
         raise _DiskError(failures[0][1]) from failure
     raise RankError(next(text for is_disk, text in failures if not is_disk)) from failure
@@ -253,6 +257,7 @@ def latest_checkpoint(folders: Iterable[Path], requeued: Path) -> Path | None:
         folders: folders with checkpoints of any name.
         requeued: folder in which Lightning saves checkpoints of requeued SLURM jobs, under its own names.
     """
+    # ---- All candidates, interrupted replacements among them restored ----
     patterns = [(folder, f"*{SUFFIX}") for folder in folders] + [(requeued, f"hpc_ckpt_*{SUFFIX}")]
     checkpoints: list[Path] = []
     for folder, pattern in patterns:
@@ -303,6 +308,7 @@ def _entries(folder: Path, suffix: str) -> list[Path]:
 
 def _replace(new: Path, target: Path) -> None:
     """Replace the target, which may be a file, link or folder, by a complete checkpoint."""
+    # Content first, then the names that point to it.
     for path in (new, *new.rglob("*")):
         _sync(path)
     old = _old(target)
@@ -314,6 +320,7 @@ def _replace(new: Path, target: Path) -> None:
     try:
         new.replace(target)
     except OSError:
+        # The second rename failed: undo the first.
         if old.exists() and not os.path.lexists(target):
             old.rename(target)
         raise

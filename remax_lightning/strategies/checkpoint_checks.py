@@ -39,6 +39,7 @@ def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> N
     Raises:
         UserError: if it cannot be loaded; the message names the file.
     """
+    # ---- Rank 0 looks at everything but the numbers of the tensors ----
     module = strategy.lightning_module
     assert module is not None
     problem, names = "", []
@@ -50,12 +51,14 @@ def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> N
             check_optimizers(path, info, optimizers)
         except UserError as error:
             problem = str(error)
+    # ---- All raise, or none does ----
     problem, names = broadcast(strategy, (problem, names))
     if problem:
         raise UserError(problem)
+    # ---- Reading every byte takes time, so the ranks share the files ----
     rank, ranks = strategy.global_rank, strategy.world_size  # type: ignore[attr-defined]
     damages = gather_objects(find_damage(path, names[rank::ranks]))
-    if damage := next((item for item in damages if item is not None), None):
+    if damage := next((item for item in damages if item is not None), None):  # the same on every rank
         raise damage.error(RESUME_KEY)
 
 
@@ -72,6 +75,7 @@ def check_model(path: Any, saved: Mapping[str, torch.Size], module: LightningMod
     Raises:
         UserError: if a name or a shape differs.
     """
+    # `keep_vars` keeps the marks of a sharding engine on the parameters, which tell their full shapes.
     expected = {name: full_shape(value) for name, value in module.state_dict(keep_vars=True).items()}
     if any(".lora_" in name for name in (*saved, *expected)):
         return
@@ -98,6 +102,7 @@ def check_optimizers(path: Any, info: CheckpointInfo, optimizers: list[Any]) -> 
     Raises:
         UserError: if there is no state, or the settings or groups of the optimizer differ.
     """
+    # ---- Is there a state to resume from? ----
     if not optimizers:
         return
     name, groups, saved = type(optimizers[0]).__name__, optimizers[0].param_groups, info.optimizer_groups
@@ -106,6 +111,7 @@ def check_optimizers(path: Any, info: CheckpointInfo, optimizers: list[Any]) -> 
             f"{RESUME_KEY}: {str(path)!r} holds weights alone (save_weights_only: true), so training cannot resume from"
             " it; give a full checkpoint, or start from its exported policy as model.policy.path"
         )
+    # ---- Is it of the same kind of optimizer? Adam and SGD differ in the names of their settings ----
     settings = {key for group in groups for key in group} - _IMPLEMENTATION - {"params"}
     other = settings ^ ({key for names, _ in saved for key in names} - _IMPLEMENTATION)
     if other:
@@ -113,6 +119,7 @@ def check_optimizers(path: Any, info: CheckpointInfo, optimizers: list[Any]) -> 
             f"{RESUME_KEY}: {str(path)!r} holds the state of another optimizer than model.optimizer, {name}: they"
             f" differ in {', '.join(sorted(other)[:4])}; set model.optimizer as in the run of the checkpoint"
         )
+    # ---- Is it of the same parameters? None where a strategy has flattened them ----
     lengths = [length for _, length in saved]
     if None not in lengths and lengths != [len(group["params"]) for group in groups]:
         raise UserError(

@@ -74,6 +74,7 @@ def reshard(strategy: DeepSpeedStrategy, checkpoint: Path) -> Iterator[None]:
 def _convert(checkpoint: Path) -> str:
     """Write the universal checkpoint; return an error message, empty on success."""
     _delete_universal(checkpoint)
+    # DeepSpeed's converter is a script; it runs in a process of its own.
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / FOLDER)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,9 +95,11 @@ def _repair_optimizer(optimizer: torch.optim.Optimizer, saved_groups: list[dict[
     All parameters share one step counter after loading, which each of them would increment, and every group gets the
     settings of the first group, including its weight decay.
     """
+    # A step counter for every parameter again.
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
+    # And the weight decay of every group.
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         group["weight_decay"] = saved.get("weight_decay", 0.0)
 
@@ -137,6 +140,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         if self.gather == "layerwise" and not self.zero_stage_3:
             raise UserError(f"{KEY} must be auto or once below stage 3, which does not shard parameters, got layerwise")
+        # Lightning's DDP starts the processes in the same way, on any device.
         if self._on_cpu:
             DDPStrategy.setup_environment(self)
         else:
@@ -164,21 +168,25 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Create the engine, and keep it from dividing the loss a second time."""
+        # ---- Settings that DeepSpeed reads as it starts ----
         source = getattr(self.lightning_module, "policy_source", None)
         if getattr(source, "lora", None) is not None:  # a resumed run loads the base from its own path
             self.exclude_frozen_parameters = True
         if isinstance(self.config, dict):
             # DeepSpeed refuses torch's optimizers under offload by default. They work; its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        # ---- The engine, and what is changed on it ----
         super().init_deepspeed()
         # DeepSpeed would unpickle its files without any limit.
         if (reader := cast(Any, self.deepspeed_engine).checkpoint_engine) is not None:
             reader.load = _load_file
+        # Rollouts gather the policy through these, see `gather.py`.
         if self.zero_stage_3 and self.lightning_module is not None:
             zero3.register_engine(self.lightning_module, self.deepspeed_engine)
             register_gather_mode(self.lightning_module, self.gather)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
+            # Lightning has divided the loss by `accumulate_grad_batches` already.
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -212,6 +220,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         Raises:
             UserError: if another strategy saved it, or DeepSpeed cannot reshard its optimizer state.
         """
+        # The user asked for Lightning's own way of reading a file of full weights.
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(checkpoint_path, weights_only)
         # ---- DeepSpeed itself loads only a checkpoint of as many ranks, and only with an optimizer ----
@@ -225,8 +234,10 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         fitting = is_fitting(self.lightning_module)
         optimizer = getattr(cast(Any, self.deepspeed_engine).optimizer, "optimizer", None)
         check_checkpoint(self, path, [optimizer] if fitting and optimizer is not None else [])
+        # In an evaluation there is no optimizer, without which the engine loads no shards.
         if self.zero_stage_3 and not fitting:
             return zero3.load_weights(self.lightning_module, path)
+        # As many ranks as saved it, or a model that is whole in one file.
         if saved == self.world_size or not fitting:
             return super().load_checkpoint(path, weights_only)
         with reshard(self, path):

@@ -47,6 +47,7 @@ def global_grad_norm(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
     sharded = [parameter for parameter in parameters if flat or is_sharded(parameter)]
     whole = [parameter for parameter in parameters if not (flat or is_sharded(parameter))]
     device = trainer.strategy.root_device
+    # Whole gradients are the same on every rank and count once; shards add up over the ranks.
     squares = _sum_of_squares(whole, device)
     if sharded:
         squares = squares + sum_tensor_over_ranks(trainer, _sum_of_squares(sharded, device))
@@ -72,6 +73,7 @@ def _deepspeed_norm(engine: Any) -> Tensor | None:
     if not engine.is_gradient_accumulation_boundary():
         return None
     optimizer, device = engine.optimizer, engine.device
+    # The stages keep gradients in buffers of their own, and each computes its norm in its own way.
     if hasattr(optimizer, "_get_norm_groups"):  # stage 3
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -80,6 +82,7 @@ def _deepspeed_norm(engine: Any) -> Tensor | None:
         norm = optimizer.scaled_global_norm()
     else:  # stage 0 leaves the gradients, averaged over ranks, where they are
         norm = _sum_of_squares(engine.module.parameters(), device).sqrt()
+    # DeepSpeed's gradients are still multiplied by the loss scale of float16.
     return torch.as_tensor(norm, device=device) / float(getattr(optimizer, "loss_scale", 1.0))
 
 
@@ -96,6 +99,7 @@ def nonfinite_state(trainer: Trainer) -> str | None:
     """Return the name of a trained weight or of an optimizer's state that is not finite; see `nonfinite_in_model`."""
 
     def states() -> Iterator[tuple[str, Tensor]]:
+        # Adam's moments may overflow where the weights do not yet.
         yield from _trained(trainer.lightning_module)
         for optimizer in trainer.optimizers:
             for state in dict(getattr(optimizer, "state", {})).values():
@@ -121,6 +125,7 @@ def _nan_buffer(model: nn.Module) -> str | None:
 
 def _agreed(trainer: Trainer, name: str | None) -> str | None:
     """Return the name that the highest rank with one has; None if no rank has one."""
+    # 0 says that a rank found nothing.
     rank = int(max_over_ranks(trainer, [0 if name is None else trainer.global_rank + 1])[0]) - 1
     if rank < 0 or trainer.world_size == 1:
         return name
@@ -140,14 +145,16 @@ def keep_finite_checkpoints(trainer: Trainer) -> None:
     Args:
         trainer: a trainer that is about to run; a second call changes nothing.
     """
+    # ---- Every save goes through this ----
     if not isinstance(trainer.save_checkpoint, _FiniteSave):
         save = _FiniteSave(trainer, trainer.save_checkpoint)
         trainer.save_checkpoint = save  # type: ignore[method-assign]
+    # ---- ModelCheckpoint asks first, and neither saves nor removes ----
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             for name in ("_save_topk_checkpoint", "_save_last_checkpoint"):
                 method = getattr(callback, name)
-                if not isinstance(method, partial):
+                if not isinstance(method, partial):  # not yet wrapped by an earlier call
                     setattr(callback, name, partial(_save_if_finite, method))
             if not isinstance(callback._link_checkpoint, partial):
                 link = partial(_link_if_saved, callback._link_checkpoint)

@@ -73,6 +73,7 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:  # one file, which `AtomicCheckpointIO` writes
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        # Bound here: within the function below, `super()` would not know its object.
         save = super().save_checkpoint
 
         def write(folder: Path) -> None:
@@ -124,6 +125,7 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
                 f"ckpt_path: {str(path)!r} holds optimizer states of {len(ids)} parameters, but {len(names)} are"
                 " trained; resume with the model and the adapter of the checkpoint"
             )
+        # torch's distributed checkpoint finds parameters by name, the file numbers them in the order of the groups.
         by_name: dict[str, Any] = {
             "state": {names[number]: value for number, value in state["state"].items()},
             "param_groups": [
@@ -139,12 +141,14 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
             return super().optimizer_state(optimizer)
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+        # Lightning wraps optimizers.
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         model = cast(nn.Module, self.model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = cast(Any, get_optimizer_state_dict(model, optimizer, options=options))
         if not self.is_global_zero:
             return state
+        # Back from names to numbers, in the order of the groups.
         numbers = {name: number for number, name in enumerate(optimizer_parameter_names(model, optimizer) or [])}
         return {
             "state": {numbers[name]: value for name, value in state["state"].items()},
@@ -187,6 +191,7 @@ def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
+    # Layers first: the root group then takes what is left, embeddings and head.
     group = mesh["data_parallel"]
     for layer in decoder_layers(policy):
         fully_shard(layer, mesh=group)

@@ -42,6 +42,7 @@ def sharded_init(strategy: Any, *, from_scratch: bool = False, key: str = "model
             f"{key}.from_scratch must be false under ZeRO-3, got true: each rank would draw other weights than"
             " one process does; save a random model first, or train from scratch under DDP or ZeRO-2"
         )
+    # ---- ZeRO-3 shards while it loads, so that no rank ever holds the whole model ----
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     # transformers keeps a weak reference to this object, and shards models while the object lives.
@@ -62,6 +63,7 @@ def unsharded_init(strategy: Strategy) -> Iterator[None]:
     if not _is_zero3(strategy):
         yield
         return
+    # Lightning has an outer `zero.Init` active in `configure_model`; the dtype of the run is set anew.
     with zero3.zero_init_disabled(), strategy.precision_plugin.tensor_init_context():
         yield
 
@@ -115,6 +117,7 @@ def rollout_parameters(model: nn.Module) -> Iterator[None]:
         yield
         return
     layerwise = uses_layerwise_gather(model)
+    # Logged once, and again where the choice changes with the free memory.
     if _logged_modes.get(model) != layerwise:
         _logged_modes[model] = layerwise
         log.info("rollouts gather the policy %s", "layer by layer" if layerwise else "once")

@@ -34,10 +34,11 @@ def lockstep(layers: Sequence[nn.Module], gather_and_reshard: Callable[[nn.Modul
     device = next(parameter.device for layer in layers for parameter in layer.parameters())
     hooks = [
         layer.register_forward_pre_hook(partial(_announce_layer, number, device), prepend=True)
-        for number, layer in enumerate(layers, 1)
+        for number, layer in enumerate(layers, 1)  # from 1, since 0 stands for no layer
     ]
     try:
         yield
+    # The others are in their forward passes; without this rank they would wait in a collective.
     except Exception:
         _serve_others(layers, gather_and_reshard, device)
         raise
@@ -99,6 +100,7 @@ def uses_layerwise_gather(model: nn.Module) -> bool:
     Raises:
         UserError: if `gather` is `layerwise` and the model does not name its layers.
     """
+    # A model that no strategy has registered is gathered by its free memory.
     mode, has_layers = _gather_modes.get(model, "auto"), bool(decoder_layers(model))
     if mode == "layerwise" and not has_layers:
         raise UserError(
@@ -129,5 +131,6 @@ def free_bytes(device: torch.device) -> int | None:
     """Return the free bytes of a CUDA device, the allocator's unused blocks included; None on any other device."""
     if device.type != "cuda":
         return None
+    # Blocks that torch has reserved but does not use count as free.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused

@@ -42,6 +42,7 @@ def exit_with_launcher() -> None:
     Lightning's watchdog runs in the launching process, which may be killed itself. This process would then wait for
     rank 0 until a timeout.
     """
+    # A daemon thread, so that it does not keep a finished process alive.
     launcher = int(os.environ[_LAUNCHER])
     threading.Thread(target=_exit_when_launcher_ends, args=(launcher,), daemon=True, name="launcher-watch").start()
 
@@ -70,15 +71,17 @@ class ChildProcesses:
 
         A process that Lightning started waits first: if its launcher has ended, it ends here.
         """
+        # Time for the watch on the launcher to end this process, in the place of an error that only follows from it.
         if is_launched():
             time.sleep(2 * _PAUSE)
         for rank, code in enumerate(self.exit_codes(seconds=0.5), start=1):
-            if code is not None and code < 0:
+            if code is not None and code < 0:  # minus the number of the signal, as `subprocess` has it
                 return f"rank {rank} of this machine was killed ({signal.Signals(-code).name}), which ended the run"
         return None
 
 
 def _exit_when_launcher_ends(launcher: int) -> None:
+    # A process without its parent gets another one.
     while os.getppid() == launcher:
         time.sleep(_PAUSE)
     sys.stderr.write(f"remax: process {launcher}, which started rank {os.environ['LOCAL_RANK']}, has ended; exiting\n")

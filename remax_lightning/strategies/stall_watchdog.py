@@ -58,6 +58,7 @@ class StallWatchdog:
         global _current
         _stack_file(folder, rank).unlink(missing_ok=True)  # of an earlier run in this folder
         self._stacks: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        # An open file without a name: the watching process reads it by its descriptor, whatever the rank does.
         faulthandler.register(_SIGNAL, self._stacks, all_threads=True)
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(seconds), str(folder), str(rank),
@@ -103,6 +104,7 @@ def _watch(pid: int, seconds: float, folder: Path, rank: int, num_ranks: int, st
     """Wait for news until the rank ends; end it when there is none, or another rank has none."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals all processes; this one ends with the rank
+    # ---- Wait: for news, for the end of the rank, or for another rank that stalls ----
     tick = max(0.02, min(1.0, seconds / 20))
     what, silent, began = "starting", 0.0, time.time()
     while silent < seconds and not _other_stalled(folder, rank, began):
@@ -114,12 +116,14 @@ def _watch(pid: int, seconds: float, folder: Path, rank: int, num_ranks: int, st
             what, silent = news, 0.0
         elif not _is_stopped(pid):
             silent += min(time.monotonic() - start, 2 * tick)  # a machine that slept counts as one tick
+    # ---- Write the stacks of this rank ----
     is_first = silent >= seconds and not _other_stalled(folder, rank, began)
     title = f"rank {rank}: {silent:.0f} s after it began {what}"
     here = _write_stacks(pid, _stack_file(folder, rank), stacks, title)
     # ---- The others see the file, and write theirs before the launcher takes them along ----
     if num_ranks > 1:
         time.sleep(_RANKS_SECONDS if is_first else 2 * _RANKS_SECONDS)
+    # ---- One rank tells, for all of them ----
     if is_first:
         others = [
             _first_line(path) for path in sorted(folder.glob("stall-rank*.txt")) if path != _stack_file(folder, rank)
@@ -133,7 +137,7 @@ def _watch(pid: int, seconds: float, folder: Path, rank: int, num_ranks: int, st
             )
             sys.stderr.flush()
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)  # a rank in a library may never handle a milder one
 
 
 def _first_line(path: Path) -> str:
@@ -171,12 +175,13 @@ def _is_stopped(pid: int) -> bool:
 def _write_stacks(pid: int, path: Path, stacks: int, title: str) -> str:
     """Write the stacks of a rank to a file; return its first line, with the place in the user's code if it is there."""
     with suppress(ProcessLookupError):
-        os.kill(pid, _SIGNAL)
+        os.kill(pid, _SIGNAL)  # answered by faulthandler in C, wherever the rank is
     size = -1
     for _ in range(50):  # until faulthandler has written all of it
         time.sleep(0.1)
         if size == (size := os.fstat(stacks).st_size) and size > 0:
             break
+    # `pread`, since both processes share the position in the file.
     text = os.pread(stacks, size, 0).decode(errors="replace")
     place = _innermost(re.findall(r'File "(.+)", line (\d+) in (.+)', text.rpartition("Current thread")[2]))
     title = title if place is None else f"{title}, at {place}"
@@ -188,6 +193,7 @@ def _write_stacks(pid: int, path: Path, stacks: int, title: str) -> str:
 def _innermost(frames: Sequence[tuple[str, str, str]]) -> str | None:
     """Return the innermost frame that is no library's, or the innermost."""
     library = re.compile(r"site-packages|dist-packages|/lib/python3|^<|/remax_lightning/")
+    # faulthandler writes the innermost frame first.
     chosen: Any = next((frame for frame in frames if not library.search(frame[0])), next(iter(frames), None))
     return None if chosen is None else f"{chosen[0]}:{chosen[1]} in {chosen[2]}"
 

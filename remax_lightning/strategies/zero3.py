@@ -54,6 +54,7 @@ def layerwise(model: nn.Module) -> Iterator[None]:
     Raises:
         UserError: if the engine is not that of `ReMaxDeepSpeedStrategy`.
     """
+    # ---- Outside of the layers: gathered once. Layers: gathered by hooks of our own ----
     layers = decoder_layers(model)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     with ExitStack() as stack:
@@ -69,7 +70,7 @@ def layerwise(model: nn.Module) -> Iterator[None]:
 
 def _gather(layer: nn.Module, *_: Any) -> None:
     parameters: list[Any] = list(layer.parameters())
-    parameters[0].all_gather_coalesced(parameters).wait()
+    parameters[0].all_gather_coalesced(parameters).wait()  # one collective for the whole layer
 
 
 def _reshard(layer: nn.Module, *_: Any) -> None:
@@ -99,6 +100,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
         )
     # Gathering skips a parameter that a hook is prefetching, and would leave it empty.
     offload.partition_all_parameters()
+    # ZeRO-3 replaces the dictionary of parameters by one that gathers on access while this mark is set.
     in_forward = [module._parameters for module in offload.module.modules() if module._parameters._in_forward]
     _remove_hooks(offload)
     for parameters in in_forward:

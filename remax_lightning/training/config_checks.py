@@ -41,6 +41,7 @@ def check_quantization(policy: ModelConfig, strategy: Any) -> None:
     """Refuse a quantized policy under a strategy that shards weights."""
     if policy.quantization is None:
         return
+    # Stages 1 and 2 shard gradients and optimizer states, of which only the adapter has any; weights stay whole.
     zero_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     if zero_3 or isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise UserError(
@@ -100,6 +101,7 @@ def check_vocabularies(
 
 def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
     """Refuse prompts and responses that need more positions than the policy has."""
+    # Some models name no limit, such as BLOOM with its ALiBi.
     max_positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     if max_prompt_length is None or max_positions is None or max_prompt_length + max_response_length <= max_positions:
         return
@@ -129,10 +131,12 @@ def check_rope(policy: PreTrainedModel, max_prompt_length: int | None, max_respo
 def rope_change(config: Any) -> int | None:
     """Return the length beyond which a configuration's rotary frequencies depend on the length; None without one."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One set of parameters, or one for each kind of layer, as in Gemma 3.
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     limits = []
     for kind in kinds:
         if kind.get("rope_type", kind.get("type")) in ("longrope", "su", "dynamic"):
+            # The length that the model was trained at before it was extended; Phi-3 has it beside the parameters.
             limit = kind.get("original_max_position_embeddings")
             limit = limit or getattr(config, "original_max_position_embeddings", None)
             limits.append(int(limit or config.max_position_embeddings))
@@ -215,6 +219,7 @@ def updates_per_rollout(
         UserError: if an optimizer step would span two rollouts, an epoch would end within one, or the loss does not
             support several updates.
     """
+    # ---- A step must not reach into the next rollout, nor an epoch end within one ----
     if num_micro_batches % accumulate:
         raise UserError(
             f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_micro_batches}"
@@ -227,6 +232,7 @@ def updates_per_rollout(
             f"trainer.limit_train_batches ends the epoch after {num_batches} micro-batches, in the middle of a rollout"
             f" batch, which comes in {num_micro_batches}; set it to a multiple of {num_micro_batches}"
         )
+    # ---- REINFORCE has no ratio pi / pi_old, so its gradient is right for one update only ----
     updates = num_micro_batches // accumulate
     if updates > 1 and loss_kind == "reinforce":
         raise UserError(
@@ -251,6 +257,7 @@ def check_response_ends(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[in
     Raises:
         UserError: if not.
     """
+    # Ends that the data teaches and rollouts do not know.
     others = sorted(getattr(data, "response_ends", set()) - set(eos_ids))
     if others:
         token = tokenizer.convert_ids_to_tokens(others[0])

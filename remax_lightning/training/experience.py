@@ -31,7 +31,7 @@ class Experience(NamedTuple):
         if num_micro_batches == 1:
             return self
         rollout = self.rollout.micro_batch(index, num_micro_batches)
-        size = len(rollout.reward)
+        size = len(rollout.reward)  # responses of one micro-batch
         rows = slice(index * size, (index + 1) * size)
         advantages = None if self.advantages is None else self.advantages[rows]
         kl = None if self.kl is None else self.kl[rows]
@@ -43,9 +43,11 @@ class Experience(NamedTuple):
         Without a KL, a response whose advantages are all 0 has no gradient. At least one response of each micro-batch
         is active, because the backward pass reduces gradients over ranks.
         """
+        # A KL gives every token a gradient, whatever its reward. Advantages that are not computed yet rule nothing out.
         if self.advantages is None or self.rollout.reference_log_probs is not None:
             return torch.ones_like(self.rollout.reward, dtype=torch.bool)
         active = (self.advantages != 0).any(-1).view(num_micro_batches, -1)  # [micro-batches, responses]
+        # Where r = b for a whole micro-batch, its first response stands in.
         active[:, 0] |= ~active.any(-1)
         return active.flatten()
 
@@ -69,6 +71,7 @@ class RolloutBuffer:
         if self._experience is None:
             raise UserError(f"data: part {index} of a rollout batch came first; a loader starts with part 0")
         experience, num_micro_batches = self._experience, self._experience.rollout.prompt.num_micro_batches
+        # The rollout is done with its last part: a checkpoint between two rollouts holds none.
         if index + 1 == num_micro_batches:
             self._experience = None
         return experience.micro_batch(index, num_micro_batches)
@@ -84,6 +87,7 @@ class RolloutBuffer:
         if self._experience is None:
             return None
         rollout = self._experience.rollout
+        # `Prompt` is a subclass of str, which `weights_only=True` would refuse.
         prompt = rollout.prompt._replace(rows=[], prompts=[str(text) for text in rollout.prompt.prompts])
         state = self._experience._asdict()
         state["rollout"] = rollout._asdict() | {
@@ -98,6 +102,7 @@ class RolloutBuffer:
         if state is None:
             self._experience = None
             return
+        # A copy, since the checkpoint belongs to Lightning.
         rollout = dict(state["rollout"])
         rollout["prompt"] = PromptBatch(**_rename_old_keys(rollout["prompt"]))
         rollout["sampled"] = Responses(**rollout["sampled"])

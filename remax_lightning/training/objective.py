@@ -53,6 +53,7 @@ class Objective:
     """The loss of ReMax in the configured variant; has no state."""
 
     def __init__(self, kl: KLConfig, advantage: AdvantageConfig, loss: LossConfig, num_samples: int) -> None:
+        # With n = 1 there is no other sample, and the mean of the group is r itself.
         if advantage.baseline in ("leave_one_out", "group_mean") and num_samples < 2:
             raise UserError(
                 f"model.advantage.baseline {advantage.baseline} needs model.sampling.num_samples of at least 2,"
@@ -103,8 +104,9 @@ class Objective:
         """
         updates = updates_per_rollout(num_micro_batches, accumulate, self.loss_config.kind, num_batches)
         has_kl = self.uses_kl(kl_coef) and has_reference
+        # Whitening takes its moments over the whole rollout, so all advantages must exist before its first micro-batch.
         whitens_micro_batches = self.advantage_config.whiten and num_micro_batches > 1
-        needs_old = updates > 1 or (has_kl and whitens_micro_batches)
+        needs_old = updates > 1 or (has_kl and whitens_micro_batches)  # pi / pi_old is 1 until the first update
         from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
         return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout)
 
@@ -130,9 +132,11 @@ class Objective:
         if rollout.reference_log_probs is None:
             return None
         config = self.kl_config
+        # Detached: this KL is a part of the reward. The one that is differentiated is `_kl_term`.
         if config.estimator == "full":
             estimate = _clamped(full_kl, config.clamp).detach()
         else:
+            # log pi(y_t) - log pi_ref(y_t) [S, R]
             estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
         return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
 
@@ -141,6 +145,7 @@ class Objective:
     ) -> Tensor:
         """Return `[S, R]` advantages of the trained tokens; `reduce` sums a tensor over ranks."""
         config = self.advantage_config
+        # A KL that is in the loss only is measured, but costs no reward.
         uses_kl = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
         return remax_advantages(
             rollout.reward,
@@ -187,7 +192,8 @@ class Objective:
         """Return `[U]` the divisor of the loss of each update on this rank: trained tokens, or responses."""
         counted = self.loss_mask(rollout)  # [S, R]
         if self.loss_config.normalizer == "responses":
-            counted = torch.ones_like(counted[:, :1])
+            counted = torch.ones_like(counted[:, :1])  # [S, 1], a response counts once, whatever is masked
+        # Updates take equal shares of the responses, in their order. float64, since float32 counts up to 2^24 only.
         return counted.view(updates, -1).sum(-1).double()
 
     def loss(
@@ -207,10 +213,13 @@ class Objective:
         """
         rollout, advantages = experience.rollout, cast(Tensor, experience.advantages)
         mask, config = self.loss_mask(rollout), self.loss_config
+        # Lightning and the strategy then take the mean of these means over micro-batches and ranks.
         if config.normalizer == "micro_batch":
             normalizer = mask.sum().double()
+        # N is 0 where no token of the step is trained on; then the sum is 0 as well.
         normalizer = normalizer.clamp_min(1e-8).float()
         clip_fraction = torch.zeros_like(normalizer)
+        # ---- The policy gradient: - sum_t A_t log pi(y_t) / N, or PPO's surrogate of it ----
         if config.kind == "reinforce":
             loss = reinforce_loss(log_probs, advantages, mask, normalizer)
         else:
@@ -219,6 +228,7 @@ class Objective:
             loss, clip_fraction = clipped_surrogate_loss(
                 log_probs, old, advantages, mask, normalizer, config.clip_range, config.dual_clip
             )
+        # ---- The KL as a loss, over the same tokens and with the same N ----
         if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
             loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normalizer, full_kl)
         return loss, clip_fraction.detach()

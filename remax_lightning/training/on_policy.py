@@ -84,6 +84,7 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
     """
     with isolate_rng():
         rollout, greedy_ids = _roll_out(policy, worker)
+        # ---- The same tokens in train mode, in eval mode, and in eval mode without padding ----
         trained = _passes_in_train_mode(policy, rollout, worker)  # [passes, 2, R]
         with eval_mode(policy):
             padded = _log_probs(policy, rollout, worker)  # [2, R]
@@ -92,6 +93,7 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
                 strict=True,
             )
             likelihood = 0.0 if rollout.log_probs is not None else _unlikelihood(policy, worker)
+    # ---- Compare: two passes of a pair differ in one thing only ----
     mask = rollout.sampled.response_mask
     plain = torch.zeros_like(padded).masked_scatter(mask, torch.cat(alone))  # [2, R]
     drawn = plain if rollout.log_probs is None else rollout.log_probs
@@ -129,6 +131,7 @@ def judge_gaps(
             f" eval mode, in which responses are drawn; {_random_layer(policy)} depends on the mode. Set what makes it"
             " random to 0 in the config.json of the policy, or set model.check_on_policy to false to train like this"
         )
+    # Before the engine is blamed: what padding changes shows as a gap of decoding, too.
     if gaps.padding > limit:
         raise UserError(
             f"model.policy: {name} gives a prompt with padding log-probs that differ by up to {gaps.padding:.2g} nats"
@@ -187,14 +190,17 @@ def _unlikelihood(policy: PreTrainedModel, worker: RolloutWorker) -> float:
     responses, prompt = rollout.sampled, rollout.prompt
     difference = variance = impossible = count = 0.0
     for row, (ids, mask) in enumerate(zip(responses.response_ids, responses.response_mask, strict=True)):
-        index = row // SAMPLES
+        index = row // SAMPLES  # the prompt of this response
         tokens = ids[mask]
+        # What the engine should have drawn from: logits without padding, then suppression, temperature and truncation.
         logits = _logits_behind(policy, worker, prompt.prompt_ids[index][prompt.prompt_mask[index]], tokens)
         logits = apply_top_k_top_p(apply_temperature(logits, worker.sampling.temperature), worker.sampling)
         log_probs = logits.log_softmax(-1)  # [tokens, V]
+        # Clamped, because 0 * -inf is NaN; a token of probability 0 adds 0.
         surprise = (log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)  # [tokens], minus the entropy
         square = (log_probs.exp() * log_probs.clamp_min(-1e4).square()).sum(-1)
         drawn = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        # A token that cannot be drawn has the log-prob -inf; those are counted instead of summed.
         possible = drawn.isfinite()
         count += len(tokens)
         impossible += float((~possible).sum())
@@ -213,6 +219,7 @@ def _roll_out(policy: PreTrainedModel, worker: RolloutWorker, num_samples: int =
     generator = torch.Generator(device).manual_seed(0)
     length = min(RESPONSE_LENGTH, worker.sampling.max_response_length)
     shortest = min(length, worker.sampling.min_response_length)
+    # A short rollout with the run's own settings, which are put back whatever happens.
     sampling = worker.sampling
     worker.sampling = replace(sampling, max_response_length=length, min_response_length=shortest)
     worker.sampling = replace(worker.sampling, num_samples=num_samples)
@@ -231,6 +238,7 @@ def _prompts(policy: PreTrainedModel, worker: RolloutWorker, device: torch.devic
     """Return two prompts of random tokens, the second padded on the left."""
     vocabulary: int = policy.config.get_text_config().vocab_size
     special = {*worker.tokenizer.all_special_ids, *worker.eos_ids, *worker.unused_ids}
+    # Special tokens could end a prompt or switch a template, so prompts are made of ordinary ones.
     usable = torch.tensor([index for index in range(vocabulary) if index not in special] or [0])
     longest = max(PROMPT_LENGTHS)
     draw = torch.randint(0, len(usable), (len(PROMPT_LENGTHS), longest), generator=torch.Generator().manual_seed(0))
@@ -272,6 +280,7 @@ def _plain_pass(
 
 def _logits_behind(policy: PreTrainedModel, worker: RolloutWorker, prompt: Tensor, tokens: Tensor) -> Tensor:
     """Return the logits `[tokens, V]` that predict tokens behind a prompt, minus infinity on suppressed ones."""
+    # [P + tokens, V]; no mask and no positions, because nothing is padded
     logits = cast(Tensor, policy(torch.cat([prompt, tokens])[None], use_cache=False).logits)[0]
     predicting = logits[len(prompt) - 1 : -1].float()  # [tokens, V]
     positions = torch.arange(len(tokens), device=tokens.device)
@@ -287,7 +296,7 @@ def _random_layer(policy: PreTrainedModel) -> str:
     """Return the name of the first layer that gives the same inputs other outputs in train mode than in eval mode."""
     ids = torch.arange(1, 7, device=next(policy.parameters()).device)[None]
     outputs: list[dict[str, Tensor]] = []
-    training = policy.training
+    training = policy.training  # restored at the end
     with isolate_rng(), torch.no_grad():
         for train in (True, False):
             policy.train(train)
@@ -310,7 +319,7 @@ def _recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def recorder(name: str) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
+            first = output[0] if isinstance(output, tuple) and output else output  # decoder layers may return a tuple
             if isinstance(first, Tensor) and name not in recorded:
                 recorded[name] = first.detach().clone()
 

@@ -41,7 +41,7 @@ def pack(batch: SupervisedBatch) -> PackedRows:
     Rows are as wide as without packing, and there are fewer of them.
     """
     prompt_lengths, response_lengths = batch.prompt_mask.sum(1).tolist(), batch.response_mask.sum(1).tolist()
-    lengths = [prompt + response for prompt, response in zip(prompt_lengths, response_lengths, strict=True)]
+    lengths = [prompt + response for prompt, response in zip(prompt_lengths, response_lengths, strict=True)]  # [B]
     width = max(lengths)
     # ---- First-fit decreasing: put each example into the first row with room for it ----
     rows: list[list[int]] = []
@@ -75,12 +75,14 @@ def pack(batch: SupervisedBatch) -> PackedRows:
 def packed_log_probs(model: PreTrainedModel, rows: PackedRows, packing_mode: PackingMode) -> Tensor:
     """Return `[M]` log-probs of the target tokens, row by row."""
     inputs = _inputs(model, rows.input_ids, rows.position_ids, packing_mode)
+    # The state before a token predicts it: the targets, one place to the left. No row starts with a target, so none
+    # wraps around.
     ids, predicting = rows.input_ids[rows.targets], rows.targets.roll(-1, dims=1)
     head = find_head(model).head
     if head is None:
-        logits = cast(Tensor, model(**inputs).logits)[predicting]
+        logits = cast(Tensor, model(**inputs).logits)[predicting]  # [M, V]
         return token_statistics(logits[None], ids[None]).log_probs[0]
-    hidden = language_model(model).base_model(**inputs).last_hidden_state[predicting]
+    hidden = language_model(model).base_model(**inputs).last_hidden_state[predicting]  # [M, D]
     return hidden_statistics(hidden, head, ids).log_probs
 
 
@@ -108,6 +110,7 @@ def find_packing_mode(model: PreTrainedModel) -> PackingMode:
                 packed = model(**_inputs(model, ids, positions, packing_mode)).logits[0]
             except (RuntimeError, TypeError, ValueError):  # this attention does not support the mask
                 continue
+            # Examples that see each other give other logits by far more than rounding.
             if (packed - separate).abs().max() <= tolerance * separate.std():
                 return cast(PackingMode, packing_mode)
     raise UserError(
@@ -121,6 +124,7 @@ def _inputs(
 ) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     if packing_mode == "mask":
+        # Attend to earlier tokens of the same example only.
         number = (position_ids == 0).cumsum(1)  # [N, T], the example of each token
         place = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
         seen = (number[:, :, None] == number[:, None, :]) & (place[:, None] >= place)  # [N, T, T]

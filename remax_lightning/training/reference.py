@@ -48,14 +48,17 @@ class SeparateReference:
 
     def __init__(self, source: ModelConfig, strategy: Any) -> None:
         self.source = source
+        # Full on every rank: its placement is its own, whatever the strategy does to the policy.
         with unsharded_init(strategy):
             self.model = freeze(source.load("model.reference"))
         self._frozen: FrozenModel | None = None
 
     def prepare(self, device: torch.device, *, needs_head: bool) -> None:
         """Move the model to its `placement`."""
+        # Every stage of a trainer comes here again.
         if self._frozen is not None and self._frozen.device == device:
             return
+        # Read in training passes, for the KL over the vocabulary
         head = cast("nn.Module", self.model.get_output_embeddings()) if needs_head else None
         self._frozen = FrozenModel(
             cast("nn.Module", self.model), self.source.placement, device, "model.reference.placement", head
@@ -92,6 +95,7 @@ class SharedReference:
         """Switch the policy to its initial adapter inside."""
         policy = cast("nn.Module", self.model)
         with self.generating():
+            # Ranks may have different numbers of responses to run, and a pass of a sharded policy is a collective.
             if forward_is_collective(policy):
                 with equalize_passes(policy, next(policy.parameters()).device):
                     yield
@@ -116,6 +120,7 @@ def make_reference(
         policy_source: `model.policy`; with `lora` the reference can be the start of the policy.
         strategy: the strategy of the trainer.
     """
+    # With an adapter the base is frozen: switched off, the policy is its own reference, without a second copy.
     if source is None:
         return None if policy_source.lora is None else SharedReference(policy)
     reference = SeparateReference(source, strategy)

@@ -56,6 +56,7 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
     folders = [getattr(item, "dirpath", None) for item in trainer.checkpoint_callbacks]
     if trainer.ckpt_path is not None:
         folders.append(str(Path(trainer.ckpt_path).parent))
+    # Remote folders are left out: their files are not renamed.
     return {Path(item) for item in folders if item is not None and "://" not in str(item)}
 
 
@@ -87,9 +88,10 @@ def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:
     batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
     if batches is None or epochs is None:
         return
-    now = batches["current"]
+    now = batches["current"]  # batches of this epoch
     if not 0 < now["ready"] == now["started"] == now["processed"]:
         return  # inside a batch, or before the first
+    # One back: the last batch is processed but not completed, and its epoch is started but not processed.
     for part in ("total", "current"):
         batches[part]["completed"] = batches[part]["processed"] - 1
         epochs[part]["processed"] = epochs[part]["completed"] = epochs[part]["started"] - 1
@@ -148,8 +150,9 @@ class _SecondSigterm:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        # ---- The interpreter writes to one end, the thread reads the other ----
         self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        os.set_blocking(self._write, False)  # a signal handler must not wait
         self._replaced = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._wait, daemon=True, name="second-sigterm").start()
 
@@ -162,6 +165,7 @@ class _SecondSigterm:
         first = None
         while number := os.read(self._read, 1):
             now = time.monotonic()
+            # One signal can arrive twice, from the scheduler and from a wrapper.
             if number[0] == signal.SIGTERM and first is not None and now - first > _ONE_SIGNAL:
                 self._end()
             elif number[0] == signal.SIGTERM and first is None:
@@ -174,6 +178,7 @@ class _SecondSigterm:
             sys.stderr.flush()
         for process in getattr(self._trainer.strategy.launcher, "procs", ()):
             process.kill()
+        # Not `sys.exit`: the main thread may be in a library that never returns.
         os._exit(EXIT_CODE)
 
 
@@ -201,6 +206,7 @@ class StopAtStepEnd:
         Nothing is decided in the middle of an optimizer step, because no checkpoint holds its gradients.
         """
         trainer = self._trainer
+        # An early stop in the middle of a step is remembered, and hidden from Lightning until the step ends.
         self._should_stop |= trainer.should_stop
         trainer.should_stop = False
         if trainer.global_step == self._step:
@@ -242,6 +248,7 @@ def _save(trainer: Trainer) -> None:
             " checkpoints; set trainer.enable_checkpointing to true"
         )
         return
+    # Not where a callback has just saved this very step.
     if not any(callback._last_global_step_saved == trainer.global_step for callback in resumable):
         if nonfinite_state(trainer) is not None:
             rank_zero_warn(

@@ -20,6 +20,7 @@ LOST_SHARE = 0.5
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Split the trainable parameters in two groups; biases and norms, the second, take no weight decay."""
+    # Frozen parameters get no state in the optimizer.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if _num_dimensions(parameter) > 1]
     others = [parameter for parameter in trainable if _num_dimensions(parameter) <= 1]
@@ -47,11 +48,12 @@ def check_learning_rate_precision(optimizer: Optimizer) -> None:
     # ---- Weights in 16 bits that a step of the size of the learning rate would not change ----
     changed, lost = 0, 0
     for group in optimizer.param_groups:
-        rate = group.get("initial_lr", group["lr"])
+        rate = group.get("initial_lr", group["lr"])  # the full rate: a warm-up starts near 0
         for parameter in group["params"]:
             if parameter.dtype in (torch.bfloat16, torch.float16):
+                # A sample is enough for a share, and quick for a large embedding.
                 weights = parameter.detach().flatten()[:100_000]
-                unmoved = int((weights - rate == weights).sum())
+                unmoved = int((weights - rate == weights).sum())  # rounded away in the dtype of the weights
                 lost, changed = lost + unmoved, changed + weights.numel() - unmoved
     if lost > LOST_SHARE * (lost + changed):
         rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
@@ -104,10 +106,12 @@ class _WarmupSchedule(LRScheduler):
         """Return the share left, 1 at progress 0 and 0 at progress 1."""
 
     def _factor(self, step: int) -> float:
+        # step + 1, so that the first step is not lost at a learning rate of 0.
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.total_steps is None:
             return 1.0
+        # 0 at the end of the warm-up, 1 at the end of the run
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.min_ratio + (1 - self.min_ratio) * self._decay(min(1.0, progress))
 

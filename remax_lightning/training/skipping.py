@@ -54,6 +54,7 @@ class SkippedSteps:
         trainer, value = module.trainer, float(norm)
         # The square has to fit into float32, too: clipping and Adam's second moment compute it.
         finite = math.isfinite(value) and value < math.sqrt(torch.finfo(torch.float32).max)
+        # The highest rank that has met it, or -1. One number tells all of them whether, and who explains it.
         rank = int(max_over_ranks(trainer, [0 if finite else trainer.global_rank + 1])[0]) - 1
         self.is_skipped = rank >= 0
         if not self.is_skipped:
@@ -112,6 +113,7 @@ def _loss_scale(trainer: Trainer) -> _LossScale | None:
         if not getattr(scaler, "dynamic", False):
             return None
         value = float(scaler.cur_scale)
+        # Hysteresis lets some overflows pass before the scale is lowered.
         can_fall = value > scaler.min_scale or min(scaler.cur_hysteresis, scaler.delayed_shift) > 1
         return _LossScale(value, can_fall, is_final=not can_fall and scaler.raise_error_at_min_scale)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -155,6 +157,7 @@ def _likely_cause(module: LightningModule, optimizer: Optimizer, loss: float, lo
         )
         also = f", as {', '.join(figures)}" if figures else ""
         return f"The loss is not finite already{also}: earlier steps were too large; {smaller}{precision}"
+    # ---- Weights and loss are finite, so the backward pass overflows: where? ----
     names = {parameter: name for name, parameter in module.named_parameters()}
     gradients = (
         (names.get(parameter, "a parameter"), parameter.grad)

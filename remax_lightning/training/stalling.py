@@ -83,6 +83,7 @@ class StallTimeout(Callback):
         self._stop()
 
     def _start(self, trainer: Trainer, what: str) -> None:
+        # The evaluations of a fit come here too, and go on with its watchdog. It needs POSIX signals.
         if self._watchdog is None and os.name == "posix":
             self._watchdog = StallWatchdog(self.seconds, run_folder(trainer), trainer.global_rank, trainer.world_size)
         self._report(what)

@@ -73,7 +73,9 @@ def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torc
         count: how many rollouts the stage has made before.
         device: where the numbers are drawn.
     """
+    # SeedSequence mixes all four, so that neighboring seeds, ranks and counts share no stream.
     entropy = [seed, rank, stage, count]
+    # 63 bits, so that the number is not negative where it is read as signed.
     rollout_seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(rollout_seed)
 
@@ -144,6 +146,7 @@ class RolloutWorker:
         """
         self.tokenizer, self.eos_ids, self.unused_ids = tokenizer, eos_ids, unused_ids
         self.hidden = hidden_ids(tokenizer, eos_ids, skip_special_tokens=self.sampling.skip_special_tokens)
+        # Every evaluation comes here again; stop strings and rewards are made once for each device.
         if self.device == device:
             return
         self.stop_check = stop_string_check(tokenizer, self.sampling.stop_strings)
@@ -187,6 +190,7 @@ class RolloutWorker:
             greedy: whether greedy responses are generated too.
             return_log_probs: whether the engine returns the log-probs of the tokens that it samples.
         """
+        # ---- What the engine is asked for ----
         request = GenerationRequest(
             prompt_ids=prompt.prompt_ids,  # [B, P]
             prompt_mask=prompt.prompt_mask,  # [B, P]
@@ -200,6 +204,7 @@ class RolloutWorker:
             unused_ids=self.unused_ids,
         )
         report_progress(f"generating responses to {len(prompt.prompts)} prompts")
+        # ---- Decode: in eval mode, on weights that are gathered where a strategy shards them ----
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
         with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):
             if self._chosen_engine is None:
@@ -207,6 +212,7 @@ class RolloutWorker:
                 is_auto = type(self.engine) is AutoEngine
                 self._chosen_engine = cast(AutoEngine, self.engine).choice(model) if is_auto else self.engine
             output = self._chosen_engine.generate(model, request)
+            # ---- From token ids to responses: mask, truncation, text ----
             # `stopped_at` counts the sampled rows first, then the greedy ones.
             num_sampled, stopped_at = len(output.sampled_ids), output.stopped_at
             stops = None if stopped_at is None else stopped_at[:num_sampled]
@@ -219,6 +225,7 @@ class RolloutWorker:
 
     def _responses(self, prompt: PromptBatch, ids: Tensor, stopped_at: Tensor | None) -> Responses:
         """Return token ids `[M, R]` with their mask, whether each was truncated, and their text."""
+        # A row without an end was cut by the length limit.
         mask = response_mask(ids, self.eos_ids, stopped_at)  # [M, R]
         ends = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).any(-1)  # [M]
         if stopped_at is not None:
@@ -244,12 +251,14 @@ class RolloutWorker:
         sampled, greedy = responses.sampled, responses.greedy
         num_sampled, num_prompts = len(sampled.texts), len(prompt.prompts)
         device = prompt.prompt_ids.device
+        # ---- Put y and y* into one list ----
         # The prompt of each row: n times each for the sampled responses, once for the greedy ones.
         rows = [i for i in range(num_prompts) for _ in range(num_sampled // num_prompts)]
         texts, overlong = sampled.texts, self._overlong_share(sampled)  # [S]
         if greedy is not None:
             rows = rows + list(range(num_prompts))
             texts, overlong = texts + greedy.texts, torch.cat([overlong, self._overlong_share(greedy)])  # [S + B]
+        # ---- Score them in one call, so that a reward model fills its batches with both ----
         report_progress(f"scoring {len(texts)} responses with {self.reward!r}, the first {shorten(texts[0])}")
         with self.timer.measure("reward", device), torch.no_grad():
             scores = checked_scores(
@@ -258,6 +267,7 @@ class RolloutWorker:
                 texts,
                 [prompt.rows[i] for i in rows],
             )
+            # The penalty falls on y and y* alike, so it enters r and b.
             reward = scores.reward.to(device) - self.truncation_penalty * overlong  # [S + B]
         return Rollout(
             prompt=prompt,
