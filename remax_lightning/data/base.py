@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Settings of these types have a `repr` that names their value, so it can be part of the cache's key.
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 _CHANGE_NO_ROW = frozenset(
     (
@@ -51,20 +52,20 @@ _CHANGE_NO_ROW = frozenset(
         *vars(LightningDataModule()),
     )
 )
-"""Attributes that decide which rows there are, how many are used or when, or hold results: none changes a row."""
+"""Attributes that do not change how a row is rendered or tokenized: they select and order rows, or hold results."""
 
 
 class TextDataModule(LightningDataModule, ABC):
-    """Reads rows, makes prompts of them and hands them out in an order known from the seed.
+    """Reads rows, turns them into prompts and yields them in an order that the seed determines.
 
     A subclass says how examples become a batch (`_collate`), and may add to the examples (`_finish_examples`).
     The arguments are those of the subclasses, where they are described.
     """
 
     stage: ClassVar[Stage | None] = None
-    """Whose share of the rows it reads where `loading.stage_split` deals them out."""
+    """The stage whose share of the rows it reads if `loading.stage_split` is set."""
     example_type: ClassVar[type[Example | PairExample]] = Example
-    """What a row becomes."""
+    """The type that a row is converted to."""
     needs_eos: ClassVar[bool] = True
     """Whether the tokenizer must have an end-of-sequence token."""
 
@@ -84,6 +85,7 @@ class TextDataModule(LightningDataModule, ABC):
         val_data: Any = None,
     ) -> None:
         super().__init__()
+        # ---- Refuse options that contradict each other, before a tokenizer or a row is read ----
         _check_sources(path, tokenizer, data, val_path, val_data)
         check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
         check_at_least(0, val_size=val_size or 0, **{"loading.num_workers": loading.num_workers})
@@ -103,9 +105,10 @@ class TextDataModule(LightningDataModule, ABC):
         self.max_prompt_length = max_prompt_length
         self.seed = seed
         self.loading = loading
-        self.num_micro_batches = 1
+        self.num_micro_batches = 1  # `PromptDataModule` and `SFTDataModule` set it
         self.num_rows = self.num_left_out = 0
         """Rows that were read, and those of them that are too long or cannot be used."""
+        # Loaded or read when first needed: making the object must stay cheap, `remax plan` only reads its options.
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: ExampleDataset | None = None
         self._val: ExampleDataset | None = None
@@ -128,7 +131,7 @@ class TextDataModule(LightningDataModule, ABC):
 
         What one of them goes through, such as a chat template, all of that form do.
         """
-        forms: dict[str, Prompt] = {}
+        forms: dict[str, Prompt] = {}  # form -> the first prompt that has it
         for dataset in (self._train, self._val):
             if dataset is not None:
                 examples = cast(PreparedExamples, dataset.examples)
@@ -163,14 +166,16 @@ class TextDataModule(LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Download what lies on the hub, in one process per machine; nothing is kept on the module."""
+        # ---- Download: tokenizer and data sets on the hub ----
         _ = self.tokenizer
-        for path, split, key in (
+        for path, split, key in (  # a local path downloads nothing
             (self.path, self.loading.train_split, "data.path"),
             (self.val_path, self.loading.val_split, "data.val_path"),
         ):
             for item in [path] if isinstance(path, str) else path or []:
                 if is_on_hub(item):
                     load_hub(item, split=split, name=self.loading.hub_name, key=key)
+        # ---- Fill the cache of prepared rows ----
         if self.trainer is not None and self.trainer.world_size > 1 and self.loading.cache:
             # Once for all processes of the machine, which find it prepared; what is wrong is raised by all of them.
             with suppress(UserError):
@@ -184,6 +189,7 @@ class TextDataModule(LightningDataModule, ABC):
             DataError: if a file or row cannot be used, or there are too few rows.
             UserError: if the stage needs validation rows and there is no source of them.
         """
+        # Validation rows without a source of their own are held out of the training rows, so every stage reads these.
         if self._train is None and (stage in (None, "fit") or not self._has_val_source):
             self._check_val_rows(stage, self._has_val_source or self.val_size != 0)
             self._setup_train()
@@ -211,6 +217,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the data: the fingerprint of the training rows."""
+        # The position in the epoch is not here: `StatefulDataLoader` saves it.
         return {} if self._train is None else {"fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,8 +285,10 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             PairError: if the two do not share a prompt.
         """
-        columns = PairColumns()
+        columns = PairColumns()  # the default names: "chosen", "rejected"
         chosen, rejected = row.get(columns.chosen), row.get(columns.rejected)
+        # {"chosen": ..., "rejected": ...}: the prompt is their common beginning.
+        # {"prompt": ..., "chosen": [...], "rejected": [...]}: the lists may begin with the prompt's messages.
         if row.get(self.prompt_column) is None:
             is_pair = columns.chosen in row and columns.rejected in row
         else:
@@ -323,6 +332,7 @@ class TextDataModule(LightningDataModule, ABC):
             yield self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
 
     def _setup_train(self) -> None:
+        # `unreadable` counts rows of the whole source: it is reported once, with the training rows.
         rows, held_out, unreadable = self._train_rows()
         if held_out is not None:
             self._val = self._dataset(held_out)
@@ -339,10 +349,12 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _train_rows(self) -> tuple[Rows, Rows | None, Counter[str]]:
         """Return the rows to train on, those held out for validation, and how many could not be read, by reason."""
+        # ---- The rows of this stage ----
         rows = self._read(self.path, self.data, self.loading.train_split)
         unreadable = rows.dropped
         if self.loading.stage_split is not None and self.stage is not None:
             rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
+        # ---- How many are held out: 1 in 20, 64 at most ----
         total = len(rows.values)
         val_size = self.val_size
         if val_size is None:  # a batch for every process must remain
@@ -363,11 +375,13 @@ class TextDataModule(LightningDataModule, ABC):
             rows: the rows.
             unreadable: how many rows of the same source were left out already, by reason.
         """
+        # ---- Left out because they cannot be used ----
         examples = self._prepare(rows)
         dropped = (unreadable or Counter()) + Counter(DataError(text).reason for text in examples.problems.values())
         total = len(examples) + (unreadable or Counter()).total()
         usable = examples.select([i for i in range(len(examples)) if i not in examples.problems])
         self._log_dropped(dropped, total, examples)
+        # ---- Left out because they are too long ----
         for limit in self._limits():
             usable = within_limit(usable, limit)
         self.num_rows += total
@@ -377,7 +391,7 @@ class TextDataModule(LightningDataModule, ABC):
     def _prepare(self, rows: Rows) -> PreparedExamples:
         """Render and tokenize all rows, or take them from an earlier run."""
         recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
-        content, key = rows.fingerprint(), None
+        content, key = rows.fingerprint(), None  # without a key nothing is cached
         code, options = self._code(), self._preparation_options()
         if self.loading.cache and code and options is not None:
             key = preparation_key(content, self.tokenizer, options, code)
@@ -393,6 +407,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _code(self) -> set[Path]:
         """Return the source files that make examples of rows; none if a class was written in a notebook or a shell."""
+        # A changed line in these files may change what rows become, so the cache's key has their hashes.
         classes = (cls for cls in type(self).__mro__ if issubclass(cls, TextDataModule))
         try:
             code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
@@ -414,7 +429,7 @@ class TextDataModule(LightningDataModule, ABC):
     def _tokenize_examples(self, examples: list[Example]) -> Sequence[Outcome]:
         ids = self.formatter.encode([example.prompt for example in examples])
         for example, prompt_ids in zip(examples, ids, strict=True):
-            example.prompt_ids[:] = prompt_ids
+            example.prompt_ids[:] = prompt_ids  # in place: an `Example` is a tuple
         return self._finish_examples(examples)
 
     def _log_dropped(self, dropped: Counter[str], total: int, examples: PreparedExamples) -> None:
@@ -440,6 +455,7 @@ class TextDataModule(LightningDataModule, ABC):
 
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
+        # Validation sees each row once, in one pass, whatever training does.
         num_micro_batches = self.num_micro_batches if shuffle else 1
         rows_at_once = self._loader_batch_size(num_micro_batches)
         sampler = MicroBatchSampler(

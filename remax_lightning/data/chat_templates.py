@@ -50,10 +50,11 @@ class ChatRenderer(TemplateRenderer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the chat template") -> None:
         super().__init__(tokenizer, name)
+        # What texts and probes have shown so far; each probe costs a run of the template.
         self._turn_starts: dict[tuple[Any, ...], _TurnStart | None] = {}
-        self._tail: str | None = None
-        self._turn_end: str | None = None
-        self._call_ends: set[str] = set()
+        self._tail: str | None = None  # behind the content of an answer: "<|im_end|>\n"
+        self._turn_end: str | None = None  # the special token in it: "<|im_end|>"
+        self._call_ends: set[str] = set()  # what ends a turn with a tool call: "<|eom_id|>" of Llama 3.1
 
     def prompt(self, conversation: Conversation) -> str:
         """Return the messages as the text that a response is written after.
@@ -116,6 +117,7 @@ class ChatRenderer(TemplateRenderer):
             end = call_end
         if not end or end not in text:
             return text.removesuffix(self._turn_tail(prompt.conversation))
+        # "4<|im_end|>\n" -> "4<|im_end|>"
         text = text[: text.rindex(end) + len(end)]
         while text.endswith(end + end):  # the data spells it out, too
             text = text[: -len(end)]
@@ -125,6 +127,7 @@ class ChatRenderer(TemplateRenderer):
         """Return all that the template writes for a response behind a prompt, to the end of the text."""
         assert prompt.conversation is not None
         try:
+            # The usual case: the text of the whole conversation begins with the text of the prompt.
             whole = self.whole(prompt.conversation, message)
             if whole.startswith(prompt):
                 return whole[len(prompt) :]
@@ -137,6 +140,7 @@ class ChatRenderer(TemplateRenderer):
 
     def _mismatch(self, prompt: Prompt, whole: str) -> DataError:
         assert prompt.conversation is not None
+        # the first character that differs
         place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         return DataError(
             f"{in_front(prompt.conversation)}{self.name} writes {prompt[place : place + 40]!r} at the end of the"
@@ -158,6 +162,7 @@ class ChatRenderer(TemplateRenderer):
         Raises:
             DataError: if the template refuses the response or leaves out a part of it.
         """
+        # ---- Where a turn begins ----
         conversation = prompt.conversation
         start = None if conversation is None else self._turn_start(conversation)
         if conversation is None or start is None or not prompt.endswith(start.in_prompt):
@@ -167,14 +172,17 @@ class ChatRenderer(TemplateRenderer):
         extra = "" if start.in_whole.startswith(start.in_prompt) else "".join(opened_thought(start.in_prompt) or ())
         if start.in_prompt.startswith(start.in_whole):
             extra = start.in_prompt.removeprefix(start.in_whole)
+        # R1: in_prompt "<Assistant><think>\n", in_whole "<Assistant>" -> extra "<think>\n", begin "<Assistant>"
         begin = start.in_prompt.removesuffix(extra)
         if not start.in_whole.startswith(begin) or (parts := self._parts_behind(extra, response)) is None:
             return None
+        # ---- What follows the last mark: the beginning of the turn, then the answer ----
         thought, message = parts
         text = self._render_behind_marks(conversation, message, is_generated).rpartition(start.mark)[2]
         if not text.startswith(begin):
             return None
         text = text[len(begin) :]
+        # ---- Behind an opened thought: the thought, the mark that closes it, the answer ----
         if (opened := opened_thought(extra)) is None:
             return text
         space, closing = opened[1], closing_mark(opened[0])
@@ -183,7 +191,7 @@ class ChatRenderer(TemplateRenderer):
     @staticmethod
     def _parts_behind(extra: str, response: Message) -> tuple[str, Message] | None:
         """Return thought and rest of a response behind the end of a generation prompt; None where it fits none."""
-        if not extra.strip():
+        if not extra.strip():  # nothing, or white space
             return "", response
         if THOUGHT_MARKS.sub("", extra).strip():  # other words
             return None
@@ -210,14 +218,17 @@ class ChatRenderer(TemplateRenderer):
         shape = self.shape(conversation, messages, is_prompt=True)
         if shape not in self._turn_starts:
             marked = [mark_message(message, i)[0] for i, message in enumerate(messages)]
+            # The last message, as it is marked: what follows its content is the beginning of the next turn.
             marks = [text for field, text in mark_message(messages[-1], len(messages) - 1)[1] if field == "content"]
             answer = "probe-of-the-assistant"
             whole = [*messages, {"role": "assistant", "content": answer}]
             try:
                 mark = marks[-1]
                 forms = [self.fit(conversation, *case).form for case in ((messages, True), (whole, False))]
+                # "...probe-1-end<|im_end|>\n<|im_start|>assistant\n" -> what follows the mark
                 in_prompt = self.apply(conversation, marked, forms[0], is_prompt=True).rpartition(mark)[2]
                 text = self.apply(conversation, [*marked, whole[-1]], forms[1], is_prompt=False)
+                # "...probe-1-end<|im_end|>\n<|im_start|>assistant\nprobe-of-the-assistant..." -> what is between
                 in_whole = text.rpartition(mark)[2].partition(answer)[0]
                 self._turn_starts[shape] = _TurnStart(mark, in_prompt, in_whole)
             except StoppedTemplateError:
@@ -238,12 +249,14 @@ class ChatRenderer(TemplateRenderer):
         """
         if not texts:
             return []
+        # ---- Tokens that end a response: after plain text only EOS ----
         eos_id = int(cast(int, self.tokenizer.eos_token_id))
         conversation = next((prompt.conversation for prompt in prompts if prompt.conversation is not None), None)
         plain_ends, chat_ends = {eos_id}, {eos_id}
         if conversation is not None:
             names = {self.turn_end_after(conversation), *self._call_ends} - {""}
             chat_ends |= {cast(int, self.tokenizer.convert_tokens_to_ids(name)) for name in names}
+        # ---- Append EOS where the text has no end of its own ----
         rows = []
         for prompt, ids in zip(prompts, encode_responses(self.tokenizer, prompts, texts), strict=True):
             ends = plain_ends if prompt.conversation is None else chat_ends
@@ -258,6 +271,7 @@ class ChatRenderer(TemplateRenderer):
         """
         if self._turn_end is None:
             tail = self._turn_tail(conversation)
+            # the first special token; of several that begin there, the longest
             places = [(tail.find(token), -len(token), token) for token in self._special_tokens if token in tail]
             turn_end = min(places)[2] if places else ""
             if self._tail is None:  # no conversation so far had an answer; the next one may
@@ -270,6 +284,7 @@ class ChatRenderer(TemplateRenderer):
         if self._tail is not None:
             return self._tail
         marks = ("probe-of-the-user", "probe-of-the-assistant")
+        # A plain exchange shows it for most templates; some need the system message, tools or variables of the data.
         for start in (Conversation([{"role": "user", "content": marks[0]}]), conversation):
             try:
                 text = self.render(start, [*start.messages, {"role": "assistant", "content": marks[1]}])
@@ -308,6 +323,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokeni
         UserError: if there is one.
     """
     templates: Any = tokenizer.chat_template or ""
+    # one template, or {"default": ..., "tool_use": ...}
     text = templates if isinstance(templates, str) else "\n".join(templates.values())
     for name in kwargs:
         if name in RESERVED_KWARGS:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from remax_lightning.errors import UserError
 from remax_lightning.types import PreferenceBatch, Prompt, PromptBatch, SupervisedBatch
 
-Key = int | tuple[int, int]
+Key = int | tuple[int, int]  # index, or (index, micro_batch_index)
 
 
 class MicroBatchSampler(DistributedSampler[Key]):
@@ -66,6 +66,8 @@ class MicroBatchSampler(DistributedSampler[Key]):
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.num_micro_batches = num_micro_batches
+        # 9 rows, 2 ranks, batches of 2: rank 0 has 0 2 4 6 8 in 3 batches, rank 1 has 1 3 5 7 in 2. `drop_last`: both
+        # use 2 full batches. Otherwise rank 1 repeats a row, so that it has 3 batches, too.
         full, local_rows = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
         batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
         lacks_a_batch = not drop_last and math.ceil(local_rows / batch_size) < batches
@@ -77,6 +79,7 @@ class MicroBatchSampler(DistributedSampler[Key]):
         if self.shuffle:
             # a text, because the sum of seed and epoch would give run 1 the order of run 0 one epoch later
             random.Random(f"{self.seed}/{epoch}").shuffle(indices)
+        # The repeated row is the first of the epoch; `num_samples` has room for it only where this rank lacks a batch.
         local = indices[self.rank :: self.num_replicas]
         return (local + indices[:1])[: self.num_samples]
 
@@ -117,6 +120,7 @@ class _SamplerIterator(Iterator[Key]):
             self._start_epoch(self.sampler.epoch)
         if self.yielded >= len(self.sampler):
             raise StopIteration
+        # batch_size 2, 2 micro-batches, order a b c d -> (a, 0) (b, 0) (a, 1) (b, 1) (c, 0) (d, 0) (c, 1) (d, 1)
         batch_size, num_micro_batches = self.sampler.batch_size, self.sampler.num_micro_batches
         batch, rest = divmod(self.yielded, batch_size * num_micro_batches)
         micro_batch_index, offset = divmod(rest, batch_size)
@@ -134,12 +138,14 @@ class _SamplerIterator(Iterator[Key]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # ---- Read the saved position ----
         epoch, yielded, saved = state["epoch"], state["yielded"], dict(state["signature"])
         if "num_splits" in saved:  # as version 0.1 named it
             saved["num_micro_batches"] = saved.pop("num_splits")
         if yielded >= state["length"]:
             # Saved after the last batch of an epoch: what comes next is the next one.
             epoch, yielded = epoch + 1, 0
+        # ---- Convert it to the present number of ranks ----
         now = self.sampler.signature()
         batches, rest = divmod(yielded, saved["batch_size"])
         if (
@@ -150,6 +156,7 @@ class _SamplerIterator(Iterator[Key]):
             # Another number of ranks takes the same rows step by step: rank r always has every W-th of them.
             saved |= {name: now[name] for name in ("batch_size", "world_size")}
             yielded = batches * self.sampler.batch_size
+        # ---- Refuse another order; at the start of an epoch (`yielded` 0) any order will do ----
         changed = [f"{name} {saved[name]} to {now[name]}" for name in now if saved[name] != now[name]]
         if yielded and changed:
             raise UserError(
@@ -158,6 +165,7 @@ class _SamplerIterator(Iterator[Key]):
                 f" data.batch_size that makes {_rows_per_rollout(state['signature'])} prompts in total, and resume"
                 " after a whole rollout), or start a new run from its exported policy"
             )
+        # ---- Continue from there ----
         self.sampler.set_epoch(epoch)
         self._start_epoch(epoch)
         self.yielded = yielded
@@ -243,9 +251,9 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     Returns:
         Ids `[B, L]` int64 and mask `[B, L]` bool, True on real tokens.
     """
-    width = max(len(ids) for ids in sequences)
-    padded = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    width = max(len(ids) for ids in sequences)  # L
+    padded = torch.full((len(sequences), width), pad_id)  # [B, L]
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)  # [B, L]
     for row, ids in enumerate(sequences):
         start = width - len(ids) if side == "left" else 0
         padded[row, start : start + len(ids)] = torch.tensor(ids, dtype=torch.long)
@@ -256,7 +264,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_micro_batches: int) -> PromptBatch:
     """Return the `PromptBatch` of examples, which all belong to one micro-batch."""
     examples = [example for example, _ in items]
-    ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")
+    ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")  # [B, P]
     return PromptBatch(
         prompt_ids=ids,
         prompt_mask=mask,
@@ -279,10 +287,11 @@ def collate_supervised(
         pad_id: id that fills up.
         num_micro_batches: batches that the optimizer step comes in.
     """
+    # Every micro-batch gets the examples of the whole step, takes its part of them, and counts the tokens of all.
     size, micro_batch_index = len(items) // num_micro_batches, items[0][1]
     examples = [example for example, _ in items[micro_batch_index * size : (micro_batch_index + 1) * size]]
-    prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")
-    response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")
+    prompt_ids, prompt_mask = pad([example.prompt_ids for example in examples], pad_id, "left")  # [B, P]
+    response_ids, response_mask = pad([example.response_ids for example in examples], pad_id, "right")  # [B, R]
     return SupervisedBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -298,14 +307,14 @@ def collate_supervised(
 def collate_pairs(items: Sequence[tuple[PairExample, int]], *, pad_id: int) -> PreferenceBatch:
     """Return the `PreferenceBatch` of examples."""
     examples = [example for example, _ in items]
-    chosen_ids, chosen_mask = pad([example.chosen_ids for example in examples], pad_id, "right")
-    rejected_ids, rejected_mask = pad([example.rejected_ids for example in examples], pad_id, "right")
+    chosen_ids, chosen_mask = pad([example.chosen_ids for example in examples], pad_id, "right")  # [B, T]
+    rejected_ids, rejected_mask = pad([example.rejected_ids for example in examples], pad_id, "right")  # [B, T']
     return PreferenceBatch(
         chosen_ids=chosen_ids,
         chosen_mask=chosen_mask,
         rejected_ids=rejected_ids,
         rejected_mask=rejected_mask,
-        margin=torch.tensor([example.margin for example in examples]),
+        margin=torch.tensor([example.margin for example in examples]),  # [B]
         prompts=[example.prompt for example in examples],
         rows=[example.row for example in examples],
         indices=[example.number for example in examples],

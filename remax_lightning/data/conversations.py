@@ -18,8 +18,10 @@ Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Where messages of data sets have what the assistant thought; a template reads one of them."""
+# <think>, </thinking>, <seed:think>, [/THINK], <reasoning>, <|START_THINKING|>
 THOUGHT_MARKS = re.compile(r"</?(?:\w+:)?think(?:ing)?>|\[/?THINK\]|</?reasoning>|<\|(?:START|END)_THINKING\|>")
 """Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
+# "...<|im_start|>assistant\n<think>\n" -> ("<think>", "\n")
 _OPEN_THOUGHT = re.compile(r"(<(?:\w+:)?think(?:ing)?>|\[THINK\]|<reasoning>|<\|START_THINKING\|>)(\s*)\Z")
 """A thought that the end of a generation prompt opens, and the white space behind the mark."""
 RESERVED_KWARGS = frozenset(
@@ -74,6 +76,7 @@ def read_message(message: Any, where: str, column: str) -> Message:
 def _read_message(message: Any, what: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f'{what}: expected {{"role": text, "content": text}}, got {message!r}')
+    # Valid without text: {"content": null, "tool_calls": [...]}, {"content": [{"type": "text", "text": ...}, ...]}
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return {**_without_nulls(message), "content": None}
@@ -88,6 +91,7 @@ def _read_message(message: Any, what: str) -> Message:
                     f"{what} (role {message['role']!r}): expected content that is text, a list of"
                     f' {{"type": "text", "text": text}}, or null beside tool_calls, got {part!r}'
                 )
+    # A message of texts has no null to remove, so it is not copied.
     simple = all(isinstance(value, str) for value in message.values())
     return message if simple else _without_nulls(message)
 
@@ -139,6 +143,7 @@ def message_form(message: Message) -> tuple[Any, ...]:
     """Return what a template may treat differently, whatever the texts are: role, kinds of content, further fields."""
     content = message["content"]
     kind = len(content) if isinstance(content, list) else type(content).__name__
+    # {"role": "user", "content": "2 + 2?"} -> ("user", "str"); parts -> ("user", 3), their number
     if len(message) == 2:
         return message["role"], kind
     calls = [type(call_arguments(call)).__name__ for call in message.get("tool_calls") or []]
@@ -147,6 +152,7 @@ def message_form(message: Message) -> tuple[Any, ...]:
 
 def call_arguments(call: Any) -> Any:
     """Return the arguments of a tool call, None where there are none."""
+    # {"type": "function", "function": {"name": ..., "arguments": ...}}, or {"name": ..., "arguments": ...} alone
     function = call.get("function", call) if isinstance(call, dict) else None
     return function.get("arguments") if isinstance(function, dict) else None
 
@@ -156,6 +162,7 @@ def with_opened_thought(prompt: str, response: str) -> str:
 
     A generation prompt may open the thought. The message of the assistant is then that opening and the response.
     """
+    # prompt "...<think>\n", response "It is even.</think>4" -> "<think>\nIt is even.</think>4"
     mark, space = opened_thought(prompt) or ("", "")
     if not mark or mark in response or closing_mark(mark) not in response:
         return response
@@ -170,6 +177,7 @@ def opened_thought(prompt: str) -> tuple[str, str] | None:
 
 def closing_mark(mark: str) -> str:
     """Return the mark that ends a thought which another mark opens: `</think>` for `<think>`."""
+    # "<|START_THINKING|>" -> "<|END_THINKING|>", "[THINK]" -> "[/THINK]"
     return mark.replace("START_", "END_") if "START_" in mark else f"{mark[0]}/{mark[1:]}"
 
 
@@ -179,6 +187,7 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
     A thought stands in a field of its own or at the beginning of the content, between marks. It is empty where there is
     none. None is returned where it cannot be told apart: marks that are not closed, several thoughts, lists of parts.
     """
+    # ---- A thought in a field of its own, or none ----
     fields = [field for field in REASONING_FIELDS if message.get(field)]
     content = message["content"]
     text = content_text(message)
@@ -188,6 +197,7 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
         rest = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
         return (thought.strip(), rest) if isinstance(thought, str) else None
     # The opening mark may be missing: a row may hold what a policy wrote behind a prompt that has it.
+    # ---- A thought in the content: "<think>It is even.</think>4" ----
     opening, closing = (None, marks[0]) if len(marks) == 1 else (marks[0], marks[1])
     is_pair = opening is None or (closing_mark(opening[0]) == closing[0] and not text[: opening.start()].strip())
     is_closed = "/" in closing[0] or "END_" in closing[0]
@@ -238,12 +248,14 @@ def conversation_ids(
         texts: prompt and response, and what a template puts around them, as one text.
         is_chat: whether a chat template wrote the texts.
     """
+    # ---- BOS or CLS in front, EOS or SEP behind ----
     encoded = encode_batch(tokenizer, texts, add_special_tokens=not is_chat)
     first, last = (tokenizer.bos_token_id, tokenizer.cls_token_id), (tokenizer.eos_token_id, tokenizer.sep_token_id)
     return [_once(ids, first, last) for ids in encoded]
 
 
 def _once(ids: list[int], first: tuple[int | None, ...], last: tuple[int | None, ...]) -> list[int]:
+    # [bos, bos, 5, 6, eos, eos] -> [bos, 5, 6, eos]
     if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first:
         ids = ids[1:]
     return ids[:-1] if len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in last else ids

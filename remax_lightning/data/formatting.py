@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# '[{"role": "user", ...' as JSON, or "[{'content': ..." as `str` of Python
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 """A list of messages that something has printed, in JSON or as Python does."""
 
@@ -65,6 +66,7 @@ class PromptFormatter:
                 message, or if the text is none; the message begins with `where`.
             UserError: if the row holds messages and the tokenizer has no chat template, or `template` is set.
         """
+        # ---- Messages, or text ----
         value = get_column(row, self.column, where, key="data.prompt_column")
         if isinstance(value, list):
             conversation = self._conversation(row, value, where)
@@ -122,6 +124,7 @@ class PromptFormatter:
         own, so nothing is added.
         """
         ids: list[list[int]] = encode_text(self.tokenizer, prompts)
+        # A template of the user's may spell the tokens out: "<s>{prompt}" must not become "<s><s>...".
         prefix = self.special_prefix
         return [
             tokens if prompt.conversation is not None or tokens[: len(prefix)] == prefix else prefix + tokens
@@ -129,6 +132,7 @@ class PromptFormatter:
         ]
 
     def _fill(self, row: Row, prompt: str, where: str) -> str:
+        # {prompt} is the prompt column, whatever its name
         fields = {**row, "prompt": prompt}
         try:
             return _ColumnFormatter().vformat(self.template or "", (), fields)
@@ -163,7 +167,7 @@ class PromptFormatter:
                 " remove that message"
             )
         if self.template_kwargs:
-            merged = self.template_kwargs | conversation.template_kwargs
+            merged = self.template_kwargs | conversation.template_kwargs  # a row's own come last, and win
             conversation = conversation._replace(template_kwargs=merged)
         return conversation
 
@@ -199,6 +203,7 @@ def check_template(template: str) -> None:
     """
     hint = "write column names in braces, and {{ }} for braces that shall stay"
     try:
+        # "Q: {question}\nA: {{}}" -> ["question"]
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise UserError(f"data.template cannot be read ({error}), got {template!r}; {hint}") from error
@@ -212,6 +217,7 @@ class _ColumnFormatter(string.Formatter):
     """Takes a field for the name of a column as it stands, dots and brackets included."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:  # noqa: ARG002 - the signature is given
+        # The base class would read {meta.answer} as an attribute, and {a[0]} as an item.
         value = kwargs[field_name]
         # null is empty, as it is in CSV, and not the word None; pandas writes it as NaN
         is_null = value is None or (isinstance(value, float) and math.isnan(value))
@@ -220,6 +226,7 @@ class _ColumnFormatter(string.Formatter):
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens that the tokenizer puts in front of a text, found by looking at one."""
+    # BERT: plain [1037], full [101, 1037, 102] with CLS and SEP -> [101]
     plain = encode_text(tokenizer, ["a"])[0]
     full = list(tokenizer("a", return_attention_mask=False)["input_ids"])
     for start in range(len(full) - len(plain) + 1):

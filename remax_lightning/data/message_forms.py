@@ -25,6 +25,7 @@ class MessageForm(NamedTuple):
 
 def mark_message(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
     """Return a message whose texts are marks, and the marks by field."""
+    # ---- The content: text, a list of parts, or null ----
     content, marks = message["content"], []
     marked = dict(message)
     if isinstance(content, list):
@@ -33,10 +34,12 @@ def mark_message(message: Message, i: int) -> tuple[Message, list[tuple[str, str
     elif content is not None:
         marked["content"] = f"probe-{i}-end"
         marks = [("content", marked["content"])]
+    # ---- Thoughts in fields of their own ----
     for field in REASONING_FIELDS:
         if message.get(field):
             marked[field] = f"probe-{i}-{field}-end"
             marks.append((field, marked[field]))
+    # ---- Calls of tools: their names are the marks, and the arguments get one more ----
     if message.get("tool_calls"):
         names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
         calls = [_with_arguments(call, _marked_arguments) for call in message["tool_calls"]]
@@ -49,6 +52,7 @@ def rename_function(tool: Any, name: str) -> Any:
     """Return a tool, or a call of one, under another name."""
     if not isinstance(tool, dict):
         return tool
+    # {"type": "function", "function": {"name": ...}}, or {"name": ...} alone
     function = tool.get("function")
     return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
 
@@ -60,6 +64,7 @@ def is_quoted(text: str, marks: list[tuple[str, str]]) -> bool:
 
 def message_forms(messages: Sequence[Message]) -> Iterator[MessageForm]:
     """Yield the forms that messages can be written in, the likeliest first."""
+    # ---- Content: as it is, parts as text, text as parts; null as it is, or as empty text ----
     contents = [message["content"] for message in messages]
     calls = [call for message in messages for call in message.get("tool_calls") or []]
     kinds: list[Literal["given", "text", "parts"]] = ["given"]
@@ -68,6 +73,7 @@ def message_forms(messages: Sequence[Message]) -> Iterator[MessageForm]:
     nulls = (False, True) if None in contents else (False,)
     # OpenAI writes arguments as JSON in a string. Most templates are made for objects, and would quote it once more;
     # others add strings up, and need it.
+    # '{"city": "Fes"}' or {"city": "Fes"}
     values = [call_arguments(call) for call in calls]
     arguments: list[Literal["given", "objects", "json"]] = []
     arguments += ["objects"] if any(isinstance(value, str) for value in values) else []
@@ -85,6 +91,7 @@ def write_in_form(message: Message, form: MessageForm) -> Message:
     if form.content == "text" and isinstance(content, list):
         content = content_text(message)
     elif form.content == "parts" and isinstance(content, str):
+        # templates of models that also read images loop over parts
         content = [{"type": "text", "text": content}]
     formed = {**message, "content": content}
     if form.arguments != "given" and message.get("tool_calls"):
@@ -148,12 +155,14 @@ def holds_content(text: str, content: Any, *, whole: bool, by_accident: bool) ->
         return False
     if content.strip() in text:
         return True
+    # "<think>It is even.</think>4" -> ["", "It is even.", "4"]; of an earlier turn only the answer has to be there
     pieces = [piece.strip() for piece in THOUGHT_MARKS.split(content)]
     return all(_holds_piece(text, piece) for piece in (pieces if whole else pieces[-1:]))
 
 
 def _holds_piece(text: str, piece: str) -> bool:
     """Whether a text holds a piece as it is, as JSON, or with other white space."""
+    # JSON without its quotes, with and without \uXXXX in place of other letters
     if piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text or json.dumps(piece)[1:-1] in text:
         return True
     return "".join(piece.split()) in "".join(text.split())

@@ -104,7 +104,7 @@ def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
     fits = lengths <= limit.tokens  # [N]
     total, dropped = len(examples), int((~fits).sum())
     if dropped and limit.policy == "error":
-        first = int(np.argmin(fits))
+        first = int(np.argmin(fits))  # the first False
         raise DataError(
             f"{examples.where(first)}: {lengths[first]} tokens, over {key}, and so are {dropped} of "
             f"{total} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
@@ -133,12 +133,14 @@ def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name:
     """
     if shares is None:
         return
+    # ---- Three shares ----
     usable = len(shares) == len(STAGES) and all(math.isfinite(share) and share >= 0 for share in shares)
     if not usable or sum(shares) <= 0:
         raise UserError(
             f"{_KEY} must be three shares of 0 or more, for {', '.join(STAGES)}, as [2, 4, 4] is; got"
             f" {_format_shares(shares)}"
         )
+    # ---- A share for this data module ----
     if stage is None:
         raise UserError(f"{_KEY} must be null for {name}, which belongs to no stage, got {_format_shares(shares)}")
     if shares[STAGES.index(stage)] == 0:
@@ -152,11 +154,13 @@ def select_stage_rows(rows: Rows, shares: Sequence[float], stage: Stage, seed: i
         DataError: if there are too few rows for this stage to get one.
     """
     total = len(rows.values)
+    # All stages shuffle alike, and each takes its part of the same order: so no row is in two of them.
     order = list(range(total))
     random.Random(f"stages/{seed}").shuffle(order)
+    # 100 rows, shares 2, 4, 4 -> [0, 20, 60, 100]
     bounds = [0, *(round(total * reached / sum(shares)) for reached in accumulate(shares))]
     number = STAGES.index(stage)
-    stage_rows = sorted(order[bounds[number] : bounds[number + 1]])
+    stage_rows = sorted(order[bounds[number] : bounds[number + 1]])  # back in the order of the file
     if not stage_rows:
         raise DataError(
             f"{_KEY}={_format_shares(shares)} leaves none of the {total} rows of {rows.source} to the stage {stage}"

@@ -53,6 +53,7 @@ def separate_prompt(
         PairError: if the two do not share a prompt.
         DataError: if a column is missing or holds something else.
     """
+    # ---- Both text, or both messages ----
     chosen = get_column(row, columns.chosen, where, key="data.pair_columns.chosen")
     rejected = get_column(row, columns.rejected, where, key="data.pair_columns.rejected")
     for name, value in ((columns.chosen, chosen), (columns.rejected, rejected)):
@@ -64,6 +65,7 @@ def separate_prompt(
         )
     prompt = row.get(prompt_column)
     if isinstance(chosen, list):
+        # [{"role": "user", ...}, {"role": "assistant", ...}]: the prompt is what stands before the response
         first, first_response = split_last(chosen, where, columns.chosen)
         second, second_response = split_last(rejected, where, columns.rejected)
         if first != second:
@@ -77,6 +79,7 @@ def separate_prompt(
         if prompt is None:
             prompt, chosen, rejected = _split_transcripts(chosen, rejected, marker, where, prompt_column)
         responses = (as_response(chosen), as_response(rejected))
+    # ---- The row, with prompt and responses apart ----
     if prompt is None:
         get_column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
     values = dict(zip((columns.chosen, columns.rejected), map(row_value, responses), strict=True))
@@ -117,6 +120,7 @@ def split_last(messages: list[Any], where: str, name: str) -> tuple[list[Any], M
 
 
 def _split_transcripts(chosen: str, rejected: str, marker: str, where: str, prompt_column: str) -> tuple[str, str, str]:
+    # "\n\nHuman: Hi\n\nAssistant: Hello!" -> prompt "\n\nHuman: Hi\n\nAssistant:", response " Hello!"
     ends = [text.rfind(marker) + len(marker) if marker in text else 0 for text in (chosen, rejected)]
     prompt = chosen[: ends[0]]
     if 0 in ends or prompt != rejected[: ends[1]]:

@@ -97,7 +97,7 @@ class PreferenceDataModule(TextDataModule):
         check_at_least(2, max_length=max_length)
         self.pair_columns = pair_columns
         self.max_length = max_length
-        self._kinds: set[bool] = set()
+        self._kinds: set[bool] = set()  # {True} for chats, {False} for plain text; both are refused
 
     @property
     def reward_template(self) -> str | None:
@@ -113,6 +113,7 @@ class PreferenceDataModule(TextDataModule):
         return partial(collate_pairs, pad_id=int(self.tokenizer.pad_token_id))
 
     def _make_example(self, row: Row, where: str) -> Example:
+        # ---- Prompt, and both responses as messages ----
         columns, marker = self.pair_columns, self.loading.response_marker
         row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
         row = self._with_margin(row, where)
@@ -120,10 +121,12 @@ class PreferenceDataModule(TextDataModule):
             read_message(response, where, name)
             for response, name in zip(responses, (columns.chosen, columns.rejected), strict=True)
         )
+        # ---- Pairs that teach nothing ----
         if chosen == rejected:
             raise PairError(f"{where}: {columns.chosen!r} and {columns.rejected!r} are equal, so neither is preferred")
         if is_empty(chosen):
             raise PairError(f"{where}: the chosen response in column {columns.chosen!r} is empty")
+        # ---- Texts: the whole conversation with either response ----
         prompt = self.formatter.text(row, where)
         texts = tuple(self.formatter.conversation_text(prompt, message, where) for message in (chosen, rejected))
         is_chat = prompt.conversation is not None
@@ -133,6 +136,7 @@ class PreferenceDataModule(TextDataModule):
         return Example([], prompt, row, where, texts=texts)
 
     def _finish_examples(self, examples: list[Example]) -> Sequence[Outcome]:
+        # Compared once more as tokens: a tokenizer that normalizes may write two texts alike.
         chosen, rejected = (self._token_ids(examples, side) for side in (0, 1))
         columns, outcomes = self.pair_columns, list[Outcome]()
         for example, first, second in zip(examples, chosen, rejected, strict=True):
@@ -141,6 +145,7 @@ class PreferenceDataModule(TextDataModule):
                 outcomes.append(PairError(f"{example.where}: {sides} are the same tokens, so neither is preferred"))
                 continue
             margin = 0.0 if columns.margin is None else example.row[columns.margin]
+            # the number is set when the record is read
             outcomes.append(PairExample(first, second, margin, example.prompt, example.row, example.where, 0))
         return outcomes
 
@@ -158,6 +163,7 @@ class PreferenceDataModule(TextDataModule):
         is_chat, eos = True in self._kinds, self.tokenizer.eos_token or ""
         texts = [example.texts[side] for example in examples]
         if not is_chat and eos:
+            # a response in the data may spell EOS out
             texts = [text if text.endswith(eos) else text + eos for text in texts]
         return conversation_ids(self.tokenizer, texts, is_chat=is_chat)
 

@@ -1,4 +1,4 @@
-"""Rows rendered and tokenized once: in batches, with a progress bar, and kept in a file that later runs take them from.
+"""Render and tokenize rows once, in batches and with a progress bar, and cache them in a file for later runs.
 
 A row becomes one Arrow record: its token ids, the prompt as it was rendered, the conversation behind it, and the row
 itself as JSON. Examples are made of records when a batch asks for them. So the memory of a run does not grow with its
@@ -41,13 +41,13 @@ BATCH_SIZE = 1000
 LONG_ENOUGH = 10_000
 """Rows from which on preparing them takes so long that it is worth a progress bar and a line in the log."""
 _ELSEWHERE = frozenset(("row", "prompt", "where", "number", "texts"))
-"""Fields of an example that have columns of their own, follow from its place, or are of no use any more."""
+"""Fields that the column `fields` leaves out: they have own columns, follow from the place, or are used up."""
 
 _SCALARS = (str, int, float, bool, type(None))
 """Kinds of values that JSON writes and reads without a change; NaN and infinity aside."""
 
 Outcome = Example | PairExample | DataError
-"""What becomes of a row: an error where it cannot be used."""
+"""The result of preparing a row: an example, or an error if the row cannot be used."""
 
 
 class Batch(NamedTuple):
@@ -93,6 +93,7 @@ class Recipe:
 
     def records(self, rendered: list[Example | DataError]) -> Batch:
         """Tokenize a rendered batch."""
+        # `finish` gets the examples alone; the errors then go back to their places between the outcomes.
         examples = [outcome for outcome in rendered if isinstance(outcome, Example)]
         finished = iter(self.finish(examples))
         outcomes = [outcome if isinstance(outcome, DataError) else next(finished) for outcome in rendered]
@@ -155,6 +156,7 @@ class PreparedExamples(Sequence[Any]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
+        # ---- The row and its conversation, rendered again where JSON could not hold them ----
         number = int(self.numbers[index])
         record, where = _Record(self.batches, number), self.rows.where(number)
         row_text, conversation_text = record.value("row"), record.value("conversation")
@@ -165,6 +167,7 @@ class PreparedExamples(Sequence[Any]):
             row = json.loads(row_text)
             fields = {} if conversation_text is None else json.loads(conversation_text)
             conversation = Conversation(**fields)._replace(where=where) if fields else None
+        # ---- Token ids, prompt, and the plain fields ----
         fields = json.loads(record.value("fields"))
         for name in self.example_type._fields:
             if name.endswith("_ids"):
@@ -190,6 +193,7 @@ class PreparedExamples(Sequence[Any]):
         """Return how many tokens the examples have, `[N]`; `name` is a field of token ids, or `prompt`."""
         import pyarrow.compute as pc
 
+        # over all records first, then those that are selected
         columns = (batch.column("prompt_length" if name == "prompt" else name) for batch in self.batches)
         counts = [column if name == "prompt" else pc.list_value_length(column) for column in columns]
         lengths = np.concatenate([pc.fill_null(count, 0).to_numpy(zero_copy_only=False) for count in counts])
@@ -200,6 +204,7 @@ class PreparedExamples(Sequence[Any]):
         ids: set[int] = set()
         for batch in self.batches:
             column = batch.column(name)
+            # offsets [0, 3, 3, 5] are lists of 3, 0 and 2 ids; an empty one has no last id
             offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
             ends = offsets[1:][offsets[1:] > offsets[:-1]]
             ids.update(np.unique(values[ends - 1]).tolist())
@@ -239,6 +244,7 @@ def prepare(
     """
     import pyarrow
 
+    # ---- From an earlier run ----
     file = None if key is None else cache_folder() / f"{key}.arrow"
     if file is not None and file.is_file():
         try:
@@ -251,6 +257,7 @@ def prepare(
                 number, problem = min(prepared.problems.items())
                 raise DataError(f"{rows.where(number)}: {problem}")
             return prepared
+    # ---- Anew; in memory if the disk is full or read-only, which must not stop a run ----
     started = time.monotonic()
     try:
         batches = _write(file, rows, recipe, stop_at_error)
@@ -281,15 +288,18 @@ def preparation_key(
         options: settings that rendering and tokenizing read.
         code: source files that do it.
     """
+    # ---- Rows, tokenizer, template, options, versions of libraries ----
     digest = hashlib.sha256(content.encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # None for tokenizers in Python
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     template = json.dumps(tokenizer.chat_template)
     parts = [type(tokenizer).__name__, vocabulary, template, repr(sorted(tokenizer.special_tokens_map.items()))]
     parts += [repr(sorted(options.items())), *(version(name) for name in ("transformers", "tokenizers", "jinja2"))]
     if "strftime_now" in template:  # a template that writes the day's date
         parts.append(datetime.now(UTC).astimezone().date().isoformat())
+    # ---- Source files ----
     parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)]
+    # Hashes of equal length, so that ("ab", "c") is not ("a", "bc").
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()
@@ -302,7 +312,7 @@ class _Record:
     """One of the records."""
 
     def __init__(self, batches: Sequence[pyarrow.RecordBatch], number: int) -> None:
-        part, self.place = divmod(number, BATCH_SIZE)
+        part, self.place = divmod(number, BATCH_SIZE)  # 2345 -> batch 2, place 345
         self.batch = batches[part]
 
     def value(self, name: str) -> Any:
@@ -319,11 +329,13 @@ def _to_records(
     """Write what became of a batch of rows as records; a row that cannot be used has its problem only."""
     import pyarrow
 
+    # ---- Columns, one for each field of token ids ----
     token_fields = [name for name in example_type._fields if name.endswith("_ids")]
     types = {name: pyarrow.string() for name in ("problem", "row", "prompt", "conversation", "form", "fields")}
     types |= {"is_chat": pyarrow.bool_(), "prompt_length": pyarrow.int32()}
     types |= {name: pyarrow.list_(pyarrow.int32()) for name in token_fields}
     columns: dict[str, list[Any]] = {name: [] for name in types}
+    # ---- Values: null where a record has no such field ----
     for outcome, prompt_length in zip(outcomes, prompt_lengths, strict=True):
         if isinstance(outcome, DataError):
             record: dict[str, Any] = {"problem": outcome.without_place}
@@ -332,6 +344,7 @@ def _to_records(
             record["prompt_length"] = prompt_length
         for name, values in columns.items():
             values.append(record.get(name))
+    # ---- One Arrow batch ----
     arrays = [
         _to_lists(columns[name]) if name in token_fields else pyarrow.array(columns[name], type=kind)
         for name, kind in types.items()
@@ -343,6 +356,7 @@ def _to_lists(rows: Sequence[Sequence[int] | None]) -> pyarrow.ListArray:
     """Return lists of token ids as one array; through NumPy, which takes a fifth of Arrow's own time."""
     import pyarrow
 
+    # [[5, 6], None, [7]] -> offsets [0, 2, 2, 3], values [5, 6, 7], missing [False, True, False]
     lengths = [0 if ids is None else len(ids) for ids in rows]
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
@@ -363,6 +377,7 @@ def _to_record(example: Example | PairExample) -> dict[str, Any]:
         "fields": json.dumps({name: value for name, value in others.items() if not name.endswith("_ids")}),
     }
     if conversation is not None:
+        # The place is added when the record is read. Without its conversation a record is rendered again, from the row.
         record["conversation"] = _exact_json({**conversation._asdict(), "where": ""})
         record["row"] = record["conversation"] and row
     return record
@@ -374,7 +389,7 @@ def _exact_json(value: Any) -> str | None:
         if not _is_json(value):
             return None
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        text.encode()  # fails for half a surrogate pair
         return text
     except (TypeError, ValueError, RecursionError):
         return None
@@ -424,12 +439,14 @@ def _writer(file: Path | None) -> Iterator[Callable[[pyarrow.RecordBatch], None]
     if file is None:
         yield lambda _: None
         return
+    # Written beside the file and renamed, so that a reader sees all of it or nothing; each process has its own.
     partial = file.with_name(f".{file.stem}.{uuid4().hex}.tmp")
     writer = None
 
     def write(batch: pyarrow.RecordBatch) -> None:
         nonlocal writer
         try:
+            # the schema is known with the first batch
             if writer is None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 writer = pyarrow.ipc.new_file(str(partial), batch.schema)
@@ -462,7 +479,7 @@ def _pipeline(rows: Rows, recipe: Recipe) -> Iterator[Batch]:
         tqdm(total=total, desc="Preparing rows", unit=" rows", disable=is_hidden or None, leave=False) as bar,
         ThreadPoolExecutor(1) as tokenizing,
     ):
-        pending: Future[Batch] | None = None
+        pending: Future[Batch] | None = None  # the batch that is being tokenized
         while batch := list(islice(places, BATCH_SIZE)):
             rendered = recipe.rendered(batch)
             if pending is not None:
@@ -470,7 +487,7 @@ def _pipeline(rows: Rows, recipe: Recipe) -> Iterator[Batch]:
             pending = tokenizing.submit(recipe.records, rendered)
             bar.update(len(batch))
         if pending is not None:
-            yield pending.result()
+            yield pending.result()  # the last batch
 
 
 def _log(text: str, rows: Rows) -> None:

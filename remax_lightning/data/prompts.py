@@ -74,6 +74,7 @@ class PromptDataModule(TextDataModule):
             data=data,
             val_data=val_data,
         )
+        # ---- Parts of a rollout batch: 64 prompts in micro-batches of 16 arrive 4 times ----
         if micro_batch_size is None:
             micro_batch_size = batch_size
         check_at_least(1, micro_batch_size=micro_batch_size)

@@ -1,4 +1,4 @@
-"""Rows from files, folders, the hub and memory, each row knowing where it stands."""
+"""Read rows from files, folders, the hub and memory; for each row, messages can say where it is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BUILDERS = {
     ".hdf5": "hdf5",
     ".tar": "webdataset",
 }
-"""Endings that are left to `datasets`, to what it calls their format."""
+"""Endings of the formats that `datasets` reads, with the name of its builder."""
 
 READABLE = f"{', '.join((*EXTENSIONS, '.parquet', '.arrow'))} (or one of the first five in {', '.join(COMPRESSED)})"
 
@@ -63,6 +63,7 @@ class Rows(NamedTuple):
 
     def where(self, index: int) -> str:
         """Say where row `index` stands, for messages: `train.jsonl, line 7`."""
+        # "train.jsonl, line 7"; of several files, "a.csv, row 7"
         place = f"{self.source}, {self.unit}" if self.files is None else self.files[index]
         return f"{place} {self.numbers[index]}"
 
@@ -107,7 +108,7 @@ class _Joined(Sequence[Row]):
 
     def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
         self.parts = parts
-        self.starts = [0, *accumulate(len(part) for part in parts)]
+        self.starts = [0, *accumulate(len(part) for part in parts)]  # parts of 3 and 2 rows -> [0, 3, 5]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -149,10 +150,12 @@ def read_rows(
     Raises:
         DataError: if there is no such file or data set, if it holds no row, or if a row cannot be read.
     """
+    # ---- Read each item; a pattern such as "data/*.jsonl" is several parts ----
     items = [os.fspath(item) for item in ([path] if isinstance(path, str | os.PathLike) else path)]
     parts = [part for item in items for part in _read_item(item, split, name, key, on_bad_row)]
     source = ", ".join(items)
     rows = parts[0] if len(parts) == 1 else _join(parts, source)
+    # ---- At least one row ----
     if not len(rows.values):
         if rows.dropped:
             raise DataError(f"{key}: not one row of {rows.source} can be read: {count_reasons(rows.dropped)}")
@@ -175,15 +178,17 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
     """
     import datasets
 
+    # By the module's name, so that pandas and polars are imported only by those who use them.
     form = type(data).__module__.partition(".")[0]
     if isinstance(data, Mapping) and data and all(isinstance(value, datasets.Dataset) for value in data.values()):
-        data = _of_split(data, split, key)
+        data = _of_split(data, split, key)  # {"train": Dataset, "test": Dataset}
     elif isinstance(data, Mapping) and all(isinstance(value, list | tuple) for value in data.values()):
-        data = datasets.Dataset.from_dict(dict(data))
+        data = datasets.Dataset.from_dict(dict(data))  # {"prompt": [...], "response": [...]}
     elif form == "pandas":
         data = datasets.Dataset.from_pandas(data, preserve_index=False)
     elif form == "polars":
         data = datasets.Dataset.from_polars(data)
+    # ---- A Dataset, or any sequence of rows ----
     is_sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, datasets.Dataset):
         rows = Rows(key, "row", cast("Sequence[Row]", data), range(1, len(data) + 1))
@@ -201,6 +206,7 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
 
 def count_reasons(dropped: Mapping[str, int], most: int = 5) -> str:
     """Say how many rows were dropped for which reason, the commonest reasons first: `3 not valid JSON, 1 ...`."""
+    # {"not valid JSON": 3, "no column 'prompt'": 1} -> "3 not valid JSON, 1 no column 'prompt'"
     common = Counter(dropped).most_common()
     text = ", ".join(f"{count} {reason}" for reason, count in common[:most])
     rest = sum(count for _, count in common[most:])
@@ -226,11 +232,13 @@ def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
 
     folder = Path(path).expanduser()
     if "://" in path:
+        # An address: its ending chooses the builder, which downloads the file. JSON is the default.
         builder = BUILDERS.get(data_suffix(path), "csv" if data_suffix(path) in (".csv", ".tsv") else "json")
         options: dict[str, Any] = {"delimiter": "\t"} if data_suffix(path) == ".tsv" else {}
         return _load(path, split, key, lambda: load_dataset(builder, data_files={split: path}, split=split, **options))
     if not folder.exists():
         try:
+            # refuses what cannot be "owner/name", before the hub is asked
             validate_repo_id(path)
         except HFValidationError as error:
             raise DataError(
@@ -244,21 +252,26 @@ def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
 
 
 def _looks_like_file(path: str) -> bool:
+    # "train.jsonl", "./rows" and "data/my/rows" are files; "owner/name" is a data set on the hub
     known = data_suffix(path) in (*EXTENSIONS, *BUILDERS) or Path(path).suffix.lower() in COMPRESSED
     return "://" not in path and (known or path.startswith((".", "/", "~")) or path.count("/") > 1)
 
 
 def _read_item(path: str, split: str, name: str | None, key: str, on_bad_row: OnBadRow) -> list[Rows]:
     place = Path(path).expanduser()
+    # ---- What exists here comes first: it may have the name of a data set on the hub ----
     if place.is_file():
         return [_read_file(place, path, key, on_bad_row)]
     if place.is_dir():
         return [_read_folder(place, path, split, name, key)]
+    # ---- A pattern ----
     if glob.has_magic(path) and "://" not in path:
+        # pathlib takes relative patterns only, so it starts at "/" or at the current folder
         files = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())
         if not files:
             raise DataError(f"{key}: no file matches {path!r}")
         return [_read_file(file, str(file), key, on_bad_row) for file in files]
+    # ---- The hub, unless the path must be a file, which is then missing ----
     if _looks_like_file(path):
         raise DataError(f"{key}: there is no file {path!r}; give an existing file or a hub name")
     return [_of_dataset(load_hub(path, split=split, name=name, key=key), f"{path} ({split})")]
@@ -266,6 +279,7 @@ def _read_item(path: str, split: str, name: str | None, key: str, on_bad_row: On
 
 def _read_file(file: Path, source: str, key: str, on_bad_row: OnBadRow) -> Rows:
     suffix = data_suffix(file)
+    # JSON and CSV are read here, since `datasets` would not say which line is wrong.
     if suffix in EXTENSIONS:
         read = read_text_file(file, source, on_bad_row)
         return Rows(source, read.unit, read.values, read.numbers, dropped=read.dropped)
@@ -273,6 +287,7 @@ def _read_file(file: Path, source: str, key: str, on_bad_row: OnBadRow) -> Rows:
         raise DataError(f"{key}: cannot read {source}; give a file ending in {READABLE}, got {file.suffix!r}")
     from datasets import load_dataset
 
+    # ---- Parquet, Arrow and others ----
     files = {"train": str(file)}
     with _quiet():
         try:
@@ -285,6 +300,7 @@ def _read_file(file: Path, source: str, key: str, on_bad_row: OnBadRow) -> Rows:
 
 def _read_folder(folder: Path, source: str, split: str, name: str | None, key: str) -> Rows:
     """Read a folder of `save_to_disk`, or one whose files `load_dataset` makes splits of."""
+    # state.json is of a Dataset, dataset_dict.json of a DatasetDict
     if not any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         return _of_dataset(load_hub(source, split=split, name=name, key=key), f"{source} ({split})")
     from datasets import load_from_disk
@@ -310,6 +326,7 @@ def _checked_list(data: Sequence[Any], key: str, on_bad_row: OnBadRow) -> Rows:
     # By index: a map-style data set of torch need not end an iteration.
     for number, value in enumerate((data[i] for i in range(len(data))), start=1):
         try:
+            # any mapping will do; the rows are dictionaries
             row = dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
             values.append(check_row(row, f"{key}, row {number}"))
             numbers.append(number)
@@ -321,6 +338,7 @@ def _checked_list(data: Sequence[Any], key: str, on_bad_row: OnBadRow) -> Rows:
 
 
 def _join(parts: Sequence[Rows], source: str) -> Rows:
+    # Each file numbers its own rows, so every row has the name of its file.
     places = [f"{part.source}, {part.unit}" for part in parts]
     return Rows(
         source,
@@ -371,6 +389,7 @@ def _quiet() -> Iterator[None]:
 
 def _hash(values: Any, digest: Any) -> None:
     """Add the contents of rows to a hash, in the form in which they are at hand."""
+    # The bytes of each row, as they are in the file.
     if isinstance(values, JsonRows):
         for start, end in zip(values.starts, values.ends, strict=True):
             digest.update(values.text[start:end] + b"\n")

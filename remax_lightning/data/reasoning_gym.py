@@ -62,6 +62,7 @@ class ReasoningGymDataModule(PromptDataModule):
         check_at_least(1, size=size)
         check_at_least(0, val_size=val_size)
         self.tasks, self.weights, self.size, self.system_prompt, self.chat = tasks, weights, size, system_prompt, chat
+        # The options are checked here; the rows are made when they are read.
         generated = _GeneratedRows(
             _create(tasks, weights or {}, size + val_size, seed), _instructions(system_prompt), chat
         )
@@ -89,7 +90,7 @@ class _GeneratedRows(Sequence[Row]):
 
     @cached_property
     def rows(self) -> list[Row]:
-        entries: dict[str, Row] = {}
+        entries: dict[str, Row] = {}  # by question, so that none is asked twice
         for index in range(len(self.dataset)):
             entry = self.dataset[index]
             entries.setdefault(entry["question"], entry)
@@ -102,6 +103,7 @@ class _GeneratedRows(Sequence[Row]):
 
     def _prompt(self, question: str) -> str | list[dict[str, str]]:
         if not self.chat:
+            # one text; in a chat, the instructions are the system message
             return f"{self.instructions}\n\n{question}" if self.instructions else question
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return [*system, {"role": "user", "content": question}]
@@ -129,13 +131,14 @@ def _create(tasks: Mapping[str, Mapping[str, Any] | None], weights: Mapping[str,
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 
-    known = DATASETS.keys() - {"composite"}
+    known = DATASETS.keys() - {"composite"}  # the mixture itself, which is made below
     if not tasks:
         raise UserError("data.tasks: expected the name of at least one task, got none")
     for name, options in tasks.items():
         if name not in known:
             similar = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(sorted(known))
             raise UserError(f"data.tasks.{name}: reasoning-gym has no such task; did you mean {similar}?")
+        # A data set of the task alone shows whether its options are right.
         try:
             reasoning_gym.create_dataset(name, **(options or {}))
         except Exception as error:
@@ -147,6 +150,7 @@ def _create(tasks: Mapping[str, Mapping[str, Any] | None], weights: Mapping[str,
             raise UserError(
                 f"data.weights.{name}: expected a number above 0 for one of {', '.join(tasks)}, got {weight}"
             )
+    # ---- The mixture: each row is drawn from a task by its weight ----
     specs = [DatasetSpec(name, float(weights.get(name, 1.0)), dict(options or {})) for name, options in tasks.items()]
     return reasoning_gym.create_dataset("composite", size=size, seed=seed, datasets=specs)
 
@@ -154,4 +158,5 @@ def _create(tasks: Mapping[str, Mapping[str, Any] | None], weights: Mapping[str,
 def _instructions(system_prompt: str | None) -> str:
     from reasoning_gym.utils import SYSTEM_PROMPTS
 
+    # a name such as "default", or the text itself
     return str(SYSTEM_PROMPTS.get(system_prompt, system_prompt or "")).strip()

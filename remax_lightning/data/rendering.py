@@ -87,11 +87,13 @@ class TemplateRenderer:
         Raises:
             DataError: if the template refuses a message or leaves one out.
         """
+        # ---- In the form that this template reads ----
         fit = self.fit(conversation, messages, is_prompt)
         try:
             text = self.apply(conversation, messages, fit.form, is_prompt)
         except Exception as error:  # a template is a program: it may raise anything
             raise self.refusal(conversation, messages, fit.form, error) from error
+        # ---- Nothing may be lost ----
         self._check(conversation, messages, text, fit.lost, is_prompt, is_generated)
         return text
 
@@ -134,16 +136,19 @@ class TemplateRenderer:
 
     def shape(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> tuple[Any, ...]:
         """Return what a template may treat differently, whatever the texts are."""
+        # A template may branch on these: variables, kinds of tools, roles, kinds of content.
         options = repr(conversation.template_kwargs) if conversation.template_kwargs else ""
         tools = tuple("function" in tool for tool in conversation.tools)
         return (is_prompt, tools, options, *map(message_form, messages))
 
     def _probe(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
         """Try the forms in order; the first in which nothing is lost is right, else the one that loses the least."""
+        # ---- Marks in place of all texts: "probe-0-end", "probe-1-end", ... ----
         marked = [mark_message(message, i) for i, message in enumerate(messages)]
         tool_marks = [f"probe-tool-{j}-end" for j in range(len(conversation.tools))]
         tools = [rename_function(tool, mark) for tool, mark in zip(conversation.tools, tool_marks, strict=True)]
         conversation = conversation._replace(tools=tools)
+        # ---- Each form costs what it loses and what it writes as a program prints it ----
         best: tuple[int, _Fit] | None = None
         for form in message_forms(messages):
             try:
@@ -185,6 +190,7 @@ class TemplateRenderer:
         is_generated: bool,
     ) -> None:
         """Look for all contents in the text that was made of them."""
+        # ---- Messages ----
         last = len(messages) - 1
         for i, message in enumerate(messages):
             if i == last and is_generated:
@@ -193,6 +199,7 @@ class TemplateRenderer:
             self.check_message(
                 conversation, message, i, text, lost, is_last=is_last, is_response=is_last and not is_prompt
             )
+        # ---- Tools ----
         if conversation.tools and not is_generated:
             for tool in conversation.tools:
                 name = function_name(tool)
@@ -214,14 +221,16 @@ class TemplateRenderer:
         is_response: bool,
     ) -> None:
         """Look for one message in the text."""
+        # ---- Content ----
         content = message["content"]
         # The whole of it stands in nearly every text as it is; everything else costs more.
         if isinstance(content, str) and content in text and not lost:
             pass
         elif not holds_content(text, content, whole=is_last, by_accident=(i, "content") in lost):
             raise self._loss(conversation, message, i)
-        if len(message) == 2:
+        if len(message) == 2:  # role and content
             return
+        # ---- Calls of tools, and thoughts of the response ----
         for call in message.get("tool_calls") or []:
             name = function_name(call)
             if name and (name not in text or (i, "tool_calls") in lost):
@@ -236,7 +245,7 @@ class TemplateRenderer:
             advice = "the template takes the thought out of content; remove it from the row"
         elif not what:
             advice = "its place or its role is none that the template writes; correct the row"
-        elif what.startswith("'"):
+        elif what.startswith("'"):  # the name of a field with a thought
             advice = "the template does not read the field; write it into content, as the template has thoughts there"
         else:
             advice = "the template does not read it; remove it"

@@ -98,8 +98,10 @@ class SFTDataModule(TextDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Shuffled batches, those of an optimizer step together, without the last short step. Resumable at each."""
+        # The batches of an optimizer step come together, so that its loss is a mean over the tokens of the whole step.
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         ranks = 1 if self.trainer is None else self.trainer.world_size
+        # A data set shorter than a step has no whole step to yield: its batches come one by one.
         short = self._train is not None and len(self._train) < self.batch_size * accumulate * ranks
         alone = short or getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning takes its own order then
         self.num_micro_batches = 1 if alone else accumulate
@@ -112,18 +114,22 @@ class SFTDataModule(TextDataModule):
         return partial(collate_supervised, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)
 
     def _make_example(self, row: Row, where: str) -> Example:
+        # ---- The response as a message, and the prompt without it ----
         row, message = self._split_response(row, where)
         self._check_response(message, row, where)
         message = read_message(message, where, self.response_column)
+        # ---- Texts ----
         prompt = self.formatter.text(row, where)
         return Example([], prompt, row, where, texts=(self.formatter.response_text(prompt, message, where),))
 
     def _split_response(self, row: Row, where: str) -> tuple[Row, Message]:
         """Return a row without the response at the end of its messages, and the response as a message."""
+        # ---- A pair: one of its responses ----
         name, messages = self.response_column, row.get(self.prompt_column)
         row, responses = self._separate_pair(row, where)
         if name in responses:
             return row, responses[name]
+        # ---- A column of the response: text, or messages ----
         value = row.get(name)
         if isinstance(value, str):
             return row, as_response(value)
@@ -136,6 +142,7 @@ class SFTDataModule(TextDataModule):
                     f" {self.prompt_column!r}; give the response alone, or the whole conversation"
                 )
             return {**row, self.prompt_column: before or prompt, name: row_value(message)}, message
+        # ---- No such column: messages that end with the response ----
         if value is None and isinstance(messages, list) and messages:
             last = messages[-1]
             if isinstance(last, dict) and last.get("role") == "assistant":

@@ -136,6 +136,7 @@ def _can_be_set() -> bool:
 
 
 def _until_interrupted(call: Callable[[], str]) -> str:
+    # The lock keeps the exception from arriving after the call: it would interrupt whatever the thread does then.
     thread, lock, done = threading.get_ident(), threading.Lock(), False
 
     def interrupt() -> None:
@@ -157,6 +158,7 @@ def _until_interrupted(call: Callable[[], str]) -> str:
 def _set_memory_limit() -> tuple[int, int] | None:
     """Limit the address space to what it is now and `MAX_MEMORY`; return the limits before, None if nothing is set."""
     try:
+        # "size resident shared ...", in pages; the first is the address space
         pages = int(Path("/proc/self/statm").read_bytes().split()[0])
     except (OSError, ValueError):  # no Linux
         return None

@@ -25,8 +25,11 @@ OnBadRow = Literal["error", "drop"]
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+# `json.loads` joins "\ud83d\ude00" to one character, so what is left in this range is half a pair.
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+# "1", "-0.5", ".5", "1e-3"; unlike `float`, not "nan", "inf" or "1_000"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# "\ud83d" as JSON escapes it
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -48,7 +51,7 @@ class JsonRows(Sequence[Row]):
     @classmethod
     def of(cls, rows: Iterable[Row]) -> JsonRows:
         """Write rows down as JSON."""
-        text, ends = bytearray(), array("Q", [0])
+        text, ends = bytearray(), array("Q", [0])  # row i ends where row i + 1 starts
         for row in rows:
             text += json.dumps(row, ensure_ascii=False).encode()
             ends.append(len(text))
@@ -111,7 +114,9 @@ def read_text_file(file: Path, source: str, on_bad_row: OnBadRow = "error") -> T
     Raises:
         DataError: if the file cannot be read; the message names the line or row.
     """
+    # ---- Bytes to UTF-8 ----
     text = _utf8(_decompressed(file, source), source)
+    # ---- CSV by its name; JSON, a list or lines, by what the file holds ----
     suffix = data_suffix(file)
     if suffix in (".csv", ".tsv"):
         return _collected(_csv(text, source, "," if suffix == ".csv" else "\t"), source, "row", on_bad_row)
@@ -127,7 +132,7 @@ def half_pair(value: Any) -> str | None:
         match = _HALF_PAIR.search(value)
         return match[0] if match else None
     if isinstance(value, dict):
-        items: Iterable[Any] = [*value, *value.values()]
+        items: Iterable[Any] = [*value, *value.values()]  # names of columns, too
     elif isinstance(value, list | tuple):
         items = value
     else:
@@ -159,6 +164,7 @@ def parse_number(value: Any) -> float | None:
     if isinstance(value, str):
         value = float(value) if _NUMBER.fullmatch(value.strip()) else None
     if (
+        # `bool` is a kind of `int`; the last line refuses NaN, infinity and integers that are no float
         isinstance(value, bool)
         or not isinstance(value, int | float)
         or not -sys.float_info.max <= value <= sys.float_info.max
@@ -172,6 +178,7 @@ def parse_number(value: Any) -> float | None:
 
 def _unzip(data: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # macOS adds a folder __MACOSX with attributes of the files.
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
         if len(names) != 1:
             raise zipfile.BadZipFile(f"it holds {len(names)} files, expected one")
@@ -212,7 +219,7 @@ def _decompressed(file: Path, source: str) -> bytes:
 
 def _utf8(data: bytes, source: str) -> bytes:
     """Return the text without the mark that spreadsheets put in front, and as UTF-8 where PowerShell wrote UTF-16."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # byte order marks of UTF-16
         try:
             return data.decode("utf-16").encode()
         except UnicodeDecodeError as error:
@@ -235,6 +242,7 @@ def _parsed(text: bytes, where: str) -> Any:
 
 def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
     """Return the rows of a file that is one JSON value, or None where it holds one value per line."""
+    # ---- By the first character: `[` begins a list, in .jsonl everything else is lines ----
     start = text.lstrip()[:1]
     if not start:
         return []
@@ -243,6 +251,7 @@ def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
     try:
         value = _parsed(text, source)
     except DataError as error:
+        # ---- Not one value: lines if the first of them is one; else the error of the whole file is told ----
         first_line = text.lstrip().partition(b"\n")[0]
         try:
             _parsed(first_line, source)
@@ -250,6 +259,7 @@ def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
             if suffix == ".json":
                 raise DataError(str(error).partition("; write one object")[0]) from error
         return None
+    # ---- One value ----
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
@@ -272,6 +282,7 @@ def _json_lines(text: bytes, source: str, on_bad_row: OnBadRow) -> TextFile:
         line = text[start:end]
         if line.strip():
             try:
+                # Half a pair can only come from an escape, so other lines are not searched for it.
                 row = _parsed(line, f"{source}, line {number}")
                 if not isinstance(row, dict) or _ESCAPED_SURROGATE.search(line):
                     check_row(row, f"{source}, line {number}")
@@ -301,7 +312,7 @@ def _collected(
                     raise
                 dropped[error.reason] += 1
             else:
-                numbers.append(number)
+                numbers.append(number)  # while `JsonRows.of` writes the rows
                 yield row
 
     return TextFile(JsonRows.of(usable()), numbers, unit, dropped)
@@ -321,6 +332,7 @@ def _csv(text: bytes, source: str, delimiter: str) -> Iterator[tuple[int, Row | 
         if len(set(columns)) < len(columns):
             raise DataError(f"{source}: two columns share a name; got {', '.join(columns)}")
         for number, row in enumerate(reader, start=1):
+            # DictReader fills missing cells with None, and puts surplus ones in a list under None.
             cells = sum(value is not None for name, value in row.items() if name is not None)
             cells += len(row.get(None) or [])
             if cells == len(columns):

@@ -39,12 +39,14 @@ def load_tokenizer(
     Raises:
         UserError: if the tokenizer cannot be loaded, or lacks an end-of-sequence or a pad token.
     """
+    # ---- End-of-sequence token ----
     tokenizer = _from_pretrained(path, trust_remote_code, revision, key)
     if tokenizer.eos_token_id is None and needs_eos:
         raise UserError(
             f"{key}: the tokenizer {path!r} has no end-of-sequence token, so no response could ever end; "
             "save it with an eos_token that the policy was trained with"
         )
+    # ---- Pad token ----
     if pad_token == "eos":
         tokenizer.pad_token = tokenizer.eos_token
     elif pad_token is not None:
@@ -56,7 +58,7 @@ def load_tokenizer(
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer {path!r} has no pad token; save it with one, or set {pad_key}: eos")
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"  # responses begin right behind their prompts
     return tokenizer
 
 
@@ -84,6 +86,7 @@ def _from_pretrained(path: str, trust_remote_code: bool, revision: str | None, k
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids that `decode(..., skip_special_tokens=True)` leaves out of a text."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    # Added tokens such as <think> may be special without a role (eos, pad, ...), which `all_special_ids` would miss.
     marked = {token_id for token_id, token in added.items() if token.special}
     return frozenset({*getattr(tokenizer, "all_special_ids", ()), *marked})
 
@@ -101,6 +104,7 @@ def hidden_ids(
     """
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     special = special_ids(tokenizer)
+    # A newline that ends a response is an ordinary token, so it stays.
     ends = frozenset({*eos_ids, tokenizer.pad_token_id}) & {*special, *added}
     return special | ends if skip_special_tokens else ends
 
@@ -126,9 +130,11 @@ def response_texts(
     if not responses:
         return []
     per_prompt = len(responses) // len(prompts)  # k
+    # ---- Decode the prompts, and each prompt with its response ----
     shown = [[token for token in ids if token not in hidden] for ids in responses]
     contexts = _decode(tokenizer, prompts)
     wholes = _decode(tokenizer, [[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
+    # ---- Subtract the prompt ----
     puts_space = {token: _puts_space_behind(tokenizer, token) for token in {ids[-1] for ids in prompts if len(ids)}}
     texts = []
     for i, (whole, ids) in enumerate(zip(wholes, shown, strict=True)):
@@ -164,9 +170,11 @@ def encode_responses(
         prompts: `M` prompts as the policy reads them.
         responses: `M` responses, without special tokens but those that they spell out.
     """
+    # ---- Alone, where "a" behind "a" still reads "a"; SentencePiece encodes it as "_a", which reads " a" there ----
     alone, probe = encode_batch(tokenizer, responses), encode_batch(tokenizer, ["a"])
     if response_texts(tokenizer, probe, probe) == ["a"]:
         return alone
+    # ---- Else behind the prompt, cut off at its end ----
     prompt_ids = encode_batch(tokenizer, prompts)
     together = encode_batch(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)])
     return [
@@ -205,9 +213,10 @@ def encode_batch(
         return []
     # A class with an encoding of its own is asked for it.
     if isinstance(tokenizer, PreTrainedTokenizerFast) and _is_plain(type(tokenizer)):
+        # Truncation and padding of an earlier call stay set on the backend; then the slower way below resets them.
         backend = tokenizer.backend_tokenizer
         if backend.truncation is None and backend.padding is None and not tokenizer.split_special_tokens:
-            backend.encode_special_tokens = False
+            backend.encode_special_tokens = False  # "</s>" in a text is the token, as by default
             encodings = backend.encode_batch_fast(list(map(str, texts)), add_special_tokens=add_special_tokens)
             return [encoding.ids for encoding in encodings]
     encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)

@@ -16,8 +16,10 @@ MAX_CHARACTERS = 200
 _DIGITS = (
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|(?<![\w.])\.[0-9]+"
 )
+# "-$1,234.50", "42 %", "3."
 _PLAIN = re.compile(rf"([-+]?)\s?[$€£]?([-+]?)({_DIGITS})\s?%?\.?")
 _NUMBER = re.compile(_DIGITS)
+# "\boxed{", "\boxed {"
 _BOXED = re.compile(r"\\boxed\s*\{")
 # What stands directly before the sign or the first digit of a number that is part of something else.
 _OPERAND_BEFORE = re.compile(
@@ -45,6 +47,7 @@ _DENIED_AFTER = re.compile(
 # Letters in front make a name or, behind a caret, a unit's exponent: cm^2, H2O, x_1.
 _PART_OF_A_NAME = re.compile(r"(?:[^\W\d]|_\{?|[A-Za-z]\s*\^\s*\{?-?|\\(?:text|mathrm)\{[^{}]*\}\s*\^\s*\{?-?)$")
 
+# "2. Divide by 3.", "- 3) Add."
 _LIST_ITEM = re.compile(r"^[ \t>*#-]*([0-9]{1,3})[.)][ \t]", re.MULTILINE)
 """The number of an item in a list, at the beginning of a line."""
 _MAX_FORMULA = 1000
@@ -53,6 +56,7 @@ _MAX_FORMULA = 1000
 _MATH = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\$])\$(?![\s$])([^$\n]*?)(?<![\s\\])\$(?![\d$])|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+# "So the answer is: " in front of "x + 1"
 _ANSWER_IS = re.compile(r"^.*\banswer\b\W*(?:is|:|=)?\W*?(?=[-+.\w\\({\[≠])", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\{([^{}]*)\}")
 # Three letters in a row, or a short word: math-verify would read a product of letters.
@@ -149,6 +153,7 @@ def num_parts(formula: str) -> int:
 
     A thousands separator is no comma of a list: plain numbers are read before.
     """
+    # "\{1, 2\}" -> 2, "1, 2" -> 2, "(1, 2)" -> 1
     text = re.sub(r"\\left|\\right|\\[,;: ]", "", formula).replace("\\{", "{").replace("\\}", "}").strip()
     inside, depth = text[1:-1] if text[:1] + text[-1:] == "{}" else text, 0
     parts = 1
@@ -160,17 +165,23 @@ def num_parts(formula: str) -> int:
 
 def _formula(text: str) -> str | None:
     """Return `text` in the LaTeX that math-verify reads, None where it is prose."""
+    # ---- Without its delimiters: "$x + 1$." -> "x + 1" ----
     text = text.strip().removesuffix(".").strip()
     for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(start) and text.endswith(end) and len(text) > len(start + end):
             text = text.removeprefix(start).removesuffix(end).strip().removesuffix(".")
+    # ---- In the spelling that math-verify reads: "\dfrac" -> "\frac", "2**3" -> "2^3" ----
     text = _normal(re.sub(r"\\[dtc]frac", r"\\frac", text.replace("$", " "))).replace("**", "^").strip()
     if re.search(r"[eE]", text) and (number := plain_number(text)) is not None:  # math-verify reads 1e-9 as e - 9
         text = format(Decimal(number.numerator) / Decimal(number.denominator), "f")
+    # "5%" would begin a comment in LaTeX
     text = text.replace("%", "\\%").replace("≠", "\\neq ").replace("π", "\\pi ").replace("∞", "\\infty ")
+    # "2 or 3" -> "2 , 3"
     text = re.sub(r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", text)
+    # "sqrt(2)" -> "\sqrt{2}"
     text = re.sub(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    # ---- Words outside of commands make it prose ----
     bare = re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\(?:text\w*|mathrm|mbox|operatorname)\{[^{}]*\}|\\[A-Za-z]+", " ", text)
     if not text or len(text) > _MAX_FORMULA or _MISREAD.search(text) or _PROSE.search(bare):
         return None
@@ -197,10 +208,12 @@ def _standing_alone(left: str, digits: str, right: str) -> Fraction | None:
 def _boxed(text: str) -> tuple[str, str, str] | None:
     r"""Return what stands before, in and after the last `\boxed{...}`; None without one."""
     start = None
+    # the last one counts
     for start in _BOXED.finditer(text):  # noqa: B007
         pass
     if start is None:
         return None
+    # To the brace that closes it, or to the end of the text: "\boxed{\frac{1}{2}}" -> "\frac{1}{2}"
     depth = 1
     for i in range(start.end(), len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)

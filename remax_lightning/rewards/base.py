@@ -129,17 +129,20 @@ def applicable_scores(
     if not len(prompts) == len(responses) == len(rows):
         lengths = f"{len(prompts)}, {len(responses)} and {len(rows)}"
         raise ValueError(f"prompts, responses and rows must be equally long, got {lengths}")
+    # ---- Scores, perhaps with parts ----
     result = _raw_scores(reward, prompts, responses, rows)
     parts: Any = {}
     if isinstance(result, Scores):
         result, parts = result
     if not isinstance(parts, dict):
         raise RewardError(f"model.reward: {reward!r} must return its parts as a dict, got {type(parts).__name__}")
+    # ---- None in TRL's sense: the reward does not apply to the response ----
     applies = torch.ones(len(responses), dtype=torch.bool)  # [M]
     result = _without_index(result)
     if reward.skips_none and isinstance(result, list | tuple) and len(result) == len(responses):
         applies = torch.tensor([value is not None for value in result], dtype=torch.bool)
         result = [0.0 if value is None else value for value in result]
+    # ---- One finite number per response, in every part ----
     scores = Scores(
         _checked(reward, None, result, prompts, responses),
         {name: _checked(reward, name, part, prompts, responses) for name, part in parts.items()},
@@ -181,6 +184,7 @@ def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[st
             f"{example_lines(prompts, responses, index)}"
         )
 
+    # ---- A sequence is checked value by value, so that the message can name the response ----
     scores = _without_index(scores)
     if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
         for index, value in enumerate(scores):
@@ -189,9 +193,10 @@ def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[st
                 raise error(description, index if index < count else None)
         scores = [float(value) for value in scores]
     try:
-        tensor = torch.as_tensor(scores).detach()
+        tensor = torch.as_tensor(scores).detach()  # [M], as is checked below
     except Exception:  # text, a dict, None, a NumPy array of objects
         raise error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
+    # ---- Shape and values of the tensor ----
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
@@ -246,6 +251,7 @@ def failing_row(
             return False
         return False
 
+    # [start, stop) fails as a whole. If neither half fails by itself, no single response is at fault.
     start, stop = 0, len(responses)
     while stop - start > 1:
         middle = (start + stop) // 2
@@ -262,12 +268,13 @@ def example_lines(prompts: Sequence[str], responses: Sequence[str], index: int |
     """Two lines that show response `index`, or the first one where no single response is at fault."""
     if not responses:
         return ""
+    # without an index the first response stands for the batch
     which = f"{index}" if index is not None else "0 (the first of the batch)"
     index = index or 0
     return f"\n  prompt {which}: {shorten(prompts[index])}\n  response {which}: {shorten(responses[index])}"
 
 
-_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id
 _lock = threading.Lock()
 
 
@@ -280,6 +287,7 @@ def wait_for(results: Sequence[Any]) -> list[Any]:
     Raises:
         Exception: the first one that one of them raises, after all have ended.
     """
+    # ---- Wait for those that are coroutines ----
     places = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if not places:
         return list(results)
@@ -288,6 +296,7 @@ def wait_for(results: Sequence[Any]) -> list[Any]:
         values = future.result()
     finally:
         future.cancel()  # of no effect if it is done; ends what runs if a signal ended the waiting
+    # ---- In the order of the calls ----
     waited = dict(zip(places, values, strict=True))
     return [waited.get(i, result) for i, result in enumerate(results)]
 

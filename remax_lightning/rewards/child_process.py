@@ -73,10 +73,12 @@ class Child:
 
     def __init__(self, target: Target, *, is_quiet: bool = False) -> None:
         self._socket, theirs = socket.socketpair()
+        # ---- A socket for messages, and a pipe that only shows whether this process lives ----
         watched, lifeline = os.pipe()  # closed by the kernel when this process ends, however it ends
         output = subprocess.DEVNULL if is_quiet else None
         try:
             self.process = subprocess.Popen(
+                # -P keeps the folder of this file off the path: its modules would hide others of the same names.
                 [sys.executable, "-P", __file__, str(theirs.fileno()), str(watched)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -87,6 +89,7 @@ class Child:
         finally:
             theirs.close()
             os.close(watched)
+        # ---- This side's ends, closed with the child when nobody refers to this object any more ----
         self._connection = Connection(os.dup(self._socket.fileno()))
         self.close = weakref.finalize(self, _end, self.process, self._connection, self._socket, lifeline)
         self._is_ready = False
@@ -140,6 +143,7 @@ class Child:
         try:
             if not self._connection.poll(seconds):
                 raise CallTimeoutError(f"took more than {seconds:g} s {what}".rstrip())
+            # ("result", value), or ("error", pickled exception or None, its text, its file and line)
             kind, *content = pickle.loads(self._connection.recv_bytes())  # of our own child, running the user's code
         except BlockingIOError:
             raise CallTimeoutError(f"took more than {seconds:g} s {what}".rstrip()) from None
@@ -151,7 +155,7 @@ class Child:
 
     def _set_timeout(self, seconds: float) -> None:
         """Let a message of which the other side reads or writes only a part end in an error, too."""
-        interval = struct.pack("@ll", int(seconds) + 1, 0)
+        interval = struct.pack("@ll", int(seconds) + 1, 0)  # `struct timeval`: seconds, microseconds
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, interval)
 
@@ -209,6 +213,7 @@ def call_each(target: Target, requests: Sequence[Any], seconds: float) -> list[A
         requests: anything that pickles.
         seconds: for one request.
     """
+    # ---- Children that wait for a request; a busy one is in no queue ----
     idle = _idle.setdefault((os.getpid(), target), LifoQueue())  # a forked process must not use its parent's pipes
 
     def ask(request: Any) -> Any:
@@ -224,6 +229,7 @@ def call_each(target: Target, requests: Sequence[Any], seconds: float) -> list[A
             if child.is_alive:
                 idle.put(child)
 
+    # ---- As many at once as there are cores, four at most ----
     workers = max(1, min(MAX_CHILDREN, len(requests), len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(ask, requests))
@@ -233,6 +239,7 @@ def failing_line(error: BaseException) -> str | None:
     """Return `file:line` of the innermost code of a user's that an exception comes from; None if it is no user's."""
     if hasattr(error, "remote_place"):
         return error.remote_place  # type: ignore[no-any-return]
+    # ---- Not the user's: this package, the standard library, installed packages ----
     folders = [Path(__file__).resolve().parents[1]]
     folders += [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
@@ -247,6 +254,7 @@ def failing_line(error: BaseException) -> str | None:
 
 def _serve(channel: int, watched: int) -> None:
     """Answer requests until the connection is closed."""
+    # ---- End with the parent, and before it if memory runs out ----
     connection = Connection(channel)
     _end_with_parent(watched)
     _be_killed_first()
@@ -254,6 +262,7 @@ def _serve(channel: int, watched: int) -> None:
     # place of SIG_IGN, which the user's own subprocesses would inherit.
     for name in _PROCESS_SIGNALS:
         signal.signal(getattr(signal, name), lambda *_: None)
+    # ---- Import ----
     sys.path[:] = pickle.loads(connection.recv_bytes())
     try:
         module, name, argument = pickle.loads(connection.recv_bytes())
@@ -262,6 +271,7 @@ def _serve(channel: int, watched: int) -> None:
         _reply_error(connection, error)
         return
     _reply(connection, None)
+    # ---- Answer ----
     while True:
         try:
             request = connection.recv_bytes()
@@ -276,6 +286,7 @@ def _serve(channel: int, watched: int) -> None:
 def _imported(name: str) -> Any:
     if not Path(name).is_absolute():
         return importlib.import_module(name)
+    # By its path, so that the package around the file, which imports torch, is not imported.
     spec = importlib.util.spec_from_file_location("remax_target", name)
     assert spec is not None
     assert spec.loader is not None
@@ -293,6 +304,7 @@ def _reply_error(connection: Connection, error: BaseException) -> None:
     pickled = None
     if isinstance(error, Exception | SystemExit):
         with suppress(Exception):
+            # Read back at once: an exception with arguments of its own may pickle and not be built again.
             pickled = pickle.dumps(error)
             pickle.loads(pickled)
     text = f"{type(error).__name__}: {error}"
@@ -309,6 +321,7 @@ def _end_with_parent(watched: int) -> None:
     if sys.platform == "linux":
         import fcntl
 
+        # The signal goes to the process group (the minus), so also to what the user's code has started.
         fcntl.fcntl(watched, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
         return

@@ -117,6 +117,7 @@ class ClassifierReward(Reward):
             UserError: if they cannot be loaded or do not fit one another, if the model has no score head or
                 more than one label, or if there is neither a template nor a chat template.
         """
+        # ---- Tokenizer and model, which must fit one another ----
         source = self._source()
         if self.tokenizer is None:
             self.tokenizer = self._load_tokenizer(source)
@@ -130,6 +131,7 @@ class ClassifierReward(Reward):
                 f"{_KEY}.path: expected a tokenizer of at most {num_embeddings} tokens, the model's embeddings, got "
                 f"{num_tokens} in {self.path}; save the reward model's own tokenizer there"
             )
+        # ---- What can be read: length, padding, types of tokens ----
         if self.max_length is None:
             # Tokenizers without a limit say 10^30; some configurations say nothing.
             limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
@@ -139,6 +141,7 @@ class ClassifierReward(Reward):
             model.config.get_text_config().pad_token_id = self._pad_id  # without one it refuses batches
         # What RewardModelModule trains has never seen token types: it is scored without them as well.
         self._reads_types = reads_token_types(model, self.tokenizer) and saved_template(source) is None
+        # ---- Where the score is read, found by a probe ----
         self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
@@ -168,7 +171,7 @@ class ClassifierReward(Reward):
         if self.model is None or self._frozen is None or self._pooling is None:
             raise RuntimeError("ClassifierReward.load(device) must be called before score")
         texts = [self.text(*example) for example in zip(prompts, responses, rows, strict=True)]
-        ids = [self._token_ids(text) for text in texts]
+        ids = [self._token_ids(text) for text in texts]  # M lists of different lengths
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         with self._frozen.running():
@@ -179,8 +182,8 @@ class ClassifierReward(Reward):
                 input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, device)  # [b, T]
                 types = None
                 if self._reads_types:
-                    types, _ = _pad_right([self._token_types(texts[i], ids[i]) for i in batch], 0, device)
-                scores[batch] = self._pooling(self.model, input_ids, mask, types)
+                    types, _ = _pad_right([self._token_types(texts[i], ids[i]) for i in batch], 0, device)  # [b, T]
+                scores[batch] = self._pooling(self.model, input_ids, mask, types)  # [b]
         return scores
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -247,6 +250,7 @@ class ClassifierReward(Reward):
         Prompt and response are a pair where the template puts the tokenizer's separator between them.
         """
         tokenizer: Any = self.tokenizer
+        # "question[SEP]answer" -> types 0 0 0 1 1, as the tokenizer gives them to a pair of texts
         parts = text.split(tokenizer.sep_token, 1) if tokenizer.sep_token else [text]
         # A separator at the very end is the tokenizer's own, and begins no second part.
         for pair in ([part for part in parts if part], [text]):

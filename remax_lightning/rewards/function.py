@@ -84,6 +84,7 @@ class FunctionReward(Reward):
         timeout: float | None = None,
         on_timeout: float | Literal["error"] = "error",
     ) -> None:
+        # ---- The function, and the style that its parameters show ----
         self._call = _import_function(function) if isinstance(function, str) else function
         self._source = function
         self.function = function = function if isinstance(function, str) else _name_of(function)
@@ -95,12 +96,14 @@ class FunctionReward(Reward):
         self.is_async = inspect.iscoroutinefunction(self._call) or inspect.iscoroutinefunction(
             getattr(self._call, "__call__", None)  # noqa: B004 - of an object that is called
         )
+        # ---- Arguments and columns that it takes ----
         if self.style == "remax":
             _check_arguments(function, self._parameters, self.arguments)
             if self.columns:
                 raise UserError(f"{_KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
         else:
             self._check_names()
+        # ---- A deadline: the same reward, without one, in a child process ----
         self.timeout, self.on_timeout = timeout, on_timeout
         self._timed: TimedReward | None = None
         if timeout is not None:
@@ -131,6 +134,7 @@ class FunctionReward(Reward):
     ) -> Scores | Tensor | Sequence[float]:
         """Return what the function says of each response."""
         scores: Scores | Tensor | Sequence[float]
+        # ---- In the child, or in the style of the function ----
         if self._timed is not None:
             return self._timed.score(prompts, responses, rows)
         if self.style == "verl":
@@ -170,6 +174,7 @@ class FunctionReward(Reward):
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
         """Return the lists that the function takes, by name."""
+        # ---- Texts: lists of messages for prompts that were made of messages, as TRL passes them ----
         chats = [getattr(prompt, "conversation", None) for prompt in prompts]
         texts = {
             "prompts": [str(p) if chat is None else chat.messages for p, chat in zip(prompts, chats, strict=True)],
@@ -179,10 +184,12 @@ class FunctionReward(Reward):
             ],
         }
         fixed = texts | self.arguments
+        # ---- Columns that every row must have ----
         values = {name: value for name, value in fixed.items() if self._parameters.takes(name)}
         for name in self._required_columns():
             places = (f"the row of the prompt {shorten(prompt)}" for prompt in prompts)
             values[name] = [self._value(row, name, place) for row, place in zip(rows, places, strict=True)]
+        # ---- Columns that some row has; the others have None ----
         optional = [*self._parameters.optional, *self.columns]
         if self._parameters.takes_any:
             optional += [name for row in rows for name in row if name not in ("prompt", "completion")]
@@ -198,6 +205,7 @@ class FunctionReward(Reward):
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
     ) -> Sequence[Any]:
         """Call the function for each response; asynchronous ones run at the same time."""
+        # ---- One call per response ----
         calls = []
         for prompt, response, row in zip(prompts, responses, rows, strict=True):
             place = f"the row of the prompt {shorten(prompt)}"
@@ -206,6 +214,7 @@ class FunctionReward(Reward):
             if "extra_info" in self._parameters.required:
                 columns.setdefault("extra_info", {})
             calls.append(self._call(**columns | {"solution_str": response} | self.arguments))
+        # ---- A number, or a dictionary as `{"score": 1.0, "acc": True}` ----
         results = wait_for(calls)
         for prompt, response, result in zip(prompts, responses, results, strict=True):
             if isinstance(result, dict) and "score" not in result:
@@ -231,6 +240,7 @@ class FunctionReward(Reward):
         column = self.columns.get(name, name)
         found, value = _lookup(row, column)
         if not found and name == "ground_truth" and name not in self.columns:
+            # verl's data: {"reward_model": {"style": "rule", "ground_truth": "72"}}
             found, value = _lookup(row, "reward_model.ground_truth")
         if found:
             return value
@@ -244,12 +254,14 @@ class FunctionReward(Reward):
 
     def _check_names(self) -> None:
         """Refuse what the function cannot be called with, and a function that needs more than there is."""
+        # ---- Keys of the configuration that the function does not take ----
         path, parameters = self.function, self._parameters
         for key, values in (("arguments", self.arguments), ("columns", self.columns)):
             for name in values:
                 if not parameters.takes(name):
                     known = ", ".join((*parameters.required, *parameters.optional)) or "none"
                     raise UserError(f"{_KEY}.{key}.{name}: {path} has no such argument; its arguments are: {known}")
+        # ---- Parameters that no row can have ----
         required = self._required_columns()
         beyond = _TRAINER_ARGUMENTS if self.style == "trl" else [n for n in required if n not in _VERL_COLUMNS]
         for name in beyond:
@@ -286,6 +298,7 @@ class _Parameters(NamedTuple):
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):
             return cls(is_known=False)
+        # (prompts, responses, rows, *, column="answer", **rest): 3 positional, `column` optional, takes any name
         kinds = {p.kind for p in parameters}
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         return cls(
@@ -310,11 +323,12 @@ def _style(path: str, parameters: _Parameters, style: Style) -> Style:
     markers: dict[Style, str] = {"trl": "completions", "verl": "solution_str"}
     named = {*parameters.required, *parameters.optional}
     if style == "auto":
+        # (prompts, responses, rows, completions=...) is this project's style all the same
         is_ours = parameters.positional[2:3] == ("rows",)
         style = next((known for known, name in markers.items() if name in named and not is_ours), "remax")
         if parameters.takes_any and not named and not parameters.takes_more:
             style = "trl"  # by name only, as TRL calls
-        if "solution_strs" in named:
+        if "solution_strs" in named:  # plural: verl's batches
             raise UserError(
                 f"{_KEY}.function: {path} takes whole batches, as verl's BatchRewardManager passes them; give the"
                 " function of one response, compute_score(data_source, solution_str, ground_truth, extra_info)"
@@ -329,6 +343,7 @@ def _style(path: str, parameters: _Parameters, style: Style) -> Style:
 
 def _lookup(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
     """Return whether a row has a column, and what it holds; a dot leads into a dict."""
+    # "extra_info.answer" -> row["extra_info"]["answer"], unless a column itself has that name
     if column in row:
         return True, row[column]
     value: Any = row
@@ -344,12 +359,14 @@ def _check_arguments(path: str, parameters: _Parameters, arguments: dict[str, An
     if not parameters.is_known:
         return
     named = (*parameters.required, *parameters.optional)
+    # ---- Room for the three lists ----
     if len(parameters.positional) < 3 and not parameters.takes_more:
         taken = ", ".join(dict.fromkeys((*parameters.positional, *named)))
         raise UserError(
             f"{_KEY}.function: {path} must take (prompts, responses, rows, ...), or (completions, ...) as in TRL, or"
             f" (solution_str, ...) as in verl; it takes ({taken})"
         )
+    # ---- Arguments that it does not take, and arguments that it needs ----
     options = [name for name in named if name not in parameters.positional[:3]]
     unknown = [name for name in arguments if name not in options]
     if unknown and (not parameters.takes_any or unknown[0] in parameters.positional[:3]):
@@ -361,6 +378,7 @@ def _check_arguments(path: str, parameters: _Parameters, arguments: dict[str, An
 
 
 def _import_function(path: str) -> Callable[..., Any]:
+    # ---- "my_rewards.politeness" -> module "my_rewards", function "politeness" ----
     module_name, _, name = path.rpartition(".")
     if not module_name or not name:
         raise UserError(f"{_KEY}.function: expected a dotted path such as my_module.my_function, got {path!r}")
@@ -371,6 +389,7 @@ def _import_function(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        # "my_rewards" or a package around it is missing; anything else is missing inside of the module.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _broken_module(module_name, error) from error
         raise UserError(
@@ -379,6 +398,7 @@ def _import_function(path: str) -> Callable[..., Any]:
         ) from error
     except (Exception, SystemExit) as error:
         raise _broken_module(module_name, error) from error
+    # ---- The function in the module ----
     function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         known = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))

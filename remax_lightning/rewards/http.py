@@ -67,6 +67,7 @@ class HTTPReward(Reward):
         token_env: str | None = None,
         send_rows: bool = False,
     ) -> None:
+        # ---- Refuse values out of their range ----
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise UserError(f"{_KEY}.url must begin with http:// or https:// and a host, got {url!r}")
         checks = (
@@ -82,6 +83,7 @@ class HTTPReward(Reward):
                 raise UserError(f"{_KEY}.{name} must be {expected}, got {value}")
         if token_env is not None and not os.environ.get(token_env):
             raise UserError(f"{_KEY}.token_env: the environment variable {token_env} is not set; export it")
+        # ---- One session, with as many open connections as requests under way ----
         self.url, self.batch_size, self.concurrency, self.timeout = url, batch_size, concurrency, timeout
         self.retries, self.backoff, self.max_bytes = retries, backoff, max_bytes
         self.headers, self.token_env, self.send_rows = dict(headers or {}), token_env, send_rows
@@ -101,11 +103,13 @@ class HTTPReward(Reward):
         Raises:
             RewardError: if the scorer cannot be reached, or answers with anything but scores.
         """
+        # ---- Requests of `batch_size` responses ----
         columns: dict[str, Sequence[Any]] = {"prompts": prompts, "responses": responses}
         if self.send_rows:
             columns["rows"] = rows
         starts = range(0, len(responses), self.batch_size)
         batches = [{name: list(values[i : i + self.batch_size]) for name, values in columns.items()} for i in starts]
+        # ---- `concurrency` at a time; after a failure no further one starts ----
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 return [score for scores in pool.map(self._scores, batches) for score in scores]
@@ -126,6 +130,7 @@ class HTTPReward(Reward):
                 return self._checked(answer, batch)
             if wait is None or attempt == self.retries:
                 break
+            # 0.5, 1, 2, ... seconds; the server's Retry-After if longer; never above the timeout
             time.sleep(min(max(self.backoff * 2**attempt, wait), self.timeout))
         raise RewardError(
             f"model.reward: {self!r} gave no scores in {attempt + 1} tries and {time.monotonic() - start:.1f} s:"
@@ -148,6 +153,7 @@ class HTTPReward(Reward):
         """Send one request and read its answer; returns what `_post` does."""
         try:
             with self._session.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
+                # ---- Redirects, other errors, the answer ----
                 status = f"status {reply.status_code} {reply.reason}"
                 if 300 <= reply.status_code < 400:
                     target = shorten(reply.headers.get("Location", ""))
@@ -163,8 +169,10 @@ class HTTPReward(Reward):
                     return None, f"{status}: {shorten(text)}", again
                 return self._read_body(reply), "", None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            # a connection that fails may succeed the next time
             return None, f"{type(error).__name__}: {error}", 0.0
         except requests.RequestException as error:
+            # anything else, such as an invalid header, would fail again
             return None, f"{type(error).__name__}: {error}", None
 
     def _read_body(self, reply: requests.Response) -> bytes:
@@ -186,12 +194,13 @@ class HTTPReward(Reward):
         except ValueError:
             raise self._error(f"no JSON: {shorten(answer.decode(errors='replace'))}", count) from None
         if isinstance(scores, dict) and "scores" in scores:
-            scores = scores["scores"]
+            scores = scores["scores"]  # {"scores": [0.5, ...]} or [0.5, ...]
         if not isinstance(scores, list):
             raise self._error(f"{shorten(json.dumps(scores))}", count)
         if len(scores) != count:
             raise self._error(f"{len(scores)} scores", count)
         for index, score in enumerate(scores):
+            # `true` is no score, though `bool` is a kind of `int`
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 where = (
                     f"\n  prompt: {shorten(batch['prompts'][index])}\n  response: {shorten(batch['responses'][index])}"
@@ -208,10 +217,10 @@ class HTTPReward(Reward):
 
 def _retry_after_seconds(text: str | None) -> float:
     """Return what `Retry-After` asks for, as a number or a date; 0 where it says nothing."""
-    with suppress(ValueError):
+    with suppress(ValueError):  # "120"
         return max(0.0, float(text or 0))
     try:
-        return Retry().parse_retry_after(text or "")
+        return Retry().parse_retry_after(text or "")  # "Fri, 27 Nov 2026 18:00:00 GMT"
     except InvalidHeader:
         return 0.0
 
@@ -251,6 +260,7 @@ class _Deadline:
         """Say which socket the request waits on."""
         with self._lock:
             self._socket = connection
+        # the time was over before there was a socket
         if self.has_passed:
             self._end()
 
@@ -298,6 +308,7 @@ class _DeadlineAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)
+        # SOCKS proxies bring connections of their own, which stay as they are
         if not args[0].lower().startswith("socks"):
             manager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
         return manager

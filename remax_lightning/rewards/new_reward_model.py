@@ -30,6 +30,7 @@ def load_reward_model(source: ModelConfig) -> PreTrainedModel:
         UserError: if it is to have an adapter, 4 bits or a placement, if there is no such model,
             it has no sequence classifier in transformers, or scores several things.
     """
+    # ---- Options of `ModelConfig` that are not for reward models ----
     for name, neutral in (("lora", None), ("quantization", None), ("placement", "replicate")):
         if getattr(source, name) != neutral:
             raise UserError(
@@ -38,6 +39,7 @@ def load_reward_model(source: ModelConfig) -> PreTrainedModel:
             )
     if looks_local(source.path) and not _is_folder(source.path):
         raise UserError(f"{KEY}.path: there is no folder {source.path!r}; give a folder or a hub name")
+    # ---- Load, or make at random ----
     options: dict[str, Any] = {}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
@@ -58,6 +60,7 @@ def load_reward_model(source: ModelConfig) -> PreTrainedModel:
     else:
         loaded = load_classifier(classifier)
         model, is_new = loaded.model, loaded.has_new_head
+    # ---- A new head ----
     head = score_head(model)
     if is_new and head is not None:
         rank_zero_info(f"{source.path} has no score head: it gets a new one.")
@@ -94,7 +97,7 @@ def _init_head(head: nn.Linear) -> None:
     With a variance of 1 / (D + 1), as in Stiennon et al. (2020, arXiv 2009.01325, appendix C), scores begin around 1.
     """
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    weight = torch.randn(1, head.in_features, generator=generator) / math.sqrt(head.in_features + 1)
+    weight = torch.randn(1, head.in_features, generator=generator) / math.sqrt(head.in_features + 1)  # [1, D]
     with gathered([head.weight], writer_rank=0):
         if rank() == 0 or not is_zero3_sharded(head.weight):
             head.weight.copy_(weight)

@@ -30,6 +30,7 @@ class ScoreHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `[..., 1]` scores of `[..., D]` hidden states."""
+        # Autocast would cast the operands back to 16 bits.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -90,6 +91,7 @@ def pool_last_token(
     """
     head_outputs: list[Tensor] = []
     head = cast("nn.Module", score_head(model))
+    # The head may run on [b, T, D], whatever position the model then picks.
     handle = head.register_forward_hook(lambda _module, _inputs, scores: head_outputs.append(scores))
     try:
         _run(model, input_ids, mask, token_types)
@@ -101,7 +103,7 @@ def pool_last_token(
 
 def pool_by_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
     """Take the model's own pooling: encoders read their first token, or a mean under the mask."""
-    logits: Tensor = _run(model, input_ids, mask, token_types).logits
+    logits: Tensor = _run(model, input_ids, mask, token_types).logits  # [b, 1]
     return logits[:, 0].float()
 
 
@@ -109,10 +111,10 @@ def pool_unpadded(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token
     """Let the model's own pooling see each row without padding: slow, and right for every model."""
     scores = []
     for i, length in enumerate(mask.sum(1).tolist()):
-        row = input_ids[i : i + 1, :length]
+        row = input_ids[i : i + 1, :length]  # [1, length]
         types = None if token_types is None else token_types[i : i + 1, :length]
         scores.append(pool_by_model(model, row, torch.ones_like(row), types))
-    return torch.cat(scores)
+    return torch.cat(scores)  # [b]
 
 
 @torch.no_grad()
@@ -128,10 +130,10 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
         model: the classifier in eval mode.
         special_ids: token ids that may mean something to the model, kept out of the probe.
     """
-    ordinary = torch.tensor(_plain_token_ids(model, special_ids), device=model.device)
+    ordinary = torch.tensor(_plain_token_ids(model, special_ids), device=model.device)  # [12]
     lengths = torch.tensor([3, 6, 9, 11], device=model.device)
-    input_ids = ordinary.expand(len(lengths), -1)
-    mask = (torch.arange(len(ordinary), device=model.device) < lengths[:, None]).long()
+    input_ids = ordinary.expand(len(lengths), -1)  # [4, 12]
+    mask = (torch.arange(len(ordinary), device=model.device) < lengths[:, None]).long()  # [4, 12]
     # Of the spread of the right scores; in half precision the shape of a batch alone changes the third digit.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
 
@@ -142,6 +144,7 @@ def choose_pooling(model: PreTrainedModel, special_ids: list[int]) -> Pooling:
             return False
         return bool((scores - expected).abs().max() <= tolerance * (expected.max() - expected.min()))
 
+    # ---- Fastest first ----
     if score_head(model) is not None and matches_unpadded(pool_last_token):
         return pool_last_token
     if matches_unpadded(pool_by_model):
@@ -197,6 +200,7 @@ def score_layers(model: PreTrainedModel, input_ids: Tensor) -> ScoreLayers:
         return ScoreLayers(None, None)
     norm_outputs: dict[int, str] = {}  # address of its output -> name of the layer norm
     head_inputs: list[Tensor] = []
+    # ---- Record what each layer norm writes and what the head reads; equal addresses are the same tensor ----
     norms = {
         module: name
         for name, module in model.named_modules()
@@ -213,6 +217,7 @@ def score_layers(model: PreTrainedModel, input_ids: Tensor) -> ScoreLayers:
     finally:
         for handle in handles:
             handle.remove()
+    # A head that reads one pooled position, [1, D], reads no layer norm's whole output.
     reads_all_tokens = len(head_inputs) == 1 and head_inputs[0].shape[:2] == input_ids.shape
     return ScoreLayers(head_name, norm_outputs.get(head_inputs[0].data_ptr()) if reads_all_tokens else None)
 
@@ -236,6 +241,8 @@ def fold_into_weights(
     """
     if layers.head is None or head is None:
         return weights, {"mean": normalization.mean, "std": normalization.std}
+    # score = ((w h + b - head.mean) / head.std - mean) / std: the weight is divided by both deviations, and `constant`
+    # is the score of h = 0.
     key, bias = f"{layers.head}.weight", f"{layers.head}.bias"
     head_bias = weights[bias].double().item() if bias in weights else 0.0
     weight = weights[key].double() / (head.std * normalization.std)
@@ -246,6 +253,7 @@ def fold_into_weights(
     if bias in weights:
         changed[bias] = torch.full_like(weights[bias], constant)
     elif norm in weights:
+        # w (h + shift) = w h + constant
         shift = constant * weight[0] / weight.square().sum()
         changed[norm] = (weights[norm].double() + shift).to(weights[norm].dtype)
     elif constant:

@@ -26,7 +26,7 @@ def compare(pairs: Sequence[tuple[str, str | None]], time_limit: float) -> list[
         pairs: right answer and answer, LaTeX without dollar signs; None asks only whether the right one can be read.
         time_limit: seconds for one pair.
     """
-    different = list(dict.fromkeys(pairs))
+    different = list(dict.fromkeys(pairs))  # a pair that stands there twice is compared once
     answers = _call_each("load_math_verify", None, different, time_limit)
     verdicts = ["timeout" if answer is None else cast(Verdict, answer) for answer in answers]
     by_pair: dict[tuple[str, str | None], Verdict] = dict(zip(different, verdicts, strict=True))
@@ -66,6 +66,7 @@ def load_math_verify(_: None) -> Callable[[tuple[str, str | None]], Verdict]:
     _limit_process()
 
     def parsed(text: str) -> list[Any]:
+        # Its own time limits use signals, which only the main thread gets; here the process is killed instead.
         config = [math_verify.LatexExtractionConfig()]
         formulas: list[Any] = math_verify.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
         return formulas
@@ -98,7 +99,7 @@ def load_reasoning_gym(_: None) -> Callable[[tuple[str, str, dict[str, Any]]], f
     def score(request: tuple[str, str, dict[str, Any]]) -> float:
         name, answer, entry = request
         scorer = reasoning_gym.get_score_answer_fn(name)
-        scores = [0.0]
+        scores = [0.0]  # of the entry as it is, and with tuples
         for form in _forms(entry):
             try:
                 scores.append(float(scorer(answer=answer, entry=form)))

@@ -128,6 +128,7 @@ class TimedReward(Reward):
         Raises:
             RewardError: with the first of them, if `on_timeout` is `error`.
         """
+        # ---- Time for one response, and for all of them ----
         limit = min(self.timeout, max(_ALONE_SECONDS, self.timeout / len(batch[1])))
         left = 2 * self.timeout  # of calls; what a new child needs to import is not counted
         rewards: list[float | None] = []
@@ -143,8 +144,10 @@ class TimedReward(Reward):
                 left -= time.monotonic() - begin
             if scores is None and self.on_timeout == "error":
                 raise self._timed_out(batch, index)
+            # ---- Its reward, and 0 for parts that only other responses have ----
             rewards.append(float(self.on_timeout) if scores is None else scores[0])
             for name, value in (scores[1] if scores is not None else {}).items():
+                # the responses before have 0 in a part that appears here first
                 parts.setdefault(name, [0.0] * index).append(value)
             for values in parts.values():
                 values.extend([0.0] * (index + 1 - len(values)))

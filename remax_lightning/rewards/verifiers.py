@@ -17,6 +17,7 @@ from remax_lightning.rewards.base import shorten
 from remax_lightning.rewards.slow_checks import compare, search, task_scores
 
 _KEY = "model.reward.init_args.arguments"
+# "007", "-01"; not "0", "0.5"
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -64,6 +65,7 @@ def _gold_number(row: dict[str, Any], where: str, column: str = "response", tole
         RewardError: if it is none.
     """
     text = _gold_text(row, where, column)
+    # GSM8K: "5 * 4 = 20\n#### 20"; without a mark, the whole text
     number = plain_number(text.rpartition("####")[2])
     if number is None:
         raise _unreadable("numeric_answer", "a number and nothing else (or after ####)", text, where, column)
@@ -79,6 +81,7 @@ def _gold_formula(row: dict[str, Any], where: str, column: str = "response", tim
     _require_math_verify()
     text = _gold_text(row, where, column)
     formula = gold_formula(text)
+    # A number or words need no parser; a formula is parsed once, to see whether math-verify can read it.
     if formula is not None and plain_number(formula) is None and words_of(formula) is None:
         [verdict] = compare([(formula, None)], time_limit)
         formula = formula if verdict == "equal" else None
@@ -106,6 +109,7 @@ def _reasoning_gym_task(row: dict[str, Any], where: str, tag: str | None = "answ
             "pip install 'remax-lightning[verify]'"
         )
     metadata = row.get("metadata")
+    # {"question": ..., "answer": ..., "metadata": {"source_dataset": "chain_sum", ...}}
     name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
     if name is None or not {"question", "answer"} <= row.keys():
         raise RewardError(
@@ -179,6 +183,7 @@ def exact_match(
 
     scores = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
+        # "1,234" = "1234.0" as numbers, "007" only as text
         right = _gold_text(row, _of_prompt(prompt), column)
         expected = number(right)
         equal = normal(response) == normal(right) or (expected is not None and number(response) == expected)
@@ -256,8 +261,9 @@ def math_answer(
     """
     _check_time_limit(time_limit)
     scores: list[float] = []
-    open_pairs: dict[int, tuple[str, str]] = {}
+    open_pairs: dict[int, tuple[str, str]] = {}  # by response; those that only math-verify can decide
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
+        # ---- Words and plain numbers are compared here ----
         gold = _readable_gold(row, prompt, column)
         score = _score_of_plain_text(gold, response)
         scores.append(score or 0.0)
@@ -270,6 +276,7 @@ def math_answer(
             and num_parts(gold) == num_parts(answer)
         ):
             open_pairs[index] = gold, answer
+    # ---- Formulas are compared in child processes ----
     verdicts = compare(list(open_pairs.values()), time_limit)
     for (index, (gold, answer)), verdict in zip(open_pairs.items(), verdicts, strict=True):
         if verdict == "unreadable":
@@ -293,11 +300,13 @@ def _readable_gold(row: dict[str, Any], prompt: str, column: str) -> str:
 def _score_of_plain_text(gold: str, response: str) -> float | None:
     """Return the score where right answer and response are words or plain numbers, None where math-verify decides."""
     answer, expected = final_formula(response), plain_number(gold)
+    # \text{odd}; one letter, as in \text{B}, may be a formula, too
     if (words := words_of(gold)) is not None and len(words) > 1:
         return float(answer is not None and words_of(answer) == words)
     if expected is None or answer is None:
         # Prose may still end with a number: "so it is 5 apples".
         return None if expected is None else float(final_number(response) == expected)
+    # A percent sign is not read here: whether 50\% equals 0.5 is left to math-verify.
     number = plain_number(answer)
     if number == expected:
         return 1.0
@@ -330,6 +339,7 @@ def reasoning_gym_answer(
         RewardError: if a row is of no task.
     """
     _check_time_limit(time_limit)
+    # ---- The answer in each response, if there is one ----
     requests: dict[int, tuple[str, str, dict[str, Any]]] = {}
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
         task = _reasoning_gym_task(row, _of_prompt(prompt))
@@ -338,6 +348,7 @@ def reasoning_gym_answer(
         answer = response.strip() if tag is None else extract_answer(response, tag)
         if answer:
             requests[index] = task, answer, {name: row[name] for name in ("question", "answer", "metadata")}
+    # ---- Its score, from a child process ----
     scores = [0.0] * len(responses)
     for index, score in zip(requests, task_scores(list(requests.values()), time_limit), strict=True):
         if score is None:

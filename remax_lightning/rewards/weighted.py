@@ -40,7 +40,7 @@ def as_reward(reward: RewardSource, argument: str = "reward") -> Reward:
     if isinstance(reward, str) or (callable(reward) and not isinstance(reward, type)):
         return FunctionReward(reward)
     if isinstance(reward, list | tuple) and reward:
-        parts: dict[str, Reward] = {}
+        parts: dict[str, Reward] = {}  # [f, f, g] -> "f", "f_1", "g"
         for number, item in enumerate(reward):
             part = as_reward(item, f"{argument}[{number}]")
             name = part.name if isinstance(part, FunctionReward) else type(part).__name__
@@ -129,17 +129,20 @@ class WeightedReward(Reward):
         total = torch.zeros(len(responses), device=self._device)  # [M]
         applies = torch.zeros(len(responses), dtype=torch.bool)  # [M]
         parts: dict[str, Tensor] = {}
+        # ---- Parts that wait for others do so in threads, while the rest runs here ----
         waiting = [name for name, part in self.parts.items() if part.is_async]
         with ThreadPoolExecutor(len(waiting) or 1) as pool:
             futures = {name: pool.submit(scores_of, name) for name in waiting}
             results = {name: scores_of(name) for name in self.parts if name not in futures}
             results |= {name: future.result() for name, future in futures.items()}
+        # ---- The weighted sum ----
         for name in self.parts:
             scores, part_applies = results[name]
             applies |= part_applies
             parts[name] = scores.reward.to(self._device)
             parts |= {f"{name}/{inner}": value.to(self._device) for inner, value in scores.parts.items()}
             total = total + self.weights[name] * parts[name]
+        # ---- A response that no part scores ----
         if not applies.all():
             index = int((~applies).nonzero()[0])
             raise RewardError(

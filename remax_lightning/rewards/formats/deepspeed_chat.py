@@ -1,4 +1,4 @@
-"""Where a reward model of DeepSpeed-Chat reads its score: it looks for padding in the text, not at a mask."""
+"""The position at which DeepSpeed-Chat's reward models read the score: it depends on pad tokens, not on the mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeepSpeedChatConfig:
-    """What a reward model of DeepSpeed-Chat was trained with and does not say.
+    """Settings of DeepSpeed-Chat's training that are not saved with its reward models.
 
     Args:
         num_padding_at_beginning: pad tokens that every text begins with and that do not end it: 1 for OPT, whose first
@@ -28,7 +28,7 @@ class DeepSpeedChatConfig:
 
 
 class PadCutoff:
-    """Cuts texts behind the token whose score counts: the one before the first pad token after those at the beginning.
+    """Truncates texts after the scored token, the last one before padding; pad tokens at the beginning do not count.
 
     Args:
         config: what the user said.
@@ -46,6 +46,7 @@ class PadCutoff:
         self.key = key
         self.pad_id = _pad_id(config.pad_token, tokenizer, model_config, key)
         if config.num_padding_at_beginning is None:
+            # OPT begins every text with </s>, id 2, which DeepSpeed-Chat also pads with: [2] -> 1. Llama: [1] -> 0.
             empty = list(tokenizer("")["input_ids"])
             self.num_padding = next((i for i, token in enumerate(empty) if token != self.pad_id), len(empty))
         else:
@@ -57,6 +58,7 @@ class PadCutoff:
         Raises:
             UserError: if nothing is left, since the text begins with a pad token that is not expected there.
         """
+        # Pad token 2, one at the beginning: [2, 5, 6, 2, 2] -> pads [0, 3, 4], end 3 -> [2, 5, 6]
         pads = [position for position, token in enumerate(ids) if token == self.pad_id]
         end = pads[self.num_padding] if len(pads) > self.num_padding else len(ids)
         if end == 0 and ids:
@@ -68,6 +70,7 @@ class PadCutoff:
 
 
 def _pad_id(pad_token: str | None, tokenizer: PreTrainedTokenizerBase, model_config: Any, key: str) -> int:
+    # ---- As the user says ----
     text: Any = tokenizer.eos_token if pad_token == "eos" else pad_token
     if text is not None:
         known = tokenizer.get_vocab()
@@ -76,6 +79,7 @@ def _pad_id(pad_token: str | None, tokenizer: PreTrainedTokenizerBase, model_con
                 f"{key}.pad_token must be eos or a token of the reward model's tokenizer, got {pad_token!r}"
             )
         return known[text]
+    # ---- As tokenizer and configuration say, if they agree ----
     named = [token for token in (tokenizer.pad_token_id, model_config.pad_token_id) if isinstance(token, int)]
     if len(set(named)) != 1:
         tokens = " and ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in named) or "neither"

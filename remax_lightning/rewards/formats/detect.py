@@ -1,4 +1,4 @@
-"""What weight files of reward models hold, seen without loading them, and what other projects call their parts."""
+"""List the tensors in weight files without loading them, and detect from their names which project saved them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 Kind = Literal["transformers", "deepspeed_chat", "openrlhf", "trl_value_head"]
 
 DEEPSPEED_CHAT_BODIES = ("rwtranrsformer", "rwtransformer")
-"""What DeepSpeed-Chat calls the transformer: until 2023-11 with a slip of the pen, then without."""
+"""DeepSpeed-Chat's names for the transformer: with a typo until 2023-11, correct since."""
 
 
 class StoredTensor(NamedTuple):
@@ -54,21 +54,24 @@ class RewardCheckpoint(NamedTuple):
 
 
 def detect_format(names: dict[str, StoredTensor], config: Any, body: str) -> RewardCheckpoint:
-    """Tell by the names of its tensors who saved a reward model.
+    """Detect the format of a reward model from the names of its tensors.
 
     Args:
         names: the stored tensors.
         config: its configuration.
         body: what the transformers classifier calls its transformer, such as `model`.
     """
+    # ---- DeepSpeed-Chat: "rwtransformer.layers.0...", "v_head.weight" -> "model.layers.0...", "score.weight" ----
     for prefix in DEEPSPEED_CHAT_BODIES:
         if any(name.startswith(f"{prefix}.") for name in names):
             renames = {rf"^{prefix}\.": f"{body}.", r"^v_head\.": "score."}
             return RewardCheckpoint("deepspeed_chat", "v_head.weight", renames)
+    # ---- TRL's value head: "v_head.summary.weight", perhaps with a bias, beside the names of the language model ----
     if "v_head.summary.weight" in names:
         bias = "v_head.summary.bias" if "v_head.summary.bias" in names else None
         renames = {r"^v_head\.summary\.weight$": "score.weight"}
         return RewardCheckpoint("trl_value_head", "v_head.summary.weight", renames, bias)
+    # ---- OpenRLHF: config.json names the head under `value_head_prefix`; the default was "value_head" ----
     for head in (getattr(config, "value_head_prefix", None), "value_head"):
         if head and f"{head}.weight" in names:
             renames = {} if head == "score" else {rf"^{re.escape(head)}\.": "score."}
@@ -83,6 +86,7 @@ def list_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[st
     `torch.load(weights_only=True)`; where it is not, or there are no weights at all, nothing is returned, and whoever
     loads the model will say so.
     """
+    # ---- Whole, then in shards: {"weight_map": {"score.weight": "model-00002-of-00002.safetensors", ...}} ----
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name.endswith(".bin") and not allow_pickle:
             break
@@ -103,6 +107,7 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
     """Return a file of a folder or of a repository on the hub, downloaded, or None where it has no such file."""
     from transformers.utils.hub import cached_file
 
+    # With these three a file that is absent, gated or out of reach is None; else transformers raises an error.
     file = cached_file(
         path,
         name,
@@ -129,9 +134,10 @@ def _tensors_in(file: Path) -> dict[str, StoredTensor]:
 
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
+            # the header of the file has the shapes
             names = opened.keys()
             return {name: StoredTensor(file, tuple(opened.get_slice(name).get_shape())) for name in names}
-    weights = _load_pickle(file, "meta")
+    weights = _load_pickle(file, "meta")  # shapes alone
     return {name: StoredTensor(file, tuple(value.shape)) for name, value in weights.items() if hasattr(value, "shape")}
 
 

@@ -1,4 +1,4 @@
-"""Loading a reward model, whoever saved it, as a sequence classifier of transformers with one label."""
+"""Load a reward model of any supported format as a transformers sequence classifier with one label."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassifierSource:
-    """Where a reward model comes from and how it is loaded.
+    """The source of a reward model, and how to load it.
 
     Args:
         path: a folder or a hub name: a sequence classifier of transformers, a reward model of DeepSpeed-Chat or
@@ -82,6 +82,7 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
     adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
     if adapter is None:
         return _load_model(source)
+    # ---- An adapter: load its base, merge it, and set the normalization of the merged head ----
     base = _load_model(
         replace(source, path=adapter.base_path, revision=adapter.base_revision, new_head=True), of_adapter=source.path
     )
@@ -91,7 +92,7 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
 
 
 def tokenizer_path(source: ClassifierSource) -> str:
-    """Return where the tokenizer of a reward model lies: beside it, or beside the base of an adapter without one."""
+    """Return the path of a reward model's tokenizer: its own, or that of the base of an adapter without a tokenizer."""
     adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
     return source.path if adapter is None or adapter.has_tokenizer else adapter.base_path
 
@@ -99,6 +100,7 @@ def tokenizer_path(source: ClassifierSource) -> str:
 def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> LoadedClassifier:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
+    # ---- Configuration, and the names in the weight files ----
     common: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
@@ -108,6 +110,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
         raise
     except Exception as error:  # the hub's, pickle's and the libraries' own kinds
         raise load_error(source, "configuration", error, of_adapter) from error
+    # ---- Whose format it is, and whether it has one score ----
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     checkpoint = detect_format(stored, config, getattr(known, "base_model_prefix", "model"))
     _check_labels(source, config, checkpoint, stored)
@@ -115,6 +118,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
     if source.configure is not None:
         source.configure(config)
     try:
+        # ---- Weights, under the names of the classifier ----
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source.path,
             config=config,
@@ -129,6 +133,7 @@ def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> Load
         )
     except Exception as error:
         raise load_error(source, "model", error, of_adapter) from error
+    # ---- What transformers renamed, filled in or has no place for ----
     _drop_key_mapping(model, checkpoint)
     has_new_head = _check_complete(source, model, report, checkpoint, stored)
     bias = 0.0 if checkpoint.bias is None else float(read_tensor(stored[checkpoint.bias], checkpoint.bias))
@@ -150,10 +155,11 @@ def load_error(source: ClassifierSource, what: str, error: Exception, of_adapter
 def _check_labels(
     source: ClassifierSource, config: Any, checkpoint: RewardCheckpoint, stored: dict[str, StoredTensor]
 ) -> None:
-    """Refuse what scores more than one thing, before gigabytes of weights are read."""
+    """Refuse models with more than one score, before gigabytes of weights are read."""
     key = f"{source.key}.path"
     if not stored:  # no weights in a permitted format, which is what loading them will say
         return
+    # ---- A transformers classifier says how many labels it has ----
     if checkpoint.head is None:
         if config.num_labels != 1 and not source.new_head:
             raise UserError(
@@ -161,6 +167,7 @@ def _check_labels(
                 " name a model trained as a reward model (a language model says 2)"
             )
         return
+    # ---- Other formats: the head's weight shows it, [1, D] ----
     head = stored.get(checkpoint.head)
     if head is None:
         raise UserError(f"{key}: {source.path} has no {checkpoint.head}, the score head of {checkpoint.kind}")
@@ -177,7 +184,8 @@ def _check_complete(
     checkpoint: RewardCheckpoint,
     stored: dict[str, StoredTensor],
 ) -> bool:
-    """Refuse weights that transformers has filled with random numbers; return whether those of the head may be."""
+    """Refuse a model with randomly initialized weights; return whether its head is new, where that is allowed."""
+    # ---- Tensors of another shape ----
     files = {checkpoint.target_name(name): (name, tensor.file) for name, tensor in stored.items()}
     for entry in sorted(report["mismatched_keys"]):
         name, shape, expected = entry[0], list(entry[1]), list(entry[2])
@@ -186,6 +194,7 @@ def _check_complete(
             f"{source.key}.path: {file}: {stored_name} has shape {shape}, the model that the configuration describes"
             f" needs {expected}; the weights belong to another model" + _widen_labels(model, name, shape)
         )
+    # ---- Tensors that the files lack: only those outside of the body may be new ----
     missing = set(report["missing_keys"])
     head = score_head_name(model)
     outside = {name for name in missing if not name.startswith(f"{model.base_model_prefix}.")}
@@ -227,13 +236,14 @@ def _set_normalization(model: PreTrainedModel, config: Any, path: str, bias: flo
         )
     head = score_head(model)
     if head is not None:
+        # (score + bias - mean) / std: a bias that the head has no place for is part of the mean
         head.mean, head.std = mean - bias, std
     elif (mean - bias, std) != (0.0, 1.0):
         raise UserError(f"{path}: no score head was found in {type(model).__name__} to normalize its scores")
 
 
 def saved_template(source: ClassifierSource) -> str | None:
-    """Return how a reward model's configuration says that prompt and response become its text, None if it does not."""
+    """Return the template in a reward model's configuration that combines prompt and response; None without one."""
     template = _saved_setting(source, "reward_template")
     return template if isinstance(template, str) else None
 

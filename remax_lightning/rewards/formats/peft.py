@@ -1,4 +1,4 @@
-"""A reward model that was saved as a PEFT adapter: what it changes in which model."""
+"""Read a reward model that was saved as a PEFT adapter, and merge it into its base."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def read_adapter(path: str, revision: str | None, allow_pickle: bool, key: str) 
     from peft import PeftConfig
 
     try:
+        # ---- Its configuration, and the model that it changes ----
         config = PeftConfig.from_pretrained(path, revision=revision)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -60,6 +61,7 @@ def read_adapter(path: str, revision: str | None, allow_pickle: bool, key: str) 
             f"{key}.path: base_model_name_or_path in {path}/adapter_config.json must name the model that the adapter"
             f" changes, got {config.base_model_name_or_path!r}"
         )
+    # ---- Its weights: safetensors, or a .bin file where that is allowed ----
     weights = find_file(path, "adapter_model.safetensors", revision)
     pickled = None if weights is not None else find_file(path, "adapter_model.bin", revision)
     if pickled is not None and not allow_pickle:
@@ -94,6 +96,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
             f"{key}.path: the adapter {adapter.path!r} cannot be merged into a model that ZeRO-3 partitions; take"
             " another strategy, or give the merged model"
         )
+    # ---- The score head: from the adapter ("...modules_to_save.score.weight"), or from its base ----
     weights = _weights(adapter)
     what = f"{key}.path: the adapter {adapter.weights}"
     if needs_head and not any(name.endswith("score.weight") or "classifier" in name for name in weights):
@@ -102,6 +105,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
             " trained as a reward model (with modules_to_save: [score])"
         )
     try:
+        # ---- Add the adapter; nothing may be missing or left over ----
         wrapped: Any = get_peft_model(model, adapter.config)
         report = set_peft_model_state_dict(wrapped, weights)
     except Exception as error:
@@ -111,6 +115,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
     if missing or report.unexpected_keys:
         names = ", ".join(sorted([*missing, *report.unexpected_keys])[:4])
         raise UserError(f"{what} does not fit its base {adapter.base_path!r}, which differs from it in {names}")
+    # ---- Merge ----
     merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged
 
