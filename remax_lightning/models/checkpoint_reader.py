@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,18 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     Raises:
         UserError: if it is damaged, not a complete checkpoint, would run code, or has no such weights.
     """
-    # ---- One reader for each way of saving: a file, shards of FSDP2, a folder of DeepSpeed ----
     check_whole(path, EXPORT_KEY)
+    with _damage_named(path, EXPORT_KEY):
+        weights = _read_weights(path, prefix, trusted)
+    # Of a reward model, say, where a policy was asked for.
+    if not weights:
+        raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+def _read_weights(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
+    """Return the weights whose names have the prefix, with it."""
+    # ---- One reader for each way of saving: a file, shards of FSDP2, a folder of DeepSpeed ----
     if path.is_file():
         state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
         weights = {name: value for name, value in state.items() if name.startswith(prefix)}
@@ -65,10 +75,7 @@ def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str,
     else:
         what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
         raise UserError(f"checkpoint: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
-    # Of a reward model, say, where a policy was asked for.
-    if not weights:
-        raise UserError(f"checkpoint: {str(path)!r} holds no weights {prefix}*; give a checkpoint of a policy")
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def read_hyper_parameters(path: Path) -> dict[str, Any]:
@@ -236,6 +243,11 @@ def inspect_checkpoint(path: Path, key: str = RESUME_KEY) -> CheckpointInfo:
     Raises:
         UserError: if a file is missing, truncated, of another kind, or would run code.
     """
+    with _damage_named(path, key):
+        return _inspect(path, key)
+
+
+def _inspect(path: Path, key: str) -> CheckpointInfo:
     if path.is_file():
         content = checked_run(load_torch_file(path, key=key), path, key)
         shapes = tensor_shapes(content["state_dict"])
@@ -248,6 +260,21 @@ def inspect_checkpoint(path: Path, key: str = RESUME_KEY) -> CheckpointInfo:
         return inspect_zero(path, key)
     what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
     raise UserError(f"{key}: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
+
+
+@contextmanager
+def _damage_named(path: Path, key: str) -> Iterator[None]:
+    """Make a message of what a damaged file raises where its parts are used.
+
+    A flipped bit may leave a readable pickle with an attribute of another name, a negative length or a shape of text;
+    whatever touches it first raises.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        raise unreadable_error(path, f"{type(error).__name__}: {error}", key) from error
 
 
 def checked_run(content: Any, path: Path | str, key: str) -> dict[str, Any]:

@@ -174,6 +174,26 @@ def test_a_changed_pickle_is_read_or_refused(seed: int, tmp_path: Path) -> None:
         inspect_checkpoint(path)
 
 
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_any_flipped_bit_is_read_or_named(kind: str, name: str, tmp_path: Path) -> None:
+    """A pickle may stay readable and lose an attribute, a name or a length, which only its use shows."""
+    path = KINDS[kind][0](tmp_path / "a.ckpt")
+    file = path / name if name else path
+    whole = file.read_bytes()
+    generator = torch.Generator().manual_seed(len(whole))
+    for place, bit in zip(
+        torch.randint(0, len(whole), (60,), generator=generator).tolist(),
+        torch.randint(0, 8, (60,), generator=generator).tolist(),
+        strict=True,
+    ):
+        data = bytearray(whole)
+        data[place] ^= 1 << bit
+        file.write_bytes(bytes(data))
+        for read in (inspect_checkpoint, lambda path: read_weights(path, "policy.")):
+            with suppress(UserError):
+                read(path)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
