@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import foreign_exit_message, user_error_message
-from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end, printable
+from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.cli_parser import RemaxParser
-from remax_lightning.errors import RankError, RankUserError, UserError
+from remax_lightning.errors import RankError, RankUserError, UserError, printable
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder

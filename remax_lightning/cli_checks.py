@@ -122,6 +122,10 @@ GROUPS = ("trainer", "model", "data", "model.policy", "model.reference", "model.
           "model.advantage", "model.loss", "data.loading")  # fmt: skip
 """Keys that hold others: a single value, or a list, would be passed on as it is."""
 
+CLASSES = ("*.optimizer", "*.lr_scheduler", "*.reward", "*.rollout", "*.parts.*", "*.init_args", "trainer.logger",
+           "trainer.logger.[0-9]*", "trainer.strategy", "trainer.profiler", "trainer.callbacks.[0-9]*")  # fmt: skip
+"""Keys of classes, which may stand in a file of their own as the groups may."""
+
 OPTIONAL_GROUPS = ("model", "model.policy", "model.reference")
 """Groups that may be null; where one must not be, the parser says that it is missing."""
 
@@ -236,6 +240,11 @@ def explain(key: str, value: Any) -> str | None:
     if is_file or any(fnmatchcase(key, pattern) for pattern in FOLDERS):
         return _explain_path(key, str(value), is_file)
     return None
+
+
+def takes_group(key: str) -> bool:
+    """Whether a file may stand at a key in place of a class or a group of keys."""
+    return key in GROUPS or any(fnmatchcase(key, pattern) for pattern in CLASSES)
 
 
 def _explain_path(key: str, value: str, is_file: bool) -> str | None:

@@ -219,15 +219,6 @@ def side(filename: str) -> Side:
     return "library" if installed or {"site-packages", "dist-packages"} & set(path.parts) else "user"
 
 
-def printable(text: str) -> str:
-    r"""Return a text with its control characters written out, as in `\x1b`.
-
-    Messages quote what strangers wrote: a server's answer, a row of the data, the name of a file. An escape sequence
-    in it would move the cursor, or change the title of the terminal.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text that says anything, at most 300 characters."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,9 +12,10 @@ import jsonargparse
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from remax_lightning.cli_checks import explain_objects, explain_values, flatten
+from remax_lightning.cli_checks import explain_objects, explain_values, flatten, takes_group
 from remax_lightning.cli_errors import explain_message
 from remax_lightning.cli_shorthand import SUBCOMMANDS, dependent_defaults, write_out, write_out_option
+from remax_lightning.errors import printable
 from remax_lightning.yaml_files import (
     BoundsError,
     check_bounds,
@@ -67,7 +68,8 @@ class RemaxParser(LightningArgumentParser):
         if self.checked_callbacks:  # the parser of a subcommand; the one around it tells the mistakes
             return super().parse_args(args, *rest, **options)
         arguments = original = _completed(list(sys.argv[1:] if args is None else args))
-        mistakes = _unreadable_values(arguments)
+        callbacks = {name for _, parser in self._commands() for name in parser.checked_callbacks}
+        mistakes = _unreadable_values(arguments, callbacks)
         tip, parsed = "", None
         arguments = _without_keys(arguments, mistakes) or arguments
         tried: list[list[str]] = []
@@ -96,7 +98,7 @@ class RemaxParser(LightningArgumentParser):
         if not lines:
             return parsed
         lines = [line if len(line) <= MAX_LENGTH else f"{line[:MAX_LENGTH]}..." for line in lines[:MAX_MISTAKES]]
-        print("remax: error: {}\n{}".format("\n  ".join(lines), tip), end="", file=sys.stderr)  # noqa: T201
+        print("remax: error: {}\n{}".format(printable("\n  ".join(lines)), tip), end="", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
 
     def _wrong_values(self, arguments: list[str], parsed: Any, mistakes: Mapping[str, str]) -> list[str]:
@@ -262,9 +264,24 @@ def _yaml_key(name: str) -> str:
     return f"{group}.{rest}" if rest and group in ("model", "data") else name
 
 
-def _unreadable_values(arguments: list[str]) -> dict[str, str]:
-    """Return what is wrong, by key, with groups and lists on the command line that are beyond the bounds of YAML."""
+def _unreadable_values(arguments: list[str], callbacks: Collection[str]) -> dict[str, str]:
+    """Return what is wrong, by key, with groups and lists that are beyond the bounds of YAML.
+
+    They stand on the command line, or in files of their own, which jsonargparse would read to their ends.
+
+    Args:
+        arguments: of the command.
+        callbacks: keys of callbacks, which are groups, too.
+    """
     mistakes = {}
+    for key, value in _raw_values(arguments).items():
+        if not isinstance(value, str) or write_out_option(key, value):  # a path in shorthand is no file of keys
+            continue
+        if key in callbacks or takes_group(key):
+            try:
+                check_size(Path(value))
+            except (BoundsError, OSError, ValueError) as error:  # ValueError: a null character in a path
+                mistakes[key] = str(error)
     for _, name, value in _words(arguments):
         if name and name not in _CONFIG and value is not None and value.lstrip()[:1] in ("{", "["):
             try:

@@ -57,3 +57,12 @@ class RankUserError(UserError):
 
 class RankError(RuntimeError):
     """One process of several failed; raised on all of them, with the rank and its message."""
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters written out, as in `\x1b`.
+
+    Messages quote what strangers wrote: a server's answer, a row of the data, the name of a file. An escape sequence
+    in it would move the cursor, or change the title of the terminal.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

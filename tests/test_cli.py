@@ -48,6 +48,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, policy_path: Path) -> Itera
     folder = tmp_path_factory.mktemp("fit")
     base = changed(
         small_config(folder, policy_path),
+        trainer__max_epochs=2,
         trainer__max_steps=4,
         trainer__val_check_interval=2,
         trainer__check_val_every_n_epoch=None,

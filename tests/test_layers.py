@@ -17,12 +17,13 @@ PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
-LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk"}
+LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
     "version": set(),
     "errors": set(),
+    "json_text": {"errors"},
     "types": set(),
     "config": {"errors", "functional"},
     "distributed": {"errors"},
@@ -49,7 +50,7 @@ ALLOWED = {
     "yaml_files": set(),
     "cli_errors": {"errors"},
     "cli_shorthand": set(),
-    "cli_parser": {"cli_errors", "cli_checks", "cli_shorthand", "yaml_files"},
+    "cli_parser": {"errors", "cli_errors", "cli_checks", "cli_shorthand", "yaml_files"},
     "cli_checks": {"errors"},
     "cli_exit": {"errors", "cli_errors", "disk", "run_folder"},
     "cli": ANYTHING,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.cli import in_folder, remax_parser, small_config, write_config
+from helpers.cli import changed, in_folder, remax_parser, small_config, write_config
 
 from remax_lightning.errors import UserError
 from remax_lightning.tools.export import read_run
@@ -130,6 +130,34 @@ def test_a_large_file_and_a_binary_one_are_no_configurations(
         said = capsys.readouterr().err
         assert f"{name}.yaml: " in said
         assert expected in said
+
+
+@pytest.mark.parametrize("key", ["model", "model.sampling", "model.reward", "samples", "trainer.logger"])
+@pytest.mark.parametrize("in_yaml", [False, True])
+def test_a_file_of_a_group_is_measured_before_it_is_read(
+    key: str, in_yaml: bool, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "group.yaml").open("wb") as stream:
+        stream.truncate(10**12)
+    config = small_config(tmp_path, policy_path)
+    arguments = [] if in_yaml else [f"--{key}", "group.yaml"]
+    if in_yaml:
+        config = changed(config, **{key.replace(".", "__"): "group.yaml"})
+    path = write_config(tmp_path / "run.yaml", config)
+    with in_folder(tmp_path), pytest.raises(SystemExit):
+        remax_parser().parse_args(["fit", "--config", path, *arguments])
+    assert f"{key}: group.yaml: 1,000,000,000,000 bytes are too many" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_value_are_written_out(tmp_path: Path, policy_path: Path, capsys: Any) -> None:
+    config = small_config(tmp_path, policy_path)
+    path = write_config(tmp_path / "run.yaml", changed(config, model__kl_coef="\x1b]0;title\x07\x1b[2J"))
+    with in_folder(tmp_path), pytest.raises(SystemExit):
+        remax_parser().parse_args(["fit", "--config", path])
+    said = capsys.readouterr().err
+    assert "model.kl_coef: expected a number" in said
+    assert "\x1b" not in said
+    assert "\\x1b]0;title" in said
 
 
 @pytest.mark.parametrize("text", [LAUGHS, "model: {}\nmodel: {}\n"])

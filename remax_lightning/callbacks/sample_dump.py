@@ -25,6 +25,7 @@ from remax_lightning.callbacks.step_output import (
 from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.disk import append_lines, tolerate_disk_errors
 from remax_lightning.errors import UserError
+from remax_lightning.json_text import load_json
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
@@ -200,8 +201,8 @@ class SampleDump(Callback):
 def _step_of(line: bytes) -> int:
     """Return the step of a line. A line that a crash truncated counts as later than any step, so it is removed."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(load_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 2**63
 
 

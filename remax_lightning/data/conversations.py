@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.tokenizers import encode_batch
 from remax_lightning.errors import DataError
+from remax_lightning.json_text import load_json
 from remax_lightning.types import Conversation
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _read_message(message: Any, what: str) -> Message:
 def _read_tools(tools: Any, where: str) -> list[Any]:
     if isinstance(tools, str) and tools.strip():  # columnar files cannot hold definitions of different forms
         try:
-            tools = json.loads(tools)
+            tools = load_json(tools)
         except ValueError as error:
             raise DataError(f"{where}: column 'tools' is not valid JSON ({error})") from error
     if not tools:

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, Message, call_arguments, content_text
+from remax_lightning.json_text import load_json
 
 ARGUMENT = "probe-argument"
 """An argument of every tool call in a probe; its quotes show how a template has written the arguments."""
@@ -113,7 +114,7 @@ def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
 def _as_object(arguments: Any) -> Any:
     """Return arguments as an object, where they are JSON in a string."""
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return load_json(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         return arguments
 

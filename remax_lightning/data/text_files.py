@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from remax_lightning.errors import DataError
+from remax_lightning.json_text import MAX_DEPTH, may_be_too_deep, parse_json
 
 Row = dict[str, Any]
 OnBadRow = Literal["error", "drop"]
@@ -126,22 +127,54 @@ def read_text_file(file: Path, source: str, on_bad_row: OnBadRow = "error") -> T
     return _json_lines(text, source, on_bad_row)
 
 
-def half_pair(value: Any) -> str | None:
-    """Return half of a surrogate pair inside of a value, which JSON can spell as an escape, or None without one."""
-    if isinstance(value, str):
-        match = _HALF_PAIR.search(value)
-        return match[0] if match else None
-    if isinstance(value, dict):
-        items: Iterable[Any] = [*value, *value.values()]  # names of columns, too
-    elif isinstance(value, list | tuple):
-        items = value
-    else:
-        return None
-    return next((half for item in items if (half := half_pair(item))), None)
+class _RepeatedKey(Row):
+    """An object of JSON in which a key stands twice: of which value the writer thought, nobody knows."""
+
+    key = ""
+
+
+class _Objects:
+    """Makes the objects of a JSON text, and marks and counts those in which a key stands twice."""
+
+    def __init__(self) -> None:
+        self.repeated = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) == len(pairs):
+            return row
+        self.repeated += 1
+        marked = _RepeatedKey(row)
+        marked.key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return marked
+
+
+def _fault(value: Any) -> str | None:
+    """Return what makes a value no text and numbers, wherever in it; None if nothing does.
+
+    Without recursion: objects of Python may be as deep as they like, or hold themselves.
+    """
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        if isinstance(item, str):
+            if half := _HALF_PAIR.search(item):
+                return (
+                    f"holds half a surrogate pair ({ascii(half[0])[1:-1]}), which is no text; write the whole"
+                    " character, or remove it"
+                )
+        elif isinstance(item, dict | list | tuple):
+            if depth == MAX_DEPTH:
+                return f"is nested too deep, more than {MAX_DEPTH} lists and objects; write it as text"
+            if isinstance(item, _RepeatedKey):
+                return f"has the key {item.key!a} twice in an object; remove one"
+            inner = [*item, *item.values()] if isinstance(item, dict) else item
+            stack += [(part, depth + 1) for part in inner]
+    return None
 
 
 def check_row(value: object, where: str) -> Row:
-    """Return a row whose texts are text, and which is an object with named columns.
+    """Return a row whose texts are text, and which is an object with named columns, each of them once.
 
     Raises:
         DataError: if it is none; the message begins with `where` and names the column.
@@ -150,12 +183,11 @@ def check_row(value: object, where: str) -> Row:
         raise value
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object with named columns, got {type(value).__name__}")
+    if isinstance(value, _RepeatedKey):
+        raise DataError(f"{where}: column {value.key!a} stands twice; remove one")
     for name, item in value.items():
-        if half := half_pair(item) or half_pair(name):
-            raise DataError(
-                f"{where}: column {name!a} holds half a surrogate pair ({ascii(half)[1:-1]}), which is no text;"
-                " write the whole character, or remove it"
-            )
+        if fault := _fault(item) or _fault(name):
+            raise DataError(f"{where}: column {name!a} {fault}")
     return value
 
 
@@ -230,14 +262,17 @@ def _utf8(data: bytes, source: str) -> bytes:
 # JSON
 
 
-def _parsed(text: bytes, where: str) -> Any:
-    """Parse JSON; `json.loads` of bytes would let half surrogate pairs in UTF-8 pass."""
+def _parsed(text: bytes, where: str, objects: _Objects) -> Any:
+    """Parse JSON and mark objects in which a key stands twice; how deep a row is, `check_row` will say.
+
+    `json.loads` of bytes would let half surrogate pairs in UTF-8 pass.
+    """
     try:
-        return json.loads(text.decode())
-    except RecursionError as error:
-        raise DataError(f"{where}: JSON that is nested too deep to be read") from error
-    except ValueError as error:  # also bytes that are not UTF-8
+        return parse_json(text.decode(), objects)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
+    except ValueError as error:
+        raise DataError(f"{where}: JSON that cannot be read ({error})") from error
 
 
 def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
@@ -249,12 +284,12 @@ def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
     if start != b"[" and suffix != ".json":
         return None
     try:
-        value = _parsed(text, source)
+        value = _parsed(text, source, _Objects())
     except DataError as error:
         # ---- Not one value: lines if the first of them is one; else the error of the whole file is told ----
         first_line = text.lstrip().partition(b"\n")[0]
         try:
-            _parsed(first_line, source)
+            _parsed(first_line, source, _Objects())
         except DataError:
             if suffix == ".json":
                 raise DataError(str(error).partition("; write one object")[0]) from error
@@ -282,9 +317,11 @@ def _json_lines(text: bytes, source: str, on_bad_row: OnBadRow) -> TextFile:
         line = text[start:end]
         if line.strip():
             try:
-                # Half a pair can only come from an escape, so other lines are not searched for it.
-                row = _parsed(line, f"{source}, line {number}")
-                if not isinstance(row, dict) or _ESCAPED_SURROGATE.search(line):
+                objects = _Objects()
+                row = _parsed(line, f"{source}, line {number}", objects)
+                # Half a pair can only come from an escape; rows that need no look at their parts are the most.
+                unusual = objects.repeated or may_be_too_deep(line) or _ESCAPED_SURROGATE.search(line)
+                if unusual or not isinstance(row, dict):
                     check_row(row, f"{source}, line {number}")
             except DataError as error:
                 if on_bad_row == "error":

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from remax_lightning.errors import UserError
+from remax_lightning.json_text import load_json
 
 MANIFEST = "checksums.json"
 """File in a folder with the size and the CRC32 of its other files."""
@@ -207,9 +208,9 @@ def _read_manifest(folder: Path, key: str) -> dict[str, Checksum]:
     """Return the manifest of a folder; names that lead out of the folder count as damage, too."""
     file = folder / MANIFEST
     try:
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        files = load_json(file.read_text(encoding="utf-8"))["files"]
         checksums = {name: Checksum(int(item["bytes"]), int(item["crc32"], 16)) for name, item in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise Damage(file, f"it is no list of checksums ({type(error).__name__})").error(key) from None
     for name in checksums:
         # A manifest may come from somebody else: it must not make us read other files.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import InvalidHeader
 
 from remax_lightning.errors import RewardError, UserError
+from remax_lightning.json_text import load_json
 from remax_lightning.rewards.base import Reward, shorten
 
 _KEY = "model.reward.init_args"
@@ -190,7 +192,7 @@ class HTTPReward(Reward):
     def _checked(self, answer: bytes, batch: dict[str, list[Any]]) -> list[float]:
         count = len(batch["responses"])
         try:
-            scores = json.loads(answer)
+            scores = load_json(answer)
         except ValueError:
             raise self._error(f"no JSON: {shorten(answer.decode(errors='replace'))}", count) from None
         if isinstance(scores, dict) and "scores" in scores:
@@ -201,7 +203,7 @@ class HTTPReward(Reward):
             raise self._error(f"{len(scores)} scores", count)
         for index, score in enumerate(scores):
             # `true` is no score, though `bool` is a kind of `int`
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
                 where = (
                     f"\n  prompt: {shorten(batch['prompts'][index])}\n  response: {shorten(batch['responses'][index])}"
                 )

@@ -106,7 +106,7 @@ class TimedReward(Reward):
             try:
                 return self._call(batch, self.timeout)  # type: ignore[no-any-return]
             except CallTimeoutError:
-                return self._score_alone(batch)  # type: ignore[return-value] - None of rewards that skip it
+                return self._score_alone(batch)  # type: ignore[return-value]  # None of rewards that skip it
             except CallEndedError as error:
                 raise self._ended(batch, error) from None
 

@@ -31,6 +31,7 @@ from remax_lightning.evaluation.intervals import (
     with_interval,
 )
 from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
+from remax_lightning.json_text import load_json
 from remax_lightning.types import PromptRecord
 
 
@@ -69,18 +70,18 @@ def read_evaluation(path: Path) -> SavedEvaluation:
         if not file.is_file():
             raise UserError(f"there is no file {file}; `remax test` writes an evaluation.json and .jsonl side by side")
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
+        answer = load_json(path.read_text(encoding="utf-8"))
         # Not `splitlines`, which also splits at characters that may be inside a text.
         records = [_parse_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
         answer["settings"]["reward"], answer["figures"]  # raises KeyError if it is another kind of file
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} (or {lines.name}) is not an evaluation of `remax test` ({error!r})") from error
     prompts = _index_by_text([item for item in records if item.responses])
     return SavedEvaluation(path, answer, prompts, _index_by_text([item for item in records if not item.responses]))
 
 
 def _parse_record(line: str) -> PromptRecord:
-    record = PromptRecord(**json.loads(line))
+    record = PromptRecord(**load_json(line))
     if record.responses:
         record.rewards["sampled"], record.rewards["greedy"]
     return record._replace(sums={name: (float(total), float(count)) for name, (total, count) in record.sums.items()})

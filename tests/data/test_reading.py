@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -85,7 +86,14 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"a\.jsonl, line 1: column 'a' holds half a surrogate.*\\ude00"),
         ("a.jsonl", b'{"a": "\xed\xa0\xbd"}', r"a\.jsonl, line 1: not valid JSON"),
         ("a.json", b'[{"a": "\\ud83d"}]', r"a\.json, row 1: column 'a' holds half a surrogate pair"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: JSON that is nested too deep"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: JSON that cannot be read \(nested too deep, more than 64"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 65 + b"]" * 65 + b"}", r"line 2: column 'a' is nested too deep"),
+        ("a.json", b'[{"a": ' + b'{"b": ' * 200 + b"1" + b"}" * 200 + b"}]", r"row 1: column 'a' is nested too deep"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"a\.jsonl, line 2: column 'a' stands twice; remove one"),
+        ("a.jsonl", b'{"a": [{"b": 1, "b": 1}]}', r"line 1: column 'a' has the key 'b' twice in an object; remove one"),
+        ("a.json", b'[{"a": 1}, {"a": 1, "a": 1}]', r"a\.json, row 2: column 'a' stands twice; remove one"),
+        ("a.json", b'[{"a": {"b": 1, "b": 1}}]', r"a\.json, row 1: column 'a' has the key 'b' twice"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"JSON that cannot be read \(a whole number of more than 4300"),
         ("a.jsonl.gz", b"\x1f\x8b\x08", r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", r"a\.jsonl\.zst: cannot be read"),
         ("a.jsonl.zip", b"PK\x03\x04", r"a\.jsonl\.zip: cannot be read"),
@@ -349,6 +357,40 @@ def test_bad_rows_are_dropped_and_counted_on_demand(tmp_path: Path, name: str) -
     (tmp_path / name).write_text("\n".join(["a,b", "1"] if name == "a.csv" else ["{", "{"]))
     with pytest.raises(DataError, match=r"data\.path: not one row of .* can be read: \d (not valid|expected)"):
         read_rows(str(tmp_path / name), on_bad_row="drop")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"a": "1", "a": "2"}', "column 'a' stands twice"),
+        ('{"a": {"b": 1, "b": 2}}', "column 'a' has the key 'b' twice in an object"),
+        ('{"a": ' + "[" * 65 + "]" * 65 + "}", "column 'a' is nested too deep, more than N lists and objects"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_rows_that_json_leaves_open_are_dropped_on_demand(name: str, row: str, reason: str, tmp_path: Path) -> None:
+    rows = ['{"a": "0"}', row, '{"a": "3"}']
+    (tmp_path / name).write_text("\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
+    read = read_rows(str(tmp_path / name), on_bad_row="drop")
+    assert list(read.values) == [{"a": "0"}, {"a": "3"}]
+    assert dict(read.dropped) == {reason: 1}
+
+
+def test_a_row_that_was_read_can_be_read_again_deep_within_other_calls(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
+    [row] = values = read_rows(str(tmp_path / "a.jsonl")).values
+
+    def below(depth: int) -> Any:
+        return values[0] if depth == 0 else below(depth - 1)
+
+    assert below(sys.getrecursionlimit() - len(inspect.stack()) - 150) == row
+
+
+def test_rows_in_memory_that_hold_themselves_are_refused() -> None:
+    row: dict[str, Any] = {"a": []}
+    row["a"] += [row["a"], row["a"]]
+    with pytest.raises(DataError, match="data, row 1: column 'a' is nested too deep"):
+        rows_in_memory([row])
 
 
 def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:

@@ -319,6 +319,8 @@ def test_a_date_says_how_long_to_wait(scorer: Scorer) -> None:
         (saying("[1, 2, 3, 4, null, 6, 7]"), "answered with None at index 4"),
         (saying("[true, 2, 3, 4, 5, 6, 7]"), "answered with True at index 0"),
         (saying("[1, 2, 3, 4, 5, 6, 1e999]"), "answered with inf at index 6"),
+        (saying(f"[1, 2, 3, 4, 5, 6, 1{'0' * 400}]"), "answered with 10+ at index 6"),
+        (saying("[" * 3000), "answered with no JSON"),
         (saying("no such path", 404), "in 1 tries.*status 404"),
         (saying(" " * 5000), r"more than model\.reward\.init_args\.max_bytes 4096 bytes"),
     ],

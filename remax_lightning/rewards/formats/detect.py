@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.json_text import read_json_object
 
 Kind = Literal["transformers", "deepspeed_chat", "openrlhf", "trl_value_head"]
 
@@ -94,7 +94,10 @@ def list_tensors(path: str, revision: str | None, allow_pickle: bool) -> dict[st
             return _tensors_in(single)
         if (index := find_file(path, f"{name}.index.json", revision)) is not None:
             tensors: dict[str, StoredTensor] = {}
-            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            shards = read_json_object(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError(f"{index}: expected names of files under weight_map; complete the download")
+            for shard in sorted(set(shards.values())):
                 file = find_file(path, shard, revision)
                 if file is None:
                     raise UserError(f"{index}: there is no file {shard!r}, which it names; complete the download")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.json_text import read_json_object
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.rewards.formats.detect import (
     Kind,
@@ -256,4 +256,4 @@ def saved_template_kwargs(source: ClassifierSource) -> dict[str, Any]:
 
 def _saved_setting(source: ClassifierSource, name: str) -> Any:
     file = find_file(source.path, "config.json", source.revision)
-    return None if file is None else json.loads(file.read_text()).get(name)
+    return None if file is None else read_json_object(file).get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from remax_lightning.errors import UserError
+from remax_lightning.json_text import load_json
 from remax_lightning.yaml_files import load_yaml
 
 STAGES = ("train", "validation")
@@ -152,9 +152,9 @@ def _read_samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                sample = json.loads(line)
+                sample = load_json(line)
                 sample = {**sample, "step": int(sample["step"]), "stage": stage, "response": str(sample["response"])}
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # 1e400 is infinite
+            except (ValueError, KeyError, TypeError, OverflowError):  # 1e400 is infinite
                 broken += 1
                 continue
             yield sample
@@ -166,13 +166,13 @@ def _read_figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        named = load_json(path.read_text(encoding="utf-8"))["figures"]
         read = {str(name): figure if isinstance(figure, dict) else {"value": figure} for name, figure in named.items()}
         return {
             name: {key: float(figure[key]) for key in ("value", "low", "high", "n") if figure.get(key) is not None}
             for name, figure in read.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         notes.append(f"{path.name} could not be read: expected an object with figures, numbers by name.")
         return {}
 
