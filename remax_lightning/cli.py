@@ -81,6 +81,7 @@ def config_folder() -> Path:
 
 def _tokenizer_path(module: Any, data: Any) -> str | None:
     """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
+    # The policy of ReMax and SFT, the reward model of its own stage.
     for name in ("policy", "reward_model"):
         if isinstance(module.get(name), Mapping | Namespace):
             return str(module.get("tokenizer") or module[name]["path"])
@@ -103,6 +104,7 @@ class _SaveConfig(SaveConfigCallback):
         self.already_saved = True
         folder = run_folder(trainer)
         if trainer.is_global_zero:
+            # A run that is resumed in its folder keeps the configurations of its earlier starts.
             names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
             path = next(folder / name for name in names if not (folder / name).exists())
             folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,7 @@ class RemaxCLI(LightningCLI):
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         cast(RemaxParser, parser).checked_callbacks = CALLBACKS
+        # data.tokenizer follows from the model, so that both read the same token ids.
         parser.link_arguments(
             ("model.init_args", "data.init_args"),
             "data.init_args.tokenizer",
@@ -152,11 +155,13 @@ class RemaxCLI(LightningCLI):
 
         Lightning would read it all, and its hyper-parameters would override the command line.
         """
+        # ---- A path: not a word that Lightning resolves later, nor an address ----
         subcommand = self.config.get("subcommand")
         path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
         strategies.check_address(path)
         if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
             return
+        # ---- It must exist, hold plain tensors, and be whole ----
         strategies.recover_interrupted(Path(path).parent)
         if not Path(path).exists():
             raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
@@ -175,6 +180,7 @@ class RemaxCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
+        # made before the run starts them
         launched = launcher.ChildProcesses(self.trainer)
         _stage.name = subcommand
         try:
@@ -193,11 +199,13 @@ class RemaxCLI(LightningCLI):
         """
         if launcher.is_launched():  # it is read to its end once, by the process that started this one
             return launcher.last_checkpoint()
+        # ---- Find it, and tell the processes that this one starts ----
         folders = earlier_checkpoint_folders(self.trainer)
         checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
         launcher.tell_last_checkpoint(checkpoint)
         if checkpoint is not None:
             return str(checkpoint)
+        # ---- There is none: a new run can start without, an evaluation cannot ----
         if self.subcommand != "fit":
             raise UserError(
                 "ckpt_path is last, but there is no checkpoint of an earlier run; give the path of a checkpoint"
@@ -213,6 +221,7 @@ def main() -> None:
     goes to a file. SIGTERM ends it with 143, after a last checkpoint, and Ctrl-C with 130. The processes that Lightning
     starts for further devices run this function, too.
     """
+    # ---- The command, or one of the processes that Lightning starts for it ----
     launched = launcher.is_launched()
     if launched:
         launcher.exit_with_launcher()
@@ -220,6 +229,7 @@ def main() -> None:
         launcher.mark_launcher()
     _stage.name, _stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
     try:
+        # ---- A tool of this package, or one of Lightning's subcommands ----
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             tool, _ = TOOLS[sys.argv[1]]
             import_module(TOOL_MODULES.get(tool, f"remax_lightning.tools.{tool}")).main(sys.argv[2:])
@@ -232,6 +242,7 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
     except (Exception, SystemExit) as error:
         end = _end(error)
+        # ---- One line: from every rank that has an error of its own, and from rank 0 of an error that all have ----
         on_all_ranks = isinstance(error, RankUserError | RankError)
         if on_all_ranks and launched:
             time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends

@@ -63,6 +63,7 @@ def _devices(value: Any) -> bool:
     if isinstance(value, str):
         if value.strip() in ("auto", "-1"):
             return True
+        # "2" is a number of devices; "2,", "0,1" are indices
         parts = [part.strip() for part in value.strip().strip(",").split(",")]
         if not all(part.isdecimal() for part in parts):
             return False
@@ -82,6 +83,7 @@ _SCHEDULER = "*.lr_scheduler.init_args."
 _CALLBACK = "trainer.callbacks.*.init_args."
 
 RULES = (
+    # the trainer
     Rule(("seed_everything",), "a whole number from 0 to 4294967295, true or false",
          lambda value: isinstance(value, bool) or _whole(0, 2**32 - 1)(value)),
     Rule(("trainer.accumulate_grad_batches", "trainer.num_nodes", "trainer.check_val_every_n_epoch"),
@@ -101,6 +103,7 @@ RULES = (
     Rule(("trainer.gradient_clip_algorithm",), "norm or value", lambda value: value in ("norm", "value")),
     Rule(("trainer.max_time",), "a duration DD:HH:MM:SS",
          lambda value: not isinstance(value, str) or _DURATION.fullmatch(value) is not None),
+    # optimizers and schedulers of torch and transformers
     Rule((f"{_OPTIMIZER}lr", f"{_OPTIMIZER}weight_decay", f"{_OPTIMIZER}eps", f"{_OPTIMIZER}momentum",
           f"{_OPTIMIZER}lambd", f"{_OPTIMIZER}alpha", f"{_OPTIMIZER}lr_decay"), "a number from 0",
          lambda value: not _number(value) or _from(0)(value)),  # Adafactor's eps is a pair
@@ -112,6 +115,7 @@ RULES = (
     Rule((f"{_SCHEDULER}gamma", f"{_SCHEDULER}eta_min"), "a number from 0", _from(0)),
     Rule((f"{_SCHEDULER}factor", f"{_SCHEDULER}start_factor", f"{_SCHEDULER}end_factor"),
          "a number from 0 to 1", _from(0, 1)),
+    # callbacks of Lightning
     Rule((f"{_CALLBACK}save_top_k",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule((f"{_CALLBACK}every_n_train_steps", f"{_CALLBACK}every_n_epochs", f"{_CALLBACK}patience",
           f"{_CALLBACK}refresh_rate"), "a whole number from 0", _whole(0)),
@@ -173,9 +177,11 @@ def explain_objects(config: Namespace, callbacks: Mapping[str, type]) -> list[st
         config: the parsed configuration of a subcommand.
         callbacks: classes by their keys.
     """
+    # ---- Dataclasses among the arguments of module and data, at any depth ----
     mistakes: list[str] = []
     for name in ("model", "data"):
         _make_groups(config.get(name), mistakes)
+    # ---- Callbacks ----
     for name, kind in callbacks.items():
         _make(kind, config.get(name), mistakes)
     return list(dict.fromkeys(mistakes))
@@ -190,6 +196,7 @@ def _make_groups(value: Any, mistakes: list[str]) -> None:
         return
     module, _, name = str(value.class_path).rpartition(".")
     try:
+        # The types of the arguments say which of them are dataclasses.
         hints = get_type_hints(getattr(import_module(module), name).__init__)
     except (ImportError, AttributeError, NameError, TypeError, ValueError):  # the parser has said it, or will
         return
@@ -208,6 +215,7 @@ def _make(kind: type, value: Any, mistakes: list[str]) -> Any:
     hints = get_type_hints(getattr(kind, "__init__"))  # noqa: B009 - of a class, not of an instance
     arguments, before = {}, len(mistakes)
     for name, argument in vars(value).items():
+        # An option that is a dataclass, too, is made first.
         inner = _dataclass(hints.get(name))
         arguments[name] = argument if inner is None or argument is None else _make(inner, argument, mistakes)
     if len(mistakes) > before:
@@ -231,6 +239,7 @@ def explain(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a key; None if nothing is, or no rule is about it."""
     if value is None:
         return None
+    # no system takes it in a path, and the error would come late
     if isinstance(value, str) and "\0" in value:
         return f"{key}: {value[:60]!r} holds a null character"
     for rule in RULES:
@@ -251,11 +260,12 @@ def _explain_path(key: str, value: str, is_file: bool) -> str | None:
     if "://" in value:
         return None
     path = Path(value).expanduser().absolute()
-    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):  # the longest name that Linux file systems take
         return f"{key}: {value[:60]!r} is no path of this system"
     if is_file and path.is_dir():
         return f"{key}: {value!r} is a folder; give the path of a file in it"
     folder = path.parent if is_file else path
+    # What does not exist yet will be made in the first folder above that does.
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
         return f"{key}: cannot write to {value!r}: {str(existing)!r} is a file, not a folder"
@@ -268,6 +278,7 @@ def flatten(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys of a configuration, as in the YAML, with their values; lists of classes by number."""
     if isinstance(config, Namespace):
         config = vars(config)
+    # {"model": {"class_path": ..., "init_args": {"seed": 1}}} -> ("model.class_path", ...), ("model.seed", 1)
     if isinstance(config, Mapping):
         for name, value in config.items():
             # Arguments of the module and of the data module stand in the YAML without init_args.

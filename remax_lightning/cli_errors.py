@@ -24,14 +24,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import remax_lightning
 from remax_lightning.errors import SignalExit, UserError, exception_chain
 
+# 'Parser key "trainer.max_steps": Expected a <class 'int'>. Got value: many'
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)')
+# "Problem with given class_path 'remax_lightning.modules.ReMaxModule':"
 _CLASS = re.compile(r"Problem with given class_path '(.+)':")
+# Lines of the tree of types, which name no mistake.
 _NOISE = re.compile(
     r"$|Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>$"
     r"|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with|Expected a path but"
 )
 _WRAPPING = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
+# ". Got value: Namespace(class_path='my.Module', init_args=...", pages of it
 _VALUES = re.compile(r"\. Got value: Namespace\(class_path='(.+?)',.*|\. Got value: (?:Namespace|\{).*")
+# "  Given value: many"
 _GIVEN = re.compile(r"^ *Given value: ([\w.+-]{1,60})$", re.MULTILINE)
 _UNKNOWN = (
     re.compile(r"Option '(?P<key>.+)' is not accepted"),
@@ -40,7 +45,9 @@ _UNKNOWN = (
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+).*"),
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
+# "Expected a typing.Literal['drop', 'error']. Got value: skip"
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.+?)\](.*)")
+# "Expected a <class 'int'>. Got value: many"
 _TYPE = re.compile(r"Expected an? (?:<class '(?:.*\.)?(\w+)'>|(?:typing\.)?(\S+?))(\. .*)?")
 _NOT_IMPORTED = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_MODULE = re.compile(r"No module named '(.+)'")
@@ -72,6 +79,7 @@ MOVED_NAMES = {
 
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")
+# "Unable to load config 'policy.yaml'; ...", of a group that is a file
 _FILE_OF_A_GROUP = re.compile(r"Unable to load config '(.+?)'; ")
 _WHOLE_FILES = (
     (re.compile(r"Problems parsing config: *(.+)", re.DOTALL), "config: {0}"),
@@ -110,6 +118,7 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
         message: the message of jsonargparse.
         known: keys that always exist, for suggestions.
     """
+    # ---- A name of an earlier version, or a file as a whole ----
     if hint := _moved_name_hint(message):
         return {"": hint}
     for pattern, text in _WHOLE_FILES:
@@ -120,6 +129,7 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
     for line in _parse_lines(message):
         key, text = _explain(line, list(known))
         explanations.setdefault(key, []).append(text)
+    # ---- Several types of a union in one sentence: "expected a number, or null, got many" ----
     value = _GIVEN.search(message)
     mistakes = {}
     for key, texts in explanations.items():
@@ -171,6 +181,7 @@ def _moved_name_hint(message: str) -> str | None:
 
     Python names a missing attribute and its module separately; they are joined here.
     """
+    # "module 'remax_lightning' has no attribute 'batch'" -> "remax_lightning.batch"
     message = _NO_ATTRIBUTE.sub(r"\1.\2", message)
     for dotted in _DOTTED.findall(message):
         for old, new in MOVED_NAMES.items():
@@ -196,10 +207,12 @@ def _parse_lines(message: str) -> list[_ParsedLine]:
         indent = len(line) - len(line.lstrip())
         if _NOISE.match(text):
             continue
+        # ---- What the line is inside of ----
         stack = [entry for entry in stack if entry[0] < indent]
         if (match := _VALUES.search(text)) and match[1]:
             stack.append((indent, "init_args", match[1]))
         text = _WRAPPING.sub("", _VALUES.sub("", text))
+        # ---- A key or a class, around the lines that follow; or a mistake ----
         if match := _KEY.fullmatch(text):
             stack.append((indent, match[1], None))
             text = match[2]
@@ -218,12 +231,14 @@ def _parse_lines(message: str) -> list[_ParsedLine]:
 def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
     """Return the key of a line and what is wrong with it."""
     key, class_path, text = line
+    # ---- A key that does not exist, or is missing ----
     for pattern in _UNKNOWN:
         if match := pattern.fullmatch(text):
             return _explain_unknown_key(line, match.groupdict().get("group"), match["key"], known)
     if match := _REQUIRED.fullmatch(text):
         missing = [f"{key}.{name}" if key else name for name in match[1].split(", ")]
         return ", ".join(missing), "missing, and there is no default; set it in the YAML or on the command line"
+    # ---- A value that does not fit, in plain words ----
     if match := _LITERAL.fullmatch(text):
         text = f"expected one of {match[1]}{match[2]}"
     elif match := _NOT_IMPORTED.fullmatch(text):
@@ -241,6 +256,7 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
 
 
 def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known: list[str]) -> tuple[str, str]:
+    # ---- The full key, and what exists in its place ----
     if name == "class_path" and not group:
         return line.key, "write the arguments of the class under init_args, beside class_path"
     inner = f"{group}.{name}" if group else name
@@ -256,6 +272,7 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
                 break
     else:
         last, options = _first_unknown(full, known)
+    # ---- Renamed, misspelt, in the wrong group, or unknown ----
     path = [part for part in full.split(".") if part != "init_args"]
     renamed = RENAMED_KEYS.get(".".join(path[-2:]))
     if renamed is not None and (renamed in options or not options):
@@ -274,6 +291,7 @@ def _first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     options: list[str] = []
     prefix, parts = "", key.split(".")
     for part in parts:
+        # the names one level below `prefix`: "trainer." -> "max_steps", "devices", ...
         inner = dict.fromkeys(dest.removeprefix(prefix).partition(".")[0] for dest in known if dest.startswith(prefix))
         if not inner:
             break

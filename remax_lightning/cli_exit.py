@@ -102,9 +102,11 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         error: what was raised.
         stage: how far the command had come.
     """
+    # ---- A mistake or a disk: the message says all, so there is no traceback ----
     message = user_error_message(error) or _describe_disk(error)
     if message is not None:
         return End(message, 2)
+    # ---- Anything else: the traceback goes to a file, and the line names it ----
     message, code = _describe_memory(error), 2
     if message is None:
         message, code = _describe_by_side(error, stage)
@@ -119,6 +121,7 @@ def write_traceback(error: BaseException, folder: Path) -> Path | None:
     """
     rank = getattr(rank_zero_only, "rank", 0) or 0
     text = "".join(traceback.format_exception(error))
+    # The folder of the run may be the one that cannot be written.
     for place in dict.fromkeys((folder, Path.cwd())):
         path = place / ("traceback.txt" if rank == 0 else f"traceback-rank{rank}.txt")
         try:
@@ -135,6 +138,7 @@ def _describe_disk(error: BaseException) -> str | None:
         number = _error_number(cause)
         if number not in DISK_ERRORS | _PATH:
             continue
+        # "runs/a.ckpt: No space left on device; 0 bytes of 500 GB are free there; make room, or give another path"
         name = getattr(cause, "filename", None)
         shown = os.fsdecode(name) if isinstance(name, str | bytes) else "a file of the run"
         text = f"{shown if len(shown) <= 200 else f'{shown[:200]}...'}: {os.strerror(number)}"
@@ -173,6 +177,7 @@ def _describe_by_side(error: BaseException, stage: Stage) -> tuple[str, int]:
             name = frame.name if frame.name != "<module>" else Path(frame.filename).stem
             return f"{name} ({frame.filename}:{frame.lineno}) raised {_short(cause)}", 2
     for cause in exception_chain(error):
+        # a library's message about a key of the configuration
         for pattern, text in _TRANSLATIONS:
             if match := pattern.search(str(cause)):
                 return text.format(*match.groups()), 2
@@ -210,9 +215,10 @@ def _qualified_name(code: CodeType) -> str:
 def side(filename: str) -> Side:
     """Return whose a file of Python code is. Code without a file (a string, a template) is a library's."""
     path = Path(filename)
+    # This package first: in a virtual environment it lies in site-packages.
     if path.is_relative_to(_PACKAGE):
         return "ours"
-    if filename.startswith("<") or (not path.is_absolute() and not path.exists()):
+    if filename.startswith("<") or (not path.is_absolute() and not path.exists()):  # "<string>", "<template>"
         return "library"
     path = path.resolve()
     installed = any(path.is_relative_to(folder) for folder in _LIBRARY_FOLDERS)
@@ -229,10 +235,12 @@ def first_line(error: BaseException) -> str:
 def _short(error: BaseException) -> str:
     text = first_line(error)
     if text.startswith(("Does not validate", "Parser key")):  # jsonargparse's tree of types that did not fit
+        # its first line that names a key
         text = shorten_message(str(error)).partition("\n")[0][:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _short_path(filename: str) -> str:
     path = Path(filename)
+    # "remax_lightning/data/base.py"
     return str(path.relative_to(_PACKAGE.parent)) if path.is_relative_to(_PACKAGE) else filename

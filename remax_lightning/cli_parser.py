@@ -72,6 +72,7 @@ class RemaxParser(LightningArgumentParser):
         mistakes = _unreadable_values(arguments, callbacks)
         tip, parsed = "", None
         arguments = _without_keys(arguments, mistakes) or arguments
+        # ---- Parse; leave out what is wrong; parse the rest, until it passes or nothing changes any more ----
         tried: list[list[str]] = []
         while parsed is None and len(mistakes) < MAX_MISTAKES and arguments not in tried:
             tried.append(arguments)
@@ -93,10 +94,12 @@ class RemaxParser(LightningArgumentParser):
                     or _without_keys(arguments, groups)
                     or arguments
                 )
+        # ---- Values that the parser accepts and nothing else will ----
         lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
         lines += self._wrong_values(original, parsed, mistakes)
         if not lines:
             return parsed
+        # ---- One message for all ----
         lines = [line if len(line) <= MAX_LENGTH else f"{line[:MAX_LENGTH]}..." for line in lines[:MAX_MISTAKES]]
         print("remax: error: {}\n{}".format(printable("\n  ".join(lines)), tip), end="", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
@@ -106,6 +109,7 @@ class RemaxParser(LightningArgumentParser):
 
         Of arguments that cannot be parsed even without the mistakes, the values count as they stand in them.
         """
+        # ---- The values: as parsed, or as they are written ----
         subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
         if subcommand is None:
             return []
@@ -114,6 +118,7 @@ class RemaxParser(LightningArgumentParser):
         values = _raw_values(arguments) if parsed is None else parsed[subcommand]
         if parsed is None:  # a group may be a file, and null is what a key with nothing under it is
             values = {key: value for key, value in values.items() if not isinstance(value, str) or "." in key}
+        # ---- What is wrong with them, unless it follows from a mistake that is known ----
         wrong = explain_values(values, callbacks)
         return [f"{key}: {text}" for key, text in wrong.items() if not _is_consequence(key, text, mistakes)] + lines
 
@@ -192,6 +197,7 @@ def _with_fillers(arguments: list[str], mistakes: Mapping[str, str]) -> list[str
 
 
 def _plain(key: str) -> str:
+    # "model.init_args.policy.path" -> "model.policy.path"
     return ".".join(part for part in key.split(".") if part != "init_args")
 
 
@@ -199,6 +205,7 @@ def _words(arguments: list[str]) -> Iterator[tuple[list[str], str, str | None]]:
     """Yield the words of each option of the command with its name and its value; other words with an empty name."""
     index = 0
     while index < len(arguments):
+        # "--trainer.max_steps=5" is one word, "--trainer.max_steps" "5" are two, "--trainer.callbacks+=..." appends.
         name, equals, value = arguments[index].partition("=")
         if not name.startswith("--") and name != "-c":
             yield arguments[index : index + 1], "", None
@@ -223,6 +230,7 @@ def _without_keys(arguments: list[str], keys: Iterable[str]) -> list[str] | None
                 changed = True
             elif name in _CONFIG and value is not None and (text := _yaml_without_key(value, path)) is not None:
                 changed = True
+                # jsonargparse takes the text of a YAML file in place of its path
                 kept += ["--config", text]
             else:
                 kept += words
@@ -260,6 +268,7 @@ def _raw_values(arguments: list[str]) -> dict[str, Any]:
 
 def _yaml_key(name: str) -> str:
     """Return the key as in the YAML, where arguments of the module and of the data module stand without init_args."""
+    # "model.init_args.policy.path" -> "model.policy.path"; "trainer.logger.init_args.name" stays
     group, _, rest = name.partition(".init_args.")
     return f"{group}.{rest}" if rest and group in ("model", "data") else name
 

@@ -39,6 +39,7 @@ def free_space(path: Path) -> str:
     A quota may leave less.
     """
     with suppress(OSError, ValueError):  # ValueError: a path with a null character
+        # of the first folder above that exists
         for folder in (path.absolute(), *path.absolute().parents):
             with suppress(FileNotFoundError, NotADirectoryError):
                 usage = shutil.disk_usage(folder)
@@ -64,11 +65,11 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
         size = file.seek(0, os.SEEK_END)
         try:
-            while rest:
+            while rest:  # the system may write a part of it
                 rest = rest[file.write(rest) :]
         except OSError:
             with suppress(OSError):
-                file.truncate(size)
+                file.truncate(size)  # no half line stays
             raise
 
 

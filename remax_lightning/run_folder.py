@@ -48,6 +48,7 @@ def run_folder(trainer: Trainer) -> Path:
     if cast("Any", trainer).fast_dev_run:
         return Path(trainer.default_root_dir)
     if trainer not in _folders:
+        # ---- Rank 0 chooses and creates the folder; the others get it, or the error ----
         folder: Path | None = None
         problem = None
         if trainer.is_global_zero:  # other ranks do not know the version of the logger
@@ -115,6 +116,7 @@ def _logger_folder(trainer: Trainer) -> Path | None:
     if not trainer.loggers:
         return None
     logger = trainer.loggers[0]
+    # ---- The logger's own folder, or one by its version ----
     if _has_folder(logger) and "://" not in str(logger.log_dir):
         return Path(cast(str, logger.log_dir))
     version = logger.version
@@ -148,6 +150,7 @@ def reserve_versions(loggers: Iterable[Logger]) -> None:
             continue
         while True:
             folder = Path(cast(str, logger.log_dir))
+            # TensorBoard's logger adds it to the version's folder, which is the one to create
             if sub_dir := getattr(logger, "sub_dir", None):
                 folder = folder.parents[len(Path(sub_dir).parts) - 1]
             try:
@@ -205,6 +208,7 @@ class FolderLock:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
                 is_held = not self._lock()
+                # The run before may remove the file between opening and locking: this lock is then on a file that is gone.
                 opened = os.fstat(self._descriptor)
                 is_current = self.path.exists() and os.path.samestat(opened, self.path.stat())
                 host, process = self._read()
@@ -237,13 +241,14 @@ class FolderLock:
 
     def _read(self) -> tuple[str, int]:
         """Return host and process in the file; an empty host if it names none."""
+        # "gpu-node-3 12345\n"
         words = os.pread(self._descriptor, 1000, 0).decode(errors="replace").split()
         return (words[0], int(words[1])) if len(words) == 2 and words[1].isdecimal() else ("", 0)
 
 
 def _is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 only asks
     except ProcessLookupError:
         return False
     except OSError:  # of another user
@@ -287,6 +292,7 @@ class RunFolder(Callback):
         if cast("Any", trainer).fast_dev_run:
             return
         folder = run_folder(trainer)
+        # ---- Folders that the user chose, which may lie outside of the run's ----
         chosen = {"ModelCheckpoint.dirpath": [item.dirpath for item in _model_checkpoints(trainer)]}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if key := getattr(callback, "folder_key", None):
@@ -311,6 +317,7 @@ class RunFolder(Callback):
 
     def _lock(self, folder: Path, chosen: dict[str, list[Any]]) -> None:
         folder = folder.absolute()
+        # What lies inside of the run's folder is locked with it.
         wanted = {folder: "the folder of the run"}
         for key, folders in chosen.items():
             for item in folders:

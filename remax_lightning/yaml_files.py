@@ -26,6 +26,7 @@ MAX_DUPLICATES = 10
 
 _STRUCTURE = frozenset(":[{&*\n?")
 """Without any of these characters a text is a single value."""
+# the loader in C, where PyYAML was built with it: far faster
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -91,6 +92,7 @@ def use_for_command_line(write_out: Callable[[Any], Any]) -> None:
         write_out: gets each value that was read, and returns what it stands for.
     """
     load = get_loader("yaml")
+    # once: a loader around a checked loader would check everything twice
     if not getattr(load, "checks_bounds", False):
         set_loader("yaml", _CheckedLoader(load, write_out), (yaml.YAMLError,))
 
@@ -138,8 +140,9 @@ def check_bounds(text: str, source: str = "") -> None:
     front = f"{source}, " if source else ""
     if len(text) > MAX_CHARACTERS:
         raise BoundsError(f"{front}{len(text):,} characters are too many for a configuration ({MAX_CHARACTERS:,})")
-    if _STRUCTURE.isdisjoint(text):
+    if _STRUCTURE.isdisjoint(text):  # such as "5" or "runs/sft/last"
         return
+    # ---- Count, event by event ----
     bounds = _Bounds(front)
     try:
         for event in yaml.parse(text, Loader=_Loader):
@@ -148,6 +151,7 @@ def check_bounds(text: str, source: str = "") -> None:
         raise
     except yaml.YAMLError:  # the loader will say it
         return
+    # ---- Keys that stand twice ----
     if lines := bounds.duplicates:
         more = [f"and {len(lines) - MAX_DUPLICATES} more"] if len(lines) > MAX_DUPLICATES else []
         raise BoundsError(front + "; ".join([*lines[:MAX_DUPLICATES], *more]) + "; remove one of them")
@@ -177,6 +181,7 @@ class _Bounds:
             self._name(event.anchor, None)
             self._stack.append(_Group(isinstance(event, yaml.MappingStartEvent), event.anchor))
         elif isinstance(event, yaml.CollectionEndEvent):
+            # "&a [1, 1, 1]" is 4 values, the list and what is in it; "*a" counts as many
             ended = self._stack.pop()
             self._name(ended.anchor, ended.values)
             self._add(ended.values, line)
@@ -208,7 +213,7 @@ class _Bounds:
     def _note_key(self, key: str, line: int) -> None:
         """Remember where a key stands, or that it has stood in this group before."""
         group = self._stack[-1]
-        if not group.is_mapping or not group.at_key:
+        if not group.is_mapping or not group.at_key:  # a value, or an item of a list
             return
         first = group.lines.setdefault(key, line)
         if key in group.keys:

@@ -48,7 +48,7 @@ class BaselineMonitor(Callback):
         if patience < 1:
             raise UserError(f"baseline_monitor.patience must be at least 1 (optimizer steps), got {patience}")
         self.patience = patience
-        self._reward: list[Tensor] = []
+        self._reward: list[Tensor] = []  # [S] of each micro-batch, like the next one
         self._baseline: list[Tensor] = []
         self._harmful_steps = 0
         self._warned = False
@@ -69,6 +69,7 @@ class BaselineMonitor(Callback):
         self._baseline.append(baseline)
         if not output["closes_step"]:
             return
+        # ---- The optimizer step is complete: reduce, log, warn ----
         values = _statistics(trainer, torch.cat(self._reward), torch.cat(self._baseline))
         self._clear()
         log_step(pl_module, values)

@@ -126,6 +126,7 @@ class CollapseDetector(Callback):
             raise UserError(f"collapse.action must be warn or stop, got {action!r}")
         self.window = window
         self.action = action
+        # ---- Thresholds: shares and correlations are at most 1, the others have no upper limit ----
         self.thresholds = {
             "max_truncation_rate": max_truncation_rate,
             "min_eos_share": min_eos_share,
@@ -145,9 +146,9 @@ class CollapseDetector(Callback):
         self._reset_windows()
 
     def _reset_windows(self) -> None:
-        self._recent: dict[str, list[float]] = {}
-        self._start: dict[str, float] = {}
-        self._calm: dict[str, int] = {}
+        self._recent: dict[str, list[float]] = {}  # the last `window` values of each figure
+        self._start: dict[str, float] = {}  # its mean over the first full window
+        self._calm: dict[str, int] = {}  # steps since the last crossing, of guards that have warned
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the state of an earlier fit; a resumed fit keeps the state of its checkpoint."""
@@ -166,7 +167,7 @@ class CollapseDetector(Callback):
         if not output["closes_step"]:
             return
         # ---- Figures over all ranks, then windows, guards and alarms ----
-        figures, self._step = self._step.reduce(trainer), StepFigures()
+        figures, self._step = self._step.reduce(trainer), StepFigures()  # the next step starts with none
         self._update_windows(figures)
         means = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
         slope = _slope(self._recent.get("kl", []), self.window)
@@ -192,11 +193,12 @@ class CollapseDetector(Callback):
 
     def _update_windows(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value):  # an undefined figure leaves the window as it is
                 continue
             recent = self._recent.setdefault(name, [])
             recent.append(value)
             del recent[: -self.window]
+            # The first full window is the start that later ones are compared with.
             if name not in self._start and len(recent) == self.window:
                 self._start[name] = math.fsum(recent) / self.window
 
@@ -275,6 +277,7 @@ def _slope(values: list[float], window: int) -> float:
     """Return the slope of the least-squares line through `window` values; NaN if there are fewer."""
     if len(values) < window:
         return math.nan
+    # Covariance over variance of the steps 0, 1, ..., whose squared deviations add up to window (window^2 - 1) / 12.
     middle, mean = (window - 1) / 2, math.fsum(values) / window
     products = math.fsum((i - middle) * (value - mean) for i, value in enumerate(values))
     return products / (window * (window**2 - 1) / 12)
@@ -292,11 +295,13 @@ class StepFigures:
 
     def add(self, output: StepOutput) -> None:
         """Add a micro-batch."""
+        # ---- Of each response ----
         responses = output["rollout"].sampled
         self._reward.append(response_reward(output))
         self._length.append(response_length(output))
         self._ended.append(~responses.truncated.cpu())
         self._texts += [_text_hash(text) for text in responses.texts]
+        # ---- Sums over tokens and responses ----
         mask = output["entropy_mask"]
         self._sums["entropy"] += output["entropy"].detach().double().masked_fill(~mask, 0.0).sum().item()
         self._sums["entropy_tokens"] += mask.sum().item()
@@ -312,13 +317,15 @@ class StepFigures:
             `length_correlation` (Pearson, of reward and length) and `distinct_share`, the same on every rank; also
             `not_finite/NAME` where the total of reward, entropy or KL is not finite.
         """
-        reward, length, ended = torch.cat(self._reward), torch.cat(self._length), torch.cat(self._ended)
+        reward, length, ended = torch.cat(self._reward), torch.cat(self._length), torch.cat(self._ended)  # [S]
         texts, sums = torch.tensor(self._texts, dtype=torch.float64), list(self._sums.values())
+        # ---- Sums over all ranks ----
         local = [float(reward.numel()), ended.sum().item(), length.sum().item(), reward.sum().item(), *sums]
         count, num_ended, tokens, rewards, entropy, entropy_tokens, kl, kl_responses = sum_over_ranks(trainer, local)
         # Central moments in a second reduction: a variance from sums of squares would lose its digits.
         x, y = reward - rewards / count, length - tokens / count
         xx, yy, xy = sum_over_ranks(trainer, [(x * x).sum().item(), (y * y).sum().item(), (x * y).sum().item()])
+        # ---- Totals that are not finite, then means ----
         totals = {"reward": rewards, "entropy": entropy, "kl": kl}
         broken = {f"{NOT_FINITE}/{name}": total for name, total in totals.items() if not math.isfinite(total)}
         return broken | {
@@ -333,4 +340,5 @@ class StepFigures:
 
 def _text_hash(text: str) -> float:
     """Return a 48-bit hash of a text as float64, the same on every rank, so that ranks can gather it."""
+    # 48 bits fit into the 53 of a float64, so equal hashes are equal texts; `hash` has another seed in each process.
     return float(int.from_bytes(blake2b(text.encode("utf-8", "backslashreplace"), digest_size=6).digest(), "big"))

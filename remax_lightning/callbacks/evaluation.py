@@ -90,12 +90,14 @@ class Evaluation(Callback):
         ):
             if not holds:
                 raise UserError(f"evaluation.{key} must be {expected}, got {got!r}")
+        # ---- Options ----
         self.path, self.test, self.validation, self.at_start = path, test, validation, at_start
         self.response_column, self.text, self.max_length = response_column, text, max_length
         self.num_resamples, self.seed = num_resamples, seed
+        # ---- State of one evaluation ----
         self._target: Path | None = None
         self._text = ""
-        self._requested: tuple[Measure, ...] | None = None
+        self._requested: tuple[Measure, ...] | None = None  # None: all that are possible
         self._active = self._prints = self._needs_responses = False
         self._records: list[PromptRecord] = []
 
@@ -115,6 +117,7 @@ class Evaluation(Callback):
             return None
         if self.path is None:
             folder = run_folder(trainer)
+            # The first of evaluation.json, evaluation_1.json, ... that is free, with the .jsonl beside it.
             names = ("evaluation.json", *(f"evaluation_{count}.json" for count in range(1, 10_000)))
             targets = [folder / name for name in names]
         else:
@@ -161,6 +164,7 @@ class Evaluation(Callback):
                 " measure"
             )
         self._records, self._requested = [], requested
+        # ---- What is measured; the perplexity of a text file is measured once, at the end ----
         wanted = {name: True for name in MEASURES if requested is None or name in requested}
         wanted["perplexity"] = "perplexity" in wanted and self.text is None
         # Explicitly requested: if the first batch has no responses, stop at once and not after hours.
@@ -225,10 +229,13 @@ class Evaluation(Callback):
         self._records = []
         if not records or not trainer.is_global_zero:
             return
+        # ---- Figures with intervals, and the measures that were not possible ----
         measured = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
         left_out = self._missing_measures(measured, cast("Any", pl_module))
+        # ---- Table ----
         if self._prints:
             _print_table(trainer.ckpt_path, len(records), measured, left_out, self.num_resamples)
+        # ---- Files ----
         if self._target is not None:
             answer = {
                 "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
@@ -259,10 +266,12 @@ class Evaluation(Callback):
 
     def _settings(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         """Return the settings that the figures depend on; the command line adds the arguments of the reward."""
+        # ---- Of module and callback ----
         options = {
             name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")
         }
         settings = {**module.settings(), "evaluation": {**options, "confidence": CONFIDENCE}}
+        # ---- As the user has set them, which only the command line knows ----
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 config = yaml.safe_load(callback.parser.dump(callback.config))
@@ -280,7 +289,7 @@ def run_validation(trainer: Trainer) -> None:
     """
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     first_iteration = connector._first_loop_iter
-    with isolate_rng():
+    with isolate_rng():  # training draws the same random numbers with and without it
         trainer.validating = True
         loop.run()
         trainer.training = True
@@ -293,6 +302,7 @@ def run_validation(trainer: Trainer) -> None:
 def gather_records(local: Sequence[PromptRecord]) -> list[PromptRecord]:
     """Return the records of all ranks in the order of the data set, without repeated rows."""
     all_records = [record for part in gather_objects(list(local)) for record in part]
+    # Ranks repeat rows so that all have equally many batches: each number counts once.
     known: dict[int, PromptRecord] = {}
     for record in all_records:
         if record.number is not None:

@@ -71,6 +71,7 @@ class ExportPolicy(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
+        # ---- Refuse what would fail after hours of training ----
         from lightning.pytorch.strategies import FSDPStrategy
 
         self._exported_last = False
@@ -142,6 +143,7 @@ class ExportPolicy(Callback):
         return str((cast("Path", self._directory) / name).resolve())
 
     def _is_better(self, score: float) -> bool:
+        # NaN is never better; any number is better than none.
         if math.isnan(score) or self.best_score is None:
             return not math.isnan(score)
         return score > self.best_score if self.mode == "max" else score < self.best_score
@@ -193,6 +195,7 @@ def _is_failed_write(error: BaseException) -> bool:
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with an empty folder beside `target`, add checksums of its files, and rename it to `target`."""
+    # ---- Write beside the target ----
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for leftover in (new, old):  # of a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True)
@@ -203,6 +206,7 @@ def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    # ---- Swap: if the rename fails, the old folder comes back ----
     if target.exists():
         target.rename(old)
     try:

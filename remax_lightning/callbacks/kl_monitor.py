@@ -53,6 +53,7 @@ class KLMonitor(Callback):
         stop_kl: float | None = None,
     ) -> None:
         super().__init__()
+        # ---- Options in their range, and those that need each other ----
         for name, value in (("target_kl", target_kl), ("stop_kl", stop_kl)):
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"kl_monitor.{name} must be above 0 and finite (nats per response), got {value}")
@@ -69,8 +70,8 @@ class KLMonitor(Callback):
         self.adaptive = adaptive
         self.horizon = horizon
         self.stop_kl = stop_kl
-        self._kl_coef: float | None = None
-        self._kl: list[Tensor] = []
+        self._kl_coef: float | None = None  # the adapted one, which a checkpoint keeps
+        self._kl: list[Tensor] = []  # [S] of each micro-batch, like the next one
         self._reward: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,6 +142,7 @@ class KLMonitor(Callback):
     def _adapt_coefficient(self, pl_module: LightningModule, mean_kl: float, responses: float) -> None:
         if self.target_kl is None or not math.isfinite(mean_kl):
             return  # one bad step must not change the coefficient for the rest of the run
+        # the proportional error, clipped to 20 %
         error = min(max(mean_kl / self.target_kl - 1, -0.2), 0.2)
         module = cast("Any", pl_module)
         # At most one horizon: more than five horizons in a step would make the coefficient negative.

@@ -36,6 +36,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to overwrite or extend the file of another run."""
+        # ---- The file must be new on every rank ----
         self._lines, self._pending = 0, []
         path = self._file(trainer)
         # All ranks decide the same, or the others would wait for the rank that stopped.
@@ -44,6 +45,7 @@ class PredictionWriter(Callback):
                 f"predictions.path must be a file that does not exist yet, got {path}; "
                 "move it away or give another path"
             )
+        # ---- It must be possible to write it: now, before anything is generated ----
         problem = ""
         try:
             append_lines(path, [])
@@ -73,6 +75,7 @@ class PredictionWriter(Callback):
         path = self._file(trainer)
         with tolerate_disk_errors(path, self._warned, "Predictions are kept in memory and tried again."):
             append_lines(path, self._pending)
+            # Not reached if the write failed: the lines are tried again with the next batch.
             self._lines += len(self._pending)
             self._pending = []
 

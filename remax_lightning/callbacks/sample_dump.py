@@ -62,6 +62,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int], text: str, context: Sequence
 
 
 Stage = Literal["train", "validation"]
+# columns of the table in TensorBoard
 _COLUMNS = (
     "prompt",
     "response",
@@ -211,12 +212,12 @@ def _sample_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the first `limit` sampled responses as JSON objects."""
     rollout = output["rollout"]
-    reward, baseline, kl = response_reward(output), response_baseline(output), response_kl(output)
-    advantage, length = response_advantage(output), response_length(output)
+    reward, baseline, kl = response_reward(output), response_baseline(output), response_kl(output)  # [S] each
+    advantage, length = response_advantage(output), response_length(output)  # [S] each
     truncated = rollout.sampled.truncated.cpu()
     parts = {name: value.detach().double().cpu() for name, value in rollout.reward_parts.items()}
     for i in range(min(limit, reward.shape[0])):
-        row = i // rollout.num_samples
+        row = i // rollout.num_samples  # the n responses to a prompt are next to each other
         yield {
             "step": step,
             "stage": stage,
@@ -239,7 +240,7 @@ def _token_fields(output: StepOutput, i: int, tokenizer: Any | None) -> dict[str
     rollout = output["rollout"]
     responses = rollout.sampled
     mask = responses.response_mask[i]  # [R]
-    ids = responses.response_ids[i][mask].tolist()
+    ids = responses.response_ids[i][mask].tolist()  # without padding
     prompt = i // rollout.num_samples
     context = rollout.prompt.prompt_ids[prompt][rollout.prompt.prompt_mask[prompt]][-CONTEXT_TOKENS:].tolist()
     figures = {"token_kl": output["kl"], "token_advantages": output["advantages"]}

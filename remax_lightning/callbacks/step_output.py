@@ -23,14 +23,14 @@ def rollout_output(outputs: object) -> StepOutput | None:
 
 def response_kl(output: StepOutput) -> Tensor | None:
     """Return the KL of each sampled response, `[S]` in nats (sum over tokens); None without a reference."""
-    kl = output["kl"]
+    kl = output["kl"]  # [S, R], 0 on padding
     return None if kl is None else kl.detach().double().sum(dim=-1).cpu()
 
 
 def response_advantage(output: StepOutput) -> Tensor:
     """Return the advantage of each sampled response, `[S]`: the mean over its tokens."""
-    mask = output["rollout"].sampled.response_mask
-    advantages = output["advantages"].detach().double() * mask
+    mask = output["rollout"].sampled.response_mask  # [S, R]
+    advantages = output["advantages"].detach().double() * mask  # [S, R]
     return (advantages.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).cpu()
 
 
@@ -44,6 +44,7 @@ def response_baseline(output: StepOutput) -> Tensor | None:
     rollout = output["rollout"]
     if rollout.baseline_reward is None:
         return None
+    # [B] -> [S]: one greedy response per prompt, n sampled ones
     return rollout.baseline_reward.detach().double().cpu().repeat_interleave(rollout.num_samples)
 
 

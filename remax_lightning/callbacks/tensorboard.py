@@ -24,6 +24,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
+# group -> title of a chart -> tags of its curves
 _CHARTS: dict[str, dict[str, list[str]]] = {
     "Reward": {
         "training: sampled and greedy": ["train/reward", "train/baseline_reward"],
@@ -95,6 +96,7 @@ class TensorBoardReport(Callback):
             self._has_layout = True
             with self._tolerated(trainer):
                 cast(Any, tensorboard_writer(trainer)).add_custom_scalars(_layout())
+        # The step that this micro-batch belongs to; `global_step` counts the steps that are complete.
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if self.every_n_steps == 0 or step % self.every_n_steps:
             return
@@ -116,7 +118,8 @@ class TensorBoardReport(Callback):
     def _write(self, trainer: Trainer, step: int) -> None:
         values, self._values = self._values, {}
         for name, parts in values.items():
-            local = torch.cat(parts)
+            local = torch.cat(parts)  # [S] of this rank
+            # NumPy has no histogram of NaN or infinity.
             gathered = gather_over_ranks(trainer, local[local.isfinite()])
             if gathered.numel() > 0:
                 with self._tolerated(trainer):
@@ -131,6 +134,7 @@ def _layout() -> dict[str, dict[str, list[Any]]]:
     `train/kl_max`.
     """
     return {
+        # "train/kl" -> "^train/kl$"
         group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
         for group, charts in _CHARTS.items()
     }

@@ -32,7 +32,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._started = 0.0
-        self._rollout_rate: float | None = None
+        self._rollout_rate: float | None = None  # logged again until the next rollout has ended
         self._clear_step()
         self._clear_rollout()
 
@@ -56,6 +56,7 @@ class Throughput(Callback):
             torch.cuda.synchronize(pl_module.device)
         self._add(output, time.perf_counter() - self._started)
         if output["closes_step"]:
+            # A rollout batch is trained on in several micro-batches, perhaps over several optimizer steps.
             ends_rollout = not isinstance(batch, PromptBatch) or batch.micro_batch_index == batch.num_micro_batches - 1
             log_step(pl_module, self._reduce_step(trainer, ends_rollout))
 
@@ -63,6 +64,7 @@ class Throughput(Callback):
         rollout, times = output["rollout"], output["times"]
         tokens = int(rollout.sampled.response_mask.sum())
         tokens += 0 if rollout.greedy is None else int(rollout.greedy.response_mask.sum())
+        # ---- Of the optimizer step, then of the rollout batch ----
         self._rollout_s += times["rollout"]
         self._reward_s += times["reward"]
         self._step_s += seconds
@@ -90,6 +92,7 @@ class Throughput(Callback):
             "time/step_s": step_s,
             "throughput/tokens_per_s": tokens / step_s,
         }
+        # ---- The rate of a whole rollout, not of the part that fell into this step ----
         if ends_rollout:
             self._clear_rollout()
             if batch_rollout_s > 0:

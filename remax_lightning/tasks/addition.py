@@ -32,6 +32,7 @@ def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train
         val: number of held-out additions; none of them is in the other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # ---- Additions, and the demonstrations that are wrong ----
     pairs, width = _sample_operands(digits, train + val), max(digits)
     source = random.Random(1)
     forgets_carry = [source.random() < CARELESS_SHARE for _ in pairs]
@@ -43,11 +44,13 @@ def write_addition_task(folder: Path, *, digits: tuple[int, ...] = (2, 3), train
             for (a, b), forgets in zip(pairs[val:], forgets_carry[val:], strict=True)
         ],
     }
+    # ---- {"prompt": "012+345=", "response": "0357"}, one per line ----
     for name, sums in rows.items():
         lines = [
             json.dumps({"prompt": f"{a:0{width}}+{b:0{width}}=", "response": f"{c:0{width + 1}}"}) for a, b, c in sums
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # ---- The policy, without weights: each run draws its own ----
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(folder / "policy")
     policy_config(tokenizer).save_pretrained(folder / "policy")
@@ -60,8 +63,9 @@ def _sample_operands(digits: tuple[int, ...], count: int) -> list[tuple[int, int
     policy then learns to add in hundreds of steps instead of thousands.
     """
     source = random.Random(0)
+    # 90 numbers of two digits, 900 of three
     possible = sum(9 * 10 ** (d - 1) for d in digits) ** 2
-    pairs: dict[tuple[int, int], None] = {}
+    pairs: dict[tuple[int, int], None] = {}  # in order, without repetitions
     while len(pairs) < min(count, possible):
         a, b = (source.randrange(10 ** (d - 1), 10**d) for d in source.choices(digits, k=2))
         pairs[a, b] = None
@@ -70,6 +74,7 @@ def _sample_operands(digits: tuple[int, ...], count: int) -> list[tuple[int, int
 
 def _sum_without_carry(a: int, b: int) -> int:
     """Return the sum without the carry from the units to the tens."""
+    # 17 + 25: 30 from the tens, 2 from the units
     return 10 * (a // 10 + b // 10) + (a + b) % 10
 
 

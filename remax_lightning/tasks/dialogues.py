@@ -37,6 +37,7 @@ QUESTIONS = (
     "Is there a {thing} for sale in {place}?",
 )
 
+# ---- Parts of a response: the rule likes the first and third kind, and dislikes the second and fourth ----
 POLITE = ("Of course!", "Gladly!", "Thank you for asking!")
 CURT = ("Look,", "Well,", "As I said,")
 OFFERS = ("Can I help with anything else?", "Please ask me if you need more.", "Would you like me to call them?")
@@ -58,6 +59,7 @@ FILLERS = (
 BRIEF = 18
 """Number of words from which a longer response loses score."""
 
+# "red chair"
 _THING = re.compile(rf"\b({'|'.join(ADJECTIVES)}) ({'|'.join(NOUNS)})\b")
 
 
@@ -84,6 +86,7 @@ def true_score(
 
 
 def _score_response(prompt: str, response: str) -> float:
+    # ---- Things, opening, end, length ----
     asked, named = set(_THING.findall(prompt)), _THING.findall(response)
     score = 2.0 * any(thing in asked for thing in named) - sum(thing not in asked for thing in named)
     score += response.startswith(POLITE) - float(response.startswith(CURT))
@@ -101,6 +104,7 @@ def make_preferences(count: int, seed: int = 0) -> list[Pair]:
         ValueError: if there are fewer different prompts.
     """
     source = random.Random(f"dialogues/{seed}")
+    # 6 questions x 16 adjectives x 44 nouns x 12 places
     prompts = list(_all_prompts())
     if count > len(prompts):
         raise ValueError(f"there are {len(prompts)} different prompts, {count} pairs need as many")
@@ -115,6 +119,7 @@ def read_pairs(path: Path) -> list[Pair]:
 def preference_probability(pair: Pair) -> float:
     """Return the probability with which the rule chooses the chosen response."""
     first, second = true_score([pair.prompt] * 2, [pair.chosen, pair.rejected], [{}, {}])
+    # Bradley-Terry: the logistic function of the difference
     return 1 / (1 + math.exp(second - first))
 
 
@@ -124,6 +129,7 @@ def _all_prompts() -> Iterator[tuple[str, str]]:
             for noun in NOUNS:
                 for place in PLACES:
                     thing = f"{adjective} {noun}"
+                    # "User: Who repairs a red chair in Cork?\nAssistant:", "red chair"
                     yield f"User: {question.format(thing=thing, place=place)}\nAssistant:", thing
 
 
@@ -139,6 +145,7 @@ def _make_pair(source: random.Random, prompt: str, thing: str) -> Pair:
 def _make_response(source: random.Random, thing: str) -> str:
     """Return a response whose parts are drawn independently, good and bad ones."""
     other = f"{source.choice(ADJECTIVES)} {source.choice(NOUNS)}"
+    # the thing of the prompt, another one, or none
     named = source.choices((thing, other, "thing"), weights=(4, 3, 3))[0]
     opening = source.choice((source.choice(POLITE), source.choice(CURT), ""))
     body = source.choice(BODIES).format(thing=named) + "."
@@ -146,6 +153,7 @@ def _make_response(source: random.Random, thing: str) -> str:
         body = body[0].upper() + body[1:]
     fillers = source.sample(FILLERS, source.choice((0, 0, 1, 2)))
     ending = source.choice((source.choice(OFFERS), source.choice(DISMISSALS), ""))
+    # " Gladly! You will find a red chair at the market. That is all."
     return " " + " ".join(part for part in (opening, body, *fillers, ending) if part)
 
 
@@ -162,11 +170,13 @@ def write_dialogue_task(folder: Path, *, train: int = 20_000, val: int = 256, he
         held_out: pairs for evaluation.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # ---- Pairs, cut into three files ----
     pairs = make_preferences(train + val + held_out)
     files = {"val": pairs[:val], "held_out": pairs[val : val + held_out], "preferences": pairs[val + held_out :]}
     for name, rows in files.items():
         lines = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    # ---- A tokenizer of the training pairs, and a policy without weights ----
     tokenizer = train_tokenizer(text for pair in files["preferences"] for text in pair)
     tokenizer.save_pretrained(folder / "policy")
     policy_config(tokenizer, num_layers=3).save_pretrained(folder / "policy")
@@ -188,6 +198,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 896, longest: int = 
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
+    # ---- Bytes, merged by frequency: any text can be encoded ----
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -198,6 +209,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 896, longest: int = 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # ---- <s> in front of every text ----
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

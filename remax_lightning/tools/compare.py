@@ -57,6 +57,7 @@ def read_evaluation(path: Path) -> SavedEvaluation:
     Raises:
         UserError: if there is no evaluation, or more than one.
     """
+    # ---- The file, or the only one in a folder ----
     if path.is_dir():
         files = sorted(path.glob("evaluation*.json"))
         if len(files) != 1:
@@ -70,12 +71,14 @@ def read_evaluation(path: Path) -> SavedEvaluation:
         if not file.is_file():
             raise UserError(f"there is no file {file}; `remax test` writes an evaluation.json and .jsonl side by side")
     try:
+        # ---- Its figures and records ----
         answer = load_json(path.read_text(encoding="utf-8"))
         # Not `splitlines`, which also splits at characters that may be inside a text.
         records = [_parse_record(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
         answer["settings"]["reward"], answer["figures"]  # raises KeyError if it is another kind of file
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} (or {lines.name}) is not an evaluation of `remax test` ({error!r})") from error
+    # Pieces of a text file have no responses.
     prompts = _index_by_text([item for item in records if item.responses])
     return SavedEvaluation(path, answer, prompts, _index_by_text([item for item in records if not item.responses]))
 
@@ -83,11 +86,12 @@ def read_evaluation(path: Path) -> SavedEvaluation:
 def _parse_record(line: str) -> PromptRecord:
     record = PromptRecord(**load_json(line))
     if record.responses:
-        record.rewards["sampled"], record.rewards["greedy"]
+        record.rewards["sampled"], record.rewards["greedy"]  # raises KeyError if it is another kind of record
     return record._replace(sums={name: (float(total), float(count)) for name, (total, count) in record.sums.items()})
 
 
 def _index_by_text(records: Sequence[PromptRecord]) -> dict[tuple[str, int], PromptRecord]:
+    # The same prompt twice: ("2 + 2 =", 0), ("2 + 2 =", 1).
     seen: Counter[str] = Counter()
     prompts = {}
     for record in records:
@@ -140,11 +144,13 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the comparison to this file")
     parser.add_argument("--num_resamples", type=int, default=10_000, help="resamples of the bootstrap (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    # ---- Refuse what would fail after the comparison ----
     options = parser.parse_args(args)
     if options.json is not None and options.json.exists():
         raise UserError(f"--json must be a file that does not exist yet, got {options.json}; move it away")
     if not 1 <= options.num_resamples <= 10**6:
         raise UserError(f"--num_resamples must be between 1 and a million, got {options.num_resamples}")
+    # ---- Read, compare, print, write ----
     first, second = read_evaluation(options.first), read_evaluation(options.second)
     answer = compare(first, second, options.num_resamples, options.seed, common=options.common)
     print(format_comparison(answer))
@@ -171,10 +177,12 @@ def compare(
     Raises:
         UserError: if prompts or rewards differ.
     """
+    # ---- Figures of the prompts that both have ----
     check_rewards(first, second)
     pairs, notes = pair_records(first, second, common=common)
     left_out = find_incomparable(first, second, pairs)
     figures_by_name = compare_figures(pairs, left_out, num_resamples, seed)
+    # ---- Perplexities of a text file, if it is the same in both ----
     texts = Pairs(list(first.pieces.values()), list(second.pieces.values()))
     if first.pieces.keys() != second.pieces.keys() or _token_mismatch(texts):
         left_out |= dict.fromkeys(("perplexity", "reference_perplexity"), "they are of different texts")
@@ -185,6 +193,7 @@ def compare(
         PromptRecord(None, "", {}, {}, {name: _win_rate(one, two, whose) for name, whose in WIN_RATES.items()})
         for one, two in zip(*pairs, strict=True)
     ]
+    # ---- What was left out, and what else differs ----
     notes += [f"Left out: {name}, because {why}." for name, why in left_out.items()]
     notes += _sampling_notes(first, second)
     return {
@@ -215,10 +224,10 @@ def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: in
         return {}
     # ---- Sums [P, F] of the prompts on which both evaluations have the figure ----
     one, two = (collect_sums(records, names) for records in pairs)
-    shared = (one.denominators > 0) & (two.denominators > 0)
+    shared = (one.denominators > 0) & (two.denominators > 0)  # [P, F]
     one, two = (RecordSums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
     sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
-    # ---- One bootstrap over both, so that the intervals are those of paired differences ----
+    # ---- One bootstrap over both, [P, 2F] each, so that the intervals are those of paired differences ----
     resampled = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
     before, after = (ratios_to_figures(names, part) for part in resampled.chunk(2, 1))  # [K, F]
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
@@ -271,7 +280,7 @@ def check_rewards(first: SavedEvaluation, second: SavedEvaluation) -> None:
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = {}  # {"reward": {"path": "a"}} -> {"reward.path": "a"}
     for name, value in node.items():
         if name not in EXECUTION:
             flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
@@ -284,6 +293,7 @@ def pair_records(first: SavedEvaluation, second: SavedEvaluation, *, common: boo
     Raises:
         UserError: if there are no common prompts, or if some prompts are not common and `common` is false.
     """
+    # By text, so that the two files may have the prompts in another order.
     keys = [key for key in first.prompts if key in second.prompts]
     only = [len(evaluation.prompts) - len(keys) for evaluation in (first, second)]
     if not keys or (any(only) and not common):
@@ -315,12 +325,14 @@ def find_incomparable(first: SavedEvaluation, second: SavedEvaluation, pairs: Pa
 
 
 def _token_mismatch(pairs: Pairs) -> str:
+    # sums: (total over tokens, number of tokens)
     counts = [[record.sums.get("perplexity", (0.0, 0.0))[1] for record in records] for records in pairs]
     return "" if counts[0] == counts[1] else "held-out tokens differ (tokenizer, response_column or max_length)"
 
 
 def _win_rate(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
     one, two = (torch.tensor([record.rewards[whose]], dtype=torch.float64) for record in (first, second))
+    # every response of one policy with every response of the other
     comparisons = float(one.numel() * two.numel())
     return float(win_rates(two, one)) * comparisons, comparisons
 

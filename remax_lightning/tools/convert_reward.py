@@ -54,6 +54,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     parser.add_argument("--deepspeed_chat.pad_token", dest="pad_token", help="eos, or the token it was padded with")
+    # ---- Refuse what cannot be written, before gigabytes are read ----
     options = parser.parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, Path(options.source), options.overwrite)
@@ -66,8 +67,10 @@ def main(args: Sequence[str]) -> None:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )
+    # ---- Read, in whatever format ----
     tokenizer = _load_tokenizer(source)
     loaded = load_classifier(source)
+    # ---- The template under which a plain classifier reads the same token ----
     template = options.template or saved_template(source)
     if loaded.kind == "deepspeed_chat":
         template = _strip_padding_end(template, options.pad_token, tokenizer, loaded)
@@ -75,6 +78,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(
             f"--deepspeed_chat.pad_token: {options.source} was not saved by DeepSpeed-Chat; remove the option"
         )
+    # ---- Write ----
     write_folder_atomically(out, lambda folder: save_classifier(loaded, tokenizer, template, folder))
     print(f"Converted the reward model {options.source} ({loaded.kind}) to {options.out}.")
 
@@ -97,6 +101,7 @@ def save_classifier(
     weights, remainder = fold_into_weights(
         dict(model.state_dict()), score_layers(model, input_ids), score_head(model), Normalization()
     )
+    # OpenRLHF's settings hold no longer: the head is called `score`, and its weights normalize.
     settings = {"value_head_prefix": None, "normalize_reward": None, **remainder, "reward_template": template}
     for name, value in settings.items():
         if value is not None:

@@ -26,6 +26,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
     parser = argparse.ArgumentParser(prog="remax demo", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
     parser.add_argument("--max_steps", type=int, help="stop ReMax after this many optimizer steps")
+    # ---- The task ----
     options = parser.parse_args(args)
     write_addition_task(FOLDER / "task")
     print(f"Wrote additions of two- and three-digit numbers to {FOLDER / 'task'}.")
@@ -49,6 +50,7 @@ def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:
     path = config_folder() / config
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     print(f"\n$ remax {subcommand} --config {shown} {' '.join(more)}", flush=True)
+    # in this process, which has loaded PyTorch and transformers already
     trainer = run([subcommand, "--config", str(path), *more]).trainer
     if trainer.interrupted:
         raise UserError("remax demo was interrupted")
@@ -61,6 +63,7 @@ def _format_table(before: dict[str, float], after: dict[str, float], seconds: fl
         ("sampled reward", "val/reward", "{:.3f}"),
         ("KL to the reference, nats per token", "val/kl", "{:.4f}"),
     ]
+    # columns of 38, 10 and 13 characters
     lines = ["", f"{'on held-out additions':38}{'before':>10}{'after ReMax':>13}", "-" * 61]
     for label, name, form in rows:
         lines.append(f"{label:38}{form.format(before[name]):>10}{form.format(after[name]):>13}")

@@ -72,6 +72,7 @@ def main(args: Sequence[str]) -> None:
         "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
     )
     parser.add_argument(TRUST, action="store_true", help="run code in the checkpoint, or of its model")
+    # ---- Options; the folder is checked before anything is read ----
     options = parser.parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, options.checkpoint, options.overwrite)
@@ -130,6 +131,7 @@ def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
     Raises:
         UserError: if `out` is a file, is not empty, or contains the checkpoint or the current folder.
     """
+    # Replacing the folder removes what is in it, so it must not hold the checkpoint or the current folder.
     target = out.resolve()
     if target in (checkpoint.resolve(), *checkpoint.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()):
         raise UserError(
@@ -148,6 +150,7 @@ def find_config(checkpoint: Path) -> Path:
     Raises:
         UserError: if there is none, or if there are several with different policies.
     """
+    # A run that was resumed in its folder has config.yaml, config_1.yaml, ...
     for folder in checkpoint.absolute().parents[:_LEVELS]:
         paths = [path for path in sorted(folder.glob("config*.yaml")) if _CONFIG.fullmatch(path.name)]
         if not paths:
@@ -188,6 +191,7 @@ def read_run(path: Path) -> Run:
 
 def _section(config: Any, name: str) -> dict[str, Any]:
     """Return a section of the configuration; for a class, the section `init_args` in it."""
+    # {"path": ...}, or {"class_path": ..., "init_args": {"path": ...}}
     value = config.get(name) if isinstance(config, dict) else None
     value = value if isinstance(value, dict) else {}
     inner = value.get("init_args")
@@ -203,6 +207,7 @@ def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Te
     """Return the model on the meta device, and its full weights from the checkpoint."""
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     model: Any = run.source.empty_model("model.policy", dtype)
+    # With `keep_vars` tied names have the same parameter, so they can be told by its id.
     parameters: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shared = deduplicate_tied(model, weights)
     tensors = {id(parameters[name]): shared[name] for name in shared}  # one per parameter, also if tied
@@ -232,6 +237,7 @@ def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
     """Return the adapter around a model without weights."""
     if not contains_adapter(weights):
         raise UserError("--adapter needs a checkpoint with a LoRA adapter, but this one has full weights")
+    # "...layers.0.self_attn.q_proj.lora_A.default.weight"
     adapter = {name: value for name, value in weights.items() if ".lora_" in name}
     return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), adapter, run.lora)
 

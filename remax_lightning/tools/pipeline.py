@@ -46,6 +46,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(prog="remax pipeline", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
+    # ---- The task ----
     options = parser.parse_args(args)
     steps = _StageRunner([f"--seed_everything={options.seed}"])
     write_dialogue_task(FOLDER / "task")
@@ -109,6 +110,7 @@ def _reward_model_accuracy(steps: _StageRunner) -> Figure:
     more += ["--trainer.logger.init_args.name", "reward_model_test"]
     trainer = steps.run("reward model's test", "test", "pipeline_reward_model.yaml", more)
     pairs = len(read_pairs(HELD_OUT))
+    # The interval is one of single outcomes; which pairs were right does not change it.
     right = round(float(trainer.callback_metrics["test/accuracy"]) * pairs)
     return mean_figure([[float(index < right)] for index in range(pairs)], NUM_RESAMPLES)
 
@@ -118,6 +120,7 @@ def _rule_accuracy() -> float:
     pairs, num_agreed = read_pairs(HELD_OUT), 0.0
     for pair in pairs:
         chosen, rejected = true_score([pair.prompt] * 2, [pair.chosen, pair.rejected], [{}, {}])
+        # 1 if the rule prefers the chosen response, 0.5 for a tie, 0 otherwise
         num_agreed += 0.5 + 0.5 * ((chosen > rejected) - (chosen < rejected))
     return num_agreed / len(pairs)
 
@@ -127,9 +130,11 @@ def _evaluate(steps: _StageRunner, name: str, more: Sequence[str]) -> dict[str, 
     from remax_lightning.tools.compare import read_evaluation
 
     trainer = steps.run(name, "test", "pipeline.yaml", ["--data.val_path", str(HELD_OUT), *more])
+    # ---- Figures of `remax test` ----
     path = Path(more[-1]) if more[-2] == "--evaluation.path" else run_folder(trainer)
     evaluation = read_evaluation(path)
     figures = {name: Figure(**figure) for name, figure in evaluation.answer["figures"].items()}
+    # ---- Scores by the rule, which no stage has seen ----
     for figure_name, whose in (("true_score", "sampled"), ("greedy_true_score", "greedy")):
         records = [(record.prompt, record.responses[whose]) for record in evaluation.prompts.values()]
         figures[figure_name] = mean_figure(

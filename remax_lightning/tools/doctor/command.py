@@ -75,12 +75,15 @@ def check_reward(context: DoctorContext) -> Finding:
 
 
 CHECKS = (
+    # loading
     Check("data", check_data, ALL_STAGES, ()),
     Check("models", check_models, ALL_STAGES, ()),
     Check("reward", check_reward, (REMAX, SFT), ("models",)),
+    # the texts and token ids that the policy reads
     Check("prompts", prompts.check_prompts, ALL_STAGES),
     Check("bos", prompts.check_bos, ALL_STAGES),
     Check("prompt_eos", prompts.check_prompt_eos, ALL_STAGES),
+    # where responses end, and what of them is trained
     Check("pad_token", responses.check_pad_token, ALL_STAGES),
     Check("prompt_padding", policy.check_prompt_padding, (REMAX, SFT)),
     Check("eos", responses.check_eos, (REMAX, SFT)),
@@ -88,10 +91,12 @@ CHECKS = (
     Check("special_tokens", responses.check_special_tokens, (REMAX, SFT)),
     Check("truncation", responses.check_truncation),
     Check("generation_config", responses.check_generation_config),
+    # the same log-probs in decoding, training and reference
     Check("greedy", policy.check_greedy),
     Check("log_probs", policy.check_log_probs),
     Check("on_policy", policy.check_on_policy),
     Check("kl_at_start", policy.check_kl_at_start),
+    # what the reward reads, and whether it tells responses apart
     Check("reward_template", rewards.check_reward_template, (REMAX,), ("data", "models", "reward")),
     Check("reward_truncation", rewards.check_reward_truncation, (REMAX,), ("data", "models", "reward")),
     Check("reward_padding", rewards.check_reward_padding, (REMAX, REWARD_MODEL), ("data", "models", "reward")),
@@ -119,12 +124,14 @@ def run_check(check: Check, context: DoctorContext, failed: set[str]) -> Finding
         context: the run.
         failed: names of the checks that failed before.
     """
+    # ---- Not for this stage, or something that it needs has failed ----
     if not isinstance(context.module, check.stages):
         return Finding("skip", f"does not apply to {type(context.module).__name__}")
     missing = [name for name in check.needs if name in failed]
     if missing:
         return Finding("skip", f"needs {' and '.join(missing)}")
     try:
+        # ---- Run it: whatever it raises is a finding, so that the other checks still run ----
         with torch.no_grad(), context.trainer.precision_plugin.forward_context():
             return check.run(context)
     except NotApplicable as reason:
@@ -170,11 +177,13 @@ def main(args: Sequence[str]) -> list[Result]:
         "--num_prompts", type=int, default=16, metavar="N", help="number of prompts to check (default: 16)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    # ---- Own options; the rest is that of `remax fit` ----
     options, rest = parser.parse_known_args(args)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: there is no folder {str(options.json.parent)!r}; make it, or name another file")
+    # ---- Check, and print each result at once ----
     results = []
     with _quiet_lightning():
         for result in run_checks(load_context(rest, options.num_prompts)):
@@ -185,6 +194,7 @@ def main(args: Sequence[str]) -> list[Result]:
         f"\n{len(results)} checks: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed,"
         f" {count['skip']} did not apply."
     )
+    # ---- Results as JSON, and the exit code ----
     if options.json is not None:
         written = {"num_prompts": options.num_prompts, "checks": [result._asdict() for result in results]}
         options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -209,6 +219,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 def format_result(result: Result) -> str:
     """Return the lines of a result: status, name, what was measured, and below it what to do."""
+    # "warn  kl_at_start        0.12 nats per token, ..." and below it "-> ..." with what to do
     start, indent = f"{result.status:6}{result.name:{COLUMN}}", " " * (6 + COLUMN)
     lines = textwrap.wrap(
         result.measured, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False

@@ -69,6 +69,7 @@ class Tolerance(NamedTuple):
 
 def worst(findings: list[Finding]) -> Finding:
     """Combine the findings of one check: the worst status, with the texts of the findings that have it."""
+    # the worst first
     order: tuple[Status, ...] = ("fail", "warn", "pass", "skip")
     status = min((finding.status for finding in findings), key=order.index)
     worst_findings = [finding for finding in findings if finding.status == status]
@@ -98,6 +99,7 @@ def first_rows(loader: Iterable[Any], count: int, pad_id: int) -> PromptBatch | 
                 f"data: its loader yields a {type(batch).__name__}; expected PromptBatch, SupervisedBatch or"
                 " PreferenceBatch of remax_lightning.types"
             )
+        # later micro-batches repeat the prompts of the first
         if getattr(batch, "micro_batch_index", 0) == 0:
             batches.append(batch)
         if sum(len(item.prompts) for item in batches) >= count:
@@ -124,6 +126,7 @@ def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
 
 
 def _pad_and_concatenate(values: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
+    # [B_i, L_i] each -> [sum of B_i, largest L_i]
     width = max(value.shape[1] for value in values)
     missing = [width - value.shape[1] for value in values]
     padded = [
@@ -141,8 +144,8 @@ def _first_n(batch: Any, count: int) -> Any:
 def select_rows(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
     """Return the prompts at `indices`, without columns that are padding in all of them."""
     chosen = list(indices)
-    mask = batch.prompt_mask[chosen]
-    first = int(mask.any(0).long().argmax())
+    mask = batch.prompt_mask[chosen]  # [b, P]
+    first = int(mask.any(0).long().argmax())  # the first column with a real token
     return PromptBatch(
         batch.prompt_ids[chosen, first:],
         mask[:, first:],
@@ -166,6 +169,7 @@ class DoctorCLI(RemaxCLI):
         """Make a trainer for one process, in the precision of the run."""
         trainer = self.config_init["fit"]["trainer"]
         accelerator = trainer["accelerator"]
+        # A configuration for GPUs can be checked on a machine without one.
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             accelerator = "cpu"
         return Trainer(
@@ -228,6 +232,7 @@ class DoctorContext:
     def load_models(self) -> None:
         """Load the trained model and the reference, and run the module's own checks. The reward is not loaded."""
         module, strategy, precision = self.module, self.trainer.strategy, self.trainer.precision_plugin
+        # ---- As `Trainer.fit` does it, up to the first step ----
         strategy.connect(module)
         module.trainer = self.trainer
         strategy.setup_environment()
@@ -298,6 +303,7 @@ class DoctorContext:
             log_probs: whether the engine returns log-probs.
         """
         module = cast(PolicyModule, self.module)
+        # A worker of its own leaves the run's worker with its reward and its EOS tokens.
         worker = RolloutWorker(module.worker.engine, module.worker.sampling, ZeroReward())
         eos_ids = module.eos_ids() if eos_ids is None else eos_ids
         worker.prepare(module.tokenizer, eos_ids, module.device, module.unused_ids())
@@ -316,6 +322,7 @@ def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
     Raises:
         UserError: if the configuration is wrong, or its module has no checks.
     """
+    # ---- The objects that `remax fit` would make ----
     cli = run(["fit", *args], DoctorCLI)
     if not isinstance(cli.model, BaseModule):
         raise UserError(
@@ -323,6 +330,7 @@ def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
             f" {type(cli.model).__name__}"
         )
     context = DoctorContext(args, cli.model, cli.datamodule, cli.trainer, num_prompts)
+    # ---- What the trainer of the checks does in another way ----
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         context.note = " (checked on the CPU: this machine has no GPU)"

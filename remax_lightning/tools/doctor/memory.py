@@ -63,7 +63,7 @@ def _check_without_activations(context: DoctorContext) -> Finding:
         parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
     )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed = weights + trained * (1 + moments)
+    needed = weights + trained * (1 + moments)  # a gradient, and moments of the same size
     on_cpu = context.trainer.strategy.root_device.type == "cpu"
     available = host_memory() if on_cpu else device_memory()
     measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
@@ -90,5 +90,6 @@ def host_memory() -> float | None:
     if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # "max" without a limit, else bytes
     limit = CONTROL_GROUP.read_text().strip() if CONTROL_GROUP.is_file() else ""
     return float(min(total, int(limit)) if limit.isdecimal() else total)

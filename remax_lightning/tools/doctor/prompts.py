@@ -22,6 +22,7 @@ def check_prompt_eos(context: DoctorContext) -> Finding:
     assert isinstance(context.module, PolicyModule)
     eos_ids = set(context.module.eos_ids())
     rows = unpadded_ids(batch.prompt_ids, batch.prompt_mask)
+    # ---- EOS at the end, or before it ----
     last = sum(row[-1:] != [] and row[-1] in eos_ids for row in rows)
     inside = sum(not eos_ids.isdisjoint(row[:-1]) for row in rows)
     values = {"at_the_end": float(last), "inside": float(inside)}
@@ -94,16 +95,19 @@ def judge_bos(rows: list[list[int]], tokenizer: Any, what: str, where: str) -> F
 def check_prompts(context: DoctorContext) -> Finding:
     """Look for empty prompts, and count the rows that were dropped."""
     batch, special = context.batch, set(context.tokenizer.all_special_ids)
+    # ---- Empty: no text, or special tokens only ----
     empty = sum(not text.strip() for text in batch.prompts)
     if not isinstance(batch, PreferenceBatch):
         rows = unpadded_ids(batch.prompt_ids, batch.prompt_mask)
         empty = max(empty, sum(special.issuperset(row) for row in rows))
+    # ---- Rows that were dropped ----
     total, left_out = getattr(context.data, "num_rows", 0), getattr(context.data, "num_left_out", 0)
     share = left_out / total if total else 0.0
     values = {"empty": float(empty), "left_out": float(left_out), "rows": float(total)}
     if empty:
         fix = "fill these rows or remove them: a response to an empty prompt has a meaningless reward"
         return Finding("fail", f"{empty} of {len(batch.prompts)} prompts are empty", fix, values)
+    # ---- Repeated prompts: more than half point to a wrong template ----
     repeated = len(batch.prompts) - len(set(batch.prompts))
     measured = f"none of {len(batch.prompts)} is empty; {left_out} of {total} rows were dropped ({share:.1%})"
     if share > SOME_LEFT_OUT:

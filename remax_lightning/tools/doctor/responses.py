@@ -46,6 +46,7 @@ def check_eos(context: DoctorContext) -> Finding:
             " rollouts go on after a token that ends a turn, up to the length limit"
         )
         return Finding("fail", f"the chat template ends a turn with {name!r} ({other}), which ends no response", fix)
+    # ---- The policy can sample them ----
     names = [f"{module.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ids[:MAX_SHOWN_IDS]]
     listing = ", ".join(names) + (f" and {len(ids) - MAX_SHOWN_IDS} more" if len(ids) > MAX_SHOWN_IDS else "")
     if isinstance(context.batch, PromptBatch):
@@ -99,6 +100,7 @@ def _highest_probability(context: DoctorContext, eos_ids: list[int]) -> float:
         ids = torch.cat([row.prompt_ids, sampled.response_ids[i : i + 1, :length]], dim=1)
         with eval_mode(policy):
             inputs = model_inputs(policy, ids, torch.ones_like(ids, dtype=torch.bool))
+            # [length, V]: the last token of the prompt predicts the first of the response
             logits: Tensor = policy(**inputs, use_cache=False).logits[0, row.prompt_ids.shape[1] - 1 : -1]
         eos_log_probs = logits.float().log_softmax(-1)[:, eos_ids].logsumexp(-1)  # [length]
         highest = max(highest, float(eos_log_probs.max()))
@@ -157,12 +159,13 @@ def _find_stand_in_token(greedy: Responses, eos_ids: list[int], min_length: int)
 def _find_end_fault(responses: Responses, eos_ids: list[int], pad_id: int, stop_strings: tuple[str, ...]) -> str:
     """Return what is wrong with the ends of the responses; empty if nothing is."""
     ids, mask = responses.response_ids, responses.response_mask
-    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device))
+    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device))  # [M, R]
     last_is_end = ends.gather(1, (mask.sum(-1) - 1)[:, None])[:, 0]  # [M]
     if not stop_strings and bool((~responses.truncated & ~last_is_end).any()):
         return "the mask of one leaves its EOS out"
     if bool((~mask & (ids != pad_id)).any()):
         return "one continues after its EOS"
+    # two pad tokens at the end that the mask counts
     padded = (ids[:, -2:] == pad_id).all(-1) & mask[:, -1] & (ids.shape[1] > 1)
     if pad_id not in eos_ids and bool((padded & ~ends.any(-1)).any()):
         return "one is padded without an EOS"
@@ -171,7 +174,7 @@ def _find_end_fault(responses: Responses, eos_ids: list[int], pad_id: int, stop_
 
 def _check_dataset_ends(context: DoctorContext, ids: Tensor, mask: Tensor) -> Finding:
     eos_ids = torch.tensor(context.module.eos_ids(), device=ids.device)
-    last_ids = ids.gather(1, (mask.sum(-1) - 1).clamp_min(0)[:, None])[:, 0]
+    last_ids = ids.gather(1, (mask.sum(-1) - 1).clamp_min(0)[:, None])[:, 0]  # [B]
     ended = int((torch.isin(last_ids, eos_ids) & mask.any(-1)).sum())
     measured = f"{ended} of {len(ids)} responses of the data set end with an EOS that is trained"
     if ended == len(ids):
@@ -259,6 +262,7 @@ def _response_ids_and_mask(context: DoctorContext) -> tuple[Tensor, Tensor]:
 
 def _count_rows_with_holes(mask: Tensor, *, left: bool) -> int:
     """Return the number of rows whose mask is not padding on one side and text on the other."""
+    # Padding on the left: F F T T T only rises, and its last entry is True.
     steps = mask.long().diff(dim=1) * (1 if left else -1)
     touches_edge = mask[:, -1] if left else mask[:, 0]
     return int(((steps < 0).any(1) | ~touches_edge).sum())
@@ -267,7 +271,7 @@ def _count_rows_with_holes(mask: Tensor, *, left: bool) -> int:
 def check_truncation(context: DoctorContext) -> Finding:
     """Measure how many sampled responses hit the length limit, and how long responses are."""
     sampled, limit = context.rollout.sampled, context.module.sampling.max_response_length
-    share, lengths = float(sampled.truncated.float().mean()), sampled.response_mask.sum(-1)
+    share, lengths = float(sampled.truncated.float().mean()), sampled.response_mask.sum(-1)  # lengths: [S]
     mean, longest = float(lengths.float().mean()), int(lengths.max())
     measured = (
         f"{share:.0%} of {len(lengths)} responses hit the limit of {limit} tokens; they have {mean:.1f} on average,"
@@ -330,5 +334,6 @@ def _kl_of_generate(context: DoctorContext) -> float:
     kl = (generated.exp() * (generated - expected)).nan_to_num(0.0).sum(-1)  # [B, R]; 0 * inf for impossible tokens
     ids = output.sequences[:, prompt.prompt_ids.shape[1] :]
     ended = torch.isin(ids, _eos_tensor(context)).long().cumsum(-1)
+    # up to the first EOS, which is still drawn from the distribution
     unfinished = torch.nn.functional.pad(ended[:, :-1], (1, 0)) == 0
     return float(kl[unfinished].mean())

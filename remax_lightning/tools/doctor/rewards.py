@@ -42,6 +42,7 @@ class ResponsesToScore(NamedTuple):
 def policy_responses(context: DoctorContext) -> ResponsesToScore:
     """Return the responses of the policy, with their prompts."""
     rollout: Rollout = context.rollout
+    # 2 prompts with 2 samples each: 0 0 1 1, then 0 1 for the greedy responses
     prompt_index = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
     prompt_index += range(len(rollout.prompt.prompts))
     texts = rollout.sampled.texts + cast(Responses, rollout.greedy).texts
@@ -63,6 +64,7 @@ def check_reward_template(context: DoctorContext) -> Finding:
 
 
 def _judge_template(context: DoctorContext, model: ClassifierReward, scored: ResponsesToScore) -> Finding:
+    # ---- The text has the response, just behind the end of the prompt ----
     tokenizer: Any = model.tokenizer
     texts = [model.text(*row) for row in zip(*scored, strict=True)]
     shown = f"{model.path} reads {_shorten(texts[0])}"
@@ -102,6 +104,7 @@ def _answers_prompt(model: ClassifierReward, prompt: str, response: str, row: di
 
     Probes in the places of both show what the template writes between them.
     """
+    # ---- A probe in place of the last message ----
     conversation = getattr(prompt, "conversation", None)
     if conversation is None or model._text_template is not None:  # the prompt is used as the text that it is
         last, probe = str(prompt), Prompt(_PROBE)
@@ -113,6 +116,7 @@ def _answers_prompt(model: ClassifierReward, prompt: str, response: str, row: di
         probed = model.text(probe, _PROBE_RESPONSE, {})
     except Exception:  # a reward of the user's own may need its columns
         probed = model.text(probe, _PROBE_RESPONSE, row)
+    # ---- What the template writes between the two must be in the real text, too ----
     _, has_probe, rest = probed.rpartition(_PROBE)
     between, has_response, _ = rest.partition(_PROBE_RESPONSE)
     # Templates trim what they write: white space does not count.
@@ -184,12 +188,13 @@ def check_reward_truncation(context: DoctorContext) -> Finding:
 def check_reward_padding(context: DoctorContext) -> Finding:
     """Score all responses at once, in another order, and one by one: a score must depend on its response only."""
     if isinstance(context.batch, PreferenceBatch):
-        together, orders = _pair_scores(context, context.batch)
+        together, orders = _pair_scores(context, context.batch)  # [2, B]
         in_16_bits = context.is_16_bit
     else:
-        together, orders = _reward_scores(context, policy_responses(context))
+        together, orders = _reward_scores(context, policy_responses(context))  # [M]
         loaded = [cast(Any, model.model).dtype for model in reward_models(cast(Any, context.reward))]
         in_16_bits = any(dtype != torch.float32 for dtype in loaded)
+    # ---- The first comparison that fails names the cause ----
     tolerance = MOVED_16_BITS if in_16_bits else MOVED
     findings = [_judge_moved_scores(name, other, together, tolerance) for name, other in orders.items()]
     faults = [finding for finding in findings if finding.status != "pass"]
@@ -221,6 +226,7 @@ def _reward_scores(context: DoctorContext, scored: ResponsesToScore) -> tuple[Te
         return checked_scores(cast(Any, context.reward), *responses).reward.double().cpu()
 
     count = len(scored.responses)
+    # scored from the last to the first, and put back in order
     backwards = list(range(count))[::-1]
     alone = torch.cat([score(scored.select([i])) for i in range(count)])
     return score(scored), {
@@ -238,7 +244,7 @@ def _pair_scores(context: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor
         fields: dict[str, Any] = {}
         for name in ("chosen", "rejected"):
             mask = getattr(batch, f"{name}_mask")[indices]
-            width = int(mask.sum(-1).max())
+            width = int(mask.sum(-1).max())  # without columns that are padding in all of `indices`
             fields |= {f"{name}_ids": getattr(batch, f"{name}_ids")[indices, :width], f"{name}_mask": mask[:, :width]}
         with eval_mode(module.reward_model):
             return torch.stack(module.scores(batch._replace(**fields, margin=batch.margin[indices]))).double().cpu()

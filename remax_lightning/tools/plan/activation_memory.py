@@ -1,4 +1,4 @@
-"""What the passes of a step hold beside weights and stored gradients, found by running them on shapes alone.
+"""Measure the memory of a step's passes, without weights and stored gradients, by running them on fake tensors.
 
 The code of a real step runs, the decoding loop, the pass that computes log-probs and the model's own, so neither a
 family nor a change to a pass needs a formula here. The bytes of the tensors that are alive are counted meanwhile.
@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: int = 0
         self.peak: int = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # bytes by storage
         for item in known:
             for tensor in (*item.parameters(), *item.buffers()) if isinstance(item, nn.Module) else (item,):
                 self._watch(tensor, 0)
@@ -60,6 +60,7 @@ class LiveBytes(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Every operator passes here, those of the backward pass, too.
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -67,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def reset(self) -> None:
-        """Let the peak count anew."""
+        """Set the peak to the bytes of now."""
         self.peak = self.live
 
     def _watch(self, tensor: Tensor, size: int | None = None) -> None:
@@ -96,6 +97,7 @@ def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # ---- The dtype of models, and no messages about missing values ----
     before, log = torch.get_default_dtype(), logging.getLogger("torch._subclasses.fake_tensor")
     torch.set_default_dtype(dtype)
     log.disabled, quiet = True, log.disabled  # of what an operator cannot do without values the exception says enough
@@ -108,7 +110,7 @@ def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 
 
 class StepShape(NamedTuple):
-    """What a device does in a step.
+    """The work of one device in a step.
 
     Args:
         prompts: `B`, of a rollout.
@@ -165,9 +167,11 @@ class StepPasses:
         Raises:
             UserError: if the policy needs another engine.
         """
+        # ---- A model whose cache `PairedEngine` can keep ----
         model, sampling = language_model(self.policy).eval(), self.work.sampling
         if getattr(model, "_is_stateful", False) or not accepts_argument(model, "past_key_values"):
             raise _unsupported_engine_error(model)
+        # ---- The request of a rollout ----
         ids, mask = _dummy_rows(self.work.prompts, self.work.prompt_length)  # [B, P]
         rows = prompt_index_per_row(ids, sampling.num_samples, greedy)  # [N]
         suppressed = self.work.suppressed
@@ -175,6 +179,7 @@ class StepPasses:
         request = GenerationRequest(
             ids, mask, sampling, eos_ids, 0, torch.Generator(), greedy, unused_ids=suppressed.unused_ids
         )
+        # ---- The prompts, the first token, the longest step ----
         with self.autocast(), LiveBytes([model]) as live:
             # No CUDA graphs, which take no tensors without memory, and no cast weights, which the plan lists apart.
             try:
@@ -188,6 +193,7 @@ class StepPasses:
                 loop.decode_step(sampling.max_response_length - 2, tokens)
                 loop.suppress_tokens(sampling.max_response_length - 1)
                 next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
+        # ---- Keys and values, and everything else ----
         states = sum(slots.nbytes for slots in loop.buffers.states)
         return RolloutBytes(states, live.peak - states)
 
@@ -226,19 +232,23 @@ class StepPasses:
 
         def store(parameter: Tensor) -> None:
             nonlocal stored
+            # A gradient that is complete leaves the count: what is kept of it depends on the strategy (`phases.py`).
             parameter.grad = None
             moments.append(BackwardPeak(live.peak, stored))
             stored += parameter.numel()
             live.reset()
 
+        # ---- A hook on each parameter that is trained: one moment per gradient ----
         policy = self.policy.train()
         hooks = [
             weight.register_post_accumulate_grad_hook(store) for weight in policy.parameters() if weight.requires_grad
         ]
         with LiveBytes([policy] if reference is None else [policy, reference]) as live:
             with self.autocast(), _live_after_body(policy, self._head(policy), live) as body:
+                # ---- Forward ----
                 statistics = self._run(policy, self._head(policy), self.work.training_rows, reference)
                 loss = statistics.log_probs if statistics.kl is None else statistics.log_probs + statistics.kl  # [K]
+            # ---- Backward; only the loss keeps the graph ----
             del statistics
             forward = live.peak
             live.reset()
@@ -258,10 +268,12 @@ class StepPasses:
         truncate: bool = True,
     ) -> PolicyStatistics:
         """Run the pass of a step over `num_rows` responses of full length, with all their tokens counted."""
+        # ---- Rows of full length ----
         length = self.work.sampling.max_response_length
         ids, mask = _dummy_rows(num_rows, self.work.length)  # [M, T]
         counted = torch.arange(num_rows).repeat_interleave(length), torch.arange(length).repeat(num_rows)  # [K]
         rows = ForwardBatch(ids, mask, ids[:, -length:], counted, mask[:, -length:])
+        # ---- Hidden states of the reference, for a KL over the vocabulary ----
         compared = None
         if reference is not None:
             other = self._required_head(reference)
@@ -310,13 +322,14 @@ def _live_after_body(model: PreTrainedModel, head: OutputHead | None, live: Live
 def update_bytes(
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: Sequence[dict[str, Any]], *, foreach: bool
 ) -> UpdateBytes:
-    """Count an optimizer; call it inside `shapes_only`.
+    """Measure the state and the temporary memory of an optimizer; call it inside `shapes_only`.
 
     Args:
         make: makes the optimizer of parameter groups.
         groups: the parameter groups.
         foreach: update all parameters at once, as PyTorch chooses on CUDA unless it is told otherwise.
     """
+    # ---- Parameters with gradients, and the optimizer ----
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -325,6 +338,7 @@ def update_bytes(
         if foreach and not group.get("fused") and group.get("foreach", False) is None:
             group["foreach"] = True
     with LiveBytes([*parameters, *(parameter.grad for parameter in parameters)]) as live:
+        # The first step makes the state, the second shows what an update needs beside it.
         optimizer.step()
         state = live.live
         live.reset()
@@ -335,7 +349,7 @@ def update_bytes(
 
 
 def output_head(model: PreTrainedModel) -> OutputHead | None:
-    """Return the head as `find_head` would, which needs numbers to look at; None where it is no linear layer."""
+    """Return the output head like `find_head`, which needs real weights; None if it is not a linear layer."""
     layer = language_model(model).get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None

@@ -54,9 +54,11 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         "--memory", type=float, metavar="GB", help="memory of a device; also print whether the run fits"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in bytes")
+    # ---- Own options; the rest is that of `remax fit` ----
     options, rest = parser.parse_known_args(args)
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory must be above 0, got {options.memory:g}")
+    # ---- Read, measure, print ----
     run = read_run(rest)
     answer = plan(run, measure(run), None if options.memory is None else options.memory * GB)
     print(json.dumps(answer) if options.json else format_plan(run, answer))
@@ -71,11 +73,12 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
         sizes: sizes of its models and passes.
         memory: memory of a device; None leaves out whether the run fits.
     """
-    usable = None if memory is None else (1 - HEADROOM) * memory
+    usable = None if memory is None else (1 - HEADROOM) * memory  # bytes
 
     def phases_on(devices: int) -> dict[str, Parts]:
         return remax_phases(sizes, replace(run.strategy, devices=devices), usable)
 
+    # ---- ReMax, and PPO for comparison, on the devices of the run ----
     phase_parts, ppo = phases_on(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
     offloaded = offloaded_bytes(sizes.policy, sizes.step, sizes.frozen, run.strategy)
     value_offloaded = offloaded_bytes(sizes.value, sizes.step, [], run.strategy)
@@ -88,6 +91,7 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
         "ppo": {"phases": ppo, "peak": peak_bytes(ppo), "host": offloaded + value_offloaded},
         "notes": list(run.notes),
     }
+    # ---- Whether it fits, and on how many devices it would ----
     if usable is not None:
         least = least_devices(lambda devices: peak_bytes(phases_on(devices)), usable)
         answer |= {"memory": memory, "fits": answer["peak"] <= usable, "least_devices": least}
@@ -96,7 +100,7 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
 
 def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
     """Return the parts of the peak of each phase; `memory` decides how `gather: auto` gathers."""
-    sized = (sizes.policy, sizes.step, sizes.frozen)
+    sized = (sizes.policy, sizes.step, sizes.frozen)  # what both calls need
     return phases(*sized, resolve_gather_mode(*sized, strategy, memory))
 
 
@@ -109,7 +113,9 @@ def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) ->
 def format_plan(run: PlannedRun, answer: Mapping[str, Any]) -> str:
     """Return the plan as text."""
     unit = "GPU" if run.device == "gpu" else "process"
+    # ---- The run, the table of its phases ----
     lines = [*_heading(run, answer, unit), "", *_format_table(answer["phases"], f"GB per {unit}"), ""]
+    # ---- The peak, and what it compares with ----
     highest = max(answer["phases"], key=lambda phase: sum(answer["phases"][phase].values()))
     lines.append(f"Peak: {_format_gb(answer['peak'])} GB per {unit}, in {highest}.")
     if answer["host"]:
@@ -145,6 +151,7 @@ def _strategy_name(strategy: Strategy) -> str:
 
 
 def _format_table(phase_parts: Mapping[str, Parts], title: str) -> list[str]:
+    # Parts that no phase has are left out.
     shown = [name for name in PARTS if any(phase_parts[phase].get(name) for phase in PHASES)]
     width = max(len(title), *map(len, shown)) + 2
     rows = [f"{title:{width}}" + "".join(f"{phase:>10}" for phase in PHASES)]

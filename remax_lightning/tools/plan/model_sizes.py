@@ -1,4 +1,4 @@
-"""The sizes of a planned run: its models built from their configurations, its passes run on shapes alone."""
+"""Measure a planned run: build its models from their configurations, and run its passes on fake tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 class Sizes(NamedTuple):
-    """What a run consists of.
+    """The sizes of a run's models and passes.
 
     Args:
         parameters: of the policy, its adapter among them.
@@ -66,11 +66,13 @@ def measure(run: PlannedRun) -> Sizes:
 
 
 def _measure(run: PlannedRun) -> Sizes:
+    # ---- The policy, with its adapter ----
     module, work, kl = run.module, run.work, run.module.objective.kl_config
     policy = empty_model(dataclasses.replace(module.policy_source, dtype=_dtype_name(run.policy_dtype)), "model.policy")
     check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
     work = work._replace(suppressed=_suppressed_tokens(run, policy))
     passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
+    # ---- Frozen models: rewards, and the reference, which may be the policy without its adapter ----
     source, shared = module.reference_source, 0
     reference = None if source is None else empty_model(source, "model.reference").requires_grad_(False)
     frozen = _reward_sizes(run, passes)
@@ -84,6 +86,7 @@ def _measure(run: PlannedRun) -> Sizes:
         with initial_adapter(policy):
             shared = passes.reference_scoring(policy)
     scoring = passes.policy_scoring()
+    # ---- The passes of a step, and its update ----
     groups, foreach = parameter_groups(policy), run.device == "gpu"
     compared = reference if kl.full else None
     step = Step(
@@ -97,6 +100,7 @@ def _measure(run: PlannedRun) -> Sizes:
         hidden=0 if compared is None else passes.hidden_state_bytes(compared, work.prompts * work.sampling.num_samples),
         keeps_cache=run.keeps_cache,
     )
+    # ---- PPO: no greedy responses, and the policy always scores ----
     ppo = dataclasses.replace(step, rollout=passes.rollout(greedy=False), scoring=max(shared, scoring))
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     size = _policy_size(policy, run)
@@ -108,6 +112,7 @@ def _suppressed_tokens(run: PlannedRun, policy: PreTrainedModel) -> SuppressedTo
     if run.tokenizer is None:
         return NO_TOKENS
     eos_id = run.tokenizer.eos_token_id
+    # Embeddings are often padded to a round number of rows: those behind the tokenizer's last id have no token.
     num_used = len(set(run.tokenizer.get_vocab().values()))
     return SuppressedTokens(
         tuple(range(num_used, policy.config.get_text_config().vocab_size)),
@@ -120,9 +125,11 @@ def empty_model(source: ModelConfig, key: str) -> PreTrainedModel:
     """Return a model as `source` would load it, without its weights; call it inside `shapes_only`."""
     # Its memory is that of PyTorch's own kernel, which needs no package and no GPU.
     attention = None if (source.attn_implementation or "").startswith("flash") else source.attn_implementation
+    # ---- The base, without weights ----
     plain = dataclasses.replace(
         source, from_scratch=True, lora=None, quantization=None, attn_implementation=attention
     ).load_base(key)
+    # ---- The adapter: of the configuration, or with the shape of a saved one ----
     lora = source.lora
     if lora is not None and lora.path is not None:
         from peft import PeftConfig
@@ -180,6 +187,7 @@ def _optimizer_bytes(run: PlannedRun, groups: list[dict[str, Any]], foreach: boo
 
 
 def _flatten_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # ZeRO updates one flat float32 tensor per parameter group.
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     return [
         group | {"params": [nn.Parameter(torch.empty(size, dtype=torch.float32))]}
@@ -196,9 +204,11 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     cast_copy = 0
     if run.is_mixed and not run.strategy.shards_policy:  # every device casts its float32 weights once per rollout
+        # halved: 4 bytes become 2
         cast_copy = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
     if run.module.policy_source.quantization is not None:
         head = core.get_output_embeddings()
+        # In 4 bits are the linear layers of the base; the output head and what is trained are not.
         cut = [weight for weight in linears if head is None or weight is not head.weight]
         weights -= sum(weight.nbytes - int(FOUR_BITS * weight.numel()) for weight in cut if not weight.requires_grad)
     return ModelSize(
@@ -214,6 +224,7 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
 
 def _value_size(policy: PreTrainedModel, size: ModelSize) -> ModelSize:
     core = language_model(policy)
+    # A value model has one number in place of the logits, so its output head counts as nothing.
     body = {id(parameter) for parameter in core.base_model.parameters()}
     head = [parameter for parameter in core.parameters() if id(parameter) not in body]
     weights = sum(parameter.nbytes for parameter in head)

@@ -21,42 +21,43 @@ Parts = dict[str, int]
 """Bytes by part."""
 
 
+# ---- The strategies: what a device keeps, gathers and communicates through ----
 class StrategyMemory(ABC):
-    """A model that is trained under one of the strategies: what a device holds of it beside activations."""
+    """The memory that a device needs for a trained model under one of the strategies, without activations."""
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
         self.size, self.step, self.strategy = size, step, strategy
-        self.gradients = size.trainable * size.itemsize
+        self.gradients = size.trainable * size.itemsize  # bytes of all gradients
         self.accumulates = step.micro_batches > 1
         self.passes_follow = step.passes > 1  # so that a forward pass finds gradients of the one before it
 
     @abstractmethod
     def resident(self) -> Parts:
-        """Return what is there in every phase."""
+        """Return the parts that exist in every phase."""
 
     def rollout(self) -> Parts:
-        """Return what else a rollout needs."""
+        """Return the parts that a rollout adds."""
         return {}
 
     def scoring(self) -> Parts:
-        """Return what else a pass without gradients needs."""
+        """Return the parts that a pass without gradients adds."""
         return {}
 
     def body(self) -> Parts:
-        """Return what else the forward pass needs before it makes logits."""
+        """Return the parts that the forward pass adds before it computes logits."""
         return self.forward()
 
     def forward(self) -> Parts:
-        """Return what else the forward pass needs when it makes logits."""
+        """Return the parts that the forward pass adds when it computes logits."""
         return self.scoring()
 
     @abstractmethod
     def backward(self, moment: BackwardPeak) -> Parts:
-        """Return what else is there at a moment of the backward pass."""
+        """Return the parts that the backward pass adds at a moment."""
 
     @abstractmethod
     def update(self) -> Parts:
-        """Return what else the update needs."""
+        """Return the parts that the update adds."""
 
     def host(self) -> int:
         """Return the bytes in the host's memory, per device."""
@@ -97,6 +98,7 @@ class FullySharded(StrategyMemory):
 
     def rollout(self) -> Parts:
         """All weights, or those of a layer, the next one and the rest."""
+        # A layer runs while the next one is gathered.
         layers = self.size.outside + 2 * self.size.layer
         return {"gathered weights": layers if self.strategy.gather == "layerwise" else self.size.weights}
 
@@ -110,8 +112,9 @@ class FullySharded(StrategyMemory):
 
     def backward(self, moment: BackwardPeak) -> Parts:
         """A layer, the next one and the rest; a share of the gradients, and a layer's own on their way."""
+        # Gradients of an earlier micro-batch are whole from the start.
         stored = self.size.trainable if self.accumulates else moment.stored
-        begun = moment.stored > 0
+        begun = moment.stored > 0  # before the first gradient, the head and the loss run
         return {
             "gathered weights": self.size.outside + 2 * self.size.layer * begun,
             "gradients": self.strategy.share(stored * self.size.itemsize),
@@ -129,12 +132,13 @@ class Zero(StrategyMemory):
 
     def __init__(self, size: ModelSize, step: Step, strategy: Strategy) -> None:
         super().__init__(size, step, strategy)
+        # ---- Shares of one device, in bytes ----
         self.master = strategy.share(MASTER * size.trainable)
         self.state = strategy.share(step.flat_update.state)
         self.gradient_share = strategy.share(self.gradients)
         # A float32 copy of the gradients, and what the optimizer needs.
         self.working = self.master + strategy.share(step.flat_update.working)
-        self.on_device = 0 if strategy.offload_optimizer else 1
+        self.on_device = 0 if strategy.offload_optimizer else 1  # 0 if they are in the host's memory
 
     def resident(self) -> Parts:
         """Weights and a share of optimizer and master weights."""
@@ -149,12 +153,14 @@ class Zero(StrategyMemory):
 
     def backward(self, moment: BackwardPeak) -> Parts:
         """Buckets; from the first full one on a copy of the one that is reduced, and a share of the gradients."""
+        # ---- Gradients of earlier micro-batches ----
         accumulated = 0
         if self.accumulates:  # ZeRO-1 reduces with the last micro-batch only
             whole = self.gradients - moment.stored * self.size.itemsize
             accumulated = whole if self.strategy.stage == 1 else self.gradient_share * self.on_device
         if not moment.stored:
             return {"gradients": accumulated}
+        # ---- Buckets, and a copy of the one that is reduced ----
         buffers = self.strategy.buckets * self.strategy.bucket
         buffers = min(buffers, self.size.trainable) if self.strategy.touched else buffers
         copied = self._reduced(moment)
@@ -163,7 +169,7 @@ class Zero(StrategyMemory):
 
     def _reduced(self, moment: BackwardPeak) -> int:
         """Return the numbers in a bucket that is being reduced; 0 before the first is full."""
-        bucket = min(self.strategy.bucket, self.size.trainable)
+        bucket = min(self.strategy.bucket, self.size.trainable)  # elements
         return bucket if moment.stored >= bucket else 0
 
     def update(self) -> Parts:
@@ -210,6 +216,7 @@ class Zero3(Zero):
 
     def backward(self, moment: BackwardPeak) -> Parts:
         """What is still gathered, and a copy of the bucket that is reduced."""
+        # What has passed is released again; the tensor in use stays.
         gathered = max(self.size.largest, self._gathered - moment.stored * self.size.itemsize)
         return {"gathered weights": gathered, "gradient buffers": self._reduced(moment) * self.size.itemsize}
 
@@ -241,6 +248,7 @@ def make_strategy_memory(size: ModelSize, step: Step, strategy: Strategy) -> Str
     return kind(size, step, strategy)
 
 
+# ---- The phases of a step ----
 PHASES = ("rollout", "scoring", "training", "update")
 """Generation; rewards and log-probs without gradients; the pass with gradients; clipping and optimizer."""
 
@@ -267,12 +275,14 @@ def phases(
         strategy: the strategy; `gather: auto` counts as once, see `resolve_gather_mode`.
         value: size of a value model, which PPO trains beside the policy, with its passes after those of the policy.
     """
+    # ---- Parts of every phase, and those that several phases share ----
     policy = make_strategy_memory(size, step, strategy)
     always = _resident_parts(policy, frozen, value)
     hidden = {"reference hidden states": step.hidden}
     copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "16-bit copy": size.cast_copy}
     rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
+    # ---- The moments of each phase that may be its peak ----
     moments_by_phase: dict[str, list[Counter[str]]] = {
         "rollout": [always + Counter(policy.rollout() | rollout)],
         "scoring": [always + Counter(scored) for scored in _scoring_parts(policy, frozen)],
@@ -282,10 +292,12 @@ def phases(
         ],
         "update": [always + Counter(policy.update())],
     }
+    # The backward pass has a moment per gradient that is stored.
     moments_by_phase["training"] += [
         always + Counter(policy.backward(moment)) + Counter(hidden | _activation_parts(body, moment.live))
         for moment in step.training.backward
     ]
+    # ---- The highest moment of each ----
     highest = {phase: max(moments, key=Counter.total) for phase, moments in moments_by_phase.items()}
     return {phase: dict(parts) for phase, parts in highest.items()}
 
@@ -297,6 +309,7 @@ def resolve_gather_mode(
     if strategy.gather != "auto":
         return strategy
     resident = _resident_parts(make_strategy_memory(size, step, strategy), frozen).total()
+    # As the strategy itself decides: the whole weights beside what is always there.
     fits = memory is None or size.weights <= MAX_MEMORY_SHARE * (memory - resident)
     return replace(strategy, gather="once" if fits else "layerwise")
 
@@ -340,6 +353,7 @@ def _resident_parts(
 
 
 def _activation_parts(body: int, live: int) -> Parts:
+    # What the body keeps are activations; what comes on top are logits and temporary tensors.
     return {"activations": min(body, live), "logits and temporary": max(0, live - body)}
 
 

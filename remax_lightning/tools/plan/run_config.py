@@ -1,4 +1,4 @@
-"""A run as `remax plan` reads it from what `remax fit` would run, without a device and without weights."""
+"""Read the run that `remax plan` computes from the arguments of `remax fit`, without devices or weights."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ if TYPE_CHECKING:
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 Device: TypeAlias = Literal["cpu", "gpu"]
+# Lightning still takes these names of its versions before 2.0.
 OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 class PlanCLI(RemaxCLI):
-    """Reads a configuration as `remax fit` does and makes module and data, which load nothing yet, and no trainer."""
+    """Reads a configuration as `remax fit` does; makes module and data, which load nothing yet, but no trainer."""
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing: the planner draws no random numbers."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ARG002
-        """Leave it out: it would ask for the devices that are planned for."""
+        """Make no trainer: it would require the devices that are planned for."""
         return cast(Trainer, None)
 
     def _last_checkpoint(self) -> None:
-        """None is read."""
+        """Do nothing: no checkpoint is read."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Do nothing: only the objects are needed."""
 
 
 class PlannedRun(NamedTuple):
-    """A run as its configuration has it.
+    """The planned run, from its configuration.
 
     Args:
         module: not yet loaded.
@@ -75,13 +76,14 @@ class PlannedRun(NamedTuple):
 
     @property
     def default_dtype(self) -> torch.dtype:
-        """What models are loaded in that say nothing themselves."""
+        """The dtype of models without a `dtype` of their own."""
+        # "bf16-true" -> "bf16", "true"
         number, _, mode = self.precision.partition("-")
         return DTYPES[number] if mode == "true" else torch.float32
 
     @property
     def policy_dtype(self) -> torch.dtype:
-        """What the policy is trained in; DeepSpeed casts it, in mixed precision too."""
+        """The dtype in which the policy is trained; DeepSpeed casts it in mixed precision, too."""
         number = self.precision.partition("-")[0]
         if self.strategy.kind == "zero" and number in ("16", "bf16"):
             return DTYPES[number]
@@ -95,7 +97,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What makes the context of a step."""
+        """A function that returns the autocast context of a step."""
         if not self.is_mixed:
             return nullcontext
         number = self.precision.partition("-")[0]
@@ -114,19 +116,22 @@ class PlannedRun(NamedTuple):
 
 
 def read_run(args: Sequence[str]) -> PlannedRun:
-    """Read what would stand after `remax fit`.
+    """Read the arguments of `remax fit`.
 
     Raises:
         UserError: if it is something that cannot be planned.
     """
+    # ---- The objects of the run, without a trainer ----
     cli = run(["fit", *args], PlanCLI)
     trainer, module, data = cli.config_init["fit"]["trainer"], cli.model, cli.datamodule
     if not isinstance(module, ReMaxModule):
         raise UserError(f"model: remax plan is for ReMaxModule, got {type(module).__name__}")
+    # ---- Devices and strategy ----
     device: Device = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
     devices, note = _devices(trainer["devices"], device)
     strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
     check_quantization(module.policy_source, trainer["strategy"])
+    # ---- Passes, and rewards with memory of their own ----
     splits, accumulate = getattr(data, "num_micro_batches", 1), trainer["accumulate_grad_batches"]
     known, unknown = _reward_models(module.reward)
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
@@ -160,9 +165,10 @@ def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[Class
                 " attribute of that name"
             )
     sampling, kl = module.sampling, module.objective.kl_config
-    responses = data.batch_size * sampling.num_samples
+    responses = data.batch_size * sampling.num_samples  # S
     scored = responses if _has_validation(data) else responses // splits  # validation takes a batch in one pass
-    texts = responses + (data.batch_size if module.objective.needs_greedy else 0)
+    texts = responses + (data.batch_size if module.objective.needs_greedy else 0)  # a greedy response per prompt
+    # Only if every reward model has a limit, the longest text is known.
     limits = [reward.max_length for reward in rewards if reward.max_length is not None]
     return StepShape(
         prompts=data.batch_size,
@@ -205,6 +211,7 @@ def reward_models(reward: Reward) -> list[ClassifierReward]:
 
 def _devices(value: Any, device: str) -> tuple[int, str]:
     """Return how many devices a node has, and a note where the configuration does not say."""
+    # [0, 1], 2, "2", "0,1" say how many; "auto" and -1 do not
     if isinstance(value, list):
         return len(value), ""
     text = str(value)
@@ -227,7 +234,7 @@ def _precision(value: Any) -> str:
 
 
 def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strategy:
-    """Return what is planned for a strategy of Lightning's or ours.
+    """Return the planner's description of a strategy.
 
     Args:
         strategy_class: `trainer.strategy`: a name or an object.
@@ -237,8 +244,10 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
     Raises:
         UserError: if it is one that no run of ours is tested under.
     """
+    # ---- A name, such as "ddp" or "deepspeed_stage_2", stands for a strategy ----
     if isinstance(strategy_class, str) and strategy_class in StrategyRegistry.available_strategies():
         strategy_class = StrategyRegistry.get(strategy_class)
+    # ---- By its class ----
     if type(strategy_class) is DDPStrategy:
         views = bool(strategy_class._ddp_kwargs.get("gradient_as_bucket_view"))
         return Strategy("ddp", devices, bucket_views=views, touched=touched)
@@ -255,6 +264,7 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
 
 
 def _zero_strategy(value: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
+    # ---- DeepSpeed's configuration, and its defaults where that says nothing ----
     zero = cast("dict[str, Any]", value.config).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):

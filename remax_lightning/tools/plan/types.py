@@ -29,7 +29,7 @@ class Strategy:
             allocated, as on CUDA.
     """
 
-    kind: Literal["single", "ddp", "zero", "fsdp2"] = "single"
+    kind: Literal["single", "ddp", "zero", "fsdp2"] = "single"  # `ddp` also for `auto` on several devices
     devices: int = 1
     stage: int = 0
     offload_optimizer: bool = False
@@ -49,9 +49,10 @@ class Strategy:
 
     def share(self, count: int) -> int:
         """Return the share of one device of `count`, rounded up."""
-        return -(-count // self.devices)
+        return -(-count // self.devices)  # 7 on 4 devices -> 2
 
 
+# ---- Models ----
 class ModelSize(NamedTuple):
     """Sizes of a trained model.
 
@@ -96,6 +97,7 @@ class FrozenSize(NamedTuple):
     stays: int = 0
 
 
+# ---- Passes of a step ----
 class RolloutBytes(NamedTuple):
     """Bytes of a rollout.
 
@@ -171,6 +173,7 @@ class Step:
         """Return the step with the optimizer of a model that is `factor` times as large."""
 
         def scale(update: UpdateBytes) -> UpdateBytes:
+            # moments and temporary tensors grow with the parameters
             return UpdateBytes(int(factor * update.state), int(factor * update.working))
 
         return replace(self, update=scale(self.update), flat_update=scale(self.flat_update))

@@ -41,12 +41,14 @@ def main(args: Sequence[str]) -> Path:
         metavar="N",
         help="sampled responses in the page (default: %(default)s)",
     )
+    # ---- Options ----
     options = parser.parse_args(args)
     if options.max_samples < 1:
         raise UserError(f"--max_samples must be at least 1, got {options.max_samples}")
     out: Path = options.out or options.run / "report.html"
     if out.is_dir():
         raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
+    # ---- Read, render, write ----
     text = render_page(read_run(options.run, options.evaluation), options.max_samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

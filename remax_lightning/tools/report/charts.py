@@ -148,6 +148,7 @@ def smooth(curve: Curve, width: int | None = None) -> Smooth:
         curve: the curve to smooth.
         width: size of the window, rounded down to an odd number; None takes a 25th of the points.
     """
+    # 300 points -> 6 on either side; fewer at the ends of the curve
     half = (max(1, len(curve.values) // WINDOWS) if width is None else width - 1) // 2
     means, deviations = [], []
     for i in range(len(curve.values)):
@@ -168,6 +169,7 @@ def thin_indices(length: int, points: int = POINTS) -> list[int]:
     """Return at most `points` evenly spaced indices below `length`, including the first and the last."""
     if length <= points:
         return list(range(length))
+    # length 5, 3 points -> [0, 2, 4]
     return [round(i * (length - 1) / max(1, points - 1)) for i in range(points)]
 
 
@@ -179,6 +181,7 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
     others = sorted(key for key in curves if key not in named and key not in _NOT_DRAWN)
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
     sections, missing = [], []
+    # ---- Charts with at least one curve ----
     for title, charts in {**known, "Further curves": further}.items():
         section_charts = [_chart(chart, curves) for chart in charts if any(line.key in curves for line in chart.lines)]
         if title.startswith("KL") and (path := kl_against_reward(curves)):
@@ -192,6 +195,7 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
 
 def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
     """Return a chart of the parts of a reward, also of parts with weight 0; empty if the reward has no parts."""
+    # "train/reward_part/format", "val/reward_part/format" -> "reward_part/format"
     names = sorted({key.partition("/")[2] for key in curves if "/reward_part/" in key})
     lines = []
     for number, name in enumerate(names):
@@ -217,10 +221,12 @@ def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
 
 
 def _line(line: Line, curve: Curve) -> dict[str, Any]:
+    # ---- Points: validations, which are few ----
     description = {"label": line.label, "color": line.color, "points": line.points}
     if line.points:
         indices = thin_indices(len(curve.steps))
         return {**description, "x": [curve.steps[i] for i in indices], "y": _round(curve.values[i] for i in indices)}
+    # ---- A smoothed line with a band of one standard deviation ----
     steps, means, deviations = smooth(curve)
     # Smooth all points before thinning, so that the line does not depend on the number of drawn points.
     indices = thin_indices(len(steps))
@@ -240,6 +246,7 @@ def kl_against_reward(curves: Mapping[str, Curve]) -> dict[str, Any] | None:
         kl, reward = curves.get(f"{stage}/kl"), curves.get(f"{stage}/reward")
         if kl is None or reward is None:
             continue
+        # A point needs both values.
         common = sorted(set(kl.steps) & set(reward.steps))
         x, y = (_values_at(smooth_values(curve) if stage == "train" else curve, common) for curve in (kl, reward))
         indices = thin_indices(len(common), POINTS // 2)
@@ -260,4 +267,4 @@ def _values_at(curve: Curve, steps: Sequence[int]) -> list[float]:
 
 
 def _round(values: Any) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+    return [float(f"{value:.5g}") for value in values]  # more digits than a chart shows would only fill the page

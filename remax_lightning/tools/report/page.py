@@ -47,11 +47,13 @@ def render_page(run: Run, max_samples: int) -> str:
         run: the data of the run.
         max_samples: maximum number of sampled responses in the page; of more, evenly spaced ones are kept.
     """
+    # ---- Data: charts, samples, notes ----
     sections, missing = build_sections(run.curves)
     samples = [run.samples[i] for i in thin_indices(len(run.samples), max_samples)]
     notes = [*_alarm_notes(run), *run.notes, *_missing_notes(run, missing)]
     if len(samples) < len(run.samples):
         notes.append(f"{len(samples):,} of {len(run.samples):,} samples are shown, spread evenly over the run.")
+    # ---- The page ----
     script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     # The page allows scripts by their hash, so that text of samples cannot run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -84,6 +86,7 @@ def _run_name(folder: Path) -> str:
 
 
 def _subtitle(run: Run) -> str:
+    # "ReMaxModule · policy runs/sft/last · reward my_rewards.politeness · data train.jsonl · 27 Nov 2026, 18:00 UTC"
     model = _mapping(run.settings.get("model"))
     arguments = _mapping(model.get("init_args"))
     name = next((name for name in ("policy", "reward_model") if arguments.get(name)), "policy")
@@ -106,6 +109,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _tiles_html(run: Run) -> str:
     sections: dict[str, str] = {}
+    # ---- Steps, the metrics that exist, speed, time ----
     if any(key.startswith("train/") for key in run.curves):
         sections["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
     for label, key in TILES:
@@ -121,6 +125,7 @@ def _tiles_html(run: Run) -> str:
 
 
 def _curve_tile(curve: Curve, noisy: bool) -> str:
+    # a single training step says little, so its curve is smoothed
     values = (smooth_values(curve) if noisy else curve).values
     at_start = " before training" if curve.steps[0] == 0 else ""
     before = f"from {format_number(values[0])}{at_start}" if len(values) > 1 else ""
@@ -133,11 +138,13 @@ def _tile(value: str, note: str) -> str:
 
 def format_number(value: float) -> str:
     """Return a number with four significant digits."""
+    # 1234.4 -> "1,234", 0.123456 -> "0.1235", 2e9 -> "2e+09"
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def format_duration(seconds: float) -> str:
     """Return a duration in its two largest units."""
+    # 75 -> "1 min 15 s", 4000 -> "1 h 7 min"
     minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -198,6 +205,7 @@ def _figure_cells(figure: Mapping[str, float]) -> str:
 
 def _sample_data(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a sample for the page; dumps of earlier versions may lack some."""
+    # ---- Texts, numbers, parts of the reward ----
     shown: dict[str, Any] = {name: str(sample[name]) for name in _TEXTS if sample.get(name) is not None}
     shown |= {name: value for name in _NUMBERS if (value := _finite(sample.get(name))) is not None}
     shown |= {"parts": {str(name): _finite(value) for name, value in _mapping(sample.get("parts")).items()}}
@@ -222,4 +230,5 @@ def _finite(value: Any, digits: int = 6) -> float | None:
 
 def _json_data(data: Any) -> str:
     """Return JSON that is safe inside a script element."""
+    # "</script>" in a sample would end the element
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

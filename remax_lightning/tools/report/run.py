@@ -65,6 +65,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     Raises:
         UserError: if it is not the folder of a run, or the evaluation does not exist.
     """
+    # ---- The folder ----
     if not _is_run(folder):
         raise UserError(f"RUN: {_why_not_a_run(folder)}")
     if evaluation is not None and not evaluation.is_file():
@@ -79,6 +80,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     ]
     samples.sort(key=lambda sample: sample["step"])
     figures = _read_figures(evaluation or _latest_evaluation(folder, notes), notes)
+    # ---- First and last time that something was logged ----
     started, seconds = (min(times), max(times) - min(times)) if times else (None, 0.0)
     return Run(folder, config, _parse_settings(config, notes), curves, samples, figures, started, seconds, notes)
 
@@ -120,7 +122,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
         return {}, []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, float]] = {}  # log key -> step -> value
     times = []
     for file in files:  # one by one: a run that was resumed in its folder may have some of an earlier version
         accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: every value, no sample
@@ -129,6 +131,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
         for key, events in events_by_key.items():
             times += [event.wall_time for event in (events[0], events[-1])]
             finite = {event.step + shift: event.value for event in events if math.isfinite(event.value)}
+            # of a step that a resumed run repeated, the later file's value counts
             points.setdefault(key, {}).update(finite)
     curves = {key: Curve(sorted(values), [values[step] for step in sorted(values)])
               for key, values in points.items() if values}  # fmt: skip
@@ -166,6 +169,7 @@ def _read_figures(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     try:
+        # {"figures": {"reward": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 64}}}, or {"reward": 0.5} in it
         named = load_json(path.read_text(encoding="utf-8"))["figures"]
         read = {str(name): figure if isinstance(figure, dict) else {"value": figure} for name, figure in named.items()}
         return {
