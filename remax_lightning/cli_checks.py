@@ -231,7 +231,9 @@ def _make(kind: type, value: Any, mistakes: list[str]) -> Any:
 
 def _dataclass(hint: Any) -> type | None:
     return next(
-        (option for option in (hint, *get_args(hint)) if isinstance(option, type) and is_dataclass(option)), None
+        # `KLConfig`, or `KLConfig | None`
+        (option for option in (hint, *get_args(hint)) if isinstance(option, type) and is_dataclass(option)),
+        None,
     )
 
 

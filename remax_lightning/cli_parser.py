@@ -67,6 +67,7 @@ class RemaxParser(LightningArgumentParser):
         """
         if self.checked_callbacks:  # the parser of a subcommand; the one around it tells the mistakes
             return super().parse_args(args, *rest, **options)
+        # ---- Groups and lists on the command line that are beyond the bounds of YAML ----
         arguments = original = _completed(list(sys.argv[1:] if args is None else args))
         callbacks = {name for _, parser in self._commands() for name in parser.checked_callbacks}
         mistakes = _unreadable_values(arguments, callbacks)

@@ -26,6 +26,7 @@ def write_out(config: Any) -> Any:
     """Return a configuration, as read from a file, with its shorthand written out; other values as they are."""
     if not isinstance(config, dict):
         return config
+    # {"model": {...}}, or {"fit": {"model": {...}}}; in either, the arguments stand under `init_args` or directly
     for group in (config, *(config.get(name) for name in SUBCOMMANDS)):
         model = group.get("model") if isinstance(group, dict) else None
         for arguments in (model, model.get("init_args") if isinstance(model, dict) else None):
@@ -49,6 +50,7 @@ def write_out_option(name: str, value: str | None) -> list[str] | None:
         name: as in `model.policy`, without dashes.
         value: what it is set to; a YAML file or a group in braces is no shorthand.
     """
+    # "model.init_args.policy" -> head "model", key "policy"
     head, _, key = name.replace(".init_args.", ".").rpartition(".")
     if head != "model" or not value or value[0] in "{[" or value.endswith(_FILES):
         return None
@@ -79,6 +81,7 @@ def dependent_defaults(configs: Sequence[Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     if (rate := default_rate(configs)) is not None:
         defaults["model.optimizer.init_args.lr"] = rate
+    # ---- max_epochs: base.yaml's one epoch, unless the run has another end ----
     trainer: dict[str, Any] = {}
     for group in (group for config in configs for group in _groups(config)):
         trainer |= group["trainer"] if isinstance(group.get("trainer"), Mapping) else {}
@@ -95,6 +98,7 @@ def default_rate(configs: Iterable[Any]) -> float | None:
         configs: what each file or option sets, in the form of a file.
     """
     module, has_adapter = "ReMaxModule", False
+    # ---- Module, optimizer and adapter, as the last configuration sets them ----
     for model in (model for config in configs for model in _models(config)):
         if isinstance(model, str):
             module = model
@@ -109,6 +113,7 @@ def default_rate(configs: Iterable[Any]) -> float | None:
             source = arguments.get(name)
             if name != "reference" and isinstance(source, Mapping) and "lora" in source:
                 has_adapter = source["lora"] is not None  # the last one counts
+    # ---- The module's rate; none for a class of the user's own ----
     rates = _RATES.get(module.rpartition(".")[2])
     return None if rates is None else rates[has_adapter]
 

@@ -208,7 +208,7 @@ class FolderLock:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
                 is_held = not self._lock()
-                # The run before may remove the file between opening and locking: this lock is then on a file that is gone.
+                # The run before may remove the file between opening and locking: then the lock is on a removed file.
                 opened = os.fstat(self._descriptor)
                 is_current = self.path.exists() and os.path.samestat(opened, self.path.stat())
                 host, process = self._read()
