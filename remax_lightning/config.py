@@ -25,15 +25,17 @@ def config_from_dict(kind: type[Any], values: Mapping[str, Any]) -> Any:
         kind: the dataclass; its fields may be dataclasses or None.
         values: its fields. What the class does not know, as of a later version, is left out.
     """
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind)  # annotations are text here, which this resolves
     arguments = {}
     for field in fields(kind):
         if field.name not in values:
             continue
         value, hint = values[field.name], hints[field.name]
+        # A field such as `lora: LoRAConfig | None` holds a dictionary in the file.
         inner = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
         if inner is not None and isinstance(value, Mapping):
             value = config_from_dict(cast("type[Any]", inner), value)
+        # JSON and YAML know no tuples.
         arguments[field.name] = tuple(value) if get_origin(hint) is tuple and isinstance(value, list) else value
     return kind(**arguments)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# The process group
+# ---- The process group ----
 
 
 def has_process_group() -> bool:
@@ -69,12 +69,12 @@ def gather_objects(value: T) -> list[T]:
     """Return the value of every rank, by rank and the same list on each; values may be anything that pickles."""
     if not has_process_group():
         return [value]
-    values: list[Any] = [None] * num_ranks()
+    values: list[Any] = [None] * num_ranks()  # filled in by the collective
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-# Through Lightning's strategy
+# ---- Through Lightning's strategy ----
 
 
 def broadcast(strategy: Strategy, value: T, src: int = 0) -> T:
@@ -116,6 +116,7 @@ def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     values = values.double()
     if trainer.world_size == 1:
         return values.cpu()
+    # Ranks may have different numbers of values.
     longest = int(max_over_ranks(trainer, [values.numel()])[0])
     if longest == 0:
         return values.cpu()
@@ -126,7 +127,7 @@ def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     return gathered[~gathered.isnan()]
 
 
-# Errors
+# ---- Errors ----
 
 
 @contextmanager
@@ -155,6 +156,7 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     failed_rank = int(max_over_ranks(trainer, [0 if failure is None else trainer.global_rank + 1])[0]) - 1
     if failed_rank < 0:
         return
+    # Text travels, not the exception: it may hold what cannot be pickled.
     is_user_error, message = broadcast(trainer.strategy, _describe(failure), src=failed_rank)
     error_type = RankUserError if is_user_error else RankError
     raise error_type(f"rank {failed_rank}: {message}") from failure

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Who has sharded it
+# ---- Who has sharded it ----
 
 
 def is_zero3_sharded(target: nn.Module | Tensor) -> bool:
@@ -45,11 +45,12 @@ def is_sharded(target: nn.Module | Tensor) -> bool:
     return hasattr(target, "device_mesh")  # a DTensor
 
 
-# How large it is without sharding
+# ---- How large it is without sharding ----
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the unsharded parameter; the shard that ZeRO-3 leaves of it has another."""
+    # ZeRO-3 leaves an empty placeholder of shape [0]; a DTensor reports its full shape itself.
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
@@ -82,6 +83,7 @@ def gathered(parameters: Iterable[Tensor], writer_rank: int | None = None) -> It
         return
     import deepspeed
 
+    # A rank that writes shares its changes with the others as the block ends.
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer_rank):
         yield
 
@@ -105,7 +107,7 @@ def unsharded_groups(groups: Sequence[Any]) -> Iterator[None]:
             group.reshard()
 
 
-# What is inside
+# ---- What is inside ----
 
 
 def nonfinite_name(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -139,6 +141,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     # FSDP2 makes a subclass of the layer's class, whose name differs.
     layers = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+    # Some models name a block and a layer inside of it; a block is gathered as one.
     nested = {module for layer in layers for module in layer.modules() if module is not layer}
     return [layer for layer in layers if layer not in nested]
 

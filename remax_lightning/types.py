@@ -46,6 +46,7 @@ class Prompt(str):
 
     def __new__(cls, text: str, conversation: Conversation | None = None) -> Prompt:
         """Make a string that knows its conversation."""
+        # str is immutable, so its text is set in `__new__`.
         prompt = super().__new__(cls, text)
         prompt.conversation = conversation
         return prompt
@@ -183,9 +184,10 @@ class Rollout(NamedTuple):
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Rollout:
         """Return micro-batch `index` of `num_micro_batches` equal ones; the responses of a prompt stay together."""
+        # Cut by prompts, so that the n samples of a prompt and its baseline stay together.
         size = self.prompt.prompt_ids.shape[0] // num_micro_batches
         start, stop = index * size, (index + 1) * size
-        first, last = start * self.num_samples, stop * self.num_samples
+        first, last = start * self.num_samples, stop * self.num_samples  # of the `S` sampled responses
         return Rollout(
             prompt=PromptBatch(
                 self.prompt.prompt_ids[start:stop],
@@ -258,11 +260,11 @@ Batch: TypeAlias = PromptBatch | SupervisedBatch | PreferenceBatch
 
 
 class ExportSpec(NamedTuple):
-    """What `exported` of a module gives, whose saved model is not the one in training as it stands.
+    """How to export a model that is changed when it is saved; the result of `exported` of a module.
 
     Args:
         model: the model in training.
-        change: makes the weights to save of the whole ones, and says what the configuration needs beside them.
+        change: maps the full weights to the weights that are saved, and to further entries of the configuration.
         config: what is set in the saved configuration; None takes a name out.
     """
 

@@ -66,9 +66,10 @@ def shown_texts(
     messages: Sequence[Message | None],
     hidden: Collection[int],
 ) -> list[str | None]:
-    """Return responses of the data set as a reward reads those of the policy; None for None.
+    """Return each response of the data set as text, as a reward would read it from the policy; None for a missing one.
 
-    That is the content, and where a message has a thought or calls a tool, what the chat template writes for it.
+    The text is the content of the message. If the message has a thought or calls a tool, it is what the chat template
+    writes.
 
     Args:
         tokenizer: the policy's.
@@ -80,6 +81,7 @@ def shown_texts(
     texts: list[str | None] = []
     for prompt, message in zip(prompts, messages, strict=True):
         conversation = getattr(prompt, "conversation", None)
+        # Plain text is read as it is; the template decides how thoughts and calls of tools read.
         if message is None or is_plain(message) or conversation is None:
             texts.append(None if message is None else content_text(message) or None)
             continue
@@ -98,8 +100,8 @@ def tokenize_responses(
 ) -> Responses:
     """Return messages as responses to the prompts, an empty one for None.
 
-    They are tokenized as the supervised stage does it: apart from the prompt, after messages as the chat template
-    writes them, thoughts and calls of tools included, with the token behind that ends a turn.
+    They are tokenized as in the supervised stage: separately from the prompt, and behind messages as the chat template
+    writes them, with thoughts, tool calls and the token that ends the turn.
 
     Args:
         tokenizer: the policy's.
@@ -109,19 +111,22 @@ def tokenize_responses(
         max_length: tokens that are kept of each, from its beginning.
     """
     renderer = ChatRenderer(tokenizer)
+    # ---- Tokenize all responses at once ----
     known: list[tuple[Prompt, str]] = []
     for prompt_text, message in zip(prompt.prompts, messages, strict=True):
         if message is not None:
             start = prompt_text if isinstance(prompt_text, Prompt) else Prompt(prompt_text)
             known.append((start, renderer.response(start, message)))
     encoded = iter(renderer.response_ids([start for start, _ in known], [text for _, text in known]))
+    # ---- Cut them to the maximum length, and to the positions that the prompt leaves ----
     rows: list[list[int]] = []
     for message, length in zip(messages, prompt.prompt_mask.sum(1).tolist(), strict=True):
         ids = [] if message is None else next(encoded)
         rows.append(ids[: min(max_length, _max_positions(policy) - length)])
+    # ---- Pad on the right, [B, R] ----
     width, device = max(1, *map(len, rows)), prompt.prompt_ids.device
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows], device=device)
+    mask = torch.tensor([[place < len(row) for place in range(width)] for row in rows], device=device)  # [B, R]
     return Responses(
         padded, mask, ~mask.any(1), ["" if message is None else content_text(message) for message in messages]
     )
@@ -130,10 +135,10 @@ def tokenize_responses(
 def split_text(
     tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, text: str, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Return a text in pieces, the token ids of each with those that stand before it.
+    """Split a text into pieces; return for each piece the token ids in front of it, and its own.
 
-    That is the beginning-of-sequence token. Without one it is the last token of the piece before, so that every token
-    but the text's first is predicted once.
+    In front stands the beginning-of-sequence token. If the tokenizer has none, it is the last token of the previous
+    piece, so that every token but the first of the text is predicted once.
 
     Args:
         tokenizer: the policy's.
@@ -141,10 +146,12 @@ def split_text(
         text: the text.
         max_length: tokens of a piece.
     """
+    # The whole text at once: pieces of it, tokenized alone, would split words at their ends.
     (ids,) = encode_batch(tokenizer, [text])
     before = tokenizer.bos_token_id
     if before is not None:
         ids = [int(before), *ids]
+    # One position is for the token in front.
     length = min(max_length, _max_positions(policy) - 1)
     starts = range(0, len(ids) - 1, length)
     return [([ids[start] if before is None else int(before)], ids[start + 1 : start + 1 + length]) for start in starts]
@@ -204,9 +211,11 @@ class Evaluator:
             kl_coef: weight of the KL in the advantages.
             batch_idx: number of the batch; the reference's random numbers depend on it.
         """
+        # ---- What is known of the policy's own responses ----
         kl = self.objective.kl(stats.log_probs, rollout, stats.kl)  # [S, R]
         output = StepOutput(
             rollout=rollout._replace(reference_hidden=None),
+            # No reduction over ranks: each evaluates its own prompts, and sums follow at the end.
             advantages=self.objective.advantages(rollout, kl, kl_coef, lambda values: values),
             kl=kl,
             entropy=stats.entropy,
@@ -214,6 +223,7 @@ class Evaluator:
             times={},
             closes_step=True,
         )
+        # ---- Prompt by prompt; comparisons add their sums to the records ----
         records = prompt_records(output)
         if self.config.win_rate_reference:
             records = self._compare_with_reference(rollout.prompt, batch_idx, records)
@@ -229,7 +239,7 @@ class Evaluator:
         """Return the figures over all ranks, the same on each, and start the next evaluation."""
         return self._sums.means()
 
-    # Responses that are not the policy's
+    # ---- Responses that are not the policy's ----
 
     def _compare_with_reference(
         self, prompt: PromptBatch, batch_idx: int, records: list[PromptRecord]
@@ -244,6 +254,7 @@ class Evaluator:
         with raise_on_all_ranks(self.trainer):
             # An engine may decode greedily whether or not it is asked to; only samples are compared.
             rollout = self.worker.score_responses(prompt, responses._replace(greedy=None))
+        # ---- Compare every sample with every one of the reference ----
         num_prompts = len(records)
         texts, rewards = (
             group_by_prompt(rollout.sampled.texts, num_prompts),
@@ -273,7 +284,7 @@ class Evaluator:
             for record, text, reward in zip(records, texts, rewards, strict=True)
         ]
 
-    # Perplexities
+    # ---- Perplexities ----
 
     def _add_perplexity(self, prompt: PromptBatch, records: list[PromptRecord]) -> list[PromptRecord]:
         """Compute the log-probs of the data set's responses under policy and reference."""
@@ -295,6 +306,7 @@ class Evaluator:
         """
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
         pieces = split_text(self.worker.tokenizer, self.policy, text, self.config.max_length)
+        # ---- This rank's pieces; a repeated one counts once, by its index ----
         indices = list(range(rank, len(pieces), num_ranks))
         indices += [0] * (len(range(0, len(pieces), num_ranks)) - len(indices))
         records = []
@@ -312,6 +324,7 @@ class Evaluator:
                 statistics = response_statistics(self.reference.model, prompt, responses)
                 log_probs["reference_perplexity"] = statistics.log_probs
         count, mask = len(responses.response_ids), responses.response_mask
+        # A perplexity is exp(sum of nats / number of tokens), so both sums are kept apart until the end.
         columns = {name: sums_by_prompt(-values, mask, count) for name, values in log_probs.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 

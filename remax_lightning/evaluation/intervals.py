@@ -43,8 +43,8 @@ class Figure(NamedTuple):
 
     Args:
         value: the figure; None where it is not finite.
-        low: lower end of the interval; None where there is none: of fewer than two prompts, and of a reward that is the
-            same for every response, since nothing is known of the rewards that it might take.
+        low: lower end of the interval; None with fewer than two prompts, and for a reward that is the same for every
+            response, because it does not show which values the reward can take.
         high: upper end.
         n: prompts, or pieces of a text, that it was measured on.
         method: how the interval was made: `exact` (Clopper and Pearson's) or `bootstrap`.
@@ -107,14 +107,15 @@ def collect_sums(records: Sequence[PromptRecord], names: Iterable[str] | None = 
 def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> dict[str, Figure]:
     """Return the figures with their intervals; none without a record.
 
-    What a prompt counts as 0 or 1 for, or as anything between two values, has an exact interval: shares, win rates, and
-    rewards that take two values. The others have a bootstrap's.
+    Shares, win rates and rewards that take two values have an exact interval, the other figures a bootstrap interval.
     """
     if not records:
         return {}
+    # ---- One set of draws for all figures, so that a comparison of figures is paired ----
     sums = collect_sums(records)
     ends = percentile_interval(sums.resampled(num_resamples, seed), CONFIDENCE).tolist()
     figures_by_name = {}
+    # ---- Exact intervals where the counts allow them, the bootstrap's elsewhere ----
     for i, (name, value, end) in enumerate(zip(sums.names, sums.values().tolist(), ends, strict=True)):
         numerators, denominators = sums.numerators[:, i], sums.denominators[:, i]  # [P]
         if count := int((denominators > 0).sum()):
@@ -140,18 +141,18 @@ def mean_figure(scores: Sequence[Sequence[float]], num_resamples: int, seed: int
 
 
 def with_interval(value: float, ends: Sequence[float], count: int, method: Method = "bootstrap") -> Figure:
-    """Return a figure with its interval, None in the place of what there is not."""
+    """Return a figure with its interval; None for a value or an end that is not finite."""
     low, high = map(finite_or_none, ends if count > 1 else (math.nan, math.nan))
     return Figure(finite_or_none(value), low, high, count, None if low is None else method)
 
 
-# Shares
+# ---- Shares ----
 
 
 def two_values(
     name: str, records: Sequence[PromptRecord], numerators: Tensor, denominators: Tensor
 ) -> tuple[float, float] | None:
-    """Return the least and the largest value that a response can count as, None where it may count as any number.
+    """Return the two values that a response can have in a figure, the lower first; None if it can have others.
 
     A response hits the length limit or not, and wins a comparison or not. Rewards say themselves which values they
     take; a pair of equal values stands for a reward that is always the same, and neither 0 nor 1.
@@ -162,6 +163,7 @@ def two_values(
         numerators: `[P]` sums of the figure.
         denominators: `[P]` responses, or comparisons, in each sum.
     """
+    # ---- By definition ----
     if name == "truncation_rate" or "win_rate" in name:
         return 0.0, 1.0
     if name in REWARDS:
@@ -175,6 +177,7 @@ def two_values(
         rewards = {0.0, 1.0} if (bottoms > 1).any() else set(tops.tolist())
     else:
         return None
+    # ---- By the values that were seen: a verifier's rewards are 0 and 1 even where all of them are 1 ----
     if rewards and rewards <= {0.0, 1.0}:
         return 0.0, 1.0
     return (min(rewards), max(rewards)) if 1 <= len(rewards) <= 2 else None
@@ -191,11 +194,12 @@ def share_interval(numerators: Tensor, denominators: Tensor, support: tuple[floa
     Args:
         numerators: `[P]` sums.
         denominators: `[P]` responses, or comparisons, in each.
-        support: the two values; NaN comes back where they are one.
+        support: the two values; if they are equal, both ends are NaN.
     """
     least, largest = support
     if least == largest:
         return math.nan, math.nan
+    # Map the two values to 0 and 1, take the interval of the share, and map it back.
     wins = (numerators - least * denominators) / (largest - least)  # [P]
     share, trials = float(wins.sum() / denominators.sum()), _effective_trials(wins, denominators)
     low, high = proportion_interval(min(1.0, max(0.0, share)) * trials, trials, CONFIDENCE)
@@ -206,6 +210,7 @@ def _effective_trials(wins: Tensor, trials: Tensor) -> float:
     prompts, total = float((trials > 0).sum()), float(trials.sum())
     if prompts < 2 or total <= prompts:
         return prompts
+    # The variance of a ratio of sums over prompts, with the correction for few prompts.
     share = float(wins.sum()) / total
     variance = float((wins - share * trials).square().sum()) / total**2 * prompts / (prompts - 1)
     if variance == 0:  # all prompts agree: at 0 or 1 nothing says that their responses are not alike
@@ -228,6 +233,7 @@ def difference_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tens
     """
     means = [float(top.sum() / bottom.sum()) for top, bottom in (first, second)]
     (low_1, high_1), (low_2, high_2) = (share_interval(*side, support) for side in (first, second))
+    # Distances of the ends from each mean: the difference is lowest where the first is high and the second low.
     below_1, above_1, below_2, above_2 = means[0] - low_1, high_1 - means[0], means[1] - low_2, high_2 - means[1]
     correlation = _correlation(*first, *second)
     below = below_2**2 + above_1**2 - 2 * correlation * below_2 * above_1
@@ -238,17 +244,20 @@ def difference_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tens
 
 def _correlation(tops_1: Tensor, bottoms_1: Tensor, tops_2: Tensor, bottoms_2: Tensor) -> float:
     """Return the correlation of the prompts' means, a positive one lowered as Newcombe does for few prompts."""
+    # Prompts that both figures were measured on.
     measured = (bottoms_1 > 0) & (bottoms_2 > 0)
     one, two = (tops_1 / bottoms_1)[measured], (tops_2 / bottoms_2)[measured]
     one, two = one - one.mean(), two - two.mean()
     scale, product = float((one.square().mean() * two.square().mean()).sqrt()), float((one * two).mean())
     if scale == 0:
         return 0.0
+    # Newcombe takes n / 2 off the ad - bc of a 2 x 2 table: 1 / 2n off the covariance of values that are 0 or 1, and
+    # w^2 / 2n of values at the distance w.
     width = max(float(values.max() - values.min()) for values in (one, two))
     return (max(0.0, product - width**2 / (2 * len(one))) if product > 0 else product) / scale
 
 
-# Text
+# ---- Text ----
 
 
 def finite_or_none(value: float) -> float | None:

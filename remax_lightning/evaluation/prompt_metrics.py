@@ -23,9 +23,11 @@ def prompt_records(output: StepOutput) -> list[PromptRecord]:
     rollout = output["rollout"]
     prompt, sampled, greedy = rollout.prompt, rollout.sampled, cast(Responses, rollout.greedy)
     count = len(prompt.prompts)
+    # ---- Sums and counts of each figure by prompt, `B` pairs of both ----
     columns = {name: sums_by_prompt(*values_and_mask, count) for name, values_and_mask in step_values(output).items()}
     if output["kl"] is not None:
-        columns["kl_per_response"] = sums_by_prompt(output["kl"].sum(-1), None, count)
+        columns["kl_per_response"] = sums_by_prompt(output["kl"].sum(-1), None, count)  # [S], summed over tokens
+    # ---- Texts and rewards by prompt ----
     texts, rewards = group_by_prompt(sampled.texts, count), rollout.reward.view(count, -1).tolist()
     baseline = cast(Tensor, rollout.baseline_reward).tolist()
     return [
@@ -49,7 +51,7 @@ def sums_by_prompt(values: Tensor, mask: Tensor | None, num_prompts: int) -> lis
         num_prompts: `B`.
     """
     counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    wide = values.cpu().double().masked_fill(~counted.cpu(), 0.0)
+    wide = values.cpu().double().masked_fill(~counted.cpu(), 0.0)  # NaN outside of the mask does not count
     tops, bottoms = (tensor.reshape(num_prompts, -1).sum(1).tolist() for tensor in (wide, counted.cpu()))
     return [(top, float(bottom)) for top, bottom in zip(tops, bottoms, strict=True)]
 
@@ -71,6 +73,7 @@ def add_comparison(record: PromptRecord, other: str, texts: list[str], rewards: 
     """
     policy_rewards = torch.tensor([record.rewards["sampled"]], dtype=torch.float64)  # [1, n]
     other_rewards = torch.tensor([rewards], dtype=torch.float64)
+    # n * m pairs; a share times their number gives wins, which add up over prompts.
     comparisons = float(policy_rewards.numel() * other_rewards.numel())
     won = float(win_rates(policy_rewards, other_rewards)) * comparisons
     sums = {f"{other}_reward": (sum(rewards), float(len(rewards))), f"win_rate_{other}": (won, comparisons)}
@@ -94,6 +97,7 @@ class PromptSums:
             if record.number is None:
                 self._others.append(record.sums)
             else:
+                # A sampler that fills up a rank repeats a prompt; the first record of it counts.
                 self._known.setdefault(record.number, record.sums)
 
     def means(self) -> dict[str, float]:

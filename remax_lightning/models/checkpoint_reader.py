@@ -232,9 +232,9 @@ class CheckpointInfo(NamedTuple):
 
 
 def inspect_checkpoint(path: Path, key: str = RESUME_KEY) -> CheckpointInfo:
-    """Read all of a checkpoint but the numbers of its tensors: whether it is whole, runs no code, and what it holds.
+    """Check that a checkpoint is complete and holds no code, and read everything but the values of its tensors.
 
-    Whatever loads it afterwards, also with an unpickler that calls functions, finds none in it.
+    It is then safe to load it with an unpickler that would call functions, as DeepSpeed does.
 
     Args:
         path: a `.ckpt` file, or a checkpoint folder of DeepSpeed or FSDP2.

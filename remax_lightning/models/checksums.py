@@ -104,7 +104,7 @@ def check_whole(path: Path, key: str) -> None:
 def unchecked_files(path: Path, key: str) -> list[str]:
     """Return the files of a checkpoint that have checksums and that this process has not checked, as `list_files` does.
 
-    A file of its own is the empty name.
+    A checkpoint that is a single file has the empty name.
 
     Raises:
         UserError: if the manifest is damaged.

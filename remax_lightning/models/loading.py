@@ -221,7 +221,7 @@ if TYPE_CHECKING:
     ModelSource: TypeAlias = ModelConfig | str
 else:  # the command line reads the annotation: for it, a path alone is written out before it looks
     ModelSource = ModelConfig
-"""A model as the modules take it: all about it, or its `path` alone."""
+"""A model as the modules accept it: a `ModelConfig`, or its `path` alone."""
 
 
 def as_model_config(source: ModelSource, argument: str) -> ModelConfig:
@@ -326,7 +326,9 @@ def silence_random_layers(model: nn.Module) -> None:
 
 
 def load_failure(error: Exception, key: str, path: str) -> Exception:
-    """Return the mistake behind an exception of transformers: whatever it raises is about the files at `path`.
+    """Return a `UserError` that explains what transformers raised about the files at `path`.
+
+    An error that says so already, and one of memory, are returned as they are.
 
     Args:
         error: what loading raised.

@@ -78,7 +78,7 @@ class BaseModule(LightningModule):
         tokenizer: its tokenizer, a folder or a hub name; None takes the model's path.
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
-        max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
+        max_skipped_steps: the run ends after this many optimizer steps in a row whose gradient is not finite.
         stall_timeout: seconds without progress that end the run; None watches nothing.
     """
 
@@ -134,12 +134,14 @@ class BaseModule(LightningModule):
         """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""
         if stage == "fit" and self._run_folder is not None:
             self._run_folder.lock(self.trainer)
+        # ---- How checkpoints are written: whole or not at all, and finite ----
         plugin: Any = self.trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) in (TorchCheckpointIO, NoneType):
             plugin.checkpoint_io = AtomicCheckpointIO()  # such as that of AsyncCheckpointIO
         keep_finite_checkpoints(self.trainer)
+        # ---- Signals and logs ----
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
         if stage == "fit" and self._run_folder is not None:
@@ -177,10 +179,13 @@ class BaseModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make optimizer and schedule."""
+        # ---- The optimizer, of the same kind as the resumed one ----
         optimizer = self.optimizer(parameter_groups(self.trained_model))
         if self._resumed is not None:
             check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
         self._resumed = None
+        # ---- Is the learning rate too small for the dtype? DeepSpeed keeps float32 copies of the weights, so not there
+        # ----
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             check_deepspeed(self.trainer.strategy, self.trainer.accumulate_grad_batches)
         else:
@@ -206,6 +211,7 @@ class BaseModule(LightningModule):
         Raises:
             UserError: after `max_skipped_steps` skipped steps in a row.
         """
+        # Before the check: the norm is finite exactly where the whole gradient is.
         norm = global_grad_norm(self.trainer, optimizer)
         if norm is None:  # DeepSpeed comes here at every micro-batch
             return
@@ -220,12 +226,14 @@ class BaseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state of every rank, in types that `torch.load(weights_only=True)` reads."""
+        # Rank 0 removes for all ranks, since they write into the same folders.
         if self.trainer.is_global_zero:
             for folder in checkpoint_folders(self.trainer):
                 remove_stale(folder)
         checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
         checkpoint["skipped_steps"] = self.skipped_steps.state_dict()
         checkpoint[HYPER_PARAMETERS] = self.hyper_parameters()
+        # Names make the states of an optimizer readable under strategies that number parameters in another order.
         names = [optimizer_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if all(name is not None for name in names):
             checkpoint[PARAMETER_NAMES] = names
@@ -254,6 +262,7 @@ class BaseModule(LightningModule):
         Validation and loaders draw numbers between two batches, which a resumed run may not repeat.
         """
         self._check_batch(batch)
+        # Used once: later batches go on from there.
         state, self._random_state = self._random_state, None
         if state is not None:
             set_random_state(state, self.device)
@@ -266,6 +275,7 @@ class BaseModule(LightningModule):
     on_predict_batch_start = on_validation_batch_start
 
     def _check_batch(self, batch: Any) -> None:
+        # A loader of the user's may yield anything, and a tuple would fail far from here.
         if not isinstance(batch, self.batch_type):
             name = self.batch_type.__name__
             raise UserError(

@@ -43,7 +43,7 @@ class PolicyModule(BaseModule):
         tokenizer: its tokenizer, a folder or a hub name; None takes the policy's path.
         optimizer: makes the optimizer from parameter groups.
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
-        max_skipped_steps: so many optimizer steps in a row without a finite gradient end the run.
+        max_skipped_steps: the run ends after this many optimizer steps in a row whose gradient is not finite.
         stall_timeout: seconds without progress that end the run; None watches nothing.
     """
 
@@ -74,6 +74,7 @@ class PolicyModule(BaseModule):
     def setup(self, stage: str) -> None:
         """Let the reward look at prompts and rows, which are there before any model is loaded."""
         super().setup(stage)
+        # Loaders without a data module of ours are taken as they are.
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.reward is not None and hasattr(data, "prompt_forms"):
             self.reward.check_prompts(data.prompt_forms())
@@ -115,11 +116,13 @@ class PolicyModule(BaseModule):
         if "policy" in self._modules:
             return
         self.policy = self._load_policy()
+        # ---- What must stay float32, copied before a strategy casts it ----
         with unsharded_init(self.trainer.strategy):
             self.constants = Float32Buffers(self.policy)
         # Loaded models are in eval mode and Lightning leaves them there; gradient checkpointing then does nothing.
         self.policy.train()
         self.tokenizer = self._find_tokenizer()
+        # ---- The tokenizer's ids must be rows of the embedding; the embedding may have more, as padding ----
         vocabulary = self.policy.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocabulary:
             raise UserError(
@@ -148,6 +151,7 @@ class PolicyModule(BaseModule):
                 "model.policy.path: eos_token_id in generation_config.json must be a token's number or a list of them,"
                 f" got {configured!r}"
             )
+        # Chat models often end a turn with another token than the tokenizer's EOS; both end a response.
         return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
 
     def unused_ids(self) -> tuple[int, ...]:
@@ -174,6 +178,7 @@ class PolicyModule(BaseModule):
             if any(".lora_" in name for name in state_dict):
                 raise UserError("ckpt_path: the checkpoint holds an adapter; set model.policy.lora as in its run")
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        # Not strict, because the base is not in the file; but every weight of the adapter has to be.
         other = sorted(state_dict.keys() ^ self._trainable_names())
         try:
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -186,7 +191,7 @@ class PolicyModule(BaseModule):
             )
         return result
 
-    # Without a trainer
+    # ---- Without a trainer ----
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -207,14 +212,17 @@ class PolicyModule(BaseModule):
             UserError: if the checkpoint cannot be read, would run code, or does not fit the policy.
         """
         path = Path(checkpoint_path)
+        # ---- Arguments: saved ones, unless they are given ----
         saved = cls._arguments_of({} if "policy" in arguments else read_hyper_parameters(path))
         module = cls(**{"reward": NoReward()} | saved | arguments)
+        # ---- Weights, on the CPU first ----
         module._load_trained_policy(read_weights(path, ""))
         return module.to(map_location).eval()
 
     @classmethod
     def _arguments_of(cls, saved: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the module from those that `hyper_parameters` returned."""
+        # `asdict` made dictionaries of dataclasses; the annotations say which ones.
         hints = get_type_hints(cls.__init__)
         arguments = {}
         for name, value in saved.items():
@@ -269,13 +277,16 @@ class PolicyModule(BaseModule):
         sampling = replace(self.sampling, num_samples=1)
         if greedy:  # the only token of each distribution that is left
             sampling = replace(sampling, top_k=1, top_p=1.0, min_p=0.0, temperature=1.0)
+        # ---- The same worker as in training, without a reward ----
         worker = RolloutWorker(self.engine, sampling)
         worker.prepare(self.tokenizer, self.eos_ids(), self.device, self.unused_ids())
         generator = torch.Generator(self.device).manual_seed(seed)
+        # ---- Prompts as the data module renders and encodes them ----
         formatter = PromptFormatter(self.tokenizer, template_kwargs=chat_template_kwargs)
         texts = [formatter.text({"prompt": prompt}, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         encoded = formatter.encode(texts)
         responses: list[str] = []
+        # ---- Generate in batches; as sampled responses, of which there is one per prompt ----
         for start in range(0, len(texts), batch_size):
             rows = slice(start, start + batch_size)
             ids, mask = pad(encoded[rows], int(cast(int, self.tokenizer.pad_token_id)), "left")  # [B, P]

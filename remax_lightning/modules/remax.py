@@ -56,8 +56,8 @@ class ReMaxModule(PolicyModule):
         optimizer: AdamW with a learning rate of 1e-6 by default, as in the recipes of TRL, verl and OpenRLHF (5e-7 to
             1e-6): larger ones drift far from the reference. An adapter (`policy.lora`) gets ten times that.
         lr_scheduler: stepped after each optimizer step; `WarmupCosine` and `WarmupLinear` know the length of the run.
-        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
-            can be the chance of a batch; 5 in a row say that training has diverged.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; the run ends after this many in a
+            row. One may be due to a single batch; 5 in a row mean that training has diverged.
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
@@ -124,7 +124,7 @@ class ReMaxModule(PolicyModule):
             "stall_timeout": self.stall_timeout,
         }
 
-    # Loading
+    # ---- Loading ----
 
     @property
     def reward(self) -> Reward:
@@ -217,7 +217,7 @@ class ReMaxModule(PolicyModule):
             )
         return self._plans[num_micro_batches]
 
-    # Training
+    # ---- Training ----
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Train on one micro-batch of a rollout; the first one makes the rollout."""
@@ -328,7 +328,7 @@ class ReMaxModule(PolicyModule):
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
         return output
 
-    # Rollouts
+    # ---- Rollouts ----
 
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
         """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
@@ -360,7 +360,7 @@ class ReMaxModule(PolicyModule):
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return sum_tensor_over_ranks(self.trainer, values)
 
-    # Evaluation
+    # ---- Evaluation ----
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Evaluate sampled and greedy responses, with the same random numbers in every validation."""
@@ -398,7 +398,7 @@ class ReMaxModule(PolicyModule):
             "kl": asdict(self.objective.kl_config),
         }
 
-    # Checkpoints
+    # ---- Checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the number of rollouts, and an unfinished rollout."""

@@ -59,8 +59,8 @@ class RewardModelModule(BaseModule):
         optimizer: AdamW with a learning rate of 1e-5 by default, usual for all weights of a model; an adapter (`lora`)
             gets ten times that.
         lr_scheduler: stepped after each optimizer step.
-        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
-            can be the chance of a batch; 5 in a row say that training has diverged.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; the run ends after this many in a
+            row. One may be due to a single batch; 5 in a row mean that training has diverged.
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
@@ -91,7 +91,7 @@ class RewardModelModule(BaseModule):
                 raise UserError(f"model.{name} must be 0 or more, got {value}")
         self.reward_model_source = reward_model
         self.margin, self.centering_coef, self.normalize = margin, centering_coef, normalize
-        self._normalized_at: int | None = None
+        self._normalized_at: int | None = None  # the optimizer step of the last normalization
         self._normalization = Normalization()
         self._pooling: Pooling | None = None
         self._layers = ScoreLayers(None, None)
@@ -109,7 +109,7 @@ class RewardModelModule(BaseModule):
             "stall_timeout": self.stall_timeout,
         }
 
-    # Loading
+    # ---- Loading ----
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -120,6 +120,7 @@ class RewardModelModule(BaseModule):
         """Load reward model and tokenizer; Lightning calls this where each strategy wants its models built."""
         if "reward_model" in self._modules:
             return
+        # ---- The model, as its strategy shards it ----
         strategy, source = self.trainer.strategy, self.reward_model_source
         with sharded_init(strategy, from_scratch=source.from_scratch, key="model.reward_model"):
             model = load_reward_model(source)
@@ -129,10 +130,12 @@ class RewardModelModule(BaseModule):
         with unsharded_init(strategy):
             self.constants = Float32Buffers(model)
         self.reward_model.train()  # loaded models are in eval mode, in which gradient checkpointing does nothing
+        # ---- Its tokenizer; no EOS is needed, because nothing is generated ----
         self.tokenizer = self._find_tokenizer(needs_eos=False)
         checks.check_tokenizer(
             self.tokenizer, source, cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
         )
+        # transformers' own classifiers look for padding by this id.
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def on_fit_start(self) -> None:
@@ -140,6 +143,7 @@ class RewardModelModule(BaseModule):
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
         checks.check_text_length(self.reward_model, longest)
         self.constants.restore()
+        # Every validation comes here again.
         if self._pooling is not None:
             return
         with eval_mode(self.reward_model):
@@ -152,13 +156,14 @@ class RewardModelModule(BaseModule):
     on_test_start = on_fit_start
     on_predict_start = on_fit_start
 
-    # Training
+    # ---- Training ----
 
     def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Return the `[B]` float32 scores of chosen and rejected responses, from one forward pass."""
         assert self._pooling is not None
         pad_id = int(self.tokenizer.pad_token_id or 0)
         input_ids, mask = _join_pairs(batch, pad_id)
+        # [2B] scores in one pass: under sharding strategies every pass gathers the model.
         chosen, rejected = self._pooling(self.reward_model, input_ids, mask.long()).chunk(2)
         return chosen, rejected
 
@@ -166,6 +171,7 @@ class RewardModelModule(BaseModule):
         """Return the negative log-likelihood of the preferences, a mean over pairs."""
         chosen, rejected = self.scores(batch)
         margin = batch.margin + self.margin
+        # ---- Minus log sigmoid(r(chosen) - r(rejected) - margin), a mean over the B pairs of this batch ----
         loss = bradley_terry_loss(chosen, rejected, len(chosen), margin, self.centering_coef)
         difference = (chosen - rejected).detach()  # [B]
         self._training.add(
@@ -177,7 +183,7 @@ class RewardModelModule(BaseModule):
                 self.log(f"train/{name}", mean, prog_bar=name != "margin", batch_size=1)
         return {"loss": loss}
 
-    # Evaluation
+    # ---- Evaluation ----
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Score held-out pairs."""
@@ -199,6 +205,7 @@ class RewardModelModule(BaseModule):
             return
         for name, value in scores_of_pairs.figures(self.centering_coef).items():  # the same on every rank already
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"))
+        # Sanity checking scores a few pairs only, and a test is of other pairs.
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._set_normalization(scores_of_pairs)
 
@@ -218,13 +225,14 @@ class RewardModelModule(BaseModule):
             predictions.append({"prompt": batch.prompts[i], **normalized, "row": batch.rows[i]})
         return predictions
 
-    # Saving
+    # ---- Saving ----
 
     def exported(self) -> ExportSpec:
         """Return the reward model to export; every rank has to call this.
 
         If the weights have changed since the last validation, the validation pairs are scored again.
         """
+        # The last validation may be of earlier weights.
         if self.normalize and self._normalized_at != self.global_step:
             self._score_validation_pairs()
         data = getattr(self.trainer, "datamodule", None)
@@ -249,6 +257,7 @@ class RewardModelModule(BaseModule):
         if not loader or not count:
             return
         strategy = self.trainer.strategy
+        # Outside of Lightning's validation loop, so its contexts are entered here.
         with eval_mode(self.reward_model), torch.no_grad(), strategy.precision_plugin.val_step_context():
             limit = count[0] if count[0] != float("inf") else None
             for batch in islice(iter(loader), None if limit is None else int(limit)):
@@ -277,10 +286,12 @@ def _join_pairs(batch: PreferenceBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     Existing padding on either side is moved to the right. Positions then start at 0 in every architecture, and a score
     does not depend on the batch.
     """
+    # ---- One batch of chosen, then rejected, as wide as the wider of both ----
     rows, masks = (batch.chosen_ids, batch.rejected_ids), (batch.chosen_mask, batch.rejected_mask)
     width = max(tensor.shape[1] for tensor in rows)
     ids = torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=pad_id) for tensor in rows])
     mask = torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=False) for tensor in masks])
+    # ---- Move padding to the right: a stable sort by mask keeps the order of the tokens ----
     order = (~mask).long().argsort(dim=1, stable=True)
     length = int(mask.sum(1).max())
     ids, mask = ids.gather(1, order)[:, :length], mask.gather(1, order)[:, :length]

@@ -44,8 +44,8 @@ class SFTModule(PolicyModule):
         optimizer: AdamW with a learning rate of 1e-5 by default, usual for all weights of a model; an adapter (`lora`)
             gets ten times that.
         lr_scheduler: stepped after each optimizer step.
-        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; so many in a row end the run. One
-            can be the chance of a batch; 5 in a row say that training has diverged.
+        max_skipped_steps: an optimizer step whose gradient is not finite is skipped; the run ends after this many in a
+            row. One may be due to a single batch; 5 in a row mean that training has diverged.
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
@@ -137,6 +137,7 @@ class SFTModule(PolicyModule):
 
     def _evaluate(self, batch: SupervisedBatch, batch_idx: int, stage: str) -> None:
         log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
+        # Without packing, so that the held-out loss does not depend on how training batches its rows.
         self._held_out.add({"loss": (-self._log_probs(batch, packing=False), None)})
         if self.reward is None:
             return

@@ -37,7 +37,7 @@ class GenerationRequest:
         return_log_probs: whether to return the log-probs of the sampled tokens, under the distribution that `sampling`
             says the training pass uses.
         stop_check: ends a response in addition to `eos_ids`; None without stop strings.
-        unused_ids: ids without a token in the tokenizer, which must not be drawn, greedily neither.
+        unused_ids: ids without a token in the tokenizer, which must be drawn neither at random nor greedily.
     """
 
     prompt_ids: Tensor

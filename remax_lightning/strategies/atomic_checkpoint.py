@@ -144,9 +144,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def save_folder_atomically(strategy: Strategy, target: Any, write: Callable[[Path], object]) -> None:
     """Save a checkpoint folder of all ranks: under a temporary name, and as `target` once it is complete.
 
-    What one rank cannot write, no rank has saved: all agree after each part, so that none waits for another one. On a
-    failing disk they warn and keep what is there. The folder gets a manifest of checksums, which the ranks compute
-    together.
+    If one rank cannot write its part, no rank saves the checkpoint: all agree after each part, so that none waits for
+    another. On a failing disk they warn and keep earlier checkpoints. The folder gets a manifest of checksums, which
+    the ranks compute together.
 
     Args:
         strategy: the strategy of the trainer; every rank has to call this.
@@ -185,7 +185,7 @@ class _DiskError(RankError):
 
 
 def _agree(target: Path, action: Callable[[], T]) -> list[T]:
-    """Do something on every rank and return what each made of it, by rank; raise on all ranks where one fails."""
+    """Run `action` on every rank and return the results by rank; if one rank fails, all ranks raise."""
     failure: Exception | None = None
     result = None
     try:

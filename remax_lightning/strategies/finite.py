@@ -1,4 +1,4 @@
-"""Whether what a run has made is finite, agreed over ranks: the norm of its gradient, trained weights, optimizer state.
+"""Checks that gradients, trained weights and optimizer state are finite, with the same answer on every rank.
 
 Strategies spread a gradient over ranks in their own ways, so its norm is computed here for each.
 """
@@ -138,9 +138,9 @@ def _agreed(trainer: Trainer, name: str | None) -> str | None:
 def keep_finite_checkpoints(trainer: Trainer) -> None:
     """Have a run save no checkpoint, and remove none, while its weights or optimizer state are not finite.
 
-    `trainer.save_checkpoint` then warns and keeps what is on the disk, whoever calls it. `ModelCheckpoint` would
-    replace its links and remove older checkpoints all the same, so that it does not even start to. Nor does it replace
-    the link `last.ckpt` by one to a checkpoint that the disk had no room for.
+    `trainer.save_checkpoint` then warns and keeps what is on the disk, whoever calls it. `ModelCheckpoint` is kept
+    from starting a save at all, because it would still replace its links and remove older checkpoints. Nor does it
+    replace the link `last.ckpt` by one to a checkpoint that the disk had no room for.
 
     Args:
         trainer: a trainer that is about to run; a second call changes nothing.

@@ -76,7 +76,7 @@ class RolloutBuffer:
             self._experience = None
         return experience.micro_batch(index, num_micro_batches)
 
-    # Checkpoints
+    # ---- Checkpoints ----
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the rollout as nested dictionaries of tensors, numbers and text, which `weights_only=True` reads.

@@ -1,4 +1,4 @@
-"""What is reported of a step or of pairs, at which step, and loggers that may fail.
+"""Metrics of training steps and of preference pairs, the step that they are logged at, and loggers that may fail.
 
 Figures by name for the logs, predictions as plain dictionaries, scores of held-out pairs with each pair once.
 """
@@ -23,14 +23,14 @@ from remax_lightning.run_folder import run_folder
 from remax_lightning.types import PreferenceBatch, Responses, Rollout, StepOutput
 
 Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
-"""Values by name, of which the mean is logged, with a mask or None."""
+"""By name: values whose mean is logged, and a mask of those that count, or None for all."""
 
 
 class GlobalStepConnector(_LoggerConnector):
-    """Lightning's way to its loggers, with the number of optimizer steps done as the step of what is logged.
+    """Sends metrics to the loggers, with the number of optimizer steps done as their step.
 
     Lightning logs a training step, and the validation after it, under the number of steps before it. Samples,
-    histograms and checkpoints are numbered by the steps done, so that one moment had two numbers.
+    histograms and checkpoints are numbered by the steps done, so one moment would have two numbers.
     """
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -68,6 +68,7 @@ class MeanMetrics:
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means by name, and reset; `reduce` sums a tensor over ranks."""
+        # [names, 2]: one reduction for all figures. Every rank has added the same names.
         names, sums = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums = {}
         total, weight = reduce(sums).unbind(-1)
@@ -146,6 +147,7 @@ class PairScores(NamedTuple):
         right = (difference > 0).long()  # [M]
         mean, std = self.moments()
         loss = bradley_terry_loss(self.chosen, self.rejected, len(difference), self.margin, centering_coef)
+        # The model is as sure as sigmoid(|difference|) that the response with the higher score is the chosen one.
         error = binary_calibration_error(torch.sigmoid(difference.abs()), right, n_bins=CALIBRATION_BINS, norm="l1")
         return {
             "loss": float(loss),
@@ -170,6 +172,7 @@ class PairScoreSums:
 
     def add(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor, margin: Tensor) -> None:
         """Add the `[B]` scores of a batch; a repeated pair counts once."""
+        # By index, because a sampler that fills up a rank repeats pairs.
         columns = [values.detach().double().tolist() for values in (chosen, rejected, margin)]
         self._scores |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
 
@@ -201,10 +204,12 @@ class TolerantMethod:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the method, unless its logger failed a moment ago."""
         logger: Any = self._logger
+        # ---- Leave a writer that has just failed alone ----
         if time.monotonic() < vars(logger).get("_retry_at", 0.0):
             return None
         with tolerate_disk_errors(self._folder, self._warned, "Training goes on; the log is tried again."):
             return self._method(*args, **options)
+        # ---- It failed: drop the writer, whose thread has ended ----
         if isinstance(logger, TensorBoardLogger):
             logger._experiment = None
             logger._retry_at = time.monotonic() + RETRY_SECONDS
@@ -216,6 +221,7 @@ def tolerate_failing_logs(trainer: Trainer) -> None:
     folder = run_folder(trainer)
     for logger in trainer.loggers:
         warned: set[str] = set()
+        # Every method through which Lightning writes a file of a logger.
         for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
             method = getattr(logger, name)
             if not isinstance(method, TolerantMethod):

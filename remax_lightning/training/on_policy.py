@@ -49,7 +49,7 @@ MAX_IMPOSSIBLE = 0.02
 """Share of sampled tokens that the policy would not draw at all: rounding moves a token over the edge of top-k or top-p
 now and then."""
 MODE_LIMIT, MODE_LIMIT_16_BITS = 1e-3, 0.05
-"""The same between train and eval mode, which multiply in the same order."""
+"""Nats between log-probs in train and in eval mode; below `LIMIT`, because both multiply in the same order."""
 
 
 class OnPolicyGaps(NamedTuple):

@@ -67,7 +67,7 @@ def check_learning_rate_precision(optimizer: Optimizer) -> None:
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return `train/lr`, the first parameter group's learning rate, and every group's where they differ.
 
-    Groups that start with one rate go on with one: our two, with and without weight decay, are one curve.
+    Groups that start with the same rate keep the same rate, so our two, with and without weight decay, make one curve.
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     differ = len(set(rates)) > 1 or len({group.get("initial_lr") for group in optimizer.param_groups}) > 1

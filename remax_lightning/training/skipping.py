@@ -22,12 +22,12 @@ from remax_lightning.training.schedules import learning_rates
 class SkippedSteps:
     """Skips optimizer steps whose gradient is not finite: weights, optimizer state and schedules stay as they are.
 
-    Every rank calls `check` between backward pass and optimizer step, and all decide alike. Where a loss scale is
-    searched (float16), overflows are part of the search: such steps are counted and told, and end no run before the
+    Every rank calls `check` between backward pass and optimizer step, and all decide alike. With float16 the loss
+    scale is adapted and overflows are expected: such steps are counted and warned about, but end the run only once the
     scale cannot be lowered any more.
 
     Args:
-        maximum: so many skipped steps in a row end the run.
+        maximum: the run ends after this many skipped steps in a row.
 
     Raises:
         UserError: if `maximum` is below 1.

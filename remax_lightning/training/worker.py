@@ -57,14 +57,14 @@ class PhaseTimer:
 
 
 TRAINING, EVALUATION, REFERENCE = 0, 1, 2
-"""What rollouts are made for; the reference's responses in an evaluation have random numbers of their own, because a
-comparison is between independent ones."""
+"""What rollouts are made for. The reference's responses in an evaluation have random numbers of their own, because
+responses that are compared have to be independent."""
 
 
 def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torch.device) -> torch.Generator:
     """Return a generator for one rollout, its seed made from run, rank, stage and number.
 
-    Nothing of it has to be saved but the count, on no rank, and evaluation draws nothing from training.
+    A checkpoint needs the count alone, and an evaluation does not change the random numbers of training.
 
     Args:
         seed: that of the run.
