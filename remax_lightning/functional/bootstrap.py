@@ -109,6 +109,7 @@ def proportion_interval(successes: float, trials: float, confidence: float = 0.9
     check_argument(trials >= 1, "trials", "at least 1", trials)
     check_argument(0 <= successes <= trials, "successes", "between 0 and trials", successes)
     check_argument(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    # Whole numbers only: fewer trials, and successes rounded to either side, make the interval wider.
     whole, tail = math.floor(trials), (1 - confidence) / 2
     fewest, most = min(whole, math.floor(successes)), min(whole, math.ceil(successes))
     return _lower_end(fewest, whole, tail), 1 - _lower_end(whole - most, whole, tail)
@@ -118,6 +119,7 @@ def _lower_end(successes: int, trials: int, tail: float) -> float:
     """Return the proportion under which so many successes, or more, have the probability `tail`."""
     if successes == 0:
         return 0.0
+    # The tail is a sum of binomial probabilities, in logs, because binomial coefficients overflow.
     counts = torch.arange(successes, trials + 1, dtype=torch.float64)
     coefficients = math.lgamma(trials + 1) - (counts + 1).lgamma() - (trials - counts + 1).lgamma()
     low, high = 0.0, 1.0

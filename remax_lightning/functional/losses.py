@@ -48,6 +48,8 @@ def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, clamp: float | None =
     check_choice("estimator", estimator, get_args(KLEstimator))
     check_argument(clamp is None or clamp > 0, "clamp", "above 0 or None", clamp)
     log_ratio = log_ratio.to(compute_dtype(log_ratio))
+    # With x = log pi - log pi_ref of a sampled token: E[x] = KL, so k1 is unbiased; k3 = e^-x - 1 + x adds e^-x - 1,
+    # which has the mean 0.
     if estimator == "k1":
         estimate = log_ratio
     elif estimator == "k2":
@@ -97,6 +99,7 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, normaliz
     Raises:
         ValueError: if the shapes differ or `mask` is not boolean.
     """
+    # Selected, not multiplied by the mask: 0 * NaN is NaN, in the loss and in its gradient.
     log_probs, advantages = _zero_outside_mask(mask, log_probs=log_probs, advantages=advantages)
     return safe_divide(-(advantages.detach() * log_probs).sum(), normalizer)
 
@@ -191,6 +194,7 @@ def _zero_outside_mask(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
     for name, tensor in tensors.items():
         check_shape(name, tensor, "[S, R]", first.shape)
     check_mask("mask", mask, "[S, R]", first.shape)
+    # Half precision rounds log-probs of -10 to 1/16; sums over thousands of tokens need float32.
     dtype = compute_dtype(*tensors.values())
     return [torch.where(mask, tensor.to(dtype), 0.0) for tensor in tensors.values()]
 
@@ -230,5 +234,6 @@ def bradley_terry_loss(
     dtype = compute_dtype(chosen, rejected)
     chosen, rejected = chosen.to(dtype), rejected.to(dtype)
     margin = torch.as_tensor(margin, dtype=dtype, device=chosen.device)
+    # [B]; not log(sigmoid(x)), which underflows
     losses = -F.logsigmoid(chosen - rejected - margin) + centering_coef * (chosen + rejected) ** 2
     return safe_divide(losses.sum(), normalizer)

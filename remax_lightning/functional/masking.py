@@ -20,6 +20,7 @@ def check_shape(name: str, tensor: Tensor, letters: str, expected: Iterable[int 
         ValueError: naming the argument, the expected shape and the shape it has.
     """
     sizes = tuple(expected)
+    # None stands for a size that the function does not know beforehand.
     shape = tuple(tensor.shape)
     if len(shape) == len(sizes) and all(want in (None, have) for want, have in zip(sizes, shape, strict=True)):
         return

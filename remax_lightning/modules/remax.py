@@ -232,9 +232,9 @@ class ReMaxModule(PolicyModule):
         # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
         experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         # ---- The loss ----
-        # N, over all ranks. Lightning and the strategy divide every gradient by micro-batches and ranks: undo that.
+        # N of the update that this micro-batch is part of, over all ranks. Lightning and the strategy divide every
+        # gradient by micro-batches and ranks: undo that.
         accumulate = self.trainer.accumulate_grad_batches
-        # Of the update that this micro-batch is part of.
         normalizer = experience.normalizers[batch.micro_batch_index // accumulate]
         normalizer = normalizer / (accumulate * self.trainer.world_size)
         # - sum_t A_t log pi(y_t) / N

@@ -150,12 +150,14 @@ def _writable_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
 def _ordinary_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     special = set(tokenizer.all_special_ids)
     for token_id in sorted(tokenizer.get_vocab().values()):
+        # Special tokens are split off before a text is read, so they are no context for other tokens.
         if token_id not in special and (text := str(tokenizer.decode([token_id])).strip()):
             yield text
 
 
 def _check_writable(tokenizer: PreTrainedTokenizerBase, string: str, prefix: str) -> None:
     """Refuse a string whose tokens do not read as it: no response could ever hold it."""
+    # Behind the prefix, because a tokenizer may write a string otherwise at the start of a text.
     ids = tokenizer(prefix + string, add_special_tokens=False)["input_ids"]
     written = str(tokenizer.decode(ids, skip_special_tokens=False)).partition(prefix)[2]
     if string not in written:

@@ -212,6 +212,7 @@ class Objective:
             full_kl: `[S, R]` KL over the vocabulary, differentiable; needed for `full`.
         """
         rollout, advantages = experience.rollout, cast(Tensor, experience.advantages)
+        # ---- What is trained on, and N ----
         mask, config = self.loss_mask(rollout), self.loss_config
         # Lightning and the strategy then take the mean of these means over micro-batches and ranks.
         if config.normalizer == "micro_batch":

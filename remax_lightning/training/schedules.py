@@ -69,6 +69,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
     Groups that start with the same rate keep the same rate, so our two, with and without weight decay, make one curve.
     """
+    # Groups that started with other rates are logged apart even while they are equal, such as 0 at the end.
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     differ = len(set(rates)) > 1 or len({group.get("initial_lr") for group in optimizer.param_groups}) > 1
     return {"train/lr": rates[0]} | ({f"train/lr/{i}": rate for i, rate in enumerate(rates)} if differ else {})
@@ -142,4 +143,4 @@ class WarmupLinear(_WarmupSchedule):
 def set_total_steps(scheduler: LRScheduler, total_steps: int | float) -> None:
     """Set the length of the run in a schedule of this package, if its configuration does not."""
     if isinstance(scheduler, _WarmupSchedule) and scheduler.total_steps is None and math.isfinite(total_steps):
-        scheduler.total_steps = int(total_steps)
+        scheduler.total_steps = int(total_steps)  # infinite where a run is limited by time only
