@@ -59,7 +59,8 @@ class SamplingConfig:
             to the response.
         skip_special_tokens: leave special tokens out of the text that the reward, evaluations and samples read. False
             keeps all but those that end or pad a response, for rewards that look for tags such as `<think>` which the
-            tokenizer marks as special, and for gpt-oss, whose special tokens part the thought from the answer.
+            tokenizer marks as special, and for gpt-oss, whose special tokens separate the thought from the
+            answer.
         processed_log_probs: take the policy's log-probs under the truncated distribution, over the tokens that top-k,
             top-p and min-p keep. True keeps the gradient on-policy under truncation; False is what the paper's code
             does. The reference always keeps all tokens, so that the KL is finite.
@@ -110,8 +111,8 @@ class KLConfig:
     Args:
         estimator: k1, k2 or k3 of http://joschu.net/blog/kl-approx.html; k1 is unbiased and what to-go credit needs.
             `full` is the KL over the vocabulary itself. It does not depend on the token that was sampled, so as a
-            reward it charges a token with later tokens only (to go) or with nothing on average (one step): what
-            to-go credit then lacks, `loss_estimator: full` with `loss_coef` equal to `model.kl_coef` adds.
+            reward it charges a token for later tokens only (`to_go`), or on average for nothing (`one_step`).
+            `loss_estimator: full` with `loss_coef` equal to `model.kl_coef` adds the missing term to `to_go`.
         credit: `to_go` charges a token with the KL of itself and all later tokens, which is the exact gradient;
             `one_step` with its own only, as the paper's code does; `none` keeps the KL out of the reward.
         clamp: bound of a token's estimate in nats; None for no bound.

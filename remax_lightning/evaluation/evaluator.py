@@ -189,7 +189,7 @@ class Evaluator:
         self._sums = PromptSums()
 
     def prepare(self, trainer: Trainer, policy: PreTrainedModel, reference: Reference | None, seed: int) -> None:
-        """Take what exists only once a run has started, and forget an evaluation that was interrupted.
+        """Set what exists only once a run has started, and discard an interrupted evaluation.
 
         Args:
             trainer: of the run.

@@ -182,8 +182,8 @@ class RowStatistics(NamedTuple):
 def _forward_batches(
     prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
 ) -> Iterator[ForwardBatch]:
-    """Yield `batch_size` responses after the other, only those of them that are True in `chosen`."""
-    # Batches first: all ranks then make as many passes, whatever is chosen, and weights in shards ask for that.
+    """Yield batches of `batch_size` responses, and of each batch only those that are True in `chosen`."""
+    # Split before choosing: every rank then runs the same number of passes, which sharded weights need.
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
     for batch in numbers.split(batch_size or len(numbers)):
         rows = batch if chosen is None else batch[chosen[batch]]  # [M]

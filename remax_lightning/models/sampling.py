@@ -223,7 +223,7 @@ def check_logits(logits: Tensor) -> None:
     """Check that every row of `[M, V]` logits is a distribution; the host waits for the device.
 
     Raises:
-        UserError: if one is not. A token drawn from NaN would be the first of the vocabulary, without a word.
+        UserError: if one is not. A token drawn from NaN would silently be the first of the vocabulary.
     """
     _raise_if_any(bad_rows(logits), len(logits))
 

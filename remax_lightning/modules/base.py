@@ -268,7 +268,7 @@ class BaseModule(LightningModule):
             set_random_state(state, self.device)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuse what is no batch of this stage."""
+        """Refuse a batch of another type."""
         self._check_batch(batch)
 
     on_test_batch_start = on_validation_batch_start

@@ -72,7 +72,7 @@ class PolicyModule(BaseModule):
             self.strict_loading = False  # checkpoints omit the base; `load_state_dict` checks the adapter
 
     def setup(self, stage: str) -> None:
-        """Let the reward look at prompts and rows, which are there before any model is loaded."""
+        """Let the reward check prompts and rows before any model is loaded."""
         super().setup(stage)
         # Loaders without a data module of ours are taken as they are.
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -133,7 +133,7 @@ class AutoEngine:
         self._engine: RolloutEngine | None = None
 
     def choice(self, model: PreTrainedModel) -> RolloutEngine:
-        """Return the engine that fits the first model that was asked for, in eval mode and with full parameters."""
+        """Return the engine for the first model that this is called with, in eval mode and with full parameters."""
         if self._engine is None:
             self._engine = choose_engine(language_model(model))
         return self._engine

@@ -126,7 +126,7 @@ class DecodeBuffers(NamedTuple):
             buffer[: len(rows)] = buffer[rows]
 
     def view(self, num_rows: int, length: int) -> DecodeBuffers:
-        """Return what a step of the first `num_rows` rows reads that attends to `length` slots, in the same memory."""
+        """Return views, in the same memory, for a step of the first `num_rows` rows that attends to `length` slots."""
         states = [slots[:num_rows] for slots in self.states]  # all slots: the cache picks those to attend to
         return DecodeBuffers(
             self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows, :length], self.slot, states

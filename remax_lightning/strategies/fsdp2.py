@@ -160,7 +160,7 @@ class ReMaxFSDP2Strategy(ModelParallelStrategy):
 
 @contextmanager
 def _errors_of_ranks() -> Iterator[None]:
-    """Raise what a rank has met in torch's distributed checkpoint, which wraps it in no subclass of `Exception`."""
+    """Raise the error of a rank itself: torch's distributed checkpoint wraps it in a class outside of `Exception`."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

@@ -22,17 +22,17 @@ def is_launched() -> bool:
 
 
 def mark_launcher() -> None:
-    """Tell processes that Lightning will start the id of this process."""
+    """Pass the id of this process on to processes that Lightning will start."""
     os.environ[_LAUNCHER] = str(os.getpid())
 
 
 def tell_last_checkpoint(path: Path | None) -> None:
-    """Tell processes that Lightning will start what `ckpt_path: last` is, so that all of them load the same."""
+    """Pass the path of `ckpt_path: last` on to processes that Lightning will start, so that all load the same one."""
     os.environ[_LAST] = str(path or "")
 
 
 def last_checkpoint() -> str | None:
-    """Return what the process that started this one has told; None if it found no checkpoint."""
+    """Return the checkpoint that the launching process passed on; None if it found none."""
     return os.environ.get(_LAST) or None
 
 

@@ -42,7 +42,7 @@ def report_progress(what: str) -> None:
 
 
 class StallWatchdog:
-    """Watches one rank until `stop`. Of several in one process, the last that started is told of progress.
+    """Watches one rank until `stop`. If a process has several, the one that started last receives its progress.
 
     Args:
         seconds: without progress, after which the run ends.

@@ -136,7 +136,7 @@ class RolloutWorker:
         device: torch.device,
         unused_ids: tuple[int, ...] = (),
     ) -> None:
-        """Get ready to roll out on a device; the reward is loaded once for each device.
+        """Prepare rollouts on a device; the reward is loaded once for each device.
 
         Args:
             tokenizer: the policy's; turns token ids into text.
