@@ -6,16 +6,21 @@ value in silence, or refuse it late, without the name of the key.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from remax_lightning.errors import UserError
 
@@ -168,48 +173,80 @@ def explain_values(config: Namespace | Mapping[str, Any], groups: Collection[str
 
 
 def explain_objects(config: Namespace, callbacks: Mapping[str, type]) -> list[str]:
-    """Return what the groups of options and the callbacks of this package refuse, a line each.
+    """Return what this package's groups of options, callbacks, module and data module refuse, a line each.
 
-    They are frozen dataclasses and callbacks, which check their arguments when they are made and do nothing else. Later
-    they would stop at the first.
+    They check their arguments when they are made, and do nothing else. Later they would stop at the first. If there is
+    a mistake, the run will not begin, so rewards, engines and a trainer are made for what they say, too: code of the
+    user's own may be called for that.
 
     Args:
         config: the parsed configuration of a subcommand.
         callbacks: classes by their keys.
     """
-    # ---- Dataclasses among the arguments of module and data, at any depth ----
     mistakes: list[str] = []
-    for name in ("model", "data"):
-        _make_groups(config.get(name), mistakes)
-    # ---- Callbacks ----
+    # ---- Callbacks; then module and data with the dataclasses among their arguments, at any depth ----
     for name, kind in callbacks.items():
         _make(kind, config.get(name), mistakes)
+    for name in ("model", "data"):
+        _make_class(config.get(name), mistakes, (LightningModule, LightningDataModule))
+    # ---- What else there is: nothing of it will run ----
+    if mistakes:
+        _make_class(config.get("model"), mistakes, (object,))
+        _make_trainer(config.get("trainer"), mistakes)
     return list(dict.fromkeys(mistakes))
 
 
-def _make_groups(value: Any, mistakes: list[str]) -> None:
-    """Make the dataclasses among the arguments of a class, and of the classes in them."""
+def _make_class(value: Any, mistakes: list[str], kinds: tuple[type, ...]) -> Any:
+    """Make an object of a class of this package, and the groups of options in any; None where that is not possible.
+
+    Args:
+        value: what stands at the key of a class, or a list or group of such.
+        mistakes: what is refused is added to them.
+        kinds: only their subclasses are made. In place of others stands what does nothing, or the default.
+    """
     if isinstance(value, list):
-        for item in value:
-            _make_groups(item, mistakes)
-    if not isinstance(value, Namespace) or not isinstance(arguments := value.get("init_args"), Namespace):
-        return
+        return [_make_class(item, mistakes, kinds) for item in value]
+    if isinstance(value, dict):
+        return {name: _make_class(item, mistakes, kinds) for name, item in value.items()}
+    if not isinstance(value, Namespace) or "class_path" not in value:
+        return value
     module, _, name = str(value.class_path).rpartition(".")
     try:
         # The types of the arguments say which of them are dataclasses.
-        hints = get_type_hints(getattr(import_module(module), name).__init__)
+        kind = getattr(import_module(module), name)
+        hints = get_type_hints(kind.__init__)
     except (ImportError, AttributeError, NameError, TypeError, ValueError):  # the parser has said it, or will
-        return
-    for name, argument in vars(arguments).items():
-        kind = _dataclass(hints.get(name))
-        if kind is not None and isinstance(argument, Namespace) and "class_path" not in argument:
-            _make(kind, argument, mistakes)
-        else:
-            _make_groups(argument, mistakes)
+        return None
+    arguments, init_args = {}, value.get("init_args")
+    for name, argument in vars(init_args).items() if isinstance(init_args, Namespace) else ():
+        options = _dataclass(hints.get(name))
+        if options is not None and isinstance(argument, Namespace) and "class_path" not in argument:
+            arguments[name] = _make(options, argument, mistakes)
+        elif (
+            (made := _make_class(argument, mistakes, kinds)) is not None
+            or argument is None
+            or (made := _stand_in(hints.get(name))) is not None
+        ):
+            arguments[name] = made
+    if not kind.__module__.startswith("remax_lightning.") or not issubclass(kind, kinds):
+        return None
+    return _call(kind, arguments, mistakes)
+
+
+def _stand_in(hint: Any) -> Any:
+    """Return an object of an abstract class, such as a reward, that nobody calls; None if the hint names none."""
+    kind = next((item for item in (hint, *get_args(hint)) if isinstance(item, type) and isabstract(item)), None)
+    if kind is None:
+        return None
+    methods: Any = dict.fromkeys(kind.__abstractmethods__)  # type: ignore[attr-defined]
+    return object.__new__(type("StandIn", (kind,), methods))
 
 
 def _make(kind: type, value: Any, mistakes: list[str]) -> Any:
-    """Make an object of its options, those within first; return None, and say why, if it refuses them."""
+    """Make an object of its options, those within first. A dataclass that refuses them holds them all the same.
+
+    So what is around it can be checked with the values that were given.
+    """
     if not isinstance(value, Namespace):
         return None
     hints = get_type_hints(getattr(kind, "__init__"))  # noqa: B009 - of a class, not of an instance
@@ -218,15 +255,51 @@ def _make(kind: type, value: Any, mistakes: list[str]) -> Any:
         # An option that is a dataclass, too, is made first.
         inner = _dataclass(hints.get(name))
         arguments[name] = argument if inner is None or argument is None else _make(inner, argument, mistakes)
-    if len(mistakes) > before:
-        return None
+    made = _call(kind, arguments, mistakes) if len(mistakes) == before else None
+    return _unchecked(kind, arguments) if made is None and is_dataclass(kind) else made
+
+
+def _call(kind: type, arguments: dict[str, Any], mistakes: list[str]) -> Any:
     try:
         return kind(**arguments)
     except UserError as error:
         mistakes.append(str(error))
-    except (TypeError, ValueError):  # of a class whose arguments are no plain options; it is made later
+    except (Exception, SystemExit):  # of code of the user's own, or of arguments that are not whole; it is made later
         pass
     return None
+
+
+def _unchecked(kind: type, arguments: Mapping[str, Any]) -> Any:
+    """Return a dataclass without its checks; None if it lacks a value that has no default."""
+    made: Any = object.__new__(kind)
+    for field in fields(kind):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = arguments.get(field.name, default)
+        if value is MISSING:
+            return None
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+def _make_trainer(options: Any, mistakes: list[str]) -> None:
+    """Make a trainer of its plain options, without loggers and callbacks, which would write files."""
+    if not isinstance(options, Namespace):
+        return
+    # Strategies, loggers and callbacks of classes stay out; a name such as `ddp` comes in.
+    plain = {name: value for name, value in vars(options).items() if not isinstance(value, Namespace | list | dict)}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            Trainer(**{**plain, **quiet, "enable_model_summary": False})
+    except (MisconfigurationException, ValueError) as error:
+        text = str(error).strip()
+        mistakes.append(text if text.startswith("trainer") else f"trainer: {text}")
+    except Exception:  # it is made again, and its error told with a traceback
+        pass
+    finally:
+        logging.disable(level)
 
 
 def _dataclass(hint: Any) -> type | None:

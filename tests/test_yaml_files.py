@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.cli import changed, in_folder, remax_parser, small_config, write_config
+from helpers.cli import changed, in_folder, misread, remax_parser, small_config, write_config
 
 from remax_lightning.errors import UserError
 from remax_lightning.tools.export import read_run
@@ -158,6 +158,55 @@ def test_control_characters_of_a_value_are_written_out(tmp_path: Path, policy_pa
     assert "model.kl_coef: expected a number" in said
     assert "\x1b" not in said
     assert "\\x1b]0;title" in said
+
+
+TOGETHER: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "the module and a group of it": (
+        {"model__kl_coef": -1, "model__sampling__temperature": 0, "model__loss": {"clip_range": 2}},
+        ["model.kl_coef must be 0", "model.sampling.temperature must be", "model.loss.clip_range must be"],
+    ),
+    "the data, a callback and a key": (
+        {"data__batch_size": 0, "samples": {"num_samples": 0}, "model__kl_coeff": 1},
+        ["data.batch_size must be at least 1", "samples.num_samples must be", "model.kl_coeff: there is no such key"],
+    ),
+    "the trainer and the module": (
+        {"trainer__strategy": "ddpp", "model__stall_timeout": -1},
+        ["trainer: You selected an invalid strategy name: `strategy='ddpp'`", "model.stall_timeout: expected seconds"],
+    ),
+    "a reward and the data": (
+        {"model__reward__init_args__function": "json.nothing", "data__max_prompt_length": 0},
+        ["model.reward.init_args.function", "data.max_prompt_length must be at least 1"],
+    ),
+    "an adapter and what depends on it": (
+        {"model__policy__lora": {"r": 0}, "model__advantage": {"baseline": "leave_one_out", "gamma": 0}},
+        [
+            "model.policy.lora.r must be",
+            "model.advantage.gamma must be",
+            "model.advantage.baseline leave_one_out needs",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_what_constructors_refuse_is_told_together(
+    case: str, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, expected = TOGETHER[case]
+    said = misread(changed(small_config(tmp_path, policy_path), **values), tmp_path, capsys)
+    lines = [line.strip() for line in said.splitlines()]
+    assert [text for text in expected if not any(line.startswith(text) for line in lines)] == []
+    assert len(lines) == len(expected)
+
+
+def test_a_group_that_is_refused_counts_with_its_values_around_it(
+    tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two samples are enough for leave-one-out, though the group that says so has a mistake."""
+    values = {"model__sampling": {"num_samples": 2, "temperature": 0}, "model__advantage__baseline": "leave_one_out"}
+    said = misread(changed(small_config(tmp_path, policy_path), **values), tmp_path, capsys)
+    assert said.startswith("model.sampling.temperature must be above 0")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", [LAUGHS, "model: {}\nmodel: {}\n"])

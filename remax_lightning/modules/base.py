@@ -29,6 +29,7 @@ from remax_lightning.strategies import (
     check_model,
     check_optimizers,
     global_grad_norm,
+    guard_loading,
     keep_finite_checkpoints,
     optimizer_parameter_names,
     remove_stale,
@@ -131,7 +132,11 @@ class BaseModule(LightningModule):
         return [item for item in added if item is not None and item not in callbacks]
 
     def setup(self, stage: str) -> None:
-        """Save finite checkpoints, atomically; defer signals to the end of a step, and log figures at its number."""
+        """Look through a checkpoint that will be loaded, and save finite ones atomically.
+
+        Signals are deferred to the end of a step, and figures logged at its number.
+        """
+        guard_loading(self.trainer.strategy)
         if stage == "fit" and self._run_folder is not None:
             self._run_folder.lock(self.trainer)
         # ---- How checkpoints are written: whole or not at all, and finite ----

@@ -7,7 +7,7 @@ from remax_lightning.strategies.atomic_checkpoint import (
     recover_interrupted,
     remove_stale,
 )
-from remax_lightning.strategies.checkpoint_checks import check_model, check_optimizers
+from remax_lightning.strategies.checkpoint_checks import check_model, check_optimizers, guard_loading
 from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.finite import (
     global_grad_norm,
@@ -40,6 +40,7 @@ __all__ = [
     "forward_is_collective",
     "full_parameters",
     "global_grad_norm",
+    "guard_loading",
     "keep_finite_checkpoints",
     "latest_checkpoint",
     "nonfinite_in_model",

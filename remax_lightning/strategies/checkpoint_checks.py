@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from remax_lightning.distributed import broadcast, gather_objects
@@ -17,7 +18,6 @@ from remax_lightning.sharding import full_shape
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
-    from lightning.pytorch.strategies import Strategy
 
 _IMPLEMENTATION = {
     *("foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"),
@@ -60,6 +60,35 @@ def check_checkpoint(strategy: Strategy, path: Path, optimizers: list[Any]) -> N
     damages = gather_objects(find_damage(path, names[rank::ranks]))
     if damage := next((item for item in damages if item is not None), None):  # the same on every rank
         raise damage.error(RESUME_KEY)
+
+
+def guard_loading(strategy: Strategy) -> None:
+    """Let a strategy load a checkpoint only after a look through it: it is whole and runs no code.
+
+    This is for strategies that load by code of their own, such as Lightning's for DeepSpeed and FSDP. Those of this
+    package, and those that let the checkpoint plugin read a file, look themselves.
+
+    Args:
+        strategy: the strategy of the trainer. Its `load_checkpoint` then raises a `UserError`, on all ranks.
+    """
+    kind = type(strategy).load_checkpoint
+    is_guarded = "load_checkpoint" in vars(strategy)  # by an earlier run of the same trainer
+    if is_guarded or kind is Strategy.load_checkpoint or kind.__module__.startswith("remax_lightning."):
+        return
+    load = strategy.load_checkpoint
+
+    def load_checked(checkpoint_path: Any, *rest: Any, **options: Any) -> Any:
+        problem = ""
+        if strategy.is_global_zero:
+            try:
+                inspect_checkpoint(Path(checkpoint_path))
+            except UserError as error:
+                problem = str(error)
+        if problem := broadcast(strategy, problem):
+            raise UserError(problem)
+        return load(checkpoint_path, *rest, **options)
+
+    strategy.load_checkpoint = load_checked  # type: ignore[method-assign]
 
 
 def check_model(path: Any, saved: Mapping[str, torch.Size], module: LightningModule) -> None:
