@@ -95,6 +95,7 @@ class ExportPolicy(Callback):
         """Save the policy if this validation is the best so far."""
         if not self.best or trainer.sanity_checking or self._directory is None:
             return
+        # None if this validation does not log it
         metric = trainer.callback_metrics.get(self.monitor)
         if metric is None:
             return

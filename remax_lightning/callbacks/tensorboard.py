@@ -117,6 +117,7 @@ class TensorBoardReport(Callback):
 
     def _write(self, trainer: Trainer, step: int) -> None:
         values, self._values = self._values, {}
+        # ---- Values of all ranks in one histogram ----
         for name, parts in values.items():
             local = torch.cat(parts)  # [S] of this rank
             # NumPy has no histogram of NaN or infinity.

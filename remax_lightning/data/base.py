@@ -1,4 +1,4 @@
-"""What the DataModules share: reading, formatting, length limits, splitting and loading."""
+"""The base class of the data modules: it reads, formats, filters, splits and loads rows."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ _CHANGE_NO_ROW = frozenset(
 class TextDataModule(LightningDataModule, ABC):
     """Reads rows, turns them into prompts and yields them in an order that the seed determines.
 
-    A subclass says how examples become a batch (`_collate`), and may add to the examples (`_finish_examples`).
-    The arguments are those of the subclasses, where they are described.
+    A subclass implements `_collate`, which makes batches of examples, and may override `_finish_examples`.
+    The subclasses describe the arguments.
     """
 
     stage: ClassVar[Stage | None] = None
@@ -127,9 +127,9 @@ class TextDataModule(LightningDataModule, ABC):
         return self._tokenizer
 
     def prompt_forms(self) -> list[Prompt]:
-        """Return a prompt of each form that the rows have, by the roles and kinds of its messages, once they are read.
+        """Return one prompt for each form of conversation in the rows; call it after `setup`.
 
-        What one of them goes through, such as a chat template, all of that form do.
+        A form is the sequence of roles and kinds of content. A chat template treats all prompts of one form alike.
         """
         forms: dict[str, Prompt] = {}  # form -> the first prompt that has it
         for dataset in (self._train, self._val):
@@ -140,11 +140,11 @@ class TextDataModule(LightningDataModule, ABC):
         return list(forms.values())
 
     def first_rows(self, count: int = 1000, *, train: bool = True) -> tuple[list[Row], list[str]]:
-        """Return the first rows to train on and the first to validate on, and where they stand, once they are read.
+        """Return the first training rows and the first validation rows with their locations; call it after `setup`.
 
         Args:
-            count: how many of each at most; reading all of a large data set would take long.
-            train: whether those to train on are among them.
+            count: maximum number of each; reading all rows of a large data set would take long.
+            train: whether to include training rows.
         """
         rows: list[Row] = []
         places: list[str] = []
@@ -165,7 +165,7 @@ class TextDataModule(LightningDataModule, ABC):
         return int(cast(int, self.tokenizer.convert_tokens_to_ids(turn_end))) if turn_end else None
 
     def prepare_data(self) -> None:
-        """Download what lies on the hub, in one process per machine; nothing is kept on the module."""
+        """Download tokenizer and data sets from the hub, in one process per machine."""
         # ---- Download: tokenizer and data sets on the hub ----
         _ = self.tokenizer
         for path, split, key in (  # a local path downloads nothing
@@ -208,7 +208,7 @@ class TextDataModule(LightningDataModule, ABC):
     def fingerprint(self) -> str:
         """Return a hash of the training rows, in their order, without those left out; `setup` must have run.
 
-        It follows what the rows hold: a file may be moved or compressed, but one other row gives another fingerprint.
+        It depends only on the content of the rows: it changes with a row, but not if a file is moved or compressed.
         Tokenizer and template do not matter.
         """
         if self._train is None:
@@ -216,12 +216,12 @@ class TextDataModule(LightningDataModule, ABC):
         return cast(PreparedExamples, self._train.examples).fingerprint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the data: the fingerprint of the training rows."""
+        """Return the state for a checkpoint: the fingerprint of the training rows."""
         # The position in the epoch is not here: `StatefulDataLoader` saves it.
         return {} if self._train is None else {"fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn where a run goes on with other training rows than those of its checkpoint."""
+        """Warn if the training rows differ from those of the checkpoint."""
         saved = state_dict.get("fingerprint")
         if self._train is not None and saved is not None and saved != self.fingerprint():
             source = "data" if self.path is None else f"data.path ({self.path})"
@@ -260,15 +260,15 @@ class TextDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def _collate(self, num_micro_batches: int) -> Callable[..., Any]:
-        """Return what makes a batch of examples."""
+        """Return the function that makes a batch of examples."""
 
     @cached_property
     def formatter(self) -> PromptFormatter:
-        """What makes prompts, and responses after them, of rows."""
+        """The formatter that makes prompts and responses from rows."""
         return PromptFormatter(self.tokenizer, self.prompt_column, self.template, self.loading.chat_template_kwargs)
 
     def _make_example(self, row: Row, where: str) -> Example:
-        """Return what is made of one row, its token ids still missing; whatever is wrong with the row shows here.
+        """Return the example of one row, without token ids.
 
         Raises:
             DataError: if the row cannot be used; a `PairError` if it is a pair that teaches nothing.
@@ -277,7 +277,7 @@ class TextDataModule(LightningDataModule, ABC):
         return Example([], self.formatter.text(row, where), row, where)
 
     def _separate_pair(self, row: Row, where: str) -> tuple[Row, dict[str, Message]]:
-        """Return a row with a prompt of its own, and the responses by column where it is a pair of conversations.
+        """Return a row with a separate prompt, and the responses by column if the row is a pair of conversations.
 
         Those have the prompt at their beginning. A row with a prompt of its own needs no pair, so that what is missing
         there does not matter.
@@ -307,7 +307,7 @@ class TextDataModule(LightningDataModule, ABC):
         return examples
 
     def _examples_prepared(self, examples: PreparedExamples) -> None:
-        """Note what has to be known of all examples; a subclass may read it off their records."""
+        """Hook for subclasses that need a figure over all examples, such as the kinds of their prompts."""
 
     def _limits(self) -> list[Limit]:
         """Return the limits in tokens that an example has to be within, in the order in which they are applied."""
@@ -389,7 +389,7 @@ class TextDataModule(LightningDataModule, ABC):
         return ExampleDataset(usable)
 
     def _prepare(self, rows: Rows) -> PreparedExamples:
-        """Render and tokenize all rows, or take them from an earlier run."""
+        """Render and tokenize all rows, or load them from the cache."""
         recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
         content, key = rows.fingerprint(), None  # without a key nothing is cached
         code, options = self._code(), self._preparation_options()
@@ -416,9 +416,9 @@ class TextDataModule(LightningDataModule, ABC):
         return code if all(file.is_file() for file in code) else set()
 
     def _preparation_options(self) -> dict[str, str] | None:
-        """Return all attributes but those that change no row, so that a new setting is not forgotten.
+        """Return all attributes that may change a row; a new attribute counts unless it is in `_CHANGE_NO_ROW`.
 
-        None if one is an object, such as a function of a subclass's own: nothing would tell whether that has changed.
+        None if one is an object, such as a function of a subclass: its changes could not be detected.
         """
         loading = {field.name: getattr(self.loading, field.name) for field in fields(self.loading)}
         settings = {name: value for name, value in (vars(self) | loading).items() if name not in _CHANGE_NO_ROW}

@@ -1,4 +1,4 @@
-"""What a chat template makes of conversations, for policy and reward model: prompts, responses, turn ends."""
+"""Render prompts, responses and ends of turns with a chat template, for policy and reward model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _TurnStart(NamedTuple):
 
 
 class ChatRenderer(TemplateRenderer):
-    """Writes prompts, responses and whole conversations with a tokenizer's chat template.
+    """Renders prompts, responses and whole conversations with a tokenizer's chat template.
 
     Args:
         tokenizer: whose chat template it is.

@@ -1,6 +1,6 @@
-"""From rows to padded batches.
+"""The order of the rows, and padded batches.
 
-The order of the rows is known from seed and epoch, shared out over ranks, and resumable at every position.
+Seed and epoch determine the order. It is split over the ranks and resumable at every position.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class PairExample(NamedTuple):
     Args:
         chosen_ids: token ids of the whole conversation with the preferred response.
         rejected_ids: token ids of the one with the other response.
-        margin: what the chosen response's score has to be ahead by.
+        margin: required difference between the scores of the chosen and the rejected response.
         prompt: the prompt as text.
         row: the row, its prompt and its responses apart.
         where: its place in the source, for messages.

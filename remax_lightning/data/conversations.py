@@ -1,4 +1,4 @@
-"""Conversations as data sets have them: reading messages, and the token ids of whole conversations."""
+"""Read conversations from rows, and tokenize whole conversations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where messages of data sets have what the assistant thought; a template reads one of them."""
+"""Fields in which data sets store the thoughts of the assistant; a template reads one of them."""
 # <think>, </thinking>, <seed:think>, [/THINK], <reasoning>, <|START_THINKING|>
 THOUGHT_MARKS = re.compile(r"</?(?:\w+:)?think(?:ing)?>|\[/?THINK\]|</?reasoning>|<\|(?:START|END)_THINKING\|>")
-"""Marks around a thought that stands inside of `content`; templates drop that of earlier turns on purpose."""
+"""Marks around a thought inside `content`; templates drop the thoughts of earlier turns on purpose."""
 # "...<|im_start|>assistant\n<think>\n" -> ("<think>", "\n")
 _OPEN_THOUGHT = re.compile(r"(<(?:\w+:)?think(?:ing)?>|\[THINK\]|<reasoning>|<\|START_THINKING\|>)(\s*)\Z")
 """A thought that the end of a generation prompt opens, and the white space behind the mark."""
@@ -40,7 +40,7 @@ RESERVED_KWARGS = frozenset(
 def read_conversation(
     messages: Sequence[Any], where: str, column: str, *, tools: Any = None, template_kwargs: Any = None
 ) -> Conversation:
-    """Return messages of a row as a conversation, whose parts a chat template can be given.
+    """Return the messages of a row as a conversation that can be passed to a chat template.
 
     Null fields go, as columnar files have them in every message that lacks a field of another one. `content` is text, a
     list of text parts, or null beside `tool_calls`.
@@ -53,7 +53,7 @@ def read_conversation(
         template_kwargs: the row's `chat_template_kwargs`, a mapping or None.
 
     Raises:
-        DataError: if something else stands there; the message names line, column, message and role.
+        DataError: for anything else; the message names line, column, message and role.
     """
     what = f"{where}: column {column!r}"
     if not messages:
@@ -63,10 +63,10 @@ def read_conversation(
 
 
 def read_message(message: Any, where: str, column: str) -> Message:
-    """Return a response of a row as `read_conversation` does its messages; without content it is an empty one.
+    """Return a response of a row as a message, like `read_conversation`; missing content becomes empty text.
 
     Raises:
-        DataError: if it is none; the message names `where` and `column`.
+        DataError: if it is not a message; the error names `where` and `column`.
     """
     if isinstance(message, dict) and message.get("content") is None and not message.get("tool_calls"):
         message = {**message, "content": ""}
@@ -134,13 +134,13 @@ def content_text(message: Mapping[str, Any]) -> str:
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether a message says, thinks and calls nothing."""
+    """Whether a message has no content, no thoughts and no tool calls."""
     thoughts = (message.get(field) for field in REASONING_FIELDS)
     return not (content_text(message).strip() or message.get("tool_calls") or any(thoughts))
 
 
 def message_form(message: Message) -> tuple[Any, ...]:
-    """Return what a template may treat differently, whatever the texts are: role, kinds of content, further fields."""
+    """Return the properties of a message that a template may branch on: role, kind of content, further fields."""
     content = message["content"]
     kind = len(content) if isinstance(content, list) else type(content).__name__
     # {"role": "user", "content": "2 + 2?"} -> ("user", "str"); parts -> ("user", 3), their number
@@ -158,7 +158,7 @@ def call_arguments(call: Any) -> Any:
 
 
 def with_opened_thought(prompt: str, response: str) -> str:
-    """Return a response with the mark that opens its thought, where the end of the prompt has it.
+    """Return a response with the mark that opens its thought, if the prompt ends with that mark.
 
     A generation prompt may open the thought. The message of the assistant is then that opening and the response.
     """
@@ -182,7 +182,7 @@ def closing_mark(mark: str) -> str:
 
 
 def take_thought(message: Message) -> tuple[str, Message] | None:
-    """Return what the assistant thought before a message, and the message without it.
+    """Split a message into its thought and the message without the thought.
 
     A thought stands in a field of its own or at the beginning of the content, between marks. It is empty where there is
     none. None is returned where it cannot be told apart: marks that are not closed, several thoughts, lists of parts.
@@ -208,7 +208,7 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
 
 
 def is_plain(message: Mapping[str, Any]) -> bool:
-    """Whether a message says all that it has in its content: no thoughts in fields of their own, no calls of tools."""
+    """Whether a message has only content: no thoughts in separate fields, and no tool calls."""
     return not message.get("tool_calls") and not any(message.get(field) for field in REASONING_FIELDS)
 
 
@@ -238,7 +238,7 @@ def check_characters(text: str, what: str) -> None:
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, is_chat: bool = False
 ) -> list[list[int]]:
-    """Return the token ids of whole conversations: a reward model reads in every stage what it learned.
+    """Return the token ids of whole conversations, the same for training a reward model and for scoring with it.
 
     Plain text gets the special tokens of the tokenizer. A chat template has written its own, so it gets none. Where
     either spells out the first or the last of them, it stands there once.

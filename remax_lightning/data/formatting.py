@@ -1,4 +1,4 @@
-"""From a row to the text and the token ids of its prompt."""
+"""Turn a row into the text and the token ids of its prompt."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 class PromptFormatter:
-    r"""Makes prompts of rows: plain text, text in a template, or messages in the tokenizer's chat template.
+    r"""Makes prompts from rows: plain text, text in a template, or messages in the tokenizer's chat template.
 
-    What comes after a prompt is made here, too: the response to imitate, and the whole conversation of a pair.
+    It also makes the response to imitate, and the whole conversation of a pair.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -123,6 +123,7 @@ class PromptFormatter:
         end-of-sequence token there would tell the policy that the text is over. A chat template writes its
         own, so nothing is added.
         """
+        # B lists of different lengths
         ids: list[list[int]] = encode_text(self.tokenizer, prompts)
         # A template of the user's may spell the tokens out: "<s>{prompt}" must not become "<s><s>...".
         prefix = self.special_prefix
@@ -229,6 +230,7 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # BERT: plain [1037], full [101, 1037, 102] with CLS and SEP -> [101]
     plain = encode_text(tokenizer, ["a"])[0]
     full = list(tokenizer("a", return_attention_mask=False)["input_ids"])
+    # what stands before the plain tokens
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start]

@@ -1,4 +1,4 @@
-"""The forms that messages are written in for a chat template, and the marks that show what a template leaves out."""
+"""Forms of messages for chat templates, and marks that show what a template leaves out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, 
 from remax_lightning.json_text import load_json
 
 ARGUMENT = "probe-argument"
-"""An argument of every tool call in a probe; its quotes show how a template has written the arguments."""
+"""An argument that probes add to tool calls; the quotes around it show how a template writes arguments."""
 _SHORT = 32
-"""Characters below which a content may stand in a text by accident, so that finding it proves nothing."""
+"""Length below which a content may occur in a text by chance, so that finding it proves nothing."""
 
 
 class MessageForm(NamedTuple):
-    """How messages are written for a template: templates differ in what they read of one and the same content."""
+    """A form of the same messages; templates differ in the forms that they read."""
 
     content: Literal["given", "text", "parts"] = "given"
     null_is_empty: bool = False
@@ -25,7 +25,7 @@ class MessageForm(NamedTuple):
 
 
 def mark_message(message: Message, i: int) -> tuple[Message, list[tuple[str, str]]]:
-    """Return a message whose texts are marks, and the marks by field."""
+    """Replace the texts of a message with marks; return the message and the marks with their fields."""
     # ---- The content: text, a list of parts, or null ----
     content, marks = message["content"], []
     marked = dict(message)

@@ -1,4 +1,4 @@
-"""What the DataModules share of their options: choices, limits in tokens, and which rows a stage takes."""
+"""Options of all data modules: loading, limits in tokens, and the rows of each stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from remax_lightning.errors import DataError, UserError
 
 @dataclass(frozen=True)
 class LoadingConfig:
-    """How rows and the tokenizer are loaded, where the defaults do not do.
+    """Options for loading rows and the tokenizer that are rarely changed.
 
     Args:
         long_prompts: what happens to a prompt over the limit: `drop` leaves the row out and counts it,
@@ -32,7 +32,7 @@ class LoadingConfig:
         stage_split: shares of the rows of `path` that go to supervised fine-tuning, reward model and ReMax, such as
             `[2, 4, 4]`, the paper's: each row to one of them. The data module takes that of its own stage. None gives
             all rows to each.
-        stage_seed: which rows go where. The same in all three stages, or they overlap.
+        stage_seed: seed of this split. It must be the same in all three stages, or their rows overlap.
         chat_template_kwargs: variables of the chat template, such as `{enable_thinking: false}`; a row's own, in a
             column `chat_template_kwargs`, come before them. A column `tools` goes to the template, too.
         cache: whether rendered and tokenized rows are kept for later runs, beside what `datasets` keeps
@@ -99,6 +99,7 @@ def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
     Raises:
         DataError: if its policy is `error` and one is too long, or if none is left.
     """
+    # ---- Which examples fit: the longest of the parts counts ----
     key = f"{limit.key}={limit.tokens}"
     lengths = np.max([examples.lengths(part) for part in limit.parts], axis=0)  # [N]
     fits = lengths <= limit.tokens  # [N]
@@ -109,6 +110,7 @@ def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
             f"{examples.where(first)}: {lengths[first]} tokens, over {key}, and so are {dropped} of "
             f"{total} rows; raise the limit, shorten them, or set data.loading.long_prompts: drop"
         )
+    # ---- One line in the log, a warning for more than half ----
     message = f"{examples.rows.source}: dropped {dropped} of {total} rows, longer than {key} tokens"
     if dropped == total:
         raise DataError(f"{message}; none is left, the shortest has {lengths.min()} tokens: raise the limit")
@@ -126,7 +128,7 @@ _KEY = "data.loading.stage_split"
 
 
 def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name: str) -> None:
-    """Check that shares can be dealt out, and that the data module `name` has one.
+    """Check that the shares are valid, and that the data module `name` has one.
 
     Raises:
         UserError: if not.
@@ -148,7 +150,7 @@ def check_stage_split(shares: Sequence[float] | None, stage: Stage | None, name:
 
 
 def select_stage_rows(rows: Rows, shares: Sequence[float], stage: Stage, seed: int) -> Rows:
-    """Return the rows of one stage, in their order; every row is one stage's.
+    """Return the rows of one stage, in their order; every row belongs to exactly one stage.
 
     Raises:
         DataError: if there are too few rows for this stage to get one.

@@ -1,4 +1,4 @@
-"""A pair of responses, one preferred over the other, in the forms that data sets have it."""
+"""Read preference pairs in the formats that data sets use."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from remax_lightning.errors import DataError
 
 
 class PairError(DataError):
-    """A pair that can be read and teaches nothing; `data.loading.on_bad_row` says what happens to it."""
+    """A readable pair that cannot be trained on; `data.loading.on_bad_row` decides what happens to it."""
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Where a row has its two responses.
+    """The columns of the two responses of a pair.
 
     Args:
         chosen: column of the preferred one: text, or a list of messages that ends with it.
         rejected: column of the other one, of the same kind.
-        margin: column of a number, what the chosen response's score has to be ahead by; None for 0.
+        margin: column with the required difference between the two scores, a number; None for 0.
     """
 
     chosen: str = "chosen"
@@ -33,7 +33,7 @@ class PairColumns:
 def separate_prompt(
     row: Row, where: str, prompt_column: str, columns: PairColumns, marker: str, template: str | None
 ) -> tuple[Row, tuple[Message, Message]]:
-    """Return a row whose prompt and two responses stand apart, and the responses as messages of the assistant.
+    """Return a row with separate prompt and responses, and the responses as messages of the assistant.
 
     Three forms are read. Text beside a prompt stays as it is. Text without a prompt is a pair of whole transcripts,
     whose prompt reaches through the last `marker`. Lists of messages end with a response of the assistant; what stands
@@ -77,6 +77,7 @@ def separate_prompt(
         prompt = prompt if not first or (template is not None and isinstance(prompt, str)) else first
     else:
         if prompt is None:
+            # whole transcripts, as in hh-rlhf; beside a prompt the texts are the responses
             prompt, chosen, rejected = _split_transcripts(chosen, rejected, marker, where, prompt_column)
         responses = (as_response(chosen), as_response(rejected))
     # ---- The row, with prompt and responses apart ----
@@ -87,9 +88,9 @@ def separate_prompt(
 
 
 def row_value(message: Message) -> str | list[Message]:
-    """Return a response as a row has it, for rewards and evaluations.
+    """Return a response in the form in which rewards and evaluations read it from a row.
 
-    It is text where that says all; else a list of the one message, so that thoughts and calls of tools stay.
+    It is text if the message has only content; otherwise a list with the message, which keeps thoughts and tool calls.
     """
     return content_text(message) if is_plain(message) else [message]
 
@@ -111,6 +112,7 @@ def split_last(messages: list[Any], where: str, name: str) -> tuple[list[Any], M
         DataError: if the last one is not.
     """
     last = messages[-1] if messages else None
+    # A list that ends with the user's message has no response.
     if not isinstance(last, dict) or last.get("role") != "assistant":
         raise DataError(
             f'{where}: the messages in column {name!r} must end with {{"role": "assistant", "content": text}}, got'

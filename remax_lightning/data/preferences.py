@@ -19,7 +19,7 @@ from remax_lightning.errors import DataError
 from remax_lightning.types import PreferenceBatch
 
 TEXT_TEMPLATE = "{prompt}{response}{eos}"
-"""What a reward model reads of a pair in plain text, in the words of `ClassifierReward.template`."""
+"""The text of a plain pair for the reward model, written as a `ClassifierReward.template`."""
 
 _MIXED = (
     "some prompts are text and some are messages, which a reward model cannot tell apart later; make them alike, or set"
@@ -160,6 +160,7 @@ class PreferenceDataModule(TextDataModule):
 
     def _token_ids(self, examples: list[Example], side: int) -> list[list[int]]:
         """Return the token ids of every chosen (side 0) or rejected (1) conversation; plain text ends with EOS."""
+        # A chat template writes its own end; plain text ends as TEXT_TEMPLATE says.
         is_chat, eos = True in self._kinds, self.tokenizer.eos_token or ""
         texts = [example.texts[side] for example in examples]
         if not is_chat and eos:
@@ -173,7 +174,7 @@ class PreferenceDataModule(TextDataModule):
         if name is None:
             return row
         value = get_column(row, name, where, key="data.pair_columns.margin")
-        margin = parse_number(value)
+        margin = parse_number(value)  # CSV has "0.5" as text
         if margin is None:
             raise DataError(f"{where}: column {name!r} must be a number, the margin of the pair, got {value!r}")
         return {**row, name: margin}

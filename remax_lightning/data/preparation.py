@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     Args:
         records: one of each row.
-        error: that of the first row that cannot be used.
+        error: of the first row that cannot be used; None if all rows can.
     """
 
     records: pyarrow.RecordBatch
@@ -104,7 +104,7 @@ class Recipe:
 
 
 class PreparedExamples(Sequence[Any]):
-    """Examples by number, made of their records when they are asked for.
+    """Examples that are created from their records on access.
 
     Args:
         batches: the records, `BATCH_SIZE` in each batch but the last.
@@ -138,7 +138,7 @@ class PreparedExamples(Sequence[Any]):
         self._render = None if is_self_contained else recipe.render
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave records of a file to the file, which a worker process maps, too."""
+        """Leave out records that are mapped from a file: a worker process maps the file again."""
         return vars(self) if self.file is None else {**vars(self), "batches": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ class PreparedExamples(Sequence[Any]):
 def prepare(
     rows: Rows, recipe: Recipe, *, content: str = "", key: str | None = None, stop_at_error: bool = True
 ) -> PreparedExamples:
-    """Render and tokenize rows, or take them from an earlier run.
+    """Render and tokenize rows, or load them from the cache.
 
     Many rows have a progress bar on a terminal, and one line in the log.
 
@@ -280,7 +280,7 @@ def cache_folder() -> Path:
 def preparation_key(
     content: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, object], code: Iterable[Path]
 ) -> str:
-    """Return a hash of all that prepared rows depend on.
+    """Return a hash of everything that prepared rows depend on.
 
     Args:
         content: fingerprint of the rows.

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     Args:
         source: the file, or the name on the hub.
         unit: what `numbers` count: `line` in JSON lines, `row` elsewhere.
-        values: the rows, read or parsed when they are asked for; iterate over them once where possible.
+        values: the rows, read or parsed on access; iterate over them once where possible.
         numbers: the place of each row in the source, from 1.
         files: what messages call the place of each row, without its number, where `source` is several files.
         dropped: how many rows were left out when they were read, by reason.
@@ -62,13 +62,13 @@ class Rows(NamedTuple):
     dropped: Counter[str] = Counter()  # noqa: RUF012 - never written to
 
     def where(self, index: int) -> str:
-        """Say where row `index` stands, for messages: `train.jsonl, line 7`."""
+        """Return the location of row `index` for messages: `train.jsonl, line 7`."""
         # "train.jsonl, line 7"; of several files, "a.csv, row 7"
         place = f"{self.source}, {self.unit}" if self.files is None else self.files[index]
         return f"{place} {self.numbers[index]}"
 
     def take(self, indices: Sequence[int]) -> Rows:
-        """Return the rows at `indices`, which keep their places. None is copied."""
+        """Return the rows at `indices` without copying them; they keep their locations."""
         select = getattr(self.values, "select", None)  # of JsonRows and of a Dataset
         return self._replace(
             values=_Selected(self.values, indices) if select is None else select(indices),
@@ -388,7 +388,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hash(values: Any, digest: Any) -> None:
-    """Add the contents of rows to a hash, in the form in which they are at hand."""
+    """Add the contents of rows to a hash, as stored bytes where there are some."""
     # The bytes of each row, as they are in the file.
     if isinstance(values, JsonRows):
         for start, end in zip(values.starts, values.ends, strict=True):

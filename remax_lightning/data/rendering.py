@@ -1,4 +1,4 @@
-"""Rendering of messages with a chat template, and the check that nothing of them is lost."""
+"""Render messages with a chat template, and check that no part of them is lost."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOOLS = -1
-"""In place of a message's number, where tools are lost."""
+"""Index that stands for the tools, in place of the index of a message."""
 
 
 class _Fit(NamedTuple):
-    """The form in which a template keeps the most of messages of one shape, and the messages that it loses even so."""
+    """The form of messages that loses the least under a template, and the fields that it still loses."""
 
     form: MessageForm
     lost: tuple[tuple[int, str], ...] = ()
@@ -53,7 +53,7 @@ class StoppedTemplateError(UserError):
 
 
 class TemplateRenderer:
-    """Writes conversations with a tokenizer's chat template, and refuses to lose anything of them.
+    """Renders conversations with a tokenizer's chat template, and raises an error if a part of them is lost.
 
     Templates skip without an error what they do not know: roles, text where they read parts, thoughts, tools. Once for
     each shape of a conversation (its roles, and the kinds of its contents) a probe with marked contents shows what a
@@ -127,7 +127,7 @@ class TemplateRenderer:
     # What is lost
 
     def fit(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
-        """Return how to write messages of this shape, found by a probe the first time that it comes."""
+        """Return the best form for messages of this shape; a probe finds it when the shape occurs first."""
         shape = self.shape(conversation, messages, is_prompt)
         fit = self._fits.get(shape)
         if fit is None:
@@ -135,7 +135,7 @@ class TemplateRenderer:
         return fit
 
     def shape(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> tuple[Any, ...]:
-        """Return what a template may treat differently, whatever the texts are."""
+        """Return everything that a template may branch on, apart from the texts."""
         # A template may branch on these: variables, kinds of tools, roles, kinds of content.
         options = repr(conversation.template_kwargs) if conversation.template_kwargs else ""
         tools = tuple("function" in tool for tool in conversation.tools)

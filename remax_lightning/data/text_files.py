@@ -1,4 +1,4 @@
-"""Rows of JSON and CSV files, compressed or not: kept as text, and parsed when they are asked for."""
+"""Rows of JSON and CSV files, compressed or not; they stay text and are parsed on access."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class JsonRows(Sequence[Row]):
 
 
 class TextFile(NamedTuple):
-    """What a file holds.
+    """The rows of a file.
 
     Args:
         values: its rows.
-        numbers: the line or the row that each stands in, from 1.
+        numbers: the line or row number of each, from 1.
         unit: what `numbers` count: `line` in JSON lines, `row` elsewhere.
         dropped: how many rows were left out, by reason.
     """
@@ -174,10 +174,10 @@ def _fault(value: Any) -> str | None:
 
 
 def check_row(value: object, where: str) -> Row:
-    """Return a row whose texts are text, and which is an object with named columns, each of them once.
+    """Check that a row is an object with named columns, each of them once, and valid texts; return it.
 
     Raises:
-        DataError: if it is none; the message begins with `where` and names the column.
+        DataError: if it is not; the message begins with `where` and names the column.
     """
     if isinstance(value, DataError):
         raise value
@@ -235,7 +235,7 @@ _CODECS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x04\x22\x4d\x18": _by_arrow("lz4"),
     b"PK\x03\x04": _unzip,
 }
-"""First bytes of a compressed file to what undoes it. No text of JSON or CSV in UTF-8 begins so."""
+"""Functions that decompress, by the first bytes of a file. No JSON or CSV text in UTF-8 begins with these bytes."""
 
 
 def _decompressed(file: Path, source: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The one place where a tokenizer is loaded and where a response becomes text, so that all parts agree on both."""
+"""Load tokenizers, and convert responses to text and back. No other module does, so that all parts agree."""
 
 from __future__ import annotations
 

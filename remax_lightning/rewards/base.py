@@ -216,6 +216,7 @@ def _without_index(scores: Any) -> Any:
 
     A masked array becomes a list with None where it is masked: the number below a mask is no score.
     """
+    # pandas, polars, or NumPy and other sequences, which stay as they are
     array = scores.to_numpy() if hasattr(scores, "to_numpy") else scores
     if hasattr(array, "filled") and hasattr(array, "mask"):
         return array.tolist()
@@ -224,6 +225,7 @@ def _without_index(scores: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
+    # float("0.5") and float(torch.tensor([0.5])) would pass
     if isinstance(value, str | bytes) or getattr(value, "ndim", 0) > 0:
         return False
     try:

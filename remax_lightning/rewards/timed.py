@@ -68,7 +68,7 @@ class TimedReward(Reward):
                 " import; move it to a module of its own"
             )
         self._device = torch.device("cpu")
-        self._child: tuple[int, Child] | None = None
+        self._child: tuple[int, Child] | None = None  # with the id of the process that started it
         self._lock = threading.Lock()  # parts of a WeightedReward score in threads
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ class TimedReward(Reward):
         rewards: list[float | None] = []
         parts: dict[str, list[float]] = {}
         for index, single in enumerate(_singles(batch)):
-            if left <= 0 and self.on_timeout == "error":
+            if left <= 0 and self.on_timeout == "error":  # no time is left for the others
                 break
             scores = None
             if left > 0:
@@ -151,6 +151,7 @@ class TimedReward(Reward):
                 parts.setdefault(name, [0.0] * index).append(value)
             for values in parts.values():
                 values.extend([0.0] * (index + 1 - len(values)))
+        # ---- No response takes too long alone, or the time was over before one was found ----
         if len(rewards) < len(batch[1]) or self.on_timeout == "error":
             raise self._timed_out(batch, None)  # alone, none takes as long
         if not parts:
@@ -169,6 +170,7 @@ class TimedReward(Reward):
             return None
         except CallEndedError as error:
             raise self._ended(single, error) from None
+        # The child's result is checked as that of a reward, under the name of the real one.
         scores, applies = applicable_scores(_Returns(self, lambda *_: result), *single)
         reward = float(scores.reward) if bool(applies) else None
         return reward, {name: float(value) for name, value in scores.parts.items()}

@@ -25,6 +25,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _checks_rows(check: Callable[..., object]) -> Callable[[_Function], _Function]:
     """Let `FunctionReward` refuse rows by `check(row, where, **arguments)` before training."""
 
+    # An attribute of the function: `FunctionReward` looks for it on whatever it is given.
     def with_check(function: _Function) -> _Function:
         function.check_row = check  # type: ignore[attr-defined]
         return function
@@ -38,6 +39,7 @@ def _gold_text(row: dict[str, Any], where: str, column: str = "response", ignore
     Raises:
         RewardError: if there is none.
     """
+    # ---- Something in the column ----
     value = row.get(column)
     if value is None:
         filled = ", ".join(sorted(str(name) for name, value in row.items() if value is not None))
@@ -52,6 +54,7 @@ def _gold_text(row: dict[str, Any], where: str, column: str = "response", ignore
             f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(value).__name__}, "
             f"{shorten(str(value))}, for {where}; name a column that holds the answer"
         )
+    # ---- As text, which must not be empty ----
     text = str(value)
     if not text.strip():
         raise _unreadable("a verifier", "a text or a number", text, where, column)
@@ -299,10 +302,12 @@ def _readable_gold(row: dict[str, Any], prompt: str, column: str) -> str:
 
 def _score_of_plain_text(gold: str, response: str) -> float | None:
     """Return the score where right answer and response are words or plain numbers, None where math-verify decides."""
+    # ---- Words: the same ones, whatever their case ----
     answer, expected = final_formula(response), plain_number(gold)
     # \text{odd}; one letter, as in \text{B}, may be a formula, too
     if (words := words_of(gold)) is not None and len(words) > 1:
         return float(answer is not None and words_of(answer) == words)
+    # ---- A number on one side only ----
     if expected is None or answer is None:
         # Prose may still end with a number: "so it is 5 apples".
         return None if expected is None else float(final_number(response) == expected)
@@ -345,8 +350,10 @@ def reasoning_gym_answer(
         task = _reasoning_gym_task(row, _of_prompt(prompt))
         from reasoning_gym.utils import extract_answer  # here, since the line above says if it is not installed
 
+        # "<think>...</think><answer>42</answer>" -> "42"
         answer = response.strip() if tag is None else extract_answer(response, tag)
         if answer:
+            # what a scorer reads of the row
             requests[index] = task, answer, {name: row[name] for name in ("question", "answer", "metadata")}
     # ---- Its score, from a child process ----
     scores = [0.0] * len(responses)
@@ -383,9 +390,11 @@ def regex_format(
     """
     _check_time_limit(time_limit)
     try:
+        # A mistake in the configuration, not in a response.
         re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
         raise UserError(f"{_KEY}.pattern: expected a regular expression, got {pattern!r}: {error}") from error
+    # True, False, or None if the search was stopped
     found = search(pattern, list(responses), time_limit)
     for response, is_found in zip(responses, found, strict=True):
         if is_found is None:

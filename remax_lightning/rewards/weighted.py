@@ -37,6 +37,7 @@ def as_reward(reward: RewardSource, argument: str = "reward") -> Reward:
     """
     if isinstance(reward, Reward):
         return reward
+    # "my_rewards.politeness", a function, or an object with `__call__`; a class would have to be called first
     if isinstance(reward, str) or (callable(reward) and not isinstance(reward, type)):
         return FunctionReward(reward)
     if isinstance(reward, list | tuple) and reward:

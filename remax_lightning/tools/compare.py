@@ -246,7 +246,7 @@ def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: in
 def _difference_ends(
     name: str, pairs: Pairs, one: RecordSums, two: RecordSums, column: int
 ) -> tuple[tuple[float, float], Method] | None:
-    """Return the exact interval of a difference of shares, None where a response counts as any number."""
+    """Return the exact interval of a difference of shares; None if a response can have more than two values."""
     sides = [(side.numerators[:, column], side.denominators[:, column]) for side in (one, two)]
     support = two_values(name, [*pairs.first, *pairs.second], *map(torch.cat, zip(*sides, strict=True)))
     if support is None or name == "chosen_reward":  # both have scored the same responses of the data set

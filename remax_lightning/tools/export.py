@@ -94,6 +94,7 @@ def main(args: Sequence[str]) -> None:
     )
     # ---- Write: the adapter alone, or the full model with an adapter merged ----
     if contains_adapter(weights):
+        # of an adapter: the weights of its base are not in the checkpoint
         _check_finite(weights.items(), options.checkpoint)
     if options.adapter:
         adapter = _adapter_model(weights, run)
@@ -176,6 +177,7 @@ def read_run(path: Path) -> Run:
         config = read_yaml(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    # ---- Sections of the configuration, in the form of a class or of plain keys ----
     model, data = (_section(config, name) for name in ("model", "data"))
     policy = _section(model, "policy")
     if not isinstance(policy.get("path"), str):
@@ -249,6 +251,7 @@ def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
             f"model.policy.quantization is {run.quantization}: the adapter was trained on a quantized base and"
             " would be merged into a different one; export it with --adapter, or use the export of the run itself"
         )
+    # ---- The base, in the dtype of the adapter ----
     default = torch.get_default_dtype()
     torch.set_default_dtype(adapter_dtype(weights))  # the dtype in which the run loaded the base
     try:

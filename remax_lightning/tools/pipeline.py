@@ -91,6 +91,7 @@ class _StageRunner:
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         arguments = [*self.common, *more]
         print(f"\n$ remax {subcommand} --config {shown} {' '.join(arguments)}", flush=True)
+        # in this process, which has loaded PyTorch and transformers already
         trainer: Any = self.measure_time(name, lambda: run([subcommand, "--config", str(path), *arguments]).trainer)
         if trainer.interrupted:
             raise UserError("remax pipeline was interrupted")
@@ -163,6 +164,7 @@ def _format_results(
         (f"on {count} held-out prompts", "before", "95 % interval", "after ReMax", "95 % interval", "")
     ]
     for label, name in ROWS.items():
+        # two columns for each evaluation: value and interval
         cells = [
             cell
             for figure in (before[name], after[name])

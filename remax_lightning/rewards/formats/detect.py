@@ -23,7 +23,7 @@ class StoredTensor(NamedTuple):
     """A tensor in a weight file.
 
     Args:
-        file: where it lies.
+        file: the weight file.
         shape: its size in each dimension.
     """
 
@@ -35,7 +35,7 @@ class RewardCheckpoint(NamedTuple):
     """How a reward model was saved.
 
     Args:
-        kind: whose format it is.
+        kind: the format, named by its project.
         head: name of the score head's weight in the files; None where the model's own class knows it.
         renames: patterns of stored names to the names of the transformers classifier.
         bias: name of a bias of the score head that the transformers classifier has no place for.

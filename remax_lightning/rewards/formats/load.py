@@ -64,7 +64,7 @@ class LoadedClassifier(NamedTuple):
 
     Args:
         model: the classifier; its `ScoreHead` normalizes as the checkpoint says.
-        kind: whose format it was saved in.
+        kind: the format in which it was saved.
         has_new_head: whether the weights of its score head are not from the checkpoint.
     """
 
@@ -214,7 +214,7 @@ def _widen_labels(model: PreTrainedModel, name: str, shape: list[int]) -> str:
 
 
 def _drop_key_mapping(model: Any, checkpoint: RewardCheckpoint) -> None:
-    """Keep transformers from saving the model under the names that it was loaded by."""
+    """Prevent transformers from saving the weights under the names that they have in the checkpoint."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:
         ours = set(checkpoint.renames)
@@ -227,7 +227,7 @@ def _patterns(conversion: Any) -> list[str]:
 
 
 def _set_normalization(model: PreTrainedModel, config: Any, path: str, bias: float = 0.0) -> None:
-    """Let the score head subtract and divide as the configuration says, in the words of OpenRLHF: `mean`, `std`."""
+    """Set the normalization of the score head from `mean` and `std` in the configuration, OpenRLHF's names."""
     mean, std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (mean, std)) or std <= 0:
         raise UserError(

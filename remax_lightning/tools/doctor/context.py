@@ -119,6 +119,7 @@ def _concatenate(batches: Sequence[Any], pad_id: int) -> Any:
             # Prompts are padded on the left, responses on the right.
             fields[name] = _pad_and_concatenate(values, 0 if name.endswith("mask") else pad_id, left="prompt" in name)
         elif isinstance(values[0], Tensor):
+            # [B_i] each, such as margins
             fields[name] = torch.cat(values)
         elif isinstance(values[0], list):
             fields[name] = [item for value in values for item in value]

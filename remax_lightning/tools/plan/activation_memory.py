@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, inside, the bytes of all tensors that operators made and that are still alive.
+    """Counts the bytes of all live tensors that operators created inside this context.
 
     What `torch.cuda.max_memory_allocated` tells of a CUDA device, this tells of any device, and of fake tensors that
     have a shape and no memory. Scratch space that a kernel takes and returns is not seen.
 
     Args:
-        known: tensors and modules that were there before; they and views of them count nothing.
+        known: tensors and modules from before; they and their views are not counted.
 
     Attributes:
         live: bytes now.
@@ -113,15 +113,15 @@ class StepShape(NamedTuple):
     """The work of one device in a step.
 
     Args:
-        prompts: `B`, of a rollout.
+        prompts: `B`, prompts of a rollout.
         sampling: with `n` samples per prompt and `R` tokens per response.
-        prompt_length: tokens of a prompt, `P`; all are taken for the longest.
+        prompt_length: tokens of a prompt, `P`; all prompts count as the longest.
         training_rows: responses per training pass.
         scoring_rows: responses per pass of the policy without gradients.
         reference_rows: responses per pass of the reference.
         reward_rows: texts per pass of the reward model.
         reward_length: most tokens of a text; None for those of prompt and response.
-        suppressed: tokens that are not drawn, and left out of the log-probs; their masks take memory.
+        suppressed: tokens that are never sampled and have no log-prob; their masks need memory.
     """
 
     prompts: int
@@ -141,13 +141,13 @@ class StepShape(NamedTuple):
 
 
 class StepPasses:
-    """The passes of one step over models made inside `shapes_only`, each on its own.
+    """Runs each pass of a step separately, over models that were made inside `shapes_only`.
 
     Args:
         policy: the model that is trained, with gradient checkpointing as it will be.
         work: what it does.
         autocast: makes the context that a step runs in.
-        whole_logits: the policy's output embedding cannot be read apart, so its passes make all logits at once.
+        whole_logits: the output embedding is not accessible by itself, so the policy's passes compute all logits.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class StepPasses:
 
     @torch.no_grad()
     def rollout(self, *, greedy: bool) -> RolloutBytes:
-        """Count a rollout by `PairedEngine`: reading the prompts, then the longest decoding step.
+        """Measure a rollout by `PairedEngine`: the prefill of the prompts, then the longest decoding step.
 
         Raises:
             UserError: if the policy needs another engine.
@@ -199,21 +199,21 @@ class StepPasses:
 
     @torch.no_grad()
     def policy_scoring(self) -> int:
-        """Count a pass of the policy without gradients."""
+        """Measure a pass of the policy without gradients."""
         with LiveBytes([self.policy]) as live, self.autocast():
             self._run(self.policy.train(), self._head(self.policy), self.work.scoring_rows)
         return live.peak
 
     @torch.no_grad()
     def reference_scoring(self, reference: PreTrainedModel) -> int:
-        """Count a pass of the reference, which may be the policy itself."""
+        """Measure a pass of the reference, which may be the policy itself."""
         with LiveBytes([reference]) as live, self.autocast():
             self._run(reference.eval(), self._head(reference), self.work.reference_rows, truncate=False)
         return live.peak
 
     @torch.no_grad()
     def reward_scoring(self, reward: PreTrainedModel) -> int:
-        """Count a pass of a reward model."""
+        """Measure a pass of a reward model."""
         reward.eval().config.use_cache = False
         ids, mask = _dummy_rows(self.work.reward_rows, self.work.reward_length or self.work.length)
         with LiveBytes([reward]) as live, self.autocast():
@@ -221,12 +221,12 @@ class StepPasses:
         return live.peak
 
     def hidden_state_bytes(self, reference: PreTrainedModel, rows: int) -> int:
-        """Count the reference's hidden states of `rows` responses, which a KL over the vocabulary needs."""
+        """Return the bytes of the reference's hidden states of `rows` responses, for a KL over the vocabulary."""
         weight = self._required_head(reference).weight  # [V, D']
         return rows * self.work.sampling.max_response_length * weight.shape[1] * weight.itemsize
 
     def training(self, reference: PreTrainedModel | None = None) -> TrainingBytes:
-        """Count forward and backward pass; `reference` where there is a KL over the vocabulary to it."""
+        """Measure forward and backward pass; give `reference` for a KL over the vocabulary."""
         moments: list[BackwardPeak] = []
         stored = 0
 
@@ -267,7 +267,7 @@ class StepPasses:
         *,
         truncate: bool = True,
     ) -> PolicyStatistics:
-        """Run the pass of a step over `num_rows` responses of full length, with all their tokens counted."""
+        """Run the pass of a step over `num_rows` responses of full length, without padding."""
         # ---- Rows of full length ----
         length = self.work.sampling.max_response_length
         ids, mask = _dummy_rows(num_rows, self.work.length)  # [M, T]
@@ -289,7 +289,7 @@ class StepPasses:
         ).statistics
 
     def _head(self, model: PreTrainedModel) -> OutputHead | None:
-        """Return the head that the pass of a model can read; None where the model makes all logits at once."""
+        """Return the output head of a model; None if its pass computes all logits at once."""
         return None if self.whole_logits and model is self.policy else output_head(model)
 
     def _required_head(self, reference: PreTrainedModel) -> OutputHead:
@@ -304,7 +304,7 @@ class StepPasses:
 
 @contextmanager
 def _live_after_body(model: PreTrainedModel, head: OutputHead | None, live: LiveBytes) -> Iterator[list[int]]:
-    """Fill a list, inside, with the bytes that are alive when the body of the model is through, before any logits."""
+    """Record the live bytes at the end of the model's body, before any logits, in the list that it yields."""
     moments: list[int] = []
 
     def note(_: nn.Module, __: Any, output: Any) -> None:

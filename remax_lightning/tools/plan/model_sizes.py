@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight under nf4: itself, a scale in 8 bits per 64 of them, and a scale of scales per 256 of those."""
+"""Bytes per weight under nf4: 4 bits, an 8-bit scale per 64 weights, and a float32 scale per 256 of these scales."""
 
 
 class Sizes(NamedTuple):
@@ -35,10 +35,10 @@ class Sizes(NamedTuple):
     Args:
         parameters: of the policy, its adapter among them.
         policy: the model that is trained.
-        value: the value model that PPO would train beside it: a policy with one number in place of logits.
+        value: the value model that PPO would also train: the policy with one output in place of logits.
         frozen: reference and reward models.
         step: the passes of a step.
-        ppo_step: those of PPO, which makes no greedy responses and has a pass of the policy more.
+        ppo_step: the passes of PPO, which has no greedy responses and one more pass of the policy.
     """
 
     parameters: int

@@ -1,6 +1,6 @@
 """The memory of a run by phase and part, in bytes per device.
 
-The rules of each strategy say which share of weights, gradients and optimizer state a device keeps, what it gathers and
+The rules of each strategy give the share of weights, gradients and optimizer state of a device, what it gathers and
 when, and which buffers it communicates through.
 """
 

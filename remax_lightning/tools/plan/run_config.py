@@ -51,16 +51,16 @@ class PlannedRun(NamedTuple):
     """The planned run, from its configuration.
 
     Args:
-        module: not yet loaded.
-        work: of a device in a step.
+        module: the module, without loaded models.
+        work: the work of a device in a step.
         micro_batches: per optimizer step.
         passes: training passes per rollout.
         scores_policy: whether scoring has a pass of the policy, too: for several updates per rollout, or in validation.
-        strategy: how the run is spread.
-        precision: `trainer.precision` in Lightning's newer words.
-        device: what is planned for.
-        tokenizer: whose tokens are drawn; None where it cannot be loaded.
-        notes: how the configuration was read where it leaves a choice.
+        strategy: the strategy, with its devices.
+        precision: `trainer.precision`, under its current name in Lightning.
+        device: the kind of device.
+        tokenizer: the policy's tokenizer; None if it cannot be loaded.
+        notes: assumptions about what the configuration leaves open.
     """
 
     module: ReMaxModule
@@ -119,7 +119,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     """Read the arguments of `remax fit`.
 
     Raises:
-        UserError: if it is something that cannot be planned.
+        UserError: if the run cannot be planned.
     """
     # ---- The objects of the run, without a trainer ----
     cli = run(["fit", *args], PlanCLI)
@@ -242,7 +242,7 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
         touched: see `Strategy`.
 
     Raises:
-        UserError: if it is one that no run of ours is tested under.
+        UserError: if the strategy is not supported.
     """
     # ---- A name, such as "ddp" or "deepspeed_stage_2", stands for a strategy ----
     if isinstance(strategy_class, str) and strategy_class in StrategyRegistry.available_strategies():

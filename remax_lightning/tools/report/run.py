@@ -92,6 +92,7 @@ def _is_run(folder: Path) -> bool:
 
 def _latest_evaluation(folder: Path, notes: list[str]) -> Path:
     """Return the latest evaluation; `remax test` numbers further ones in the same folder."""
+    # by time: evaluation_10.json would come before evaluation_2.json by name
     files = sorted(folder.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime)
     if len(files) > 1:
         others = ", ".join(path.name for path in files[:-1])
@@ -108,6 +109,7 @@ def _why_not_a_run(folder: Path) -> str:
         return f"there is no {folder}; {expected}"
     if not folder.is_dir():
         return f"{folder} is a file; {expected}"
+    # "runs" -> "runs/remax/version_0", up to three levels below
     runs = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_dir() and _is_run(path)]
     if not runs:
         return f"{folder} is not a run; {expected}"
