@@ -247,6 +247,12 @@ class EvalConfig:
         perplexity: whether policy and reference are asked for the log-probs of the data set's response.
         response_column: column of the data set's response.
         max_length: tokens of such a response that are read for the perplexity.
+        num_samples: sampled responses per prompt; None for those of training.
+        pass_at_k: numbers of responses of which one has to pass.
+        maj_at_k: numbers of responses whose most frequent answer has to pass.
+        best_of_k: numbers of responses of which the one with the highest reward counts.
+        pass_threshold: the least reward of a response that passes.
+        answer: dotted path of a function that returns the answer of a response, for the vote; None for the project's.
     """
 
     win_rate_reference: bool = False
@@ -254,3 +260,9 @@ class EvalConfig:
     perplexity: bool = False
     response_column: str = "chosen"
     max_length: int = 1024
+    num_samples: int | None = None
+    pass_at_k: tuple[int, ...] = ()
+    maj_at_k: tuple[int, ...] = ()
+    best_of_k: tuple[int, ...] = ()
+    pass_threshold: float = 1.0
+    answer: str | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,16 +22,16 @@ from remax_lightning.config import EvalConfig
 from remax_lightning.disk import describe_disk_error
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.evaluator import Evaluator
+from remax_lightning.evaluation.evaluator import Evaluator, answer_function
 from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
-    MEANINGS,
     Figure,
     figures,
     format_interval,
     format_number,
     format_table,
     intervals_are,
+    meaning_of,
 )
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import PromptRecord
@@ -61,6 +63,16 @@ class Evaluation(Callback):
         text: a text file for the perplexity, instead of the data set's responses.
         max_length: tokens per pass over held-out text: responses are truncated to it, a text file is split into
             pieces of it.
+        num_samples: sampled responses per prompt in `remax test`; None takes `model.sampling.num_samples`. All of them
+            and the greedy ones are generated at once, so lower `data.batch_size` as far as this is higher.
+        pass_at_k: for each number `k`, how often at least one of `k` responses passes (arXiv 2107.03374), over all
+            subsets of `num_samples` responses. In `remax test`, as the next two.
+        maj_at_k: for each number `k`, how often the most frequent answer of `k` responses passes (self-consistency,
+            arXiv 2203.11171), over the disjoint groups of `k` responses; answers that are equally frequent share it.
+        best_of_k: for each number `k`, the highest reward of `k` responses, over all subsets.
+        pass_threshold: the least reward of a response that passes; 1.0, because verifiers pay 1 for a right answer.
+        answer: dotted path of a function that returns the answer of a response for `maj_at_k`, as text or a number, or
+            None for no vote. By default the formula or number that `math_answer` reads, else the last line.
         num_resamples: resamples of the bootstrap.
         seed: seed of the bootstrap. `seed_everything` is the seed of the responses.
 
@@ -77,6 +89,12 @@ class Evaluation(Callback):
         response_column: str = "chosen",
         text: str | None = None,
         max_length: int = 1024,
+        num_samples: int | None = None,
+        pass_at_k: tuple[int, ...] = (),
+        maj_at_k: tuple[int, ...] = (),
+        best_of_k: tuple[int, ...] = (),
+        pass_threshold: float = 1.0,
+        answer: str | None = None,
         num_resamples: int = 10_000,
         seed: int = 0,
     ) -> None:
@@ -86,6 +104,11 @@ class Evaluation(Callback):
             ("test", set(test or ()) <= set(MEASURES), f"null or some of {', '.join(MEASURES)}", test),
             ("validation", set(validation) <= set(MEASURES), f"some of {', '.join(MEASURES)}", validation),
             ("max_length", max_length >= 1, "at least 1", max_length),
+            ("num_samples", num_samples is None or num_samples >= 1, "null or at least 1", num_samples),
+            ("pass_at_k", min(pass_at_k, default=1) >= 1, "numbers of at least 1", pass_at_k),
+            ("maj_at_k", min(maj_at_k, default=1) >= 1, "numbers of at least 1", maj_at_k),
+            ("best_of_k", min(best_of_k, default=1) >= 1, "numbers of at least 1", best_of_k),
+            ("pass_threshold", math.isfinite(pass_threshold), "a finite number", pass_threshold),
             ("num_resamples", 1 <= num_resamples <= MAX_RESAMPLES, "between 1 and a million", num_resamples),
         ):
             if not holds:
@@ -94,6 +117,15 @@ class Evaluation(Callback):
         self.path, self.test, self.validation, self.at_start = path, test, validation, at_start
         self.response_column, self.text, self.max_length = response_column, text, max_length
         self.num_resamples, self.seed = num_resamples, seed
+        self.repeated = {
+            "num_samples": num_samples,
+            "pass_at_k": tuple(pass_at_k),
+            "maj_at_k": tuple(maj_at_k),
+            "best_of_k": tuple(best_of_k),
+            "pass_threshold": pass_threshold,
+            "answer": answer,
+        }
+        """The settings of figures that are made of several responses to a prompt."""
         # ---- State of one evaluation ----
         self._target: Path | None = None
         self._text = ""
@@ -150,6 +182,7 @@ class Evaluation(Callback):
         """Tell the module what to measure, and turn off Lightning's table."""
         self._configure_evaluator(pl_module, self.test, "test")
         if self._active:
+            self._configure_repeated(cast("Any", pl_module))
             self._prints, trainer.test_loop.verbose = trainer.test_loop.verbose, False
 
     def _configure_evaluator(
@@ -165,12 +198,28 @@ class Evaluation(Callback):
             )
         self._records, self._requested = [], requested
         # ---- What is measured; the perplexity of a text file is measured once, at the end ----
-        wanted = {name: True for name in MEASURES if requested is None or name in requested}
+        wanted: dict[str, Any] = {name: True for name in MEASURES if requested is None or name in requested}
         wanted["perplexity"] = "perplexity" in wanted and self.text is None
         # Explicitly requested: if the first batch has no responses, stop at once and not after hours.
         explicit = requested is not None or self.response_column != "chosen"
         self._needs_responses = explicit and (wanted["perplexity"] or "win_rate_chosen" in wanted)
         module.evaluator.config = EvalConfig(**wanted, response_column=self.response_column, max_length=self.max_length)
+
+    def _configure_repeated(self, module: Any) -> None:
+        """Tell the module how many responses to draw, and which figures to make of them.
+
+        Raises:
+            UserError: if a figure needs more of them, or there is no function at `evaluation.answer`.
+        """
+        config = module.evaluator.config = replace(module.evaluator.config, **self.repeated)
+        answer_function(config.answer)
+        count = module.sampling.num_samples if config.num_samples is None else config.num_samples
+        for name in ("pass_at_k", "maj_at_k", "best_of_k"):
+            if (k := max(getattr(config, name), default=1)) > count:
+                raise UserError(
+                    f"evaluation.{name}: {k} responses per prompt are needed, got {count}; set evaluation.num_samples"
+                    f" to {k} or more"
+                )
 
     # ---- During the evaluation ----
 
@@ -269,7 +318,7 @@ class Evaluation(Callback):
         # ---- Of module and callback ----
         options = {
             name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")
-        }
+        } | self.repeated
         settings = {**module.settings(), "evaluation": {**options, "confidence": CONFIDENCE}}
         # ---- As the user has set them, which only the command line knows ----
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -328,7 +377,7 @@ def _print_table(
     checkpoint: Any, num_prompts: int, measured: dict[str, Figure], left_out: dict[str, str], num_resamples: int
 ) -> None:
     rows = [("", "value", f"{CONFIDENCE:.0%} interval", "n", "")]
-    rows += [(name, format_number(figure.value), format_interval(figure), str(figure.n), MEANINGS.get(name, ""))
+    rows += [(name, format_number(figure.value), format_interval(figure), str(figure.n), meaning_of(name))
              for name, figure in measured.items()]  # fmt: skip
     what = "the loaded policy" if checkpoint is None else checkpoint
     notes = [f"Left out: {name}, because {why}." for name, why in left_out.items()]

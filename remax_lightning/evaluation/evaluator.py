@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,16 +13,20 @@ from remax_lightning.data.chat_templates import ChatRenderer
 from remax_lightning.data.conversations import Message, content_text, is_empty, is_plain
 from remax_lightning.data.tokenizers import encode_batch, hidden_ids, response_texts
 from remax_lightning.distributed import raise_on_all_ranks
+from remax_lightning.errors import UserError
 from remax_lightning.evaluation.prompt_metrics import (
     PromptSums,
     add_comparison,
+    add_repeated,
     group_by_prompt,
     prompt_records,
     sums_by_prompt,
 )
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.log_probs import response_statistics
-from remax_lightning.rewards.base import Reward, checked_scores
+from remax_lightning.rewards.answers import voted_answer
+from remax_lightning.rewards.base import Reward, checked_scores, shorten
+from remax_lightning.rewards.function import import_function
 from remax_lightning.rollout import clone_engine
 from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.training.objective import Objective
@@ -168,6 +172,33 @@ def _max_positions(policy: PreTrainedModel) -> int:
     return int(getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
+def answer_function(path: str | None) -> Callable[[str], Hashable]:
+    """Return the function that says which answer a response votes for.
+
+    Args:
+        path: dotted path of a function of a text; None takes `voted_answer`.
+
+    Raises:
+        UserError: if there is no such function. The returned function raises one if it fails on a response.
+    """
+    if path is None:
+        return voted_answer
+    function = import_function(path, "evaluation.answer")
+
+    def answer_of(text: str) -> Hashable:
+        try:
+            answer = function(text)
+            hash(answer)
+        except Exception as error:
+            raise UserError(
+                f"evaluation.answer: {path} must return a text, a number or None for every response, and raised"
+                f" {type(error).__name__}: {error} on the response {shorten(text)}"
+            ) from error
+        return cast("Hashable", answer)
+
+    return answer_of
+
+
 class Evaluator:
     """Evaluates rollouts of a policy, prompt by prompt. Call `prepare` before the first batch.
 
@@ -225,6 +256,10 @@ class Evaluator:
         )
         # ---- Prompt by prompt; comparisons add their sums to the records ----
         records = prompt_records(output)
+        if self.config.pass_at_k or self.config.maj_at_k or self.config.best_of_k:
+            with raise_on_all_ranks(self.trainer):
+                answer_of = answer_function(self.config.answer)
+                records = [add_repeated(record, self.config, answer_of) for record in records]
         if self.config.win_rate_reference:
             records = self._compare_with_reference(rollout.prompt, batch_idx, records)
         if self.config.win_rate_chosen:

@@ -35,7 +35,22 @@ MEANINGS = {
 REWARDS = {"reward": "sampled", "baseline_reward": "greedy", "reference_reward": "reference", "chosen_reward": "chosen"}
 """Figures that are means of rewards, and whose responses they are of."""
 
+_REPEATED = {
+    "pass_at_": "{k} sampled responses, one of which passes",
+    "maj_at_": "{k} sampled responses, whose most frequent answer passes",
+    "best_of_": "highest reward of {k} sampled responses",
+}
+"""Figures of several responses by the beginning of their names."""
+
 Method = Literal["exact", "bootstrap"]
+
+
+def meaning_of(name: str) -> str:
+    """Return what a figure is, in a few words; empty where its name says it."""
+    for start, meaning in _REPEATED.items():
+        if name.startswith(start):
+            return meaning.format(k=name.removeprefix(start))
+    return MEANINGS.get(name, "")
 
 
 class Figure(NamedTuple):
@@ -164,10 +179,11 @@ def two_values(
         denominators: `[P]` responses, or comparisons, in each sum.
     """
     # ---- By definition ----
-    if name == "truncation_rate" or "win_rate" in name:
+    if name == "truncation_rate" or "win_rate" in name or name.startswith(("pass_at_", "maj_at_")):
         return 0.0, 1.0
-    if name in REWARDS:
-        rewards = {reward for record in records for reward in record.rewards.get(REWARDS[name], ())}
+    if name in REWARDS or name.startswith("best_of_"):
+        whose = REWARDS.get(name, "sampled")
+        rewards = {reward for record in records for reward in record.rewards.get(whose, ())}
     elif name.startswith("reward_part/"):
         measured = denominators > 0
         tops, bottoms = numerators[measured], denominators[measured]

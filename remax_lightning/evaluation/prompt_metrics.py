@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import gather_objects
-from remax_lightning.functional import win_rates
+from remax_lightning.functional import best_of_k, majority_vote, pass_at_k, win_rates
 from remax_lightning.training.metrics import step_values
 from remax_lightning.types import PromptRecord, Responses, StepOutput
 
@@ -82,6 +83,31 @@ def add_comparison(record: PromptRecord, other: str, texts: list[str], rewards: 
         rewards={**record.rewards, other: rewards},
         sums={**record.sums, **sums},
     )
+
+
+def add_repeated(record: PromptRecord, config: EvalConfig, answer_of: Callable[[str], Hashable]) -> PromptRecord:
+    """Return a record with `pass_at_k`, `maj_at_k` and `best_of_k` of its `n` sampled responses.
+
+    Each is a mean of one prompt, and counts as many as its `n // k` disjoint groups of `k` responses, which an interval
+    takes for trials: `maj_at_k` is their mean, and the others, over all subsets, vary no more.
+
+    Args:
+        record: what the policy wrote, with `n` rewards.
+        config: the numbers `k`, all at most `n`, and when a response passes.
+        answer_of: returns the answer of a response, None where it has none.
+    """
+    rewards = record.rewards["sampled"]
+    passed = [reward >= config.pass_threshold for reward in rewards]
+    values = {f"pass_at_{k}": (pass_at_k(sum(passed), len(passed), k), len(rewards) // k) for k in config.pass_at_k}
+    if config.maj_at_k:
+        answers = [answer_of(text) for text in record.responses["sampled"]]
+        for k in config.maj_at_k:
+            groups = [slice(start, start + k) for start in range(0, len(rewards) - k + 1, k)]
+            votes = [majority_vote(answers[group], passed[group]) for group in groups]
+            values[f"maj_at_{k}"] = math.fsum(votes) / len(votes), len(votes)
+    values |= {f"best_of_{k}": (best_of_k(rewards, k), len(rewards) // k) for k in config.best_of_k}
+    sums = {name: (value * groups, float(groups)) for name, (value, groups) in values.items()}
+    return record._replace(sums={**record.sums, **sums})
 
 
 class PromptSums:

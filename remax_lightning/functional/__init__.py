@@ -9,7 +9,15 @@ from remax_lightning.functional.advantages import (
     soft_overlong_penalty,
     whiten_advantages,
 )
-from remax_lightning.functional.bootstrap import percentile_interval, proportion_interval, resampled_ratios, win_rates
+from remax_lightning.functional.bootstrap import (
+    best_of_k,
+    majority_vote,
+    pass_at_k,
+    percentile_interval,
+    proportion_interval,
+    resampled_ratios,
+    win_rates,
+)
 from remax_lightning.functional.log_probs import (
     OutputHead,
     PolicyStatistics,
@@ -40,13 +48,16 @@ __all__ = [
     "SurrogateLoss",
     "TokenStatistics",
     "baseline_values",
+    "best_of_k",
     "bradley_terry_loss",
     "clipped_surrogate_loss",
     "hidden_statistics",
     "kl_estimate",
     "kl_loss",
+    "majority_vote",
     "masked_mean",
     "masked_sum",
+    "pass_at_k",
     "percentile_interval",
     "proportion_interval",
     "reinforce_loss",

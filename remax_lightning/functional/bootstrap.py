@@ -1,8 +1,9 @@
-"""Win rates, and how sure a figure is that was measured on a sample of prompts: bootstrap and exact intervals."""
+"""Win rates, figures of several responses, and how sure a figure is: bootstrap and exact intervals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,62 @@ def win_rates(rewards: Tensor, other_rewards: Tensor) -> Tensor:
     check_shape("other_rewards", other_rewards, "[B, m]", (rewards.shape[0], None))
     difference = rewards.unsqueeze(2) - other_rewards.unsqueeze(1)  # [B, n, m]
     return ((difference.sign().double() + 1) / 2).mean((1, 2))
+
+
+def pass_at_k(num_passed: int, num_samples: int, k: int) -> float:
+    """Return the probability that at least one of `k` responses passes, without bias.
+
+    `1 - C(n - c, k) / C(n, k)`, the share of all subsets of `k` that hold one that passed (Chen et al. 2021, arXiv
+    2107.03374).
+
+    Args:
+        num_passed: responses that passed, `c`.
+        num_samples: responses to the prompt, `n`.
+        k: responses that are looked at, at most `n`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    check_argument(1 <= k <= num_samples, "k", f"between 1 and num_samples={num_samples}", k)
+    check_argument(0 <= num_passed <= num_samples, "num_passed", f"between 0 and {num_samples}", num_passed)
+    return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
+
+
+def best_of_k(rewards: Sequence[float], k: int) -> float:
+    """Return the expected largest reward of `k` responses: its mean over all subsets of `k`, without bias.
+
+    Args:
+        rewards: of the `n` responses to a prompt.
+        k: responses that the best is chosen of, at most `n`.
+
+    Raises:
+        ValueError: if `k` is out of its range.
+    """
+    check_argument(1 <= k <= len(rewards), "k", f"between 1 and the {len(rewards)} rewards", k)
+    subsets = math.comb(len(rewards), k)
+    # The i-th smallest reward is the largest of its subset where the other k - 1 are of the i below it.
+    return math.fsum(reward * (math.comb(i, k - 1) / subsets) for i, reward in enumerate(sorted(rewards)))
+
+
+def majority_vote(answers: Sequence[Hashable | None], passed: Sequence[bool]) -> float:
+    """Return whether the most frequent answer passes, 0 or 1; of several, the mean, as a drawn one would.
+
+    Args:
+        answers: of the responses to a prompt; None casts no vote.
+        passed: whether each response passes. An answer that passes in one response and fails in another counts as the
+            share of its responses that pass.
+
+    Raises:
+        ValueError: if the two are not equally long.
+    """
+    check_argument(len(answers) == len(passed), "passed", f"as long as the {len(answers)} answers", len(passed))
+    votes: dict[Hashable, list[bool]] = {}
+    for answer, passes in zip(answers, passed, strict=True):
+        if answer is not None:
+            votes.setdefault(answer, []).append(passes)
+    most = max(map(len, votes.values()), default=0)
+    winners = [passes for passes in votes.values() if len(passes) == most]
+    return sum(map(sum, winners)) / (most * len(winners)) if winners else 0.0
 
 
 def resampled_ratios(

@@ -334,11 +334,17 @@ class ReMaxModule(PolicyModule):
         """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
         # An evaluation compares with y*, whatever the baseline is in training.
         greedy = stage == EVALUATION or self.objective.needs_greedy
+        num_samples = self.evaluator.config.num_samples if stage == EVALUATION else None
         generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
         # A reward that fails on one rank ends all ranks, with its message.
         with raise_on_all_ranks(self.trainer):
             responses = self.worker.generate_responses(
-                self.policy, batch, generator, greedy=greedy, return_log_probs=return_log_probs
+                self.policy,
+                batch,
+                generator,
+                greedy=greedy,
+                return_log_probs=return_log_probs,
+                num_samples=num_samples,
             )  # y ~ pi(.|x) [S, R], y* greedy [B, R]
             return self.worker.score_responses(batch, responses)  # r = reward(x, y) [S], b = reward(x, y*) [B]
 

@@ -142,6 +142,20 @@ def final_formula(text: str) -> str | None:
     return _formula(text)
 
 
+def voted_answer(text: str) -> Fraction | str | None:
+    """Return the answer that a response votes for, so that equal answers are equal: a number, a formula, else a line.
+
+    That is `final_formula`, a number where it is one, a formula without its spaces; of a response without a formula the
+    last line in small letters; None for a blank one.
+    """
+    formula = final_formula(text)
+    if formula is None:
+        lines = text.strip().casefold().splitlines()
+        return lines[-1].strip(" .") if lines else None
+    number = plain_number(formula)
+    return "".join(formula.split()) if number is None else number
+
+
 def words_of(formula: str) -> str | None:
     r"""Return the words of an answer that is only `\text{...}`, in small letters, without brackets; None for others."""
     match = _TEXT.fullmatch(formula.strip())

@@ -85,7 +85,7 @@ class FunctionReward(Reward):
         on_timeout: float | Literal["error"] = "error",
     ) -> None:
         # ---- The function, and the style that its parameters show ----
-        self._call = _import_function(function) if isinstance(function, str) else function
+        self._call = import_function(function) if isinstance(function, str) else function
         self._source = function
         self.function = function = function if isinstance(function, str) else _name_of(function)
         self.arguments = dict(arguments or {})
@@ -377,11 +377,20 @@ def _check_arguments(path: str, parameters: _Parameters, arguments: dict[str, An
         raise UserError(f"{_KEY}.arguments.{missing[0]}: {path} cannot do without this argument; give it a value")
 
 
-def _import_function(path: str) -> Callable[..., Any]:
+def import_function(path: str, key: str = f"{_KEY}.function") -> Callable[..., Any]:
+    """Return the function at a dotted path; modules in the current directory are found too.
+
+    Args:
+        path: such as `my_module.my_function`.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: if there is no such function, or its module cannot be imported.
+    """
     # ---- "my_rewards.politeness" -> module "my_rewards", function "politeness" ----
     module_name, _, name = path.rpartition(".")
     if not module_name or not name:
-        raise UserError(f"{_KEY}.function: expected a dotted path such as my_module.my_function, got {path!r}")
+        raise UserError(f"{key}: expected a dotted path such as my_module.my_function, got {path!r}")
     # Appended, not put first: no file of the user's may shadow an installed package that is imported later.
     directory = str(Path.cwd())
     if directory not in sys.path and "" not in sys.path:
@@ -391,28 +400,28 @@ def _import_function(path: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         # "my_rewards" or a package around it is missing; anything else is missing inside of the module.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken_module(module_name, error) from error
+            raise _broken_module(key, module_name, error) from error
         raise UserError(
-            f"{_KEY}.function: {path!r} names the module {module_name!r}, and there is none. "
+            f"{key}: {path!r} names the module {module_name!r}, and there is none. "
             f"Put {module_name.replace('.', '/')}.py into {directory} or on PYTHONPATH, or correct the path."
         ) from error
     except (Exception, SystemExit) as error:
-        raise _broken_module(module_name, error) from error
+        raise _broken_module(key, module_name, error) from error
     # ---- The function in the module ----
     function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         known = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
         place = getattr(module, "__file__", "built in")
         raise UserError(
-            f"{_KEY}.function: module {module_name!r} ({place}) has no {name!r}; its functions are: {known or 'none'}"
+            f"{key}: module {module_name!r} ({place}) has no {name!r}; its functions are: {known or 'none'}"
         )
     if not callable(function):
-        raise UserError(f"{_KEY}.function: expected a function, got {path!r}, a {type(function).__name__}")
+        raise UserError(f"{key}: expected a function, got {path!r}, a {type(function).__name__}")
     return function
 
 
-def _broken_module(name: str, error: BaseException) -> UserError:
+def _broken_module(key: str, name: str, error: BaseException) -> UserError:
     return UserError(
-        f"{_KEY}.function: importing the module {name!r} failed with {type(error).__name__}: {error}. "
+        f"{key}: importing the module {name!r} failed with {type(error).__name__}: {error}. "
         f"Try `python -c 'import {name}'`."
     )

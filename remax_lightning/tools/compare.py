@@ -14,7 +14,6 @@ import torch
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
-    MEANINGS,
     Figure,
     Method,
     RecordSums,
@@ -26,6 +25,7 @@ from remax_lightning.evaluation.intervals import (
     format_number,
     format_table,
     intervals_are,
+    meaning_of,
     ratios_to_figures,
     two_values,
     with_interval,
@@ -318,6 +318,11 @@ def find_incomparable(first: SavedEvaluation, second: SavedEvaluation, pairs: Pa
     both = list(zip(*pairs, strict=True))
     if any(first_record.responses.get("chosen") != other.responses.get("chosen") for first_record, other in both):
         reasons |= dict.fromkeys(("chosen_reward", "win_rate_chosen"), "the data set's responses differ")
+    evaluations = [settings.get("evaluation", {}) for settings in (one, two)]
+    for key, starts in (("pass_threshold", ("pass_at_", "maj_at_")), ("answer", ("maj_at_",))):
+        if evaluations[0].get(key) != evaluations[1].get(key):
+            of_key = {name for record in pairs.first for name in record.sums if name.startswith(starts)}
+            reasons |= dict.fromkeys(of_key, f"evaluation.{key} differs")
     if reason := _token_mismatch(pairs):
         reasons |= dict.fromkeys(("perplexity", "reference_perplexity"), reason)
     measured = {name for records in pairs for record in records for name in record.sums}
@@ -354,7 +359,7 @@ def format_comparison(answer: Mapping[str, Any]) -> str:
             format_number(changed.value),
             format_interval(changed),
         )
-        rows.append((name, *cells, str(changed.n), MEANINGS.get(name, "")))
+        rows.append((name, *cells, str(changed.n), meaning_of(name)))
     lines = [f"{letter}: {path} ({checkpoint or 'the loaded policy'})"
              for letter, path, checkpoint in zip("AB", (answer["first"], answer["second"]), answer["checkpoints"],
                                                  strict=True)]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
@@ -180,6 +181,7 @@ class RolloutWorker:
         *,
         greedy: bool,
         return_log_probs: bool = False,
+        num_samples: int | None = None,
     ) -> GeneratedResponses:
         """Let a model respond to the prompts.
 
@@ -189,12 +191,14 @@ class RolloutWorker:
             generator: the only source of randomness.
             greedy: whether greedy responses are generated too.
             return_log_probs: whether the engine returns the log-probs of the tokens that it samples.
+            num_samples: sampled responses per prompt; None for `sampling.num_samples`.
         """
+        sampling = self.sampling if num_samples is None else replace(self.sampling, num_samples=num_samples)
         # ---- What the engine is asked for ----
         request = GenerationRequest(
             prompt_ids=prompt.prompt_ids,  # [B, P]
             prompt_mask=prompt.prompt_mask,  # [B, P]
-            sampling=self.sampling,
+            sampling=sampling,
             eos_ids=self.eos_ids,
             pad_id=int(cast(int, self.tokenizer.pad_token_id)),
             generator=generator,

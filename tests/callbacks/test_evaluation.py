@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_the_settings_are_there(evaluated: tuple[Path, dict[str, float], str], f
     assert (settings["policy"], settings["reference"]) == folders
     assert settings["reward"] == {"class_path": "helpers.training.CharacterReward"}
     assert settings["sampling"]["num_samples"] == 2
-    own = {"response_column": "chosen", "text": None, "max_length": 1024}
+    own = {"response_column": "chosen", "text": None, "max_length": 1024, "num_samples": None, "pass_threshold": 1.0}
+    own |= {"pass_at_k": [], "maj_at_k": [], "best_of_k": [], "answer": None}
     assert settings["evaluation"] == {**own, "num_resamples": 500, "seed": 4, "confidence": 0.95}
 
 
@@ -124,6 +126,43 @@ def test_the_table_has_every_figure_and_is_alone(evaluated: tuple[Path, dict[str
         assert format_number(figure["value"]) in line
         assert f"{format_number(figure['low'])} to {format_number(figure['high'])}" in line
     assert "Test metric" not in out  # Lightning's
+
+
+def test_a_test_measures_several_responses_and_validation_draws_those_of_training(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several: dict[str, Any] = {"num_samples": 5, "pass_at_k": (1, 4), "maj_at_k": (2,), "best_of_k": (3,)}
+    callback = Evaluation(test=(), num_resamples=50, pass_threshold=0.0, **several)
+    metrics = run(folders, tmp_path, callback)
+    records = lines(tmp_path / "evaluation.jsonl")
+    rewards = [record["rewards"]["sampled"] for record in records]
+    assert [len(row) for row in rewards] == [5] * 8
+    # Of 5 responses a subset of 4 leaves one out: none passes where all fail, or all but the one that is left out.
+    passed = [sum(reward >= 0 for reward in row) for row in rewards]
+    expected = sum({0: 0.0, 1: 4 / 5}.get(count, 1.0) for count in passed) / 8
+    assert metrics["test/pass_at_4"] == pytest.approx(expected)
+    assert metrics["test/pass_at_1"] == pytest.approx(sum(passed) / 40)
+    largest = [sum(max(subset) for subset in combinations(row, 3)) / 10 for row in rewards]
+    assert metrics["test/best_of_3"] == pytest.approx(sum(largest) / 8, rel=1e-5)
+    assert 0 < metrics["test/pass_at_1"] < metrics["test/pass_at_4"] <= 1
+    answer = json.loads((tmp_path / "evaluation.json").read_text())
+    assert answer["figures"]["pass_at_4"]["method"] == "exact"
+    assert answer["settings"]["evaluation"]["pass_at_k"] == [1, 4]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("maj_at_2 ")]
+    assert line.endswith("2 sampled responses, whose most frequent answer passes")
+    recorder = Recorder()
+    metrics = run(folders, tmp_path, Evaluation(**several), recorder, validates=True)
+    assert len(recorder.validations[0]["records"][0].rewards["sampled"]) == 2
+    assert not [name for name in metrics if "pass_at" in name]
+
+
+def test_a_figure_of_more_responses_than_there_are_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"evaluation\.maj_at_k: 3 responses .* got 2; set evaluation\.num_samples to 3 or more"
+    ):
+        run(folders, tmp_path, Evaluation(maj_at_k=(3,)))
+    with pytest.raises(UserError, match=r"evaluation\.pass_at_k must be numbers of at least 1, got \(0,\)"):
+        Evaluation(pass_at_k=(0,))
 
 
 def test_intervals_shrink_with_the_prompts_and_follow_the_seed() -> None:

@@ -11,8 +11,13 @@ import pytest
 import torch
 from helpers.training import PROMPTS, Recorder, fit, make_trainer, prompt_data, remax_module, save_policy
 
+from remax_lightning.config import EvalConfig
+from remax_lightning.errors import UserError
+from remax_lightning.evaluation.evaluator import answer_function
+from remax_lightning.evaluation.prompt_metrics import add_repeated
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rollout import SamplingConfig
+from remax_lightning.types import PromptRecord
 
 PER_TOKEN = {"advantage": "advantages", "kl": "kl", "entropy": "entropy"}
 """Figures that are means over tokens, and what they are called in the output of a step."""
@@ -141,3 +146,36 @@ def test_prediction(folders: tuple[str, str], tmp_path: Path) -> None:
             "response_length": int(rollout.sampled.response_mask[i].sum()),
             "truncated": bool(rollout.sampled.truncated[i]),
         }
+
+
+# Several responses to one prompt
+
+
+def repeated(config: EvalConfig, texts: list[str], rewards: list[float]) -> dict[str, tuple[float, float]]:
+    record = PromptRecord(0, "1+4=", {"sampled": texts}, {"sampled": rewards}, {})
+    return add_repeated(record, config, answer_function(config.answer)).sums
+
+
+def test_figures_of_several_responses_are_those_by_hand() -> None:
+    config = EvalConfig(pass_at_k=(1, 2), maj_at_k=(2, 5), best_of_k=(4,))
+    sums = repeated(config, ["5", "it is 5.0", "6", "six", ""], [1.0, 1.0, 0.0, 0.0, 0.0])
+    assert sums["pass_at_1"] == pytest.approx((2.0, 5.0))
+    assert sums["pass_at_2"] == pytest.approx((2 * 0.7, 2.0))  # 3 of 10 pairs have no right one
+    assert sums["maj_at_2"] == pytest.approx((1.0, 2.0))  # 5 and 5.0 are one answer; 6 against six, both wrong
+    assert sums["maj_at_5"] == (1.0, 1.0)
+    assert sums["best_of_4"] == (1.0, 1.0)
+
+
+def test_what_passes_and_what_votes_can_be_set() -> None:
+    config = EvalConfig(pass_at_k=(1,), maj_at_k=(3,), pass_threshold=0.5, answer="helpers.answers.first_word")
+    sums = repeated(config, ["yes of course", "no", "yes"], [0.5, 0.4, 0.6])
+    assert sums == {"pass_at_1": pytest.approx((2.0, 3.0)), "maj_at_3": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    ("helpers.answers.nothing_here", r"evaluation\.answer: module 'helpers\.answers' .* has no 'nothing_here'"),
+    ("helpers.answers.a_list", r"evaluation\.answer: helpers\.answers\.a_list must return .* on the response 'yes'"),
+])  # fmt: skip
+def test_a_function_of_answers_that_fails_is_named(answer: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        repeated(EvalConfig(maj_at_k=(1,), answer=answer), ["yes"], [1.0])

@@ -133,3 +133,13 @@ def test_pairs_make_the_interval_of_a_difference_narrow() -> None:
     assert paired[1] - paired[0] < 0.4 * (apart[1] - apart[0])
     scaled = difference_interval(*((2 * top - 1, bottom) for top, bottom in (side(values), side(changed))), (-1.0, 1.0))
     assert scaled == pytest.approx(tuple(2 * end for end in paired), abs=0.08)
+
+
+def test_pass_at_k_has_an_exact_interval_with_disjoint_groups_as_trials() -> None:
+    """64 of 64 prompts say no more than 64 trials, whether of one or of four groups that all agree."""
+    for groups in (1.0, 4.0):
+        figure = figures(records([[1.0]] * 64, pass_at_4=[(groups, groups)] * 64), 100, 0)["pass_at_4"]
+        assert (figure.low, figure.high) == pytest.approx(proportion_interval(64, 64))
+        assert (figure.value, figure.method) == (1.0, "exact")
+    best = figures(records([[0.3 * i] for i in range(9)], best_of_2=[(0.3 * i, 1.0) for i in range(9)]), 100, 0)
+    assert best["best_of_2"].method == "bootstrap"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
 from remax_lightning.functional import (
+    best_of_k,
     bootstrap,
+    majority_vote,
+    pass_at_k,
     percentile_interval,
     proportion_interval,
     resampled_ratios,
@@ -183,3 +187,49 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             call()
+
+
+# Figures of several responses, against all subsets
+
+
+@pytest.mark.parametrize("num_passed", range(6))
+@pytest.mark.parametrize("k", range(1, 6))
+def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes(num_passed: int, k: int) -> None:
+    passes = [i < num_passed for i in range(5)]
+    subsets = [any(subset) for subset in combinations(passes, k)]
+    assert pass_at_k(num_passed, 5, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-15)
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_best_of_k_is_the_mean_of_the_largest_of_all_subsets(k: int) -> None:
+    rewards = [0.5, -1.0, 2.0, 0.5, 0.1]
+    largest = [max(subset) for subset in combinations(rewards, k)]
+    assert best_of_k(rewards, k) == pytest.approx(sum(largest) / len(largest), rel=1e-12)
+
+
+def test_many_responses_neither_overflow_nor_lose_digits() -> None:
+    assert pass_at_k(1, 1000, 500) == pytest.approx(0.5, rel=1e-12)
+    assert best_of_k([0.0] * 999 + [1.0], 500) == pytest.approx(0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(("answers", "passed", "expected"), [
+    (["5", "6", "5"], [True, False, True], 1.0),
+    (["5", "6", "6"], [True, False, False], 0.0),
+    (["5", "6"], [True, False], 0.5),  # a tie
+    (["5", None, None], [True, False, False], 1.0),  # no answer is no vote
+    ([None, None], [True, True], 0.0),
+    (["5", "5"], [True, False], 0.5),  # the reward looks at more than the answer
+])  # fmt: skip
+def test_the_most_frequent_answer_counts(answers: list[str | None], passed: list[bool], expected: float) -> None:
+    assert majority_vote(answers, passed) == expected
+
+
+def test_figures_of_several_responses_need_as_many() -> None:
+    with pytest.raises(ValueError, match="k must be between 1 and num_samples=4, got 5"):
+        pass_at_k(1, 4, 5)
+    with pytest.raises(ValueError, match="num_passed must be between 0 and 4, got 5"):
+        pass_at_k(5, 4, 2)
+    with pytest.raises(ValueError, match="k must be between 1 and the 2 rewards, got 3"):
+        best_of_k([1.0, 0.0], 3)
+    with pytest.raises(ValueError, match="passed must be as long as the 2 answers, got 1"):
+        majority_vote(["5", "6"], [True])
