@@ -150,7 +150,7 @@ class ChatRenderer(TemplateRenderer):
             " template whose generation prompt begins as its assistant's turns do"
         )
 
-    # Responses behind prompts that no whole conversation begins with
+    # ---- Responses behind prompts that no whole conversation begins with ----
 
     def _turn_behind(self, prompt: Prompt, response: Message, *, is_generated: bool = False) -> str | None:
         """Return what the template writes for a response behind the last message of its prompt, to the end of the text.

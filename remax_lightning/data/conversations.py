@@ -34,7 +34,7 @@ RESERVED_KWARGS = frozenset(
 """Arguments of `apply_chat_template` that are set here."""
 
 
-# Reading
+# ---- Reading ----
 
 
 def read_conversation(
@@ -232,7 +232,7 @@ def check_characters(text: str, what: str) -> None:
         ) from None
 
 
-# Tokenizing
+# ---- Tokenizing ----
 
 
 def conversation_ids(

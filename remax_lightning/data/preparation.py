@@ -305,7 +305,7 @@ def preparation_key(
     return digest.hexdigest()
 
 
-# Records
+# ---- Records ----
 
 
 class _Record:
@@ -403,7 +403,7 @@ def _is_json(value: Any) -> bool:
     return all(map(_is_json, value)) if kind is list else kind in _SCALARS
 
 
-# The file
+# ---- The file ----
 
 
 class _NotKeptError(Exception):

@@ -248,7 +248,7 @@ def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
     return _load(path, split, key, lambda: load_dataset(str(folder) if folder.exists() else path, name, split=split))
 
 
-# One path
+# ---- One path ----
 
 
 def _looks_like_file(path: str) -> bool:
@@ -350,7 +350,7 @@ def _join(parts: Sequence[Rows], source: str) -> Rows:
     )
 
 
-# What `datasets` does
+# ---- What `datasets` does ----
 
 
 def _load(path: str, split: str, key: str, load: Any) -> Any:

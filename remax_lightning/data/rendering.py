@@ -124,7 +124,7 @@ class TemplateRenderer:
                 " template, or correct this one"
             ) from None
 
-    # What is lost
+    # ---- What is lost ----
 
     def fit(self, conversation: Conversation, messages: Sequence[Message], is_prompt: bool) -> _Fit:
         """Return the best form for messages of this shape; a probe finds it when the shape occurs first."""

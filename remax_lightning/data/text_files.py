@@ -205,7 +205,7 @@ def parse_number(value: Any) -> float | None:
     return float(value)
 
 
-# What the file is wrapped in
+# ---- What the file is wrapped in ----
 
 
 def _unzip(data: bytes) -> bytes:
@@ -259,7 +259,7 @@ def _utf8(data: bytes, source: str) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-# JSON
+# ---- JSON ----
 
 
 def _parsed(text: bytes, where: str, objects: _Objects) -> Any:
@@ -355,7 +355,7 @@ def _collected(
     return TextFile(JsonRows.of(usable()), numbers, unit, dropped)
 
 
-# CSV
+# ---- CSV ----
 
 
 def _csv(text: bytes, source: str, delimiter: str) -> Iterator[tuple[int, Row | DataError]]:

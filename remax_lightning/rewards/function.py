@@ -168,7 +168,7 @@ class FunctionReward(Reward):
         """The function's path: the class alone would not say which function failed."""
         return f"FunctionReward({self.function})"
 
-    # TRL's and verl's styles
+    # ---- TRL's and verl's styles ----
 
     def _trl_arguments(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]

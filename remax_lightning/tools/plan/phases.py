@@ -22,6 +22,8 @@ Parts = dict[str, int]
 
 
 # ---- The strategies: what a device keeps, gathers and communicates through ----
+
+
 class StrategyMemory(ABC):
     """The memory that a device needs for a trained model under one of the strategies, without activations."""
 

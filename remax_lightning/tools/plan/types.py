@@ -53,6 +53,8 @@ class Strategy:
 
 
 # ---- Models ----
+
+
 class ModelSize(NamedTuple):
     """Sizes of a trained model.
 
@@ -98,6 +100,8 @@ class FrozenSize(NamedTuple):
 
 
 # ---- Passes of a step ----
+
+
 class RolloutBytes(NamedTuple):
     """Bytes of a rollout.
 
