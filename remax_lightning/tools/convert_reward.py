@@ -101,7 +101,7 @@ def save_classifier(
     weights, remainder = fold_into_weights(
         dict(model.state_dict()), score_layers(model, input_ids), score_head(model), Normalization()
     )
-    # OpenRLHF's settings hold no longer: the head is called `score`, and its weights normalize.
+    # OpenRLHF's settings hold no longer: the head is called `score`; weights and `remainder` have the normalization.
     settings = {"value_head_prefix": None, "normalize_reward": None, **remainder, "reward_template": template}
     for name, value in settings.items():
         if value is not None:
