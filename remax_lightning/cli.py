@@ -240,7 +240,7 @@ def main() -> None:
         raise SystemExit(0 if launched else EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # also what code of a user's own raises as no Exception
         end = _end(error)
         # ---- One line: from every rank that has an error of its own, and from rank 0 of an error that all have ----
         on_all_ranks = isinstance(error, RankUserError | RankError)
@@ -251,7 +251,7 @@ def main() -> None:
         raise SystemExit(end.code) from None
 
 
-def _end(error: Exception | SystemExit) -> End:
+def _end(error: BaseException) -> End:
     """Return how the command ends; an exit that has been explained already is raised again."""
     if not isinstance(error, SystemExit):
         return describe_end(error, _stage)

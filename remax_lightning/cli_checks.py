@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import Namespace
@@ -82,6 +83,22 @@ def _pair_below_one(value: Any) -> bool:
     return isinstance(value, Sequence) and all(_number(beta) and 0 <= beta < 1 for beta in value)
 
 
+def _file_name(value: Any) -> bool:
+    """Whether the fields of a name are figures, whole numbers or others, in a form that Python writes."""
+    try:
+        forms = [form or "" for _, field, form, _ in Formatter().parse(str(value)) if field is not None]
+    except ValueError:
+        return False
+    return all(any(_can_write(number, form) for number in (1, 1.0)) for form in forms)
+
+
+def _can_write(number: float, form: str) -> bool:
+    try:
+        return bool(format(number, form))
+    except ValueError:
+        return False
+
+
 _DURATION = re.compile(r"\d+:\d\d?:\d\d?:\d\d?")
 _OPTIMIZER = "*.optimizer.init_args."
 _SCHEDULER = "*.lr_scheduler.init_args."
@@ -96,6 +113,7 @@ RULES = (
     Rule(("trainer.devices",), "auto, -1 (all), a number from 1, or indices such as [0, 1]", _devices),
     Rule(("trainer.strategy",), "a strategy whose processes are commands of their own, such as ddp",
          lambda value: not isinstance(value, str) or not re.search("spawn|fork|notebook", value)),
+    Rule(("trainer.strategy.init_args.stage",), "a stage of ZeRO from 0 to 3", _whole(0, 3)),
     Rule(("trainer.max_epochs", "trainer.max_steps"), "-1 (no limit), or a whole number from 0", _whole(-1)),
     Rule(("trainer.num_sanity_val_steps",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule(("trainer.min_epochs", "trainer.min_steps", "trainer.reload_dataloaders_every_n_epochs",
@@ -121,6 +139,10 @@ RULES = (
     Rule((f"{_SCHEDULER}factor", f"{_SCHEDULER}start_factor", f"{_SCHEDULER}end_factor"),
          "a number from 0 to 1", _from(0, 1)),
     # callbacks of Lightning
+    Rule(("trainer.callbacks.*.class_path",),
+         "a callback that searches for no batch size (`remax plan` computes the memory)",
+         lambda value: not str(value).endswith(".BatchSizeFinder")),
+    Rule((f"{_CALLBACK}filename",), "a name with figures in braces, such as {step} or {val/reward:.2f}", _file_name),
     Rule((f"{_CALLBACK}save_top_k",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule((f"{_CALLBACK}every_n_train_steps", f"{_CALLBACK}every_n_epochs", f"{_CALLBACK}patience",
           f"{_CALLBACK}refresh_rate"), "a whole number from 0", _whole(0)),

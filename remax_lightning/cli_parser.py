@@ -75,6 +75,7 @@ class RemaxParser(LightningArgumentParser):
         arguments = _without_keys(arguments, mistakes) or arguments
         # ---- Parse; leave out what is wrong; parse the rest, until it passes or nothing changes any more ----
         tried: list[list[str]] = []
+        left_out: set[str] = set()  # groups, of which then keys are missing
         while parsed is None and len(mistakes) < MAX_MISTAKES and arguments not in tried:
             tried.append(arguments)
             try:
@@ -84,17 +85,24 @@ class RemaxParser(LightningArgumentParser):
                     self.error("\n".join(lines))
             except _ParseExit as end:
                 tip = tip or end.tip
-                further = {key: text for key, text in _single(end.mistakes) if not _is_consequence(key, text, mistakes)}
+                further = {
+                    key: text
+                    for key, text in _single(end.mistakes)
+                    if not _is_consequence(key, text, mistakes)
+                    and not (text.startswith("missing") and key.partition(".")[0] in left_out)
+                }
                 mistakes |= further
                 if not mistakes.keys().isdisjoint(("", "config")):  # all that a file sets would be missing
                     break
                 groups = dict.fromkeys(key.partition(".")[0] for key in mistakes if key)
-                arguments = (
+                reduced = (
                     _without_keys(arguments, list(further)[:1])  # a message names one key, or several types of one
                     or _with_fillers(arguments, end.mistakes)
-                    or _without_keys(arguments, groups)
-                    or arguments
                 )
+                if reduced is None:
+                    reduced = _without_keys(arguments, groups)
+                    left_out.update(groups)
+                arguments = reduced or arguments
         # ---- Values that the parser accepts and nothing else will ----
         lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
         lines += self._wrong_values(original, parsed, mistakes)

@@ -42,6 +42,8 @@ EXHAUSTIVE = (
     ("test_stages.py", r"right_solutions_from_wrong"),
     # The command on a checkpoint that cannot be used: what reads it is the same for every subcommand.
     ("test_bad_input.py", r"runs_no_code\[.*-(validate|test|predict)\]"),
+    # Mistakes as whole commands: the kinds that were no message stay.
+    ("test_mistakes.py", r"one_message\[(?!a reward model as policy|an exception that is none|a negative one)"),
     # Lightning's own strategies load after the same look as that of a user's own.
     ("strategies/test_foreign_loading.py", r"lightnings_own"),
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).

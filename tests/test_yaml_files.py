@@ -209,6 +209,15 @@ def test_a_group_that_is_refused_counts_with_its_values_around_it(
     assert said.count("\n") == 1
 
 
+def test_what_is_missing_in_a_group_that_was_left_out_is_no_mistake(
+    tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": 3}}
+    said = misread(changed(small_config(tmp_path, policy_path), model__lr_scheduler=schedule), tmp_path, capsys)
+    assert "model.lr_scheduler.lr_lambda: " in said
+    assert "missing" not in said
+
+
 @pytest.mark.parametrize("text", [LAUGHS, "model: {}\nmodel: {}\n"])
 def test_the_configuration_of_a_run_is_read_within_them(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)

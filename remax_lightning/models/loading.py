@@ -146,16 +146,24 @@ class ModelConfig:
             if self.from_scratch:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
             else:
-                model = AutoModelForCausalLM.from_pretrained(
+                result: Any = AutoModelForCausalLM.from_pretrained(
                     self.path,
+                    output_loading_info=True,
                     config=config,
                     dtype=dtype,
                     revision=self.revision,
                     use_safetensors=None if self.allow_pickle else True,
                     **common,
                 )
+                model, loaded = result
         except Exception as error:
             raise load_failure(error, f"{key}.path", self.path) from error
+        if not self.from_scratch and (missing := sorted(loaded["missing_keys"])):
+            # Such as the output embedding of a reward model; transformers only warns.
+            raise UserError(
+                f"{key}.path: {self.path!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}),"
+                " which would be random; give a causal language model, not a reward model or a part of one"
+            )
         if self.disable_dropout:
             # Beyond the configuration: some layers read another key, or none.
             silence_random_layers(model)

@@ -58,8 +58,11 @@ def _sum_of_squares(parameters: Iterable[Tensor], device: torch.device) -> Tenso
     """Return the sum of the squares of the gradients that this rank has, in the widest dtype of the device."""
     wide = torch.float32 if device.type == "mps" else torch.float64
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # A norm in 16 bits has three digits, and overflows in float16.
-    norms = [torch.linalg.vector_norm(_local(gradient), dtype=torch.float32).to(device) for gradient in gradients]
+    # A norm in 16 bits has three digits, and overflows in float16; one of float64 is not narrowed.
+    norms = [
+        torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)).to(device)
+        for local in map(_local, gradients)
+    ]
     return torch.stack(norms).to(wide).square().sum() if norms else torch.zeros((), dtype=wide, device=device)
 
 

@@ -95,7 +95,7 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
             likelihood = 0.0 if rollout.log_probs is not None else _unlikelihood(policy, worker)
     # ---- Compare: two passes of a pair differ in one thing only ----
     mask = rollout.sampled.response_mask
-    plain = torch.zeros_like(padded).masked_scatter(mask, torch.cat(alone))  # [2, R]
+    plain = torch.zeros_like(padded).masked_scatter(mask, torch.cat(alone).to(padded))  # [2, R]
     drawn = plain if rollout.log_probs is None else rollout.log_probs
     return OnPolicyGaps(
         decoding=_largest(drawn - plain, mask),

@@ -21,6 +21,26 @@ def test_weights_are_those_of_the_folder(policy_path: Path) -> None:
         assert torch.equal(value, expected[name])
 
 
+def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
+    """A reward model has no output embedding, a base model neither; tied embeddings are saved once."""
+    for family, name in (("llama", "scorer"), ("llama", "base"), ("opt", "tied")):
+        model = tiny_model(family)
+        if name == "base":
+            model = model.model
+        elif name == "scorer":
+            from transformers import AutoModelForSequenceClassification
+
+            model.config.num_labels, model.config.pad_token_id = 1, 0
+            model = AutoModelForSequenceClassification.from_config(model.config)
+        model.save_pretrained(tmp_path / name)
+        source = ModelConfig(str(tmp_path / name))
+        if name == "tied":
+            source.load("model.policy")
+        else:
+            with pytest.raises(UserError, match=r"model\.policy\.path: .* lacks 1 weights of Llama\w+ \(lm_head"):
+                source.load("model.policy")
+
+
 def test_dtype_follows_the_default_unless_given(policy_path: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:

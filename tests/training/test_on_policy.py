@@ -292,8 +292,9 @@ def test_texts_stay_below_the_length_where_rotary_embeddings_change(
             check_rope(model, 25, 8)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "lora"), [("32-true", False), ("32-true", True), ("bf16-mixed", False), ("64-true", True)]
+)
 def test_a_run_is_the_same_with_and_without_the_check(precision: str, lora: bool, tmp_path: Path) -> None:
     """No random number, no timer and no gradient of the run is touched."""
     path = save_policy(tmp_path / "policy")
