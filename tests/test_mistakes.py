@@ -182,6 +182,42 @@ def test_a_mistake_ends_with_one_message(
     assert "bug of remax-lightning" not in said
 
 
+TOOLS: dict[str, tuple[list[str], str]] = {
+    "export of nothing": (["export", "nowhere.ckpt", "out"], "checkpoint: 'nowhere.ckpt' does not exist"),
+    "export of a binary file": (["export", "binary", "out"], "checkpoint: 'binary' cannot be read"),
+    "export onto its source": (["export", "binary", "binary"], "out must be a new folder"),
+    "export with deep YAML": (
+        ["export", "a.saved", "out", "--config", "deep"],
+        "'deep' cannot be read: deep, line 1",
+    ),
+    "report of a file": (["report", "binary"], "RUN: binary is a file; expected the folder of a run"),
+    "report of an empty folder": (["report", "empty"], "RUN: empty is not a run"),
+    "comparison of folders": (["compare", "empty", "empty"], "empty must hold one evaluation.json, got none"),
+    "comparison of deep JSON": (["compare", "deep.json", "deep.json"], "is not an evaluation of `remax test`"),
+    "an unknown option": (["demo", "--nope"], "unrecognized arguments: --nope"),
+    "text for a number": (["plan", "--memory", "lots"], "argument --memory: invalid float value: 'lots'"),
+}
+
+
+@pytest.mark.parametrize("mistake", TOOLS)
+def test_a_tools_mistake_ends_with_one_message(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = TOOLS[mistake]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    for name in ("deep", "deep.json", "deep.jsonl"):
+        (tmp_path / name).write_text("[" * 3000)
+    torch.save({"state_dict": {"policy.a": torch.ones(2)}, "global_step": 1}, tmp_path / "a.saved")
+    with in_folder(tmp_path):
+        outcome = remax(capsys, *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("error: ") == 1
+    assert expected in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_paths_and_precisions_that_are_rare_are_no_mistakes(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]

@@ -191,9 +191,10 @@ def test_broken_lines_are_counted_and_old_ones_read(tmp_path: Path) -> None:
     old = {"step": 3, "response": "yes", "reward": float("nan")}
     write_samples(tmp_path, [old, sample(1)])
     with (tmp_path / "samples" / "train.jsonl").open("a") as file:
-        file.write('[1]\n{"step": null, "response": ""}\n{"step": 2, "respo')
+        file.write('[1]\n{"step": null, "response": ""}\n{"step": 1e400, "response": ""}\n')
+        file.write(f'{{"step": 1, "response": {"[" * 2000}{"]" * 2000}}}\n{{"step": 2, "respo')
     page = written(tmp_path)
-    assert "3 lines of train.jsonl could not be read and are left out." in notes_of(page)
+    assert "5 lines of train.jsonl could not be read and are left out." in notes_of(page)
     first, second = data_of(page)["samples"]
     assert first == {"step": 3, "stage": "train", "response": "yes", "parts": {}, "truncated": False}
     assert second["tokens"] == [*"answer 1", ""]
@@ -221,7 +222,11 @@ def test_an_evaluation_may_lack_parts(text: str, row: str | None, tmp_path: Path
     assert ("Evaluation" in page) == (row is not None)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"figures": [1]}', '{"figures": {"kl": {"value": "much"}}}'])
+DEEP = "[" * 2000 + "]" * 2000
+HUGE = '{"figures": {"kl": 1%s}}' % ("0" * 400)
+
+
+@pytest.mark.parametrize("text", ["", "[]", DEEP, HUGE, '{"figures": [1]}', '{"figures": {"kl": {"value": "much"}}}'])
 def test_an_evaluation_that_is_none_is_said(text: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(text)
     assert any(note.startswith("evaluation.json could not be read") for note in notes_of(written(tmp_path)))
