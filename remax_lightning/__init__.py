@@ -22,6 +22,7 @@ _PUBLIC = {
         "default_callbacks",
     ),
     "data": ("PreferenceDataModule", "PromptDataModule", "ReasoningGymDataModule", "SFTDataModule"),
+    "loggers": ("TrackioLogger",),
     "errors": ("DataError", "RewardError", "UserError"),
     "models": ("ModelConfig",),
     "modules": (

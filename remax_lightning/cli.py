@@ -15,21 +15,22 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
-from remax_lightning import callbacks, data, modules, rewards, rollout, strategies
+from remax_lightning import callbacks, data, loggers, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import foreign_exit_message, user_error_message
 from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.cli_parser import RemaxParser
 from remax_lightning.errors import RankError, RankUserError, UserError, printable
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
-from remax_lightning.run_folder import earlier_checkpoint_folders, run_folder
+from remax_lightning.run_folder import continue_run, earlier_checkpoint_folders, folder_of_checkpoint, run_folder
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.resume import EXIT_CODE
 
@@ -47,7 +48,7 @@ CALLBACKS = {
 """The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
 # Imported so that short class names work as `class_path`.
-KNOWN = (data, modules, rewards, rollout)
+KNOWN = (data, loggers, modules, rewards, rollout)
 
 TOOLS = {
     "compare": ("compare", "compare the figures of two evaluations, with paired intervals"),
@@ -175,8 +176,13 @@ class RemaxCLI(LightningCLI):
         _stage.name = "model or data"  # made first, by the parser; the trainer follows
         super().instantiate_classes()
         arguments = self.config_init.get(self.subcommand) if self.subcommand else None
-        if arguments is not None and arguments.get("ckpt_path") == "last":
+        if arguments is None:
+            return
+        is_last = arguments.get("ckpt_path") == "last"
+        if is_last:
             arguments["ckpt_path"] = self._last_checkpoint()
+        if self.subcommand == "fit":
+            self._continue_run(arguments.get("ckpt_path") or self._requeued_checkpoint(), is_last)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
@@ -191,6 +197,32 @@ class RemaxCLI(LightningCLI):
             raise
         if any(launched.exit_codes()):
             raise SystemExit(1)
+
+    def _requeued_checkpoint(self) -> str | None:
+        """Return the checkpoint that Lightning loads in a requeued SLURM job without being told."""
+        return self.trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+
+    def _continue_run(self, checkpoint: str | None, is_last: bool) -> None:
+        """Go on in the folder of the run that saved the checkpoint, if nothing there would be overwritten.
+
+        From an earlier checkpoint than its run's latest, a new run branches off.
+        """
+        if checkpoint is None or launcher.is_launched() or not Path(checkpoint).exists():
+            return
+        path = Path(checkpoint)
+        info = inspect_checkpoint(path)
+        folder = folder_of_checkpoint(path, info.run_folder)
+        if folder is None:
+            return
+        latest = None if is_last else strategies.latest_checkpoint([path.parent], requeued=path.parent)
+        if latest is not None and (step := inspect_checkpoint(latest).step) > info.step:
+            reason: str | None = f"{folder} goes on to optimizer step {step}"
+        else:
+            reason = continue_run(self.trainer, folder, info.step)
+        if reason is None:
+            rank_zero_info(f"This run continues {folder} at optimizer step {info.step}.")
+        else:
+            rank_zero_info(f"A new run starts from {path}, in a folder of its own, because {reason}.")
 
     def _last_checkpoint(self) -> str | None:
         """Return the latest complete checkpoint of this run and of earlier runs, whatever its name.

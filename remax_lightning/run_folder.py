@@ -6,9 +6,11 @@ Whatever a run writes goes there: configuration, samples, checkpoints, exported 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import socket
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +18,13 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankUserError, UserError
+from remax_lightning.loggers.adapters import adapt
 
 try:
     import fcntl
@@ -29,8 +33,12 @@ except ImportError:  # Windows
 
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+RECORD = "run.json"
+RUN_FOLDER = "run_folder"
+"""The key under which a checkpoint names the folder of its run."""
 _NUMBERED = re.compile(r"version_(\d+)")
 _folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+_continued: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 # ---- Which folder ----
@@ -53,7 +61,7 @@ def run_folder(trainer: Trainer) -> Path:
         problem = None
         if trainer.is_global_zero:  # other ranks do not know the version of the logger
             try:
-                folder = _logger_folder(trainer) or _create_numbered(_parent_folder(trainer))
+                folder = _continued.get(trainer) or _logger_folder(trainer) or _create_numbered(_parent_folder(trainer))
             except OSError as error:
                 problem = f"cannot create the folder of the run ({error}); set trainer.default_root_dir, or save_dir"
                 problem += " of trainer.logger, to a folder that can be written to"
@@ -90,25 +98,10 @@ def earlier_checkpoint_folders(trainer: Trainer) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def _has_folder(logger: Logger) -> bool:
-    """Whether the logger has a folder for each run itself, which it writes to."""
-    return isinstance(logger, TensorBoardLogger | CSVLogger)
-
-
 def _parent_folder(trainer: Trainer) -> Path:
     """Return the folder that holds the folders of all runs with the same logger."""
     root = Path(trainer.default_root_dir)
-    if not trainer.loggers:
-        return root
-    logger = trainer.loggers[0]
-    name = str(logger.name or "")
-    save_dir = logger.save_dir
-    if save_dir is None or "://" in str(save_dir):
-        return root / name
-    if isinstance(logger, MLFlowLogger):
-        # Its save_dir is the store, whose folders are MLflow's alone; its name there is a number.
-        return Path(save_dir).parent / (logger._experiment_name or name)
-    return Path(save_dir) / name
+    return adapt(trainer.loggers[0]).runs_folder(root) if trainer.loggers else root
 
 
 def _logger_folder(trainer: Trainer) -> Path | None:
@@ -117,7 +110,7 @@ def _logger_folder(trainer: Trainer) -> Path | None:
         return None
     logger = trainer.loggers[0]
     # ---- The logger's own folder, or one by its version ----
-    if _has_folder(logger) and "://" not in str(logger.log_dir):
+    if adapt(logger).has_folder and "://" not in str(logger.log_dir):
         return Path(cast(str, logger.log_dir))
     version = logger.version
     if version is None or version == "":
@@ -141,12 +134,13 @@ def _create_numbered(parent: Path) -> Path:
 
 
 def reserve_versions(loggers: Iterable[Logger]) -> None:
-    """Create the folders of loggers that choose the next free number themselves; call this before they write.
+    """Prepare loggers, and create the folders of those that choose the next free number; call this before they write.
 
     They look which numbers are taken and create the folder later, so two runs that start at once would share one.
     """
     for logger in loggers:
-        if not _has_folder(logger) or cast("Any", logger)._version is not None or "://" in str(logger.save_dir):
+        adapt(logger).prepare()
+        if not adapt(logger).has_folder or cast("Any", logger)._version is not None or "://" in str(logger.save_dir):
             continue
         while True:
             folder = Path(cast(str, logger.log_dir))
@@ -162,6 +156,88 @@ def reserve_versions(loggers: Iterable[Logger]) -> None:
                 break  # the logger says so when it writes
             else:
                 break
+
+
+# ---- Going on with an earlier run ----
+
+
+def folder_of_checkpoint(checkpoint: Path, recorded: str = "") -> Path | None:
+    """Return the folder of the run that saved a checkpoint; None where that cannot be told.
+
+    Args:
+        checkpoint: the checkpoint.
+        recorded: the folder that the checkpoint itself names, for those that lie elsewhere.
+    """
+    if checkpoint.parent.name == CHECKPOINTS:
+        return checkpoint.parent.parent
+    return Path(recorded) if recorded and (Path(recorded) / RECORD).is_file() else None
+
+
+def continue_run(trainer: Trainer, folder: Path, step: int) -> str | None:
+    """Have a fit go on in the folder of an earlier run, and its loggers with their earlier runs; call it before fit.
+
+    Args:
+        trainer: a trainer that has not started.
+        folder: the folder of the earlier run.
+        step: optimizer steps of the checkpoint; what was logged after them is logged again.
+
+    Returns:
+        Why it is not: this run belongs to another experiment, or the user has set its version. None if it goes on.
+
+    Raises:
+        UserError: if the earlier run is live.
+    """
+    loggers = [adapt(logger) for logger in trainer.loggers]
+    if folder.absolute().parent.resolve() != _parent_folder(trainer).absolute().resolve():
+        return f"{folder} is not of the same logger, name and save_dir"
+    chosen = loggers[0].chosen_version if loggers else None
+    if chosen not in (None, folder.name):
+        return f"the logger has the version {chosen}"
+    if trainer.is_global_zero:
+        FolderLock(folder, "the folder of the run").release()  # before anything there is changed
+    versions = _recorded_versions(folder)
+    for number, adapter in enumerate(loggers):
+        name = type(adapter.logger).__name__
+        version = versions.get((number, name)) or (folder.name if number == 0 else None)
+        if version is not None and adapter.chosen_version in (None, version):
+            adapter.continue_run(version, step)
+    _continued[trainer] = folder
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    return None
+
+
+def logger_files(folder: Path) -> list[Path]:
+    """Return the folders in which loggers of a run have files of their own, such as those of an offline W&B run."""
+    return [Path(entry["files"]) for entry in _recorded_loggers(folder) if isinstance(entry.get("files"), str)]
+
+
+def _recorded_versions(folder: Path) -> dict[tuple[int, str], str]:
+    """Return the versions of a run's loggers, by their number in the list and their class."""
+    return {
+        (number, str(entry.get("class"))): str(entry["version"])
+        for number, entry in enumerate(_recorded_loggers(folder))
+        if entry.get("version")
+    }
+
+
+def _recorded_loggers(folder: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads((folder / RECORD).read_text(encoding="utf-8"))["loggers"]
+    except (OSError, ValueError, KeyError, TypeError):  # a run of an earlier version
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _write_record(trainer: Trainer, folder: Path) -> None:
+    """Write which loggers a run has, and by which version or id each of them knows it."""
+    entries = []
+    for logger in trainer.loggers:
+        adapter = adapt(logger)
+        entry = {"class": type(logger).__name__, "version": adapter.chosen_version, "files": adapter.files()}
+        entries.append(entry)
+    with tolerate_disk_errors(folder / RECORD, set(), "A resumed run may not know the runs of its loggers."):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps({"loggers": entries}, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- Who writes there ----
@@ -277,7 +353,7 @@ class RunFolder(Callback):
             return
         folder = run_folder(trainer)
         # Lightning's rule is that of the run's folder, except without a logger and for stores.
-        if not (trainer.loggers and _has_folder(trainer.loggers[0])):
+        if not (trainer.loggers and adapt(trainer.loggers[0]).has_folder):
             for callback in _model_checkpoints(trainer):
                 callback.dirpath = callback.dirpath or str(folder / CHECKPOINTS)
 
@@ -301,6 +377,7 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             try:
                 self._lock(folder, chosen)
+                _write_record(trainer, folder)
             except UserError as error:
                 self._release()
                 problem = str(error)

@@ -113,7 +113,7 @@ def test_tensorboards_own_reader_finds_every_curve(fitted: Run) -> None:
         json.loads(line)["step"] for line in (fitted.logs / "samples" / "validation.jsonl").read_text().splitlines()
     ]
     assert sorted(set(written)) == validations
-    assert {event.step for event in events.Tensors("samples/validation/text_summary")} == set(validations)
+    assert {event.step for event in events.Tensors("samples/validation/1/text_summary")} == set(validations)
     assert [event.step for event in events.Histograms("distribution/reward")] == steps
     assert all(event.value > 0 for event in events.Scalars("train/grad_norm"))
     assert [event.step for event in events.Scalars("train/grad_norm")] == steps

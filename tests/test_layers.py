@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"}
+LOWER |= {"loggers"}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
@@ -29,7 +30,8 @@ ALLOWED = {
     "distributed": {"errors"},
     "sharding": {"errors"},
     "disk": {"errors"},
-    "run_folder": {"distributed", "errors"},
+    "loggers": {"errors", "version"},
+    "run_folder": {"disk", "distributed", "errors", "loggers"},
     "functional": set(),
     "models": LOWER,
     # What strategies load is read there first.

@@ -208,7 +208,9 @@ def test_the_users_yaml_trains_resumes_and_predicts(
         for preset in PRESETS:
             shown = remax(capsys, "fit", *configs, "--config", str(preset), "--model.kl_coef", "0.3", "--print_config")
             assert yaml.safe_load(shown.out)["model"]["init_args"]["kl_coef"] == 0.3
-    assert [path.name for path in tmp_path.glob("runs/remax/version_1/checkpoints/*.ckpt")] == ["epoch=1-step=3.ckpt"]
+    # It went on in its folder; Lightning keeps the checkpoint that it resumed from.
+    checkpoints = sorted(path.name for path in tmp_path.glob("runs/remax/*/checkpoints/*.ckpt"))
+    assert checkpoints == ["epoch=0-step=2.ckpt", "epoch=1-step=3.ckpt"]
     assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 64
     for kept in ("config.yaml", "samples", "policy/best/tokenizer.json", "policy/last/model.safetensors"):
         assert (run / kept).exists()

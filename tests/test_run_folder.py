@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,12 +51,13 @@ class StoreLogger(MLFlowLogger):
 
     def __init__(self, store: Path, version: str) -> None:
         Logger.__init__(self)
-        self._store, self._id, self._experiment_name, self._checkpoint_callback = store, version, "helpful", None
+        self._store, self._run_id, self._experiment_name, self._checkpoint_callback = store, version, "helpful", None
+        self._tracking_uri = f"file:{store}"
 
     save_dir = property(lambda self: str(self._store))  # type: ignore[assignment]
     name = property(lambda self: "42")  # type: ignore[assignment]
-    version = property(lambda self: self._id)  # type: ignore[assignment]
-    experiment = property(lambda self: None)  # type: ignore[assignment]
+    version = property(lambda self: self._run_id)  # type: ignore[assignment]
+    experiment = property(lambda self: SimpleNamespace(log_table=lambda *_, **__: None))  # type: ignore[assignment]
 
     def log_metrics(self, metrics: Any, step: Any = None) -> None: ...
 

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from remax_lightning.callbacks.step_output import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
-from remax_lightning.disk import describe_disk_error
+from remax_lightning.disk import describe_disk_error, tolerate_disk_errors
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import Evaluator, answer_function
@@ -33,6 +31,7 @@ from remax_lightning.evaluation.intervals import (
     intervals_are,
     meaning_of,
 )
+from remax_lightning.loggers import logger_adapters, run_config
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import PromptRecord
 
@@ -44,11 +43,11 @@ MAX_RESAMPLES = 10**6
 class Evaluation(Callback):
     """Evaluates a policy: rewards, win rates, KL, entropy, lengths and perplexities, each with a 95 % interval.
 
-    `remax test` prints a table and writes `evaluation.json` and `evaluation.jsonl`, which has one record per prompt for
-    `remax compare`. Intervals are exact (Clopper-Pearson) for shares, win rates and rewards of two values, and from a
-    bootstrap over prompts otherwise. Three measures need more than the responses of the policy: `win_rate_reference`
-    (the reference answers the prompts too), `win_rate_chosen` (the reward scores the data set's responses) and
-    `perplexity` (passes of policy and reference over held-out text).
+    `remax test` prints a table, logs it where a logger has tables, and writes `evaluation.json` and `evaluation.jsonl`,
+    which has one record per prompt for `remax compare`. Intervals are exact (Clopper-Pearson) for shares, win rates and
+    rewards of two values, and from a bootstrap over prompts otherwise. Three measures need more than the responses of
+    the policy: `win_rate_reference` (the reference answers the prompts too), `win_rate_chosen` (the reward scores the
+    data set's responses) and `perplexity` (passes of policy and reference over held-out text).
 
     Args:
         path: the JSON file; by default `evaluation.json` in the run's folder, numbered if that exists. A file that is
@@ -281,6 +280,10 @@ class Evaluation(Callback):
         # ---- Figures with intervals, and the measures that were not possible ----
         measured = figures(records, self.num_resamples, self.seed) | figures(pieces, self.num_resamples, self.seed)
         left_out = self._missing_measures(measured, cast("Any", pl_module))
+        table = [[name, *figure._asdict().values()] for name, figure in measured.items()]
+        for adapter in logger_adapters(trainer):
+            with tolerate_disk_errors(run_folder(trainer), set(), "The table is in the files of the evaluation."):
+                adapter.log_table("evaluation", ["figure", *Figure._fields], table, trainer.global_step)
         # ---- Table ----
         if self._prints:
             _print_table(trainer.ckpt_path, len(records), measured, left_out, self.num_resamples)
@@ -321,12 +324,11 @@ class Evaluation(Callback):
         } | self.repeated
         settings = {**module.settings(), "evaluation": {**options, "confidence": CONFIDENCE}}
         # ---- As the user has set them, which only the command line knows ----
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SaveConfigCallback):
-                config = yaml.safe_load(callback.parser.dump(callback.config))
-                arguments = config["model"].get("init_args", config["model"])
-                settings |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
-                settings["reward"] = arguments.get("reward", settings["reward"])
+        config = run_config(trainer)
+        if config is not None:
+            arguments = config["model"].get("init_args", config["model"])
+            settings |= {"data": config["data"], "seed_everything": config.get("seed_everything")}
+            settings["reward"] = arguments.get("reward", settings["reward"])
         return settings
 
 

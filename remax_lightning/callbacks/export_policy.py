@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import is_dry_run
-from remax_lightning.disk import describe_disk_error, is_disk_error
+from remax_lightning.disk import describe_disk_error, is_disk_error, tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
+from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
 from remax_lightning.run_folder import run_folder
@@ -37,9 +38,12 @@ class ExportPolicy(Callback):
         last: save at the end of fit.
         merge_lora: with `model.policy.lora`, merge the adapter into a copy of the full model; false saves the adapter
             alone in PEFT's format, which is much smaller but needs the base.
+        log_artifact: also store each exported folder in the loggers that take artifacts (Weights & Biases, MLflow,
+            trackio, Comet), with the alias `last` or `best`. Off by default, because it uploads whole models.
 
     Raises:
-        UserError: if `mode` or `monitor` is invalid, or the weights cannot be gathered under the strategy.
+        UserError: if `mode` or `monitor` is invalid, no logger takes artifacts, or the weights cannot be gathered under
+            the strategy.
     """
 
     folder_key = "export.folder"
@@ -52,6 +56,7 @@ class ExportPolicy(Callback):
         best: bool = True,
         last: bool = True,
         merge_lora: bool = True,
+        log_artifact: bool = False,
     ) -> None:
         super().__init__()
         if mode not in ("max", "min"):
@@ -64,6 +69,7 @@ class ExportPolicy(Callback):
         self.best = best
         self.last = last
         self.merge_lora = merge_lora
+        self.log_artifact = log_artifact
         self.best_score: float | None = None
         self.best_path: str | None = None
         self._directory: Path | None = None
@@ -82,6 +88,11 @@ class ExportPolicy(Callback):
             raise UserError(
                 "export.best and export.last must be false under trainer.strategy: fsdp, "
                 "whose flat parameters cannot be gathered, got true; or use DDP, DeepSpeed or ModelParallelStrategy"
+            )
+        if self.log_artifact and not any(adapter.has_artifacts for adapter in logger_adapters(trainer)):
+            raise UserError(
+                "export.log_artifact must be false without a logger that takes artifacts, got true; set trainer.logger"
+                " to WandbLogger, MLFlowLogger, TrackioLogger or CometLogger"
             )
         self._directory = Path(self.folder) if self.folder is not None else run_folder(trainer) / "policy"
 
@@ -175,6 +186,10 @@ class ExportPolicy(Callback):
             raise UserError(problem)
         if damaged is None:
             rank_zero_info(f"Exported the model of optimizer step {trainer.global_step} to {target}.")
+            if self.log_artifact and trainer.is_global_zero:
+                for adapter in logger_adapters(trainer):
+                    with tolerate_disk_errors(target, set(), "The folder itself is there; the logger has no copy."):
+                        adapter.log_artifact(target, "policy", target.name)
         else:
             rank_zero_warn(
                 f"Optimizer step {trainer.global_step}: the model is not exported to {target}, because {damaged} is not"

@@ -1,11 +1,10 @@
-"""Writes samples of the policy for people to read, token by token: JSONL and TensorBoard text."""
+"""Writes samples of the policy for people to read, token by token: JSONL, and tables or texts in every logger."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from remax_lightning.callbacks.step_output import (
     response_length,
     response_reward,
     rollout_output,
-    tensorboard_writer,
 )
 from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.disk import append_lines, tolerate_disk_errors
 from remax_lightning.errors import UserError
 from remax_lightning.json_text import load_json
+from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
@@ -87,7 +86,7 @@ class SampleDump(Callback):
     over the response's tokens), `kl` (nats per response), `response_length` (tokens), `truncated`, `parts`
     (of the reward), and one entry per token of the response in `tokens` (its text; the concatenation is
     `response`), `token_kl` (nats) and `token_advantages`, with six digits. Missing and non-finite values are null.
-    TensorBoard's text tab shows the same as a table, without the tokens.
+    Loggers show the same without the tokens: a table in those with tables, in TensorBoard one text per sample.
 
     Files are appended to. A resumed run first removes the lines of steps that it will repeat. The samples are
     those of rank 0.
@@ -184,9 +183,9 @@ class SampleDump(Callback):
         with tolerate_disk_errors(path, self._warned, "Training goes on, and samples are tried again."):
             append_lines(path, (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         with tolerate_disk_errors(run_folder(trainer), self._warned, "Training goes on without this log."):
-            writer = tensorboard_writer(trainer)
-            if writer is not None:
-                writer.add_text(f"samples/{stage}", _markdown_table(samples), samples[0]["step"])
+            rows = [[_cell(sample[name]) for name in _COLUMNS] for sample in samples]
+            for adapter in logger_adapters(trainer):
+                adapter.log_samples(f"samples/{stage}", list(_COLUMNS), rows, samples[0]["step"])
 
     def _filter_lines(self, stage: Stage, keeps: Callable[[int], bool]) -> None:
         if self._directory is None or not (path := self._directory / f"{stage}.jsonl").exists():
@@ -260,17 +259,6 @@ def _finite_or_none(values: Tensor | None, i: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _markdown_table(samples: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table whose cells show the text literally: markup in it is escaped."""
-    lines = ["|".join(name.replace("_", " ") for name in _COLUMNS), "|".join("---" for _ in _COLUMNS)]
-    lines += ["|".join(_cell(sample[name]) for name in _COLUMNS) for sample in samples]
-    return "\n".join(f"|{line}|" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"\r\n|[\r\n]", "⏎", text).encode("utf-8", "backslashreplace").decode("utf-8")
-    # Numeric entities, because Markdown and HTML both show them as plain characters.
-    return re.sub(r"[^\w\s⏎]|_", lambda match: f"&#{ord(match[0])};", text)
+def _cell(value: Any) -> Any:
+    """Return a value as loggers can encode it: half an emoji in a text is written as its code."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value

@@ -61,10 +61,3 @@ def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
 def is_dry_run(trainer: Trainer) -> bool:
     """Return whether this is a `fast_dev_run`, which writes no files."""
     return bool(cast("Any", trainer).fast_dev_run)
-
-
-def tensorboard_writer(trainer: Trainer) -> Any | None:
-    """Return the writer of TensorBoard (a dummy above rank 0); None without a `TensorBoardLogger`."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)

@@ -1,14 +1,12 @@
-"""Grouped charts and histograms for TensorBoard."""
+"""Grouped charts for TensorBoard, and histograms for every logger that shows them."""
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import (
@@ -16,11 +14,11 @@ from remax_lightning.callbacks.step_output import (
     response_length,
     response_reward,
     rollout_output,
-    tensorboard_writer,
 )
 from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import gather_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
 
@@ -61,8 +59,8 @@ class TensorBoardReport(Callback):
     """Groups the run's scalars into charts (the Custom Scalars tab) and adds histograms of sampled responses.
 
     Histograms: `distribution/reward`, `distribution/response_length` (tokens) and, with a reference,
-    `distribution/kl` (nats per response), over the responses of an optimizer step on all ranks. Does nothing without
-    a `TensorBoardLogger`.
+    `distribution/kl` (nats per response), over the responses of an optimizer step on all ranks. They go to TensorBoard,
+    Weights & Biases, trackio and Comet; CSV and MLflow have none. The charts are TensorBoard's alone.
 
     Args:
         every_n_steps: optimizer steps between histograms; 0 turns them off. 10 keeps event files small.
@@ -90,12 +88,13 @@ class TensorBoardReport(Callback):
     ) -> None:
         """Collect the responses of a micro-batch; write histograms at the end of every n-th optimizer step."""
         output = rollout_output(outputs)
-        if output is None or not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        if output is None or not any(adapter.has_histograms for adapter in logger_adapters(trainer)):
             return
         if not self._has_layout:  # `output` shows that this module logs the values of the charts
             self._has_layout = True
-            with self._tolerated(trainer):
-                cast(Any, tensorboard_writer(trainer)).add_custom_scalars(_layout())
+            for adapter in logger_adapters(trainer) if trainer.is_global_zero else ():
+                with self._tolerated(trainer):
+                    adapter.log_charts(_CHARTS)
         # The step that this micro-batch belongs to; `global_step` counts the steps that are complete.
         step = trainer.global_step if output["closes_step"] else trainer.global_step + 1
         if self.every_n_steps == 0 or step % self.every_n_steps:
@@ -122,20 +121,8 @@ class TensorBoardReport(Callback):
             local = torch.cat(parts)  # [S] of this rank
             # NumPy has no histogram of NaN or infinity.
             gathered = gather_over_ranks(trainer, local[local.isfinite()])
-            if gathered.numel() > 0:
+            if gathered.numel() == 0 or not trainer.is_global_zero:
+                continue
+            for adapter in logger_adapters(trainer):
                 with self._tolerated(trainer):
-                    writer = cast(Any, tensorboard_writer(trainer))
-                    writer.add_histogram(f"distribution/{name}", gathered.numpy(), step)
-
-
-def _layout() -> dict[str, dict[str, list[Any]]]:
-    """Return the charts in the format of TensorBoard's writer.
-
-    TensorBoard matches a tag as a regular expression at the start of a name, so `train/kl` would also draw
-    `train/kl_max`.
-    """
-    return {
-        # "train/kl" -> "^train/kl$"
-        group: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
-        for group, charts in _CHARTS.items()
-    }
+                    adapter.log_histogram(f"distribution/{name}", gathered.numpy(), step)

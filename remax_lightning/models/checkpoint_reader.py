@@ -24,6 +24,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.checksums import check_whole
+from remax_lightning.run_folder import RUN_FOLDER
 
 TRUST = "--trust_checkpoint"
 """Option of `remax export` with which a user trusts the code in a checkpoint."""
@@ -224,11 +225,13 @@ class CheckpointInfo(NamedTuple):
         shapes: full shapes of the weights, by their names in the LightningModule.
         optimizer_groups: of each parameter group of the optimizer, the names of its settings and the number of its
             parameters, None where a strategy has flattened them; empty where the checkpoint has weights alone.
+        run_folder: the folder of the run that saved it; empty in checkpoints of earlier versions.
     """
 
     step: int
     shapes: dict[str, torch.Size]
     optimizer_groups: list[tuple[frozenset[str], int | None]]
+    run_folder: str = ""
 
 
 def inspect_checkpoint(path: Path, key: str = RESUME_KEY) -> CheckpointInfo:
@@ -251,7 +254,7 @@ def _inspect(path: Path, key: str) -> CheckpointInfo:
     if path.is_file():
         content = checked_run(load_torch_file(path, key=key), path, key)
         shapes = tensor_shapes(content["state_dict"])
-        return CheckpointInfo(int(content["global_step"]), shapes, optimizer_groups(content))
+        return CheckpointInfo(int(content["global_step"]), shapes, optimizer_groups(content), run_folder_of(content))
     if (path / ".metadata").is_file() or (path / "meta.pt").is_file():
         return _inspect_shards(path, key)
     if (path / "latest").is_file():
@@ -291,6 +294,12 @@ def checked_run(content: Any, path: Path | str, key: str) -> dict[str, Any]:
             " a checkpoint of `remax fit`, or give a folder of weights for transformers as model.policy.path"
         )
     return run
+
+
+def run_folder_of(content: Mapping[str, Any]) -> str:
+    """Return the folder of the run that saved a checkpoint, as it names it."""
+    folder = content.get(RUN_FOLDER)
+    return folder if isinstance(folder, str) else ""
 
 
 def tensor_shapes(weights: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -337,7 +346,9 @@ def _inspect_shards(path: Path, key: str) -> CheckpointInfo:
     # Names such as optimizer_0.param_groups.0.lr; there, and in the planner's data, a group has no list of parameters.
     settings = [name.split(".") for name in metadata.state_dict_metadata if ".param_groups." in name]
     names = frozenset(parts[-1] for parts in settings if parts[0] == "optimizer_0") - {"params"}
-    return CheckpointInfo(int(rest.get("global_step", 0)), shapes, [(names, None)] if names else [])
+    return CheckpointInfo(
+        int(rest.get("global_step", 0)), shapes, [(names, None)] if names else [], run_folder_of(rest)
+    )
 
 
 def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from remax_lightning.models.checkpoint_reader import (
     enum_member,
     load_torch_file,
     optimizer_groups,
+    run_folder_of,
     tensor_shapes,
     unreadable_error,
 )
@@ -97,7 +98,7 @@ def inspect_zero(path: Path, key: str) -> CheckpointInfo:
         for part in (*state["param_shapes"], state.get("frozen_param_shapes") or {}):
             shapes |= part
         shapes |= {name: shapes[other] for name, other in (state.get("shared_params") or {}).items() if other in shapes}
-    return CheckpointInfo(int(state.get("global_step", 0)), shapes, groups)
+    return CheckpointInfo(int(state.get("global_step", 0)), shapes, groups, run_folder_of(state))
 
 
 def load_deepspeed_file(

@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
+from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.errors import UserError
+from remax_lightning.loggers import log_hyperparameters
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import HYPER_PARAMETERS, CheckpointInfo, optimizer_groups, tensor_shapes
-from remax_lightning.run_folder import RunFolder, reserve_versions
+from remax_lightning.run_folder import RUN_FOLDER, RunFolder, reserve_versions, run_folder
 from remax_lightning.strategies import (
     PARAMETER_NAMES,
     AtomicCheckpointIO,
@@ -151,6 +153,10 @@ class BaseModule(LightningModule):
         log_at_global_step(self.trainer)
         if stage == "fit" and self._run_folder is not None:
             tolerate_failing_logs(self.trainer)
+        logs = self.trainer.enable_autolog_hparams and self.trainer.is_global_zero
+        if stage != "predict" and self._run_folder is not None and logs:
+            with tolerate_disk_errors(run_folder(self.trainer), set(), "The loggers have no hyper-parameters."):
+                log_hyperparameters(self.trainer, self)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -238,6 +244,7 @@ class BaseModule(LightningModule):
         checkpoint["random_state"] = gather_rank_states(self._random_state or random_state(self.device))
         checkpoint["skipped_steps"] = self.skipped_steps.state_dict()
         checkpoint[HYPER_PARAMETERS] = self.hyper_parameters()
+        checkpoint[RUN_FOLDER] = str(run_folder(self.trainer).absolute())
         # Names make the states of an optimizer readable under strategies that number parameters in another order.
         names = [optimizer_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if all(name is not None for name in names):

@@ -144,13 +144,18 @@ def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     output["kl"], output["advantages"] = None, torch.zeros(6, 2)
     make_trainer(tmp_path, [SampleDump(every_n_steps=1, num_samples=2)]).fit(FakeModule([output]))
     assert lines(tmp_path)[0]["response"] == AWKWARD
-    event = events(tmp_path).Tensors("samples/train/text_summary")[0]
+    reader = events(tmp_path)
+    assert [tag for tag in reader.Tags()["tensors"] if "samples" in tag] == [
+        f"samples/train/{number}/text_summary" for number in (1, 2)
+    ]
+    event = reader.Tensors("samples/train/1/text_summary")[0]
     assert event.step == 1
     html = markdown_to_safe_html(event.tensor_proto.string_val[0])
     cells = re.findall(r"<td>(.*?)</td>", html, flags=re.DOTALL)
-    assert len(cells) == 2 * 8  # no bar in the text made another column
+    assert len(cells) == 8 * 2  # a row per field; no bar in the text made another column
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td)\b)", html)
-    assert unescape(cells[1]) == AWKWARD.replace("\n", "⏎").replace("\ud800", "\\ud800")
+    assert cells[2] == "response"
+    assert unescape(cells[3]) == AWKWARD.replace("\n", "⏎").replace("\ud800", "\\ud800")
 
 
 @pytest.mark.parametrize("arguments", [{"every_n_steps": -1}, {"num_samples": 0}])
