@@ -76,8 +76,7 @@ def _configuration(trainer: Trainer, pl_module: LightningModule) -> dict[str, An
     config = run_config(trainer)
     if config is not None:
         return config
-    settings = getattr(pl_module, "settings", None)
-    arguments = dict(pl_module.hparams) or (settings() if callable(settings) else {})
+    arguments = getattr(pl_module, "hyper_parameters", lambda: pl_module.hparams)()
     name = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
     return {
         "model": {"class_path": name, "init_args": _plain(arguments)},
