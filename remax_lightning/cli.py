@@ -173,6 +173,9 @@ class RemaxCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create trainer, module and data, and resolve `ckpt_path: last`."""
+        # ---- A logger without its package would fail with its own long advice ----
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        loggers.check_installed(config.get("trainer.logger"))
         _stage.name = "model or data"  # made first, by the parser; the trainer follows
         super().instantiate_classes()
         arguments = self.config_init.get(self.subcommand) if self.subcommand else None

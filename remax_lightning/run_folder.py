@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankUserError, UserError
+from remax_lightning.json_text import load_json
 from remax_lightning.loggers.adapters import adapt
 
 try:
@@ -91,10 +92,8 @@ def earlier_checkpoint_folders(trainer: Trainer) -> list[Path]:
         parent = _parent_folder(trainer)
         folders += [*parent.glob(f"*/{CHECKPOINTS}"), parent / CHECKPOINTS]
         if trainer.loggers:
-            # Where Lightning's own rule puts them, without regard to `_parent_folder`.
-            logger = trainer.loggers[0]
-            runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-            folders += runs.glob(f"*/{CHECKPOINTS}")
+            runs = adapt(trainer.loggers[0]).lightning_folder(Path(trainer.default_root_dir))
+            folders += [] if runs is None else runs.glob(f"*/{CHECKPOINTS}")
     return list(dict.fromkeys(folders))
 
 
@@ -222,7 +221,7 @@ def _recorded_versions(folder: Path) -> dict[tuple[int, str], str]:
 
 def _recorded_loggers(folder: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads((folder / RECORD).read_text(encoding="utf-8"))["loggers"]
+        entries = load_json((folder / RECORD).read_text(encoding="utf-8"))["loggers"]
     except (OSError, ValueError, KeyError, TypeError):  # a run of an earlier version
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

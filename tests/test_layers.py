@@ -17,8 +17,10 @@ PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
-LOWER = {"functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"}
-LOWER |= {"loggers"}
+LOWER = {
+    *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"),
+    "loggers",
+}
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
@@ -31,7 +33,7 @@ ALLOWED = {
     "sharding": {"errors"},
     "disk": {"errors"},
     "loggers": {"errors", "version"},
-    "run_folder": {"disk", "distributed", "errors", "loggers"},
+    "run_folder": {"disk", "distributed", "errors", "json_text", "loggers"},
     "functional": set(),
     "models": LOWER,
     # What strategies load is read there first.

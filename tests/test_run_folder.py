@@ -53,6 +53,7 @@ class StoreLogger(MLFlowLogger):
         Logger.__init__(self)
         self._store, self._run_id, self._experiment_name, self._checkpoint_callback = store, version, "helpful", None
         self._tracking_uri = f"file:{store}"
+        self._mlflow_client = SimpleNamespace(get_experiment_by_name=lambda _: SimpleNamespace(experiment_id="42"))
 
     save_dir = property(lambda self: str(self._store))  # type: ignore[assignment]
     name = property(lambda self: "42")  # type: ignore[assignment]

@@ -89,6 +89,10 @@ class LoggerAdapter:
         save_dir, name = self.logger.save_dir, str(self.logger.name or "")
         return (root if save_dir is None or "://" in str(save_dir) else Path(save_dir)) / name
 
+    def lightning_folder(self, root: Path) -> Path | None:
+        """Return where Lightning alone would put the folders of runs, and versions 0.1 and 0.2 put them."""
+        return Path(self.logger.save_dir or root) / str(self.logger.name)
+
     @property
     def chosen_version(self) -> str | None:
         """Version or id of the run, where the user has set it, as the name of the run's folder."""
@@ -282,6 +286,14 @@ class MLFlowAdapter(LoggerAdapter):
         if address.startswith("sqlite:///"):
             return Path(address.removeprefix("sqlite:///")).parent / experiment
         return root / experiment
+
+    def lightning_folder(self, root: Path) -> Path | None:
+        """Return the experiment's folder in a store of files; the logger's `name` would start a run to tell it."""
+        store = self.logger.save_dir
+        found = (
+            None if store is None else self.logger._mlflow_client.get_experiment_by_name(self.logger._experiment_name)
+        )
+        return None if found is None else Path(store) / str(found.experiment_id)
 
     @property
     def chosen_version(self) -> str | None:

@@ -18,8 +18,9 @@ from tools.report_run import HOSTILE, planted_curves, sample, write_events, writ
 from remax_lightning.errors import UserError
 from remax_lightning.tools.report import main
 from remax_lightning.tools.report.charts import build_sections, kl_against_reward, smooth, thin_indices
+from remax_lightning.tools.report.curves import Curve
 from remax_lightning.tools.report.page import format_duration, format_number
-from remax_lightning.tools.report.run import Curve, read_run
+from remax_lightning.tools.report.run import read_run
 
 
 def written(folder: Path, *arguments: str) -> str:
@@ -63,9 +64,34 @@ def test_curves_are_read_as_they_were_logged(tmp_path: Path) -> None:
     assert curves["val/reward"] == Curve([3], [2.0])
 
 
+def test_the_tenth_file_of_a_second_follows_the_ninth(tmp_path: Path) -> None:
+    for number in (9, 10):
+        write_events(tmp_path / str(number), {"val/reward": [(0, float(number))]})
+        (file,) = (tmp_path / str(number)).iterdir()
+        file.rename(tmp_path / f"events.out.tfevents.1795.host.1.{number}")
+    assert read_run(tmp_path).curves["val/reward"].values == [10.0]
+
+
 def test_what_did_not_train_is_at_step_0(tmp_path: Path) -> None:
     write_events(tmp_path, {"val/reward": [(0, 2.0)]})
     assert read_run(tmp_path).curves["val/reward"].steps == [0]
+
+
+def test_the_curves_of_csv_are_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,step,train/reward,val/reward\n0,0,,1.5\n0,1,2.0,\n0,2,nan,\n1,3,4.0,\n1,3,,2.5\n1,"
+    )
+    run = read_run(tmp_path)
+    assert run.curves == {"train/reward": Curve([1, 3], [2.0, 4.0]), "val/reward": Curve([0, 3], [1.5, 2.5])}
+    assert "Held-out reward" in written(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b":W&B\xe1\xbe\x00\x01"])
+def test_a_damaged_file_of_wandb_is_a_note(content: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    write_samples(tmp_path, [sample(0)])
+    (tmp_path / "run-a.wandb").write_bytes(content)
+    assert read_run(tmp_path).curves == {}
 
 
 @pytest.mark.parametrize(("width", "half"), [(None, 2), (1, 0), (4, 1), (5, 2), (1000, 499)])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,22 +10,11 @@ import yaml
 
 from remax_lightning.errors import UserError
 from remax_lightning.json_text import load_json
+from remax_lightning.tools.report.curves import MARKS, Curve, read_curves
 from remax_lightning.yaml_files import load_yaml
 
 STAGES = ("train", "validation")
 """Stages with a file of sample dumps."""
-
-
-class Curve(NamedTuple):
-    """One logged scalar.
-
-    Args:
-        steps: optimizer steps, increasing.
-        values: finite values only.
-    """
-
-    steps: list[int]
-    values: list[float]
 
 
 class Run(NamedTuple):
@@ -74,7 +62,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     path = folder / "config.yaml"
     config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     # ---- Logs, samples and evaluation; each may be missing ----
-    curves, times = _read_curves(folder)
+    curves, times = read_curves(folder, notes)
     samples = [
         sample for stage in STAGES for sample in _read_samples(folder / "samples" / f"{stage}.jsonl", stage, notes)
     ]
@@ -86,7 +74,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
 
 
 def _is_run(folder: Path) -> bool:
-    marks = ("events.out.tfevents.*", "samples/*.jsonl", "evaluation*.json")
+    marks = (*MARKS, "samples/*.jsonl", "evaluation*.json")
     return any(next(folder.glob(mark), None) is not None for mark in marks)
 
 
@@ -102,8 +90,8 @@ def _latest_evaluation(folder: Path, notes: list[str]) -> Path:
 
 def _why_not_a_run(folder: Path) -> str:
     expected = (
-        "expected the folder of a run, with TensorBoard's events.out.tfevents.*, samples/*.jsonl or evaluation.json in"
-        " it, such as runs/remax/version_0"
+        "expected the folder of a run, with TensorBoard's events.out.tfevents.*, metrics.csv, W&B's run-*.wandb,"
+        " samples/*.jsonl or evaluation.json in it, such as runs/remax/version_0"
     )
     if not folder.exists():
         return f"there is no {folder}; {expected}"
@@ -115,39 +103,6 @@ def _why_not_a_run(folder: Path) -> str:
         return f"{folder} is not a run; {expected}"
     latest = max(runs, key=lambda path: path.stat().st_mtime)
     return f"{folder} is not a run but contains runs; give one of them, such as the latest, {latest}"
-
-
-def _read_curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
-    """Return the scalars, and the times at which they were logged."""
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    if not files:
-        return {}, []
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    points: dict[str, dict[int, float]] = {}  # log key -> step -> value
-    times = []
-    for file in files:  # one by one: a run that was resumed in its folder may have some of an earlier version
-        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: every value, no sample
-        events_by_key = {key: accumulator.Scalars(key) for key in accumulator.Tags()["scalars"]}
-        shift = _shift(events_by_key)
-        for key, events in events_by_key.items():
-            times += [event.wall_time for event in (events[0], events[-1])]
-            finite = {event.step + shift: event.value for event in events if math.isfinite(event.value)}
-            # of a step that a resumed run repeated, the later file's value counts
-            points.setdefault(key, {}).update(finite)
-    curves = {key: Curve(sorted(values), [values[step] for step in sorted(values)])
-              for key, values in points.items() if values}  # fmt: skip
-    return curves, times
-
-
-def _shift(events: Mapping[str, Sequence[Any]]) -> int:
-    """Return what turns the steps of an event file into optimizer steps done: 1 for version 0.2.0 and before, else 0.
-
-    They logged as Lightning does: a step, and the validation after it, under the number of steps before it. They logged
-    no norm of the gradient, and a training step 0, which there is none of any more.
-    """
-    training = [event.step for key, values in events.items() if key.startswith("train/") for event in values]
-    return int(bool(training) and ("train/grad_norm" not in events or min(training) == 0))
 
 
 def _read_samples(path: Path, stage: str, notes: list[str]) -> Iterator[dict[str, Any]]:
