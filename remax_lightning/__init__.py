@@ -39,6 +39,7 @@ _PUBLIC = {
         "ClassifierReward",
         "FunctionReward",
         "HTTPReward",
+        "JudgeReward",
         "Reward",
         "Scores",
         "TimedReward",
@@ -53,7 +54,7 @@ _PUBLIC = {
         "RolloutEngine",
         "SamplingConfig",
     ),
-    "types": ("PreferenceBatch", "PromptBatch", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
+    "types": ("PreferenceBatch", "PromptBatch", "Response", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -52,6 +52,27 @@ class Prompt(str):
         return prompt
 
 
+class Response(str):
+    """A response as a reward reads it, together with the greedy response to the same prompt.
+
+    It is text wherever text is expected. A reward that compares responses finds in each what it is compared with, so it
+    may score any part of a batch, in any order and in another process.
+
+    Args:
+        text: the text.
+        baseline: the policy's greedy response to the prompt, of the greedy response its own text; None where no greedy
+            responses are generated.
+    """
+
+    baseline: str | None
+
+    def __new__(cls, text: str, baseline: str | None = None) -> Response:
+        """Make a string that knows what it is compared with."""
+        response = super().__new__(cls, text)
+        response.baseline = baseline
+        return response
+
+
 class PromptBatch(NamedTuple):
     """Prompts as a data loader yields them.
 

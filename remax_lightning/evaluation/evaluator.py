@@ -32,7 +32,7 @@ from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
 from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
-from remax_lightning.types import Prompt, PromptBatch, PromptRecord, Responses, Rollout, StepOutput
+from remax_lightning.types import Prompt, PromptBatch, PromptRecord, Response, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -288,7 +288,9 @@ class Evaluator:
             responses = self._reference_worker.generate_responses(self.reference.model, prompt, generator, greedy=False)
         with raise_on_all_ranks(self.trainer):
             # An engine may decode greedily whether or not it is asked to; only samples are compared.
-            rollout = self.worker.score_responses(prompt, responses._replace(greedy=None))
+            rollout = self.worker.score_responses(
+                prompt, responses._replace(greedy=None), [record.responses["greedy"][0] for record in records]
+            )
         # ---- Compare every sample with every one of the reference ----
         num_prompts = len(records)
         texts, rewards = (
@@ -308,7 +310,10 @@ class Evaluator:
             texts = shown_texts(tokenizer, prompt.prompts, messages, hidden)
         # Where there is none, the policy's own stands in: it has been scored before, so it can be scored.
         pairs = zip(texts, records, strict=True)
-        chosen = [record.responses["sampled"][0] if text is None else text for text, record in pairs]
+        chosen: list[str] = [
+            Response(record.responses["sampled"][0] if text is None else text, record.responses["greedy"][0])
+            for text, record in pairs
+        ]
         report_progress(f"scoring {len(chosen)} responses of the data set with {self.worker.reward!r}")
         measure = self.worker.timer.measure("reward", prompt.prompt_ids.device)
         with raise_on_all_ranks(self.trainer), measure, torch.no_grad():

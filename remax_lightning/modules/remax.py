@@ -93,9 +93,11 @@ class ReMaxModule(PolicyModule):
         checks.check_reference(reference)
         # Raises where choices contradict each other: now, and not after minutes of loading models.
         objective = Objective(kl, advantage, loss, sampling.num_samples)
+        reward = as_reward(reward)
+        checks.check_compares(reward, advantage.baseline)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
-        worker = RolloutWorker(rollout or AutoEngine(), sampling, as_reward(reward), penalty, overlong_cache)
+        worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, penalty, overlong_cache)
         super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)

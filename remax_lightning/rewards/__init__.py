@@ -7,6 +7,7 @@ from remax_lightning.rewards.classifier import ClassifierReward
 from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig
 from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.http import HTTPReward
+from remax_lightning.rewards.judge import JudgeReward
 from remax_lightning.rewards.timed import TimedReward
 from remax_lightning.rewards.verifiers import (
     exact_match,
@@ -23,6 +24,7 @@ __all__ = [
     "DeepSpeedChatConfig",
     "FunctionReward",
     "HTTPReward",
+    "JudgeReward",
     "Reward",
     "Scores",
     "TimedReward",

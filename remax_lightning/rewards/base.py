@@ -39,6 +39,9 @@ class Reward(ABC):
     is_async: bool = False
     """Whether it mostly waits for others, so that parts of a `WeightedReward` can wait at the same time."""
 
+    compares: bool = False
+    """Whether it compares a response with the greedy one, its `baseline` (see `remax_lightning.types.Response`)."""
+
     def load(self, device: torch.device) -> None:  # noqa: B027
         """Load what scoring needs onto `device`; called once, before the first `score`. Default: nothing."""
 
@@ -73,7 +76,8 @@ class Reward(ABC):
             prompts: `M` prompts as text; a prompt with several responses stands there several times. One that was made
                 of messages has them: `prompt.conversation.messages` (see `remax_lightning.types.Prompt`).
             responses: `M` responses as text, decoded behind their prompts; without special tokens unless
-                `model.sampling.skip_special_tokens` is false.
+                `model.sampling.skip_special_tokens` is false. Each knows the greedy response to its prompt,
+                `response.baseline`, where there are greedy responses (see `remax_lightning.types.Response`).
             rows: `M` raw rows of the data set.
         """
 

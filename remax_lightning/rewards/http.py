@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -69,29 +69,12 @@ class HTTPReward(Reward):
         token_env: str | None = None,
         send_rows: bool = False,
     ) -> None:
-        # ---- Refuse values out of their range ----
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise UserError(f"{_KEY}.url must begin with http:// or https:// and a host, got {url!r}")
-        checks = (
-            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
-            ("timeout", timeout, 0 < timeout < math.inf, "above 0 and finite (seconds)"),
-            ("retries", retries, retries >= 0, "0 or more"),
-            ("backoff", backoff, 0 <= backoff < math.inf, "0 or more and finite (seconds)"),
-            ("max_bytes", max_bytes, max_bytes >= 2, "at least 2"),
+        if batch_size < 1:
+            raise UserError(f"{_KEY}.batch_size must be at least 1, got {batch_size}")
+        self.url, self.batch_size, self.concurrency, self.send_rows = url, batch_size, concurrency, send_rows
+        self._client = JSONClient(
+            repr(self), url, concurrency, timeout, retries, backoff, max_bytes, headers, token_env
         )
-        for name, value, holds, expected in checks:
-            if not holds:
-                raise UserError(f"{_KEY}.{name} must be {expected}, got {value}")
-        if token_env is not None and not os.environ.get(token_env):
-            raise UserError(f"{_KEY}.token_env: the environment variable {token_env} is not set; export it")
-        # ---- One session, with as many open connections as requests under way ----
-        self.url, self.batch_size, self.concurrency, self.timeout = url, batch_size, concurrency, timeout
-        self.retries, self.backoff, self.max_bytes = retries, backoff, max_bytes
-        self.headers, self.token_env, self.send_rows = dict(headers or {}), token_env, send_rows
-        self._session = _Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, _DeadlineAdapter(pool_maxsize=concurrency))
 
     def __repr__(self) -> str:
         """What error messages call this reward."""
@@ -125,69 +108,8 @@ class HTTPReward(Reward):
             body = json.dumps(batch, default=str).encode()
         except (TypeError, ValueError) as error:
             raise RewardError(f"model.reward: {self!r} cannot send the rows as JSON: {error}") from error
-        start = time.monotonic()
-        for attempt in range(self.retries + 1):
-            answer, problem, wait = self._post(body)
-            if answer is not None:
-                return self._checked(answer, batch)
-            if wait is None or attempt == self.retries:
-                break
-            # 0.5, 1, 2, ... seconds; the server's Retry-After if longer; never above the timeout
-            time.sleep(min(max(self.backoff * 2**attempt, wait), self.timeout))
-        raise RewardError(
-            f"model.reward: {self!r} gave no scores in {attempt + 1} tries and {time.monotonic() - start:.1f} s:"
-            f" {problem}\nIs the scorer running there, and quick enough for {_KEY}.batch_size {self.batch_size} within"
-            f" {_KEY}.timeout {self.timeout:g} s?"
-        )
-
-    def _post(self, body: bytes) -> tuple[bytes | None, str, float | None]:
-        """Return the answer, or what went wrong and how long the server wants us to wait; None if asking is no use."""
-        headers = {"Content-Type": "application/json", **self.headers}
-        if self.token_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
-        with _Deadline(self.timeout) as deadline:
-            answer, problem, wait = self._exchange(body, headers)
-        if deadline.has_passed:  # what came until then may look complete, and the error is one of a closed socket
-            return None, f"Timeout: the answer was not complete after {self.timeout:g} s", 0.0
-        return answer, problem, wait
-
-    def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[bytes | None, str, float | None]:
-        """Send one request and read its answer; returns what `_post` does."""
-        try:
-            with self._session.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
-                # ---- Redirects, other errors, the answer ----
-                status = f"status {reply.status_code} {reply.reason}"
-                if 300 <= reply.status_code < 400:
-                    target = shorten(reply.headers.get("Location", ""))
-                    return None, (
-                        f"{status}: it redirects to {target}, and redirects are not followed, because prompts and"
-                        f" headers would go there; if that is the scorer, set {_KEY}.url to it"
-                    ), None  # fmt: skip
-                if reply.status_code != 200:
-                    again = (
-                        _retry_after_seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
-                    )
-                    text = self._read_body(reply).decode(errors="replace")
-                    return None, f"{status}: {shorten(text)}", again
-                return self._read_body(reply), "", None
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            # a connection that fails may succeed the next time
-            return None, f"{type(error).__name__}: {error}", 0.0
-        except requests.RequestException as error:
-            # anything else, such as an invalid header, would fail again
-            return None, f"{type(error).__name__}: {error}", None
-
-    def _read_body(self, reply: requests.Response) -> bytes:
-        """Return the body, as far as its size allows; the deadline of the request ends it, too."""
-        body = bytearray()
-        for chunk in reply.iter_content(2**14):
-            body += chunk
-            if len(body) > self.max_bytes:
-                raise RewardError(
-                    f"model.reward: {self!r} answered with more than {_KEY}.max_bytes {self.max_bytes} bytes; expected"
-                    " a list of numbers"
-                )
-        return bytes(body)
+        hint = f"Is the scorer running there, and quick enough for {_KEY}.batch_size {self.batch_size} within"
+        return self._checked(self._client.post(body, hint), batch)
 
     def _checked(self, answer: bytes, batch: dict[str, list[Any]]) -> list[float]:
         count = len(batch["responses"])
@@ -215,6 +137,167 @@ class HTTPReward(Reward):
             f"model.reward: {self!r} answered with {what}; expected {count} finite numbers, one per response, as a JSON"
             f' list or as {{"scores": [...]}}{where}'
         )
+
+
+class _Answer(NamedTuple):
+    """What came of one request.
+
+    Args:
+        body: the answer; None where there is none.
+        problem: what went wrong.
+        wait: how long the server wants us to wait before we ask again; None if asking again is no use.
+        status: of a server that refused the request.
+    """
+
+    body: bytes | None
+    problem: str = ""
+    wait: float | None = None
+    status: int | None = None
+
+
+class RefusedError(RewardError):
+    """A server has no answer.
+
+    Args:
+        message: for the user.
+        status: that the server answered with; None where it did not answer.
+    """
+
+    def __init__(self, message: str, status: int | None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class JSONClient:
+    """Posts JSON to one address: with a deadline for each request, tried again where that may help, no redirects.
+
+    Args:
+        name: what messages call the reward that asks.
+        url: http or https.
+        concurrency: requests under way at once.
+        timeout: seconds that one request may take in all.
+        retries: how often a request is repeated where that may help.
+        backoff: seconds before the first repetition, doubled before each further one.
+        max_bytes: of one answer.
+        headers: sent with every request.
+        token_env: environment variable with a bearer token.
+        token_key: configuration key of the latter.
+        expected: what the server should answer, for messages.
+
+    Raises:
+        UserError: if the URL is none, a number is out of its range, or the environment variable is not set.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        max_bytes: int = 2**24,
+        headers: dict[str, str] | None = None,
+        token_env: str | None = None,
+        token_key: str = "token_env",
+        expected: str = "a list of numbers",
+    ) -> None:
+        # ---- Refuse values out of their range ----
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise UserError(f"{_KEY}.url must begin with http:// or https:// and a host, got {url!r}")
+        checks = (
+            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
+            ("timeout", timeout, 0 < timeout < math.inf, "above 0 and finite (seconds)"),
+            ("retries", retries, retries >= 0, "0 or more"),
+            ("backoff", backoff, 0 <= backoff < math.inf, "0 or more and finite (seconds)"),
+            ("max_bytes", max_bytes, max_bytes >= 2, "at least 2"),
+        )
+        for key, value, holds, required in checks:
+            if not holds:
+                raise UserError(f"{_KEY}.{key} must be {required}, got {value}")
+        if token_env is not None and not os.environ.get(token_env):
+            raise UserError(f"{_KEY}.{token_key}: the environment variable {token_env} is not set; export it")
+        # ---- One session, with as many open connections as requests under way ----
+        self.name, self.url, self.timeout, self.expected = name, url, timeout, expected
+        self.retries, self.backoff, self.max_bytes = retries, backoff, max_bytes
+        self.headers, self.token_env = dict(headers or {}), token_env
+        self._session = _Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, _DeadlineAdapter(pool_maxsize=concurrency))
+
+    def post(self, body: bytes, hint: str) -> bytes:
+        """Return the answer to one request, asking again as long as that may help.
+
+        Args:
+            body: JSON.
+            hint: what the user may look at where there is no answer; the timeout comes behind it.
+
+        Raises:
+            RefusedError: if there is none.
+            RewardError: if it is too long.
+        """
+        start = time.monotonic()
+        for attempt in range(self.retries + 1):
+            answer = self._post(body)
+            if answer.body is not None:
+                return answer.body
+            if answer.wait is None or attempt == self.retries:
+                break
+            # 0.5, 1, 2, ... seconds; the server's Retry-After if longer; never above the timeout
+            time.sleep(min(max(self.backoff * 2**attempt, answer.wait), self.timeout))
+        raise RefusedError(
+            f"model.reward: {self.name} gave no scores in {attempt + 1} tries and {time.monotonic() - start:.1f} s:"
+            f" {answer.problem}\n{hint} {_KEY}.timeout {self.timeout:g} s?",
+            answer.status,
+        )
+
+    def _post(self, body: bytes) -> _Answer:
+        headers = {"Content-Type": "application/json", **self.headers}
+        if self.token_env is not None:
+            headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
+        with _Deadline(self.timeout) as deadline:
+            answer = self._exchange(body, headers)
+        if deadline.has_passed:  # what came until then may look complete, and the error is one of a closed socket
+            return _Answer(None, f"Timeout: the answer was not complete after {self.timeout:g} s", 0.0)
+        return answer
+
+    def _exchange(self, body: bytes, headers: dict[str, str]) -> _Answer:
+        """Send one request and read its answer; returns what `_post` does."""
+        try:
+            with self._session.post(self.url, body, headers=headers, timeout=self.timeout, stream=True) as reply:
+                # ---- Redirects, other errors, the answer ----
+                status = f"status {reply.status_code} {reply.reason}"
+                if 300 <= reply.status_code < 400:
+                    target = shorten(reply.headers.get("Location", ""))
+                    return _Answer(None, (
+                        f"{status}: it redirects to {target}, and redirects are not followed, because prompts and"
+                        f" headers would go there; if that is the scorer, set {_KEY}.url to it"
+                    ))  # fmt: skip
+                if reply.status_code != 200:
+                    again = (
+                        _retry_after_seconds(reply.headers.get("Retry-After")) if reply.status_code in RETRIED else None
+                    )
+                    text = self._read_body(reply).decode(errors="replace")
+                    return _Answer(None, f"{status}: {shorten(text)}", again, reply.status_code)
+                return _Answer(self._read_body(reply))
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            # a connection that fails may succeed the next time
+            return _Answer(None, f"{type(error).__name__}: {error}", 0.0)
+        except requests.RequestException as error:
+            # anything else, such as an invalid header, would fail again
+            return _Answer(None, f"{type(error).__name__}: {error}")
+
+    def _read_body(self, reply: requests.Response) -> bytes:
+        """Return the body, as far as its size allows; the deadline of the request ends it, too."""
+        body = bytearray()
+        for chunk in reply.iter_content(2**14):
+            body += chunk
+            if len(body) > self.max_bytes:
+                raise RewardError(
+                    f"model.reward: {self.name} answered with more than {_KEY}.max_bytes {self.max_bytes} bytes;"
+                    f" expected {self.expected}"
+                )
+        return bytes(body)
 
 
 def _retry_after_seconds(text: str | None) -> float:

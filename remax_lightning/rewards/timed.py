@@ -53,7 +53,7 @@ class TimedReward(Reward):
     def __init__(self, reward: Reward, timeout: float = 60.0, on_timeout: float | Literal["error"] = "error") -> None:
         check_deadline(timeout, on_timeout)
         self.reward, self.timeout, self.on_timeout = reward, timeout, on_timeout
-        self.skips_none = reward.skips_none
+        self.skips_none, self.compares = reward.skips_none, reward.compares
         try:
             self._pickled = pickle.dumps(reward)
         except Exception as error:

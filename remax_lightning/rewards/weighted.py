@@ -92,6 +92,7 @@ class WeightedReward(Reward):
                 raise UserError(f"{_KEY}.weights.{name}: expected a finite number, got {weight}")
         self.parts = dict(parts)
         self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
+        self.compares = any(part.compares for part in parts.values())
         self._device = torch.device("cpu")
 
     def load(self, device: torch.device) -> None:

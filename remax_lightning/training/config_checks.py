@@ -14,6 +14,7 @@ from remax_lightning.config import KLConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import required_head
+from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.pooling import Pooling, pool_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
@@ -63,6 +64,15 @@ def check_kl(kl_coef: float) -> None:
     """Refuse a negative KL coefficient."""
     if kl_coef < 0:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
+
+
+def check_compares(reward: Reward, baseline: str) -> None:
+    """Refuse a reward that compares responses with the greedy one where training generates none."""
+    if reward.compares and baseline != "greedy":
+        raise UserError(
+            f"model.reward {reward!r} compares responses with the greedy one, which training generates only with"
+            f" model.advantage.baseline greedy, got {baseline}"
+        )
 
 
 def start_of(policy: ModelConfig) -> ModelConfig:

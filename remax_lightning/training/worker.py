@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
@@ -21,7 +21,7 @@ from remax_lightning.rollout import AutoEngine, GenerationRequest, RolloutEngine
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
-from remax_lightning.types import PromptBatch, Responses, Rollout
+from remax_lightning.types import PromptBatch, Response, Responses, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -242,12 +242,16 @@ class RolloutWorker:
         texts = response_texts(self.tokenizer, prompts, responses, self.hidden)
         return Responses(ids, mask, ~ends, texts)
 
-    def score_responses(self, prompt: PromptBatch, responses: GeneratedResponses) -> Rollout:
+    def score_responses(
+        self, prompt: PromptBatch, responses: GeneratedResponses, baselines: Sequence[str] | None = None
+    ) -> Rollout:
         """Score sampled and greedy responses in one pass of the reward.
 
         Args:
             prompt: `B` prompts.
             responses: to these prompts.
+            baselines: the `B` greedy responses of the policy, which a reward may compare with; None for those in
+                `responses`.
 
         Raises:
             RewardError: if the reward fails or returns what must not be trained on.
@@ -262,6 +266,9 @@ class RolloutWorker:
         if greedy is not None:
             rows = rows + list(range(num_prompts))
             texts, overlong = texts + greedy.texts, torch.cat([overlong, self._overlong_share(greedy)])  # [S + B]
+            baselines = greedy.texts if baselines is None else baselines
+        # Each with the y* of its prompt, for rewards that compare.
+        texts = [Response(text, baselines[i] if baselines else None) for i, text in zip(rows, texts, strict=True)]
         # ---- Score them in one call, so that a reward model fills its batches with both ----
         report_progress(f"scoring {len(texts)} responses with {self.reward!r}, the first {shorten(texts[0])}")
         with self.timer.measure("reward", device), torch.no_grad():
