@@ -146,14 +146,12 @@ class PolicyModule(BaseModule):
         """Return every token id that ends a response: those of the tokenizer and of the generation settings."""
         configured = self.policy.generation_config.eos_token_id if self.policy.generation_config is not None else None
         named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-        vocabulary: int = self.policy.config.get_text_config().vocab_size
-        # A negative number would stand for another token, counted from the end.
-        if not all(isinstance(eos_id, int) and 0 <= eos_id < vocabulary for eos_id in named):
+        # A negative number would stand for another token; one beyond the vocabulary is never drawn.
+        if not all(isinstance(eos_id, int) and eos_id >= 0 for eos_id in named):
             raise UserError(
                 "model.policy.path: eos_token_id in generation_config.json must be a token's number or a list of them,"
-                f" below the {vocabulary} of the vocabulary, got {configured!r}"
+                f" got {configured!r}"
             )
-        # Chat models often end a turn with another token than the tokenizer's EOS; both end a response.
         return sorted({int(cast(int, self.tokenizer.eos_token_id)), *named})
 
     def unused_ids(self) -> tuple[int, ...]:
