@@ -124,6 +124,10 @@ class KLConfig:
             exactly; k1's is zero on average.
         reference_batch_size: responses per forward pass of the reference; None for those of a training micro-batch.
             Nothing is kept for a gradient there, so more of them fit.
+        reference_sync_steps: the reference moves to the policy before the first rollout after every so many optimizer
+            steps, for long runs that a fixed reference would hold back (TRL's `ref_model_sync_steps`). None keeps it.
+        reference_mixup_alpha: share of the policy in the moved reference: 1.0 resets it to the policy, less makes it an
+            exponential moving average (TRL's `ref_model_mixup_alpha`), which needs `model.reference.dtype: float32`.
     """
 
     estimator: Literal["k1", "k2", "k3", "full"] = "k1"
@@ -133,12 +137,19 @@ class KLConfig:
     loss_coef: float = 0.0
     loss_estimator: Literal["k2", "k3", "full"] = "k2"
     reference_batch_size: int | None = None
+    reference_sync_steps: int | None = None
+    reference_mixup_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.clamp is None or self.clamp > 0, "kl.clamp", "null or above 0", self.clamp)
         _require(self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
         size = self.reference_batch_size
         _require(size is None or size >= 1, "kl.reference_batch_size", "null or at least 1", size)
+        steps, alpha = self.reference_sync_steps, self.reference_mixup_alpha
+        _require(steps is None or steps >= 1, "kl.reference_sync_steps", "null or at least 1", steps)
+        _require(0 < alpha <= 1, "kl.reference_mixup_alpha", "above 0 and at most 1", alpha)
+        _require(alpha == 1 or steps is not None, "kl.reference_mixup_alpha",
+                 "1.0 unless model.kl.reference_sync_steps is set", alpha)  # fmt: skip
 
     @property
     def full_loss(self) -> bool:

@@ -25,7 +25,7 @@ from remax_lightning.training.experience import Experience, RolloutBuffer
 from remax_lightning.training.metrics import MeanMetrics, predictions, step_values
 from remax_lightning.training.objective import Objective, UpdatePlan
 from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure_gaps
-from remax_lightning.training.reference import Reference, make_reference
+from remax_lightning.training.reference import MovingReference, Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
 from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
@@ -105,6 +105,8 @@ class ReMaxModule(PolicyModule):
         self.buffer = RolloutBuffer()
         self._plans: dict[int, UpdatePlan] = {}  # by number of micro-batches
         self._reference: Reference | None = None
+        steps = kl.reference_sync_steps
+        self._moving = None if steps is None else MovingReference(steps, kl.reference_mixup_alpha)
         self._metrics = MeanMetrics()
         self._num_rollouts = 0  # in training; with the seed it fixes the next one's random numbers
         self._seed: int | None = None  # of the run: rank 0's, or that of the checkpoint
@@ -193,6 +195,8 @@ class ReMaxModule(PolicyModule):
         if self._reference is not None:
             self._reference.prepare(self.device, needs_head=self.objective.kl_config.full)
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
+        if self._moving is not None:
+            self._moving.check(self._reference, self.policy)
         self.prepare_rollouts()
         # ---- What only a run knows: its seed, and the longest prompt of its data ----
         if self._seed is None:
@@ -248,6 +252,8 @@ class ReMaxModule(PolicyModule):
         plan = self.get_plan(batch.num_micro_batches)
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
         self._free_gradients()
+        if self._moving is not None:
+            self._moving.move(self._reference, self.policy, self.trainer.global_step)
         rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
         self._num_rollouts += 1
         # ---- What training needs besides, from passes without gradients ----
@@ -417,6 +423,7 @@ class ReMaxModule(PolicyModule):
             "seed": self._seed,
             "rollouts": self._num_rollouts,
             "experience": gather_rank_states(self.buffer.state_dict()),
+            "reference": None if self._moving is None else self._moving.state_dict(self._reference),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -426,4 +433,6 @@ class ReMaxModule(PolicyModule):
         if state is None:
             return
         self._seed, self._num_rollouts = state["seed"], state["rollouts"]
+        if self._moving is not None:
+            self._moving.load_state_dict(state.get("reference"))
         self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))

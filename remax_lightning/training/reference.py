@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, freeze, initial_adapter
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.frozen import FrozenModel, equalize_passes
+from remax_lightning.sharding import full_shape, is_sharded
 from remax_lightning.strategies import forward_is_collective, unsharded_init
 from remax_lightning.training import config_checks as checks
 
@@ -75,6 +77,87 @@ class SeparateReference:
         if self._frozen is None:
             raise RuntimeError("prepare(device) must be called before the reference generates")
         return self._frozen.unsharded()
+
+
+class MovingReference:
+    """Moves a separate reference to the policy now and then, and knows how often it has.
+
+    Args:
+        sync_steps: optimizer steps between two moves.
+        alpha: share of the policy in the moved reference; 1.0 copies it.
+    """
+
+    def __init__(self, sync_steps: int, alpha: float) -> None:
+        self.sync_steps, self.alpha = sync_steps, alpha
+        self._num_syncs = 0
+        self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until there is a model
+
+    def check(self, reference: Reference | None, policy: PreTrainedModel) -> None:
+        """Refuse what cannot be moved, and put weights of a checkpoint into the reference.
+
+        Raises:
+            UserError: if the reference shares weights with the policy, is quantized or built otherwise, if one of both
+                is sharded, or if a moving average would be rounded away.
+        """
+        key = "model.kl.reference_sync_steps"
+        if not isinstance(reference, SeparateReference):
+            raise UserError(
+                f"{key} needs a reference with weights of its own: set model.reference beside model.policy.lora"
+            )
+        pairs = self._pairs(reference, policy)
+        if any(is_sharded(tensor) for pair in pairs.values() for tensor in pair):
+            raise UserError(
+                f"{key} needs whole weights on each device: a strategy that does not shard the policy, and"
+                " model.reference.placement replicate or cpu"
+            )
+        dtypes = {target.dtype for target, _ in pairs.values()}
+        if self.alpha < 1 and dtypes != {torch.float32}:
+            raise UserError(
+                f"model.kl.reference_mixup_alpha {self.alpha} needs model.reference.dtype float32: 16 bits round small"
+                " moves away"
+            )
+        if self._loaded is not None:
+            with torch.no_grad():
+                for name, (target, _) in pairs.items():
+                    target.copy_(self._loaded[name])
+            self._loaded = None
+
+    def move(self, reference: Reference | None, policy: PreTrainedModel, global_step: int) -> None:
+        """Move the reference if it is due after `global_step` optimizer steps."""
+        due = global_step // self.sync_steps
+        if due <= self._num_syncs:
+            return
+        self._num_syncs = due
+        with torch.no_grad():
+            for target, source in self._pairs(reference, policy).values():
+                value = source.to(target.device, target.dtype)
+                # ref <- (1 - alpha) ref + alpha policy
+                target.copy_(value if self.alpha == 1 else torch.lerp(target, value, self.alpha))
+
+    def state_dict(self, reference: Reference | None) -> dict[str, Any] | None:
+        """Return what a checkpoint keeps; None as long as the reference is where it started."""
+        if self._num_syncs == 0 or reference is None:
+            return None
+        named = cast("nn.Module", reference.model).named_parameters()
+        return {"syncs": self._num_syncs, "weights": {name: value.detach().cpu() for name, value in named}}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Resume with the reference of a checkpoint; `check` copies it into the model."""
+        self._num_syncs, self._loaded = (0, None) if state is None else (state["syncs"], state["weights"])
+
+    @staticmethod
+    def _pairs(reference: Reference | None, policy: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the parameters of both by name."""
+        targets, sources = (
+            dict(cast("nn.Module", model).named_parameters()) for model in (cast(Any, reference).model, policy)
+        )
+        shapes = [{name: full_shape(tensor) for name, tensor in tensors.items()} for tensors in (targets, sources)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                "model.kl.reference_sync_steps needs a reference with the parameters of the policy, without"
+                " quantization and adapters: model.reference and model.policy differ"
+            )
+        return {name: (tensor, sources[name]) for name, tensor in targets.items()}
 
 
 class SharedReference:

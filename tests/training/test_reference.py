@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.training import PROMPTS, Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.errors import UserError
@@ -189,3 +190,70 @@ def test_supervised_training_of_an_adapter(base: str, tmp_path: Path) -> None:
 
 def weights(module: Any) -> dict[str, torch.Tensor]:
     return dict(module.policy.named_parameters())
+
+
+# A reference that moves
+
+
+class References(Callback):
+    """The reference and the policy as they are when each batch ends."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append({name: value.detach().clone() for name, value in pl_module.reference.named_parameters()})
+
+
+def moving(base: str, alpha: float = 1.0, **options: Any) -> Any:
+    kl = KLConfig(reference_sync_steps=2, reference_mixup_alpha=alpha)
+    return remax_module(base, base, kl=kl, optimizer=partial(torch.optim.AdamW, lr=1e-2), **options)
+
+
+def run_moving(module: Any, base: str, folder: Path, *callbacks: Any, **options: Any) -> tuple[Recorder, References]:
+    recorder, references = Recorder(), References()
+    checkpoint = options.pop("checkpoint", None)
+    trainer = make_trainer(folder, [recorder, references, *callbacks], max_steps=5, **options)
+    torch.manual_seed(0 if checkpoint is None else 99)
+    trainer.fit(module, prompt_data(folder, base, batch_size=2), ckpt_path=checkpoint)
+    return recorder, references
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_a_reference_moves_to_the_policy_every_second_step(base: str, tmp_path: Path, alpha: float) -> None:
+    recorder, references = run_moving(moving(base, alpha), base, tmp_path)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        policy = [weights[name].double() for weights in recorder.weights]
+        expected = policy[0]
+        for step, seen in enumerate(references.seen):  # the step after the rollout, numbered by the steps before it
+            if step in (2, 4):
+                expected = (1 - alpha) * expected + alpha * policy[step]
+            torch.testing.assert_close(seen[name].double(), expected, rtol=0, atol=1e-6)
+        assert not torch.equal(references.seen[1][name], references.seen[2][name])
+    if alpha == 1:
+        assert recorder.outputs[2]["kl"].abs().max() < 1e-4 < recorder.outputs[1]["kl"].abs().max()
+
+
+def test_a_moved_reference_resumes_bit_for_bit(base: str, tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, references = run_moving(moving(base, 0.5), base, tmp_path, saves, enable_checkpointing=True)
+    for step in (2, 3):  # due, and done
+        rest, resumed = run_moving(moving(base, 0.5), base, tmp_path, checkpoint=tmp_path / f"step={step}.ckpt")
+        assert losses_of(rest) == losses_of(whole)[step:]
+        for name, value in references.seen[-1].items():
+            assert torch.equal(value, resumed.seen[-1][name])
+
+
+def test_what_cannot_move_is_refused(base: str, tmp_path: Path) -> None:
+    kl = KLConfig(reference_sync_steps=2)
+    with pytest.raises(UserError, match=r"reference_sync_steps needs a reference with weights of its own"):
+        run_moving(make(base, LoRAConfig(r=2), kl=kl), base, tmp_path)
+    with pytest.raises(UserError, match=r"needs a reference with the parameters of the policy"):
+        run_moving(make(base, LoRAConfig(r=2), ModelConfig(base), kl=kl), base, tmp_path)
+    rounded = remax_module(
+        base, ModelConfig(base, dtype="bfloat16"), kl=KLConfig(reference_sync_steps=2, reference_mixup_alpha=0.5)
+    )
+    with pytest.raises(UserError, match=r"reference_mixup_alpha 0\.5 needs model\.reference\.dtype float32"):
+        run_moving(rounded, base, tmp_path)
+    with pytest.raises(UserError, match=r"reference_mixup_alpha must be 1\.0 unless model\.kl\.reference_sync_steps"):
+        KLConfig(reference_mixup_alpha=0.5)
