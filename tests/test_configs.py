@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.cli import in_folder, remax, small_config, write_config
@@ -109,6 +110,20 @@ def test_an_overlay_changes_what_it_says(
     base = write_config(tmp_path / "mine.yaml", small_config(tmp_path, policy_path))
     config = parsed(capsys, base, path)
     assert contains(config, yaml.safe_load(path.read_text())) == []
+
+
+@pytest.mark.slow
+def test_the_debug_overlay_ends_after_two_steps(
+    tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, policy_path)
+    config["trainer"] |= {"max_steps": 50, "max_epochs": -1}
+    base = write_config(tmp_path / "mine.yaml", config)
+    with in_folder(tmp_path):
+        done = remax(capsys, "fit", "--config", base, "--config", str(FOLDER / "overlays" / "debug.yaml"))
+    assert done.code == 0, done.err
+    checkpoints = [torch.load(path, weights_only=True) for path in tmp_path.rglob("*.ckpt")]
+    assert max(checkpoint["global_step"] for checkpoint in checkpoints) == 2
 
 
 def contains(whole: Any, part: Any, key: str = "") -> list[str]:
