@@ -233,12 +233,11 @@ def test_an_adapter_is_trained_and_gone_on_with(tmp_path: Path, policy_path: Pat
         small_config(tmp_path, policy_path),
         model__policy__lora={"r": 2, "target_modules": ["q_proj", "v_proj"]},
         model__reference=...,
-        export__merge_lora=False,
     )
     with in_folder(tmp_path):
         first = run(["fit", "--config", write_config(tmp_path / "first.yaml", config)])
         adapter = tmp_path / "runs" / "remax" / "version_0" / "policy" / "last"
-        further = changed(config, model__policy__lora={"path": str(adapter)}, export__merge_lora=True)
+        further = changed(config, model__policy__lora={"path": str(adapter)}, export__merge_adapter=True)
         second = run(["fit", "--config", write_config(tmp_path / "second.yaml", further)])
         apart = changed(config, model__reference={"path": str(policy_path), "placement": "cpu"})
         third = run(["fit", "--config", write_config(tmp_path / "third.yaml", apart)])

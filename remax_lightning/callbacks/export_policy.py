@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from remax_lightning.errors import UserError
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
-from remax_lightning.run_folder import run_folder
+from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
+from remax_lightning.run_folder import known_run_folder, run_folder
+from remax_lightning.sharding import unwrap_peft
 from remax_lightning.strategies import nonfinite_in_model
 
 
@@ -36,14 +39,18 @@ class ExportPolicy(Callback):
         mode: whether a higher (`max`) or a lower (`min`) value is better.
         best: save at each new best value of `monitor`.
         last: save at the end of fit.
-        merge_lora: with `model.policy.lora`, merge the adapter into a copy of the full model; false saves the adapter
-            alone in PEFT's format, which is much smaller but needs the base.
+        merge_adapter: with `model.policy.lora`, merge the adapter into a copy of the full model. False, because an
+            adapter alone is a few megabytes; transformers loads it by itself where PEFT is installed, and needs its
+            base. vLLM and converters to other formats need the merged model.
+        push_to_hub: `owner/name` on the Hugging Face hub. At the end of training, `last` (`best` where `last` is false)
+            is uploaded there. A repository that does not exist becomes a private one. The token is that of
+            `hf auth login` or `HF_TOKEN`. A failure is a warning.
         log_artifact: also store each exported folder in the loggers that take artifacts (Weights & Biases, MLflow,
             trackio, Comet), with the alias `last` or `best`. Off by default, because it uploads whole models.
 
     Raises:
-        UserError: if `mode` or `monitor` is invalid, no logger takes artifacts, or the weights cannot be gathered under
-            the strategy.
+        UserError: if `mode`, `monitor` or `push_to_hub` is invalid, no logger takes artifacts, or the weights cannot be
+            gathered under the strategy.
     """
 
     folder_key = "export.folder"
@@ -55,7 +62,8 @@ class ExportPolicy(Callback):
         mode: Literal["max", "min"] = "max",
         best: bool = True,
         last: bool = True,
-        merge_lora: bool = True,
+        merge_adapter: bool = False,
+        push_to_hub: str | None = None,
         log_artifact: bool = False,
     ) -> None:
         super().__init__()
@@ -63,24 +71,30 @@ class ExportPolicy(Callback):
             raise UserError(f"export.mode must be max or min, got {mode!r}")
         if best and not monitor:
             raise UserError("export.monitor must name a logged metric where export.best is true, got ''")
+        if push_to_hub is not None:
+            _check_repository(push_to_hub)
+            if not (best or last):
+                raise UserError("export.push_to_hub needs export.last or export.best, got false for both")
         self.folder = folder
         self.monitor = monitor
         self.mode = mode
         self.best = best
         self.last = last
-        self.merge_lora = merge_lora
+        self.merge_adapter = merge_adapter
+        self.push_to_hub = push_to_hub
         self.log_artifact = log_artifact
         self.best_score: float | None = None
         self.best_path: str | None = None
         self._directory: Path | None = None
-        self._metric_appeared = self._exported_last = False
+        self._metric_appeared = self._exported_last = self._wrote_last = False
+        self._figures: dict[str, LoggedFigure] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
         # ---- Refuse what would fail after hours of training ----
         from lightning.pytorch.strategies import FSDPStrategy
 
-        self._exported_last = False
+        self._exported_last = self._wrote_last = False
         if stage != "fit" or is_dry_run(trainer):
             self._directory = None
             return
@@ -102,8 +116,18 @@ class ExportPolicy(Callback):
         if self.best_path is not None and self._directory is not None and self._resolved_path("best") != self.best_path:
             rank_zero_info(f"Best policy so far: {self.monitor} = {self.best_score:.4g}, in {self.best_path}.")
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the figures of the model card, as often as the loggers do: reading one waits for the device."""
+        step, every = trainer.global_step, cast("Any", trainer).log_every_n_steps
+        if self._directory is not None and every and (step == 1 or step % every == 0):
+            update_figures(self._figures, step, trainer.callback_metrics, "train")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the policy if this validation is the best so far."""
+        if self._directory is not None and not trainer.sanity_checking:
+            update_figures(self._figures, trainer.global_step, trainer.callback_metrics, "val")
         if not self.best or trainer.sanity_checking or self._directory is None:
             return
         # None if this validation does not log it
@@ -126,8 +150,9 @@ class ExportPolicy(Callback):
         """Save the policy, and warn if there was no best one."""
         if self._directory is None:
             return
+        update_figures(self._figures, trainer.global_step, trainer.callback_metrics, "train")
         if self.last:
-            self._export(trainer, pl_module, self._directory / "last")
+            self._wrote_last = self._export(trainer, pl_module, self._directory / "last")
             self._exported_last = True
         if self.best and not self._metric_appeared and (hasattr(pl_module, "policy") or hasattr(pl_module, "exported")):
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
@@ -138,16 +163,25 @@ class ExportPolicy(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the policy of a run that was resumed at its end: Lightning then trains nothing and ends no training."""
+        """Save the policy of a run that was resumed at its end, of which no training ends; then push it."""
         if self.last and self._directory is not None and not self._exported_last and trainer.global_step > 0:
-            self._export(trainer, pl_module, self._directory / "last")
+            self._wrote_last = self._export(trainer, pl_module, self._directory / "last")
+        # Here, because the last checkpoint is written by now; and not in the seconds that a preempted run has.
+        wanted = self.push_to_hub is not None and self._directory is not None and trainer.is_global_zero
+        if wanted and not trainer.received_sigterm:
+            self._push(cast("str", self.push_to_hub))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score so far and the folder of its policy."""
-        return {"monitor": self.monitor, "best_score": self.best_score, "best_path": self.best_path}
+        """Return the best score so far, the folder of its policy, and the figures of the model card."""
+        figures = {name: tuple(figure) for name, figure in self._figures.items()}
+        return {
+            "monitor": self.monitor, "best_score": self.best_score, "best_path": self.best_path, "figures": figures
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score, unless it is of another metric."""
+        """Restore the figures, and the best score unless it is of another metric."""
+        # Checkpoints of earlier versions have none.
+        self._figures = {name: LoggedFigure(*figure) for name, figure in state_dict.get("figures", {}).items()}
         if state_dict["monitor"] == self.monitor:
             self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
 
@@ -169,12 +203,12 @@ class ExportPolicy(Callback):
             return True  # this module has nothing to export
         damaged = nonfinite_in_model(trainer, model)
         # ---- Gather on all ranks, write on rank 0, and let the others wait ----
-        merge = self.merge_lora
-        weights = policy_weights(model, keep=trainer.is_global_zero, merge_lora=merge)  # a collective
+        merge = self.merge_adapter
+        weights = policy_weights(model, keep=trainer.is_global_zero, merge_adapter=merge)  # a collective
         problem = ""
         if trainer.is_global_zero and damaged is None:
             try:
-                write_folder_atomically(target, partial(self._write, module, exported, model, weights))
+                write_folder_atomically(target, partial(self._write, trainer, module, exported, model, weights))
             except NotFiniteError as error:
                 damaged = str(error)
             except Exception as error:
@@ -197,11 +231,70 @@ class ExportPolicy(Callback):
             )
         return damaged is None
 
-    def _write(self, module: Any, exported: Any, model: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
+    def _write(
+        self, trainer: Trainer, module: Any, exported: Any, model: Any, weights: dict[str, Tensor] | None, folder: Path
+    ) -> None:
         if exported is not None:
             save_exported(exported, module.tokenizer, weights, folder)
         else:
-            save_policy(model, module.tokenizer, weights, folder, merge_lora=self.merge_lora)
+            save_policy(model, module.tokenizer, weights, folder, merge_adapter=self.merge_adapter)
+        write_model_card(folder, lambda: self._describe(trainer, module, exported, model))
+
+    def _describe(self, trainer: Trainer, module: Any, exported: Any, model: Any) -> CardFacts:
+        """Return what the card says; rank 0 alone calls this, so nothing here is a collective."""
+        data: Any = getattr(trainer, "datamodule", None)
+        paths = getattr(data, "path", None) or []
+        reward = getattr(module, "reward", None)
+        folder = known_run_folder(trainer)
+        name = str(unwrap_peft(model).config._name_or_path or type(unwrap_peft(model)).__name__)
+        source = "" if reward is None else f"{type(reward).__name__} {getattr(reward, 'path', None) or ''}".strip()
+        return CardFacts(
+            base_model=name,
+            trained_with=type(module).__name__,
+            is_adapter=hasattr(model, "peft_config") and not self.merge_adapter,
+            is_language_model=exported is None,
+            data=[paths] if isinstance(paths, str) else [str(path) for path in paths],
+            reward=source,
+            figures=self._figures,
+            evaluation={} if folder is None else read_evaluation(folder),
+            command=sys.argv,
+        )
+
+    def _push(self, repository: str) -> None:
+        """Upload the exported folder; every failure is a warning, because the folder is there to be pushed later."""
+        if self.last:
+            folder = self._directory / "last" if self._wrote_last and self._directory is not None else None
+        else:
+            folder = None if self.best_path is None else Path(self.best_path)
+        if folder is None or not folder.is_dir():
+            rank_zero_warn(f"export.push_to_hub: nothing is pushed to {repository}, because no policy was exported.")
+            return
+        try:
+            from huggingface_hub import HfApi
+
+            api = HfApi()  # the token of the environment, or of `hf auth login`
+            api.create_repo(repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload policy/{folder.name}")
+        except Exception as error:
+            rank_zero_warn(
+                f"export.push_to_hub: {folder} is not on the hub ({type(error).__name__}: {error}). The folder is"
+                f" whole; push it with: hf upload {repository} {folder}"
+            )
+        else:
+            rank_zero_info(f"Pushed {folder} to https://huggingface.co/{repository}.")
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    problem = "" if name.count("/") == 1 else "it has no owner"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"export.push_to_hub must be owner/name of a repository on the hub, got {name!r}: {problem}")
 
 
 def _is_failed_write(error: BaseException) -> bool:

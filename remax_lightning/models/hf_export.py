@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_lora: bool = True) -> dict[str, Tensor] | None:
+def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_adapter: bool = False) -> dict[str, Tensor] | None:
     """Return the full weights on the CPU if a strategy has sharded them, else None.
 
     Args:
         policy: the model; every rank has to call this.
         keep: whether this rank needs the weights; other ranks get an empty dictionary.
-        merge_lora: false omits the frozen base of an adapted policy, which `save_policy` then does not need.
+        merge_adapter: false omits the frozen base of an adapted policy, which `save_policy` then does not need.
     """
     from torch.distributed.tensor import DTensor
 
     # ---- FSDP2 gathers by itself; under ZeRO-3 we gather one parameter after the other; others have full weights ----
-    only_adapter = not merge_lora and hasattr(policy, "peft_config")
+    only_adapter = not merge_adapter and hasattr(policy, "peft_config")
     values = policy.state_dict(keep_vars=True)
     if any(isinstance(value, DTensor) for value in values.values()):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -74,7 +74,7 @@ def save_policy(
     weights: dict[str, Tensor] | None,
     folder: Path,
     *,
-    merge_lora: bool = True,
+    merge_adapter: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
     """Save model, generation settings and tokenizer so that `from_pretrained` reads them.
@@ -84,12 +84,12 @@ def save_policy(
         tokenizer: its tokenizer.
         weights: full weights on the CPU; None takes those of the model.
         folder: an existing folder.
-        merge_lora: merge the adapter into the base; false saves the adapter alone, as PEFT reads it.
+        merge_adapter: merge the adapter into the base; false saves the adapter alone, as PEFT reads it.
         max_shard_size: maximum size of a weight file.
     """
     tokenizer.save_pretrained(folder)
     if hasattr(policy, "peft_config"):
-        if not merge_lora:
+        if not merge_adapter:
             _save_adapter(policy, weights, folder)
             return
         policy, weights = _merge_adapter(policy, weights), None

@@ -214,6 +214,12 @@ class ModelConfig:
 
         if looks_local(self.path) and not Path(self.path).is_dir():
             raise UserError(f"{key}.path: there is no folder {self.path!r}; give a folder or a hub name")
+        if (Path(self.path) / "adapter_config.json").is_file() and not (Path(self.path) / "config.json").is_file():
+            raise UserError(
+                f"{key}.path: {self.path!r} is an adapter, not a model; to go on with it, set {key}.path to its base"
+                f" and {key}.lora.path to this folder, or export it merged (export.merge_adapter: true, or remax export"
+                " --merge)"
+            )
         try:
             config = AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code

@@ -1,10 +1,12 @@
-"""`remax export`: export a checkpoint of any strategy as a folder for transformers, or as a PEFT adapter."""
+"""`remax export`: export a checkpoint of any strategy for transformers, as a full model or as an adapter of PEFT."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST, read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
 from remax_lightning.models.lora import adapter_dtype, contains_adapter, load_adapter
+from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
 from remax_lightning.sharding import nonfinite_name
+from remax_lightning.tools.report import run as report
 from remax_lightning.yaml_files import read_yaml
 
 POLICY = "policy."
@@ -53,8 +57,8 @@ class Run(NamedTuple):
 def main(args: Sequence[str]) -> None:
     """Write the policy of a checkpoint, with tokenizer and generation settings, so that `from_pretrained` reads it.
 
-    Reads checkpoints of one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2. LoRA adapters are merged into their
-    base. Memory holds one copy of the model, and the shards of one rank at a time.
+    Reads checkpoints of one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2. A LoRA adapter is written
+    alone, in PEFT's format. Memory holds one copy of the model, and the shards of one rank at a time.
 
     Args:
         args: the arguments after `remax export`.
@@ -66,7 +70,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--config", type=Path, help="the configuration of the run (default: searched above the checkpoint)"
     )
-    parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapter, in PEFT's format")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the LoRA adapter into its base and write the full model"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     parser.add_argument(
         "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
@@ -92,27 +98,62 @@ def main(args: Sequence[str]) -> None:
         pad_token=run.pad_token,
         key="model.tokenizer",
     )
-    # ---- Write: the adapter alone, or the full model with an adapter merged ----
+    # ---- Write: the adapter alone, or the full model with an adapter merged; each with a model card ----
     if contains_adapter(weights):
         # of an adapter: the weights of its base are not in the checkpoint
         _check_finite(weights.items(), options.checkpoint)
-    if options.adapter:
+    adapter_alone = contains_adapter(weights) and not options.merge
+    describe = partial(_describe, config, run, adapter_alone)
+    if adapter_alone:
         adapter = _adapter_model(weights, run)
 
         def write(folder: Path) -> None:
             adapter.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            write_model_card(folder, describe)
 
     else:
-        model, whole = _merged_model(weights, run) if contains_adapter(weights) else _full_model(weights, run)
+        model, whole = _merged_model(weights, run) if options.merge else _full_model(weights, run)
         if whole is not None:
             _check_finite(((name, whole[name]) for name, _ in model.named_parameters()), options.checkpoint)
 
         def write(folder: Path) -> None:
             save_policy(model, tokenizer, whole, folder, max_shard_size=options.max_shard_size)
+            write_model_card(folder, describe)
 
     write_folder_atomically(out, write)
-    print(f"Exported the {'adapter' if options.adapter else 'policy'} of {options.checkpoint} to {options.out}.")
+    print(f"Exported the {'adapter' if adapter_alone else 'policy'} of {options.checkpoint} to {options.out}.")
+
+
+def _describe(path: Path, run: Run, is_adapter: bool) -> CardFacts:
+    """Return what the model card says, from the folder of the run: its configuration, curves and evaluation."""
+    # ---- Configuration ----
+    config = read_yaml(path)
+    model, data = (_section(config, name) for name in ("model", "data"))
+    paths, reward = data.get("path") or [], model.get("reward") or ""
+    if isinstance(reward, dict):  # the name of the class and its model; other arguments may be secrets
+        name = str(reward.get("class_path", "")).rpartition(".")[2]
+        reward = f"{name} {_section(model, 'reward').get('path') or ''}".strip()
+    # ---- Curves: first, last and best ----
+    figures: dict[str, LoggedFigure] = {}
+    try:
+        curves = report.read_run(path.parent).curves
+    except UserError:  # a run without a log
+        curves = {}
+    for name, curve in curves.items():
+        for step, value in zip(curve.steps, curve.values, strict=True):
+            update_figures(figures, step, {name: value}, name.partition("/")[0])
+    return CardFacts(
+        base_model=run.source.path,
+        trained_with=str((config.get("model") or {}).get("class_path") or "ReMaxModule").rpartition(".")[2],
+        is_adapter=is_adapter,
+        is_language_model=True,
+        data=[paths] if isinstance(paths, str) else [str(item) for item in paths],
+        reward=str(reward),
+        figures=figures,
+        evaluation=read_evaluation(path.parent),
+        command=sys.argv,
+    )
 
 
 def _parse_size(text: str) -> str:
@@ -237,8 +278,6 @@ def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Te
 
 def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
     """Return the adapter around a model without weights."""
-    if not contains_adapter(weights):
-        raise UserError("--adapter needs a checkpoint with a LoRA adapter, but this one has full weights")
     # "...layers.0.self_attn.q_proj.lora_A.default.weight"
     adapter = {name: value for name, value in weights.items() if ".lora_" in name}
     return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), adapter, run.lora)
@@ -246,10 +285,12 @@ def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
 
 def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
     """Return the base with the adapter merged into its weights."""
+    if not contains_adapter(weights):
+        raise UserError("--merge needs a checkpoint with a LoRA adapter, but this one has full weights; leave it out")
     if run.quantization is not None:
         raise UserError(
             f"model.policy.quantization is {run.quantization}: the adapter was trained on a quantized base and"
-            " would be merged into a different one; export it with --adapter, or use the export of the run itself"
+            " would be merged into a different one; export it without --merge, or use the export of the run itself"
         )
     # ---- The base, in the dtype of the adapter ----
     default = torch.get_default_dtype()

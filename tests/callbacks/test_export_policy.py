@@ -207,7 +207,7 @@ def test_lora_adapters_are_merged_into_a_copy(tmp_path: Path, wrapped: bool) -> 
             up = adapted[name.replace("lora_A", "lora_B")]
             expected[key] = expected[key] + (up @ down) * (lora.lora_alpha / lora.r)
     (tmp_path / "out").mkdir()
-    save_policy(policy, make_tokenizer(), None, tmp_path / "out")
+    save_policy(policy, make_tokenizer(), None, tmp_path / "out", merge_adapter=True)
     assert all(torch.equal(value, adapted[name]) for name, value in policy.state_dict().items())
     exported = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in exported.items():
@@ -245,11 +245,113 @@ def test_an_adapter_is_saved_alone(tmp_path: Path) -> None:
 
     policy = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     policy.add_adapter("start", LoraConfig(target_modules=["q_proj"]))  # that training began with
-    assert policy_weights(policy, keep=True, merge_lora=False) is None  # all of it is here
-    save_policy(policy, make_tokenizer(), None, tmp_path, merge_lora=False)
+    assert policy_weights(policy, keep=True) is None  # all of it is here
+    save_policy(policy, make_tokenizer(), None, tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert len(saved) == 2 * 2  # two matrices in two layers
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).state_dict()
     assert all(torch.equal(value, policy.state_dict()[name]) for name, value in loaded.items())
     assert not (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+# ---- The model card ----
+
+
+def test_the_card_says_where_the_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import ModelCard
+
+    command = "/bin/remax fit --reward.api_key hidden --hub_token=hidden --pad_token=x --url=http://me:hidden@host"
+    monkeypatch.setattr(sys, "argv", [*command.split(), '--reward={"headers": {"X": "hidden"}}'])
+    policy = tiny_model("llama")
+    policy.config._name_or_path = "owner/base"
+    trainer = make_trainer(tmp_path, [ExportPolicy()], val_check_interval=1)
+    trainer.fit(PolicyModule(3, [0.5, 0.9, 0.7], policy))
+    card = ModelCard.load(tmp_path / "logs" / "policy" / "last" / "README.md")
+    assert (card.data.base_model, card.data.library_name, card.data.license) == ("owner/base", "transformers", None)
+    assert "| `val/reward` | 0.5 (1) | 0.7 (3) | 0.9 (2) |" in card.text
+    assert "remax fit --reward.api_key '***' '--hub_token=***' --pad_token=x '--url=http://***@host'" in card.text
+    assert "hidden" not in card.text
+    assert f"torch {torch.__version__.partition('+')[0]}" in card.text
+
+
+def test_a_resumed_run_goes_on_with_the_figures_of_its_card(tmp_path: Path) -> None:
+    first = ExportPolicy(last=False)
+    make_trainer(tmp_path, [first], val_check_interval=1).fit(PolicyModule(2, [0.2, 0.9]))
+    resumed = ExportPolicy()
+    resumed.load_state_dict(first.state_dict())
+    make_trainer(tmp_path / "resumed", [resumed], val_check_interval=1).fit(PolicyModule(1, [0.4]))
+    card = (tmp_path / "resumed" / "logs" / "policy" / "last" / "README.md").read_text()
+    assert "| `val/reward` | 0.2 (1) | 0.4 (1) | 0.9 (2) |" in card
+
+
+def test_a_card_that_cannot_be_written_fails_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.ModelCard.save", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="no model card was written"):
+        make_trainer(tmp_path, [ExportPolicy(best=False)]).fit(PolicyModule(1, []))
+    assert step_of(tmp_path / "logs" / "policy" / "last") == 1.0
+
+
+# ---- The hub ----
+
+
+class FakeHub:
+    """What `HfApi` is asked to do; `error` is raised by an upload."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.repositories: dict[str, Any] = {}
+        self.uploads: list[tuple[str, list[str]]] = []
+        self.error = error
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.repositories[repo_id] = options
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.error is not None:
+            raise self.error
+        assert folder_path.name in commit_message
+        self.uploads.append((folder_path.name, sorted(path.name for path in folder_path.iterdir())))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_policy_is_pushed_to_a_private_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    export = ExportPolicy(last=last, push_to_hub="me/policy")
+    make_trainer(tmp_path, [export], val_check_interval=1).fit(PolicyModule(2, [0.5, 0.2]))
+    assert hub.repositories == {"me/policy": {"private": True, "exist_ok": True}}
+    [(name, files)] = hub.uploads
+    assert name == ("last" if last else "best")
+    assert {"model.safetensors", "tokenizer.json", "README.md", "checksums.json"} <= set(files)
+
+
+def test_a_push_that_fails_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeHub(ConnectionError("no route to host")))
+    with pytest.warns(UserWarning, match="no route to host.*hf upload me/policy"):
+        make_trainer(tmp_path, [ExportPolicy(best=False, push_to_hub="me/policy")]).fit(PolicyModule(1, []))
+    assert step_of(tmp_path / "logs" / "policy" / "last") == 1.0
+
+
+def test_weights_that_are_not_finite_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    module = PolicyModule(1, [])
+    module.policy.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="nothing is pushed to me/policy"):
+        make_trainer(tmp_path, [ExportPolicy(best=False, push_to_hub="me/policy")]).fit(module)
+    assert hub.uploads == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push_to_hub": "policy"}, r"export\.push_to_hub must be owner/name.*no owner"),
+        ({"push_to_hub": "me/po licy"}, r"export\.push_to_hub must be owner/name"),
+        ({"push_to_hub": "me/policy", "last": False, "best": False}, r"export\.push_to_hub needs"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExportPolicy(**options)

@@ -72,7 +72,7 @@ def train(
     own.mkdir(exist_ok=True)
     data = prompt_data(own, policy, batch_size=4 // ranks, micro_batch_size=2 // ranks)
     files = folder / strategy / name
-    callbacks: list[Any] = [look, ExportPolicy(str(files / "export"), best=False, merge_lora=lora is not None)]
+    callbacks: list[Any] = [look, ExportPolicy(str(files / "export"), best=False, merge_adapter=lora is not None)]
     if resume is None:
         callbacks.append(ModelCheckpoint(files, filename="{step}", every_n_train_steps=3, save_top_k=-1))
     trainer = make_trainer(

@@ -108,3 +108,9 @@ def test_freeze(policy_path: Path) -> None:
     model = freeze(ModelConfig(str(policy_path)).load("model.reference").train())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.policy\.path: .* is an adapter.*model\.policy\.lora\.path"):
+        ModelConfig(str(tmp_path)).load("model.policy")

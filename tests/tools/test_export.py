@@ -300,7 +300,7 @@ MISTAKES = {
 def test_what_cannot_be_exported_is_refused(mistake: str, run: Run, capsys: Any) -> None:
     make, expected = MISTAKES[mistake]
     make(run)
-    outcome = run.export(capsys)
+    outcome = run.export(capsys, *(["--merge"] if "four bits" in mistake else []))
     assert outcome.code == 2
     assert outcome.err.startswith("remax: error: ")
     assert outcome.err.count("\n") == 1
@@ -327,7 +327,7 @@ def test_an_adapter_is_merged_into_its_base(
     dtype: torch.dtype, modules: list[str] | None, run: Run, capsys: Any
 ) -> None:
     adapter = run.adapt(dtype, modules)
-    assert run.export(capsys).code == 0
+    assert run.export(capsys, "--merge").code == 0
     found = written(run.out)
     for name, value in tiny_model("llama").state_dict().items():
         expected = value.to(dtype).double()
@@ -345,9 +345,9 @@ def test_an_adapter_alone_is_what_peft_reads(run: Run, capsys: Any) -> None:
     from peft import PeftModel
 
     run.adapt()
-    assert run.export(capsys).code == 0
+    assert run.export(capsys, "--merge").code == 0
     merged, ids = run.out.rename(run.folder / "merged"), torch.tensor([[1, 7, 9, 30]])
-    assert run.export(capsys, "--adapter").code == 0
+    assert run.export(capsys).code == 0
     assert not list(run.out.glob("model*"))
     assert {path.name for path in run.out.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
     assert set(load_file(run.out / "adapter_model.safetensors")) == {
@@ -363,14 +363,16 @@ def test_an_adapter_alone_is_what_peft_reads(run: Run, capsys: Any) -> None:
     assert adapted.peft_config["default"].base_model_name_or_path == str(run.base)
     logits = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
     torch.testing.assert_close(adapted(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    alone = AutoModelForCausalLM.from_pretrained(run.out)  # transformers finds the base by itself
+    torch.testing.assert_close(alone(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run, capsys: Any) -> None:
     adapter = run.adapt()
-    assert run.export(capsys, "--adapter").code == 0
+    assert run.export(capsys).code == 0
     first = run.out.rename(run.folder / "first")
     run.configure(path=str(run.base), lora={"r": 16, "alpha": 32, "target_modules": None, "path": str(first)})
-    assert run.export(capsys, "--adapter").code == 0
+    assert run.export(capsys).code == 0
     found = load_file(run.out / "adapter_model.safetensors")
     assert {name.replace(".default", ""): value.sum() for name, value in adapter.items()} == {
         name: value.sum() for name, value in found.items()
@@ -378,8 +380,36 @@ def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run,
     assert '"lora_alpha": 6' in (run.out / "adapter_config.json").read_text()
 
 
-def test_whole_weights_are_no_adapter(run: Run, capsys: Any) -> None:
-    assert "--adapter needs a checkpoint with a LoRA adapter" in run.export(capsys, "--adapter").err
+def test_whole_weights_have_nothing_to_merge(run: Run, capsys: Any) -> None:
+    assert "--merge needs a checkpoint with a LoRA adapter" in run.export(capsys, "--merge").err
+
+
+def test_the_model_card_says_what_the_folder_of_the_run_knows(run: Run, capsys: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    from remax_lightning.models.checksums import check_exported
+
+    run.adapt()
+    config = yaml.safe_load(run.config.read_text())
+    config["model"]["init_args"]["reward"] = {"class_path": "HttpReward", "init_args": {"headers": {"key": "hidden"}}}
+    config["data"] = {"path": "owner/prompts"}
+    run.config.write_text(yaml.safe_dump(config))
+    figure = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
+    evaluation = {"checkpoint": "last.ckpt", "num_prompts": 8, "figures": {"reward": figure}}
+    (run.config.parent / "evaluation.json").write_text(json.dumps(evaluation))
+    assert run.export(capsys).code == 0
+    card = ModelCard.load(run.out / "README.md")
+    assert (card.data.library_name, card.data.datasets) == ("peft", ["owner/prompts"])
+    assert "| `reward` | 0.75 | 0.5 to 1 | 8 |" in card.text
+    assert "HttpReward" in card.text
+    assert "hidden" not in card.text
+    assert "README.md" in json.loads((run.out / "checksums.json").read_text())["files"]
+    check_exported(run.out, "model.policy.lora.path")
+    # ---- A run folder that nobody can read is no reason to export nothing ----
+    (run.config.parent / "evaluation.json").write_text('{"figures": [')
+    with pytest.warns(UserWarning, match="no model card was written"):
+        assert run.export(capsys, "--overwrite").code == 0
+    assert (run.out / "adapter_model.safetensors").is_file()
 
 
 MEMORY = """
