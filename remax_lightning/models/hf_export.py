@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_adapter: bool = False) -> dict[str, Tensor] | None:
+def policy_weights(policy: PreTrainedModel, *, keep: bool, merge_adapter: bool = True) -> dict[str, Tensor] | None:
     """Return the full weights on the CPU if a strategy has sharded them, else None.
 
     Args:
