@@ -148,14 +148,21 @@ class Strike(Callback):
             part.register_forward_pre_hook(hook)
 
     def _strike_in_backward(self, module: Any) -> None:
-        trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
+        # The gradient of the first layer's output comes when those of the layers behind it are there. Not a hook on a
+        # parameter: FSDP2 runs the backward pass on other tensors than those.
+        layer = next(part for part in module.policy.modules() if type(part).__name__.endswith("DecoderLayer"))
 
-        def hook(gradient: Any) -> Any:
+        def strike(gradient: Any) -> Any:
             if self.is_due("backward"):
                 self.act()
             return gradient
 
-        trained[len(trained) // 2].register_hook(hook)
+        def hook(_: Any, __: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(strike)
+
+        layer.register_forward_hook(hook)
 
     def _strike_in_optimizer(self, module: Any) -> None:
         def hook(*_: Any) -> None:

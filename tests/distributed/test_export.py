@@ -80,11 +80,15 @@ def test_parts_of_unequal_length_are_put_together(three_ranks: Path, tmp_path: P
     is_policy(tmp_path / "out", run)
 
 
-def broken(strategy: str, folder: Path, tmp_path: Path, capsys: Any, pattern: str, keep: float | None) -> Outcome:
-    """Export a checkpoint of which one file is cut to a part, or is not there."""
+def broken(
+    strategy: str, folder: Path, tmp_path: Path, capsys: Any, pattern: str, keep: float | None, is_old: bool = False
+) -> Outcome:
+    """Export a checkpoint of which one file is cut to a part, or is not there; an old one has no checksums."""
     run = tmp_path / "run"
     shutil.copytree(folder / f"{strategy}-llama", run)
     path = checkpoint(run)
+    if is_old and path.is_dir():
+        (path / "checksums.json").unlink()
     [file] = [path] if path.is_file() else path.glob(pattern)
     if keep is None:
         file.unlink()
@@ -96,6 +100,7 @@ def broken(strategy: str, folder: Path, tmp_path: Path, capsys: Any, pattern: st
     return outcome
 
 
+@pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("keep", [None, 0.0, 0.5, 0.99])
 @pytest.mark.parametrize(
     ("strategy", "pattern"),
@@ -109,10 +114,15 @@ def broken(strategy: str, folder: Path, tmp_path: Path, capsys: Any, pattern: st
     ],
 )
 def test_half_a_checkpoint_is_refused(
-    strategy: str, pattern: str, keep: float | None, folder: Path, tmp_path: Path, capsys: Any
+    strategy: str, pattern: str, keep: float | None, is_old: bool, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    outcome = broken(strategy, folder, tmp_path, capsys, pattern, keep)
+    outcome = broken(strategy, folder, tmp_path, capsys, pattern, keep, is_old)
     assert outcome.code == 2
     assert outcome.err.startswith("remax: error: checkpoint: ")
-    expected = "does not exist" if keep is None and not pattern else "cannot be read"
+    if not pattern:
+        expected = "does not exist" if keep is None else "cannot be read"
+    elif is_old:
+        expected = "cannot be read"
+    else:
+        expected = "is missing" if keep is None else f"{'' if keep else '0 bytes, '}and was written with"
     assert expected in outcome.err
