@@ -123,8 +123,8 @@ def _watch(pid: int, seconds: float, folder: Path, rank: int, num_ranks: int, st
     # ---- The others see the file, and write theirs before the launcher takes them along ----
     if num_ranks > 1:
         time.sleep(_RANKS_SECONDS if is_first else 2 * _RANKS_SECONDS)
-    # ---- One rank tells, for all of them ----
-    if is_first:
+    # ---- One rank tells, for all of them; two may have reached their limit in the same moment ----
+    if is_first and _first_rank(folder, began) in (rank, None):
         others = [
             _first_line(path) for path in sorted(folder.glob("stall-rank*.txt")) if path != _stack_file(folder, rank)
         ]
@@ -163,6 +163,16 @@ def _other_stalled(folder: Path, rank: int, since: float) -> bool:
             if path != _stack_file(folder, rank) and path.stat().st_mtime > since:
                 return True
     return False
+
+
+def _first_rank(folder: Path, since: float) -> int | None:
+    """Return the rank of this run that has written its stacks first; None if none has, as on a full disk."""
+    written = []
+    with suppress(OSError):
+        for path in folder.glob("stall-rank*.txt"):
+            if (time_written := path.stat().st_mtime_ns) > since * 1e9:
+                written.append((time_written, int(path.stem.removeprefix("stall-rank"))))
+    return min(written)[1] if written else None
 
 
 def _is_stopped(pid: int) -> bool:
