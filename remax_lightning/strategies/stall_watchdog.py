@@ -167,11 +167,10 @@ def _other_stalled(folder: Path, rank: int, since: float) -> bool:
 
 def _first_rank(folder: Path, since: float) -> int | None:
     """Return the rank of this run that has written its stacks first; None if none has, as on a full disk."""
-    written = []
+    written: list[tuple[int, int]] = []  # time and rank
     with suppress(OSError):
-        for path in folder.glob("stall-rank*.txt"):
-            if (time_written := path.stat().st_mtime_ns) > since * 1e9:
-                written.append((time_written, int(path.stem.removeprefix("stall-rank"))))
+        times = [(path.stat().st_mtime_ns, path.stem) for path in folder.glob("stall-rank*.txt")]
+        written = [(at, int(stem.removeprefix("stall-rank"))) for at, stem in times if at > since * 1e9]
     return min(written)[1] if written else None
 
 
