@@ -27,6 +27,7 @@ from remax_lightning import callbacks, data, loggers, modules, rewards, rollout,
 from remax_lightning.cli_errors import foreign_exit_message, user_error_message
 from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
 from remax_lightning.cli_parser import RemaxParser
+from remax_lightning.disk import silence_tensorboard_thread
 from remax_lightning.errors import RankError, RankUserError, UserError, printable
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
@@ -306,6 +307,7 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
         kind: the class that reads the configuration and creates the objects.
     """
     silence_library_warnings()
+    silence_tensorboard_thread()  # before a logger is made, whose thread may meet a full disk at once
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # Classes of a user may be in the current folder. It comes last, so that no file there hides an installed
         # package.

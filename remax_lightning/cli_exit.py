@@ -16,8 +16,10 @@ import errno
 import os
 import re
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -103,7 +105,7 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         stage: how far the command had come.
     """
     # ---- A mistake or a disk: the message says all, so there is no traceback ----
-    message = user_error_message(error) or _describe_disk(error)
+    message = user_error_message(error) or _describe_disk(error, stage.folder())
     if message is not None:
         return End(message, 2)
     # ---- Anything else: the traceback goes to a file, and the line names it ----
@@ -121,19 +123,24 @@ def write_traceback(error: BaseException, folder: Path) -> Path | None:
     """
     rank = getattr(rank_zero_only, "rank", 0) or 0
     text = "".join(traceback.format_exception(error))
-    # The folder of the run may be the one that cannot be written.
-    for place in dict.fromkeys((folder, Path.cwd())):
+    # The folder of the run may be the one that cannot be written, and the current one on the same disk.
+    for place in dict.fromkeys((folder, Path.cwd(), Path(tempfile.gettempdir()))):
         path = place / ("traceback.txt" if rank == 0 else f"traceback-rank{rank}.txt")
         try:
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except (OSError, ValueError):  # ValueError: a path with a null character
+            with suppress(OSError, ValueError):
+                path.unlink()  # a full disk leaves it empty
             continue
         return path
     return None
 
 
-def _describe_disk(error: BaseException) -> str | None:
-    """Return a message about a file that the system refuses, with the free space of its disk; None if it is none."""
+def _describe_disk(error: BaseException, folder: Path) -> str | None:
+    """Return a message about a file that the system refuses, with the free space of its disk; None if it is none.
+
+    An error without a file's name, as of TensorBoard's thread, is about the folder of the run.
+    """
     for cause in exception_chain(error):
         number = _error_number(cause)
         if number not in DISK_ERRORS | _PATH:
@@ -144,7 +151,7 @@ def _describe_disk(error: BaseException) -> str | None:
         text = f"{shown if len(shown) <= 200 else f'{shown[:200]}...'}: {os.strerror(number)}"
         if number in _PATH:
             return f"{text}; give another path"
-        space = free_space(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd())
+        space = free_space(Path(os.fsdecode(name)) if isinstance(name, str | bytes) else folder)
         advice = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "check the rights of the folder"
         return f"{text}{space}; {advice}, or give another path"
     return None

@@ -155,6 +155,41 @@ def test_the_users_code_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(tmp_path / "traceback.txt") in end.message
 
 
+def test_a_traceback_finds_another_folder_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, free = tmp_path / "full", tmp_path / "free"
+    full.mkdir()
+    free.mkdir()
+    write_text = Path.write_text
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.parent == full:
+            path.touch()  # a full disk takes the name, and none of the text
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(free))
+    monkeypatch.chdir(full)
+    end = describe_end(raised(lambda: torch.zeros(2).view(3)), Stage("fit"))
+    assert str(free / "traceback.txt") in end.message
+    assert "view(3)" in (free / "traceback.txt").read_text()
+    assert not list(full.iterdir())
+
+
+def test_a_disk_error_without_a_files_name_is_about_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[Path] = []
+    monkeypatch.setattr("remax_lightning.cli_exit.free_space", lambda path: asked.append(path) or "; 0 bytes are free")
+    monkeypatch.setattr(Stage, "folder", lambda _: Path("/the/run"))
+    end = describe_end(OSError(errno.ENOSPC, "No space left on device"), Stage("fit"))
+    assert asked == [Path("/the/run")]
+    assert end.message.startswith("a file of the run: No space left on device; 0 bytes are free; make room")
+
+
 def test_a_library_is_believed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = raised(lambda: json.loads("{"))
