@@ -95,7 +95,12 @@ def test_the_merged_policy_is_that_of_the_4_bits(policy: str, tmp_path: Path) ->
     from transformers import AutoModelForCausalLM
 
     made = module(policy)
-    fit(made, prompt_data(tmp_path, policy), tmp_path, callbacks=[ExportPolicy(str(tmp_path / "out"), best=False)])
+    fit(
+        made,
+        prompt_data(tmp_path, policy),
+        tmp_path,
+        callbacks=[ExportPolicy(str(tmp_path / "out"), best=False, merge_adapter=True)],
+    )
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         trained = made.policy.train()(input_ids=ids).logits
