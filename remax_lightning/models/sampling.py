@@ -171,7 +171,7 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
     # The first of equal ones, like argmax, in a third of its time.
     highest, greedy = logits[num_sampled:].max(-1)
     if logits.device.type == "cpu":
-        _raise_if_any((~highest.isfinite()).sum(), len(highest))
+        refuse_bad_rows((~highest.isfinite()).sum(), len(highest))
     if num_sampled == 0:
         return greedy
     scaled = apply_top_k_top_p(apply_temperature(logits[:num_sampled], sampling.temperature), sampling)  # [S, V]
@@ -205,7 +205,7 @@ def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
     blocks = torch.nn.functional.pad(probs, (0, -vocab_size % block_size)).view(num_rows, -1, block_size)  # [M, K, V/K]
     cumulative = blocks.sum(-1).cumsum(-1)  # [M, K]
     uniform = torch.rand(num_rows, 1, generator=generator, dtype=cumulative.dtype)
-    _raise_if_any((~cumulative[:, -1].isfinite()).sum(), num_rows)
+    refuse_bad_rows((~cumulative[:, -1].isfinite()).sum(), num_rows)
     point = uniform * cumulative[:, -1:]  # [M, 1]
     block = _search(cumulative, point)
     # Step 2: pick a token within the block, by what is left of the point.
@@ -225,10 +225,11 @@ def check_logits(logits: Tensor) -> None:
     Raises:
         UserError: if one is not. A token drawn from NaN would silently be the first of the vocabulary.
     """
-    _raise_if_any(bad_rows(logits), len(logits))
+    refuse_bad_rows(bad_rows(logits), len(logits))
 
 
-def _raise_if_any(count: Tensor, num_rows: int) -> None:
+def refuse_bad_rows(count: Tensor, num_rows: int) -> None:
+    """Raise what `check_logits` raises if the number of bad rows, a tensor, is above 0; the host waits for it."""
     if isinstance(count, FakeTensor):  # the plan runs on tensors without values
         return
     if count:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
-from remax_lightning.models.sampling import bad_rows, check_logits, gather_log_probs, next_tokens
+from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
 from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
@@ -87,6 +87,7 @@ class DecodeLoop:
         # ---- Rows: all are active, and none has ended ----
         self.active = torch.arange(len(rows), device=rows.device)  # [M]
         self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
+        self._bad_rows = torch.zeros((), dtype=torch.long, device=rows.device)  # the most at a token so far, on CUDA
         # Before and after the minimum length; one copy to the device has the EOS ids, too.
         self._suppressed = request.suppressed.ids_by_phase(rows.device)
         self._shape: tuple[int, int] | None = None  # rows and slots of the view
@@ -95,8 +96,7 @@ class DecodeLoop:
         """Decode until every row has ended or reached the maximum length.
 
         Raises:
-            UserError: if logits are not finite. On a CPU every token is checked; on CUDA those before a check for
-                finished rows and the last one: what is not finite stays in the cache of its row.
+            UserError: if the logits of any token are not finite; on CUDA with the next check for finished rows.
         """
         request, sampling, device = self.request, self.request.sampling, self.active.device
         # ---- Columns that no row reaches stay padding ----
@@ -120,7 +120,7 @@ class DecodeLoop:
                 self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length:
                 if device.type != "cpu":  # on a CPU each token has been checked
-                    check_logits(self.logits)
+                    refuse_bad_rows(torch.maximum(self._bad_rows, bad_rows(self.logits)), len(self.logits))
                 break
             if not self._rows_are_left(step):
                 break
@@ -153,15 +153,18 @@ class DecodeLoop:
     def _rows_are_left(self, step: int) -> bool:
         """Return whether any row is unfinished; shrink the batch once the unfinished rows fit into half of it."""
         on_cuda = self.active.device.type == "cuda"
-        if on_cuda and (step + 1) % EOS_CHECK_INTERVAL:
-            return True
+        if on_cuda:  # on a CPU each token has been checked
+            # A number on the device. An infinite logit of one token need not show in those that follow.
+            self._bad_rows = torch.maximum(self._bad_rows, bad_rows(self.logits))
+            if (step + 1) % EOS_CHECK_INTERVAL:
+                return True
         # A number on the device; `int` below makes the host wait for it, once.
         unfinished_rows = (~self.ended).sum()
-        if on_cuda:  # both in one number, so that the host waits once; on a CPU each token has been checked
-            unfinished_rows = torch.where(bad_rows(self.logits) > 0, -1, unfinished_rows)
+        if on_cuda:  # both in one number, so that the host waits once
+            unfinished_rows = torch.where(self._bad_rows > 0, -1, unfinished_rows)
         left, size = int(unfinished_rows), len(self.ended)
         if left < 0:
-            check_logits(self.logits)
+            refuse_bad_rows(self._bad_rows, len(self.logits))
         # Halving keeps the number of shapes small, and copying keys and values pays off.
         while left and size > 1 and left <= (size + 1) // 2:
             size = (size + 1) // 2

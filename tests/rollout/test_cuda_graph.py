@@ -162,6 +162,19 @@ def test_logits_that_are_not_finite_end_a_rollout(engine: Any, length: int, fake
         roll_out(engine(), model, length=length)
 
 
+@pytest.mark.parametrize("at", [0, 2, 17, 38])
+def test_one_infinite_logit_among_many_tokens_ends_a_rollout(at: int, fake_cuda: FakeCuda) -> None:
+    """It is nowhere in the cache, so nothing that follows shows it."""
+    model, calls = tiny_model("llama").to("cuda"), iter(range(-1, 1000))  # the prefill comes first
+
+    def spoil(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([7], device="cuda"), torch.inf) if next(calls) == at else logits
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(UserError, match=r"model\.policy: the logits of \d+ of \d+ responses are not finite"):
+        roll_out(PairedEngine(cuda_graphs=False), model, length=40)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_follows_a_validation_in_inference_mode(mixed: bool, fake_cuda: FakeCuda) -> None:
     model, engine, plain = tiny_model("llama").to("cuda"), PairedEngine(), PairedEngine(cuda_graphs=False)
