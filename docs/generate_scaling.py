@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from remax_lightning.cli import config_folder
+from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.plan.command import plan
 from remax_lightning.tools.plan.model_sizes import measure
 from remax_lightning.tools.plan.run_config import read_run

@@ -32,8 +32,10 @@ from remax_lightning.errors import RankError, RankUserError, UserError, printabl
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import continue_run, earlier_checkpoint_folders, folder_of_checkpoint, run_folder
+from remax_lightning.shipped_configs import config_folder
 from remax_lightning.strategies import process_watchdog as launcher
 from remax_lightning.training.resume import EXIT_CODE
+from remax_lightning.version import __version__
 
 CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
@@ -53,6 +55,7 @@ KNOWN = (data, loggers, modules, rewards, rollout)
 
 TOOLS = {
     "compare": ("compare", "compare the figures of two evaluations, with paired intervals"),
+    "configs": ("configs", "list, show and copy the configurations that come with the package"),
     "convert-reward": ("convert_reward", "write another project's reward model as a plain sequence classifier"),
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "doctor": ("doctor", "check a configuration's models and data before any training"),
@@ -72,13 +75,6 @@ _stage = Stage()
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
-
-
-def config_folder() -> Path:
-    """Return the folder of the shipped configurations, in an installed wheel or in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _tokenizer_path(module: Any, data: Any) -> str | None:
@@ -121,7 +117,7 @@ class RemaxCLI(LightningCLI):
         others = "\n".join(f"  {name:16}{text}" for name, (_, text) in TOOLS.items())
         return super().init_parser(
             prog="remax",
-            epilog=f"further subcommands:\n{others}",
+            epilog=f"further subcommands:\n{others}\n\nremax --version prints the version.",
             formatter_class=_HelpFormatter,
             **kwargs | {"description": "Align language models with ReMax, REINFORCE with a greedy baseline."},
         )
@@ -266,7 +262,9 @@ def main() -> None:
     _stage.name, _stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
     try:
         # ---- A tool of this package, or one of Lightning's subcommands ----
-        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+        if sys.argv[1:] == ["--version"]:
+            print(f"remax-lightning {__version__}")  # noqa: T201
+        elif sys.argv[1:2] and sys.argv[1] in TOOLS:
             tool, _ = TOOLS[sys.argv[1]]
             import_module(TOOL_MODULES.get(tool, f"remax_lightning.tools.{tool}")).main(sys.argv[2:])
         else:

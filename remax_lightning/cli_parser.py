@@ -16,6 +16,7 @@ from remax_lightning.cli_checks import explain_objects, explain_values, flatten,
 from remax_lightning.cli_errors import explain_message
 from remax_lightning.cli_shorthand import SUBCOMMANDS, dependent_defaults, write_out, write_out_option
 from remax_lightning.errors import printable
+from remax_lightning.shipped_configs import config_path
 from remax_lightning.yaml_files import (
     BoundsError,
     check_bounds,
@@ -150,7 +151,10 @@ def _completed(arguments: list[str]) -> list[str]:
     """Return the arguments of the command with shorthand written out, and defaults that depend on them."""
     completed: list[str] = []
     for words, name, value in _words(arguments):
-        completed += write_out_option(name, value) or words
+        if name in _CONFIG and value is not None:
+            completed += ["--config", config_path(value)]
+        else:
+            completed += write_out_option(name, value) or words
     if any(argument in SUBCOMMANDS for argument in arguments):
         for key, default in dependent_defaults(list(_configs(completed))).items():
             completed.append(f"--{key}={default}")

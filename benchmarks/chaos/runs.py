@@ -116,7 +116,7 @@ def configuration(
         "evaluation": {"num_resamples": 20},
     }  # fmt: skip
     if strategy != "single":
-        from remax_lightning.cli import config_folder
+        from remax_lightning.shipped_configs import config_folder
 
         overlay = yaml.safe_load((config_folder() / "strategies" / f"{strategy}.yaml").read_text())
         config["trainer"] |= {"devices": 2, **overlay["trainer"]}

@@ -45,7 +45,8 @@ def main(args: Sequence[str]) -> dict[str, float]:
 
 def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:
     """Run a subcommand and return its validation metrics."""
-    from remax_lightning.cli import config_folder, run
+    from remax_lightning.cli import run
+    from remax_lightning.shipped_configs import config_folder
 
     path = config_folder() / config
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -85,7 +85,8 @@ class _StageRunner:
 
     def run(self, name: str, subcommand: str, config: str, more: Sequence[str] = ()) -> Any:
         """Run a subcommand and return its trainer."""
-        from remax_lightning.cli import config_folder, run
+        from remax_lightning.cli import run
+        from remax_lightning.shipped_configs import config_folder
 
         path = config_folder() / config
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

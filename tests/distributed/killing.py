@@ -20,7 +20,7 @@ import yaml
 from helpers.cli import changed, small_config, write_config
 from lightning.pytorch import Callback
 
-from remax_lightning.cli import config_folder
+from remax_lightning.shipped_configs import config_folder
 
 TESTS = Path(__file__).parents[1]
 STEPS = 4

@@ -14,9 +14,9 @@ from helpers.cli import changed, small_config
 from helpers.training import save_policy
 from torch import nn
 
-from remax_lightning.cli import config_folder
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
+from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.plan import run_config
 from remax_lightning.tools.plan.command import main
 from remax_lightning.tools.plan.phases import least_devices
