@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.callbacks import ExportPolicy
+from remax_lightning.models import ModelConfig
 from remax_lightning.strategies import ReMaxFSDP2Strategy
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # kept here: Lightning takes it away after a run
@@ -27,20 +28,14 @@ class Freeze(Callback):
     """Keeps a part of the policy from being trained."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pl_module.policy_source = _Frozen(pl_module.policy_source)
+        pl_module.policy_source = _Frozen(**vars(pl_module.policy_source))
 
 
-class _Frozen:
+class _Frozen(ModelConfig):
     """A source whose model comes with one layer frozen."""
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
     def load_base(self, key: str) -> Any:
-        model = self.source.load_base(key)
+        model = super().load_base(key)
         model.model.decoder.layers[0].requires_grad_(False)
         return model
 

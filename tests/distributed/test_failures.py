@@ -84,7 +84,7 @@ def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
     if code is None:
         assert ended.code != 0
         assert ended.out.count("remax: error: no progress for 8 s (model.stall_timeout)") == 1
-        assert "scoring 4 responses with FunctionReward(distributed.killing.reward)" in ended.out
+        assert "scoring 8 responses with FunctionReward(distributed.killing.reward)" in ended.out
         [waits] = tmp_path.glob("runs/remax/*/stall-rank1.txt")
         assert "in reward" in waits.read_text()
         assert waits.with_name("stall-rank0.txt").exists()
@@ -105,7 +105,8 @@ def test_a_run_killed_within_a_save_goes_on_from_the_checkpoint_before(
     assert ended.code != 0
     [folder] = tmp_path.glob("runs/remax/*/checkpoints")
     assert [path.name for path in folder.glob("*.ckpt")] == ["step=2.ckpt"]
-    assert len(list(folder.glob(".step=3.ckpt.*.tmp"))) == 1
+    # Where every rank has a part, the one that lives on may have removed what cannot be completed.
+    assert len(list(folder.glob(".step=3.ckpt.*.tmp"))) in ((1,) if strategy == "ddp" else (0, 1))
     arguments = write_run(tmp_path, policy, strategy, [])
     ended = remax(tmp_path, *arguments, "--ckpt_path", "last")
     assert ended.code == 0, ended.out
