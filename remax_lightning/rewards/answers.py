@@ -40,7 +40,8 @@ _OPERAND_AFTER = re.compile(
     r"|(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?)\b)",
     re.IGNORECASE,
 )
-_DIRECTLY_AFTER = re.compile(r"(?:[abijknpqrtuvwxyzKMB]\b|\(\s*[A-Za-z0-9]|[{\[_])")
+# "5x", "5k", "5th", "5(x + 1)"
+_DIRECTLY_AFTER = re.compile(r"(?:(?:[abijknpqrtuvwxyzKMB]|st|nd|rd|th)\b|\(\s*[A-Za-z0-9]|[{\[_])")
 _DENIED_AFTER = re.compile(
     r"\W{0,4}\s*(?:is|was|would be)\s*(?:n['\u2019]t|not|wrong|incorrect|false|impossible)\b", re.IGNORECASE
 )

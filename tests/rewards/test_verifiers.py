@@ -183,6 +183,8 @@ def test_a_plain_gold_is_read_and_right_answers_are_paid(gold: Any) -> None:
         "\\sqrt{5}",
         "5\\sqrt{3}",
         "5x",
+        "the 5th",
+        "the answer is the 5th",
         "2**5",
         "3*5",
         "3 \\times 5",
