@@ -127,6 +127,11 @@ def _predictions(fixtures: Fixtures, folder: Path, disk: Path) -> Outcome:
     return outcome
 
 
+def _administrators(program: str) -> str | None:
+    """Return the path of a program of the administrator's; a user's PATH may lack its folders."""
+    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+
+
 def read_only(fixtures: Fixtures, phase: str, folder: Path, _: random.Random) -> Outcome:
     """Run on a disk that becomes read-only at a phase, then resume on the mended one."""
     case = f"a disk that becomes read-only at {phase}"
@@ -135,10 +140,9 @@ def read_only(fixtures: Fixtures, phase: str, folder: Path, _: random.Random) ->
     image, disk = folder / "image", folder / "disk"
     with image.open("wb") as file:
         file.truncate(32 * 2**20)
-    # A user's PATH may lack the administrator's folders.
-    make = shutil.which("mkfs.ext4", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
-    if make is None:
-        return Outcome(SKIPPED, "there is no mkfs.ext4", case)
+    make, check = _administrators("mkfs.ext4"), _administrators("fsck.ext4")
+    if make is None or check is None:
+        return Outcome(SKIPPED, "there is no mkfs.ext4, or no fsck.ext4", case)
     subprocess.run([make, "-q", str(image)], check=True, capture_output=True)
     options = ("-o", "loop,errors=remount-ro", str(image))
     try:
@@ -148,7 +152,7 @@ def read_only(fixtures: Fixtures, phase: str, folder: Path, _: random.Random) ->
 
             def mend() -> None:
                 subprocess.run(["umount", str(disk)], check=True, capture_output=True)
-                subprocess.run(["fsck.ext4", "-y", str(image)], check=False, capture_output=True)
+                subprocess.run([check, "-y", str(image)], check=False, capture_output=True)
                 subprocess.run(["mount", *options, str(disk)], check=True, capture_output=True)
 
             return _fit_and_resume(fixtures, folder, disk, "runs", mend, phase, device)._replace(case=case)
