@@ -24,11 +24,8 @@ _FILES = (".yaml", ".yml", ".json")
 
 def write_out(config: Any) -> Any:
     """Return a configuration, as read from a file, with its shorthand written out; other values as they are."""
-    if not isinstance(config, dict):
-        return config
-    # {"model": {...}}, or {"fit": {"model": {...}}}; in either, the arguments stand under `init_args` or directly
-    for group in (config, *(config.get(name) for name in SUBCOMMANDS)):
-        model = group.get("model") if isinstance(group, dict) else None
+    for model in _models(config):
+        # The arguments stand under `init_args`, or directly.
         for arguments in (model, model.get("init_args") if isinstance(model, dict) else None):
             if isinstance(arguments, dict):
                 _write_out_model(arguments)

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers.cli import in_folder, remax_parser
+
+from remax_lightning import ReMaxModule, RewardModelModule, SFTModule
+from remax_lightning.cli_shorthand import default_rate
+from remax_lightning.models import LoRAConfig, ModelConfig
 
 FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
 SHORT = {"model": {"policy": "owner/name", "reward": FUNCTION}, "data": {"path": "rows.jsonl"}}
@@ -95,3 +100,14 @@ def test_one_epoch_is_the_length_unless_another_is_asked_for(
     path.write_text(yaml.safe_dump(SHORT | {"trainer": trainer}))
     with in_folder(tmp_path):
         assert remax_parser().parse_args(["fit", "--config", str(path), *options]).fit.trainer.max_epochs == epochs
+
+
+@pytest.mark.parametrize("kind", [ReMaxModule, SFTModule, RewardModelModule])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_python_and_the_command_line_start_with_one_rate(kind: Any, lora: Any) -> None:
+    source = ModelConfig("owner/name", lora=None if lora is None else LoRAConfig(**lora))
+    name = "reward_model" if kind is RewardModelModule else "policy"
+    module = kind(**{name: source} | ({"reward": FUNCTION} if kind is ReMaxModule else {}))
+    [group] = module.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
+    config = {"model": {"class_path": kind.__name__, "init_args": {name: {"path": "owner/name", "lora": lora}}}}
+    assert default_rate([config]) == pytest.approx(group["lr"])

@@ -164,8 +164,11 @@ class BaseModule(LightningModule):
         raise NotImplementedError
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Return the arguments of the module that are text, numbers or made of them, for its checkpoints."""
-        raise NotImplementedError
+        """Return the arguments of the module that are text, numbers or made of them, for its checkpoints.
+
+        A class of a user's own that returns none can be saved; `load_from_checkpoint` then needs them as arguments.
+        """
+        return {}
 
     @property
     def is_16_bit(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass, replace
@@ -214,7 +215,10 @@ class PolicyModule(BaseModule):
         path = Path(checkpoint_path)
         # ---- Arguments: saved ones, unless they are given ----
         saved = cls._arguments_of({} if "policy" in arguments else read_hyper_parameters(path))
-        module = cls(**{"reward": NoReward()} | saved | arguments)
+        # Only where a reward is required: supervised fine-tuning without one scores nothing.
+        reward = inspect.signature(cls).parameters.get("reward")
+        required = reward is not None and reward.default is inspect.Parameter.empty
+        module = cls(**({"reward": NoReward()} if required else {}) | saved | arguments)
         # ---- Weights, on the CPU first ----
         module._load_trained_policy(read_weights(path, ""))
         return module.to(map_location).eval()

@@ -14,6 +14,7 @@ from remax_lightning import (
     PromptDataModule,
     ReMaxModule,
     SamplingConfig,
+    SFTDataModule,
     SFTModule,
     UserError,
     default_callbacks,
@@ -170,3 +171,13 @@ def test_a_plain_loader_is_refused_with_the_data_module_to_take(
     module = kind(policy=policy, reward=letters)
     with pytest.raises(UserError, match=rf"batches of type {name}, got dict .*DataModule\(data=rows\)"):
         fit(module, DataLoader(ROWS, batch_size=2), tmp_path)
+
+
+def test_supervised_fine_tuning_is_loaded_without_a_reward(policy: str, tmp_path: Path) -> None:
+    rows = [row | {"response": "yes"} for row in ROWS]
+    data = SFTDataModule(data=rows, tokenizer=policy, batch_size=2, max_prompt_length=32)
+    module = SFTModule(policy=policy, sampling=SamplingConfig(max_response_length=6))
+    fit(module, data, tmp_path).save_checkpoint(tmp_path / "sft.ckpt")
+    loaded = SFTModule.load_from_checkpoint(tmp_path / "sft.ckpt")
+    assert loaded.reward is None
+    assert loaded.generate(["one and"]) == module.generate(["one and"])
