@@ -86,8 +86,17 @@ class Stage:
 
     def folder(self) -> Path:
         """Return the folder of the run, or the current one as long as there is none."""
-        folder = None if self.trainer is None else known_run_folder(self.trainer)
-        return folder if folder is not None and "\0" not in str(folder) and folder.is_dir() else Path.cwd()
+        folder = self.planned_folder()
+        return folder if "\0" not in str(folder) and folder.is_dir() else Path.cwd()
+
+    def planned_folder(self) -> Path:
+        """Return the folder of the run, which a full disk may have kept from being made; else the current one."""
+        if self.trainer is None:
+            return Path.cwd()
+        # A logger may write before the folder is chosen; then that is where the runs are.
+        places = (logger.save_dir for logger in self.trainer.loggers)
+        save_dir = next(filter(None, places), self.trainer.default_root_dir)
+        return known_run_folder(self.trainer) or Path(save_dir)
 
 
 class End(NamedTuple):
@@ -105,7 +114,7 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         stage: how far the command had come.
     """
     # ---- A mistake or a disk: the message says all, so there is no traceback ----
-    message = user_error_message(error) or _describe_disk(error, stage.folder())
+    message = user_error_message(error) or _describe_disk(error, stage.planned_folder())
     if message is not None:
         return End(message, 2)
     # ---- Anything else: the traceback goes to a file, and the line names it ----

@@ -184,10 +184,20 @@ def test_a_disk_error_without_a_files_name_is_about_the_runs_folder(
     monkeypatch.chdir(tmp_path)
     asked: list[Path] = []
     monkeypatch.setattr("remax_lightning.cli_exit.free_space", lambda path: asked.append(path) or "; 0 bytes are free")
-    monkeypatch.setattr(Stage, "folder", lambda _: Path("/the/run"))
+    monkeypatch.setattr(Stage, "planned_folder", lambda _: Path("/the/run"))
     end = describe_end(OSError(errno.ENOSPC, "No space left on device"), Stage("fit"))
     assert asked == [Path("/the/run")]
     assert end.message.startswith("a file of the run: No space left on device; 0 bytes are free; make room")
+
+
+def test_before_the_runs_folder_is_chosen_its_parents_disk_counts(tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    logged = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path / "logs"), enable_checkpointing=False)
+    plain = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "root", enable_checkpointing=False)
+    assert Stage("fit", logged).planned_folder() == tmp_path / "logs"
+    assert Stage("fit", plain).planned_folder() == tmp_path / "root"
 
 
 def test_a_library_is_believed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
