@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -20,25 +19,11 @@ import yaml
 from helpers.cli import changed, small_config, write_config
 from lightning.pytorch import Callback
 
+from benchmarks.chaos.runs import PROMPTS, STEPS
 from remax_lightning.shipped_configs import config_folder
 
 TESTS = Path(__file__).parents[1]
-STEPS = 4
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PLACES = ("rollout", "between", "saving", "saved")
-PROMPTS = 24  # two epochs to a run
-
-
-class WriteLosses(Callback):
-    """Appends the loss of each step to a file of the rank's own, which stays when the process is killed."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = float(trainer.callback_metrics["train/loss"])
-        with (self.folder / f"losses-{trainer.global_rank}.jsonl").open("a") as file:
-            file.write(json.dumps([trainer.global_step, loss]) + "\n")
 
 
 class Hit(Callback):
@@ -138,7 +123,7 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     every = {"every_n_train_steps": save_every, "filename": "{step}"}  # keeps the last one only, as by default
     saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
-    losses = {"class_path": "distributed.killing.WriteLosses", "init_args": {"folder": str(folder)}}
+    losses = {"class_path": "benchmarks.chaos.runs.WriteLosses", "init_args": {"folder": str(folder)}}
     config = small_config(folder, policy, rows=PROMPTS)
     config = changed(
         config,
@@ -210,13 +195,3 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def losses(folder: Path, rank: int = 0) -> dict[int, list[float]]:
-    """By step, its loss each time that the step was taken."""
-    found: dict[int, list[float]] = {}
-    path = folder / f"losses-{rank}.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        step, loss = json.loads(line)
-        found.setdefault(step, []).append(loss)
-    return found

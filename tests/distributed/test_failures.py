@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.killing import STEPS, STRATEGIES, hit, losses, remax, write_run
+from distributed.killing import hit, remax, write_run
 from helpers.training import save_policy
+
+from benchmarks.chaos.runs import STEPS, STRATEGIES, losses
 
 pytestmark = pytest.mark.slow
 
