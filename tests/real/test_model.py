@@ -148,8 +148,8 @@ def test_plain_transformers_writes_the_same_with_the_export(training: Training) 
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_lm_eval_measures_the_policy_that_was_trained(training: Training, tmp_path: Path) -> None:
-    """Log-likelihoods of answers by another program, of the exported folder alone, against those of the module."""
+def test_lm_eval_measures_the_policy_that_was_trained(training: Training, smollm2: Path, tmp_path: Path) -> None:
+    """Log-likelihoods of answers by another program, of the base and the exported adapter, against those of the module."""
     lm_eval = pytest.importorskip("lm_eval")
     rows = [
         {"question": "The capital of France is", "choices": [" Paris", " London"], "label": 0},
@@ -167,7 +167,7 @@ def test_lm_eval_measures_the_policy_that_was_trained(training: Training, tmp_pa
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
-    arguments = {"pretrained": str(training.exported), "dtype": "float32"}
+    arguments = {"pretrained": str(smollm2), "peft": str(training.exported), "dtype": "float32"}
     results = lm_eval.simple_evaluate("hf", model_args=arguments, tasks=[task], device="cpu", bootstrap_iters=0)
     measured = {
         request: response[0]
