@@ -149,7 +149,7 @@ def test_plain_transformers_writes_the_same_with_the_export(training: Training) 
 
 
 def test_lm_eval_measures_the_policy_that_was_trained(training: Training, smollm2: Path, tmp_path: Path) -> None:
-    """Log-likelihoods of answers by another program, of the base and the exported adapter, against those of the module."""
+    """Log-likelihoods of answers by another program, of base and exported adapter, against those of the module."""
     lm_eval = pytest.importorskip("lm_eval")
     rows = [
         {"question": "The capital of France is", "choices": [" Paris", " London"], "label": 0},
