@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-real chaos test-all test-oldest quick lint format bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-real chaos test-all test-oldest quick lint format docs bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -22,6 +22,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-real: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,test-real]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -80,6 +84,9 @@ format: $(VENV)/.installed-test ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs ## build the documentation site into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench-rollout: $(VENV)/.installed-bench ## measure rollouts beside other ways of making them
 	$(BIN)/python benchmarks/rollout.py
 
@@ -90,4 +97,4 @@ bench-gpu: $(VENV)/.installed ## measure rollout and training pass against the l
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) $(VENV)-ppo $(VENV)-oldest runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ppo $(VENV)-oldest runs site .pytest_cache .mypy_cache .ruff_cache
