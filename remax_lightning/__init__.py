@@ -29,7 +29,6 @@ _PUBLIC = {
         "AdvantageConfig",
         "KLConfig",
         "LossConfig",
-        "MismatchConfig",
         "ReMaxModule",
         "RewardModelModule",
         "SFTModule",

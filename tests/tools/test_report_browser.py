@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tools.browser import chromium, requests_of
-from tools.report_run import HOSTILE, planted_curves, sample, write_run, write_samples
+from tools.report_run import HOSTILE, planted_curves, sample, write_events, write_run, write_samples
 
 from remax_lightning.tools.report import main
 from remax_lightning.tools.report.charts import smooth
@@ -324,3 +324,117 @@ def test_it_prints_with_charts_and_without_controls(page: Any) -> None:
         assert page.find_element("css selector", name).value_of_css_property("padding-left") == "12.8px"
     emulate(page, media="")
     assert page.execute_cdp_cmd("Page.printToPDF", {})["data"]
+
+
+# How it looks
+
+
+WIDTHS = (1280, 400)
+
+
+def resize(page: Any, width: int) -> None:
+    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+@pytest.fixture
+def resized(page: Any) -> Iterator[Any]:
+    yield page
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_texts_of_charts_have_one_size_in_every_section(resized: Any) -> None:
+    """A section of one chart, of two and of three, on a wide page and a narrow one, also after it is made narrower."""
+    for width in WIDTHS:
+        resize(resized, width)
+        charts = run(
+            resized,
+            """[...document.querySelectorAll('svg.chart')].map((chart) => {
+              const scale = chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+              const size = (text) => parseFloat(getComputedStyle(text).fontSize);
+              return [...chart.querySelectorAll('text')].map((text) => size(text) * scale);
+            })""",
+        )
+        sections = run(resized, "[...document.querySelectorAll('.charts')].map((section) => section.children.length)")
+        assert {2, 3} <= set(sections)
+        sizes = [size for chart in charts for size in chart]
+        assert len(sizes) > 5 * len(charts)
+        assert min(sizes) == pytest.approx(11, rel=0.01)
+        assert max(sizes) == pytest.approx(11, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_page_does_not_scroll_sideways(resized: Any, scheme: str) -> None:
+    emulate(resized, features=[{"name": "prefers-color-scheme", "value": scheme}])
+    resize(resized, 400)
+    assert run(resized, "document.documentElement.scrollWidth") <= 400
+    texts = run(
+        resized, "[...document.querySelectorAll('#rows .text')].map((text) => text.getBoundingClientRect().right)"
+    )
+    assert max(texts) <= 400
+    others = "[...document.querySelectorAll('figure, table, td')].map((each) => each.getBoundingClientRect().right)"
+    assert max(run(resized, others)) <= 400
+    emulate(resized, features=[])
+
+
+def test_axis_labels_do_not_overlap(resized: Any) -> None:
+    for width in WIDTHS:
+        resize(resized, width)
+        overlapping = run(
+            resized,
+            """[...document.querySelectorAll('svg.chart')].flatMap((chart) => {
+              const boxes = [...chart.querySelectorAll('text')].map((text) => text.getBoundingClientRect());
+              const beside = (a, b) => a.right <= b.left || b.right <= a.left;
+              const met = (a, b) => !beside(a, b) && a.top < b.bottom - 2 && b.top < a.bottom - 2;
+              const some = boxes.some((a, i) => boxes.slice(i + 1).some((b) => met(a, b)));
+              return some ? [chart.getAttribute('aria-label')] : [];
+            })""",
+        )
+        assert overlapping == []
+
+
+def marks(page: Any, name: str) -> str:
+    """The marks drawn in a text of the first row: 0 is the prompt, 1 the sampled and 2 the greedy response."""
+    drawn = run(
+        page,
+        f"""[...document.querySelectorAll('#rows .text')[{name}].querySelectorAll('.blank')].map((blank) =>
+          JSON.parse(getComputedStyle(blank, '::before').content))""",
+    )
+    return "".join(drawn)
+
+
+def test_blanks_around_a_text_are_visible(browser: Any, tmp_path: Path) -> None:
+    tokens = {"response": " so ", "tokens": [" so", " ", ""], "token_kl": [0.1] * 3, "token_advantages": [0.1] * 3}
+    write_samples(tmp_path, [sample(0, prompt="\n\tone two \n", greedy_response="\n", **tokens)])
+    browser.get(main([str(tmp_path)]).as_uri())
+    assert marks(browser, "0") == "↵→·↵"
+    assert marks(browser, "1") == "··"
+    assert marks(browser, "2") == "↵"
+    [row] = shown(browser)
+    assert (row["prompt"], row["response"], row["greedy"]) == ("\n\tone two \n", " so ", "\n")  # what is copied
+    write_samples(tmp_path, [sample(0, greedy_response="\u200b\u00a0", prompt="", **tokens)])
+    browser.get(main([str(tmp_path)]).as_uri())
+    assert marks(browser, "2") == "◌◌"
+    assert shown(browser)[0]["prompt"] == "empty"
+
+
+def test_the_policy_before_training_has_rows_of_its_own(page: Any, browser: Any, tmp_path: Path) -> None:
+    offered = "[...document.querySelectorAll('[name=stage] option:not([hidden])')].map((option) => option.textContent)"
+    assert run(page, offered) == ["all", "train", "validation"]
+    curves = {"train/reward": [(1, 0.5), (2, 0.6)], "train/grad_norm": [(1, 1.0)], "val/reward": [(0, 0.25), (2, 0.75)]}
+    write_events(tmp_path, curves)
+    write_samples(
+        tmp_path, [sample(i, stage="validation", step=step) for step in (0, 2) for i in range(2)], "validation"
+    )
+    browser.get(main([str(tmp_path)]).as_uri())
+    put(browser, "stage", "before training")
+    assert [(row["step"], row["stage"]) for row in shown(browser)] == [("0", "before training")] * 2
+    assert "from 0.25 before training" in browser.find_element("css selector", ".tiles").text
+    assert run(browser, "stepName(0)") == "step 0, before training"
+    # what never trained may be any checkpoint
+    other = tmp_path / "validated"
+    write_samples(other, [sample(0, stage="validation", step=0)], "validation")
+    browser.get(main([str(other)]).as_uri())
+    assert [row["stage"] for row in shown(browser)] == ["validation"]
+    assert run(browser, "stepName(0)") == "step 0"

@@ -1,12 +1,14 @@
 /* Charts over optimizer steps, and the path of a run through KL and reward. */
 const HEIGHT = 230;
+const NARROWEST = 200;
 const MARGIN = { left: 52, right: 14, top: 10, bottom: 34 };
 
-/* About `count` round numbers that span low to high. */
-function ticks(low, high, count) {
+/* About `count` round numbers that span low to high, at least `least` apart. */
+function ticks(low, high, count, least = 0) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((each) => each >= rough * 0.999);
+  const round = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((each) => each >= rough * 0.999);
+  const step = Math.max(least, round);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
     found.push(Number((i * step).toPrecision(12)));
@@ -21,6 +23,7 @@ function extent(values) {
     low = Math.min(low, value);
     high = Math.max(high, value);
   }
+  if (low === 0 && high === 0) return [0, 1];
   if (!(high > low)) {
     const room = Math.abs(low) * 0.1 || 1;
     return [low - room, high + room];
@@ -50,13 +53,13 @@ class Plot {
     return HEIGHT - MARGIN.bottom - ((value - this.y0) / (this.y1 - this.y0)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
   }
 
-  axes(label) {
+  axes(label, least = 0) {
     for (const value of ticks(this.y0, this.y1, 5)) {
       const y = this.y(value);
       this.node.append(svg("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }));
       this.node.append(svg("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, shown(value)));
     }
-    for (const value of ticks(this.x0, this.x1, this.width / 70)) {
+    for (const value of ticks(this.x0, this.x1, this.width / 70, least)) {
       const at = { x: this.x(value), y: HEIGHT - MARGIN.bottom + 15, "text-anchor": "middle" };
       this.node.append(svg("text", at, shown(value)));
     }
@@ -64,10 +67,9 @@ class Plot {
     this.node.append(svg("text", { x: middle, y: HEIGHT - 3, "text-anchor": "middle" }, label));
   }
 
-  mark([value, text]) {
+  mark([value]) {
     const y = this.y(value);
     this.node.append(svg("line", { class: "mark", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }));
-    this.node.append(svg("text", { x: this.width - MARGIN.right - 4, y: y + 13, class: "told" }, text));
   }
 
   path(xs, ys) {
@@ -142,7 +144,7 @@ function follow(plot, chart) {
       .map((line) => [line, nearest(line.x, step)])
       .filter(([line, i]) => Math.abs(line.x[i] - step) <= reach)
       .map(([line, i]) => describe(chart.kind === "stack" ? { ...line, low: undefined } : line, i));
-    showTooltip([`step ${shown(step)}`, ...values].join("\n"), event);
+    showTooltip([stepName(step), ...values].join("\n"), event);
   });
   plot.node.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
@@ -155,12 +157,17 @@ function summary(chart) {
   return `${chart.title}: ${parts.join("; ")}`;
 }
 
+/* All charts over steps have the same axis: the steps of the run. */
+const STEPS = extent(
+  DATA.sections.flatMap((section) => section.charts.flatMap((chart) => (chart.kind === "path" ? [] : chart.lines.flatMap((line) => line.x)))),
+);
+
 function drawCurves(chart, width) {
   const stack = chart.kind === "stack";
   const lines = stack ? stacked(chart.lines) : chart.lines;
   const ys = lines.flatMap((line) => (line.points ? line.y : [...line.low, ...line.high]));
-  const plot = new Plot(width, lines.flatMap((line) => line.x), chart.mark ? [...ys, chart.mark[0]] : ys, summary(chart));
-  plot.axes("optimizer step");
+  const plot = new Plot(width, STEPS, chart.mark ? [...ys, chart.mark[0]] : ys, summary(chart));
+  plot.axes("optimizer step", 1); // there is no half step
   lines.forEach((line) => drawLine(plot, line, stack));
   if (chart.mark) plot.mark(chart.mark);
   follow(plot, chart);
@@ -179,7 +186,7 @@ function drawPath(chart, width) {
       const dot = plot.dot(x, line.y[i], { class: "dot", r: line.points ? 5.5 : 2.8 });
       dot.style.fill = color(line.step[i]);
       if (line.points) dot.style.stroke = "var(--ink)";
-      const text = `step ${shown(line.step[i])}, ${line.label}\nKL ${shown(x)}, reward ${shown(line.y[i])}`;
+      const text = `${stepName(line.step[i])}, ${line.label}\nKL ${shown(x)}, reward ${shown(line.y[i])}`;
       dot.addEventListener("pointermove", (event) => showTooltip(text, event));
       dot.addEventListener("pointerleave", hideTooltip);
     });
@@ -207,18 +214,37 @@ function key(chart) {
     else sign.append(svg("rect", { class: `fill${line.color}`, y: 3.5, width: 22, height: 3 }));
     return html("li", {}, sign, line.label);
   });
+  if (chart.mark) {
+    const sign = svg("svg", { viewBox: "0 0 22 10", "aria-hidden": "true" });
+    sign.append(svg("line", { class: "mark", x1: 0, x2: 22, y1: 5, y2: 5 }));
+    items.push(html("li", {}, sign, chart.mark[1]));
+  }
   return html("ul", { class: "key" }, ...items);
 }
 
-function drawChart(chart, _, charts) {
-  const width = chart.wide ? 1150 : charts.length > 2 ? 400 : 570;
+/* A chart is as wide as its place on the page, in pixels: whatever the place, its texts have the size of the style. */
+function draw(figure, chart) {
+  const style = getComputedStyle(figure);
+  const inner = figure.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  const width = Math.max(NARROWEST, Math.floor(inner));
+  const drawn = figure.querySelector("svg.chart");
+  if (drawn && drawn.viewBox.baseVal.width === width) return;
   const node = chart.kind === "path" ? drawPath(chart, width) : drawCurves(chart, width);
-  return html("figure", chart.wide ? { class: "wide" } : {}, html("figcaption", {}, chart.title), key(chart), node);
+  if (drawn) drawn.replaceWith(node);
+  else figure.append(node);
 }
+
+function chartFigure(chart) {
+  return html("figure", chart.wide ? { class: "wide" } : {}, html("figcaption", {}, chart.title), key(chart));
+}
+
+const figures = new Map();
 
 for (const [number, section] of DATA.sections.entries()) {
   const title = `section-${number}`;
-  const charts = html("div", { class: "charts" }, ...section.charts.map(drawChart));
+  const drawn = section.charts.map(chartFigure);
+  drawn.forEach((figure, i) => figures.set(figure, section.charts[i]));
+  const charts = html("div", { class: "charts" }, ...drawn);
   const smoothed = section.charts.some((chart) => chart.lines.some((line) => line.low && chart.kind === "curves"));
   const heading = html("h2", { id: title }, section.title);
   if (number === 0 && smoothed) {
@@ -226,3 +252,9 @@ for (const [number, section] of DATA.sections.entries()) {
   }
   byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts));
 }
+
+const drawAll = () => figures.forEach((chart, figure) => draw(figure, chart));
+drawAll();
+new ResizeObserver(drawAll).observe(byId("sections"));
+window.addEventListener("beforeprint", drawAll);
+window.addEventListener("afterprint", drawAll);

@@ -43,7 +43,7 @@ class Chart(NamedTuple):
     Args:
         title: title with the unit.
         lines: its curves.
-        mark: value and label of a horizontal line; None without.
+        mark: value of a horizontal line and its name in the legend; None without.
         stacked: whether the curves are stacked.
         wide: whether the chart has the full width of the page.
     """
@@ -88,7 +88,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Variance of the advantage over that of the reward",
             (Line("train/variance_ratio", "variance ratio", 2),),
-            mark=(1.0, "below: the baseline helps"),
+            mark=(1.0, "1; below, the baseline helps"),
         ),
         Chart(
             "Reward and baseline compared",

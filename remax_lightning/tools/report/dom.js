@@ -46,3 +46,12 @@ function hideTooltip() {
 }
 
 const DATA = JSON.parse(byId("data").textContent);
+
+/* What a run that trains has at step 0 is the policy as it was. */
+function isBefore(step) {
+  return DATA.trained && step === 0;
+}
+
+function stepName(step) {
+  return isBefore(step) ? "step 0, before training" : `step ${shown(step)}`;
+}

@@ -70,7 +70,13 @@ def render_page(run: Run, max_samples: int) -> str:
             "notes": _notes_html(notes),
             "config": _config_html(run.config),
             "evaluation": _evaluation_html(run.figures),
-            "data": _json_data({"sections": sections, "samples": [_sample_data(sample) for sample in samples]}),
+            "data": _json_data(
+                {
+                    "sections": sections,
+                    "samples": [_sample_data(sample) for sample in samples],
+                    "trained": _has_trained(run),
+                }
+            ),
             "script": script,
         },
     )
@@ -108,10 +114,15 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _has_trained(run: Run) -> bool:
+    """Return whether step 0 is before training: evaluations alone are all at step 0, whatever they evaluate."""
+    return any(key.startswith("train/") for key in run.curves) or any(row["stage"] == "train" for row in run.samples)
+
+
 def _tiles_html(run: Run) -> str:
     sections: dict[str, str] = {}
     # ---- Steps, the metrics that exist, speed, time ----
-    if any(key.startswith("train/") for key in run.curves):
+    if _has_trained(run) and run.curves:
         sections["Optimizer steps"] = _tile(f"{max(curve.steps[-1] for curve in run.curves.values()):,}", "")
     for label, key in TILES:
         if key in run.curves and label not in sections:

@@ -53,7 +53,7 @@ function filtered() {
   const [stepFrom, stepTo] = [field("step-from"), field("step-to")];
   return samples.filter(
     (sample) =>
-      (!stage || sample.stage === stage) &&
+      (!stage || sample.stage === stage || stageName(sample) === stage) &&
       within(sample.reward, rewardFrom, rewardTo) &&
       within(sample.step, stepFrom, stepTo) &&
       (!text || searched(sample).includes(text)),
@@ -84,10 +84,49 @@ function pieces(tokens) {
   return found;
 }
 
+const MARKS = { " ": "·", "\n": "↵", "\r": "↵", "\t": "→" };
+const BLANK = /[\s\p{Cc}\p{Cf}]/u;
+
+/* Where the visible part of a text begins and ends; a text of blanks alone has none. */
+function visiblePart(text) {
+  const characters = [...text];
+  let begin = 0;
+  let end = characters.length;
+  while (begin < end && BLANK.test(characters[begin])) begin++;
+  while (end > begin && BLANK.test(characters[end - 1])) end--;
+  const length = (part) => part.join("").length;
+  return [length(characters.slice(0, begin)), length(characters.slice(0, end))];
+}
+
+/* A piece of a text, whose blanks before and after the visible part get a mark; `offset` is where the piece begins.
+   The marks are drawn by the style: what is copied or searched stays the text itself. */
+function marked(piece, offset, [begin, end]) {
+  const nodes = [];
+  let plain = "";
+  let at = offset;
+  for (const character of piece) {
+    if (at < begin || at >= end) {
+      if (plain) nodes.push(plain);
+      plain = "";
+      nodes.push(html("span", { class: "blank", "data-mark": MARKS[character] ?? "◌" }, character));
+    } else plain += character;
+    at += character.length;
+  }
+  return plain ? [...nodes, plain] : nodes;
+}
+
+function plainText(text) {
+  return marked(text, 0, visiblePart(text));
+}
+
 function responseText(sample) {
-  if (!sample.tokens) return [sample.response];
+  if (!sample.tokens) return plainText(sample.response);
+  const part = visiblePart(sample.response);
+  let offset = 0;
   return pieces(sample.tokens).map(({ text, first, last }) => {
-    return html("span", { "data-i": first, "data-last": last, ...(text ? {} : { class: "special" }) }, text);
+    const nodes = marked(text, offset, part);
+    offset += text.length;
+    return html("span", { "data-i": first, "data-last": last, ...(text ? {} : { class: "special" }) }, ...nodes);
   });
 }
 
@@ -108,21 +147,25 @@ function shade() {
 }
 
 function side(title, nodes) {
-  const content = nodes.some((node) => node !== "") ? nodes : [html("span", { class: "nothing" }, "empty")];
+  const content = nodes.length ? nodes : [html("span", { class: "nothing" }, "empty")];
   return html("div", { class: "side" }, html("h3", {}, title), html("div", { class: "text", tabindex: 0 }, ...content));
 }
 
+function stageName(sample) {
+  return isBefore(sample.step) ? "before training" : sample.stage;
+}
+
 function row(sample) {
-  const numbers = COLUMNS.map(([name]) => {
-    const text = name === "stage" ? sample.stage : shown(sample[name]);
+  const numbers = COLUMNS.map(([name, label]) => {
+    const text = name === "stage" ? stageName(sample) : shown(sample[name]);
     const cut = name === "response_length" && sample.truncated ? " (cut)" : "";
-    return html("td", name === view.sort ? { class: "sorted" } : {}, text + cut);
+    return html("td", { "data-label": label, ...(name === view.sort ? { class: "sorted" } : {}) }, text + cut);
   });
   numbers.push(html("td", { class: "rest" }));
   const parts = Object.entries(sample.parts).map(([name, value]) => `${name} ${shown(value)}`);
-  const greedy = sample.greedy_response === undefined ? [] : [side("greedy", [sample.greedy_response])];
+  const greedy = sample.greedy_response === undefined ? [] : [side("greedy", plainText(sample.greedy_response))];
   const sampled = side(parts.length ? `sampled · ${parts.join(" · ")}` : "sampled", responseText(sample));
-  const sides = html("div", { class: "sides" }, side("prompt", [sample.prompt ?? ""]), sampled, ...greedy);
+  const sides = html("div", { class: "sides" }, side("prompt", plainText(sample.prompt ?? "")), sampled, ...greedy);
   return html(
     "tbody",
     { "data-sample": samples.indexOf(sample) },
@@ -223,6 +266,7 @@ function head([name, text]) {
 if (samples.length) {
   byId("samples").hidden = false;
   byId("columns").append(...COLUMNS.map(head), html("td", { class: "rest" }));
+  byId("controls").elements.stage.lastElementChild.hidden = !samples.some((sample) => isBefore(sample.step));
   const shaded = Object.keys(SHADES).filter((name) => samples.some((sample) => sample[name]));
   for (const input of document.querySelectorAll("#shading input")) {
     if (input.value && !shaded.includes(input.value)) input.closest("label").remove();
