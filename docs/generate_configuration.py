@@ -68,6 +68,7 @@ def sections() -> Iterator[Section]:
     yield Section("model.kl", modules.KLConfig)
     yield Section("model.advantage", modules.AdvantageConfig)
     yield Section("model.loss", modules.LossConfig)
+    yield Section("model.loss.mismatch", modules.MismatchConfig)
     for name in rewards.__all__:
         target = getattr(rewards, name)
         if inspect.isclass(target) and issubclass(target, rewards.Reward) and target is not rewards.Reward:

@@ -29,6 +29,7 @@ _PUBLIC = {
         "AdvantageConfig",
         "KLConfig",
         "LossConfig",
+        "MismatchConfig",
         "ReMaxModule",
         "RewardModelModule",
         "SFTModule",

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type
 
 from remax_lightning.errors import UserError
 from remax_lightning.functional.advantages import Baseline, KLCredit, RewardClipAt
+from remax_lightning.functional.losses import MismatchKind, MismatchLevel
 
 WeightDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 """The dtypes that a model's weights can be loaded in."""
@@ -221,6 +222,38 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True)
+class MismatchConfig:
+    """How the gradient is corrected where the engine draws from other probabilities than the trainer computes.
+
+    Engines of this project decode with the trainer's own weights and need no correction. Another engine differs by the
+    rounding of its kernels: in bfloat16 by about 1e-2 nats per token, more for mixtures of experts.
+
+    Args:
+        kind: `none` takes the engine's responses as the policy's own; `tis`, truncated importance sampling, multiplies
+            the gradient by the ratio of the trainer's probability to the engine's, at most `cap`; `mis`, masked
+            importance sampling, leaves out what has a ratio outside of `band`.
+        level: the ratio of each `token`, which varies little and leaves a bias, or of the whole `response`, which is
+            exact where nothing is cut, and varies more the longer the responses are.
+        cap: largest weight of `tis`; 2.0 is what verl takes. Null has no bound.
+        band: smallest and largest ratio that `mis` keeps; 0.5 and 5.0 as in IcePop (arXiv 2510.18855).
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    kind: MismatchKind = "none"
+    level: MismatchLevel = "token"
+    cap: float | None = 2.0
+    band: tuple[float, float] = (0.5, 5.0)
+
+    def __post_init__(self) -> None:
+        _require(self.cap is None or self.cap >= 1, "loss.mismatch.cap", "null or at least 1", self.cap)
+        low, high = self.band
+        _require(0 <= low <= 1 <= high and low < high, "loss.mismatch.band",
+                 "two numbers around 1, the first 0 or more", list(self.band))  # fmt: skip
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """How advantages become a loss.
 
@@ -235,6 +268,7 @@ class LossConfig:
         old_log_probs: where the log-probs before the first of several updates come from: `recompute` runs the training
             pass without gradients once more, so that the ratio is exactly 1 at first; `rollout` takes those that
             decoding made, which saves that pass, and in 16 bits differ by rounding.
+        mismatch: correction for an engine with other probabilities than the trainer's.
     """
 
     kind: Literal["reinforce", "clipped"] = "reinforce"
@@ -242,8 +276,14 @@ class LossConfig:
     clip_range: float = 0.2
     dual_clip: float | None = None
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    mismatch: MismatchConfig = MismatchConfig()
 
     def __post_init__(self) -> None:
+        # With the engine's log-probs as the old ones, the ratio of the surrogate holds the mismatch already, and
+        # nothing is left to compare the engine with.
+        _require(self.mismatch.kind == "none" or self.old_log_probs == "recompute", "loss.old_log_probs",
+                 f"recompute where model.loss.mismatch.kind is {self.mismatch.kind}, which compares the engine's"
+                 " log-probs with recomputed ones", self.old_log_probs)  # fmt: skip
         _require(0 < self.clip_range < 1, "loss.clip_range", "above 0 and below 1", self.clip_range)
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "null or above 1", self.dual_clip)
 

@@ -186,6 +186,8 @@ class Rollout(NamedTuple):
         reference_hidden: `[S, R, D]` final hidden states of the reference that predict the sampled tokens, 0 outside
             the response mask; None unless the KL is over the vocabulary. Of `[S, R, V]` logits they are a share D / V:
             64 MiB instead of 2 GiB in bfloat16 for 8,192 tokens, D = 4,096 and V = 131,072.
+        engine_log_probs: `[S, R]` log-probs that the engine itself had for the tokens that it drew; None unless
+            `loss.mismatch` compares them with the trainer's.
     """
 
     prompt: PromptBatch
@@ -197,6 +199,7 @@ class Rollout(NamedTuple):
     reference_log_probs: Tensor | None
     log_probs: Tensor | None
     reference_hidden: Tensor | None = None
+    engine_log_probs: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -225,6 +228,7 @@ class Rollout(NamedTuple):
             reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[first:last],
             log_probs=None if self.log_probs is None else self.log_probs[first:last],
             reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
+            engine_log_probs=None if self.engine_log_probs is None else self.engine_log_probs[first:last],
         )
 
 

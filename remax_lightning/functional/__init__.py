@@ -28,11 +28,15 @@ from remax_lightning.functional.log_probs import (
 )
 from remax_lightning.functional.losses import (
     KLEstimator,
+    Mismatch,
+    MismatchKind,
+    MismatchLevel,
     SurrogateLoss,
     bradley_terry_loss,
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
+    mismatch_weights,
     reinforce_loss,
 )
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
@@ -41,6 +45,9 @@ __all__ = [
     "Baseline",
     "KLCredit",
     "KLEstimator",
+    "Mismatch",
+    "MismatchKind",
+    "MismatchLevel",
     "OutputHead",
     "PolicyStatistics",
     "RewardClipAt",
@@ -57,6 +64,7 @@ __all__ = [
     "majority_vote",
     "masked_mean",
     "masked_sum",
+    "mismatch_weights",
     "pass_at_k",
     "percentile_interval",
     "proportion_interval",

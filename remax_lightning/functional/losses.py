@@ -1,4 +1,4 @@
-"""Estimates of the KL, and losses, each with an explicit normalizer.
+"""Estimates of the KL, losses with an explicit normalizer, and weights for responses that another engine drew.
 
 The normalizer of a loss is given, not taken from the mask, so that it can be the number of response tokens of the whole
 optimizer step over all ranks: the gradient then does not depend on how the step was split.
@@ -68,6 +68,74 @@ def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, clamp: float | None =
 MAX_LOG_RATIO = 20.0
 """Where the log of a probability ratio stops, in nats. Without it exp overflows, and the gradient of a token
 that the clip rejects is 0 * inf = NaN; a ratio of e^20 is far outside any clip range."""
+
+
+MismatchKind: TypeAlias = Literal["none", "tis", "mis"]
+"""What becomes of the ratio of trained to drawn probability: nothing, or truncated or masked importance sampling."""
+MismatchLevel: TypeAlias = Literal["token", "response"]
+"""What a ratio is taken of: the probability of a token, or of a whole response."""
+
+
+class Mismatch(NamedTuple):
+    """The ratio of trained to drawn probability, and the weight of the gradient that is made of it; all detached.
+
+    Args:
+        weights: `[S, R]` what the gradient of each token is multiplied by; 1 outside the mask.
+        ratio: `[S, R]` the ratio before it was truncated or masked: of the token or of its whole response; 1 outside
+            the mask.
+        cut: `[S, R]` bool, True on the tokens whose weight is not their ratio.
+    """
+
+    weights: Tensor
+    ratio: Tensor
+    cut: Tensor
+
+
+def mismatch_weights(
+    log_probs: Tensor,
+    engine_log_probs: Tensor,
+    mask: Tensor,
+    kind: MismatchKind,
+    level: MismatchLevel = "token",
+    cap: float | None = 2.0,
+    band: tuple[float, float] = (0.5, 5.0),
+) -> Mismatch:
+    """Return importance weights for responses that were drawn from other probabilities than those that are trained.
+
+    A rollout engine with kernels of its own rounds otherwise than the trainer, and draws from `mu` instead of `pi`. For
+    whole responses, `E_mu[pi(y) / mu(y) · f(y)] = E_pi[f(y)]`: untruncated, this weight gives the exact gradient. Its
+    variance grows with the length of a response. The ratio of a token varies less, and leaves out that its prefix was
+    drawn from `mu`, too. Truncation (`min(ratio, cap)`, Ionides 2008) and masking (0 outside of `band`, arXiv
+    2510.18855) bound the variance and bias the gradient.
+
+    Args:
+        log_probs: `[S, R]` log-probs of the drawn tokens as the trainer computes them, before the first update on them.
+        engine_log_probs: `[S, R]` log-probs of them under the engine that drew.
+        mask: `[S, R]` bool, True on response tokens.
+        kind: `tis` truncates the ratio at `cap`, `mis` drops what lies outside of `band`; `none` weighs with 1.
+        level: the ratio of each `token`, or of the whole `response`.
+        cap: largest weight of `tis`; None for no bound.
+        band: smallest and largest ratio that `mis` keeps.
+
+    Raises:
+        ValueError: if the shapes differ, `mask` is not boolean, or a choice is unknown.
+    """
+    check_choice("kind", kind, get_args(MismatchKind))
+    check_choice("level", level, get_args(MismatchLevel))
+    ours, theirs = _zero_outside_mask(mask, log_probs=log_probs, engine_log_probs=engine_log_probs)
+    log_ratio = (ours - theirs).detach()  # log pi / mu, [S, R]
+    if level == "response":
+        log_ratio = torch.where(mask, log_ratio.sum(-1, keepdim=True), 0.0)  # of all its tokens
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if kind == "tis" and cap is not None:
+        weights = ratio.clamp(max=cap)
+    elif kind == "mis":
+        weights = torch.where((ratio >= band[0]) & (ratio <= band[1]), ratio, 0.0)
+    else:
+        weights = ratio if kind == "tis" else torch.ones_like(ratio)
+    # Outside the mask the weight is 1, whatever the band: nothing is cut there.
+    weights = torch.where(mask, weights, 1.0)
+    return Mismatch(weights, ratio, mask & (weights != ratio) & (kind != "none"))
 
 
 class SurrogateLoss(NamedTuple):
@@ -156,6 +224,7 @@ def kl_loss(
     normalizer: Tensor | float,
     estimator: KLEstimator,
     clamp: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return `Σ kl / normalizer` over the masked tokens, to be added to the loss with the KL coefficient.
 
@@ -169,6 +238,7 @@ def kl_loss(
             ranks.
         estimator: `"k2"` or `"k3"`.
         clamp: as in `kl_estimate`; a clamped token has no gradient.
+        weights: `[S, R]` what each token's KL counts, for responses that another policy drew; None for 1.
 
     Returns:
         scalar float32 (float64 for float64); 0 for an empty mask.
@@ -184,7 +254,8 @@ def kl_loss(
         estimator,
     )
     (log_ratio,) = _zero_outside_mask(mask, log_ratio=log_ratio)
-    return safe_divide(kl_estimate(log_ratio, estimator, clamp).sum(), normalizer)
+    kl = kl_estimate(log_ratio, estimator, clamp)  # [S, R]
+    return safe_divide((kl if weights is None else weights.detach() * kl).sum(), normalizer)
 
 
 def _zero_outside_mask(mask: Tensor, **tensors: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The LightningModules, one per stage, and their options."""
 
-from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, MismatchConfig
 from remax_lightning.modules.remax import ReMaxModule
 from remax_lightning.modules.reward_model import RewardModelModule
 from remax_lightning.modules.sft import SFTModule
@@ -10,6 +10,7 @@ __all__ = [
     "AdvantageConfig",
     "KLConfig",
     "LossConfig",
+    "MismatchConfig",
     "ReMaxModule",
     "RewardModelModule",
     "SFTModule",

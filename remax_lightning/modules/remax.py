@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.loading import ModelSource, as_model_config
@@ -254,8 +256,11 @@ class ReMaxModule(PolicyModule):
         self._free_gradients()
         if self._moving is not None:
             self._moving.move(self._reference, self.policy, self.trainer.global_step)
-        rollout = self._roll_out(batch, TRAINING, self._num_rollouts, plan.old_log_probs_from_rollout)
+        from_engine = plan.old_log_probs_from_rollout or plan.compares_engine
+        rollout = self._roll_out(batch, TRAINING, self._num_rollouts, from_engine)
         self._num_rollouts += 1
+        if plan.compares_engine:
+            rollout = self._as_engine_log_probs(rollout)  # log mu(y_t) [S, R]
         # ---- What training needs besides, from passes without gradients ----
         if plan.has_kl:
             rollout = self.with_reference(rollout)  # log pi_ref(y_t) [S, R]
@@ -270,6 +275,16 @@ class ReMaxModule(PolicyModule):
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
         return experience  # advantages with a KL of a single update are computed in the training pass
+
+    def _as_engine_log_probs(self, rollout: Rollout) -> Rollout:
+        """Move the log-probs of decoding to where they are compared with the trainer's."""
+        if rollout.log_probs is None:
+            raise UserError(
+                f"model.loss.mismatch.kind is {self.objective.loss_config.mismatch.kind}, which needs the log-probs of"
+                f" drawn tokens, and model.rollout {type(self.engine).__name__} returns none; set it to none, or take"
+                " an engine that returns them"
+            )
+        return rollout._replace(engine_log_probs=rollout.log_probs, log_probs=None)
 
     def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
         """Add log pi_old(y_t), and the advantages that depend on a KL."""
@@ -329,9 +344,13 @@ class ReMaxModule(PolicyModule):
             mask = self.objective.loss_mask(rollout)
             # A mean already; weighted by its tokens it adds up with those of the other micro-batches.
             values["clip_fraction"] = (clip_fraction.expand_as(mask), mask)
+        if rollout.engine_log_probs is not None:
+            figures, largest = self.objective.mismatch_values(stats.log_probs, rollout, active)
+            values |= figures
+            self._metrics.add_largest(largest)
         self._metrics.add(values)
         if output["closes_step"]:
-            for name, mean in self._metrics.means(self._sum_over_ranks).items():
+            for name, mean in self._metrics.means(self._sum_over_ranks, partial(max_over_ranks, self.trainer)).items():
                 # The mean is final. Without `batch_size` Lightning would search the batch for it.
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
         return output

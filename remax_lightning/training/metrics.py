@@ -6,7 +6,7 @@ Figures by name for the logs, predictions as plain dictionaries, scores of held-
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -50,11 +50,19 @@ def log_at_global_step(trainer: Trainer) -> None:
 class MeanMetrics:
     """Weighted sums by name, gathered over the parts of an optimizer step; one reduction over ranks makes means.
 
+    Largest values are gathered, too, where a step has some; they need a reduction of their own.
+
     All names share that reduction, in float64. `torchmetrics.MeanMetric` gathers two tensors for each name, in float32.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
+
+    def add_largest(self, values: dict[str, Tensor]) -> None:
+        """Add numbers of which the largest counts."""
+        for name, value in values.items():
+            self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
 
     def add(self, figures: Figures) -> None:
         """Add values, or those under their mask, each with weight 1."""
@@ -66,13 +74,25 @@ class MeanMetrics:
             pair = torch.stack([weighted.sum(), weights.sum()])  # sum and count
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means by name, and reset; `reduce` sums a tensor over ranks."""
+    def means(
+        self, reduce: Callable[[Tensor], Tensor], reduce_max: Callable[[Sequence[float]], list[float]] = list
+    ) -> dict[str, float]:
+        """Return means and largest values by name, and reset.
+
+        Args:
+            reduce: sums a tensor over ranks.
+            reduce_max: takes the largest of each number over ranks.
+        """
         # [names, 2]: one reduction for all figures. Every rank has added the same names.
         names, sums = list(self._sums), torch.stack(list(self._sums.values()))
         self._sums = {}
         total, weight = reduce(sums).unbind(-1)
-        return dict(zip(names, (total / weight.clamp_min(1)).tolist(), strict=True))
+        means = dict(zip(names, (total / weight.clamp_min(1)).tolist(), strict=True))
+        if self._largest:
+            largest = reduce_max([float(value) for value in self._largest.values()])
+            means |= dict(zip(self._largest, largest, strict=True))
+            self._largest = {}
+        return means
 
 
 def step_values(output: StepOutput) -> Figures:

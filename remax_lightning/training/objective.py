@@ -12,16 +12,19 @@ from torch import Tensor
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
 from remax_lightning.functional import (
+    Mismatch,
     PolicyStatistics,
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
     masked_mean,
+    mismatch_weights,
     reinforce_loss,
     remax_advantages,
 )
 from remax_lightning.training.config_checks import updates_per_rollout
 from remax_lightning.training.experience import Experience
+from remax_lightning.training.metrics import Figures
 from remax_lightning.types import Rollout
 
 
@@ -35,6 +38,7 @@ class UpdatePlan(NamedTuple):
         needs_old_log_probs: whether training needs log-probs of the policy before its first update: for the ratio of
             several updates, or to whiten advantages with a KL over all micro-batches.
         old_log_probs_from_rollout: whether these come from decoding; otherwise from a pass without gradients.
+        compares_engine: whether the log-probs of decoding are compared with the trainer's, to correct a mismatch.
     """
 
     num_micro_batches: int
@@ -42,6 +46,7 @@ class UpdatePlan(NamedTuple):
     has_kl: bool
     needs_old_log_probs: bool
     old_log_probs_from_rollout: bool
+    compares_engine: bool = False
 
     @property
     def runs_policy_before_training(self) -> bool:
@@ -108,7 +113,8 @@ class Objective:
         whitens_micro_batches = self.advantage_config.whiten and num_micro_batches > 1
         needs_old = updates > 1 or (has_kl and whitens_micro_batches)  # pi / pi_old is 1 until the first update
         from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
-        return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout)
+        compares = self.loss_config.mismatch.kind != "none"
+        return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout, compares)
 
     def uses_kl(self, kl_coef: float) -> bool:
         """Whether a KL to the reference enters the advantages or the loss."""
@@ -220,26 +226,83 @@ class Objective:
         # N is 0 where no token of the step is trained on; then the sum is 0 as well.
         normalizer = normalizer.clamp_min(1e-8).float()
         clip_fraction = torch.zeros_like(normalizer)
+        # ---- pi(y) / mu(y), where an engine drew from other probabilities mu ----
+        mismatch = self.mismatch(log_probs, rollout)
+        weights = None if mismatch is None else mismatch.weights  # [S, R]
+        if weights is not None:
+            advantages = advantages * weights
         # ---- The policy gradient: - sum_t A_t log pi(y_t) / N, or PPO's surrogate of it ----
         if config.kind == "reinforce":
             loss = reinforce_loss(log_probs, advantages, mask, normalizer)
         else:
-            # In the first update the policy is the one that sampled, so its log-probs are the old ones.
-            old = log_probs.detach() if rollout.log_probs is None else rollout.log_probs
             loss, clip_fraction = clipped_surrogate_loss(
-                log_probs, old, advantages, mask, normalizer, config.clip_range, config.dual_clip
+                log_probs,
+                _old_log_probs(log_probs, rollout),
+                advantages,
+                mask,
+                normalizer,
+                config.clip_range,
+                config.dual_clip,
             )
         # ---- The KL as a loss, over the same tokens and with the same N ----
         if self.kl_config.loss_coef > 0 and rollout.reference_log_probs is not None:
-            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normalizer, full_kl)
+            loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normalizer, full_kl, weights)
         return loss, clip_fraction.detach()
 
-    def _kl_term(self, log_probs: Tensor, rollout: Rollout, normalizer: Tensor, full_kl: Tensor | None) -> Tensor:
+    def mismatch(self, log_probs: Tensor, rollout: Rollout) -> Mismatch | None:
+        """Return the weights that correct for an engine with other probabilities; None where nothing is compared.
+
+        Args:
+            log_probs: `[S, R]` of the policy now. With several updates per rollout those before the first are compared,
+                and the clip bounds what comes after.
+            rollout: the responses, with the engine's log-probs.
+        """
+        config = self.loss_config.mismatch
+        if rollout.engine_log_probs is None:
+            return None
+        old, mask = _old_log_probs(log_probs, rollout), self.loss_mask(rollout)
+        return mismatch_weights(old, rollout.engine_log_probs, mask, config.kind, config.level, config.cap, config.band)
+
+    def mismatch_values(self, log_probs: Tensor, rollout: Rollout, active: Tensor) -> tuple[Figures, dict[str, Tensor]]:
+        """Return what is logged of a mismatch: figures whose mean counts, and those whose largest value counts.
+
+        Args:
+            log_probs: as in `mismatch`.
+            rollout: the responses, with the engine's log-probs.
+            active: `[S]` bool, True on the responses that the policy was run over.
+        """
+        mismatch, theirs = self.mismatch(log_probs, rollout), rollout.engine_log_probs
+        if mismatch is None or theirs is None:
+            return {}, {}
+        mask = self.loss_mask(rollout) & active[:, None]  # [S, R]
+        # KL(mu || pi) of the tokens that mu drew; k3 has the same mean as k1, and is never negative.
+        log_ratio = torch.where(mask, theirs - _old_log_probs(log_probs, rollout).detach(), 0.0)
+        values: Figures = {"mismatch_kl": (kl_estimate(log_ratio.clamp(-20.0, 20.0), "k3"), mask)}
+        # A response that is cut counts once, however long it is.
+        is_token = self.loss_config.mismatch.level == "token"
+        values["mismatch_clipped"] = (mismatch.cut.float(), mask) if is_token else (
+            mismatch.cut.any(-1).float(), mask.any(-1))  # fmt: skip
+        return values, {"mismatch_ratio_max": mismatch.ratio.masked_fill(~mask, 0.0).max()}
+
+    def _kl_term(
+        self,
+        log_probs: Tensor,
+        rollout: Rollout,
+        normalizer: Tensor,
+        full_kl: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
         mask, config = self.loss_mask(rollout), self.kl_config
         if config.loss_estimator == "full":
-            return masked_mean(_clamped(full_kl, config.clamp), mask, normalizer)
+            kl = _clamped(full_kl, config.clamp)  # [S, R]
+            return masked_mean(kl if weights is None else weights * kl, mask, normalizer)
         log_ratio = log_probs - cast(Tensor, rollout.reference_log_probs)  # [S, R]
-        return kl_loss(log_ratio, mask, normalizer, config.loss_estimator, config.clamp)
+        return kl_loss(log_ratio, mask, normalizer, config.loss_estimator, config.clamp, weights)
+
+
+def _old_log_probs(log_probs: Tensor, rollout: Rollout) -> Tensor:
+    """Return the log-probs before the first update: in that update itself, those of the policy now."""
+    return log_probs.detach() if rollout.log_probs is None else rollout.log_probs
 
 
 def _clamped(full_kl: Tensor | None, clamp: float | None) -> Tensor:
