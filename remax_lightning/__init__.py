@@ -15,6 +15,7 @@ _PUBLIC = {
         "Evaluation",
         "ExportPolicy",
         "KLMonitor",
+        "LMEval",
         "PredictionWriter",
         "SampleDump",
         "TensorBoardReport",

@@ -47,6 +47,7 @@ CALLBACKS = {
     "tensorboard": callbacks.TensorBoardReport,
     "predictions": callbacks.PredictionWriter,
     "evaluation": callbacks.Evaluation,
+    "lm_eval": callbacks.LMEval,
 }
 """The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
@@ -60,6 +61,7 @@ TOOLS = {
     "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "doctor": ("doctor", "check a configuration's models and data before any training"),
     "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
+    "lm-eval": ("lm_eval", "measure an exported policy with tasks of lm-evaluation-harness"),
     "pipeline": ("pipeline", "run all three stages on generated preferences, in minutes"),
     "plan": ("plan", "compute the memory that each device needs for a configuration"),
     "report": ("report", "write an HTML page about a run, with curves and samples"),

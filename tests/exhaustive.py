@@ -25,6 +25,7 @@ EXHAUSTIVE = (
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
+    ("distributed/test_evaluation.py", r"lm_eval"),  # one rank: callbacks/test_lm_eval.py
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
     ("test_benchmarks.py", r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),

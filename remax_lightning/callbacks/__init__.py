@@ -9,6 +9,7 @@ from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.evaluation import Evaluation
 from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.kl_monitor import KLMonitor
+from remax_lightning.callbacks.lm_eval import LMEval
 from remax_lightning.callbacks.prediction_writer import PredictionWriter
 from remax_lightning.callbacks.sample_dump import SampleDump
 from remax_lightning.callbacks.step_output import rollout_output
@@ -20,7 +21,8 @@ def default_callbacks() -> list[Callback]:
     """Return what the command line adds to every run, for a `Trainer` of your own.
 
     Samples, figures of KL, baseline and throughput, guards against collapse, the exported policy, the table of an
-    evaluation and TensorBoard's charts, each with its defaults. To change one, leave it out and add your own.
+    evaluation and TensorBoard's charts, each with its defaults. To change one, leave it out and add your own. `LMEval`,
+    which needs tasks, is not among them.
     """
     return [
         KLMonitor(),
@@ -41,6 +43,7 @@ __all__ = [
     "Evaluation",
     "ExportPolicy",
     "KLMonitor",
+    "LMEval",
     "PredictionWriter",
     "SampleDump",
     "TensorBoardReport",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed.invariance import make_strategy
+from helpers.harness import install
+from helpers.loggers import RecordingLogger
 from helpers.training import PROMPTS, PromptEngine, make_trainer, remax_module, write_rows
 from lightning.pytorch import Callback
 
-from remax_lightning.callbacks import Evaluation
+from remax_lightning.callbacks import Evaluation, LMEval
 from remax_lightning.data import PromptDataModule
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import SamplingConfig
@@ -71,6 +75,31 @@ def evaluate(case: str, folder: Path, ranks: int) -> None:
     assert trainer.world_size == ranks
     if trainer.is_global_zero:
         (folder / f"{case}{ranks}.logged.json").write_text(json.dumps(logged))
+
+
+def measure_with_lm_eval(folder: Path, strategy: str, ranks: int) -> None:
+    """Write what a stand-in for lm-eval measures within a fit of one step, and after it, of a policy that stays."""
+    logger = RecordingLogger(folder / f"lm_eval_{strategy}{ranks}")
+    with pytest.MonkeyPatch.context() as patch:
+        fake = install(patch)
+        # A forward pass of rank 0 alone: under strategies that shard it would wait for the others.
+        patch.setattr(fake, "value", lambda model: float(model(torch.tensor([[5, 6, 7]])).logits.float().sum()))
+        policy = str(folder / "policy")
+        module = remax_module(policy, optimizer=partial(torch.optim.SGD, lr=0.0))
+        data = PromptDataModule(
+            data=[{"prompt": prompt} for prompt in PROMPTS], val_data=[{"prompt": "1+1="}] * 2, tokenizer=policy,
+            batch_size=4, max_prompt_length=64,
+        )  # fmt: skip
+        callback = LMEval(["arc_easy"])
+        parallel = {"devices": ranks, "strategy": make_strategy(strategy)} if ranks > 1 else {}
+        trainer = make_trainer(
+            folder, [Evaluation(), callback], logger=logger, limit_val_batches=1, val_check_interval=1, **parallel
+        )
+        trainer.fit(module, data)
+    assert [figure.metric for figure in callback.figures][:1] == ["acc"]  # on every rank
+    assert len(fake.calls) == (2 if trainer.is_global_zero else 0)
+    if trainer.is_global_zero:
+        (folder / f"lm_eval_{strategy}{ranks}.json").write_text(json.dumps(logger.metrics["lm_eval/arc_easy/acc"]))
 
 
 def main(folder: Path, *cases: str) -> None:

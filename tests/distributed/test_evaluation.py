@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.evaluation import CASES, evaluate, main
+from distributed.evaluation import CASES, evaluate, main, measure_with_lm_eval
 from helpers.ranks import launch
 from helpers.training import save_policy
 
@@ -66,3 +66,17 @@ def test_a_reference_in_shares_writes_responses_of_unequal_lengths(folder: Path,
     _, records = found(folder, "ddp", 2)
     lengths = [len(each["responses"]["reference"][0]) for each in records]
     assert len(set(lengths)) > 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-layerwise", "zero3", "zero3-layerwise"])
+def test_lm_eval_measures_on_rank_0_while_the_others_wait(strategy: str, folder: Path) -> None:
+    for ranks in (1, 2):
+        if ranks == 1:
+            measure_with_lm_eval(folder, strategy, ranks)
+        else:
+            launch(measure_with_lm_eval, folder, strategy, ranks)
+    alone, together = (json.loads((folder / f"lm_eval_{strategy}{ranks}.json").read_text()) for ranks in (1, 2))
+    assert [step for step, _ in alone] == [0, 1]
+    assert [step for step, _ in together] == [0, 1]
+    for (_, value), (_, expected) in zip(together, alone, strict=True):
+        assert value == pytest.approx(expected, rel=1e-4)
