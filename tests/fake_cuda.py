@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,13 +65,25 @@ def _tensors(values: Any) -> list[Tensor]:
 class Graph:
     """A captured graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: FakeCuda) -> None:
+        self.device, self.invalid = device, False
         self.operators: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = 0
         self.pool_given: Any = None
 
     def pool(self) -> tuple[int, int]:
         return self.pool_given or (0, id(self))
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert self.device.stream != "default", "CUDA graphs must be captured on a non-default stream"
+        self.pool_given, self.device.capturing = pool, self
+
+    def capture_end(self) -> None:
+        self.device.capturing = None
+        if self.invalid:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.device.graphs.append(self)
+        self.poison()
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -90,11 +103,13 @@ class Graph:
 
 
 class FakeCuda(TorchDispatchMode):
-    """The device: `reads` counts what waited for it, by operator; `graphs` are the ones captured."""
+    """The device: `reads` counts what waited for it, by operator, `calls` those of some functions of `torch.cuda`;
+    `graphs` are the ones captured."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self.graphs: list[Graph] = []
         self.capturing: Graph | None = None
         self.sync_debug_mode: int | str = 0
@@ -103,6 +118,7 @@ class FakeCuda(TorchDispatchMode):
     def read(self, name: str) -> None:
         """Note that the host waits for the device, which it must not in a capture."""
         if self.capturing is not None:
+            self.capturing.invalid = True
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({name})")
         if self.sync_debug_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation ({name})")
@@ -244,16 +260,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
             device.stream = before
 
     @contextmanager
-    def graph(captured: Graph, pool: Any = None, **_: Any) -> Iterator[None]:
-        captured.pool_given, device.capturing = pool, captured
-        before, device.stream = device.stream, "capturing"
-        try:
-            yield
-        finally:
-            device.capturing = None
-        device.stream = before  # not after an error: that is how torch does it
-        device.graphs.append(captured)
-        captured.poison()
+    def graph(captured: Graph) -> Iterator[None]:
+        with stream("another"):
+            captured.capture_begin()
+            try:
+                yield
+            except RuntimeError:
+                device.capturing = None
+                raise
+            captured.capture_end()
 
     properties = SimpleNamespace(
         total_memory=80 * GIBIBYTE, name="pretended", major=9, minor=0, multi_processor_count=1
@@ -266,22 +281,30 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         "is_bf16_supported": True, "memory_stats": {}, "_lazy_init": None,
     }  # fmt: skip
     for name, value in numbers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
+        monkeypatch.setattr(torch.cuda, name, partial(_answer, device, name, value))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing is not None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: device.sync_debug_mode)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(device, "sync_debug_mode", mode))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: default.get_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: default.set_state(state))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Graph, device))
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.stream)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # modes are of one thread
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         monkeypatch.setattr(torch, name, _for_cpu(getattr(torch, name)))
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     with device, _Python(device):
         yield device
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def _answer(device: FakeCuda, name: str, value: Any, *_: Any, **__: Any) -> Any:
+    device.calls[name] += 1
+    return value
 
 
 def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:

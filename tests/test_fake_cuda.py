@@ -65,9 +65,9 @@ def test_a_capture_computes_nothing_and_a_replay_reads_the_memory_it_captured(
         return values[1:].double() * 2 + 1
 
     with torch.inference_mode(inference):
-        replay, pool = capture(step, (inputs,))
+        replay, memory = capture(step, (inputs,))
         assert seen == 2 * [False]
-        assert pool == fake_cuda.graphs[0].pool()
+        assert memory.pool == fake_cuda.graphs[0].pool()
         inputs.fill_(5.0)
         assert replay(inputs).tolist() == [11.0, 11.0]
     assert state.tolist() == [5.0, 5.0, 5.0]
@@ -99,7 +99,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(fake_cuda: FakeCuda) -
 
     with pytest.raises(RuntimeError, match="only a capture"):
         capture(step, (torch.ones(3, device="cuda"),))
-    assert calls == ["default", "capturing"]
+    assert calls == ["default", "another"]
     assert fake_cuda.stream == "default"
 
 
@@ -116,6 +116,7 @@ def test_fit_takes_the_device_that_is_there(
         outcome = remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", config))
     assert outcome.code == 0, outcome.err
     assert len(fake_cuda.graphs) == 2  # of the check before the first step, and of rollouts
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert list(tmp_path.glob("runs/**/policy/last/model.safetensors"))
 
 

@@ -38,6 +38,29 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
     return argument in _forward_parameters(type(language_model(model)).forward)
 
 
+def choose_attention_kernels(device: torch.device, cudnn: bool) -> None:
+    """Keep torch's attention from cuDNN in this process, unless `cudnn` asks for it; on CUDA only, and logged.
+
+    torch prefers cuDNN on recent GPUs. With the masks of padded rows it has returned NaN gradients where the length
+    modulo 128 is 64 (pytorch#196678) and wrong greedy tokens (pytorch#193893), and takes a second to plan a new shape,
+    of which a run has hundreds.
+
+    Args:
+        device: where the run computes.
+        cudnn: leave the choice to torch.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return
+    if cudnn:
+        log.info("attention may run in cuDNN (model.cudnn_attention)")
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    log.info(
+        "attention does not run in cuDNN, which has returned NaN gradients for padded rows and plans every new shape;"
+        " model.cudnn_attention: true turns it on"
+    )
+
+
 def prompt_index_per_row(prompt_ids: Tensor, num_samples: int, greedy: bool) -> Tensor:
     """Return `[N]` the index of each row's prompt: sampled rows first, prompt by prompt, then one greedy row each."""
     prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)  # [B]

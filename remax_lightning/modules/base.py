@@ -24,6 +24,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.loggers import log_hyperparameters
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import HYPER_PARAMETERS, CheckpointInfo, optimizer_groups, tensor_shapes
+from remax_lightning.models.forward import choose_attention_kernels
 from remax_lightning.run_folder import RUN_FOLDER, RunFolder, reserve_versions, run_folder
 from remax_lightning.strategies import (
     PARAMETER_NAMES,
@@ -49,6 +50,7 @@ from remax_lightning.training.resume import (
 )
 from remax_lightning.training.schedules import (
     check_learning_rate_precision,
+    choose_update_kernel,
     learning_rates,
     parameter_groups,
     set_total_steps,
@@ -83,6 +85,7 @@ class BaseModule(LightningModule):
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
         max_skipped_steps: the run ends after this many optimizer steps in a row whose gradient is not finite.
         stall_timeout: seconds without progress that end the run; None watches nothing.
+        cudnn_attention: whether attention may run in cuDNN.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -97,13 +100,14 @@ class BaseModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_steps: int,
         stall_timeout: float | None,
+        cudnn_attention: bool,
     ) -> None:
         super().__init__()
         self._source = source
         self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
-        self.stall_timeout = stall_timeout
+        self.stall_timeout, self.cudnn_attention = stall_timeout, cudnn_attention
         self._stall_watch = None if stall_timeout is None else StallTimeout(stall_timeout)
         self._random_state: dict[str, Any] | None = None
         self._step_ends: StopAtStepEnd | None = None
@@ -136,9 +140,10 @@ class BaseModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Look through a checkpoint that will be loaded, and save finite ones atomically.
 
-        Signals are deferred to the end of a step, and figures logged at its number.
+        Signals are deferred to the end of a step, and figures logged at its number. Attention gets its kernels.
         """
         guard_loading(self.trainer.strategy)
+        choose_attention_kernels(self.trainer.strategy.root_device, self.cudnn_attention)
         if stage == "fit" and self._run_folder is not None:
             self._run_folder.lock(self.trainer)
         # ---- How checkpoints are written: whole or not at all, and finite ----
@@ -198,6 +203,7 @@ class BaseModule(LightningModule):
         if self._resumed is not None:
             check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
         self._resumed = None
+        choose_update_kernel(optimizer, self.trainer.strategy.root_device)
         # ---- Is the learning rate too small for the dtype? DeepSpeed keeps float32 copies of the weights, so not there
         # ----
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

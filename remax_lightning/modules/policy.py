@@ -46,6 +46,7 @@ class PolicyModule(BaseModule):
         lr_scheduler: makes the schedule, stepped after each optimizer step; None keeps the learning rate.
         max_skipped_steps: the run ends after this many optimizer steps in a row whose gradient is not finite.
         stall_timeout: seconds without progress that end the run; None watches nothing.
+        cudnn_attention: whether attention may run in cuDNN.
     """
 
     policy: PreTrainedModel
@@ -64,9 +65,10 @@ class PolicyModule(BaseModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_steps: int,
         stall_timeout: float | None,
+        cudnn_attention: bool,
     ) -> None:
         policy = as_model_config(policy, "policy")
-        super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
+        super().__init__(policy, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention)
         check_policy(policy)
         self.policy_source, self.worker = policy, worker
         if policy.lora is not None:

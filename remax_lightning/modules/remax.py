@@ -63,6 +63,8 @@ class ReMaxModule(PolicyModule):
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
+        cudnn_attention: whether attention may run in cuDNN on CUDA. Off, because it has returned NaN gradients for
+            padded rows (pytorch#196678) and takes about a second to plan each new shape.
 
     Raises:
         UserError: if the choices contradict each other.
@@ -86,6 +88,7 @@ class ReMaxModule(PolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,
+        cudnn_attention: bool = False,
     ) -> None:
         policy = as_model_config(policy, "policy")
         reference = None if reference is None else as_model_config(reference, "reference")
@@ -100,7 +103,9 @@ class ReMaxModule(PolicyModule):
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
         worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, penalty, overlong_cache)
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
+        super().__init__(
+            policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
+        )
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
         self.check_on_policy = check_on_policy
@@ -128,6 +133,7 @@ class ReMaxModule(PolicyModule):
             "check_on_policy": self.check_on_policy,
             "max_skipped_steps": self.skipped_steps.maximum,
             "stall_timeout": self.stall_timeout,
+            "cudnn_attention": self.cudnn_attention,
         }
 
     # ---- Loading ----

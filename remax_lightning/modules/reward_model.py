@@ -64,6 +64,8 @@ class RewardModelModule(BaseModule):
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
+        cudnn_attention: whether attention may run in cuDNN on CUDA. Off, because it has returned NaN gradients for
+            padded rows (pytorch#196678) and takes about a second to plan each new shape.
 
     Raises:
         UserError: if a number is out of its range.
@@ -83,9 +85,12 @@ class RewardModelModule(BaseModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,
+        cudnn_attention: bool = False,
     ) -> None:
         reward_model = as_model_config(reward_model, "reward_model")
-        super().__init__(reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
+        super().__init__(
+            reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
+        )
         for name, value in (("margin", margin), ("centering_coef", centering_coef)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"model.{name} must be 0 or more, got {value}")
@@ -107,6 +112,7 @@ class RewardModelModule(BaseModule):
             "normalize": self.normalize,
             "max_skipped_steps": self.skipped_steps.maximum,
             "stall_timeout": self.stall_timeout,
+            "cudnn_attention": self.cudnn_attention,
         }
 
     # ---- Loading ----

@@ -49,6 +49,8 @@ class SFTModule(PolicyModule):
         stall_timeout: seconds without a batch, a rollout, a score or a checkpoint, after which the stacks of all ranks
             are written to the folder of the run and the run ends. Half an hour, as torch's collectives wait by default:
             a single rollout or checkpoint rarely takes as long. Null watches nothing, as for a debugger.
+        cudnn_attention: whether attention may run in cuDNN on CUDA. Off, because it has returned NaN gradients for
+            padded rows (pytorch#196678) and takes about a second to plan each new shape.
     """
 
     batch_type = SupervisedBatch
@@ -66,9 +68,12 @@ class SFTModule(PolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_steps: int = 5,
         stall_timeout: float | None = 1800.0,
+        cudnn_attention: bool = False,
     ) -> None:
         worker = RolloutWorker(rollout or AutoEngine(), sampling, None if reward is None else as_reward(reward))
-        super().__init__(policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout)
+        super().__init__(
+            policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
+        )
         self.packing = packing
         self._packing_mode: PackingMode = "positions"
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
@@ -82,6 +87,7 @@ class SFTModule(PolicyModule):
             "sampling": asdict(self.sampling),
             "max_skipped_steps": self.skipped_steps.maximum,
             "stall_timeout": self.stall_timeout,
+            "cudnn_attention": self.cudnn_attention,
         }
 
     def on_fit_start(self) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-
-from remax_lightning.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +27,36 @@ MAX_GRAPHS = 128
 MAX_MOVES = 1
 """How many rollouts in a row may find the weights at new addresses before graphs count as good for one rollout only.
 Loading a checkpoint moves weights once; a strategy that shards them gathers them anew for every rollout."""
+IDLE_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook")
+"""Hooks of transformers and PEFT, by name, that do nothing in a rollout: gradient checkpointing and adapters let
+embeddings ask for gradients, and whoever asked for hidden states once leaves hooks that collect them on demand."""
+HOST_WAITS = ("synchronizing CUDA operation", "stream is capturing")
+"""Parts of what torch says of a step that waits for the device or copies from the host."""
+
+
+class GraphMemory(NamedTuple):
+    """What graphs share: the pool of their memory, and the stream of their capture, by which torch finds free blocks.
+
+    Sharing is safe because the result of a replay is read before the next replay.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
 
 
 class StepCache:
     """Runs decoding steps, on CUDA as graphs that are captured at the first step of each shape.
 
-    A model that cannot be captured, since it has hooks or synchronizes with the host, runs as it is; the log says why.
+    What cannot be captured runs as it is, and the log says why: a model with hooks for as long as it has them, one that
+    waits for the host for good, and a shape whose capture failed otherwise, such as for lack of memory, until the next
+    rollout.
     """
 
     def __init__(self) -> None:
-        self.why_unsupported = ""
+        self._hooked, self._waits, self._logged = "", "", ""
+        self._failed: set[Hashable] = set()  # shapes of this rollout
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
-        self._pool: Any = None
+        self._memory: GraphMemory | None = None
         self._moves = 0
         self._weights: Hashable = None
 
@@ -48,6 +64,7 @@ class StepCache:
         """Start a rollout of `model`: drop graphs of other weights, or of weights at other addresses."""
         if _device_type(model) != "cuda":
             return
+        self._failed.clear()
         weights = _weights_fingerprint(model)
         if weights == self._weights:
             self._moves = 0
@@ -56,8 +73,17 @@ class StepCache:
             self._moves = 0 if self._weights is None else self._moves + 1
             self.clear()
             self._weights = weights
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-            self._give_up(type(model).__name__, "it has hooks, which a graph would skip")
+        # Looked at in every rollout: gathering layer by layer needs hooks, gathering once does not.
+        hook = _active_hook(model)
+        self._hooked = f"it has hooks ({hook}), which a graph would skip" if hook else ""
+        if self._hooked:
+            self._log(f"decoding steps of {type(model).__name__} are not captured as CUDA graphs, since {self._hooked}")
+            self.clear()
+
+    @property
+    def why_unsupported(self) -> str:
+        """Why no step of this rollout is captured; empty if steps are."""
+        return self._waits or self._hooked
 
     @property
     def is_reusable(self) -> bool:
@@ -67,7 +93,7 @@ class StepCache:
     def clear(self) -> None:
         """Drop all graphs, and their memory with the last of them."""
         self._graphs.clear()
-        self._pool = None
+        self._memory = None
 
     def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return `step(*inputs)`, from a graph where possible.
@@ -77,38 +103,47 @@ class StepCache:
             step: what to run.
             inputs: everything that may change between two runs, in the same memory each time.
         """
-        if inputs[0].device.type != "cuda" or self.why_unsupported:
+        if inputs[0].device.type != "cuda" or self.why_unsupported or key in self._failed:
             return step(*inputs)
         if key not in self._graphs:
             try:
-                self._graphs[key], self._pool = capture(step, inputs, self._pool)
+                self._graphs[key], self._memory = capture(step, inputs, self._memory)
             except Exception as error:  # whatever a model does that cannot be captured
-                reason = f"capture failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-                self._give_up("the policy", reason)
+                self._note_failure(key, error)
                 return step(*inputs)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)  # the most recently used one stays longest
         return self._graphs[key](*inputs)
 
-    def _give_up(self, name: str, reason: str) -> None:
-        if not self.why_unsupported:
-            log.info("decoding steps of %s are not captured as CUDA graphs, since %s", name, reason)
-        self.why_unsupported = reason
-        self.clear()
+    def _note_failure(self, key: Hashable, error: Exception) -> None:
+        """Run steps of this shape as they are: for good if they wait for the host, otherwise until the next rollout."""
+        reason = f"capture failed ({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]})"
+        if any(part in str(error) for part in HOST_WAITS):
+            self._waits = reason
+            self.clear()
+            self._log(f"decoding steps of the policy are not captured as CUDA graphs, since {reason}")
+        else:
+            self._failed.add(key)
+            self._log(f"decoding steps of one shape run without a CUDA graph in this rollout, since {reason}")
+
+    def _log(self, message: str) -> None:
+        """Log what the last message did not say already: every rollout comes here."""
+        if message != self._logged:
+            log.info(message)
+        self._logged = message
 
 
-def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[Step, Any]:
+def capture(step: Step, inputs: tuple[Tensor, ...], memory: GraphMemory | None = None) -> tuple[Step, GraphMemory]:
     """Capture `step` as a CUDA graph that reads `inputs` and the weights where they are now.
 
     Args:
         step: launches the same kernels at every call. It runs once before the capture.
         inputs: tensors whose memory every replay reads.
-        pool: memory of other graphs to share, which is safe because the result of a replay is read before the next
-            replay; None for new memory.
+        memory: that of other graphs, to share; None for new memory.
 
     Returns:
-        The replay, and the memory pool that it runs in.
+        The replay, and the memory that it runs in.
 
     Raises:
         RuntimeError: if `step` synchronizes with the device or copies from the host. A graph can do neither, and torch
@@ -123,12 +158,8 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
         step(*inputs)
         torch.cuda.set_sync_debug_mode(sync_debug_mode)
         graph = torch.cuda.CUDAGraph()
-        # The outer context restores the stream if the capture fails after all. With thread_local, other threads, such
-        # as one that pins batches, may go on meanwhile.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-        ):
+        stream = torch.cuda.Stream() if memory is None else memory.stream
+        with _capturing(graph, stream, None if memory is None else memory.pool):
             output = step(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode(sync_debug_mode)
@@ -139,7 +170,40 @@ def capture(step: Step, inputs: tuple[Tensor, ...], pool: Any = None) -> tuple[S
         graph.replay()
         return output
 
-    return replay, graph.pool()
+    return replay, GraphMemory(graph.pool(), stream)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> Iterator[None]:
+    """Capture what runs inside, as `torch.cuda.graph` does, which waits for the device and frees caches every time.
+
+    Here only the first graph of a pool does: a rollout of weights that were gathered for it captures a dozen graphs,
+    and waiting cost it a second.
+    """
+    if pool is None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    # With thread_local, other threads, such as one that pins batches, may go on meanwhile.
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # it says less than what has ended the capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+
+def _active_hook(model: nn.Module) -> str:
+    """Return the name of a hook that does something in a forward pass without gradients; empty if there is none."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
+    names = (getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+    return next((name for name in names if name not in IDLE_HOOKS), "")
 
 
 def _weights_fingerprint(model: nn.Module) -> Hashable:
@@ -165,7 +229,7 @@ def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Itera
     """Under autocast, run the model's float32 linear layers on weights that are cast once, inside the context.
 
     Autocast would cast all weights at every token. The copies are made from the current weights, so they are never out
-    of date. Without autocast nothing changes. Sharded weights are not copied, since they are sharded to save memory.
+    of date. Without autocast nothing changes. Of sharded weights, those are copied that are gathered for the context.
 
     Args:
         model: whose plain float32 `nn.Linear` layers to replace; all other layers stay as they are.
@@ -177,7 +241,7 @@ def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Itera
     layers: list[Any] = [module for module in model.modules() if _can_cast(module)]
     device = layers[0].weight.device.type if layers else "cpu"
     casts: list[CastLinear] = []
-    if layers and torch.is_autocast_enabled(device) and not is_sharded(model):
+    if layers and torch.is_autocast_enabled(device):
         casts = _cast(layers, torch.get_autocast_dtype(device), previous)
     for layer, cast in zip(layers, casts, strict=False):  # no casts where nothing changes
         # An attribute of the instance hides the method of its class, until it is deleted below.
@@ -190,7 +254,7 @@ def cast_linears(model: nn.Module, previous: Sequence[CastLinear] = ()) -> Itera
 
 
 def _can_cast(module: nn.Module) -> bool:
-    # A subclass may compute something else, and the placeholder of a sharded weight is empty.
+    # A subclass may compute something else. A shard is no plain parameter (FSDP2), or an empty one (ZeRO-3).
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -104,13 +104,30 @@ def _repair_optimizer(optimizer: torch.optim.Optimizer, saved_groups: list[dict[
         group["weight_decay"] = saved.get("weight_decay", 0.0)
 
 
+def sums_in(config: Mapping[str, Any]) -> str:
+    """Return DeepSpeed's name of the dtype in which `ReMaxDeepSpeedStrategy` sums gradients; empty for the weights'.
+
+    `data_types.grad_accum_dtype` of the configuration, or float32 under stages 2 and 3. Under stage 1, DeepSpeed would
+    take another optimizer, which holds the whole gradient in float32; with an offloaded optimizer, it would keep the
+    sum on the device.
+
+    Args:
+        config: of DeepSpeed.
+    """
+    zero = config.get("zero_optimization", {})
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    default = "fp32" if zero.get("stage") in (2, 3) and not offloads else ""
+    return str(config.get("data_types", {}).get("grad_accum_dtype") or default)
+
+
 class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with the loss divided once, and with support for the CPU.
 
     Lightning and DeepSpeed each divide the loss by `accumulate_grad_batches`, so the gradient is too small by that
     factor; Adam hides this, gradient clipping does not. Here only Lightning divides. On CPU processes the same engine
     runs over gloo, without compiled operators, so that a run can be tried without a GPU. With an offloaded optimizer,
-    every optimizer is accepted, not only those of DeepSpeed.
+    every optimizer is accepted, not only those of DeepSpeed. Stages 2 and 3 sum the gradients of several micro-batches
+    in float32, unless the optimizer is offloaded or `data_types.grad_accum_dtype` of `config` says otherwise.
 
     With an adapter, `exclude_frozen_parameters` is always true.
 
@@ -175,6 +192,7 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         if isinstance(self.config, dict):
             # DeepSpeed refuses torch's optimizers under offload by default. They work; its own is only faster.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+            self._accumulate_in_float32(self.config)
         # ---- The engine, and what is changed on it ----
         super().init_deepspeed()
         # DeepSpeed would unpickle its files without any limit.
@@ -188,6 +206,15 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             engine: Any = self.deepspeed_engine
             # Lightning has divided the loss by `accumulate_grad_batches` already.
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
+
+    def _accumulate_in_float32(self, config: dict[str, Any]) -> None:
+        """Sum the gradients of several micro-batches in float32, unless `config` names a dtype.
+
+        DeepSpeed's default is that of the weights: a sum in bfloat16 loses what is below 1/256 of it. See `sums_in`.
+        """
+        module = self.lightning_module
+        if module is not None and module.trainer.accumulate_grad_batches > 1 and sums_in(config) == "fp32":
+            config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint atomically."""

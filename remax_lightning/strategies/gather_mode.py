@@ -118,13 +118,22 @@ def fits_on_every_rank(model: nn.Module) -> bool:
     device = next(model.parameters()).device
     # All ranks decide the same, by the one with the least memory.
     free = free_bytes(device)
-    enough = free is None or sum(full_bytes(parameter) for parameter in model.parameters()) <= MAX_MEMORY_SHARE * free
+    needed = sum(full_bytes(parameter) for parameter in model.parameters()) + _cast_bytes(model, device)
+    enough = free is None or needed <= MAX_MEMORY_SHARE * free
     return bool(reduce_over_ranks(torch.tensor(int(enough), device=device), "min"))
 
 
 def full_bytes(parameter: Tensor) -> int:
     """Return the bytes of the unsharded parameter."""
     return full_numel(parameter) * parameter.element_size()
+
+
+def _cast_bytes(model: nn.Module, device: torch.device) -> int:
+    """Return the bytes of the 16-bit copies that a rollout makes of gathered weights under autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return 0
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    return sum(full_bytes(weight) // 2 for weight in weights if weight.dtype == torch.float32)
 
 
 def free_bytes(device: torch.device) -> int | None:

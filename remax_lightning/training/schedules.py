@@ -30,6 +30,28 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def choose_update_kernel(optimizer: Optimizer, device: torch.device) -> None:
+    """Let torch's Adam and AdamW update in one fused kernel on CUDA, unless their arguments choose another.
+
+    torch chooses `foreach` there, whose temporary copy of all weights (5.3 GB for 1.3 B in float32) is the peak of a
+    step. The update is the same up to rounding.
+
+    Args:
+        optimizer: before its first step; changed in place.
+        device: where the run trains.
+    """
+    # This mark lets a fused optimizer undo the loss scale of float16 itself: Lightning then refuses to clip, in
+    # bfloat16 too, and the norm that is logged and checked would be a scaled one.
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    if device.type != "cuda" or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        chosen = group["fused"] is not None or group["foreach"] is not None
+        if not (chosen or group["capturable"] or group["differentiable"]):
+            group["fused"] = True
+
+
 def _num_dimensions(parameter: nn.Parameter) -> int:
     """Return the number of dimensions of the full parameter; a shard of ZeRO-3 has one."""
     return len(full_shape(parameter))

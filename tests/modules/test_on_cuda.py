@@ -15,6 +15,7 @@ from helpers.checkpoints import HALF, TIMES, WHOLE, Setting
 from helpers.reward_models import save_classifier
 from helpers.stages import EXAMPLES, PAIRS
 from helpers.training import Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
+from training.skipping_ranks import Overflow, Weights, equal
 
 from remax_lightning.callbacks import BaselineMonitor, CollapseDetector, Evaluation, KLMonitor, SampleDump, Throughput
 from remax_lightning.data import PreferenceDataModule, SFTDataModule
@@ -40,14 +41,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch) -> tuple[Ran, Ran]:
-    """Make a run on the CPU, which draws as CUDA does for it, and on the pretended device."""
+def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch, replays: bool = True) -> tuple[Ran, Ran]:
+    """Make a run on the CPU, which draws as CUDA does for it, and on the pretended device, with graphs or without."""
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "sample_inverse_cdf", sampling.sample_exponential_race)
         patch.setattr(decoding, "EOS_CHECK_INTERVAL", 1)  # on CUDA too: rows that are left draw other numbers
         here = run("cpu")
-        with pretend(patch):
+        with pretend(patch) as device:
             there = run("gpu")
+        assert (sum(graph.replays for graph in device.graphs) > 0) == replays
     return here, there
 
 
@@ -113,7 +115,7 @@ def test_remax_trains_as_on_a_cpu(case: str, folder: Path, tmp_path: Path, monke
             limit_val_batches=1.0, val_check_interval=1, callbacks=callbacks,
         )  # fmt: skip
 
-    check_equal(*on_both(run, monkeypatch))
+    check_equal(*on_both(run, monkeypatch, replays=case != "one call of the model's own"))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -148,8 +150,8 @@ def test_the_earlier_stages_train_as_on_a_cpu(folder: Path, tmp_path: Path, monk
         trainer.fit(module, data)
         return figures_of(trainer.callback_metrics)
 
-    check_equal(*on_both(tuned, monkeypatch))
-    here, there = on_both(compared, monkeypatch)
+    check_equal(*on_both(tuned, monkeypatch, replays=False))
+    here, there = on_both(compared, monkeypatch, replays=False)
     assert there == pytest.approx(here, rel=1e-4, abs=1e-4)
 
 
@@ -162,6 +164,19 @@ def test_a_run_is_resumed(tmp_path: Path, fake_cuda: FakeCuda) -> None:
     for name, value in whole.weights[-1].items():
         assert torch.equal(resumed.weights[-1][name], value)
     assert sum(graph.replays for graph in fake_cuda.graphs) > 0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(folder: Path, tmp_path: Path, fake_cuda: FakeCuda) -> None:
+    seen = Weights()
+    data = prompt_data(tmp_path, str(folder / "policy"))
+    trainer = make_trainer(
+        tmp_path, [Overflow({2}), seen], accelerator="gpu", max_steps=3, max_epochs=-1, gradient_clip_val=1.0
+    )
+    with pytest.warns(UserWarning, match="Optimizer step 2 is skipped: its gradient is not finite"):
+        trainer.fit(remax(folder), data)
+    assert seen.skipped == [0, 1, 1]
+    assert [equal(*pair) for pair in zip(seen.weights, seen.weights[1:], strict=False)] == [False, True, False]
+    assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
 
 def test_training_follows_a_validation(folder: Path, tmp_path: Path, fake_cuda: FakeCuda) -> None:

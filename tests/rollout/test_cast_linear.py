@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
@@ -98,18 +99,44 @@ def test_memory_is_reused_for_the_current_weights(mixed: None) -> None:
         assert third[0].weight.data_ptr() not in addresses
 
 
-def test_weights_that_fsdp2_has_gathered_are_not_copied(tmp_path: Path) -> None:
+class Casts(TorchDispatchMode):
+    """Notes casts from float32 of what has the shape of a weight."""
+
+    def __init__(self, weights: list[torch.Size]) -> None:
+        super().__init__()
+        self.weights, self.shapes = weights, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_cast = func.overloadpacket.__name__ == "_to_copy" and args[0].dtype == torch.float32
+        if is_cast and args[0].shape in self.weights:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gathered", ["once", "layer by layer"])
+def test_weights_that_fsdp2_has_gathered_are_cast_once(gathered: str, tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model: Any = fully_shard(tiny_model("llama"), mesh=init_device_mesh("cpu", (1,)))
-        model.unshard()
-        assert model.lm_head.weight.numel() > 0  # whole, so that only the mark of sharding holds it back
-        with torch.autocast("cpu", dtype=torch.bfloat16), cast_linears(model) as casts:
-            assert casts == []
+        model: Any = tiny_model("llama")
+        linears = [module.weight.shape for module in model.modules() if type(module) is nn.Linear]
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers if gathered == "layer by layer" else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh).unshard()
+        mixed = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        with torch.no_grad(), mixed, Casts(linears) as counted:
+            with cast_linears(model) as casts:
+                # Of layers that are gathered for each pass, none is there to be cast.
+                assert len(casts) == (len(linears) if gathered == "once" else 1)
+                assert len(counted.shapes) == len(casts)
+                counted.shapes.clear()
+                outputs(model)
+                outputs(model)
+            assert len(counted.shapes) == 2 * (len(linears) - len(casts))
     finally:
         dist.destroy_process_group()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from fake_cuda import FakeCuda, is_there
+from fake_cuda import FakeCuda, Graph, is_there
 from rollout.families import FAMILIES, Family, family_model
 from torch import nn
 
 from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import (
     AutoEngine,
     GenerationRequest,
@@ -21,7 +23,7 @@ from remax_lightning.rollout import (
     SamplingConfig,
     cuda_graph,
 )
-from remax_lightning.rollout.cuda_graph import StepCache
+from remax_lightning.rollout.cuda_graph import CastLinear, StepCache
 
 pytestmark = pytest.mark.slow  # on the fake device every replay runs the whole step
 
@@ -89,6 +91,72 @@ def test_graphs_are_captured_once_and_run_in_the_same_memory(fake_cuda: FakeCuda
     assert sum(graph.replays for graph in captured) - replays == 39  # a step for every token but the last
 
 
+def test_one_graph_of_a_rollout_waits_for_the_device(fake_cuda: FakeCuda) -> None:
+    """`torch.cuda.graph` would at each of them, and free the allocator's cache."""
+    model = tiny_model("llama").to("cuda")
+    fake_cuda.calls.clear()
+    roll_out(PairedEngine(), model)
+    assert len(fake_cuda.graphs) == 3
+    assert (fake_cuda.calls["synchronize"], fake_cuda.calls["empty_cache"]) == (1, 1)
+
+
+def as_trained(policy_path: Path, how: str) -> Any:
+    """A policy as a run loads it, with the hooks that its way of training leaves on it."""
+    lora = LoRAConfig(r=2) if "adapter" in how else None
+    model = ModelConfig(str(policy_path), gradient_checkpointing="checkpointing" in how, lora=lora).load("model.policy")
+    if how == "asked for gradients of inputs":
+        model.enable_input_require_grads()
+    if how == "asked for hidden states":
+        model.eval()(IDS, output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules()) == (how != "adapter")
+    return model.to("cuda").eval()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "checkpointing",
+        "adapter",
+        "adapter and checkpointing",
+        "asked for gradients of inputs",
+        "asked for hidden states",
+    ],
+)
+def test_hooks_that_do_nothing_in_a_rollout_leave_graphs_on(how: str, policy_path: Path, fake_cuda: FakeCuda) -> None:
+    model, engine = as_trained(policy_path, how), PairedEngine()
+    plain = roll_out(PairedEngine(cuda_graphs=False), model)
+    assert all(equal(roll_out(engine, model), plain) for _ in range(2))
+    assert len(fake_cuda.graphs) == 3
+    assert sum(graph.replays for graph in fake_cuda.graphs) == 2 * 39
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a library not ready")])
+def test_a_capture_that_fails_once_is_tried_in_the_next_rollout(
+    error: Exception,
+    failures: int,
+    fake_cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, engine, left, begin = tiny_model("llama").to("cuda"), PairedEngine(), [error] * failures, Graph.capture_begin
+    plain = roll_out(PairedEngine(cuda_graphs=False), model)
+
+    def fail(graph: Graph, *arguments: Any, **options: Any) -> None:
+        if left:
+            raise left.pop()
+        begin(graph, *arguments, **options)
+
+    monkeypatch.setattr(Graph, "capture_begin", fail)
+    with caplog.at_level("INFO"):
+        assert equal(roll_out(engine, model), plain)
+    assert len(fake_cuda.graphs) == 3 - failures
+    assert caplog.text.count(str(error)) == 1  # however many shapes
+    assert equal(roll_out(engine, model), plain)
+    assert len(fake_cuda.graphs) == 3
+    assert all(graph.replays for graph in fake_cuda.graphs)
+
+
 def test_graphs_end_with_the_slots_that_they_read(fake_cuda: FakeCuda) -> None:
     model, engine = tiny_model("llama").to("cuda"), PairedEngine(keep_cache=False)
     for seed in (0, 1):
@@ -115,16 +183,30 @@ def test_graphs_of_weights_that_keep_moving_are_of_one_rollout(mixed: bool, fake
     assert engine._step_cache.why_unsupported == ""
 
 
-def test_weights_that_are_gathered_leave_no_graphs(fake_cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_that_are_gathered_leave_no_graphs(
+    mixed: bool, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ZeRO-3's are known by their ids before they have moved: the step after the first rollout needs the memory."""
-    model, engine = tiny_model("llama").to("cuda"), PairedEngine()
+    model, engine, cast = tiny_model("llama").to("cuda"), PairedEngine(), []
     for parameter in model.parameters():
         parameter.ds_id = 0
-    for _ in range(2):
-        assert equal(roll_out(engine, model), roll_out(PairedEngine(cuda_graphs=False), model))
-        assert engine._buffers is None
-        assert not engine._step_cache._graphs
+
+    def counted(self: CastLinear, layer: Any, dtype: torch.dtype, make: Any = CastLinear.__init__) -> None:
+        cast.append(layer)
+        make(self, layer, dtype)
+
+    monkeypatch.setattr(CastLinear, "__init__", counted)
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        plain = roll_out(PairedEngine(cuda_graphs=False), model)
+        cast.clear()
+        for _ in range(2):
+            assert equal(roll_out(engine, model), plain)
+            assert engine._buffers is None
+            assert not engine._step_cache._graphs
     assert len(fake_cuda.graphs) == 2 * 3
+    assert sum(graph.replays for graph in fake_cuda.graphs) == 2 * 39
+    assert len(cast) == 2 * mixed * len([each for each in model.modules() if type(each) is nn.Linear])  # no token's own
 
 
 def test_longer_responses_ask_for_new_slots_and_new_graphs(fake_cuda: FakeCuda) -> None:
@@ -238,12 +320,16 @@ def test_weights_elsewhere_are_captured_anew(fake_cuda: FakeCuda, caplog: pytest
 
 def test_a_model_with_hooks_is_run_itself(fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     model, engine, seen = tiny_model("llama").to("cuda"), PairedEngine(), []
-    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     with caplog.at_level("INFO"):
         for _ in range(3):
             roll_out(engine, model, length=5)
     assert len(seen) == 15
     assert "decoding steps of LlamaForCausalLM are not captured as CUDA graphs, since it has hooks" in caplog.text
+    assert caplog.text.count("not captured") == 1
+    hook.remove()
+    roll_out(engine, model, length=5)
+    assert len(fake_cuda.graphs) == 1
 
 
 def test_a_model_that_looks_at_its_values_is_run_itself(

@@ -24,12 +24,14 @@ class OneWeight(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def main(accumulate: int, result: Path) -> None:
-    module = OneWeight()
+def main(gradients: list[float], result: Path, precision: str = "32-true", stage: int = 2) -> None:
+    """Train a weight of 1 with the mean of `gradients` and a learning rate of 1, a micro-batch for each."""
+    module, accumulate = OneWeight(), len(gradients)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=ReMaxDeepSpeedStrategy(stage=2),
+        strategy=ReMaxDeepSpeedStrategy(stage=stage),
+        precision=precision,
         accumulate_grad_batches=accumulate,
         max_steps=1,
         logger=False,
@@ -37,5 +39,6 @@ def main(accumulate: int, result: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(torch.ones(accumulate, 1), batch_size=1))
+    rows = torch.tensor(gradients, dtype=torch.bfloat16 if "bf16" in precision else torch.float32)[:, None]
+    trainer.fit(module, DataLoader(rows, batch_size=1))
     result.write_text(str(module.layer.weight.item()))

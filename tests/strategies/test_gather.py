@@ -95,6 +95,12 @@ def test_auto_is_once_where_there_is_room(group: None, monkeypatch: pytest.Monke
     ):
         monkeypatch.setattr(gather_mode, "free_bytes", lambda device, free=free: free)
         assert gather_mode.uses_layerwise_gather(policy) is expected
+    with torch.autocast("cpu", torch.bfloat16):  # a 16-bit copy of the linear layers' weights lies beside them
+        linears = [module.weight.numel() for module in policy.modules() if type(module) is nn.Linear]
+        for more, expected in ((1, False), (-1, True)):
+            free = (size + 2 * sum(linears)) / gather_mode.MAX_MEMORY_SHARE + more
+            monkeypatch.setattr(gather_mode, "free_bytes", lambda device, free=free: free)
+            assert gather_mode.uses_layerwise_gather(policy) is expected
     policy._no_split_modules = None
     assert not gather_mode.uses_layerwise_gather(policy)
 

@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from fake_cuda import FakeCuda, is_there
 from helpers.training import fit, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
 from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import WarmupCosine, WarmupLinear
-from remax_lightning.training.schedules import check_learning_rate_precision, parameter_groups, set_total_steps
+from remax_lightning.training.schedules import (
+    check_learning_rate_precision,
+    choose_update_kernel,
+    parameter_groups,
+    set_total_steps,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,43 @@ def test_biases_and_norms_take_no_weight_decay() -> None:
 
 def test_a_model_without_vectors_has_one_group() -> None:
     assert len(parameter_groups(nn.Linear(2, 2, bias=False))) == 1
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_adam_updates_in_one_kernel_on_cuda(kind: Any, fake_cuda: FakeCuda) -> None:
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).to("cuda")
+        optimizer = kind(parameter_groups(layer), lr=0.1)
+        if fused:
+            choose_update_kernel(optimizer, layer.weight.device)
+        for _ in range(3):
+            layer(torch.ones(1, 3, device="cuda")).sum().backward()
+            optimizer.step()
+        assert {group["fused"] for group in optimizer.param_groups} == {True if fused else None}
+        assert all(is_there(state["step"]) == fused for state in optimizer.state.values())
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"fused": False}, {"capturable": True}])
+def test_a_kernel_that_was_chosen_stays(options: dict[str, bool]) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], **options)
+    for device in ("cpu", "cuda"):
+        choose_update_kernel(optimizer, torch.device(device))
+        assert not optimizer.param_groups[0]["fused"]
+
+
+def test_a_fused_optimizer_is_clipped_in_mixed_precision(policy: str, tmp_path: Path) -> None:
+    """Lightning refuses it otherwise, in bfloat16 too, where there is no loss scale."""
+    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
+    recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert recorder.logged[0]["train/grad_norm"] > 0
+    assert any(value.abs().max() > 0 for value in recorder.step().values())
 
 
 # Lost updates

@@ -27,6 +27,7 @@ from remax_lightning.rollout.paired import DecodeLoop
 from remax_lightning.rollout.static_cache import DecodeBuffers
 from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
+from remax_lightning.training.schedules import choose_update_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -320,22 +321,25 @@ def _live_after_body(model: PreTrainedModel, head: OutputHead | None, live: Live
 
 
 def update_bytes(
-    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: Sequence[dict[str, Any]], *, foreach: bool
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    groups: Sequence[dict[str, Any]],
+    device: torch.device,
 ) -> UpdateBytes:
     """Measure the state and the temporary memory of an optimizer; call it inside `shapes_only`.
 
     Args:
         make: makes the optimizer of parameter groups.
         groups: the parameter groups.
-        foreach: update all parameters at once, as PyTorch chooses on CUDA unless it is told otherwise.
+        device: where the run trains: on CUDA a run chooses the fused kernel, and torch updates all parameters at once.
     """
     # ---- Parameters with gradients, and the optimizer ----
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     optimizer = make([dict(group) for group in groups])
+    choose_update_kernel(optimizer, device)
     for group in optimizer.param_groups:
-        if foreach and not group.get("fused") and group.get("foreach", False) is None:
+        if device.type == "cuda" and not group.get("fused") and group.get("foreach", False) is None:
             group["foreach"] = True
     with LiveBytes([*parameters, *(parameter.grad for parameter in parameters)]) as live:
         # The first step makes the state, the second shows what an update needs beside it.

@@ -87,14 +87,14 @@ def _measure(run: PlannedRun) -> Sizes:
             shared = passes.reference_scoring(policy)
     scoring = passes.policy_scoring()
     # ---- The passes of a step, and its update ----
-    groups, foreach = parameter_groups(policy), run.device == "gpu"
+    groups, device = parameter_groups(policy), torch.device("cuda" if run.device == "gpu" else "cpu")
     compared = reference if kl.full else None
     step = Step(
         rollout=passes.rollout(greedy=module.objective.needs_greedy),
         scoring=max(shared, scoring if run.scores_policy else 0),
         training=passes.training(compared),
-        update=_optimizer_bytes(run, groups, foreach),
-        flat_update=_optimizer_bytes(run, _flatten_groups(groups), foreach),
+        update=_optimizer_bytes(run, groups, device),
+        flat_update=_optimizer_bytes(run, _flatten_groups(groups), device),
         micro_batches=run.micro_batches,
         passes=run.passes,
         hidden=0 if compared is None else passes.hidden_state_bytes(compared, work.prompts * work.sampling.num_samples),
@@ -175,9 +175,9 @@ def _frozen_size(name: Any, model: PreTrainedModel, working: int, placement: Any
     return FrozenSize(name, _parameter_bytes(model), working, sum(layers), max(layers, default=0), placement, stays)
 
 
-def _optimizer_bytes(run: PlannedRun, groups: list[dict[str, Any]], foreach: bool) -> Any:
+def _optimizer_bytes(run: PlannedRun, groups: list[dict[str, Any]], device: torch.device) -> Any:
     try:
-        return update_bytes(run.module.optimizer, groups, foreach=foreach)
+        return update_bytes(run.module.optimizer, groups, device)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(
@@ -203,7 +203,7 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     )
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     cast_copy = 0
-    if run.is_mixed and not run.strategy.shards_policy:  # every device casts its float32 weights once per rollout
+    if run.is_mixed:  # every device casts the float32 weights that it has for a rollout once
         # halved: 4 bytes become 2
         cast_copy = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
     if run.module.policy_source.quantization is not None:

@@ -137,9 +137,13 @@ class Zero(StrategyMemory):
         # ---- Shares of one device, in bytes ----
         self.master = strategy.share(MASTER * size.trainable)
         self.state = strategy.share(step.flat_update.state)
-        self.gradient_share = strategy.share(self.gradients)
-        # A float32 copy of the gradients, and what the optimizer needs.
-        self.working = self.master + strategy.share(step.flat_update.working)
+        in_float32 = self.accumulates and strategy.sum_itemsize == MASTER
+        self.gradient_share = self.master if in_float32 else strategy.share(self.gradients)
+        # In float32, stage 2 adds each micro-batch to one flat buffer, from which the optimizer reads.
+        self.sums_in_place = in_float32 and strategy.stage == 2
+        # What the optimizer needs, and otherwise a float32 copy of the gradients.
+        copied = 0 if self.sums_in_place else self.master
+        self.working = copied + strategy.share(step.flat_update.working)
         self.on_device = 0 if strategy.offload_optimizer else 1  # 0 if they are in the host's memory
 
     def resident(self) -> Parts:
@@ -166,7 +170,7 @@ class Zero(StrategyMemory):
         buffers = self.strategy.buckets * self.strategy.bucket
         buffers = min(buffers, self.size.trainable) if self.strategy.touched else buffers
         copied = self._reduced(moment)
-        gradients = accumulated + (self.gradient_share * self.on_device if copied else 0)
+        gradients = accumulated + (self.gradient_share * self.on_device if copied and not self.sums_in_place else 0)
         return {"gradients": gradients, "gradient buffers": (buffers + copied) * self.size.itemsize}
 
     def _reduced(self, moment: BackwardPeak) -> int:
@@ -281,7 +285,10 @@ def phases(
     policy = make_strategy_memory(size, step, strategy)
     always = _resident_parts(policy, frozen, value)
     hidden = {"reference hidden states": step.hidden}
-    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "16-bit copy": size.cast_copy}
+    # Layer by layer, only what is outside the layers is gathered for the whole rollout, and cast once.
+    layerwise = strategy.shards_policy and strategy.gather == "layerwise"
+    cast_copy = min(size.cast_copy, size.outside // 2) if layerwise else size.cast_copy
+    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "16-bit copy": cast_copy}
     rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
     # ---- The moments of each phase that may be its peak ----
@@ -312,7 +319,7 @@ def resolve_gather_mode(
         return strategy
     resident = _resident_parts(make_strategy_memory(size, step, strategy), frozen).total()
     # As the strategy itself decides: the whole weights beside what is always there.
-    fits = memory is None or size.weights <= MAX_MEMORY_SHARE * (memory - resident)
+    fits = memory is None or size.weights + size.cast_copy <= MAX_MEMORY_SHARE * (memory - resident)
     return replace(strategy, gather="once" if fits else "layerwise")
 
 

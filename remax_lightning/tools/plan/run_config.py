@@ -16,6 +16,8 @@ from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
 from remax_lightning.rollout import AutoEngine, PairedEngine
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy
+from remax_lightning.strategies.deepspeed import sums_in
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
@@ -265,7 +267,8 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
 
 def _zero_strategy(value: DeepSpeedStrategy, devices: int, touched: bool) -> Strategy:
     # ---- DeepSpeed's configuration, and its defaults where that says nothing ----
-    zero = cast("dict[str, Any]", value.config).get("zero_optimization", {})
+    config = cast("dict[str, Any]", value.config)
+    zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"trainer.strategy.init_args.stage: remax plan knows stages 1, 2 and 3 of ZeRO, got {stage}")
@@ -284,5 +287,6 @@ def _zero_strategy(value: DeepSpeedStrategy, devices: int, touched: bool) -> Str
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         buckets=2 if zero.get("overlap_comm", stage == 3) else 1,
         gather=getattr(value, "gather", "auto"),
+        sum_itemsize=4 if isinstance(value, ReMaxDeepSpeedStrategy) and sums_in(config) == "fp32" else 0,
         touched=touched,
     )

@@ -24,6 +24,8 @@ class Strategy:
         max_live: elements that ZeRO-3 keeps gathered if it will reuse them.
         prefetch: elements that ZeRO-3 prefetches at once.
         bucket_views: gradients of DDP are views of its buckets.
+        sum_itemsize: bytes of a number in which ZeRO sums the gradients of several micro-batches; 0 for that of the
+            weights.
         gather: how rollouts gather a sharded policy, once or layer by layer.
         touched: memory counts when it is written, as resident memory of a CPU process does; otherwise when it is
             allocated, as on CUDA.
@@ -39,6 +41,7 @@ class Strategy:
     max_live: int = 1_000_000_000
     prefetch: int = 50_000_000
     bucket_views: bool = False
+    sum_itemsize: int = 0
     gather: Gather = "auto"
     touched: bool = False
 
