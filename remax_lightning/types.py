@@ -188,6 +188,9 @@ class Rollout(NamedTuple):
             64 MiB instead of 2 GiB in bfloat16 for 8,192 tokens, D = 4,096 and V = 131,072.
         engine_log_probs: `[S, R]` log-probs that the engine itself had for the tokens that it drew; None unless
             `loss.mismatch` compares them with the trainer's.
+        baseline_parts: the named parts of the reward of the greedy responses, each `[B]`, or None.
+        normalized_reward: `[S]` weighted sum of the parts above their greedy values, each on its own scale, which is
+            trained on in place of `reward - baseline_reward`; None unless the reward normalizes its parts.
     """
 
     prompt: PromptBatch
@@ -200,6 +203,8 @@ class Rollout(NamedTuple):
     log_probs: Tensor | None
     reference_hidden: Tensor | None = None
     engine_log_probs: Tensor | None = None
+    baseline_parts: dict[str, Tensor] | None = None
+    normalized_reward: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -229,6 +234,10 @@ class Rollout(NamedTuple):
             log_probs=None if self.log_probs is None else self.log_probs[first:last],
             reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
             engine_log_probs=None if self.engine_log_probs is None else self.engine_log_probs[first:last],
+            baseline_parts=None
+            if self.baseline_parts is None
+            else {name: value[start:stop] for name, value in self.baseline_parts.items()},
+            normalized_reward=None if self.normalized_reward is None else self.normalized_reward[first:last],
         )
 
 

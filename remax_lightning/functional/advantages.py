@@ -89,6 +89,50 @@ def soft_overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tenso
     return ((lengths.float() - (max_length - cache)) / cache).clamp(0.0, 1.0)  # [M]
 
 
+def normalized_differences(
+    parts: Tensor,
+    baseline_parts: Tensor,
+    weights: Tensor,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the weighted sum of the parts of a reward above their greedy values, each part on its own scale.
+
+    `Σ_k w_k · d_k / s_k` with `d_k = r_k(x, y) - r_k(x, y*)` and `s_k = max(sqrt(mean(d_k²)), 1e-4)`, the mean over all
+    responses. It is GDPO (Liu et al. 2026, arXiv 2601.05242) with the greedy value in place of a group's mean, also as
+    the center of the deviation `s_k`: around the mean of `d_k`, a part that is nearly the same distance from its greedy
+    values everywhere would be blown up. The smallest `s_k` is that of `whiten_advantages`; a constant part adds 0.
+
+    Args:
+        parts: `[S, K]` values of the sampled responses; those of one prompt stand next to each other.
+        baseline_parts: `[B, K]` values of the greedy responses.
+        weights: `[K]`.
+        reduce: sums a tensor of `K + 1` numbers over ranks, so that the deviations are global; called exactly once,
+            also on a rank without responses. None where there is one process.
+
+    Returns:
+        `[S]` float32 (float64 if an input is), detached.
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    check_shape("parts", parts, "[S, K]", (None, None))
+    count, num_parts = parts.shape
+    check_shape("baseline_parts", baseline_parts, "[B, K]", (None, num_parts))
+    check_shape("weights", weights, "[K]", (num_parts,))
+    num_prompts = baseline_parts.shape[0]
+    divides = count % num_prompts == 0 if num_prompts else count == 0
+    check_argument(divides, "baseline_parts", f"of a number of prompts that divides the {count} responses", num_prompts)
+    dtype = compute_dtype(parts, baseline_parts)
+    # d_k = r_k - b_k of every response [S, K]
+    baseline = baseline_parts.detach().to(dtype).repeat_interleave(count // max(num_prompts, 1), dim=0)
+    differences = parts.detach().to(dtype) - baseline
+    # sigma_k over all ranks [K]; sums of squares and the count share one reduction
+    sums = torch.cat([differences.square().sum(0), differences.new_full((1,), count)])  # [K + 1]
+    sums = sums if reduce is None else reduce(sums)
+    deviations = (sums[:-1] / sums[-1].clamp(min=1)).sqrt().clamp(min=1e-4)  # [K]
+    return (differences * (weights.to(differences) / deviations)).sum(1)  # [S]
+
+
 def whiten_advantages(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return advantages with mean 0 and variance 1 over all masked tokens, 0 outside the mask.
 

@@ -30,7 +30,7 @@ from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
 from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
-from remax_lightning.types import PromptBatch, Rollout, StepOutput
+from remax_lightning.types import PromptBatch, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +100,7 @@ class ReMaxModule(PolicyModule):
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         reward = as_reward(reward)
         checks.check_compares(reward, advantage.baseline)
+        checks.check_normalized(reward, advantage)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
         worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, penalty, overlong_cache)
@@ -267,6 +268,9 @@ class ReMaxModule(PolicyModule):
         self._num_rollouts += 1
         if plan.compares_engine:
             rollout = self._as_engine_log_probs(rollout)  # log mu(y_t) [S, R]
+        if self.reward.normalized_weights is not None:
+            # r - b part by part, on scales that are those of all micro-batches and ranks
+            rollout = self._normalize_parts(rollout, self.reward.normalized_weights)
         # ---- What training needs besides, from passes without gradients ----
         if plan.has_kl:
             rollout = self.with_reference(rollout)  # log pi_ref(y_t) [S, R]
@@ -291,6 +295,11 @@ class ReMaxModule(PolicyModule):
                 " an engine that returns them"
             )
         return rollout._replace(engine_log_probs=rollout.log_probs, log_probs=None)
+
+    def _normalize_parts(self, rollout: Rollout, weights: dict[str, float]) -> Rollout:
+        greedy_penalty = self.worker.overlong_penalty(cast(Responses, rollout.greedy))  # [B]
+        penalty = self.worker.overlong_penalty(rollout.sampled) - greedy_penalty.repeat_interleave(rollout.num_samples)
+        return self.objective.normalize(rollout, weights, penalty, self._sum_over_ranks)
 
     def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
         """Add log pi_old(y_t), and the advantages that depend on a KL."""

@@ -42,6 +42,9 @@ class Reward(ABC):
     compares: bool = False
     """Whether it compares a response with the greedy one, its `baseline` (see `remax_lightning.types.Response`)."""
 
+    normalized_weights: dict[str, float] | None = None
+    """Weights by part where training normalizes the parts before it sums them; None trains on the reward itself."""
+
     def load(self, device: torch.device) -> None:  # noqa: B027
         """Load what scoring needs onto `device`; called once, before the first `score`. Default: nothing."""
 

@@ -54,6 +54,13 @@ class TimedReward(Reward):
         check_deadline(timeout, on_timeout)
         self.reward, self.timeout, self.on_timeout = reward, timeout, on_timeout
         self.skips_none, self.compares = reward.skips_none, reward.compares
+        self.normalized_weights = reward.normalized_weights
+        if self.normalized_weights is not None and on_timeout != "error":
+            raise UserError(
+                f"{_KEY}.on_timeout: expected error for a reward whose parts are normalized ({_KEY}.reward.init_args."
+                f"normalize std), got {on_timeout}: a response that takes too long has no parts; set timeout and"
+                " on_timeout of the part that is slow"
+            )
         try:
             self._pickled = pickle.dumps(reward)
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -73,12 +73,23 @@ class WeightedReward(Reward):
     Args:
         parts: the rewards by name.
         weights: what each is multiplied by; 1.0 where a name is left out.
+        normalize: `std` brings the parts to one scale before they are summed, as GDPO does: each part's greedy value is
+            subtracted from it, the difference is divided by its root mean square over the rollout batch of all ranks,
+            then weighted. Weights then say how much each part counts, whatever its range. Needs
+            `model.advantage.baseline: greedy`. Logs and evaluations have the plain sum. `none`, the default, trains on
+            the plain sum too, whose gradient is unbiased.
 
     Raises:
-        UserError: if there is no part, a name holds a slash, or a weight is not finite or belongs to no part.
+        UserError: if there is no part, a name holds a slash, a weight is not finite or belongs to no part, or a part
+            normalizes parts of its own.
     """
 
-    def __init__(self, parts: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        parts: dict[str, Reward],
+        weights: dict[str, float] | None = None,
+        normalize: Literal["none", "std"] = "none",
+    ) -> None:
         weights = weights or {}
         if not parts:
             raise UserError(f"{_KEY}.parts: expected at least one named reward, got none")
@@ -90,8 +101,17 @@ class WeightedReward(Reward):
                 raise UserError(f"{_KEY}.weights.{name}: no part has this name; the parts are: {', '.join(parts)}")
             if not math.isfinite(weight):
                 raise UserError(f"{_KEY}.weights.{name}: expected a finite number, got {weight}")
-        self.parts = dict(parts)
+        if normalize not in ("none", "std"):
+            raise UserError(f"{_KEY}.normalize: expected none or std, got {normalize!r}")
+        for name, part in parts.items():
+            if part.normalized_weights is not None:
+                raise UserError(
+                    f"{_KEY}.parts.{name}.init_args.normalize: expected none in a part of another WeightedReward, got"
+                    f" std; name its parts in {_KEY}.parts and set {_KEY}.normalize"
+                )
+        self.parts, self.normalize = dict(parts), normalize
         self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
+        self.normalized_weights = self.weights if normalize == "std" else None
         self.compares = any(part.compares for part in parts.values())
         self._device = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.config import KLConfig
+from remax_lightning.config import AdvantageConfig, KLConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import required_head
@@ -72,6 +72,23 @@ def check_compares(reward: Reward, baseline: str) -> None:
         raise UserError(
             f"model.reward {reward!r} compares responses with the greedy one, which training generates only with"
             f" model.advantage.baseline greedy, got {baseline}"
+        )
+
+
+def check_normalized(reward: Reward, advantage: AdvantageConfig) -> None:
+    """Refuse to normalize the parts of a reward where that has no meaning."""
+    if reward.normalized_weights is None:
+        return
+    key = "model.reward.init_args.normalize std"
+    if advantage.baseline != "greedy":
+        raise UserError(
+            f"{key} subtracts each part's greedy value, and needs model.advantage.baseline greedy, got"
+            f" {advantage.baseline}"
+        )
+    if advantage.reward_clip is not None and advantage.reward_clip_at == "before_baseline":
+        raise UserError(
+            f"{key} knows the parts only above their greedy values; set model.advantage.reward_clip_at to"
+            " after_baseline, which bounds their normalized sum, or model.advantage.reward_clip to null"
         )
 
 

@@ -19,6 +19,7 @@ from remax_lightning.functional import (
     kl_loss,
     masked_mean,
     mismatch_weights,
+    normalized_differences,
     reinforce_loss,
     remax_advantages,
 )
@@ -120,6 +121,25 @@ class Objective:
         """Whether a KL to the reference enters the advantages or the loss."""
         return self.kl_config.loss_coef > 0 or (kl_coef > 0 and self.kl_config.credit != "none")
 
+    def normalize(
+        self, rollout: Rollout, weights: dict[str, float], penalty: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> Rollout:
+        """Return `rollout` with `normalized_reward`, the parts above their greedy values on one scale.
+
+        Args:
+            rollout: whole, with greedy responses: the scale of a part is that of all micro-batches and ranks.
+            weights: by the names of the parts.
+            penalty: `[S]` reward that a response loses for its length, above that of its greedy response. It stays in
+                the unit of its key, beside parts whose root mean square is their weight.
+            reduce: sums a tensor over ranks.
+        """
+        greedy = cast("dict[str, Tensor]", rollout.baseline_parts)
+        parts = torch.stack([rollout.reward_parts[name] for name in weights], dim=1)  # [S, K]
+        baseline_parts = torch.stack([greedy[name] for name in weights], dim=1)  # [B, K]
+        values = torch.tensor(list(weights.values()), device=parts.device)  # [K]
+        above = normalized_differences(parts, baseline_parts, values, reduce)  # [S]
+        return rollout._replace(normalized_reward=above - penalty)
+
     def loss_mask(self, rollout: Rollout) -> Tensor:
         """Return `[S, R]` bool, True on the tokens that are trained on."""
         mask = rollout.sampled.response_mask
@@ -153,13 +173,16 @@ class Objective:
         config = self.advantage_config
         # A KL that is in the loss only is measured, but costs no reward.
         uses_kl = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
+        reward, baseline, baseline_reward = rollout.reward, config.baseline, rollout.baseline_reward
+        if rollout.normalized_reward is not None:  # the greedy values are subtracted already
+            reward, baseline = rollout.normalized_reward, "none"
         return remax_advantages(
-            rollout.reward,
+            reward,
             rollout.sampled.response_mask,
             loss_mask=self.loss_mask(rollout),
             num_samples=rollout.num_samples,
-            baseline=config.baseline,
-            baseline_reward=rollout.baseline_reward if config.baseline == "greedy" else None,
+            baseline=baseline,
+            baseline_reward=baseline_reward if baseline == "greedy" else None,
             kl=kl if uses_kl else None,
             kl_coef=kl_coef if uses_kl else 0.0,
             kl_credit=self.kl_config.credit if uses_kl else "none",

@@ -262,10 +262,10 @@ class RolloutWorker:
         # ---- Put y and y* into one list ----
         # The prompt of each row: n times each for the sampled responses, once for the greedy ones.
         rows = [i for i in range(num_prompts) for _ in range(num_sampled // num_prompts)]
-        texts, overlong = sampled.texts, self._overlong_share(sampled)  # [S]
+        texts, penalty = sampled.texts, self.overlong_penalty(sampled)  # [S]
         if greedy is not None:
             rows = rows + list(range(num_prompts))
-            texts, overlong = texts + greedy.texts, torch.cat([overlong, self._overlong_share(greedy)])  # [S + B]
+            texts, penalty = texts + greedy.texts, torch.cat([penalty, self.overlong_penalty(greedy)])  # [S + B]
             baselines = greedy.texts if baselines is None else baselines
         # Each with the y* of its prompt, for rewards that compare.
         texts = [Response(text, baselines[i] if baselines else None) for i, text in zip(rows, texts, strict=True)]
@@ -279,21 +279,24 @@ class RolloutWorker:
                 [prompt.rows[i] for i in rows],
             )
             # The penalty falls on y and y* alike, so it enters r and b.
-            reward = scores.reward.to(device) - self.truncation_penalty * overlong  # [S + B]
+            reward = scores.reward.to(device) - penalty  # [S + B]
+        parts = {name: part.to(device) for name, part in scores.parts.items()}  # [S + B] each
         return Rollout(
             prompt=prompt,
             sampled=sampled,
             greedy=greedy,
             reward=reward[:num_sampled],  # r(x, y) [S]
             baseline_reward=None if greedy is None else reward[num_sampled:],  # r(x, y*) [B]
-            reward_parts={name: part[:num_sampled].to(device) for name, part in scores.parts.items()},
+            reward_parts={name: part[:num_sampled] for name, part in parts.items()},
             reference_log_probs=None,
             log_probs=responses.log_probs,
+            baseline_parts=None if greedy is None else {name: part[num_sampled:] for name, part in parts.items()},
         )
 
-    def _overlong_share(self, responses: Responses) -> Tensor:
-        """Return `[M]` the share of the truncation penalty that each response loses."""
+    def overlong_penalty(self, responses: Responses) -> Tensor:
+        """Return `[M]` the reward that each response loses for its length."""
         if not self.overlong_cache:
-            return responses.truncated.float()
+            return self.truncation_penalty * responses.truncated.float()
         lengths = responses.response_mask.sum(-1)  # [M]
-        return soft_overlong_penalty(lengths, self.sampling.max_response_length, self.overlong_cache)
+        share = soft_overlong_penalty(lengths, self.sampling.max_response_length, self.overlong_cache)
+        return self.truncation_penalty * share

@@ -9,7 +9,13 @@ from oracles import advantages as oracle
 from oracles.cases import make
 from torch import Tensor
 
-from remax_lightning.functional import baseline_values, kl_estimate, remax_advantages, soft_overlong_penalty
+from remax_lightning.functional import (
+    baseline_values,
+    kl_estimate,
+    normalized_differences,
+    remax_advantages,
+    soft_overlong_penalty,
+)
 
 NAN = float("nan")
 
@@ -312,3 +318,60 @@ def test_the_soft_penalty_is_that_of_the_paper(cache: int) -> None:
 def test_a_soft_penalty_needs_a_cache_within_the_limit(cache: int) -> None:
     with pytest.raises(ValueError, match=f"cache must be between 1 and max_length=10, got {cache}"):
         soft_overlong_penalty(torch.arange(3), 10, cache)
+
+
+# Parts on scales of their own
+
+
+def parts_of(num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of five prompts on three scales, and a part that is constant: 0.1 is no power of two."""
+    generator = torch.Generator().manual_seed(num_samples)
+    scales = torch.tensor([1.0, 1e3, 1e-2, 0.0], dtype=torch.float64)
+    sampled, greedy = (
+        0.1 + scales * torch.randn(rows, 4, generator=generator, dtype=torch.float64) for rows in (5 * num_samples, 5)
+    )
+    return sampled, greedy, torch.tensor([1.0, -0.5, 2.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_parts_above_their_greedy_values_are_divided_by_their_deviations(num_samples: int) -> None:
+    sampled, greedy, weights = parts_of(num_samples)
+    actual = normalized_differences(sampled, greedy, weights)
+    assert actual.dtype == torch.float64
+    above = [
+        [value - base for value, base in zip(row, greedy[i // num_samples].tolist(), strict=True)]
+        for i, row in enumerate(sampled.tolist())
+    ]
+    deviations = [max((sum(row[k] ** 2 for row in above) / len(above)) ** 0.5, 1e-4) for k in range(4)]
+    expected = [sum(weights[k].item() * row[k] / deviations[k] for k in range(4)) for row in above]
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    # The part on the scale of 1000 does not drown the others, and the constant one adds nothing.
+    unscaled = normalized_differences(
+        sampled * torch.tensor([1.0, 1e-3, 50.0, 1.0]), greedy * torch.tensor([1.0, 1e-3, 50.0, 1.0]), weights
+    )
+    torch.testing.assert_close(actual, unscaled, rtol=1e-12, atol=1e-12)
+    without = normalized_differences(sampled[:, :3], greedy[:, :3], weights[:3])
+    assert torch.equal(actual, without)
+
+
+def test_deviations_are_those_of_all_ranks() -> None:
+    sampled, greedy, weights = parts_of(2)
+    whole = normalized_differences(sampled, greedy, weights)
+    seen: list[Tensor] = []
+    shares = ((sampled[:6], greedy[:3]), (sampled[6:], greedy[3:]), (sampled[:0], greedy[:0]))  # a rank without any
+    for part, base in shares:
+        normalized_differences(part, base, weights, lambda sums: seen.append(sums) or sums)  # type: ignore[func-returns-value]
+    total = torch.stack(seen).sum(0)
+    ranks = [normalized_differences(part, base, weights, lambda _: total) for part, base in shares]
+    torch.testing.assert_close(torch.cat(ranks), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sampled", "greedy", "weights", "message"), [
+    (torch.ones(4), torch.ones(2, 1), torch.ones(1), r"parts must have shape \[S, K\]"),
+    (torch.ones(4, 2), torch.ones(2, 1), torch.ones(2), r"baseline_parts must have shape \[B, K\]"),
+    (torch.ones(4, 2), torch.ones(3, 2), torch.ones(2), "baseline_parts must be of a number of prompts that divides"),
+    (torch.ones(4, 2), torch.ones(2, 2), torch.ones(3), r"weights must have shape \[K\]"),
+])  # fmt: skip
+def test_parts_of_other_shapes_are_refused(sampled: Tensor, greedy: Tensor, weights: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        normalized_differences(sampled, greedy, weights)

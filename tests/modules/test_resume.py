@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import HALF, WHOLE, Setting
+from helpers.training import CharacterReward
 
 from remax_lightning.callbacks import KLMonitor
 from remax_lightning.modules import KLConfig, LossConfig, WarmupCosine
+from remax_lightning.rewards import FunctionReward, WeightedReward
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +27,10 @@ def setting(name: str, folder: Path) -> Setting:
         return Setting(folder, data={"micro_batch_size": 2}, trainer={"accumulate_grad_batches": 2})
     if name == "inside a rollout":  # four micro-batches, two updates: step 3 is the first of the second rollout
         options = {"data": {"micro_batch_size": 1}, "trainer": {"accumulate_grad_batches": 2}}
-        return Setting(folder, module=clipped | {"kl": KLConfig(credit="one_step", loss_coef=0.1)}, **options)
+        parts = {"characters": CharacterReward(), "words": FunctionReward("remax_lightning.rewards.length_penalty")}
+        reward = WeightedReward(parts, normalize="std")
+        kl = KLConfig(credit="one_step", loss_coef=0.1)
+        return Setting(folder, module=clipped | {"kl": kl, "reward": reward}, **options)
     assert name == "dropout, adaptive KL and validation"
     return Setting(
         folder,

@@ -20,7 +20,7 @@ from helpers.training import (
 )
 
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.rewards.base import Scores
+from remax_lightning.rewards import Reward, Scores, WeightedReward
 
 
 class OnePromptReward(CharacterReward):
@@ -32,11 +32,24 @@ class OnePromptReward(CharacterReward):
         return Scores(found.reward * chosen, {})
 
 
+class LengthReward(Reward):
+    """On another scale than `CharacterReward`."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+        return [100.0 * len(text) for text in responses]
+
+
+def normalized() -> WeightedReward:
+    """Two parts on their own scales; the rewards of the parts differ by a factor of hundreds."""
+    return WeightedReward({"character": CharacterReward(), "length": LengthReward()}, {"length": -0.5}, "std")
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "responses": {"loss": LossConfig(normalizer="responses")},
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
     "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
+    "normalized": {"reward": normalized(), "advantage": AdvantageConfig(overlong="penalize")},
     "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},
 }
 

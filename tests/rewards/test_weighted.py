@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards import FunctionReward, Reward, WeightedReward, checked_scores
+from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores
 
 EXACT = "remax_lightning.rewards.verifiers.exact_match"
 LENGTH = "remax_lightning.rewards.verifiers.length_penalty"
@@ -72,11 +72,30 @@ def test_a_part_that_fails_is_named() -> None:
         ({"a/b": Fixed([])}, None, r"init_args\.parts: names hold no slash, got 'a/b'"),
         ({"a": Fixed([]), "b": Fixed([])}, {"c": 1.0}, r"weights\.c: no part .*the parts are: a, b"),
         ({"a": Fixed([])}, {"a": float("nan")}, r"weights\.a: expected a finite number, got nan"),
+        (
+            {"a": WeightedReward({"b": Fixed([])}, normalize="std")},
+            None,
+            r"parts\.a\.init_args\.normalize: expected none in a part of another WeightedReward, got std; name",
+        ),
     ],
 )
 def test_wrong_names_and_weights_are_refused(parts: Any, weights: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         WeightedReward(parts, weights)
+
+
+def test_normalized_parts_are_checked() -> None:
+    with pytest.raises(UserError, match=r"init_args\.normalize: expected none or std, got True"):
+        WeightedReward({"a": Fixed([])}, normalize=True)  # type: ignore[arg-type]
+    reward = WeightedReward({"a": Fixed([1, 2]), "b": Fixed([10, 20])}, {"b": 2}, "std")
+    assert score(reward).reward.tolist() == [21, 42]  # for the logs
+    with pytest.raises(UserError, match=r"on_timeout: expected error for a reward whose parts are normalized"):
+        TimedReward(normalized_exact_match(), on_timeout=0.0)
+    assert TimedReward(normalized_exact_match()).normalized_weights == {"exact": 1.0}
+
+
+def normalized_exact_match() -> WeightedReward:
+    return WeightedReward({"exact": FunctionReward(EXACT)}, normalize="std")
 
 
 YAML = f"""

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 from helpers.chat_templates import with_turn_token
-from helpers.training import fit, make_trainer, prompt_data, remax_module, save_policy
+from helpers.training import CharacterReward, fit, make_trainer, prompt_data, remax_module, save_policy
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine, WarmupLinear
+from remax_lightning.rewards import WeightedReward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training.config_checks import updates_per_rollout, warn_of_turn_end
 from remax_lightning.training.objective import Objective
@@ -49,6 +50,20 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_values_out_of_range(make: Any, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(value)
+
+
+@pytest.mark.parametrize(("advantage", "message"), [
+    (AdvantageConfig("leave_one_out"), r"normalize std .* needs model\.advantage\.baseline greedy, got leave_one_out"),
+    (AdvantageConfig("none"), r"model\.reward\.init_args\.normalize std .* got none"),
+    (AdvantageConfig(reward_clip=1.0, reward_clip_at="before_baseline"),
+     r"normalize std .* set model\.advantage\.reward_clip_at to after_baseline"),
+])  # fmt: skip
+def test_parts_are_normalized_above_greedy_values_only(advantage: AdvantageConfig, message: str) -> None:
+    reward = WeightedReward({"characters": CharacterReward()}, normalize="std")
+    sampling = SamplingConfig(num_samples=2)
+    with pytest.raises(UserError, match=message):
+        remax_module("policy", reward=reward, advantage=advantage, sampling=sampling)
+    remax_module("policy", reward=reward, advantage=AdvantageConfig(reward_clip=1.0, whiten=True), sampling=sampling)
 
 
 @pytest.mark.parametrize("kind", [WarmupCosine, WarmupLinear])

@@ -20,6 +20,7 @@ def experience(num_micro_batches: int = 2) -> Experience:
     responses = Responses(ids + 10, mask, torch.zeros(4, dtype=torch.bool), list("wxyz"))
     reward = torch.tensor([1.0, 2.0, 3.0, 4.0])
     rollout = Rollout(prompt, responses, responses, reward, reward - 1, {"part": reward}, None, None)
+    rollout = rollout._replace(baseline_parts={"part": reward - 1}, normalized_reward=reward / 2)
     return Experience(rollout, torch.tensor([8.0]), advantages=reward[:, None].expand(4, 2))
 
 
@@ -74,6 +75,9 @@ def test_a_half_used_rollout_is_resumed(convert: Any) -> None:
     resumed, expected = buffer.micro_batch(1), experience().micro_batch(1, 2)
     assert torch.equal(resumed.rollout.reward, expected.rollout.reward)
     assert torch.equal(resumed.normalizers, expected.normalizers)
+    assert torch.equal(resumed.rollout.normalized_reward, expected.rollout.normalized_reward)
+    assert torch.equal(resumed.rollout.baseline_parts["part"], expected.rollout.baseline_parts["part"])
+    assert resumed.rollout.normalized_reward.tolist() == [1.5, 2.0]
     assert torch.equal(resumed.rollout.prompt.prompt_ids, expected.rollout.prompt.prompt_ids)
     assert resumed.rollout.sampled.texts == expected.rollout.sampled.texts
 

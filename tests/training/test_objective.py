@@ -43,6 +43,37 @@ def test_whitening_counts_trained_tokens_alone() -> None:
     assert advantages[0, :3].square().mean().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_normalized_parts_are_trained_on_and_the_plain_sum_is_kept() -> None:
+    """Two prompts with a sample each: the parts are 3 and -1 above their greedy values, and 0 and 40."""
+    rollout, mask = two_responses((3, 5), (False, True))
+    prompt = PromptBatch(torch.ones(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool), ["", ""], [{}, {}])
+    rollout = rollout._replace(
+        prompt=prompt,
+        greedy=rollout.sampled,
+        reward_parts={"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([7.0, 50.0]), "b/inner": torch.zeros(2)},
+        baseline_parts={"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([7.0, 10.0]), "b/inner": torch.zeros(2)},
+    )
+    objective = Objective(KLConfig(), AdvantageConfig(reward_clip=2.0), LossConfig(), num_samples=1)
+    penalty = torch.tensor([0.25, 0.0])
+    normalized = objective.normalize(rollout, {"a": 1.0, "b": 0.5}, penalty, lambda sums: sums)
+    # sigma_a = sqrt((9 + 1) / 2), sigma_b = sqrt((0 + 1600) / 2)
+    expected = torch.tensor([3 / 5**0.5 - 0.25, -1 / 5**0.5 + 0.5 * 40 / 800**0.5])
+    assert normalized.normalized_reward is not None
+    torch.testing.assert_close(normalized.normalized_reward, expected)
+    torch.testing.assert_close(normalized.reward, rollout.reward)
+    advantages = objective.advantages(normalized, None, 0.0, lambda x: x)
+    torch.testing.assert_close(advantages, expected[:, None] * mask)
+    # A bound is one of the normalized sum.
+    tight = Objective(KLConfig(), AdvantageConfig(reward_clip=0.3), LossConfig(), num_samples=1)
+    clipped = tight.advantages(normalized, None, 0.0, lambda x: x)
+    torch.testing.assert_close(clipped, expected.clamp(-0.3, 0.3)[:, None] * mask)
+    # A micro-batch keeps the scale of the whole.
+    second = normalized.micro_batch(1, 2)
+    torch.testing.assert_close(objective.advantages(second, None, 0.0, lambda x: x), advantages[1:])
+    assert second.baseline_parts is not None
+    assert second.baseline_parts["b"].tolist() == [10.0]
+
+
 @pytest.mark.parametrize("leaves_out", [True, False])
 def test_a_blocked_eos_gains_nothing(leaves_out: bool) -> None:
     """The exact gradient of the first token over what can be drawn, EOS (id 0) being blocked there.
