@@ -9,7 +9,7 @@ NamedTuples, because Lightning moves those to the device and refuses frozen data
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from torch import Tensor
@@ -53,7 +53,7 @@ class Prompt(str):
 
 
 class Response(str):
-    """A response as a reward reads it, together with the greedy response to the same prompt.
+    """A response as a reward reads it, together with its tokens and the greedy response to the same prompt.
 
     It is text wherever text is expected. A reward that compares responses finds in each what it is compared with, so it
     may score any part of a batch, in any order and in another process.
@@ -62,14 +62,17 @@ class Response(str):
         text: the text.
         baseline: the policy's greedy response to the prompt, of the greedy response its own text; None where no greedy
             responses are generated.
+        token_ids: the ids of its tokens, the one that ends it included; a reward may return a number for each. None
+            where they are not known.
     """
 
     baseline: str | None
+    token_ids: tuple[int, ...] | None
 
-    def __new__(cls, text: str, baseline: str | None = None) -> Response:
-        """Make a string that knows what it is compared with."""
+    def __new__(cls, text: str, baseline: str | None = None, token_ids: tuple[int, ...] | None = None) -> Response:
+        """Make a string that knows its tokens and what it is compared with."""
         response = super().__new__(cls, text)
-        response.baseline = baseline
+        response.baseline, response.token_ids = baseline, token_ids
         return response
 
 
@@ -161,6 +164,17 @@ class Responses(NamedTuple):
     truncated: Tensor
     texts: list[str]
 
+    def to_score(self, baselines: Sequence[str] | None) -> list[Response]:
+        """Return the texts as a reward reads them, with their tokens.
+
+        Args:
+            baselines: the `M` greedy responses to the same prompts; None where there are none.
+        """
+        rows = zip(self.response_ids.cpu(), self.response_mask.cpu(), strict=True)
+        tokens = [tuple(ids[mask].tolist()) for ids, mask in rows]
+        others = [None] * len(tokens) if baselines is None else baselines
+        return [Response(*columns) for columns in zip(self.texts, others, tokens, strict=True)]
+
     def rows(self, start: int, stop: int) -> Responses:
         """Return responses `start` to `stop` (exclusive)."""
         return Responses(
@@ -191,6 +205,9 @@ class Rollout(NamedTuple):
         baseline_parts: the named parts of the reward of the greedy responses, each `[B]`, or None.
         normalized_reward: `[S]` weighted sum of the parts above their greedy values, each on its own scale, which is
             trained on in place of `reward - baseline_reward`; None unless the reward normalizes its parts.
+        token_rewards: `[S, R]` reward of each token of the sampled responses, 0 outside the response mask, `reward`
+            being their sum; None where a response has one number.
+        baseline_token_rewards: `[B, R']` those of the greedy responses, over the width of their ids, or None.
     """
 
     prompt: PromptBatch
@@ -205,6 +222,8 @@ class Rollout(NamedTuple):
     engine_log_probs: Tensor | None = None
     baseline_parts: dict[str, Tensor] | None = None
     normalized_reward: Tensor | None = None
+    token_rewards: Tensor | None = None
+    baseline_token_rewards: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -215,29 +234,34 @@ class Rollout(NamedTuple):
         """Return micro-batch `index` of `num_micro_batches` equal ones; the responses of a prompt stay together."""
         # Cut by prompts, so that the n samples of a prompt and its baseline stay together.
         size = self.prompt.prompt_ids.shape[0] // num_micro_batches
-        start, stop = index * size, (index + 1) * size
-        first, last = start * self.num_samples, stop * self.num_samples  # of the `S` sampled responses
+        prompts = slice(index * size, (index + 1) * size)  # of `B`
+        samples = slice(prompts.start * self.num_samples, prompts.stop * self.num_samples)  # of `S`
+
+        def cut(values: Tensor | None, rows: slice) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        prompt, baseline_parts = self.prompt, self.baseline_parts
         return Rollout(
             prompt=PromptBatch(
-                self.prompt.prompt_ids[start:stop],
-                self.prompt.prompt_mask[start:stop],
-                self.prompt.prompts[start:stop],
-                self.prompt.rows[start:stop],
-                indices=None if self.prompt.indices is None else self.prompt.indices[start:stop],
+                prompt.prompt_ids[prompts],
+                prompt.prompt_mask[prompts],
+                prompt.prompts[prompts],
+                prompt.rows[prompts],
+                indices=None if prompt.indices is None else prompt.indices[prompts],
             ),
-            sampled=self.sampled.rows(first, last),
-            greedy=None if self.greedy is None else self.greedy.rows(start, stop),
-            reward=self.reward[first:last],
-            baseline_reward=None if self.baseline_reward is None else self.baseline_reward[start:stop],
-            reward_parts={name: value[first:last] for name, value in self.reward_parts.items()},
-            reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[first:last],
-            log_probs=None if self.log_probs is None else self.log_probs[first:last],
-            reference_hidden=None if self.reference_hidden is None else self.reference_hidden[first:last],
-            engine_log_probs=None if self.engine_log_probs is None else self.engine_log_probs[first:last],
-            baseline_parts=None
-            if self.baseline_parts is None
-            else {name: value[start:stop] for name, value in self.baseline_parts.items()},
-            normalized_reward=None if self.normalized_reward is None else self.normalized_reward[first:last],
+            sampled=self.sampled.rows(samples.start, samples.stop),
+            greedy=None if self.greedy is None else self.greedy.rows(prompts.start, prompts.stop),
+            reward=self.reward[samples],
+            baseline_reward=cut(self.baseline_reward, prompts),
+            reward_parts={name: value[samples] for name, value in self.reward_parts.items()},
+            reference_log_probs=cut(self.reference_log_probs, samples),
+            log_probs=cut(self.log_probs, samples),
+            reference_hidden=cut(self.reference_hidden, samples),
+            engine_log_probs=cut(self.engine_log_probs, samples),
+            baseline_parts=baseline_parts and {name: value[prompts] for name, value in baseline_parts.items()},
+            normalized_reward=cut(self.normalized_reward, samples),
+            token_rewards=cut(self.token_rewards, samples),
+            baseline_token_rewards=cut(self.baseline_token_rewards, prompts),
         )
 
 

@@ -38,6 +38,7 @@ EXHAUSTIVE = (
     ("training/test_preemption.py", r"reward_that_hangs\[(Python-fit|a library-validate)\]"),
     ("callbacks/test_export_policy.py", r"transformers_alone.*\[False\]"),
     ("test_cli.py", r"exported_policy_needs_transformers_alone"),
+    ("rewards/test_timed.py", r"score_on_the_last_token"),
     ("test_bad_input.py", r"command_itself_ends_with_code_2"),
     # Training to an end: the first task stays, and three stages of two steps each.
     ("modules/test_learning.py", r"in_other_variants"),

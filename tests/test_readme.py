@@ -324,13 +324,20 @@ def test_every_example_does_what_it_says(
     from additions import Additions
     from brevity import Brevity
     from politeness import politeness
+    from steps import Steps
 
     from remax_lightning import PromptBatch, UserError
+    from remax_lightning.types import Response
 
     assert politeness([], ["Thanks!", "no"], [], word="thanks") == [1.0, 0.0]
     assert Brevity(2).score([], ["a b", "a b c d"], []) == [0.0, -1.0]
     with pytest.raises(UserError, match="words"):
         Brevity(0)
+    steps, text = Steps(str(policy_path)), "1=1\nx\na=2\n="
+    token_ids = tuple(steps.tokenizer(text, add_special_tokens=False)["input_ids"])
+    (per_token,) = steps.score([""], [Response(text, None, token_ids)], [{}])
+    assert len(per_token) == len(token_ids)
+    assert sum(per_token) == 2.0  # the last line has no end
     batch = next(iter(Additions(str(policy_path), batch_size=4).train_dataloader()))
     assert isinstance(batch, PromptBatch)
     assert batch.prompt_ids.shape == batch.prompt_mask.shape

@@ -309,16 +309,17 @@ class Evaluator:
         with raise_on_all_ranks(self.trainer):
             texts = shown_texts(tokenizer, prompt.prompts, messages, hidden)
         # Where there is none, the policy's own stands in: it has been scored before, so it can be scored.
-        pairs = zip(texts, records, strict=True)
-        chosen: list[str] = [
-            Response(record.responses["sampled"][0] if text is None else text, record.responses["greedy"][0])
-            for text, record in pairs
+        pairs = [
+            (record.responses["sampled"][0] if text is None else text, record.responses["greedy"][0])
+            for text, record in zip(texts, records, strict=True)
         ]
+        tokens = encode_batch(tokenizer, [text for text, _ in pairs])
+        chosen = [Response(*pair, tuple(ids)) for pair, ids in zip(pairs, tokens, strict=True)]
         report_progress(f"scoring {len(chosen)} responses of the data set with {self.worker.reward!r}")
         measure = self.worker.timer.measure("reward", prompt.prompt_ids.device)
         with raise_on_all_ranks(self.trainer), measure, torch.no_grad():
             assert isinstance(self.worker.reward, Reward)
-            rewards = checked_scores(self.worker.reward, prompt.prompts, chosen, prompt.rows).reward.tolist()
+            rewards = checked_scores(self.worker.reward, prompt.prompts, chosen, prompt.rows).total.tolist()
         return [
             record if text is None else add_comparison(record, "chosen", [text], [reward])
             for record, text, reward in zip(records, texts, rewards, strict=True)

@@ -166,6 +166,7 @@ def remax_advantages(
     num_samples: int = 1,
     baseline: Baseline = "greedy",
     baseline_reward: Tensor | None = None,
+    baseline_mask: Tensor | None = None,
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_credit: KLCredit = "to_go",
@@ -187,14 +188,22 @@ def remax_advantages(
     token. The defaults leave the policy gradient of `E[reward] - β · KL` unbiased; one-step credit, gamma <
     1, a clip and whitening do not.
 
+    With a reward per token, `A_t = clip(G_t - b_t) - β · KL_t` with `G_t = Σ_{s≥t} gamma^(s-t) r_s`. `b_t` is what the
+    baseline makes of the rewards to go that other responses have from the same place t, beyond their end from their
+    last token: `b_1` is made of whole rewards, and no `b_t` depends on the sampled tokens. With gamma = 1 and all
+    reward on the last token this is the advantage of one number per response.
+
     Args:
-        reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
+        reward: `[S]` rewards, or `[S, R]` rewards of tokens; the `num_samples` samples of one prompt stand next to each
+            other.
         response_mask: `[S, R]` bool, True on response tokens; anything outside it, NaN too, has no effect.
         loss_mask: `[S, R]` bool, True on the response tokens that are trained on; None for all. The others still
             count in the baseline of their siblings, with their reward and their KL.
         num_samples: sampled responses per prompt, `n`.
         baseline: see `baseline_values`.
-        baseline_reward: `[B]` rewards of the greedy responses; needed by the greedy baseline only.
+        baseline_reward: `[B]` rewards of the greedy responses, or `[B, R']` rewards of their tokens; needed by the
+            greedy baseline only.
+        baseline_mask: `[B, R']` bool, True on the tokens of the greedy responses; needed with rewards of tokens only.
         kl: `[S, R]` unscaled KL estimate per token in nats; no gradient passes through it.
         kl_coef: reward that a nat of KL costs.
         kl_credit: which KL a token pays for.
@@ -215,7 +224,9 @@ def remax_advantages(
         ValueError: if a shape does not fit, a number is out of range, a choice is unknown, or an argument
             that another one needs is None.
     """
-    check_shape("reward", reward, "[S]", (None,))
+    has_tokens = reward.dim() == 2 and reward.shape == response_mask.shape
+    if not has_tokens:
+        check_shape("reward", reward, "[S]", (None,))
     check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
     loss_mask = response_mask if loss_mask is None else loss_mask
     check_mask("loss_mask", loss_mask, "[S, R]", response_mask.shape)
@@ -223,28 +234,70 @@ def remax_advantages(
     check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
     check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
     _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
-    # ---- r and b, clipped before the comparison if so configured ----
+    if has_tokens:
+        check_argument(not kl_in_baseline, "kl_in_baseline", "False with a reward per token", True)
+        clips_whole = reward_clip is not None and reward_clip_at == "before_baseline"
+        check_argument(not clips_whole, "reward_clip_at", "after_baseline with a reward per token", reward_clip_at)
     dtype = compute_dtype(*(x for x in (reward, baseline_reward, kl) if x is not None))
     bound = math.inf if reward_clip is None else reward_clip
-    before, after = (bound, math.inf) if reward_clip_at == "before_baseline" else (math.inf, bound)
-    reward = reward.detach().to(dtype).clamp(-before, before)
-    if baseline_reward is not None:
-        baseline_reward = baseline_reward.detach().to(dtype).clamp(-before, before)
     # ---- beta * kl_t of every token [S, R] ----
     penalty = torch.zeros_like(response_mask, dtype=dtype)
     # A coefficient of 0 costs nothing, even where the estimate is infinite.
     if kl is not None and kl_coef > 0 and kl_credit != "none":
         penalty = torch.where(response_mask, kl_coef * kl.detach().to(dtype), 0.0)
-    # ---- A_t = gamma^k * clip(r - b) - beta * KL_t ----
-    # Siblings are compared in what is maximized, r - beta * sum_s kl_s, if kl_in_baseline.
-    compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
-    # r - b [S]; in r itself the KL is left to `cost`, token by token
-    above = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
-    tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
+    # ---- A_t = gamma^k * clip(r - b) - beta * KL_t, with token rewards clip(G_t - b_t) - beta * KL_t ----
+    reward = reward.detach().to(dtype)
+    baseline_reward = None if baseline_reward is None else baseline_reward.detach().to(dtype)
+    if has_tokens:
+        above = _tokens_above(reward, response_mask, num_samples, baseline, baseline_reward, baseline_mask, gamma)
+        above = above.clamp(-bound, bound)  # [S, R]
+    else:
+        before, after = (bound, math.inf) if reward_clip_at == "before_baseline" else (math.inf, bound)
+        reward = reward.clamp(-before, before)
+        baseline_reward = None if baseline_reward is None else baseline_reward.clamp(-before, before)
+        # Siblings are compared in what is maximized, r - beta * sum_s kl_s, if kl_in_baseline.
+        compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
+        # r - b [S]; in r itself the KL is left to `cost`, token by token
+        difference = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
+        tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
+        above = difference.unsqueeze(1) * torch.pow(gamma, tokens_to_go)  # [S, R]
     cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
-    advantages = above.unsqueeze(1) * torch.pow(gamma, tokens_to_go) - cost
-    advantages = torch.where(loss_mask, advantages, 0.0)
+    advantages = torch.where(loss_mask, above - cost, 0.0)
     return whiten_advantages(advantages, loss_mask, reduce) if whiten else advantages
+
+
+def _tokens_above(
+    reward: Tensor,
+    mask: Tensor,
+    num_samples: int,
+    baseline: Baseline,
+    baseline_reward: Tensor | None,
+    baseline_mask: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    """Return `[S, R]` the reward to go from each token, above what the baseline has to go from the same place."""
+    rows, width = mask.shape
+    to_go = _discounted_sum_to_go(torch.where(mask, reward, 0.0), mask, gamma)  # G_t [S, R]
+    compared = _held_beyond_end(to_go, mask, width)  # [S, R]
+    greedy = None
+    if baseline == "greedy" and baseline_reward is not None:
+        if baseline_mask is None:
+            raise ValueError("baseline_mask must have shape [B, R'] for greedy rewards of tokens, got None")
+        check_mask("baseline_mask", baseline_mask, "[B, R']", (rows // num_samples, None))
+        check_shape("baseline_reward", baseline_reward, "[B, R']", baseline_mask.shape)
+        values = torch.where(baseline_mask, baseline_reward, 0.0)
+        held = _held_beyond_end(_discounted_sum_to_go(values, baseline_mask, gamma), baseline_mask, width)  # [B, R]
+        greedy = held.t().flatten()  # place by place, [R * B]
+    # Every place is compared as whole responses are: R times S values, the samples of a prompt next to each other.
+    values = baseline_values(compared.t().flatten(), num_samples, baseline, greedy)  # [R * S]
+    return to_go - values.view(width, rows).t()
+
+
+def _held_beyond_end(values: Tensor, mask: Tensor, width: int) -> Tensor:
+    """Return `[M, width]` the values at each place; beyond a response's end that of its last token."""
+    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)  # [M, 1]; an empty response has 0 everywhere
+    places = torch.arange(width, device=values.device).expand(len(values), width)
+    return values.gather(1, torch.minimum(places, last))
 
 
 def _discounted_sum_to_go(values: Tensor, mask: Tensor, gamma: float) -> Tensor:

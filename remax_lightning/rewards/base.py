@@ -23,12 +23,31 @@ class Scores(NamedTuple):
     """Rewards of `M` responses.
 
     Args:
-        reward: `[M]` float32, what is trained on.
+        reward: `[M]` float32, what is trained on; or `[M, R]`, a number for every token, 0 beyond the response.
         parts: named parts of it, each `[M]` float32, for the logs; empty where there is one part only.
     """
 
     reward: Tensor
     parts: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """`[M]` float32, the reward of each response: the sum over its tokens, where they have rewards."""
+        return self.reward if self.reward.dim() == 1 else self.reward.double().sum(-1).float()
+
+    def per_token(self, lengths: Sequence[int], width: int) -> Tensor:
+        """Return `[M, width]`, with the number of a whole response on its last token.
+
+        Args:
+            lengths: tokens of each response.
+            width: of the result; at least the largest of `lengths`.
+        """
+        if self.reward.dim() == 2:
+            tokens = self.reward[:, :width]  # beyond the longest response all is 0
+            return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]))
+        tokens = self.reward.new_zeros(len(lengths), width)
+        last = torch.tensor(lengths, device=tokens.device) - 1
+        return tokens.index_put((torch.arange(len(lengths), device=tokens.device), last), self.reward)
 
 
 class Reward(ABC):
@@ -72,15 +91,20 @@ class Reward(ABC):
     @abstractmethod
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
-    ) -> Scores | Tensor | Sequence[float]:
-        """Return one finite number per response.
+    ) -> Scores | Tensor | Sequence[float] | Sequence[Sequence[float]]:
+        """Return one finite number per response, or one for each of its tokens.
+
+        A reward per token is a list of lists, each as long as `response.token_ids`, or a tensor `[M, R]` that is 0
+        beyond a response, `R` being the largest number of tokens. A reward per turn or step has its number on the last
+        token of that, and 0 elsewhere. A token is credited with its own reward and all that follow.
 
         Args:
             prompts: `M` prompts as text; a prompt with several responses stands there several times. One that was made
                 of messages has them: `prompt.conversation.messages` (see `remax_lightning.types.Prompt`).
             responses: `M` responses as text, decoded behind their prompts; without special tokens unless
-                `model.sampling.skip_special_tokens` is false. Each knows the greedy response to its prompt,
-                `response.baseline`, where there are greedy responses (see `remax_lightning.types.Response`).
+                `model.sampling.skip_special_tokens` is false. Each knows its tokens, `response.token_ids`, and the
+                greedy response to its prompt, `response.baseline`, where there are greedy responses (see
+                `remax_lightning.types.Response`).
             rows: `M` raw rows of the data set.
         """
 
@@ -107,7 +131,8 @@ def checked_scores(
         rows: `M` raw rows of the data set.
 
     Returns:
-        The reward and its parts, `[M]` float32 each, detached, on the device where `reward` left them.
+        The reward, `[M]` or `[M, R]`, and its parts, `[M]` each, float32, detached, on the device where `reward` left
+        them.
 
     Raises:
         RewardError: if the reward raises, or returns another number of scores, another shape, something that
@@ -148,13 +173,11 @@ def applicable_scores(
     result = _without_index(result)
     if reward.skips_none and isinstance(result, list | tuple) and len(result) == len(responses):
         applies = torch.tensor([value is not None for value in result], dtype=torch.bool)
-        result = [0.0 if value is None else value for value in result]
+        result = _without_none(result, responses)
     # ---- One finite number per response, in every part ----
-    scores = Scores(
-        _checked(reward, None, result, prompts, responses),
-        {name: _checked(reward, name, part, prompts, responses) for name, part in parts.items()},
-    )
-    return scores, applies
+    checked = {name: _checked(reward, name, part, prompts, responses) for name, part in parts.items()}
+    totals = {name: Scores(part, {}).total for name, part in checked.items()}
+    return Scores(_checked(reward, None, result, prompts, responses), totals), applies
 
 
 def _raw_scores(
@@ -180,42 +203,122 @@ def _describe(error: BaseException) -> str:
     return text if place is None else f"{text} ({place})"
 
 
-def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """Return the scores of a reward, or of a part of it, as `[M]` float32, or raise a RewardError that names both."""
-    count = len(responses)
+class _Problem(NamedTuple):
+    """Makes the error about what a reward has returned."""
 
-    def error(what: str, index: int | None = None) -> RewardError:
-        name = f"{reward!r}" if part is None else f"{reward!r}, part {part!r},"
+    reward: Reward
+    part: str | None
+    prompts: Sequence[str]
+    responses: Sequence[str]
+
+    def error(self, what: str, index: int | None = None, expected: str = "") -> RewardError:
+        """Return the error; `index` is the response that it is about."""
+        name = f"{self.reward!r}" if self.part is None else f"{self.reward!r}, part {self.part!r},"
+        count = len(self.responses)
+        index = None if index is None or index >= count else index
         return RewardError(
-            f"model.reward: {name} returned {what}; expected {count} finite numbers, one per response"
-            f"{example_lines(prompts, responses, index)}"
+            f"model.reward: {name} returned {what}; expected"
+            f" {expected or f'{count} finite numbers, one per response'}"
+            f"{example_lines(self.prompts, self.responses, index)}"
         )
 
-    # ---- A sequence is checked value by value, so that the message can name the response ----
-    scores = _without_index(scores)
-    if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
-        for index, value in enumerate(scores):
-            if not _is_number(value):
-                description = f"{shorten(str(value))} (a {type(value).__name__}) at index {index}"
-                raise error(description, index if index < count else None)
-        scores = [float(value) for value in scores]
-    try:
-        tensor = torch.as_tensor(scores).detach()  # [M], as is checked below
-    except Exception:  # text, a dict, None, a NumPy array of objects
-        raise error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
-    # ---- Shape and values of the tensor ----
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_complex():
-        raise error("complex numbers")
-    if tensor.dim() != 1 or tensor.shape[0] != count:
-        raise error(f"scores of shape {list(tensor.shape)}")
+    def unfit(self, value: Any, index: int, place: str = "", expected: str = "") -> RewardError:
+        """Return the error about a value that is no number, or no list among lists."""
+        return self.error(f"{shorten(str(value))} (a {type(value).__name__}) at index {index}{place}", index, expected)
+
+
+def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    """Return the scores of a reward, or of a part of it, as float32, or raise a RewardError that names both.
+
+    They are `[M]`, or `[M, R]` with a number for each token.
+    """
+    count, lengths, problem = len(responses), token_counts(responses), _Problem(reward, part, prompts, responses)
+    tensor = _as_tensor(scores, lengths, problem)
+    # ---- The shape: [M], or where tokens are known at least as wide as the longest response ----
+    longest = max(lengths or [0])
+    has_tokens = lengths is not None and tensor.dim() == 2 and tensor.shape[1] >= longest
+    if (tensor.dim() != 1 and not has_tokens) or tensor.shape[0] != count:
+        known = "" if lengths is None else f", or of shape [{count}, {longest}], one per token"
+        expected = f"{count} finite numbers, one per response{known}"
+        raise problem.error(f"scores of shape {list(tensor.shape)}", expected=expected)
+    # ---- The values ----
     tensor = tensor.to(torch.float32, copy=True)  # a reward may use its buffer again
-    bad = (~tensor.isfinite()).nonzero().flatten().tolist()
+    bad = (~tensor.isfinite()).nonzero().tolist()
     if bad:
-        first = bad[0]
-        raise error(f"{tensor[first].item()} at index {first} ({len(bad)} of {count} not finite)", first)
+        place = ", token ".join(map(str, bad[0]))  # "3", or "3, token 7"
+        values = tensor.numel() if has_tokens else count
+        what = f"{tensor[tuple(bad[0])].item()} at index {place} ({len(bad)} of {values} not finite)"
+        raise problem.error(what, bad[0][0])
+    if lengths is not None and has_tokens:
+        places = torch.arange(tensor.shape[1], device=tensor.device)
+        beyond = places >= torch.tensor(lengths, device=tensor.device)[:, None]  # [M, R]
+        for index, token in (beyond & (tensor != 0)).nonzero().tolist()[:1]:
+            what = f"{tensor[index, token].item()} at index {index}, token {token}"
+            raise problem.error(what, index, f"0 beyond the {lengths[index]} tokens of the response")
     return tensor
+
+
+def _as_tensor(scores: Any, lengths: list[int] | None, problem: _Problem) -> Tensor:
+    """Return scores of any kind as a tensor of real numbers, lists per token padded with 0."""
+    scores = _without_index(scores)
+    # ---- A sequence is checked value by value, so that the message can name the response ----
+    if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
+        if lengths is not None and any(_is_row(value) for value in scores):
+            scores = _padded_rows(scores, lengths, problem)
+        else:
+            for index, value in enumerate(scores):
+                if not _is_number(value):
+                    raise problem.unfit(value, index)
+            scores = [float(value) for value in scores]
+    try:
+        tensor = torch.as_tensor(scores).detach()
+    except Exception:  # text, a dict, None, a NumPy array of objects
+        raise problem.error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
+    if tensor.is_complex():
+        raise problem.error("complex numbers")
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def token_counts(responses: Sequence[str]) -> list[int] | None:
+    """Return the number of tokens of each response; None where they are not known."""
+    tokens = [getattr(response, "token_ids", None) for response in responses]
+    known = [ids for ids in tokens if ids is not None]
+    return [len(ids) for ids in known] if len(known) == len(tokens) else None
+
+
+def _padded_rows(rows: Sequence[Any], lengths: list[int], problem: _Problem) -> list[list[float]]:
+    """Return a reward per token as rows of equal length, with 0 beyond each response."""
+    if len(rows) != len(lengths):
+        raise problem.error(f"{len(rows)} lists", expected=f"{len(lengths)} lists, one per response")
+    padded = []
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        expected = f"a list of {length} finite numbers, one for each token in response.token_ids"
+        if not _is_row(row):
+            raise problem.unfit(row, index, " beside lists", expected)
+        values = list(row)
+        if len(values) != length:
+            what = f"a list of {len(values)} at index {index}, where the response has {length} tokens"
+            raise problem.error(what, index, f"{expected}, or one number per response")
+        for token, value in enumerate(values):
+            if not _is_number(value):
+                raise problem.unfit(value, index, f", token {token}", expected)
+        padded.append([float(value) for value in values] + [0.0] * (max(lengths) - length))
+    return padded
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value among scores is itself a row of them."""
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_sequence or getattr(value, "ndim", 0) == 1
+
+
+def _without_none(scores: Sequence[Any], responses: Sequence[str]) -> list[Any]:
+    """Return scores with 0 where there is None: for every token, where others have rewards per token."""
+    lengths = token_counts(responses)
+    if lengths is None or not any(_is_row(value) for value in scores):
+        lengths = None
+    zeros = [0.0] * len(scores) if lengths is None else [[0.0] * length for length in lengths]
+    return [zero if value is None else value for value, zero in zip(scores, zeros, strict=True)]
 
 
 def _without_index(scores: Any) -> Any:

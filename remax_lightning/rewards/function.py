@@ -18,7 +18,7 @@ from remax_lightning.rewards.timed import TimedReward
 
 _KEY = "model.reward.init_args"
 Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]
-_TRAINER_ARGUMENTS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+_TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "environments")
 """What TRL's trainer passes besides texts and columns."""
 _VERL_COLUMNS = ("data_source", "ground_truth", "extra_info")
 _MISSING = object()
@@ -40,12 +40,13 @@ def _name_of(function: Callable[..., Any]) -> str:
 class FunctionReward(Reward):
     """Scores responses with a function, whose parameters tell its style.
 
-    `remax`: `fn(prompts, responses, rows, **arguments)` returns one number per response.
+    `remax`: `fn(prompts, responses, rows, **arguments)` returns one number per response, or a list of lists with one
+    for each token of a response, as many as `response.token_ids` has.
 
     `trl`, with a parameter `completions`: `fn(prompts, completions, **columns)` returns a list of numbers. It is
-    passed what it names, and every column if it takes `**kwargs`, as lists. Prompts and completions are lists of
-    messages where the prompt was made of messages. None says that the function does not apply to a response, which
-    another part of a `WeightedReward` then has to score.
+    passed what it names, `completion_ids` too, and every column if it takes `**kwargs`, as lists. Prompts and
+    completions are lists of messages where the prompt was made of messages. None says that the function does not apply
+    to a response, which another part of a `WeightedReward` then has to score.
 
     `verl`, with a parameter `solution_str`: `fn(data_source, solution_str, ground_truth, extra_info)` is called once
     per response and returns a number, or a dict with one under `score`. `ground_truth` is read from `reward_model`
@@ -131,9 +132,9 @@ class FunctionReward(Reward):
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
-    ) -> Scores | Tensor | Sequence[float]:
+    ) -> Scores | Tensor | Sequence[float] | Sequence[Sequence[float]]:
         """Return what the function says of each response."""
-        scores: Scores | Tensor | Sequence[float]
+        scores: Scores | Tensor | Sequence[float] | Sequence[Sequence[float]]
         # ---- In the child, or in the style of the function ----
         if self._timed is not None:
             return self._timed.score(prompts, responses, rows)
@@ -182,6 +183,7 @@ class FunctionReward(Reward):
                 response if chat is None else [{"role": "assistant", "content": response}]
                 for response, chat in zip(responses, chats, strict=True)
             ],
+            "completion_ids": [list(getattr(response, "token_ids", None) or ()) for response in responses],
         }
         fixed = texts | self.arguments
         # ---- Columns that every row must have ----
@@ -228,7 +230,7 @@ class FunctionReward(Reward):
         """Return the parameters that must come from a column of every row."""
         if self.style == "remax":
             return []
-        texts = ("solution_str", "extra_info") if self.style == "verl" else ("prompts", "completions")
+        texts = ("solution_str", "extra_info") if self.style == "verl" else ("prompts", "completions", "completion_ids")
         return [name for name in self._parameters.required if name not in texts and name not in self.arguments]
 
     def _value(self, row: Mapping[str, Any], name: str, place: str) -> Any:

@@ -8,13 +8,13 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, failing_row
+from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, failing_row, token_counts
 from remax_lightning.rewards.child_process import CallEndedError, CallTimeoutError, Child, Target
 
 _KEY = "model.reward.init_args"
@@ -41,8 +41,8 @@ class TimedReward(Reward):
             take; the time to import is not counted.
         on_timeout: `error` ends the run and shows the response. A number is the score of each response that takes too
             long: once a batch has passed its deadline, every response is scored alone, within `timeout` / `M` or 5
-            seconds, and twice `timeout` in all. Parts of a timed out response are 0. Use a number only where the reward
-            judges each response by itself.
+            seconds, and twice `timeout` in all. Parts of a timed out response are 0; of a reward per token, the number
+            stands on its last token. Use a number only where the reward judges each response by itself.
 
     Raises:
         UserError: if a number is out of its range, or the reward cannot be sent to another process.
@@ -101,7 +101,7 @@ class TimedReward(Reward):
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
-    ) -> Scores | Tensor | Sequence[float]:
+    ) -> Scores | Tensor | Sequence[float] | Sequence[Sequence[float]]:
         """Return what the reward says of each response.
 
         Raises:
@@ -113,7 +113,7 @@ class TimedReward(Reward):
             try:
                 return self._call(batch, self.timeout)  # type: ignore[no-any-return]
             except CallTimeoutError:
-                return self._score_alone(batch)  # type: ignore[return-value]  # None of rewards that skip it
+                return self._score_alone(batch)  # None of rewards that skip it
             except CallEndedError as error:
                 raise self._ended(batch, error) from None
 
@@ -129,7 +129,7 @@ class TimedReward(Reward):
 
     # ---- What is done about a deadline that has passed, or a process that has ended ----
 
-    def _score_alone(self, batch: Batch) -> Scores | list[float | None]:
+    def _score_alone(self, batch: Batch) -> Scores | list[Any]:
         """Score every response alone; those that take too long again have `on_timeout` as their score.
 
         Raises:
@@ -138,7 +138,7 @@ class TimedReward(Reward):
         # ---- Time for one response, and for all of them ----
         limit = min(self.timeout, max(_ALONE_SECONDS, self.timeout / len(batch[1])))
         left = 2 * self.timeout  # of calls; what a new child needs to import is not counted
-        rewards: list[float | None] = []
+        rewards: list[float | list[float] | None] = []  # of a response, or of its tokens
         parts: dict[str, list[float]] = {}
         for index, single in enumerate(_singles(batch)):
             if left <= 0 and self.on_timeout == "error":  # no time is left for the others
@@ -161,11 +161,13 @@ class TimedReward(Reward):
         # ---- No response takes too long alone, or the time was over before one was found ----
         if len(rewards) < len(batch[1]) or self.on_timeout == "error":
             raise self._timed_out(batch, None)  # alone, none takes as long
+        if any(isinstance(value, list) for value in rewards):
+            rewards = _rows_of_tokens(rewards, token_counts(batch[1]) or [])
         if not parts:
             return rewards
-        return Scores(torch.tensor(rewards), {name: torch.tensor(values) for name, values in parts.items()})
+        return Scores(cast(Tensor, rewards), {name: torch.tensor(values) for name, values in parts.items()})
 
-    def _score_one(self, single: Batch, seconds: float) -> tuple[float | None, dict[str, float]] | None:
+    def _score_one(self, single: Batch, seconds: float) -> tuple[float | list[float] | None, dict[str, float]] | None:
         """Return reward and parts of one response, the reward None where it does not apply; None without them in time.
 
         Raises:
@@ -179,7 +181,7 @@ class TimedReward(Reward):
             raise self._ended(single, error) from None
         # The child's result is checked as that of a reward, under the name of the real one.
         scores, applies = applicable_scores(_Returns(self, lambda *_: result), *single)
-        reward = float(scores.reward) if bool(applies) else None
+        reward = scores.reward[0].tolist() if bool(applies) else None  # a number, or one for each token
         return reward, {name: float(value) for name, value in scores.parts.items()}
 
     def _timed_out(self, batch: Batch, index: int | None) -> RewardError:
@@ -221,6 +223,14 @@ def check_deadline(timeout: float, on_timeout: float | str) -> None:
         raise UserError(f"{_KEY}.timeout: expected seconds above 0, got {timeout}")
     if on_timeout != "error" and not (isinstance(on_timeout, int | float) and math.isfinite(on_timeout)):
         raise UserError(f"{_KEY}.on_timeout: expected error or a finite score, got {on_timeout!r}")
+
+
+def _rows_of_tokens(rewards: list[Any], lengths: Sequence[int]) -> list[Any]:
+    """Return rewards per token, each as long as its response; the number of a whole response on its last token."""
+    return [
+        [*[0.0] * (length - 1), value] if isinstance(value, float) else value and value[:length]
+        for value, length in zip(rewards, lengths, strict=True)
+    ]
 
 
 def _singles(batch: Batch) -> list[Batch]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines
+from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, token_counts
 from remax_lightning.rewards.function import FunctionReward
 
 _KEY = "model.reward.init_args"
@@ -148,7 +148,6 @@ class WeightedReward(Reward):
             except RewardError as error:
                 raise RewardError(f"part {name!r} of the reward: {error}") from error
 
-        total = torch.zeros(len(responses), device=self._device)  # [M]
         applies = torch.zeros(len(responses), dtype=torch.bool)  # [M]
         parts: dict[str, Tensor] = {}
         # ---- Parts that wait for others do so in threads, while the rest runs here ----
@@ -157,18 +156,28 @@ class WeightedReward(Reward):
             futures = {name: pool.submit(scores_of, name) for name in waiting}
             results = {name: scores_of(name) for name in self.parts if name not in futures}
             results |= {name: future.result() for name, future in futures.items()}
-        # ---- The weighted sum ----
-        for name in self.parts:
-            scores, part_applies = results[name]
-            applies |= part_applies
-            parts[name] = scores.reward.to(self._device)
-            parts |= {f"{name}/{inner}": value.to(self._device) for inner, value in scores.parts.items()}
-            total = total + self.weights[name] * parts[name]
         # ---- A response that no part scores ----
+        for _, part_applies in results.values():
+            applies |= part_applies
         if not applies.all():
             index = int((~applies).nonzero()[0])
             raise RewardError(
                 f"model.reward: no part scores response {index}, {', '.join(self.parts)} returned None"
                 f"{example_lines(prompts, responses, index)}\nAdd a part that scores every response."
             )
+        # ---- The weighted sum; beside a reward per token, a number per response stands on the last token ----
+        lengths = token_counts(responses) or []
+        with_tokens = [name for name, (scores, _) in results.items() if scores.reward.dim() == 2]
+        if with_tokens and self.normalize != "none":
+            raise UserError(
+                f"{_KEY}.normalize: expected none for parts with a reward per token, got std; part {with_tokens[0]!r}"
+                " has one"
+            )
+        total = torch.zeros((), device=self._device)  # [M], or [M, R] with rewards of tokens
+        for name in self.parts:
+            scores = results[name][0]
+            parts[name] = scores.total.to(self._device)
+            parts |= {f"{name}/{inner}": value.to(self._device) for inner, value in scores.parts.items()}
+            values = scores.per_token(lengths, max(lengths)) if with_tokens else scores.reward
+            total = total + self.weights[name] * values.to(self._device)
         return Scores(total, parts)

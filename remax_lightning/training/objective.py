@@ -176,6 +176,9 @@ class Objective:
         reward, baseline, baseline_reward = rollout.reward, config.baseline, rollout.baseline_reward
         if rollout.normalized_reward is not None:  # the greedy values are subtracted already
             reward, baseline = rollout.normalized_reward, "none"
+        if rollout.token_rewards is not None:
+            self._check_token_rewards()
+            reward, baseline_reward = rollout.token_rewards, rollout.baseline_token_rewards  # [S, R], [B, R']
         return remax_advantages(
             reward,
             rollout.sampled.response_mask,
@@ -183,6 +186,7 @@ class Objective:
             num_samples=rollout.num_samples,
             baseline=baseline,
             baseline_reward=baseline_reward if baseline == "greedy" else None,
+            baseline_mask=None if rollout.greedy is None else rollout.greedy.response_mask,
             kl=kl if uses_kl else None,
             kl_coef=kl_coef if uses_kl else 0.0,
             kl_credit=self.kl_config.credit if uses_kl else "none",
@@ -193,6 +197,19 @@ class Objective:
             whiten=config.whiten,
             reduce=reduce,
         )
+
+    def _check_token_rewards(self) -> None:
+        """Refuse what has no meaning for a reward per token; that a reward is one shows in its first scores."""
+        if self.kl_config.in_baseline:
+            raise UserError(
+                "model.kl.in_baseline needs a reward that is one number per response, and model.reward returns one per"
+                " token; set it to false, and model.kl.credit to to_go"
+            )
+        if self.advantage_config.reward_clip is not None and self.advantage_config.reward_clip_at == "before_baseline":
+            raise UserError(
+                "model.advantage.reward_clip_at must be after_baseline where model.reward returns a number per token,"
+                " got before_baseline: it bounds what is left of the reward to go"
+            )
 
     def with_advantages(
         self,

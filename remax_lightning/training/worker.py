@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask, soft_overlong_penalty
@@ -21,7 +22,7 @@ from remax_lightning.rollout import AutoEngine, GenerationRequest, RolloutEngine
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
-from remax_lightning.types import PromptBatch, Response, Responses, Rollout
+from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -259,16 +260,16 @@ class RolloutWorker:
         sampled, greedy = responses.sampled, responses.greedy
         num_sampled, num_prompts = len(sampled.texts), len(prompt.prompts)
         device = prompt.prompt_ids.device
-        # ---- Put y and y* into one list ----
+        # ---- Put y and y* into one list, each with the y* of its prompt, for rewards that compare ----
         # The prompt of each row: n times each for the sampled responses, once for the greedy ones.
         rows = [i for i in range(num_prompts) for _ in range(num_sampled // num_prompts)]
-        texts, penalty = sampled.texts, self.overlong_penalty(sampled)  # [S]
+        baselines = greedy.texts if baselines is None and greedy is not None else baselines
+        texts = sampled.to_score(None if baselines is None else [baselines[i] for i in rows])  # [S]
+        penalty = self.overlong_penalty(sampled)  # [S]
         if greedy is not None:
             rows = rows + list(range(num_prompts))
-            texts, penalty = texts + greedy.texts, torch.cat([penalty, self.overlong_penalty(greedy)])  # [S + B]
-            baselines = greedy.texts if baselines is None else baselines
-        # Each with the y* of its prompt, for rewards that compare.
-        texts = [Response(text, baselines[i] if baselines else None) for i, text in zip(rows, texts, strict=True)]
+            texts = texts + greedy.to_score(baselines)  # [S + B]
+            penalty = torch.cat([penalty, self.overlong_penalty(greedy)])  # [S + B]
         # ---- Score them in one call, so that a reward model fills its batches with both ----
         report_progress(f"scoring {len(texts)} responses with {self.reward!r}, the first {shorten(texts[0])}")
         with self.timer.measure("reward", device), torch.no_grad():
@@ -279,9 +280,9 @@ class RolloutWorker:
                 [prompt.rows[i] for i in rows],
             )
             # The penalty falls on y and y* alike, so it enters r and b.
-            reward = scores.reward.to(device) - penalty  # [S + B]
+            reward = scores.total.to(device) - penalty  # [S + B]
         parts = {name: part.to(device) for name, part in scores.parts.items()}  # [S + B] each
-        return Rollout(
+        rollout = Rollout(
             prompt=prompt,
             sampled=sampled,
             greedy=greedy,
@@ -292,6 +293,7 @@ class RolloutWorker:
             log_probs=responses.log_probs,
             baseline_parts=None if greedy is None else {name: part[num_sampled:] for name, part in parts.items()},
         )
+        return rollout if scores.reward.dim() == 1 else _with_token_rewards(rollout, scores.reward.to(device), penalty)
 
     def overlong_penalty(self, responses: Responses) -> Tensor:
         """Return `[M]` the reward that each response loses for its length."""
@@ -300,3 +302,27 @@ class RolloutWorker:
         lengths = responses.response_mask.sum(-1)  # [M]
         share = soft_overlong_penalty(lengths, self.sampling.max_response_length, self.overlong_cache)
         return self.truncation_penalty * share
+
+
+def _with_token_rewards(rollout: Rollout, tokens: Tensor, penalty: Tensor) -> Rollout:
+    """Return `rollout` with rewards of its tokens.
+
+    Args:
+        rollout: `S` sampled and perhaps `B` greedy responses.
+        tokens: `[S + B, W]` rewards of their tokens, at least as wide as the longest response and 0 beyond each.
+        penalty: `[S + B]` that a response loses for its length, on its last token.
+    """
+
+    def of(responses: Responses, rows: slice) -> Tensor:
+        mask = responses.response_mask  # [M, R]
+        is_last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+        width = mask.shape[1]
+        # From the width of the reward to that of the ids; what is cut or added is 0.
+        values = pad(tokens[rows], (0, max(0, width - tokens.shape[1])))[:, :width]
+        return values - penalty[rows, None] * is_last
+
+    count, greedy = len(rollout.reward), rollout.greedy
+    return rollout._replace(
+        token_rewards=of(rollout.sampled, slice(0, count)),
+        baseline_token_rewards=None if greedy is None else of(greedy, slice(count, None)),
+    )

@@ -120,6 +120,24 @@ def test_win_rates_are_those_of_the_rewards(folders: tuple[str, str], tmp_path: 
     assert metrics["val/reward"] == pytest.approx(2.0)
 
 
+class PerToken(Reward):
+    """0.5 for every token."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[Any], rows: Sequence[dict[str, Any]]) -> Any:
+        return [[0.5] * len(response.token_ids) for response in responses]
+
+
+def test_rewards_of_tokens_count_as_their_sums(folders: tuple[str, str], tmp_path: Path) -> None:
+    """Of the data set's responses too, whose tokens are those of their text: one for each letter."""
+    module = remax_module(*folders, reward=PerToken(), sampling=SamplingConfig(5))
+    rows = [{"prompt": "a", "chosen": "abc"}, {"prompt": "b", "chosen": "1"}]
+    found, metrics = measured(module, data_of(tmp_path, folders[0], rows), tmp_path)
+    assert metrics["val/chosen_reward"] == pytest.approx((1.5 + 0.5) / 2)
+    assert metrics["val/reward"] == pytest.approx(metrics["val/response_length"] / 2)
+    assert metrics["val/advantage"] != 0
+    assert len(found) == 2
+
+
 def test_the_penalty_of_truncation_is_the_references_too(folders: tuple[str, str], tmp_path: Path) -> None:
     engine = Scripted()
     module = remax_module(

@@ -320,6 +320,101 @@ def test_a_soft_penalty_needs_a_cache_within_the_limit(cache: int) -> None:
         soft_overlong_penalty(torch.arange(3), 10, cache)
 
 
+# Rewards of tokens
+
+
+def to_go(rewards: list[float], gamma: float) -> list[float]:
+    return [sum(gamma ** (s - t) * rewards[s] for s in range(t, len(rewards))) for t in range(len(rewards))]
+
+
+def held(values: list[float], t: int) -> float:
+    """The value at a place, beyond the end the last one."""
+    return values[min(t, len(values) - 1)] if values else 0.0
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize(
+    ("baseline", "num_samples"), [("greedy", 2), ("leave_one_out", 3), ("group_mean", 2), ("none", 1)]
+)
+def test_rewards_of_tokens_by_hand(baseline: Any, num_samples: int, gamma: float) -> None:
+    """The greedy responses are wider and narrower than the sampled ones; one response is empty."""
+    case = make(num_samples, 7)
+    lengths = case.mask.sum(1).tolist()
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(case.mask.shape, generator=generator, dtype=torch.float64)
+    for width in (3, 9):
+        greedy_mask = torch.arange(width) < torch.tensor([1, 2, 3, 3, 1, width])[:, None]
+        greedy_values = torch.randn(greedy_mask.shape, generator=generator, dtype=torch.float64)
+        is_greedy = baseline == "greedy"
+        actual = remax_advantages(
+            torch.where(case.mask, values, NAN),
+            case.mask,
+            num_samples=num_samples,
+            baseline=baseline,
+            baseline_reward=torch.where(greedy_mask, greedy_values, NAN) if is_greedy else None,
+            baseline_mask=greedy_mask if is_greedy else None,
+            kl=case.log_ratio,
+            kl_coef=0.3,
+            gamma=gamma,
+            reward_clip=1.5,
+        )
+        curves = [to_go(row[:length], gamma) for row, length in zip(values.tolist(), lengths, strict=True)]
+        greedy = [
+            to_go(row[: int(mask.sum())], gamma) for row, mask in zip(greedy_values.tolist(), greedy_mask, strict=True)
+        ]
+        expected = [[0.0] * 7 for _ in lengths]
+        for i, length in enumerate(lengths):
+            prompt = i // num_samples
+            siblings = range(prompt * num_samples, (prompt + 1) * num_samples)
+            for t in range(length):
+                compared = {
+                    "greedy": [greedy[prompt]],
+                    "leave_one_out": [curves[j] for j in siblings if j != i],
+                    "group_mean": [curves[j] for j in siblings],
+                    "none": [[0.0]],
+                }[baseline]
+                above = curves[i][t] - sum(held(curve, t) for curve in compared) / len(compared)
+                cost = sum(gamma ** (s - t) * case.log_ratio[i][s].item() for s in range(t, length))
+                expected[i][t] = max(-1.5, min(1.5, above)) - 0.3 * cost
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("baseline", "num_samples"), [("greedy", 1), ("leave_one_out", 2), ("group_mean", 4)])
+def test_all_reward_on_the_last_token_is_one_number_per_response(baseline: Any, num_samples: int) -> None:
+    case = make(num_samples, 13)
+    lengths = case.mask.sum(1)
+    reward = torch.where(lengths > 0, case.reward, 0.0)  # an empty response has no token to put it on
+    last = case.mask & (torch.arange(13) == lengths[:, None] - 1)
+    greedy_mask = torch.arange(5) < torch.tensor([1, 2, 3, 4, 5, 5])[:, None]
+    greedy_last = greedy_mask & (greedy_mask.cumsum(1) == greedy_mask.sum(1, keepdim=True))
+    is_greedy = baseline == "greedy"
+    options: dict[str, Any] = {"num_samples": num_samples, "baseline": baseline, "whiten": True}
+    tokens = remax_advantages(
+        reward[:, None] * last,
+        case.mask,
+        baseline_reward=case.baseline_reward[:, None] * greedy_last if is_greedy else None,
+        baseline_mask=greedy_mask if is_greedy else None,
+        **options,
+    )
+    whole = remax_advantages(reward, case.mask, baseline_reward=case.baseline_reward if is_greedy else None, **options)
+    torch.testing.assert_close(tokens, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"baseline_reward": torch.ones(2, 3)}, r"baseline_mask must have shape \[B, R'\] .* got None"),
+    ({"baseline_reward": torch.ones(2), "baseline_mask": torch.ones(2, 3, dtype=torch.bool)},
+     r"baseline_reward must have shape \[B, R'\] = \[2, 3\], got \[2\]"),
+    ({}, r"baseline_reward must have shape \[B\] for baseline='greedy', got None"),
+    ({"baseline": "none", "reward_clip": 1.0, "reward_clip_at": "before_baseline"},
+     "reward_clip_at must be after_baseline with a reward per token, got before_baseline"),
+    ({"baseline": "leave_one_out", "num_samples": 2, "kl": torch.ones(2, 3), "kl_coef": 0.1, "kl_in_baseline": True},
+     "kl_in_baseline must be False with a reward per token"),
+])  # fmt: skip
+def test_what_rewards_of_tokens_need_and_exclude(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        remax_advantages(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), **options)
+
+
 # Parts on scales of their own
 
 

@@ -138,6 +138,75 @@ def test_group_mean_scales_the_expected_gradient() -> None:
     assert_same(expected_gradient(problem, 2, baseline="group_mean"), exact_gradient / 2)
 
 
+# A reward for each token
+
+
+def token_rewards(seed: int) -> dict[exact.Response, list[float]]:
+    """A reward for each token, which depends on the tokens before it."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    table = torch.randn(len(PREFIXES), exact.VOCABULARY, generator=generator, dtype=torch.float64) + 0.5
+    return {
+        response: [table[PREFIXES.index(response[:t])][token].item() for t, token in enumerate(response)]
+        for response in RESPONSES
+    }
+
+
+def padded(rows: list[list[float]]) -> Tensor:
+    width = exact.MAX_LENGTH
+    return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rows], dtype=torch.float64)
+
+
+def expected_token_gradient(problem: Problem, rewards: dict[exact.Response, list[float]], **options: Any) -> Tensor:
+    """The gradient for rewards of tokens, averaged over all draws of `num_samples` responses to one prompt."""
+    num_samples = options["num_samples"]
+    draws = list(product(RESPONSES, repeat=num_samples))
+    responses = [response for draw in draws for response in draw]
+    table = problem.table.clone().requires_grad_()
+    log_probs, mask = log_probs_of(table, responses)
+    reference_log_probs, _ = log_probs_of(problem.reference, responses)
+    if options["baseline"] == "greedy":
+        greedy = exact.greedy_response(problem.table)
+        options["baseline_reward"] = padded([rewards[greedy]] * len(draws))
+        options["baseline_mask"] = (torch.arange(exact.MAX_LENGTH) < len(greedy)).expand(len(draws), -1)
+    kl = kl_estimate(log_probs - reference_log_probs, "k1")
+    advantages = remax_advantages(padded([rewards[response] for response in responses]), mask, kl=kl, **options)
+    probability = torch.where(mask, log_probs.detach(), 0.0).sum(dim=1).exp()
+    weight = probability.view(-1, num_samples).prod(dim=1).repeat_interleave(num_samples)
+    loss = reinforce_loss(log_probs, advantages * weight[:, None], mask, float(num_samples))
+    (gradient,) = torch.autograd.grad(-loss, table)
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("baseline", "num_samples"), [("greedy", 1), ("greedy", 2), ("none", 1), ("leave_one_out", 2), ("group_mean", 2)]
+)
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_rewards_of_tokens_give_the_gradient_of_their_expected_sum(
+    baseline: str, num_samples: int, beta: float
+) -> None:
+    for seed in range(3):
+        problem, rewards = make_problem(seed), token_rewards(seed)
+        assert len({len(exact.greedy_response(make_problem(seed).table)) for seed in range(3)}) > 1  # shorter ones too
+        totals = {response: sum(values) for response, values in rewards.items()}
+        if baseline == "group_mean":  # its own sample is in the mean; the KL is not
+            expected = exact.exact_gradient(problem.table, totals, problem.reference, 0.0) / 2
+            expected += exact.exact_gradient(problem.table, dict.fromkeys(totals, 0.0), problem.reference, beta)
+        else:
+            expected = exact.exact_gradient(problem.table, totals, problem.reference, beta)
+        actual = expected_token_gradient(problem, rewards, baseline=baseline, num_samples=num_samples, kl_coef=beta)
+        assert_same(actual, expected)
+
+
+def test_a_token_is_not_charged_with_what_came_before() -> None:
+    """Less variance than the whole reward on every token, with the same mean."""
+    problem, rewards = make_problem(0), token_rewards(0)
+    _, mask = log_probs_of(problem.table, RESPONSES)
+    to_go = remax_advantages(padded([rewards[response] for response in RESPONSES]), mask, baseline="none")
+    for row, response in zip(to_go.tolist(), RESPONSES, strict=True):
+        assert row[: len(response)] == pytest.approx([sum(rewards[response][t:]) for t in range(len(response))])
+        assert row[len(response) :] == [0.0] * (exact.MAX_LENGTH - len(response))
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("seed", range(3))
 def test_mean_estimate_is_the_exact_kl(seed: int, estimator: Any) -> None:

@@ -39,6 +39,13 @@ class LengthReward(Reward):
         return [100.0 * len(text) for text in responses]
 
 
+class TokenReward(Reward):
+    """A number for each token, of the id and its place."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[Any], rows: Sequence[dict[str, Any]]) -> Any:
+        return [[(7 * token + place) % 5 / 4 for place, token in enumerate(text.token_ids)] for text in responses]
+
+
 def normalized() -> WeightedReward:
     """Two parts on their own scales; the rewards of the parts differ by a factor of hundreds."""
     return WeightedReward({"character": CharacterReward(), "length": LengthReward()}, {"length": -0.5}, "std")
@@ -50,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whitened": {"advantage": AdvantageConfig(whiten=True)},
     "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
     "normalized": {"reward": normalized(), "advantage": AdvantageConfig(overlong="penalize")},
+    "per_token": {"reward": TokenReward(), "advantage": AdvantageConfig(gamma=0.9, overlong="penalize")},
     "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},
 }
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from remax_lightning.errors import RewardError, SignalExit, UserError
-from remax_lightning.rewards import Reward, Scores, checked_scores
+from remax_lightning.rewards import Reward, Scores, WeightedReward, checked_scores
+from remax_lightning.types import Response
 
 PROMPTS = ["prompt zero", "prompt one", "prompt two", "prompt three"]
 RESPONSES = ["response zero", "response one", "response two", "response three"]
@@ -181,3 +182,94 @@ def test_numbers_below_a_mask_are_no_scores() -> None:
     with pytest.raises(RewardError, match=r"returned 'None' .* at index 1"):
         scored(masked)
     assert scored(torch.tensor([0.0, 2.0, 0.0, 0.0]).to_sparse()).reward.tolist() == [0.0, 2.0, 0.0, 0.0]
+
+
+# A number for each token
+
+WITH_TOKENS = [Response(text, None, tuple(range(count))) for text, count in zip(RESPONSES, (2, 1, 3, 2), strict=True)]
+PER_TOKEN = [[1.0, 2.0], [3.0], [0.0, 0.5, -1.0], [4.0, 0.0]]
+AS_TENSOR = [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.5, -1.0], [4.0, 0.0, 0.0]]
+
+
+def scored_tokens(result: Any) -> Scores:
+    return checked_scores(Given(result), PROMPTS, WITH_TOKENS, ROWS)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        PER_TOKEN,
+        tuple(map(np.array, PER_TOKEN)),
+        [torch.tensor(row) for row in PER_TOKEN],
+        [PER_TOKEN[0], (3,), np.array([0, 0.5, -1]), torch.tensor([4, 0])],
+        torch.tensor(AS_TENSOR, dtype=torch.float64, requires_grad=True),
+        np.array(AS_TENSOR),
+        torch.tensor([[*row, 0.0, 0.0] for row in AS_TENSOR]),
+    ],
+    ids=["lists", "arrays", "tensors", "mixed", "tensor", "array", "wider"],
+)
+def test_a_number_for_each_token(result: Any) -> None:
+    scores = scored_tokens(Scores(result, {"part": result}))
+    assert scores.reward.dtype == torch.float32
+    assert not scores.reward.requires_grad
+    assert scores.reward[:, :3].tolist() == AS_TENSOR
+    assert scores.total.tolist() == scores.parts["part"].tolist() == [3.0, 3.0, -0.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "found", "shows"),
+    [
+        (
+            [[1.0, 2.0], [3.0, 4.0], [0.0] * 3, [0.0] * 2],
+            r"a list of 2 at index 1, where the response has 1 tokens; expected a list of 1 finite numbers, one for "
+            r"each token in response.token_ids, or one number per response",
+            "response one",
+        ),
+        ([[1.0], [2.0], [3.0], [4.0]], "a list of 1 at index 0, where the response has 2 tokens", "response zero"),
+        ([[1.0, 2.0], 3.0, [0.0] * 3, [0.0] * 2], r"'3.0' \(a float\) at index 1 beside lists", "response one"),
+        ([[1.0, 2.0], [3.0], [0.0] * 3], "returned 3 lists; expected 4 lists, one per response", "prompt zero"),
+        (
+            [[1.0, 2.0], [3.0], [0.0, None, 1.0], [0.0] * 2],
+            r"'None' \(a NoneType\) at index 2, token 1",
+            "response two",
+        ),
+        (
+            [[1.0, 2.0], [3.0], [0.0, float("nan"), 1.0], [0.0] * 2],
+            r"nan at index 2, token 1 \(1 of 12",
+            "response two",
+        ),
+        (
+            torch.zeros(4, 2),
+            r"shape \[4, 2\]; expected 4 finite .*, or of shape \[4, 3\], one per token",
+            "prompt zero",
+        ),
+        (torch.zeros(3, 3), r"shape \[3, 3\]", "prompt zero"),
+        (torch.zeros(4, 3, 1), r"shape \[4, 3, 1\]", "prompt zero"),
+        (torch.ones(4, 3), r"1.0 at index 0, token 2; expected 0 beyond the 2 tokens of the response", "response zero"),
+        (torch.tensor([[0.0, 0.0, 0.0, float("nan")]] * 4), r"nan at index 0, token 3 \(4 of 16", "response zero"),
+    ],
+)
+def test_other_numbers_of_tokens_are_refused(result: Any, found: str, shows: str) -> None:
+    for garbage in (result, Scores(torch.zeros(4), {"bad": result})):
+        with pytest.raises(RewardError, match=found) as caught:
+            scored_tokens(garbage)
+        assert shows in str(caught.value)
+
+
+def test_a_number_per_response_stands_on_the_last_token_beside_rewards_of_tokens() -> None:
+    reward = WeightedReward({"tokens": Given(PER_TOKEN), "whole": Given([1.0, 2.0, 3.0, 4.0])}, {"whole": 10.0})
+    scores = checked_scores(reward, PROMPTS, WITH_TOKENS, ROWS)
+    assert scores.reward.tolist() == [[1.0, 12.0, 0.0], [23.0, 0.0, 0.0], [0.0, 0.5, 29.0], [4.0, 40.0, 0.0]]
+    assert scores.parts["tokens"].tolist() == [3.0, 3.0, -0.5, 4.0]
+    assert scores.parts["whole"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    normalized = WeightedReward(reward.parts, normalize="std")
+    with pytest.raises(UserError, match=r"normalize: expected none for parts with a reward per token, .*'tokens'"):
+        checked_scores(normalized, PROMPTS, WITH_TOKENS, ROWS)
+
+
+def test_none_among_rewards_of_tokens_is_0_for_every_token() -> None:
+    partial = Given([None, [3.0], None, [4.0, 0.0]])
+    partial.skips_none = True
+    reward = WeightedReward({"tokens": partial, "whole": Given([1.0] * 4)})
+    scores = checked_scores(reward, PROMPTS, WITH_TOKENS, ROWS)
+    assert scores.reward.tolist() == [[0.0, 1.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 1.0], [4.0, 1.0, 0.0]]

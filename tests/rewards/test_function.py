@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards import FunctionReward, Reward, WeightedReward, checked_scores
-from remax_lightning.types import Conversation, Prompt
+from remax_lightning.types import Conversation, Prompt, Response
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 VERIFIERS = "remax_lightning.rewards.verifiers"
@@ -211,11 +211,6 @@ def test_columns_are_renamed_and_arguments_come_first(write: Callable[..., str])
     ("source", "options", "message"),
     [
         (
-            "def score(completions, completion_ids): ...",
-            {},
-            r"function: .* requires 'completion_ids', which only another",
-        ),
-        (
             "def score(completions, trainer_state): ...",
             {},
             r"function: .* requires 'trainer_state', which only another",
@@ -290,6 +285,17 @@ def test_a_function_checks_rows_itself(write: Callable[..., str]) -> None:
         RewardError, match=r"part 'checked' .*a.jsonl, line 2: .*check_row raised AssertionError: too small"
     ):
         reward.check_rows([{"n": 3}, {"n": 2}], ["a.jsonl, line 1", "a.jsonl, line 2"])
+
+
+@pytest.mark.parametrize("source", [
+    "def score(prompts, responses, rows):\n    return [[1.0] * len(r.token_ids) for r in responses]",
+    "async def score(completions, completion_ids):\n    return [[1.0] * len(ids) for ids in completion_ids]",
+    "def score(solution_str):\n    return {'score': [1.0] * len(solution_str.token_ids)}",
+])  # fmt: skip
+def test_every_style_may_return_a_number_for_each_token(write: Callable[..., str], source: str) -> None:
+    responses = [Response("4", None, (5, 2)), Response("5", None, (6, 6, 2))]
+    result = checked_scores(FunctionReward(write("tokens", source)), ["p"] * 2, responses, [{}] * 2)
+    assert result.reward.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
 
 
 # Coroutines

@@ -18,6 +18,7 @@ import remax_lightning
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores
 from remax_lightning.rewards.child_process import CallTimeoutError, Child, Target
+from remax_lightning.types import Response
 
 SOURCE = """
 import ctypes, os, re, subprocess, sys, time; import torch; from remax_lightning.rewards import Reward, Scores
@@ -75,6 +76,10 @@ class Parts(Reward):
             time.sleep(0.1)
         values = torch.tensor([float(len(text)) for text in responses], device=self.device)
         return Scores(values, {"half": values / 2})
+
+def tokens(prompts, responses, rows):
+    judge(responses)
+    return [[0.5] * len(response.token_ids) for response in responses]
 
 def path_of(_):
     import remax_lightning
@@ -240,6 +245,13 @@ def test_a_class_of_the_users_and_its_parts(judges: Path) -> None:
     result = checked_scores(reward, ["p"] * 3, ["a", "hang", "bb"], [{}] * 3)
     assert result.reward.tolist() == [1.0, 9.0, 2.0]
     assert result.parts["half"].tolist() == [0.5, 0.0, 1.0]
+
+
+def test_a_response_that_takes_too_long_has_its_score_on_the_last_token(judges: Path) -> None:
+    responses = [Response("a", None, (7, 2)), Response("loop", None, (7, 8, 2))]
+    reward = FunctionReward("judges.tokens", timeout=0.5, on_timeout=-1.0)
+    result = checked_scores(reward, ["p"] * 2, responses, [{}] * 2)
+    assert result.reward.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, -1.0]]
 
 
 def test_a_function_given_itself_is_timed_too(judges: Path) -> None:

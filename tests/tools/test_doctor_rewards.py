@@ -46,6 +46,23 @@ def test_healthy(well: DoctorContext) -> None:
     assert "reads '<s>user: 7+49=" in ask(well, "reward_template").measured
 
 
+class Compares(Reward):
+    """Compares tokens with the greedy response, as a judge compares texts."""
+
+    compares = True
+
+    def score(self, prompts: Any, responses: Any, rows: Any) -> Any:
+        return [[float(response == response.baseline)] * len(response.token_ids) for response in responses]
+
+
+def test_a_reward_reads_responses_with_tokens_and_greedy_response(
+    well: DoctorContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(well, "reward", Compares())
+    assert ask(well, "reward_padding").status == "pass"
+    assert ask(well, "reward_spread").values["spread"] > 0
+
+
 # What the reward model reads
 
 

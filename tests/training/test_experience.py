@@ -21,6 +21,7 @@ def experience(num_micro_batches: int = 2) -> Experience:
     reward = torch.tensor([1.0, 2.0, 3.0, 4.0])
     rollout = Rollout(prompt, responses, responses, reward, reward - 1, {"part": reward}, None, None)
     rollout = rollout._replace(baseline_parts={"part": reward - 1}, normalized_reward=reward / 2)
+    rollout = rollout._replace(token_rewards=mask * reward[:, None], baseline_token_rewards=mask * reward[:, None] - 1)
     return Experience(rollout, torch.tensor([8.0]), advantages=reward[:, None].expand(4, 2))
 
 
@@ -78,6 +79,8 @@ def test_a_half_used_rollout_is_resumed(convert: Any) -> None:
     assert torch.equal(resumed.rollout.normalized_reward, expected.rollout.normalized_reward)
     assert torch.equal(resumed.rollout.baseline_parts["part"], expected.rollout.baseline_parts["part"])
     assert resumed.rollout.normalized_reward.tolist() == [1.5, 2.0]
+    assert resumed.rollout.token_rewards.tolist() == [[3.0, 3.0], [4.0, 4.0]]
+    assert torch.equal(resumed.rollout.baseline_token_rewards, expected.rollout.baseline_token_rewards)
     assert torch.equal(resumed.rollout.prompt.prompt_ids, expected.rollout.prompt.prompt_ids)
     assert resumed.rollout.sampled.texts == expected.rollout.sampled.texts
 

@@ -11,11 +11,14 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from helpers.training import CharacterReward, FixedEngine, make_trainer, save_policy, write_rows
 
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.data import SFTDataModule
+from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import SFTModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import AutoEngine, SamplingConfig
+from remax_lightning.training.objective import Objective
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch
 
@@ -59,6 +62,44 @@ def test_a_soft_penalty_grows_over_the_last_tokens_before_the_limit() -> None:
     assert soft.baseline_reward is not None
     torch.testing.assert_close(plain.reward - soft.reward, torch.tensor([0.0, 1.5, 3.0]))
     torch.testing.assert_close(plain.baseline_reward - soft.baseline_reward, torch.tensor([0.0, 1.5, 3.0]))
+
+
+class PerToken(Reward):
+    """Pays a token its place, from 1; every token of the ids that it was shown."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[Any], rows: Sequence[dict[str, Any]]) -> Any:
+        self.shown = [response.token_ids for response in responses]
+        return [[place + 1.0 for place, _ in enumerate(ids)] for ids in self.shown]
+
+
+def test_rewards_of_tokens_are_as_wide_as_the_ids_and_sum_up_to_the_reward() -> None:
+    """The penalty of a truncated response stands on its last token; the greedy ids may be narrower."""
+    engine = FixedEngine([[20, 2, 3, 3], [20, 21, 20, 20]], [[20, 2], [2, 3]])
+    reward = PerToken()
+    rollout = worker(engine, reward=reward, truncation_penalty=5.0).roll_out(
+        tiny_model(), prompt(), torch.Generator(), greedy=True
+    )
+    assert reward.shown == [(20, 2), (20, 21, 20, 20), (20, 2), (2,)]
+    assert rollout.token_rewards is not None
+    assert rollout.token_rewards.tolist() == [[1.0, 2.0, 0.0, 0.0], [1.0, 2.0, 3.0, -1.0]]
+    assert rollout.reward.tolist() == [3.0, 5.0]
+    assert rollout.baseline_token_rewards is not None
+    assert rollout.baseline_token_rewards.tolist() == [[1.0, 2.0], [1.0, 0.0]]
+    assert rollout.baseline_reward is not None
+    assert rollout.baseline_reward.tolist() == [3.0, 1.0]
+    # G_t - b_t: 3 - 3, 2 - 2; 5 - 1, 4 - 1, 2 - 1, -1 - 1
+    objective = Objective(KLConfig(), AdvantageConfig(), LossConfig(), num_samples=1)
+    advantages = objective.advantages(rollout, None, 0.0, lambda x: x)
+    assert advantages.tolist() == [[0.0, 0.0, 0.0, 0.0], [4.0, 3.0, 1.0, -2.0]]
+    assert torch.equal(objective.advantages(rollout.micro_batch(1, 2), None, 0.0, lambda x: x), advantages[1:])
+    clip = AdvantageConfig(reward_clip=1.0, reward_clip_at="before_baseline")
+    with pytest.raises(UserError, match=r"model\.advantage\.reward_clip_at must be after_baseline where model\.reward"):
+        Objective(KLConfig(), clip, LossConfig(), num_samples=1).advantages(rollout, None, 0.0, lambda x: x)
+    group = AdvantageConfig("leave_one_out")
+    with pytest.raises(UserError, match=r"model\.kl\.in_baseline needs a reward that is one number per response"):
+        Objective(KLConfig(in_baseline=True), group, LossConfig(), num_samples=2).advantages(
+            rollout, rollout.token_rewards, 0.1, lambda x: x
+        )
 
 
 def test_seconds_are_counted_once_and_start_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +29,7 @@ class ResponsesToScore(NamedTuple):
     """`M` responses to score: the sampled ones, then the greedy ones."""
 
     prompts: list[str]
-    responses: list[str]
+    responses: Sequence[str]
     rows: list[dict[str, Any]]
 
     def select(self, indices: list[int]) -> ResponsesToScore:
@@ -45,7 +46,11 @@ def policy_responses(context: DoctorContext) -> ResponsesToScore:
     # 2 prompts with 2 samples each: 0 0 1 1, then 0 1 for the greedy responses
     prompt_index = [i for i in range(len(rollout.prompt.prompts)) for _ in range(rollout.num_samples)]
     prompt_index += range(len(rollout.prompt.prompts))
-    texts = rollout.sampled.texts + cast(Responses, rollout.greedy).texts
+    # With their tokens and greedy responses, as in training.
+    greedy = cast(Responses, rollout.greedy)
+    baselines = [greedy.texts[i] for i in prompt_index]
+    count = len(rollout.sampled.texts)
+    texts = rollout.sampled.to_score(baselines[:count]) + greedy.to_score(baselines[count:])
     return ResponsesToScore(
         [rollout.prompt.prompts[i] for i in prompt_index], texts, [rollout.prompt.rows[i] for i in prompt_index]
     )
@@ -223,7 +228,7 @@ def _judge_moved_scores(name: str, other: Tensor, together: Tensor, tolerance: T
 
 def _reward_scores(context: DoctorContext, scored: ResponsesToScore) -> tuple[Tensor, dict[str, Tensor]]:
     def score(responses: ResponsesToScore) -> Tensor:
-        return checked_scores(cast(Any, context.reward), *responses).reward.double().cpu()
+        return checked_scores(cast(Any, context.reward), *responses).total.double().cpu()
 
     count = len(scored.responses)
     # scored from the last to the first, and put back in order
@@ -261,7 +266,7 @@ def _pair_scores(context: DoctorContext, batch: PreferenceBatch) -> tuple[Tensor
 def check_reward_spread(context: DoctorContext) -> Finding:
     """Check that rewards differ between responses, and from those of the greedy responses."""
     scored = policy_responses(context)
-    rewards = checked_scores(cast(Any, context.reward), *scored).reward.double().cpu()
+    rewards = checked_scores(cast(Any, context.reward), *scored).total.double().cpu()
     rollout = context.rollout
     # ---- Rewards of sampled responses [S], and of the greedy response to the same prompt [S] ----
     count = len(rollout.sampled.texts)
