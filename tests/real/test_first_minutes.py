@@ -41,6 +41,13 @@ samples: {every_n_steps: 1}
 """Over the README's six lines: two short steps on a CPU, under two loggers."""
 
 
+REWARD = """
+def politeness(prompts, responses, rows):
+    return [response.count("e") / 10 for response in responses]
+"""
+"""In the place of the README's, which pays nothing for a few tokens of this model, and then nothing is learned."""
+
+
 class Home(NamedTuple):
     """Where a user works: a folder with an environment, and what its commands printed."""
 
@@ -108,7 +115,7 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     home = Home(folder, install(folder))
     (folder / "short.yaml").write_text(blocks("yaml")[0].replace(MODEL, str(smollm2)))
     (folder / "small.yaml").write_text(SMALL)
-    (folder / "my_rewards.py").write_text((ROOT / "examples" / "politeness.py").read_text())
+    (folder / "my_rewards.py").write_text(REWARD)
     rows = [json.dumps({"prompt": f"Ask me kindly about {topic}."}) for topic in TOPICS * 10]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     home.run("remax", "fit", "--config", "short.yaml", "--config", "small.yaml")
@@ -166,14 +173,12 @@ def test_it_resumes_and_exports(home: Home, smollm2: Path) -> None:
     newest = max(home.checkpoints, key=lambda path: path.stat().st_mtime)
     assert "step=3" in newest.name
     home.run("remax", "export", str(newest), "my_policy")
-    told = home.run("python", "-c", f"""
-import torch, transformers
-old, new = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in ({str(smollm2)!r}, "my_policy"))
-tokenizer = transformers.AutoTokenizer.from_pretrained("my_policy")
-moved = max(float((a - b).abs().max()) for a, b in zip(old.parameters(), new.parameters(), strict=True))
-print(tokenizer.chat_template is not None, 0 < moved < 1e-4)
-""")  # fmt: skip
-    assert told.split() == ["True", "True"]  # three steps of 1e-6
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = home.folder / "my_policy"
+    assert AutoTokenizer.from_pretrained(exported).chat_template
+    pairs = zip(*(AutoModelForCausalLM.from_pretrained(path).parameters() for path in (smollm2, exported)), strict=True)
+    assert 0 < max(float((new - old).abs().max()) for old, new in pairs) < 1e-4  # three steps of 1e-6
 
 
 def test_the_script_trains_and_a_checkpoint_generates(home: Home, smollm2: Path) -> None:
