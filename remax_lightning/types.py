@@ -10,9 +10,21 @@ NamedTuples, because Lightning moves those to the device and refuses frozen data
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
+
+T = TypeVar("T")
+Selection: TypeAlias = slice | Tensor
+"""Rows of a batch: from one to another, or `[b]` numbers."""
+
+
+def _select(values: list[T], rows: Selection) -> list[T]:
+    """Return part of a list, as indexing returns part of a tensor. One that a checkpoint has left out is empty."""
+    if isinstance(rows, slice):
+        return values[rows]
+    return [values[row] for row in rows.tolist()] if values else []
 
 
 class Conversation(NamedTuple):
@@ -89,6 +101,8 @@ class PromptBatch(NamedTuple):
         num_micro_batches: how many micro-batches the rollout batch is trained in.
         indices: the places of the `B` prompts in their data set; tell a prompt that is there twice, to fill up a rank,
             which an evaluation then counts once. None where they are not known.
+        tokens_per_micro_batch: most tokens of a training pass; the rollout batch then arrives once, and is cut into
+            passes when the lengths of its responses are known. None where micro-batches are counted in prompts.
     """
 
     prompt_ids: Tensor
@@ -98,6 +112,7 @@ class PromptBatch(NamedTuple):
     micro_batch_index: int = 0
     num_micro_batches: int = 1
     indices: list[int] | None = None
+    tokens_per_micro_batch: int | None = None
 
 
 class SupervisedBatch(NamedTuple):
@@ -177,11 +192,15 @@ class Responses(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Responses:
         """Return responses `start` to `stop` (exclusive)."""
+        return self.select(slice(start, stop))
+
+    def select(self, rows: Selection) -> Responses:
+        """Return the responses `rows`, in their order."""
         return Responses(
-            self.response_ids[start:stop],
-            self.response_mask[start:stop],
-            self.truncated[start:stop],
-            self.texts[start:stop],
+            self.response_ids[rows],
+            self.response_mask[rows],
+            self.truncated[rows],
+            _select(self.texts, rows),
         )
 
 
@@ -234,34 +253,45 @@ class Rollout(NamedTuple):
         """Return micro-batch `index` of `num_micro_batches` equal ones; the responses of a prompt stay together."""
         # Cut by prompts, so that the n samples of a prompt and its baseline stay together.
         size = self.prompt.prompt_ids.shape[0] // num_micro_batches
-        prompts = slice(index * size, (index + 1) * size)  # of `B`
-        samples = slice(prompts.start * self.num_samples, prompts.stop * self.num_samples)  # of `S`
+        start, stop = index * size, (index + 1) * size
+        first, last = start * self.num_samples, stop * self.num_samples  # of the `S` sampled responses
+        return self._select(slice(start, stop), slice(first, last))
 
-        def cut(values: Tensor | None, rows: slice) -> Tensor | None:
+    def select(self, prompts: Tensor) -> Rollout:
+        """Return the rollout of the prompts with these numbers, `[b]`, in their order."""
+        return self._select(prompts, self.responses_of(prompts))
+
+    def responses_of(self, prompts: Tensor) -> Tensor:
+        """Return the numbers `[b * n]` of the sampled responses to the prompts with the numbers `[b]`."""
+        samples = torch.arange(self.num_samples, device=prompts.device)
+        return (prompts[:, None] * self.num_samples + samples).flatten()
+
+    def _select(self, prompts: Selection, responses: Selection) -> Rollout:
+        def part(values: Tensor | None, rows: Selection) -> Tensor | None:
             return None if values is None else values[rows]
 
-        prompt, baseline_parts = self.prompt, self.baseline_parts
+        batch, baseline_parts = self.prompt, self.baseline_parts
         return Rollout(
             prompt=PromptBatch(
-                prompt.prompt_ids[prompts],
-                prompt.prompt_mask[prompts],
-                prompt.prompts[prompts],
-                prompt.rows[prompts],
-                indices=None if prompt.indices is None else prompt.indices[prompts],
+                batch.prompt_ids[prompts],
+                batch.prompt_mask[prompts],
+                _select(batch.prompts, prompts),
+                _select(batch.rows, prompts),
+                indices=None if batch.indices is None else _select(batch.indices, prompts),
             ),
-            sampled=self.sampled.rows(samples.start, samples.stop),
-            greedy=None if self.greedy is None else self.greedy.rows(prompts.start, prompts.stop),
-            reward=self.reward[samples],
-            baseline_reward=cut(self.baseline_reward, prompts),
-            reward_parts={name: value[samples] for name, value in self.reward_parts.items()},
-            reference_log_probs=cut(self.reference_log_probs, samples),
-            log_probs=cut(self.log_probs, samples),
-            reference_hidden=cut(self.reference_hidden, samples),
-            engine_log_probs=cut(self.engine_log_probs, samples),
+            sampled=self.sampled.select(responses),
+            greedy=None if self.greedy is None else self.greedy.select(prompts),
+            reward=self.reward[responses],
+            baseline_reward=part(self.baseline_reward, prompts),
+            reward_parts={name: value[responses] for name, value in self.reward_parts.items()},
+            reference_log_probs=part(self.reference_log_probs, responses),
+            log_probs=part(self.log_probs, responses),
+            reference_hidden=part(self.reference_hidden, responses),
+            engine_log_probs=part(self.engine_log_probs, responses),
             baseline_parts=baseline_parts and {name: value[prompts] for name, value in baseline_parts.items()},
-            normalized_reward=cut(self.normalized_reward, samples),
-            token_rewards=cut(self.token_rewards, samples),
-            baseline_token_rewards=cut(self.baseline_token_rewards, prompts),
+            normalized_reward=part(self.normalized_reward, responses),
+            token_rewards=part(self.token_rewards, responses),
+            baseline_token_rewards=part(self.baseline_token_rewards, prompts),
         )
 
 

@@ -213,3 +213,16 @@ def test_memory_does_not_grow_with_the_rows_and_checks_are_cheap(tmp_path: Path)
     assert warm["seconds"] < cold["seconds"]
     assert 0 < cold["checks_share"] < 0.05
     assert {"processor", "versions", "rows_per_second"} <= set(cold)
+
+
+def test_packing_compares_passes_with_those_of_padded_rows(load: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "lengths.jsonl"
+    rows.write_text("".join(json.dumps({"question": "?" * 7 * n, "answer": "!" * 9 * n}) + "\n" for n in range(1, 8)))
+    command = ["--sizes", "toy", "--results", str(tmp_path / "packing.jsonl"), "--warmup", "0", "--repetitions", "1"]
+    load("packing").main([*command, "--lengths", str(rows)])
+    lines = lines_of(tmp_path / "packing.jsonl")
+    found = {(line["phase"], line["variant"]): line for line in lines}
+    assert {name for phase, name in found if phase == "step"} == {"before", "packed", "budget"}
+    real = {name: line["real_over_computed"] for (phase, name), line in found.items() if phase == "training"}
+    assert real["packed"] == real["budget"] == 1
+    assert real["before"] <= real["padded"] <= 1

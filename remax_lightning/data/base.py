@@ -46,7 +46,8 @@ _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 _CHANGE_NO_ROW = frozenset(
     (
         *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
-        *("batch_size", "micro_batch_size", "num_micro_batches", "seed", "stage_split", "stage_seed", "num_workers"),
+        *("batch_size", "micro_batch_size", "num_micro_batches", "tokens_per_micro_batch"),
+        *("seed", "stage_split", "stage_seed", "num_workers"),
         *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
         *("num_rows", "num_left_out", "response_ends", "formatter", "_tokenizer", "_train", "_val", "_kinds"),
         *vars(LightningDataModule()),

@@ -261,7 +261,13 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     return padded, mask
 
 
-def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_micro_batches: int) -> PromptBatch:
+def collate_prompts(
+    items: Sequence[tuple[Example, int]],
+    *,
+    pad_id: int,
+    num_micro_batches: int,
+    tokens_per_micro_batch: int | None = None,
+) -> PromptBatch:
     """Return the `PromptBatch` of examples, which all belong to one micro-batch."""
     examples = [example for example, _ in items]
     ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")  # [B, P]
@@ -273,6 +279,7 @@ def collate_prompts(items: Sequence[tuple[Example, int]], *, pad_id: int, num_mi
         micro_batch_index=items[0][1],
         num_micro_batches=num_micro_batches,
         indices=[example.number for example in examples],
+        tokens_per_micro_batch=tokens_per_micro_batch,
     )
 
 

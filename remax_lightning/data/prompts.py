@@ -31,6 +31,10 @@ class PromptDataModule(TextDataModule):
         micro_batch_size: prompts per training pass and device; divides `batch_size`. The same rollout batch
             arrives `batch_size / micro_batch_size` times, once per part. None trains on the whole batch in
             one pass.
+        tokens_per_micro_batch: tokens per training pass and device, those of prompts and responses, in place of
+            `micro_batch_size`: passes are filled up to it once the lengths of the responses are known, so that their
+            memory is bounded and short responses make fewer passes. At least one prompt with its responses has to
+            fit. The gradient is the same; `trainer.accumulate_grad_batches` stays 1.
         max_prompt_length: longest prompt, in tokens.
         seed: fixes the order of each epoch and the rows held out.
         loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
@@ -54,6 +58,7 @@ class PromptDataModule(TextDataModule):
         template: str | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
+        tokens_per_micro_batch: int | None = None,
         max_prompt_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
@@ -74,6 +79,15 @@ class PromptDataModule(TextDataModule):
             data=data,
             val_data=val_data,
         )
+        # ---- A budget of tokens: the batch arrives once, and is cut when its lengths are known ----
+        if tokens_per_micro_batch is not None:
+            check_at_least(1, tokens_per_micro_batch=tokens_per_micro_batch)
+            if micro_batch_size is not None:
+                raise UserError(
+                    f"data.tokens_per_micro_batch must be null beside data.micro_batch_size {micro_batch_size}, got"
+                    f" {tokens_per_micro_batch}: micro-batches are counted in prompts or in tokens; remove one"
+                )
+        self.tokens_per_micro_batch = tokens_per_micro_batch
         # ---- Parts of a rollout batch: 64 prompts in micro-batches of 16 arrive 4 times ----
         if micro_batch_size is None:
             micro_batch_size = batch_size
@@ -87,4 +101,9 @@ class PromptDataModule(TextDataModule):
         self.num_micro_batches = batch_size // micro_batch_size
 
     def _collate(self, num_micro_batches: int) -> Callable[..., PromptBatch]:
-        return partial(collate_prompts, pad_id=int(self.tokenizer.pad_token_id), num_micro_batches=num_micro_batches)
+        return partial(
+            collate_prompts,
+            pad_id=int(self.tokenizer.pad_token_id),
+            num_micro_batches=num_micro_batches,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+        )

@@ -35,6 +35,7 @@ class ReasoningGymDataModule(PromptDataModule):
         batch_size: prompts per rollout and device.
         micro_batch_size: prompts per training pass and device; divides `batch_size`. None trains on the whole batch in
             one pass.
+        tokens_per_micro_batch: tokens per training pass and device, in place of `micro_batch_size`.
         max_prompt_length: longest prompt, in tokens; some tasks write long ones.
         seed: makes the rows, fixes the order of each epoch and the rows held out.
         loading: rarer choices, as in `PromptDataModule`.
@@ -55,6 +56,7 @@ class ReasoningGymDataModule(PromptDataModule):
         template: str | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
+        tokens_per_micro_batch: int | None = None,
         max_prompt_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
@@ -72,6 +74,7 @@ class ReasoningGymDataModule(PromptDataModule):
             template=template,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
+            tokens_per_micro_batch=tokens_per_micro_batch,
             max_prompt_length=max_prompt_length,
             seed=seed,
             loading=loading,

@@ -19,6 +19,7 @@ from remax_lightning.errors import RankError, UserError
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.models.frozen import Placement, check_placement
 from remax_lightning.models.lora import LoRAConfig, add_adapter
+from remax_lightning.models.packing import recompute_contexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -288,7 +289,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Let `model` recompute its activations in the backward pass."""
     # Renamed in 5.23; the old name goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # the reentrant kind needs inputs with a gradient, which frozen embeddings lack
+    # The reentrant kind needs inputs with a gradient, which frozen embeddings lack. A packed pass is recomputed packed.
+    enable({"use_reentrant": False, "context_fn": recompute_contexts})
 
 
 def looks_local(path: str) -> bool:

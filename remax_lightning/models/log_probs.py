@@ -17,7 +17,9 @@ from remax_lightning.functional import (
     token_statistics,
 )
 from remax_lightning.models.forward import accepts_argument, find_head, hidden_states, model_inputs, required_head
+from remax_lightning.models.packing import PackedAttention, packed_inputs, packing_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, make_sampling_mask
+from remax_lightning.sharding import unwrap_peft
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ def response_statistics(
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
-    (rows,) = _forward_batches(prompt, responses)  # all responses in one batch
+    (rows,) = _forward_batches(None, prompt, responses)  # all responses in one batch
     log_probs, entropy, _ = row_statistics(model, rows, find_head(model).head, temperature).statistics
-    mask = responses.response_mask
-    return TokenStatistics(_scatter_tokens([log_probs], mask), _scatter_tokens([entropy], mask))
+    shape, places = responses.response_mask.shape, [rows.places]
+    return TokenStatistics(_scatter_tokens([log_probs], places, shape), _scatter_tokens([entropy], places, shape))
 
 
 def policy_statistics(
@@ -53,8 +55,10 @@ def policy_statistics(
     sampling: SamplingConfig,
     reference: PreTrainedModel | None = None,
     trained: Tensor | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Sequence[Tensor] | None = None,
     suppressed: SuppressedTokens = NO_TOKENS,
+    *,
+    packed: bool = True,
 ) -> PolicyStatistics:
     """Return the statistics of the sampled responses, each `[S, R]` and 0 outside the response mask.
 
@@ -66,8 +70,10 @@ def policy_statistics(
         sampling: what the log-probs are of.
         reference: whose hidden states the rollout may hold.
         trained: `[S]` bool, the responses that are run; the others' statistics are 0. None for all.
-        batch_size: responses per forward pass, counting those that are not run; None for all at once.
+        batch_size: responses per forward pass, counting those that are not run, or the numbers of the responses of
+            each pass; None for all at once.
         suppressed: tokens that could not be drawn; neither the policy nor the reference counts them.
+        packed: run packed rows, where the policy can be packed; False runs padded rows.
 
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
@@ -75,21 +81,23 @@ def policy_statistics(
     # ---- Run the policy, a batch of responses at a time ----
     temperature = _temperature(sampling)
     passes: list[PolicyStatistics] = []
-    for rows in _forward_batches(rollout.prompt, rollout.sampled, batch_size, trained):
+    places: list[Tensor] = []
+    for rows in _forward_batches(policy if packed else None, rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
             head, compared = find_head(policy).head, None
         else:
             # A KL over the vocabulary compares whole distributions, which both heads make from hidden states.
             head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
-            compared = rollout.reference_hidden[rows.token_mask], other  # [K, D']
+            compared = rollout.reference_hidden.flatten(0, 1)[rows.places], other  # [K, D']
         passes.append(row_statistics(policy, rows, head, temperature, sampling, suppressed, compared).statistics)
+        places.append(rows.places)
     # ---- Every pass returns its counted tokens in a row, [K]; back to their places, [S, R] ----
-    mask = rollout.sampled.response_mask if trained is None else rollout.sampled.response_mask & trained[:, None]
+    shape = rollout.sampled.response_mask.shape
     log_probs, entropy, kl = zip(*passes, strict=True)
     return PolicyStatistics(
-        _scatter_tokens(log_probs, mask),
-        _scatter_tokens(entropy, mask),
-        None if None in kl else _scatter_tokens(kl, mask),
+        _scatter_tokens(log_probs, places, shape),
+        _scatter_tokens(entropy, places, shape),
+        None if None in kl else _scatter_tokens(kl, places, shape),
     )
 
 
@@ -98,7 +106,7 @@ def with_reference(
     reference: PreTrainedModel,
     sampling: SamplingConfig,
     keep_hidden: bool = False,
-    batch_size: int | None = None,
+    batch_size: int | Sequence[Tensor] | None = None,
     suppressed: SuppressedTokens = NO_TOKENS,
 ) -> Rollout:
     """Return `rollout` with the log-probs of its sampled tokens under the reference.
@@ -111,20 +119,19 @@ def with_reference(
         reference: the frozen model.
         sampling: its temperature divides the logits.
         keep_hidden: keep the reference's hidden states too, for the KL over the vocabulary.
-        batch_size: responses per forward pass; None for those of a training pass, the rollout's share of
-            `num_micro_batches`.
+        batch_size: responses per forward pass, or the numbers of the responses of each pass; None for those of a
+            training pass, the rollout's share of `num_micro_batches`.
         suppressed: tokens that could not be drawn, which the reference does not count either.
 
     Raises:
         UserError: if `keep_hidden` and the reference's head cannot be read.
     """
-    log_probs, hidden_parts, mask = [], [], rollout.sampled.response_mask
+    log_probs, hidden_parts, places, mask = [], [], [], rollout.sampled.response_mask
     # Fail before the first pass rather than after it.
     if keep_hidden:
         required_head(reference, "model.reference")
-    for rows in _forward_batches(
-        rollout.prompt, rollout.sampled, batch_size or len(mask) // rollout.prompt.num_micro_batches
-    ):
+    batch_size = batch_size or len(mask) // rollout.prompt.num_micro_batches
+    for rows in _forward_batches(reference, rollout.prompt, rollout.sampled, batch_size):
         statistics, hidden = row_statistics(
             reference,
             rows,
@@ -135,11 +142,12 @@ def with_reference(
             truncate=False,
         )
         log_probs.append(statistics.log_probs)  # log pi_ref(y_t) [K]
+        places.append(rows.places)
         if keep_hidden and hidden is not None:
             hidden_parts.append(hidden)
     return rollout._replace(
-        reference_log_probs=_scatter_tokens(log_probs, mask),
-        reference_hidden=_scatter_tokens(hidden_parts, mask) if hidden_parts else None,
+        reference_log_probs=_scatter_tokens(log_probs, places, mask.shape),
+        reference_hidden=_scatter_tokens(hidden_parts, places, mask.shape) if hidden_parts else None,
     )
 
 
@@ -149,22 +157,29 @@ def _temperature(sampling: SamplingConfig) -> float:
 
 
 class ForwardBatch(NamedTuple):
-    """Prompts and responses side by side, without columns that are padding in every row.
+    """Prompts with their responses behind them, and which of their tokens count.
 
     Args:
-        input_ids: `[M, T]` token ids of `M` of the responses with their prompts.
+        input_ids: `[M, T]` token ids of `M` of the responses with their prompts, padded on the left; packed, they are
+            one row `[1, T]`.
         input_mask: `[M, T]` bool, True on real tokens.
-        ids: `[M, L]` the responses alone.
-        counted: rows and columns of the `K` counted tokens in `ids`, both `[K]`. Indices in place of a mask, since
-            their shape tells `K`; of a mask only its values do.
-        token_mask: `[S, R]` bool, where the counted tokens stand among all responses.
+        length: `L`, columns at the end that hold all of the counted tokens; packed, all.
+        predicting: `[K]` where the states that predict the `K` counted tokens stand among the `M * T`. Indices in place
+            of a mask, since their shape tells `K`; of a mask only its values do.
+        targets: `[K]` ids of the counted tokens.
+        positions: `[K]` their positions in their responses.
+        places: `[K]` where they stand among the `S * R` tokens of all responses.
+        texts: tokens of each text of a packed row; None for padded rows.
     """
 
     input_ids: Tensor
     input_mask: Tensor
-    ids: Tensor
-    counted: tuple[Tensor, Tensor]
-    token_mask: Tensor
+    length: int
+    predicting: Tensor
+    targets: Tensor
+    positions: Tensor
+    places: Tensor
+    texts: list[int] | None = None
 
 
 class RowStatistics(NamedTuple):
@@ -180,33 +195,81 @@ class RowStatistics(NamedTuple):
 
 
 def _forward_batches(
-    prompt: PromptBatch, responses: Responses, batch_size: int | None = None, chosen: Tensor | None = None
+    model: PreTrainedModel | None,
+    prompt: PromptBatch,
+    responses: Responses,
+    batch_size: int | Sequence[Tensor] | None = None,
+    chosen: Tensor | None = None,
 ) -> Iterator[ForwardBatch]:
-    """Yield batches of `batch_size` responses, and of each batch only those that are True in `chosen`."""
-    # Split before choosing: every rank then runs the same number of passes, which sharded weights need.
+    """Yield the batches of the passes, and of each batch only the responses that are True in `chosen`.
+
+    They are packed where `model` can be, and padded without one.
+    """
+    num_samples = len(responses.response_ids) // len(prompt.prompt_ids)
+    lengths = prompt.prompt_mask.sum(1).repeat_interleave(num_samples) + responses.response_mask.sum(1)  # [S]
+    packs = model is not None and not packing_obstacle(model, int(lengths.max()))
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
-    for batch in numbers.split(batch_size or len(numbers)):
-        rows = batch if chosen is None else batch[chosen[batch]]  # [M]
-        prompts = rows // (len(responses.response_ids) // len(prompt.prompt_ids))  # [M], response i has prompt i // n
-        prompt_ids, prompt_mask = prompt.prompt_ids[prompts], prompt.prompt_mask[prompts]  # [M, P]
-        # [S, R], True on the tokens of this batch alone
-        token_mask = torch.zeros_like(responses.response_mask).index_copy(0, rows, responses.response_mask[rows])
-        # Columns that are padding in every row are left out: L tokens of the longest response, T with its prompt.
-        first = int(prompt_mask.any(0).long().argmax())
-        # At least one column, also where no token counts.
-        length = max(1, int(token_mask.sum(-1).max()))
-        ids, mask = responses.response_ids[rows, :length], responses.response_mask[rows, :length]  # [M, L]
-        input_ids = torch.cat([prompt_ids[:, first:], ids], dim=1)  # [M, T]
-        input_mask = torch.cat([prompt_mask[:, first:], mask], dim=1)
-        counted_rows, counted_columns = mask.nonzero(as_tuple=True)  # both [K]
-        yield ForwardBatch(input_ids, input_mask, ids, (counted_rows, counted_columns), token_mask)
+    if batch_size is None or isinstance(batch_size, int):
+        batch_size = numbers.split(batch_size or len(numbers))
+    # Split before choosing: every rank then runs the same number of passes, which sharded weights need.
+    for batch in batch_size:
+        rows = batch if chosen is None else batch[chosen[batch]]
+        yield (_pack if packs and len(rows) else _pad_left)(prompt, responses, rows)
 
 
-def _scatter_tokens(values: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Return the values of the tokens under `mask`, `[K]` or `[K, D]` in parts, at their places in `[S, R]`, else 0."""
+def _pad_left(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBatch:
+    """Return the responses `rows` `[M]` directly behind their prompts, padded to the longest row."""
+    (num_responses, width), num_prompt_tokens = responses.response_ids.shape, prompt.prompt_ids.shape[1]  # S, R, P
+    prompts = rows // (num_responses // len(prompt.prompt_ids))  # [M], response i has prompt i // n
+    ids = torch.cat([prompt.prompt_ids[prompts], responses.response_ids[rows]], dim=1)  # [M, P + R]
+    mask = torch.cat([prompt.prompt_mask[prompts], responses.response_mask[rows]], dim=1)
+    # ---- Real tokens to the right, in their order; columns that are padding in every row are left out ----
+    longest = max(2, int(mask.sum(1).max())) if len(rows) else 2  # T
+    columns = mask.long().argsort(dim=1, stable=True)[:, -longest:]  # [M, T]
+    input_ids, input_mask = ids.gather(1, columns), mask.gather(1, columns)
+    # ---- The counted tokens are those of responses; the state before a token predicts it ----
+    row, column = (input_mask & (columns >= num_prompt_tokens)).nonzero(as_tuple=True)  # both [K]
+    positions = columns[row, column] - num_prompt_tokens  # [K]
+    # At least one column, also where no token counts.
+    length = max(1, longest - int(column.min())) if len(column) else 1  # L
+    return ForwardBatch(
+        input_ids,
+        input_mask,
+        length,
+        predicting=row * longest + column - 1,
+        targets=input_ids[row, column],
+        positions=positions,
+        places=rows[row] * width + positions,
+    )
+
+
+def _pack(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBatch:
+    """Return the responses `rows` `[M]` behind their prompts, all in one row without padding."""
+    (num_responses, width), num_prompt_tokens = responses.response_ids.shape, prompt.prompt_ids.shape[1]  # S, R, P
+    prompts = rows // (num_responses // len(prompt.prompt_ids))  # [M], response i has prompt i // n
+    mask = torch.cat([prompt.prompt_mask[prompts], responses.response_mask[rows]], dim=1)  # [M, P + R]
+    row, column = mask.nonzero(as_tuple=True)  # both [T], text by text
+    ids = torch.cat([prompt.prompt_ids[prompts], responses.response_ids[rows]], dim=1)[row, column]  # [T]
+    # ---- The counted tokens are those of responses; the state before a token predicts it ----
+    (counted,) = (column >= num_prompt_tokens).nonzero(as_tuple=True)  # [K]
+    positions = column[counted] - num_prompt_tokens  # [K]
+    return ForwardBatch(
+        ids[None],
+        torch.ones_like(ids[None], dtype=torch.bool),
+        len(ids),
+        predicting=counted - 1,
+        targets=ids[counted],
+        positions=positions,
+        places=rows[row[counted]] * width + positions,
+        texts=mask.sum(1).tolist(),
+    )
+
+
+def _scatter_tokens(values: Sequence[Tensor], places: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return values of tokens, `[K]` or `[K, D]` in parts, at their places in `[S, R]`, and 0 elsewhere."""
     joined = torch.cat(list(values))
-    mask = mask.view(*mask.shape, *(1 for _ in joined.shape[1:]))
-    return joined.new_zeros(*mask.shape[:2], *joined.shape[1:]).masked_scatter(mask, joined)
+    flat = joined.new_zeros(shape[0] * shape[1], *joined.shape[1:])
+    return flat.index_copy(0, torch.cat(list(places)), joined).view(*shape, *joined.shape[1:])
 
 
 def row_statistics(
@@ -235,36 +298,68 @@ def row_statistics(
             vocabulary. Needs `head`.
         truncate: False for the reference, which is compared with the policy but not truncated.
     """
-    length, sampling = rows.ids.shape[1], sampling or SamplingConfig()
-    # ---- The head cannot be read: the model computes the logits of all response tokens at once ----
+    sampling = sampling or SamplingConfig()
+    # ---- The head cannot be read: the model computes all logits at once, packed of the counted tokens alone ----
+    if head is None and rows.texts is not None:
+        sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
+        logits, ids = _packed_logits(model, rows, rows.texts), rows.targets[None]  # [1, K, V], [1, K]
+        log_probs, entropy = token_statistics(logits, ids, temperature, sampling_mask)  # [1, K]
+        return RowStatistics(PolicyStatistics(log_probs[0], entropy[0]), None)
     if head is None:
-        positions = torch.arange(length, device=rows.ids.device).repeat(len(rows.ids))  # [M * L]
+        chosen = _places_in_last_columns(rows)  # [K], of the M * L
+        positions = torch.zeros_like(rows.input_ids[:, -rows.length :]).flatten()  # [M * L]
+        positions = positions.index_copy(0, chosen, rows.positions)
         sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
-        log_probs, entropy = token_statistics(_logits(model, rows), rows.ids, temperature, sampling_mask)  # [M, L]
-        return RowStatistics(PolicyStatistics(log_probs[rows.counted], entropy[rows.counted]), None)
+        ids = rows.input_ids[:, -rows.length :]
+        log_probs, entropy = token_statistics(_logits(model, rows), ids, temperature, sampling_mask)  # [M, L]
+        return RowStatistics(PolicyStatistics(log_probs.flatten()[chosen], entropy.flatten()[chosen]), None)
     # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
-    # The state before a token predicts it.
-    states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
-    hidden = states[:, -length - 1 : -1][rows.counted]  # [K, D]
+    states = _states(model, rows)  # [M, T, D]
+    hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]
     del states  # free it, unless the backward pass needs it
-    positions = rows.counted[1]  # [K], of each token in its response
     statistics = hidden_statistics(
         hidden,
         head,
-        rows.ids[rows.counted],
+        rows.targets,
         temperature,
         reference=reference,
-        sampling_mask=make_sampling_mask(sampling, suppressed, positions, truncate=truncate),
-        reference_mask=make_sampling_mask(sampling, suppressed, positions, truncate=False),
+        sampling_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate),
+        reference_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=False),
     )
     return RowStatistics(statistics, hidden)
 
 
+def _places_in_last_columns(rows: ForwardBatch) -> Tensor:
+    """Return `[K]` where the counted tokens stand among the `M * L` of the last `L` columns."""
+    width = rows.input_ids.shape[1]  # T
+    row, column = rows.predicting // width, rows.predicting % width + 1  # both [K]
+    return row * rows.length + column - (width - rows.length)
+
+
+def _states(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
+    if rows.texts is None:
+        return hidden_states(model, rows.input_ids, rows.input_mask)
+    core = unwrap_peft(model)
+    with PackedAttention(model, rows.texts):
+        output = core.base_model(**packed_inputs(rows.texts, rows.input_ids), use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def _packed_logits(model: PreTrainedModel, rows: ForwardBatch, texts: list[int]) -> Tensor:
+    """Return `[1, K, V]` logits that predict the counted tokens."""
+    inputs = packed_inputs(texts, rows.input_ids)
+    keeps = accepts_argument(model, "logits_to_keep")
+    if keeps:
+        inputs["logits_to_keep"] = rows.predicting
+    with PackedAttention(model, texts):
+        logits = cast(Tensor, model(**inputs, use_cache=False).logits)  # [1, K or T, V]
+    return logits if keeps else logits[:, rows.predicting]
+
+
 def _logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
-    length = rows.ids.shape[1]
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
     if accepts_argument(model, "logits_to_keep"):
-        # The response, and the token before it, which predicts the first of the response.
-        inputs["logits_to_keep"] = length + 1
+        # The responses, and the token before them, which predicts the first of the longest one.
+        inputs["logits_to_keep"] = rows.length + 1
     # [M, L, V]; the logits of the last token predict a token that was not drawn
-    return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -length - 1 : -1]
+    return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -rows.length - 1 : -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
@@ -18,13 +20,22 @@ from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.loading import ModelSource, as_model_config
 from remax_lightning.models.log_probs import policy_statistics, with_reference
+from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.strategies import accumulate_gradients
 from remax_lightning.training import config_checks as checks
-from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.experience import Experience, RolloutBuffer, TrainingPass, join_passes
 from remax_lightning.training.metrics import MeanMetrics, predictions, step_values
+from remax_lightning.training.micro_batches import (
+    MicroBatches,
+    check_budget,
+    plan_micro_batches,
+    response_numbers,
+    row_lengths,
+)
 from remax_lightning.training.objective import Objective, UpdatePlan
 from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure_gaps
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
@@ -111,11 +122,12 @@ class ReMaxModule(PolicyModule):
         self.evaluator = Evaluator(worker, objective)
         self.check_on_policy = check_on_policy
         self.buffer = RolloutBuffer()
-        self._plans: dict[int, UpdatePlan] = {}  # by number of micro-batches
+        self._plans: dict[tuple[int, bool], UpdatePlan] = {}  # by number of micro-batches, and whether tokens cut them
         self._reference: Reference | None = None
         steps = kl.reference_sync_steps
         self._moving = None if steps is None else MovingReference(steps, kl.reference_mixup_alpha)
         self._metrics = MeanMetrics()
+        self._has_gradients = False  # of this optimizer step, from passes before the one that Lightning runs backward
         self._num_rollouts = 0  # in training; with the seed it fixes the next one's random numbers
         self._seed: int | None = None  # of the run: rank 0's, or that of the checkpoint
 
@@ -163,18 +175,19 @@ class ReMaxModule(PolicyModule):
         self._plans.clear()
         # Plan now, so that a contradiction ends the run before the first rollout. Loaders without a data module show
         # their micro-batches only in their batches.
-        num_micro_batches = getattr(getattr(self.trainer, "datamodule", None), "num_micro_batches", None)
+        data = getattr(self.trainer, "datamodule", None)
+        num_micro_batches = getattr(data, "num_micro_batches", None)
         if num_micro_batches is not None:
-            self.get_plan(num_micro_batches)
+            self.get_plan(num_micro_batches, getattr(data, "tokens_per_micro_batch", None) is not None)
 
     def on_train_start(self) -> None:
         """Check that no epoch ends within a rollout; the length of an epoch is known only now."""
         super().on_train_start()
         # Plan again with the number of batches in an epoch.
-        num_micro_batches = list(self._plans)
+        plans = list(self._plans)
         self._plans.clear()
-        for number in num_micro_batches:
-            self.get_plan(number)
+        for plan in plans:
+            self.get_plan(*plan)
         if self.check_on_policy:
             self._check_on_policy()
 
@@ -212,25 +225,30 @@ class ReMaxModule(PolicyModule):
             # The seed of rank 0, because a checkpoint holds that one.
             self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
         self.evaluator.prepare(self.trainer, self.policy, self._reference, self._seed)
-        longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
+        data = getattr(self.trainer, "datamodule", None)
+        longest = getattr(data, "max_prompt_length", None)
+        budget = getattr(data, "tokens_per_micro_batch", None)
+        check_budget(budget, longest, self.sampling.max_response_length, self.sampling.num_samples)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
         checks.check_rope(self.policy, longest, self.sampling.max_response_length)
 
-    def get_plan(self, num_micro_batches: int) -> UpdatePlan:
+    def get_plan(self, num_micro_batches: int, has_token_budget: bool = False) -> UpdatePlan:
         """Return the plan for rollout batches of `num_micro_batches`; data modules have it at fit start.
 
         Raises:
             UserError: if an optimizer step would span two rollouts, or the loss does not support several updates.
         """
-        if num_micro_batches not in self._plans:
-            self._plans[num_micro_batches] = self.objective.plan_update(
+        key = num_micro_batches, has_token_budget
+        if key not in self._plans:
+            self._plans[key] = self.objective.plan_update(
                 num_micro_batches,
                 self.trainer.accumulate_grad_batches,
                 kl_coef=self.kl_coef,
                 has_reference=self._reference is not None,
                 num_batches=self.trainer.num_training_batches,
+                has_token_budget=has_token_budget,
             )
-        return self._plans[num_micro_batches]
+        return self._plans[key]
 
     # ---- Training ----
 
@@ -241,24 +259,34 @@ class ReMaxModule(PolicyModule):
             # y ~ pi(.|x) and y* greedy, decoded together; r = reward(x, y), b = reward(x, y*); log pi_ref(y_t)
             self.buffer.fill(self._make_experience(batch))
         experience = self.buffer.micro_batch(batch.micro_batch_index)  # r [S], b [B], mask [S, R]
-        # ---- pi: one pass over this micro-batch ----
-        active = experience.active_responses()  # [S], False where every advantage is 0
-        stats = self.token_statistics(experience.rollout, active)  # log pi(y_t) [S, R]: the only pass with gradients
-        # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
-        experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
-        # ---- The loss ----
         # N of the update that this micro-batch is part of, over all ranks. Lightning and the strategy divide every
         # gradient by micro-batches and ranks: undo that.
         accumulate = self.trainer.accumulate_grad_batches
         normalizer = experience.normalizers[batch.micro_batch_index // accumulate]
         normalizer = normalizer / (accumulate * self.trainer.world_size)
-        # - sum_t A_t log pi(y_t) / N
+        # ---- One pass; a budget of tokens makes several of it ----
+        passes: list[TrainingPass] = []
+        for part in experience.split():
+            if passes:  # Lightning makes the backward pass of the last one
+                accumulate_gradients(self.trainer, passes[-1].loss)
+                self._has_gradients = True
+            passes.append(self._training_pass(part, normalizer))
+        return self._report(join_passes(passes, experience), batch.micro_batch_index)
+
+    def _training_pass(self, experience: Experience, normalizer: Tensor) -> TrainingPass:
+        """Return the loss of an experience from the only pass with gradients."""
+        # ---- pi ----
+        active = experience.active_responses()  # [S], False where every advantage is 0
+        stats = self.token_statistics(experience.rollout, active)  # log pi(y_t) [S, R]
+        # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
+        experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
+        # ---- The loss: - sum_t A_t log pi(y_t) / N ----
         loss, clip_fraction = self.objective.loss(stats.log_probs, experience, normalizer, stats.kl)
-        return self._report(loss, clip_fraction, experience, stats, active, batch.micro_batch_index)
+        return TrainingPass(loss, experience, stats.log_probs.detach(), stats.entropy.detach(), active, clip_fraction)
 
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""
-        plan = self.get_plan(batch.num_micro_batches)
+        plan = self.get_plan(batch.num_micro_batches, batch.tokens_per_micro_batch is not None)
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
         self._free_gradients()
         if self._moving is not None:
@@ -280,6 +308,9 @@ class ReMaxModule(PolicyModule):
         if not plan.has_kl:
             # A_t needs nothing of the policy
             experience = self.objective.with_advantages(experience, None, self.kl_coef, self._sum_over_ranks)
+        # Which responses each training pass runs, now that their lengths are known, and which have an advantage
+        if batch.tokens_per_micro_batch is not None:
+            experience = experience._replace(parts=self._plan_parts(experience, batch.tokens_per_micro_batch))
         # pi_old is the policy before the first update on this rollout. Several updates need it for pi / pi_old, and
         # whitening with a KL needs all log-probs at once.
         if plan.needs_old_log_probs:
@@ -311,20 +342,35 @@ class ReMaxModule(PolicyModule):
             return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         with torch.no_grad(), self.worker.timer.measure("reward", self.device):
             active = experience.active_responses(plan.num_micro_batches)  # [S]
-            size = len(rollout.reward) // plan.num_micro_batches  # responses per pass, as many as in a training pass
-            stats = self.token_statistics(rollout, active, size)
+            stats = self.token_statistics(rollout, active, experience.passes(plan.num_micro_batches))
         # Training passes need the hidden states of the reference only for a KL loss over the vocabulary.
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
         experience = experience._replace(rollout=rollout._replace(log_probs=stats.log_probs, reference_hidden=hidden))
         return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
 
     def token_statistics(
-        self, rollout: Rollout, active: Tensor | None = None, batch_size: int | None = None
+        self, rollout: Rollout, active: Tensor | None = None, passes: Sequence[Tensor] | None = None
     ) -> PolicyStatistics:
         """Return log-probs, entropies and, if needed, the full KL of the sampled tokens, each `[S, R]`."""
         return policy_statistics(
-            self.policy, rollout, self.worker.sampling, self.reference, active, batch_size, self.worker.suppressed
+            self.policy, rollout, self.worker.sampling, self.reference, active, passes, self.worker.suppressed
         )
+
+    def _plan_parts(self, experience: Experience, budget: int) -> MicroBatches:
+        """Return the prompts of each training pass of at most `budget` tokens: as many passes on every rank."""
+        lengths = row_lengths(experience.rollout, experience.active_responses())  # B lists of n
+        return plan_micro_batches(
+            lengths,
+            budget,
+            packed=not packing_obstacle(self.policy, max(map(max, lengths))),
+            agree=lambda number: int(max_over_ranks(self.trainer, [number])[0]),
+        )
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Zero the gradients, unless those of this step have begun: Lightning calls this behind `training_step`."""
+        if not self._has_gradients:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        self._has_gradients = False
 
     def _free_gradients(self) -> None:
         """Free the gradients of the last step, which Lightning would keep during the rollout."""
@@ -332,24 +378,16 @@ class ReMaxModule(PolicyModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
-    def _report(
-        self,
-        loss: Tensor,
-        clip_fraction: Tensor,
-        experience: Experience,
-        stats: PolicyStatistics,
-        active: Tensor,
-        micro_batch_index: int,
-    ) -> StepOutput:
+    def _report(self, result: TrainingPass, micro_batch_index: int) -> StepOutput:
         """Return the output for callbacks, and log means at the end of an optimizer step."""
-        rollout = experience.rollout
+        rollout = result.experience.rollout
         output = StepOutput(
-            loss=loss,
+            loss=result.loss,
             rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs
-            advantages=cast(Tensor, experience.advantages),
-            kl=experience.kl,
-            entropy=stats.entropy.detach(),
-            entropy_mask=rollout.sampled.response_mask & active[:, None],
+            advantages=cast(Tensor, result.experience.advantages),
+            kl=result.experience.kl,
+            entropy=result.entropy,
+            entropy_mask=rollout.sampled.response_mask & result.active[:, None],
             times=self.worker.timer.pop(),
             closes_step=(micro_batch_index + 1) % self.trainer.accumulate_grad_batches == 0,
         )
@@ -358,9 +396,9 @@ class ReMaxModule(PolicyModule):
         if self.objective.loss_config.kind == "clipped":
             mask = self.objective.loss_mask(rollout)
             # A mean already; weighted by its tokens it adds up with those of the other micro-batches.
-            values["clip_fraction"] = (clip_fraction.expand_as(mask), mask)
+            values["clip_fraction"] = (result.clip_fraction.expand_as(mask), mask)
         if rollout.engine_log_probs is not None:
-            figures, largest = self.objective.mismatch_values(stats.log_probs, rollout, active)
+            figures, largest = self.objective.mismatch_values(result.log_probs, rollout, result.active)
             values |= figures
             self._metrics.add_largest(largest)
         self._metrics.add(values)
@@ -401,9 +439,18 @@ class ReMaxModule(PolicyModule):
                 self._reference.model,
                 self.worker.sampling,
                 kl.full,
-                kl.reference_batch_size,
+                kl.reference_batch_size or self._reference_passes(rollout),
                 self.worker.suppressed,
             )
+
+    def _reference_passes(self, rollout: Rollout) -> Sequence[Tensor] | None:
+        """Return the responses of each pass of the reference under a budget of tokens; ranks may differ in number."""
+        budget = rollout.prompt.tokens_per_micro_batch
+        if budget is None:
+            return None
+        lengths = row_lengths(rollout)  # B lists of n
+        packed = not packing_obstacle(cast("PreTrainedModel", self.reference), max(map(max, lengths)))
+        return response_numbers(rollout, plan_micro_batches(lengths, budget, packed=packed))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return sum_tensor_over_ranks(self.trainer, values)

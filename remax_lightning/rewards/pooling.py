@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remax_lightning.models.packing import PackedAttention, packed_inputs, packing_obstacle
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -84,21 +86,40 @@ def _run(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: T
 def pool_last_token(
     model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None
 ) -> Tensor:
-    """Read a head that scores every token at the last real one of each row.
+    """Read a head that scores every token at the last real one of each row; rows are packed where the model can be."""
+    lengths = mask.sum(1)  # [b]
+    longest = input_ids.shape[1]
+    if token_types is None and len(mask) > 1 and not packing_obstacle(model, longest, _token_scores):
+        texts = lengths.tolist()
+        with PackedAttention(model, texts):
+            scores = _token_scores(model, packed_inputs(texts, input_ids[mask.bool()][None]))  # [T, 1]
+        return scores[lengths.cumsum(0) - 1, 0].float()
+    types = {} if token_types is None else {"token_type_ids": token_types}
+    scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
+    return scores[torch.arange(len(scores), device=scores.device), lengths - 1, 0].float()
 
-    A forward hook takes the scores, because a strategy that shards the weights gathers them only inside the model's own
+
+def _token_scores(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Return `[T, 1]` scores of all tokens of one row."""
+    return _head_outputs(model, inputs)[0]
+
+
+def _head_outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Return the output of the score head in a pass of the model.
+
+    A forward hook takes it, because a strategy that shards the weights gathers them only inside the model's own
     forward pass.
     """
-    head_outputs: list[Tensor] = []
+    outputs: list[Tensor] = []
     head = cast("nn.Module", score_head(model))
     # The head may run on [b, T, D], whatever position the model then picks.
-    handle = head.register_forward_hook(lambda _module, _inputs, scores: head_outputs.append(scores))
+    handle = head.register_forward_hook(lambda _module, _inputs, scores: outputs.append(scores))
     try:
-        _run(model, input_ids, mask, token_types)
+        model(**inputs)
     finally:
         handle.remove()
-    (scores,) = head_outputs  # [b, T, 1]
-    return scores[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1, 0].float()
+    (scores,) = outputs
+    return scores
 
 
 def pool_by_model(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Strategies for distributed training: sharding, gathering for rollouts, atomic checkpoints."""
 
+from remax_lightning.strategies.accumulation import accumulate_gradients
 from remax_lightning.strategies.atomic_checkpoint import (
     AtomicCheckpointIO,
     check_address,
@@ -34,6 +35,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
+    "accumulate_gradients",
     "check_address",
     "check_model",
     "check_optimizers",

@@ -231,6 +231,24 @@ def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
         )
 
 
+def check_token_budget(accumulate: int, normalizer: str) -> None:
+    """Refuse what a budget of tokens per micro-batch cannot be combined with.
+
+    Raises:
+        UserError: if a step spans several batches, or the loss depends on how the rollout is cut.
+    """
+    if accumulate > 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches must be 1 with data.tokens_per_micro_batch, got {accumulate}: a rollout"
+            " batch arrives once, is cut into as many micro-batches as its tokens need, and makes one update"
+        )
+    if normalizer == "micro_batch":
+        raise UserError(
+            "model.loss.normalizer must be tokens or responses with data.tokens_per_micro_batch, got micro_batch: the"
+            " gradient would depend on how the lengths of the responses cut the rollout; or set data.micro_batch_size"
+        )
+
+
 def updates_per_rollout(
     num_micro_batches: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf
 ) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.training.micro_batches import MicroBatches, response_numbers
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 
@@ -19,12 +21,14 @@ class Experience(NamedTuple):
         normalizers: `[U]` divisor of the loss of each of the `U` updates on this rollout, over all ranks.
         advantages: `[S, R]`; None if the training pass computes them (one update per rollout, with a KL).
         kl: `[S, R]` KL estimate in the advantages; None before they are computed, and without a KL.
+        parts: the prompts of each training pass where a budget of tokens cuts the rollout; None without one.
     """
 
     rollout: Rollout
     normalizers: Tensor
     advantages: Tensor | None = None
     kl: Tensor | None = None
+    parts: MicroBatches | None = None
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
         """Return micro-batch `index` of `num_micro_batches` equal ones."""
@@ -37,19 +41,90 @@ class Experience(NamedTuple):
         kl = None if self.kl is None else self.kl[rows]
         return self._replace(rollout=rollout, advantages=advantages, kl=kl)
 
+    def split(self) -> list[Experience]:
+        """Return the part of each training pass: all in one, unless a budget of tokens has cut it."""
+        if self.parts is None or len(self.parts) == 1:
+            return [self]
+        device = self.rollout.reward.device
+        return [self._select(torch.tensor(prompts, device=device)) for prompts in self.parts]
+
+    def _select(self, prompts: Tensor) -> Experience:
+        """Return the experience of the prompts with these numbers, `[b]`."""
+        responses = self.rollout.responses_of(prompts)  # [b * n]
+        return self._replace(
+            rollout=self.rollout.select(prompts),
+            advantages=None if self.advantages is None else self.advantages[responses],
+            kl=None if self.kl is None else self.kl[responses],
+            parts=None,
+        )
+
+    def passes(self, num_micro_batches: int = 1) -> Sequence[Tensor]:
+        """Return the numbers of the responses of each training pass: of `num_micro_batches`, or as the budget cuts."""
+        if self.parts is not None:
+            return response_numbers(self.rollout, self.parts)
+        numbers = torch.arange(len(self.rollout.reward), device=self.rollout.reward.device)  # [S]
+        return numbers.split(len(numbers) // num_micro_batches)
+
     def active_responses(self, num_micro_batches: int = 1) -> Tensor:
         """Return `[S]` bool, True on the responses that training has to run.
 
-        Without a KL, a response whose advantages are all 0 has no gradient. At least one response of each micro-batch
+        Without a KL, a response whose advantages are all 0 has no gradient. At least one response of each training pass
         is active, because the backward pass reduces gradients over ranks.
         """
         # A KL gives every token a gradient, whatever its reward. Advantages that are not computed yet rule nothing out.
         if self.advantages is None or self.rollout.reference_log_probs is not None:
             return torch.ones_like(self.rollout.reward, dtype=torch.bool)
-        active = (self.advantages != 0).any(-1).view(num_micro_batches, -1)  # [micro-batches, responses]
+        active = (self.advantages != 0).any(-1)  # [S]
         # Where r = b for a whole micro-batch, its first response stands in.
-        active[:, 0] |= ~active.any(-1)
-        return active.flatten()
+        for numbers in self.passes(num_micro_batches):
+            active[numbers[0]] |= ~active[numbers].any()
+        return active
+
+
+class TrainingPass(NamedTuple):
+    """What a pass with gradients returns.
+
+    Args:
+        loss: scalar, scaled for the gradient.
+        experience: what was trained on, with its advantages.
+        log_probs: `[S, R]` of the policy, detached; 0 where it was not run.
+        entropy: `[S, R]` in nats, detached; 0 where the policy was not run.
+        active: `[S]` bool, the responses that were run.
+        clip_fraction: scalar, share of the trained tokens whose ratio was clipped.
+    """
+
+    loss: Tensor
+    experience: Experience
+    log_probs: Tensor
+    entropy: Tensor
+    active: Tensor
+    clip_fraction: Tensor
+
+
+def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPass:
+    """Return passes over the parts of an experience as one pass over the whole.
+
+    Its loss has the value of the sum, and the gradient of the last pass; the others have had their backward pass.
+    """
+    if len(passes) == 1:
+        return passes[0]
+    # Back to the order of the rollout: row i of the whole is row `order[i]` of the joined parts.
+    order = torch.cat(list(whole.passes())).argsort()  # [S]
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        parts = [value for value in values if value is not None]
+        return torch.cat(parts)[order] if len(parts) == len(values) else None
+
+    advantages, kl = ([getattr(part.experience, name) for part in passes] for name in ("advantages", "kl"))
+    tokens = torch.stack([part.experience.rollout.sampled.response_mask.sum() for part in passes]).float()  # [passes]
+    return TrainingPass(
+        loss=passes[-1].loss + sum(part.loss.detach() for part in passes[:-1]),
+        experience=whole._replace(advantages=joined(advantages), kl=joined(kl)),
+        log_probs=cast(Tensor, joined([part.log_probs for part in passes])),
+        entropy=cast(Tensor, joined([part.entropy for part in passes])),
+        active=cast(Tensor, joined([part.active for part in passes])),
+        clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum(),
+    )
 
 
 class RolloutBuffer:

@@ -23,7 +23,7 @@ from remax_lightning.functional import (
     reinforce_loss,
     remax_advantages,
 )
-from remax_lightning.training.config_checks import updates_per_rollout
+from remax_lightning.training.config_checks import check_token_budget, updates_per_rollout
 from remax_lightning.training.experience import Experience
 from remax_lightning.training.metrics import Figures
 from remax_lightning.types import Rollout
@@ -95,6 +95,7 @@ class Objective:
         kl_coef: float,
         has_reference: bool,
         num_batches: int | float = math.inf,
+        has_token_budget: bool = False,
     ) -> UpdatePlan:
         """Return the plan of the updates on a rollout.
 
@@ -104,14 +105,18 @@ class Objective:
             kl_coef: weight of the KL in the reward.
             has_reference: whether there is a reference.
             num_batches: training passes per epoch, as far as known.
+            has_token_budget: whether a budget of tokens cuts a rollout batch into passes.
 
         Raises:
-            UserError: if an optimizer step would span two rollouts, or the loss does not support several updates.
+            UserError: if an optimizer step would span two rollouts, or the loss does not support several updates, or
+                not a budget of tokens.
         """
+        if has_token_budget:
+            check_token_budget(accumulate, self.loss_config.normalizer)
         updates = updates_per_rollout(num_micro_batches, accumulate, self.loss_config.kind, num_batches)
         has_kl = self.uses_kl(kl_coef) and has_reference
         # Whitening takes its moments over the whole rollout, so all advantages must exist before its first micro-batch.
-        whitens_micro_batches = self.advantage_config.whiten and num_micro_batches > 1
+        whitens_micro_batches = self.advantage_config.whiten and (num_micro_batches > 1 or has_token_budget)
         needs_old = updates > 1 or (has_kl and whitens_micro_batches)  # pi / pi_old is 1 until the first update
         from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
         compares = self.loss_config.mismatch.kind != "none"

@@ -1,8 +1,8 @@
 """Proof that the log-probs of drawn tokens are those that training computes, for any engine, model and precision.
 
-Two prompts of random tokens, one of them padded, get a few response tokens. Three things could separate what is drawn
+Two prompts of random tokens, one of them padded, get a few response tokens. Four things could separate what is drawn
 from what is trained, and each has a figure of its own: the engine, the mode of the model (dropout under another name,
-noise in a router), and padding (a recurrent state that reads it).
+noise in a router), padding (a recurrent state that reads it), and packing (texts of one row that see each other).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class OnPolicyGaps(NamedTuple):
         padding: the batch with a padded prompt against each row alone, without padding.
         likelihood: for an engine without log-probs, by how many standard errors the mean log-prob of its sampled tokens
             differs from that of tokens which the policy draws, infinite where it could not draw them; else 0.
+        packing: the pass of training, where it runs packed rows, against each row alone.
     """
 
     decoding: float
@@ -69,6 +70,7 @@ class OnPolicyGaps(NamedTuple):
     mode: float
     padding: float
     likelihood: float = 0.0
+    packing: float = 0.0
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
         # ---- The same tokens in train mode, in eval mode, and in eval mode without padding ----
         trained = _passes_in_train_mode(policy, rollout, worker)  # [passes, 2, R]
         with eval_mode(policy):
-            padded = _log_probs(policy, rollout, worker)  # [2, R]
+            in_eval = _log_probs(policy, rollout, worker)  # [2, R]
+            padded = _log_probs(policy, rollout, worker, packed=False)  # [2, R]
             alone, greedy_gaps = zip(
                 *(_plain_pass(policy, worker, rollout, greedy_ids, row) for row in range(len(PROMPT_LENGTHS))),
                 strict=True,
@@ -100,9 +103,10 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
     return OnPolicyGaps(
         decoding=_largest(drawn - plain, mask),
         greedy=max(greedy_gaps),
-        mode=_largest(trained - padded, mask.expand_as(trained)),
+        mode=_largest(trained - in_eval, mask.expand_as(trained)),
         padding=_largest(padded - plain, mask),
         likelihood=likelihood,
+        packing=_largest(in_eval - plain, mask),
     )
 
 
@@ -130,6 +134,12 @@ def judge_gaps(
             f"model.policy: in train mode {name} gives tokens log-probs that differ by up to {gaps.mode:.2g} nats from"
             f" eval mode, in which responses are drawn; {_random_layer(policy)} depends on the mode. Set what makes it"
             " random to 0 in the config.json of the policy, or set model.check_on_policy to false to train like this"
+        )
+    if gaps.packing > limit >= gaps.padding:
+        raise UserError(
+            f"model.policy: {name} gives texts that are packed into one row log-probs that differ by up to"
+            f" {gaps.packing:.2g} nats from the same texts alone; set model.policy.attn_implementation to eager, with"
+            " which training passes run padded rows"
         )
     # Before the engine is blamed: what padding changes shows as a gap of decoding, too.
     if gaps.padding > limit:
@@ -249,9 +259,10 @@ def _prompts(policy: PreTrainedModel, worker: RolloutWorker, device: torch.devic
     return PromptBatch(ids.to(device), mask.to(device), list(texts), [{} for _ in texts])
 
 
-def _log_probs(policy: PreTrainedModel, rollout: Rollout, worker: RolloutWorker) -> Tensor:
-    """Return `[2, R]` log-probs as a training pass computes them."""
-    return policy_statistics(policy, rollout, worker.sampling, suppressed=worker.suppressed).log_probs
+def _log_probs(policy: PreTrainedModel, rollout: Rollout, worker: RolloutWorker, *, packed: bool = True) -> Tensor:
+    """Return `[2, R]` log-probs as a training pass computes them, or from padded rows."""
+    suppressed = worker.suppressed
+    return policy_statistics(policy, rollout, worker.sampling, suppressed=suppressed, packed=packed).log_probs
 
 
 def _plain_pass(

@@ -118,6 +118,12 @@ def test_held_out_rows_are_drawn_by_seed(train: str, tokenizer_path: str) -> Non
     ("options", "error", "message"),
     [
         ({"batch_size": 6, "micro_batch_size": 4}, UserError, r"data\.micro_batch_size must divide data\.batch_size 6"),
+        (
+            {"micro_batch_size": 2, "tokens_per_micro_batch": 64},
+            UserError,
+            r"data\.tokens_per_micro_batch must be null beside data\.micro_batch_size 2, got 64",
+        ),
+        ({"tokens_per_micro_batch": 0}, UserError, r"data\.tokens_per_micro_batch must be at least 1, got 0"),
         ({"micro_batch_size": 0}, UserError, r"data\.micro_batch_size must be at least 1, got 0"),
         ({"batch_size": 0}, UserError, r"data\.batch_size must be at least 1, got 0"),
         ({"max_prompt_length": 0}, UserError, r"data\.max_prompt_length must be at least 1"),

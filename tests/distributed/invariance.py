@@ -31,6 +31,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "accumulate_grad_batches": 1,
         "max_steps": 2,
     },
+    # A budget of tokens cuts each rank's rollout otherwise, and that of one process not at all. Two steps, so that
+    # gradients of the first would show in the second.
+    "budget": {"optimizer": partial(torch.optim.SGD, lr=0.1), "max_steps": 2},
 }
 
 
@@ -80,10 +83,14 @@ def run(name: str, optimizer: str, policy: str, reference: str, folder: Path, ra
     chosen = {key: options.pop(key) for key in ("optimizer", "loss") if key in options}
     module = remax_module(policy, reference, rollout=PromptEngine(), **chosen)
     folder.mkdir(parents=True, exist_ok=True)
-    data = prompt_data(folder, policy, batch_size=8 // ranks, micro_batch_size=4 // ranks)
+    cut: dict[str, Any] = {"micro_batch_size": 4 // ranks}
+    options = {"accumulate_grad_batches": 2, **options}
+    if optimizer == "budget" and ranks > 1:
+        cut = {"max_prompt_length": 30, "tokens_per_micro_batch": 36}
+        options["accumulate_grad_batches"] = 1
+    data = prompt_data(folder, policy, batch_size=8 // ranks, **cut)
     keep, start = Keep(), time.perf_counter()
     torch.manual_seed(0)
-    options = {"accumulate_grad_batches": 2, **options}
     trainer = make_trainer(folder, [keep], devices=ranks, strategy=make_strategy(name), **options)
     trainer.fit(module, data)
     return {"weights": keep.weights, "logged": keep.logged, "seconds": time.perf_counter() - start}

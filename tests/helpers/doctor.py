@@ -105,7 +105,7 @@ def blind_to_padding(model: Any) -> Iterator[None]:
     forward = type(body).forward
 
     def ignoring(*args: Any, **options: Any) -> Any:
-        given = options["attention_mask"]
+        given = options.get("attention_mask")
         return forward(body, *args, **options | {"attention_mask": None if given is None else torch.ones_like(given)})
 
     with pytest.MonkeyPatch.context() as patch:

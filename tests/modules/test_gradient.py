@@ -14,6 +14,7 @@ from oracles import policies
 from oracles.advantages import whiten
 
 from remax_lightning.data import PromptDataModule
+from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
@@ -83,6 +84,40 @@ def test_split_and_padding_leave_the_gradient(variant: str, folders: tuple[str, 
             assert parts.logged[0][name] == pytest.approx(whole.logged[0][name], abs=2e-5)
     padded = one_step(folders, tmp_path, 2, padded=True, **VARIANTS[variant])
     assert distance(padded.step(), whole.step()) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["tokens", "whitened", "clipped_responses", "two_samples"])
+def test_a_budget_of_tokens_leaves_the_gradient(variant: str, folders: tuple[str, str], tmp_path: Path) -> None:
+    whole = one_step(folders, tmp_path, 1, **VARIANTS[variant])
+    samples = whole.outputs[0]["rollout"].num_samples
+    options = {"max_prompt_length": 30, "tokens_per_micro_batch": 36 * samples}
+    data, passes = prompt_data(tmp_path, folders[0], **options), []
+
+    class Count(Callback):
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+            passes.append(loss)
+
+    cut = fit(remax_module(*folders, **VARIANTS[variant]), data, tmp_path, callbacks=[Count()])
+    assert len(passes) >= 3
+    assert distance(cut.step(), whole.step()) < TOLERANCE
+    assert cut.logged[0] == pytest.approx(whole.logged[0], abs=2e-5)
+    for name in ("advantages", "kl", "entropy", "entropy_mask"):
+        torch.testing.assert_close(cut.outputs[0][name], whole.outputs[0][name], atol=1e-5, rtol=0)
+
+
+def test_what_a_budget_of_tokens_cannot_be_combined_with(folders: tuple[str, str], tmp_path: Path) -> None:
+    options = {"max_prompt_length": 30, "tokens_per_micro_batch": 36}
+    data = prompt_data(tmp_path, folders[0], **options)
+    with pytest.raises(UserError, match=r"accumulate_grad_batches must be 1 with data\.tokens_per_micro_batch, got 2"):
+        fit(remax_module(*folders), data, tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(UserError, match=r"model\.loss\.normalizer must be tokens or responses"):
+        fit(remax_module(*folders, loss=LossConfig(normalizer="micro_batch")), data, tmp_path)
+    with pytest.raises(UserError, match="must be at least 36, got 35"):
+        fit(
+            remax_module(*folders),
+            prompt_data(tmp_path, folders[0], **{**options, "tokens_per_micro_batch": 35}),
+            tmp_path,
+        )
 
 
 def test_mean_over_each_micro_batch_depends_on_the_split(folders: tuple[str, str], tmp_path: Path) -> None:

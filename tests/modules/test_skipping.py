@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from remax_lightning.callbacks import KLMonitor
+from remax_lightning.models.packing import PROBED_LENGTHS
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import SamplingConfig
@@ -62,16 +63,18 @@ class Watch(Callback):
 
     def _count(self, module: Any, inputs: Any, options: dict[str, Any]) -> None:
         if not self.probing(options):
-            self.rows.append(len(options["input_ids"]))
-            self.tokens.append(int(options["attention_mask"].sum()))
+            self.rows.append(int((options["position_ids"] == 0).sum()))  # the texts of a packed row
+            self.tokens.append(options["input_ids"].numel())
 
     def _count_reference(self, module: Any, inputs: Any, options: dict[str, Any]) -> None:
         if not self.probing(options):
-            self.reference_rows.append(len(options["input_ids"]))
+            self.reference_rows.append(int((options["position_ids"] == 0).sum()))
 
     @staticmethod
     def probing(options: dict[str, Any]) -> bool:
-        return options["input_ids"].shape == (2, 8)  # how the head is looked at, once
+        """How the head is looked at, and whether rows can be packed, once each."""
+        shape = options["input_ids"].shape
+        return options.get("position_ids") is None or shape in ((2, 8), (1, sum(PROBED_LENGTHS)))
 
 
 @pytest.fixture(scope="module")

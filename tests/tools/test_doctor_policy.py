@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.cli import changed
 from helpers.doctor import Liar, NeverStopsEngine, SampledAsGreedyEngine, ask, blind_to_padding, healthy, loaded
 from helpers.training import save_policy
 
 from remax_lightning.functional import TokenStatistics
+from remax_lightning.models import packing
 from remax_lightning.tools.doctor import DoctorContext
 from remax_lightning.tools.doctor import policy as policy_checks
 from remax_lightning.tools.doctor.context import Tolerance
@@ -30,8 +32,22 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> DoctorContext:
 
 
 def test_healthy(well: DoctorContext) -> None:
-    for name in ("kl_at_start", "log_probs", "on_policy", "greedy", "prompt_padding"):
+    for name in ("kl_at_start", "log_probs", "packing", "on_policy", "greedy", "prompt_padding"):
         assert ask(well, name).status == "pass", ask(well, name)
+
+
+def test_texts_that_see_each_other_in_a_packed_row(well: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole_row(query: Any, key: Any, value: Any, bounds: Any, scaling: Any, **options: Any) -> Any:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(packing, "attend_text_by_text", whole_row)
+    found = ask(well, "packing")
+    assert found.status == "fail"
+    assert "attn_implementation: eager" in found.fix
+    monkeypatch.setitem(packing._obstacles, well.module.policy, "it is a test")
+    assert "because it is a test" in ask(well, "packing").measured
 
 
 # The reference

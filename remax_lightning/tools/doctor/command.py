@@ -94,6 +94,7 @@ CHECKS = (
     # the same log-probs in decoding, training and reference
     Check("greedy", policy.check_greedy),
     Check("log_probs", policy.check_log_probs),
+    Check("packing", policy.check_packing),
     Check("on_policy", policy.check_on_policy),
     Check("kl_at_start", policy.check_kl_at_start),
     # what the reward reads, and whether it tells responses apart

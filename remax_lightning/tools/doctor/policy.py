@@ -11,6 +11,7 @@ from torch import Tensor
 from remax_lightning.functional import kl_estimate
 from remax_lightning.models.forward import eval_mode, model_inputs
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
+from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.tools.doctor.context import (
@@ -161,6 +162,28 @@ def _judge_log_probs(context: DoctorContext, what: str, mean: float, largest: fl
     values = {"mean": mean, "largest": largest}
     statuses = [tolerance.status(value) for tolerance, value in zip(tolerances, (mean, largest), strict=True)]
     return worst([Finding(status, measured, "", values) for status in statuses])
+
+
+def check_packing(context: DoctorContext) -> Finding:
+    """Compare the log-probs of packed rows, which training runs, with those of padded rows."""
+    module, rollout = context.module, context.rollout
+    mask = rollout.sampled.response_mask  # [S, R]
+    lengths = rollout.prompt.prompt_mask.sum(1).repeat_interleave(rollout.num_samples) + mask.sum(1)  # [S]
+    if reason := packing_obstacle(module.policy, int(lengths.max())):
+        raise NotApplicable(f"the policy runs padded rows, because {reason}")
+    with eval_mode(module.policy):
+        packed, padded = (
+            policy_statistics(
+                module.policy, rollout, module.sampling, suppressed=module.worker.suppressed, packed=packed
+            ).log_probs[mask]  # [tokens]
+            for packed in (True, False)
+        )
+    finding = _judge_log_probs(context, "packed and padded rows differ by", *_mean_and_max_difference(packed, padded))
+    if finding.status == "pass":
+        return finding
+    return finding._replace(
+        fix="set model.policy.attn_implementation: eager, with which passes run padded rows, and report the model"
+    )
 
 
 def check_on_policy(context: DoctorContext) -> Finding:

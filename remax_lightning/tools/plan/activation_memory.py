@@ -272,13 +272,15 @@ class StepPasses:
         # ---- Rows of full length ----
         length = self.work.sampling.max_response_length
         ids, mask = _dummy_rows(num_rows, self.work.length)  # [M, T]
-        counted = torch.arange(num_rows).repeat_interleave(length), torch.arange(length).repeat(num_rows)  # [K]
-        rows = ForwardBatch(ids, mask, ids[:, -length:], counted, mask[:, -length:])
+        row, positions = torch.arange(num_rows).repeat_interleave(length), torch.arange(length).repeat(num_rows)  # [K]
+        predicting = row * self.work.length + self.work.prompt_length - 1 + positions
+        targets = torch.zeros_like(positions)
+        rows = ForwardBatch(ids, mask, length, predicting, targets, positions, row * length + positions)
         # ---- Hidden states of the reference, for a KL over the vocabulary ----
         compared = None
         if reference is not None:
             other = self._required_head(reference)
-            compared = torch.empty(len(counted[0]), other.weight.shape[1], dtype=other.weight.dtype), other  # [K, D']
+            compared = torch.empty(len(positions), other.weight.shape[1], dtype=other.weight.dtype), other  # [K, D']
         return row_statistics(
             model,
             rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from remax_lightning.strategies.deepspeed import sums_in
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
+from remax_lightning.training.micro_batches import check_budget
 from remax_lightning.training.objective import UpdatePlan
 
 if TYPE_CHECKING:
@@ -134,15 +136,15 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
     check_quantization(module.policy_source, trainer["strategy"])
     # ---- Passes, and rewards with memory of their own ----
-    splits, accumulate = getattr(data, "num_micro_batches", 1), trainer["accumulate_grad_batches"]
+    accumulate, splits = trainer["accumulate_grad_batches"], _passes(module, data)
     known, unknown = _reward_models(module.reward)
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
     return PlannedRun(
         module=module,
-        work=_step_shape(module, data, splits, known),
-        micro_batches=accumulate,
+        work=_step_shape(module, data, known),
+        micro_batches=splits if _token_budget(data) else accumulate,
         passes=splits,
-        scores_policy=_update_plan(module, splits, accumulate).runs_policy_before_training or _has_validation(data),
+        scores_policy=_update_plan(module, data, accumulate).runs_policy_before_training or _has_validation(data),
         strategy=strategy,
         precision=_precision(trainer["precision"]),
         device=device,
@@ -151,15 +153,44 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     )
 
 
-def _update_plan(module: ReMaxModule, num_micro_batches: int, accumulate: int) -> UpdatePlan:
+def _token_budget(data: Any) -> int | None:
+    return getattr(data, "tokens_per_micro_batch", None)
+
+
+def _passes(module: ReMaxModule, data: Any) -> int:
+    """Return the training passes of a rollout; with a budget of tokens as many as the longest rows need.
+
+    Raises:
+        UserError: if the longest prompt with its responses exceeds the budget.
+    """
+    if _token_budget(data) is None:
+        return int(getattr(data, "num_micro_batches", 1))
+    return math.ceil(data.batch_size / _prompts_per_pass(module, data))
+
+
+def _prompts_per_pass(module: ReMaxModule, data: Any) -> int:
+    """Return the prompts of a training pass; with a budget of tokens as many of the longest as fit."""
+    budget, sampling = _token_budget(data), module.sampling
+    if budget is None:
+        return int(data.batch_size // getattr(data, "num_micro_batches", 1))
+    check_budget(budget, data.max_prompt_length, sampling.max_response_length, sampling.num_samples)
+    longest = sampling.num_samples * (data.max_prompt_length + sampling.max_response_length)
+    return min(int(data.batch_size), budget // int(longest))
+
+
+def _update_plan(module: ReMaxModule, data: Any, accumulate: int) -> UpdatePlan:
     """Return the plan of an update that the run itself makes when it starts."""
     has_reference = module.reference_source is not None or module.policy_source.lora is not None
     return module.objective.plan_update(
-        num_micro_batches, accumulate, kl_coef=module.kl_coef, has_reference=has_reference
+        getattr(data, "num_micro_batches", 1),
+        accumulate,
+        kl_coef=module.kl_coef,
+        has_reference=has_reference,
+        has_token_budget=_token_budget(data) is not None,
     )
 
 
-def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[ClassifierReward]) -> StepShape:
+def _step_shape(module: ReMaxModule, data: Any, rewards: list[ClassifierReward]) -> StepShape:
     for name in ("batch_size", "max_prompt_length"):
         if not isinstance(getattr(data, name, None), int):
             raise UserError(
@@ -168,7 +199,8 @@ def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[Class
             )
     sampling, kl = module.sampling, module.objective.kl_config
     responses = data.batch_size * sampling.num_samples  # S
-    scored = responses if _has_validation(data) else responses // splits  # validation takes a batch in one pass
+    trained = _prompts_per_pass(module, data) * sampling.num_samples  # responses per training pass
+    scored = responses if _has_validation(data) else trained  # validation takes a batch in one pass
     texts = responses + (data.batch_size if module.objective.needs_greedy else 0)  # a greedy response per prompt
     # Only if every reward model has a limit, the longest text is known.
     limits = [reward.max_length for reward in rewards if reward.max_length is not None]
@@ -176,9 +208,9 @@ def _step_shape(module: ReMaxModule, data: Any, splits: int, rewards: list[Class
         prompts=data.batch_size,
         sampling=sampling,
         prompt_length=data.max_prompt_length,
-        training_rows=responses // splits,
+        training_rows=trained,
         scoring_rows=scored,
-        reference_rows=kl.reference_batch_size or scored,
+        reference_rows=kl.reference_batch_size or (trained if _token_budget(data) else scored),
         reward_rows=min(texts, max((reward.batch_size for reward in rewards), default=0)),
         reward_length=max(limits) if rewards and len(limits) == len(rewards) else None,
     )

@@ -1,0 +1,223 @@
+"""Packed rows against padded ones and against each text alone; and which models run padded rows instead."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from fake_cuda import FakeCuda
+from helpers.reward_models import PLAIN, PROMPTS, RESPONSES, ROWS, loaded, save_classifier
+from helpers.six_responses import batch, model_of, one_by_one, rollout_of
+from torch import Tensor
+
+from remax_lightning.config import SamplingConfig
+from remax_lightning.models import log_probs as statistics_module
+from remax_lightning.models import packing
+from remax_lightning.models.forward import HeadSearch
+from remax_lightning.models.loading import enable_gradient_checkpointing
+from remax_lightning.models.log_probs import policy_statistics, with_reference
+from remax_lightning.models.packing import TextBounds, attend_text_by_text, packed_inputs, packing_obstacle
+
+FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+
+
+def step(model: Any, *, packed: bool, sampling: SamplingConfig = SamplingConfig()) -> tuple[Tensor, list[Tensor]]:  # noqa: B008
+    """Log-probs of a pass over six responses, and the gradient of their weighted sum."""
+    found = policy_statistics(model, rollout_of(), sampling, packed=packed).log_probs
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    # Zeros stand for weights that a pass does not touch, such as the last learned positions.
+    gradients = torch.autograd.grad((weights * found).sum(), list(model.parameters()), allow_unused=True)
+    zeros = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    return found.detach(), [zero if value is None else value for value, zero in zip(gradients, zeros, strict=True)]
+
+
+def distance(first: list[Tensor], second: list[Tensor]) -> float:
+    largest = max(float(value.abs().max()) for value in second)
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / largest
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradient_are_those_of_padded_rows(
+    family: str, has_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_head:  # as where a strategy shards it
+        monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
+    model = model_of(family)
+    assert packing_obstacle(model) == ""
+    log_probs, gradients = step(model, packed=True)
+    expected, expected_gradients = step(model, packed=False)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+    assert distance(gradients, expected_gradients) < 1e-5
+    for row, wanted in zip(log_probs.tolist(), one_by_one(model, 1.0)[0], strict=True):
+        assert row[: len(wanted)] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_passes_of_any_rows_in_any_order_give_every_response_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    sampling = SamplingConfig(temperature=0.7, top_k=20, processed_log_probs=True, min_response_length=2)
+    whole = policy_statistics(model, rollout_of(), sampling)
+    parts = [torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([5, 2, 3])]
+    for packed in (True, False):
+        found = policy_statistics(model, rollout_of(), sampling, batch_size=parts, packed=packed)
+        torch.testing.assert_close(found.log_probs, whole.log_probs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.entropy, whole.entropy, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        found = with_reference(rollout_of(), model, sampling, keep_hidden=True, batch_size=parts)
+        expected = with_reference(rollout_of(), model, sampling, keep_hidden=True)
+    torch.testing.assert_close(found.reference_hidden, expected.reference_hidden, atol=1e-5, rtol=0)
+
+
+def test_a_layer_is_recomputed_as_it_was_run() -> None:
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    enable_gradient_checkpointing(model)
+    model.train()
+    for packed in (True, False):
+        gradients = step(model, packed=packed)[1]
+        assert distance(gradients, step(plain, packed=packed)[1]) < 1e-6
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_positions_restart_with_each_text() -> None:
+    inputs = packed_inputs([2, 1, 3], torch.arange(6)[None])
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
+
+
+# Models that cannot be packed
+
+
+def made(name: str, **options: Any) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes, **IDS, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("bloom", {}, "it takes no positions"),
+        ("gemma2", {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64}, "its attention is eager"),
+        (
+            "lfm2",
+            {"num_key_value_heads": 2, "intermediate_size": 64, "layer_types": ["conv", "full_attention"]},
+            "only 1 of its layers have attention that can be replaced",
+        ),
+    ],
+)
+def test_models_that_cannot_be_packed_run_padded_rows_and_say_so_once(
+    name: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = made(name, **options)
+    with caplog.at_level(logging.INFO, "remax_lightning.models.packing"):
+        found = policy_statistics(model, rollout_of(), SamplingConfig())
+        policy_statistics(model, rollout_of(), SamplingConfig())
+    assert reason in packing_obstacle(model)
+    (said,) = [record.message for record in caplog.records if record.name == packing.__name__]
+    assert "padded rows, because " + reason in said
+    expected = policy_statistics(model, rollout_of(), SamplingConfig(), packed=False)
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
+def test_texts_within_a_sliding_window_are_packed_and_longer_ones_are_not() -> None:
+    model = made("mistral", num_key_value_heads=1, intermediate_size=64, sliding_window=11)
+    assert packing_obstacle(model, 11) == ""
+    assert "longer than its attention window of 11 tokens" in packing_obstacle(model, 12)
+    prompt, responses = batch()  # texts of up to 11 tokens, with 2 responses to each of the prompts
+    assert int((prompt.prompt_mask.sum(1).repeat_interleave(2) + responses.response_mask.sum(1)).max()) == 11
+    assert distance(step(model, packed=True)[1], step(model, packed=False)[1]) < 1e-5
+
+
+# The attention function
+
+
+def random_rows(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, 4, 12, 16), (1, 2, 12, 16), (1, 2, 12, 16))
+    query, key, value = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    return query, key, value
+
+
+def with_flash(called: list[int]) -> Any:
+    """What stands in for torch's flash attention over texts: text by text."""
+
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, ends: Tensor, _: Tensor, longest: int, __: int, **options: Any
+    ) -> Tensor:
+        called.append(longest)
+        rows = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        causal, bounds = options["window_size"] == (-1, 0), TextBounds(ends.diff().tolist(), ends)
+        return attend_text_by_text(*rows, bounds, options["scale"], causal=causal, dropout=0.0)[0]
+
+    return varlen_attn
+
+
+def test_flash_attention_takes_the_rows_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    called: list[int] = []
+    monkeypatch.setattr(varlen, "varlen_attn", with_flash(called))
+    bounds = TextBounds([5, 3, 4], torch.tensor([0, 5, 8, 12], dtype=torch.int32))
+    rows = random_rows()
+    for causal in (True, False):
+        found = packing._flash_attention(*rows, bounds, 0.3, causal=causal, dropout=0.0)
+        expected = attend_text_by_text(*rows, bounds, 0.3, causal=causal, dropout=0.0)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert called == [5, 5]
+
+
+def test_torchs_flash_attention_takes_what_it_is_given() -> None:
+    """Shapes, dtypes and arguments of the operator itself, which computes nothing on tensors without memory."""
+    query, key, value = (torch.empty(row.shape, dtype=torch.bfloat16, device="meta") for row in random_rows())
+    bounds = TextBounds([5, 3, 4], torch.empty(4, dtype=torch.int32, device="meta"))
+    output = packing._flash_attention(query, key, value, bounds, None, causal=True, dropout=0.0)
+    assert output.shape == (1, 12, 4, 16)
+    assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "flash"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
+    dtype: torch.dtype, flash: bool, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen
+
+    called: list[int] = []
+    monkeypatch.setattr(varlen, "varlen_attn", with_flash(called))
+    model = tiny_model("llama").to(dtype)
+    expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
+    assert called == []
+    there, rollout = tiny_model("llama").to(dtype).to("cuda"), rollout_of()
+    prompt, sampled = rollout.prompt, rollout.sampled
+    rollout = rollout._replace(
+        prompt=prompt._replace(prompt_ids=prompt.prompt_ids.cuda(), prompt_mask=prompt.prompt_mask.cuda()),
+        sampled=sampled._replace(response_ids=sampled.response_ids.cuda(), response_mask=sampled.response_mask.cuda()),
+    )
+    found = policy_statistics(there, rollout, SamplingConfig()).log_probs
+    assert bool(called) == flash
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+# Reward models
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_reward_model_scores_packed_texts(family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config(family)), template=PLAIN)
+    texts: list[int] = []
+
+    def attend(*rows: Any, **options: Any) -> Tensor:
+        texts.append(len(rows[3].lengths))
+        return attend_text_by_text(*rows, **options)
+
+    monkeypatch.setattr(packing, "attend_text_by_text", attend)
+    packed = reward.score(PROMPTS, RESPONSES, ROWS)
+    assert max(texts) == len(PROMPTS)
+    monkeypatch.setitem(packing._obstacles, reward.model, "it is a test")
+    texts.clear()
+    torch.testing.assert_close(packed, reward.score(PROMPTS, RESPONSES, ROWS), rtol=1e-5, atol=1e-5)
+    assert texts == []
