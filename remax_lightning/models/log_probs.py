@@ -209,10 +209,10 @@ def _forward_batches(
     lengths = prompt.prompt_mask.sum(1).repeat_interleave(num_samples) + responses.response_mask.sum(1)  # [S]
     packs = model is not None and not packing_obstacle(model, int(lengths.max()))
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
-    if batch_size is None or isinstance(batch_size, int):
-        batch_size = numbers.split(batch_size or len(numbers))
+    is_size = batch_size is None or isinstance(batch_size, int)
+    batches = numbers.split(batch_size or len(numbers)) if is_size else batch_size
     # Split before choosing: every rank then runs the same number of passes, which sharded weights need.
-    for batch in batch_size:
+    for batch in cast("Sequence[Tensor]", batches):
         rows = batch if chosen is None else batch[chosen[batch]]
         yield (_pack if packs and len(rows) else _pad_left)(prompt, responses, rows)
 

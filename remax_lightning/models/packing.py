@@ -167,9 +167,9 @@ def attend_text_by_text(
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         F.scaled_dot_product_attention(
-            *text, dropout_p=dropout, is_causal=causal and text[0].shape[2] > 1, scale=scaling, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal=causal and q.shape[2] > 1, scale=scaling, enable_gqa=grouped
         ).transpose(1, 2)  # [1, tokens, H, d']
-        for text in texts
+        for q, k, v in texts
     ]
     return torch.cat(outputs, dim=1)
 

@@ -213,7 +213,11 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
         DeepSpeed's default is that of the weights: a sum in bfloat16 loses what is below 1/256 of it. See `sums_in`.
         """
         module = self.lightning_module
-        if module is not None and module.trainer.accumulate_grad_batches > 1 and sums_in(config) == "fp32":
+        if module is None or sums_in(config) != "fp32":
+            return
+        # A budget of tokens makes several passes of one batch.
+        budget = getattr(getattr(module.trainer, "datamodule", None), "tokens_per_micro_batch", None)
+        if module.trainer.accumulate_grad_batches > 1 or budget is not None:
             config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

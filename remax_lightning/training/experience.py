@@ -63,7 +63,8 @@ class Experience(NamedTuple):
         if self.parts is not None:
             return response_numbers(self.rollout, self.parts)
         numbers = torch.arange(len(self.rollout.reward), device=self.rollout.reward.device)  # [S]
-        return numbers.split(len(numbers) // num_micro_batches)
+        parts: Sequence[Tensor] = numbers.split(len(numbers) // num_micro_batches)
+        return parts
 
     def active_responses(self, num_micro_batches: int = 1) -> Tensor:
         """Return `[S]` bool, True on the responses that training has to run.

@@ -165,7 +165,7 @@ def _passes(module: ReMaxModule, data: Any) -> int:
     """
     if _token_budget(data) is None:
         return int(getattr(data, "num_micro_batches", 1))
-    return math.ceil(data.batch_size / _prompts_per_pass(module, data))
+    return math.ceil(int(data.batch_size) / _prompts_per_pass(module, data))
 
 
 def _prompts_per_pass(module: ReMaxModule, data: Any) -> int:
