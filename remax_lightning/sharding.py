@@ -69,6 +69,21 @@ def local_shard(parameter: Any) -> Tensor:
     return parameter  # type: ignore[no-any-return]
 
 
+def full_tensor(tensor: Any) -> Tensor:
+    """Return all of a tensor that FSDP2 has sharded, which is a collective; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def shard_like(value: Tensor, other: Any) -> Tensor:
+    """Return what this rank holds of `value`, the same full tensor on every rank, in the layout of another tensor."""
+    if not hasattr(other, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank has the value, so none sends it.
+    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None).to_local()
+
+
 @contextmanager
 def gathered(parameters: Iterable[Tensor], writer_rank: int | None = None) -> Iterator[None]:
     """Gather parameters of ZeRO-3 inside, and shard them again afterwards; full parameters stay as they are.

@@ -23,6 +23,7 @@ EXHAUSTIVE = (
     ("distributed/test_sharded.py", r"\[fsdp2-layerwise\]"),
     ("distributed/test_export.py", r"parts_of_unequal_length"),
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
+    ("distributed/test_reference_sync.py", r"\[(?!fsdp2-replicate)"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
     ("distributed/test_evaluation.py", r"lm_eval"),  # one rank: callbacks/test_lm_eval.py

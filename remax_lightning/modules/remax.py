@@ -183,6 +183,9 @@ class ReMaxModule(PolicyModule):
     def on_train_start(self) -> None:
         """Check that no epoch ends within a rollout; the length of an epoch is known only now."""
         super().on_train_start()
+        if self._moving is not None:
+            # Strategies that shard load their checkpoints after `on_fit_start`.
+            self._moving.restore(self._reference)
         # Plan again with the number of batches in an epoch.
         plans = list(self._plans)
         self._plans.clear()
@@ -219,6 +222,7 @@ class ReMaxModule(PolicyModule):
             checks.check_full_kl(self.objective.kl_config, self.policy, self._reference)
         if self._moving is not None:
             self._moving.check(self._reference, self.policy)
+            self._moving.restore(self._reference)
         self.prepare_rollouts()
         # ---- What only a run knows: its seed, and the longest prompt of its data ----
         if self._seed is None:

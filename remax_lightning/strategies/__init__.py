@@ -25,6 +25,7 @@ from remax_lightning.strategies.fsdp2 import (
 from remax_lightning.strategies.gather import (
     forward_is_collective,
     full_parameters,
+    full_values,
     rollout_parameters,
     sharded_init,
     unsharded_init,
@@ -41,6 +42,7 @@ __all__ = [
     "check_optimizers",
     "forward_is_collective",
     "full_parameters",
+    "full_values",
     "global_grad_norm",
     "guard_loading",
     "keep_finite_checkpoints",

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from remax_lightning.disk import is_disk_error
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankError, UserError
-from remax_lightning.sharding import decoder_layers, unsharded_groups
+from remax_lightning.sharding import decoder_layers, full_tensor, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import Gather, check_gather, lockstep, register_gather_mode
@@ -211,6 +211,12 @@ def layerwise(model: nn.Module) -> Iterator[None]:
     """Gather what is outside the layers once, and let forward passes gather each layer, in lockstep on all ranks."""
     with _unsharded_root(model), lockstep(decoder_layers(model), _gather_and_reshard):
         yield
+
+
+def full_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the full value of each parameter, gathered one at a time; every rank has to run to the end."""
+    for name, parameter in model.named_parameters():
+        yield name, full_tensor(parameter.detach())
 
 
 def _gather_and_reshard(layer: Any) -> None:

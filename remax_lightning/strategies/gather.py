@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.sharding import is_fsdp2_root, is_zero3_sharded
@@ -95,6 +95,20 @@ def full_parameters(model: nn.Module) -> Iterator[None]:
         return
     with engine.unsharded(model):
         yield
+
+
+def full_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the full value of each parameter of the policy; every rank has to run to the end.
+
+    No device holds more than one full parameter beside its shards.
+
+    Raises:
+        UserError: if Lightning's DeepSpeed strategy sharded it.
+    """
+    engine = _sharding_engine(model)
+    if engine is not None:
+        return engine.full_values(model)  # type: ignore[no-any-return]
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 @contextmanager

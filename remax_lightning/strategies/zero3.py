@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
@@ -66,6 +66,14 @@ def layerwise(model: nn.Module) -> Iterator[None]:
             stack.callback(layer.register_forward_pre_hook(_gather).remove)
             stack.callback(layer.register_forward_hook(_reshard).remove)
         yield
+
+
+def full_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the full value of each parameter, gathered one at a time; every rank has to run to the end."""
+    with _without_hooks(model):
+        for name, parameter in model.named_parameters():
+            with gathered([parameter]):
+                yield name, parameter.detach()
 
 
 def _gather(layer: nn.Module, *_: Any) -> None:

@@ -13,8 +13,8 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, freeze, initial_adapter
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.frozen import FrozenModel, equalize_passes
-from remax_lightning.sharding import full_shape, is_sharded
-from remax_lightning.strategies import forward_is_collective, unsharded_init
+from remax_lightning.sharding import full_shape, full_tensor, local_shard, shard_like
+from remax_lightning.strategies import forward_is_collective, full_values, unsharded_init
 from remax_lightning.training import config_checks as checks
 
 if TYPE_CHECKING:
@@ -93,71 +93,69 @@ class MovingReference:
         self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until there is a model
 
     def check(self, reference: Reference | None, policy: PreTrainedModel) -> None:
-        """Refuse what cannot be moved, and put weights of a checkpoint into the reference.
+        """Refuse what cannot be moved.
 
         Raises:
-            UserError: if the reference shares weights with the policy, is quantized or built otherwise, if one of both
-                is sharded, or if a moving average would be rounded away.
+            UserError: if the reference shares weights with the policy, is quantized or built otherwise, or if a moving
+                average would be rounded away.
         """
         key = "model.kl.reference_sync_steps"
         if not isinstance(reference, SeparateReference):
             raise UserError(
                 f"{key} needs a reference with weights of its own: set model.reference beside model.policy.lora"
             )
-        pairs = self._pairs(reference, policy)
-        if any(is_sharded(tensor) for pair in pairs.values() for tensor in pair):
+        targets = dict(cast("nn.Module", reference.model).named_parameters())
+        sources = cast("nn.Module", policy).named_parameters()
+        if {name: full_shape(value) for name, value in targets.items()} != {
+            name: full_shape(value) for name, value in sources
+        }:
             raise UserError(
-                f"{key} needs whole weights on each device: a strategy that does not shard the policy, and"
-                " model.reference.placement replicate or cpu"
+                f"{key} needs a reference with the parameters of the policy, without quantization and adapters:"
+                " model.reference and model.policy differ"
             )
-        dtypes = {target.dtype for target, _ in pairs.values()}
-        if self.alpha < 1 and dtypes != {torch.float32}:
+        if self.alpha < 1 and {value.dtype for value in targets.values()} != {torch.float32}:
             raise UserError(
                 f"model.kl.reference_mixup_alpha {self.alpha} needs model.reference.dtype float32: 16 bits round small"
                 " moves away"
             )
+
+    def restore(self, reference: Reference | None) -> None:
+        """Put the weights of a checkpoint into the reference, if one was loaded that holds some."""
         if self._loaded is not None:
-            with torch.no_grad():
-                for name, (target, _) in pairs.items():
-                    target.copy_(self._loaded[name])
+            targets = dict(cast(Any, reference).model.named_parameters())
+            for name, value in self._loaded.items():
+                _write(targets[name], value, 1.0)
             self._loaded = None
 
     def move(self, reference: Reference | None, policy: PreTrainedModel, global_step: int) -> None:
-        """Move the reference if it is due after `global_step` optimizer steps."""
+        """Move the reference if it is due after `global_step` optimizer steps; all ranks have to call this."""
         due = global_step // self.sync_steps
         if due <= self._num_syncs:
             return
         self._num_syncs = due
-        with torch.no_grad():
-            for target, source in self._pairs(reference, policy).values():
-                value = source.to(target.device, target.dtype)
-                # ref <- (1 - alpha) ref + alpha policy
-                target.copy_(value if self.alpha == 1 else torch.lerp(target, value, self.alpha))
+        # One parameter at a time, full on every rank wherever the strategy shards the policy.
+        targets = dict(cast(Any, reference).model.named_parameters())
+        for name, value in full_values(cast("nn.Module", policy)):
+            _write(targets[name], value, self.alpha)
 
     def state_dict(self, reference: Reference | None) -> dict[str, Any] | None:
-        """Return what a checkpoint keeps; None as long as the reference is where it started."""
+        """Return what a checkpoint keeps; None as long as the reference is where it started. All ranks call this."""
         if self._num_syncs == 0 or reference is None:
             return None
         named = cast("nn.Module", reference.model).named_parameters()
-        return {"syncs": self._num_syncs, "weights": {name: value.detach().cpu() for name, value in named}}
+        return {"syncs": self._num_syncs, "weights": {name: full_tensor(value.detach()).cpu() for name, value in named}}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Resume with the reference of a checkpoint; `check` copies it into the model."""
+        """Resume with the reference of a checkpoint; `restore` puts it into the model."""
         self._num_syncs, self._loaded = (0, None) if state is None else (state["syncs"], state["weights"])
 
-    @staticmethod
-    def _pairs(reference: Reference | None, policy: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the parameters of both by name."""
-        targets, sources = (
-            dict(cast("nn.Module", model).named_parameters()) for model in (cast(Any, reference).model, policy)
-        )
-        shapes = [{name: full_shape(tensor) for name, tensor in tensors.items()} for tensors in (targets, sources)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                "model.kl.reference_sync_steps needs a reference with the parameters of the policy, without"
-                " quantization and adapters: model.reference and model.policy differ"
-            )
-        return {name: (tensor, sources[name]) for name, tensor in targets.items()}
+
+@torch.no_grad()
+def _write(target: Tensor, value: Tensor, alpha: float) -> None:
+    """Move a parameter of the reference, or this rank's shard of it, to a full value: (1 - alpha) ref + alpha value."""
+    local = local_shard(target)
+    value = shard_like(value.to(local.device, local.dtype), target)
+    local.copy_(value if alpha == 1 else torch.lerp(local, value, alpha))
 
 
 class SharedReference:
