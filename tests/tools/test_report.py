@@ -363,3 +363,21 @@ def test_the_report_of_a_real_run_has_its_samples_and_curves(
         ("sampled, training", [1, 2]),
         ("sampled, validation", [0, 2]),
     ]
+
+
+def test_an_evaluation_alone_is_a_table_and_no_charts_of_one_point(tmp_path: Path) -> None:
+    write_events(tmp_path, {"test/reward": [(0, 0.5)], "test/kl": [(0, 0.125)], "epoch": [(0, 0.0)]})
+    page = written(tmp_path)
+    assert data_of(page)["sections"] == []
+    assert re.findall(r"<th scope=row>(.*?)</th><td>(.*?)</td>", page) == [("test/kl", "0.125"), ("test/reward", "0.5")]
+    assert notes_of(page)[0] == "Nothing was trained in this run: it has evaluations alone."
+    assert not any("KL" in note or "no validation" in note for note in notes_of(page))
+    (tmp_path / "evaluation.json").write_text(
+        json.dumps({"figures": {"reward": {"value": 0.5}, "kl": {"value": 0.125}}})
+    )
+    assert "logged once" not in written(tmp_path)  # the evaluation has them
+
+
+def test_a_curve_of_one_point_in_a_section_of_its_own_stays_a_chart(tmp_path: Path) -> None:
+    write_events(tmp_path, {"val/reward": [(0, 2.0)]})
+    assert [section["title"] for section in data_of(written(tmp_path))["sections"]] == ["Reward"]

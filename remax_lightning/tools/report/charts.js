@@ -247,10 +247,9 @@ for (const [number, section] of DATA.sections.entries()) {
   const charts = html("div", { class: "charts" }, ...drawn);
   const smoothed = section.charts.some((chart) => chart.lines.some((line) => line.low && chart.kind === "curves"));
   const heading = html("h2", { id: title }, section.title);
-  if (number === 0 && smoothed) {
-    charts.append(html("p", { class: "hint" }, "Lines are means over a 25th of the steps, bands one standard deviation in the same window."));
-  }
-  byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts));
+  const text = "Lines are means over a 25th of the steps, bands one standard deviation in the same window.";
+  const hint = number === 0 && smoothed ? [html("p", { class: "hint" }, text)] : [];
+  byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts, ...hint));
 }
 
 const drawAll = () => figures.forEach((chart, figure) => draw(figure, chart));

@@ -178,7 +178,8 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
     # ---- The fixed sections, and all other curves in a last one ----
     known = SECTIONS | {"Reward": (*SECTIONS["Reward"], *reward_parts(curves))}
     named = {line.key for charts in known.values() for chart in charts for line in chart.lines}
-    others = sorted(key for key in curves if key not in named and key not in _NOT_DRAWN)
+    apart = {*named, *_NOT_DRAWN, *single_values(curves)}  # one point is no curve
+    others = sorted(key for key in curves if key not in apart)
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
     sections, missing = [], []
     # ---- Charts with at least one curve ----
@@ -191,6 +192,15 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
         elif charts:
             missing.append(title)
     return sections, missing
+
+
+def single_values(curves: Mapping[str, Curve]) -> dict[str, float]:
+    """Return what was logged once and has no chart of its own, such as the figures of `remax test`."""
+    drawn = {line.key for charts in SECTIONS.values() for chart in charts for line in chart.lines}
+    once = {key: curve.values[0] for key, curve in curves.items() if len(curve.values) == 1}
+    return {
+        key: once[key] for key in sorted(once) if key not in drawn and key not in _NOT_DRAWN and "_part/" not in key
+    }
 
 
 def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from remax_lightning.tools.report.charts import build_sections, smooth_values, thin_indices
+from remax_lightning.tools.report.charts import build_sections, single_values, smooth_values, thin_indices
 from remax_lightning.tools.report.curves import Curve
 from remax_lightning.tools.report.run import Run
 
@@ -69,7 +69,7 @@ def render_page(run: Run, max_samples: int) -> str:
             "tiles": _tiles_html(run),
             "notes": _notes_html(notes),
             "config": _config_html(run.config),
-            "evaluation": _evaluation_html(run.figures),
+            "evaluation": _evaluation_html(run.figures) + _single_values_html(run),
             "data": _json_data(
                 {
                     "sections": sections,
@@ -174,11 +174,13 @@ def _alarm_notes(run: Run) -> Iterable[str]:
 def _missing_notes(run: Run, sections: Sequence[str]) -> Iterable[str]:
     if not run.curves:
         yield "There are no curves, because there are no TensorBoard event files."
+    elif not _has_trained(run):
+        yield "Nothing was trained in this run: it has evaluations alone."
     elif sections:
         yield f"Nothing was logged for: {', '.join(sections)}."
-    if run.curves and not any(key.startswith("val/") for key in run.curves):
+    if _has_trained(run) and run.curves and not any(key.startswith("val/") for key in run.curves):
         yield "The run had no validation."
-    if run.curves and "train/kl" not in run.curves and "val/kl" not in run.curves:
+    if _has_trained(run) and run.curves and "train/kl" not in run.curves and "val/kl" not in run.curves:
         yield "There is no KL: the run had no reference."
     if not run.samples:
         yield "There are no sample dumps (samples/train.jsonl, samples/validation.jsonl)."
@@ -206,6 +208,23 @@ def _evaluation_html(figures: Mapping[str, Mapping[str, float]]) -> str:
     table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     heading = "<h2 id=evaluation>Evaluation</h2>"
     return f"<section aria-labelledby=evaluation>{heading}<div class=scroll>{table}</div></section>"
+
+
+def _single_values_html(run: Run) -> str:
+    """Return a table of what was logged once, but for figures that the table of the evaluation has."""
+    values = {
+        key: value for key, value in single_values(run.curves).items() if key.removeprefix("test/") not in run.figures
+    }
+    if not values:
+        return ""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(key)}</th><td>{format_number(value)}</td></tr>" for key, value in values.items()
+    )
+    table = (
+        f"<table class=figures><thead><tr><th>logged once</th><th>value</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+    heading = "<h2 id=once>Values logged once</h2>"
+    return f"<section aria-labelledby=once>{heading}<div class=scroll>{table}</div></section>"
 
 
 def _figure_cells(figure: Mapping[str, float]) -> str:
