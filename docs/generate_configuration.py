@@ -78,7 +78,7 @@ def sections() -> Iterator[Section]:
         target = getattr(rewards, name)
         if inspect.isfunction(target) and target.__module__.endswith(".verifiers"):
             yield Section("model.reward.init_args.function", target, is_choice=True)
-    for engine in (rollout.AutoEngine, rollout.PairedEngine, rollout.HuggingFaceEngine):
+    for engine in (rollout.AutoEngine, rollout.PairedEngine, rollout.HuggingFaceEngine, rollout.VLLMEngine):
         yield Section("model.rollout", engine, is_choice=True)
     for schedule in (modules.WarmupCosine, modules.WarmupLinear):
         yield Section("model.lr_scheduler", schedule, is_choice=True)

@@ -55,6 +55,7 @@ _PUBLIC = {
         "PairedEngine",
         "RolloutEngine",
         "SamplingConfig",
+        "VLLMEngine",
     ),
     "types": ("PreferenceBatch", "PromptBatch", "Response", "Responses", "Rollout", "StepOutput", "SupervisedBatch"),
 }

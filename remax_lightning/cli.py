@@ -65,6 +65,7 @@ TOOLS = {
     "pipeline": ("pipeline", "run all three stages on generated preferences, in minutes"),
     "plan": ("plan", "compute the memory that each device needs for a configuration"),
     "report": ("report", "write an HTML page about a run, with curves and samples"),
+    "serve": ("serve", "start a vLLM server for a configuration's policy"),
 }
 """Subcommands that are not Lightning's: the module in `tools` with their `main`, and their help."""
 

@@ -1,8 +1,8 @@
 """What a configuration may leave out: names that stand for a group, and defaults that depend on another key.
 
 `model.policy: Qwen/Qwen2.5-0.5B-Instruct` stands for its `path`, and `model.reward: my_rewards.politeness` for a
-`FunctionReward`. Both are written out before jsonargparse sees the configuration, so that types, messages and the saved
-`config.yaml` know one form only.
+`FunctionReward`; `model.rollout` knows its engines by their names. All are written out before jsonargparse sees the
+configuration, so that types, messages and the saved `config.yaml` know one form only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ _RATES = {"ReMaxModule": (1e-6, 1e-5), "SFTModule": (1e-5, 1e-4), "RewardModelMo
 
 jsonargparse keeps the values of `configs/base.yaml`'s module, those of its optimizer too, where another one is chosen.
 """
+_ENGINES = ("AutoEngine", "HuggingFaceEngine", "PairedEngine", "VLLMEngine")
+"""Engines by their short names, which jsonargparse finds for classes with a common base only."""
 _FILES = (".yaml", ".yml", ".json")
 
 
@@ -38,6 +40,11 @@ def _write_out_model(arguments: dict[str, Any]) -> None:
             arguments[name] = {"path": arguments[name]}
     if is_function(reward := arguments.get("reward")):
         arguments["reward"] = {"class_path": "FunctionReward", "init_args": {"function": reward}}
+    engine = arguments.get("rollout")
+    if isinstance(engine, str) and engine in _ENGINES:
+        arguments["rollout"] = {"class_path": f"remax_lightning.rollout.{engine}"}
+    elif isinstance(engine, dict) and engine.get("class_path") in _ENGINES:
+        engine["class_path"] = f"remax_lightning.rollout.{engine['class_path']}"
 
 
 def write_out_option(name: str, value: str | None) -> list[str] | None:
@@ -53,6 +60,8 @@ def write_out_option(name: str, value: str | None) -> list[str] | None:
         return None
     if key in _MODELS and value != "null":
         return [f"--{name}.path={value}"]
+    if key == "rollout" and value in _ENGINES:
+        return [f"--{name}=remax_lightning.rollout.{value}"]
     if key == "reward" and is_function(value):
         return [f"--{name}=FunctionReward", f"--{name}.init_args.function={value}"]
     return None

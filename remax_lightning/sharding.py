@@ -103,6 +103,20 @@ def gathered(parameters: Iterable[Tensor], writer_rank: int | None = None) -> It
         yield
 
 
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a model by name, one at a time and whole, whatever has sharded them.
+
+    All ranks have to run through it in step where the model is sharded. A tensor is not to be kept: ZeRO-3 shards it
+    again with the next one.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # FSDP2
+            yield name, parameter.full_tensor()
+            continue
+        with gathered([parameter]):
+            yield name, parameter
+
+
 @contextmanager
 def unsharded_groups(groups: Sequence[Any]) -> Iterator[None]:
     """Gather groups of FSDP2 once, and keep forward passes inside from resharding them.

@@ -53,6 +53,17 @@ def test_classes_stay_classes(tmp_path: Path) -> None:
     assert parsed(tmp_path, config).reward.init_args.url == "http://host"
 
 
+@pytest.mark.parametrize("name", ["PairedEngine", "VLLMEngine"])
+def test_engines_are_known_by_their_names(name: str, tmp_path: Path) -> None:
+    arguments = {"urls": ["http://localhost:8000"]} if name == "VLLMEngine" else {}
+    config = SHORT | {"model": SHORT["model"] | {"rollout": {"class_path": name, "init_args": arguments}}}
+    module = parsed(tmp_path, config)
+    assert module.rollout.class_path == f"remax_lightning.rollout.{name}"
+    if arguments:
+        assert module.rollout.init_args.urls == arguments["urls"]
+    assert parsed(tmp_path, SHORT, "--model.rollout", "PairedEngine").rollout.class_path.endswith("PairedEngine")
+
+
 @pytest.mark.parametrize(
     ("model", "options", "rate"),
     [

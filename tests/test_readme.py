@@ -274,7 +274,7 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
     "block",
     [
         each
-        for name in ("lora", "evaluation", "migrating")
+        for name in ("lora", "evaluation", "migrating", "rollouts")
         for each in blocks("yaml", (ROOT / f"docs/{name}.md").read_text())
     ],
 )

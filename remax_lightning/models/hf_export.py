@@ -178,6 +178,34 @@ def _is_valid(config: GenerationConfig) -> bool:
     return True
 
 
+def save_weights(
+    policy: PreTrainedModel, weights: dict[str, Tensor] | None, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Save weights alone, under the names of published checkpoints: an adapter as PEFT reads it, or the whole model.
+
+    Args:
+        policy: the model, with or without LoRA adapters.
+        weights: full weights on the CPU; None takes those of the model.
+        folder: an existing folder.
+        dtype: of the saved weights of a model without adapters; None saves them as they are.
+    """
+    if hasattr(policy, "peft_config"):
+        _save_adapter(policy, weights, folder)
+        return
+    from transformers import GenerationConfig
+
+    shell = _shallow_copy(policy)
+    shell.generation_config = GenerationConfig()  # published settings may be such that transformers refuses to save
+    if dtype is not None:
+        values = policy.state_dict(keep_vars=True) if weights is None else weights
+        casts: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
+        for value in values.values():
+            if id(value) not in casts:
+                casts[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+        weights = {name: casts[id(value)] for name, value in values.items()}
+    shell.save_pretrained(folder, state_dict=weights)
+
+
 def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
     # A PEFT wrapper may hold a second, frozen adapter: the initial one.
     chosen = {"selected_adapters": [policy.active_adapter]} if is_peft_wrapper(policy) else {}

@@ -235,6 +235,7 @@ class ReMaxModule(PolicyModule):
         check_budget(budget, longest, self.sampling.max_response_length, self.sampling.num_samples)
         checks.check_lengths(self.policy, longest, self.sampling.max_response_length)
         checks.check_rope(self.policy, longest, self.sampling.max_response_length)
+        self.worker.check_engine(self.policy, longest)
 
     def get_plan(self, num_micro_batches: int, has_token_budget: bool = False) -> UpdatePlan:
         """Return the plan for rollout batches of `num_micro_batches`; data modules have it at fit start.
@@ -410,6 +411,8 @@ class ReMaxModule(PolicyModule):
             for name, mean in self._metrics.means(self._sum_over_ranks, partial(max_over_ranks, self.trainer)).items():
                 # The mean is final. Without `batch_size` Lightning would search the batch for it.
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
+            for name, value in self.worker.engine_metrics().items():
+                self.log(name, value, batch_size=1)
         return output
 
     # ---- Rollouts ----

@@ -4,6 +4,7 @@ from remax_lightning.config import SamplingConfig
 from remax_lightning.rollout.auto import AutoEngine, HuggingFaceEngine, clone_engine
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine, StopCheck
 from remax_lightning.rollout.paired import PairedEngine
+from remax_lightning.rollout.vllm import VLLMEngine, vllm_plugin_folder
 
 __all__ = [
     "AutoEngine",
@@ -14,5 +15,7 @@ __all__ = [
     "RolloutEngine",
     "SamplingConfig",
     "StopCheck",
+    "VLLMEngine",
     "clone_engine",
+    "vllm_plugin_folder",
 ]

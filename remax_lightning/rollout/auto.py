@@ -146,9 +146,12 @@ class AutoEngine:
 def clone_engine(engine: RolloutEngine) -> RolloutEngine:
     """Return an engine of the same kind for another model, because ours keep CUDA graphs of the last one.
 
-    An engine of the user's own is returned as it is.
+    An engine of the user's own is returned as it is. vLLM's servers hold the policy alone, so that another model
+    decodes here.
     """
-    if type(engine) is AutoEngine:
+    from remax_lightning.rollout.vllm import VLLMEngine  # late: it is asked for by few runs
+
+    if type(engine) in (AutoEngine, VLLMEngine):
         return AutoEngine()
     if type(engine) is PairedEngine:
         return PairedEngine(cuda_graphs=engine.cuda_graphs, keep_cache=engine.keep_cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -156,6 +156,25 @@ class RolloutWorker:
             self.reward.load(device)
         self.device = device
 
+    def check_engine(self, model: PreTrainedModel, max_prompt_length: int | None) -> None:
+        """Let an engine that can, such as `VLLMEngine`, refuse the run before its first rollout.
+
+        Args:
+            model: the policy.
+            max_prompt_length: tokens of the longest prompt; None where it is not known.
+
+        Raises:
+            UserError: if it cannot roll out with the policy.
+        """
+        check = getattr(self.engine, "check", None)
+        if check is not None:
+            check(model, self.sampling, max_prompt_length)
+
+    def engine_metrics(self) -> dict[str, float]:
+        """Return the engine's own figures since the last call, by the name that they are logged under."""
+        metrics = getattr(self.engine, "metrics", None)
+        return {} if metrics is None else metrics()
+
     @property
     def suppressed(self) -> SuppressedTokens:
         """Tokens that rollouts do not draw, and that log-probs leave out."""
@@ -211,7 +230,10 @@ class RolloutWorker:
         report_progress(f"generating responses to {len(prompt.prompts)} prompts")
         # ---- Decode: in eval mode, on weights that are gathered where a strategy shards them ----
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
-        with measure, torch.no_grad(), eval_mode(model), rollout_parameters(model):
+        # An engine in other processes gathers the weights itself, to send them.
+        is_remote = getattr(self.engine, "gathers_parameters", False)
+        gathering = nullcontext() if is_remote else rollout_parameters(model)
+        with measure, torch.no_grad(), eval_mode(model), gathering:
             if self._chosen_engine is None:
                 # Once: the choice of `AutoEngine` runs the model, whose parameters are gathered here.
                 is_auto = type(self.engine) is AutoEngine

@@ -1,0 +1,301 @@
+"""Weights of the policy on vLLM servers: a version made of the weights themselves, files, loading, and checksums.
+
+The version of weights is a digest of them. Trainer and servers so agree on what a version holds: a server that
+restarted, missed an update or belongs to another run has another version, whichever rank looks. The files of the
+current version stay until the next one is written, so that any rank can bring a server up to date that came back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.models.hf_export import policy_weights, save_weights
+from remax_lightning.models.lora import has_adapter
+from remax_lightning.rollout.vllm_client import KEY, MissingError, ServerGoneError, ServerInfo, VLLMServer
+from remax_lightning.sharding import full_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BACKEND = "remax_files"
+"""Name of the transfer engine that `remax serve` registers with vLLM."""
+_OWNER = "owner"
+_PADDING = 64
+"""vLLM pads the rows of embeddings to a multiple of this."""
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that vLLM stacks, and what they are made of."""
+
+
+def adapter_name(version: str) -> str:
+    """Return the name that the adapter of a version has on a server."""
+    return f"remax-{version}"
+
+
+def weight_version(model: PreTrainedModel) -> str:
+    """Return a digest of the weights that are trained: the adapter's, or all of a policy without one.
+
+    A tensor is hashed where it lies (`torch.hash_tensor`), which reads each weight once. All ranks have to call this
+    where the policy is sharded, and get the same.
+    """
+    only_adapter = has_adapter(model)
+    digest = hashlib.sha256()
+    for name, tensor in full_tensors(model):
+        if only_adapter and ".lora_" not in name:
+            continue
+        # A tensor alone would not notice that two of the same shape have changed places; its name is hashed with it.
+        value = int(torch.hash_tensor(tensor.detach()).view(torch.int64))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {value}".encode())
+    return digest.hexdigest()[:16]
+
+
+class WeightFiles:
+    """The weights of one version in a folder that trainer and servers see.
+
+    Args:
+        root: the folder; one folder is made in it for a version.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._written: Path | None = None
+
+    def folder(self, version: str) -> Path:
+        """Return the folder of a version."""
+        return self.root / version
+
+    def is_complete(self, version: str) -> bool:
+        """Whether the weights of a version are written."""
+        return self.folder(version).is_dir()
+
+    def write(self, model: PreTrainedModel, version: str, dtype: torch.dtype | None, *, is_writer: bool) -> int:
+        """Write the weights of a version in place of the last one, and return their bytes; 0 on other ranks.
+
+        Args:
+            model: the policy; all ranks have to call this where it is sharded.
+            version: of its weights.
+            dtype: of the files; None writes weights as they are.
+            is_writer: whether this rank writes.
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        weights = policy_weights(model, keep=is_writer, merge_adapter=False)
+        if not is_writer:
+            return 0
+        if self.is_complete(version):
+            self._written = self.folder(version)
+            return _bytes_of(self.folder(version))
+        temporary = self.root / f".{version}-{os.getpid()}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
+            self.remove()  # first, so that memory never holds two versions
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            save_weights(model, weights, temporary, dtype)
+            (temporary / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
+            temporary.rename(self.folder(version))  # a version is there whole or not at all
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"{KEY}.transfer_dir: the weights cannot be written to {str(self.root)!r}: {error}; set it to a folder"
+                " with room for them that trainer and servers see"
+            ) from error
+        self._written = self.folder(version)
+        return _bytes_of(self._written)
+
+    def remove(self) -> None:
+        """Remove what this process has written."""
+        if self._written is not None:
+            shutil.rmtree(self._written, ignore_errors=True)
+            self._written = None
+
+    def _remove_stale(self) -> None:
+        """Remove what processes of this machine have left that are no more."""
+        for owner in self.root.glob(f"*/{_OWNER}"):
+            with suppress(OSError, ValueError):
+                host, process = owner.read_text().split()
+                if host == socket.gethostname() and not Path(f"/proc/{int(process)}").exists():
+                    shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+# ---- Loading ----
+
+
+def has_version(server: VLLMServer, version: str, *, is_adapter: bool) -> bool:
+    """Whether a server holds a version."""
+    if is_adapter:
+        cards = server.get("/v1/models")["data"]
+        return adapter_name(version) in {card["id"] for card in cards}
+    return bool(server.get("/weight_info")["weight_version"] == version)
+
+
+def load_version(server: VLLMServer, files: WeightFiles, version: str, *, is_adapter: bool) -> None:
+    """Let a server load a version, and check that it says so.
+
+    Raises:
+        UserError: if it cannot load it, or still has another one.
+        ServerGoneError: if it does not answer.
+    """
+    folder = str(files.folder(version))
+    try:
+        if is_adapter:
+            _load_adapter(server, version, folder)
+        else:
+            _load_weights(server, version, folder)
+    except MissingError as error:
+        what = (
+            "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if is_adapter else f"the transfer engine {BACKEND}"
+        )
+        raise UserError(
+            f"{server!r} cannot load weights ({error}); start it with `remax serve`, or with {what}"
+        ) from None
+    if not has_version(server, version, is_adapter=is_adapter):
+        raise UserError(f"{server!r} was never updated: it took the weights of version {version} and has others still")
+
+
+def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
+    """Send the server through vLLM's phases of a weight update."""
+    # Nothing may be generated while weights change; what is under way belongs to weights that are replaced. The cache
+    # of prefixes goes, too: its keys and values are those of the old weights.
+    server.post("/pause?mode=abort&clear_cache=true")
+    timeout = server.options.transfer_timeout
+    try:
+        server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
+        server.post("/start_weight_update", None, timeout)
+        server.post("/update_weights", {"update_info": {"folder": folder}}, timeout)
+        server.post("/finish_weight_update", {"weight_version": version}, timeout)
+    finally:
+        # A server that fails here tells less than the error that brought us here.
+        with suppress(UserError, MissingError, ServerGoneError):
+            server.post("/resume")
+
+
+def _load_adapter(server: VLLMServer, version: str, folder: str) -> None:
+    name = adapter_name(version)
+    body = {"lora_name": name, "lora_path": folder}
+    server.post("/v1/load_lora_adapter", body, server.options.transfer_timeout)
+    # Those of earlier versions; an adapter of somebody else has another name.
+    for card in server.get("/v1/models")["data"]:
+        if card["id"].startswith("remax-") and card["id"] != name:
+            with suppress(MissingError):
+                server.post("/v1/unload_lora_adapter", {"lora_name": card["id"]})
+
+
+def wait_for_files(files: WeightFiles, version: str, seconds: float) -> None:
+    """Wait until another rank has written a version.
+
+    Raises:
+        UserError: if it does not within `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while not files.is_complete(version):
+        if time.monotonic() >= end:
+            raise UserError(
+                f"{KEY}.transfer_dir: no rank has written the weights of version {version} to {str(files.root)!r}"
+                f" within {seconds:g} s; every rank and server has to see this folder, and all ranks the same weights"
+            )
+        time.sleep(0.1)
+
+
+# ---- Checksums ----
+
+
+class ChecksumResult(NamedTuple):
+    """What a comparison of checksums gave.
+
+    Args:
+        compared: number of tensors with a checksum on both sides.
+        different: names of those that differ.
+    """
+
+    compared: int
+    different: list[str]
+
+
+def compare_checksums(server: VLLMServer, files: WeightFiles, version: str, info: ServerInfo) -> ChecksumResult:
+    """Compare SHA-256 of the weights that a server computes with, and of the files of a version.
+
+    Compared are the tensors whose values follow from the files: those of the same name, and stacks of attention and
+    feed-forward weights. A server that shards (tensor parallelism) has none to compare; on a CPU vLLM packs the weights
+    of linear layers, so that embeddings and norms are left.
+    """
+    answer = server.post("/weight_checker", {"action": "checksum"}, server.options.transfer_timeout)["checksums"]
+    theirs: dict[str, str] = {}
+    for key, digest in answer.items():
+        place, name = key.rsplit(":", 1)  # "dp0:pp0:pcp0:tp0:model.norm.weight"
+        if not place.endswith("tp0"):
+            return ChecksumResult(0, [])
+        is_packed = info.device == "cpu" and "norm" not in name and "embed" not in name
+        if not is_packed:
+            theirs[name.replace(".base_layer.", ".")] = digest
+    dtype = getattr(torch, info.dtype) if info.dtype is not None else None
+    ours = dict(_digests(files.folder(version), dtype, set(theirs)))
+    different = [name for name, digests in ours.items() if theirs[name] not in digests]
+    return ChecksumResult(len(ours), different)
+
+
+def _digests(folder: Path, dtype: torch.dtype | None, names: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the names of a server's tensors with the SHA-256 that they may have."""
+    from safetensors import safe_open
+
+    stored: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        opened = safe_open(file, "pt")
+        stored |= dict.fromkeys(opened.keys(), opened)  # type: ignore[no-untyped-call]
+    for name in sorted(names):
+        parts = _parts(name)
+        if not all(part in stored for part in parts):
+            continue
+        tensors = [stored[part].get_tensor(part) for part in parts]
+        yield name, _possible_digests(tensors, dtype)
+
+
+def _parts(name: str) -> list[str]:
+    for fused, parts in _FUSED.items():
+        if f".{fused}." in name:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
+
+
+def _possible_digests(tensors: list[Tensor], dtype: torch.dtype | None) -> list[str]:
+    digest = hashlib.sha256()
+    row_bytes = rows = 0
+    for tensor in tensors:
+        values = (tensor if dtype is None else tensor.to(dtype)).contiguous()
+        digest.update(cast(Any, values.flatten().view(torch.uint8).numpy()))
+        row_bytes, rows = values[0].nbytes, rows + len(values)
+    digests = [digest.hexdigest()]
+    if missing := -rows % _PADDING:
+        # Embeddings with rows of zeros at the end.
+        digest.update(bytes(missing * row_bytes))
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def same_dtype(model: PreTrainedModel, info: Mapping[str, ServerInfo]) -> torch.dtype | None:
+    """Return the dtype that all servers have, for files of no more bytes than they keep; None for the weights' own."""
+    names = {item.dtype for item in info.values()}
+    if len(names) != 1 or None in names:
+        return None
+    dtype: Any = getattr(torch, str(names.pop()), None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return None
+    widest = max((parameter.element_size() for parameter in model.parameters()), default=0)
+    return dtype if dtype.itemsize < widest else None

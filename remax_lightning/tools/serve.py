@@ -1,0 +1,173 @@
+"""`remax serve`: start a vLLM server for the policy of a configuration, with all that `VLLMEngine` needs of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from remax_lightning.cli import _computes_in_bfloat16, run
+from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.rollout import VLLMEngine, vllm_plugin_folder
+from remax_lightning.rollout.vllm_proof import log_probs_mode
+from remax_lightning.rollout.vllm_weights import BACKEND
+from remax_lightning.tools.plan.run_config import OLD_PRECISIONS, PlanCLI
+
+DEFAULT_PYTHON = ".venv-vllm/bin/python"
+"""Where `make vllm` installs it."""
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks of adapters that vLLM can be started for."""
+_DTYPES = {"16": "float16", "bf16": "bfloat16"}
+"""Dtype of a server by `trainer.precision`, without its mode."""
+
+
+class ServeCommand(NamedTuple):
+    """A command with its environment.
+
+    Args:
+        arguments: the program first.
+        environment: variables that are set for it, beside those of this process.
+    """
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+    def __str__(self) -> str:
+        """As it is typed in a shell, without the key."""
+        shown = {name: value for name, value in self.environment.items() if name != "VLLM_API_KEY"}
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in shown.items()), shlex.join(self.arguments)]
+        )
+
+
+def main(args: Sequence[str]) -> None:
+    """Start a vLLM server for the policy of a configuration.
+
+    All other arguments are those of `remax fit`; what follows `--` goes to vLLM, such as `-- --tensor-parallel-size 2`.
+
+    Args:
+        args: the arguments after `remax serve`.
+    """
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax serve", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--python",
+        default=DEFAULT_PYTHON,
+        help=f"of the environment that vLLM is installed in (default: {DEFAULT_PYTHON})",
+    )
+    parser.add_argument("--host", help="address to listen at (default: that of model.rollout's first URL)")
+    parser.add_argument("--port", type=int, help="port to listen at (default: that of model.rollout's first URL)")
+    parser.add_argument("--print", action="store_true", dest="only_print", help="print the command, and do not run it")
+    args, _, extra = _split(args)
+    options, rest = parser.parse_known_args(args)
+    command = serve_command(rest, options.python, options.host, options.port, extra)
+    print(command, flush=True)
+    if options.only_print:
+        return
+    program = shutil.which(command.arguments[0])
+    if program is None:
+        raise UserError(
+            f"remax serve: there is no {options.python!r}; install vLLM in an environment of its own (python -m venv"
+            " .venv-vllm && .venv-vllm/bin/pip install vllm), or give --python of one that is there"
+        )
+    # In place of this process, so that signals and logs are the server's own.
+    os.execvpe(program, command.arguments, {**os.environ, **command.environment})
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Return the arguments before and after `--`."""
+    args = list(args)
+    index = args.index("--") if "--" in args else len(args)
+    return args[:index], "--", args[index + 1 :]
+
+
+def serve_command(
+    config: Sequence[str], python: str, host: str | None, port: int | None, extra: Sequence[str]
+) -> ServeCommand:
+    """Return the command that serves the policy of a configuration.
+
+    Args:
+        config: arguments of `remax fit`.
+        python: of the environment with vLLM.
+        host: address; None takes that of the engine's first URL, which another machine than this one has to name.
+        port: None takes that of the engine's first URL.
+        extra: further arguments for vLLM.
+
+    Raises:
+        UserError: if the configuration trains no policy with ReMax.
+    """
+    cli = run(["fit", *config], PlanCLI)
+    module, trainer = cli.model, cli.config_init["fit"]["trainer"]
+    if not isinstance(module, ReMaxModule):
+        raise UserError(f"model: remax serve is for ReMaxModule, got {type(module).__name__}")
+    engine = module.engine if isinstance(module.engine, VLLMEngine) else None
+    url = urlsplit(engine.servers[0].url) if engine is not None else None
+    source, sampling = module.policy_source, module.sampling
+    mode = log_probs_mode(sampling)
+    arguments = [python, "-m", "remax_vllm_serve", "serve", source.path]
+    arguments += ["--host", host or ((url and url.hostname) or "127.0.0.1")]
+    arguments += ["--port", str(port or (url and url.port) or 8000)]
+    arguments += ["--dtype", _dtype(trainer, source.dtype)]
+    # ---- How weights come ----
+    arguments += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    arguments += ["--worker-extension-cls", "remax_vllm_transfer.Extension"]
+    if source.lora is not None:
+        arguments += ["--enable-lora", "--max-lora-rank", str(_max_rank(source.lora))]
+    # ---- Token ids in and out; what the trainer decides alone ----
+    arguments.append("--enable-scale-out")
+    arguments += [
+        "--generation-config",
+        "vllm",
+        "--logprobs-mode",
+        mode if mode and mode != "neither" else "raw_logprobs",
+    ]
+    longest = getattr(cli.datamodule, "max_prompt_length", None)
+    if longest is not None:
+        arguments += ["--max-model-len", str(longest + sampling.max_response_length)]
+    if module.tokenizer_path is not None:
+        arguments += ["--tokenizer", module.tokenizer_path]
+    if source.revision is not None:
+        arguments += ["--revision", source.revision]
+    if source.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    if source.from_scratch:  # there are no weights before the trainer sends some
+        arguments += ["--load-format", "dummy"]
+    return ServeCommand([*arguments, *extra], _environment(engine))
+
+
+def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:
+    """Return the dtype that the trainer computes in."""
+    precision = trainer["precision"]
+    if precision is None:
+        return "bfloat16" if _computes_in_bfloat16(trainer["accelerator"]) else weights or "float32"
+    number, _, mode = OLD_PRECISIONS.get(str(precision), str(precision)).partition("-")
+    return _DTYPES.get(number, "float32") if mode == "mixed" or weights is None else weights
+
+
+def _max_rank(lora: LoRAConfig) -> int:
+    """Return the least of vLLM's limits that the adapter fits."""
+    rank = lora.r
+    if lora.path is not None:
+        file = Path(lora.path, "adapter_config.json")
+        rank = json.loads(file.read_text())["r"] if file.is_file() else 64  # of a hub's adapter, most have less
+    return next((limit for limit in _RANKS if rank <= limit), rank)
+
+
+def _environment(engine: VLLMEngine | None) -> dict[str, str]:
+    paths = [str(vllm_plugin_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    if engine is not None and engine.options.api_key_env is not None:
+        variables["VLLM_API_KEY"] = os.environ[engine.options.api_key_env]
+    return variables

@@ -1,0 +1,335 @@
+"""A small server with the endpoints of vLLM 0.32 that rollouts use, in a thread, with a tiny model of transformers.
+
+It answers as the real one: paths, fields and statuses are those of `vllm/entrypoints`. A test makes it faulty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FakeVLLM:
+    """Serves a policy; use it as a context manager.
+
+    Args:
+        model: the policy, of which the server has a copy.
+        tokenizer: turns its tokens into text, for stop strings.
+        key: that requests must have.
+        faults: attributes to change: see below.
+    """
+
+    max_model_len = 128
+    logprobs_mode = "raw_logprobs"
+    backend: str | None = "remax_files"
+    has_lora = False
+    dev_mode = True
+    scale_out = True
+    seconds = 0.0
+    """That a response takes besides its model's."""
+    vocab_size: int | None = None
+    drops_updates = False
+    """Takes an update, and goes on with the weights and the version that it had."""
+    keeps_weights = False
+    """Takes an update and its version, and goes on with the weights that it had."""
+    generates_with: str | None = None
+    """Version that responses say they were generated with."""
+    temperature = 1.0
+    """Factor of the temperature that it samples at, and of its log-probs."""
+    samples_at = 1.0
+    """Factor of the temperature that it samples at; its log-probs are right."""
+    greedy_is_random = False
+    permutes: tuple[str, str] | None = None
+    """Two weights that change places when they are loaded."""
+    statuses: dict[str, list[int]]
+    """By path, statuses of the next answers."""
+    dies_after: int | None = None
+    """Responses until it drops connections and forgets its weights."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, key: str | None = None, **faults: Any) -> None:
+        self.key, self.tokenizer, self.base = key, tokenizer, deepcopy(model).eval()
+        self.start = {name: value.clone() for name, value in self.base.state_dict().items()}
+        self.adapters: dict[str, Any] = {}
+        self.statuses, self.requests, self.paths, self.dead = {}, [], [], False
+        self.restarts = 0
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.RLock()
+        for name, value in faults.items():
+            assert hasattr(type(self), name), name
+            setattr(self, name, value)
+        self.version, self.updating, self.paused = "default", False, False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> FakeVLLM:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def restart(self) -> None:
+        """Come back with the weights of the folder and no adapters, as a process that is started again."""
+        with self.lock:
+            self.base.load_state_dict(self.start)
+            self.adapters, self.version, self.updating, self.dead = {}, "default", False, False
+            self.restarts += 1
+
+    # ---- HTTP ----
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._handle(None)
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self._handle(json.loads(content) if content else {})
+
+            def _handle(self, body: Any) -> None:
+                path = self.path.partition("?")[0]
+                if server.dead:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                status, answer = server.answer(path, body, self.headers)
+                if server.dead:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                content = b"" if answer is None else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+    def answer(self, path: str, body: Any, headers: Any) -> tuple[int, Any]:
+        """Return status and content."""
+        with self.lock:
+            self.paths.append(path)
+            waiting = self.statuses.get(path)
+            if waiting:
+                status = waiting.pop(0)
+                if status != 200:
+                    return status, {"error": {"message": f"not now ({status})"}}
+        is_guarded = self.key is not None and path.startswith(("/v1", "/inference"))
+        if is_guarded and headers.get("Authorization") != f"Bearer {self.key}":
+            return 401, {"error": "Unauthorized"}
+        endpoints: dict[str, Callable[[Any], tuple[int, Any]]] = {
+            "/health": lambda _: (200, None),
+            "/v1/models": self._models,
+            "/inference/v1/generate": self._generate,
+        }
+        if self.dev_mode:
+            endpoints |= {
+                "/server_info": self._info,
+                "/weight_info": lambda _: (200, {"weight_version": self.version}),
+                "/weight_checker": self._checksums,
+                "/pause": self._pause,
+                "/resume": self._resume,
+                "/init_weight_transfer_engine": lambda _: (200, {"message": "Weight transfer initialized"}),
+                "/start_weight_update": self._start,
+                "/update_weights": self._update,
+                "/finish_weight_update": self._finish,
+            }
+        if self.has_lora:
+            endpoints |= {"/v1/load_lora_adapter": self._load_adapter, "/v1/unload_lora_adapter": self._unload_adapter}
+        if path not in endpoints:
+            return 404, {"detail": "Not Found"}
+        return endpoints[path](body)
+
+    def _models(self, _: Any) -> tuple[int, Any]:
+        base = {"id": "policy", "parent": None, "max_model_len": self.max_model_len}
+        adapters = [{"id": name, "root": name, "parent": "policy"} for name in self.adapters]
+        return 200, {"object": "list", "data": [base, *adapters]}
+
+    def _info(self, _: Any) -> tuple[int, Any]:
+        config: dict[str, Any] = {
+            "model_config": {
+                "dtype": "torch.float32",
+                "max_model_len": self.max_model_len,
+                "logprobs_mode": self.logprobs_mode,
+            },
+            "lora_config": {"max_lora_rank": 16} if self.has_lora else None,
+            "weight_transfer_config": None if self.backend is None else {"backend": self.backend},
+        }
+        return 200, {"vllm_config": config}
+
+    # ---- Weights ----
+
+    def _pause(self, _: Any) -> tuple[int, Any]:
+        self.paused = True
+        return 200, {"status": "paused"}
+
+    def _resume(self, _: Any) -> tuple[int, Any]:
+        self.paused = False
+        return 200, {"status": "resumed"}
+
+    def _start(self, _: Any) -> tuple[int, Any]:
+        if self.updating or not self.paused:
+            return 500, {"error": "start_weight_update called while a weight update is already active"}
+        self.updating = True
+        return 200, {"message": "Weight update started"}
+
+    def _update(self, body: Any) -> tuple[int, Any]:
+        from safetensors.torch import load_file
+
+        if not self.updating:
+            return 500, {"error": "start_weight_update must be called before update_weights."}
+        files = sorted(Path(body["update_info"]["folder"]).glob("*.safetensors"))
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            weights |= load_file(file)
+        if self.permutes is not None:
+            one, other = self.permutes
+            weights[one], weights[other] = weights[other], weights[one]
+        if not (self.drops_updates or self.keeps_weights):
+            with self.lock:
+                self.base.load_state_dict(weights, strict=False)
+        return 200, {"message": "Weights updated"}
+
+    def _finish(self, body: Any) -> tuple[int, Any]:
+        self.updating = False
+        if not self.drops_updates:
+            self.version = body["weight_version"]
+        return 200, {"message": "Weight update finished"}
+
+    def _checksums(self, body: Any) -> tuple[int, Any]:
+        """Digests of tensors as vLLM has them, with attention and feed-forward weights stacked."""
+        state: dict[str, Tensor] = dict(self.base.named_parameters())
+        stacks = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        for stack, parts in stacks.items():
+            for name in [name for name in state if f".{parts[0]}." in name]:
+                names = [name.replace(parts[0], part) for part in parts]
+                state[name.replace(parts[0], stack)] = torch.cat([state.pop(part) for part in names])
+        digests = {
+            f"dp0:pp0:pcp0:tp0:{name}": hashlib.sha256(
+                value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            ).hexdigest()
+            for name, value in state.items()
+        }
+        return 200, {"checksums": digests}
+
+    def _load_adapter(self, body: Any) -> tuple[int, Any]:
+        from peft import PeftModel
+
+        if body["lora_name"] in self.adapters:
+            return 400, {"error": {"message": "has already been loaded"}}
+        if not Path(body["lora_path"], "adapter_config.json").is_file():
+            return 404, {"error": {"message": f"No adapter found for {body['lora_path']}"}}
+        if not self.drops_updates:
+            self.adapters[body["lora_name"]] = PeftModel.from_pretrained(deepcopy(self.base), body["lora_path"]).eval()
+        return 200, None
+
+    def _unload_adapter(self, body: Any) -> tuple[int, Any]:
+        if self.adapters.pop(body["lora_name"], None) is None:
+            return 404, {"error": {"message": "cannot be found"}}
+        return 200, None
+
+    # ---- Responses ----
+
+    def _generate(self, body: Any) -> tuple[int, Any]:
+        with self.lock:
+            self.requests.append(body)
+            if self.dies_after is not None:
+                self.dies_after -= 1
+                if self.dies_after < 0:
+                    self.dead, self.dies_after = True, None
+                    return 500, None
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        name = body.get("model", "policy")
+        try:
+            if not self.scale_out:
+                return 403, {"error": {"message": "Scale-out endpoints are disabled. Restart with --enable-scale-out."}}
+            if name != "policy" and name not in self.adapters:
+                return 404, {"error": {"message": f"The model `{name}` does not exist."}}
+            if max(body["token_ids"]) >= (self.vocab_size or self.base.config.vocab_size):
+                return 400, {"error": {"message": "Token id is out of vocabulary"}}
+            threading.Event().wait(self.seconds)
+            model = self.base if name == "policy" else self.adapters[name]
+            version = self.generates_with or self.version
+            with torch.no_grad(), self.lock:  # peft's layers keep a state while they run
+                choice = self._respond(model, body["token_ids"], body["sampling_params"])
+        finally:
+            with self.lock:
+                self.at_once -= 1
+        choice |= {"index": 0, "weight_versions": [{"version": version, "start": 0, "end": len(choice["token_ids"])}]}
+        return 200, {"request_id": "1", "model": name, "choices": [choice]}
+
+    def _respond(self, model: Any, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
+        """Decode one response without a cache; `parameters` are vLLM's."""
+        # The parameters that a server does not get have its own defaults.
+        parameters = {"top_k": 0, "top_p": 1.0, "min_tokens": 0, "stop_token_ids": [], "stop": []} | parameters
+        greedy = parameters["temperature"] == 0
+        generator = torch.Generator().manual_seed(parameters.get("seed", 0))
+        ids: list[int] = []
+        log_probs: list[float] = []
+        reason: str = "length"
+        stop_reason: int | str | None = None
+        room = min(parameters["max_tokens"], self.max_model_len - len(prompt))
+        while len(ids) < room:
+            logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, -1]
+            raw = logits.log_softmax(-1)
+            for token, bias in (parameters.get("logit_bias") or {}).items():
+                logits[int(token)] += bias
+            if len(ids) < parameters["min_tokens"]:
+                logits[parameters["stop_token_ids"]] = -torch.inf
+            if not greedy:
+                logits = logits / (parameters["temperature"] * self.temperature)
+            logits = _truncated(logits, parameters)
+            if greedy and not self.greedy_is_random:
+                token = int(logits.argmax())
+            else:
+                probs = (logits / self.samples_at).softmax(-1)
+                token = int(torch.multinomial(probs, 1, generator=generator))
+            ids.append(token)
+            processed = logits.log_softmax(-1) if self.logprobs_mode == "processed_logprobs" else raw
+            if self.temperature != 1:
+                processed = (raw / self.temperature).log_softmax(-1)
+            log_probs.append(float(processed[token]))
+            if token in parameters["stop_token_ids"]:
+                reason, stop_reason = "stop", token
+                break
+            text = self.tokenizer.decode(ids, skip_special_tokens=False) if parameters["stop"] else ""
+            found = [stop for stop in parameters["stop"] if stop in text]
+            if found and len(ids) > parameters["min_tokens"]:
+                reason, stop_reason = "stop", found[0]
+                break
+        content = [{"token_id": token, "logprob": value} for token, value in zip(ids, log_probs, strict=True)]
+        return {
+            "token_ids": ids,
+            "finish_reason": reason,
+            "stop_reason": stop_reason,
+            "logprobs": {"content": content} if parameters.get("logprobs") is not None else None,
+        }
+
+
+def _truncated(logits: Tensor, parameters: dict[str, Any]) -> Tensor:
+    """Drop what top-k and top-p leave out."""
+    if parameters["top_k"]:
+        logits = logits.masked_fill(logits < logits.topk(parameters["top_k"]).values[-1], -torch.inf)
+    if parameters["top_p"] < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        logits[order[(probs.cumsum(-1) - probs) >= parameters["top_p"]]] = -torch.inf
+    return logits
