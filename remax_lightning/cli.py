@@ -55,6 +55,7 @@ CALLBACKS = {
 KNOWN = (data, loggers, modules, rewards, rollout)
 
 TOOLS = {
+    "baselines": ("baselines", "measure which baseline pays on a run's policy, reward and data"),
     "compare": ("compare", "compare the figures of two evaluations, with paired intervals"),
     "configs": ("configs", "list, show and copy the configurations that come with the package"),
     "convert-reward": ("convert_reward", "write another project's reward model as a plain sequence classifier"),

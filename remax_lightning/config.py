@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
+from remax_lightning.baselines import Baseline, BaselineName, baseline_from_dict, baseline_to_dict
 from remax_lightning.errors import UserError
-from remax_lightning.functional.advantages import Baseline, KLCredit, RewardClipAt
+from remax_lightning.functional.advantages import KLCredit, RewardClipAt
 from remax_lightning.functional.losses import MismatchKind, MismatchLevel
 
 WeightDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -169,7 +170,8 @@ class AdvantageConfig:
 
     Args:
         baseline: what the reward is compared with: the `greedy` response's reward (ReMax), the mean of the other
-            samples (`leave_one_out`), of all samples (`group_mean`), or `none`.
+            samples (`leave_one_out`), of all samples (`group_mean`), `none`, another short name, or a class of
+            `remax_lightning.baselines` or of your own; docs/baselines.md compares them.
         gamma: discount per token towards the end of the response; 1 weighs all tokens of a response alike.
         reward_clip: bound of the absolute reward; None, because clipping hides differences between good responses.
         reward_clip_at: clip the rewards, or their difference to the baseline.
@@ -183,7 +185,7 @@ class AdvantageConfig:
             `sampling.max_response_length`, DAPO's share (4,096 of 20,480).
     """
 
-    baseline: Baseline = "greedy"
+    baseline: BaselineName | Baseline = "greedy"
     gamma: float = 1.0
     reward_clip: float | None = None
     reward_clip_at: RewardClipAt = "after_baseline"
@@ -193,6 +195,8 @@ class AdvantageConfig:
     overlong_cache: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.baseline, Mapping):  # of a checkpoint
+            object.__setattr__(self, "baseline", baseline_from_dict(self.baseline))
         _require(0 < self.gamma <= 1, "advantage.gamma", "above 0 and at most 1", self.gamma)
         clip = self.reward_clip
         _require(clip is None or clip > 0, "advantage.reward_clip", "null or above 0", clip)
@@ -202,6 +206,13 @@ class AdvantageConfig:
         _require(cache is None or cache >= 1, "advantage.overlong_cache", "null or at least 1", cache)
         _require(cache is None or self.overlong == "soft", "advantage.overlong_cache",
                  f"null where advantage.overlong is {self.overlong}; only soft reads it", cache)  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as text and numbers, for checkpoints."""
+        return {
+            field.name: baseline_to_dict(self.baseline) if field.name == "baseline" else getattr(self, field.name)
+            for field in fields(self)
+        }
 
     def soft_cache(self, max_response_length: int) -> int:
         """Return the tokens over which the soft penalty grows; 0 where there is no such penalty.

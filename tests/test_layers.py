@@ -19,7 +19,7 @@ NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 LOWER = {
     *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"),
-    "loggers",
+    *("loggers", "baselines"),
 }
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
@@ -28,7 +28,8 @@ ALLOWED = {
     "errors": set(),
     "json_text": {"errors"},
     "types": set(),
-    "config": {"errors", "functional"},
+    "baselines": {"errors", "functional"},
+    "config": {"baselines", "errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},
     "disk": {"errors"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import make_tokenizer, tiny_config
 from helpers.cli import in_folder, remax
@@ -274,7 +275,7 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
     "block",
     [
         each
-        for name in ("lora", "evaluation", "migrating", "rollouts")
+        for name in ("lora", "evaluation", "baselines", "migrating", "rollouts")
         for each in blocks("yaml", (ROOT / f"docs/{name}.md").read_text())
     ],
 )
@@ -324,11 +325,18 @@ def test_every_example_does_what_it_says(
     from additions import Additions
     from brevity import Brevity
     from politeness import politeness
+    from running_mean import RunningMean
     from steps import Steps
 
     from remax_lightning import PromptBatch, UserError
+    from remax_lightning.baselines import BaselineInputs, checked_values
     from remax_lightning.types import Response
 
+    own = RunningMean(decay=0.5)
+    scores = BaselineInputs(torch.tensor([1.0, 3.0]), 1, None, torch.ones(2), None)
+    assert checked_values(own, scores).tolist() == [0.0, 0.0]
+    own.observe(scores)
+    assert checked_values(own, scores).tolist() == [1.0, 1.0]
     assert politeness([], ["Thanks!", "no"], [], word="thanks") == [1.0, 0.0]
     assert Brevity(2).score([], ["a b", "a b c d"], []) == [0.0, -1.0]
     with pytest.raises(UserError, match="words"):

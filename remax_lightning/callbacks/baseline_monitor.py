@@ -50,6 +50,7 @@ class BaselineMonitor(Callback):
         self.patience = patience
         self._reward: list[Tensor] = []  # [S] of each micro-batch, like the next one
         self._baseline: list[Tensor] = []
+        self._names: list[str] = []  # what was logged
         self._harmful_steps = 0
         self._warned = False
 
@@ -63,7 +64,12 @@ class BaselineMonitor(Callback):
         """Collect a micro-batch; log at the end of the optimizer step."""
         output = rollout_output(outputs)
         baseline = None if output is None else response_baseline(output)
-        if output is None or baseline is None:
+        if output is None:
+            return
+        if baseline is None:
+            # A rollout without greedy responses between some with them; Lightning would log the last values again.
+            if output["closes_step"] and self._names:
+                log_step(pl_module, dict.fromkeys(self._names, math.nan))
             return
         self._reward.append(response_reward(output))
         self._baseline.append(baseline)
@@ -72,6 +78,7 @@ class BaselineMonitor(Callback):
         # ---- The optimizer step is complete: reduce, log, warn ----
         values = _statistics(trainer, torch.cat(self._reward), torch.cat(self._baseline))
         self._clear()
+        self._names = list(values)
         log_step(pl_module, values)
         self._warn_if_harmful(values["train/variance_ratio"])
 

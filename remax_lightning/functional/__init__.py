@@ -1,7 +1,7 @@
 """Pure maths of ReMax: tensors in, tensors out; no logging, trainer, configuration or state."""
 
 from remax_lightning.functional.advantages import (
-    Baseline,
+    BaselineKind,
     KLCredit,
     RewardClipAt,
     baseline_values,
@@ -10,6 +10,7 @@ from remax_lightning.functional.advantages import (
     soft_overlong_penalty,
     whiten_advantages,
 )
+from remax_lightning.functional.baselines import batch_mean, calibrated_greedy, greedy_and_samples, shrinkage
 from remax_lightning.functional.bootstrap import (
     best_of_k,
     majority_vote,
@@ -43,7 +44,7 @@ from remax_lightning.functional.losses import (
 from remax_lightning.functional.masking import masked_mean, masked_sum, response_mask
 
 __all__ = [
-    "Baseline",
+    "BaselineKind",
     "KLCredit",
     "KLEstimator",
     "Mismatch",
@@ -56,9 +57,12 @@ __all__ = [
     "SurrogateLoss",
     "TokenStatistics",
     "baseline_values",
+    "batch_mean",
     "best_of_k",
     "bradley_terry_loss",
+    "calibrated_greedy",
     "clipped_surrogate_loss",
+    "greedy_and_samples",
     "hidden_statistics",
     "kl_estimate",
     "kl_loss",
@@ -74,6 +78,7 @@ __all__ = [
     "remax_advantages",
     "resampled_ratios",
     "response_mask",
+    "shrinkage",
     "soft_overlong_penalty",
     "token_statistics",
     "whiten_advantages",

@@ -19,8 +19,9 @@ from remax_lightning.functional.masking import (
     masked_sum,
 )
 
-Baseline: TypeAlias = Literal["greedy", "leave_one_out", "group_mean", "none"]
-"""What the reward is compared with: that of the greedy response, the mean of the others, of all, or 0."""
+BaselineKind: TypeAlias = Literal["greedy", "leave_one_out", "group_mean", "none"]
+"""What the reward is compared with: that of the greedy response, the mean of the others, of all, or 0. These need
+nothing but the samples of one prompt; `remax_lightning.baselines` has the others."""
 
 KLCredit: TypeAlias = Literal["to_go", "one_step", "none"]
 """Which KL a token pays for: its own and all that follow, its own only, or none."""
@@ -29,13 +30,16 @@ RewardClipAt: TypeAlias = Literal["before_baseline", "after_baseline"]
 """Whether the reward is clipped, or what is left of it after the baseline."""
 
 
-def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_reward: Tensor | None = None) -> Tensor:
+def baseline_values(
+    reward: Tensor, num_samples: int, kind: BaselineKind | Tensor, baseline_reward: Tensor | None = None
+) -> Tensor:
     """Return what the reward of each sampled response is compared with.
 
     Args:
         reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
         num_samples: sampled responses per prompt, `n`.
-        kind: `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv 2310.10505);
+        kind: `[S]` values, which are returned; or `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv
+            2310.10505);
             `"leave_one_out"` the mean of the prompt's other samples (RLOO, arXiv 2402.14740); `"group_mean"`
             the mean of all of the prompt's samples, its own included, which scales the expected gradient by
             `(n - 1) / n`; `"none"` 0.
@@ -48,9 +52,12 @@ def baseline_values(reward: Tensor, num_samples: int, kind: Baseline, baseline_r
         ValueError: if a shape does not fit, `kind` is unknown, `"greedy"` has no `baseline_reward`, or a
             group has one sample.
     """
-    check_choice("baseline", kind, get_args(Baseline))
     check_shape("reward", reward, "[S]", (None,))
     size = reward.shape[0]
+    if isinstance(kind, Tensor):
+        check_shape("baseline", kind, "[S]", reward.shape)
+        return kind.detach().to(compute_dtype(reward, kind))
+    check_choice("baseline", kind, get_args(BaselineKind))
     check_argument(num_samples >= 1, "num_samples", "at least 1", num_samples)
     check_argument(size % num_samples == 0, "num_samples", f"a divisor of the {size} rewards", num_samples)
     # b = r(x, y*), for all n samples of a prompt
@@ -164,7 +171,7 @@ def remax_advantages(
     *,
     loss_mask: Tensor | None = None,
     num_samples: int = 1,
-    baseline: Baseline = "greedy",
+    baseline: BaselineKind | Tensor = "greedy",
     baseline_reward: Tensor | None = None,
     baseline_mask: Tensor | None = None,
     kl: Tensor | None = None,
@@ -200,7 +207,8 @@ def remax_advantages(
         loss_mask: `[S, R]` bool, True on the response tokens that are trained on; None for all. The others still
             count in the baseline of their siblings, with their reward and their KL.
         num_samples: sampled responses per prompt, `n`.
-        baseline: see `baseline_values`.
+        baseline: see `baseline_values`; or `[S]` values, of rewards clipped as `reward_clip_at` says. Rewards of tokens
+            need a kind.
         baseline_reward: `[B]` rewards of the greedy responses, or `[B, R']` rewards of their tokens; needed by the
             greedy baseline only.
         baseline_mask: `[B, R']` bool, True on the tokens of the greedy responses; needed with rewards of tokens only.
@@ -270,7 +278,7 @@ def _tokens_above(
     reward: Tensor,
     mask: Tensor,
     num_samples: int,
-    baseline: Baseline,
+    baseline: BaselineKind | Tensor,
     baseline_reward: Tensor | None,
     baseline_mask: Tensor | None,
     gamma: float,
@@ -280,6 +288,8 @@ def _tokens_above(
     to_go = _discounted_sum_to_go(torch.where(mask, reward, 0.0), mask, gamma)  # G_t [S, R]
     compared = _held_beyond_end(to_go, mask, width)  # [S, R]
     greedy = None
+    if isinstance(baseline, Tensor):
+        raise ValueError("baseline must be a kind for rewards of tokens, got a tensor")
     if baseline == "greedy" and baseline_reward is not None:
         if baseline_mask is None:
             raise ValueError("baseline_mask must have shape [B, R'] for greedy rewards of tokens, got None")
@@ -324,7 +334,7 @@ def _check_kl(
     kl_coef: float,
     kl_credit: KLCredit,
     kl_in_baseline: bool,
-    baseline: Baseline,
+    baseline: BaselineKind | Tensor,
 ) -> None:
     check_choice("kl_credit", kl_credit, get_args(KLCredit))
     check_argument(kl_coef >= 0, "kl_coef", "at least 0", kl_coef)
@@ -333,7 +343,7 @@ def _check_kl(
     elif kl_coef > 0 and kl_credit != "none":
         raise ValueError(f"kl must have shape [S, R] for kl_coef={kl_coef} with kl_credit={kl_credit!r}, got None")
     if kl_in_baseline:
-        sampled = baseline in ("leave_one_out", "group_mean")
+        sampled = not isinstance(baseline, Tensor) and baseline in ("leave_one_out", "group_mean")
         check_argument(sampled, "kl_in_baseline", "False unless baseline is leave_one_out or group_mean", True)
         check_argument(kl_credit != "none", "kl_in_baseline", "False with kl_credit='none'", True)
 

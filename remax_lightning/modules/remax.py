@@ -110,7 +110,7 @@ class ReMaxModule(PolicyModule):
         # Raises where choices contradict each other: now, and not after minutes of loading models.
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         reward = as_reward(reward)
-        checks.check_compares(reward, advantage.baseline)
+        checks.check_compares(reward, objective.baseline)
         checks.check_normalized(reward, advantage)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
@@ -141,7 +141,7 @@ class ReMaxModule(PolicyModule):
             "sampling": asdict(self.sampling),
             "kl_coef": self.kl_coef,
             "kl": asdict(objective.kl_config),
-            "advantage": asdict(objective.advantage_config),
+            "advantage": objective.advantage_config.as_dict(),
             "loss": asdict(objective.loss_config),
             "check_on_policy": self.check_on_policy,
             "max_skipped_steps": self.skipped_steps.maximum,
@@ -304,12 +304,14 @@ class ReMaxModule(PolicyModule):
         if self.reward.normalized_weights is not None:
             # r - b part by part, on scales that are those of all micro-batches and ranks
             rollout = self._normalize_parts(rollout, self.reward.normalized_weights)
+        # b of every sampled response [S], where it reads the whole batch of all ranks
+        baseline = self.objective.baseline_of_batch(rollout, self.trainer)
         # ---- What training needs besides, from passes without gradients ----
         if plan.has_kl:
             rollout = self.with_reference(rollout)  # log pi_ref(y_t) [S, R]
         # N of each update: response tokens (or responses) over all ranks
         normalizers = self._sum_over_ranks(self.objective.update_counts(rollout, plan.updates_per_rollout))  # [U]
-        experience = Experience(rollout, normalizers)
+        experience = Experience(rollout, normalizers, baseline=baseline)
         if not plan.has_kl:
             # A_t needs nothing of the policy
             experience = self.objective.with_advantages(experience, None, self.kl_coef, self._sum_over_ranks)
@@ -406,6 +408,9 @@ class ReMaxModule(PolicyModule):
             figures, largest = self.objective.mismatch_values(result.log_probs, rollout, result.active)
             values |= figures
             self._metrics.add_largest(largest)
+        if rollout.baseline_reward is None and self.objective.baseline.greedy == "sometimes":
+            # NaN and not a missing key: Lightning would log the last value again.
+            values["baseline_reward"] = (rollout.reward.new_full((1,), torch.nan), None)
         self._metrics.add(values)
         if output["closes_step"]:
             for name, mean in self._metrics.means(self._sum_over_ranks, partial(max_over_ranks, self.trainer)).items():
@@ -420,7 +425,7 @@ class ReMaxModule(PolicyModule):
     def _roll_out(self, batch: PromptBatch, stage: int, count: int, return_log_probs: bool = False) -> Rollout:
         """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
         # An evaluation compares with y*, whatever the baseline is in training.
-        greedy = stage == EVALUATION or self.objective.needs_greedy
+        greedy = stage == EVALUATION or self.objective.needs_greedy_now(batch, self.trainer)
         num_samples = self.evaluator.config.num_samples if stage == EVALUATION else None
         generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
         # A reward that fails on one rank ends all ranks, with its message.
@@ -512,6 +517,7 @@ class ReMaxModule(PolicyModule):
             "rollouts": self._num_rollouts,
             "experience": gather_rank_states(self.buffer.state_dict()),
             "reference": None if self._moving is None else self._moving.state_dict(self._reference),
+            "baseline": self.objective.baseline.state_dict(),  # the same on every rank
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -523,4 +529,7 @@ class ReMaxModule(PolicyModule):
         self._seed, self._num_rollouts = state["seed"], state["rollouts"]
         if self._moving is not None:
             self._moving.load_state_dict(state.get("reference"))
+        # Another baseline than the checkpoint's starts anew; its memory would mean something else.
+        if state.get("baseline"):
+            self.objective.baseline.load_state_dict(state["baseline"])
         self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from remax_lightning.baselines import Baseline, baseline_name
 from remax_lightning.config import AdvantageConfig, KLConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
@@ -66,12 +67,12 @@ def check_kl(kl_coef: float) -> None:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
 
 
-def check_compares(reward: Reward, baseline: str) -> None:
-    """Refuse a reward that compares responses with the greedy one where training generates none."""
-    if reward.compares and baseline != "greedy":
+def check_compares(reward: Reward, baseline: Baseline) -> None:
+    """Refuse a reward that compares responses with the greedy one where training does not always generate it."""
+    if reward.compares and baseline.greedy != "always":
         raise UserError(
             f"model.reward {reward!r} compares responses with the greedy one, which training generates only with"
-            f" model.advantage.baseline greedy, got {baseline}"
+            f" a model.advantage.baseline such as greedy, got {type(baseline).__name__}"
         )
 
 
@@ -83,7 +84,7 @@ def check_normalized(reward: Reward, advantage: AdvantageConfig) -> None:
     if advantage.baseline != "greedy":
         raise UserError(
             f"{key} subtracts each part's greedy value, and needs model.advantage.baseline greedy, got"
-            f" {advantage.baseline}"
+            f" {baseline_name(advantage.baseline)}"
         )
     if advantage.reward_clip is not None and advantage.reward_clip_at == "before_baseline":
         raise UserError(

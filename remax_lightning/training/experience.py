@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from remax_lightning.baselines import BaselineInputs
+from remax_lightning.distributed import gather_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.training.micro_batches import MicroBatches, response_numbers
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -22,6 +25,7 @@ class Experience(NamedTuple):
         advantages: `[S, R]`; None if the training pass computes them (one update per rollout, with a KL).
         kl: `[S, R]` KL estimate in the advantages; None before they are computed, and without a KL.
         parts: the prompts of each training pass where a budget of tokens cuts the rollout; None without one.
+        baseline: `[S]` what the rewards are compared with, where that takes more than the samples of one prompt.
     """
 
     rollout: Rollout
@@ -29,6 +33,7 @@ class Experience(NamedTuple):
     advantages: Tensor | None = None
     kl: Tensor | None = None
     parts: MicroBatches | None = None
+    baseline: Tensor | None = None
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
         """Return micro-batch `index` of `num_micro_batches` equal ones."""
@@ -39,7 +44,8 @@ class Experience(NamedTuple):
         rows = slice(index * size, (index + 1) * size)
         advantages = None if self.advantages is None else self.advantages[rows]
         kl = None if self.kl is None else self.kl[rows]
-        return self._replace(rollout=rollout, advantages=advantages, kl=kl)
+        baseline = None if self.baseline is None else self.baseline[rows]
+        return self._replace(rollout=rollout, advantages=advantages, kl=kl, baseline=baseline)
 
     def split(self) -> list[Experience]:
         """Return the part of each training pass: all in one, unless a budget of tokens has cut it."""
@@ -55,6 +61,7 @@ class Experience(NamedTuple):
             rollout=self.rollout.select(prompts),
             advantages=None if self.advantages is None else self.advantages[responses],
             kl=None if self.kl is None else self.kl[responses],
+            baseline=None if self.baseline is None else self.baseline[responses],
             parts=None,
         )
 
@@ -126,6 +133,38 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
         active=cast(Tensor, joined([part.active for part in passes])),
         clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum(),
     )
+
+
+def baseline_inputs(rollout: Rollout, trainer: Trainer, bound: float) -> BaselineInputs:
+    """Return the scores of the rollouts of all ranks, for a baseline that reads them; every rank has as many.
+
+    Args:
+        rollout: of this rank.
+        trainer: knows the ranks.
+        bound: of the absolute rewards.
+    """
+    # One row per response, so that one collective moves all columns.
+    n = rollout.num_samples
+    columns = [rollout.reward.clamp(-bound, bound), rollout.sampled.response_mask.sum(1)]  # [S] each
+    if rollout.baseline_reward is not None:
+        columns.append(rollout.baseline_reward.clamp(-bound, bound).repeat_interleave(n))
+    rows = torch.stack([column.double().cpu() for column in columns], dim=1)  # [S, columns]
+    gathered = gather_over_ranks(trainer, rows.flatten()).view(-1, len(columns))  # [ranks * S, columns]
+    return BaselineInputs(
+        reward=gathered[:, 0],
+        num_samples=n,
+        greedy_reward=gathered[::n, 2] if len(columns) > 2 else None,
+        lengths=gathered[:, 1],
+        prompts=places_over_ranks(rollout.prompt, trainer),
+    )
+
+
+def places_over_ranks(batch: PromptBatch, trainer: Trainer) -> list[int] | None:
+    """Return the places in the data set of the prompts of all ranks, None where the loader does not tell them."""
+    if batch.indices is None:
+        return None
+    places = gather_over_ranks(trainer, torch.tensor(batch.indices, dtype=torch.float64))
+    return [int(place) for place in places]
 
 
 class RolloutBuffer:

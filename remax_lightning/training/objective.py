@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, get_args
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from remax_lightning.baselines import Baseline, baseline_name, checked_values, make_baseline
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
 from remax_lightning.functional import (
+    BaselineKind,
     Mismatch,
     PolicyStatistics,
     clipped_surrogate_loss,
@@ -24,9 +27,9 @@ from remax_lightning.functional import (
     remax_advantages,
 )
 from remax_lightning.training.config_checks import check_token_budget, updates_per_rollout
-from remax_lightning.training.experience import Experience
+from remax_lightning.training.experience import Experience, baseline_inputs, places_over_ranks
 from remax_lightning.training.metrics import Figures
-from remax_lightning.types import Rollout
+from remax_lightning.types import PromptBatch, Rollout
 
 
 class UpdatePlan(NamedTuple):
@@ -56,19 +59,20 @@ class UpdatePlan(NamedTuple):
 
 
 class Objective:
-    """The loss of ReMax in the configured variant; has no state."""
+    """The loss of ReMax in the configured variant; its only state is the memory of a baseline that has one."""
 
     def __init__(self, kl: KLConfig, advantage: AdvantageConfig, loss: LossConfig, num_samples: int) -> None:
+        self.baseline: Baseline = make_baseline(advantage.baseline)
         # With n = 1 there is no other sample, and the mean of the group is r itself.
-        if advantage.baseline in ("leave_one_out", "group_mean") and num_samples < 2:
+        if num_samples < self.baseline.min_samples:
             raise UserError(
-                f"model.advantage.baseline {advantage.baseline} needs model.sampling.num_samples of at least 2,"
-                f" got {num_samples}"
+                f"model.advantage.baseline {baseline_name(advantage.baseline)} needs model.sampling.num_samples of at"
+                f" least {self.baseline.min_samples}, got {num_samples}"
             )
         if kl.in_baseline and advantage.baseline not in ("leave_one_out", "group_mean"):
             raise UserError(
                 "model.kl.in_baseline needs model.advantage.baseline leave_one_out or group_mean,"
-                f" got {advantage.baseline}: the KL of a greedy response is not known"
+                f" got {baseline_name(advantage.baseline)}: the KL of a greedy response is not known"
             )
         if kl.in_baseline and kl.credit == "none":
             raise UserError("model.kl.in_baseline needs model.kl.credit to_go or one_step, got none")
@@ -78,8 +82,10 @@ class Objective:
                 " rollout: that KL needs the hidden states of a pass of its own"
             )
         self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
-        self.needs_greedy = advantage.baseline == "greedy"
-        """Whether the baseline is the greedy response's reward."""
+        self.needs_greedy = self.baseline.greedy != "never"
+        """Whether the baseline reads the greedy response's reward, in some rollouts at least."""
+        self.reads_whole_batch = advantage.baseline not in get_args(BaselineKind)
+        """Whether the baseline takes more than the samples of one prompt and its greedy response."""
 
     @property
     def truncation_penalty(self) -> float:
@@ -172,15 +178,30 @@ class Objective:
         return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
 
     def advantages(
-        self, rollout: Rollout, kl: Tensor | None, kl_coef: float, reduce: Callable[[Tensor], Tensor]
+        self,
+        rollout: Rollout,
+        kl: Tensor | None,
+        kl_coef: float,
+        reduce: Callable[[Tensor], Tensor],
+        baseline: Tensor | None = None,
     ) -> Tensor:
-        """Return `[S, R]` advantages of the trained tokens; `reduce` sums a tensor over ranks."""
+        """Return `[S, R]` advantages of the trained tokens.
+
+        Args:
+            rollout: the responses and their rewards.
+            kl: `[S, R]` KL estimate; None without a reference.
+            kl_coef: beta.
+            reduce: sums a tensor over ranks.
+            baseline: `[S]` of a baseline that reads the whole batch; None compares with what the rollout has, in an
+                evaluation with the greedy response.
+        """
         config = self.advantage_config
+        kind = cast(BaselineKind, "greedy" if self.reads_whole_batch else config.baseline)
         # A KL that is in the loss only is measured, but costs no reward.
         uses_kl = kl is not None and kl_coef > 0 and self.kl_config.credit != "none"
-        reward, baseline, baseline_reward = rollout.reward, config.baseline, rollout.baseline_reward
+        reward, baseline_reward = rollout.reward, rollout.baseline_reward
         if rollout.normalized_reward is not None:  # the greedy values are subtracted already
-            reward, baseline = rollout.normalized_reward, "none"
+            reward, kind = rollout.normalized_reward, "none"
         if rollout.token_rewards is not None:
             self._check_token_rewards()
             reward, baseline_reward = rollout.token_rewards, rollout.baseline_token_rewards  # [S, R], [B, R']
@@ -189,8 +210,8 @@ class Objective:
             rollout.sampled.response_mask,
             loss_mask=self.loss_mask(rollout),
             num_samples=rollout.num_samples,
-            baseline=baseline,
-            baseline_reward=baseline_reward if baseline == "greedy" else None,
+            baseline=kind if baseline is None else baseline,
+            baseline_reward=baseline_reward if kind == "greedy" else None,
             baseline_mask=None if rollout.greedy is None else rollout.greedy.response_mask,
             kl=kl if uses_kl else None,
             kl_coef=kl_coef if uses_kl else 0.0,
@@ -215,6 +236,38 @@ class Objective:
                 "model.advantage.reward_clip_at must be after_baseline where model.reward returns a number per token,"
                 " got before_baseline: it bounds what is left of the reward to go"
             )
+        if self.reads_whole_batch:
+            raise UserError(
+                f"model.advantage.baseline {baseline_name(self.advantage_config.baseline)} needs one reward per"
+                " response, and model.reward returns one per token; take greedy, leave_one_out, group_mean or none"
+            )
+
+    # ---- Baselines that read the whole batch ----
+
+    def needs_greedy_now(self, batch: PromptBatch, trainer: Trainer) -> bool:
+        """Return whether the rollout of these prompts needs greedy responses; the same on all ranks."""
+        if self.baseline.greedy != "sometimes":
+            return self.baseline.greedy == "always"
+        return self.baseline.needs_greedy(places_over_ranks(batch, trainer))
+
+    def baseline_of_batch(self, rollout: Rollout, trainer: Trainer) -> Tensor | None:
+        """Return `[S]` what the rewards of this rank are compared with, and let the baseline learn from the rollout.
+
+        None for a baseline that reads the samples of one prompt only, which `remax_advantages` computes.
+
+        Raises:
+            UserError: if the baseline returns something else than finite numbers.
+        """
+        if not self.reads_whole_batch:
+            return None
+        config = self.advantage_config
+        bound = config.reward_clip if config.reward_clip_at == "before_baseline" else None
+        inputs = baseline_inputs(rollout, trainer, math.inf if bound is None else bound)
+        # ---- The values of this rank's responses; all ranks have as many ----
+        values = checked_values(self.baseline, inputs)  # [ranks * S]
+        self.baseline.observe(inputs)
+        start, size = trainer.global_rank * len(rollout.reward), len(rollout.reward)
+        return values[start : start + size].to(rollout.reward)
 
     def with_advantages(
         self,
@@ -236,7 +289,7 @@ class Objective:
         if experience.advantages is not None:
             return experience
         kl = None if stats is None else self.kl(stats.log_probs, experience.rollout, stats.kl)  # [S, R]
-        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce)  # [S, R]
+        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce, experience.baseline)  # [S, R]
         return experience._replace(advantages=advantages, kl=kl)
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:

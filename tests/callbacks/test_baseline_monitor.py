@@ -56,6 +56,14 @@ def test_without_greedy_responses_nothing_is_logged(tmp_path: Path) -> None:
     assert all(scalars(tmp_path, f"train/{name}") == [] for name in NAMES)
 
 
+def test_a_step_without_greedy_responses_between_others_is_nan(tmp_path: Path) -> None:
+    outputs = [make_output(0), make_output(1, greedy=False), make_output(2)]
+    make_trainer(tmp_path, [BaselineMonitor()]).fit(FakeModule(outputs))
+    for name in NAMES:
+        values = scalars(tmp_path, f"train/{name}")
+        assert [math.isnan(value) for value in values][1:] == [True, False]
+
+
 def test_what_is_undefined_is_nan_and_not_the_last_value(tmp_path: Path) -> None:
     flat = make_output(0)
     flat["rollout"].reward.fill_(0.1)

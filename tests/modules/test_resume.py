@@ -10,8 +10,9 @@ import torch
 from helpers.checkpoints import HALF, WHOLE, Setting
 from helpers.training import CharacterReward
 
+from remax_lightning.baselines import Tracker
 from remax_lightning.callbacks import KLMonitor
-from remax_lightning.modules import KLConfig, LossConfig, WarmupCosine
+from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine
 from remax_lightning.rewards import FunctionReward, WeightedReward
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,8 @@ def setting(name: str, folder: Path) -> Setting:
         reward = WeightedReward(parts, normalize="std")
         kl = KLConfig(credit="one_step", loss_coef=0.1)
         return Setting(folder, module=clipped | {"kl": kl, "reward": reward}, **options)
+    if name == "a baseline with a memory":  # two steps to an epoch: every prompt is visited three times
+        return Setting(folder, module={"advantage": AdvantageConfig(baseline=Tracker(decay=0.8))})
     assert name == "dropout, adaptive KL and validation"
     return Setting(
         folder,
@@ -48,6 +51,7 @@ SETTINGS = (
     "at the end of an epoch",
     "two micro-batches to a step",
     "inside a rollout",
+    "a baseline with a memory",
     "dropout, adaptive KL and validation",
 )
 
@@ -62,7 +66,7 @@ def test_three_steps_and_three_are_six(name: str, tmp_path: Path) -> None:
     assert trainer.global_step == WHOLE
     assert len(set(whole.losses)) == WHOLE
     assert half.losses + rest.losses == whole.losses
-    assert rest.figures[-1] == whole.figures[-1]
+    assert rest.figures[-1] == pytest.approx(whole.figures[-1], rel=0, abs=0, nan_ok=True)
     for first, second in zip(whole.weights, half.weights + rest.weights, strict=True):
         assert all(torch.equal(first[key], second[key]) for key in first)
 

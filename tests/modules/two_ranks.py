@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"loss": LossConfig("clipped"), "kl": KLConfig(loss_coef=0.3)},
     "normalized": {"reward": normalized(), "advantage": AdvantageConfig(overlong="penalize")},
     "per_token": {"reward": TokenReward(), "advantage": AdvantageConfig(gamma=0.9, overlong="penalize")},
+    "calibrated": {"advantage": AdvantageConfig(baseline="calibrated_greedy")},  # reads the prompts of all ranks
+    "tracker": {"advantage": AdvantageConfig(baseline="tracker")},
     "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},
 }
 

@@ -186,7 +186,7 @@ def main(args: Sequence[str]) -> list[Result]:
         raise UserError(f"--json: there is no folder {str(options.json.parent)!r}; make it, or name another file")
     # ---- Check, and print each result at once ----
     results = []
-    with _quiet_lightning():
+    with quiet_lightning():
         for result in run_checks(load_context(rest, options.num_prompts)):
             print(format_result(result), flush=True)
             results.append(result)
@@ -205,7 +205,7 @@ def main(args: Sequence[str]) -> list[Result]:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Hide Lightning's messages about devices and loaders; its warnings still appear."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -1,0 +1,419 @@
+"""Baselines: what the reward of a sampled response is compared with.
+
+A baseline reads the scores of the rollout batch of all ranks and returns one number per sampled response. It runs once
+per rollout, so it may remember earlier ones. Subclass `Baseline` for one of your own, and name the class under
+`model.advantage.baseline`; `docs/baselines.md` has an example.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from remax_lightning.errors import UserError
+from remax_lightning.functional import (
+    baseline_values,
+    batch_mean,
+    calibrated_greedy,
+    greedy_and_samples,
+    shrinkage,
+)
+
+
+class BaselineInputs(NamedTuple):
+    """What a baseline may read: the scores of the rollout batch of all ranks, float64 on the CPU.
+
+    Args:
+        reward: `[S]` rewards of the sampled responses, those of one prompt next to each other.
+        num_samples: sampled responses per prompt, `n`.
+        greedy_reward: `[B]` rewards of the greedy responses; None where none were generated.
+        lengths: `[S]` tokens of the sampled responses.
+        prompts: `[B]` places of the prompts in their data set; None where the loader does not tell them.
+    """
+
+    reward: Tensor
+    num_samples: int
+    greedy_reward: Tensor | None
+    lengths: Tensor
+    prompts: list[int] | None
+
+    @property
+    def greedy(self) -> Tensor:
+        """The rewards of the greedy responses, which a baseline that asks for them may rely on."""
+        return cast(Tensor, self.greedy_reward)
+
+
+class Baseline(ABC):
+    """Says what the reward of each sampled response is compared with.
+
+    The gradient stays unbiased if a value does not depend on the response that it is subtracted from.
+    """
+
+    min_samples: int = 1
+    """Least number of sampled responses per prompt, `n`."""
+    greedy: Literal["never", "sometimes", "always"] = "never"
+    """Which rollouts need greedy responses; each costs a row of decoding and a score per prompt."""
+    is_unbiased: bool = True
+    """Whether the expected gradient is that of the reward."""
+
+    def needs_greedy(self, prompts: Sequence[int] | None) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether a rollout of these prompts needs greedy responses.
+
+        Args:
+            prompts: places of the prompts of all ranks in their data set; None where the loader does not tell them.
+        """
+        return self.greedy == "always"
+
+    @abstractmethod
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values, finite. Called once per rollout, on every rank with the same inputs."""
+
+    def observe(self, inputs: BaselineInputs) -> None:  # noqa: B027
+        """Learn from a rollout; called after `values`. Default: nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `observe` has learned, as tensors, numbers, text and containers of them. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore what `state_dict` returned. Default: nothing."""
+
+
+# ---- Without memory ----
+
+
+class Greedy(Baseline):
+    """The reward of the greedy response to the same prompt (ReMax, arXiv 2310.10505)."""
+
+    greedy = "always"
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b = r(x, y*), for all samples of a prompt."""
+        return inputs.greedy.repeat_interleave(inputs.num_samples)
+
+
+class NoBaseline(Baseline):
+    """Zero: plain REINFORCE."""
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` zeros."""
+        return torch.zeros_like(inputs.reward)
+
+
+class LeaveOneOut(Baseline):
+    """The mean reward of the prompt's other samples (RLOO, arXiv 2402.14740)."""
+
+    min_samples = 2
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_ij = (Σ_k r_ik - r_ij) / (n - 1)."""
+        return baseline_values(inputs.reward, inputs.num_samples, "leave_one_out")
+
+
+class GroupMean(Baseline):
+    """The mean reward of all of the prompt's samples, its own included (GRPO); scales the gradient by `(n - 1) / n`."""
+
+    min_samples = 2
+    is_unbiased = False
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_i = Σ_k r_ik / n."""
+        return baseline_values(inputs.reward, inputs.num_samples, "group_mean")
+
+
+class BatchMean(Baseline):
+    """The mean reward of all other responses of the batch: one number less than a greedy response costs nothing."""
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_i = (Σ_k r_k - r_i) / (S - 1)."""
+        return batch_mean(inputs.reward)
+
+
+class OptimalConstant(Baseline):
+    """The mean of all other responses, weighted by length, as the constant of least variance is by squared gradients.
+
+    The squared norm of a response's gradient grows about with its length (OPO, arXiv 2505.23585).
+    """
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_i = Σ_{k≠i} l_k r_k / Σ_{k≠i} l_k."""
+        return batch_mean(inputs.reward, inputs.lengths)
+
+
+class GreedyAndSamples(Greedy):
+    """The mean of the greedy response's reward and those of the prompt's other samples."""
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_ij = (g_i + Σ_{k≠j} r_ik) / n."""
+        return greedy_and_samples(inputs.reward, inputs.num_samples, inputs.greedy)
+
+
+class Shrinkage(Baseline):
+    """The mean of the prompt's other samples, shrunk to the mean of the other prompts (arXiv 2511.03710)."""
+
+    min_samples = 2
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values."""
+        return shrinkage(inputs.reward, inputs.num_samples)
+
+
+class CalibratedGreedy(Greedy):
+    """What the greedy response's reward lets expect, by a line through the greedy rewards of the other prompts.
+
+    Where greedy and sampled rewards have little to do with each other, the reward of the greedy response alone adds
+    variance; the slope of the line weighs it by what it says.
+
+    Args:
+        ridge: prompts without any relation that are added to the fit; 1 keeps a handful of prompts from deciding.
+
+    Raises:
+        UserError: if `ridge` is negative.
+    """
+
+    def __init__(self, ridge: float = 1.0) -> None:
+        if ridge < 0:
+            raise UserError(f"model.advantage.baseline.ridge must be 0 or more, got {ridge}")
+        self.ridge = ridge
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: b_i = m + a · (g_i - g)."""
+        return calibrated_greedy(inputs.reward, inputs.num_samples, inputs.greedy, self.ridge)
+
+
+# ---- With a memory of each prompt ----
+
+
+class PromptMemory:
+    """A number, and a weight, for each prompt of a data set that was seen."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, tuple[float, float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as tensors."""
+        numbers = torch.tensor(list(self.values.values()), dtype=torch.float64).view(-1, 2)
+        return {"prompts": torch.tensor(list(self.values), dtype=torch.long), "values": numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the memory."""
+        pairs = zip(state["prompts"].tolist(), state["values"].tolist(), strict=True)
+        self.values = {int(prompt): (float(value), float(weight)) for prompt, (value, weight) in pairs}
+
+
+class Tracker(Baseline):
+    """A running value of each prompt across epochs, started from the reward of its greedy response (SPO, 2509.13232).
+
+    Greedy responses are generated in rollouts with a prompt that was not seen before: in the first epoch only.
+
+    Args:
+        decay: how much of a prompt's earlier samples still counts at its next visit. 0.9 remembers about ten visits:
+            the policy changes, and old rewards with it.
+        greedy_weight: samples that the greedy response counts as.
+
+    Raises:
+        UserError: if an argument is out of its range.
+    """
+
+    greedy = "sometimes"
+
+    def __init__(self, decay: float = 0.9, greedy_weight: float = 1.0) -> None:
+        if not 0 <= decay <= 1:
+            raise UserError(f"model.advantage.baseline.decay must be from 0 to 1, got {decay}")
+        if not greedy_weight > 0:
+            raise UserError(f"model.advantage.baseline.greedy_weight must be above 0, got {greedy_weight}")
+        self.decay, self.greedy_weight = decay, greedy_weight
+        self._memory = PromptMemory()
+
+    def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
+        """Whether one of the prompts was not seen before."""
+        return not prompts or any(prompt not in self._memory.values for prompt in prompts)
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: of earlier visits, and of the greedy response at the first."""
+        known = self._memory.values
+        per_prompt = [
+            known[prompt][0] if prompt in known else float(inputs.greedy[row])
+            for row, prompt in enumerate(_places(inputs, type(self)))
+        ]
+        return torch.tensor(per_prompt, dtype=torch.float64).repeat_interleave(inputs.num_samples)
+
+    def observe(self, inputs: BaselineInputs) -> None:
+        """Move the value of each prompt towards the mean of its samples."""
+        means = inputs.reward.view(-1, inputs.num_samples).mean(1).tolist()  # [B]
+        known = self._memory.values
+        for row, prompt in enumerate(_places(inputs, type(self))):
+            value, weight = known[prompt] if prompt in known else (float(inputs.greedy[row]), self.greedy_weight)
+            weight = self.decay * weight + inputs.num_samples
+            known[prompt] = value + (means[row] - value) * inputs.num_samples / weight, weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values of all prompts."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the values of all prompts."""
+        self._memory.load_state_dict(state)
+
+
+class CachedGreedy(Baseline):
+    """The reward of the prompt's greedy response at an earlier visit, renewed now and then (PVPO, 2508.21104).
+
+    The greedy response of an older policy is a baseline as well: it does not depend on the sampled one. Rollouts
+    between two renewals need no greedy responses.
+
+    Args:
+        renew_every: visits of a prompt per greedy response. 4 saves three quarters of the greedy decoding.
+
+    Raises:
+        UserError: if `renew_every` is below 1.
+    """
+
+    greedy = "sometimes"
+
+    def __init__(self, renew_every: int = 4) -> None:
+        if renew_every < 1:
+            raise UserError(f"model.advantage.baseline.renew_every must be at least 1 (visits), got {renew_every}")
+        self.renew_every = renew_every
+        self._memory = PromptMemory()  # reward, and visits since it was renewed
+
+    def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
+        """Whether the reward of one of the prompts is missing or due."""
+        known = self._memory.values
+        return not prompts or any(
+            known.get(prompt, (0.0, self.renew_every))[1] >= self.renew_every for prompt in prompts
+        )
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values: of this rollout's greedy responses where it has them."""
+        if inputs.greedy_reward is not None:
+            return inputs.greedy_reward.repeat_interleave(inputs.num_samples)
+        per_prompt = [self._memory.values[prompt][0] for prompt in _places(inputs, type(self))]
+        return torch.tensor(per_prompt, dtype=torch.float64).repeat_interleave(inputs.num_samples)
+
+    def observe(self, inputs: BaselineInputs) -> None:
+        """Keep new greedy rewards, and count the visits of the others."""
+        known = self._memory.values
+        for row, prompt in enumerate(_places(inputs, type(self))):
+            if inputs.greedy_reward is not None:
+                known[prompt] = float(inputs.greedy_reward[row]), 1.0
+            else:
+                value, visits = known[prompt]
+                known[prompt] = value, visits + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rewards of all prompts."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the rewards of all prompts."""
+        self._memory.load_state_dict(state)
+
+
+def _places(inputs: BaselineInputs, kind: type) -> list[int]:
+    if inputs.prompts is None:
+        raise UserError(
+            f"model.advantage.baseline {kind.__name__} remembers prompts, and the data loader does not tell their"
+            " places in the data set: set PromptBatch.indices, or take another baseline"
+        )
+    return inputs.prompts
+
+
+# ---- By name ----
+
+BaselineName: TypeAlias = Literal[
+    "greedy",
+    "none",
+    "batch_mean",
+    "group_mean",
+    "leave_one_out",
+    "optimal_constant",
+    "shrinkage",
+    "greedy_and_samples",
+    "calibrated_greedy",
+    "cached_greedy",
+    "tracker",
+]
+"""Short names of the baselines, with their defaults."""
+BASELINES: dict[str, Callable[[], Baseline]] = {
+    "greedy": Greedy,
+    "none": NoBaseline,
+    "batch_mean": BatchMean,
+    "group_mean": GroupMean,
+    "leave_one_out": LeaveOneOut,
+    "optimal_constant": OptimalConstant,
+    "shrinkage": Shrinkage,
+    "greedy_and_samples": GreedyAndSamples,
+    "calibrated_greedy": CalibratedGreedy,
+    "cached_greedy": CachedGreedy,
+    "tracker": Tracker,
+}
+"""Their classes."""
+
+
+def make_baseline(source: BaselineName | Baseline) -> Baseline:
+    """Return a baseline from its short name; of an object a copy, since a configuration may serve several modules.
+
+    Raises:
+        UserError: if there is no such baseline.
+    """
+    if isinstance(source, Baseline):
+        return copy.deepcopy(source)
+    if source not in BASELINES:
+        raise UserError(f"model.advantage.baseline must be one of {', '.join(BASELINES)}, or a class, got {source!r}")
+    return BASELINES[source]()
+
+
+def baseline_name(source: BaselineName | Baseline) -> str:
+    """Return what messages call a baseline: its short name, or its class."""
+    return source if isinstance(source, str) else type(source).__name__
+
+
+def baseline_to_dict(source: BaselineName | Baseline) -> str | dict[str, Any]:
+    """Return a baseline as text and numbers, for checkpoints: its name, or class and arguments."""
+    if isinstance(source, str):
+        return source
+    kind = type(source)
+    arguments = {name: getattr(source, name, None) for name in inspect.signature(kind).parameters}
+    plain = {name: value for name, value in arguments.items() if isinstance(value, bool | int | float | str)}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain}
+
+
+def baseline_from_dict(values: Mapping[str, Any]) -> Baseline:
+    """Return a baseline of this module from what `baseline_to_dict` made of it.
+
+    Raises:
+        UserError: if it is of another module: nothing that a checkpoint names is imported.
+    """
+    path, arguments = str(values.get("class_path")), dict(values.get("init_args") or {})
+    for kind in BASELINES.values():
+        if path == f"{__name__}.{getattr(kind, '__qualname__', '')}":
+            return kind(**arguments)
+    raise UserError(
+        f"model.advantage.baseline of the checkpoint is {path}, a class of your own: pass"
+        " advantage=AdvantageConfig(baseline=...) as an argument"
+    )
+
+
+def checked_values(baseline: Baseline, inputs: BaselineInputs) -> Tensor:
+    """Return `[S]` float64 values of a baseline, and refuse what must not be trained on.
+
+    Raises:
+        UserError: if they have another shape, or are not finite.
+    """
+    values: Any = baseline.values(inputs)
+    expected = f"{len(inputs.reward)} finite numbers, one per sampled response"
+    name = f"model.advantage.baseline {type(baseline).__name__}"
+    if not isinstance(values, Tensor) or values.shape != inputs.reward.shape:
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"{name} must return a tensor of {expected}, got {got}")
+    result: Tensor = values.detach().double().cpu()
+    if not result.isfinite().all():
+        raise UserError(f"{name} must return {expected}, got {result[~result.isfinite()][0].item()}")
+    return result

@@ -1,0 +1,370 @@
+"""`remax baselines`: which baseline pays on a run's own policy, reward and data, measured without any training.
+
+The variance of the policy gradient decides how many responses a step needs, and the seconds of a response decide what
+they cost. Their product is the time that a gradient of given precision takes; it is what a baseline is chosen by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+
+from remax_lightning.baselines import (
+    Baseline,
+    BaselineInputs,
+    BaselineName,
+    CachedGreedy,
+    Tracker,
+    checked_values,
+    make_baseline,
+)
+from remax_lightning.errors import UserError
+from remax_lightning.functional import percentile_interval, resampled_ratios
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.tools.doctor.command import quiet_lightning
+from remax_lightning.tools.doctor.context import DoctorContext, load_context, select_rows
+from remax_lightning.training.worker import GeneratedResponses
+from remax_lightning.types import PromptBatch, Rollout
+
+NUM_RESAMPLES = 2000
+"""Draws of the bootstrap, enough for two digits of a 95 % interval."""
+
+
+class Sample(NamedTuple):
+    """What was measured on the responses to `B` prompts, `n` samples each.
+
+    Args:
+        reward: `[S]` rewards.
+        greedy_reward: `[B]` rewards of the greedy responses.
+        lengths: `[S]` tokens.
+        squared_norms: `[S]` squared norms of `∇ log π(y)`, over all weights that are trained.
+        num_samples: `n`.
+    """
+
+    reward: Tensor
+    greedy_reward: Tensor
+    lengths: Tensor
+    squared_norms: Tensor
+    num_samples: int
+
+
+class Seconds(NamedTuple):
+    """Seconds per trained response.
+
+    Args:
+        rollout: decoding and scoring without greedy responses.
+        greedy: what greedy responses add to that.
+        training: the pass with gradients.
+    """
+
+    rollout: float
+    greedy: float
+    training: float
+
+    def of(self, baseline: Baseline) -> float:
+        """Return the seconds of a trained response with a baseline."""
+        share = float(baseline.greedy == "always")  # a tracker's greedy responses end with the first epoch
+        if isinstance(baseline, CachedGreedy):
+            share = 1 / baseline.renew_every
+        return self.rollout + share * self.greedy + self.training
+
+
+class Figure(NamedTuple):
+    """One line of the table; ratios are to the greedy baseline, with an interval.
+
+    Args:
+        name: of the baseline.
+        second_moment: mean of `(r - b)² · |∇ log π(y)|²` over the responses.
+        variance: that, divided by the greedy baseline's.
+        seconds: per trained response.
+        cost: variance times seconds, divided by the greedy baseline's.
+    """
+
+    name: str
+    second_moment: float
+    variance: tuple[float, float, float]
+    seconds: float
+    cost: tuple[float, float, float]
+
+
+# ---- Figures from a sample ----
+
+
+def second_moments(sample: Sample, baseline: Baseline, batch_size: int) -> Tensor:
+    """Return `[B]` the mean over a prompt's samples of `(r - b)² · |∇ log π(y)|²`.
+
+    An unbiased baseline changes the second moment of the gradient and not its mean, so second moments compare
+    variances. Prompts are put together into batches as in training, since some baselines read them all.
+
+    Args:
+        sample: of `B` prompts.
+        baseline: needs at most as many samples as there are.
+        batch_size: prompts of a rollout batch.
+    """
+    n, num_prompts = sample.num_samples, len(sample.greedy_reward)
+    moments = []
+    # Batches as in training; where they do not divide the prompts, a little larger or smaller ones.
+    for prompts in torch.arange(num_prompts).tensor_split(max(1, round(num_prompts / batch_size))):
+        rows = slice(int(prompts[0]) * n, (int(prompts[-1]) + 1) * n)
+        greedy, reward = sample.greedy_reward[prompts], sample.reward[rows]
+        inputs = BaselineInputs(reward, n, greedy, sample.lengths[rows], prompts.tolist())
+        advantages = reward - checked_values(baseline, inputs)  # [S of the batch]
+        moments.append((advantages.square() * sample.squared_norms[rows]).view(-1, n).mean(1))
+    return torch.cat(moments)
+
+
+def tracker_moments(sample: Sample, tracker: Tracker, batch_size: int) -> Tensor:
+    """Return `[B]` second moments of a tracker at its second visit: it has seen one sample, and values the others."""
+    n = sample.num_samples
+    prompts = list(range(len(sample.greedy_reward)))
+
+    def part(columns: slice) -> Sample:
+        values = (tensor.view(-1, n)[:, columns] for tensor in (sample.reward, sample.lengths, sample.squared_norms))
+        reward, lengths, norms = (value.flatten() for value in values)
+        return Sample(reward, sample.greedy_reward, lengths, norms, len(reward) // len(prompts))
+
+    first, rest = part(slice(0, 1)), part(slice(1, None))
+    tracker.observe(BaselineInputs(first.reward, 1, first.greedy_reward, first.lengths, prompts))
+    return second_moments(rest, tracker, batch_size)
+
+
+def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[str]) -> list[Figure]:
+    """Return the figures of each baseline, the cheapest first."""
+    made = {name: make_baseline(cast(BaselineName, name)) for name in names}
+    moments = {
+        name: tracker_moments(sample, baseline, batch_size)
+        if isinstance(baseline, Tracker)
+        else second_moments(sample, baseline, batch_size)
+        for name, baseline in made.items()
+    }  # [B] each
+    base, base_seconds = moments["greedy"], seconds.of(made["greedy"])
+    if not base.sum() > 0:
+        raise UserError(
+            "model.reward: every sampled response has the reward of its greedy one, so no baseline can be told from"
+            " another; take more prompts (--num_prompts), or a reward that tells responses apart"
+        )
+    # ---- Intervals: prompts drawn anew, the same ones for all baselines ----
+    columns = torch.stack(list(moments.values()), 1)  # [B, baselines]
+    generator = torch.Generator().manual_seed(0)
+    resampled = resampled_ratios(columns, base[:, None].expand_as(columns), NUM_RESAMPLES, generator)
+    figures = []
+    for (name, values), (low, high) in zip(moments.items(), percentile_interval(resampled).tolist(), strict=True):
+        variance = float(values.sum() / base.sum()), low, high
+        price = seconds.of(made[name])
+        cost = cast("tuple[float, float, float]", tuple(price / base_seconds * value for value in variance))
+        figures.append(Figure(name, float(values.mean()), variance, price, cost))
+    return sorted(figures, key=lambda figure: figure.cost[0])
+
+
+def advice(figures: Sequence[Figure]) -> str:
+    """Return which baseline to take, in words, as far as the intervals say it."""
+    best = figures[0]
+    if best.name == "greedy" or best.cost[2] >= 1:
+        cheaper = "No baseline is clearly cheaper than the greedy one here"
+        return f"{cheaper}: keep model.advantage.baseline: greedy, or measure more prompts (--num_prompts)."
+    low, high = (f"{value:.2f}" for value in best.cost[1:])
+    return (
+        f"For a gradient of the same precision {best.name} needs {best.cost[0]:.2f} of the seconds of greedy"
+        f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}."
+    )
+
+
+# ---- Measuring ----
+
+
+def measure(context: DoctorContext, num_samples: int, report: Callable[[str], None]) -> tuple[Sample, Seconds]:
+    """Generate, score and differentiate responses to the prompts of a run; nothing is trained.
+
+    Args:
+        context: with models, data and reward loaded.
+        num_samples: sampled responses per prompt.
+        report: is told what is being done.
+    """
+    module = cast(ReMaxModule, context.module)
+    size = max(1, min(cast(Any, context.data).batch_size, len(context.prompt.prompts)))
+    parts: list[list[Tensor]] = []
+    times = {"greedy": 0.0, "plain": 0.0, "training": 0.0}
+    total = len(context.prompt.prompts)
+    # The first calls allocate and choose kernels; they would count as the price of greedy responses.
+    warm_up = _roll_out(module, select_rows(context.prompt, range(min(size, 2))), num_samples, True, 0)
+    _backward(module, warm_up)
+    for start in range(0, total, size):
+        prompt = select_rows(context.prompt, range(start, min(start + size, total)))
+        report(f"prompts {start + 1} to {start + len(prompt.prompts)} of {total}")
+        # ---- The same prompts with and without greedy responses, in turn ----
+        rollout, seconds = _timed(module, partial(_roll_out, module, prompt, num_samples, True, start))
+        times["greedy"] += seconds
+        times["plain"] += _timed(module, partial(_roll_out, module, prompt, num_samples, False, start))[1]
+        # ---- A training pass over them, and one of each response alone for the norm of its gradient ----
+        times["training"] += _timed(module, partial(_backward, module, rollout))[1]
+        norms = _squared_norms(module, rollout)
+        values = (rollout.reward, cast(Tensor, rollout.baseline_reward), rollout.sampled.response_mask.sum(1), norms)
+        parts.append([value.double().cpu() for value in values])
+    reward, greedy_reward, lengths, norms = (torch.cat(values) for values in zip(*parts, strict=True))
+    joined = Sample(reward, greedy_reward, lengths, norms, num_samples)
+    responses = len(joined.reward)
+    added = max(times["greedy"] - times["plain"], 0.0)
+    return joined, Seconds(*(value / responses for value in (times["plain"], added, times["training"])))
+
+
+def _roll_out(module: ReMaxModule, prompt: PromptBatch, num_samples: int, greedy: bool, seed: int) -> Rollout:
+    generator = torch.Generator(module.device).manual_seed(seed)
+    responses: GeneratedResponses = module.worker.generate_responses(
+        module.policy, prompt, generator, greedy=greedy, num_samples=num_samples
+    )
+    return module.worker.score_responses(prompt, responses)
+
+
+def _timed(module: ReMaxModule, run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = run()
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return result, time.perf_counter() - start
+
+
+def _backward(module: ReMaxModule, rollout: Rollout, active: Tensor | None = None) -> None:
+    """Leave the gradient of the sum of `log π(y)` over the active responses in the weights."""
+    for parameter in module.policy.parameters():
+        parameter.grad = None
+    with torch.enable_grad():
+        log_probs = module.token_statistics(rollout, active).log_probs  # [S, R]
+        mask = rollout.sampled.response_mask if active is None else rollout.sampled.response_mask & active[:, None]
+        log_probs.masked_fill(~mask, 0.0).sum().backward()
+
+
+def _squared_norms(module: ReMaxModule, rollout: Rollout) -> Tensor:
+    """Return `[S]` squared norms of the gradient of `log π(y)`, one backward pass for each response."""
+    norms = []
+    num_prompts = len(rollout.prompt.prompts)
+    for index in range(num_prompts):
+        part = rollout.micro_batch(index, num_prompts)  # a prompt with its n samples
+        for sample in range(part.num_samples):
+            active = torch.arange(part.num_samples, device=module.device) == sample  # [n]
+            _backward(module, part, active)
+            gradients = (weight.grad for weight in module.policy.parameters() if weight.grad is not None)
+            norms.append(sum(gradient.double().square().sum() for gradient in gradients))
+    for parameter in module.policy.parameters():
+        parameter.grad = None
+    return torch.stack([torch.as_tensor(norm) for norm in norms])
+
+
+# ---- The command ----
+
+
+def main(args: Sequence[str]) -> list[Figure]:
+    """Measure the baselines on a configuration of `remax fit`.
+
+    Args:
+        args: the arguments after `remax baselines`.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        UserError: if the configuration is wrong, or is not one of ReMax.
+    """
+    options, rest = _parser().parse_known_args(args)
+    if options.num_prompts < 8:
+        raise UserError(f"--num_prompts must be at least 8, got {options.num_prompts}: intervals need some prompts")
+    for name in ("json", "picture"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"--{name}: there is no folder {str(path.parent)!r}; make it, or name another file")
+    with quiet_lightning():
+        context = load_context(rest, options.num_prompts)
+        if not isinstance(context.module, ReMaxModule):
+            raise UserError(f"model: remax baselines needs ReMaxModule, got {type(context.module).__name__}")
+        context.load_data()
+        context.load_models()
+        context.load_reward()
+        # The leave-one-out family needs a second sample; the others are then measured on both.
+        num_samples = max(2, context.module.sampling.num_samples)
+        with context.trainer.precision_plugin.forward_context():
+            sample, seconds = measure(context, num_samples, lambda text: print(text, flush=True))
+    # A biased one, the mean of the group, is leave_one_out times (n - 1) / n, so it has nothing to add.
+    names = [name for name in get_args(BaselineName) if make_baseline(name).is_unbiased]
+    figures = compare(sample, seconds, cast(Any, context.data).batch_size, names)
+    print("\n" + table(figures) + "\n\n" + advice(figures))
+    if options.json is not None:
+        written = {
+            "num_prompts": len(sample.greedy_reward),
+            "num_samples": num_samples,
+            "seconds": seconds._asdict(),
+            "baselines": [figure._asdict() for figure in figures],
+        }
+        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        options.picture.write_text(picture(figures), encoding="utf-8")
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remax baselines",
+        usage="remax baselines --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
+        " [--json FILE] [--picture FILE.svg]",
+        description="Measure, without training, how much variance the gradient has with each baseline on the policy,"
+        " reward and data of a run, what a response costs, and which baseline takes the least time for a gradient of"
+        " the same precision. One backward pass for each response.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num_prompts", type=int, default=128, metavar="N", help="prompts to measure (default: 128)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw them, as SVG")
+    return parser
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Return the figures as lines of text."""
+    lines = [
+        f"{'baseline':20}{'variance':>10}  {'95 %':13}{'ms per response':>17}{'variance x seconds':>20}  95 %",
+        "-" * 96,
+    ]
+    for figure in figures:
+        variance, cost = (f"{values[0]:.2f}" for values in (figure.variance, figure.cost))
+        spread, cost_spread = (f"{values[1]:.2f}-{values[2]:.2f}" for values in (figure.variance, figure.cost))
+        lines.append(
+            f"{figure.name:20}{variance:>10}  {spread:13}{1000 * figure.seconds:>17.1f}{cost:>20}  {cost_spread}"
+        )
+    return "\n".join(lines) + "\nvariance and variance x seconds are divided by those of greedy"
+
+
+ROW, LEFT, WIDTH = 26, 170, 720
+"""Pixels of the picture."""
+
+
+def picture(figures: Sequence[Figure]) -> str:
+    """Return an SVG: a bar of variance times seconds for each baseline, its interval, and a line at greedy."""
+    largest = max(figure.cost[2] for figure in figures)
+    scale = (WIDTH - LEFT - 60) / largest
+    height = ROW * (len(figures) + 2)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"'
+        ' font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text x="8" y="{ROW * 0.7}">variance times seconds of the gradient, divided by greedy; lines: 95 %</text>',
+    ]
+    for number, figure in enumerate(figures):
+        y = ROW * (number + 1.2)
+        value, low, high = (LEFT + scale * part for part in figure.cost)
+        middle = y + ROW * 0.35
+        color = "#c44e52" if figure.name == "greedy" else "#4c72b0"
+        parts += [
+            f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{figure.name}</text>',
+            f'<rect x="{LEFT}" y="{y}" width="{value - LEFT:.1f}" height="{ROW * 0.7}" fill="{color}"/>',
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" stroke="#222"/>',
+            f'<text x="{high + 6:.1f}" y="{middle + 4}">{figure.cost[0]:.2f}</text>',
+        ]
+    one = LEFT + scale
+    ends = f'x1="{one:.1f}" x2="{one:.1f}" y1="{ROW}" y2="{height - ROW / 2}"'
+    parts.append(f'<line {ends} stroke="#222" stroke-dasharray="4"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
