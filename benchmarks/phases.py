@@ -96,7 +96,7 @@ def main() -> None:
     # Its twin under this name is the module that the configurations name.
     import phases
 
-    from remax_lightning.cli import run
+    from remax_lightning.cli_run import run
 
     config, warm_up, output = sys.argv[1:]
     os.chdir(Path(output).parent)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from docstring_parser import parse
 
-from remax_lightning import cli, data, models, modules, rewards, rollout, strategies
+from remax_lightning import cli_run, data, models, modules, rewards, rollout, strategies
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -92,7 +92,7 @@ def sections() -> Iterator[Section]:
     yield Section("data.loading", data.LoadingConfig)
     yield Section("trainer.strategy", strategies.ReMaxDeepSpeedStrategy, is_choice=True)
     yield Section("trainer.strategy", strategies.ReMaxFSDP2Strategy, is_choice=True)
-    for key, callback in cli.CALLBACKS.items():
+    for key, callback in cli_run.CALLBACKS.items():
         yield Section(key, callback)
 
 

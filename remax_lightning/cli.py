@@ -1,253 +1,66 @@
-"""The `remax` command: Lightning's command line with the modules, data modules and callbacks of this package."""
+"""The `remax` command: the table of its subcommands with its help, and the wall that ends it in one line.
+
+This file imports the standard library alone, and a subcommand loads what it needs when it runs. So `remax --help`, a
+subcommand that does not exist, `configs`, `compare` and `report` start without torch, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
-import argparse
-import logging
+import difflib
 import sys
 import time
-import warnings
-from collections.abc import Mapping
-from functools import partial
 from importlib import import_module
-from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
-import torch
-from jsonargparse import DefaultHelpFormatter, Namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from transformers.utils.logging import disable_progress_bar
-
-from remax_lightning import callbacks, data, loggers, modules, rewards, rollout, strategies
-from remax_lightning.cli_errors import foreign_exit_message, user_error_message
-from remax_lightning.cli_exit import INTERRUPTED, End, Stage, describe_end
-from remax_lightning.cli_parser import RemaxParser
-from remax_lightning.disk import silence_tensorboard_thread
-from remax_lightning.errors import RankError, RankUserError, UserError, printable
-from remax_lightning.models.checkpoint_reader import inspect_checkpoint
-from remax_lightning.models.checksums import check_whole
-from remax_lightning.run_folder import continue_run, earlier_checkpoint_folders, folder_of_checkpoint, run_folder
-from remax_lightning.shipped_configs import config_folder
-from remax_lightning.strategies import process_watchdog as launcher
-from remax_lightning.training.resume import EXIT_CODE
+from remax_lightning import launcher
+from remax_lightning.cli_errors import foreign_exit_message
+from remax_lightning.cli_exit import INTERRUPTED, End, current_rank, describe_end, stage
+from remax_lightning.errors import TERMINATED, RankError, RankUserError, UserError, loaded_class, printable
 from remax_lightning.version import __version__
 
-CALLBACKS = {
-    "kl_monitor": callbacks.KLMonitor,
-    "samples": callbacks.SampleDump,
-    "baseline_monitor": callbacks.BaselineMonitor,
-    "collapse": callbacks.CollapseDetector,
-    "throughput": callbacks.Throughput,
-    "export": callbacks.ExportPolicy,
-    "tensorboard": callbacks.TensorBoardReport,
-    "predictions": callbacks.PredictionWriter,
-    "evaluation": callbacks.Evaluation,
-    "lm_eval": callbacks.LMEval,
-}
-"""The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
-# Imported so that short class names work as `class_path`.
-KNOWN = (data, loggers, modules, rewards, rollout)
+class Tool(NamedTuple):
+    """A subcommand that is not Lightning's.
+
+    Args:
+        module: where its `main` is, under `remax_lightning.tools`.
+        help: what it does, in a line.
+    """
+
+    module: str
+    help: str
+
 
 TOOLS = {
-    "baselines": ("baselines", "measure which baseline pays on a run's policy, reward and data"),
-    "compare": ("compare", "compare the figures of two evaluations, with paired intervals"),
-    "configs": ("configs", "list, show and copy the configurations that come with the package"),
-    "convert-reward": ("convert_reward", "write another project's reward model as a plain sequence classifier"),
-    "demo": ("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
-    "doctor": ("doctor", "check a configuration's models and data before any training"),
-    "export": ("export", "write a checkpoint's policy as a Hugging Face folder"),
-    "lm-eval": ("lm_eval", "measure an exported policy with tasks of lm-evaluation-harness"),
-    "pipeline": ("pipeline", "run all three stages on generated preferences, in minutes"),
-    "plan": ("plan", "compute the memory that each device needs for a configuration"),
-    "report": ("report", "write an HTML page about a run, with curves and samples"),
-    "serve": ("serve", "start a vLLM server for a configuration's policy"),
+    "plan": Tool("plan.command", "compute the memory that each device needs for a configuration"),
+    "doctor": Tool("doctor.command", "check a configuration's models and data before any training"),
+    "baselines": Tool("baselines", "measure which baseline pays on a run's policy, reward and data"),
+    "report": Tool("report", "write an HTML page about a run, with curves and samples"),
+    "compare": Tool("compare", "compare the figures of two evaluations, with paired intervals"),
+    "export": Tool("export", "write a checkpoint's policy as a Hugging Face folder"),
+    "lm-eval": Tool("lm_eval", "measure an exported policy with tasks of lm-evaluation-harness"),
+    "convert-reward": Tool("convert_reward", "write another project's reward model as a plain sequence classifier"),
+    "serve": Tool("serve", "start a vLLM server for a configuration's policy"),
+    "configs": Tool("configs", "list, show and copy the configurations that come with the package"),
+    "demo": Tool("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
+    "pipeline": Tool("pipeline", "run all three stages on generated preferences, in minutes"),
 }
-"""Subcommands that are not Lightning's: the module in `tools` with their `main`, and their help."""
+"""Subcommands of this package, in the order of the help."""
 
-TOOL_MODULES = {"plan": "remax_lightning.tools.plan.command", "doctor": "remax_lightning.tools.doctor.command"}
-"""The module with `main` of tools that are packages."""
+RUNS = {
+    "fit": "train a policy with ReMax, or one of the stages before it",
+    "validate": "measure reward, baseline and KL on the validation prompts",
+    "test": "evaluate a policy, with a table of figures and their intervals",
+    "predict": "write responses and their rewards to a file",
+}
+"""Lightning's subcommands, which read YAML and options."""
 
-
-_stage = Stage()
-
-
-class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the epilog."""
-
-
-def _tokenizer_path(module: Any, data: Any) -> str | None:
-    """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
-    # The policy of ReMax and SFT, the reward model of its own stage.
-    for name in ("policy", "reward_model"):
-        if isinstance(module.get(name), Mapping | Namespace):
-            return str(module.get("tokenizer") or module[name]["path"])
-    return cast("str | None", data.get("tokenizer"))
-
-
-def _computes_in_bfloat16(accelerator: Any) -> bool:
-    """Whether a run with this `trainer.accelerator` takes GPUs that compute in bfloat16."""
-    if accelerator not in (None, "auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return False
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration in the folder of the run, and never overwrites a file."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.already_saved:
-            return
-        self.already_saved = True
-        folder = run_folder(trainer)
-        if trainer.is_global_zero:
-            # A run that is resumed in its folder keeps the configurations of its earlier starts.
-            names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
-            path = next(folder / name for name in names if not (folder / name).exists())
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, multifile=self.multifile)
-
-
-class RemaxCLI(LightningCLI):
-    """LightningCLI with defaults from `configs/base.yaml`, and one tokenizer for module and data."""
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Create the top parser, whose help also lists the subcommands that are not Lightning's."""
-        others = "\n".join(f"  {name:16}{text}" for name, (_, text) in TOOLS.items())
-        return super().init_parser(
-            prog="remax",
-            epilog=f"further subcommands:\n{others}\n\nremax --version prints the version.",
-            formatter_class=_HelpFormatter,
-            **kwargs | {"description": "Align language models with ReMax, REINFORCE with a greedy baseline."},
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give each callback of this package a key, so that overlays can change single options."""
-        for key, callback in CALLBACKS.items():
-            parser.add_lightning_class_args(callback, key)
-        cast(RemaxParser, parser).checked_callbacks = CALLBACKS
-        # data.tokenizer follows from the model, so that both read the same token ids.
-        parser.link_arguments(
-            ("model.init_args", "data.init_args"),
-            "data.init_args.tokenizer",
-            compute_fn=_tokenizer_path,
-        )
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the trainer; its errors are mistakes in the configuration."""
-        _stage.name = "trainer"
-        options: Any = self._get(self.config_init, "trainer") or {}
-        if options.get("precision") is None and _computes_in_bfloat16(options.get("accelerator")):
-            # Half of the memory of activations, and twice the speed or more; weights and optimizer stay in float32.
-            kwargs = {"precision": "bf16-mixed"} | kwargs
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
-        _stage.trainer = trainer
-        return trainer
-
-    def _parse_ckpt_path(self) -> None:
-        """Check that the checkpoint is whole and runs no code, and take nothing from it: the configuration counts.
-
-        Lightning would read it all, and its hyper-parameters would override the command line.
-        """
-        # ---- A path: not a word that Lightning resolves later, nor an address ----
-        subcommand = self.config.get("subcommand")
-        path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
-        strategies.check_address(path)
-        if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
-            return
-        # ---- It must exist, hold plain tensors, and be whole ----
-        strategies.recover_interrupted(Path(path).parent)
-        if not Path(path).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
-        if not launcher.is_launched():
-            inspect_checkpoint(Path(path))
-            if Path(path).is_file():  # the files of a folder are shared among the ranks when they load it
-                check_whole(Path(path), "ckpt_path")
-
-    def instantiate_classes(self) -> None:
-        """Create trainer, module and data, and resolve `ckpt_path: last`."""
-        # ---- A logger without its package would fail with its own long advice ----
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        loggers.check_installed(config.get("trainer.logger"))
-        _stage.name = "model or data"  # made first, by the parser; the trainer follows
-        super().instantiate_classes()
-        arguments = self.config_init.get(self.subcommand) if self.subcommand else None
-        if arguments is None:
-            return
-        is_last = arguments.get("ckpt_path") == "last"
-        if is_last:
-            arguments["ckpt_path"] = self._last_checkpoint()
-        if self.subcommand == "fit":
-            self._continue_run(arguments.get("ckpt_path") or self._requeued_checkpoint(), is_last)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
-        # made before the run starts them
-        launched = launcher.ChildProcesses(self.trainer)
-        _stage.name = subcommand
-        try:
-            super()._run_subcommand(subcommand)
-        except Exception as error:
-            if user_error_message(error) is None and (message := launched.describe_killed_process()):
-                raise SystemExit(f"remax: error: {message}") from None  # the error here is only its consequence
-            raise
-        if any(launched.exit_codes()):
-            raise SystemExit(1)
-
-    def _requeued_checkpoint(self) -> str | None:
-        """Return the checkpoint that Lightning loads in a requeued SLURM job without being told."""
-        return self.trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
-
-    def _continue_run(self, checkpoint: str | None, is_last: bool) -> None:
-        """Go on in the folder of the run that saved the checkpoint, if nothing there would be overwritten.
-
-        From an earlier checkpoint than its run's latest, a new run branches off.
-        """
-        if checkpoint is None or launcher.is_launched() or not Path(checkpoint).exists():
-            return
-        path = Path(checkpoint)
-        info = inspect_checkpoint(path)
-        folder = folder_of_checkpoint(path, info.run_folder)
-        if folder is None:
-            return
-        latest = None if is_last else strategies.latest_checkpoint([path.parent], requeued=path.parent)
-        if latest is not None and (step := inspect_checkpoint(latest).step) > info.step:
-            reason: str | None = f"{folder} goes on to optimizer step {step}"
-        else:
-            reason = continue_run(self.trainer, folder, info.step)
-        if reason is None:
-            rank_zero_info(f"This run continues {folder} at optimizer step {info.step}.")
-        else:
-            rank_zero_info(f"A new run starts from {path}, in a folder of its own, because {reason}.")
-
-    def _last_checkpoint(self) -> str | None:
-        """Return the latest complete checkpoint of this run and of earlier runs, whatever its name.
-
-        Lightning would only look for `last.ckpt` in the folder of this run, which is new.
-        """
-        if launcher.is_launched():  # it is read to its end once, by the process that started this one
-            return launcher.last_checkpoint()
-        # ---- Find it, and tell the processes that this one starts ----
-        folders = earlier_checkpoint_folders(self.trainer)
-        checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
-        launcher.tell_last_checkpoint(checkpoint)
-        if checkpoint is not None:
-            return str(checkpoint)
-        # ---- There is none: a new run can start without, an evaluation cannot ----
-        if self.subcommand != "fit":
-            raise UserError(
-                "ckpt_path is last, but there is no checkpoint of an earlier run; give the path of a checkpoint"
-            )
-        rank_zero_warn("ckpt_path is last, but there is no checkpoint of an earlier run: this run starts from scratch.")
-        return None
+_SYNONYMS = {
+    "train": "fit", "sft": "fit", "eval": "test", "evaluate": "test", "generate": "predict", "memory": "plan",
+    "check": "doctor", "diff": "compare", "convert": "convert-reward", "config": "configs", "help": "--help",
+    "version": "--version",
+}  # fmt: skip
+"""What other commands call it."""
 
 
 def main() -> None:
@@ -263,85 +76,84 @@ def main() -> None:
         launcher.exit_with_launcher()
     else:
         launcher.mark_launcher()
-    _stage.name, _stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
+    stage.name, stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
     try:
-        # ---- A tool of this package, or one of Lightning's subcommands ----
-        if sys.argv[1:] == ["--version"]:
-            print(f"remax-lightning {__version__}")  # noqa: T201
-        elif sys.argv[1:2] and sys.argv[1] in TOOLS:
-            tool, _ = TOOLS[sys.argv[1]]
-            import_module(TOOL_MODULES.get(tool, f"remax_lightning.tools.{tool}")).main(sys.argv[2:])
-        else:
-            run()
-    except SIGTERMException:
-        # Lightning treats any other exit code of a process that it started as a failure.
-        raise SystemExit(0 if launched else EXIT_CODE) from None
+        _run_subcommand(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BaseException as error:  # also what code of a user's own raises as no Exception
+        if isinstance(error, loaded_class("lightning.pytorch.utilities.exceptions", "SIGTERMException")):
+            # Lightning treats any other exit code of a process that it started as a failure.
+            raise SystemExit(0 if launched else TERMINATED) from None
         end = _end(error)
         # ---- One line: from every rank that has an error of its own, and from rank 0 of an error that all have ----
         on_all_ranks = isinstance(error, RankUserError | RankError)
         if on_all_ranks and launched:
             time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
-        if not on_all_ranks or getattr(rank_zero_only, "rank", 0) == 0:
+        if not on_all_ranks or current_rank() == 0:
             print(f"remax: error: {printable(end.message)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(end.code) from None
+
+
+def _run_subcommand(arguments: list[str]) -> None:
+    first = arguments[0] if arguments else ""
+    if first in TOOLS:
+        import_module(f"remax_lightning.tools.{TOOLS[first].module}").main(arguments[1:])
+    elif any(argument in RUNS for argument in arguments):
+        import_module("remax_lightning.cli_run").run()
+    elif arguments == ["--version"]:
+        print(f"remax-lightning {__version__}")  # noqa: T201
+    elif not {"-h", "--help"}.isdisjoint(arguments):
+        print(help_text())  # noqa: T201
+    else:
+        raise UserError(_explain_subcommand(first))
+
+
+def help_text() -> str:
+    """Return the help of the command, which names all subcommands."""
+    runs, tools = (
+        "\n".join(f"  {name:16}{text}" for name, text in rows)
+        for rows in (RUNS.items(), ((name, tool.help) for name, tool in TOOLS.items()))
+    )
+    return f"""usage: remax SUBCOMMAND ...
+
+Align language models with ReMax, REINFORCE with a greedy baseline.
+
+runs, from YAML files and options:
+{runs}
+
+tools:
+{tools}
+
+options:
+  -h, --help      print this help; remax SUBCOMMAND --help prints that of a subcommand
+  --version       print the version
+
+examples:
+  remax fit --config run.yaml --trainer.max_steps 100
+  remax doctor --config run.yaml
+  remax report runs/remax/version_0"""
+
+
+def _explain_subcommand(name: str) -> str:
+    """Return what is wrong with the name of a subcommand that does not exist; an empty one is missing."""
+    names = [*RUNS, *TOOLS]
+    known = f"the subcommands are {', '.join(names)}; remax --help explains them"
+    if not name or name.startswith("-"):
+        return f"the subcommand is missing; {known}"
+    if name.endswith((".yaml", ".yml", ".json")):
+        return f"there is no subcommand {name!r}; did you mean remax fit --config {name}? {known}"
+    close = [_SYNONYMS[name.lower()]] if name.lower() in _SYNONYMS else difflib.get_close_matches(name, names, 1)
+    return f"there is no subcommand {name!r}; " + (f"did you mean {close[0]}? {known}" if close else known)
 
 
 def _end(error: BaseException) -> End:
     """Return how the command ends; an exit that has been explained already is raised again."""
     if not isinstance(error, SystemExit):
-        return describe_end(error, _stage)
+        return describe_end(error, stage)
     if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
         raise SystemExit(INTERRUPTED) from None
     message = foreign_exit_message(error)
     if message is None:
         raise error
     return End(message, 2)
-
-
-def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> RemaxCLI:
-    """Run one of Lightning's subcommands and return the command line with its trainer, module and data.
-
-    Args:
-        args: the arguments after `remax`; None takes those of the process.
-        kind: the class that reads the configuration and creates the objects.
-    """
-    silence_library_warnings()
-    silence_tensorboard_thread()  # before a logger is made, whose thread may meet a full disk at once
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        # Classes of a user may be in the current folder. It comes last, so that no file there hides an installed
-        # package.
-        sys.path.append(str(Path.cwd()))
-    base = str(config_folder() / "base.yaml")
-    return kind(
-        LightningModule,
-        LightningDataModule,
-        parser_class=RemaxParser,
-        save_config_callback=_SaveConfig,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_kwargs={name: {"default_config_files": [base]} for name in ("fit", "validate", "test", "predict")},
-        args=args,
-    )
-
-
-def silence_library_warnings() -> None:
-    """Silence warnings of libraries about each other, which a user cannot fix."""
-    for message in (
-        "'set_vital' is deprecated",
-        r".*isinstance\(treespec, LeafSpec\)",
-        "`is_gradient_checkpointing` is deprecated",
-        "LightningCLI's args parameter",
-        "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):
-        logging.getLogger(name).addFilter(partial(_does_not_mention, text))
-    disable_progress_bar()
-
-
-def _does_not_mention(text: str, record: logging.LogRecord) -> bool:
-    return text not in record.getMessage()

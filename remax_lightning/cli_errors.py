@@ -14,15 +14,11 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-import jsonargparse
-import lightning
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-import remax_lightning
-from remax_lightning.errors import SignalExit, UserError, exception_chain
+from remax_lightning.errors import SignalExit, UserError, exception_chain, loaded_class
 
 # 'Parser key "trainer.max_steps": Expected a <class 'int'>. Got value: many'
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)')
@@ -149,8 +145,9 @@ def user_error_message(error: BaseException | None) -> str | None:
 
     jsonargparse wraps the exceptions of constructors.
     """
+    misconfiguration = loaded_class("lightning.fabric.utilities.exceptions", "MisconfigurationException")
     for cause in exception_chain(error):
-        if isinstance(cause, UserError | MisconfigurationException):
+        if isinstance(cause, (UserError, misconfiguration)):
             hint = _moved_name_hint(str(cause))
             return f"{cause}; {hint}" if hint else str(cause)
     return None
@@ -166,7 +163,8 @@ def foreign_exit_message(end: SystemExit) -> str | None:
     # The innermost frame is the caller's; exit() and quit() of the interpreter are functions of a file, too.
     frames = traceback.extract_tb(end.__traceback__)
     caller = next(frame for frame in reversed(frames) if "_sitebuiltins" not in frame.filename)
-    own = [Path(inspect.getfile(module)).parent for module in (remax_lightning, lightning, jsonargparse)]
+    specs = map(find_spec, ("remax_lightning", "lightning", "jsonargparse"))
+    own = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin]
     file = Path(caller.filename)
     if file == Path(argparse.__file__) or any(file.is_relative_to(folder) for folder in own):
         return None

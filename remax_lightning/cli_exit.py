@@ -25,14 +25,9 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-import remax_lightning
 from remax_lightning.cli_errors import shorten_message, user_error_message
 from remax_lightning.disk import DISK_ERRORS, free_space
-from remax_lightning.errors import exception_chain
-from remax_lightning.run_folder import known_run_folder
+from remax_lightning.errors import exception_chain, loaded_class
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -44,7 +39,7 @@ _PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMF
 # Libraries in Rust and C++ tell the number in their text: "I/O error: No space left on device (os error 28)".
 _FOREIGN_ERRNO = re.compile(r"os error (\d+)|\bcode: (\d+), kind:|\[Errno (\d+)\]")
 
-_PACKAGE = Path(remax_lightning.__file__).parent
+_PACKAGE = Path(__file__).parent
 _LIBRARY_FOLDERS = tuple(
     dict.fromkeys(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib", "platstdlib"))
 )
@@ -93,10 +88,16 @@ class Stage:
         """Return the folder of the run, which a full disk may have kept from being made; else the current one."""
         if self.trainer is None:
             return Path.cwd()
+        from remax_lightning.run_folder import known_run_folder  # with a trainer, Lightning is loaded
+
         # A logger may write before the folder is chosen; then that is where the runs are.
         places = (logger.save_dir for logger in self.trainer.loggers)
         save_dir = next(filter(None, places), self.trainer.default_root_dir)
         return known_run_folder(self.trainer) or Path(save_dir)
+
+
+stage = Stage()
+"""How far the command of this process has come."""
 
 
 class End(NamedTuple):
@@ -130,7 +131,7 @@ def write_traceback(error: BaseException, folder: Path) -> Path | None:
 
     Each rank has a file of its own: `traceback.txt`, `traceback-rank1.txt` and so on.
     """
-    rank = getattr(rank_zero_only, "rank", 0) or 0
+    rank = current_rank()
     text = "".join(traceback.format_exception(error))
     # The folder of the run may be the one that cannot be written, and the current one on the same disk.
     for place in dict.fromkeys((folder, Path.cwd(), Path(tempfile.gettempdir()))):
@@ -143,6 +144,11 @@ def write_traceback(error: BaseException, folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def current_rank() -> int:
+    """Return the rank of this process as Lightning knows it; 0 before it does."""
+    return getattr(loaded_class("lightning.fabric.utilities.rank_zero", "rank_zero_only"), "rank", None) or 0
 
 
 def _describe_disk(error: BaseException, folder: Path) -> str | None:
@@ -176,7 +182,7 @@ def _error_number(error: BaseException) -> int | None:
 
 def _describe_memory(error: BaseException) -> str | None:
     for cause in exception_chain(error):
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        if isinstance(cause, (MemoryError, loaded_class("torch", "OutOfMemoryError"))):
             return (
                 f"out of memory: {_short(cause)}; lower data.micro_batch_size, data.batch_size or the lengths;"
                 " `remax plan` computes what a configuration needs"
@@ -203,7 +209,7 @@ def _describe_by_side(error: BaseException, stage: Stage) -> tuple[str, int]:
     if innermost is not None and side(innermost.filename) == "library":
         nearest = next((frame for frame in frames if side(frame.filename) == "ours"), None)
         only_libraries = nearest is None or Path(nearest.filename).parent == _PACKAGE
-        is_optimizer = Path(innermost.filename).is_relative_to(Path(torch.optim.__file__).parent)
+        is_optimizer = "/torch/optim/" in Path(innermost.filename).as_posix()
         if not stage.trains or only_libraries or is_optimizer:
             return f"{stage.name}: {_short(error)}", 2
     place = "" if innermost is None else f" at {_short_path(innermost.filename)}:{innermost.lineno}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 _PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
 
@@ -45,6 +48,18 @@ def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def loaded_class(module: str, name: str) -> Any:
+    """Return a class of a library if its module is loaded, else `()`, of which nothing is an instance.
+
+    Who asks for the kind of an exception need not import the library: one that is not loaded has raised nothing.
+    """
+    return getattr(sys.modules.get(module), name, ())
+
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a command that SIGTERM ended, as shells have it."""
 
 
 class SignalExit(SystemExit):

@@ -6,7 +6,6 @@ Whatever a run writes goes there: configuration, samples, checkpoints, exported 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import socket
@@ -24,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankUserError, UserError
-from remax_lightning.json_text import load_json
 from remax_lightning.loggers.adapters import adapt
+from remax_lightning.records import RECORD, recorded_versions, write_record
 
 try:
     import fcntl
@@ -34,7 +33,6 @@ except ImportError:  # Windows
 
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-RECORD = "run.json"
 RUN_FOLDER = "run_folder"
 """The key under which a checkpoint names the folder of its run."""
 _NUMBERED = re.compile(r"version_(\d+)")
@@ -194,7 +192,7 @@ def continue_run(trainer: Trainer, folder: Path, step: int) -> str | None:
         return f"the logger has the version {chosen}"
     if trainer.is_global_zero:
         FolderLock(folder, "the folder of the run").release()  # before anything there is changed
-    versions = _recorded_versions(folder)
+    versions = recorded_versions(folder)
     for number, adapter in enumerate(loggers):
         name = type(adapter.logger).__name__
         version = versions.get((number, name)) or (folder.name if number == 0 else None)
@@ -205,28 +203,6 @@ def continue_run(trainer: Trainer, folder: Path, step: int) -> str | None:
     return None
 
 
-def logger_files(folder: Path) -> list[Path]:
-    """Return the folders in which loggers of a run have files of their own, such as those of an offline W&B run."""
-    return [Path(entry["files"]) for entry in _recorded_loggers(folder) if isinstance(entry.get("files"), str)]
-
-
-def _recorded_versions(folder: Path) -> dict[tuple[int, str], str]:
-    """Return the versions of a run's loggers, by their number in the list and their class."""
-    return {
-        (number, str(entry.get("class"))): str(entry["version"])
-        for number, entry in enumerate(_recorded_loggers(folder))
-        if entry.get("version")
-    }
-
-
-def _recorded_loggers(folder: Path) -> list[dict[str, Any]]:
-    try:
-        entries = load_json((folder / RECORD).read_text(encoding="utf-8"))["loggers"]
-    except (OSError, ValueError, KeyError, TypeError):  # a run of an earlier version
-        return []
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
 def _write_record(trainer: Trainer, folder: Path) -> None:
     """Write which loggers a run has, and by which version or id each of them knows it."""
     entries = []
@@ -235,8 +211,7 @@ def _write_record(trainer: Trainer, folder: Path) -> None:
         entry = {"class": type(logger).__name__, "version": adapter.chosen_version, "files": adapter.files()}
         entries.append(entry)
     with tolerate_disk_errors(folder / RECORD, set(), "A resumed run may not know the runs of its loggers."):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps({"loggers": entries}, indent=2) + "\n", encoding="utf-8")
+        write_record(folder, entries)
 
 
 # ---- Who writes there ----

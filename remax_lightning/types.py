@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from remax_lightning.records import PromptRecord
+
 T = TypeVar("T")
 Selection: TypeAlias = slice | Tensor
 """Rows of a batch: from one to another, or `[b]` numbers."""
@@ -293,25 +295,6 @@ class Rollout(NamedTuple):
             token_rewards=part(self.token_rewards, responses),
             baseline_token_rewards=part(self.baseline_token_rewards, prompts),
         )
-
-
-class PromptRecord(NamedTuple):
-    """What was measured on one prompt. The sums of all prompts make the figures.
-
-    Args:
-        number: the prompt's place in its data set, or None where that is not known.
-        prompt: the prompt as text; empty for a piece of a text.
-        responses: responses by whose they are: `sampled`, `greedy`, `reference`, `chosen`.
-        rewards: their rewards.
-        sums: by the figure's name, a sum and what it is a sum over: rewards and responses, nats and tokens. The
-            figure is the ratio of both after they were summed over prompts, for a perplexity its exponential.
-    """
-
-    number: int | None
-    prompt: str
-    responses: dict[str, list[str]]
-    rewards: dict[str, list[float]]
-    sums: dict[str, tuple[float, float]]
 
 
 class StepOutput(TypedDict):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
 
 MAX_CHARACTERS = 2_000_000
 """Length of a text. The largest configuration of this package has 6,000 characters."""
@@ -91,6 +90,8 @@ def use_for_command_line(write_out: Callable[[Any], Any]) -> None:
     Args:
         write_out: gets each value that was read, and returns what it stands for.
     """
+    from jsonargparse import get_loader, set_loader  # who only reads YAML needs no parser
+
     load = get_loader("yaml")
     # once: a loader around a checked loader would check everything twice
     if not getattr(load, "checks_bounds", False):

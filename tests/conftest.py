@@ -116,7 +116,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_parser() -> Iterator[None]:
     """Build the parser of the `remax` command once a process: it is the same for every call."""
-    from remax_lightning.cli import RemaxCLI
+    from remax_lightning.cli_run import RemaxCLI
 
     build, built = RemaxCLI.setup_parser, {}
 

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers.cli import Outcome, changed, in_folder, remax, small_config, write_config
 
-from remax_lightning.cli import RemaxCLI, run
+from remax_lightning.cli_run import RemaxCLI, run
 
 SCALARS = {
     *(f"train/{name}" for name in ("reward", "baseline_reward", "advantage", "kl", "entropy", "response_length")),
@@ -262,9 +261,3 @@ def test_help_explains_our_keys(subcommand: str, capsys: pytest.CaptureFixture[s
     assert shown.code == 0
     assert "--samples.every_n_steps" in shown.out
     assert "optimizer steps" in shown.out
-
-
-def test_the_top_help_names_all_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    shown: Any = remax(capsys, "--help").out
-    for subcommand in ("fit", "validate", "test", "predict", "compare", "demo", "export"):
-        assert subcommand in shown

@@ -308,12 +308,12 @@ def test_more_batches_between_validations_than_there_are(
 def test_escapes_of_a_stranger_do_not_reach_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from remax_lightning import cli
+    from remax_lightning import cli_run
 
     def run() -> None:
         raise UserError("the scorer answered \x1b]0;owned\x07 \u202e\n  é 日本")
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli_run, "run", run)
     outcome = remax(capsys, "fit")
     assert outcome.code == 2
     assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"

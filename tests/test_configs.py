@@ -13,7 +13,7 @@ from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.cli import in_folder, remax, small_config, write_config
 from helpers.training import write_rows
 
-from remax_lightning.cli import run
+from remax_lightning.cli_run import run
 from remax_lightning.shipped_configs import config_folder
 
 FOLDER = config_folder()

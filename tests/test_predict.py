@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.cli import changed, in_folder, remax, small_config, write_config
 
-from remax_lightning.cli import run
+from remax_lightning.cli_run import run
 from remax_lightning.rewards import exact_match
 
 pytestmark = pytest.mark.slow

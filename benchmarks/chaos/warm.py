@@ -99,7 +99,7 @@ def warm_up() -> None:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import remax_lightning.cli  # noqa: F401
+    import remax_lightning.cli_run  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 from lightning.pytorch import Callback
 
-from remax_lightning.cli import RemaxCLI, run
+from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.shipped_configs import config_folder
 
 DEMO = config_folder() / "demo.yaml"

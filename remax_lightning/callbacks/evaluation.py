@@ -32,8 +32,8 @@ from remax_lightning.evaluation.intervals import (
     meaning_of,
 )
 from remax_lightning.loggers import logger_adapters, run_config
+from remax_lightning.records import PromptRecord
 from remax_lightning.run_folder import run_folder
-from remax_lightning.types import PromptRecord
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
 MEASURES: tuple[Measure, ...] = ("win_rate_reference", "win_rate_chosen", "perplexity")

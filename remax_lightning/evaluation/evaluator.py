@@ -24,6 +24,7 @@ from remax_lightning.evaluation.prompt_metrics import (
 )
 from remax_lightning.functional import PolicyStatistics
 from remax_lightning.models.log_probs import response_statistics
+from remax_lightning.records import PromptRecord
 from remax_lightning.rewards.answers import voted_answer
 from remax_lightning.rewards.base import Reward, checked_scores, shorten
 from remax_lightning.rewards.function import import_function
@@ -32,7 +33,7 @@ from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
 from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
-from remax_lightning.types import Prompt, PromptBatch, PromptRecord, Response, Responses, Rollout, StepOutput
+from remax_lightning.types import Prompt, PromptBatch, Response, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

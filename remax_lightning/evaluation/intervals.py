@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from remax_lightning.functional import percentile_interval, proportion_interval, resampled_ratios
-from remax_lightning.types import PromptRecord
+from remax_lightning.evaluation.statistics import percentile_interval, proportion_interval, resampled_ratios
+from remax_lightning.records import PromptRecord
 
 CONFIDENCE = 0.95
 
@@ -43,6 +43,8 @@ _REPEATED = {
 """Figures of several responses by the beginning of their names."""
 
 Method = Literal["exact", "bootstrap"]
+Side: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""`[P]` sums of one evaluation, and the numbers of responses in them."""
 
 
 def meaning_of(name: str) -> str:
@@ -82,24 +84,26 @@ class RecordSums(NamedTuple):
     """
 
     names: list[str]
-    numerators: Tensor
-    denominators: Tensor
+    numerators: NDArray[np.float64]
+    denominators: NDArray[np.float64]
 
-    def values(self) -> Tensor:
+    def values(self) -> NDArray[np.float64]:
         """Return the `[F]` figures."""
-        return ratios_to_figures(self.names, self.numerators.sum(0) / self.denominators.sum(0))
+        with np.errstate(divide="ignore", invalid="ignore"):  # NaN where no record has the figure
+            ratios = self.numerators.sum(0) / self.denominators.sum(0)
+        return ratios_to_figures(self.names, ratios)
 
-    def resampled(self, num_resamples: int, seed: int) -> Tensor:
+    def resampled(self, num_resamples: int, seed: int) -> NDArray[np.float64]:
         """Return `[K, F]` figures of as many draws of records."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = resampled_ratios(self.numerators, self.denominators, num_resamples, generator)
+        drawn = resampled_ratios(self.numerators, self.denominators, num_resamples, seed)
         return ratios_to_figures(self.names, drawn)
 
 
-def ratios_to_figures(names: Sequence[str], ratios: Tensor) -> Tensor:
+def ratios_to_figures(names: Sequence[str], ratios: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return ratios `[..., F]` as figures: a perplexity is the exponential of nats per token."""
-    is_perplexity = torch.tensor([name.endswith("perplexity") for name in names])
-    return torch.where(is_perplexity, ratios.exp(), ratios)
+    is_perplexity = np.array([name.endswith("perplexity") for name in names], dtype=bool)
+    with np.errstate(over="ignore"):
+        return np.where(is_perplexity, np.exp(ratios), ratios)
 
 
 def collect_sums(records: Sequence[PromptRecord], names: Iterable[str] | None = None) -> RecordSums:
@@ -113,10 +117,9 @@ def collect_sums(records: Sequence[PromptRecord], names: Iterable[str] | None = 
     measured = {name: None for record in records for name in record.sums if name != "advantage"}
     ordered = [name for name in MEANINGS if name in measured] + [name for name in measured if name not in MEANINGS]
     chosen = ordered if names is None else list(names)
-    pairs = torch.tensor(
-        [[record.sums.get(name, (0.0, 0.0)) for name in chosen] for record in records], dtype=torch.float64
-    ).view(len(records), len(chosen), 2)
-    return RecordSums(chosen, *pairs.unbind(-1))
+    sums = [[record.sums.get(name, (0.0, 0.0)) for name in chosen] for record in records]
+    pairs = np.array(sums, dtype=np.float64).reshape(len(records), len(chosen), 2)
+    return RecordSums(chosen, pairs[..., 0], pairs[..., 1])
 
 
 def figures(records: Sequence[PromptRecord], num_resamples: int, seed: int) -> dict[str, Figure]:
@@ -165,7 +168,7 @@ def with_interval(value: float, ends: Sequence[float], count: int, method: Metho
 
 
 def two_values(
-    name: str, records: Sequence[PromptRecord], numerators: Tensor, denominators: Tensor
+    name: str, records: Sequence[PromptRecord], numerators: NDArray[np.float64], denominators: NDArray[np.float64]
 ) -> tuple[float, float] | None:
     """Return the two values that a response can have in a figure, the lower first; None if it can have others.
 
@@ -199,7 +202,9 @@ def two_values(
     return (min(rewards), max(rewards)) if 1 <= len(rewards) <= 2 else None
 
 
-def share_interval(numerators: Tensor, denominators: Tensor, support: tuple[float, float]) -> tuple[float, float]:
+def share_interval(
+    numerators: NDArray[np.float64], denominators: NDArray[np.float64], support: tuple[float, float]
+) -> tuple[float, float]:
     """Return the exact interval of a mean of numbers that take two values.
 
     Several responses to one prompt are alike, so that they tell less than as many prompts. The number of trials is then
@@ -222,20 +227,19 @@ def share_interval(numerators: Tensor, denominators: Tensor, support: tuple[floa
     return least + (largest - least) * low, least + (largest - least) * high
 
 
-def _effective_trials(wins: Tensor, trials: Tensor) -> float:
+def _effective_trials(wins: NDArray[np.float64], trials: NDArray[np.float64]) -> float:
     prompts, total = float((trials > 0).sum()), float(trials.sum())
     if prompts < 2 or total <= prompts:
         return prompts
     # The variance of a ratio of sums over prompts, with the correction for few prompts.
     share = float(wins.sum()) / total
-    variance = float((wins - share * trials).square().sum()) / total**2 * prompts / (prompts - 1)
+    variance = float(np.square(wins - share * trials).sum()) / total**2 * prompts / (prompts - 1)
     if variance == 0:  # all prompts agree: at 0 or 1 nothing says that their responses are not alike
         return total if 0 < share < 1 else prompts
     return min(total, max(prompts, share * (1 - share) / variance))
 
 
-def difference_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor],
-                        support: tuple[float, float]) -> tuple[float, float]:  # fmt: skip
+def difference_interval(first: Side, second: Side, support: tuple[float, float]) -> tuple[float, float]:
     """Return the interval of the second mean minus the first, of numbers that take two values, on the same prompts.
 
     From the interval of each and the correlation of the pairs (Newcombe 1998, doi
@@ -251,20 +255,21 @@ def difference_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tens
     (low_1, high_1), (low_2, high_2) = (share_interval(*side, support) for side in (first, second))
     # Distances of the ends from each mean: the difference is lowest where the first is high and the second low.
     below_1, above_1, below_2, above_2 = means[0] - low_1, high_1 - means[0], means[1] - low_2, high_2 - means[1]
-    correlation = _correlation(*first, *second)
+    correlation = _correlation(first, second)
     below = below_2**2 + above_1**2 - 2 * correlation * below_2 * above_1
     above = above_2**2 + below_1**2 - 2 * correlation * above_2 * below_1
     difference = means[1] - means[0]
     return difference - math.sqrt(max(0.0, below)), difference + math.sqrt(max(0.0, above))
 
 
-def _correlation(tops_1: Tensor, bottoms_1: Tensor, tops_2: Tensor, bottoms_2: Tensor) -> float:
+def _correlation(first: Side, second: Side) -> float:
     """Return the correlation of the prompts' means, a positive one lowered as Newcombe does for few prompts."""
+    (tops_1, bottoms_1), (tops_2, bottoms_2) = first, second  # [P] each
     # Prompts that both figures were measured on.
     measured = (bottoms_1 > 0) & (bottoms_2 > 0)
     one, two = (tops_1 / bottoms_1)[measured], (tops_2 / bottoms_2)[measured]
     one, two = one - one.mean(), two - two.mean()
-    scale, product = float((one.square().mean() * two.square().mean()).sqrt()), float((one * two).mean())
+    scale, product = math.sqrt(np.square(one).mean() * np.square(two).mean()), float((one * two).mean())
     if scale == 0:
         return 0.0
     # Newcombe takes n / 2 off the ad - bc of a 2 x 2 table: 1 / 2n off the covariance of values that are 0 or 1, and

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import gather_objects
-from remax_lightning.functional import best_of_k, majority_vote, pass_at_k, win_rates
+from remax_lightning.evaluation.statistics import best_of_k, majority_vote, pass_at_k, win_rates
+from remax_lightning.records import PromptRecord
 from remax_lightning.training.metrics import step_values
-from remax_lightning.types import PromptRecord, Responses, StepOutput
+from remax_lightning.types import Responses, StepOutput
 
 MAX_NATS = 700.0
 """Nats per token whose exponential a float still holds."""
@@ -72,11 +73,10 @@ def add_comparison(record: PromptRecord, other: str, texts: list[str], rewards: 
         texts: the responses.
         rewards: their rewards.
     """
-    policy_rewards = torch.tensor([record.rewards["sampled"]], dtype=torch.float64)  # [1, n]
-    other_rewards = torch.tensor([rewards], dtype=torch.float64)
+    sampled = record.rewards["sampled"]
     # n * m pairs; a share times their number gives wins, which add up over prompts.
-    comparisons = float(policy_rewards.numel() * other_rewards.numel())
-    won = float(win_rates(policy_rewards, other_rewards)) * comparisons
+    comparisons = float(len(sampled) * len(rewards))
+    won = float(win_rates([sampled], [rewards])[0]) * comparisons
     sums = {f"{other}_reward": (sum(rewards), float(len(rewards))), f"win_rate_{other}": (won, comparisons)}
     return record._replace(
         responses={**record.responses, other: texts},

@@ -11,15 +11,6 @@ from remax_lightning.functional.advantages import (
     whiten_advantages,
 )
 from remax_lightning.functional.baselines import batch_mean, calibrated_greedy, greedy_and_samples, shrinkage
-from remax_lightning.functional.bootstrap import (
-    best_of_k,
-    majority_vote,
-    pass_at_k,
-    percentile_interval,
-    proportion_interval,
-    resampled_ratios,
-    win_rates,
-)
 from remax_lightning.functional.log_probs import (
     OutputHead,
     PolicyStatistics,
@@ -58,7 +49,6 @@ __all__ = [
     "TokenStatistics",
     "baseline_values",
     "batch_mean",
-    "best_of_k",
     "bradley_terry_loss",
     "calibrated_greedy",
     "clipped_surrogate_loss",
@@ -66,21 +56,15 @@ __all__ = [
     "hidden_statistics",
     "kl_estimate",
     "kl_loss",
-    "majority_vote",
     "masked_mean",
     "masked_sum",
     "mismatch_weights",
     "normalized_differences",
-    "pass_at_k",
-    "percentile_interval",
-    "proportion_interval",
     "reinforce_loss",
     "remax_advantages",
-    "resampled_ratios",
     "response_mask",
     "shrinkage",
     "soft_overlong_penalty",
     "token_statistics",
     "whiten_advantages",
-    "win_rates",
 ]

@@ -27,7 +27,7 @@ from remax_lightning.baselines import (
     make_baseline,
 )
 from remax_lightning.errors import UserError
-from remax_lightning.functional import percentile_interval, resampled_ratios
+from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.command import quiet_lightning
 from remax_lightning.tools.doctor.context import DoctorContext, load_context, select_rows
@@ -152,9 +152,8 @@ def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[s
             " another; take more prompts (--num_prompts), or a reward that tells responses apart"
         )
     # ---- Intervals: prompts drawn anew, the same ones for all baselines ----
-    columns = torch.stack(list(moments.values()), 1)  # [B, baselines]
-    generator = torch.Generator().manual_seed(0)
-    resampled = resampled_ratios(columns, base[:, None].expand_as(columns), NUM_RESAMPLES, generator)
+    columns = torch.stack(list(moments.values()), 1).cpu()  # [B, baselines]
+    resampled = resampled_ratios(columns, base.cpu()[:, None].expand_as(columns), NUM_RESAMPLES, seed=0)
     figures = []
     for (name, values), (low, high) in zip(moments.items(), percentile_interval(resampled).tolist(), strict=True):
         variance = float(values.sum() / base.sum()), low, high

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import (
@@ -30,9 +30,9 @@ from remax_lightning.evaluation.intervals import (
     two_values,
     with_interval,
 )
-from remax_lightning.functional import percentile_interval, resampled_ratios, win_rates
+from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios, win_rates
 from remax_lightning.json_text import load_json
-from remax_lightning.types import PromptRecord
+from remax_lightning.records import PromptRecord
 
 
 class SavedEvaluation(NamedTuple):
@@ -226,10 +226,11 @@ def compare_figures(pairs: Pairs, left_out: Mapping[str, str], num_resamples: in
     one, two = (collect_sums(records, names) for records in pairs)
     shared = (one.denominators > 0) & (two.denominators > 0)  # [P, F]
     one, two = (RecordSums(names, side.numerators * shared, side.denominators * shared) for side in (one, two))
-    sums = [torch.cat(parts, 1) for parts in ((one.numerators, two.numerators), (one.denominators, two.denominators))]
-    # ---- One bootstrap over both, [P, 2F] each, so that the intervals are those of paired differences ----
-    resampled = resampled_ratios(sums[0], sums[1], num_resamples, torch.Generator().manual_seed(seed))
-    before, after = (ratios_to_figures(names, part) for part in resampled.chunk(2, 1))  # [K, F]
+    tops = np.concatenate([one.numerators, two.numerators], 1)  # [P, 2F]
+    bottoms = np.concatenate([one.denominators, two.denominators], 1)  # [P, 2F]
+    # ---- One bootstrap over both, so that the intervals are those of paired differences ----
+    resampled = resampled_ratios(tops, bottoms, num_resamples, seed)
+    before, after = (ratios_to_figures(names, part) for part in np.split(resampled, 2, axis=1))  # [K, F]
     ends = percentile_interval(after - before, CONFIDENCE).tolist()
     # ---- One entry per figure, as `--json` writes it ----
     differences_by_name = {}
@@ -248,7 +249,8 @@ def _difference_ends(
 ) -> tuple[tuple[float, float], Method] | None:
     """Return the exact interval of a difference of shares; None if a response can have more than two values."""
     sides = [(side.numerators[:, column], side.denominators[:, column]) for side in (one, two)]
-    support = two_values(name, [*pairs.first, *pairs.second], *map(torch.cat, zip(*sides, strict=True)))
+    tops, bottoms = (np.concatenate(parts) for parts in zip(*sides, strict=True))
+    support = two_values(name, [*pairs.first, *pairs.second], tops, bottoms)
     if support is None or name == "chosen_reward":  # both have scored the same responses of the data set
         return None
     return difference_interval(sides[0], sides[1], support), "exact"
@@ -336,10 +338,10 @@ def _token_mismatch(pairs: Pairs) -> str:
 
 
 def _win_rate(first: PromptRecord, second: PromptRecord, whose: str) -> tuple[float, float]:
-    one, two = (torch.tensor([record.rewards[whose]], dtype=torch.float64) for record in (first, second))
+    one, two = (record.rewards[whose] for record in (first, second))
     # every response of one policy with every response of the other
-    comparisons = float(one.numel() * two.numel())
-    return float(win_rates(two, one)) * comparisons, comparisons
+    comparisons = float(len(one) * len(two))
+    return float(win_rates([two], [one])[0]) * comparisons, comparisons
 
 
 def _sampling_notes(first: SavedEvaluation, second: SavedEvaluation) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remax_lightning.callbacks.export_policy import write_folder_atomically
-from remax_lightning.cli import silence_library_warnings
+from remax_lightning.cli_run import silence_library_warnings
 from remax_lightning.errors import UserError
 from remax_lightning.rewards.classifier import check_template
 from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff

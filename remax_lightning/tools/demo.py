@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> dict[str, float]:
 
 def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:
     """Run a subcommand and return its validation metrics."""
-    from remax_lightning.cli import run
+    from remax_lightning.cli_run import run
     from remax_lightning.shipped_configs import config_folder
 
     path = config_folder() / config

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from remax_lightning.callbacks.export_policy import write_folder_atomically
-from remax_lightning.cli import silence_library_warnings
+from remax_lightning.cli_run import silence_library_warnings
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig

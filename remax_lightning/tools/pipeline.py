@@ -85,7 +85,7 @@ class _StageRunner:
 
     def run(self, name: str, subcommand: str, config: str, more: Sequence[str] = ()) -> Any:
         """Run a subcommand and return its trainer."""
-        from remax_lightning.cli import run
+        from remax_lightning.cli_run import run
         from remax_lightning.shipped_configs import config_folder
 
         path = config_folder() / config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from remax_lightning.cli import _computes_in_bfloat16, run
+from remax_lightning.cli_run import computes_in_bfloat16, run
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig
 from remax_lightning.modules import ReMaxModule
@@ -147,7 +147,7 @@ def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:
     """Return the dtype that the trainer computes in."""
     precision = trainer["precision"]
     if precision is None:
-        return "bfloat16" if _computes_in_bfloat16(trainer["accelerator"]) else weights or "float32"
+        return "bfloat16" if computes_in_bfloat16(trainer["accelerator"]) else weights or "float32"
     number, _, mode = OLD_PRECISIONS.get(str(precision), str(precision)).partition("-")
     return _DTYPES.get(number, "float32") if mode == "mixed" or weights is None else weights
 

@@ -26,7 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.distributed import gather_objects, max_over_ranks
-from remax_lightning.errors import SignalExit, UserError
+from remax_lightning.errors import TERMINATED, SignalExit, UserError
 from remax_lightning.strategies import nonfinite_state
 
 
@@ -98,7 +98,6 @@ def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:
 
 
 END, REQUEUE = 1, 2
-EXIT_CODE = 128 + signal.SIGTERM
 _ONE_SIGNAL = 0.2
 """Seconds within which signals count as one: a wrapper may pass one on that the whole process group has got."""
 
@@ -130,7 +129,7 @@ class DeferredSignals(_SignalConnector):
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
-        raise SignalExit(EXIT_CODE)  # outside of training there is nothing to save
+        raise SignalExit(TERMINATED)  # outside of training there is nothing to save
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
         self.requested = REQUEUE
@@ -179,7 +178,7 @@ class _SecondSigterm:
         for process in getattr(self._trainer.strategy.launcher, "procs", ()):
             process.kill()
         # Not `sys.exit`: the main thread may be in a library that never returns.
-        os._exit(EXIT_CODE)
+        os._exit(TERMINATED)
 
 
 def defer_signals(trainer: Trainer) -> None:

@@ -18,6 +18,7 @@ from remax_lightning.data import PromptDataModule
 from remax_lightning.evaluation.evaluator import split_text
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
+from remax_lightning.records import PromptRecord
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import (
     AutoEngine,
@@ -28,7 +29,7 @@ from remax_lightning.rollout import (
     SamplingConfig,
 )
 from remax_lightning.rollout.auto import clone_engine
-from remax_lightning.types import PromptBatch, PromptRecord
+from remax_lightning.types import PromptBatch
 
 ALL = EvalConfig(win_rate_reference=True, win_rate_chosen=True, perplexity=True)
 COLD = SamplingConfig(max_response_length=8, temperature=1e-4)

@@ -16,8 +16,8 @@ from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import answer_function
 from remax_lightning.evaluation.prompt_metrics import add_repeated
 from remax_lightning.modules import AdvantageConfig
+from remax_lightning.records import PromptRecord
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.types import PromptRecord
 
 PER_TOKEN = {"advantage": "advantages", "kl": "kl", "entropy": "entropy"}
 """Figures that are means over tokens, and what they are called in the output of a step."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from remax_lightning.evaluation.intervals import Figure, difference_interval, figures, mean_figure, share_interval
-from remax_lightning.functional import proportion_interval
-from remax_lightning.types import PromptRecord
+from remax_lightning.evaluation.statistics import proportion_interval
+from remax_lightning.records import PromptRecord
 
 
 def records(rewards: list[list[float]], **sums: list[tuple[float, float]]) -> list[PromptRecord]:
@@ -70,7 +72,7 @@ def test_intervals_of_several_responses_hold_the_truth(share: float, spread: flo
     for _ in range(400):
         single = torch.bernoulli(torch.full((60, 4), share), generator=generator)
         chosen = torch.where(torch.rand(60, 1, generator=generator) < spread, single[:, :1].expand(60, 4), single)
-        low, high = share_interval(chosen.sum(1).double(), torch.full((60,), 4.0, dtype=torch.float64), (0.0, 1.0))
+        low, high = share_interval(chosen.sum(1).double().numpy(), np.full(60, 4.0), (0.0, 1.0))
         covered += low <= share <= high
     assert covered / 400 > 0.95 - 2 * 0.011
 
@@ -101,8 +103,8 @@ def test_the_mean_of_scores_is_such_a_figure() -> None:
 # Differences
 
 
-def side(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return values.double(), torch.ones_like(values, dtype=torch.float64)
+def side(values: torch.Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return values.double().numpy(), np.ones(len(values))
 
 
 def test_two_perfect_figures_may_differ() -> None:

@@ -122,7 +122,7 @@ def misread(config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[
 @cache
 def remax_parser() -> Any:
     """The parser of the `remax` command."""
-    from remax_lightning.cli import RemaxCLI, run
+    from remax_lightning.cli_run import RemaxCLI, run
 
     parsers = []
 

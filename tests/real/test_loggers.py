@@ -12,7 +12,7 @@ import pytest
 from helpers.cli import changed, in_folder, small_config, write_config
 from helpers.training import save_policy
 
-from remax_lightning.cli import run
+from remax_lightning.cli_run import run
 from remax_lightning.run_folder import run_folder
 from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.report.run import read_run

@@ -13,7 +13,7 @@ import pytest
 from helpers.cli import changed, in_folder, remax, small_config, write_config
 from helpers.training import write_rows
 
-from remax_lightning.cli import run
+from remax_lightning.cli_run import run
 from remax_lightning.errors import UserError
 from remax_lightning.tools import compare as tool
 

@@ -10,7 +10,7 @@ from helpers.cli import changed, in_folder, remax, write_config
 from helpers.doctor import doctor, healthy, preferred, statuses, supervised, with_reward_model
 from helpers.pages import ROOT, tables
 
-from remax_lightning.cli import run
+from remax_lightning.cli_run import run
 from remax_lightning.tasks.addition import write_addition_task
 from remax_lightning.tools.doctor import CHECKS, DoctorContext, load_context, run_checks
 from remax_lightning.tools.doctor.context import first_rows

@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from remax_lightning.cli import RemaxCLI, run
+from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.modules.policy import PolicyModule

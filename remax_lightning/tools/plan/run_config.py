@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 
-from remax_lightning.cli import RemaxCLI, run
+from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward

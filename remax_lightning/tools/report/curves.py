@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from remax_lightning.errors import UserError
 from remax_lightning.json_text import load_json
-from remax_lightning.run_folder import logger_files
+from remax_lightning.records import logger_files
 
 MARKS = ("events.out.tfevents.*", "metrics.csv", "run-*.wandb")
 """Files with curves in the folder of a run, or, W&B's, in the folder that its logger has beside it."""

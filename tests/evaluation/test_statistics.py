@@ -6,13 +6,14 @@ import math
 import random
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from remax_lightning.functional import (
+from remax_lightning.evaluation import statistics
+from remax_lightning.evaluation.statistics import (
     best_of_k,
-    bootstrap,
     majority_vote,
     pass_at_k,
     percentile_interval,
@@ -41,7 +42,7 @@ def test_every_response_is_compared_with_every_other(n: int, m: int, dtype: torc
     own = [[draw.randrange(4) for _ in range(n)] for _ in range(50)]
     other = [[draw.randrange(4) for _ in range(m)] for _ in range(50)]
     found = win_rates(torch.tensor(own, dtype=dtype), torch.tensor(other, dtype=dtype))
-    assert found.dtype == torch.float64
+    assert found.dtype == np.float64
     assert found.tolist() == pytest.approx([wins_by_hand(*each) for each in zip(own, other, strict=True)], abs=1e-15)
 
 
@@ -65,20 +66,20 @@ def resampled_by_hand(tops: list[list[float]], bottoms: list[list[float]], draws
 
 @pytest.mark.parametrize("at_once", [2**22, 21, 1])
 def test_ratios_are_those_of_the_drawn_clusters(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_ENTRIES_AT_ONCE", at_once)
+    monkeypatch.setattr(statistics, "_ENTRIES_AT_ONCE", at_once)
     draw = random.Random(0)
     tops = [[draw.gauss(0, 1), draw.gauss(5, 2), 3.0 if i == 0 else 0.0] for i in range(7)]
     bottoms = [[1.0, float(draw.randrange(1, 5)), 1.0 if i == 0 else 0.0] for i in range(7)]
-    found = resampled_ratios(torch.tensor(tops), torch.tensor(bottoms), 100, generator())
+    found = resampled_ratios(tops, bottoms, 100, seed=0)
     draws = torch.randint(7, (100, 7), generator=generator()).tolist()
     expected = resampled_by_hand(tops, bottoms, draws)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0, equal_nan=True)
-    assert 10 < found[:, 2].isnan().sum() < 60  # (6 / 7)^7 of the draws have nothing of the third figure
+    np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0, equal_nan=True)
+    assert 10 < np.isnan(found[:, 2]).sum() < 60  # (6 / 7)^7 of the draws have nothing of the third figure
 
 
 def test_the_spread_of_a_mean_is_its_standard_error() -> None:
     values = torch.randn(200, 1, generator=generator(1), dtype=torch.float64)
-    found = resampled_ratios(values, torch.ones_like(values), 20_000, generator(2))
+    found = resampled_ratios(values, torch.ones_like(values), 20_000, seed=2)
     assert float(found.std()) == pytest.approx(float(values.std(correction=0)) / math.sqrt(200), rel=0.03)
     assert float(found.mean()) == pytest.approx(float(values.mean()), abs=2e-3)
 
@@ -104,7 +105,7 @@ def test_an_interval_leaves_out_equally_many_on_both_sides(confidence: float) ->
 
 
 def test_nothing_has_no_interval() -> None:
-    assert percentile_interval(torch.full((5, 1), math.nan)).isnan().all()
+    assert np.isnan(percentile_interval([[math.nan]] * 5)).all()
 
 
 def clusters(seed: int, count: int) -> Tensor:
@@ -116,7 +117,7 @@ def clusters(seed: int, count: int) -> Tensor:
 def covers(values: Tensor, seed: int) -> bool:
     """Whether the interval for the mean of the rows of `values` holds the true one."""
     tops, bottoms = values.sum(1, keepdim=True), torch.full((len(values), 1), float(values.shape[1]))
-    low, high = percentile_interval(resampled_ratios(tops, bottoms, 400, generator(seed)))[0].tolist()
+    low, high = percentile_interval(resampled_ratios(tops, bottoms, 400, seed))[0].tolist()
     return low <= 1 <= high
 
 
@@ -163,9 +164,18 @@ def test_parts_of_a_success_or_a_trial_make_an_interval_wider() -> None:
 
 def test_the_seed_fixes_the_draws() -> None:
     values = clusters(0, 20)
-    first, again, other = (resampled_ratios(values, torch.ones_like(values), 50, generator(seed)) for seed in (5, 5, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    first, again, other = (resampled_ratios(values, torch.ones_like(values), 50, seed) for seed in (5, 5, 6))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**40 + 3])
+def test_the_draws_are_those_of_torch(seed: int) -> None:
+    """Intervals of earlier versions, which drew with torch, can be computed again."""
+    values = torch.randn(13, 1, dtype=torch.float64, generator=generator(1))
+    drawn = torch.randint(13, (40, 13), generator=generator(seed))  # [K, P]
+    expected = values[drawn, 0].mean(1, keepdim=True)
+    np.testing.assert_allclose(resampled_ratios(values, torch.ones_like(values), 40, seed), expected, rtol=1e-12)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -176,9 +186,9 @@ def test_what_does_not_fit_is_refused() -> None:
             r"other_rewards must have shape \[B, m\] = \[3, any\], got \[2, 2\]",
         ),
         (lambda: win_rates(one[0], one), "rewards must have shape"),
-        (lambda: resampled_ratios(one, one[:, :1], 5, generator()), r"denominators must have shape .*\[3, 2\]"),
-        (lambda: resampled_ratios(one[:0], one[:0], 5, generator()), "numerators must be at least one row, got 0"),
-        (lambda: resampled_ratios(one, one, 0, generator()), "num_resamples must be at least 1, got 0"),
+        (lambda: resampled_ratios(one, one[:, :1], 5, 0), r"denominators must have shape .*\[3, 2\]"),
+        (lambda: resampled_ratios(one[:0], one[:0], 5, 0), "numerators must be at least one row, got 0"),
+        (lambda: resampled_ratios(one, one, 0, 0), "num_resamples must be at least 1, got 0"),
         (lambda: percentile_interval(one, 1.0), "confidence must be above 0 and below 1, got 1.0"),
         (lambda: percentile_interval(one[0]), "resampled must have shape"),
         (lambda: proportion_interval(0, 0), "trials must be at least 1, got 0"),

@@ -1,20 +1,21 @@
-"""Win rates, figures of several responses, and how sure a figure is: bootstrap and exact intervals."""
+"""Win rates, figures of several responses, and how sure a figure is: bootstrap and exact intervals.
+
+In numpy: `remax compare` needs these alone, and starts in a tenth of the time that importing torch takes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
 
-import torch
-from torch import Tensor
-
-from remax_lightning.functional.masking import check_argument, check_shape
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 _ENTRIES_AT_ONCE = 2**22
 """Counts that a part of the resamples may take, 32 MiB in float64."""
 
 
-def win_rates(rewards: Tensor, other_rewards: Tensor) -> Tensor:
+def win_rates(rewards: ArrayLike, other_rewards: ArrayLike) -> NDArray[np.float64]:
     """Return the share of comparisons that `rewards` wins; a tie counts one half.
 
     Every response is compared with every one of the other side to the same prompt, which uses all of them.
@@ -29,10 +30,11 @@ def win_rates(rewards: Tensor, other_rewards: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit.
     """
-    check_shape("rewards", rewards, "[B, n]", (None, None))
-    check_shape("other_rewards", other_rewards, "[B, m]", (rewards.shape[0], None))
-    difference = rewards.unsqueeze(2) - other_rewards.unsqueeze(1)  # [B, n, m]
-    return ((difference.sign().double() + 1) / 2).mean((1, 2))
+    one = _as_table("rewards", rewards, "[B, n]", (None, None))
+    other = _as_table("other_rewards", other_rewards, "[B, m]", (len(one), None))
+    difference = one[:, :, None] - other[:, None, :]  # [B, n, m]
+    rates: NDArray[np.float64] = ((np.sign(difference) + 1) / 2).mean((1, 2))
+    return rates
 
 
 def pass_at_k(num_passed: int, num_samples: int, k: int) -> float:
@@ -49,8 +51,8 @@ def pass_at_k(num_passed: int, num_samples: int, k: int) -> float:
     Raises:
         ValueError: if a number is out of its range.
     """
-    check_argument(1 <= k <= num_samples, "k", f"between 1 and num_samples={num_samples}", k)
-    check_argument(0 <= num_passed <= num_samples, "num_passed", f"between 0 and {num_samples}", num_passed)
+    _check(1 <= k <= num_samples, "k", f"between 1 and num_samples={num_samples}", k)
+    _check(0 <= num_passed <= num_samples, "num_passed", f"between 0 and {num_samples}", num_passed)
     return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
@@ -64,7 +66,7 @@ def best_of_k(rewards: Sequence[float], k: int) -> float:
     Raises:
         ValueError: if `k` is out of its range.
     """
-    check_argument(1 <= k <= len(rewards), "k", f"between 1 and the {len(rewards)} rewards", k)
+    _check(1 <= k <= len(rewards), "k", f"between 1 and the {len(rewards)} rewards", k)
     subsets = math.comb(len(rewards), k)
     # The i-th smallest reward is the largest of its subset where the other k - 1 are of the i below it.
     return math.fsum(reward * (math.comb(i, k - 1) / subsets) for i, reward in enumerate(sorted(rewards)))
@@ -81,7 +83,7 @@ def majority_vote(answers: Sequence[Hashable | None], passed: Sequence[bool]) ->
     Raises:
         ValueError: if the two are not equally long.
     """
-    check_argument(len(answers) == len(passed), "passed", f"as long as the {len(answers)} answers", len(passed))
+    _check(len(answers) == len(passed), "passed", f"as long as the {len(answers)} answers", len(passed))
     votes: dict[Hashable, list[bool]] = {}
     for answer, passes in zip(answers, passed, strict=True):
         if answer is not None:
@@ -92,8 +94,8 @@ def majority_vote(answers: Sequence[Hashable | None], passed: Sequence[bool]) ->
 
 
 def resampled_ratios(
-    numerators: Tensor, denominators: Tensor, num_resamples: int, generator: torch.Generator
-) -> Tensor:
+    numerators: ArrayLike, denominators: ArrayLike, num_resamples: int, seed: int
+) -> NDArray[np.float64]:
     """Return ratios of sums over clusters that are drawn anew, with replacement and as many as there are.
 
     The bootstrap of Efron (1979, doi 10.1214/aos/1176344552) over clusters: what belongs together, such as the samples
@@ -103,7 +105,7 @@ def resampled_ratios(
         numerators: `[P, F]` one column per figure, one row per cluster.
         denominators: `[P, F]` likewise, 0 where a cluster has no part in a figure.
         num_resamples: draws, `K`.
-        generator: source of randomness, on the CPU.
+        seed: of the draws, which are those of `torch.randint` under this seed.
 
     Returns:
         `[K, F]` float64, NaN where a draw has nothing of a figure.
@@ -111,22 +113,28 @@ def resampled_ratios(
     Raises:
         ValueError: if the shapes do not fit, there is no cluster or no draw.
     """
-    check_shape("numerators", numerators, "[P, F]", (None, None))
-    check_shape("denominators", denominators, "[P, F]", numerators.shape)
-    check_argument(len(numerators) >= 1, "numerators", "at least one row", len(numerators))
-    check_argument(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
-    clusters, sums = len(numerators), torch.cat([numerators, denominators], 1).double()
-    sums_of_draws: list[Tensor] = []  # [k, 2 F] of each part
-    for part in torch.arange(num_resamples).split(max(1, _ENTRIES_AT_ONCE // clusters)):
-        drawn = torch.randint(clusters, (len(part), clusters), generator=generator)  # [k, P]
-        # How often each cluster is drawn; the product with the sums [P, 2 F] adds up the draws.
-        counts = torch.zeros(len(part), clusters, dtype=torch.float64)
-        sums_of_draws.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ sums)
-    top, bottom = torch.cat(sums_of_draws).chunk(2, 1)  # [K, F] each
-    return (top / bottom).masked_fill(bottom == 0, torch.nan)
+    tops = _as_table("numerators", numerators, "[P, F]", (None, None))
+    bottoms = _as_table("denominators", denominators, "[P, F]", tops.shape)
+    _check(len(tops) >= 1, "numerators", "at least one row", len(tops))
+    _check(num_resamples >= 1, "num_resamples", "at least 1", num_resamples)
+    clusters, sums = len(tops), np.concatenate([tops, bottoms], 1)  # [P, 2 F]
+    # The Mersenne Twister's words of 32 bits modulo P, as torch draws them.
+    stream = np.random.RandomState(seed % 2**32)
+    sums_of_draws = []  # [k, 2 F] of each part
+    at_once = max(1, _ENTRIES_AT_ONCE // clusters)
+    for start in range(0, num_resamples, at_once):
+        size = min(at_once, num_resamples - start)  # k
+        drawn = stream.randint(0, 2**32, (size, clusters), dtype=np.uint32) % clusters  # [k, P]
+        # How often each cluster is drawn; the product with the sums adds up the draws.
+        places = drawn + clusters * np.arange(size)[:, None]
+        counts = np.bincount(places.ravel(), minlength=size * clusters).reshape(size, clusters)
+        sums_of_draws.append(counts.astype(np.float64) @ sums)
+    top, bottom = np.split(np.concatenate(sums_of_draws), 2, axis=1)  # [K, F] each
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(bottom == 0, np.nan, top / bottom)
 
 
-def percentile_interval(resampled: Tensor, confidence: float = 0.95) -> Tensor:
+def percentile_interval(resampled: ArrayLike, confidence: float = 0.95) -> NDArray[np.float64]:
     """Return the bootstrap's percentile interval of each figure.
 
     Args:
@@ -139,11 +147,15 @@ def percentile_interval(resampled: Tensor, confidence: float = 0.95) -> Tensor:
     Raises:
         ValueError: if the shape does not fit, or `confidence` is not between 0 and 1.
     """
-    check_shape("resampled", resampled, "[K, F]", (None, None))
-    check_argument(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
-    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    # One after the other: torch takes no more than 2^24 entries at once.
-    return torch.stack([column.nanquantile(ends) for column in resampled.double().unbind(1)])
+    figures = _as_table("resampled", resampled, "[K, F]", (None, None))
+    _check(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    shares = (1 - confidence) / 2, (1 + confidence) / 2
+    ends = np.full((figures.shape[1], 2), np.nan)  # [F, 2]
+    for i, column in enumerate(figures.T):
+        known = column[~np.isnan(column)]
+        if known.size:
+            ends[i] = np.quantile(known, shares)
+    return ends
 
 
 def proportion_interval(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -163,9 +175,9 @@ def proportion_interval(successes: float, trials: float, confidence: float = 0.9
     Raises:
         ValueError: if there is no whole trial, or `successes` or `confidence` is out of its range.
     """
-    check_argument(trials >= 1, "trials", "at least 1", trials)
-    check_argument(0 <= successes <= trials, "successes", "between 0 and trials", successes)
-    check_argument(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
+    _check(trials >= 1, "trials", "at least 1", trials)
+    _check(0 <= successes <= trials, "successes", "between 0 and trials", successes)
+    _check(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
     # Whole numbers only: fewer trials, and successes rounded to either side, make the interval wider.
     whole, tail = math.floor(trials), (1 - confidence) / 2
     fewest, most = min(whole, math.floor(successes)), min(whole, math.ceil(successes))
@@ -177,11 +189,30 @@ def _lower_end(successes: int, trials: int, tail: float) -> float:
     if successes == 0:
         return 0.0
     # The tail is a sum of binomial probabilities, in logs, because binomial coefficients overflow.
-    counts = torch.arange(successes, trials + 1, dtype=torch.float64)
-    coefficients = math.lgamma(trials + 1) - (counts + 1).lgamma() - (trials - counts + 1).lgamma()
+    counts = np.arange(successes, trials + 1)
+    log_ways = [-math.lgamma(count + 1) - math.lgamma(trials - count + 1) for count in counts.tolist()]
+    coefficients = math.lgamma(trials + 1) + np.array(log_ways)
     low, high = 0.0, 1.0
     for _ in range(50):  # halvings: the digits of a float64
         middle = (low + high) / 2
         log_probs = coefficients + counts * math.log(middle) + (trials - counts) * math.log1p(-middle)
-        low, high = (middle, high) if float(log_probs.logsumexp(0)) < math.log(tail) else (low, middle)
+        largest = log_probs.max()
+        log_tail = largest + math.log(np.exp(log_probs - largest).sum())
+        low, high = (middle, high) if log_tail < math.log(tail) else (low, middle)
     return low
+
+
+def _as_table(name: str, values: ArrayLike, letters: str, expected: tuple[int | None, ...]) -> NDArray[np.float64]:
+    """Return values in float64; refuse another shape than `expected`, None for any size."""
+    table = np.asarray(values, dtype=np.float64)
+    if len(table.shape) == len(expected) and all(
+        want in (None, have) for want, have in zip(expected, table.shape, strict=True)
+    ):
+        return table
+    known = ", ".join("any" if size is None else str(size) for size in expected)
+    raise ValueError(f"{name} must have shape {letters} = [{known}], got {list(table.shape)}")
+
+
+def _check(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {got}")

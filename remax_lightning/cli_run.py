@@ -1,0 +1,257 @@
+"""`remax fit`, `validate`, `test` and `predict`: Lightning's command line with the classes of this package."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers.utils.logging import disable_progress_bar
+
+from remax_lightning import callbacks, data, launcher, loggers, modules, rewards, rollout, strategies
+from remax_lightning.cli_errors import user_error_message
+from remax_lightning.cli_exit import stage
+from remax_lightning.cli_parser import RemaxParser
+from remax_lightning.disk import silence_tensorboard_thread
+from remax_lightning.errors import UserError
+from remax_lightning.models.checkpoint_reader import inspect_checkpoint
+from remax_lightning.models.checksums import check_whole
+from remax_lightning.run_folder import continue_run, earlier_checkpoint_folders, folder_of_checkpoint, run_folder
+from remax_lightning.shipped_configs import config_folder
+
+CALLBACKS = {
+    "kl_monitor": callbacks.KLMonitor,
+    "samples": callbacks.SampleDump,
+    "baseline_monitor": callbacks.BaselineMonitor,
+    "collapse": callbacks.CollapseDetector,
+    "throughput": callbacks.Throughput,
+    "export": callbacks.ExportPolicy,
+    "tensorboard": callbacks.TensorBoardReport,
+    "predictions": callbacks.PredictionWriter,
+    "evaluation": callbacks.Evaluation,
+    "lm_eval": callbacks.LMEval,
+}
+"""The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
+
+# Imported so that short class names work as `class_path`.
+KNOWN = (data, loggers, modules, rewards, rollout)
+
+
+def _tokenizer_path(module: Any, data: Any) -> str | None:
+    """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
+    # The policy of ReMax and SFT, the reward model of its own stage.
+    for name in ("policy", "reward_model"):
+        if isinstance(module.get(name), Mapping | Namespace):
+            return str(module.get("tokenizer") or module[name]["path"])
+    return cast("str | None", data.get("tokenizer"))
+
+
+def computes_in_bfloat16(accelerator: Any) -> bool:
+    """Whether a run with this `trainer.accelerator` takes GPUs that compute in bfloat16."""
+    if accelerator not in (None, "auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return False
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration in the folder of the run, and never overwrites a file."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.already_saved:
+            return
+        self.already_saved = True
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            # A run that is resumed in its folder keeps the configurations of its earlier starts.
+            names = ("config.yaml", *(f"config_{number}.yaml" for number in range(1, 10_000)))
+            path = next(folder / name for name in names if not (folder / name).exists())
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, multifile=self.multifile)
+
+
+class RemaxCLI(LightningCLI):
+    """LightningCLI with defaults from `configs/base.yaml`, and one tokenizer for module and data."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Create the parser around those of the subcommands."""
+        return super().init_parser(prog="remax", **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each callback of this package a key, so that overlays can change single options."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        cast(RemaxParser, parser).checked_callbacks = CALLBACKS
+        # data.tokenizer follows from the model, so that both read the same token ids.
+        parser.link_arguments(
+            ("model.init_args", "data.init_args"),
+            "data.init_args.tokenizer",
+            compute_fn=_tokenizer_path,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Create the trainer; its errors are mistakes in the configuration."""
+        stage.name = "trainer"
+        options: Any = self._get(self.config_init, "trainer") or {}
+        if options.get("precision") is None and computes_in_bfloat16(options.get("accelerator")):
+            # Half of the memory of activations, and twice the speed or more; weights and optimizer stay in float32.
+            kwargs = {"precision": "bf16-mixed"} | kwargs
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
+        stage.trainer = trainer
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Check that the checkpoint is whole and runs no code, and take nothing from it: the configuration counts.
+
+        Lightning would read it all, and its hyper-parameters would override the command line.
+        """
+        # ---- A path: not a word that Lightning resolves later, nor an address ----
+        subcommand = self.config.get("subcommand")
+        path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
+        strategies.check_address(path)
+        if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
+            return
+        # ---- It must exist, hold plain tensors, and be whole ----
+        strategies.recover_interrupted(Path(path).parent)
+        if not Path(path).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {path!r}; give the path of a checkpoint, or last")
+        if not launcher.is_launched():
+            inspect_checkpoint(Path(path))
+            if Path(path).is_file():  # the files of a folder are shared among the ranks when they load it
+                check_whole(Path(path), "ckpt_path")
+
+    def instantiate_classes(self) -> None:
+        """Create trainer, module and data, and resolve `ckpt_path: last`."""
+        # ---- A logger without its package would fail with its own long advice ----
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        loggers.check_installed(config.get("trainer.logger"))
+        stage.name = "model or data"  # made first, by the parser; the trainer follows
+        super().instantiate_classes()
+        arguments = self.config_init.get(self.subcommand) if self.subcommand else None
+        if arguments is None:
+            return
+        is_last = arguments.get("ckpt_path") == "last"
+        if is_last:
+            arguments["ckpt_path"] = self._last_checkpoint()
+        if self.subcommand == "fit":
+            self._continue_run(arguments.get("ckpt_path") or self._requeued_checkpoint(), is_last)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""
+        # made before the run starts them
+        launched = launcher.ChildProcesses(self.trainer)
+        stage.name = subcommand
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if user_error_message(error) is None and (message := launched.describe_killed_process()):
+                raise SystemExit(f"remax: error: {message}") from None  # the error here is only its consequence
+            raise
+        if any(launched.exit_codes()):
+            raise SystemExit(1)
+
+    def _requeued_checkpoint(self) -> str | None:
+        """Return the checkpoint that Lightning loads in a requeued SLURM job without being told."""
+        return self.trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+
+    def _continue_run(self, checkpoint: str | None, is_last: bool) -> None:
+        """Go on in the folder of the run that saved the checkpoint, if nothing there would be overwritten.
+
+        From an earlier checkpoint than its run's latest, a new run branches off.
+        """
+        if checkpoint is None or launcher.is_launched() or not Path(checkpoint).exists():
+            return
+        path = Path(checkpoint)
+        info = inspect_checkpoint(path)
+        folder = folder_of_checkpoint(path, info.run_folder)
+        if folder is None:
+            return
+        latest = None if is_last else strategies.latest_checkpoint([path.parent], requeued=path.parent)
+        if latest is not None and (step := inspect_checkpoint(latest).step) > info.step:
+            reason: str | None = f"{folder} goes on to optimizer step {step}"
+        else:
+            reason = continue_run(self.trainer, folder, info.step)
+        if reason is None:
+            rank_zero_info(f"This run continues {folder} at optimizer step {info.step}.")
+        else:
+            rank_zero_info(f"A new run starts from {path}, in a folder of its own, because {reason}.")
+
+    def _last_checkpoint(self) -> str | None:
+        """Return the latest complete checkpoint of this run and of earlier runs, whatever its name.
+
+        Lightning would only look for `last.ckpt` in the folder of this run, which is new.
+        """
+        if launcher.is_launched():  # it is read to its end once, by the process that started this one
+            return launcher.last_checkpoint()
+        # ---- Find it, and tell the processes that this one starts ----
+        folders = earlier_checkpoint_folders(self.trainer)
+        checkpoint = strategies.latest_checkpoint(folders, requeued=Path(self.trainer.default_root_dir))
+        launcher.tell_last_checkpoint(checkpoint)
+        if checkpoint is not None:
+            return str(checkpoint)
+        # ---- There is none: a new run can start without, an evaluation cannot ----
+        if self.subcommand != "fit":
+            raise UserError(
+                "ckpt_path is last, but there is no checkpoint of an earlier run; give the path of a checkpoint"
+            )
+        rank_zero_warn("ckpt_path is last, but there is no checkpoint of an earlier run: this run starts from scratch.")
+        return None
+
+
+def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> RemaxCLI:
+    """Run one of Lightning's subcommands and return the command line with its trainer, module and data.
+
+    Args:
+        args: the arguments after `remax`; None takes those of the process.
+        kind: the class that reads the configuration and creates the objects.
+    """
+    silence_library_warnings()
+    silence_tensorboard_thread()  # before a logger is made, whose thread may meet a full disk at once
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        # Classes of a user may be in the current folder. It comes last, so that no file there hides an installed
+        # package.
+        sys.path.append(str(Path.cwd()))
+    base = str(config_folder() / "base.yaml")
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        parser_class=RemaxParser,
+        save_config_callback=_SaveConfig,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={name: {"default_config_files": [base]} for name in ("fit", "validate", "test", "predict")},
+        args=args,
+    )
+
+
+def silence_library_warnings() -> None:
+    """Silence warnings of libraries about each other, which a user cannot fix."""
+    for message in (
+        "'set_vital' is deprecated",
+        r".*isinstance\(treespec, LeafSpec\)",
+        "`is_gradient_checkpointing` is deprecated",
+        "LightningCLI's args parameter",
+        "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):
+        logging.getLogger(name).addFilter(partial(_does_not_mention, text))
+    disable_progress_bar()
+
+
+def _does_not_mention(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
