@@ -70,7 +70,7 @@ class RemaxParser(LightningArgumentParser):
             return super().parse_args(args, *rest, **options)
         # ---- Groups and lists on the command line that are beyond the bounds of YAML ----
         arguments = original = _completed(list(sys.argv[1:] if args is None else args))
-        callbacks = {name for _, parser in self._commands() for name in parser.checked_callbacks}
+        callbacks = {name for _, parser in self.commands() for name in parser.checked_callbacks}
         mistakes = _unreadable_values(arguments, callbacks)
         tip, parsed = "", None
         arguments = _without_keys(arguments, mistakes) or arguments
@@ -123,7 +123,7 @@ class RemaxParser(LightningArgumentParser):
         subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
         if subcommand is None:
             return []
-        callbacks = next((p.checked_callbacks for name, p in self._commands() if name == subcommand), {})
+        callbacks = next((p.checked_callbacks for name, p in self.commands() if name == subcommand), {})
         lines = [] if parsed is None else explain_objects(parsed[subcommand], callbacks)
         values = _raw_values(arguments) if parsed is None else parsed[subcommand]
         if parsed is None:  # a group may be a file, and null is what a key with nothing under it is
@@ -132,7 +132,8 @@ class RemaxParser(LightningArgumentParser):
         wrong = explain_values(values, callbacks)
         return [f"{key}: {text}" for key, text in wrong.items() if not _is_consequence(key, text, mistakes)] + lines
 
-    def _commands(self) -> Iterator[tuple[str, RemaxParser]]:
+    def commands(self) -> Iterator[tuple[str, RemaxParser]]:
+        """Yield the subcommands with their parsers."""
         for action in self._actions:
             if isinstance(action.choices, dict):
                 yield from action.choices.items()
@@ -141,7 +142,7 @@ class RemaxParser(LightningArgumentParser):
         """End with code 2; `parse_args` prints what is wrong."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parsers = [self, *(parser for _, parser in self._commands())]
+        parsers = [self, *(parser for _, parser in self.commands())]
         known = dict.fromkeys(action.dest for parser in parsers for action in parser._actions)
         tip = "remax --help lists the subcommands\n" if "subcommand" in message else ""
         raise _ParseExit(explain_message(message, known), tip)
@@ -155,7 +156,8 @@ def _completed(arguments: list[str]) -> list[str]:
             completed += ["--config", config_path(value)]
         else:
             completed += write_out_option(name, value) or words
-    if any(argument in SUBCOMMANDS for argument in arguments):
+    asks_for_help = any(name.endswith(".help") for _, name, _ in _words(arguments))  # must be the last option
+    if any(argument in SUBCOMMANDS for argument in arguments) and not asks_for_help:
         for key, default in dependent_defaults(list(_configs(completed))).items():
             completed.append(f"--{key}={default}")
     return completed

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from remax_lightning import callbacks, data, launcher, loggers, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import user_error_message
 from remax_lightning.cli_exit import stage
+from remax_lightning.cli_help import RUNS
 from remax_lightning.cli_parser import RemaxParser
 from remax_lightning.disk import silence_tensorboard_thread
 from remax_lightning.errors import UserError
@@ -224,6 +225,9 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
         # Classes of a user may be in the current folder. It comes last, so that no file there hides an installed
         # package.
         sys.path.append(str(Path.cwd()))
+    if args is None and "--help-all" in sys.argv:
+        # cli.py answers --help itself, with the keys that most runs set
+        sys.argv = [argument.replace("--help-all", "--help") for argument in sys.argv]
     base = str(config_folder() / "base.yaml")
     return kind(
         LightningModule,
@@ -233,9 +237,31 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        parser_kwargs={name: {"default_config_files": [base]} for name in ("fit", "validate", "test", "predict")},
+        parser_kwargs={name: {"default_config_files": [base]} for name in RUNS},
         args=args,
     )
+
+
+class _ParserMade(Exception):  # noqa: N818 - nothing went wrong
+    """Ends the command line as soon as it has its parser."""
+
+    def __init__(self, parser: RemaxParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+class _ParserOnly(RemaxCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _ParserMade(cast(RemaxParser, parser))
+
+
+def command_parser() -> RemaxParser:
+    """Return the parser of `remax fit`, `validate`, `test` and `predict`, which nothing has been read with."""
+    try:
+        run([], _ParserOnly)
+    except _ParserMade as made:
+        return made.parser
+    raise AssertionError("LightningCLI parses what it is given")
 
 
 def silence_library_warnings() -> None:

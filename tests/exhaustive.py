@@ -38,6 +38,7 @@ EXHAUSTIVE = (
     ("distributed/test_processes.py", r"leaves_behind|that_fails|never_joins|cannot_be_started"),
     ("training/test_preemption.py", r"reward_that_hangs\[(Python-fit|a library-validate)\]"),
     ("callbacks/test_export_policy.py", r"transformers_alone.*\[False\]"),
+    ("test_cli_help.py", r"script_for_bash"),
     ("test_cli.py", r"exported_policy_needs_transformers_alone"),
     ("rewards/test_timed.py", r"score_on_the_last_token"),
     ("test_bad_input.py", r"command_itself_ends_with_code_2"),

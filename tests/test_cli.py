@@ -256,8 +256,8 @@ def test_an_abbreviated_key_is_refused(tmp_path: Path, policy_path: Path, capsys
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_help_explains_our_keys(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
-    shown: Outcome = remax(capsys, subcommand, "--help")
+def test_the_full_help_explains_every_key(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown: Outcome = remax(capsys, subcommand, "--help-all")
     assert shown.code == 0
     assert "--samples.every_n_steps" in shown.out
     assert "optimizer steps" in shown.out

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.cli import message, remax
+import yaml
+from helpers.cli import in_folder, message, remax, remax_parser
+from jsonargparse import Namespace
 
 import remax_lightning
-from remax_lightning.cli import RUNS, TOOLS
+from remax_lightning.cli_help import KEYS, RUNS, TOOLS
 
 LIGHT = """
 import json, sys
@@ -91,6 +95,107 @@ def test_the_help_names_all_subcommands(capsys: pytest.CaptureFixture[str]) -> N
     assert shown.code == 0
     first_words = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
     assert set(first_words) >= {*RUNS, *TOOLS, "--version"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_help_of_a_run_shows_the_keys_that_users_set_on_one_screen(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ((run, "-h"), (run, "--help"), (run, "--config", "run.yaml", "-h")):
+        shown = remax(capsys, *arguments)
+        assert shown.code == 0
+        lines = shown.out.splitlines()
+        assert len(lines) <= 45
+        assert max(map(len, lines)) <= 110
+        assert lines[0].startswith(f"usage: remax {run} ")
+        assert "  --model.policy " in shown.out
+        assert f"remax {run} --help-all" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "key"),
+    [
+        ("--model.help", "SFTModule", "--model.policy.path"),
+        ("--model.reward.help", "HTTPReward", "reward.url"),
+        ("--trainer.strategy.help", "ReMaxFSDP2Strategy", "--trainer.strategy.gather"),
+    ],
+)
+def test_the_options_of_one_class_are_shown(
+    option: str, name: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        remax_parser().parse_args(["fit", option, name])
+    assert end.value.code == 0
+    assert key in capsys.readouterr().out
+
+
+def default_of(key: str, config: Any) -> Any:
+    """The value of a key in a configuration that sets what must be set, and nothing else."""
+    for part in key.split("."):
+        if isinstance(config, Namespace) and "class_path" in config and part not in config:
+            config = config.init_args
+        config = config.get(part)
+    return config
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_help_tells_the_defaults_of_the_parser(run: str, tmp_path: Path) -> None:
+    required = {
+        "model.policy": "owner/name",
+        "model.reward": "remax_lightning.rewards.verifiers.exact_match",
+        "data.path": "rows.jsonl",
+    }
+    keys = {key.name: key.default for key in KEYS if run in key.runs}
+    assert {name for name, default in keys.items() if default == "required"} == set(required)
+    with in_folder(tmp_path):
+        options = [f"--{name}={value}" for name, value in required.items()]
+        config = remax_parser().parse_args([run, *options])[run]
+    for name, default in keys.items():
+        value = default_of(name, config)
+        if name == "trainer.logger":
+            assert value.class_path == f"lightning.pytorch.loggers.{default}Logger"
+        elif name not in required:
+            expected = yaml.safe_load(default)
+            assert (list(value) if isinstance(value, tuple) else value) == (
+                float(expected) if isinstance(value, float) else expected
+            ), name
+
+
+@pytest.mark.slow
+def test_the_script_for_bash_completes_subcommands_options_and_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = remax(capsys, "--print_shtab", "bash")
+    assert printed.code == 0
+    (tmp_path / "remax.bash").write_text(printed.out)
+    (tmp_path / "mine.yaml").touch()
+
+    def completed(*words: str) -> set[str]:
+        script = (
+            f"source remax.bash; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1};"
+            ' _shtab_remax; printf "%s\n" "${COMPREPLY[@]}"'
+        )
+        ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+        return set(ended.stdout.split())
+
+    assert completed("remax", "") >= {*RUNS, *TOOLS}
+    assert completed("remax", "co") == {"compare", "configs", "convert-reward"}
+    assert completed("remax", "fit", "--trainer.max_s") == {"--trainer.max_steps"}
+    assert completed("remax", "fit", "--model.sampling.num") >= {"--model.sampling.num_samples"}
+    assert "--memory" in completed("remax", "plan", "--mem")
+    assert "--trainer.max_steps" in completed("remax", "doctor", "--trainer.max")
+    assert completed("remax", "compare", "--com") == {"--common"}
+    assert completed("remax", "configs", "") >= {"list", "show", "copy"}
+    assert completed("remax", "configs", "show", "presets/v") >= {"presets/verl"}
+    assert completed("remax", "fit", "--config", "presets/v") >= {"presets/verl"}
+    assert "mine.yaml" in completed("remax", "fit", "--config", "mi")
+
+
+def test_another_shell_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = remax(capsys, "--print_shtab", "ksh")
+    assert ended.code == 2
+    assert "bash" in ended.err
+    assert "zsh" in ended.err
 
 
 def test_every_tool_has_a_command_of_its_name(capsys: pytest.CaptureFixture[str]) -> None:

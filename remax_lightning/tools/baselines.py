@@ -271,7 +271,7 @@ def main(args: Sequence[str]) -> list[Figure]:
     Raises:
         UserError: if the configuration is wrong, or is not one of ReMax.
     """
-    options, rest = _parser().parse_known_args(args)
+    options, rest = make_parser().parse_known_args(args)
     if options.num_prompts < 8:
         raise UserError(f"--num_prompts must be at least 8, got {options.num_prompts}: intervals need some prompts")
     for name in ("json", "picture"):
@@ -306,7 +306,8 @@ def main(args: Sequence[str]) -> list[Figure]:
     return figures
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax baselines`."""
     parser = argparse.ArgumentParser(
         prog="remax baselines",
         usage="remax baselines --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"

@@ -130,22 +130,8 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: if a file is missing or is not an evaluation, or if prompts or rewards differ.
     """
-    parser = argparse.ArgumentParser(
-        prog="remax compare",
-        description=(
-            "Compare two evaluations of `remax test`. The intervals are those of the differences, paired by prompt:"
-            " exact for shares and rewards of two values, from a bootstrap otherwise."
-        ),
-        allow_abbrev=False,
-    )
-    parser.add_argument("first", type=Path, metavar="A", help="an evaluation.json, or the folder of one")
-    parser.add_argument("second", type=Path, metavar="B", help="the other one; differences are B minus A")
-    parser.add_argument("--common", action="store_true", help="compare on the prompts that both evaluations have")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the comparison to this file")
-    parser.add_argument("--num_resamples", type=int, default=10_000, help="resamples of the bootstrap (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     # ---- Refuse what would fail after the comparison ----
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     if options.json is not None and options.json.exists():
         raise UserError(f"--json must be a file that does not exist yet, got {options.json}; move it away")
     if not 1 <= options.num_resamples <= 10**6:
@@ -160,6 +146,25 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"--json: cannot write {options.json} ({error})") from error
     return answer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax compare`."""
+    parser = argparse.ArgumentParser(
+        prog="remax compare",
+        description=(
+            "Compare two evaluations of `remax test`. The intervals are those of the differences, paired by prompt:"
+            " exact for shares and rewards of two values, from a bootstrap otherwise."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", type=Path, metavar="A", help="an evaluation.json, or the folder of one")
+    parser.add_argument("second", type=Path, metavar="B", help="the other one; differences are B minus A")
+    parser.add_argument("--common", action="store_true", help="compare on the prompts that both evaluations have")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the comparison to this file")
+    parser.add_argument("--num_resamples", type=int, default=10_000, help="resamples of the bootstrap (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    return parser
 
 
 def compare(

@@ -17,6 +17,17 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the arguments after `remax configs`.
     """
+    options = make_parser().parse_args(args)
+    if options.command == "list":
+        _print_list()
+    elif options.command == "show":
+        print(shipped_config(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        _copy(options.name, options.out)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax configs`."""
     description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
     parser = argparse.ArgumentParser(prog="remax configs", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | copy")
@@ -26,13 +37,7 @@ def main(args: Sequence[str]) -> None:
     copied = commands.add_parser("copy", help="copy one to a file of your own")
     copied.add_argument("name", help="as in the list")
     copied.add_argument("out", nargs="?", type=Path, help="a new file (default: its name, in this folder)")
-    options = parser.parse_args(args)
-    if options.command == "list":
-        _print_list()
-    elif options.command == "show":
-        print(shipped_config(options.name).read_text(encoding="utf-8"), end="")
-    else:
-        _copy(options.name, options.out)
+    return parser
 
 
 def _print_list() -> None:

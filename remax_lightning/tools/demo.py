@@ -23,11 +23,8 @@ def main(args: Sequence[str]) -> dict[str, float]:
     Returns:
         The figures of the table, `before/...` and `after/...` by their log key, and `seconds`.
     """
-    parser = argparse.ArgumentParser(prog="remax demo", description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
-    parser.add_argument("--max_steps", type=int, help="stop ReMax after this many optimizer steps")
     # ---- The task ----
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     write_addition_task(FOLDER / "task")
     print(f"Wrote additions of two- and three-digit numbers to {FOLDER / 'task'}.")
     seed = [f"--seed_everything={options.seed}"]
@@ -41,6 +38,15 @@ def main(args: Sequence[str]) -> dict[str, float]:
     print(_format_table(before, after, seconds))
     figures = {f"before/{name}": value for name, value in before.items()}
     return figures | {f"after/{name}": value for name, value in after.items()} | {"seconds": seconds}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax demo`."""
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax demo", description=description, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
+    parser.add_argument("--max_steps", type=int, help="stop ReMax after this many optimizer steps")
+    return parser
 
 
 def _run(subcommand: str, config: str, more: list[str]) -> dict[str, float]:

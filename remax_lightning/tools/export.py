@@ -63,23 +63,8 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the arguments after `remax export`.
     """
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax export", description=description, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file or folder")
-    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
-    parser.add_argument(
-        "--config", type=Path, help="the configuration of the run (default: searched above the checkpoint)"
-    )
-    parser.add_argument(
-        "--merge", action="store_true", help="merge the LoRA adapter into its base and write the full model"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument(
-        "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
-    )
-    parser.add_argument(TRUST, action="store_true", help="run code in the checkpoint, or of its model")
     # ---- Options; the folder is checked before anything is read ----
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, options.checkpoint, options.overwrite)
     # ---- Read: weights of the checkpoint, settings of its run, tokenizer ----
@@ -123,6 +108,26 @@ def main(args: Sequence[str]) -> None:
 
     write_folder_atomically(out, write)
     print(f"Exported the {'adapter' if adapter_alone else 'policy'} of {options.checkpoint} to {options.out}.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax export`."""
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax export", description=description, allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file or folder")
+    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
+    parser.add_argument(
+        "--config", type=Path, help="the configuration of the run (default: searched above the checkpoint)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the LoRA adapter into its base and write the full model"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument(
+        "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
+    )
+    parser.add_argument(TRUST, action="store_true", help="run code in the checkpoint, or of its model")
+    return parser
 
 
 def _describe(path: Path, run: Run, is_adapter: bool) -> CardFacts:

@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the arguments after `remax lm-eval`.
     """
-    options = _parser().parse_args(args)
+    options = make_parser().parse_args(args)
     # ---- What can be wrong before anything is loaded ----
     harness_options = HarnessOptions(
         options.limit,
@@ -80,7 +80,8 @@ def main(args: Sequence[str]) -> None:
     print(f"Wrote {output}.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax lm-eval`."""
     description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
     parser = argparse.ArgumentParser(prog="remax lm-eval", description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="an exported policy, such as runs/remax/version_0/policy/best")

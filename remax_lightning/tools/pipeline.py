@@ -44,10 +44,8 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         `before` and `after` with figures by name (`value`, `low`, `high`, `n`), `reward_model_accuracy` as such a
         figure, `rule_accuracy`, and `seconds` by stage.
     """
-    parser = argparse.ArgumentParser(prog="remax pipeline", description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
     # ---- The task ----
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     steps = _StageRunner([f"--seed_everything={options.seed}"])
     write_dialogue_task(FOLDER / "task")
     print(f"Wrote dialogues with preferences to {FOLDER / 'task'}.")
@@ -74,6 +72,14 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     }
     (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax pipeline`."""
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax pipeline", description=description, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
+    return parser
 
 
 class _StageRunner:

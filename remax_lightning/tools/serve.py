@@ -56,18 +56,8 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the arguments after `remax serve`.
     """
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax serve", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--python",
-        default=DEFAULT_PYTHON,
-        help=f"of the environment that vLLM is installed in (default: {DEFAULT_PYTHON})",
-    )
-    parser.add_argument("--host", help="address to listen at (default: that of model.rollout's first URL)")
-    parser.add_argument("--port", type=int, help="port to listen at (default: that of model.rollout's first URL)")
-    parser.add_argument("--print", action="store_true", dest="only_print", help="print the command, and do not run it")
     args, _, extra = _split(args)
-    options, rest = parser.parse_known_args(args)
+    options, rest = make_parser().parse_known_args(args)
     command = serve_command(rest, options.python, options.host, options.port, extra)
     print(command, flush=True)
     if options.only_print:
@@ -80,6 +70,21 @@ def main(args: Sequence[str]) -> None:
         )
     # In place of this process, so that signals and logs are the server's own.
     os.execvpe(program, command.arguments, {**os.environ, **command.environment})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax serve`."""
+    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
+    parser = argparse.ArgumentParser(prog="remax serve", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--python",
+        default=DEFAULT_PYTHON,
+        help=f"of the environment that vLLM is installed in (default: {DEFAULT_PYTHON})",
+    )
+    parser.add_argument("--host", help="address to listen at (default: that of model.rollout's first URL)")
+    parser.add_argument("--port", type=int, help="port to listen at (default: that of model.rollout's first URL)")
+    parser.add_argument("--print", action="store_true", dest="only_print", help="print the command, and do not run it")
+    return parser
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], str, list[str]]:

@@ -6,7 +6,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,18 +122,9 @@ def misread(config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[
 @cache
 def remax_parser() -> Any:
     """The parser of the `remax` command."""
-    from remax_lightning.cli_run import RemaxCLI, run
+    from remax_lightning.cli_run import command_parser
 
-    parsers = []
-
-    class Parsing(RemaxCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            parsers.append(parser)
-            raise StopIteration
-
-    with suppress(StopIteration):
-        run([], Parsing)
-    return parsers[0]
+    return command_parser()
 
 
 def is_one_message(outcome: Outcome) -> bool:

@@ -166,20 +166,8 @@ def main(args: Sequence[str]) -> list[Result]:
         UserError: if the configuration is wrong.
         SystemExit: with code 1 if a check failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="remax doctor",
-        usage="remax doctor --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
-        " [--json FILE]",
-        description="Load models and data as `remax fit` would, on one process, and check them on a few prompts."
-        " Nothing is trained or written. Exit code 1 if a check failed, 2 for a mistake in the configuration.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--num_prompts", type=int, default=16, metavar="N", help="number of prompts to check (default: 16)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     # ---- Own options; the rest is that of `remax fit` ----
-    options, rest = parser.parse_known_args(args)
+    options, rest = make_parser().parse_known_args(args)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
     if options.json is not None and not options.json.parent.is_dir():
@@ -202,6 +190,23 @@ def main(args: Sequence[str]) -> list[Result]:
     if count["fail"]:
         raise SystemExit(1)
     return results
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="remax doctor",
+        usage="remax doctor --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
+        " [--json FILE]",
+        description="Load models and data as `remax fit` would, on one process, and check them on a few prompts."
+        " Nothing is trained or written. Exit code 1 if a check failed, 2 for a mistake in the configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--num_prompts", type=int, default=16, metavar="N", help="number of prompts to check (default: 16)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    return parser
 
 
 @contextmanager

@@ -41,6 +41,19 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: if the configuration is wrong, or cannot be planned.
     """
+    # ---- Own options; the rest is that of `remax fit` ----
+    options, rest = make_parser().parse_known_args(args)
+    if options.memory is not None and options.memory <= 0:
+        raise UserError(f"--memory must be above 0, got {options.memory:g}")
+    # ---- Read, measure, print ----
+    run = read_run(rest)
+    answer = plan(run, measure(run), None if options.memory is None else options.memory * GB)
+    print(json.dumps(answer) if options.json else format_plan(run, answer))
+    return answer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax plan`."""
     parser = argparse.ArgumentParser(
         prog="remax plan",
         usage="remax plan --config FILE [--config FILE ...] [any argument of remax fit] [--memory GB] [--json]",
@@ -54,15 +67,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         "--memory", type=float, metavar="GB", help="memory of a device; also print whether the run fits"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in bytes")
-    # ---- Own options; the rest is that of `remax fit` ----
-    options, rest = parser.parse_known_args(args)
-    if options.memory is not None and options.memory <= 0:
-        raise UserError(f"--memory must be above 0, got {options.memory:g}")
-    # ---- Read, measure, print ----
-    run = read_run(rest)
-    answer = plan(run, measure(run), None if options.memory is None else options.memory * GB)
-    print(json.dumps(answer) if options.json else format_plan(run, answer))
-    return answer
+    return parser
 
 
 def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str, Any]:

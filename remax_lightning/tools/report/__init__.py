@@ -23,6 +23,26 @@ def main(args: Sequence[str]) -> Path:
     Raises:
         UserError: if the folder is not a run, or the page cannot be written.
     """
+    # ---- Options ----
+    options = make_parser().parse_args(args)
+    if options.max_samples < 1:
+        raise UserError(f"--max_samples must be at least 1, got {options.max_samples}")
+    out: Path = options.out or options.run / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
+    # ---- Read, render, write ----
+    text = render_page(read_run(options.run, options.evaluation), options.max_samples)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
+    print(f"wrote {out} ({out.stat().st_size / 1000:,.0f} kB)")
+    return out
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments after `remax report`."""
     parser = argparse.ArgumentParser(
         prog="remax report",
         description="Write one HTML page about a run: curves, KL against reward, statistics of the baseline, times, and"
@@ -41,19 +61,4 @@ def main(args: Sequence[str]) -> Path:
         metavar="N",
         help="sampled responses in the page (default: %(default)s)",
     )
-    # ---- Options ----
-    options = parser.parse_args(args)
-    if options.max_samples < 1:
-        raise UserError(f"--max_samples must be at least 1, got {options.max_samples}")
-    out: Path = options.out or options.run / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
-    # ---- Read, render, write ----
-    text = render_page(read_run(options.run, options.evaluation), options.max_samples)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
-    print(f"wrote {out} ({out.stat().st_size / 1000:,.0f} kB)")
-    return out
+    return parser
