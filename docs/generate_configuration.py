@@ -134,9 +134,7 @@ def _section(section: Section) -> str:
 
 
 def _path(target: Callable[..., Any]) -> str:
-    """Return what a YAML calls it: our classes by their short name, functions and strategies by their path."""
-    if target.__name__ in strategies.__all__:
-        return f"`{strategies.__name__}.{target.__name__}`"
+    """Return what a YAML calls it: our classes by their short name, functions by their path."""
     return f"`{target.__name__}`" if inspect.isclass(target) else f"`{target.__module__}.{target.__name__}`"
 
 

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 
+from remax_lightning.cli_errors import close_name
 from remax_lightning.errors import UserError
 
 
@@ -307,8 +309,12 @@ def _make_trainer(options: Any, mistakes: list[str]) -> None:
     """Make a trainer of its plain options, without loggers and callbacks, which would write files."""
     if not isinstance(options, Namespace):
         return
-    # Strategies, loggers and callbacks of classes stay out; a name such as `ddp` comes in.
-    plain = {name: value for name, value in vars(options).items() if not isinstance(value, Namespace | list | dict)}
+    # Strategies, loggers and callbacks of classes stay out; a name such as `ddp` comes in. What a rule refuses is told.
+    plain = {
+        name: value
+        for name, value in vars(options).items()
+        if not isinstance(value, Namespace | list | dict) and explain(f"trainer.{name}", value) is None
+    }
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -342,6 +348,13 @@ def explain(key: str, value: Any) -> str | None:
     for rule in RULES:
         if any(fnmatchcase(key, pattern) for pattern in rule.keys) and not rule.holds(value):
             return f"{key}: expected {rule.expected}, got {value}"
+    if key == "trainer.strategy" and isinstance(value, str):
+        # The trainer would name all strategies of Lightning, and none of this package.
+        names = ["auto", *StrategyRegistry.available_strategies()]
+        if value not in names:
+            close = close_name(value, names)
+            hint = f"did you mean {close}?" if close else "give ddp, ReMaxDeepSpeedStrategy or ReMaxFSDP2Strategy"
+            return f"{key}: there is no strategy {value!r}; {hint}"
     is_file = any(fnmatchcase(key, pattern) for pattern in FILES)
     if is_file or any(fnmatchcase(key, pattern) for pattern in FOLDERS):
         return _explain_path(key, str(value), is_file)

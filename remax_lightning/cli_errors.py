@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from remax_lightning.cli_shorthand import our_classes
 from remax_lightning.errors import SignalExit, UserError, exception_chain, loaded_class
 
 # 'Parser key "trainer.max_steps": Expected a <class 'int'>. Got value: many'
@@ -240,7 +241,10 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
     if match := _LITERAL.fullmatch(text):
         text = f"expected one of {match[1]}{match[2]}"
     elif match := _NOT_IMPORTED.fullmatch(text):
-        text = f"there is no class {match[1]!r}; give a class of remax_lightning, or a path such as my_module.MyClass"
+        close = close_name(match[1])
+        text = f"there is no class {match[1]!r}; "
+        elsewhere = "give a class of remax_lightning, or a path such as my_module.MyClass"
+        text += f"did you mean {close}?" if close else elsewhere
     elif match := _NO_MODULE.fullmatch(text):
         file = f"{match[1].replace('.', '/')}.py"
         text = (
@@ -282,6 +286,12 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
     else:
         hint = f"the keys are {', '.join(options)}" if options else "remove it"
     return full, f"there is no such key; {hint}"
+
+
+def close_name(name: str, others: Iterable[str] = ()) -> str | None:
+    """Return the nearest to a name that does not exist, of the classes of this package and others; None if none is."""
+    close = difflib.get_close_matches(name.rpartition(".")[2], [*our_classes(), *others], 1)
+    return close[0] if close else None
 
 
 def _first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:

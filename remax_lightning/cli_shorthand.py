@@ -1,14 +1,17 @@
 """What a configuration may leave out: names that stand for a group, and defaults that depend on another key.
 
-`model.policy: Qwen/Qwen2.5-0.5B-Instruct` stands for its `path`, and `model.reward: my_rewards.politeness` for a
-`FunctionReward`; `model.rollout` knows its engines by their names. All are written out before jsonargparse sees the
-configuration, so that types, messages and the saved `config.yaml` know one form only.
+`model.policy: Qwen/Qwen2.5-0.5B-Instruct` stands for its `path`, `model.reward: my_rewards.politeness` for a
+`FunctionReward`, and `model.rollout: PairedEngine` for the class of this package. All are written out before
+jsonargparse sees the configuration, so that types, messages and the saved `config.yaml` know one form only.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -19,13 +22,34 @@ _RATES = {"ReMaxModule": (1e-6, 1e-5), "SFTModule": (1e-5, 1e-4), "RewardModelMo
 
 jsonargparse keeps the values of `configs/base.yaml`'s module, those of its optimizer too, where another one is chosen.
 """
-_ENGINES = ("AutoEngine", "HuggingFaceEngine", "PairedEngine", "VLLMEngine")
-"""Engines by their short names, which jsonargparse finds for classes with a common base only."""
 _FILES = (".yaml", ".yml", ".json")
+_HOMES = ("callbacks", "data", "loggers", "modules", "rewards", "rollout", "strategies")
+"""Packages whose classes a configuration may name."""
+CLASS_KEYS = ("model", "data", "optimizer", "lr_scheduler", "reward", "rollout", "logger", "strategy", "callbacks")
+"""Keys of classes, at any depth, which may be a name alone; in `callbacks` and `logger` also each of a list."""
+
+
+@cache
+def our_classes() -> dict[str, str]:
+    """Return the classes of this package that a configuration may name, with the paths that jsonargparse saves."""
+    top = import_module("remax_lightning")
+    classes: dict[str, str] = {}
+    for home in _HOMES:
+        package = import_module(f"remax_lightning.{home}")
+        for name in package.__all__:
+            kind = getattr(package, name)
+            # Groups of options have keys of their own, and an abstract class or a protocol makes no object.
+            if not inspect.isclass(kind) or is_dataclass(kind) or issubclass(kind, tuple):
+                continue
+            if not inspect.isabstract(kind) and not getattr(kind, "_is_protocol", False):
+                classes[name] = f"{top.__name__ if name in top.__all__ else package.__name__}.{name}"
+    return classes
 
 
 def write_out(config: Any) -> Any:
     """Return a configuration, as read from a file, with its shorthand written out; other values as they are."""
+    if isinstance(config, dict):
+        config = _write_out_names(config)
     for model in _models(config):
         # The arguments stand under `init_args`, or directly.
         for arguments in (model, model.get("init_args") if isinstance(model, dict) else None):
@@ -34,17 +58,33 @@ def write_out(config: Any) -> Any:
     return config
 
 
+def _write_out_names(value: Any, key: str = "") -> Any:
+    """Return a value with the names of our classes written out as paths.
+
+    Args:
+        value: of a configuration, at any depth.
+        key: that it stands under, or that its list stands under.
+    """
+    if isinstance(value, dict):
+        # "parts" of a reward are rewards by names of their own
+        inner = {name: "reward" if key == "parts" else str(name) for name in value}
+        return {name: _write_out_names(item, inner[name]) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_write_out_names(item, key) for item in value]
+    if not isinstance(value, str) or key not in (*CLASS_KEYS, "class_path"):
+        return value
+    path = our_classes().get(value)
+    if path is None or key == "class_path":
+        return value if path is None else path
+    return {"class_path": path}
+
+
 def _write_out_model(arguments: dict[str, Any]) -> None:
     for name in _MODELS:
         if isinstance(arguments.get(name), str):
             arguments[name] = {"path": arguments[name]}
     if is_function(reward := arguments.get("reward")):
         arguments["reward"] = {"class_path": "FunctionReward", "init_args": {"function": reward}}
-    engine = arguments.get("rollout")
-    if isinstance(engine, str) and engine in _ENGINES:
-        arguments["rollout"] = {"class_path": f"remax_lightning.rollout.{engine}"}
-    elif isinstance(engine, dict) and engine.get("class_path") in _ENGINES:
-        engine["class_path"] = f"remax_lightning.rollout.{engine['class_path']}"
 
 
 def write_out_option(name: str, value: str | None) -> list[str] | None:
@@ -56,12 +96,14 @@ def write_out_option(name: str, value: str | None) -> list[str] | None:
     """
     # "model.init_args.policy" -> head "model", key "policy"
     head, _, key = name.replace(".init_args.", ".").rpartition(".")
+    if value in our_classes() and key in ("class_path", "help", "rollout", "strategy"):
+        path = our_classes()[value]
+        # A strategy may also be text, which a path would be taken for.
+        return [f"--{name}={json.dumps({'class_path': path}) if key == 'strategy' else path}"]
     if head != "model" or not value or value[0] in "{[" or value.endswith(_FILES):
         return None
     if key in _MODELS and value != "null":
         return [f"--{name}.path={value}"]
-    if key == "rollout" and value in _ENGINES:
-        return [f"--{name}=remax_lightning.rollout.{value}"]
     if key == "reward" and is_function(value):
         return [f"--{name}=FunctionReward", f"--{name}.init_args.function={value}"]
     return None

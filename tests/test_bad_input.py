@@ -86,7 +86,11 @@ KEYS = {
     "an unknown precision": ({"trainer__precision": "bf17"}, "trainer.precision: expected "),
     "an unknown class": (
         {"model__reward__class_path": "FunctionRewrd"},
-        "model.reward: there is no class 'FunctionRewrd'; give a class of remax_lightning",
+        "model.reward: there is no class 'FunctionRewrd'; did you mean FunctionReward?",
+    ),
+    "an unknown class like none of ours": (
+        {"model__reward__class_path": "Xyzzy"},
+        "model.reward: there is no class 'Xyzzy'; give a class of remax_lightning, or a path such as my_module.MyClass",
     ),
     "a class of another kind": (
         {"model__reward__class_path": "remax_lightning.SFTModule"},
@@ -358,7 +362,7 @@ BY_COMMAND: dict[str, tuple[Config, str, str]] = {
     "by the trainer, of the device": ({"trainer__accelerator": "gpu"}, "trainer: ", "gpu"),
     "by the trainer, of the strategy": (
         {"trainer__strategy": "nothing"},
-        "trainer: You selected an invalid strategy name",
+        "trainer.strategy: there is no strategy 'nothing'; give ddp, ReMaxDeepSpeedStrategy or ReMaxFSDP2Strategy",
         "nothing",
     ),
 }

@@ -1,29 +1,37 @@
-"""What a configuration may leave out: a path alone, a function alone, and the learning rate of an adapter."""
+"""What a configuration may leave out: a path, function or class alone, and the learning rate of an adapter."""
 
 from __future__ import annotations
 
+import inspect
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers.cli import in_folder, remax_parser
+from helpers.cli import in_folder, misread, remax_parser
 
 from remax_lightning import ReMaxModule, RewardModelModule, SFTModule
-from remax_lightning.cli_shorthand import default_rate
+from remax_lightning.cli_shorthand import default_rate, our_classes
 from remax_lightning.models import LoRAConfig, ModelConfig
 
 FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
 SHORT = {"model": {"policy": "owner/name", "reward": FUNCTION}, "data": {"path": "rows.jsonl"}}
 
 
-def parsed(folder: Path, config: dict[str, Any], *options: str) -> Any:
-    """The module's arguments that the command reads from a configuration and options."""
+def parsed_run(folder: Path, config: dict[str, Any], *options: str) -> Any:
+    """What the command reads from a configuration and options."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     with in_folder(folder):
-        return remax_parser().parse_args(["fit", "--config", str(path), *options]).fit.model.init_args
+        return remax_parser().parse_args(["fit", "--config", str(path), *options]).fit
+
+
+def parsed(folder: Path, config: dict[str, Any], *options: str) -> Any:
+    """The module's arguments in it."""
+    return parsed_run(folder, config, *options).model.init_args
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -122,3 +130,87 @@ def test_python_and_the_command_line_start_with_one_rate(kind: Any, lora: Any) -
     [group] = module.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
     config = {"model": {"class_path": kind.__name__, "init_args": {name: {"path": "owner/name", "lora": lora}}}}
     assert default_rate([config]) == pytest.approx(group["lr"])
+
+
+# Names of our classes
+
+
+def test_every_class_that_a_configuration_may_name_is_known_by_its_name() -> None:
+    names = our_classes()
+    assert set(names) >= {
+        *("ReMaxModule", "SFTDataModule", "HTTPReward", "PairedEngine", "HuggingFaceEngine", "WarmupCosine"),
+        *("ReMaxDeepSpeedStrategy", "ReMaxFSDP2Strategy", "TrackioLogger", "CollapseDetector", "RunProgress"),
+    }
+    assert not set(names) & {"Reward", "RolloutEngine", "KLConfig", "Scores", "ModelConfig"}
+    for name, path in names.items():
+        module, _, attribute = path.rpartition(".")
+        assert attribute == name
+        assert inspect.isclass(getattr(import_module(module), name))
+
+
+@pytest.mark.parametrize("form", ["name", "class_path", "full path"])
+@pytest.mark.parametrize("where", ["file", "option"])
+def test_an_engine_and_a_strategy_are_taken_by_name(form: str, where: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"rollout": "HuggingFaceEngine", "strategy": "ReMaxFSDP2Strategy"}
+    if form == "full path":
+        values = {key: our_classes()[name] for key, name in values.items()}
+    if form != "name":
+        values = {key: {"class_path": name} for key, name in values.items()}
+    config, options = SHORT | {"trainer": {}}, []
+    if where == "file":
+        config = config | {"model": SHORT["model"] | {"rollout": values["rollout"]}}
+        config["trainer"] = {"strategy": values["strategy"]}
+    else:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        options = ["--model.rollout", texts["rollout"], f"--trainer.strategy={texts['strategy']}"]
+    run = parsed_run(tmp_path, config, *options)
+    assert run.model.init_args.rollout.class_path.endswith(".HuggingFaceEngine")
+    assert run.trainer.strategy.class_path == "remax_lightning.strategies.ReMaxFSDP2Strategy"
+
+
+def test_names_stand_in_lists_and_groups_too(tmp_path: Path) -> None:
+    long = {"class_path": "FunctionReward", "init_args": {"function": FUNCTION}}
+    reward = {"class_path": "WeightedReward", "init_args": {"parts": {"long": long}}}
+    config = SHORT | {
+        "model": SHORT["model"]
+        | {"reward": reward, "lr_scheduler": {"class_path": "WarmupLinear", "init_args": {"warmup_steps": 3}}},
+        "trainer": {"callbacks": ["KLMonitor", {"class_path": "SampleDump", "init_args": {"num_samples": 1}}]},
+    }
+    run = parsed_run(tmp_path, config)
+    assert [callback.class_path.rpartition(".")[2] for callback in run.trainer.callbacks] == ["KLMonitor", "SampleDump"]
+    assert run.model.init_args.lr_scheduler.class_path.endswith(".WarmupLinear")
+    assert run.model.init_args.reward.init_args.parts["long"].class_path.endswith(".FunctionReward")
+
+
+def test_text_that_happens_to_be_the_name_of_a_class_stays_text(tmp_path: Path) -> None:
+    data = {"path": "Throughput", "prompt_column": "PairedEngine"}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": "Evaluation"},
+    }
+    run = parsed_run(tmp_path, SHORT | {"data": data, "trainer": {"logger": logger}})
+    assert (run.data.init_args.path, run.data.init_args.prompt_column) == ("Throughput", "PairedEngine")
+    assert run.trainer.logger.init_args.name == "Evaluation"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"model": {"rollout": "PairdEngine"}},
+            "model.rollout: there is no class 'PairdEngine'; did you mean PairedEngine?",
+        ),
+        ({"model": {"rollout": {"class_path": "PairdEngine"}}}, "did you mean PairedEngine?"),
+        ({"model": {"reward": {"class_path": "HTPReward"}}}, "did you mean HTTPReward?"),
+        ({"trainer": {"strategy": "ReMaxDeepSpedStrategy"}}, "did you mean ReMaxDeepSpeedStrategy?"),
+        ({"trainer": {"strategy": "dpp"}}, "trainer.strategy: there is no strategy 'dpp'; did you mean ddp?"),
+        ({"trainer": {"callbacks": ["KLMonitr"]}}, "did you mean KLMonitor?"),
+        ({"trainer": {"callbacks": [{"class_path": "KLMonitr"}]}}, "did you mean KLMonitor?"),
+        ({"model": {"lr_scheduler": {"class_path": "WarmupCosin"}}}, "did you mean WarmupCosine?"),
+    ],
+)
+def test_a_name_that_is_none_of_ours_is_told_with_the_nearest(
+    change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {key: {**SHORT.get(key, {}), **change.get(key, {})} for key in {*SHORT, *change}}
+    assert said in misread(config, tmp_path, capsys)

@@ -170,8 +170,12 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["data.batch_size must be at least 1", "samples.num_samples must be", "model.kl_coeff: there is no such key"],
     ),
     "the trainer and the module": (
+        {"trainer__accelerator": "gppu", "model__stall_timeout": -1},
+        ["trainer: You selected an invalid accelerator name: `accelerator='gppu'`", "model.stall_timeout: expected"],
+    ),
+    "the strategy and the module": (
         {"trainer__strategy": "ddpp", "model__stall_timeout": -1},
-        ["trainer: You selected an invalid strategy name: `strategy='ddpp'`", "model.stall_timeout: expected seconds"],
+        ["trainer.strategy: there is no strategy 'ddpp'; did you mean ddp?", "model.stall_timeout: expected seconds"],
     ),
     "a reward and the data": (
         {"model__reward__init_args__function": "json.nothing", "data__max_prompt_length": 0},
