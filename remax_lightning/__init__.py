@@ -17,6 +17,7 @@ _PUBLIC = {
         "KLMonitor",
         "LMEval",
         "PredictionWriter",
+        "RunProgress",
         "SampleDump",
         "TensorBoardReport",
         "Throughput",

@@ -15,13 +15,14 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, launcher, loggers, modules, rewards, rollout, strategies
 from remax_lightning.cli_errors import user_error_message
-from remax_lightning.cli_exit import stage
+from remax_lightning.cli_exit import current_rank, stage
 from remax_lightning.cli_help import RUNS
 from remax_lightning.cli_parser import RemaxParser
 from remax_lightning.disk import silence_tensorboard_thread
@@ -42,6 +43,7 @@ CALLBACKS = {
     "predictions": callbacks.PredictionWriter,
     "evaluation": callbacks.Evaluation,
     "lm_eval": callbacks.LMEval,
+    "progress": callbacks.RunProgress,
 }
 """The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
@@ -63,6 +65,23 @@ def computes_in_bfloat16(accelerator: Any) -> bool:
     if accelerator not in (None, "auto", "gpu", "cuda") or not torch.cuda.is_available():
         return False
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def progress_bar_options(options: Any) -> dict[str, Any]:
+    """Return the options of the trainer that choose its bar; none where the configuration chooses.
+
+    On a terminal it is tqdm's, which leaves room for the bars of rollouts; Lightning would take rich's where rich is
+    installed. A log file has no use for a bar: `RunProgress` prints lines there.
+
+    Args:
+        options: `trainer` of the configuration, its callbacks made.
+    """
+    given = options.get("callbacks") or []
+    given = list(given) if isinstance(given, list | tuple) else [given]
+    has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+    if has_bar or options.get("barebones") or options.get("enable_progress_bar") is not None:
+        return {}
+    return {"callbacks": [*given, TQDMProgressBar()]} if sys.stdout.isatty() else {"enable_progress_bar": False}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -108,7 +127,7 @@ class RemaxCLI(LightningCLI):
             # Half of the memory of activations, and twice the speed or more; weights and optimizer stay in float32.
             kwargs = {"precision": "bf16-mixed"} | kwargs
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**progress_bar_options(options) | kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error
         stage.trainer = trainer
@@ -276,7 +295,8 @@ def silence_library_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name, text in (("lightning.pytorch.utilities.rank_zero", "Tip:"), ("DeepSpeed", "Setting accelerator to CPU")):
         logging.getLogger(name).addFilter(partial(_does_not_mention, text))
-    disable_progress_bar()
+    if not sys.stderr.isatty() or current_rank():
+        disable_progress_bar()  # of loading models and downloads: one process shows them, and no log file
 
 
 def _does_not_mention(text: str, record: logging.LogRecord) -> bool:

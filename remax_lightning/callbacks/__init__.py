@@ -11,6 +11,7 @@ from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.lm_eval import LMEval
 from remax_lightning.callbacks.prediction_writer import PredictionWriter
+from remax_lightning.callbacks.run_progress import RunProgress
 from remax_lightning.callbacks.sample_dump import SampleDump
 from remax_lightning.callbacks.step_output import rollout_output
 from remax_lightning.callbacks.tensorboard import TensorBoardReport
@@ -21,8 +22,8 @@ def default_callbacks() -> list[Callback]:
     """Return what the command line adds to every run, for a `Trainer` of your own.
 
     Samples, figures of KL, baseline and throughput, guards against collapse, the exported policy, the table of an
-    evaluation and TensorBoard's charts, each with its defaults. To change one, leave it out and add your own. `LMEval`,
-    which needs tasks, is not among them.
+    evaluation, TensorBoard's charts and the progress, each with its defaults. To change one, leave it out and add your
+    own. `LMEval`, which needs tasks, is not among them.
     """
     return [
         KLMonitor(),
@@ -34,6 +35,7 @@ def default_callbacks() -> list[Callback]:
         TensorBoardReport(),
         PredictionWriter(),
         Evaluation(),
+        RunProgress(),
     ]
 
 
@@ -45,6 +47,7 @@ __all__ = [
     "KLMonitor",
     "LMEval",
     "PredictionWriter",
+    "RunProgress",
     "SampleDump",
     "TensorBoardReport",
     "Throughput",

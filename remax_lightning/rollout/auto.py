@@ -91,7 +91,8 @@ class _Choose:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         request, sampling = self.request, self.request.sampling
         # By the position of the next token, from 0.
-        may_end = input_ids.shape[1] - request.prompt_ids.shape[1] >= sampling.min_response_length
+        position = input_ids.shape[1] - request.prompt_ids.shape[1]
+        may_end = position >= sampling.min_response_length
         if len(self.suppressed[may_end]):
             scores = scores.index_fill(1, self.suppressed[may_end], -torch.inf)
         if scores.device.type != "cpu":  # where `next_tokens` checks; `generate` waits at each token anyway
@@ -100,6 +101,8 @@ class _Choose:
         if request.return_log_probs:
             sampled = slice(0, request.num_sampled)
             self.log_probs.append(gather_log_probs(scores[sampled], tokens[sampled], sampling))
+        if request.progress is not None:
+            request.progress(position)
         # Only the chosen token stays finite, so that greedy decoding, all that `generate` does here, takes it.
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 

@@ -38,6 +38,8 @@ class GenerationRequest:
             says the training pass uses.
         stop_check: ends a response in addition to `eos_ids`; None without stop strings.
         unused_ids: ids without a token in the tokenizer, which must be drawn neither at random nor greedily.
+        progress: called now and then with the number of tokens that the longest response has, for a bar; None where
+            nobody watches.
     """
 
     prompt_ids: Tensor
@@ -50,6 +52,7 @@ class GenerationRequest:
     return_log_probs: bool = False
     stop_check: StopCheck | None = None
     unused_ids: tuple[int, ...] = ()
+    progress: Callable[[int], None] | None = None
 
     @property
     def suppressed(self) -> SuppressedTokens:

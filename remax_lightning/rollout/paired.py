@@ -124,6 +124,8 @@ class DecodeLoop:
                 break
             if not self._rows_are_left(step):
                 break
+            if request.progress is not None and (step + 1) % EOS_CHECK_INTERVAL == 0:
+                request.progress(step + 1)  # on CUDA, the host has just waited for the device
             # ---- Logits of the next position [M, V] ----
             self.decode_step(step, self.tokens)
         return output

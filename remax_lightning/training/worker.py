@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -115,6 +115,8 @@ class RolloutWorker:
     hidden: frozenset[int]
     """Token ids that are left out of the text of a response."""
     stop_check: StopCheck | None
+    progress_bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None
+    """Shows a bar for so many tokens, and returns what tells it their number so far; None shows none."""
 
     def __init__(
         self,
@@ -233,7 +235,10 @@ class RolloutWorker:
         # An engine in other processes gathers the weights itself, to send them.
         is_remote = getattr(self.engine, "gathers_parameters", False)
         gathering = nullcontext() if is_remote else rollout_parameters(model)
-        with measure, torch.no_grad(), eval_mode(model), gathering:
+        bar = nullcontext() if self.progress_bar is None else self.progress_bar(sampling.max_response_length)
+        with measure, torch.no_grad(), eval_mode(model), gathering, bar as progress:
+            if progress is not None:
+                request = replace(request, progress=progress)
             if self._chosen_engine is None:
                 # Once: the choice of `AutoEngine` runs the model, whose parameters are gathered here.
                 is_auto = type(self.engine) is AutoEngine

@@ -72,6 +72,17 @@ def test_greedy_rows_are_those_of_generate(model: Any, engine: Any) -> None:
     assert (greedy[:, expected.shape[1] :] == PAD).all()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_is_told_of_and_changes_nothing(engine: Any) -> None:
+    model, told = tiny_model("llama"), []
+    watched = run(engine, model, [3, 7], max_response_length=40, eos=0, asked={"progress": told.append})
+    alone = run(engine, model, [3, 7], max_response_length=40, eos=0)
+    assert torch.equal(watched.sampled_ids, alone.sampled_ids)
+    assert told == sorted(set(told))
+    assert set(told) >= {16, 32}
+    assert max(told) < 40
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("samples", "greedy"), [(1, False), (2, True)])
 @pytest.mark.parametrize("engine", ENGINES)
