@@ -7,6 +7,7 @@ that a page links to is a page of its own, so that a link never leaves the site 
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -49,11 +50,12 @@ LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 def site_path(path: str) -> str:
     """Return where the site has a file or a folder of the repository."""
-    # "docs/data.md" -> "data.md", "configs/base.yaml" -> "source/configs/base.yaml.md"
+    # "docs/data.md" -> "data.md", "docs/tutorials/a.ipynb" -> "tutorials/a.md", "configs/base.yaml" ->
+    # "source/configs/base.yaml.md"
     if path in PAGES:
         return PAGES[path]
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
     return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
 
 
@@ -118,6 +120,19 @@ def source_page(path: str) -> str:
     return f"{head}{fence}{LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n{fence}\n"
 
 
+def notebook_pages() -> Iterator[tuple[str, str]]:
+    """Yield path in the repository and text of every tutorial: its texts, and its code in blocks."""
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        parts = []
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        name = path.relative_to(ROOT).as_posix()
+        title, _, rest = parts[0].partition("\n")
+        parts[0] = f"{title}\n\n*This page is the notebook `{name}`.*\n{rest}"
+        yield name, "\n\n".join(parts) + "\n"
+
+
 def reference_pages() -> Iterator[tuple[str, str]]:
     """Yield path and text of the pages of the API reference; mkdocstrings fills them from docstrings."""
     rows = ["# API reference\n\n| package | content |\n|---|---|\n"]
@@ -141,6 +156,9 @@ def on_files(files: Any, config: Any) -> Any:
     pages = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
     for path, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    for notebook, text in notebook_pages():
+        pages.append(notebook)
+        files.append(File.generated(config, site_path(notebook), content=text))
     for page, text in reference_pages():
         files.append(File.generated(config, page, content=text))
     for path in linked_files(pages):

@@ -54,6 +54,19 @@ def test_links_lead_to_pages_of_the_site(hooks: ModuleType) -> None:
     assert hooks.convert_links("[a](docs/data.md)", "CONTRIBUTING.md") == "[a](../data.md)"
 
 
+def test_tutorials_are_pages_with_their_code(hooks: ModuleType) -> None:
+    pages = dict(hooks.notebook_pages())
+    text = pages["docs/tutorials/own_reward.ipynb"]
+    assert text.startswith(
+        "# A reward of your own\n\n*This page is the notebook `docs/tutorials/own_reward.ipynb`.*\n\n"
+    )
+    assert "```python\ndef sevens(prompts, responses, rows):\n" in text
+    link = hooks.convert_links("[a](own_reward.ipynb) [b](../../README.md#presets)", "docs/tutorials/from_trl.ipynb")
+    assert link == "[a](own_reward.md) [b](../index.md#presets)"
+    shown = (ROOT / "mkdocs.yml").read_text()
+    assert [page for page in pages if f": {hooks.site_path(page)}\n" not in shown] == []
+
+
 def test_linked_folders_have_pages_for_their_files(hooks: ModuleType) -> None:
     linked = hooks.linked_files(["docs/scaling.md"])
     assert {"configs/strategies", "configs/strategies/zero3.yaml"} <= set(linked)

@@ -1,0 +1,28 @@
+"""The tutorials, run from their first cell to their last in a kernel of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.ipynb"))
+LONGEST = 40
+"""Seconds of one tutorial that its readers wait on two cores."""
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_tutorial_runs(path: Path, tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    # A cell that raises is an error here, with its traceback; the timeout is of one cell, on a machine that is busy.
+    nbclient.NotebookClient(
+        notebook, timeout=4 * LONGEST, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Traceback" not in text
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    assert list(tmp_path.iterdir()) == []  # a reader's folder stays as it was
