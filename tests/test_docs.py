@@ -127,7 +127,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_fails_the_site(link: str, tmp_path: Path) -> None:
     for name in ("docs", "configs", "benchmarks", "examples", "remax_lightning"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for page in (*ROOT.glob("*.md"), ROOT / "LICENSE"):
+    for page in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "Dockerfile"):
         shutil.copy(page, tmp_path)
     # without the API reference, which takes most of the time
     config = (ROOT / "mkdocs.yml").read_text().partition("\nplugins:")[0] + "\nplugins: []\n"
