@@ -5,7 +5,7 @@ One prefill, then all rows of a rollout token by token, in buffers that stay in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
 from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
-from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
+from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears, fused_norms
 from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
 from remax_lightning.sharding import is_sharded, language_model
 
@@ -242,6 +242,12 @@ class PairedEngine:
         self._step_cache = StepCache() if cuda_graphs else None
         self._buffers: DecodeBuffers | None = None
         self._casts: list[CastLinear] = []
+        self._fusible: dict[Hashable, bool] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """The CUDA graphs that the next rollout can replay."""
+        return 0 if self._step_cache is None else len(self._step_cache)
 
     @torch.inference_mode(False)  # training cannot write into buffers that a validation allocated in inference mode
     @torch.no_grad()
@@ -256,7 +262,8 @@ class PairedEngine:
         casting: AbstractContextManager[list[CastLinear]] = nullcontext([])
         if torch.is_autocast_enabled(device):
             casting = cast_linears(model, self._casts)
-        with casting as casts:
+        fusing = fused_norms(model, self._fusible) if device == "cuda" else nullcontext()
+        with fusing, casting as casts:
             if step_cache is not None:
                 step_cache.begin(model)
                 if casts != self._casts:

@@ -1,4 +1,4 @@
-"""Linear layers cast beforehand compute what autocast does, from the current weights, and leave nothing behind."""
+"""What replaces layers in a rollout, casts and fused norms, computes the same and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from fake_cuda import FakeCuda
+from rollout.families import FAMILIES, family_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
+from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears, fused_norms
 
 
 @pytest.fixture
@@ -163,3 +165,53 @@ def test_the_engine_takes_the_casts_in_mixed_precision_alone(mixed: bool, monkey
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         PairedEngine().generate(tiny_model(), request)
     assert (calls > 0) == mixed
+
+
+# Norms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_computes_the_same_with_fused_norms(dtype: torch.dtype) -> None:
+    """Llama's norms are torch's, Gemma's scale by 1 + weight; every family is looked at for itself."""
+    ids, fused = torch.arange(5, 17)[None], {}
+    for family in FAMILIES:
+        model = family_model(family, dtype)
+        with torch.no_grad():
+            plain = model(ids).logits.float()
+            with fused_norms(model, {}) as number:
+                got = model(ids).logits.float()
+            assert not any("forward" in vars(module) for module in model.modules())
+            assert torch.equal(model(ids).logits.float(), plain)
+        fused[family.name] = number
+        close = 1e-5 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(got, plain, rtol=close, atol=close * float(plain.abs().max()), msg=family.name)
+    assert fused["Llama"] == fused["Qwen2"] == 5  # two of each of two layers, and the last one
+    assert {fused["OPT"], *(number for name, number in fused.items() if "Gemma" in name)} == {0}
+
+
+def test_weights_far_from_one_are_told_apart() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.5)
+    norm = model.model.norm
+    kind = type(norm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight))
+        with fused_norms(model, {}) as number:
+            assert number == 0
+
+
+def test_rollouts_on_cuda_fuse_norms(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = [], torch.nn.functional.rms_norm
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", counted)
+    ids = torch.tensor([[5, 6, 7]], device="cuda")
+    mask, generator = torch.ones_like(ids, dtype=torch.bool), torch.Generator("cuda").manual_seed(0)
+    request = GenerationRequest(ids, mask, SamplingConfig(max_response_length=3), [], 3, generator)
+    PairedEngine(cuda_graphs=False).generate(tiny_model().to("cuda"), request)
+    assert len(calls) > 5 * 3  # of the prompt, and of two tokens

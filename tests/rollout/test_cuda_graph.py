@@ -14,6 +14,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.models.forward import choose_attention_kernels
 from remax_lightning.rollout import (
     AutoEngine,
     GenerationRequest,
@@ -377,9 +378,41 @@ def test_on_a_cpu_every_step_runs_itself() -> None:
 
 # On a real device
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@NEEDS_CUDA
+def test_a_checkpointed_policy_is_captured(policy_path: Path) -> None:
+    model, engine = as_trained(policy_path, "checkpointing"), PairedEngine()
+    for _ in range(2):
+        assert equal(roll_out(engine, model), roll_out(PairedEngine(cuda_graphs=False), model))
+    assert engine.num_graphs == 3
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("length", [320, 512])
+def test_gradients_of_padded_rows_are_finite_with_the_kernels_of_a_run(length: int) -> None:
+    """cuDNN's are not where the length modulo 128 is 64 (pytorch#196678)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=96)).to("cuda", torch.bfloat16)
+    ids = torch.randint(5, 60, (4, length), device="cuda")
+    mask = torch.arange(length, device="cuda") >= torch.tensor([[0], [7], [100], [250]], device="cuda")
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        choose_attention_kernels(torch.device("cuda"), cudnn=False)
+        model(ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss.backward()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+    assert all(bool(weight.grad.isfinite().all()) for weight in model.parameters())
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep_cache", [True, False])
 def test_cuda_graphs_write_what_the_model_writes(dtype: torch.dtype, keep_cache: bool) -> None:
