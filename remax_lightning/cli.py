@@ -12,7 +12,7 @@ from importlib import import_module
 
 from remax_lightning import launcher
 from remax_lightning.cli_errors import foreign_exit_message
-from remax_lightning.cli_exit import INTERRUPTED, End, current_rank, describe_end, stage
+from remax_lightning.cli_exit import INTERRUPTED, End, current_rank, describe_end, exits_raise, stage
 from remax_lightning.cli_help import RUNS, TOOLS, explain_subcommand, help_text, run_help
 from remax_lightning.errors import TERMINATED, RankError, RankUserError, UserError, loaded_class, printable
 from remax_lightning.version import __version__
@@ -33,7 +33,8 @@ def main() -> None:
         launcher.mark_launcher()
     stage.name, stage.trainer = sys.argv[1] if sys.argv[1:2] else "remax", None
     try:
-        _run_subcommand(sys.argv[1:])
+        with exits_raise():
+            _run_subcommand(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BaseException as error:  # also what code of a user's own raises as no Exception

@@ -161,16 +161,20 @@ def foreign_exit_message(end: SystemExit) -> str | None:
     """
     if isinstance(end, SignalExit):
         return None
-    # The innermost frame is the caller's; exit() and quit() of the interpreter are functions of a file, too.
-    frames = traceback.extract_tb(end.__traceback__)
+    # The innermost frame is the caller's; exit() and quit() of the interpreter are functions of a file, too, and so is
+    # what stands for os._exit.
+    frames = list(traceback.extract_tb(end.__traceback__))
+    leaves_hard = frames[-1].name == "raise_or_leave"
+    frames = frames[:-1] if leaves_hard else frames
     caller = next(frame for frame in reversed(frames) if "_sitebuiltins" not in frame.filename)
     specs = map(find_spec, ("remax_lightning", "lightning", "jsonargparse"))
     own = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin]
     file = Path(caller.filename)
     if file == Path(argparse.__file__) or any(file.is_relative_to(folder) for folder in own):
         return None
+    call = "os._exit()" if leaves_hard else "sys.exit()"
     return (
-        f"{caller.filename}, line {caller.lineno}, in {caller.name}: sys.exit() ended the run (exit code {end.code});"
+        f"{caller.filename}, line {caller.lineno}, in {caller.name}: {call} ended the run (exit code {end.code});"
         " raise an exception there that says what is wrong, or set trainer.should_stop to end a run early"
     )
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import sysconfig
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from remax_lightning.cli_errors import shorten_message, user_error_message
 from remax_lightning.disk import DISK_ERRORS, free_space
@@ -58,8 +60,35 @@ _TRANSLATIONS = (
         re.compile(r"requested to check \S+ of the `(\w+)_dataloader` but"),
         "trainer.limit_{0}_batches leaves less than one batch of the data; raise it, or set it to 0 for none",
     ),
+    (
+        re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal: [^.]+)"),
+        "data: a worker of the data loader {0}: code of a dataset called sys.exit() or os._exit(), or memory ran out;"
+        " set num_workers to 0 to see where, or to fewer",
+    ),
 )  # fmt: skip
 """What libraries say of a key of the configuration, and how it reads with the key's name."""
+
+
+@contextmanager
+def exits_raise() -> Iterator[None]:
+    """Let `os._exit` in code of a user's own raise `SystemExit` inside, which is told as such.
+
+    It would end the command without a word, and with code 0 as a success. Other processes, such as workers of a data
+    loader, and other threads, such as a user's watchdog, are left to it.
+    """
+    leave, process = os._exit, os.getpid()
+
+    def raise_or_leave(status: int) -> NoReturn:
+        is_main = os.getpid() == process and threading.current_thread() is threading.main_thread()
+        if is_main and side(sys._getframe(1).f_code.co_filename) == "user":
+            raise SystemExit(status)
+        leave(status)
+
+    os._exit = raise_or_leave
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 @dataclass

@@ -645,7 +645,53 @@ EXITS = {
     "in a callback": "class Stops(Callback):\n    def on_fit_start(self, *_):\n        sys.exit({code})\n",
     "in a constructor": "class Stops(Callback):\n    def __init__(self):\n        exit({code})\n",
     "on import": "sys.exit({code})\nclass Stops(Callback): pass\n",
+    "at once": "from os import _exit\nclass Stops(Callback):\n    def on_fit_start(self, *_):\n        _exit({code})\n",
 }
+
+
+DATA = """
+import os, sys
+from my_data import SquarePrompts
+from torch.utils.data import DataLoader
+
+class Rows(list):
+    def __getitem__(self, index):
+        {row}
+        return super().__getitem__(index)
+
+class Mine(SquarePrompts):
+    def setup(self, stage):
+        {setup}
+
+    def train_dataloader(self):
+        return DataLoader(Rows(self.rows), self.batch_size, collate_fn=self.collate, num_workers={workers})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "workers", "body", "expected"), [
+    ("setup", 0, "sys.exit(0)", "my_exiting_data.py, line 13, in setup: sys.exit() ended the run (exit code 0)"),
+    ("row", 0, "sys.exit(3)", "my_exiting_data.py, line 8, in __getitem__: sys.exit() ended the run (exit code 3)"),
+    ("setup", 0, "os._exit(0)", "my_exiting_data.py, line 13, in setup: os._exit() ended the run (exit code 0)"),
+    ("row", 0, "os._exit(0)", "my_exiting_data.py, line 8, in __getitem__: os._exit() ended the run (exit code 0)"),
+    ("row", 1, "sys.exit(0)", "data: a worker of the data loader exited unexpectedly: code of a dataset called"),
+    ("row", 1, "os._exit(0)", "data: a worker of the data loader exited unexpectedly: code of a dataset called"),
+    ("row", 1, "raise KeyboardInterrupt", "data: a worker of the data loader exited unexpectedly: code of a dataset"),
+])  # fmt: skip
+def test_an_exit_in_data_of_the_users_is_no_success(
+    place: str, workers: int, body: str, expected: str, config: Config, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    bodies = {"setup": "pass", "row": "pass", place: body}
+    (tmp_path / "my_exiting_data.py").write_text(DATA.format(workers=workers, **bodies))
+    sys.modules.pop("my_exiting_data", None)
+    policy = config["model"]["policy"]["path"]
+    values = config | {"data": {"class_path": "my_exiting_data.Mine", "init_args": {"tokenizer": policy}}}
+    with in_folder(tmp_path, plugins=True):
+        outcome = remax(capsys, "fit", "--config", write_config(tmp_path / "run.yaml", values))
+    assert outcome.code == 2
+    assert is_one_message(outcome)
+    assert expected in message(outcome)
 
 
 @pytest.mark.slow
@@ -660,7 +706,8 @@ def test_sys_exit_in_a_users_code_is_no_success(
     values = changed(config, trainer__callbacks=[{"class_path": "my_exits.Stops"}])
     said = message(refused(values, tmp_path, capsys))
     assert "my_exits.py, line " in said
-    assert f"sys.exit() ended the run (exit code {code})" in said
+    function = "os._exit()" if place == "at once" else "sys.exit()"
+    assert f"{function} ended the run (exit code {code})" in said
 
 
 def test_a_ring_of_exceptions_ends() -> None:
