@@ -1,8 +1,9 @@
 """What a configuration may leave out: names that stand for a group, and defaults that depend on another key.
 
 `model.policy: Qwen/Qwen2.5-0.5B-Instruct` stands for its `path`, `model.reward: my_rewards.politeness` for a
-`FunctionReward`, and `model.rollout: PairedEngine` for the class of this package. All are written out before
-jsonargparse sees the configuration, so that types, messages and the saved `config.yaml` know one form only.
+`FunctionReward`, a list of rewards for a `WeightedReward`, and `model.rollout: PairedEngine` for the class of this
+package. All are written out before jsonargparse sees the configuration, so that types, messages and the saved
+`config.yaml` know one form only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
+
+from remax_lightning.errors import UserError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _MODELS = ("policy", "reference", "reward_model")
@@ -83,8 +86,44 @@ def _write_out_model(arguments: dict[str, Any]) -> None:
     for name in _MODELS:
         if isinstance(arguments.get(name), str):
             arguments[name] = {"path": arguments[name]}
-    if is_function(reward := arguments.get("reward")):
-        arguments["reward"] = {"class_path": "FunctionReward", "init_args": {"function": reward}}
+    if "reward" in arguments:
+        arguments["reward"] = _write_out_reward(arguments["reward"], "model.reward")
+
+
+def _write_out_reward(reward: Any, key: str) -> Any:
+    """Return a reward with its functions and lists written out as classes, those of its parts too.
+
+    Raises:
+        UserError: if an argument stands beside the class, where it would not be read.
+    """
+    # "my_rewards.politeness", or a list of these and of classes, whose sum counts
+    if is_function(reward):
+        return {"class_path": "FunctionReward", "init_args": {"function": reward}}
+    if isinstance(reward, list) and reward:
+        parts: dict[str, Any] = {}
+        for number, item in enumerate(reward):
+            source = item.get("class_path") if isinstance(item, dict) else item
+            name = str(source).rpartition(".")[2]
+            parts[name if name not in parts else f"{name}_{number}"] = item
+        reward = {"class_path": "WeightedReward", "init_args": {"parts": parts}}
+    if not isinstance(reward, dict) or "class_path" not in reward:
+        return reward
+    for name in reward:
+        if name not in ("class_path", "init_args", "dict_kwargs"):
+            raise UserError(f"{key}.{name}: arguments of a class stand under init_args; write {key}.init_args.{name}")
+    # ---- Rewards among the arguments: the parts of a sum, and what has a deadline ----
+    arguments = reward.get("init_args")
+    if isinstance(arguments, dict):
+        arguments = dict(arguments)
+        if isinstance(arguments.get("parts"), dict):
+            parts = arguments["parts"]
+            arguments["parts"] = {
+                name: _write_out_reward(part, f"{key}.init_args.parts.{name}") for name, part in parts.items()
+            }
+        if "reward" in arguments:
+            arguments["reward"] = _write_out_reward(arguments["reward"], f"{key}.init_args.reward")
+        reward = {**reward, "init_args": arguments}
+    return reward
 
 
 def write_out_option(name: str, value: str | None) -> list[str] | None:

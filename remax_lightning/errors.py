@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
 
@@ -35,6 +37,57 @@ class DataError(UserError):
 
 class RewardError(UserError):
     """A reward failed or returned something that must not be trained on; the message shows the prompt."""
+
+
+class ArgumentTypeError(UserError, TypeError):
+    """An argument of another type than its annotation says; from Python it is a TypeError."""
+
+
+def check_types(function: Callable[..., Any], values: Mapping[str, Any], key: str = "") -> None:
+    """Refuse arguments of other types than a function's annotations, which only a configuration has checked before.
+
+    Args:
+        function: with annotations.
+        values: arguments by name, as `locals()` at the function's beginning has them; other names are not looked at.
+        key: where they stand in a configuration, for the message.
+
+    Raises:
+        ArgumentTypeError: naming the argument, the type that is expected, and the value.
+    """
+    for name, hint in get_type_hints(function).items():
+        if name in values and not _is_of_type(values[name], hint):
+            value = values[name]
+            shown = "None" if value is None else f"{type(value).__name__} {value!r:.60}"
+            raise ArgumentTypeError(f"{key and f'{key}.'}{name} must be {_type_in_words(hint)}, got {shown}")
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_is_of_type(value, option) for option in inner)
+    if origin is Literal:  # which words there are is checked where they are known
+        return isinstance(value, tuple(type(option) for option in inner))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if origin in (list, tuple, dict):
+        kinds = (list, tuple) if origin is tuple else origin
+        values = value.values() if isinstance(value, dict) else value
+        item = inner[-1] if inner and inner[-1] is not Ellipsis else next(iter(inner), Any)
+        return isinstance(value, kinds) and all(_is_of_type(entry, item) for entry in values)
+    return value is None if hint is NoneType else not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _type_in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_type_in_words(option) for option in get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
+    if hint in words:
+        return words[hint]
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:

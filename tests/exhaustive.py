@@ -40,7 +40,7 @@ EXHAUSTIVE = (
     ("callbacks/test_export_policy.py", r"transformers_alone.*\[False\]"),
     ("test_cli_help.py", r"script_for_bash"),
     ("test_cli.py", r"exported_policy_needs_transformers_alone"),
-    ("rewards/test_timed.py", r"score_on_the_last_token"),
+    ("rewards/test_timed.py", r"on_the_last_token|check_of_prompts|too_long_is_found|check_of_rows.*\[(?!loop)"),
     ("test_bad_input.py", r"command_itself_ends_with_code_2"),
     # Training to an end: the first task stays, and three stages of two steps each.
     ("modules/test_learning.py", r"in_other_variants"),

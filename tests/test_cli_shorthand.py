@@ -15,6 +15,7 @@ from helpers.cli import in_folder, misread, remax_parser
 
 from remax_lightning import ReMaxModule, RewardModelModule, SFTModule, rollout
 from remax_lightning.cli_shorthand import default_rate, our_classes
+from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 
 FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
@@ -44,6 +45,28 @@ def test_a_path_and_a_function_stand_for_their_groups(nested: bool, tmp_path: Pa
     assert module.policy.gradient_checkpointing is False
     assert module.reward.class_path.endswith("FunctionReward")
     assert module.reward.init_args.function == FUNCTION
+
+
+def test_lists_and_parts_of_rewards_may_be_functions(tmp_path: Path) -> None:
+    judge = {"class_path": "JudgeReward", "init_args": {"url": "http://host/v1", "model": "m"}}
+    reward = parsed(tmp_path, SHORT | {"model": SHORT["model"] | {"reward": [FUNCTION, judge, FUNCTION]}}).reward
+    assert reward.class_path.endswith("WeightedReward")
+    assert list(reward.init_args.parts) == ["exact_match", "JudgeReward", "exact_match_2"]
+    assert reward.init_args.parts["exact_match_2"].init_args.function == FUNCTION
+    timed = {"class_path": "TimedReward", "init_args": {"reward": FUNCTION}}
+    weighted = {"class_path": "WeightedReward", "init_args": {"parts": {"a": timed}}}
+    reward = parsed(tmp_path, SHORT | {"model": SHORT["model"] | {"reward": weighted}}).reward
+    assert reward.init_args.parts["a"].init_args.reward.init_args.function == FUNCTION
+
+
+def test_arguments_beside_a_class_are_named(tmp_path: Path) -> None:
+    part = {"class_path": "FunctionReward", "function": FUNCTION}
+    weighted = {"class_path": "WeightedReward", "init_args": {"parts": {"a": part}}}
+    with pytest.raises(UserError) as caught:
+        parsed(tmp_path, SHORT | {"model": SHORT["model"] | {"reward": weighted}})
+    key = "model.reward.init_args.parts.a"
+    expected = f"{key}.function: arguments of a class stand under init_args; write {key}.init_args.function"
+    assert str(caught.value) == expected
 
 
 def test_options_of_the_command_do_too_and_come_later(tmp_path: Path) -> None:

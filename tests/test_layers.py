@@ -55,7 +55,7 @@ ALLOWED = {
     "tasks": ANYTHING,
     "yaml_files": set(),
     "cli_errors": {"cli_shorthand", "errors"},
-    "cli_shorthand": set(),
+    "cli_shorthand": {"errors"},
     "shipped_configs": {"errors"},
     "cli_parser": {"errors", "cli_errors", "cli_checks", "cli_shorthand", "shipped_configs", "yaml_files"},
     "cli_checks": {"cli_errors", "errors"},

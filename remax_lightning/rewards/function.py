@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import RewardError, SignalExit, UserError, check_types
 from remax_lightning.rewards.base import Reward, Scores, shorten, wait_for
 from remax_lightning.rewards.timed import TimedReward
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 else:  # a configuration holds the dotted path; the command line reads the annotation
     FunctionSource = str
 """A function as `FunctionReward` takes it."""
+
+
+def _no_function(kind: type) -> UserError:
+    """Return the error about a class that is given as a function."""
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    advice = "" if issubclass(kind, Reward) else ", after deriving it from Reward"
+    return UserError(f"{_KEY}.function: {path} is a class, no function; set model.reward.class_path to it{advice}")
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -66,10 +74,11 @@ class FunctionReward(Reward):
         style: `remax`, `trl` or `verl`; `auto` tells it by the parameters.
         columns: column of a parameter where the data calls it otherwise, as in `{ground_truth: response}`; a dot leads
             into a dict. For `trl` and `verl`.
-        timeout: seconds for one batch of responses; the function then runs in a child process, which is killed when
-            they are over (`TimedReward` has the details). By default the function runs in the trainer's process, since
-            it may need what is there: a model on the GPU, a logger's run, counters that a callback reads. A function
-            that never returns is then ended by `model.stall_timeout`, with the whole run.
+        timeout: seconds for one batch of responses, and for `check_row` before training; the function then runs in a
+            child process, which is killed when they are over (`TimedReward` has the details). By default the function
+            runs in the trainer's process, since it may need what is there: a model on the GPU, a logger's run, counters
+            that a callback reads. A function that never returns is then ended by `model.stall_timeout`, with the whole
+            run.
         on_timeout: with a `timeout`: `error`, or the score of a response that takes too long.
 
     Raises:
@@ -86,7 +95,14 @@ class FunctionReward(Reward):
         on_timeout: float | Literal["error"] = "error",
     ) -> None:
         # ---- The function, and the style that its parameters show ----
+        if not isinstance(function, str) and not callable(function):
+            raise TypeError(
+                f"function must be a function or its dotted path, got {type(function).__name__} {function!r:.60}"
+            )
+        check_types(FunctionReward.__init__, {**locals(), "function": ""}, _KEY)
         self._call = import_function(function) if isinstance(function, str) else function
+        if isinstance(self._call, type):
+            raise _no_function(self._call)
         self._source = function
         self.function = function = function if isinstance(function, str) else _name_of(function)
         self.arguments = dict(arguments or {})
@@ -152,17 +168,22 @@ class FunctionReward(Reward):
         Raises:
             UserError: for the first such row.
         """
-        check = getattr(self._call, "check_row", None)
         for row, place in zip(rows, places, strict=True):
             for name in self._required_columns():
                 self._value(row, name, place)
-            if check is None:
-                continue
+        check = getattr(self._call, "check_row", None)
+        if check is None:
+            return
+        # ---- The function's own check: with a deadline, in a child process as its scores are ----
+        if self._timed is not None:
+            self._timed.check_rows(rows, places)
+            return
+        for row, place in zip(rows, places, strict=True):
             try:
                 check(row, place, **self.arguments)
-            except UserError:
+            except (UserError, SignalExit):
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise RewardError(f"{place}: {self!r}: check_row raised {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
@@ -322,6 +343,8 @@ def _style(path: str, parameters: _Parameters, style: Style) -> Style:
     Raises:
         UserError: if the function cannot be called in the style that is asked for.
     """
+    if style not in get_args(Style):
+        raise UserError(f"{_KEY}.style: expected one of {', '.join(get_args(Style))}, got {style!r}")
     markers: dict[Style, str] = {"trl": "completions", "verl": "solution_str"}
     named = {*parameters.required, *parameters.optional}
     if style == "auto":
@@ -391,8 +414,11 @@ def import_function(path: str, key: str = f"{_KEY}.function") -> Callable[..., A
     """
     # ---- "my_rewards.politeness" -> module "my_rewards", function "politeness" ----
     module_name, _, name = path.rpartition(".")
-    if not module_name or not name:
-        raise UserError(f"{key}: expected a dotted path such as my_module.my_function, got {path!r}")
+    # "./my_module.py:my_function" -> "my_module.my_function"
+    dotted = re.sub(r"\.py(?=[.:]|$)", "", path.removeprefix("./").strip("/ ")).replace("/", ".").replace(":", ".")
+    if not module_name or not name or dotted != path:
+        hint = f"; did you mean {dotted}?" if dotted != path and "." in dotted else ""
+        raise UserError(f"{key}: expected a dotted path such as my_module.my_function, got {path!r}{hint}")
     # Appended, not put first: no file of the user's may shadow an installed package that is imported later.
     directory = str(Path.cwd())
     if directory not in sys.path and "" not in sys.path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import InvalidHeader
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import RewardError, UserError, check_types
 from remax_lightning.json_text import load_json
 from remax_lightning.rewards.base import Reward, shorten
 
@@ -69,6 +70,7 @@ class HTTPReward(Reward):
         token_env: str | None = None,
         send_rows: bool = False,
     ) -> None:
+        check_types(HTTPReward.__init__, locals(), _KEY)
         if batch_size < 1:
             raise UserError(f"{_KEY}.batch_size must be at least 1, got {batch_size}")
         self.url, self.batch_size, self.concurrency, self.send_rows = url, batch_size, concurrency, send_rows
@@ -215,6 +217,12 @@ class JSONClient:
         for key, value, holds, required in checks:
             if not holds:
                 raise UserError(f"{_KEY}.{key} must be {required}, got {value}")
+        if token_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", token_env):
+            # Perhaps the key itself, which a message must not show.
+            raise UserError(
+                f"{_KEY}.{token_key}: expected the name of an environment variable, got a text of {len(token_env)}"
+                " characters that is none; put the key into a variable, and its name here"
+            )
         if token_env is not None and not os.environ.get(token_env):
             raise UserError(f"{_KEY}.{token_key}: the environment variable {token_env} is not set; export it")
         # ---- One session, with as many open connections as requests under way ----

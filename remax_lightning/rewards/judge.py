@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -10,9 +11,11 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import RewardError, UserError, check_types
 from remax_lightning.rewards.base import Reward, shorten
 from remax_lightning.rewards.http import JSONClient, RefusedError
 
@@ -109,24 +112,34 @@ class JudgeReward(Reward):
         on_unreadable: float | Literal["error"] = "error",
         options: dict[str, Any] | None = None,
     ) -> None:
+        check_types(JudgeReward.__init__, locals(), _KEY)
         self.url, self.model, self.mode = url, model, mode
         self.compares = mode == "pairwise"
         self.template = (COMPARE if self.compares else GRADE) if template is None else template
         self.rubric, self.scale, self.reference_column = rubric, tuple(scale), reference_column
         needed = ("{response_a}", "{response_b}") if self.compares else ("{response}",)
+        worst = -1.0 if self.compares else 0.0
         for key, holds, required, value in (
             ("mode", mode in ("rubric", "pairwise"), "rubric or pairwise", mode),
+            ("url", not url.rstrip("/").endswith("/completions"), "the address of the API, without /chat/completions",
+             url),
             ("model", bool(model), "the name of a model", model),
+            ("rubric", bool(rubric.strip()), "what counts, in your words", rubric),
             ("template", all(name in self.template for name in needed), f"a text with {' and '.join(needed)}",
              template),
-            ("scale", len(scale) == 2 and scale[0] < scale[1], "the worst and the best score, the best higher", scale),
-            ("on_unreadable", on_unreadable == "error" or (isinstance(on_unreadable, int | float) and
-             math.isfinite(on_unreadable)), "error or a finite score", on_unreadable),
+            ("scale", len(scale) == 2 and -math.inf < scale[0] < scale[1] < math.inf,
+             "the worst and the best score, the best higher", scale),
+            ("scale", not self.compares or tuple(scale) == (1, 10), "left out for pairwise, which has no scale", scale),
+            ("on_unreadable", on_unreadable == "error" or (not isinstance(on_unreadable, str) and
+             worst <= on_unreadable <= 1), f"error or a score from {worst:g} to 1", on_unreadable),
         ):  # fmt: skip
             if not holds:
                 raise UserError(f"{_KEY}.{key} must be {required}, got {value!r}")
+        if template is not None:
+            self._check_template()
         self.concurrency, self.retries, self.cache, self.on_unreadable = concurrency, retries, cache, on_unreadable
         self.options = {"temperature": 0.0} if options is None else dict(options)
+        _check_options(self.options)
         self._client = JSONClient(
             repr(self), f"{url.rstrip('/')}/chat/completions", concurrency, timeout, retries, backoff,
             token_env=api_key_env, token_key="api_key_env", expected="a chat completion",
@@ -138,17 +151,40 @@ class JudgeReward(Reward):
         """What error messages call this reward."""
         return f"JudgeReward({self.model} at {self.url})"
 
+    def _check_template(self) -> None:
+        """Refuse a template of the user's in which a placeholder is misspelt, or an option would do nothing."""
+        names = set(re.findall(r"\{(\w+)\}", self.template))
+        known = {"prompt", "rubric", "reference", *(("response_a", "response_b") if self.compares else
+                                                    ("response", "low", "high"))}  # fmt: skip
+        for name in sorted(names - known):  # other words in braces are the user's text, as in LaTeX
+            if close := difflib.get_close_matches(name, known, 1, 0.75):
+                raise UserError(f"{_KEY}.template: there is no placeholder {{{name}}}; did you mean {{{close[0]}}}?")
+        if "rubric" not in names and self.rubric != RUBRIC:
+            raise UserError(
+                f"{_KEY}.template has no {{rubric}}, so the judge would not see {_KEY}.rubric; add it there"
+            )
+        if ("reference" in names) != (self.reference_column is not None):
+            has, lacks = "has no", f"the judge would not see {_KEY}.reference_column {self.reference_column!r}; add it"
+            if self.reference_column is None:
+                has, lacks = "has", f"there is nothing to put there; set {_KEY}.reference_column"
+            raise UserError(f"{_KEY}.template {has} {{reference}}, so {lacks}")
+
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
-        """Refuse rows without the right answer that the judge should see.
+        """Refuse rows without the right answer that the judge should see, and a cache that cannot be opened.
 
         Raises:
             UserError: naming the row.
         """
+        if self.cache is not None:
+            with self._database():
+                pass
         column = self.reference_column
         for row, place in zip(rows, places, strict=True):
             if column is not None and column not in row:
                 names = ", ".join(map(repr, row))
                 raise UserError(f"{_KEY}.reference_column: {place} has no column {column!r}; its columns are {names}")
+            if column is not None and not f"{'' if row[column] is None else row[column]}".strip():
+                raise UserError(f"{_KEY}.reference_column: {place} has nothing in column {column!r}, no right answer")
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
@@ -252,7 +288,9 @@ class JudgeReward(Reward):
     def _post(self, question: str) -> bytes:
         """Return the server's answer; of one that refuses schemas, without a schema from then on."""
         request = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.options}
-        hint = f"Does {self.url} serve {self.model}, quick enough for {_KEY}.concurrency {self.concurrency} within"
+        base = "" if urlsplit(self.url).path.strip("/") else f" Most APIs are at {self.url.rstrip('/')}/v1."
+        quick = f"Is it quick enough for {_KEY}.concurrency {self.concurrency} within"
+        hint = f"Does {self.url} serve {self.model}?{base} {quick}"
         if self._has_schema:
             try:
                 return self._client.post(_json({**request, "response_format": self._schema()}), hint)
@@ -326,11 +364,23 @@ class JudgeReward(Reward):
     def _database(self) -> closing[sqlite3.Connection]:
         """Return a new connection: this may be another thread or process than the last time."""
         try:
+            Path(str(self.cache)).parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(str(self.cache), timeout=60.0)
             database.execute("CREATE TABLE IF NOT EXISTS answers (digest TEXT PRIMARY KEY, score REAL)")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{_KEY}.cache must be an SQLite file or a new one, got {self.cache!r}: {error}") from error
         return closing(database)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that the reward sets itself, and what is no JSON."""
+    for name in ("model", "messages", "response_format", "stream", "n"):
+        if name in options:
+            raise UserError(f"{_KEY}.options.{name}: the reward sets {name} itself; leave it out")
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_KEY}.options must be values of JSON, got {options!r:.200}: {error}") from error
 
 
 def _json(value: Any) -> bytes:

@@ -13,8 +13,16 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, failing_row, token_counts
+from remax_lightning.errors import RewardError, UserError, check_types
+from remax_lightning.rewards.base import (
+    Reward,
+    Scores,
+    applicable_scores,
+    example_lines,
+    failing_row,
+    shorten,
+    token_counts,
+)
 from remax_lightning.rewards.child_process import CallEndedError, CallTimeoutError, Child, Target
 
 _KEY = "model.reward.init_args"
@@ -37,8 +45,8 @@ class TimedReward(Reward):
     Args:
         reward: what scores; it is sent to the child by pickling. A reward of a user's own is a class of an importable
             module, not of the script that is run.
-        timeout: seconds for one batch of responses. By default a minute, several times what graders that run tests
-            take; the time to import is not counted.
+        timeout: seconds for one batch of responses, and for the check of the rows before training. By default a minute,
+            several times what graders that run tests take; the time to import is not counted.
         on_timeout: `error` ends the run and shows the response. A number is the score of each response that takes too
             long: once a batch has passed its deadline, every response is scored alone, within `timeout` / `M` or 5
             seconds, and twice `timeout` in all. Parts of a timed out response are 0; of a reward per token, the number
@@ -51,6 +59,7 @@ class TimedReward(Reward):
     is_async = True  # it waits for the child
 
     def __init__(self, reward: Reward, timeout: float = 60.0, on_timeout: float | Literal["error"] = "error") -> None:
+        check_types(TimedReward.__init__, {"reward": reward, "timeout": timeout, "on_timeout": on_timeout}, _KEY)
         check_deadline(timeout, on_timeout)
         self.reward, self.timeout, self.on_timeout = reward, timeout, on_timeout
         self.skips_none, self.compares = reward.skips_none, reward.compares
@@ -76,6 +85,7 @@ class TimedReward(Reward):
             )
         self._device = torch.device("cpu")
         self._child: tuple[int, Child] | None = None  # with the id of the process that started it
+        self._checking: Child | None = None  # while rows or prompts are checked
         self._lock = threading.Lock()  # parts of a WeightedReward score in threads
 
     def __repr__(self) -> str:
@@ -92,12 +102,62 @@ class TimedReward(Reward):
         self._process()
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Let the reward look at the prompts, in this process."""
-        self.reward.check_prompts(prompts)
+        """Let the reward look at the prompts, in a child process too, within `timeout` seconds."""
+        if type(self.reward).check_prompts is not Reward.check_prompts:
+            places = [f"the prompt {shorten(prompt)}" for prompt in prompts]
+            self._check("check_prompts", (list(prompts),), places)
 
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
-        """Let the reward look at the rows, in this process."""
-        self.reward.check_rows(rows, places)
+        """Let the reward look at the rows, in a child process too, within `timeout` seconds."""
+        if type(self.reward).check_rows is not Reward.check_rows:
+            self._check("check_rows", (list(rows), list(places)), places)
+
+    def _check(self, method: str, columns: tuple[list[Any], ...], places: Sequence[str]) -> None:
+        """Call a method that checks rows or prompts; where it takes too long, with one after the other.
+
+        The child of it loads no model: it ends with the check.
+
+        Raises:
+            RewardError: if it takes too long, or its process ends; the message names the row.
+        """
+
+        def call(columns: tuple[list[Any], ...], seconds: float) -> float:
+            """Return the seconds that it took; what a new child needs to import is not counted."""
+            if self._checking is None or not self._checking.is_alive:
+                self._checking = Child(Target(__name__, "load_checks", self._pickled))
+            try:
+                self._checking.start()
+                begin = time.monotonic()
+                self._checking.call((method, columns), seconds)
+            except CallEndedError as error:
+                ended = f"the process of {self!r} {error} in {method}"
+                raise RewardError(f"model.reward: {ended}; let it raise an error that says what is wrong") from None
+            return time.monotonic() - begin
+
+        def too_long(place: str) -> RewardError:
+            return RewardError(
+                f"{place}: model.reward: {method} of {self!r} took more than {self.timeout:g} s and was stopped; make"
+                f" it faster, or raise {_KEY}.timeout"
+            )
+
+        try:
+            call(columns, self.timeout)
+        except CallTimeoutError:
+            # ---- The first one that takes too long alone; after twice the time in all, the first of them is named ----
+            left = 2 * self.timeout
+            for index, place in enumerate(places if len(places) > 1 else ()):
+                try:
+                    left -= call(tuple([column[index]] for column in columns), min(self.timeout, _ALONE_SECONDS))
+                except CallTimeoutError:
+                    raise too_long(place) from None
+                if left <= 0:
+                    break
+            after = "" if len(places) == 1 else f", or one of the {len(places) - 1} after it"
+            raise too_long(f"{places[0]}{after}") from None
+        finally:
+            if self._checking is not None:
+                self._checking.close()
+            self._checking = None
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
@@ -235,6 +295,17 @@ def _rows_of_tokens(rewards: list[Any], lengths: Sequence[int]) -> list[Any]:
 
 def _singles(batch: Batch) -> list[Batch]:
     return [([prompt], [response], [row]) for prompt, response, row in zip(*batch, strict=True)]
+
+
+def load_checks(pickled: bytes) -> Callable[[tuple[str, tuple[Any, ...]]], None]:
+    """Return what a child does for each request: call a method of the reward that it was sent, which is not loaded."""
+    reward: Reward = pickle.loads(pickled)  # from the trainer
+
+    def check(request: tuple[str, tuple[Any, ...]]) -> None:
+        method, columns = request
+        getattr(reward, method)(*columns)
+
+    return check
 
 
 def load_reward(argument: tuple[bytes, str]) -> Callable[[Batch], Any]:

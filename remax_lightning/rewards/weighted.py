@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, UserError
+from remax_lightning.errors import ArgumentTypeError, RewardError, UserError, check_types
 from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, token_counts
 from remax_lightning.rewards.function import FunctionReward
 
@@ -48,6 +48,7 @@ def as_reward(reward: RewardSource, argument: str = "reward") -> Reward:
             parts[name if name not in parts else f"{name}_{number}"] = part
         return WeightedReward(parts)
     hint = f"; call it: {reward.__name__}(...)" if isinstance(reward, type) else ""
+    hint = "; WeightedReward({...}) adds named rewards up" if isinstance(reward, dict) else hint
     kind = f"the class {reward.__name__}" if isinstance(reward, type) else f"{type(reward).__name__} {reward!r:.60}"
     raise TypeError(f"{argument} must be a Reward, a function, its dotted path, or a list of these, got {kind}{hint}")
 
@@ -71,7 +72,7 @@ class WeightedReward(Reward):
     another part has to score the response. Asynchronous parts run at the same time.
 
     Args:
-        parts: the rewards by name.
+        parts: the rewards by name; from Python also functions.
         weights: what each is multiplied by; 1.0 where a name is left out.
         normalize: `std` brings the parts to one scale before they are summed, as GDPO does: each part's greedy value is
             subtracted from it, the difference is divided by its root mean square over the rollout batch of all ranks,
@@ -90,25 +91,16 @@ class WeightedReward(Reward):
         weights: dict[str, float] | None = None,
         normalize: Literal["none", "std"] = "none",
     ) -> None:
+        if not isinstance(parts, dict):
+            raise ArgumentTypeError(
+                f"{_KEY}.parts must be a dict of rewards by name, got {type(parts).__name__} {parts!r:.60}"
+            )
+        parts = {name: as_reward(part, f"parts[{name!r}]") for name, part in parts.items()}
+        check_types(WeightedReward.__init__, {"parts": parts, "weights": weights}, _KEY)
         weights = weights or {}
-        if not parts:
-            raise UserError(f"{_KEY}.parts: expected at least one named reward, got none")
-        for name in parts:
-            if "/" in name:
-                raise UserError(f"{_KEY}.parts: names hold no slash, got {name!r}; it parts a part from its own parts")
-        for name, weight in weights.items():
-            if name not in parts:
-                raise UserError(f"{_KEY}.weights.{name}: no part has this name; the parts are: {', '.join(parts)}")
-            if not math.isfinite(weight):
-                raise UserError(f"{_KEY}.weights.{name}: expected a finite number, got {weight}")
         if normalize not in ("none", "std"):
             raise UserError(f"{_KEY}.normalize: expected none or std, got {normalize!r}")
-        for name, part in parts.items():
-            if part.normalized_weights is not None:
-                raise UserError(
-                    f"{_KEY}.parts.{name}.init_args.normalize: expected none in a part of another WeightedReward, got"
-                    f" std; name its parts in {_KEY}.parts and set {_KEY}.normalize"
-                )
+        _check_parts(parts, weights)
         self.parts, self.normalize = dict(parts), normalize
         self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
         self.normalized_weights = self.weights if normalize == "std" else None
@@ -181,3 +173,22 @@ class WeightedReward(Reward):
             values = scores.per_token(lengths, max(lengths)) if with_tokens else scores.reward
             total = total + self.weights[name] * values.to(self._device)
         return Scores(total, parts)
+
+
+def _check_parts(parts: dict[str, Reward], weights: dict[str, float]) -> None:
+    """Refuse parts and weights that do not fit together."""
+    if not parts:
+        raise UserError(f"{_KEY}.parts: expected at least one named reward, got none")
+    for name, part in parts.items():
+        if "/" in name:
+            raise UserError(f"{_KEY}.parts: names hold no slash, got {name!r}; it parts a part from its own parts")
+        if part.normalized_weights is not None:
+            raise UserError(
+                f"{_KEY}.parts.{name}.init_args.normalize: expected none in a part of another WeightedReward, got"
+                f" std; name its parts in {_KEY}.parts and set {_KEY}.normalize"
+            )
+    for name, weight in weights.items():
+        if name not in parts:
+            raise UserError(f"{_KEY}.weights.{name}: no part has this name; the parts are: {', '.join(parts)}")
+        if not math.isfinite(weight):
+            raise UserError(f"{_KEY}.weights.{name}: expected a finite number, got {weight}")

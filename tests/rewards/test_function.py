@@ -298,6 +298,26 @@ def test_every_style_may_return_a_number_for_each_token(write: Callable[..., str
     assert result.reward.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
 
 
+@pytest.mark.parametrize("path", ["my_rewards.py:politeness", "./my_rewards.politeness", "my_rewards:politeness"])
+def test_a_path_in_another_form_is_corrected(path: str) -> None:
+    with pytest.raises(UserError, match=r"function: expected a dotted path .*; did you mean my_rewards\.politeness\?"):
+        FunctionReward(path)
+
+
+def test_a_class_is_no_function(write: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match=r"a_class\.score is a class, no function; set model\.reward\.class_path to it"):
+        FunctionReward(write("a_class", "class score:\n    def __call__(self, prompts, responses, rows): ..."))
+    with pytest.raises(UserError, match=r"style: expected one of auto, remax, trl, verl, got 'TRL'"):
+        FunctionReward(write("a_style", "def score(completions): ..."), style="TRL")  # type: ignore[arg-type]
+
+
+def test_sys_exit_in_check_row_is_an_error_of_the_row(write: Callable[..., str]) -> None:
+    source = "def score(prompts, responses, rows): ...\ndef check(row, where):\n    raise SystemExit(0)\n"
+    source += "score.check_row = check"
+    with pytest.raises(RewardError, match=r"a.jsonl, line 1: .*check_row raised SystemExit: 0"):
+        FunctionReward(write("exits_early", source)).check_rows([{}], ["a.jsonl, line 1"])
+
+
 # Coroutines
 
 MEETING = """

@@ -199,7 +199,9 @@ def test_a_busy_server_is_asked_again_and_one_without_schemas_in_words() -> None
         assert ["response_format" in request for request in server.requests] == [True, False, False]
     with (
         OpenAIServer(by_length, (401,)) as server,
-        pytest.raises(RewardError, match=r"(?s)gave no scores in 1 tries .*: status 401.*serve judge, quick enough"),
+        pytest.raises(
+            RewardError, match=r"(?s)gave no scores in 1 tries .*: status 401.*serve judge\? Is it quick enough"
+        ),
     ):
         score(judge(server), ["a"])
 
@@ -209,10 +211,37 @@ def test_a_busy_server_is_asked_again_and_one_without_schemas_in_words() -> None
     ({"model": ""}, "model must be the name of a model, got ''"),
     ({"scale": (5, 1)}, r"scale must be the worst and the best score, the best higher, got \(5, 1\)"),
     ({"template": "good?"}, r"template must be a text with \{response\}, got 'good\?'"),
-    ({"on_unreadable": float("nan")}, "on_unreadable must be error or a finite score, got nan"),
+    ({"scale": (1, float("inf"))}, "scale must be the worst and the best score, .*got \\(1, inf\\)"),
+    ({"scale": (0, 5), "mode": "pairwise"}, "scale must be left out for pairwise"),
+    ({"on_unreadable": float("nan")}, "on_unreadable must be error or a score from 0 to 1, got nan"),
+    ({"on_unreadable": -0.5}, "on_unreadable must be error or a score from 0 to 1, got -0.5"),
+    ({"on_unreadable": -2, "mode": "pairwise"}, "on_unreadable must be error or a score from -1 to 1, got -2"),
+    ({"url": "http://host/v1/chat/completions"}, "url must be the address of the API, without /chat/completions"),
+    ({"rubric": " "}, "rubric must be what counts, in your words"),
+    ({"template": "{response} {promt}"}, r"template: there is no placeholder \{promt\}; did you mean \{prompt\}\?"),
+    ({"template": "{response} {reference}"}, r"template has \{reference\}, so .*; set .*reference_column"),
+    ({"template": "{response}", "reference_column": "a"}, r"template has no \{reference\}, so the judge would not see"),
+    ({"template": "{response}", "rubric": "Brevity."}, r"template has no \{rubric\}, so the judge would not see"),
+    ({"options": {"messages": []}}, r"options\.messages: the reward sets messages itself"),
+    ({"options": {"stop": {1, 2}}}, "options must be values of JSON"),
+    ({"api_key_env": "sk-not-a-name"}, "api_key_env: expected the name of an environment variable, got a text of 13"),
+    ({"timeout": "60"}, "timeout must be a number, got str '60'"),
+    ({"scale": ("1", "10")}, r"scale must be tuple\[float, float\], got tuple"),
+    ({"rubric": None}, "rubric must be text, got None"),
     ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
     ({"api_key_env": "NOT_SET_HERE"}, r"api_key_env: the environment variable NOT_SET_HERE is not set"),
 ])  # fmt: skip
 def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.reward\.init_args\.{message}"):
+    with pytest.raises(UserError, match=rf"model\.reward\.init_args\.{message}") as caught:
         JudgeReward(**{"url": "http://localhost:8000/v1", "model": "judge", **options})
+    assert "sk-not-a-name" not in str(caught.value)
+
+
+def test_words_in_braces_stay_text_and_rows_need_an_answer(tmp_path: Path) -> None:
+    template = r"Is {response} as good as {reference}? End with \boxed{grade}."
+    cache = tmp_path / "new" / "answers.sqlite"
+    reward = JudgeReward("http://h/v1", "m", template=template, reference_column="answer", cache=str(cache))
+    reward.check_rows([{"answer": "4"}], ["a.jsonl, line 1"])
+    assert cache.exists()  # before anything is asked
+    with pytest.raises(UserError, match=r"reference_column: a.jsonl, line 2 has nothing in column 'answer'"):
+        reward.check_rows([{"answer": None}], ["a.jsonl, line 2"])

@@ -77,6 +77,20 @@ class Parts(Reward):
         values = torch.tensor([float(len(text)) for text in responses], device=self.device)
         return Scores(values, {"half": values / 2})
 
+def check_row(row, where):
+    judge([row["text"]])
+    if row["text"] == "wrong":
+        raise ValueError("wrong")
+
+def checks(prompts, responses, rows):
+    return judge(responses)
+
+checks.check_row = check_row
+
+class Checks(Parts):
+    def check_prompts(self, prompts):
+        judge(prompts)
+
 def tokens(prompts, responses, rows):
     judge(responses)
     return [[0.5] * len(response.token_ids) for response in responses]
@@ -252,6 +266,38 @@ def test_a_response_that_takes_too_long_has_its_score_on_the_last_token(judges: 
     reward = FunctionReward("judges.tokens", timeout=0.5, on_timeout=-1.0)
     result = checked_scores(reward, ["p"] * 2, responses, [{}] * 2)
     assert result.reward.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, -1.0]]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("loop", r"^b.jsonl, line 2: .*check_rows of FunctionReward\(judges.checks\) took more than 0.5 s and was stopped"),
+    ("leaves", r"the process of FunctionReward\(judges.checks\) ended with exit code 0 in check_rows"),
+    ("exits", r"^b.jsonl, line 2: FunctionReward\(judges.checks\): check_row raised SystemExit: 0"),
+    ("wrong", r"^b.jsonl, line 2: FunctionReward\(judges.checks\): check_row raised ValueError: wrong"),
+])  # fmt: skip
+def test_the_check_of_rows_has_the_deadline_too(text: str, message: str) -> None:
+    reward = FunctionReward("judges.checks", timeout=0.5)
+    with pytest.raises(RewardError, match=message.replace("b.jsonl, line 2", "c.jsonl, line 1")):
+        reward.check_rows([{"text": text}], ["c.jsonl, line 1"])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("loop", r"^b.jsonl, line 2: .*check_rows of FunctionReward\(judges.checks\) took more than 0.5 s and was stopped"),
+    ("wrong", r"^b.jsonl, line 2: FunctionReward\(judges.checks\): check_row raised ValueError: wrong"),
+])  # fmt: skip
+def test_the_row_that_takes_too_long_is_found(text: str, message: str) -> None:
+    reward = FunctionReward("judges.checks", timeout=0.5)
+    with pytest.raises(RewardError, match=message):
+        reward.check_rows([{"text": "a"}, {"text": text}], ["b.jsonl, line 1", "b.jsonl, line 2"])
+
+
+def test_the_check_of_prompts_has_the_deadline_too(judges: Path) -> None:
+    from judges import Checks
+
+    reward = TimedReward(Checks(), timeout=0.5)
+    reward.check_prompts(["a"])
+    reward.check_rows([{}], ["b.jsonl, line 1"])  # it has none of its own
+    with pytest.raises(RewardError, match=r"^the prompt 'loop': .*check_prompts of Checks took more than 0.5 s"):
+        reward.check_prompts(["a", "loop"])
 
 
 def test_a_function_given_itself_is_timed_too(judges: Path) -> None:

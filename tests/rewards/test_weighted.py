@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores
+from remax_lightning.rewards import FunctionReward, HTTPReward, Reward, TimedReward, WeightedReward, checked_scores
 
 EXACT = "remax_lightning.rewards.verifiers.exact_match"
 LENGTH = "remax_lightning.rewards.verifiers.length_penalty"
@@ -82,6 +82,37 @@ def test_a_part_that_fails_is_named() -> None:
 def test_wrong_names_and_weights_are_refused(parts: Any, weights: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         WeightedReward(parts, weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: WeightedReward([EXACT]),
+            r"model\.reward\.init_args\.parts must be a dict of rewards by name, got list",
+        ),  # type: ignore[arg-type]
+        (lambda: WeightedReward({"a": Fixed}), r"parts\['a'\] must be a Reward, .* got the class Fixed; call it"),  # type: ignore[dict-item]
+        (lambda: WeightedReward({"a": Fixed([])}, [1.0]), r"weights must be dict\[str, float\] or None, got list"),  # type: ignore[arg-type]
+        (lambda: WeightedReward({"a": Fixed([])}, {"a": "1"}), r"weights must be dict\[str, float\] or None"),  # type: ignore[dict-item]
+        (lambda: TimedReward(EXACT), r"reward must be Reward, got str 'remax_lightning"),  # type: ignore[arg-type]
+        (lambda: FunctionReward(None), "function must be a function or its dotted path, got NoneType None"),  # type: ignore[arg-type]
+        (lambda: FunctionReward(EXACT, timeout="60"), "timeout must be a number or None, got str '60'"),  # type: ignore[arg-type]
+        (lambda: FunctionReward(EXACT, timeout=True), "timeout must be a number or None, got bool True"),
+        (lambda: FunctionReward(EXACT, columns="a"), r"columns must be dict\[str, str\] or None, got str 'a'"),  # type: ignore[arg-type]
+        (lambda: HTTPReward("http://host", batch_size=1.5), "batch_size must be a whole number, got float 1.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_other_types_are_named(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message) as caught:
+        make()
+    assert type(caught.value).__name__ in ("ArgumentTypeError", "TypeError")
+
+
+def test_parts_from_python_may_be_functions() -> None:
+    reward = WeightedReward({"exact": EXACT, "both": [EXACT, LENGTH]})  # type: ignore[dict-item]
+    total, parts = checked_scores(reward, ["p"] * 2, ["yes", "no"], [{"response": "yes"}] * 2)
+    assert total.tolist() == [2.0, 0.0]
+    assert set(parts) == {"exact", "both", "both/exact_match", "both/length_penalty"}
 
 
 def test_normalized_parts_are_checked() -> None:
