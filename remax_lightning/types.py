@@ -318,6 +318,9 @@ class StepOutput(TypedDict):
     entropy_mask: Tensor
     """`[S, R]` bool, True on the response tokens that the policy was run over: in training without a KL, responses that
     have no advantage are left out."""
+    squared_norm: NotRequired[Tensor]
+    """`[S, R]` squared norm of the gradient of each log-prob at its logits, 0 outside `entropy_mask`; absent in
+    validation."""
     times: dict[str, float]
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""
     closes_step: bool

@@ -8,6 +8,7 @@ from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
 from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.evaluation import Evaluation
 from remax_lightning.callbacks.export_policy import ExportPolicy
+from remax_lightning.callbacks.gradient_variance import GradientVariance
 from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.lm_eval import LMEval
 from remax_lightning.callbacks.prediction_writer import PredictionWriter
@@ -23,7 +24,7 @@ def default_callbacks() -> list[Callback]:
 
     Samples, figures of KL, baseline and throughput, guards against collapse, the exported policy, the table of an
     evaluation, TensorBoard's charts and the progress, each with its defaults. To change one, leave it out and add your
-    own. `LMEval`, which needs tasks, is not among them.
+    own. `LMEval`, which needs tasks, and `GradientVariance`, which compares baselines, are not among them.
     """
     return [
         KLMonitor(),
@@ -44,6 +45,7 @@ __all__ = [
     "CollapseDetector",
     "Evaluation",
     "ExportPolicy",
+    "GradientVariance",
     "KLMonitor",
     "LMEval",
     "PredictionWriter",

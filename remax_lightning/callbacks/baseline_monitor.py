@@ -28,8 +28,8 @@ class BaselineMonitor(Callback):
     - `train/reward_variance`: population variance of the reward.
     - `train/advantage_variance`: population variance of reward - baseline reward, before KL, clipping and
       whitening.
-    - `train/variance_ratio`: the second divided by the first. Below 1 the baseline helps. NaN if all
-      rewards are equal.
+    - `train/variance_ratio`: the second divided by the first. It leaves out how large the gradients of the responses
+      are, so it is no verdict on the baseline; `GradientVariance` compares baselines. NaN if all rewards are equal.
     - `train/baseline_correlation`: Pearson correlation of reward and baseline reward. NaN if either is
       constant.
     - `train/zero_advantage_share`: share of responses whose reward equals the baseline; they have no gradient.
@@ -93,8 +93,8 @@ class BaselineMonitor(Callback):
             self._warned = True
             rank_zero_warn(
                 f"The greedy baseline raised the variance of the advantage in {self._harmful_steps} consecutive "
-                f"optimizer steps (train/variance_ratio is now {ratio:.3g}; below 1 it helps). Look at "
-                "train/baseline_correlation and the samples; another baseline may work better."
+                f"optimizer steps (train/variance_ratio is now {ratio:.3g}). Look at train/baseline_correlation and "
+                "the samples; `remax baselines` measures whether another baseline takes less time."
             )
 
 

@@ -108,10 +108,13 @@ class TokenStatistics(NamedTuple):
     Args:
         log_probs: `[S, R]` log-probs of the given tokens in nats, differentiable.
         entropy: `[S, R]` entropy of the policy at that position in nats, detached.
+        squared_norm: `[S, R]` squared norm of the gradient of the log-prob at its logits, detached:
+            `1 - 2 π(y_t) + Σ_v π(v)²`, 0 where the policy is sure of its token.
     """
 
     log_probs: Tensor
     entropy: Tensor
+    squared_norm: Tensor
 
 
 class PolicyStatistics(NamedTuple):
@@ -122,11 +125,13 @@ class PolicyStatistics(NamedTuple):
         entropy: of the same shape, entropy of the policy at that position in nats, detached.
         kl: of the same shape, KL(policy || reference) over the vocabulary at that position in nats, differentiable;
             None without a reference.
+        squared_norm: of the same shape, see `TokenStatistics`; None where log-probs alone are known.
     """
 
     log_probs: Tensor
     entropy: Tensor
     kl: Tensor | None = None
+    squared_norm: Tensor | None = None
 
 
 def token_statistics(
@@ -157,9 +162,18 @@ def token_statistics(
     )
     log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # log pi(y_t) [S, R]
     with torch.no_grad():
+        probs = log_softmax.exp()  # [S, R, V]
+        squared_norm = _squared_norm(log_probs, probs)
         # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
-        entropy = torch.special.entr(log_softmax.exp()).sum(dim=-1)
-    return TokenStatistics(log_probs, entropy)
+        entropy = torch.special.entr(probs).sum(dim=-1)
+    return TokenStatistics(log_probs, entropy, squared_norm)
+
+
+def _squared_norm(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """Return `|onehot(y) - π|²` at every position, from `log π(y)` and `π`."""
+    # Without a square of the size of the vocabulary. Rounding may make a difference of equal numbers negative.
+    squared: Tensor = torch.linalg.vector_norm(probs, dim=-1).square()
+    return (1 - 2 * log_probs.exp() + squared).clamp_min(0.0)
 
 
 def hidden_statistics(
@@ -220,7 +234,7 @@ def hidden_statistics(
         max(1, logits_at_once // vocabulary),
     )
     # Tensors are passed one by one, because autograd does not look for them inside of tuples.
-    apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None]], _HiddenStatistics.apply)
+    apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]], _HiddenStatistics.apply)
     return PolicyStatistics(*apply(hidden, head.weight, head.bias, transform, *reference_inputs, ids.long(), rows))
 
 
@@ -240,8 +254,8 @@ class _HiddenStatistics(torch.autograd.Function):
         reference_transform: LogitTransform | None,
         ids: Tensor,
         rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        log_probs, entropy = (hidden.new_zeros(len(hidden), dtype=transform.dtype) for _ in range(2))
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        log_probs, entropy, squared_norm = (hidden.new_zeros(len(hidden), dtype=transform.dtype) for _ in range(3))
         kl, saved_log_softmax = None if reference_hidden is None else torch.zeros_like(log_probs), None
         # Where all tokens fit into one chunk, the backward pass reads the saved log-probs and needs no second product.
         # A soft cap excludes that, since its slope would have to be saved too.
@@ -260,24 +274,26 @@ class _HiddenStatistics(torch.autograd.Function):
                 if reference_logits is not None and kl is not None:
                     # KL_t = sum_v pi(v) (log pi(v) - log pi_ref(v))
                     kl[part] = reference_logits.log_ratio(log_softmax, ids[part], part).mul_(log_softmax.exp()).sum(-1)
+                probs = log_softmax.exp()  # [rows, V]
+                squared_norm[part] = _squared_norm(log_probs[part], probs)
                 # Impossible tokens have no entropy; 0 * -inf would be NaN.
-                entropy[part] = (
-                    -log_softmax.exp().mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
-                )
+                entropy[part] = -probs.mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
                 # Clamped by now, from -inf to the least number: its exp is 0 still, and `log_ratio` knows both.
                 saved_log_softmax = log_softmax if keep else None
-                del log_softmax  # free it before the next chunk
+                del log_softmax, probs  # free them before the next chunk
         ctx.transform, ctx.reference_transform, ctx.rows = transform, reference_transform, rows
         ctx.save_for_backward(
             hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax
         )
-        ctx.mark_non_differentiable(entropy)
+        ctx.mark_non_differentiable(entropy, squared_norm)
         ctx.set_materialize_grads(False)  # an output without use has the gradient None, not zeros
-        return log_probs, entropy, kl
+        return log_probs, entropy, kl, squared_norm
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor | None, _: None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_log_probs: Tensor | None, _: None, grad_kl: Tensor | None, __: None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax = (
             ctx.saved_tensors
         )

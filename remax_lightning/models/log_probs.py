@@ -44,9 +44,10 @@ def response_statistics(
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
     (rows,) = _forward_batches(None, prompt, responses)  # all responses in one batch
-    log_probs, entropy, _ = row_statistics(model, rows, find_head(model).head, temperature).statistics
+    statistics = row_statistics(model, rows, find_head(model).head, temperature).statistics
     shape, places = responses.response_mask.shape, [rows.places]
-    return TokenStatistics(_scatter_tokens([log_probs], places, shape), _scatter_tokens([entropy], places, shape))
+    values = statistics.log_probs, statistics.entropy, cast(Tensor, statistics.squared_norm)
+    return TokenStatistics(*(_scatter_tokens([value], places, shape) for value in values))
 
 
 def policy_statistics(
@@ -93,11 +94,12 @@ def policy_statistics(
         places.append(rows.places)
     # ---- Every pass returns its counted tokens in a row, [K]; back to their places, [S, R] ----
     shape = rollout.sampled.response_mask.shape
-    log_probs, entropy, kl = zip(*passes, strict=True)
+    log_probs, entropy, kl, squared_norm = zip(*passes, strict=True)
     return PolicyStatistics(
         _scatter_tokens(log_probs, places, shape),
         _scatter_tokens(entropy, places, shape),
         None if None in kl else _scatter_tokens(kl, places, shape),
+        _scatter_tokens(squared_norm, places, shape),
     )
 
 
@@ -303,16 +305,17 @@ def row_statistics(
     if head is None and rows.texts is not None:
         sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
         logits, ids = _packed_logits(model, rows, rows.texts), rows.targets[None]  # [1, K, V], [1, K]
-        log_probs, entropy = token_statistics(logits, ids, temperature, sampling_mask)  # [1, K]
-        return RowStatistics(PolicyStatistics(log_probs[0], entropy[0]), None)
+        log_probs, entropy, norm = token_statistics(logits, ids, temperature, sampling_mask)  # [1, K]
+        return RowStatistics(PolicyStatistics(log_probs[0], entropy[0], squared_norm=norm[0]), None)
     if head is None:
         chosen = _places_in_last_columns(rows)  # [K], of the M * L
         positions = torch.zeros_like(rows.input_ids[:, -rows.length :]).flatten()  # [M * L]
         positions = positions.index_copy(0, chosen, rows.positions)
         sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
         ids = rows.input_ids[:, -rows.length :]
-        log_probs, entropy = token_statistics(_logits(model, rows), ids, temperature, sampling_mask)  # [M, L]
-        return RowStatistics(PolicyStatistics(log_probs.flatten()[chosen], entropy.flatten()[chosen]), None)
+        found = token_statistics(_logits(model, rows), ids, temperature, sampling_mask)  # [M, L]
+        log_probs, entropy, norm = (values.flatten()[chosen] for values in found)  # [K]
+        return RowStatistics(PolicyStatistics(log_probs, entropy, squared_norm=norm), None)
     # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
     states = _states(model, rows)  # [M, T, D]
     hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]

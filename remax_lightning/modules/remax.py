@@ -287,7 +287,15 @@ class ReMaxModule(PolicyModule):
         experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         # ---- The loss: - sum_t A_t log pi(y_t) / N ----
         loss, clip_fraction = self.objective.loss(stats.log_probs, experience, normalizer, stats.kl)
-        return TrainingPass(loss, experience, stats.log_probs.detach(), stats.entropy.detach(), active, clip_fraction)
+        return TrainingPass(
+            loss,
+            experience,
+            stats.log_probs.detach(),
+            stats.entropy.detach(),
+            cast(Tensor, stats.squared_norm),
+            active,
+            clip_fraction,
+        )
 
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""
@@ -394,6 +402,7 @@ class ReMaxModule(PolicyModule):
             advantages=cast(Tensor, result.experience.advantages),
             kl=result.experience.kl,
             entropy=result.entropy,
+            squared_norm=result.squared_norm,
             entropy_mask=rollout.sampled.response_mask & result.active[:, None],
             times=self.worker.timer.pop(),
             closes_step=(micro_batch_index + 1) % self.trainer.accumulate_grad_batches == 0,

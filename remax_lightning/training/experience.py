@@ -97,6 +97,7 @@ class TrainingPass(NamedTuple):
         experience: what was trained on, with its advantages.
         log_probs: `[S, R]` of the policy, detached; 0 where it was not run.
         entropy: `[S, R]` in nats, detached; 0 where the policy was not run.
+        squared_norm: `[S, R]` of the gradients of the log-probs at their logits; 0 where the policy was not run.
         active: `[S]` bool, the responses that were run.
         clip_fraction: scalar, share of the trained tokens whose ratio was clipped.
     """
@@ -105,6 +106,7 @@ class TrainingPass(NamedTuple):
     experience: Experience
     log_probs: Tensor
     entropy: Tensor
+    squared_norm: Tensor
     active: Tensor
     clip_fraction: Tensor
 
@@ -130,6 +132,7 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
         experience=whole._replace(advantages=joined(advantages), kl=joined(kl)),
         log_probs=cast(Tensor, joined([part.log_probs for part in passes])),
         entropy=cast(Tensor, joined([part.entropy for part in passes])),
+        squared_norm=cast(Tensor, joined([part.squared_norm for part in passes])),
         active=cast(Tensor, joined([part.active for part in passes])),
         clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum(),
     )

@@ -28,7 +28,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_statistics_are_those_of_the_oracle(temperature: float) -> None:
     logits, ids = make()
-    log_probs, entropy = token_statistics(logits, ids, temperature)
+    log_probs, entropy, _ = token_statistics(logits, ids, temperature)
     for i in range(3):
         for t in range(5):
             row = logits[i, t].tolist()
@@ -40,7 +40,7 @@ def test_statistics_are_those_of_the_oracle(temperature: float) -> None:
 def test_tokens_that_cannot_come_have_no_entropy() -> None:
     logits = torch.full((1, 1, 4), float("-inf"))
     logits[..., :2] = 0.0
-    log_probs, entropy = token_statistics(logits, torch.zeros(1, 1, dtype=torch.int32))
+    log_probs, entropy, _ = token_statistics(logits, torch.zeros(1, 1, dtype=torch.int32))
     assert entropy.item() == pytest.approx(math.log(2))
     assert log_probs.item() == pytest.approx(-math.log(2))
 
@@ -48,7 +48,7 @@ def test_tokens_that_cannot_come_have_no_entropy() -> None:
 def test_entropy_is_detached_and_log_probs_have_the_numerical_gradient() -> None:
     logits, ids = make()
     logits.requires_grad_()
-    log_probs, entropy = token_statistics(logits, ids)
+    log_probs, entropy, _ = token_statistics(logits, ids)
     assert log_probs.requires_grad
     assert not entropy.requires_grad
     assert torch.autograd.gradcheck(lambda x: token_statistics(x, ids, 0.7).log_probs, logits)
@@ -151,7 +151,7 @@ def test_statistics_from_hidden_states_are_those_of_the_oracle(
     kind: str, temperature: float, logits_at_once: int
 ) -> None:
     case = make_case(kind)
-    log_probs, entropy, kl = ours(case, temperature, logits_at_once)
+    log_probs, entropy, kl, _ = ours(case, temperature, logits_at_once)
     alone = hidden_statistics(case.hidden, case.head, case.ids, temperature, logits_at_once=logits_at_once)
     assert torch.equal(alone.log_probs, log_probs)
     assert torch.equal(alone.entropy, entropy)
@@ -268,7 +268,7 @@ def test_products_of_the_backward_pass(frozen: tuple[str, ...], wanted: int, log
 
 def test_a_bfloat16_head_multiplies_in_bfloat16_and_the_rest_is_float32() -> None:
     case = make_case("plain", torch.bfloat16, tokens=500)
-    log_probs, entropy, kl = ours(case)
+    log_probs, entropy, kl, _ = ours(case)
     assert log_probs.dtype == entropy.dtype == kl.dtype == torch.float32
     logits = plain_logits(case.hidden, case.head).float()
     expected = token_statistics(logits[None], case.ids[None])
@@ -310,7 +310,7 @@ def test_tokens_that_cannot_come_are_left_out_from_hidden_states_too() -> None:
 def test_no_tokens_have_no_statistics() -> None:
     case = make_case(tokens=0)
     found = ours(case)
-    assert [len(values) for values in found] == [0, 0, 0]
+    assert [len(values) for values in found] == [0, 0, 0, 0]
     found.log_probs.sum().backward()
     assert float(case.head.weight.grad.abs().max()) == 0.0
 
@@ -365,3 +365,18 @@ def test_expected_gradient_with_the_kl_over_the_vocabulary(
     exact, elsewhere = (enumeration.exact_gradient(table.detach(), rewards, other, x) for x in (beta, 0.3 - beta))
     assert float((exact - elsewhere).abs().max()) > 1e-2
     torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("logits_at_once", [7, 2**24])
+def test_squared_norms_are_those_of_the_gradient_at_the_logits(logits_at_once: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    ids = torch.randint(11, (9,), generator=generator)
+    logits = (hidden @ weight.T).requires_grad_()
+    chosen = logits.log_softmax(-1).gather(1, ids[:, None]).sum()
+    (gradient,) = torch.autograd.grad(chosen, logits)
+    expected = gradient.square().sum(1)
+    found = hidden_statistics(hidden, OutputHead(weight), ids, logits_at_once=logits_at_once).squared_norm
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(token_statistics(logits.detach()[None], ids[None]).squared_norm[0], expected)
