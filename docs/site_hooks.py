@@ -33,6 +33,7 @@ PACKAGES = (
     "models",
     "rollout",
     "rewards",
+    "baselines",
     "data",
     "callbacks",
     "loggers",

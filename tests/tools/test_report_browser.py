@@ -413,7 +413,7 @@ def test_blanks_around_a_text_are_visible(browser: Any, tmp_path: Path) -> None:
     assert marks(browser, "2") == "↵"
     [row] = shown(browser)
     assert (row["prompt"], row["response"], row["greedy"]) == ("\n\tone two \n", " so ", "\n")  # what is copied
-    write_samples(tmp_path, [sample(0, greedy_response="\u200b\u00a0", prompt="", **tokens)])
+    write_samples(tmp_path, [sample(0, greedy_response="\u200b\ufeff", prompt="", **tokens)])
     browser.get(main([str(tmp_path)]).as_uri())
     assert marks(browser, "2") == "◌◌"
     assert shown(browser)[0]["prompt"] == "empty"

@@ -85,7 +85,7 @@ function pieces(tokens) {
 }
 
 const MARKS = { " ": "·", "\n": "↵", "\r": "↵", "\t": "→" };
-const BLANK = /[\s\p{Cc}\p{Cf}]/u;
+const BLANK = /[\s\p{Cc}\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f]/u; // and what has no width
 
 /* Where the visible part of a text begins and ends; a text of blanks alone has none. */
 function visiblePart(text) {
