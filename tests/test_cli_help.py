@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,8 @@ def test_every_tool_has_a_command_of_its_name(capsys: pytest.CaptureFixture[str]
         shown = remax(capsys, name, "--help")
         assert shown.code == 0
         assert shown.out.startswith(f"usage: remax {name} ")
+        # what the script for completion asks for
+        assert import_module(f"remax_lightning.tools.{TOOLS[name].module}").make_parser().prog == f"remax {name}"
 
 
 @pytest.mark.parametrize(
