@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -226,3 +227,13 @@ def test_packing_compares_passes_with_those_of_padded_rows(load: Any, tmp_path: 
     real = {name: line["real_over_computed"] for (phase, name), line in found.items() if phase == "training"}
     assert real["packed"] == real["budget"] == 1
     assert real["before"] <= real["padded"] <= 1
+
+
+def test_the_tables_of_recipes_are_the_results(load: Any) -> None:
+    recipes = load("recipes")
+    text = recipes.PAGE.read_text()
+    assert recipes.page(text) == text, "stale: run python benchmarks/recipes.py --table"
+    for recipe in re.findall(r"made by python benchmarks/recipes.py: (\w+)", text):
+        seeds = [line.seed for line in recipes.lines(recipe)]
+        assert seeds == [0, 1, 2]
+        assert all(f"| {seed} | " in recipes.table(recipe) for seed in seeds)

@@ -438,3 +438,20 @@ def test_the_policy_before_training_has_rows_of_its_own(page: Any, browser: Any,
     browser.get(main([str(other)]).as_uri())
     assert [row["stage"] for row in shown(browser)] == ["validation"]
     assert run(browser, "stepName(0)") == "step 0"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 40, 999])
+def test_steps_on_the_axis_are_whole_and_begin_before_training(browser: Any, tmp_path: Path, steps: int) -> None:
+    points = [(step, 0.5 + step / 1e4) for step in range(1, steps + 1)]
+    curves = {"train/reward": points, "train/grad_norm": points, "val/reward": [(0, 0.1), (steps, 0.9)]}
+    write_events(tmp_path, curves)
+    browser.get(main([str(tmp_path)]).as_uri())
+    charts = run(
+        browser,
+        """[...document.querySelectorAll('svg.chart')].map((chart) =>
+          [...chart.querySelectorAll('text[text-anchor=middle]')].slice(0, -1).map((text) => text.textContent))""",
+    )
+    assert len(charts) == 2
+    assert charts[0][0] == charts[1][0] == "0"  # the norm of the gradient has no step 0 of its own
+    assert all(label.replace(",", "").isdecimal() for chart in charts for label in chart)
+    assert max(int(label.replace(",", "")) for label in charts[0]) >= 0.7 * steps

@@ -3,12 +3,13 @@ const HEIGHT = 230;
 const NARROWEST = 200;
 const MARGIN = { left: 52, right: 14, top: 10, bottom: 34 };
 
-/* About `count` round numbers that span low to high, at least `least` apart. */
-function ticks(low, high, count, least = 0) {
+/* About `count` round numbers that span low to high; whole ones where only these can be. */
+function ticks(low, high, count, whole = false) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const round = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((each) => each >= rough * 0.999);
-  const step = Math.max(least, round);
+  const factors = whole ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10];
+  const round = factors.map((factor) => factor * power).find((each) => each >= rough * 0.999);
+  const step = whole ? Math.max(1, round) : round;
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
     found.push(Number((i * step).toPrecision(12)));
@@ -53,13 +54,13 @@ class Plot {
     return HEIGHT - MARGIN.bottom - ((value - this.y0) / (this.y1 - this.y0)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
   }
 
-  axes(label, least = 0) {
+  axes(label, whole = false) {
     for (const value of ticks(this.y0, this.y1, 5)) {
       const y = this.y(value);
       this.node.append(svg("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }));
       this.node.append(svg("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, shown(value)));
     }
-    for (const value of ticks(this.x0, this.x1, this.width / 70, least)) {
+    for (const value of ticks(this.x0, this.x1, this.width / 70, whole)) {
       const at = { x: this.x(value), y: HEIGHT - MARGIN.bottom + 15, "text-anchor": "middle" };
       this.node.append(svg("text", at, shown(value)));
     }
@@ -167,7 +168,7 @@ function drawCurves(chart, width) {
   const lines = stack ? stacked(chart.lines) : chart.lines;
   const ys = lines.flatMap((line) => (line.points ? line.y : [...line.low, ...line.high]));
   const plot = new Plot(width, STEPS, chart.mark ? [...ys, chart.mark[0]] : ys, summary(chart));
-  plot.axes("optimizer step", 1); // there is no half step
+  plot.axes("optimizer step", true); // there is no half step
   lines.forEach((line) => drawLine(plot, line, stack));
   if (chart.mark) plot.mark(chart.mark);
   follow(plot, chart);
