@@ -110,7 +110,7 @@ class ReMaxModule(PolicyModule):
         # Raises where choices contradict each other: now, and not after minutes of loading models.
         objective = Objective(kl, advantage, loss, sampling.num_samples)
         reward = as_reward(reward)
-        checks.check_compares(reward, objective.baseline)
+        checks.check_compares(reward, objective.baseline, advantage)
         checks.check_normalized(reward, advantage)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty

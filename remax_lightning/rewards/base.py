@@ -33,7 +33,7 @@ class Scores(NamedTuple):
     @property
     def total(self) -> Tensor:
         """`[M]` float32, the reward of each response: the sum over its tokens, where they have rewards."""
-        return self.reward if self.reward.dim() == 1 else self.reward.double().sum(-1).float()
+        return self.reward if self.reward.dim() == 1 else self.reward.sum(-1)
 
     def per_token(self, lengths: Sequence[int], width: int) -> Tensor:
         """Return `[M, width]`, with the number of a whole response on its last token.
@@ -190,9 +190,13 @@ def _raw_scores(
         raise
     except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
         index = failing_row(reward, type(error), prompts, responses, rows)
+        row = rows[index or 0] if rows else {}
+        # The most frequent mistake: a column by another name.
+        is_column = isinstance(error, KeyError) and not any(name in row for name in error.args)
+        columns = f"\n  columns of its row: {', '.join(map(str, row)) or 'none'}" if is_column else ""
         raise RewardError(
             f"model.reward: {reward!r} raised {_describe(error)}"
-            f"{example_lines(prompts, responses, index)}\nMake it return one finite number per response."
+            f"{example_lines(prompts, responses, index)}{columns}\nMake it return one finite number per response."
         ) from error
 
 

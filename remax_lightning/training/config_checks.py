@@ -67,12 +67,12 @@ def check_kl(kl_coef: float) -> None:
         raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
 
 
-def check_compares(reward: Reward, baseline: Baseline) -> None:
+def check_compares(reward: Reward, baseline: Baseline, advantage: AdvantageConfig) -> None:
     """Refuse a reward that compares responses with the greedy one where training does not always generate it."""
     if reward.compares and baseline.greedy != "always":
         raise UserError(
-            f"model.reward {reward!r} compares responses with the greedy one, which training generates only with"
-            f" a model.advantage.baseline such as greedy, got {type(baseline).__name__}"
+            f"model.reward {reward!r} compares responses with the greedy one, which not every baseline has generated;"
+            f" it needs model.advantage.baseline greedy, got {baseline_name(advantage.baseline)}"
         )
 
 

@@ -119,6 +119,15 @@ def test_the_response_that_makes_a_reward_raise_is_found(failing: int) -> None:
     assert f"response {failing}: {RESPONSES[failing]!r}" in str(caught.value)
 
 
+def test_a_column_that_a_row_has_not_is_told_with_those_that_it_has() -> None:
+    class Reads(Reward):
+        def score(self, prompts: Any, responses: Any, rows: Any) -> list[float]:
+            return [float(row["answer"] == response) for row, response in zip(rows, responses, strict=True)]
+
+    with pytest.raises(RewardError, match=r"raised KeyError: 'answer' .*(.*\n)+  columns of its row: gold, level\n"):
+        checked_scores(Reads(), ["p"], ["r"], [{"gold": "4", "level": 1}])
+
+
 def test_a_failure_of_the_whole_batch_shows_its_first_response() -> None:
     def score(responses: Sequence[str]) -> list[float]:
         if len(responses) == 4:
