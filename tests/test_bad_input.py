@@ -81,7 +81,7 @@ KEYS = {
     "a fraction": ({"model__sampling__top_k": 1.5}, "model.sampling.top_k: expected a whole number, got 1.5"),
     "an unknown choice": (
         {"model__advantage__baseline": "gredy"},
-        "model.advantage.baseline: expected one of 'greedy', 'leave_one_out', 'group_mean', 'none', got gredy",
+        "model.advantage.baseline: expected one of 'greedy', 'none', 'batch_mean', 'group_mean', 'leave_one_out', ",
     ),
     "an unknown precision": ({"trainer__precision": "bf17"}, "trainer.precision: expected "),
     "an unknown class": (
