@@ -28,7 +28,10 @@ EXHAUSTIVE = (
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
     ("distributed/test_evaluation.py", r"lm_eval"),  # one rank: callbacks/test_lm_eval.py
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
-    ("test_benchmarks.py", r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"),
+    (
+        "test_benchmarks.py",
+        r"in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not|baselines_of_a_task",
+    ),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
     ("benchmarks/test_chaos.py", r"every_kind"),
     ("test_architecture.py", r"measure"),

@@ -170,9 +170,11 @@ def advice(figures: Sequence[Figure]) -> str:
         cheaper = "No baseline is clearly cheaper than the greedy one here"
         return f"{cheaper}: keep model.advantage.baseline: greedy, or measure more prompts (--num_prompts)."
     low, high = (f"{value:.2f}" for value in best.cost[1:])
+    samples = make_baseline(cast(BaselineName, best.name)).min_samples
+    needed = f" with model.sampling.num_samples: {samples} or more" if samples > 1 else ""
     return (
         f"For a gradient of the same precision {best.name} needs {best.cost[0]:.2f} of the seconds of greedy"
-        f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}."
+        f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}{needed}."
     )
 
 
@@ -353,6 +355,9 @@ def picture(figures: Sequence[Figure]) -> str:
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         f'<text x="8" y="{ROW * 0.7}">variance times seconds of the gradient, divided by greedy; lines: 95 %</text>',
     ]
+    one = LEFT + scale
+    ends = f'x1="{one:.1f}" x2="{one:.1f}" y1="{ROW}" y2="{height - ROW / 2}"'
+    parts.append(f'<line {ends} stroke="#222" stroke-dasharray="4"/>')
     for number, figure in enumerate(figures):
         y = ROW * (number + 1.2)
         value, low, high = (LEFT + scale * part for part in figure.cost)
@@ -362,9 +367,8 @@ def picture(figures: Sequence[Figure]) -> str:
             f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{figure.name}</text>',
             f'<rect x="{LEFT}" y="{y}" width="{value - LEFT:.1f}" height="{ROW * 0.7}" fill="{color}"/>',
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" stroke="#222"/>',
-            f'<text x="{high + 6:.1f}" y="{middle + 4}">{figure.cost[0]:.2f}</text>',
+            # A white edge, where the number stands on the line at greedy.
+            f'<text x="{high + 6:.1f}" y="{middle + 4}" stroke="#fff" stroke-width="4" paint-order="stroke">'
+            f"{figure.cost[0]:.2f}</text>",
         ]
-    one = LEFT + scale
-    ends = f'x1="{one:.1f}" x2="{one:.1f}" y1="{ROW}" y2="{height - ROW / 2}"'
-    parts.append(f'<line {ends} stroke="#222" stroke-dasharray="4"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
