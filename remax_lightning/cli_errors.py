@@ -286,6 +286,8 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
     if close := difflib.get_close_matches(last, options, 1):
         hint = f"did you mean {close[0]}?"
     elif places := [place for place in _places(full.rpartition(".")[2], known) if place != full]:
+        # A key of the run itself before one of a callback.
+        places = [place for place in places if place.startswith(("model.", "data.", "trainer."))] or places
         hint = f"did you mean {' or '.join(places[:3])}?"
     else:
         hint = f"the keys are {', '.join(options)}" if options else "remove it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_full_model_gives_a_table_and_a_file(
     assert answer["figures"]["hellaswag"]["exact_match/strict-match"] == {"value": 0.0, "stderr": None, "n": 4}
     assert answer["base"] is None
     assert answer["settings"]["limit"] == 100
-    assert answer["packages"]["torch"] == torch.__version__
+    assert answer["packages"]["torch"] == version("torch")
     (heading, _, *rows) = done.out.partition("base\n\n")[2].splitlines()[:6]
     assert heading.split() == ["task", "metric", "value", "standard", "error", "n"]
     assert rows[0].split() == ["arc_easy", "acc", f"{lm_eval.value(model):.4f}", "0.2500", "4"]
