@@ -27,9 +27,8 @@ from phases import GLIBC
 from shapes import EOS, PAD, Shape, prompt_texts, tokenizer
 from timing import save
 
-from remax_lightning.tools.plan.command import remax_phases
 from remax_lightning.tools.plan.model_sizes import measure
-from remax_lightning.tools.plan.phases import PHASES
+from remax_lightning.tools.plan.phases import PHASES, remax_phases
 from remax_lightning.tools.plan.run_config import read_run
 
 FOLDER = Path(__file__).parent

@@ -6,12 +6,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import description
+from machine import description, installed
 
 KEY = ("benchmark", "size", "lengths", "phase", "variant", "device", "dtype")
 """What tells one figure from another; a new measurement takes the place of the old one."""
@@ -78,18 +77,14 @@ def save(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages, TRL's among them where it is installed."""
+    """Return the versions of the packages, those of the peers among them where they are installed."""
     found: dict[str, str] = description()["versions"]
-    trl = trl_version()
-    return found | {"trl": trl} if trl else found
+    return found | installed("trl", "vllm")
 
 
 def trl_version() -> str | None:
     """Return the version of TRL, or None where it is not installed."""
-    try:
-        return version("trl")
-    except PackageNotFoundError:
-        return None
+    return installed("trl").get("trl")
 
 
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:

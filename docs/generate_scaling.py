@@ -1,6 +1,6 @@
-"""Write the planning table of `scaling.md`, beside this file, from what `remax plan` says.
+"""Write the planning tables of `scaling.md`, beside this file, from what `remax plan` says.
 
-`python docs/generate_scaling.py`; a test refuses a table that is out of date.
+`python docs/generate_scaling.py`; a test refuses tables that are out of date.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from remax_lightning.tools.plan.run_config import read_run
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- made by docs/generate_scaling.py -->", "<!-- end of what is made -->"
+BEGIN_PPO = "<!-- made by docs/generate_scaling.py: against PPO -->"
 MEMORY = (40, 80, 141)
 
 
@@ -54,6 +55,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama-2-70B": _llama(8192, 80, 28672, 64, 8),
 }
 """Shapes of the published models."""
+REWARD = _llama(2048, 16, 8192, 32, 8) | {"vocab_size": 128256, "head_dim": 64, "tie_word_embeddings": True}
+"""The shape of the reward model in `llama2_7b.yaml`, a Llama 3.2 of 1B."""
 SHARDED = {"model": {"reference": {"placement": "shard"}, "reward": {"init_args": {"placement": "shard"}}}}
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DDP": ("ddp", "bf16-mixed", {}),
@@ -82,6 +85,14 @@ def run(folder: Path, precision: str) -> dict[str, Any]:
         },
         "data": {"path": "prompts.jsonl", "batch_size": 16, "micro_batch_size": 4, "max_prompt_length": 256},
     }
+
+
+HEADLINE: dict[str, tuple[str, ...]] = {
+    "`llama2_7b`": (),
+    "`llama2_7b`, `gpus/8x40gb`": ("gpus/8x40gb",),
+    "`llama2_7b`, `gpus/8x40gb`, `strategies/zero3`": ("gpus/8x40gb", "strategies/zero3"),
+}
+"""The paper's Llama-2-7B on 8 GPUs, by what the table calls it: overlays over `llama2_7b`."""
 
 
 def merge_runs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +127,41 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def headline_cells(overlays: tuple[str, ...]) -> list[str]:
+    """Return GB per GPU of ReMax and of PPO, and where each fits, for one line of the second table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, paths = Path(name), {}
+        for role, config in (("policy", MODELS["Llama-2-7B"]), ("reward", REWARD)):
+            (folder / role).mkdir()
+            (folder / role / "config.json").write_text(json.dumps(config))
+            paths[role] = str(folder / role)
+        arguments = [part for shipped in ("llama2_7b", *overlays) for part in ("--config", shipped)]
+        arguments += [f"--model.{role}.path={paths['policy']}" for role in ("policy", "reference")]
+        arguments += [f"--model.reward.init_args.path={paths['reward']}", "--trainer.devices=8"]
+        planned = read_run(arguments)
+        cells = []
+        for ppo in (False, True):
+            # Checkpointing is on, and the policy gathered as 80 GB allow it.
+            answers = [plan(planned, measure(planned), 1e9 * memory) for memory in MEMORY[:2]]
+            peaks = [answer["ppo"]["peak"] if ppo else answer["peak"] for answer in answers]
+            fits = [f"{memory}" for memory, peak in zip(MEMORY[:2], peaks, strict=True) if peak <= 0.9e9 * memory]
+            cells += [f"{peaks[0] / 1e9:.1f}", " and ".join(fits) or "none"]
+    return cells
+
+
+def headline() -> str:
+    """Return the second table."""
+    heading = ["configuration", "ReMax, GB per GPU", "fits into, GB", "PPO, GB per GPU", "fits into, GB"]
+    rows = [[way, *headline_cells(overlays)] for way, overlays in HEADLINE.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows]]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Put the table into the page."""
-    made = table()  # takes minutes, in which the page may be edited
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    """Put the tables into the page."""
+    for begin, made in ((BEGIN, table()), (BEGIN_PPO, headline())):  # minutes, in which the page may be edited
+        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+        PAGE.write_text(f"{before}{begin}\n\n{made}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

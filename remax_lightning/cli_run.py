@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +49,7 @@ CALLBACKS = {
 """The callbacks of this package by their configuration key. Those of a user are listed in `trainer.callbacks`."""
 
 # Imported so that short class names work as `class_path`.
-KNOWN = (data, loggers, modules, rewards, rollout)
+KNOWN = (data, loggers, modules, rewards, rewards.HTTPReward, rewards.JudgeReward, rollout)
 
 
 def _tokenizer_path(module: Any, data: Any) -> str | None:
@@ -167,7 +168,28 @@ class RemaxCLI(LightningCLI):
         if is_last:
             arguments["ckpt_path"] = self._last_checkpoint()
         if self.subcommand == "fit":
+            self._choose_checkpointing()
             self._continue_run(arguments.get("ckpt_path") or self._requeued_checkpoint(), is_last)
+
+    def _choose_checkpointing(self) -> None:
+        """Decide `gradient_checkpointing: auto` by the plan; where it cannot be planned, checkpointing is on."""
+        source = getattr(self.model, "policy_source", None)
+        if not isinstance(self.model, modules.ReMaxModule) or source is None or source.gradient_checkpointing != "auto":
+            return
+        from remax_lightning.tools.plan import command, run_config
+
+        if self.trainer.strategy.root_device.type != "cuda":
+            self.model.policy_source = replace(source, gradient_checkpointing=False)
+            return
+        chosen = {"precision": self.trainer.precision, "devices": self.trainer.num_devices}
+        trainer = dict(self.config_init["fit"]["trainer"]) | chosen
+        try:
+            planned = run_config.planned_run(trainer, self.model, self.datamodule)
+            reason = command.choose_checkpointing(planned, command.device_memory())
+        except UserError as error:
+            self.model.policy_source = replace(source, gradient_checkpointing=True)
+            reason = f"model.policy.gradient_checkpointing: auto is true, because the run cannot be planned: {error}"
+        rank_zero_info(reason)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand. A failure of a process that Lightning started is a failure of the command."""

@@ -52,6 +52,13 @@ def launches_ranks(path: str) -> bool:
     return "from helpers.ranks import" in (TESTS.parent / path).read_text(encoding="utf-8")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu`, leave out files without such tests: a machine with a GPU may lack what they import."""
+    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_") or collection_path.is_dir():
+        return None
+    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
     from exhaustive import is_exhaustive, unmatched, without_representative

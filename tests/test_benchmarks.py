@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from fake_cuda import FakeCuda
 from helpers.cli import in_folder, write_config
 from helpers.doctor import healthy
+from helpers.minimal import run_with_only
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -145,27 +147,98 @@ def test_rollouts_in_shards_are_compared_with_those_of_a_whole_policy(load: Any,
         assert line["versions"]["deepspeed"]
 
 
+GPU_PARTS = {
+    *(("device", "limits", ""), ("toy", "step", "")),
+    *(("device", "attention", kernel) for kernel in ("cudnn", "efficient", "flash", "math")),
+    *(("toy", "decode", variant) for variant in ("graphs", "no graphs")),
+    *(("toy", "rollout", way) for way in ("ours", "sampled only", "two generate calls", "vllm")),
+}
+
+
+def parts_of(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(line["size"], line["phase"], line["variant"]): line for line in lines_of(path)}
+
+
+def check_gpu(path: Path) -> None:
+    """Every part has its line, and figures where the CPU can have them."""
+    parts = parts_of(path)
+    assert set(parts) == GPU_PARTS
+    unknown = {variant for (_, phase, variant), line in parts.items() if "error" in line}
+    assert unknown == {"cudnn", "efficient"}  # kernels that a CPU does not have
+    assert parts["device", "attention", "math"]["nonfinite_gradients_320"] == 0
+    assert parts["toy", "decode", "graphs"]["over_bound"] != 0
+    ways = [parts["toy", "rollout", way] for way in ("ours", "sampled only", "two generate calls")]
+    assert all(0 < way["mean_length"] < 8 for way in ways)  # geometric
+    step = parts["toy", "step", ""]
+    assert all(0 < step[part] <= 1.01 * step["step_s"] for part in ("rollout_s", "reward_s", "train_s"))
+    assert 0 < step["step_mfu"] < 1
+    assert step["planned_ppo_extra_gb"] > 0
+    assert step["versions"]["torch"] == version("torch")
+
+
 def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
-    load("gpu").main(["--shape", "toy", "--device", "cpu", "--repetitions", "1", "--results", str(path)])
-    [line] = lines_of(path)
-    assert line["rollout_s"] > 0
-    assert line["training_tflops"] > 0
-    assert 0 < line["rollout_predicted_gb"] < line["training_predicted_gb"]
-    assert line["ppo_states_gb"] == pytest.approx(1.8 * line["remax_states_gb"], rel=1e-3)
+    load("gpu").main(["--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)])
+    check_gpu(path)
 
 
-def test_gpu_captures_graphs_of_what_it_measures(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_cuda: FakeCuda
-) -> None:
-    gpu = load("gpu")
-    monkeypatch.setattr(gpu, "device_limits", lambda _: {"copy_gb_per_s": 1.0, "matmul_tflops": 1.0})
-    gpu.main(["--shape", "toy", "--repetitions", "1", "--results", str(tmp_path / "gpu.jsonl")])
-    [line] = lines_of(tmp_path / "gpu.jsonl")
-    assert line["rollout_s"] > 0
-    assert line["rollout_peak_gb"] > 0
-    assert len(fake_cuda.graphs) == 3  # of a rollout, of one half as long, and of one without greedy rows
+def test_gpu_needs_torch_transformers_and_lightning_alone(tmp_path: Path) -> None:
+    """The first machine with a GPU has nothing else, and no network."""
+    path, folder = tmp_path / "gpu.jsonl", tmp_path / "packages"
+    folder.mkdir()
+    names = ("torch", "transformers", "lightning")
+    command = ["benchmarks/gpu.py", "--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)]
+    ended = run_with_only(names, folder, *command)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    check_gpu(path)
+    assert "deepspeed" not in parts_of(path)["toy", "step", ""]["versions"]
+
+
+def test_gpu_tests_are_collected_with_torch_transformers_and_lightning_alone(tmp_path: Path) -> None:
+    names = ("torch", "transformers", "lightning", "pytest")
+    ended = run_with_only(
+        names, tmp_path, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert "tests/rollout/test_cuda_graph.py: " in ended.stdout
+    assert "tests/distributed/test_sharded.py: " in ended.stdout
+
+
+def test_gpu_writes_results_at_once_and_counts_warm_ups(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, gpu, written = tmp_path / "gpu.jsonl", load("gpu"), []
+
+    def slow(*_: Any) -> dict[str, float]:
+        written.append(len(lines_of(path)) if path.exists() else 0)
+        time.sleep(0.3)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "device_limits", slow)
+    monkeypatch.setattr(gpu, "attention_kernels", slow)
+    gpu.main(["--shape", "toy", "--device", "cpu", "--seconds", "0.5", "--results", str(path)])
+    parts = parts_of(path)
+    assert written == [0, 1]  # the time of the first two parts is all there was
+    assert parts["device", "limits", ""]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert {line.get("skipped") for line in list(parts.values())[2:]} == {"no time left"}
+    assert ("toy", "all", "") in parts
+
+
+def test_gpu_captures_graphs_of_what_it_measures(load: Any, fake_cuda: FakeCuda) -> None:
+    """With gradient checkpointing, as the model is trained."""
+    models, parts = load("gpu_models"), load("gpu_parts")
+    work, budget = models.WORKS["toy"], parts.Budget(time.monotonic() + 60)
+    model = models.build(work, torch.device("cpu")).to("cuda")
+    assert parts.decode_figures(model, work, True, budget, {})["graphs"] == 1
     assert all(graph.replays for graph in fake_cuda.graphs)
+    assert parts.decode_figures(model, work, False, budget, {})["graphs"] == 0
+
+
+def test_operators_are_counted_without_a_device(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "operators.jsonl"
+    load("operators").main(["--shape", "toy", "--results", str(path)])
+    [line] = lines_of(path)
+    assert line["products"] == 2 * 7 + 1  # of two layers, and the output embedding
+    assert line["most"]["rms_norm"] == 2 * 2 + 1
+    assert line["operators"] == line["products"] + line["attention"] + line["others"]
 
 
 def test_the_plan_is_held_against_the_memory_of_a_run(load: Any, tmp_path: Path) -> None:

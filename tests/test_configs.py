@@ -109,6 +109,8 @@ def test_an_overlay_changes_what_it_says(
     path: Path, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_config(tmp_path / "mine.yaml", small_config(tmp_path, policy_path))
+    if path.stem == "8x40gb":  # of one configuration
+        base = str(FOLDER / "llama2_7b.yaml")
     config = parsed(capsys, base, path)
     assert contains(config, yaml.safe_load(path.read_text())) == []
 
@@ -152,7 +154,7 @@ def test_a_configuration_trains_with_tiny_models(
         cli = run(["fit", "--config", write_config(tmp_path / "small.yaml", config)])
     assert cli.trainer.global_step >= 2
     wanted = sources(config["model"]["init_args"])[0]["gradient_checkpointing"]
-    assert cli.model.trained_model.is_gradient_checkpointing == wanted
+    assert cli.model.trained_model.is_gradient_checkpointing == (wanted is True)  # auto is off without a GPU
 
 
 @pytest.mark.slow

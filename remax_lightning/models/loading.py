@@ -79,6 +79,8 @@ class ModelConfig:
         path: a folder or a hub name.
         dtype: dtype of the weights; None follows `trainer.precision` (bfloat16 under bf16-true, otherwise float32).
         gradient_checkpointing: recompute activations in the backward pass: about a third slower, much less memory.
+            `auto` leaves it off in `remax fit` with ReMax where `remax plan` says that the run fits into the GPU
+            without it, or where there is no GPU; elsewhere, as from Python, it is on.
         disable_dropout: set every dropout of the model, and other noise such as a router's jitter, to 0, in its
             configuration and in its layers. With dropout, training would compute log-probs of another distribution than
             the sampled one, and the KL to the reference would start above 0.
@@ -100,7 +102,7 @@ class ModelConfig:
 
     path: str
     dtype: WeightDType | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
     disable_dropout: bool = True
     from_scratch: bool = False
     attn_implementation: str | None = None

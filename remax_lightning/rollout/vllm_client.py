@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
-
 from remax_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import requests
 
 KEY = "model.rollout.init_args"
 SHORT = 30.0
@@ -97,6 +97,9 @@ class VLLMServer:
     """
 
     def __init__(self, url: str, options: ClientOptions) -> None:
+        import requests  # here: without servers, nothing needs it
+        from requests.adapters import HTTPAdapter
+
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"{KEY}.urls must begin with http:// or https:// and a host, got {url!r}")
@@ -136,6 +139,8 @@ class VLLMServer:
         return self._request("POST", path, body, timeout)
 
     def _request(self, method: str, path: str, body: Any, timeout: float) -> Any:
+        import requests
+
         headers = {}
         if self.options.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.options.api_key_env, '')}"

@@ -133,6 +133,34 @@ def test_it_says_whether_a_run_fits_and_from_how_many_devices_on(
     assert planned(tmp_path, policy, *sharded)["fits"]
 
 
+def test_checkpointing_is_off_where_the_run_then_fits(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "model__policy__gradient_checkpointing"
+    on, off = (planned(tmp_path, policy, **{key: value})["peak"] for value in (True, False))
+    assert on < off
+    for memory, expected in ((1.2 * off, off), (1.05 * off, on), (None, on)):
+        more = [] if memory is None else ["--memory", str(memory / 1e9)]
+        assert planned(tmp_path, policy, *more, **{key: "auto"})["peak"] == expected
+    assert "Note: model.policy.gradient_checkpointing: auto is true, because" in capsys.readouterr().out
+
+
+def test_a_gpu_holds_graphs_and_workspaces(policy: str, tmp_path: Path) -> None:
+    """A step's temporary memory, and the logits of a graph for each bucket of lengths, all rows, half of them ..."""
+    on_gpu = {"trainer__accelerator": "gpu", "trainer__devices": 1}
+    parts = planned(tmp_path, policy, **on_gpu)["phases"]
+    logits = 8 * 96 * 4  # 4 prompts with a sampled and a greedy row; 16 + 4 tokens are one bucket of 32 slots
+    for phase in ("rollout", "update"):  # kept between rollouts
+        assert parts[phase]["CUDA workspaces"] == 2 * 32 * 2**20
+        assert 2 * logits < parts[phase]["CUDA graphs"] < 20 * logits
+    sharded = planned(tmp_path, policy, *strategy("fsdp2", 2), **on_gpu)["phases"]
+    assert "CUDA graphs" in sharded["rollout"]
+    assert "CUDA graphs" not in sharded["update"]
+    off = {"class_path": "remax_lightning.rollout.PairedEngine", "init_args": {"cuda_graphs": False}}
+    assert "CUDA graphs" not in planned(tmp_path, policy, **on_gpu, model__rollout=off)["phases"]["rollout"]
+    assert "CUDA workspaces" not in planned(tmp_path, policy)["phases"]["rollout"]
+
+
 def test_json_is_what_is_returned(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = planned(tmp_path, policy, "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == answer
@@ -151,6 +179,45 @@ def test_mistakes_name_the_argument(policy: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         planned(tmp_path, policy, model__kl_coeff=0.1)
     assert ended.value.code == 2
+
+
+QWEN = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+SMALL = {
+    "OPT-1.3B": None,  # of the script
+    "Qwen2.5-0.5B": QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                            "num_attention_heads": 14},
+    "Qwen2.5-1.5B": QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                            "num_attention_heads": 12},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overlay", ["24gb", "24gb_lora", "80gb", "80gb_lora"])
+@pytest.mark.parametrize("model", SMALL)
+def test_overlays_for_one_gpu_fit_into_it(model: str, overlay: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL[model] or scaling().MODELS[model]))
+    reward = {"path": str(folder), "dtype": "bfloat16", "max_length": 512}
+    config = {
+        "model": {
+            "policy": {"path": str(folder)},
+            "reward": {"class_path": "ClassifierReward", "init_args": reward},
+            "sampling": {"max_response_length": 256},
+        },
+        "data": {"path": "prompts.jsonl", "max_prompt_length": 256},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    memory = overlay.split("gb")[0]
+    answer = main(["--config", str(tmp_path / "run.yaml"), "--config", f"gpus/{overlay}", "--memory", memory])
+    assert answer["fits"]
+    assert answer["devices"] == 1
 
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "generate_scaling.py"
@@ -172,3 +239,12 @@ def test_the_table_of_the_page_is_what_the_plan_says(model: str, way: str) -> No
     page = script.PAGE.read_text(encoding="utf-8")
     assert "| " + " | ".join([model, way, *script.cells(model, way)]) + " |" in page
     assert all(f"| {each} | {strategy} |" in page for each in script.MODELS for strategy in script.WAYS)
+
+
+@pytest.mark.parametrize("way", ["`llama2_7b`", "`llama2_7b`, `gpus/8x40gb`"])
+def test_the_table_against_ppo_is_what_the_plan_says(way: str) -> None:
+    script = scaling()
+    cells = script.headline_cells(script.HEADLINE[way])
+    assert "| " + " | ".join([way, *cells]) + " |" in script.PAGE.read_text(encoding="utf-8")
+    if "8x40gb" in way:
+        assert cells[1::2] == ["40 and 80", "80"]  # ReMax fits into 40 GB, and PPO does not

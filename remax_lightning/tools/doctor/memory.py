@@ -11,7 +11,7 @@ import torch
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable
-from remax_lightning.tools.plan.command import GB, HEADROOM, plan
+from remax_lightning.tools.plan.command import GB, HEADROOM, choose_checkpointing, device_memory, plan
 from remax_lightning.tools.plan.model_sizes import measure
 from remax_lightning.tools.plan.run_config import read_run
 
@@ -30,6 +30,7 @@ def check_memory(context: DoctorContext) -> Finding:
         available = host_memory() if on_cpu else device_memory()
         per_device = None if available is None else available / run.strategy.devices if on_cpu else available
         with torch.enable_grad():  # the planner traces a backward pass
+            choose_checkpointing(run, per_device)
             answer = plan(run, measure(run), per_device)
     except UserError as error:
         return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; no other check depends on this one")
@@ -75,13 +76,6 @@ def _check_without_activations(context: DoctorContext) -> Finding:
         return Finding("pass", measured, "", values)
     fix = "train in bf16-true, or shard the model over devices with an overlay of configs/strategies"
     return Finding("fail", measured, fix, values)
-
-
-def device_memory() -> float | None:
-    """Return the bytes of the smallest GPU of this machine; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
 
 
 def host_memory() -> float | None:

@@ -24,7 +24,7 @@ from remax_lightning.models.log_probs import ForwardBatch, row_statistics
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, next_tokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
 from remax_lightning.rollout.paired import DecodeLoop
-from remax_lightning.rollout.static_cache import DecodeBuffers
+from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length
 from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 from remax_lightning.training.schedules import choose_update_kernel
@@ -189,14 +189,19 @@ class StepPasses:
                 raise _unsupported_engine_error(model) from error
             loop.suppress_tokens(0)
             tokens = next_tokens(loop.logits, request.num_sampled, sampling, request.generator)  # [N]
+            peak = live.peak
             # The last step attends to the most slots; a response of one token needs none.
+            graphs = 0
             if sampling.max_response_length > 1:
+                before = live.live
+                live.reset()
                 loop.decode_step(sampling.max_response_length - 2, tokens)
+                graphs = _graph_bytes(self.work, live.peak - before, loop.logits.nbytes)
                 loop.suppress_tokens(sampling.max_response_length - 1)
                 next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
         # ---- Keys and values, and everything else ----
         states = sum(slots.nbytes for slots in loop.buffers.states)
-        return RolloutBytes(states, live.peak - states)
+        return RolloutBytes(states, max(peak, live.peak) - states, graphs)
 
     @torch.no_grad()
     def policy_scoring(self) -> int:
@@ -303,6 +308,21 @@ class StepPasses:
                 " that spreads the policy over the devices, and only linear ones; choose k1, k2 or k3"
             )
         return head
+
+
+def _graph_bytes(work: StepShape, step: int, logits: int) -> int:
+    """Return the bytes of the pool of CUDA graphs.
+
+    Graphs share their temporary memory, but each keeps its logits; graphs of half of the rows, of a quarter and so on
+    together keep as many again.
+
+    Args:
+        work: whose responses the graphs decode, one graph for each bucket of lengths.
+        step: peak bytes of a decoding step.
+        logits: bytes of the logits of all rows.
+    """
+    lengths = range(work.prompt_length + 1, work.length)
+    return step + 2 * len({bucketed_length(length) for length in lengths}) * logits
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from remax_lightning.errors import UserError
 from remax_lightning.tools.plan.model_sizes import Sizes, measure
 from remax_lightning.tools.plan.phases import (
@@ -17,10 +19,11 @@ from remax_lightning.tools.plan.phases import (
     least_devices,
     offloaded_bytes,
     peak_bytes,
-    phases,
-    resolve_gather_mode,
+    ppo_phases,
+    remax_phases,
 )
-from remax_lightning.tools.plan.run_config import PlannedRun, read_run
+from remax_lightning.tools.plan.planned_run import PlannedRun
+from remax_lightning.tools.plan.run_config import read_run
 from remax_lightning.tools.plan.types import Strategy
 
 HEADROOM = 0.1
@@ -46,8 +49,10 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory must be above 0, got {options.memory:g}")
     # ---- Read, measure, print ----
-    run = read_run(rest)
-    answer = plan(run, measure(run), None if options.memory is None else options.memory * GB)
+    run, memory = read_run(rest), None if options.memory is None else options.memory * GB
+    reason = choose_checkpointing(run, memory)
+    run = run._replace(notes=(*run.notes, reason)) if reason else run
+    answer = plan(run, measure(run), memory)
     print(json.dumps(answer) if options.json else format_plan(run, answer))
     return answer
 
@@ -103,16 +108,39 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
     return answer
 
 
-def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
-    """Return the parts of the peak of each phase; `memory` decides how `gather: auto` gathers."""
-    sized = (sizes.policy, sizes.step, sizes.frozen)  # what both calls need
-    return phases(*sized, resolve_gather_mode(*sized, strategy, memory))
+def device_memory() -> float | None:
+    """Return the bytes of the smallest GPU of this machine; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
 
 
-def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
-    """Return the same for PPO with as many prompts and sampled responses and the same strategy."""
-    sized = (sizes.policy, sizes.ppo_step, sizes.frozen)
-    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), sizes.value)
+def choose_checkpointing(run: PlannedRun, memory: float | None) -> str:
+    """Decide `gradient_checkpointing: auto` of the policy of `run`: off where the run then fits.
+
+    Args:
+        run: whose module is changed.
+        memory: bytes of a device; None where that is not known, which leaves checkpointing on.
+
+    Returns:
+        A sentence with the reason; empty where there is nothing to decide.
+    """
+    module = run.module
+    source = module.policy_source
+    if source.gradient_checkpointing != "auto":
+        return ""
+    key = "model.policy.gradient_checkpointing: auto"
+    module.policy_source = replace(source, gradient_checkpointing=memory is None)
+    if memory is None:
+        return f"{key} is true, because the memory of the device is not known"
+    usable = (1 - HEADROOM) * memory
+    peak = peak_bytes(remax_phases(measure(run), run.strategy, usable))
+    module.policy_source = replace(source, gradient_checkpointing=peak > usable)
+    fits = "fits" if peak <= usable else "does not fit"
+    return (
+        f"{key} is {str(peak > usable).lower()}: without it the run needs {_format_gb(peak)} GB, which {fits} into"
+        f" {_format_gb(usable)} GB of {memory / GB:.3g}"
+    )
 
 
 def format_plan(run: PlannedRun, answer: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats.peft import read_adapter
 from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
-from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
+from remax_lightning.tools.plan.planned_run import PlannedRun, reward_models
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step
 from remax_lightning.training.config_checks import check_lengths
 from remax_lightning.training.schedules import parameter_groups
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight under nf4: 4 bits, an 8-bit scale per 64 weights, and a float32 scale per 256 of these scales."""
+
+
+WORKSPACES = 2 * 32 * 2**20
+"""Bytes in which cuBLAS works: 32 MiB on recent GPUs, once for the stream of the run and once for that of captures."""
 
 
 class Sizes(NamedTuple):
@@ -99,6 +103,8 @@ def _measure(run: PlannedRun) -> Sizes:
         passes=run.passes,
         hidden=0 if compared is None else passes.hidden_state_bytes(compared, work.prompts * work.sampling.num_samples),
         keeps_cache=run.keeps_cache,
+        captures_graphs=run.captures_graphs,
+        workspaces=WORKSPACES if run.device == "gpu" else 0,
     )
     # ---- PPO: no greedy responses, and the policy always scores ----
     ppo = dataclasses.replace(step, rollout=passes.rollout(greedy=False), scoring=max(shared, scoring))

@@ -10,9 +10,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from remax_lightning.strategies.gather_mode import MAX_MEMORY_SHARE
 from remax_lightning.tools.plan.types import BackwardPeak, FrozenSize, ModelSize, Step, Strategy
+
+if TYPE_CHECKING:
+    from remax_lightning.tools.plan.model_sizes import Sizes
 
 MASTER = 4
 """Bytes of a float32 number, in which DeepSpeed keeps a copy of the weights, of any dtype."""
@@ -261,7 +265,7 @@ PHASES = ("rollout", "scoring", "training", "update")
 PARTS = (
     *("policy weights", "gradients", "gradient buffers", "master weights", "optimizer", "value model"),
     *("reference", "reward model", "frozen model at work", "gathered weights", "16-bit copy"),
-    *("KV cache", "reference hidden states", "activations", "logits and temporary"),
+    *("KV cache", "CUDA graphs", "CUDA workspaces", "reference hidden states", "activations", "logits and temporary"),
 )
 """All parts, in the order of the table."""
 
@@ -288,7 +292,10 @@ def phases(
     # Layer by layer, only what is outside the layers is gathered for the whole rollout, and cast once.
     layerwise = strategy.shards_policy and strategy.gather == "layerwise"
     cast_copy = min(size.cast_copy, size.outside // 2) if layerwise else size.cast_copy
-    copies = {} if step.keeps_cache else {"KV cache": step.rollout.cache, "16-bit copy": cast_copy}
+    kept = {"KV cache": step.rollout.cache, "16-bit copy": cast_copy}
+    # Layers that are gathered one by one are gathered in hooks, which no graph can hold.
+    kept |= {} if layerwise or not step.graphs else {"CUDA graphs": step.graphs}
+    copies = {} if step.keeps_cache else kept
     rollout = copies | {"logits and temporary": step.rollout.working}
     body, forward = step.training.activations, step.training.forward
     # ---- The moments of each phase that may be its peak ----
@@ -323,6 +330,18 @@ def resolve_gather_mode(
     return replace(strategy, gather="once" if fits else "layerwise")
 
 
+def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
+    """Return the parts of the peak of each phase; `memory` decides how `gather: auto` gathers."""
+    sized = (sizes.policy, sizes.step, sizes.frozen)  # what both calls need
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory))
+
+
+def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
+    """Return the same for PPO with as many prompts and sampled responses and the same strategy."""
+    sized = (sizes.policy, sizes.ppo_step, sizes.frozen)
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), sizes.value)
+
+
 def peak_bytes(phase_parts: Mapping[str, Parts]) -> int:
     """Return the peak of all phases."""
     return max(sum(parts.values()) for parts in phase_parts.values())
@@ -352,8 +371,11 @@ def _resident_parts(
     step, parts = policy.step, Counter(policy.resident())
     for model in frozen:
         parts[model.name] += _resident_frozen_bytes(model, policy.strategy)
+    if step.workspaces:
+        parts["CUDA workspaces"] = step.workspaces
     if step.keeps_cache:
         parts.update({"KV cache": step.rollout.cache, "16-bit copy": policy.size.cast_copy})
+        parts.update({"CUDA graphs": step.graphs} if step.graphs else {})
     if value is not None:
         other = make_strategy_memory(value, step.scaled(value.trainable / policy.size.trainable), policy.strategy)
         # Its gradients too, because both models are trained at the same time.

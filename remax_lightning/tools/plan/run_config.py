@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,11 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
-from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.rollout import AutoEngine, PairedEngine
+from remax_lightning.rewards import ClassifierReward
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.deepspeed import sums_in
 from remax_lightning.tools.plan.activation_memory import StepShape
+from remax_lightning.tools.plan.planned_run import DTYPES, Device, PlannedRun, known_reward_models
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
 from remax_lightning.training.micro_batches import check_budget
@@ -28,8 +27,6 @@ from remax_lightning.training.objective import UpdatePlan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
-Device: TypeAlias = Literal["cpu", "gpu"]
 # Lightning still takes these names of its versions before 2.0.
 OLD_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -47,76 +44,11 @@ class PlanCLI(RemaxCLI):
     def _last_checkpoint(self) -> None:
         """Do nothing: no checkpoint is read."""
 
+    def _choose_checkpointing(self) -> None:
+        """Do nothing: the planner decides by the memory that it is told."""
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Do nothing: only the objects are needed."""
-
-
-class PlannedRun(NamedTuple):
-    """The planned run, from its configuration.
-
-    Args:
-        module: the module, without loaded models.
-        work: the work of a device in a step.
-        micro_batches: per optimizer step.
-        passes: training passes per rollout.
-        scores_policy: whether scoring has a pass of the policy, too: for several updates per rollout, or in validation.
-        strategy: the strategy, with its devices.
-        precision: `trainer.precision`, under its current name in Lightning.
-        device: the kind of device.
-        tokenizer: the policy's tokenizer; None if it cannot be loaded.
-        notes: assumptions about what the configuration leaves open.
-    """
-
-    module: ReMaxModule
-    work: StepShape
-    micro_batches: int
-    passes: int
-    scores_policy: bool
-    strategy: Strategy
-    precision: str
-    device: Device
-    tokenizer: PreTrainedTokenizerBase | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def default_dtype(self) -> torch.dtype:
-        """The dtype of models without a `dtype` of their own."""
-        # "bf16-true" -> "bf16", "true"
-        number, _, mode = self.precision.partition("-")
-        return DTYPES[number] if mode == "true" else torch.float32
-
-    @property
-    def policy_dtype(self) -> torch.dtype:
-        """The dtype in which the policy is trained; DeepSpeed casts it in mixed precision, too."""
-        number = self.precision.partition("-")[0]
-        if self.strategy.kind == "zero" and number in ("16", "bf16"):
-            return DTYPES[number]
-        name = self.module.policy_source.dtype
-        return self.default_dtype if name is None else cast(torch.dtype, getattr(torch, name))
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether autocast chooses the precision; DeepSpeed casts the weights instead."""
-        return "mixed" in self.precision and self.strategy.kind != "zero"
-
-    @property
-    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        """A function that returns the autocast context of a step."""
-        if not self.is_mixed:
-            return nullcontext
-        number = self.precision.partition("-")[0]
-        # Without the cache of cast weights, as Lightning opens it.
-        return lambda: torch.autocast("cpu", DTYPES[number], cache_enabled=False)
-
-    @property
-    def keeps_cache(self) -> bool:
-        """Whether the memory of keys and values is kept between rollouts, for the graphs that read it."""
-        engine = self.module.engine
-        keeps = isinstance(engine, AutoEngine) or (
-            isinstance(engine, PairedEngine) and engine.keep_cache and engine.cuda_graphs
-        )
-        # Weights that are gathered lie elsewhere in every rollout, and so its graphs end with it.
-        return keeps and self.device == "gpu" and not self.strategy.shards_policy
 
 
 def read_run(args: Sequence[str]) -> PlannedRun:
@@ -127,7 +59,20 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     """
     # ---- The objects of the run, without a trainer ----
     cli = run(["fit", *args], PlanCLI)
-    trainer, module, data = cli.config_init["fit"]["trainer"], cli.model, cli.datamodule
+    return planned_run(cli.config_init["fit"]["trainer"], cli.model, cli.datamodule)
+
+
+def planned_run(trainer: Mapping[str, Any], module: Any, data: Any) -> PlannedRun:
+    """Return the run of a module and its data.
+
+    Args:
+        trainer: arguments of the trainer.
+        module: without loaded models.
+        data: of the run.
+
+    Raises:
+        UserError: if the run cannot be planned.
+    """
     if not isinstance(module, ReMaxModule):
         raise UserError(f"model: remax plan is for ReMaxModule, got {type(module).__name__}")
     # ---- Devices and strategy ----
@@ -137,7 +82,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     check_quantization(module.policy_source, trainer["strategy"])
     # ---- Passes, and rewards with memory of their own ----
     accumulate, splits = trainer["accumulate_grad_batches"], _passes(module, data)
-    known, unknown = _reward_models(module.reward)
+    known, unknown = known_reward_models(module.reward)
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
     return PlannedRun(
         module=module,
@@ -225,22 +170,6 @@ def _tokenizer(data: Any) -> PreTrainedTokenizerBase | None:
 
 def _has_validation(data: Any) -> bool:
     return getattr(data, "val_path", None) is not None or getattr(data, "val_size", 0) != 0
-
-
-def _reward_models(reward: Reward) -> tuple[list[ClassifierReward], str]:
-    """Return the reward models in a reward, and the names of rewards that may hold memory of their own."""
-    if isinstance(reward, ClassifierReward):
-        return [reward], ""
-    if isinstance(reward, WeightedReward):
-        parts = [_reward_models(part) for part in reward.parts.values()]
-        return [model for models, _ in parts for model in models], ", ".join(name for _, name in parts if name)
-    is_ours = type(reward).__module__.startswith("remax_lightning.")
-    return [], "" if is_ours else type(reward).__name__
-
-
-def reward_models(reward: Reward) -> list[ClassifierReward]:
-    """Return the reward models in a reward."""
-    return _reward_models(reward)[0]
 
 
 def _devices(value: Any, device: str) -> tuple[int, str]:

@@ -111,10 +111,12 @@ class RolloutBytes(NamedTuple):
     Args:
         cache: keys and values of all rows at full length.
         working: peak of everything else, including logits.
+        graphs: the memory that CUDA graphs of the decoding step keep for themselves.
     """
 
     cache: int
     working: int
+    graphs: int = 0
 
 
 class BackwardPeak(NamedTuple):
@@ -163,7 +165,9 @@ class Step:
         micro_batches: micro-batches per optimizer step.
         passes: training passes per rollout.
         hidden: bytes of the reference's hidden states that a rollout keeps.
-        keeps_cache: the key-value cache and copies of weights are kept between rollouts.
+        keeps_cache: the key-value cache, copies of weights and graphs are kept between rollouts.
+        captures_graphs: the decoding step is captured as CUDA graphs.
+        workspaces: bytes that the libraries of a GPU work in.
     """
 
     rollout: RolloutBytes
@@ -175,6 +179,13 @@ class Step:
     passes: int = 1
     hidden: int = 0
     keeps_cache: bool = False
+    captures_graphs: bool = False
+    workspaces: int = 0
+
+    @property
+    def graphs(self) -> int:
+        """Bytes of CUDA graphs; 0 where none are captured."""
+        return self.rollout.graphs if self.captures_graphs else 0
 
     def scaled(self, factor: float) -> Step:
         """Return the step with the optimizer of a model that is `factor` times as large."""
