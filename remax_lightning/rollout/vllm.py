@@ -182,6 +182,14 @@ class VLLMEngine:
                 f" with --logprobs-mode {mode}"
             )
 
+    def describe(self) -> list[str]:
+        """Return what each server is, in words, after `check`."""
+        return [
+            f"{server.url}: vLLM {server.version()}, {info.model} in {info.dtype}, {info.max_model_len} tokens,"
+            f" {info.logprobs_mode}"
+            for server, info in ((server, self._infos[server.url]) for server in self.servers)
+        ]
+
     def metrics(self) -> dict[str, float]:
         """Return figures of the rollouts since the last call, by the name that they are logged under."""
         metrics, self._metrics = self._metrics, {}

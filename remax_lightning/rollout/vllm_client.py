@@ -23,7 +23,16 @@ _MAY_RETURN = (408, 429, 500, 502, 503, 504)
 
 
 class ServerGoneError(Exception):
-    """A server did not answer, or said that it cannot now; it may come back."""
+    """A server did not answer, or said that it cannot now; it may come back.
+
+    Args:
+        message: what happened.
+        status: of its answer; None where it did not answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RefusedError(UserError):
@@ -174,7 +183,7 @@ class VLLMServer:
             raise MissingError(text)
         # A server whose engine refuses the content of a request answers 500, too; the retries end it.
         if status in _MAY_RETURN:
-            raise ServerGoneError(f"status {status}: {text}")
+            raise ServerGoneError(f"status {status}: {text}", status)
         raise RefusedError(f"{self!r} refused {path} with status {status}: {text}", status)
 
     # ---- Waiting ----
@@ -235,6 +244,10 @@ class VLLMServer:
                 " and a vLLM of 0.32 or later"
             ) from None
         return _server_info(name, bases[name], config)
+
+    def version(self) -> str:
+        """Return the version of vLLM; raises as `get`."""
+        return str(self.get("/version")["version"])
 
     def knows_token(self, model: str, token: int) -> bool:
         """Whether a token is in the vocabulary of a model; asks for one greedy token behind it.

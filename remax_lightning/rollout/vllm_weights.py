@@ -179,7 +179,15 @@ def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
     try:
         server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
         server.post("/start_weight_update", None, timeout)
-        server.post("/update_weights", {"update_info": {"folder": folder}}, timeout)
+        try:
+            server.post("/update_weights", {"update_info": {"folder": folder}}, timeout)
+        except ServerGoneError as error:
+            if error.status != 500:
+                raise
+            # The server is there, and its workers cannot load these files.
+            raise UserError(
+                f"{server!r} cannot load the weights in {folder!r}: {error}; its own log says why"
+            ) from None
         server.post("/finish_weight_update", {"weight_version": version}, timeout)
     finally:
         # A server that fails here tells less than the error that brought us here.

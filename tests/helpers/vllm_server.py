@@ -37,6 +37,8 @@ class FakeVLLM:
     seconds = 0.0
     """That a response takes besides its model's."""
     vocab_size: int | None = None
+    refuses_files = False
+    """Answers that its workers failed when they load weights."""
     drops_updates = False
     """Takes an update, and goes on with the weights and the version that it had."""
     keeps_weights = False
@@ -136,6 +138,7 @@ class FakeVLLM:
             return 401, {"error": "Unauthorized"}
         endpoints: dict[str, Callable[[Any], tuple[int, Any]]] = {
             "/health": lambda _: (200, None),
+            "/version": lambda _: (200, {"version": "0.32.0"}),
             "/v1/models": self._models,
             "/inference/v1/generate": self._generate,
         }
@@ -195,6 +198,9 @@ class FakeVLLM:
 
         if not self.updating:
             return 500, {"error": "start_weight_update must be called before update_weights."}
+        if self.refuses_files:
+            self.updating = False
+            return 500, {"error": {"message": "Worker failed with error 'no room'"}}
         files = sorted(Path(body["update_info"]["folder"]).glob("*.safetensors"))
         weights: dict[str, Tensor] = {}
         for file in files:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,14 @@ def test_only_what_was_refused_is_asked_for_again(status: int, model: Any, serve
         engine_for(tmp_path, server).generate(model, request_for())
 
 
+def test_workers_that_cannot_load_the_files_end_the_run_at_once(model: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve(refuses_files=True)
+    with pytest.raises(UserError, match=r"cannot load the weights in .* Worker failed with error 'no room'"):
+        engine_for(tmp_path, server).generate(model, request_for())
+    assert server.paths.count("/update_weights") == 1
+    assert not server.paused
+
+
 # ---- Proof ----
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -341,6 +350,17 @@ def test_a_server_that_does_not_fit_is_refused(
     engine = engine_for(tmp_path, serve(**faults), **options)
     with pytest.raises(UserError, match=message):
         engine.check(model, request_for().sampling, 5)
+
+
+def test_the_doctor_tells_what_the_servers_are(model: Any, serve: Any, tmp_path: Path) -> None:
+    from remax_lightning.tools.doctor.command import check_models
+
+    engine = engine_for(tmp_path, serve())
+    engine.check(model, request_for().sampling, 5)
+    worker = SimpleNamespace(engine=engine)
+    module = SimpleNamespace(trained_model=model, device="cpu", worker=worker)
+    context: Any = SimpleNamespace(module=module, load_models=lambda: None, note="")
+    assert check_models(context).measured.endswith("vLLM 0.32.0, policy in float32, 128 tokens, raw_logprobs")
 
 
 def test_log_probs_of_another_kind_are_refused(model: Any, serve: Any, tmp_path: Path) -> None:

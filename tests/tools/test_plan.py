@@ -68,6 +68,16 @@ def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_
     assert parts["16-bit copy"] == 2 * sum(each.weight.numel() for each in model.modules() if type(each) is nn.Linear)
 
 
+def test_rollouts_on_servers_take_no_memory_here(policy: str, tmp_path: Path) -> None:
+    engine = {"class_path": "remax_lightning.rollout.VLLMEngine", "init_args": {"urls": ["http://localhost:8000"]}}
+    phases = planned(tmp_path, policy, trainer__precision="bf16-mixed", model__rollout=engine)["phases"]
+    assert phases["rollout"]["policy weights"] > 0
+    assert {
+        name for name in ("KV cache", "16-bit copy", "logits and temporary") if phases["rollout"].get(name)
+    } == set()
+    assert phases["training"]["logits and temporary"] > 0
+
+
 def test_tokens_that_are_not_drawn_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded embedding needs masks of the vocabulary, in every pass that makes logits."""
     model = tiny_model("llama", vocab_size=5000)

@@ -16,6 +16,7 @@ import torch
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
+from remax_lightning.rollout import VLLMEngine
 from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
 from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable, Status, load_context
 
@@ -63,7 +64,11 @@ def check_models(context: DoctorContext) -> Finding:
     model = context.module.trained_model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype, device = str(model.dtype).removeprefix("torch."), context.module.device
-    return Finding("pass", f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{context.note}")
+    # Servers of the rollouts have been asked whether they fit by now.
+    engine = getattr(getattr(context.module, "worker", None), "engine", None)
+    servers = "".join(f"; {server}" for server in engine.describe()) if isinstance(engine, VLLMEngine) else ""
+    measured = f"{type(model).__name__}, {parameters:,} parameters in {dtype}, on {device}{context.note}{servers}"
+    return Finding("pass", measured)
 
 
 def check_reward(context: DoctorContext) -> Finding:

@@ -18,7 +18,7 @@ from remax_lightning.rewards.formats.peft import read_adapter
 from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
 from remax_lightning.tools.plan.planned_run import PlannedRun, reward_models
-from remax_lightning.tools.plan.types import FrozenSize, ModelSize, Step
+from remax_lightning.tools.plan.types import FrozenSize, ModelSize, RolloutBytes, Step
 from remax_lightning.training.config_checks import check_lengths
 from remax_lightning.training.schedules import parameter_groups
 
@@ -93,8 +93,10 @@ def _measure(run: PlannedRun) -> Sizes:
     # ---- The passes of a step, and its update ----
     groups, device = parameter_groups(policy), torch.device("cuda" if run.device == "gpu" else "cpu")
     compared = reference if kl.full else None
+    greedy = module.objective.needs_greedy
     step = Step(
-        rollout=passes.rollout(greedy=module.objective.needs_greedy),
+        # On vLLM's servers: keys, values and logits are theirs.
+        rollout=RolloutBytes(0, 0) if run.decodes_elsewhere else passes.rollout(greedy=greedy),
         scoring=max(shared, scoring if run.scores_policy else 0),
         training=passes.training(compared),
         update=_optimizer_bytes(run, groups, device),
@@ -209,7 +211,7 @@ def _policy_size(policy: PreTrainedModel, run: PlannedRun) -> ModelSize:
     )
     linears = [module.weight for module in core.modules() if type(module) is nn.Linear]
     cast_copy = 0
-    if run.is_mixed:  # every device casts the float32 weights that it has for a rollout once
+    if run.is_mixed and not run.decodes_elsewhere:  # every device casts the float32 weights of a rollout once
         # halved: 4 bytes become 2
         cast_copy = sum(weight.nbytes for weight in linears if weight.dtype == torch.float32) // 2
     if run.module.policy_source.quantization is not None:

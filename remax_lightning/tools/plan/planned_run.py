@@ -10,7 +10,7 @@ import torch
 
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward, Reward, WeightedReward
-from remax_lightning.rollout import AutoEngine, PairedEngine
+from remax_lightning.rollout import AutoEngine, PairedEngine, VLLMEngine
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 
@@ -84,6 +84,11 @@ class PlannedRun(NamedTuple):
         engine = self.module.engine
         captures = isinstance(engine, AutoEngine) or (isinstance(engine, PairedEngine) and engine.cuda_graphs)
         return captures and self.device == "gpu"
+
+    @property
+    def decodes_elsewhere(self) -> bool:
+        """Whether servers write the responses, so that rollouts take no memory of the trainer's devices."""
+        return isinstance(self.module.engine, VLLMEngine)
 
     @property
     def keeps_cache(self) -> bool:

@@ -1,0 +1,35 @@
+"""Two ranks share a vLLM server: whole and sharded policies get to it once for each version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from distributed.vllm_ranks import STEPS, train
+from helpers.ranks import launch
+from helpers.training import save_policy
+from helpers.vllm_server import FakeVLLM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_ranks_train_with_the_responses_of_one_server(strategy: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    policy = save_policy(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with FakeVLLM(model, make_tokenizer()) as server:
+        launch(train, server.url, policy, tmp_path / "run", strategy)
+    end = torch.load(tmp_path / "run" / "end.pt", weights_only=True)
+    assert end["logged"]["train/mismatch_kl"] < 1e-6
+    assert end["logged"]["train/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
+    # One update for each version, whichever rank made it; the last step's weights are not rolled out any more.
+    assert server.paths.count("/update_weights") == STEPS
+    last, start = end["weights"]["model.norm.weight"], dict(model.named_parameters())["model.norm.weight"]
+    held = dict(server.base.named_parameters())["model.norm.weight"]
+    assert 0 < (held - start).norm() < (last - start).norm()
+    # Each rank asked for its prompts: 4 of 8, with a sampled and a greedy response; and each checks the vocabulary.
+    assert len(server.requests) == 2 + STEPS * 2 * 4 * 2
