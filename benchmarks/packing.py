@@ -36,7 +36,9 @@ from timing import interleaved, medians, save
 from torch import Tensor
 
 from remax_lightning.models import log_probs as passes
+from remax_lightning.models.forward import find_head
 from remax_lightning.models.log_probs import ForwardBatch, policy_statistics
+from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.rewards import pooling
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.training.micro_batches import plan_micro_batches, response_numbers, row_lengths
@@ -171,6 +173,9 @@ def padded_passes(batches: bool) -> ExitStack:
 def training_runs(_folder: Path, shape: Shape, draw: Callable[[int], Lengths]) -> dict[str, Run]:
     """Return a forward and a backward pass of each variant over the rollout of a round."""
     model = llama(shape).train()
+    # Each looks at the model once, with a few tokens that are not to be counted.
+    find_head(model)
+    packing_obstacle(model)
     computed = 0
 
     def count(_module: Any, inputs: tuple[Tensor, ...]) -> None:
