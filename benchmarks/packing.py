@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(size: str, phase: str, options: argparse.Namespace) -> None:
     """Measure the variants of a phase in turn, and write their medians down."""
-    shape, lengths = SHAPES[size], "geometric" if options.lengths is None else options.lengths.stem
-    rows = None if options.lengths is None else _read(options.lengths)
+    path: Path | None = options.lengths
+    shape, lengths = SHAPES[size], "geometric" if path is None else f"{path.parent.name}/{path.stem}"
+    rows = None if path is None else _read(path)
     with tempfile.TemporaryDirectory() as name:
         make = training_runs if phase == "training" else step_runs
         variants = make(Path(name), shape, lambda turn: _draw(shape, turn, rows))

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def response_statistics(
-    model: PreTrainedModel, prompt: PromptBatch, responses: Responses, temperature: float = 1.0
+    model: PreTrainedModel,
+    prompt: PromptBatch,
+    responses: Responses,
+    temperature: float = 1.0,
+    *,
+    packed: bool = False,
 ) -> TokenStatistics:
     """Run `model` over prompts and responses and return statistics of the response tokens.
 
@@ -39,11 +44,12 @@ def response_statistics(
         prompt: `B` prompts, padded on the left.
         responses: `M = B * n` responses, prompt by prompt, padded on the right.
         temperature: divides the logits.
+        packed: run one packed row, where the model can be packed; otherwise padded rows.
 
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
-    (rows,) = _forward_batches(None, prompt, responses)  # all responses in one batch
+    (rows,) = _forward_batches(model if packed else None, prompt, responses)  # all responses in one batch
     statistics = row_statistics(model, rows, find_head(model).head, temperature).statistics
     shape, places = responses.response_mask.shape, [rows.places]
     values = statistics.log_probs, statistics.entropy, cast(Tensor, statistics.squared_norm)

@@ -12,14 +12,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from remax_lightning.distributed import raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.errors import UserError
 from remax_lightning.models.loading import ModelSource
 from remax_lightning.models.log_probs import response_statistics
+from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
+from remax_lightning.sharding import language_model
 from remax_lightning.training.config_checks import check_response_ends
 from remax_lightning.training.metrics import MeanMetrics
-from remax_lightning.training.packing import PackingMode, find_packing_mode, pack, packed_log_probs
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 
@@ -37,8 +39,8 @@ class SFTModule(PolicyModule):
         policy: the language model that is trained; a folder or hub name alone is its `path`.
         reward: if set, validation also generates responses and scores them.
         tokenizer: folder or hub name; None takes the policy's.
-        packing: pack several examples into a row in training, without padding. The loss is the same and training is
-            faster.
+        packing: run the examples of a training pass in one row without padding, each attending to itself alone. The
+            loss is the same and training is faster.
         rollout: engine that generates responses in validation; None chooses one for the architecture of the policy.
         sampling: how responses are sampled in validation.
         optimizer: AdamW with a learning rate of 1e-5 by default, usual for all weights of a model; an adapter (`lora`)
@@ -75,7 +77,6 @@ class SFTModule(PolicyModule):
             policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
         )
         self.packing = packing
-        self._packing_mode: PackingMode = "positions"
         self._training, self._held_out = MeanMetrics(), MeanMetrics()
 
     def hyper_parameters(self) -> dict[str, Any]:
@@ -91,15 +92,18 @@ class SFTModule(PolicyModule):
         }
 
     def on_fit_start(self) -> None:
-        """Prepare rollouts, find how to pack examples for this policy, and check the ends of responses.
+        """Prepare rollouts, and check that examples can be packed, and the ends of responses.
 
         Raises:
-            UserError: if the responses of the data end with a token that ends no response of the policy.
+            UserError: if this policy cannot be packed, or the responses of the data end with a token that ends no
+                response of it.
         """
         self.on_validation_start()
         check_response_ends(self.tokenizer, self.eos_ids(), getattr(self.trainer, "datamodule", None))
-        if self.packing:
-            self._packing_mode = find_packing_mode(self.policy)
+        if self.packing and (reason := packing_obstacle(self.policy)):
+            raise UserError(
+                f"model.packing must be false for {type(language_model(self.policy)).__name__}, got true: {reason}"
+            )
 
     def on_validation_start(self) -> None:
         """Prepare rollouts."""
@@ -110,12 +114,10 @@ class SFTModule(PolicyModule):
 
     def _log_probs(self, batch: SupervisedBatch, packing: bool) -> Tensor:
         """Return `[M]` log-probs of the response tokens."""
-        if packing:
-            return packed_log_probs(self.policy, pack(batch), self._packing_mode)
         mask = batch.response_mask
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         responses = Responses(batch.response_ids, mask, mask.new_zeros(len(mask)), [])
-        return response_statistics(self.policy, prompt, responses).log_probs[mask]
+        return response_statistics(self.policy, prompt, responses, packed=packing).log_probs[mask]
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of the responses."""

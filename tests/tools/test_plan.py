@@ -125,6 +125,11 @@ def test_smaller_passes_need_less(policy: str, tmp_path: Path) -> None:
     whole = planned(tmp_path, policy)["phases"]["training"]["activations"]
     options = {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 4}
     assert planned(tmp_path, policy, **options)["phases"]["training"]["activations"] < whole / 3
+    # A budget of tokens counts as if all rows were the longest, 16 + 4 tokens here; and no smaller one is planned.
+    cut = planned(tmp_path, policy, data__tokens_per_micro_batch=39)
+    assert cut["phases"] == planned(tmp_path, policy, **options)["phases"]
+    with pytest.raises(UserError, match=r"data\.tokens_per_micro_batch must be at least 20, got 19"):
+        planned(tmp_path, policy, data__tokens_per_micro_batch=19)
     again = planned(tmp_path, policy, model__policy__gradient_checkpointing=True)
     assert again["phases"]["training"]["activations"] < whole / 1.5
 
