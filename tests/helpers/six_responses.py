@@ -28,23 +28,26 @@ def batch(extra_left: int = 0, extra_right: int = 0, pad: int = PAD) -> tuple[Pr
     return prompt, Responses(ids, mask, torch.zeros(len(RESPONSES), dtype=torch.bool), [""] * len(RESPONSES))
 
 
-def one_by_one(model: Any, temperature: float) -> tuple[list[list[float]], list[list[float]]]:
-    """Log-probs and entropies, token by token."""
+def one_by_one(model: Any, temperature: float) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Log-probs, entropies and squared norms of the gradients at the logits, token by token."""
     double = copy.deepcopy(model).double()
-    log_probs, entropies = [], []
+    log_probs, entropies, norms = [], [], []
     for i, response in enumerate(RESPONSES):
         prompt = PROMPTS[i // 2]
         with torch.no_grad():
             logits = double(input_ids=torch.tensor([prompt + response])).logits[0].double()
         log_probs.append([])
         entropies.append([])
+        norms.append([])
         for t, token in enumerate(response):
             scaled = [value / temperature for value in logits[len(prompt) + t - 1].tolist()]
             highest = max(scaled)
             log_total = highest + math.log(math.fsum(math.exp(value - highest) for value in scaled))
             log_probs[-1].append(scaled[token] - log_total)
             entropies[-1].append(-math.fsum(math.exp(v - log_total) * (v - log_total) for v in scaled))
-    return log_probs, entropies
+            slopes = [float(i == token) - math.exp(value - log_total) for i, value in enumerate(scaled)]
+            norms[-1].append(math.fsum(slope * slope for slope in slopes))
+    return log_probs, entropies, norms
 
 
 def rollout_of(num_micro_batches: int = 1, **padding: int) -> Rollout:
