@@ -7,6 +7,7 @@ current version stay until the next one is written, so that any rank can bring a
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
@@ -70,6 +71,8 @@ class WeightFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._written: Path | None = None
+        # Shared memory outlives the process.
+        atexit.register(self.remove)
 
     def folder(self, version: str) -> Path:
         """Return the folder of a version."""

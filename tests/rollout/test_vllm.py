@@ -196,6 +196,18 @@ def test_a_server_gets_weights_once_for_each_version(model: Any, serve: Any, tmp
     assert [path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [weight_version(model)]
 
 
+def test_the_files_go_when_the_run_ends(
+    model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    engine_for(tmp_path, serve()).generate(model, request_for())
+    assert [path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [weight_version(model)]
+    for call in at_exit:
+        call()
+    assert not [path for path in (tmp_path / "weights").iterdir() if path.is_dir()]
+
+
 def test_an_adapter_is_sent_alone(model: Any, serve: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
