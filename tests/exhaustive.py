@@ -40,7 +40,7 @@ EXHAUSTIVE = (
     ("test_docs.py", r"builds_strictly|leads_nowhere"),  # `make docs` builds it, too
     (
         "tools/test_plan.py",
-        r"the_table_|fit_into_it\[(?!OPT-1.3B-24gb\])|divides_what_it_says\[(ddp|zero1|zero2-optimizer)",
+        r"the_table_|fit_into_it|divides_what_it_says\[(ddp|zero1|zero2-optimizer)",
     ),
     # Processes of a test's own: of those that say the same of another case, one stays.
     ("distributed/test_processes.py", r"leaves_behind|that_fails|never_joins|cannot_be_started"),
