@@ -70,7 +70,7 @@ tools:
 options:
   -h, --help            print this help; remax SUBCOMMAND --help prints that of a subcommand
   --version             print the version
-  --print_shtab SHELL   print a script that completes subcommands and options; bash, zsh or tcsh
+  --print_shtab SHELL   print a script that completes subcommands and options; bash, zsh, fish or tcsh
 
 examples:
   remax fit --config run.yaml --trainer.max_steps 100

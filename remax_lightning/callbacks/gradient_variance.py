@@ -69,8 +69,8 @@ class GradientVariance(Callback):
     - `train/gradient_variance/NAME`, and the ends of its 95 % interval, `train/gradient_variance_low/NAME` and
       `_high/NAME` (bootstrap over prompts).
     - `train/variance_seconds/NAME`: the same times the seconds of a step with that baseline, which is the time that a
-      gradient of the same precision takes. What greedy responses cost is measured every 100 steps, by decoding once
-      more without them.
+      gradient of the same precision takes. What greedy responses cost is measured every 100 steps, by decoding
+      twice more without them.
 
     At the end of training one line names the cheapest baseline, if its interval is clear of 1. Nothing is logged
     without a KL, since responses without an advantage are then left out of the training pass.
@@ -133,7 +133,8 @@ class GradientVariance(Callback):
         output = rollout_output(outputs)
         if self._is_silent or output is None or "squared_norm" not in output:
             return
-        if not bool((output["rollout"].sampled.response_mask == output["entropy_mask"]).all()):
+        # Asked of the rollout and not of the responses that were run: all ranks have to decide alike.
+        if output["rollout"].reference_log_probs is None:
             self._is_silent = True
             rank_zero_info(
                 "gradient_variance compares no baselines: without a KL, responses without an advantage are not run"
@@ -145,15 +146,20 @@ class GradientVariance(Callback):
         scores = _scores(trainer, self._parts, time.perf_counter() - self._step_start)
         self._parts = []
         self._observe(scores)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._used not in self._compared:
+            self._is_silent = True  # nothing to compare with
+            return
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             log_step(pl_module, self._figures())
         self._step_start = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Name the baseline that would have taken the least time, if that is clear."""
-        if not self._moments:
+        if not self._moments or self._is_silent:
             return
         figures = self._figures()
+        if not figures:  # every reward was its baseline
+            return
         costs = {name: figures[f"train/variance_seconds/{name}"] for name in self._moments[-1]}
         best = min(costs, key=lambda name: costs[name])
         factor = costs[best] / max(figures[f"train/gradient_variance/{best}"], 1e-12)
@@ -265,10 +271,16 @@ def _scores(trainer: Trainer, parts: Sequence[StepOutput], seconds: float) -> St
 
 def _seconds_without_greedy(module: Any, batch: PromptBatch) -> float:
     """Return the seconds of decoding the batch once more, without greedy responses; nothing of it is kept."""
-    worker, generator = module.worker, torch.Generator(module.device).manual_seed(0)
-    timer, worker.timer = worker.timer, type(worker.timer)()  # this rollout is none of the step's
+    worker = module.worker
+    timer, worker.timer = worker.timer, type(worker.timer)()  # these rollouts are none of the step's
+    module.free_gradients()  # as the step does before its own
     try:
-        worker.generate_responses(module.policy, batch, generator, greedy=False)
+        # In the precision of the step. The first one allocates, and captures graphs; only the second counts.
+        with module.trainer.precision_plugin.train_step_context():
+            for _ in range(2):
+                worker.timer.pop()
+                generator = torch.Generator(module.device).manual_seed(0)
+                worker.generate_responses(module.policy, batch, generator, greedy=False)
         return float(worker.timer.pop()["rollout"])
     finally:
         worker.timer = timer

@@ -59,7 +59,8 @@ class RunProgress(Callback):
         worker: Any = getattr(pl_module, "worker", None)
         # tqdm's bars stand below each other; those of rich would be overwritten.
         bar = trainer.progress_bar_callback
-        if worker is not None and isinstance(bar, TQDMProgressBar) and not bar.is_disabled and is_terminal:
+        draws = trainer.is_global_zero and isinstance(bar, TQDMProgressBar) and not bar.is_disabled
+        if worker is not None and draws and is_terminal:
             worker.progress_bar = token_bar
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -215,7 +215,9 @@ def _forward_batches(
     """
     num_samples = len(responses.response_ids) // len(prompt.prompt_ids)
     lengths = prompt.prompt_mask.sum(1).repeat_interleave(num_samples) + responses.response_mask.sum(1)  # [S]
-    packs = model is not None and not packing_obstacle(model, int(lengths.max()))
+    # Of the rows that are run, as the plan of a budget counts.
+    longest = int((lengths if chosen is None else lengths * chosen).max())
+    packs = model is not None and not packing_obstacle(model, longest)
     numbers = torch.arange(len(responses.response_ids), device=responses.response_ids.device)
     is_size = batch_size is None or isinstance(batch_size, int)
     batches = numbers.split(batch_size or len(numbers)) if is_size else batch_size

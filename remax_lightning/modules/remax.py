@@ -301,7 +301,7 @@ class ReMaxModule(PolicyModule):
         """Make a rollout with everything that training on it needs."""
         plan = self.get_plan(batch.num_micro_batches, batch.tokens_per_micro_batch is not None)
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
-        self._free_gradients()
+        self.free_gradients()
         if self._moving is not None:
             self._moving.move(self._reference, self.policy, self.trainer.global_step)
         from_engine = plan.old_log_probs_from_rollout or plan.compares_engine
@@ -378,8 +378,11 @@ class ReMaxModule(PolicyModule):
             lengths,
             budget,
             packed=not packing_obstacle(self.policy, max(map(max, lengths))),
-            agree=lambda number: int(max_over_ranks(self.trainer, [number])[0]),
+            agree=self._most_of_ranks,
         )
+
+    def _most_of_ranks(self, number: int) -> int:
+        return int(max_over_ranks(self.trainer, [number])[0])
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Zero the gradients, unless those of this step have begun: Lightning calls this behind `training_step`."""
@@ -387,7 +390,7 @@ class ReMaxModule(PolicyModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
         self._has_gradients = False
 
-    def _free_gradients(self) -> None:
+    def free_gradients(self) -> None:
         """Free the gradients of the last step, which Lightning would keep during the rollout."""
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # frees them itself
             for optimizer in self.trainer.optimizers:
@@ -471,7 +474,10 @@ class ReMaxModule(PolicyModule):
             return None
         lengths = row_lengths(rollout)  # B lists of n
         packed = not packing_obstacle(cast("PreTrainedModel", self.reference), max(map(max, lengths)))
-        return response_numbers(rollout, plan_micro_batches(lengths, budget, packed=packed))
+        # In training every rank makes this rollout, so all can agree on a number. What a rank would repeat for another
+        # that has more would run without packing.
+        agree = self._most_of_ranks if self.trainer.training else int
+        return response_numbers(rollout, plan_micro_batches(lengths, budget, packed=packed, agree=agree))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return sum_tensor_over_ranks(self.trainer, values)
@@ -526,7 +532,8 @@ class ReMaxModule(PolicyModule):
             "rollouts": self._num_rollouts,
             "experience": gather_rank_states(self.buffer.state_dict()),
             "reference": None if self._moving is None else self._moving.state_dict(self._reference),
-            "baseline": self.objective.baseline.state_dict(),  # the same on every rank
+            # The same on every rank, with the class that it belongs to.
+            "baseline": (type(self.objective.baseline).__qualname__, self.objective.baseline.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -539,6 +546,7 @@ class ReMaxModule(PolicyModule):
         if self._moving is not None:
             self._moving.load_state_dict(state.get("reference"))
         # Another baseline than the checkpoint's starts anew; its memory would mean something else.
-        if state.get("baseline"):
-            self.objective.baseline.load_state_dict(state["baseline"])
+        kind, memory = state.get("baseline") or ("", {})
+        if kind == type(self.objective.baseline).__qualname__:
+            self.objective.baseline.load_state_dict(memory)
         self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))

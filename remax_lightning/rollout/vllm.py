@@ -280,8 +280,10 @@ class VLLMEngine:
                     if stop.is_set():
                         break
                     server.wait(problem)
-                    self._bring_up_to_date(server, is_adapter=row.is_adapter)
             try:
+                if attempt:
+                    with server.recovery:
+                        self._bring_up_to_date(server, is_adapter=row.is_adapter)
                 answer = server.post("/inference/v1/generate", row.body, self.options.timeout)
             except (ServerGoneError, MissingError) as error:  # an adapter is missing after a restart
                 problem = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ from remax_lightning.errors import UserError
 
 if TYPE_CHECKING:
     import requests
+
+log = logging.getLogger(__name__)
 
 KEY = "model.rollout.init_args"
 SHORT = 30.0
@@ -197,7 +200,7 @@ class VLLMServer:
         Raises:
             UserError: if it is not up within `restart_timeout`.
         """
-        end = time.monotonic() + self.options.restart_timeout
+        end, is_told = time.monotonic() + self.options.restart_timeout, False
         while True:
             try:
                 self.get("/health", timeout=min(SHORT, max(1.0, self.options.restart_timeout)))
@@ -210,6 +213,9 @@ class VLLMServer:
                         f" ({KEY}.restart_timeout): {why}; is vLLM running there? Its own log says what ended it, such"
                         " as a lack of memory"
                     ) from None
+            if not is_told:
+                is_told = True
+                log.warning("waiting up to %g s for %r: %s", self.options.restart_timeout, self, why or "no answer")
             time.sleep(_POLL)
 
     # ---- What it is ----

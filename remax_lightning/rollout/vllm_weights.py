@@ -107,15 +107,20 @@ class WeightFiles:
             self.remove()  # first, so that memory never holds two versions
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            save_weights(model, weights, temporary, dtype)
+            # First, so that the next run removes what a killed one has left.
             (temporary / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
+            save_weights(model, weights, temporary, dtype)
             temporary.rename(self.folder(version))  # a version is there whole or not at all
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except Exception as error:
+            # safetensors has an exception of its own for a full disk.
+            if not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+                raise
             raise UserError(
                 f"{KEY}.transfer_dir: the weights cannot be written to {str(self.root)!r}: {error}; set it to a folder"
                 " with room for them that trainer and servers see"
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a failed write: shared memory stays taken otherwise
         self._written = self.folder(version)
         return _bytes_of(self._written)
 

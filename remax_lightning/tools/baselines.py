@@ -190,20 +190,23 @@ def measure(context: DoctorContext, num_samples: int, report: Callable[[str], No
         report: is told what is being done.
     """
     module = cast(ReMaxModule, context.module)
+    run_samples = module.sampling.num_samples
     size = max(1, min(cast(Any, context.data).batch_size, len(context.prompt.prompts)))
     parts: list[list[Tensor]] = []
     times = {"greedy": 0.0, "plain": 0.0, "training": 0.0}
     total = len(context.prompt.prompts)
     # The first calls allocate and choose kernels; they would count as the price of greedy responses.
-    warm_up = _roll_out(module, select_rows(context.prompt, range(min(size, 2))), num_samples, True, 0)
-    _backward(module, warm_up)
+    first = select_rows(context.prompt, range(min(size, 2)))
+    _backward(module, _roll_out(module, first, num_samples, True, 0))
+    _roll_out(module, first, run_samples, False, 0)
     for start in range(0, total, size):
         prompt = select_rows(context.prompt, range(start, min(start + size, total)))
         report(f"prompts {start + 1} to {start + len(prompt.prompts)} of {total}")
         # ---- The same prompts with and without greedy responses, in turn ----
-        rollout, seconds = _timed(module, partial(_roll_out, module, prompt, num_samples, True, start))
-        times["greedy"] += seconds
-        times["plain"] += _timed(module, partial(_roll_out, module, prompt, num_samples, False, start))[1]
+        # Timed with the samples of the run: of one greedy response for two samples each would pay half.
+        rollout = _roll_out(module, prompt, num_samples, True, start)
+        times["greedy"] += _timed(module, partial(_roll_out, module, prompt, run_samples, True, start))[1]
+        times["plain"] += _timed(module, partial(_roll_out, module, prompt, run_samples, False, start))[1]
         # ---- A training pass over them, and one of each response alone for the norm of its gradient ----
         times["training"] += _timed(module, partial(_backward, module, rollout))[1]
         norms = _squared_norms(module, rollout)
@@ -211,9 +214,9 @@ def measure(context: DoctorContext, num_samples: int, report: Callable[[str], No
         parts.append([value.double().cpu() for value in values])
     reward, greedy_reward, lengths, norms = (torch.cat(values) for values in zip(*parts, strict=True))
     joined = Sample(reward, greedy_reward, lengths, norms, num_samples)
-    responses = len(joined.reward)
+    trained = len(joined.greedy_reward) * run_samples
     added = max(times["greedy"] - times["plain"], 0.0)
-    return joined, Seconds(*(value / responses for value in (times["plain"], added, times["training"])))
+    return joined, Seconds(times["plain"] / trained, added / trained, times["training"] / len(joined.reward))
 
 
 def _roll_out(module: ReMaxModule, prompt: PromptBatch, num_samples: int, greedy: bool, seed: int) -> Rollout:

@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> None:
     if program is None:
         raise UserError(
             f"remax serve: there is no {options.python!r}; install vLLM in an environment of its own (python -m venv"
-            " .venv-vllm && .venv-vllm/bin/pip install vllm), or give --python of one that is there"
+            " .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0), or give --python of one that is there"
         )
     # In place of this process, so that signals and logs are the server's own.
     os.execvpe(program, command.arguments, {**os.environ, **command.environment})

@@ -73,7 +73,8 @@ def _packed_batches(tokens: Sequence[int], budget: int) -> MicroBatches:
     """Return micro-batches of like size: the longest prompt that is left goes into the emptiest one."""
     order = sorted(range(len(tokens)), key=lambda prompt: -tokens[prompt])
     # As few as the sum needs, and one more until the fullest fits.
-    for number in range(max(1, -(-sum(tokens) // budget)), len(tokens) + 1):
+    fewest = min(max(1, -(-sum(tokens) // budget)), len(tokens))  # a prompt beyond the budget is alone
+    for number in range(fewest, len(tokens) + 1):
         batches: MicroBatches = [[] for _ in range(number)]
         sizes = [0] * number
         for prompt in order:

@@ -40,11 +40,16 @@ class Compared(FakeModule):
         self.sampling = SamplingConfig(num_samples=n)
         self.policy, self.worker = None, NoRollouts()
 
+    def free_gradients(self) -> None:
+        pass
+
 
 def with_norms(seed: int, *, greedy: bool = True, closes: bool = True) -> Any:
     output = make_output(seed, greedy=greedy, closes=closes)
     norms = torch.rand(output["entropy"].shape, generator=torch.Generator().manual_seed(seed)) * output["entropy_mask"]
-    return {**output, "squared_norm": norms}
+    # With a KL, as every response is then run.
+    rollout = output["rollout"]._replace(reference_log_probs=torch.zeros(norms.shape))
+    return {**output, "rollout": rollout, "squared_norm": norms}
 
 
 def second_moment(outputs: list[Any], baseline: str) -> float:
@@ -123,12 +128,18 @@ def test_a_clear_answer_is_told_once(tmp_path: Path) -> None:
 
 def test_responses_that_were_not_run_end_the_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = with_norms(0)
-    output["entropy_mask"] = output["entropy_mask"].clone()
-    output["entropy_mask"][0] = False
+    output["rollout"] = output["rollout"]._replace(reference_log_probs=None)
     with caplog.at_level(logging.INFO):
         make_trainer(tmp_path, [GradientVariance()]).fit(Compared([output, with_norms(1)]))
     assert scalars(tmp_path, "train/gradient_variance/none") == []
     assert caplog.text.count("gradient_variance compares no baselines: without a KL") == 1
+
+
+def test_rewards_that_are_their_baselines_end_without_an_answer(tmp_path: Path) -> None:
+    output = with_norms(0)
+    rollout = output["rollout"]
+    equal = rollout._replace(reward=rollout.baseline_reward.repeat_interleave(2))
+    make_trainer(tmp_path, [GradientVariance()], log_every_n_steps=0).fit(Compared([{**output, "rollout": equal}]))
 
 
 def test_a_window_of_nothing_is_refused() -> None:
@@ -161,7 +172,7 @@ def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(tmp_path:
         recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, callbacks=callbacks, max_steps=4)
         weights.append(recorder.weights[-1])
         if callbacks:
-            assert engine.greedy == [True, True, False, True, True]  # one more rollout, before the third step
+            assert engine.greedy == [True, True, False, False, True, True]  # two more, before the third step
             logged = recorder.logged[-1]
             assert 0 < logged["train/variance_seconds/batch_mean"] <= logged["train/gradient_variance/batch_mean"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

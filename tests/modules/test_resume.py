@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -140,3 +141,12 @@ def test_the_schedule_of_a_resumed_run_has_the_length_that_the_configuration_say
     assert longer.optimizers[0].param_groups[0]["lr"] == 0.0
     _, extended = run.start(seed=1, steps=WHOLE - 1, checkpoint=run.saved(0, 4 * HALF, HALF + 1))
     assert extended.lr_scheduler_configs[0].scheduler.total_steps == WHOLE - 1
+
+
+def test_the_memory_of_another_baseline_is_left(tmp_path: Path) -> None:
+    """Running means of a tracker are no greedy rewards."""
+    tracker = Setting(tmp_path, module={"advantage": AdvantageConfig(baseline="tracker")})
+    tracker.start(seed=0, steps=HALF)  # every prompt was seen
+    cached = Setting(tmp_path, module={"advantage": AdvantageConfig(baseline="cached_greedy")})
+    rest, _ = cached.start(seed=0, steps=HALF + 1, checkpoint=tracker.saved(0, HALF, HALF))
+    assert math.isfinite(rest.figures[0]["train/baseline_reward"])  # of a greedy response of its own

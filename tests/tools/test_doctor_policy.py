@@ -150,7 +150,8 @@ def test_rounding_of_16_bits_passes_in_16_bits_only(
 
     def shifted(_model: Any, rollout: Rollout, _sampling: Any, **_options: Any) -> TokenStatistics:
         assert rollout.log_probs is not None
-        return TokenStatistics(rollout.log_probs + 5e-3, torch.zeros_like(rollout.log_probs))
+        nothing = torch.zeros_like(rollout.log_probs)
+        return TokenStatistics(rollout.log_probs + 5e-3, nothing, nothing)
 
     monkeypatch.setattr(policy_checks, "policy_statistics", shifted)
     result = ask(loaded(tmp_path, healthy(tmp_path), trainer__precision=precision), "log_probs")

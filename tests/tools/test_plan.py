@@ -95,6 +95,13 @@ def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:
     assert all("reference" not in parts for parts in answer["phases"].values())
 
 
+def test_a_job_of_slurm_can_be_planned(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = planned(tmp_path, policy)["peak"]
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    assert planned(tmp_path, policy)["peak"] == expected
+
+
 def test_ppo_needs_the_value_model_too(policy: str, tmp_path: Path) -> None:
     answer = planned(tmp_path, policy)
     value = answer["ppo"]["phases"]["update"]["value model"]

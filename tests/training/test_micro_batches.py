@@ -56,3 +56,9 @@ def test_a_budget_below_the_longest_prompt_with_its_responses_is_refused() -> No
     check_budget(32, 10, 6, 2)
     with pytest.raises(UserError, match=r"data\.tokens_per_micro_batch must be at least 32, got 31: .* 2 samples of"):
         check_budget(31, 10, 6, 2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_prompt_beyond_the_budget_is_alone(packed: bool) -> None:
+    batches = plan_micro_batches([[300] * 8] * 4, 1024, packed=packed)
+    assert sorted(batches) == [[0], [1], [2], [3]]

@@ -44,6 +44,9 @@ class PlanCLI(RemaxCLI):
     def _last_checkpoint(self) -> None:
         """Do nothing: no checkpoint is read."""
 
+    def _requeued_checkpoint(self) -> None:
+        """Return none: there is no trainer that a requeued job of SLURM could go on with."""
+
     def _choose_checkpointing(self) -> None:
         """Do nothing: the planner decides by the memory that it is told."""
 
