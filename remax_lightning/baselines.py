@@ -61,6 +61,13 @@ class Baseline(ABC):
     """Which rollouts need greedy responses; each costs a row of decoding and a score per prompt."""
     is_unbiased: bool = True
     """Whether the expected gradient is that of the reward."""
+    remembers_prompts: bool = False
+    """Whether it needs the places of prompts in their data set."""
+
+    @property
+    def greedy_share(self) -> float:
+        """Share of the rollouts that need greedy responses, once every prompt was seen."""
+        return float(self.greedy == "always")
 
     def needs_greedy(self, prompts: Sequence[int] | None) -> bool:  # noqa: ARG002 - for subclasses
         """Whether a rollout of these prompts needs greedy responses.
@@ -222,6 +229,7 @@ class Tracker(Baseline):
     """
 
     greedy = "sometimes"
+    remembers_prompts = True
 
     def __init__(self, decay: float = 0.9, greedy_weight: float = 1.0) -> None:
         if not 0 <= decay <= 1:
@@ -276,12 +284,18 @@ class CachedGreedy(Baseline):
     """
 
     greedy = "sometimes"
+    remembers_prompts = True
 
     def __init__(self, renew_every: int = 4) -> None:
         if renew_every < 1:
             raise UserError(f"model.advantage.baseline.renew_every must be at least 1 (visits), got {renew_every}")
         self.renew_every = renew_every
         self._memory = PromptMemory()  # reward, and visits since it was renewed
+
+    @property
+    def greedy_share(self) -> float:
+        """Share of the rollouts that need greedy responses, once every prompt was seen."""
+        return 1 / self.renew_every
 
     def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
         """Whether the reward of one of the prompts is missing or due."""

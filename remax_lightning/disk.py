@@ -19,9 +19,11 @@ _WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether an exception says that a file could not be written; what torch's writer raises counts, too."""
+    """Whether an exception says that a file could not be written; those of torch's and safetensors' writers count."""
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
+    if type(error).__name__ == "SafetensorError":  # by name, since this file loads nothing
+        return "I/O error" in str(error)
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WRITER)
 
 

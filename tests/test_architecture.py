@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -66,19 +63,9 @@ def test_markers_and_collectives_are_seen(script: ModuleType, source: str, shard
 
 
 @pytest.mark.slow
-def test_a_step_is_measured(tmp_path: Path) -> None:
-    """In a process of its own: the script runs the command as nobody has before it."""
-    code = (
-        "import json, measure_architecture\n"
-        "step = measure_architecture.measure_step()\n"
-        "functions = {name: sorted(names) for name, names in step.functions.items()}\n"
-        "print(json.dumps([functions, step.depth, sorted(step.data_files)]))"
-    )
-    command = [sys.executable, "-c", code]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DOCS), str(DOCS.parent)])}
-    ended = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    functions, depth, data_files = json.loads(ended.stdout.splitlines()[-1])
-    assert "ReMaxModule.training_step" in functions["modules/remax.py"]
-    assert "remax_advantages" in functions["functional/advantages.py"]
-    assert 3 < depth < 30
-    assert "data/collate.py" in data_files
+def test_a_step_is_measured(script: ModuleType) -> None:
+    step = script.measure_step()
+    assert "ReMaxModule.training_step" in step.functions["modules/remax.py"]
+    assert "remax_advantages" in step.functions["functional/advantages.py"]
+    assert 3 < step.depth < 30
+    assert "data/collate.py" in step.data_files

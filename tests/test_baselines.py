@@ -231,3 +231,12 @@ def test_a_misspelt_baseline_is_named(policy: str, tmp_path: Path, capsys: pytes
     assert "model.advantage.baseline" in said
     assert "gredy" in said
     assert "greedy" in said
+
+
+def test_a_baseline_says_what_it_needs_later_on() -> None:
+    shares = {name: make_baseline(name).greedy_share for name in BASELINES}  # type: ignore[arg-type]
+    assert {name for name, share in shares.items() if share == 1} == {
+        *("greedy", "greedy_and_samples", "calibrated_greedy"),
+    }
+    assert shares["cached_greedy"] == 0.25
+    assert shares["tracker"] == shares["none"] == 0.0

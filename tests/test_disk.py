@@ -323,3 +323,14 @@ def test_other_rows_at_resume_are_noticed(policy: str, tmp_path: Path, recwarn: 
     (warning,) = fit(["1+1=", "2+3="], ckpt_path=checkpoint)
     assert "data.path" in warning
     assert "prompts.jsonl" in warning
+
+
+def test_a_failed_write_of_safetensors_is_the_disks(tmp_path: Path) -> None:
+    """Its writer has an exception that is no OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with pytest.raises(SafetensorError) as failed:
+        save_file({"weight": torch.zeros(2)}, tmp_path / "nowhere" / "model.safetensors")
+    assert is_disk_error(failed.value)
+    assert not is_disk_error(SafetensorError("invalid header"))

@@ -212,7 +212,7 @@ class ExportPolicy(Callback):
             except NotFiniteError as error:
                 damaged = str(error)
             except Exception as error:
-                if not _is_failed_write(error):
+                if not is_disk_error(error):
                     raise
                 problem = f"export: {describe_disk_error(error, target)}"
         damaged, problem = broadcast(trainer.strategy, (damaged, problem))  # the other ranks wait here
@@ -295,11 +295,6 @@ def _check_repository(name: str) -> None:
         problem = str(error)
     if problem:
         raise UserError(f"export.push_to_hub must be owner/name of a repository on the hub, got {name!r}: {problem}")
-
-
-def _is_failed_write(error: BaseException) -> bool:
-    """Whether it is the disk; safetensors has an exception of its own for this."""
-    return is_disk_error(error) or (type(error).__name__ == "SafetensorError" and "I/O error" in str(error))
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:

@@ -17,8 +17,6 @@ from remax_lightning.baselines import (
     BASELINES,
     Baseline,
     BaselineInputs,
-    CachedGreedy,
-    Tracker,
     checked_values,
     make_baseline,
 )
@@ -37,7 +35,7 @@ from remax_lightning.types import PromptBatch, StepOutput
 NUM_RESAMPLES = 300
 """Draws of the bootstrap: enough for the ends of an interval that is looked at, few enough to cost nothing."""
 EVERY = 100
-"""Optimizer steps between two measurements of what greedy responses cost; each takes one more rollout."""
+"""Optimizer steps between two measurements of what greedy responses cost; each takes two more rollouts."""
 
 
 class StepScores(NamedTuple):
@@ -217,25 +215,15 @@ class GradientVariance(Callback):
         """Return the seconds of a step with a baseline; greedy responses in every rollout cost what was measured."""
         total = sum(seconds for seconds, _ in self._seconds)
         greedy = sum(rollout for _, rollout in self._seconds) * (1 - self._plain_share)
-        return total - greedy * (1 - _greedy_share(name))
+        return total - greedy * (1 - self._compared[name].greedy_share)
 
 
 def _name_of(baseline: Baseline) -> str:
     return next((name for name, kind in BASELINES.items() if type(baseline) is kind), type(baseline).__name__)
 
 
-def _greedy_share(name: str) -> float:
-    """Return the share of rollouts that need greedy responses, after the first epoch."""
-    kind = BASELINES.get(name)
-    if kind is None:
-        return 1.0  # a user's own: as now
-    baseline = kind()
-    return 1 / baseline.renew_every if isinstance(baseline, CachedGreedy) else float(baseline.greedy == "always")
-
-
 def _can_value(baseline: Baseline, inputs: BaselineInputs) -> bool:
-    remembers = isinstance(baseline, Tracker | CachedGreedy)
-    if remembers and inputs.prompts is None:
+    if baseline.remembers_prompts and inputs.prompts is None:
         return False
     return inputs.greedy_reward is not None or not baseline.needs_greedy(inputs.prompts)
 
@@ -270,7 +258,7 @@ def _scores(trainer: Trainer, parts: Sequence[StepOutput], seconds: float) -> St
 
 
 def _seconds_without_greedy(module: Any, batch: PromptBatch) -> float:
-    """Return the seconds of decoding the batch once more, without greedy responses; nothing of it is kept."""
+    """Return the seconds of decoding the batch again, without greedy responses; nothing of it is kept."""
     worker = module.worker
     timer, worker.timer = worker.timer, type(worker.timer)()  # these rollouts are none of the step's
     module.free_gradients()  # as the step does before its own

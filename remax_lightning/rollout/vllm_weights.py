@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.disk import is_disk_error
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import policy_weights, save_weights
 from remax_lightning.models.lora import has_adapter
@@ -112,8 +113,7 @@ class WeightFiles:
             save_weights(model, weights, temporary, dtype)
             temporary.rename(self.folder(version))  # a version is there whole or not at all
         except Exception as error:
-            # safetensors has an exception of its own for a full disk.
-            if not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+            if not (isinstance(error, OSError) or is_disk_error(error)):
                 raise
             raise UserError(
                 f"{KEY}.transfer_dir: the weights cannot be written to {str(self.root)!r}: {error}; set it to a folder"

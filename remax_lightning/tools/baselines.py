@@ -21,7 +21,6 @@ from remax_lightning.baselines import (
     Baseline,
     BaselineInputs,
     BaselineName,
-    CachedGreedy,
     Tracker,
     checked_values,
     make_baseline,
@@ -71,10 +70,7 @@ class Seconds(NamedTuple):
 
     def of(self, baseline: Baseline) -> float:
         """Return the seconds of a trained response with a baseline."""
-        share = float(baseline.greedy == "always")  # a tracker's greedy responses end with the first epoch
-        if isinstance(baseline, CachedGreedy):
-            share = 1 / baseline.renew_every
-        return self.rollout + share * self.greedy + self.training
+        return self.rollout + baseline.greedy_share * self.greedy + self.training
 
 
 class Figure(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+GENERATE = "/inference/v1/generate"
 
 
 class FakeVLLM:
@@ -62,7 +65,7 @@ class FakeVLLM:
         self.start = {name: value.clone() for name, value in self.base.state_dict().items()}
         self.adapters: dict[str, Any] = {}
         self.statuses, self.requests, self.paths, self.dead = {}, [], [], False
-        self.restarts = 0
+        self.restarts = self.accepted = self.answered = 0
         self.at_once = self.most_at_once = 0
         self.lock = threading.RLock()
         for name, value in faults.items():
@@ -118,6 +121,9 @@ class FakeVLLM:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+                if path == GENERATE:
+                    with server.lock:
+                        server.answered += 1
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -258,11 +264,13 @@ class FakeVLLM:
             self.requests.append(body)
             if self.dies_after is not None:
                 self.dies_after -= 1
-                if self.dies_after < 0:
-                    self.dead, self.dies_after = True, None
-                    return 500, None
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
+            dies = self.dies_after is not None and self.dies_after < 0
+            if not dies:
+                self.accepted += 1
+                self.at_once += 1
+                self.most_at_once = max(self.most_at_once, self.at_once)
+        if dies:
+            return self._die()
         name = body.get("model", "policy")
         try:
             if not self.scale_out:
@@ -281,6 +289,16 @@ class FakeVLLM:
                 self.at_once -= 1
         choice |= {"index": 0, "weight_versions": [{"version": version, "start": 0, "end": len(choice["token_ids"])}]}
         return 200, {"request_id": "1", "model": name, "choices": [choice]}
+
+    def _die(self) -> tuple[int, Any]:
+        """Die once the requests before have their answers, however slow the machine is."""
+        end = time.monotonic() + 10
+        while self.answered < self.accepted and time.monotonic() < end:
+            time.sleep(0.005)
+        with self.lock:
+            if self.dies_after is not None:  # nobody died for it yet
+                self.dead, self.dies_after = True, None
+        return 500, None
 
     def _respond(self, model: Any, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
         """Decode one response without a cache; `parameters` are vLLM's."""
