@@ -12,9 +12,26 @@ from importlib import import_module
 
 from remax_lightning import launcher
 from remax_lightning.cli_errors import foreign_exit_message
-from remax_lightning.cli_exit import INTERRUPTED, End, current_rank, describe_end, exits_raise, stage
+from remax_lightning.cli_exit import (
+    INTERRUPTED,
+    READER_LEFT,
+    End,
+    current_rank,
+    describe_end,
+    exits_raise,
+    reader_left,
+    stage,
+)
 from remax_lightning.cli_help import RUNS, TOOLS, explain_subcommand, help_text, run_help
-from remax_lightning.errors import TERMINATED, RankError, RankUserError, UserError, loaded_class, printable
+from remax_lightning.errors import (
+    TERMINATED,
+    RankError,
+    RankUserError,
+    UserError,
+    exception_chain,
+    loaded_class,
+    printable,
+)
 from remax_lightning.version import __version__
 
 
@@ -35,12 +52,15 @@ def main() -> None:
     try:
         with exits_raise():
             _run_subcommand(sys.argv[1:])
+            sys.stdout.flush()  # an error of the last lines is told here, and not at the interpreter's end
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BaseException as error:  # also what code of a user's own raises as no Exception
         if isinstance(error, loaded_class("lightning.pytorch.utilities.exceptions", "SIGTERMException")):
             # Lightning treats any other exit code of a process that it started as a failure.
             raise SystemExit(0 if launched else TERMINATED) from None
+        if any(isinstance(cause, BrokenPipeError) for cause in exception_chain(error)) and reader_left():
+            raise SystemExit(READER_LEFT) from None
         end = _end(error)
         # ---- One line: from every rank that has an error of its own, and from rank 0 of an error that all have ----
         on_all_ranks = isinstance(error, RankUserError | RankError)

@@ -7,6 +7,7 @@
 | a library that refuses what it was given, before the first training step | 2 | yes |
 | code of the user's own: a reward, a callback, a data module | 2 | yes |
 | Ctrl-C | 130 | no |
+| a reader of the output that left, as `head` does; without a line | 141 | no |
 | anything else, which is a bug | 1 | yes |
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import sys
 import sysconfig
 import tempfile
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
+
+READER_LEFT = 141
+"""Exit code of a command whose output nobody reads any more, as shells have it: 128 and the number of SIGPIPE."""
 
 _PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE}
 # Libraries in Rust and C++ tell the number in their text: "I/O error: No space left on device (os error 28)".
@@ -153,6 +158,25 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         message, code = _describe_by_side(error, stage)
     path = write_traceback(error, stage.folder())
     return End(message if path is None else f"{message} (traceback: {path})", code)
+
+
+def reader_left() -> bool:
+    """Return whether standard output or standard error is a pipe that nobody reads any more.
+
+    From then on, both go nowhere: what is still buffered would raise the error again when the process ends.
+    """
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # errors alone
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+    return True
 
 
 def write_traceback(error: BaseException, folder: Path) -> Path | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +319,15 @@ def test_escapes_of_a_stranger_do_not_reach_the_terminal(
     outcome = remax(capsys, "fit")
     assert outcome.code == 2
     assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"
+
+
+@pytest.mark.parametrize("arguments", [["configs", "list"], ["--version"]])
+def test_a_reader_that_leaves_ends_the_command_without_a_word(arguments: list[str], tmp_path: Path) -> None:
+    """As `head` does; a bug of ours would be told, with a traceback in the folder."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-m", "remax_lightning", *arguments], cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE
+        )
+    assert (ended.returncode, ended.stderr, list(tmp_path.iterdir())) == (141, b"", [])
