@@ -50,7 +50,7 @@ def test_a_text_beyond_the_bounds_is_refused_at_once(case: str) -> None:
         load_yaml(text, "run.yaml")
     assert expected in str(error.value)
     assert str(error.value).startswith("run.yaml")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # a busy machine; unbounded, they take hours or all memory
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_template_without_an_end_is_stopped(case: str) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^rows.jsonl, line 1: the chat template was stopped: it runs for more than"):
         rendered(ENDLESS[case])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # without the limit it would take days
 
 
 @pytest.mark.usefixtures("_short")
@@ -92,7 +92,7 @@ def test_so_it_is_in_a_thread() -> None:
 
     thread = threading.Thread(target=render)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert "it runs for more than" in said[0]
 

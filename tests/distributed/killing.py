@@ -150,7 +150,7 @@ def hit(folder: Path, place: str, rank: int, **options: Any) -> dict[str, Any]:
 
 
 def remax(
-    folder: Path, *arguments: str, timeout: float = 100, during: Callable[[subprocess.Popen[bytes]], None] | None = None
+    folder: Path, *arguments: str, timeout: float = 600, during: Callable[[subprocess.Popen[bytes]], None] | None = None
 ) -> StopCheck:
     """Run the command in a session of its own and wait for all processes of that; `during` may look at it meanwhile."""
     environment = os.environ | {
@@ -168,7 +168,7 @@ def remax(
             if during is not None:
                 during(process)
             process.wait(timeout)
-            wait_for_session(process.pid, timeout=30)
+            wait_for_session(process.pid, timeout=120)
             ended = time.time()
         finally:
             end_session(process)

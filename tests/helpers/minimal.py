@@ -51,5 +51,5 @@ def run_with_only(names: tuple[str, ...], folder: Path, *arguments: str) -> subp
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
-        timeout=300,
+        timeout=900,
     )

@@ -16,7 +16,6 @@ class OpenAIServer:
         answer: returns the judge's text.
         statuses: of the next requests, in place of answers.
         schemas: whether a `response_format` is taken; otherwise it is refused with status 400.
-        seconds: that an answer takes.
     """
 
     def __init__(
@@ -25,7 +24,6 @@ class OpenAIServer:
         statuses: tuple[int, ...] = (),
         *,
         schemas: bool = True,
-        seconds: float = 0.0,
     ) -> None:
         self.questions: list[str] = []
         self.requests: list[dict[str, Any]] = []
@@ -46,7 +44,6 @@ class OpenAIServer:
                     server.questions += [question] if status == 200 else []
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
-                threading.Event().wait(seconds)
                 text = answer(question) if status == 200 else "not now"
                 body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
                 with lock:

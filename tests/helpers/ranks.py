@@ -35,7 +35,7 @@ def launch(
     function: Callable[..., None],
     *arguments: Any,
     ranks: int = 2,
-    timeout: float = 120,
+    timeout: float = 600,
     fresh: str = "",
     cuda: bool = False,
 ) -> str:
@@ -45,7 +45,7 @@ def launch(
         function: of a module, which finds its rank in `LOCAL_RANK` and their number in `WORLD_SIZE`.
         arguments: anything that pickles.
         ranks: how many processes.
-        timeout: seconds after which ranks that wait for each other have failed.
+        timeout: seconds after which ranks that wait for each other have failed; on a busy machine others take minutes.
         fresh: why the function needs processes of its own; by default it gets those of the session.
         cuda: whether the ranks see CUDA devices; they are fresh then.
 

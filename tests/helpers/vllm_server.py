@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.waiting import wait_until
 from torch import Tensor
 
 GENERATE = "/inference/v1/generate"
@@ -37,8 +37,6 @@ class FakeVLLM:
     has_lora = False
     dev_mode = True
     scale_out = True
-    seconds = 0.0
-    """That a response takes besides its model's."""
     vocab_size: int | None = None
     refuses_files = False
     """Answers that its workers failed when they load weights."""
@@ -59,6 +57,10 @@ class FakeVLLM:
     """By path, statuses of the next answers."""
     dies_after: int | None = None
     """Responses until it drops connections and forgets its weights."""
+    back_after: float | None = None
+    """Seconds from then until it is there again."""
+    gathers = 0
+    """Requests that it waits for before it answers any but the first; not for long if they do not come."""
 
     def __init__(self, model: Any, tokenizer: Any, *, key: str | None = None, **faults: Any) -> None:
         self.key, self.tokenizer, self.base = key, tokenizer, deepcopy(model).eval()
@@ -279,7 +281,8 @@ class FakeVLLM:
                 return 404, {"error": {"message": f"The model `{name}` does not exist."}}
             if max(body["token_ids"]) >= (self.vocab_size or self.base.config.vocab_size):
                 return 400, {"error": {"message": "Token id is out of vocabulary"}}
-            threading.Event().wait(self.seconds)
+            if self.accepted > 1:
+                wait_until(lambda: self.most_at_once >= self.gathers)
             model = self.base if name == "policy" else self.adapters[name]
             version = self.generates_with or self.version
             with torch.no_grad(), self.lock:  # peft's layers keep a state while they run
@@ -292,12 +295,12 @@ class FakeVLLM:
 
     def _die(self) -> tuple[int, Any]:
         """Die once the requests before have their answers, however slow the machine is."""
-        end = time.monotonic() + 10
-        while self.answered < self.accepted and time.monotonic() < end:
-            time.sleep(0.005)
+        wait_until(lambda: self.answered >= self.accepted)
         with self.lock:
             if self.dies_after is not None:  # nobody died for it yet
                 self.dead, self.dies_after = True, None
+                if self.back_after is not None:
+                    threading.Timer(self.back_after, self.restart).start()
         return 500, None
 
     def _respond(self, model: Any, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:

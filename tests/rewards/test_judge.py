@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.openai_server import OpenAIServer
 from helpers.training import FixedEngine, Recorder, make_trainer, prompt_data, remax_module, save_policy
+from helpers.waiting import wait_until
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.modules import AdvantageConfig
@@ -22,7 +23,7 @@ from remax_lightning.types import Response
 
 
 def judge(server: OpenAIServer, **options: Any) -> JudgeReward:
-    return JudgeReward(server.url, "judge", **{"backoff": 0.01, "timeout": 5.0, **options})
+    return JudgeReward(server.url, "judge", **{"backoff": 0.01, "timeout": 60.0, **options})
 
 
 def score(reward: Any, responses: list[Any], rows: list[dict[str, Any]] | None = None) -> list[float]:
@@ -158,7 +159,11 @@ def test_training_compares_with_the_greedy_response_of_the_prompt(tmp_path: Path
 
 
 def test_questions_run_at_the_same_time_within_a_bound() -> None:
-    with OpenAIServer(by_length, seconds=0.05) as server:
+    def answer(text: str) -> str:
+        wait_until(lambda: server.most_at_once >= 3)
+        return by_length(text)
+
+    with OpenAIServer(answer) as server:
         score(judge(server, concurrency=3), ["a" * count for count in range(1, 10)])
         assert server.most_at_once == 3
 

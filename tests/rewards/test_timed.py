@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import LONG, wait_until
 
 import remax_lightning
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores
+from remax_lightning.rewards import timed as timed_rewards
 from remax_lightning.rewards.child_process import CallTimeoutError, Child, Target
 from remax_lightning.types import Response
 
@@ -126,11 +128,11 @@ def scores(reward: Reward, *responses: str) -> list[float]:
 @pytest.fixture(scope="module")
 def timed(judges: Path) -> FunctionReward:
     """One child serves the tests that do not kill it."""
-    return FunctionReward("judges.score", timeout=20.0)
+    return FunctionReward("judges.score", timeout=60.0)
 
 
 def test_the_function_runs_in_a_process_that_keeps_its_state(timed: FunctionReward) -> None:
-    reward = FunctionReward("judges.counts", timeout=20.0)
+    reward = FunctionReward("judges.counts", timeout=60.0)
     assert scores(reward, "a", "bb") == [1.0, 1.0]
     assert scores(reward, "a", "bb") == [2.0, 2.0]
     assert sys.modules["judges"].calls == 0
@@ -142,7 +144,7 @@ def test_the_child_imports_from_the_path_of_the_trainer(judges: Path) -> None:
     child = Child(Target("judges", "path_of"))
     child.start()
     expected = [str(judges / "judges.py"), remax_lightning.__file__]
-    assert child.call(None, 20) == expected
+    assert child.call(None, 60) == expected
 
 
 @pytest.mark.parametrize("response", ["loop", "backtracks", "computes"])
@@ -163,12 +165,13 @@ def test_a_score_for_those_that_take_too_long(function: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_deadline_without_a_child_left_to_ask_ends_too() -> None:
+def test_a_deadline_without_a_child_left_to_ask_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """More responses hang than twice the time allows: the rest have the score unasked."""
+    started: list[Target] = []
+    monkeypatch.setattr(timed_rewards, "Child", lambda target: started.append(target) or Child(target))
     reward = FunctionReward("judges.score", timeout=0.5, on_timeout=0.0)
-    start = time.monotonic()
     assert scores(reward, *["loop"] * 30) == [0.0] * 30
-    assert time.monotonic() - start < 40
+    assert len(started) < 6  # each that hangs costs one, of half a second: of all responses, and of some alone
 
 
 @pytest.mark.parametrize(
@@ -201,10 +204,7 @@ def is_running(process: int) -> bool:
 
 
 def wait_for_end(process: int) -> None:
-    deadline = time.monotonic() + 10
-    while is_running(process) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_running(process)
+    assert wait_until(lambda: not is_running(process))
 
 
 PARENT = """
@@ -231,7 +231,7 @@ def test_the_child_ends_with_its_parent_whatever_it_does(signum: int, tmp_path: 
     time.sleep(0.3)  # for the search to begin
     assert is_running(child)
     os.kill(parent.pid, signum)
-    parent.communicate(timeout=20)
+    parent.communicate(timeout=LONG)
     wait_for_end(child)
 
 
@@ -242,7 +242,7 @@ def test_a_schedulers_signal_leaves_the_child_to_its_parent(tmp_path: Path) -> N
     child.start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(child.process.pid, number)
-    assert child.call("x", 20) == "x"
+    assert child.call("x", 60) == "x"
     with pytest.raises(CallTimeoutError):
         child.call("a" * 60 + "b", 0.2)
     assert not child.is_alive
@@ -303,11 +303,11 @@ def test_the_check_of_prompts_has_the_deadline_too(judges: Path) -> None:
 def test_a_function_given_itself_is_timed_too(judges: Path) -> None:
     from judges import score
 
-    assert scores(FunctionReward(score, timeout=20.0), "a", "bb") == [1.0, 2.0]
+    assert scores(FunctionReward(score, timeout=60.0), "a", "bb") == [1.0, 2.0]
 
 
 def test_parts_of_a_weighted_reward_may_have_deadlines_and_leave_responses_out() -> None:
-    columns = FunctionReward("judges.completions", timeout=20.0)
+    columns = FunctionReward("judges.completions", timeout=60.0)
     both = WeightedReward({"some": columns, "all": FunctionReward("judges.compute_score")}, {"some": 10.0})
     assert scores(both, "skip", "bb") == [4.0, 12.0]
 

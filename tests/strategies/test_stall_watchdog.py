@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.waiting import LONG, wait_until
 
 from remax_lightning.strategies import stall_watchdog
 
@@ -53,7 +55,7 @@ def start(folder: Path, what: str, seconds: float = 1.0, rank: int = 0, num_rank
 def test_a_stall_ends_with_one_line_and_the_stack(what: str, tmp_path: Path) -> None:
     """In a system call, and in a library that lets no other thread run."""
     process = start(tmp_path, what)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=LONG)
     assert process.returncode != 0
     assert said.count("\n") == 1
     assert said.startswith("remax: error: no progress for 1 s (model.stall_timeout), the run ends. rank 0: ")
@@ -65,7 +67,7 @@ def test_a_stall_ends_with_one_line_and_the_stack(what: str, tmp_path: Path) -> 
 
 def test_a_run_with_progress_or_without_a_watchdog_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, "stops", 2.0)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=LONG)
     assert (process.returncode, said) == (0, "")
     assert not list(tmp_path.glob("stall-*"))
 
@@ -73,9 +75,9 @@ def test_a_run_with_progress_or_without_a_watchdog_goes_on(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_stall_of_one_rank_ends_the_others_with_their_stacks(tmp_path: Path) -> None:
     processes = [start(tmp_path, "searches", 1.0, 0, 2), start(tmp_path, "waits", 600.0, 1, 2)]
-    said = [process.communicate(timeout=30)[1] for process in processes]
+    said = [process.communicate(timeout=LONG)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)
-    assert "rank 0: 1 s after it began scoring" in said[0]
+    assert re.search(r"rank 0: \d+ s after it began scoring", said[0])
     assert "; rank 1: " in said[0]
     assert said[1] == ""
     assert "in waits" in (tmp_path / "stall-rank1.txt").read_text()
@@ -83,15 +85,19 @@ def test_a_stall_of_one_rank_ends_the_others_with_their_stacks(tmp_path: Path) -
 
 def test_what_watches_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path, "waits", 600.0)
-    time.sleep(1)
-    [watching] = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.exists() and path.read_text().rpartition(")")[2].split()[1] == str(process.pid)
-    ]
+    assert wait_until(lambda: watchers(process.pid))
+    [watching] = watchers(process.pid)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{watching}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{watching}").exists()
+    assert wait_until(lambda: not Path(f"/proc/{watching}").exists())
+
+
+def watchers(process: int) -> list[int]:
+    """The children of a process that already run the file of the watchdog."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(process) and stall_watchdog.__file__.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found

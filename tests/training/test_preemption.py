@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, save_policy
+from helpers.waiting import LONG, wait_until
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -223,7 +224,7 @@ def test_a_second_sigterm_ends_a_reward_that_hangs(how: str, stage: str, tmp_pat
         time.sleep(1)
         assert process.poll() is None  # the first one waits for the end of the step
         process.terminate()
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=LONG)
     finally:
         process.kill()
     assert process.returncode == 143
@@ -235,7 +236,5 @@ def test_handlers_are_as_before_after_a_run(tmp_path: Path) -> None:
     Runs(tmp_path).start(Tell(), max_steps=1)
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.set_wakeup_fd(-1) == -1
-    deadline = time.monotonic() + 10
-    while threading.active_count() > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: threading.active_count() <= threads)
     assert "second-sigterm" not in {thread.name for thread in threading.enumerate()}
