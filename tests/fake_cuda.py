@@ -125,20 +125,21 @@ class FakeCuda(TorchDispatchMode):
         self.reads[name] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options, name = kwargs or {}, func.overloadpacket.__name__
+        options = kwargs or {}
         operands = _tensors((args, options))
         there = [is_there(each) for each in operands]
         if any(there):
-            self._check(name, args, operands, there)
+            self._check(func.overloadpacket.__name__, args, operands, there)
         result = func(*args, **options)
         changes = func._schema.is_mutable
         if any(there) and not changes:
             _put(result, True)
-        # Not by the schema: `to` may give its operand or a copy.
-        given = {each.untyped_storage()._cdata for each in operands}
-        made = [] if changes else [each for each in _tensors(result) if each.untyped_storage()._cdata not in given]
-        if self.capturing is not None and (changes or made):
-            self.capturing.operators.append((func, args, options, [each.detach() for each in made]))
+        if self.capturing is not None:
+            # Not by the schema: `to` may give its operand or a copy.
+            given = {each.untyped_storage()._cdata for each in operands}
+            made = [] if changes else [each for each in _tensors(result) if each.untyped_storage()._cdata not in given]
+            if changes or made:
+                self.capturing.operators.append((func, args, options, [each.detach() for each in made]))
         return result
 
     def _check(self, name: str, args: Any, operands: list[Tensor], there: list[bool]) -> None:

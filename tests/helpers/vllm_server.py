@@ -99,6 +99,7 @@ class FakeVLLM:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # it holds the body back for 40 ms, until the headers are acknowledged
 
             def do_GET(self) -> None:
                 self._handle(None)
