@@ -122,20 +122,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_parser() -> Iterator[None]:
-    """Build the parser of the `remax` command once a process: it is the same for every call."""
-    from remax_lightning.cli_run import RemaxCLI
-
-    build, built = RemaxCLI.setup_parser, {}
-
-    def setup_parser(cli: RemaxCLI, *arguments: Any) -> None:
-        if not built:
-            before = set(vars(cli))
-            build(cli, *arguments)
-            built.update({name: value for name, value in vars(cli).items() if name not in before})
-        vars(cli).update(built)
+    """Build the parser of the `remax` command once a process, and let it remember where its keys are."""
+    from helpers.parsing import remember_lookups, share_parser
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RemaxCLI, "setup_parser", setup_parser)
+        share_parser(patch)
+        remember_lookups(patch)
         yield
 
 

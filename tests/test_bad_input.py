@@ -21,6 +21,7 @@ from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.cli import changed, in_folder, is_one_message, message, misread, refused, remax, small_config, write_config
 from helpers.payloads import RunsCode, fsdp2_folder, lightning_file, zero_folder
 from helpers.training import fit, prompt_data, remax_module, save_policy
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from remax_lightning.callbacks import KLMonitor, SampleDump
 from remax_lightning.cli_errors import MOVED_NAMES, RENAMED_KEYS, user_error_message
@@ -680,8 +681,10 @@ class Mine(SquarePrompts):
 ])  # fmt: skip
 def test_an_exit_in_data_of_the_users_is_no_success(
     place: str, workers: int, body: str, expected: str, config: Config, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    # A worker that ends with code 0 shows when the loader looks for it: every 5 seconds.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
     bodies = {"setup": "pass", "row": "pass", place: body}
     (tmp_path / "my_exiting_data.py").write_text(DATA.format(workers=workers, **bodies))
     sys.modules.pop("my_exiting_data", None)

@@ -66,9 +66,6 @@ def train(strategy: str, family: str, folder: Path, *, freeze: bool = False) -> 
         (out / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"policy": {"path": policy}}}}))
 
 
-def main(folder: Path, *strategies: str) -> None:
-    for strategy in strategies or STRATEGIES:
-        for family in PRECISIONS if not strategies else ["opt"]:
-            train(strategy, family, folder, freeze=bool(strategies))
-            assert torch.distributed.get_world_size() == RANKS
-            print(strategy, family, flush=True)
+def main(strategy: str, family: str, folder: Path, freeze: bool = False) -> None:
+    train(strategy, family, folder, freeze=freeze)
+    assert torch.distributed.get_world_size() == RANKS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,18 +88,15 @@ def run(name: str, optimizer: str, policy: str, reference: str, folder: Path, ra
         cut = {"max_prompt_length": 30, "tokens_per_micro_batch": 36}
         options["accumulate_grad_batches"] = 1
     data = prompt_data(folder, policy, batch_size=8 // ranks, **cut)
-    keep, start = Keep(), time.perf_counter()
+    keep = Keep()
     torch.manual_seed(0)
     trainer = make_trainer(folder, [keep], devices=ranks, strategy=make_strategy(name), **options)
     trainer.fit(module, data)
-    return {"weights": keep.weights, "logged": keep.logged, "seconds": time.perf_counter() - start}
+    return {"weights": keep.weights, "logged": keep.logged}
 
 
-def main(policy: str, reference: str, folder: Path) -> None:
-    rank = int(os.environ["LOCAL_RANK"])
-    for strategy in STRATEGIES:
-        for optimizer in OPTIMIZERS:
-            result = run(strategy, optimizer, policy, reference, folder / f"data{rank}", ranks=2)
-            assert torch.distributed.get_world_size() == 2
-            torch.save(result, folder / f"{strategy}-{optimizer}-{rank}.pt")
-            print(strategy, optimizer, result["seconds"], flush=True)
+def main(strategy: str, optimizer: str, folder: Path) -> None:
+    rank, paths = int(os.environ["LOCAL_RANK"]), (str(folder / "policy"), str(folder / "reference"))
+    result = run(strategy, optimizer, *paths, folder / f"data{rank}", ranks=2)
+    assert torch.distributed.get_world_size() == 2
+    torch.save(result, folder / f"{strategy}-{optimizer}-{rank}.pt")

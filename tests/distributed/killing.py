@@ -93,21 +93,6 @@ class StopAlone(Callback):
         trainer.should_stop |= trainer.global_rank == 1 and trainer.global_step == 2
 
 
-CALLS = {"reward": 0}
-
-
-def reward(
-    prompts: list[str], responses: list[str], rows: list[dict[str, Any]], rank: int, waits: float = 0.0
-) -> list[float]:
-    """A reward that fails in the second rollout of one rank, or keeps it from the others for so many seconds."""
-    CALLS["reward"] += 1
-    if CALLS["reward"] == 2 and int(os.environ.get("LOCAL_RANK", "0")) == rank:
-        if not waits:
-            raise ConnectionError("the scorer is gone")
-        time.sleep(waits)
-    return [float(len(response)) for response in responses]
-
-
 class StopCheck(NamedTuple):
     """How a run ended: exit code, what it printed, seconds from the hit to the end of its last process."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     for family in PRECISIONS:
         save_policy(folder / family, family)
-    launch(main, folder)
     return folder
+
+
+@cache
+def run_of(strategy: str, family: str, folder: Path) -> Path:
+    """The folder of a run on two ranks."""
+    launch(main, strategy, family, folder)
+    return folder / f"{strategy}-{family}"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of which no part of a tensor is as long as the last; some of the policy is frozen, and cut up apart."""
     folder = tmp_path_factory.mktemp("three")
     save_policy(folder / "opt", "opt")
-    launch(main, folder, "zero3", ranks=3, fresh="no other test has three ranks")
+    launch(main, "zero3", "opt", folder, True, ranks=3, fresh="no other test has three ranks")
     return folder
 
 
@@ -63,7 +70,7 @@ def is_policy(out: Path, run: Path) -> None:
 def test_the_folder_has_the_weights_of_the_run(
     strategy: str, family: str, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    run = folder / f"{strategy}-{family}"
+    run = run_of(strategy, family, folder)
     outcome = remax(capsys, "export", str(checkpoint(run)), str(tmp_path / "out"))
     assert outcome.code == 0, outcome.err
     assert f"Exported the policy of {checkpoint(run)}" in outcome.out
@@ -85,7 +92,7 @@ def broken(
 ) -> Outcome:
     """Export a checkpoint of which one file is cut to a part, or is not there; an old one has no checksums."""
     run = tmp_path / "run"
-    shutil.copytree(folder / f"{strategy}-llama", run)
+    shutil.copytree(run_of(strategy, "llama", folder), run)
     path = checkpoint(run)
     if is_old and path.is_dir():
         (path / "checksums.json").unlink()

@@ -36,11 +36,11 @@ def whole(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(policy: str, tmp_path: Path) -> None:
-    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1}}
+    reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1}}
     changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it fails in its second batch
     ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], **changes))
     assert ended.code == 2, ended.out
-    message = "remax: error: rank 1: model.reward: FunctionReward(distributed.killing.reward) raised"
+    message = "remax: error: rank 1: model.reward: FunctionReward(distributed.hanging.reward) raised"
     assert ended.out.count(message) == 1
     assert "ConnectionError: the scorer is gone" in ended.out
     assert "Traceback" not in ended.out
@@ -61,7 +61,7 @@ def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(rank: int, code: int
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, policy: str, tmp_path: Path) -> None:
     """As on GPUs, where a broken connection is not noticed: the other rank is busy for long."""
-    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1 - rank, "waits": 1000.0}}
+    reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1 - rank, "waits": 1000.0}}
     killed = [hit(tmp_path, "rollout", rank)]
     changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it waits in its second batch
     ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", killed, **changes))
@@ -77,20 +77,20 @@ def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
     deadline: dict[str, float], code: int | None, policy: str, tmp_path: Path
 ) -> None:
     """It has a deadline, with an error on all ranks or a score; or the run has one, which ends all ranks."""
-    reward = {"function": "distributed.killing.reward", "arguments": {"rank": 1, "waits": 600.0}}
+    reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1, "waits": 600.0}}
     changes = {"model__reward__init_args": reward | deadline, "model__stall_timeout": 600.0 if deadline else 8.0}
     ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], evaluation__at_start=False, **changes))
     assert "Traceback" not in ended.out
     if code is None:
         assert ended.code != 0
         assert ended.out.count("remax: error: no progress for 8 s (model.stall_timeout)") == 1
-        assert "scoring 8 responses with FunctionReward(distributed.killing.reward)" in ended.out
+        assert "scoring 8 responses with FunctionReward(distributed.hanging.reward)" in ended.out
         [waits] = tmp_path.glob("runs/remax/*/stall-rank1.txt")
         assert "in reward" in waits.read_text()
         assert waits.with_name("stall-rank0.txt").exists()
         return
     assert ended.code == code, ended.out
-    took = "rank 1: model.reward: FunctionReward(distributed.killing.reward) took more than 3 s for"
+    took = "rank 1: model.reward: FunctionReward(distributed.hanging.reward) took more than 3 s for"
     assert ended.out.count(took) == (code == 2)
 
 

@@ -37,7 +37,7 @@ ranks = [watchdog.StallWatchdog(seconds, Path(sys.argv[2]), int(sys.argv[4]), in
 works()
 if sys.argv[5] == "stops":
     ranks[0].stop()
-    time.sleep(2.5)
+    time.sleep(1.5)
 else:
     watchdog.report_progress("scoring with\\n'one'")
     globals()[sys.argv[5]]()
@@ -66,7 +66,7 @@ def test_a_stall_ends_with_one_line_and_the_stack(what: str, tmp_path: Path) -> 
 
 
 def test_a_run_with_progress_or_without_a_watchdog_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "stops", 2.0)
+    process = start(tmp_path, "stops", 1.0)
     _, said = process.communicate(timeout=LONG)
     assert (process.returncode, said) == (0, "")
     assert not list(tmp_path.glob("stall-*"))

@@ -1,0 +1,55 @@
+"""The parser of the `remax` command, which all tests of a process share, and what it remembers between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LOOKUPS = ("find_action_and_subcommand", "is_branch_key")
+
+
+def share_parser(patch: pytest.MonkeyPatch) -> None:
+    """Build the parser once a process: it is the same for every call."""
+    from remax_lightning.cli_run import RemaxCLI
+
+    build, built = RemaxCLI.setup_parser, {}
+
+    def setup_parser(cli: RemaxCLI, *arguments: Any) -> None:
+        if not built:
+            before = set(vars(cli))
+            build(cli, *arguments)
+            built.update({name: value for name, value in vars(cli).items() if name not in before})
+        vars(cli).update(built)
+
+    patch.setattr(RemaxCLI, "setup_parser", setup_parser)
+
+
+def remember_lookups(patch: pytest.MonkeyPatch) -> None:
+    """Let jsonargparse remember which action of a parser a key belongs to.
+
+    It looks ten thousand times while it reads one configuration, through all actions, which is two fifths of its time.
+    """
+    from jsonargparse import _subcommands
+
+    for name in LOOKUPS:
+        look_up = getattr(_subcommands, name)
+        remembering = _remembering(look_up)
+        for module in [module for key, module in sys.modules.items() if key.startswith("jsonargparse._")]:
+            if vars(module).get(name) is look_up:
+                patch.setattr(module, name, remembering)
+
+
+def _remembering(look_up: Callable[..., Any]) -> Callable[..., Any]:
+    def remembering(parser: Any, key: str, *more: Any, **options: Any) -> Any:
+        known = parser.__dict__.setdefault("_looked_up", {})
+        actions = parser._actions
+        # An action that is added or taken away makes the last one, or their number, another.
+        question = (look_up, key, *more, *options.items(), len(actions), id(actions[-1]) if actions else 0)
+        if question not in known:
+            known[question] = look_up(parser, key, *more, **options)
+        return known[question]
+
+    return remembering
