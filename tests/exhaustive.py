@@ -44,10 +44,10 @@ EXHAUSTIVE = (
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
     (
         "test_benchmarks.py",
-        r"lightning_alone|in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"
-        r"|baselines_of_a_task",
+        r"lightning_alone|in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not",
     ),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
+    ("benchmarks/test_baselines.py", r"run_in_pieces|gradients_of_a_task|seconds_of_steps"),
     ("benchmarks/test_chaos.py", r"every_kind|few_trials"),  # what a trial does and how it is judged stays
     ("test_architecture.py", r"measure"),
     ("test_docs.py", r"builds_strictly|leads_nowhere"),  # `make docs` builds it, too

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from helpers.cli import in_folder, write_config
-from helpers.doctor import healthy
 from helpers.minimal import run_with_only
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -314,17 +312,3 @@ def test_the_tables_of_recipes_are_the_results(load: Any) -> None:
         seeds = [line.seed for line in recipes.lines(recipe)]
         assert seeds == [0, 1, 2]
         assert all(f"| {seed} | " in recipes.table(recipe) for seed in seeds)
-
-
-def test_baselines_of_a_task_are_written_down(load: Any, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", healthy(tmp_path))
-    output = tmp_path / "baselines.jsonl"
-    for _ in range(2):  # a second measurement takes the place of the first
-        with in_folder(tmp_path):
-            load("baselines").main(["tiny", "--results", str(output), "--config", config, "--num_prompts", "8"])
-    lines = lines_of(output)
-    named = {line["variant"]: line for line in lines}
-    assert len(named) == len(lines) > 8
-    assert named["greedy"]["variance"] == named["greedy"]["cost"] == 1.0
-    assert named["none"]["size"] == "tiny"
-    assert named["none"]["variance_low"] <= named["none"]["variance"] <= named["none"]["variance_high"]

@@ -1,0 +1,1 @@
+"""A study of baselines: which one learns fastest, at equal samples and at equal seconds."""

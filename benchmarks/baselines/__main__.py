@@ -1,0 +1,94 @@
+"""The study of baselines: `python -m benchmarks.baselines {run,seconds,table,gradients}`.
+
+`run` computes runs in pieces and goes on where it was stopped; `seconds` measures a step of each kind on an idle
+machine; `table` writes docs/baselines.md and its pictures from both; `gradients` measures baselines without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.baselines import gradients
+from benchmarks.baselines.page import write_page
+from benchmarks.baselines.records import RUNS, SECONDS, machine, replace
+from benchmarks.baselines.runs import Limits, compute, load_average, time_steps
+from benchmarks.baselines.tasks import ARMS, DEFAULT_ARMS, FOLDER, TASKS, Arm, Task
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.baselines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="compute runs until the time is over or nothing is left")
+    run.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many (default: never)")
+    run.add_argument("--piece", type=float, default=180.0, help="seconds of a piece (default: %(default)s)")
+    run.add_argument("--results", type=Path, default=RUNS, help="default: %(default)s")
+    timing = commands.add_parser("seconds", help="measure a step of each kind; the machine has to be idle")
+    timing.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    timing.add_argument("--steps", type=int, default=10, help="steps that count in a round (default: %(default)s)")
+    timing.add_argument("--results", type=Path, default=SECONDS, help="default: %(default)s")
+    for command in (run, timing):
+        command.add_argument("--task", nargs="+", default=list(TASKS), choices=list(TASKS), dest="tasks")
+        command.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
+    run.add_argument("--arm", nargs="+", default=list(DEFAULT_ARMS), choices=list(ARMS), dest="arms")
+    commands.add_parser("table", help="write docs/baselines.md and its pictures from the results")
+    commands.add_parser("gradients", help="measure baselines on a task without training", add_help=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gradients"]:
+        gradients.main(arguments[1:])
+        return 0
+    options = make_parser().parse_args(arguments)
+    if options.command == "run":
+        limits = Limits(time.monotonic() + options.seconds, options.piece)
+        chosen = [ARMS[name] for name in options.arms]
+        results, folder = options.results.resolve(), options.folder.resolve()
+        compute([TASKS[name] for name in options.tasks], chosen, results, folder, limits)
+    elif options.command == "seconds":
+        folder, results = options.folder.resolve(), options.results.resolve()
+        for name in options.tasks:
+            measure_seconds(TASKS[name], folder, results, options.rounds, options.steps)
+    else:
+        write_page()
+    return 0
+
+
+KINDS = {
+    "greedy": Arm("greedy", "greedy"),
+    "plain": Arm("plain", "batch_mean"),
+    "plain, n = 2": Arm("plain, n = 2", "leave_one_out", 2),
+    "plain, n = 4": Arm("plain, n = 4", "group_mean", 4),
+}
+"""A step costs what its responses cost: a row of `seconds` for each kind of rollout."""
+
+
+def measure_seconds(task: Task, folder: Path, results: Path, rounds: int, steps: int) -> None:
+    """Measure the kinds of steps in turn, A B C A B C, and write their medians."""
+    values: dict[str, list[tuple[float, float, float]]] = {name: [] for name in KINDS}
+    for _ in range(rounds):
+        for name, arm in KINDS.items():
+            values[name] += time_steps(task, arm, folder, steps, warmup=3)
+    lines = []
+    for name, triples in values.items():
+        wall, processor, share = (statistics.median(column) for column in zip(*triples, strict=True))
+        figures = {"seconds": round(wall, 5), "processor_seconds": round(processor, 5)}
+        figures["rollout_share"] = round(share, 3)
+        kind = {"task": task.name, "kind": KINDS[name].kind, "greedy": name == "greedy"}
+        lines.append(kind | figures | {"steps": len(triples), "load": load_average()} | machine())
+        print(task.name, name, f"{wall:.4f} s, of the processor {processor:.4f} s", flush=True)
+    replace(results, lines, ("task", "kind", "greedy"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

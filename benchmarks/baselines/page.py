@@ -1,0 +1,150 @@
+"""The tables and pictures of docs/baselines.md, made of the results."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.baselines.figure import Band, common_band, draw
+from benchmarks.baselines.records import ROOT, RUNS, SECONDS, Curves, read_curves, read_lines
+from benchmarks.baselines.summary import (
+    BASE,
+    Interval,
+    Price,
+    Prices,
+    Row,
+    by_samples,
+    rank_correlation,
+    read_prices,
+    reward,
+    rows,
+    target_reward,
+)
+from benchmarks.baselines.tasks import ARMS, PPO, TASKS, Arm, Task
+
+DOCS = ROOT / "docs"
+PAGE = DOCS / "baselines.md"
+PATTERN = r"(<!-- made by python -m benchmarks\.baselines table: (\w+) -->\n).*?(<!-- end of what is made -->)"
+
+
+def write_page(page: Path = PAGE, results: Sequence[Path] = (RUNS,), seconds: Path = SECONDS) -> None:
+    """Write the tables between their marks, and a picture for each task that has runs."""
+    curves, prices = read_curves(results), read_prices(read_lines(seconds))
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), curves, prices), encoding="utf-8")
+    for task in TASKS.values():
+        found = rows(task, curves, prices)
+        if found:
+            (page.parent / f"baselines_{task.name}.svg").write_text(picture(task, found, curves, prices), "utf-8")
+
+
+def with_tables(text: str, curves: Curves, prices: Prices) -> str:
+    """Return the page with the table of each task as the results have it."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{section(TASKS[match[2]], curves, prices)}\n\n{match[3]}"
+
+    return re.sub(PATTERN, made, text, flags=re.DOTALL)
+
+
+def section(task: Task, curves: Curves, prices: Prices) -> str:
+    """Return the picture, the table and what is not clear of a task, as Markdown."""
+    found = rows(task, curves, prices)
+    if not found:
+        done = sum(cell.task == task.name for cell in curves)
+        return f"Not computed yet ({done} runs begun): `python -m benchmarks.baselines run --task {task.name}`."
+    target = target_reward(task, curves)
+    reached = "–" if target is None else f"{target:.2f}"  # noqa: RUF001 - the dash of a table
+    lines = [
+        f"![Held-out reward over samples and seconds](baselines_{task.name}.svg)",
+        "",
+        "| arm | learning rate | seeds | mean reward, equal samples, minus greedy's | equal seconds, minus greedy's"
+        f" | seconds to {reached}, of greedy's | reward at the end | KL at the end, nats per response"
+        " | variance by the monitor |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in found),
+        "",
+        _what_is_clear(found),
+    ]
+    return "\n".join([*lines, _monitor(found)])
+
+
+def _line(row: Row) -> str:
+    samples = _arm(row).samples
+    name = f"`{row.arm}`" + (f", `n` = {samples}" if samples > 1 else "")
+    if row.arm == BASE:
+        differences = ["0", "0", "1"]
+    else:
+        differences = [_difference(row.samples), _difference(row.seconds), _ratio(row)]
+    variance = "–" if row.variance is None else f"{row.variance:.2f}"  # noqa: RUF001
+    cells = [name, f"{row.rate:g}", str(len(row.runs)), *differences, _spread(row.reward), _spread(row.kl), variance]
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference(value: Interval | None) -> str:
+    if value is None:
+        return "–"  # noqa: RUF001
+    return f"{value.value:+.3f}" + (f" ({value.low:+.3f} to {value.high:+.3f})" if value.count > 1 else "")
+
+
+def _ratio(row: Row) -> str:
+    if row.time is None:
+        return f"reached by {row.reached} of {len(row.runs)}"
+    spread = f" ({row.time.low:.2f} to {row.time.high:.2f})" if row.time.count > 1 else ""
+    return f"{row.time.value:.2f}{spread}"
+
+
+def _spread(value: Interval) -> str:
+    half = "" if value.count < 2 or not math.isfinite(value.high) else f" ± {value.high - value.value:.2f}"
+    return f"{value.value:.2f}{half}"
+
+
+def _what_is_clear(found: Sequence[Row]) -> str:
+    """Say which differences an interval supports, and name all others."""
+    sentences = []
+    for name, values in (
+        ("samples", {row.arm: row.samples for row in found}),
+        ("seconds", {row.arm: row.seconds for row in found}),
+    ):
+        known = {arm: value for arm, value in values.items() if arm != BASE and value is not None}
+        if not known:
+            continue
+        better = [f"`{arm}`" for arm, value in known.items() if value.excludes(0) and value.value > 0]
+        worse = [f"`{arm}`" for arm, value in known.items() if value.excludes(0) and value.value < 0]
+        unclear = [f"`{arm}`" for arm, value in known.items() if not value.excludes(0)]
+        parts = [f"{what}: {', '.join(arms) or 'none'}" for what, arms in
+                 (("better than greedy", better), ("worse", worse), ("not significant", unclear))]  # fmt: skip
+        sentences.append(f"At equal {name}, {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def _monitor(found: Sequence[Row]) -> str:
+    pairs = [(row.variance, row.samples.value) for row in found if row.variance is not None]
+    correlation = rank_correlation([(-variance, gain) for variance, gain in pairs])
+    if math.isnan(correlation):
+        return ""
+    what = "Rank correlation of less variance by the monitor and more reward at equal samples"
+    return f"{what}: {correlation:.2f} over {len(pairs)} arms."
+
+
+def picture(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) -> str:
+    """Return the curves of a task over samples and, where they were measured, over seconds."""
+    panels: list[tuple[str, list[Band]]] = [("trained responses", [_band(row, None) for row in found])]
+    kinds = {row.arm: (task.name, _arm(row).kind) for row in found}
+    timed = [row for row in found if kinds[row.arm] in prices]
+    if timed:
+        bands = [_band(row, prices[kinds[row.arm]]) for row in timed]
+        panels.append(("seconds of one processor thread", bands))
+    title = f"{task.title}: held-out reward, mean and range of {len(found[0].runs)} seeds"
+    return draw(title, panels, target_reward(task, curves))
+
+
+def _band(row: Row, price: Price | None) -> Band:
+    place = by_samples if price is None else price.seconds
+    runs = [([place(point) for point in run], [reward(point) for point in run]) for run in row.runs.values()]
+    return common_band(row.arm, runs)
+
+
+def _arm(row: Row) -> Arm:
+    return ARMS.get(row.arm, PPO)
