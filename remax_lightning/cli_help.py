@@ -117,7 +117,7 @@ KEYS = (
     Key("model.reference", "null", "frozen model of the KL; null: the start of the policy"),
     Key("model.policy.lora", "null", "an adapter is trained in place of the weights: {r: 16}", _TRAINING),
     Key("model.kl_coef", "0.05", "reward per nat of KL that is subtracted", _TRAINING),
-    Key("model.advantage.baseline", "greedy", "greedy (ReMax), tracker, batch_mean, none, ...", _TRAINING),
+    Key("model.advantage.baseline", "greedy", "greedy (ReMax), auto, batch_mean, tracker, ...", _TRAINING),
     Key("model.sampling.num_samples", "1", "sampled responses per prompt"),
     Key("model.sampling.max_response_length", "256", "tokens of a response, at most"),
     Key("model.sampling.temperature", "1.0", "divides the logits"),

@@ -170,8 +170,9 @@ class AdvantageConfig:
 
     Args:
         baseline: what the reward is compared with: the `greedy` response's reward (ReMax), the mean of the other
-            samples (`leave_one_out`), of all samples (`group_mean`), `none`, another short name, or a class of
-            `remax_lightning.baselines` or of your own; docs/baselines.md compares them.
+            samples (`leave_one_out`), of all samples (`group_mean`), `none`, `auto` whichever the run shows to be the
+            cheapest, another short name, or a class of `remax_lightning.baselines` or of your own; docs/baselines.md
+            compares them.
         gamma: discount per token towards the end of the response; 1 weighs all tokens of a response alike.
         reward_clip: bound of the absolute reward; None, because clipping hides differences between good responses.
         reward_clip_at: clip the rewards, or their difference to the baseline.

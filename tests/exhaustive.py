@@ -40,6 +40,8 @@ EXHAUSTIVE = (
     ("distributed/test_reference_sync.py", r"\[(?!fsdp2-replicate)"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
+    ("test_auto_baseline.py", r"ranks_agree"),  # modules/test_two_ranks.py has the gathered scores
+    ("modules/test_resume.py", r"that learns from training"),  # test_auto_baseline.py
     ("distributed/test_evaluation.py", r"lm_eval"),  # one rank: callbacks/test_lm_eval.py
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
     (

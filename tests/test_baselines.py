@@ -24,7 +24,7 @@ from remax_lightning.baselines import (
     checked_values,
     make_baseline,
 )
-from remax_lightning.config import AdvantageConfig, config_from_dict
+from remax_lightning.config import AdvantageConfig, LossConfig, config_from_dict
 from remax_lightning.errors import UserError
 from remax_lightning.functional import calibrated_greedy
 from remax_lightning.rollout import SamplingConfig
@@ -36,6 +36,9 @@ def inputs(
     values = torch.tensor(reward, dtype=torch.float64)
     greedy_reward = None if greedy is None else torch.tensor(greedy, dtype=torch.float64)
     return BaselineInputs(values, num_samples, greedy_reward, torch.arange(1.0, len(reward) + 1).double(), prompts)
+
+
+WITHOUT_GRADIENTS: list[Any] = [name for name in BASELINES if not make_baseline(name).reads_gradients]  # type: ignore[arg-type]
 
 
 class Half(Baseline):
@@ -53,13 +56,17 @@ class Half(Baseline):
 def test_every_name_has_a_class() -> None:
     assert set(get_args(BaselineName)) == set(BASELINES)
     scores = inputs([1.0, 0.0, 2.0, 5.0], [1.0, 3.0], [7, 9], num_samples=2)
-    found = {name: checked_values(make_baseline(name), scores).tolist() for name in BASELINES}  # type: ignore[arg-type]
+    norms = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
+    per_token = make_baseline("optimal_per_token").values(scores._replace(squared_norms=norms))
+    assert per_token[:, 0].tolist() == pytest.approx([12 / 5, 13 / 4, 11 / 5, 3 / 4])  # weights 1, 2, 1, 2
+    assert per_token[:, 1].tolist() == pytest.approx([26 / 9, 27 / 8, 21 / 7, 7 / 6])  # weights 1, 2, 3, 4
+    found = {name: checked_values(make_baseline(name), scores).tolist() for name in WITHOUT_GRADIENTS}
     assert found["greedy"] == [1.0, 1.0, 3.0, 3.0]
     assert found["none"] == [0.0] * 4
     assert found["leave_one_out"] == [0.0, 1.0, 5.0, 2.0]
     assert found["group_mean"] == [0.5, 0.5, 3.5, 3.5]
     assert found["greedy_and_samples"] == [0.5, 1.0, 4.0, 2.5]
-    assert found["tracker"] == found["cached_greedy"] == found["greedy"]  # at the first visit
+    assert found["tracker"] == found["cached_greedy"] == found["auto"] == found["greedy"]  # at the first visit
     assert found["batch_mean"] == pytest.approx([7 / 3, 8 / 3, 2.0, 1.0])
     assert found["optimal_constant"] == pytest.approx([26 / 9, 27 / 8, 21 / 7, 7 / 6])  # weights 1, 2, 3, 4
 
@@ -181,6 +188,41 @@ def test_advantages_are_rewards_above_the_baseline(baseline: Any, policy: str, t
     assert expected.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig("clipped")], ids=["one update", "several"])
+def test_each_token_has_its_own_baseline(loss: LossConfig, policy: str, tmp_path: Path) -> None:
+    advantage = AdvantageConfig(baseline="optimal_per_token")
+    module = remax_module(policy, advantage=advantage, loss=loss)
+    data = {"micro_batch_size": 2}
+    accumulate = 4 if loss.kind == "reinforce" else 2
+    outputs = fit(module, prompt_data(tmp_path, policy, **data), tmp_path, accumulate_grad_batches=accumulate).outputs
+    advantages, norms, masks = (
+        torch.cat([torch.nn.functional.pad(part[name], (0, 6 - part[name].shape[1])) for part in outputs])
+        for name in ("advantages", "squared_norm", "entropy_mask")
+    )
+    whole = outputs[0]["rollout"]
+    rewards = torch.cat([part["rollout"].reward for part in outputs])
+    assert whole.greedy is None
+    if loss.kind == "clipped":  # of the second update there are no advantages here, and other rewards count
+        assert len(advantages) == 4
+        assert advantages.abs().max() > 0.1
+        return
+    weights = norms.double().cumsum(1)
+    for i in range(8):
+        others = [k for k in range(8) if k != i]
+        expected = (weights[others] * rewards[others, None]).sum(0) / weights[others].sum(0)
+        difference = (rewards[i] - expected)[masks[i]]
+        torch.testing.assert_close(advantages[i][masks[i]].double(), difference, rtol=1e-4, atol=1e-4)
+
+
+def test_a_baseline_of_gradients_needs_a_pass_of_its_own(policy: str) -> None:
+    with pytest.raises(UserError, match=r"old_log_probs must be recompute where .* optimal_per_token, got rollout"):
+        remax_module(
+            policy,
+            advantage=AdvantageConfig(baseline="optimal_per_token"),
+            loss=LossConfig("clipped", old_log_probs="rollout"),
+        )
+
+
 def test_micro_batches_share_the_baseline_of_the_whole_batch(policy: str, tmp_path: Path) -> None:
     whole = run(policy, tmp_path, "calibrated_greedy").outputs[0]
     parts = fit(
@@ -234,7 +276,7 @@ def test_a_misspelt_baseline_is_named(policy: str, tmp_path: Path, capsys: pytes
 
 
 def test_a_baseline_says_what_it_needs_later_on() -> None:
-    shares = {name: make_baseline(name).greedy_share for name in BASELINES}  # type: ignore[arg-type]
+    shares = {name: make_baseline(name).greedy_share for name in BASELINES if name != "auto"}  # type: ignore[arg-type]
     assert {name for name, share in shares.items() if share == 1} == {
         *("greedy", "greedy_and_samples", "calibrated_greedy"),
     }

@@ -28,7 +28,7 @@ ALLOWED = {
     "errors": set(),
     "json_text": {"errors"},
     "types": {"records"},
-    "baselines": {"errors", "functional"},
+    "baselines": {"errors", "functional", "evaluation.statistics"},
     "config": {"baselines", "errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},

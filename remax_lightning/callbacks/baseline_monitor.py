@@ -1,4 +1,4 @@
-"""Monitors whether the greedy baseline lowers the variance of the advantage."""
+"""Monitors how the rewards of sampled and greedy responses compare."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ class BaselineMonitor(Callback):
     - `train/reward_variance`: population variance of the reward.
     - `train/advantage_variance`: population variance of reward - baseline reward, before KL, clipping and
       whitening.
-    - `train/variance_ratio`: the second divided by the first. It leaves out how large the gradients of the responses
-      are, so it is no verdict on the baseline; `GradientVariance` compares baselines. NaN if all rewards are equal.
+    - `train/reward_variance_ratio`: the second divided by the first. It leaves out how large the gradients of the
+      responses are, so it does not say whether the baseline pays; `GradientVariance` does. NaN if all rewards are
+      equal.
     - `train/baseline_correlation`: Pearson correlation of reward and baseline reward. NaN if either is
       constant.
     - `train/zero_advantage_share`: share of responses whose reward equals the baseline; they have no gradient.
     - `train/greedy_win_rate`: share of responses whose greedy counterpart has a higher reward.
 
     Args:
-        patience: warn once if the variance ratio is above 1 for this many consecutive optimizer steps. 50 steps
+        patience: warn once if the reward variance ratio is above 1 for this many consecutive optimizer steps. 50 steps
             exclude chance.
 
     Raises:
@@ -51,7 +52,7 @@ class BaselineMonitor(Callback):
         self._reward: list[Tensor] = []  # [S] of each micro-batch, like the next one
         self._baseline: list[Tensor] = []
         self._names: list[str] = []  # what was logged
-        self._harmful_steps = 0
+        self._steps_above_one = 0
         self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,21 +81,21 @@ class BaselineMonitor(Callback):
         self._clear()
         self._names = list(values)
         log_step(pl_module, values)
-        self._warn_if_harmful(values["train/variance_ratio"])
+        self._warn_if_above_one(values["train/reward_variance_ratio"])
 
     def _clear(self) -> None:
         self._reward, self._baseline = [], []
 
-    def _warn_if_harmful(self, ratio: float) -> None:
+    def _warn_if_above_one(self, ratio: float) -> None:
         if math.isnan(ratio):  # all rewards are equal
             return
-        self._harmful_steps = self._harmful_steps + 1 if ratio > 1 else 0
-        if self._harmful_steps >= self.patience and not self._warned:
+        self._steps_above_one = self._steps_above_one + 1 if ratio > 1 else 0
+        if self._steps_above_one >= self.patience and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"The greedy baseline raised the variance of the advantage in {self._harmful_steps} consecutive "
-                f"optimizer steps (train/variance_ratio is now {ratio:.3g}). Look at train/baseline_correlation and "
-                "the samples; `remax baselines` measures whether another baseline takes less time."
+                f"The variance of reward - baseline was above that of the reward in {self._steps_above_one}"
+                f" consecutive optimizer steps (train/reward_variance_ratio is now {ratio:.3g}). That alone does not say"
+                " that the greedy baseline costs more than it saves: `remax baselines` measures it."
             )
 
 
@@ -113,7 +114,7 @@ def _statistics(trainer: Trainer, reward: Tensor, baseline: Tensor) -> dict[str,
     return {
         "train/reward_variance": xx,
         "train/advantage_variance": dd,
-        "train/variance_ratio": dd / xx if xx > 0 else math.nan,
+        "train/reward_variance_ratio": dd / xx if xx > 0 else math.nan,
         "train/baseline_correlation": xy / (xx**0.5 * yy**0.5) if xx > 0 and yy > 0 else math.nan,
         "train/zero_advantage_share": zero_share,
         "train/greedy_win_rate": win_rate,

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from remax_lightning.baselines import (
-    BASELINES,
+    KINDS,
+    Auto,
     Baseline,
     BaselineInputs,
     checked_values,
@@ -102,16 +103,17 @@ class GradientVariance(Callback):
         """Reset the state of an earlier fit, and make the baselines that are compared."""
         self._clear()
         objective = getattr(pl_module, "objective", None)
-        if objective is None:
+        # `auto` compares them itself; one that reads gradients cannot be told from norms of whole responses.
+        if objective is None or isinstance(objective.baseline, Auto) or objective.baseline.reads_gradients:
             self._is_silent = True
             return
         # The run's own, with its memory of an earlier part of the run, and all others of the package.
         self._used = _name_of(objective.baseline)
         self._compared = {self._used: copy.deepcopy(objective.baseline)}
         num_samples = cast(Any, pl_module).sampling.num_samples
-        for name in BASELINES:
+        for name in KINDS:
             other = make_baseline(cast(Any, name))
-            if other.is_unbiased and other.min_samples <= num_samples:
+            if other.is_unbiased and not other.reads_gradients and other.min_samples <= num_samples:
                 self._compared.setdefault(name, other)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -219,7 +221,7 @@ class GradientVariance(Callback):
 
 
 def _name_of(baseline: Baseline) -> str:
-    return next((name for name, kind in BASELINES.items() if type(baseline) is kind), type(baseline).__name__)
+    return next((name for name, kind in KINDS.items() if type(baseline) is kind), type(baseline).__name__)
 
 
 def _can_value(baseline: Baseline, inputs: BaselineInputs) -> bool:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
+from remax_lightning.baselines import Auto
 from remax_lightning.types import PreferenceBatch, SupervisedBatch
 
 FIGURES = {
@@ -91,6 +92,9 @@ class RunProgress(Callback):
         now = time.perf_counter()
         parts = [f"step {step}/{self._total:.0f}" if math.isfinite(self._total) else f"step {step}"]
         parts += _figures(trainer, "train")
+        baseline = getattr(getattr(pl_module, "objective", None), "baseline", None)
+        if isinstance(baseline, Auto):
+            parts.append(f"baseline {baseline.chosen}")
         parts += self._rates(trainer, step, now)
         self._last_step, self._last_line, self._tokens = step, now, 0.0
         _print("  ".join(parts))

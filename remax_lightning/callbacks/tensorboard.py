@@ -41,7 +41,7 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
     },
     "Baseline": {
         "variance of reward and advantage": ["train/reward_variance", "train/advantage_variance"],
-        "variance ratio and correlation": ["train/variance_ratio", "train/baseline_correlation"],
+        "reward variance ratio and correlation": ["train/reward_variance_ratio", "train/baseline_correlation"],
         "zero advantages and greedy wins": ["train/zero_advantage_share", "train/greedy_win_rate"],
     },
     "Optimizer": {

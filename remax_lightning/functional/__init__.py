@@ -10,7 +10,13 @@ from remax_lightning.functional.advantages import (
     soft_overlong_penalty,
     whiten_advantages,
 )
-from remax_lightning.functional.baselines import batch_mean, calibrated_greedy, greedy_and_samples, shrinkage
+from remax_lightning.functional.baselines import (
+    batch_mean,
+    calibrated_greedy,
+    greedy_and_samples,
+    optimal_per_token,
+    shrinkage,
+)
 from remax_lightning.functional.log_probs import (
     OutputHead,
     PolicyStatistics,
@@ -60,6 +66,7 @@ __all__ = [
     "masked_sum",
     "mismatch_weights",
     "normalized_differences",
+    "optimal_per_token",
     "reinforce_loss",
     "remax_advantages",
     "response_mask",

@@ -38,7 +38,7 @@ def baseline_values(
     Args:
         reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
         num_samples: sampled responses per prompt, `n`.
-        kind: `[S]` values, which are returned; or `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv
+        kind: `[S]` values, or `[S, R]` of tokens, which are returned; or `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv
             2310.10505);
             `"leave_one_out"` the mean of the prompt's other samples (RLOO, arXiv 2402.14740); `"group_mean"`
             the mean of all of the prompt's samples, its own included, which scales the expected gradient by
@@ -46,7 +46,7 @@ def baseline_values(
         baseline_reward: `[B]` rewards of the greedy responses; needed by `"greedy"` only.
 
     Returns:
-        `[S]` float32 (float64 if an input is).
+        `[S]` float32 (float64 if an input is), or `[S, R]` where the values are of tokens.
 
     Raises:
         ValueError: if a shape does not fit, `kind` is unknown, `"greedy"` has no `baseline_reward`, or a
@@ -55,7 +55,8 @@ def baseline_values(
     check_shape("reward", reward, "[S]", (None,))
     size = reward.shape[0]
     if isinstance(kind, Tensor):
-        check_shape("baseline", kind, "[S]", reward.shape)
+        letters, shape = ("[S]", (size,)) if kind.dim() == 1 else ("[S, R]", (size, None))
+        check_shape("baseline", kind, letters, shape)
         return kind.detach().to(compute_dtype(reward, kind))
     check_choice("baseline", kind, get_args(BaselineKind))
     check_argument(num_samples >= 1, "num_samples", "at least 1", num_samples)
@@ -207,8 +208,8 @@ def remax_advantages(
         loss_mask: `[S, R]` bool, True on the response tokens that are trained on; None for all. The others still
             count in the baseline of their siblings, with their reward and their KL.
         num_samples: sampled responses per prompt, `n`.
-        baseline: see `baseline_values`; or `[S]` values, of rewards clipped as `reward_clip_at` says. Rewards of tokens
-            need a kind.
+        baseline: see `baseline_values`; or `[S]` values, or `[S, R]` of each token, of rewards clipped as
+            `reward_clip_at` says. Rewards of tokens need a kind.
         baseline_reward: `[B]` rewards of the greedy responses, or `[B, R']` rewards of their tokens; needed by the
             greedy baseline only.
         baseline_mask: `[B, R']` bool, True on the tokens of the greedy responses; needed with rewards of tokens only.
@@ -265,10 +266,12 @@ def remax_advantages(
         baseline_reward = None if baseline_reward is None else baseline_reward.clamp(-before, before)
         # Siblings are compared in what is maximized, r - beta * sum_s kl_s, if kl_in_baseline.
         compared = reward - penalty.sum(dim=1) if kl_in_baseline else reward
-        # r - b [S]; in r itself the KL is left to `cost`, token by token
-        difference = (reward - baseline_values(compared, num_samples, baseline, baseline_reward)).clamp(-after, after)
+        values = baseline_values(compared, num_samples, baseline, baseline_reward)
+        values = values if values.dim() == 2 else values.unsqueeze(1)  # [S, R] or [S, 1]
+        # r - b; in r itself the KL is left to `cost`, token by token
+        difference = (reward.unsqueeze(1) - values).clamp(-after, after)
         tokens_to_go = response_mask.flip(1).cumsum(dim=1).flip(1).to(dtype)  # k [S, R], the token itself included
-        above = difference.unsqueeze(1) * torch.pow(gamma, tokens_to_go)  # [S, R]
+        above = difference * torch.pow(gamma, tokens_to_go)  # [S, R]
     cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
     advantages = torch.where(loss_mask, above - cost, 0.0)
     return whiten_advantages(advantages, loss_mask, reduce) if whiten else advantages

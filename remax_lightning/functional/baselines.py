@@ -47,6 +47,36 @@ def batch_mean(reward: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.where(few, plain, mean + center).to(dtype)
 
 
+def optimal_per_token(reward: Tensor, squared_norms: Tensor) -> Tensor:
+    """Return what each token's reward is compared with: the mean of all other responses, weighted by their gradients.
+
+    `b_it = Σ_{k≠i} W_kt r_k / Σ_{k≠i} W_kt`, with `W_kt` the sum of the squared norms of the gradients of response k up
+    to token t (the optimal token baseline, arXiv 2602.07078, which weighs the samples of one prompt): the credit of a
+    token is compared with responses by how much they have moved the gradient by then. A response that has ended keeps
+    its weight.
+
+    Args:
+        reward: `[S]`.
+        squared_norms: `[S, R]` squared norms of the gradients of the log-probs of the tokens, 0 beyond the end.
+
+    Returns:
+        `[S, R]` float32 (float64 if an input is); 0 where there is no other response.
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    check_shape("reward", reward, "[S]", (None,))
+    check_shape("squared_norms", squared_norms, "[S, R]", (len(reward), None))
+    dtype = compute_dtype(reward, squared_norms)
+    weights, reward = squared_norms.double().cumsum(1), reward.double()  # W [S, R]
+    center = reward.mean()
+    weighted = weights * (reward - center)[:, None]  # [S, R]
+    total = weights.sum(0) - weights
+    mean = (weighted.sum(0) - weighted) / total.clamp_min(torch.finfo(torch.float64).tiny) + center
+    few = total <= 1e-12 * weights.sum(0)
+    return torch.where(few, _mean_of_others(reward)[:, None], mean).to(dtype)
+
+
 def greedy_and_samples(reward: Tensor, num_samples: int, greedy_reward: Tensor) -> Tensor:
     """Return the mean of the greedy response's reward and those of the prompt's other samples.
 

@@ -28,7 +28,7 @@ from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.strategies import accumulate_gradients
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.experience import Experience, RolloutBuffer, TrainingPass, join_passes
-from remax_lightning.training.metrics import MeanMetrics, predictions, step_values
+from remax_lightning.training.metrics import MeanMetrics, TrainingMeter, predictions, step_values
 from remax_lightning.training.micro_batches import (
     MicroBatches,
     check_budget,
@@ -127,6 +127,7 @@ class ReMaxModule(PolicyModule):
         steps = kl.reference_sync_steps
         self._moving = None if steps is None else MovingReference(steps, kl.reference_mixup_alpha)
         self._metrics = MeanMetrics()
+        self._meter = TrainingMeter()  # for a baseline that learns from training
         self._has_gradients = False  # of this optimizer step, from passes before the one that Lightning runs backward
         self._num_rollouts = 0  # in training; with the seed it fixes the next one's random numbers
         self._seed: int | None = None  # of the run: rank 0's, or that of the checkpoint
@@ -276,7 +277,10 @@ class ReMaxModule(PolicyModule):
                 accumulate_gradients(self.trainer, passes[-1].loss)
                 self._has_gradients = True
             passes.append(self._training_pass(part, normalizer))
-        return self._report(join_passes(passes, experience), batch.micro_batch_index)
+        result = join_passes(passes, experience)
+        if self.objective.baseline.learns_from_training:
+            self._meter.add(result.squared_norm)
+        return self._report(result, batch.micro_batch_index)
 
     def _training_pass(self, experience: Experience, normalizer: Tensor) -> TrainingPass:
         """Return the loss of an experience from the only pass with gradients."""
@@ -287,12 +291,15 @@ class ReMaxModule(PolicyModule):
         experience = self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
         # ---- The loss: - sum_t A_t log pi(y_t) / N ----
         loss, clip_fraction = self.objective.loss(stats.log_probs, experience, normalizer, stats.kl)
+        squared_norm = cast(Tensor, stats.squared_norm)
+        if experience.squared_norm is not None:  # of the responses that are not run
+            squared_norm = torch.where(active[:, None], squared_norm, experience.squared_norm)
         return TrainingPass(
             loss,
             experience,
             stats.log_probs.detach(),
             stats.entropy.detach(),
-            cast(Tensor, stats.squared_norm),
+            squared_norm,
             active,
             clip_fraction,
         )
@@ -300,6 +307,8 @@ class ReMaxModule(PolicyModule):
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""
         plan = self.get_plan(batch.num_micro_batches, batch.tokens_per_micro_batch is not None)
+        if self.objective.baseline.learns_from_training:
+            self._meter.tell(self.objective.baseline, self.trainer)  # of the rollout before
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
         self.free_gradients()
         if self._moving is not None:
@@ -312,6 +321,7 @@ class ReMaxModule(PolicyModule):
         if self.reward.normalized_weights is not None:
             # r - b part by part, on scales that are those of all micro-batches and ranks
             rollout = self._normalize_parts(rollout, self.reward.normalized_weights)
+        rollout_seconds = self.worker.timer.total
         # b of every sampled response [S], where it reads the whole batch of all ranks
         baseline = self.objective.baseline_of_batch(rollout, self.trainer)
         # ---- What training needs besides, from passes without gradients ----
@@ -320,7 +330,7 @@ class ReMaxModule(PolicyModule):
         # N of each update: response tokens (or responses) over all ranks
         normalizers = self._sum_over_ranks(self.objective.update_counts(rollout, plan.updates_per_rollout))  # [U]
         experience = Experience(rollout, normalizers, baseline=baseline)
-        if not plan.has_kl:
+        if not plan.has_kl and not self.objective.baseline.reads_gradients:
             # A_t needs nothing of the policy
             experience = self.objective.with_advantages(experience, None, self.kl_coef, self._sum_over_ranks)
         # Which responses each training pass runs, now that their lengths are known, and which have an advantage
@@ -330,7 +340,27 @@ class ReMaxModule(PolicyModule):
         # whitening with a KL needs all log-probs at once.
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
+        if self.objective.baseline.learns_from_training:
+            has_norms = self.objective.baseline.needs_norms(is_free=plan.has_kl)
+            self._meter.begin(rollout_seconds, has_norms=has_norms)
+            if has_norms and not plan.has_kl:
+                experience = self._with_norms_of_idle(experience, plan)
         return experience  # advantages with a KL of a single update are computed in the training pass
+
+    def _with_norms_of_idle(self, experience: Experience, plan: UpdatePlan) -> Experience:
+        """Add the squared norms of the responses that training leaves out, in passes without gradients."""
+        passes = experience.passes(plan.num_micro_batches)
+        idle = ~experience.active_responses(plan.num_micro_batches)  # [S]
+        for numbers in passes:  # as many passes on every rank, each of at least one response
+            idle[numbers[0]] |= ~idle[numbers].any()
+        with torch.no_grad():
+            stats = self.token_statistics(experience.rollout, idle, passes)
+        return experience._replace(squared_norm=stats.squared_norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the clock of the step for a baseline that learns from training."""
+        self._meter.stop()
+        super().on_train_batch_end(outputs, batch, batch_idx)
 
     def _as_engine_log_probs(self, rollout: Rollout) -> Rollout:
         """Move the log-probs of decoding to where they are compared with the trainer's."""
@@ -360,6 +390,9 @@ class ReMaxModule(PolicyModule):
             stats = self.token_statistics(rollout, active, experience.passes(plan.num_micro_batches))
         # Training passes need the hidden states of the reference only for a KL loss over the vocabulary.
         hidden = rollout.reference_hidden if self.objective.kl_config.full_loss else None
+        if self.objective.baseline.reads_gradients:
+            baseline = self.objective.baseline_of_batch(rollout, self.trainer, stats.squared_norm)  # [S, R]
+            experience = experience._replace(baseline=baseline)
         experience = experience._replace(rollout=rollout._replace(log_probs=stats.log_probs, reference_hidden=hidden))
         return self.objective.with_advantages(experience, stats, self.kl_coef, self._sum_over_ranks)
 
@@ -428,8 +461,9 @@ class ReMaxModule(PolicyModule):
             for name, mean in self._metrics.means(self._sum_over_ranks, partial(max_over_ranks, self.trainer)).items():
                 # The mean is final. Without `batch_size` Lightning would search the batch for it.
                 self.log(f"train/{name}", mean, prog_bar=name in ("reward", "kl"), batch_size=1)
-            for name, value in self.worker.engine_metrics().items():
-                self.log(name, value, batch_size=1)
+            numbers = {f"train/{name}": number for name, number in self.objective.baseline.metrics().items()}
+            for name, number in (numbers | self.worker.engine_metrics()).items():
+                self.log(name, number, batch_size=1)
         return output
 
     # ---- Rollouts ----
@@ -534,6 +568,7 @@ class ReMaxModule(PolicyModule):
             "reference": None if self._moving is None else self._moving.state_dict(self._reference),
             # The same on every rank, with the class that it belongs to.
             "baseline": (type(self.objective.baseline).__qualname__, self.objective.baseline.state_dict()),
+            "meter": self._meter.state_dict() if self.objective.baseline.learns_from_training else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -549,4 +584,5 @@ class ReMaxModule(PolicyModule):
         kind, memory = state.get("baseline") or ("", {})
         if kind == type(self.objective.baseline).__qualname__:
             self.objective.baseline.load_state_dict(memory)
+            self._meter.load_state_dict(state.get("meter"), self.trainer)
         self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))

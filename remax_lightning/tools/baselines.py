@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.baselines import (
+    KINDS,
     Baseline,
     BaselineInputs,
     BaselineName,
@@ -291,7 +292,8 @@ def main(args: Sequence[str]) -> list[Figure]:
         with context.trainer.precision_plugin.forward_context():
             sample, seconds = measure(context, num_samples, lambda text: print(text, flush=True))
     # A biased one, the mean of the group, is leave_one_out times (n - 1) / n, so it has nothing to add.
-    names = [name for name in get_args(BaselineName) if make_baseline(name).is_unbiased]
+    kinds = {name: kind() for name, kind in KINDS.items()}
+    names = [name for name, kind in kinds.items() if kind.is_unbiased and not kind.reads_gradients]
     figures = compare(sample, seconds, cast(Any, context.data).batch_size, names)
     print("\n" + table(figures) + "\n\n" + advice(figures))
     if options.json is not None:

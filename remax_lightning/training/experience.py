@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.nn import functional as F
 
 from remax_lightning.baselines import BaselineInputs
-from remax_lightning.distributed import gather_over_ranks
+from remax_lightning.distributed import gather_over_ranks, max_over_ranks
 from remax_lightning.errors import UserError
 from remax_lightning.training.micro_batches import MicroBatches, response_numbers
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -25,7 +26,10 @@ class Experience(NamedTuple):
         advantages: `[S, R]`; None if the training pass computes them (one update per rollout, with a KL).
         kl: `[S, R]` KL estimate in the advantages; None before they are computed, and without a KL.
         parts: the prompts of each training pass where a budget of tokens cuts the rollout; None without one.
-        baseline: `[S]` what the rewards are compared with, where that takes more than the samples of one prompt.
+        baseline: `[S]`, or `[S, R]` of tokens, what the rewards are compared with, where that takes more than the
+            samples of one prompt.
+        squared_norm: `[S, R]` of the gradients of the log-probs at their logits, of responses that training does not
+            run; None where nobody asks for them.
     """
 
     rollout: Rollout
@@ -34,6 +38,7 @@ class Experience(NamedTuple):
     kl: Tensor | None = None
     parts: MicroBatches | None = None
     baseline: Tensor | None = None
+    squared_norm: Tensor | None = None
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
         """Return micro-batch `index` of `num_micro_batches` equal ones."""
@@ -42,10 +47,7 @@ class Experience(NamedTuple):
         rollout = self.rollout.micro_batch(index, num_micro_batches)
         size = len(rollout.reward)  # responses of one micro-batch
         rows = slice(index * size, (index + 1) * size)
-        advantages = None if self.advantages is None else self.advantages[rows]
-        kl = None if self.kl is None else self.kl[rows]
-        baseline = None if self.baseline is None else self.baseline[rows]
-        return self._replace(rollout=rollout, advantages=advantages, kl=kl, baseline=baseline)
+        return self._replace(rollout=rollout, **self._rows(rows))
 
     def split(self) -> list[Experience]:
         """Return the part of each training pass: all in one, unless a budget of tokens has cut it."""
@@ -57,13 +59,12 @@ class Experience(NamedTuple):
     def _select(self, prompts: Tensor) -> Experience:
         """Return the experience of the prompts with these numbers, `[b]`."""
         responses = self.rollout.responses_of(prompts)  # [b * n]
-        return self._replace(
-            rollout=self.rollout.select(prompts),
-            advantages=None if self.advantages is None else self.advantages[responses],
-            kl=None if self.kl is None else self.kl[responses],
-            baseline=None if self.baseline is None else self.baseline[responses],
-            parts=None,
-        )
+        return self._replace(rollout=self.rollout.select(prompts), parts=None, **self._rows(responses))
+
+    def _rows(self, responses: slice | Tensor) -> dict[str, Tensor | None]:
+        """Return the tensors that have a row for each response, of these responses."""
+        columns = {name: getattr(self, name) for name in ("advantages", "kl", "baseline", "squared_norm")}
+        return {name: None if column is None else column[responses] for name, column in columns.items()}
 
     def passes(self, num_micro_batches: int = 1) -> Sequence[Tensor]:
         """Return the numbers of the responses of each training pass: of `num_micro_batches`, or as the budget cuts."""
@@ -97,7 +98,8 @@ class TrainingPass(NamedTuple):
         experience: what was trained on, with its advantages.
         log_probs: `[S, R]` of the policy, detached; 0 where it was not run.
         entropy: `[S, R]` in nats, detached; 0 where the policy was not run.
-        squared_norm: `[S, R]` of the gradients of the log-probs at their logits; 0 where the policy was not run.
+        squared_norm: `[S, R]` of the gradients of the log-probs at their logits; 0 where the policy was not run, unless
+            the experience has those.
         active: `[S]` bool, the responses that were run.
         clip_fraction: scalar, share of the trained tokens whose ratio was clipped.
     """
@@ -138,13 +140,16 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
     )
 
 
-def baseline_inputs(rollout: Rollout, trainer: Trainer, bound: float) -> BaselineInputs:
+def baseline_inputs(
+    rollout: Rollout, trainer: Trainer, bound: float, squared_norm: Tensor | None = None
+) -> BaselineInputs:
     """Return the scores of the rollouts of all ranks, for a baseline that reads them; every rank has as many.
 
     Args:
         rollout: of this rank.
         trainer: knows the ranks.
         bound: of the absolute rewards.
+        squared_norm: `[S, R]` of the gradients of the tokens, for a baseline that reads them.
     """
     # One row per response, so that one collective moves all columns.
     n = rollout.num_samples
@@ -159,7 +164,15 @@ def baseline_inputs(rollout: Rollout, trainer: Trainer, bound: float) -> Baselin
         greedy_reward=gathered[::n, 2] if len(columns) > 2 else None,
         lengths=gathered[:, 1],
         prompts=places_over_ranks(rollout.prompt, trainer),
+        squared_norms=None if squared_norm is None else _rows_over_ranks(squared_norm, trainer),
     )
+
+
+def _rows_over_ranks(values: Tensor, trainer: Trainer) -> Tensor:
+    """Return `[ranks * S, R]` the rows of all ranks, as wide as the widest, with 0 where a rank has fewer columns."""
+    width = int(max_over_ranks(trainer, [values.shape[1]])[0])
+    rows = F.pad(values.double().cpu(), (0, width - values.shape[1]))
+    return gather_over_ranks(trainer, rows.flatten()).view(-1, width)
 
 
 def places_over_ranks(batch: PromptBatch, trainer: Trainer) -> list[int] | None:

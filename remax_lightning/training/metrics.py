@@ -1,6 +1,6 @@
 """Metrics of training steps and of preference pairs, the step that they are logged at, and loggers that may fail.
 
-Figures by name for the logs, predictions as plain dictionaries, scores of held-out pairs with each pair once.
+Figures by name for the logs, what a baseline learns of a step, predictions as plain dictionaries, scores of held-out pairs with each pair once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from remax_lightning.baselines import Baseline, Measurement
 from remax_lightning.disk import silence_tensorboard_thread, tolerate_disk_errors
-from remax_lightning.distributed import gather_objects
+from remax_lightning.distributed import gather_objects, gather_over_ranks, max_over_ranks
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.run_folder import run_folder
+from remax_lightning.training.resume import gather_rank_states
 from remax_lightning.types import PreferenceBatch, Responses, Rollout, StepOutput
 
 Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
@@ -136,6 +139,66 @@ def predictions(rollout: Rollout) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+class TrainingMeter:
+    """Gathers a `Measurement` from the training passes on one rollout, of this rank until it is finished."""
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] | None = None  # [s] of each micro-batch of this rank
+        self._rollout_seconds: float | None = None  # None before a rollout
+        self._training_seconds: float | None = None
+        self._start: float | None = None
+
+    def begin(self, rollout_seconds: float, *, has_norms: bool) -> None:
+        """Start the clock of training on a rollout.
+
+        Args:
+            rollout_seconds: of decoding and scoring.
+            has_norms: whether the training passes return the norms of all responses.
+        """
+        self._norms = [] if has_norms else None
+        self._rollout_seconds, self._training_seconds = rollout_seconds, None
+        self._start = time.perf_counter()
+
+    def add(self, squared_norm: Tensor) -> None:
+        """Add the next responses of the rollout, `[s, R]` squared norms of their tokens."""
+        if self._norms is not None:
+            self._norms.append(squared_norm.double().sum(1).cpu())  # [s]
+
+    def stop(self) -> None:
+        """Read the clock; the last reading before the next rollout counts."""
+        if self._start is not None:
+            self._training_seconds = time.perf_counter() - self._start
+
+    def tell(self, baseline: Baseline, trainer: Trainer) -> None:
+        """Let a baseline learn from training on the rollout that is over, the same on every rank."""
+        if self._rollout_seconds is None:  # the first one, or another number of ranks has made it
+            return
+        norms = None if self._norms is None else gather_over_ranks(trainer, torch.cat(self._norms))  # [ranks * S]
+        unknown = self._training_seconds is None
+        own = [self._rollout_seconds, self._training_seconds or 0.0, float(unknown)]
+        rollout_seconds, training_seconds, is_unknown = max_over_ranks(trainer, own)
+        self._norms = self._rollout_seconds = self._training_seconds = self._start = None
+        measurement = Measurement(norms, rollout_seconds, None if is_unknown else training_seconds)
+        line = baseline.observe_training(measurement)
+        if line is not None:
+            rank_zero_info(f"step {trainer.global_step}: {line}")
+
+    # ---- Checkpoints ----
+
+    def state_dict(self) -> list[dict[str, Any] | None]:
+        """Return what every rank has gathered; a collective. The clock does not run on in a resumed run."""
+        self.stop()
+        state = {"norms": self._norms, "rollout": self._rollout_seconds, "training": self._training_seconds}
+        return gather_rank_states(state)
+
+    def load_state_dict(self, states: list[dict[str, Any] | None] | None, trainer: Trainer) -> None:
+        """Restore it; on another number of ranks one measurement is left out."""
+        state = states[trainer.global_rank] if states and len(states) == trainer.world_size else None
+        state = state or {"norms": None, "rollout": None, "training": None}
+        self._norms, self._rollout_seconds = state["norms"], state["rollout"]
+        self._training_seconds, self._start = state["training"], None
 
 
 CALIBRATION_BINS = 15

@@ -40,7 +40,8 @@ class UpdatePlan(NamedTuple):
         updates_per_rollout: optimizer steps per rollout batch, `U`.
         has_kl: whether a KL to the reference enters advantages or loss.
         needs_old_log_probs: whether training needs log-probs of the policy before its first update: for the ratio of
-            several updates, or to whiten advantages with a KL over all micro-batches.
+            several updates, to whiten advantages with a KL over all micro-batches, or for a baseline that reads
+            gradients.
         old_log_probs_from_rollout: whether these come from decoding; otherwise from a pass without gradients.
         compares_engine: whether the log-probs of decoding are compared with the trainer's, to correct a mismatch.
     """
@@ -76,6 +77,11 @@ class Objective:
             )
         if kl.in_baseline and kl.credit == "none":
             raise UserError("model.kl.in_baseline needs model.kl.credit to_go or one_step, got none")
+        if self.baseline.reads_gradients and loss.old_log_probs == "rollout":
+            raise UserError(
+                "model.loss.old_log_probs must be recompute where model.advantage.baseline is"
+                f" {baseline_name(advantage.baseline)}, got rollout: it reads gradients from a pass of its own"
+            )
         if kl.full and loss.old_log_probs == "rollout":
             raise UserError(
                 "model.loss.old_log_probs must be recompute where model.kl.estimator or loss_estimator is full, got"
@@ -123,7 +129,8 @@ class Objective:
         has_kl = self.uses_kl(kl_coef) and has_reference
         # Whitening takes its moments over the whole rollout, so all advantages must exist before its first micro-batch.
         whitens_micro_batches = self.advantage_config.whiten and (num_micro_batches > 1 or has_token_budget)
-        needs_old = updates > 1 or (has_kl and whitens_micro_batches)  # pi / pi_old is 1 until the first update
+        # pi / pi_old is 1 until the first update
+        needs_old = updates > 1 or (has_kl and whitens_micro_batches) or self.baseline.reads_gradients
         from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
         compares = self.loss_config.mismatch.kind != "none"
         return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout, compares)
@@ -250,24 +257,33 @@ class Objective:
             return self.baseline.greedy == "always"
         return self.baseline.needs_greedy(places_over_ranks(batch, trainer))
 
-    def baseline_of_batch(self, rollout: Rollout, trainer: Trainer) -> Tensor | None:
+    def baseline_of_batch(
+        self, rollout: Rollout, trainer: Trainer, squared_norm: Tensor | None = None
+    ) -> Tensor | None:
         """Return `[S]` what the rewards of this rank are compared with, and let the baseline learn from the rollout.
 
-        None for a baseline that reads the samples of one prompt only, which `remax_advantages` computes.
+        None for a baseline that reads the samples of one prompt only, which `remax_advantages` computes, and for one
+        that reads gradients as long as there are none.
+
+        Args:
+            rollout: of this rank.
+            trainer: knows the ranks.
+            squared_norm: `[S, R]` of the gradients of the tokens; the values are then of tokens, too, `[S, R]`.
 
         Raises:
             UserError: if the baseline returns something else than finite numbers.
         """
-        if not self.reads_whole_batch:
+        if not self.reads_whole_batch or (squared_norm is None and self.baseline.reads_gradients):
             return None
         config = self.advantage_config
         bound = config.reward_clip if config.reward_clip_at == "before_baseline" else None
-        inputs = baseline_inputs(rollout, trainer, math.inf if bound is None else bound)
+        inputs = baseline_inputs(rollout, trainer, math.inf if bound is None else bound, squared_norm)
         # ---- The values of this rank's responses; all ranks have as many ----
         values = checked_values(self.baseline, inputs)  # [ranks * S]
         self.baseline.observe(inputs)
         start, size = trainer.global_rank * len(rollout.reward), len(rollout.reward)
-        return values[start : start + size].to(rollout.reward)
+        values = values[start : start + size].to(rollout.reward)
+        return values if squared_norm is None else values[:, : squared_norm.shape[1]]
 
     def with_advantages(
         self,

@@ -52,6 +52,11 @@ class PhaseTimer:
             torch.cuda.synchronize(device)
         self._seconds[phase] += time.perf_counter() - start
 
+    @property
+    def total(self) -> float:
+        """Seconds of all phases so far."""
+        return sum(self._seconds.values())
+
     def pop(self) -> dict[str, float]:
         """Return the seconds by phase, 0.0 where a phase did not run, and start again from zero."""
         seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)

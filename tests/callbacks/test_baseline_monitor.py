@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 NAMES = [
     "reward_variance",
     "advantage_variance",
-    "variance_ratio",
+    "reward_variance_ratio",
     "baseline_correlation",
     "zero_advantage_share",
     "greedy_win_rate",
@@ -35,7 +35,7 @@ def oracle(parts: list[Any]) -> dict[str, float]:
     return {
         "reward_variance": reward_variance,
         "advantage_variance": advantage_variance,
-        "variance_ratio": advantage_variance / reward_variance,
+        "reward_variance_ratio": advantage_variance / reward_variance,
         "baseline_correlation": statistics.correlation(rewards, baselines),
         "zero_advantage_share": sum(r == b for r, b in pairs) / len(pairs),
         "greedy_win_rate": sum(b > r for r, b in pairs) / len(pairs),
@@ -69,7 +69,7 @@ def test_what_is_undefined_is_nan_and_not_the_last_value(tmp_path: Path) -> None
     flat["rollout"].reward.fill_(0.1)
     make_trainer(tmp_path, [BaselineMonitor()]).fit(FakeModule([make_output(1), flat]))
     assert scalars(tmp_path, "train/reward_variance")[1] == 0.0
-    for name in ("variance_ratio", "baseline_correlation"):
+    for name in ("reward_variance_ratio", "baseline_correlation"):
         values = scalars(tmp_path, f"train/{name}")
         assert [math.isnan(value) for value in values] == [False, True], name
 
@@ -97,11 +97,11 @@ def outputs_with_ratio(above: list[bool]) -> list[Any]:
     ("above", "count"),
     [([True, True, True, True, True, True], 1), ([True, True, False, True, True], 0), ([False, True, True, True], 1)],
 )
-def test_warns_once_when_the_baseline_does_harm_for_long(tmp_path: Path, above: list[bool], count: int) -> None:
+def test_warns_once_when_the_ratio_is_above_one_for_long(tmp_path: Path, above: list[bool], count: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(tmp_path, [BaselineMonitor(patience=3)]).fit(FakeModule(outputs_with_ratio(above)))
-    assert sum("raised the variance" in str(warning.message) for warning in caught) == count
+    assert sum("was above that of the reward" in str(warning.message) for warning in caught) == count
 
 
 def test_patience_must_be_positive() -> None:

@@ -16,6 +16,7 @@ from remax_lightning.functional import (
     batch_mean,
     calibrated_greedy,
     greedy_and_samples,
+    optimal_per_token,
     shrinkage,
 )
 
@@ -135,6 +136,16 @@ def test_means_of_others() -> None:
     assert batch_mean(reward, torch.zeros(3)).tolist() == pytest.approx([4.0, 3.5, 1.5])
 
 
+def test_means_of_others_token_by_token() -> None:
+    reward = torch.tensor([1.0, 2.0, 6.0])
+    norms = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 2.0]])  # sums: 1, 1 / 1, 3 / 0, 2
+    expected = [[2.0, (2 * 3 + 6 * 2) / 5], [1.0, (1 + 6 * 2) / 3], [1.5, (1 + 2 * 3) / 4]]
+    for actual, values in zip(optimal_per_token(reward, norms).tolist(), expected, strict=True):
+        assert actual == pytest.approx(values)
+    assert optimal_per_token(torch.tensor([3.0]), torch.ones(1, 2)).tolist() == [[0.0, 0.0]]
+    assert optimal_per_token(reward, torch.zeros(3, 1)).flatten().tolist() == batch_mean(reward).tolist()
+
+
 def test_a_greedy_reward_that_says_nothing_is_left_out() -> None:
     reward = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
     assert calibrated_greedy(reward, 1, torch.ones(5)).tolist() == pytest.approx(batch_mean(reward).tolist())
@@ -180,6 +191,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
         (lambda: greedy_and_samples(torch.ones(4), 3, torch.ones(2)), "num_samples must be a divisor of the 4 rewards"),
         (lambda: greedy_and_samples(torch.ones(4), 2, torch.ones(4)), r"greedy_reward must have shape \[B\] = \[2\]"),
         (lambda: calibrated_greedy(torch.ones(4), 1, torch.ones(4), -1.0), "ridge must be 0 or more, got -1"),
+        (lambda: optimal_per_token(torch.ones(4), torch.ones(3, 2)), r"squared_norms must have shape \[S, R\] = \[4"),
         (lambda: shrinkage(torch.ones(4), 1), "num_samples must be at least 2, got 1"),
     ],
 )

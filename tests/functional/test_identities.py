@@ -14,6 +14,7 @@ from remax_lightning.functional import (
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
+    optimal_per_token,
     reinforce_loss,
     remax_advantages,
     response_mask,
@@ -130,6 +131,34 @@ def test_greedy_baseline_is_unbiased_over_all_pairs() -> None:
     problem = make_problem(0)
     exact_gradient = exact.exact_gradient(problem.table, problem.reward, problem.reference, BETA)
     assert_same(expected_gradient(problem, 2, kl_coef=BETA), exact_gradient)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_baseline_of_each_token_is_unbiased_over_all_pairs(seed: int) -> None:
+    """Weighted by the other response's gradients; with one's own among the weights it is not."""
+    problem = make_problem(seed)
+    draws = list(product(RESPONSES, repeat=2))
+    responses = [response for draw in draws for response in draw]
+    table = problem.table.clone().requires_grad_()
+    log_probs, mask = log_probs_of(table, responses)
+    norms = torch.where(mask, (1 - log_probs.detach().exp()).square(), 0.0)  # any function of the response
+    reward = torch.tensor([problem.reward[response] for response in responses], dtype=torch.float64)
+    probability = torch.where(mask, log_probs.detach(), 0.0).sum(dim=1).exp().view(-1, 2).prod(1)
+    exact_gradient = exact.exact_gradient(problem.table, problem.reward, problem.reference, beta=0.0)
+    for pairs, is_exact in ((optimal_per_token, True), (own_included, False)):
+        baseline = torch.cat([pairs(reward[i : i + 2], norms[i : i + 2]) for i in range(0, len(reward), 2)])  # [S, R]
+        advantages = remax_advantages(reward, mask, baseline=baseline)
+        loss = reinforce_loss(log_probs, advantages * probability.repeat_interleave(2)[:, None], mask, 2.0)
+        (gradient,) = torch.autograd.grad(-loss, table, retain_graph=True)
+        if is_exact:
+            assert_same(gradient, exact_gradient)
+        else:
+            assert (gradient - exact_gradient).abs().max() > 1e-3
+
+
+def own_included(reward: Tensor, norms: Tensor) -> Tensor:
+    weights = norms.cumsum(1)
+    return ((weights * reward[:, None]).sum(0) / weights.sum(0)).expand_as(norms)
 
 
 def test_group_mean_scales_the_expected_gradient() -> None:

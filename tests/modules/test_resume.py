@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoints import HALF, WHOLE, Setting
 from helpers.training import CharacterReward
 
-from remax_lightning.baselines import Tracker
+from remax_lightning.baselines import Auto, Tracker
 from remax_lightning.callbacks import KLMonitor
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine
 from remax_lightning.rewards import FunctionReward, WeightedReward
@@ -35,6 +35,9 @@ def setting(name: str, folder: Path) -> Setting:
         return Setting(folder, module=clipped | {"kl": kl, "reward": reward}, **options)
     if name == "a baseline with a memory":  # two steps to an epoch: every prompt is visited three times
         return Setting(folder, module={"advantage": AdvantageConfig(baseline=Tracker(decay=0.8))})
+    if name == "a baseline that learns from training":
+        auto = Auto(["greedy", "batch_mean"], window=8, compare_every=2, greedy_price=0.5)
+        return Setting(folder, module={"advantage": AdvantageConfig(baseline=auto)})
     assert name == "dropout, adaptive KL and validation"
     return Setting(
         folder,
@@ -53,6 +56,7 @@ SETTINGS = (
     "two micro-batches to a step",
     "inside a rollout",
     "a baseline with a memory",
+    "a baseline that learns from training",
     "dropout, adaptive KL and validation",
 )
 

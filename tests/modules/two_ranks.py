@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "per_token": {"reward": TokenReward(), "advantage": AdvantageConfig(gamma=0.9, overlong="penalize")},
     "calibrated": {"advantage": AdvantageConfig(baseline="calibrated_greedy")},  # reads the prompts of all ranks
     "tracker": {"advantage": AdvantageConfig(baseline="tracker")},
+    "optimal_per_token": {"advantage": AdvantageConfig(baseline="optimal_per_token")},
     "skipped": {"kl_coef": 0.0, "reward": OnePromptReward()},
 }
 

@@ -60,7 +60,7 @@ def planted_curves(steps: int = 200, seed: int = 0) -> dict[str, list[tuple[int,
         plant(f"{stage}/truncation_rate", 0.1, 0.01, noise / 10, every)
     plant("train/kl_per_response", 0.005, 0.2, 0.01)
     plant("train/kl_max", 0.1, 2.0, 0.2)
-    plant("train/variance_ratio", 0.9, 1.1, 0.1)
+    plant("train/reward_variance_ratio", 0.9, 1.1, 0.1)
     plant("train/baseline_correlation", 0.3, 0.4, 0.1)
     plant("train/greedy_win_rate", 0.3, 0.1, 0.03)
     plant("train/zero_advantage_share", 0.5, 0.8, 0.03)

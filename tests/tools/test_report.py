@@ -185,7 +185,7 @@ def test_half_a_character_is_written(tmp_path: Path) -> None:
         ("kl", "There is no KL: the run had no reference."),
         ("val/", "The run had no validation."),
         ("time/", None),
-        ("train/variance_ratio", None),
+        ("train/reward_variance_ratio", None),
     ],
 )
 def test_a_missing_part_is_named_and_left_out(left_out: str, note: str | None, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_guard_that_was_crossed_is_told(tmp_path: Path) -> None:
 
 def test_a_section_without_a_curve_is_named(tmp_path: Path) -> None:
     write_events(tmp_path, {"train/loss": [(0, 1.0)]})
-    named = "Reward, KL to the reference, Responses, Health of the baseline, Signs of collapse, Optimizer, Time"
+    named = "Reward, KL to the reference, Responses, Baseline, Signs of collapse, Optimizer, Time"
     assert f"Nothing was logged for: {named}." in notes_of(written(tmp_path))
 
 

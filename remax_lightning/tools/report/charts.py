@@ -84,11 +84,11 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Truncation rate, share of responses", _train_and_val("truncation_rate")),
         Chart("Entropy of the policy, nats per token", _train_and_val("entropy")),
     ),
-    "Health of the baseline": (
+    "Baseline": (
         Chart(
             "Variance of the advantage over that of the reward",
-            (Line("train/variance_ratio", "variance ratio", 2),),
-            mark=(1.0, "1; below, the baseline helps"),
+            (Line("train/reward_variance_ratio", "reward variance ratio", 2),),
+            mark=(1.0, "1; says nothing of the gradients' sizes"),
         ),
         Chart(
             "Reward and baseline compared",

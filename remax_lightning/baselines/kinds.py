@@ -1,96 +1,23 @@
-"""Baselines: what the reward of a sampled response is compared with.
-
-A baseline reads the scores of the rollout batch of all ranks and returns one number per sampled response. It runs once
-per rollout, so it may remember earlier ones. Subclass `Baseline` for one of your own, and name the class under
-`model.advantage.baseline`; `docs/baselines.md` has an example.
-"""
+"""The baselines: without a memory, and with one of each prompt."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from remax_lightning.baselines.base import Baseline, BaselineInputs
 from remax_lightning.errors import UserError
 from remax_lightning.functional import (
     baseline_values,
     batch_mean,
     calibrated_greedy,
     greedy_and_samples,
+    optimal_per_token,
     shrinkage,
 )
-
-
-class BaselineInputs(NamedTuple):
-    """What a baseline may read: the scores of the rollout batch of all ranks, float64 on the CPU.
-
-    Args:
-        reward: `[S]` rewards of the sampled responses, those of one prompt next to each other.
-        num_samples: sampled responses per prompt, `n`.
-        greedy_reward: `[B]` rewards of the greedy responses; None where none were generated.
-        lengths: `[S]` tokens of the sampled responses.
-        prompts: `[B]` places of the prompts in their data set; None where the loader does not tell them.
-    """
-
-    reward: Tensor
-    num_samples: int
-    greedy_reward: Tensor | None
-    lengths: Tensor
-    prompts: list[int] | None
-
-    @property
-    def greedy(self) -> Tensor:
-        """The rewards of the greedy responses, which a baseline that asks for them may rely on."""
-        return cast(Tensor, self.greedy_reward)
-
-
-class Baseline(ABC):
-    """Says what the reward of each sampled response is compared with.
-
-    The gradient stays unbiased if a value does not depend on the response that it is subtracted from.
-    """
-
-    min_samples: int = 1
-    """Least number of sampled responses per prompt, `n`."""
-    greedy: Literal["never", "sometimes", "always"] = "never"
-    """Which rollouts need greedy responses; each costs a row of decoding and a score per prompt."""
-    is_unbiased: bool = True
-    """Whether the expected gradient is that of the reward."""
-    remembers_prompts: bool = False
-    """Whether it needs the places of prompts in their data set."""
-
-    @property
-    def greedy_share(self) -> float:
-        """Share of the rollouts that need greedy responses, once every prompt was seen."""
-        return float(self.greedy == "always")
-
-    def needs_greedy(self, prompts: Sequence[int] | None) -> bool:  # noqa: ARG002 - for subclasses
-        """Whether a rollout of these prompts needs greedy responses.
-
-        Args:
-            prompts: places of the prompts of all ranks in their data set; None where the loader does not tell them.
-        """
-        return self.greedy == "always"
-
-    @abstractmethod
-    def values(self, inputs: BaselineInputs) -> Tensor:
-        """Return `[S]` values, finite. Called once per rollout, on every rank with the same inputs."""
-
-    def observe(self, inputs: BaselineInputs) -> None:  # noqa: B027
-        """Learn from a rollout; called after `values`. Default: nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `observe` has learned, as tensors, numbers, text and containers of them. Default: nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Restore what `state_dict` returned. Default: nothing."""
-
 
 # ---- Without memory ----
 
@@ -151,6 +78,20 @@ class OptimalConstant(Baseline):
     def values(self, inputs: BaselineInputs) -> Tensor:
         """Return `[S]` values: b_i = Σ_{k≠i} l_k r_k / Σ_{k≠i} l_k."""
         return batch_mean(inputs.reward, inputs.lengths)
+
+
+class OptimalPerToken(Baseline):
+    """For each token the mean of all other responses, weighted by their squared gradients up to that token.
+
+    The optimal token baseline (arXiv 2602.07078) over the batch. The gradients, at the logits, take a pass before
+    training; several updates on a rollout (`model.loss.kind: clipped`) make that pass anyway.
+    """
+
+    reads_gradients = True
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S, R]` values: b_it = Σ_{k≠i} W_kt r_k / Σ_{k≠i} W_kt."""
+        return optimal_per_token(inputs.reward, cast(Tensor, inputs.squared_norms))
 
 
 class GreedyAndSamples(Greedy):
@@ -339,95 +280,18 @@ def _places(inputs: BaselineInputs, kind: type) -> list[int]:
     return inputs.prompts
 
 
-# ---- By name ----
-
-BaselineName: TypeAlias = Literal[
-    "greedy",
-    "none",
-    "batch_mean",
-    "group_mean",
-    "leave_one_out",
-    "optimal_constant",
-    "shrinkage",
-    "greedy_and_samples",
-    "calibrated_greedy",
-    "cached_greedy",
-    "tracker",
-]
-"""Short names of the baselines, with their defaults."""
-BASELINES: dict[str, Callable[[], Baseline]] = {
+KINDS: dict[str, Callable[[], Baseline]] = {
     "greedy": Greedy,
     "none": NoBaseline,
     "batch_mean": BatchMean,
     "group_mean": GroupMean,
     "leave_one_out": LeaveOneOut,
     "optimal_constant": OptimalConstant,
+    "optimal_per_token": OptimalPerToken,
     "shrinkage": Shrinkage,
     "greedy_and_samples": GreedyAndSamples,
     "calibrated_greedy": CalibratedGreedy,
     "cached_greedy": CachedGreedy,
     "tracker": Tracker,
 }
-"""Their classes."""
-
-
-def make_baseline(source: BaselineName | Baseline) -> Baseline:
-    """Return a baseline from its short name; of an object a copy, since a configuration may serve several modules.
-
-    Raises:
-        UserError: if there is no such baseline.
-    """
-    if isinstance(source, Baseline):
-        return copy.deepcopy(source)
-    if source not in BASELINES:
-        raise UserError(f"model.advantage.baseline must be one of {', '.join(BASELINES)}, or a class, got {source!r}")
-    return BASELINES[source]()
-
-
-def baseline_name(source: BaselineName | Baseline) -> str:
-    """Return what messages call a baseline: its short name, or its class."""
-    return source if isinstance(source, str) else type(source).__name__
-
-
-def baseline_to_dict(source: BaselineName | Baseline) -> str | dict[str, Any]:
-    """Return a baseline as text and numbers, for checkpoints: its name, or class and arguments."""
-    if isinstance(source, str):
-        return source
-    kind = type(source)
-    arguments = {name: getattr(source, name, None) for name in inspect.signature(kind).parameters}
-    plain = {name: value for name, value in arguments.items() if isinstance(value, bool | int | float | str)}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain}
-
-
-def baseline_from_dict(values: Mapping[str, Any]) -> Baseline:
-    """Return a baseline of this module from what `baseline_to_dict` made of it.
-
-    Raises:
-        UserError: if it is of another module: nothing that a checkpoint names is imported.
-    """
-    path, arguments = str(values.get("class_path")), dict(values.get("init_args") or {})
-    for kind in BASELINES.values():
-        if path == f"{__name__}.{getattr(kind, '__qualname__', '')}":
-            return kind(**arguments)
-    raise UserError(
-        f"model.advantage.baseline of the checkpoint is {path}, a class of your own: pass"
-        " advantage=AdvantageConfig(baseline=...) as an argument"
-    )
-
-
-def checked_values(baseline: Baseline, inputs: BaselineInputs) -> Tensor:
-    """Return `[S]` float64 values of a baseline, and refuse what must not be trained on.
-
-    Raises:
-        UserError: if they have another shape, or are not finite.
-    """
-    values: Any = baseline.values(inputs)
-    expected = f"{len(inputs.reward)} finite numbers, one per sampled response"
-    name = f"model.advantage.baseline {type(baseline).__name__}"
-    if not isinstance(values, Tensor) or values.shape != inputs.reward.shape:
-        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"{name} must return a tensor of {expected}, got {got}")
-    result: Tensor = values.detach().double().cpu()
-    if not result.isfinite().all():
-        raise UserError(f"{name} must return {expected}, got {result[~result.isfinite()][0].item()}")
-    return result
+"""The baselines by their short names."""

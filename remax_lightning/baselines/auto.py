@@ -1,0 +1,175 @@
+"""`auto`: the baseline of a run is the one that the run itself shows to be the cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from remax_lightning.baselines.base import Baseline, BaselineInputs, Measurement, can_value, checked_values
+from remax_lightning.baselines.comparison import MIN_ROLLOUTS, Comparison, Figure
+from remax_lightning.baselines.kinds import KINDS, NoBaseline
+from remax_lightning.errors import UserError
+
+
+class Auto(Baseline):
+    """Begins with the greedy response's reward and moves to the cheapest baseline, in variance times seconds of a step.
+
+    Every candidate is valued on the responses of the run, beside the one in use. The second moment of the gradient
+    takes the squared norms at the logits, which training shows anyway. The baseline in use changes where another needs
+    less time for a gradient of the same precision and the 95 % interval, by a bootstrap over prompts and steps, is
+    clear of 1; it goes back in the same way.
+
+    The gradient stays unbiased: which baseline values a rollout is decided by earlier rollouts alone, and no candidate
+    reads the response that it is subtracted from. Given the past, a step is one with a fixed, unbiased baseline.
+
+    The comparison has a price. In the first `compare_every` rollouts every second one, then one of `compare_every`, is
+    the other way round: without greedy responses where the baseline in use needs them (its cheapest rival without them
+    values that rollout), and with them where it does not. With 8 that is an eighth of what greedy responses cost.
+    Without a KL, responses without an advantage take a pass without gradients in the rollouts that are compared.
+
+    Args:
+        candidates: short names of baselines; null takes all unbiased ones that the run can have.
+        window: rollouts that the comparison looks back; older ones were of another policy.
+        compare_every: rollouts from one the other way round to the next.
+        greedy_price: seconds that greedy responses add to a step, as a share of one without them. Null measures them;
+            a number makes the choice, and so the run, independent of the clock.
+
+    Raises:
+        UserError: if an argument is out of its range, or a candidate is unknown, biased or reads gradients.
+    """
+
+    greedy = "sometimes"
+    learns_from_training = True
+
+    def __init__(
+        self,
+        candidates: list[str] | None = None,
+        window: int = 64,
+        compare_every: int = 8,
+        greedy_price: float | None = None,
+    ) -> None:
+        key = "model.advantage.baseline"
+        made = {name: KINDS[name]() for name in candidates or KINDS if name in KINDS}
+        # One that reads gradients takes a pass in every step, which nothing here could tell the price of.
+        unbiased = {name: kind for name, kind in made.items() if kind.is_unbiased and not kind.reads_gradients}
+        if candidates is not None and len(unbiased) != len(candidates):
+            wrong = next(name for name in candidates if name not in unbiased)
+            known = ", ".join(type(self)().comparison.candidates)
+            raise UserError(f"{key}.candidates must be of {known}, once each, got {wrong!r}")
+        if len(unbiased) < 2:
+            raise UserError(f"{key}.candidates must be at least two baselines, got {candidates}")
+        if compare_every < 2:
+            raise UserError(f"{key}.compare_every must be at least 2 (rollouts), got {compare_every}")
+        if window < MIN_ROLLOUTS * compare_every:
+            least = f"{MIN_ROLLOUTS} times compare_every"
+            raise UserError(f"{key}.window must be at least {least}, {MIN_ROLLOUTS * compare_every}, got {window}")
+        if greedy_price is not None and greedy_price < 0:
+            raise UserError(f"{key}.greedy_price must be null or 0 or more, got {greedy_price}")
+        self.candidates, self.window, self.compare_every = candidates, window, compare_every
+        self.greedy_price = greedy_price
+        self._reads_greedy = any(baseline.greedy != "never" for baseline in unbiased.values())
+        self.comparison = Comparison(unbiased, window, greedy_price if self._reads_greedy else 0.0)
+        self.chosen = "greedy" if "greedy" in unbiased else next(iter(unbiased))
+        """Name of the baseline in use."""
+        self._substitute = "batch_mean"  # where a rollout has no greedy responses and the one in use needs them
+        self._was_compared = False
+
+    @property
+    def greedy_share(self) -> float:
+        """Share of the rollouts that need greedy responses, by the baseline in use."""
+        share, other = self.comparison.candidates[self.chosen].greedy_share, 1 / self.compare_every
+        return share * (1 - other) + (1 - share) * other
+
+    # ---- A rollout ----
+
+    @property
+    def _is_other_way_round(self) -> bool:
+        """Whether the next rollout has greedy responses if the baseline in use needs none, and none if it does."""
+        number = self.comparison.number
+        return number % 2 == 1 if number < self.compare_every else number % self.compare_every == self.compare_every - 1
+
+    def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
+        """Whether the baseline in use needs greedy responses, now and then turned round."""
+        if not self._reads_greedy:
+            return False
+        used = self.comparison.candidates[self.chosen]
+        if used.remembers_prompts and prompts is None:
+            return True
+        needs = used.needs_greedy(prompts)
+        # With a price that is known, a rollout without greedy responses would show nothing.
+        if needs and self.greedy_price is not None:
+            return True
+        return needs != self._is_other_way_round
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        """Return `[S]` values of the baseline in use; without the greedy responses that it needs, of a substitute."""
+        candidates = self.comparison.candidates
+        for name in (self.chosen, self._substitute, *candidates):
+            if name in candidates and can_value(candidates[name], inputs):
+                return checked_values(candidates[name], inputs)
+        return NoBaseline().values(inputs)
+
+    def observe(self, inputs: BaselineInputs) -> None:
+        """Value the rollout with every candidate, and let each learn from it."""
+        # What reads greedy rewards can only be compared where there are some.
+        self._was_compared = inputs.greedy_reward is not None or not self._reads_greedy
+        self.comparison.observe(inputs)
+
+    # ---- After training on it ----
+
+    def needs_norms(self, *, is_free: bool) -> bool:
+        """Whether the rollout enters the comparison: all with greedy responses that cost nothing, and a few others."""
+        number = self.comparison.number - 1  # of the rollout that was just observed
+        is_due = number < self.compare_every or number % self.compare_every in (0, self.compare_every - 1)
+        return self._was_compared and (is_free or is_due)
+
+    def observe_training(self, measurement: Measurement) -> str | None:
+        """Compare the candidates, and change the baseline in use if another is clearly cheaper."""
+        self.comparison.measure(measurement)
+        if measurement.squared_norms is None or self.comparison.num_measured < MIN_ROLLOUTS:
+            return None
+        figures = self.comparison.figures(self.chosen)
+        costs = {name: figure.cost for name, figure in figures.items() if figure.cost is not None}
+        if not costs:
+            return None
+        order = sorted(costs, key=lambda name: costs[name][0])
+        without = [name for name in order if self.comparison.candidates[name].greedy == "never"]
+        self._substitute = next(iter(without), self._substitute)
+        best = order[0]
+        if best == self.chosen or not costs[best][2] < 1:
+            return None
+        before, self.chosen = self.chosen, best
+        value, low, high = costs[best]
+        return (
+            f"model.advantage.baseline auto: from {before} to {best}, which needs {value:.2f} of the seconds for a"
+            f" gradient of the same precision (95 %: {low:.2f} to {high:.2f}, over {self.comparison.num_measured}"
+            " rollouts)"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the place of the baseline in use among the names, 0 for greedy."""
+        return {"baseline": float(list(KINDS).index(self.chosen))}
+
+    def figures(self) -> dict[str, Figure]:
+        """Return what is known of each candidate, divided by the one in use."""
+        return self.comparison.figures(self.chosen)
+
+    # ---- Checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the choice, and all that it is made of."""
+        return {
+            "chosen": self.chosen,
+            "substitute": self._substitute,
+            "was_compared": self._was_compared,
+            "comparison": self.comparison.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the choice; where it is no candidate any more, the first one is taken."""
+        self.comparison.load_state_dict(state["comparison"])
+        if state["chosen"] in self.comparison.candidates:
+            self.chosen = cast(str, state["chosen"])
+        self._substitute, self._was_compared = cast(str, state["substitute"]), bool(state["was_compared"])

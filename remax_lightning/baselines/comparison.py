@@ -1,0 +1,199 @@
+"""Compares baselines on the rollouts of a run: the variance of the gradient with each, and what it costs.
+
+A response adds `(r - b)² · |∇ log π(y)|²` to the second moment of the gradient. Unbiased baselines leave the mean of
+the gradient, so second moments compare variances. Times the seconds of a step, they compare the time that a gradient of
+the same precision takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remax_lightning.baselines.base import Baseline, BaselineInputs, Measurement, can_value, checked_values
+from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
+
+NUM_RESAMPLES = 400
+"""Draws of the bootstrap: enough for the ends of a 95 % interval, few enough to cost nothing."""
+GROUPS = 8
+"""Most groups of prompts that a rollout is kept as. The bootstrap draws groups; more of them would only cost time."""
+MIN_ROLLOUTS = 4
+"""Rollouts that a comparison needs."""
+WARM_UP = 2
+"""Rollouts at the start of a run whose seconds do not count: they allocate memory and choose kernels."""
+
+
+class Figure(NamedTuple):
+    """What is known of a baseline, each as a value and the ends of its 95 % interval, divided by the one in use.
+
+    Args:
+        variance: second moment of the gradient.
+        cost: that times the seconds of a step; None while seconds with and without greedy responses are not known.
+    """
+
+    variance: tuple[float, float, float]
+    cost: tuple[float, float, float] | None
+
+
+class _Moments(NamedTuple):
+    """A measured rollout: its number, and by baseline `[G]` sums of second moments and if it asked for greedy rows."""
+
+    number: int
+    sums: dict[str, Tensor]
+    needs: dict[str, bool]
+
+
+class Comparison:
+    """Second moments under several baselines, and seconds of steps, over the last rollouts.
+
+    Everything that enters is the same on all ranks, and so is what comes out.
+
+    Args:
+        candidates: baselines by name; the objects learn here and serve nothing else.
+        window: rollouts that count.
+        greedy_price: seconds that greedy responses add to a step, as a share of one without them; None takes what was
+            measured.
+    """
+
+    def __init__(self, candidates: Mapping[str, Baseline], window: int, greedy_price: float | None = None) -> None:
+        self.candidates, self.window, self.greedy_price = dict(candidates), window, greedy_price
+        self.number = 0
+        """Rollouts that were observed."""
+        self._moments: list[_Moments] = []
+        # (number, seconds of rollout, of training), of rollouts without and with greedy responses
+        self._seconds: dict[bool, list[tuple[int, float, float]]] = {False: [], True: []}
+        # Of the last rollout: [S] squared advantages by name, which await their gradients; n; with greedy responses?
+        self._pending: dict[str, Tensor] = {}
+        self._needs: dict[str, bool] = {}
+        self._num_samples, self._has_greedy = 1, False
+
+    # ---- Observing ----
+
+    def observe(self, inputs: BaselineInputs) -> None:
+        """Value a rollout with every candidate that can, and let each learn from it."""
+        self.number += 1
+        self._pending, self._needs = {}, {}
+        self._num_samples, self._has_greedy = inputs.num_samples, inputs.greedy_reward is not None
+        for name, baseline in self.candidates.items():
+            if not can_value(baseline, inputs):
+                continue
+            needs = baseline.needs_greedy(inputs.prompts)
+            # One that would not have asked for greedy responses gets none: a cached reward is as old as it would be.
+            seen = inputs if needs else inputs._replace(greedy_reward=None)
+            self._pending[name] = (inputs.reward - checked_values(baseline, seen)).square()  # [S]
+            self._needs[name] = needs
+            baseline.observe(seen)
+
+    def measure(self, measurement: Measurement) -> None:
+        """Add what training on the rollout has shown."""
+        norms = measurement.squared_norms
+        if norms is not None and self._pending:
+            num_prompts = len(norms) // self._num_samples
+            # [B] -> G groups; of sums and not of means, since ratios of sums are taken
+            parts = torch.arange(num_prompts).tensor_split(min(GROUPS, num_prompts))
+            groups = torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])
+            groups = groups.repeat_interleave(self._num_samples)  # [S]
+            zeros = torch.zeros(len(parts), dtype=torch.float64)
+            sums = {name: zeros.index_add(0, groups, square * norms) for name, square in self._pending.items()}
+            self._moments.append(_Moments(self.number, sums, self._needs))
+        if measurement.training_seconds is not None and self.number > WARM_UP:
+            seconds = self.number, measurement.rollout_seconds, measurement.training_seconds
+            self._seconds[self._has_greedy].append(seconds)
+        self._pending = {}
+        # ---- What is older than the window ----
+        oldest = self.number - self.window
+        self._moments = [moments for moments in self._moments if moments.number > oldest]
+        for values in self._seconds.values():
+            values[:] = [row for row in values if row[0] > oldest]
+
+    # ---- Figures ----
+
+    @property
+    def num_measured(self) -> int:
+        """Measured rollouts in the window."""
+        return len(self._moments)
+
+    def figures(self, used: str) -> dict[str, Figure]:
+        """Return what is known of each candidate that all measured rollouts of the window can tell of.
+
+        Empty where there is nothing to divide by: no measured rollout, or every reward is the baseline in use.
+
+        Args:
+            used: the candidate that the others are divided by.
+        """
+        names = [name for name in self.candidates if self._moments and all(name in row.sums for row in self._moments)]
+        if used not in names:
+            return {}
+        columns = torch.stack([torch.cat([row.sums[name] for row in self._moments]) for name in names], 1)  # [P, F]
+        base = columns[:, names.index(used)]
+        if not base.sum() > 0:
+            return {}
+        ratios = (columns.sum(0) / base.sum()).tolist()  # F
+        # One seed for all, so that figures of the same numbers are the same; paired over baselines by the draws.
+        drawn = resampled_ratios(columns, base[:, None].expand_as(columns), NUM_RESAMPLES, seed=self.number)  # [K, F]
+        variances = percentile_interval(drawn).tolist()
+        shares = [sum(row.needs[name] for row in self._moments) / len(self._moments) for name in names]
+        prices = self._prices(np.array(shares))
+        if prices is None:
+            return {name: Figure((ratios[i], *variances[i]), None) for i, name in enumerate(names)}
+        price, price_drawn = (values / values[..., [names.index(used)]] for values in prices)  # [F], [K, F]
+        costs = percentile_interval(drawn * price_drawn).tolist()
+        return {
+            name: Figure((ratios[i], *variances[i]), (ratios[i] * float(price[i]), *costs[i]))
+            for i, name in enumerate(names)
+        }
+
+    def _prices(self, shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Return `[F]` seconds of a step and `[K, F]` of the bootstrap, by the share of rollouts with greedy rows."""
+        if self.greedy_price is not None:
+            price = 1 + self.greedy_price * shares
+            return price, np.broadcast_to(price, (NUM_RESAMPLES, len(price)))
+        if any(len(rows) < 2 for rows in self._seconds.values()):
+            return None
+        generator = np.random.default_rng(self.number)
+        plain, greedy = (_step_seconds(rows, generator) for rows in self._seconds.values())  # [1 + K] each
+        added = np.maximum(greedy - plain, 0.0)
+        price = plain[:, None] + added[:, None] * shares  # [1 + K, F]
+        return price[0], price[1:]
+
+    # ---- Checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was observed, as tensors, numbers and text."""
+        return {
+            "number": self.number,
+            "moments": [row._asdict() for row in self._moments],
+            "seconds": [[list(row) for row in rows] for rows in self._seconds.values()],
+            "pending": (self._pending, self._needs, self._num_samples, self._has_greedy),
+            "candidates": {name: baseline.state_dict() for name, baseline in self.candidates.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it; candidates that the checkpoint does not have start anew."""
+        self.number = int(state["number"])
+        self._moments = [_Moments(**row) for row in state["moments"]]
+        self._seconds = {
+            bool(kind): [(int(number), rollout, training) for number, rollout, training in rows]
+            for kind, rows in enumerate(state["seconds"])
+        }
+        self._pending, self._needs, self._num_samples, self._has_greedy = state["pending"]
+        for name, baseline in self.candidates.items():
+            if name in state["candidates"]:
+                baseline.load_state_dict(state["candidates"][name])
+
+
+def _step_seconds(rows: list[tuple[int, float, float]], generator: np.random.Generator) -> NDArray[np.float64]:
+    """Return `[1 + K]` the typical seconds of a step, and those of `K` draws of steps.
+
+    Medians, since a checkpoint or another user of the machine makes single steps long. Rollout and training apart, so
+    that what greedy responses add is not hidden by steps that train more.
+    """
+    seconds = np.array([row[1:] for row in rows])  # [M, 2]
+    draws = generator.integers(0, len(seconds), (NUM_RESAMPLES, len(seconds)))
+    resampled = np.concatenate([seconds[None], seconds[draws]])  # [1 + K, M, 2]
+    return np.asarray(np.median(resampled, axis=1).sum(-1))

@@ -1,0 +1,323 @@
+"""`auto`: which baseline it takes on streams of made rollouts, that a step stays unbiased, and how a run feeds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import launch
+from helpers.training import CharacterReward, fit, prompt_data, remax_module, save_policy
+from torch import Tensor
+
+from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measurement
+from remax_lightning.config import AdvantageConfig, LossConfig, SamplingConfig, config_from_dict
+from remax_lightning.errors import UserError
+from remax_lightning.training.metrics import TrainingMeter
+
+PROMPTS = 32
+
+
+class Stream:
+    """Rollouts whose sampled and greedy rewards have a correlation that may change, and steps that take seconds."""
+
+    def __init__(self, agreement: Callable[[int], float], added_seconds: float = 0.25, seed: int = 0) -> None:
+        self.agreement, self.added_seconds, self.seed = agreement, added_seconds, seed
+
+    def inputs(self, number: int, *, greedy: bool) -> BaselineInputs:
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        greedy_reward, noise = torch.randn(2, PROMPTS, generator=generator, dtype=torch.float64)
+        share = self.agreement(number)
+        reward = share * greedy_reward + (1 - share**2) ** 0.5 * noise
+        return BaselineInputs(reward, 1, greedy_reward if greedy else None, torch.ones_like(reward), [*range(PROMPTS)])
+
+    def feed(self, auto: Auto, start: int, stop: int) -> list[tuple[bool, str, str | None]]:
+        """Whether each rollout had greedy responses, the choice it was valued by, and what was logged after it."""
+        seen = []
+        for number in range(start, stop):
+            greedy = auto.needs_greedy([*range(PROMPTS)])
+            inputs, chosen = self.inputs(number, greedy=greedy), auto.chosen
+            assert auto.values(inputs).shape == (PROMPTS,)
+            auto.observe(inputs)
+            seen.append((greedy, chosen, self.train(auto, number, greedy)))
+        return seen
+
+    def train(self, auto: Auto, number: int, greedy: bool) -> str | None:
+        generator = torch.Generator().manual_seed(number)
+        norms = 1 + torch.rand(PROMPTS, generator=generator, dtype=torch.float64)
+        slow = 30.0 if number == 5 else 0.0  # a checkpoint, say
+        measured = auto.needs_norms(is_free=True)
+        return auto.observe_training(Measurement(norms if measured else None, 1 + self.added_seconds * greedy, 1 + slow))
+
+
+def test_it_moves_to_what_is_clearly_cheaper() -> None:
+    auto = Auto(["greedy", "batch_mean", "none"])
+    seen = Stream(lambda _: 0.0).feed(auto, 0, 16)
+    assert seen[0][1] == "greedy"
+    lines = [line for _, _, line in seen if line is not None]
+    # Var(r - g) is twice Var(r), and greedy responses take 0.25 of 2.25 seconds: 1 / 2 * 2 / 2.25
+    assert lines[0].startswith("model.advantage.baseline auto: from greedy to ")
+    assert 0.3 < float(lines[0].split("needs ")[1].split()[0]) < 0.6
+    assert auto.chosen in ("batch_mean", "none")
+
+
+def test_it_stays_while_nothing_is_clear() -> None:
+    # Var(r - g) = 2 - 2 / 2 = Var(r), and greedy responses take no time.
+    auto = Auto(["greedy", "none"])
+    assert {line for _, _, line in Stream(lambda _: 0.5, 0.0).feed(auto, 0, 48)} == {None}
+    assert auto.chosen == "greedy"
+
+
+def test_it_goes_back_when_the_answer_turns() -> None:
+    auto = Auto(["greedy", "batch_mean"])
+    seen = Stream(lambda number: 0.0 if number < 24 else 0.98).feed(auto, 0, 160)
+    lines = [line for _, _, line in seen if line is not None]
+    assert [line.split(",")[0].split("auto: ")[1] for line in lines] == [
+        "from greedy to batch_mean",
+        "from batch_mean to greedy",
+    ]
+
+
+def test_the_price_of_greedy_responses_counts() -> None:
+    """Greedy rewards take a third of the variance, and all that they save, and more, at ten times the seconds."""
+    cheap, dear = (Auto(["greedy", "batch_mean"]) for _ in range(2))
+    for auto, added in ((cheap, 0.01), (dear, 9.0)):
+        Stream(lambda _: 0.8, added).feed(auto, 0, 24)
+    assert (cheap.chosen, dear.chosen) == ("greedy", "batch_mean")
+    fixed = Auto(["greedy", "batch_mean"], greedy_price=4.5)  # 9 seconds on 2, whatever the clock says
+    Stream(lambda _: 0.8, 0.01).feed(fixed, 0, 24)
+    assert fixed.chosen == "batch_mean"
+
+
+def test_now_and_then_a_rollout_is_the_other_way_round() -> None:
+    stay, go = Auto(["greedy", "batch_mean"]), Auto(["greedy", "batch_mean"])
+    stayed = [greedy for greedy, _, _ in Stream(lambda _: 0.98).feed(stay, 0, 32)]
+    gone = [greedy for greedy, _, _ in Stream(lambda _: 0.0).feed(go, 0, 48)]
+    assert stayed[:8] == [True, False] * 4
+    assert [number for number, greedy in enumerate(stayed) if not greedy][4:] == [15, 23, 31]
+    assert [number for number, greedy in enumerate(gone) if greedy and number >= 16] == [23, 31, 39, 47]
+    assert go.greedy_share == 1 / 8
+    assert stay.greedy_share == 7 / 8
+    never = Auto(["batch_mean", "none"])  # nothing to compare with greedy responses
+    assert {greedy for greedy, _, _ in Stream(lambda _: 0.0).feed(never, 0, 16)} == {False}
+
+
+def test_a_measurement_that_costs_is_made_now_and_then() -> None:
+    auto, stream = Auto(["greedy", "batch_mean"]), Stream(lambda _: 0.98)
+    asked = []
+    for number in range(32):
+        greedy = auto.needs_greedy(None)
+        auto.observe(stream.inputs(number, greedy=greedy))
+        asked.append(auto.needs_norms(is_free=False))
+        assert auto.needs_norms(is_free=True) == greedy  # without greedy rewards there is nothing to compare
+        stream.train(auto, number, greedy)
+    assert [number for number, asks in enumerate(asked) if asks] == [0, 2, 4, 6, 8, 16, 24]
+
+
+def saved(auto: Auto) -> dict[str, Any]:
+    """Its state, as a checkpoint has it."""
+    file = BytesIO()
+    torch.save(auto.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def plain(state: Any) -> Any:
+    """The state with lists in place of tensors, for a comparison of every bit."""
+    if isinstance(state, Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {name: plain(value) for name, value in state.items()}
+    return [plain(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+@pytest.mark.parametrize("at", [3, 13, 30])
+def test_a_resumed_choice_is_the_same(at: int) -> None:
+    stream = Stream(lambda number: 0.0 if number < 20 else 0.98)
+    whole = Auto()
+    expected = stream.feed(whole, 0, 60)
+    first = Auto()
+    stream.feed(first, 0, at)
+    # Saved between a rollout and the end of training on it.
+    greedy = first.needs_greedy([*range(PROMPTS)])
+    first.observe(stream.inputs(at, greedy=greedy))
+    rest = Auto()
+    rest.load_state_dict(saved(first))
+    line = stream.train(rest, at, greedy)
+    assert [line, *(line for _, _, line in stream.feed(rest, at + 1, 60))] == [line for _, _, line in expected[at:]]
+    assert plain(saved(rest)) == plain(saved(whole))
+    assert rest.chosen == whole.chosen
+
+
+def test_every_step_is_unbiased_given_the_past() -> None:
+    """All draws of a step, after each draw of the step before: the choice differs, the expected gradient does not."""
+    generator = torch.Generator().manual_seed(3)
+    logits, rewards = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)  # 3 prompts, 2 answers
+    probs, prompts = logits.softmax(1), torch.arange(3)
+    greedy_reward = rewards[prompts, logits.argmax(1)]
+    (exact,) = torch.autograd.grad((logits.requires_grad_().softmax(1) * rewards).sum(1).mean(), logits)
+
+    def inputs_of(answers: Tensor, *, greedy: bool) -> BaselineInputs:
+        reward = rewards[prompts, answers]
+        return BaselineInputs(reward, 1, greedy_reward if greedy else None, torch.ones(3).double(), [0, 1, 2])
+
+    auto = Auto(["greedy", "batch_mean", "tracker"], greedy_price=0.05)
+    draws = [torch.tensor(draw) for draw in product(range(2), repeat=3)]
+
+    def step(auto: Auto, answers: Tensor) -> None:
+        auto.observe(inputs_of(answers, greedy=auto.needs_greedy([0, 1, 2])))
+        norms = 2 * (1 - probs[prompts, answers]).square()
+        auto.observe_training(Measurement(norms if auto.needs_norms(is_free=True) else None, 1.0, 1.0))
+
+    for number in range(7):
+        step(auto, draws[(5 * number) % 8])
+    choices = set()
+    for earlier in draws:
+        past = copy.deepcopy(auto)
+        step(past, earlier)
+        choices.add(past.chosen)
+        for greedy in (True, False):
+            expected = torch.zeros_like(probs)
+            for answers in draws:
+                inputs = inputs_of(answers, greedy=greedy)
+                advantages = inputs.reward - copy.deepcopy(past).values(inputs)
+                score = torch.nn.functional.one_hot(answers, 2) - probs  # d log pi / d logits
+                expected += advantages[:, None] * score / 3 * probs[prompts, answers].prod()
+            torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
+    assert len(choices) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"candidates": ["greedy", "gredy"]}, "candidates must be of greedy, none, .*, once each, got 'gredy'"),
+        ({"candidates": ["greedy", "group_mean"]}, "got 'group_mean'"),
+        ({"candidates": ["greedy"]}, "candidates must be at least two baselines"),
+        ({"compare_every": 1}, "compare_every must be at least 2"),
+        ({"window": 31}, "window must be at least 4 times compare_every, 32, got 31"),
+        ({"greedy_price": -0.1}, "greedy_price must be null or 0 or more, got -0.1"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Auto(**arguments)
+
+
+def test_a_checkpoint_holds_its_arguments() -> None:
+    config = AdvantageConfig(baseline=Auto(["greedy", "none"], window=40, greedy_price=0.2))
+    restored: Any = config_from_dict(AdvantageConfig, config.as_dict()).baseline
+    assert (restored.candidates, restored.window, restored.greedy_price) == (["greedy", "none"], 40, 0.2)
+
+
+# In a run
+
+
+class Told(Baseline):
+    """Subtracts a share of the reward itself, and keeps what it is told."""
+
+    learns_from_training = True
+
+    def __init__(self, share: float = 0.0) -> None:
+        self.share, self.told, self.free = share, [], []  # type: ignore[var-annotated]
+
+    def values(self, inputs: BaselineInputs) -> Tensor:
+        return self.share * inputs.reward
+
+    def needs_norms(self, *, is_free: bool) -> bool:
+        self.free.append(is_free)
+        return True
+
+    def observe_training(self, measurement: Measurement) -> str | None:
+        self.told.append(measurement)
+        return "told"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def told(policy: str, folder: Path, baseline: Told, *, loss: Any = None, steps: int = 1, **options: Any) -> Told:
+    """What a baseline learns of the first rollout of a run; another one that it stops at tells it."""
+    reference, data = options.pop("reference", None), options.pop("data", {})
+    chosen = {"loss": loss} if loss is not None else {}
+    module = remax_module(policy, reference, advantage=AdvantageConfig(baseline=baseline), **chosen)
+    fit(module, prompt_data(folder, policy, **data), folder, max_steps=steps + 1, **options)
+    return module.objective.baseline
+
+
+def test_norms_of_all_responses_are_measured_however_they_are_trained(policy: str, tmp_path: Path) -> None:
+    plain = told(policy, tmp_path, Told())  # all have an advantage
+    (first,) = plain.told
+    assert first.squared_norms.shape == (8,)
+    assert (first.squared_norms > 0).all()
+    assert first.rollout_seconds > 0
+    assert first.training_seconds > 0
+    assert plain.free == [False, False]
+    # None has an advantage, and so none is run in training.
+    (second,) = told(policy, tmp_path, Told(share=1.0)).told
+    torch.testing.assert_close(second.squared_norms, first.squared_norms, rtol=1e-4, atol=1e-4)
+    # In two parts of two updates, and in four of one.
+    clipped = {"loss": LossConfig(kind="clipped"), "steps": 2, "data": {"micro_batch_size": 4}}
+    (third,) = told(policy, tmp_path, Told(), **clipped).told
+    torch.testing.assert_close(third.squared_norms[:4], first.squared_norms[:4], rtol=1e-4, atol=1e-4)
+    parts = {"data": {"micro_batch_size": 2}, "accumulate_grad_batches": 4}
+    (fourth,) = told(policy, tmp_path, Told(share=1.0), **parts).told
+    torch.testing.assert_close(fourth.squared_norms, first.squared_norms, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_moves_logs_and_prints_its_baseline(
+    policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    baseline = Auto(["greedy", "batch_mean"], greedy_price=3.0)  # four times the seconds: hardly worth it
+    module = remax_module(policy, advantage=AdvantageConfig(baseline=baseline))
+    with caplog.at_level("INFO"):
+        recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, max_steps=6)
+    assert "model.advantage.baseline auto: from greedy to batch_mean, which needs 0." in caplog.text
+    numbers = [logged["train/baseline"] for logged in recorder.logged]
+    assert (numbers[0], numbers[-1]) == (0.0, 2.0)
+    used = module.objective.baseline.chosen
+    assert used == "batch_mean"
+
+
+def test_the_meter_of_another_number_of_ranks_is_left() -> None:
+    meter = TrainingMeter()
+    meter.begin(1.0, has_norms=True)
+    meter.add(torch.ones(2, 3))
+    trainer: Any = type("Trainer", (), {"global_rank": 0, "world_size": 2})()
+    other = TrainingMeter()
+    other.load_state_dict(meter.state_dict(), trainer)
+    assert other.state_dict()[0] == {"norms": None, "rollout": None, "training": None}
+
+
+def run_on_ranks(policy: str, folder: Path, ranks: int) -> None:
+    from modules.two_ranks import own_folder
+
+    baseline = Auto(["greedy", "batch_mean", "calibrated_greedy"], window=8, compare_every=2, greedy_price=0.5)
+    module = remax_module(
+        policy,
+        advantage=AdvantageConfig(baseline=baseline),
+        reward=CharacterReward(),
+        sampling=SamplingConfig(max_response_length=6, num_samples=2),
+    )
+    ddp = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    own = own_folder(folder)
+    recorder = fit(module, prompt_data(own, policy, batch_size=8 // ranks), folder, max_steps=8, **ddp)
+    state = module.objective.baseline.state_dict()
+    torch.save({"state": state, "chosen": [row["train/baseline"] for row in recorder.logged]}, own / "state.pt")
+
+
+@pytest.mark.slow
+def test_ranks_agree(policy: str, tmp_path: Path) -> None:
+    launch(run_on_ranks, policy, tmp_path, 2)
+    first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pt", weights_only=True) for rank in (0, 1))
+    assert plain(first) == plain(second)
+    assert first["state"]["comparison"]["number"] == 8
+    assert len(first["state"]["comparison"]["moments"]) > 2
+    sums = next(iter(first["state"]["comparison"]["moments"][-1]["sums"].values()))
+    assert len(sums) == 8  # of the prompts of both ranks
