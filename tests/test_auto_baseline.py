@@ -52,7 +52,9 @@ class Stream:
         norms = 1 + torch.rand(PROMPTS, generator=generator, dtype=torch.float64)
         slow = 30.0 if number == 5 else 0.0  # a checkpoint, say
         measured = auto.needs_norms(is_free=True)
-        return auto.observe_training(Measurement(norms if measured else None, 1 + self.added_seconds * greedy, 1 + slow))
+        return auto.observe_training(
+            Measurement(norms if measured else None, 1 + self.added_seconds * greedy, 1 + slow)
+        )
 
 
 def test_it_moves_to_what_is_clearly_cheaper() -> None:
@@ -87,7 +89,7 @@ def test_the_price_of_greedy_responses_counts() -> None:
     """Greedy rewards take a third of the variance, and all that they save, and more, at ten times the seconds."""
     cheap, dear = (Auto(["greedy", "batch_mean"]) for _ in range(2))
     for auto, added in ((cheap, 0.01), (dear, 9.0)):
-        Stream(lambda _: 0.8, added).feed(auto, 0, 24)
+        Stream(lambda _: 0.8, added).feed(auto, 0, 48)  # one slow step among few is no clear answer
     assert (cheap.chosen, dear.chosen) == ("greedy", "batch_mean")
     fixed = Auto(["greedy", "batch_mean"], greedy_price=4.5)  # 9 seconds on 2, whatever the clock says
     Stream(lambda _: 0.8, 0.01).feed(fixed, 0, 24)
@@ -156,7 +158,7 @@ def test_a_resumed_choice_is_the_same(at: int) -> None:
 
 def test_every_step_is_unbiased_given_the_past() -> None:
     """All draws of a step, after each draw of the step before: the choice differs, the expected gradient does not."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(1)
     logits, rewards = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)  # 3 prompts, 2 answers
     probs, prompts = logits.softmax(1), torch.arange(3)
     greedy_reward = rewards[prompts, logits.argmax(1)]
@@ -189,7 +191,7 @@ def test_every_step_is_unbiased_given_the_past() -> None:
                 score = torch.nn.functional.one_hot(answers, 2) - probs  # d log pi / d logits
                 expected += advantages[:, None] * score / 3 * probs[prompts, answers].prod()
             torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
-    assert len(choices) > 1
+    assert len(choices) == 3
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,7 @@ def told(policy: str, folder: Path, baseline: Told, *, loss: Any = None, steps: 
     return module.objective.baseline
 
 
+@pytest.mark.slow
 def test_norms_of_all_responses_are_measured_however_they_are_trained(policy: str, tmp_path: Path) -> None:
     plain = told(policy, tmp_path, Told())  # all have an advantage
     (first,) = plain.told

@@ -86,7 +86,10 @@ class Baseline(ABC):
 
     @abstractmethod
     def values(self, inputs: BaselineInputs) -> Tensor:
-        """Return `[S]` values, or `[S, R]` of one that reads gradients, finite. Called once per rollout, on every rank with the same inputs."""
+        """Return `[S]` values, or `[S, R]` of one that reads gradients, finite.
+
+        Called once per rollout, on every rank with the same inputs.
+        """
 
     def observe(self, inputs: BaselineInputs) -> None:  # noqa: B027
         """Learn from a rollout; called after `values`. Default: nothing."""

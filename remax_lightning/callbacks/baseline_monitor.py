@@ -94,8 +94,8 @@ class BaselineMonitor(Callback):
             self._warned = True
             rank_zero_warn(
                 f"The variance of reward - baseline was above that of the reward in {self._steps_above_one}"
-                f" consecutive optimizer steps (train/reward_variance_ratio is now {ratio:.3g}). That alone does not say"
-                " that the greedy baseline costs more than it saves: `remax baselines` measures it."
+                f" consecutive optimizer steps (train/reward_variance_ratio is now {ratio:.3g}). That alone does not"
+                " say that the greedy baseline costs more than it saves: `remax baselines` measures it."
             )
 
 

@@ -38,11 +38,10 @@ def baseline_values(
     Args:
         reward: `[S]` rewards; the `num_samples` samples of one prompt stand next to each other.
         num_samples: sampled responses per prompt, `n`.
-        kind: `[S]` values, or `[S, R]` of tokens, which are returned; or `"greedy"` the reward of the prompt's greedy response (ReMax, arXiv
-            2310.10505);
-            `"leave_one_out"` the mean of the prompt's other samples (RLOO, arXiv 2402.14740); `"group_mean"`
-            the mean of all of the prompt's samples, its own included, which scales the expected gradient by
-            `(n - 1) / n`; `"none"` 0.
+        kind: `[S]` values, or `[S, R]` of tokens, which are returned; or `"greedy"` the reward of the prompt's greedy
+            response (ReMax, arXiv 2310.10505); `"leave_one_out"` the mean of the prompt's other samples (RLOO, arXiv
+            2402.14740); `"group_mean"` the mean of all of the prompt's samples, its own included, which scales the
+            expected gradient by `(n - 1) / n`; `"none"` 0.
         baseline_reward: `[B]` rewards of the greedy responses; needed by `"greedy"` only.
 
     Returns:

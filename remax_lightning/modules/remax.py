@@ -307,8 +307,7 @@ class ReMaxModule(PolicyModule):
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""
         plan = self.get_plan(batch.num_micro_batches, batch.tokens_per_micro_batch is not None)
-        if self.objective.baseline.learns_from_training:
-            self._meter.tell(self.objective.baseline, self.trainer)  # of the rollout before
+        self._meter.tell(self.objective.baseline, self.trainer)  # of the rollout before
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
         self.free_gradients()
         if self._moving is not None:
@@ -340,12 +339,16 @@ class ReMaxModule(PolicyModule):
         # whitening with a KL needs all log-probs at once.
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
-        if self.objective.baseline.learns_from_training:
-            has_norms = self.objective.baseline.needs_norms(is_free=plan.has_kl)
-            self._meter.begin(rollout_seconds, has_norms=has_norms)
-            if has_norms and not plan.has_kl:
-                experience = self._with_norms_of_idle(experience, plan)
-        return experience  # advantages with a KL of a single update are computed in the training pass
+        # Advantages with a KL of a single update are computed in the training pass.
+        return self._begin_measuring(experience, plan, rollout_seconds)
+
+    def _begin_measuring(self, experience: Experience, plan: UpdatePlan, rollout_seconds: float) -> Experience:
+        """Measure training on a rollout, where the baseline learns from it."""
+        if not self.objective.baseline.learns_from_training:
+            return experience
+        has_norms = self.objective.baseline.needs_norms(is_free=plan.has_kl)
+        self._meter.begin(rollout_seconds, has_norms=has_norms)
+        return self._with_norms_of_idle(experience, plan) if has_norms and not plan.has_kl else experience
 
     def _with_norms_of_idle(self, experience: Experience, plan: UpdatePlan) -> Experience:
         """Add the squared norms of the responses that training leaves out, in passes without gradients."""

@@ -1,6 +1,7 @@
 """Metrics of training steps and of preference pairs, the step that they are logged at, and loggers that may fail.
 
-Figures by name for the logs, what a baseline learns of a step, predictions as plain dictionaries, scores of held-out pairs with each pair once.
+Figures by name for the logs, what a baseline learns of a step, predictions as plain dictionaries, scores of held-out
+pairs with each pair once.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class TrainingMeter:
 
     def tell(self, baseline: Baseline, trainer: Trainer) -> None:
         """Let a baseline learn from training on the rollout that is over, the same on every rank."""
-        if self._rollout_seconds is None:  # the first one, or another number of ranks has made it
+        if self._rollout_seconds is None:  # nothing was measured, or by another number of ranks
             return
         norms = None if self._norms is None else gather_over_ranks(trainer, torch.cat(self._norms))  # [ranks * S]
         unknown = self._training_seconds is None
