@@ -56,7 +56,8 @@ class Auto(Baseline):
         unbiased = {name: kind for name, kind in made.items() if kind.is_unbiased and not kind.reads_gradients}
         if candidates is not None and len(unbiased) != len(candidates):
             wrong = next(name for name in candidates if name not in unbiased)
-            known = ", ".join(type(self)().comparison.candidates)
+            able = {name: kind() for name, kind in KINDS.items()}
+            known = ", ".join(name for name, kind in able.items() if kind.is_unbiased and not kind.reads_gradients)
             raise UserError(f"{key}.candidates must be of {known}, once each, got {wrong!r}")
         if len(unbiased) < 2:
             raise UserError(f"{key}.candidates must be at least two baselines, got {candidates}")

@@ -61,7 +61,7 @@ class Experience(NamedTuple):
         responses = self.rollout.responses_of(prompts)  # [b * n]
         return self._replace(rollout=self.rollout.select(prompts), parts=None, **self._rows(responses))
 
-    def _rows(self, responses: slice | Tensor) -> dict[str, Tensor | None]:
+    def _rows(self, responses: slice | Tensor) -> dict[str, Any]:
         """Return the tensors that have a row for each response, of these responses."""
         columns = {name: getattr(self, name) for name in ("advantages", "kl", "baseline", "squared_norm")}
         return {name: None if column is None else column[responses] for name, column in columns.items()}
