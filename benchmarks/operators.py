@@ -24,7 +24,7 @@ from remax_lightning.models.forward import prompt_index_per_row
 from remax_lightning.models.sampling import next_tokens
 from remax_lightning.rollout import GenerationRequest, cuda_graph
 from remax_lightning.rollout.paired import DecodeLoop
-from remax_lightning.rollout.static_cache import DecodeBuffers
+from remax_lightning.rollout.static_cache import allocate_slots
 from remax_lightning.tools.plan.activation_memory import shapes_only
 
 PRODUCTS = {"addmm", "baddbmm", "bmm", "linear", "mm"}
@@ -104,7 +104,7 @@ def _one_kernel(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _count_step(model: Any, request: GenerationRequest, rows: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
-    loop = DecodeLoop(model, request, rows, None, DecodeBuffers.create)
+    loop = DecodeLoop(model, request, rows, None, allocate_slots)
     tokens = next_tokens(loop.logits, request.num_sampled, request.sampling, request.generator)
     loop.decode_step(0, tokens)  # makes what is made once for each shape
     with Operators() as forward:

@@ -87,6 +87,7 @@ EXHAUSTIVE = (
         r"another_temperature|asked_for_again\[429\]|find_what_checksums_would\[updated|corrected_responses\[None",
     ),
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
+    ("rollout/test_decode_attention.py", r"family_writes.*\[(?!Llama-|Mistral|BLOOM.*Shared)|whole_pages.*\[lengths2"),
     ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),
     # CUDA graphs of families: each in one precision, and Llama in all.
     (

@@ -11,8 +11,8 @@ attention of a model's own, soft caps, texts longer than a sliding window) runs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -36,7 +36,7 @@ TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 shape of a batch alone changes the third digit; texts that see each other differ by about the spread."""
 MAX_FLASH_HEAD = 256
 """The widest head that flash attention takes."""
-_CHANGES_LOGITS = ("softcap", "s_aux", "position_bias", "head_mask")
+CHANGES_LOGITS = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change more than the mask; the probe's logits may be too small to show them."""
 
 
@@ -70,25 +70,20 @@ class PackedAttention:
     def __init__(self, model: PreTrainedModel, lengths: Sequence[int]) -> None:
         device = next(cast("nn.Module", model).parameters()).device
         ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)  # [M + 1]
-        self.configs, self.bounds = _attention_configs(model), TextBounds(list(lengths), ends)
+        self.configs, self.bounds = attention_configs(model), TextBounds(list(lengths), ends)
         self.calls = 0
         """How many attention layers have asked for the bounds."""
-        self._before: list[list[str]] = []
+        self._switches: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Self:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(NAME, cast(Any, packed_attention))  # a second time changes nothing
-        self._before.append([config._attn_implementation_internal for config in self.configs])
-        for config in self.configs:
-            config._attn_implementation_internal = NAME
+        self._switches.append(attention_by_name(self.configs, NAME, packed_attention))
+        self._switches[-1].__enter__()
         _active.append(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         _active.pop()
-        for config, name in zip(self.configs, self._before.pop(), strict=True):
-            config._attn_implementation_internal = name
+        self._switches.pop().__exit__(*error)
 
 
 _active: list[PackedAttention] = []
@@ -103,7 +98,29 @@ def recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
     return nullcontext(), _active[-1] if _active else nullcontext()
 
 
-def _attention_configs(model: PreTrainedModel) -> list[Any]:
+@contextmanager
+def attention_by_name(configs: Sequence[Any], name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let layers call an attention function inside.
+
+    Args:
+        configs: of the layers, see `attention_configs`.
+        name: what transformers knows the function by.
+        function: see transformers' `AttentionInterface`.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)  # a second time changes nothing
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
     """Return the configurations in which the layers of a model read the name of their attention function."""
     if model not in _configs:
         configs = [getattr(module, "config", None) for module in unwrap_peft(model).modules()]
@@ -141,7 +158,7 @@ def packed_attention(
     Raises:
         NotPackableError: if the layer has a mask of its own, a cache, or changes its logits.
     """
-    changes = [name for name in _CHANGES_LOGITS if options.get(name) is not None]
+    changes = [name for name in CHANGES_LOGITS if options.get(name) is not None]
     if not _active or attention_mask is not None or changes or len(query) > 1 or key.shape[2] != query.shape[2]:
         raise NotPackableError(f"{type(module).__name__} needs {', '.join(changes) or 'a mask or a cache of its own'}")
     bounds = _active[-1].bounds
@@ -269,7 +286,7 @@ def smallest_window(model: PreTrainedModel) -> int | None:
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-def _attention_obstacle(model: PreTrainedModel) -> str:
+def attention_obstacle(model: PreTrainedModel) -> str:
     """Return why the attention of a model cannot be replaced, as far as that is visible without running it."""
     if is_peft_wrapper(cast("nn.Module", model)) and language_model(model) is model:
         return "its adapter writes tokens of its own in front of each row"
@@ -281,7 +298,7 @@ def _attention_obstacle(model: PreTrainedModel) -> str:
 
 def _find_obstacle(model: PreTrainedModel, token_outputs: Callable[[PreTrainedModel, dict[str, Any]], Tensor]) -> str:
     core = unwrap_peft(model)
-    if reason := _attention_obstacle(model):
+    if reason := attention_obstacle(model):
         return reason
     try:
         gap, spread, layers = _probe(model, token_outputs)

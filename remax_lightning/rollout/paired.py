@@ -1,27 +1,43 @@
 """The default rollout engine: sampled and greedy responses decoded together, on the weights that are trained.
 
-One prefill, then all rows of a rollout token by token, in buffers that stay in place.
+One prefill, then all rows of a rollout token by token, in buffers that stay in place. `decode_attention.py` has what a
+step attends to; what it cannot run decodes in the masked slots of `static_cache.py`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from remax_lightning.config import SamplingConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
+from remax_lightning.models.packing import TOLERANCE, TOLERANCE_16_BITS, attention_obstacle, smallest_window
 from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears, fused_norms
-from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
+from remax_lightning.rollout.decode_attention import (
+    AttentionStates,
+    DecodeAttention,
+    RolloutStates,
+    RowLengths,
+    SharedPrefix,
+    kind_of_states,
+)
+from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize, allocate_slots, layout_of
 from remax_lightning.sharding import is_sharded, language_model
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 EOS_CHECK_INTERVAL = 16
@@ -47,7 +63,7 @@ class DecodeLoop:
         request: prompts, sampling settings, and what to return.
         rows: `[N]` index of the prompt that each row continues.
         step_cache: replays the decoding step as a CUDA graph; None runs the model each time.
-        allocate: returns buffers for a prefilled cache, a number of rows, and a number of slots.
+        allocate: returns the keys and values of a rollout for a prefilled cache and its size.
 
     Raises:
         UserError: if the model's cache has other states than keys and values.
@@ -59,7 +75,7 @@ class DecodeLoop:
         request: GenerationRequest,
         rows: Tensor,
         step_cache: StepCache | None,
-        allocate: Callable[[DynamicCache, int, int], DecodeBuffers],
+        allocate: Callable[[DynamicCache, RolloutSize], RolloutStates],
     ) -> None:
         from transformers import DynamicCache
 
@@ -80,17 +96,19 @@ class DecodeLoop:
                 " and values; leave model.rollout out, or set it to HuggingFaceEngine"
             )
         self.layout, self.takes_positions = layout, "position_ids" in inputs
-        # ---- Slots: each prompt's keys and values for every one of its rows; the first token goes behind them ----
-        length = bucketed_length(self.prompt_length + request.sampling.max_response_length)
-        self.buffers = allocate(cache, len(rows), length)
+        # ---- Keys and values: each prompt's for every one of its rows; the first token goes behind them ----
+        size = RolloutSize(len(prompt_logits), len(rows), self.prompt_length, request.sampling.max_response_length)
+        self.buffers = allocate(cache, size)
         self.buffers.fill(cache, request.prompt_mask, rows)
+        masked = isinstance(self.buffers, DecodeBuffers)
+        self.attention = None if masked else DecodeAttention(model, cast("AttentionStates", self.buffers))
         # ---- Rows: all are active, and none has ended ----
         self.active = torch.arange(len(rows), device=rows.device)  # [M]
         self.ended = torch.zeros_like(rows, dtype=torch.bool)  # [M]
         self._bad_rows = torch.zeros((), dtype=torch.long, device=rows.device)  # the most at a token so far, on CUDA
         # Before and after the minimum length; one copy to the device has the EOS ids, too.
         self._suppressed = request.suppressed.ids_by_phase(rows.device)
-        self._shape: tuple[int, int] | None = None  # rows and slots of the view
+        self._key: Hashable = None  # of the inputs and the cache of steps
 
     def run(self) -> DecodeOutput:
         """Decode until every row has ended or reached the maximum length.
@@ -194,40 +212,36 @@ class DecodeLoop:
             tokens: `[M]` the tokens that were chosen from `self.logits`.
         """
         num_rows, slot = len(self.active), self.prompt_length + step  # the slot of the token that is fed
-        length = bucketed_length(slot + 1)
-        # View and cache are made once per shape: slicing every buffer costs time at each token.
-        if self._shape != (num_rows, length):
-            self._shape, self._view = (num_rows, length), self.buffers.view(num_rows, length)
-            self._cache = cache_of_slots(self.layout, self._view.states, self._view.slot, length)
+        # Inputs and cache are made once per key: slicing every buffer costs time at each token.
+        key = self.buffers.step_key(num_rows, slot)
+        if self._key != key:
+            self._key = key
+            self._inputs, self._cache = self.buffers.step_inputs(num_rows, slot, self.layout)
         # ---- Write the inputs in place, where a captured graph reads them ----
-        inputs = self._view.tokens, self._view.positions, self._view.mask
-        self._view.tokens[:, 0] = tokens
-        self._view.mask[:, slot] = 1
+        self._inputs[0][:, 0] = tokens
+        self.buffers.begin_step(num_rows, slot)
         if self.step_cache is None:
-            self.logits = self._forward(*inputs)
-        else:
-            # All that decides the kernels: rows, slots attended to, slots allocated (the strides), sliding windows.
-            key = num_rows, length, self.buffers.mask.shape[1], self.layout
-            self.logits = self.step_cache.run(key, self._forward, inputs)  # [M, V]
-        # ---- One position further; the view shares the memory of the buffers ----
-        self._view.positions.add_(1)
-        self.buffers.slot.add_(1)
+            self.logits = self._forward(*self._inputs)
+        else:  # sliding windows decide the kernels, too
+            self.logits = self.step_cache.run((key, self.layout), self._forward, self._inputs)  # [M, V]
+        self.buffers.end_step(num_rows)
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Return `[M, V]` logits. CUDA graphs capture this: it reads its arguments, the slots and the weights."""
         inputs = {"input_ids": tokens, "attention_mask": mask}
         if self.takes_positions:
             inputs["position_ids"] = positions
-        logits: Tensor = self.model(**inputs, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        with self.attention or nullcontext():
+            logits: Tensor = self.model(**inputs, past_key_values=self._cache, use_cache=True).logits[:, -1]
         return logits
 
 
 class PairedEngine:
-    """Prefills the `B` prompts once, repeats their cache to `N = B * (n + 1)` rows, and decodes all rows in one loop.
+    """Prefills the `B` prompts once, and decodes all `N = B * (n + 1)` rows in one loop.
 
     The greedy response costs one more row per prompt instead of one more `generate` call, and every prompt is read
-    once. Works with every architecture of transformers whose `forward` takes a `Cache`; use `HuggingFaceEngine` for the
-    rest.
+    once. The rows of a prompt share its keys and values where device and model allow that. Works with every
+    architecture of transformers whose `forward` takes a `Cache`; use `HuggingFaceEngine` for the rest.
 
     Args:
         cuda_graphs: on CUDA, capture the decoding step once per shape as a CUDA graph and replay it. The responses are
@@ -240,7 +254,7 @@ class PairedEngine:
     def __init__(self, cuda_graphs: bool = True, keep_cache: bool = True) -> None:
         self.cuda_graphs, self.keep_cache = cuda_graphs, keep_cache
         self._step_cache = StepCache() if cuda_graphs else None
-        self._buffers: DecodeBuffers | None = None
+        self._buffers: RolloutStates | None = None
         self._casts: list[CastLinear] = []
         self._fusible: dict[Hashable, bool] = {}
 
@@ -269,7 +283,7 @@ class PairedEngine:
                 if casts != self._casts:
                     step_cache.clear()  # its graphs read the old copies
             self._casts = casts
-            output = DecodeLoop(model, request, rows, step_cache, self._allocate).run()
+            output = DecodeLoop(model, request, rows, step_cache, partial(self._allocate, model)).run()
         # ---- Buffers and graphs stay only where the next rollout can replay the graphs ----
         if step_cache is None or not (self.keep_cache and step_cache.is_reusable and not is_sharded(model)):
             self._buffers, self._casts = None, []
@@ -282,11 +296,96 @@ class PairedEngine:
             stopped_at=output.stopped_at,  # [N]
         )
 
-    def _allocate(self, cache: DynamicCache, num_rows: int, length: int) -> DecodeBuffers:
-        """Return buffers for a rollout: those of the last one if they are kept and large enough."""
-        if self._buffers is None or not self._buffers.fits(cache, num_rows, length):
+    def _allocate(self, model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> RolloutStates:
+        """Return keys and values for a rollout: those of the last one if they are kept and large enough."""
+        kind = choose_states(model, cache, size)
+        if not isinstance(self._buffers, kind) or not self._buffers.fits(cache, size):
             if self._buffers is not None and self._step_cache is not None:
                 self._step_cache.clear()  # its graphs read the old buffers
             self._buffers = None  # free the old ones before allocating new ones
-            self._buffers = DecodeBuffers.create(cache, num_rows, length)
+            self._buffers = new_states(kind, cache, size)
         return self._buffers
+
+
+# ---- Which keys and values a rollout has ----
+
+
+def new_states(kind: type[Any], cache: DynamicCache, size: RolloutSize) -> Any:
+    """Allocate keys and values of this kind."""
+    return allocate_slots(cache, size) if kind is DecodeBuffers else kind.create(cache, size)
+
+
+def choose_states(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> type[Any]:
+    """Return the kind of keys and values for a rollout; the log says which and why, once.
+
+    The first call for a model runs it on a few tokens, on all ranks where it is sharded.
+    """
+    kind, reason = kind_of_states(cache)
+    if kind is not None:
+        reasons = _obstacles.setdefault(model, {})
+        if kind not in reasons:
+            reasons[kind] = _find_obstacle(model, kind)
+        reason = reasons[kind] or _window_obstacle(model, cache, size)
+    said = f"masked slots for each row, because {reason}" if reason else _WAYS[kind]
+    if _said.get(model) != said:
+        _said[model] = said
+        log.info("%s: rollouts decode in %s", type(model).__name__, said)
+    return DecodeBuffers if reason or kind is None else kind
+
+
+def _window_obstacle(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> str:
+    """Return why masks are needed for texts of this size: they are cut by no sliding window of the cache."""
+    window, chunk = smallest_window(model), getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if window is None or window >= size.length or (window in (layout_of(cache) or ()) and window != chunk):
+        return ""
+    return f"texts of {size.length} tokens are longer than the {window} that some of its layers see"
+
+
+def _find_obstacle(model: PreTrainedModel, kind: type[Any]) -> str:
+    """Return why a model cannot decode on this kind of states; empty if it can."""
+    if reason := attention_obstacle(model):
+        return reason
+    try:
+        gap, spread, layers = _probe(model, kind)
+    except Exception as error:  # a model's own code may raise anything at a cache that it does not know
+        return f"a decoding step fails ({type(error).__name__}: {error})"
+    if layers < 1:
+        return "not all of its layers have attention that can be replaced"
+    # Written so that NaN is an obstacle, too.
+    if not gap <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_16_BITS) * spread:
+        return f"its logits would be others (they differ by {gap:.2g})"
+    return ""
+
+
+def _probe(model: PreTrainedModel, kind: type[Any]) -> tuple[float, float, float]:
+    """Decode two tokens behind two prompts, one of them with padding, and compare with a pass over the whole texts.
+
+    Returns:
+        How far the logits differ, their spread, and the share of layers that attended to these states.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (3, 6), generator=generator)
+    ids[2, :4] = ids[1, :4]  # two rows of the same prompt
+    ids, mask = ids.to(model.device), torch.ones(3, 6, dtype=torch.bool)
+    mask[1:, :2] = False
+    mask, rows = mask.to(model.device), torch.arange(3).clamp_max(1).to(model.device)
+    inputs = model_inputs(model, ids, mask)
+    if accepts_argument(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    expected = model(**inputs, use_cache=False).logits[:, -1].float()  # [3, V]
+    sampling = SamplingConfig(max_response_length=3)
+    request = GenerationRequest(ids[:2, :4], mask[:2, :4], sampling, [], 0, torch.Generator(model.device))
+    loop = DecodeLoop(model, request, rows, None, partial(new_states, kind))
+    for step in range(2):
+        loop.decode_step(step, ids[:, 4 + step])
+    calls = 0 if loop.attention is None else loop.attention.calls
+    gap = float((loop.logits.float() - expected).abs().max())
+    return gap, float(expected.std()), calls / (2 * len(loop.layout))
+
+
+_WAYS: dict[Any, str] = {
+    SharedPrefix: "float32, with one copy of a prompt's keys and values for all its rows",
+    RowLengths: "flash attention, which is told the length of each row",
+}
+_obstacles: WeakKeyDictionary[Any, dict[type[Any], str]] = WeakKeyDictionary()
+_said: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

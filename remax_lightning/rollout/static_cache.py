@@ -6,7 +6,7 @@ one shape, which CUDA graphs require (`cuda_graph.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -62,6 +62,27 @@ def states_of(cache: DynamicCache) -> list[Tensor]:
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
+class RolloutSize(NamedTuple):
+    """What the memory of a rollout depends on.
+
+    Args:
+        num_prompts: `B`.
+        num_rows: `N`, all responses.
+        prompt_length: `P`, tokens of the longest prompt.
+        response_length: `R`, the most tokens of a response.
+    """
+
+    num_prompts: int
+    num_rows: int
+    prompt_length: int
+    response_length: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.prompt_length + self.response_length
+
+
 class DecodeBuffers(NamedTuple):
     """What a decoding step reads and writes; `C` is the number of cache slots.
 
@@ -90,12 +111,12 @@ class DecodeBuffers(NamedTuple):
         zeros = partial(torch.zeros, dtype=torch.long, device=states[0].device)
         return cls(zeros(num_rows, 1), zeros(num_rows, 1), zeros(num_rows, length), zeros(1), states)
 
-    def fits(self, cache: DynamicCache, num_rows: int, length: int) -> bool:
+    def fits(self, cache: DynamicCache, size: RolloutSize) -> bool:
         """Return whether a rollout of this size and model can use these buffers."""
-        rows, slots = self.mask.shape
+        (rows, slots), length = self.mask.shape, bucketed_length(size.length)
         kinds = [(states.shape[1], states.shape[3], states.dtype, states.device) for states in self.states]
         wanted = [(states.shape[1], states.shape[3], slot_dtype(states), states.device) for states in states_of(cache)]
-        return rows >= num_rows and slots >= length and kinds == wanted
+        return rows >= size.num_rows and slots >= length and kinds == wanted
 
     def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:
         """Copy the prompts' keys and values into the slots of the rows that continue them; reset mask and positions.
@@ -131,6 +152,32 @@ class DecodeBuffers(NamedTuple):
         return DecodeBuffers(
             self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows, :length], self.slot, states
         )
+
+    # ---- A step, as `DecodeLoop` runs it ----
+
+    def step_key(self, num_rows: int, slot: int) -> Hashable:
+        """Return what decides the kernels: rows, slots attended to, and slots allocated, which are the strides."""
+        return num_rows, bucketed_length(slot + 1), self.mask.shape[1]
+
+    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
+        """Return the inputs of steps with this key, tokens, positions and mask, and their cache."""
+        length = bucketed_length(slot + 1)
+        view = self.view(num_rows, length)
+        return (view.tokens, view.positions, view.mask), cache_of_slots(layout, view.states, view.slot, length)
+
+    def begin_step(self, num_rows: int, slot: int) -> None:
+        """Let rows attend to the token of this slot, too."""
+        self.mask[:num_rows, slot] = 1
+
+    def end_step(self, num_rows: int) -> None:
+        """Go one position further."""
+        self.positions[:num_rows].add_(1)
+        self.slot.add_(1)
+
+
+def allocate_slots(cache: DynamicCache, size: RolloutSize) -> DecodeBuffers:
+    """Return masked slots for a rollout of this size, of any model whose cache has a layout."""
+    return DecodeBuffers.create(cache, size.num_rows, bucketed_length(size.length))
 
 
 def cache_of_slots(layout: Layout, slots: Sequence[Tensor], position: Tensor, length: int) -> DynamicCache:

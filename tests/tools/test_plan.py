@@ -52,11 +52,11 @@ def test_weights_gradients_and_optimizer_are_those_of_the_model(policy: str, tmp
     assert answer["peak"] == max(sum(parts.values()) for parts in answer["phases"].values())
 
 
-def test_the_cache_has_a_slot_for_every_token_of_every_row(policy: str, tmp_path: Path) -> None:
-    """Two layers of keys and values of 32 numbers, 4 prompts with a sampled and a greedy row, 16 + 4 tokens in 32."""
-    assert planned(tmp_path, policy)["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 8 * 32
+def test_the_cache_has_every_prompt_once_and_the_tokens_of_every_row(policy: str, tmp_path: Path) -> None:
+    """Two layers of keys and values of 32 numbers, 4 prompts of 16 tokens with a sampled and a greedy row of 4 each."""
+    assert planned(tmp_path, policy)["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * (4 * 16 + 8 * 4)
     longer = planned(tmp_path, policy, model__sampling={"max_response_length": 40, "num_samples": 3})
-    assert longer["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * 16 * 64
+    assert longer["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * (4 * 16 + 16 * 40)
 
 
 def test_a_rollout_in_mixed_precision_has_keys_values_and_a_copy_of_the_weights_in_16_bits(

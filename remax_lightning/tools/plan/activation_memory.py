@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
@@ -21,16 +22,18 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import OutputHead, PolicyStatistics
 from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, prompt_index_per_row
 from remax_lightning.models.log_probs import ForwardBatch, row_statistics
+from remax_lightning.models.packing import attention_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, next_tokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
+from remax_lightning.rollout.decode_attention import RolloutStates, SharedPrefix, kind_of_states
 from remax_lightning.rollout.paired import DecodeLoop
-from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length
+from remax_lightning.rollout.static_cache import RolloutSize, allocate_slots, bucketed_length
 from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
 from remax_lightning.training.schedules import choose_update_kernel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 
 class LiveBytes(TorchDispatchMode):
@@ -149,6 +152,7 @@ class StepPasses:
         work: what it does.
         autocast: makes the context that a step runs in.
         whole_logits: the output embedding is not accessible by itself, so the policy's passes compute all logits.
+        device: `cpu`, whose rollouts share prompts, or `gpu`, whose rows have all that they attend to.
     """
 
     def __init__(
@@ -158,8 +162,10 @@ class StepPasses:
         autocast: Callable[[], AbstractContextManager[Any]],
         *,
         whole_logits: bool,
+        device: str = "cpu",
     ) -> None:
         self.policy, self.work, self.autocast, self.whole_logits = policy, work, autocast, whole_logits
+        self.device = device
 
     @torch.no_grad()
     def rollout(self, *, greedy: bool) -> RolloutBytes:
@@ -184,7 +190,7 @@ class StepPasses:
         with self.autocast(), LiveBytes([model]) as live:
             # No CUDA graphs, which take no tensors without memory, and no cast weights, which the plan lists apart.
             try:
-                loop = DecodeLoop(model, request, rows, None, DecodeBuffers.create)
+                loop = DecodeLoop(model, request, rows, None, partial(self._states, model))
             except UserError as error:
                 raise _unsupported_engine_error(model) from error
             loop.suppress_tokens(0)
@@ -200,8 +206,18 @@ class StepPasses:
                 loop.suppress_tokens(sampling.max_response_length - 1)
                 next_tokens(loop.logits, request.num_sampled, sampling, request.generator)
         # ---- Keys and values, and everything else ----
-        states = sum(slots.nbytes for slots in loop.buffers.states)
+        states = sum(tensor.nbytes for tensor in loop.buffers.states)
         return RolloutBytes(states, max(peak, live.peak) - states, graphs)
+
+    def _states(self, model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> RolloutStates:
+        """Return keys and values as a rollout of the device has them."""
+        kind, _ = kind_of_states(cache)
+        if self.device == "cpu" and kind is SharedPrefix and not attention_obstacle(model):
+            states = SharedPrefix(cache, size)
+            for suffix in states.suffix:  # the longest step comes first here, before any token is written
+                suffix.zero_()
+            return states
+        return allocate_slots(cache, size)
 
     @torch.no_grad()
     def policy_scoring(self) -> int:

@@ -75,7 +75,7 @@ def _measure(run: PlannedRun) -> Sizes:
     policy = empty_model(dataclasses.replace(module.policy_source, dtype=_dtype_name(run.policy_dtype)), "model.policy")
     check_lengths(policy, work.prompt_length, work.sampling.max_response_length)
     work = work._replace(suppressed=_suppressed_tokens(run, policy))
-    passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy)
+    passes = StepPasses(policy, work, run.autocast, whole_logits=run.strategy.shards_policy, device=run.device)
     # ---- Frozen models: rewards, and the reference, which may be the policy without its adapter ----
     source, shared = module.reference_source, 0
     reference = None if source is None else empty_model(source, "model.reference").requires_grad_(False)

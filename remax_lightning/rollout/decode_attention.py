@@ -1,0 +1,543 @@
+"""Attention of decoding steps without masks: a step reads what its rows have written, and nothing else.
+
+transformers takes an attention function by name; ours asks the states of the rollout, which are one of two kinds:
+
+- `SharedPrefix`, on a CPU in float32: the rows of a prompt share its keys and values. A step reads a prompt once, for
+  the queries of all its rows in one product, and then each row's own tokens; one softmax over both makes it exact.
+- `RowLengths`, on CUDA in 16 bits: torch's flash attention is told each row's length. There is no mask, one CUDA graph
+  for a number of rows, and whole pages of a prompt are shared by its rows.
+
+What neither can do decodes in masked slots (`static_cache.py`), and the log says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from remax_lightning.models.packing import (
+    CHANGES_LOGITS,
+    MAX_FLASH_HEAD,
+    NotPackableError,
+    attention_by_name,
+    attention_configs,
+)
+from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, slot_dtype, states_of
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+NAME = "remax_decoding"
+"""What transformers knows the attention function by. It makes no mask for a name that has no mask function."""
+PAGE = 256
+"""Tokens of a page of keys and values: the smallest that flash attention reads by a table."""
+
+
+class RolloutStates(Protocol):
+    """The keys and values of a rollout, as the decoding loop uses them.
+
+    `slot` is the place of the token that is fed, if all prompts had the length of the longest.
+    """
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The tensors that hold them."""
+
+    def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:
+        """Begin with the prompts: their cache, `[B, P]` mask, and `[N]` the prompt of each row."""
+
+    def keep_rows(self, rows: Tensor, filled: int) -> None:
+        """Move `rows`, with the tokens in their first `filled` slots, to the front."""
+
+    def step_key(self, num_rows: int, slot: int) -> Hashable:
+        """Return what inputs and cache of a step depend on, and on CUDA its kernels."""
+
+    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
+        """Return the inputs of steps with one key, tokens, positions and mask, and their cache."""
+
+    def begin_step(self, num_rows: int, slot: int) -> None:
+        """Let rows attend to the token of `slot`, too."""
+
+    def end_step(self, num_rows: int) -> None:
+        """Go one position further."""
+
+
+class AttentionStates(Protocol):
+    """Keys and values that know how a step attends to them; a layer is its number, from 0."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write `[M, H', 1, d]` keys and values of the tokens that are fed."""
+
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """Return `[M, H, d]` what the queries of `M` rows, `[M, H, d]`, read."""
+
+
+class DecodeAttention:
+    """Lets the attention layers of a model decode on states of a rollout inside.
+
+    Args:
+        model: the policy.
+        states: what its layers read and write.
+    """
+
+    def __init__(self, model: PreTrainedModel, states: AttentionStates) -> None:
+        self.configs, self.states = attention_configs(model), states
+        self.layer: int | None = None
+        """The layer that has written its token and has not attended yet."""
+        self.calls = 0
+        """How many layers have attended."""
+        self._switch: Any = None
+
+    def __enter__(self) -> Self:
+        self._switch = attention_by_name(self.configs, NAME, decode_attention)
+        self._switch.__enter__()
+        _active.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _active.pop()
+        self._switch.__exit__(*error)
+
+
+_active: list[DecodeAttention] = []
+"""The step that runs now, last."""
+
+
+def decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001 - of this token, which the cache has written already
+    value: Tensor,  # noqa: ARG001
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,  # noqa: ARG001 - a policy decodes in eval mode
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend to what each row has written; an attention function of transformers.
+
+    Args:
+        module: the attention layer.
+        query: `[M, H, 1, d]`.
+        key: what the cache has returned; unused, as is `value`.
+        value: see `key`.
+        attention_mask: None.
+        dropout: of training; unused.
+        scaling: of the products; None for `1 / sqrt(d)`.
+        **options: what the layer gives beside.
+
+    Returns:
+        `[M, 1, H, d]`, and no attention weights.
+
+    Raises:
+        NotPackableError: if the layer has a mask of its own, no cache, or changes its logits.
+    """
+    changes = [name for name in CHANGES_LOGITS if options.get(name) is not None]
+    layer = _active[-1].layer if _active else None
+    if layer is None or attention_mask is not None or changes or query.shape[2] != 1:
+        raise NotPackableError(f"{type(module).__name__} needs {', '.join(changes) or 'a mask or a cache of its own'}")
+    _active[-1].layer = None
+    _active[-1].calls += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _active[-1].states.attend(layer, query.squeeze(2), scaling).unsqueeze(1), None
+
+
+def writing_cache(num_layers: int, filled: int) -> DynamicCache:
+    """Return a cache whose layers write into the states of the step that runs.
+
+    Args:
+        num_layers: of the model.
+        filled: what it says of its length.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    layers: list[Any] = cache.layers
+    layers.extend(_writing_layer()(index, filled) for index in range(num_layers))
+    cache.layer_class_to_replicate = None  # no layers are added lazily
+    return cache
+
+
+@lru_cache(maxsize=1)
+def _writing_layer() -> Any:
+    """Return the layer class, defined here so that importing this file does not import transformers."""
+    from transformers.cache_utils import DynamicLayer
+
+    base: Any = DynamicLayer
+
+    class WritingLayer(base):  # type: ignore[misc]
+        """One layer of a cache that keeps nothing itself."""
+
+        is_compileable = True
+
+        def __init__(self, index: int, filled: int) -> None:
+            super().__init__()
+            self.index, self.filled, self.is_initialized = index, filled, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            active = _active[-1]
+            active.states.write(self.index, key_states, value_states)
+            active.layer = self.index
+            return key_states, value_states
+
+        def get_seq_length(self) -> int:
+            return self.filled
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.filled + query_length, 0
+
+    return WritingLayer
+
+
+# ---- On a CPU: one prefix for the rows of a prompt ----
+
+
+class SharedPrefix:
+    """Keys and values of prompts, each for all its rows, and of what every row has written.
+
+    Args:
+        cache: the prefilled cache of the `B` prompts, whose tensors are used as they are.
+        size: of the rollout.
+    """
+
+    def __init__(self, cache: DynamicCache, size: RolloutSize) -> None:
+        self.prefix, self.size = states_of(cache), size  # [B, H', P, d] keys, then values of each layer
+        self.windows = layout_of(cache) or ()
+        rows, length = size.num_rows, size.response_length
+        # Unread until it is written, so nothing is cleared.
+        self.suffix = [
+            states.new_empty(rows, states.shape[1], length, states.shape[3]) for states in self.prefix
+        ]  # [N, H', R, d]
+        ones = torch.ones(rows, 1, dtype=torch.long)
+        self.tokens, self.positions, self.mask = ones.clone(), ones.clone(), ones  # [N, 1]
+        self.width = 0  # tokens of the responses that attention reads
+
+    @property
+    def states(self) -> list[Tensor]:
+        """All keys and values."""
+        return self.prefix + self.suffix
+
+    @classmethod
+    def create(cls, cache: DynamicCache, size: RolloutSize) -> SharedPrefix:
+        """Return states for a rollout."""
+        return cls(cache, size)
+
+    def fits(self, cache: DynamicCache, size: RolloutSize) -> bool:  # noqa: ARG002
+        """Return False: they hold the prompts of one rollout."""
+        return False
+
+    def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:  # noqa: ARG002 - has the prefix
+        """See `RolloutStates`, as for the methods below."""
+        self.positions[:, 0] = prompt_mask.sum(-1)[rows]
+        self.bias: Tensor | None = None
+        if not _has_no_values(prompt_mask) and not prompt_mask.all():
+            padding = torch.zeros(prompt_mask.shape).masked_fill_(~prompt_mask, -torch.inf)
+            self.bias = padding[:, None, None]  # [B, 1, 1, P]
+        self._group(rows)
+
+    def keep_rows(self, rows: Tensor, filled: int) -> None:
+        """Move `rows`, with their first `filled` tokens, to the front; prompts without rows leave, too."""
+        written = filled - self.size.prompt_length
+        for states in self.suffix:
+            states[: len(rows), :, :written] = states[:, :, :written].index_select(0, rows)
+        self.positions[: len(rows)] = self.positions[rows]
+        left, prompts = self.prompts[rows].unique(return_inverse=True)
+        if len(left) < len(self.prefix[0]):
+            self.prefix = [states.index_select(0, left) for states in self.prefix]
+            self.bias = None if self.bias is None else self.bias[left]
+        self._group(prompts)
+
+    def _group(self, prompts: Tensor) -> None:
+        """Lay the rows out in a grid of prompts and places, `G` of them as the prompt with the most rows has.
+
+        Args:
+            prompts: `[M]` the prompt of each row.
+        """
+        self.prompts = prompts
+        if _has_no_values(prompts):  # as many rows of each prompt
+            self.places, self.row_of_cell, self.cell_of_row = len(prompts) // len(self.prefix[0]), prompts, prompts
+            return
+        counts = torch.bincount(prompts, minlength=len(self.prefix[0]))  # [B]
+        self.places = int(counts.max())
+        order = prompts.argsort(stable=True)  # the rows, prompt by prompt
+        place = torch.arange(len(prompts)) - (counts.cumsum(0) - counts)[prompts[order]]
+        cells = prompts[order] * self.places + place
+        # A blank cell repeats row 0, and nobody reads what it gets.
+        self.row_of_cell = torch.zeros(len(counts) * self.places, dtype=torch.long).index_copy_(0, cells, order)
+        self.cell_of_row = torch.empty_like(prompts).index_copy_(0, order, cells)  # [M]
+
+    def step_key(self, num_rows: int, slot: int) -> Hashable:  # noqa: ARG002 - any slot
+        """Return what a step's inputs and cache depend on."""
+        return num_rows
+
+    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:  # noqa: ARG002
+        """Return the inputs of a step, tokens, positions and mask, and its cache."""
+        inputs = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
+        return inputs, writing_cache(len(layout), self.size.prompt_length)
+
+    def begin_step(self, num_rows: int, slot: int) -> None:  # noqa: ARG002
+        """Attend to the token of `slot` and all before it."""
+        self.width = slot + 1 - self.size.prompt_length
+
+    def end_step(self, num_rows: int) -> None:
+        """Go one position further."""
+        self.positions[:num_rows].add_(1)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """See `AttentionStates`."""
+        at = self.width - 1
+        self.suffix[2 * layer][: len(keys), :, at] = keys.squeeze(2)
+        self.suffix[2 * layer + 1][: len(values), :, at] = values.squeeze(2)
+
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """See `AttentionStates`."""
+        # ---- What the layer sees: all, or what is left in its window ----
+        (rows, heads, _), groups = query.shape, self.prefix[2 * layer].shape[1]
+        length, window = self.size.prompt_length, self.windows[layer]
+        first = 0 if window is None else max(0, length + self.width - window)
+        # A window's prompt states are the last ones of the prompt.
+        skipped = max(0, first - length + self.prefix[2 * layer].shape[2])
+        prompt_keys, prompt_values = (states[:, :, skipped:] for states in self.prefix[2 * layer : 2 * layer + 2])
+        seen = slice(max(0, first - length), self.width)
+        keys, values = (states[:rows, :, seen] for states in self.suffix[2 * layer : 2 * layer + 2])
+        query, length = query * scaling, prompt_keys.shape[2]
+        # ---- Products with the prompts, one for each head and prompt, and with what the rows have written ----
+        before = self._by_prompt(query, groups) @ prompt_keys.mT  # [B, H', G * H / H', P]
+        if self.bias is not None:
+            before = before + self.bias[..., self.bias.shape[-1] - length :]
+        after = query.view(rows, groups, heads // groups, -1) @ keys.mT  # [M, H', H / H', t]
+        # ---- One softmax over both ----
+        probs = torch.cat([self._by_row(before, heads), after.view(rows, heads, -1)], -1).softmax(-1)  # [M, H, P + t]
+        of_prompt, of_row = probs[..., :length], probs[..., length:].view(rows, groups, heads // groups, -1)
+        output = self._by_row(self._by_prompt(of_prompt, groups) @ prompt_values, heads)  # [M, H, d]
+        return output + (of_row @ values).view(rows, heads, -1)
+
+    def _by_prompt(self, of_rows: Tensor, groups: int) -> Tensor:
+        """Return `[B, H', G * H / H', X]` of `[M, H, X]`, by prompt and head of keys."""
+        cells = of_rows.index_select(0, self.row_of_cell)  # [B * G, H, X]
+        shape = len(cells) // self.places, self.places, groups, cells.shape[1] // groups, cells.shape[2]
+        grid = cells.view(shape).transpose(1, 2)
+        return grid.flatten(2, 3)
+
+    def _by_row(self, of_prompts: Tensor, heads: int) -> Tensor:
+        """Return `[M, H, X]` of `[B, H', G * H / H', X]`."""
+        prompts, groups, _, size = of_prompts.shape
+        grid = of_prompts.view(prompts, groups, self.places, heads // groups, size).transpose(1, 2)
+        return grid.reshape(prompts * self.places, heads, size).index_select(0, self.cell_of_row)
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Whether this is the plan, which runs on tensors of a shape alone."""
+    return isinstance(tensor, FakeTensor)
+
+
+# ---- On CUDA: flash attention by lengths ----
+
+
+class RowLengths(NamedTuple):
+    """Keys and values of rows whose tokens lie one behind the other from the left, and how many they are.
+
+    They lie in a pool of `T` tokens. A row starts at a place of its own; or, where prompts are long, it has pages in a
+    table, and the whole pages of its prompt are those of all rows of that prompt.
+
+    Args:
+        tokens: `[N, 1]` the tokens to feed.
+        positions: `[N, 1]` their positions.
+        mask: `[N, 1]` ones, for models that count tokens.
+        lengths: `[N]` int32 tokens that each row attends to, the one that is fed included.
+        slots: `[N]` where in the pool the keys and values of the tokens go.
+        starts: `[N + 1]` int32 where rows start in the pool, without a table.
+        ends: `[N + 1]` int32 the queries of each row: one.
+        table: `[N, K]` int32 pages of each row; no columns without a table.
+        states: `[T, H', d]` keys, then values of each layer.
+        capacity: the most tokens of a row.
+        windows: sliding window of each layer in tokens, or None.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    lengths: Tensor
+    slots: Tensor
+    starts: Tensor
+    ends: Tensor
+    table: Tensor
+    states: list[Tensor]
+    capacity: int
+    windows: Layout
+
+    @classmethod
+    def create(cls, cache: DynamicCache, size: RolloutSize) -> RowLengths:
+        """Allocate a pool for a rollout of this size."""
+        columns, tokens = _pool(size)
+        states = [
+            states.new_zeros(tokens, states.shape[1], states.shape[3], dtype=slot_dtype(states))
+            for states in states_of(cache)
+        ]
+        device, rows = states[0].device, size.num_rows
+        return cls(
+            tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            positions=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            mask=torch.ones(rows, 1, dtype=torch.long, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int32, device=device),
+            slots=torch.zeros(rows, dtype=torch.long, device=device),
+            starts=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            ends=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            table=torch.zeros(rows, columns, dtype=torch.int32, device=device),
+            states=states,
+            capacity=columns * PAGE or size.length,
+            windows=layout_of(cache) or (),
+        )
+
+    def fits(self, cache: DynamicCache, size: RolloutSize) -> bool:
+        """Return whether a rollout of this size and model can use this pool."""
+        shared, own = _pages(size)
+        columns = self.table.shape[1]
+        room = size.num_rows <= len(self.tokens) and size.length <= self.capacity
+        if columns:
+            tokens = (size.num_prompts * shared + size.num_rows * own) * PAGE
+            room = room and shared + own <= columns and tokens <= len(self.states[0])
+        kinds = [(states.shape[1], states.shape[2], states.dtype, states.device) for states in self.states]
+        wanted = [(states.shape[1], states.shape[3], slot_dtype(states), states.device) for states in states_of(cache)]
+        return room and kinds == wanted and layout_of(cache) == self.windows
+
+    def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:
+        """Copy the prompts' keys and values to where their rows read them."""
+        (num_prompts, width), num_rows = prompt_mask.shape, len(rows)
+        places = torch.arange(width, device=rows.device)  # [P]
+        lengths = prompt_mask.sum(-1)  # [B]
+        # ---- Without a table each row has all of its prompt; with one, it shares the whole pages ----
+        paged = self.table.shape[1] > 0
+        taken = lengths // PAGE * PAGE if paged else torch.zeros_like(lengths)  # [B] tokens that are shared
+        shared = width // PAGE * PAGE if paged else 0
+        room = (len(self.states[0]) - num_prompts * shared) // len(rows) if paged else self.capacity
+        room = room // PAGE * PAGE if paged else room  # tokens of a row
+        begin = num_prompts * shared + torch.arange(num_rows, device=rows.device) * room  # [N]
+        if paged:
+            self._fill_table(rows, lengths, begin, shared, room)
+        self.starts[:num_rows], self.starts[num_rows:] = begin.int(), len(self.states[0])
+        # ---- Tokens from the left, the padding of the prompts behind them ----
+        prompts = torch.arange(num_prompts, device=rows.device)[:, None]
+        from_left = (places + (width - lengths)[:, None]) % width  # [B, P]
+        rest = min(width, PAGE - 1) if paged else width
+        of_rest = (taken[:, None] + places[:rest]).clamp_max(width - 1)  # [B, rest]
+        for pool, states in zip(self.states, states_of(cache), strict=True):
+            # A window's states are the last ones; those before it are never read.
+            whole = torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0)).transpose(1, 2)
+            aligned = whole[prompts, from_left].to(pool.dtype)  # [B, P, H', d]
+            pool[: num_prompts * shared] = aligned[:, :shared].flatten(0, 1)
+            own = pool[num_prompts * shared :][: num_rows * room].view(num_rows, room, *pool.shape[1:])
+            own[:, :rest] = aligned[prompts, of_rest][rows]  # [N, rest, H', d]
+        # ---- The first token of the response comes next ----
+        self.lengths[:num_rows] = (lengths[rows] + 1).int()
+        self.slots[:num_rows] = begin + (lengths - taken)[rows]
+        self.positions[:num_rows, 0] = lengths[rows]
+
+    def _fill_table(self, rows: Tensor, lengths: Tensor, begin: Tensor, shared: int, room: int) -> None:
+        """Write the pages of each row: the whole ones of its prompt, then its own; the last repeats."""
+        column = torch.arange(self.table.shape[1], device=rows.device)  # [K]
+        whole = (lengths[rows] // PAGE)[:, None]  # [N, 1]
+        own = begin[:, None] // PAGE + (column - whole).clamp(0, room // PAGE - 1)  # [N, K]
+        of_prompt = rows[:, None] * (shared // PAGE) + column  # [N, K]
+        self.table[: len(rows)] = torch.where(column < whole, of_prompt, own).int()
+
+    def keep_rows(self, rows: Tensor, filled: int) -> None:  # noqa: ARG002 - keys and values stay where they are
+        """Move `rows` to the front."""
+        for buffer in (self.positions, self.lengths, self.slots, self.starts, self.table):
+            buffer[: len(rows)] = buffer[rows]
+        self.starts[len(rows) :] = len(self.states[0])
+
+    def step_key(self, num_rows: int, slot: int) -> Hashable:  # noqa: ARG002 - one graph for all lengths
+        """Return what decides the kernels of a step."""
+        return num_rows, self.capacity, self.table.shape
+
+    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
+        """Return the inputs of a step, tokens, positions and mask, and its cache."""
+        inputs = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
+        return inputs, writing_cache(len(layout), slot)
+
+    def begin_step(self, num_rows: int, slot: int) -> None:
+        """Do nothing: lengths and slots are right."""
+
+    def end_step(self, num_rows: int) -> None:
+        """Go one token further in every row."""
+        for buffer in (self.positions, self.lengths, self.slots):
+            buffer[:num_rows].add_(1)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """See `AttentionStates`."""
+        for pool, states in zip(self.states[2 * layer : 2 * layer + 2], (keys, values), strict=True):
+            pool.index_copy_(0, self.slots[: len(states)], states.squeeze(2).to(pool.dtype))
+
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """See `AttentionStates`."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows, has_table = len(query), bool(self.table.shape[1])
+        keys, values = self.states[2 * layer : 2 * layer + 2]  # [T, H', d]
+        if has_table:
+            keys, values = (pool.view(-1, PAGE, *pool.shape[1:]) for pool in (keys, values))
+        window = self.windows[layer]
+        output = varlen_attn(
+            query.to(keys.dtype),
+            keys,
+            values,
+            self.ends[: rows + 1],
+            None if has_table else self.starts[: rows + 1],
+            1,
+            self.capacity,
+            scale=scaling,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            enable_gqa=query.shape[1] != keys.shape[-2],
+            seqused_k=self.lengths[:rows],
+            block_table=self.table[:rows] if has_table else None,
+        )
+        return cast(Tensor, output)
+
+
+def _pages(size: RolloutSize) -> tuple[int, int]:
+    """Return the whole pages of the longest prompt, and those that a row needs beside."""
+    shared = size.prompt_length // PAGE
+    rest = min(size.prompt_length, PAGE - 1) if shared else size.prompt_length
+    return shared, -(-(rest + size.response_length) // PAGE)
+
+
+def _pool(size: RolloutSize) -> tuple[int, int]:
+    """Return the columns of the table, 0 for none, and the tokens of the pool: whichever needs less."""
+    shared, own = _pages(size)
+    paged, plain = (size.num_prompts * shared + size.num_rows * own) * PAGE, size.num_rows * size.length
+    return (shared + own, paged) if shared and paged < plain else (0, plain)
+
+
+@lru_cache(maxsize=1)
+def _flash_takes_lengths() -> bool:
+    """Whether torch's flash attention over texts can be told lengths and pages; it learned that after 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"seqused_k", "block_table"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+# ---- Which of them a rollout takes ----
+
+
+def kind_of_states(cache: DynamicCache) -> tuple[type[Any] | None, str]:
+    """Return the class of states that device and dtype of a prefilled cache allow; None and the reason for slots."""
+    states = states_of(cache)
+    dtypes, widths = {slot_dtype(each) for each in states}, {each.shape[3] for each in states}
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if states[0].device.type == "cpu":
+        return (SharedPrefix, "") if dtypes == {torch.float32} else (None, f"a CPU shares in float32, not in {names}")
+    if not dtypes <= {torch.float16, torch.bfloat16} or len(dtypes) > 1:
+        return None, f"flash attention computes in 16 bits, not in {names}"
+    if len(widths) > 1 or max(widths) > MAX_FLASH_HEAD or max(widths) % 8:
+        return None, f"flash attention takes no heads of {' and '.join(map(str, sorted(widths)))}"
+    if not _flash_takes_lengths():
+        return None, f"flash attention of torch {torch.__version__} is not told lengths"
+    return RowLengths, ""
