@@ -105,6 +105,7 @@ class PromptBatch(NamedTuple):
             which an evaluation then counts once. None where they are not known.
         tokens_per_micro_batch: most tokens of a training pass; the rollout batch then arrives once, and is cut into
             passes when the lengths of its responses are known. None where micro-batches are counted in prompts.
+        following: the next rollout batch, for an engine that writes ahead; None elsewhere.
     """
 
     prompt_ids: Tensor
@@ -115,6 +116,7 @@ class PromptBatch(NamedTuple):
     num_micro_batches: int = 1
     indices: list[int] | None = None
     tokens_per_micro_batch: int | None = None
+    following: PromptBatch | None = None
 
 
 class SupervisedBatch(NamedTuple):

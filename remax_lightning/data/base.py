@@ -46,7 +46,7 @@ _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 _CHANGE_NO_ROW = frozenset(
     (
         *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
-        *("batch_size", "micro_batch_size", "num_micro_batches", "tokens_per_micro_batch"),
+        *("batch_size", "micro_batch_size", "num_micro_batches", "tokens_per_micro_batch", "looks_ahead"),
         *("seed", "stage_split", "stage_seed", "num_workers"),
         *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
         *("num_rows", "num_left_out", "response_ends", "formatter", "_tokenizer", "_train", "_val", "_kinds"),
@@ -107,6 +107,8 @@ class TextDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.loading = loading
         self.num_micro_batches = 1  # `PromptDataModule` and `SFTDataModule` set it
+        self.looks_ahead = False
+        """Whether training batches hold the next one as well; `ReMaxModule` sets it where an engine writes ahead."""
         self.num_rows = self.num_left_out = 0
         """Rows that were read, and those of them that are too long or cannot be used."""
         # Loaded or read when first needed: making the object must stay cheap, `remax plan` only reads its options.
@@ -244,6 +246,11 @@ class TextDataModule(LightningDataModule, ABC):
             raise UserError(
                 "data.micro_batch_size must equal data.batch_size where trainer.overfit_batches is set: "
                 f"Lightning then takes the batches in its own order; got {self.num_micro_batches} parts per batch"
+            )
+        if self.looks_ahead and overfit > 0:
+            raise UserError(
+                "model.rollout.init_args.ahead must be 0 where trainer.overfit_batches is set: Lightning then takes the"
+                " batches in its own order, and the next one is not known"
             )
         return self._loader(self._train, shuffle=True)
 
@@ -469,6 +476,7 @@ class TextDataModule(LightningDataModule, ABC):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
         )
+        sampler.looks_ahead = self.looks_ahead and shuffle
         return StatefulDataLoader(
             dataset,
             batch_size=rows_at_once,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from torch.utils.data import Dataset, DistributedSampler
 from remax_lightning.errors import UserError
 from remax_lightning.types import PreferenceBatch, Prompt, PromptBatch, SupervisedBatch
 
-Key = int | tuple[int, int]  # index, or (index, micro_batch_index)
+# index, (index, micro_batch_index), or (index, micro_batch_index, index of the same place in the next rollout batch)
+Key = int | tuple[int, int] | tuple[int, int, int]
 
 
 class MicroBatchSampler(DistributedSampler[Key]):
     """Yields the keys of each rollout batch `num_micro_batches` times in a row, one micro-batch after the other.
 
     A data loader that cuts the keys into batches of `batch_size` thus sees the same prompts once per micro-batch. A
-    key is `(index, micro_batch_index)`, or the index alone where there is one micro-batch.
+    key is `(index, micro_batch_index)`, or the index alone where there is one micro-batch. Where it looks ahead, the
+    keys of first micro-batches also have the index of the row that takes their place in the next rollout batch.
 
     It is a `DistributedSampler` so that Lightning leaves it in place and tells it the epoch. Rank `r` of `W`
     takes every `W`-th row, so the rows of one step over all ranks depend on `W * batch_size` only.
@@ -66,6 +68,7 @@ class MicroBatchSampler(DistributedSampler[Key]):
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.num_micro_batches = num_micro_batches
+        self.looks_ahead = False
         # 9 rows, 2 ranks, batches of 2: rank 0 has 0 2 4 6 8 in 3 batches, rank 1 has 1 3 5 7 in 2. `drop_last`: both
         # use 2 full batches. Otherwise rank 1 repeats a row, so that it has 3 batches, too.
         full, local_rows = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
@@ -114,6 +117,7 @@ class _SamplerIterator(Iterator[Key]):
         self.yielded = 0
         self._epoch: int | None = None
         self._order: list[int] = []
+        self._next_order: list[int] | None = None  # of the next epoch, where it is looked at
 
     def __next__(self) -> Key:
         if self._epoch is None:
@@ -126,7 +130,18 @@ class _SamplerIterator(Iterator[Key]):
         micro_batch_index, offset = divmod(rest, batch_size)
         self.yielded += 1
         index = self._order[batch * batch_size + offset]
+        if self.sampler.looks_ahead and micro_batch_index == 0:
+            return index, 0, self._following(batch, offset)
         return index if num_micro_batches == 1 else (index, micro_batch_index)
+
+    def _following(self, batch: int, offset: int) -> int:
+        """Return the row behind `batch`; behind the last batch of an epoch comes the first of the next one."""
+        place = (batch + 1) * self.sampler.batch_size + offset
+        if place < len(self._order):
+            return self._order[place]
+        if self._next_order is None:
+            self._next_order = self.sampler.order(cast(int, self._epoch) + 1)
+        return self._next_order[offset]
 
     def state_dict(self) -> dict[str, Any]:
         epoch = self.sampler.epoch if self._epoch is None else self._epoch
@@ -172,7 +187,7 @@ class _SamplerIterator(Iterator[Key]):
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._order = self.sampler.order(epoch)
+        self._order, self._next_order = self.sampler.order(epoch), None
 
 
 def _rows_per_rollout(signature: dict[str, Any]) -> int:
@@ -226,8 +241,8 @@ class PairExample(NamedTuple):
     number: int
 
 
-class ExampleDataset(Dataset[tuple[Any, int]]):
-    """Examples by the keys of `MicroBatchSampler`: each item is the example and its micro-batch."""
+class ExampleDataset(Dataset[tuple[Any, ...]]):
+    """Examples by the keys of `MicroBatchSampler`: each item is the example, its micro-batch and what follows it."""
 
     def __init__(self, examples: Sequence[Any]) -> None:
         self.examples = examples
@@ -235,9 +250,9 @@ class ExampleDataset(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, key: Key) -> tuple[Any, int]:
-        index, micro_batch_index = key if isinstance(key, tuple) else (key, 0)
-        return self.examples[index], micro_batch_index
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
+        index, micro_batch_index, *following = key if isinstance(key, tuple) else (key, 0)
+        return self.examples[index], micro_batch_index, *(self.examples[place] for place in following)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -262,14 +277,21 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 
 def collate_prompts(
-    items: Sequence[tuple[Example, int]],
+    items: Sequence[tuple[Any, ...]],
     *,
     pad_id: int,
     num_micro_batches: int,
     tokens_per_micro_batch: int | None = None,
 ) -> PromptBatch:
-    """Return the `PromptBatch` of examples, which all belong to one micro-batch."""
-    examples = [example for example, _ in items]
+    """Return the `PromptBatch` of examples, which all belong to one micro-batch; items may hold the next one's, too."""
+    examples: list[Example] = [item[0] for item in items]
+    following = None
+    if len(items[0]) > 2:
+        rest = [(item[2], 0) for item in items]
+        budget = tokens_per_micro_batch
+        following = collate_prompts(
+            rest, pad_id=pad_id, num_micro_batches=num_micro_batches, tokens_per_micro_batch=budget
+        )
     ids, mask = pad([example.prompt_ids for example in examples], pad_id, "left")  # [B, P]
     return PromptBatch(
         prompt_ids=ids,
@@ -280,6 +302,7 @@ def collate_prompts(
         num_micro_batches=num_micro_batches,
         indices=[example.number for example in examples],
         tokens_per_micro_batch=tokens_per_micro_batch,
+        following=following,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -238,3 +239,32 @@ def test_sizes_that_deepspeed_and_lightning_look_for() -> None:
     data = loader()
     assert (data.batch_sampler.batch_size, data.batch_sampler.drop_last) == (4, True)
     assert (data.sampler.batch_size, data.sampler.drop_last) == (4, True)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_it_tells_the_rows_of_the_next_rollout(num_micro_batches: int) -> None:
+    made = loader(num_rows=12, num_micro_batches=num_micro_batches)
+    plain = loader(num_rows=12, num_micro_batches=num_micro_batches)
+    made.sampler.looks_ahead = True
+    firsts: list[list[Any]] = []
+    for epoch in range(3):
+        made.sampler.set_epoch(epoch)
+        plain.sampler.set_epoch(epoch)
+        batches, same = list(made), list(plain)
+        # Of the parts of a rollout the first one tells; the rows themselves are those of a loader that tells nothing.
+        assert [[key[:2] if num_micro_batches > 1 else (key[0],) for key in batch] for batch in batches] == [
+            [key if isinstance(key, tuple) else (key,) for key in batch] for batch in same
+        ]
+        firsts += batches[::num_micro_batches]
+    assert len(firsts) == 9
+    for batch, following in itertools.pairwise(firsts):  # across epochs, too
+        assert [key[2] for key in batch] == [key[0] for key in following]
+
+
+def test_a_position_is_the_same_whether_it_looks_ahead_or_not() -> None:
+    plain, made = loader(), loader()
+    made.sampler.looks_ahead = True
+    iterator = iter(plain)
+    next(iterator)
+    made.load_state_dict(plain.state_dict())
+    assert [key[0] for key in next(iter(made))] == next(iterator)
