@@ -80,6 +80,7 @@ def sections() -> Iterator[Section]:
             yield Section("model.reward.init_args.function", target, is_choice=True)
     for engine in (rollout.AutoEngine, rollout.PairedEngine, rollout.HuggingFaceEngine, rollout.VLLMEngine):
         yield Section("model.rollout", engine, is_choice=True)
+    yield Section("model.rollout.init_args.proof", rollout.ProofConfig)
     for schedule in (modules.WarmupCosine, modules.WarmupLinear):
         yield Section("model.lr_scheduler", schedule, is_choice=True)
     yield Section("model", modules.SFTModule, is_choice=True)

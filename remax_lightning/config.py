@@ -266,6 +266,52 @@ class MismatchConfig:
 
 
 @dataclass(frozen=True)
+class ProofConfig:
+    """How `VLLMEngine` proves that the servers hold the policy and sample from it; a difference ends the run.
+
+    Args:
+        every: rollouts between two comparisons of log-probs; the first one and the first after an update are always
+            compared. With 10, a comparison costs less than 1 % of the steps between two.
+        responses: sampled responses that are compared, and as many greedy ones, spread over the servers.
+        checksums: compare SHA-256 of the weights that a server computes with after each update, where vLLM keeps them
+            as they were sent. It reads all weights once on both sides; false leaves it to version and log-probs.
+        max_gap: largest difference of the log-prob of one token, in nats, also of a greedy token to the most likely
+            one. None takes 0.05 where servers and trainer compute in float32, and 1.0 in 16 bits, as for the engines of
+            this project. Mixtures of experts in 16 bits need more, such as 10: where rounding flips the choice of an
+            expert, a single token moves by several nats.
+        mean_gap: largest mean difference, in nats. None takes 0.01 and 0.1: rounding moves single tokens by much and
+            most by little, so that the mean tells other weights from rounding, of experts too.
+        standard_errors: by how many the mean log-prob of drawn tokens may differ from that of draws of the policy. By
+            chance it is more than 6 in one comparison of 500 million.
+        impossible_share: share of drawn tokens that `model.sampling` would leave out. Rounding moves a token over the
+            edge of top-k or top-p now and then.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    every: int = 10
+    responses: int = 8
+    checksums: bool = True
+    max_gap: float | None = None
+    mean_gap: float | None = None
+    standard_errors: float = 6.0
+    impossible_share: float = 0.02
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.every >= 1, "every", "at least 1"),
+            (self.responses >= 1, "responses", "at least 1"),
+            (self.max_gap is None or self.max_gap > 0, "max_gap", "null or above 0 (nats)"),
+            (self.mean_gap is None or self.mean_gap > 0, "mean_gap", "null or above 0 (nats)"),
+            (self.standard_errors > 0, "standard_errors", "above 0"),
+            (0 <= self.impossible_share <= 1, "impossible_share", "between 0 and 1"),
+        )
+        for holds, name, expected in checks:
+            _require(holds, f"rollout.init_args.proof.{name}", expected, getattr(self, name))
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """How advantages become a loss.
 

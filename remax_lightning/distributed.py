@@ -150,6 +150,8 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
+    except (RankUserError, RankError):
+        raise  # from `agree_on_errors`: every rank has it already
     except Exception as error:
         failure = error
     # 0 says that a rank is fine, so that the maximum over ranks finds one that is not.
@@ -160,6 +162,35 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     is_user_error, message = broadcast(trainer.strategy, _describe(failure), src=failed_rank)
     error_type = RankUserError if is_user_error else RankError
     raise error_type(f"rank {failed_rank}: {message}") from failure
+
+
+@contextmanager
+def agree_on_errors() -> Iterator[None]:
+    """Raise an exception of one rank on every rank of the process group, for code below a trainer.
+
+    All ranks have to enter and leave. As in `raise_on_all_ranks`, no rank may wait for others inside after a point
+    where one may raise: a block ends where ranks begin to wait for each other again.
+
+    Raises:
+        RankUserError: if a rank has raised a `UserError`.
+        RankError: if a rank has raised anything else.
+    """
+    if num_ranks() == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except (RankUserError, RankError):
+        raise
+    except Exception as error:
+        failure = error
+    descriptions = gather_objects(None if failure is None else _describe(failure))
+    for failed_rank, description in enumerate(descriptions):
+        if description is not None:
+            is_user_error, message = description
+            error_type = RankUserError if is_user_error else RankError
+            raise error_type(f"rank {failed_rank}: {message}") from failure
 
 
 def _describe(failure: Exception | None) -> tuple[bool, str]:

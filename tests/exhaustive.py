@@ -35,7 +35,7 @@ EXHAUSTIVE = (
         "distributed/test_export.py",
         r"parts_of_unequal_length|weights_of_the_run\[((ddp|zero1)-llama|(zero2|fsdp2|fsdp2_file)-opt)",
     ),
-    ("distributed/test_vllm.py", r"\[(zero3|fsdp2)\]"),
+    ("distributed/test_vllm.py", r"\[(zero3|fsdp2)(\]|-)|write_ahead"),
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
     ("distributed/test_reference_sync.py", r"\[(?!fsdp2-replicate)"),
     ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
@@ -84,8 +84,15 @@ EXHAUSTIVE = (
     # Servers of rollouts: one status stays, and one of the faults that log-probs find.
     (
         "rollout/test_vllm.py",
-        r"another_temperature|asked_for_again\[429\]|find_what_checksums_would\[updated|corrected_responses\[None",
+        r"another_temperature|asked_for_again\[429\]|find_what_checksums_would\[updated|corrected_responses\[None"
+        r"|is_busy(?!.*/v1/models)|something_else(?!.*weight_info)|ends_its_requests\[(a server|Ctrl)"
+        r"|few_tokens_at_once\[False|as_much_as_the_user_says|certificate_is_checked",
     ),
+    (
+        "rollout/test_vllm_ahead.py",
+        r"resumes_bit_for_bit|run_asks_ahead|written_anew|evaluation_in_between|error_ahead",
+    ),
+    ("rollout/test_vllm_colocate.py", r"ends_with_the_trainer|is_started_again|leaves_neither"),
     # Families: one of each cache layout stays (plain, grouped queries, learned positions, sliding window).
     ("rollout/test_decode_attention.py", r"family_writes.*\[(?!Llama-|Mistral|BLOOM.*Shared)|whole_pages.*\[lengths2"),
     ("rollout/test_families.py", r"passes_every_check\[(?!Llama\]|Qwen2\]|OPT\]|Mistral)"),

@@ -36,7 +36,7 @@ from remax_lightning.training.micro_batches import (
     response_numbers,
     row_lengths,
 )
-from remax_lightning.training.objective import Objective, UpdatePlan
+from remax_lightning.training.objective import Objective, UpdatePlan, has_next_rollout
 from remax_lightning.training.on_policy import OnPolicyGaps, judge_gaps, measure_gaps
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
@@ -112,6 +112,7 @@ class ReMaxModule(PolicyModule):
         reward = as_reward(reward)
         checks.check_compares(reward, objective.baseline, advantage)
         checks.check_normalized(reward, advantage)
+        checks.check_ahead(getattr(rollout, "ahead", 0), objective.baseline, loss.mismatch.kind)
         overlong_cache = advantage.soft_cache(sampling.max_response_length)
         penalty = objective.truncation_penalty
         worker = RolloutWorker(rollout or AutoEngine(), sampling, reward, penalty, overlong_cache)
@@ -151,6 +152,12 @@ class ReMaxModule(PolicyModule):
         }
 
     # ---- Loading ----
+
+    def setup(self, stage: str) -> None:
+        """Let training batches hold the next one, too, where the engine writes ahead."""
+        super().setup(stage)
+        if stage == "fit" and self.worker.ahead:
+            checks.look_ahead(getattr(self.trainer, "datamodule", None), self.worker.ahead)
 
     @property
     def reward(self) -> Reward:
@@ -487,7 +494,19 @@ class ReMaxModule(PolicyModule):
                 return_log_probs=return_log_probs,
                 num_samples=num_samples,
             )  # y ~ pi(.|x) [S, R], y* greedy [B, R]
+            if stage == TRAINING and self.worker.ahead:
+                self._begin_next(batch, count + 1)
+            batch = batch._replace(following=None)
             return self.worker.score_responses(batch, responses)  # r = reward(x, y) [S], b = reward(x, y*) [B]
+
+    def _begin_next(self, batch: PromptBatch, count: int) -> None:
+        """Let the engine write the responses of the next rollout while this one trains, unless the run ends before."""
+        plan = self.get_plan(batch.num_micro_batches, batch.tokens_per_micro_batch is not None)
+        if batch.following is None or not has_next_rollout(self.trainer, plan):
+            return
+        generator = rollout_generator(cast(int, self._seed), self.global_rank, TRAINING, count, self.device)
+        greedy = self.objective.baseline.greedy == "always"
+        self.worker.begin_responses(self.policy, batch.following, generator, greedy=greedy)
 
     def with_reference(self, rollout: Rollout) -> Rollout:
         """Return `rollout` with the log-probs of its sampled tokens under the reference, if there is one."""
@@ -562,12 +581,15 @@ class ReMaxModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the number of rollouts, and an unfinished rollout."""
         super().on_save_checkpoint(checkpoint)
+        with raise_on_all_ranks(self.trainer):
+            written = self.worker.state_dict()  # of the weights before this step, so it is waited for
         # Seed and count fix the random numbers of the next rollout, so no generator is saved. Each rank has a rollout
         # of its own.
         checkpoint["remax"] = {
             "seed": self._seed,
             "rollouts": self._num_rollouts,
             "experience": gather_rank_states(self.buffer.state_dict()),
+            "ahead": gather_rank_states(written),
             "reference": None if self._moving is None else self._moving.state_dict(self._reference),
             # The same on every rank, with the class that it belongs to.
             "baseline": (type(self.objective.baseline).__qualname__, self.objective.baseline.state_dict()),
@@ -589,3 +611,10 @@ class ReMaxModule(PolicyModule):
             self.objective.baseline.load_state_dict(memory)
             self._meter.load_state_dict(state.get("meter"), self.trainer)
         self.buffer.load_state_dict(select_rank_state(state["experience"], self.trainer))
+        written = state.get("ahead") or []  # of other prompts with another number of processes; then written anew
+        self.worker.load_state_dict(written[self.global_rank] if len(written) == self.trainer.world_size else None)
+
+    def teardown(self, stage: str) -> None:
+        """Give up on responses that nobody will ask for."""
+        self.worker.drop_responses()
+        super().teardown(stage)

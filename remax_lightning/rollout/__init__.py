@@ -1,10 +1,10 @@
 """Rollout engines: they sample and decode greedily with the policy's own weights."""
 
-from remax_lightning.config import SamplingConfig
+from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.rollout.auto import AutoEngine, HuggingFaceEngine, clone_engine
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine, StopCheck
 from remax_lightning.rollout.paired import PairedEngine
-from remax_lightning.rollout.vllm import VLLMEngine, vllm_plugin_folder
+from remax_lightning.rollout.vllm import VLLMEngine
 
 __all__ = [
     "AutoEngine",
@@ -12,10 +12,10 @@ __all__ = [
     "GenerationRequest",
     "HuggingFaceEngine",
     "PairedEngine",
+    "ProofConfig",
     "RolloutEngine",
     "SamplingConfig",
     "StopCheck",
     "VLLMEngine",
     "clone_engine",
-    "vllm_plugin_folder",
 ]

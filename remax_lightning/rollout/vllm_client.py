@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from remax_lightning.errors import UserError
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import requests
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KEY = "model.rollout.init_args"
 SHORT = 30.0
@@ -63,6 +67,7 @@ class ClientOptions(NamedTuple):
         transfer_timeout: seconds that loading weights may take.
         restart_timeout: seconds that a server is waited for.
         concurrency: requests under way at once at one server.
+        retries: how often a server is asked again.
         api_key_env: environment variable with the key; None without one.
         ca_file: certificates to check a server's with; None takes the usual ones.
     """
@@ -71,6 +76,7 @@ class ClientOptions(NamedTuple):
     transfer_timeout: float
     restart_timeout: float
     concurrency: int
+    retries: int
     api_key_env: str | None
     ca_file: str | None
 
@@ -110,7 +116,6 @@ class VLLMServer:
 
     def __init__(self, url: str, options: ClientOptions) -> None:
         import requests  # here: without servers, nothing needs it
-        from requests.adapters import HTTPAdapter
 
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -119,17 +124,50 @@ class VLLMServer:
         self.url, self.options = url.rstrip("/").removesuffix("/v1"), options
         self.recovery = threading.Lock()
         """Held by the one thread that waits for the server and brings its weights up to date."""
-        self._session = requests.Session()
+        self.revive: Callable[[], None] | None = None
+        """Starts the server where it does not run; None where somebody else does."""
+        self._session, self._sockets = requests.Session(), set[socket.socket]()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=options.concurrency + 1))
-        if options.ca_file is not None:
-            self._session.verify = options.ca_file
+            self._session.mount(scheme, _adapter(options.concurrency + 1, self._sockets))
 
     def __repr__(self) -> str:
         """What messages call this server."""
         return f"model.rollout: the server {self.url}"
 
     # ---- Requests ----
+
+    def abort(self) -> None:
+        """Close all connections: requests under way end at once, and vLLM gives up on their responses."""
+        for connection in self._sockets.copy():
+            with suppress(OSError):  # closed meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def insist(self, action: Callable[[], T], what: str, stop: threading.Event | None = None) -> T:
+        """Return what an action returns; while the server is gone it is waited for, and the action begins again.
+
+        Args:
+            action: asks this server.
+            what: it is asked for, for messages.
+            stop: ends the waiting when it is set.
+
+        Raises:
+            UserError: if the server stays away, refuses, has no such endpoint, or is gone again at every try.
+        """
+        problem, tries, stop = "", self.options.retries + 1, stop or threading.Event()
+        for attempt in range(tries):
+            if attempt:
+                stop.wait(pause_before(attempt))
+                self.wait(problem, stop)
+            try:
+                return action()
+            except ServerGoneError as error:
+                problem = str(error)
+            except MissingError as error:
+                raise UserError(
+                    f"{self!r} has no endpoint for {what} ({error}); start it with `remax serve`, and take a vLLM of"
+                    " 0.32 or later"
+                ) from None
+        raise UserError(f"{self!r} failed at {what} in {tries} tries ({KEY}.retries): {problem}")
 
     def get(self, path: str, timeout: float = SHORT) -> Any:
         """Return the answer of an endpoint; raises as `post`."""
@@ -150,6 +188,27 @@ class VLLMServer:
         """
         return self._request("POST", path, body, timeout)
 
+    def value(self, path: str, *keys: str | int) -> Any:
+        """Return a value in the answer of an endpoint; raises as `post`."""
+        return self.read(path, self.get(path), *keys)
+
+    def read(self, path: str, answer: Any, *keys: str | int) -> Any:
+        """Return a value in an answer.
+
+        Raises:
+            UserError: if the answer has none there, because something else than vLLM gave it.
+        """
+        value = answer
+        try:
+            for key in keys:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(
+                f"{self!r} answered {path} without {'.'.join(map(str, keys))}: {str(answer)[:200]}; is it a vLLM server"
+                " of 0.32 or later?"
+            ) from None
+        return value
+
     def _request(self, method: str, path: str, body: Any, timeout: float) -> Any:
         import requests
 
@@ -158,14 +217,23 @@ class VLLMServer:
             headers["Authorization"] = f"Bearer {os.environ.get(self.options.api_key_env, '')}"
         try:
             reply = self._session.request(
-                method, self.url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False
+                method,
+                self.url + path,
+                json=body,
+                headers=headers,
+                timeout=(min(SHORT, timeout), timeout),  # to connect, and for an answer
+                allow_redirects=False,
+                # Not that of the session, over which requests prefers the environment's (REQUESTS_CA_BUNDLE).
+                verify=self.options.ca_file,
             )
         except requests.exceptions.SSLError as error:
             raise UserError(
                 f"{self!r} has a certificate that cannot be checked ({_reason(error)}); set {KEY}.ca_file to the"
                 " certificates of its authority"
             ) from None
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        except requests.Timeout as error:
+            raise ServerGoneError(f"no answer to {path} within {timeout:g} s ({_reason(error)})") from None
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             raise ServerGoneError(_reason(error)) from None
         except (requests.RequestException, OSError) as error:  # OSError: a file of certificates that is none
             raise UserError(f"{self!r} cannot be asked: {_reason(error)}") from None
@@ -191,17 +259,20 @@ class VLLMServer:
 
     # ---- Waiting ----
 
-    def wait(self, why: str = "") -> None:
+    def wait(self, why: str = "", stop: threading.Event | None = None) -> None:
         """Wait until the server is up.
 
         Args:
             why: it is thought to be gone.
+            stop: ends the waiting when it is set.
 
         Raises:
             UserError: if it is not up within `restart_timeout`.
         """
-        end, is_told = time.monotonic() + self.options.restart_timeout, False
-        while True:
+        end, is_told, stop = time.monotonic() + self.options.restart_timeout, False, stop or threading.Event()
+        while not stop.is_set():
+            if self.revive is not None:
+                self.revive()
             try:
                 self.get("/health", timeout=min(SHORT, max(1.0, self.options.restart_timeout)))
                 return
@@ -216,77 +287,52 @@ class VLLMServer:
             if not is_told:
                 is_told = True
                 log.warning("waiting up to %g s for %r: %s", self.options.restart_timeout, self, why or "no answer")
-            time.sleep(_POLL)
-
-    # ---- What it is ----
-
-    def describe(self, model: str | None) -> ServerInfo:
-        """Return what the server is.
-
-        Args:
-            model: name of the policy there; None takes the only one.
-
-        Raises:
-            UserError: if it is no vLLM server for training, or does not serve that model.
-            ServerGoneError: if it does not answer.
-        """
-        try:
-            cards = self.get("/v1/models")["data"]
-        except (MissingError, KeyError, TypeError):
-            raise UserError(f"{self!r} is no vLLM server: it has no list of models at /v1/models") from None
-        # An adapter has the model below it as its parent.
-        bases = {card["id"]: card for card in cards if card.get("parent") is None}
-        if model is None and len(bases) != 1:
-            raise UserError(f"{self!r} serves {', '.join(map(repr, bases))}; name the policy in {KEY}.served_model")
-        name = next(iter(bases)) if model is None else model
-        if name not in bases:
-            raise UserError(f"{self!r} serves {', '.join(map(repr, bases))}, not {KEY}.served_model {model!r}")
-        try:
-            config = self.get("/server_info?config_format=json")["vllm_config"]
-            self.get("/weight_info")
-        except MissingError:
-            raise UserError(
-                f"{self!r} has no endpoints for weights; start it with `remax serve`, or with VLLM_SERVER_DEV_MODE=1"
-                " and a vLLM of 0.32 or later"
-            ) from None
-        return _server_info(name, bases[name], config)
+            stop.wait(_POLL)
 
     def version(self) -> str:
         """Return the version of vLLM; raises as `get`."""
-        return str(self.get("/version")["version"])
-
-    def knows_token(self, model: str, token: int) -> bool:
-        """Whether a token is in the vocabulary of a model; asks for one greedy token behind it.
-
-        Raises:
-            UserError: if the server makes no responses of token ids.
-            ServerGoneError: if it does not answer.
-        """
-        parameters = {"temperature": 0.0, "max_tokens": 1}
-        try:
-            self.post("/inference/v1/generate", {"model": model, "token_ids": [token], "sampling_params": parameters})
-        except RefusedError as error:
-            if error.status != 400:
-                raise
-            return False
-        except MissingError:
-            raise UserError(f"{self!r} takes no token ids; it needs a vLLM of 0.32 or later") from None
-        return True
+        return str(self.value("/version", "version"))
 
 
-def _server_info(name: str, card: dict[str, Any], config: dict[str, Any]) -> ServerInfo:
-    """Return what the list of models and the configuration of a server say."""
-    model_config = config.get("model_config") or {}
-    transfer = config.get("weight_transfer_config") or {}
-    return ServerInfo(
-        model=name,
-        max_model_len=int(card.get("max_model_len") or model_config["max_model_len"]),
-        dtype=None if model_config.get("dtype") is None else str(model_config["dtype"]).removeprefix("torch."),
-        logprobs_mode=str(model_config.get("logprobs_mode", "raw_logprobs")),
-        transfer_backend=transfer.get("backend"),
-        has_lora=config.get("lora_config") is not None,
-        device=str((config.get("device_config") or {}).get("device", "")),
-    )
+def pause_before(attempt: int) -> float:
+    """Return the seconds to wait before a server is asked again for the time `attempt`, from 1."""
+    return float(min(0.1 * 2**attempt, 5.0))
+
+
+def _adapter(size: int, sockets: set[socket.socket]) -> Any:
+    """Return an adapter for requests that keeps `size` connections, and the open ones of all threads in `sockets`.
+
+    requests itself knows only the connections that wait for their next use, and those under way could not be closed.
+    """
+    from requests.adapters import HTTPAdapter
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    def with_sockets(pool: Any) -> Any:
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                self._open = self.sock
+                sockets.add(self._open)
+
+            def close(self) -> None:
+                sockets.discard(getattr(self, "_open", None))
+                super().close()
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+
+    pools = {"http": with_sockets(HTTPConnectionPool), "https": with_sockets(HTTPSConnectionPool)}
+
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **options: Any) -> None:
+            super().init_poolmanager(*args, **options)
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, *args: Any, **options: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **options)
+            manager.pool_classes_by_scheme = pools
+            return manager
+
+    return Adapter(pool_connections=1, pool_maxsize=size)
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Weights of the policy on vLLM servers: a version made of the weights themselves, files, loading, and checksums.
+"""Weights of the policy on vLLM servers: a version made of the weights themselves, files, and loading.
 
 The version of weights is a digest of them. Trainer and servers so agree on what a version holds: a server that
 restarted, missed an update or belongs to another run has another version, whichever rank looks. The files of the
@@ -12,20 +12,22 @@ import hashlib
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from remax_lightning.disk import is_disk_error
+from remax_lightning.distributed import agree_on_errors, rank
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import policy_weights, save_weights
 from remax_lightning.models.lora import has_adapter
 from remax_lightning.rollout.vllm_client import KEY, MissingError, ServerGoneError, ServerInfo, VLLMServer
+from remax_lightning.rollout.vllm_requests import Flight
 from remax_lightning.sharding import full_tensors
 
 if TYPE_CHECKING:
@@ -34,10 +36,8 @@ if TYPE_CHECKING:
 BACKEND = "remax_files"
 """Name of the transfer engine that `remax serve` registers with vLLM."""
 _OWNER = "owner"
-_PADDING = 64
-"""vLLM pads the rows of embeddings to a multiple of this."""
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers that vLLM stacks, and what they are made of."""
+_UNFINISHED = "unfinished"
+"""Version of a server whose weights are of no version."""
 
 
 def adapter_name(version: str) -> str:
@@ -149,9 +149,13 @@ def _bytes_of(folder: Path) -> int:
 def has_version(server: VLLMServer, version: str, *, is_adapter: bool) -> bool:
     """Whether a server holds a version."""
     if is_adapter:
-        cards = server.get("/v1/models")["data"]
-        return adapter_name(version) in {card["id"] for card in cards}
-    return bool(server.get("/weight_info")["weight_version"] == version)
+        return adapter_name(version) in _model_names(server)
+    return bool(server.value("/weight_info", "weight_version") == version)
+
+
+def _model_names(server: VLLMServer) -> list[str]:
+    cards = server.value("/v1/models", "data")
+    return [str(server.read("/v1/models", card, "id")) for card in cards]
 
 
 def load_version(server: VLLMServer, files: WeightFiles, version: str, *, is_adapter: bool) -> None:
@@ -186,7 +190,7 @@ def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
     timeout = server.options.transfer_timeout
     try:
         server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
-        server.post("/start_weight_update", None, timeout)
+        _begin_update(server, timeout)
         try:
             server.post("/update_weights", {"update_info": {"folder": folder}}, timeout)
         except ServerGoneError as error:
@@ -203,15 +207,27 @@ def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
             server.post("/resume")
 
 
+def _begin_update(server: VLLMServer, timeout: float) -> None:
+    try:
+        server.post("/start_weight_update", None, timeout)
+    except ServerGoneError as error:
+        if error.status != 500:
+            raise
+        # A trainer that was killed in an update has left it open, and vLLM begins no other until it is finished.
+        with suppress(ServerGoneError):
+            server.post("/finish_weight_update", {"weight_version": _UNFINISHED}, timeout)
+        server.post("/start_weight_update", None, timeout)
+
+
 def _load_adapter(server: VLLMServer, version: str, folder: str) -> None:
     name = adapter_name(version)
     body = {"lora_name": name, "lora_path": folder}
     server.post("/v1/load_lora_adapter", body, server.options.transfer_timeout)
     # Those of earlier versions; an adapter of somebody else has another name.
-    for card in server.get("/v1/models")["data"]:
-        if card["id"].startswith("remax-") and card["id"] != name:
+    for other in _model_names(server):
+        if other.startswith("remax-") and other != name:
             with suppress(MissingError):
-                server.post("/v1/unload_lora_adapter", {"lora_name": card["id"]})
+                server.post("/v1/unload_lora_adapter", {"lora_name": other})
 
 
 def wait_for_files(files: WeightFiles, version: str, seconds: float) -> None:
@@ -230,81 +246,6 @@ def wait_for_files(files: WeightFiles, version: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
-# ---- Checksums ----
-
-
-class ChecksumResult(NamedTuple):
-    """What a comparison of checksums gave.
-
-    Args:
-        compared: number of tensors with a checksum on both sides.
-        different: names of those that differ.
-    """
-
-    compared: int
-    different: list[str]
-
-
-def compare_checksums(server: VLLMServer, files: WeightFiles, version: str, info: ServerInfo) -> ChecksumResult:
-    """Compare SHA-256 of the weights that a server computes with, and of the files of a version.
-
-    Compared are the tensors whose values follow from the files: those of the same name, and stacks of attention and
-    feed-forward weights. A server that shards (tensor parallelism) has none to compare; on a CPU vLLM packs the weights
-    of linear layers, so that embeddings and norms are left.
-    """
-    answer = server.post("/weight_checker", {"action": "checksum"}, server.options.transfer_timeout)["checksums"]
-    theirs: dict[str, str] = {}
-    for key, digest in answer.items():
-        place, name = key.rsplit(":", 1)  # "dp0:pp0:pcp0:tp0:model.norm.weight"
-        if not place.endswith("tp0"):
-            return ChecksumResult(0, [])
-        is_packed = info.device == "cpu" and "norm" not in name and "embed" not in name
-        if not is_packed:
-            theirs[name.replace(".base_layer.", ".")] = digest
-    dtype = getattr(torch, info.dtype) if info.dtype is not None else None
-    ours = dict(_digests(files.folder(version), dtype, set(theirs)))
-    different = [name for name, digests in ours.items() if theirs[name] not in digests]
-    return ChecksumResult(len(ours), different)
-
-
-def _digests(folder: Path, dtype: torch.dtype | None, names: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the names of a server's tensors with the SHA-256 that they may have."""
-    from safetensors import safe_open
-
-    stored: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        opened = safe_open(file, "pt")
-        stored |= dict.fromkeys(opened.keys(), opened)  # type: ignore[no-untyped-call]
-    for name in sorted(names):
-        parts = _parts(name)
-        if not all(part in stored for part in parts):
-            continue
-        tensors = [stored[part].get_tensor(part) for part in parts]
-        yield name, _possible_digests(tensors, dtype)
-
-
-def _parts(name: str) -> list[str]:
-    for fused, parts in _FUSED.items():
-        if f".{fused}." in name:
-            return [name.replace(fused, part) for part in parts]
-    return [name]
-
-
-def _possible_digests(tensors: list[Tensor], dtype: torch.dtype | None) -> list[str]:
-    digest = hashlib.sha256()
-    row_bytes = rows = 0
-    for tensor in tensors:
-        values = (tensor if dtype is None else tensor.to(dtype)).contiguous()
-        digest.update(cast(Any, values.flatten().view(torch.uint8).numpy()))
-        row_bytes, rows = values[0].nbytes, rows + len(values)
-    digests = [digest.hexdigest()]
-    if missing := -rows % _PADDING:
-        # Embeddings with rows of zeros at the end.
-        digest.update(bytes(missing * row_bytes))
-        digests.append(digest.hexdigest())
-    return digests
-
-
 def same_dtype(model: PreTrainedModel, info: Mapping[str, ServerInfo]) -> torch.dtype | None:
     """Return the dtype that all servers have, for files of no more bytes than they keep; None for the weights' own."""
     names = {item.dtype for item in info.values()}
@@ -315,3 +256,73 @@ def same_dtype(model: PreTrainedModel, info: Mapping[str, ServerInfo]) -> torch.
         return None
     widest = max((parameter.element_size() for parameter in model.parameters()), default=0)
     return dtype if dtype.itemsize < widest else None
+
+
+class WeightSync:
+    """Brings servers to the weights of the policy, and knows which version that is.
+
+    Args:
+        servers: all of them; ranks share them.
+        files: where the weights of a version are.
+        timeout: seconds that loading them may take.
+        check: is called with a server that has loaded weights, to compare them with the files; None compares nothing.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[VLLMServer],
+        files: WeightFiles,
+        timeout: float,
+        check: Callable[[VLLMServer, WeightFiles, str], None] | None,
+    ) -> None:
+        self.servers, self.files, self._timeout, self._check = servers, files, timeout, check
+        self.version, self.num_versions, self.num_bytes = "", 0, 0
+
+    def update(self, model: PreTrainedModel, dtype: torch.dtype | None, drain: Callable[[], None]) -> bool:
+        """Bring all servers to the weights of the policy, and return whether those are new; all ranks call it.
+
+        Args:
+            model: the policy.
+            dtype: of the files; None writes weights as they are.
+            drain: waits for the responses that this rank has under way. An update would abort them, and no server
+                could get their weights anew.
+
+        Raises:
+            UserError: on every rank, if one cannot write the weights or bring a server up to date.
+        """
+        version, is_adapter = weight_version(model), has_adapter(model)
+        is_new = version != self.version
+        if is_new:
+            with agree_on_errors():
+                drain()
+            with agree_on_errors():  # in place of waiting for files that rank 0 will never write
+                self.num_bytes = self.files.write(model, version, None if is_adapter else dtype, is_writer=rank() == 0)
+            self.version, self.num_versions = version, self.num_versions + 1
+
+        def load(server: VLLMServer, stop: threading.Event) -> None:
+            server.insist(lambda: self.bring_up_to_date(server, is_adapter=is_adapter), "loading weights", stop)
+
+        Flight(self.servers, load, self.servers, len(self.servers)).wait("servers that load weights")
+        return is_new
+
+    def bring_up_to_date(self, server: VLLMServer, *, is_adapter: bool) -> None:
+        """Let one server load the current weights unless it has them; any rank may find that it has not.
+
+        Raises:
+            UserError: if it cannot load them.
+            ServerGoneError: if it does not answer.
+        """
+        import fcntl  # POSIX, as vLLM is
+
+        version, files = self.version, self.files
+        if has_version(server, version, is_adapter=is_adapter):
+            return
+        wait_for_files(files, version, self._timeout)
+        # One rank at a time; the next one finds the server up to date.
+        with (files.root / f".{server.url.partition('://')[2].replace('/', '_')}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if has_version(server, version, is_adapter=is_adapter):
+                return
+            load_version(server, files, version, is_adapter=is_adapter)
+            if self._check is not None and not is_adapter:
+                self._check(server, files, version)

@@ -16,15 +16,10 @@ from remax_lightning.cli_run import computes_in_bfloat16, run
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig
 from remax_lightning.modules import ReMaxModule
-from remax_lightning.rollout import VLLMEngine, vllm_plugin_folder
-from remax_lightning.rollout.vllm_proof import log_probs_mode
-from remax_lightning.rollout.vllm_weights import BACKEND
+from remax_lightning.rollout import VLLMEngine
+from remax_lightning.rollout.vllm_server import DEFAULT_PYTHON, ServedPolicy, server_arguments, server_environment
 from remax_lightning.tools.plan.run_config import OLD_PRECISIONS, PlanCLI
 
-DEFAULT_PYTHON = ".venv-vllm/bin/python"
-"""Where `make vllm` installs it."""
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Largest ranks of adapters that vLLM can be started for."""
 _DTYPES = {"16": "float16", "bf16": "bfloat16"}
 """Dtype of a server by `trainer.precision`, without its mode."""
 
@@ -115,37 +110,23 @@ def serve_command(
         raise UserError(f"model: remax serve is for ReMaxModule, got {type(module).__name__}")
     engine = module.engine if isinstance(module.engine, VLLMEngine) else None
     url = urlsplit(engine.servers[0].url) if engine is not None else None
-    source, sampling = module.policy_source, module.sampling
-    mode = log_probs_mode(sampling)
-    arguments = [python, "-m", "remax_vllm_serve", "serve", source.path]
-    arguments += ["--host", host or ((url and url.hostname) or "127.0.0.1")]
-    arguments += ["--port", str(port or (url and url.port) or 8000)]
-    arguments += ["--dtype", _dtype(trainer, source.dtype)]
-    # ---- How weights come ----
-    arguments += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
-    arguments += ["--worker-extension-cls", "remax_vllm_transfer.Extension"]
-    if source.lora is not None:
-        arguments += ["--enable-lora", "--max-lora-rank", str(_max_rank(source.lora))]
-    # ---- Token ids in and out; what the trainer decides alone ----
-    arguments.append("--enable-scale-out")
-    arguments += [
-        "--generation-config",
-        "vllm",
-        "--logprobs-mode",
-        mode if mode and mode != "neither" else "raw_logprobs",
-    ]
-    longest = getattr(cli.datamodule, "max_prompt_length", None)
-    if longest is not None:
-        arguments += ["--max-model-len", str(longest + sampling.max_response_length)]
-    if module.tokenizer_path is not None:
-        arguments += ["--tokenizer", module.tokenizer_path]
-    if source.revision is not None:
-        arguments += ["--revision", source.revision]
-    if source.trust_remote_code:
-        arguments.append("--trust-remote-code")
-    if source.from_scratch:  # there are no weights before the trainer sends some
-        arguments += ["--load-format", "dummy"]
-    return ServeCommand([*arguments, *extra], _environment(engine))
+    if engine is not None and engine.mode == "colocate":
+        raise UserError("model.rollout.init_args.mode colocate starts its servers itself; leave `remax serve` out")
+    source = module.policy_source
+    policy = ServedPolicy(
+        path=source.path,
+        dtype=_dtype(trainer, source.dtype),
+        sampling=module.sampling,
+        max_prompt_length=getattr(cli.datamodule, "max_prompt_length", None),
+        lora_rank=None if source.lora is None else _rank(source.lora),
+        tokenizer=module.tokenizer_path,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        from_scratch=source.from_scratch,
+    )
+    host, port = host or ((url and url.hostname) or "127.0.0.1"), port or (url and url.port) or 8000
+    environment = server_environment(None if engine is None else engine.options.api_key_env)
+    return ServeCommand(server_arguments(python, policy, host, port, extra), environment)
 
 
 def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:
@@ -157,22 +138,9 @@ def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:
     return _DTYPES.get(number, "float32") if mode == "mixed" or weights is None else weights
 
 
-def _max_rank(lora: LoRAConfig) -> int:
-    """Return the least of vLLM's limits that the adapter fits."""
-    rank = lora.r
-    if lora.path is not None:
-        file = Path(lora.path, "adapter_config.json")
-        rank = json.loads(file.read_text())["r"] if file.is_file() else 64  # of a hub's adapter, most have less
-    return next((limit for limit in _RANKS if rank <= limit), rank)
-
-
-def _environment(engine: VLLMEngine | None) -> dict[str, str]:
-    paths = [str(vllm_plugin_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
-    if engine is not None and engine.options.api_key_env is not None:
-        variables["VLLM_API_KEY"] = os.environ[engine.options.api_key_env]
-    return variables
+def _rank(lora: LoRAConfig) -> int:
+    """Return the rank of the adapter."""
+    if lora.path is None:
+        return lora.r
+    file = Path(lora.path, "adapter_config.json")
+    return int(json.loads(file.read_text())["r"]) if file.is_file() else 64  # of a hub's adapter, most have less

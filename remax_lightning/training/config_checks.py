@@ -93,6 +93,42 @@ def check_normalized(reward: Reward, advantage: AdvantageConfig) -> None:
         )
 
 
+AHEAD = "model.rollout.init_args.ahead"
+
+
+def check_ahead(ahead: int, baseline: Baseline, mismatch: str) -> None:
+    """Refuse an engine that writes ahead where its responses could not be corrected, or not be asked for.
+
+    Args:
+        ahead: rollouts that are written ahead.
+        baseline: of the run.
+        mismatch: `model.loss.mismatch.kind`.
+    """
+    if not ahead:
+        return
+    if mismatch == "none":
+        raise UserError(
+            f"{AHEAD} {ahead} writes responses with the weights from before an update, whose gradient is another one;"
+            f" set model.loss.mismatch.kind to tis or mis, which correct it, or {AHEAD} to 0"
+        )
+    if baseline.greedy == "sometimes":
+        raise UserError(
+            f"{AHEAD} must be 0 with model.advantage.baseline {baseline_name(baseline)}, got {ahead}: which prompts"
+            " need a greedy response is known only after the rollout before"
+        )
+
+
+def look_ahead(data: Any, ahead: int) -> None:
+    """Let training batches hold the next one, too, where an engine writes ahead; refuse data that cannot."""
+    if not hasattr(data, "looks_ahead"):
+        what = "loaders without a data module" if data is None else type(data).__name__
+        raise UserError(
+            f"{AHEAD} {ahead} needs the next prompts, which {what} does not tell; give the rows to a PromptDataModule,"
+            f" or set {AHEAD} to 0"
+        )
+    data.looks_ahead = True
+
+
 def start_of(policy: ModelConfig) -> ModelConfig:
     """Return where a reference comes from that is the policy before training.
 

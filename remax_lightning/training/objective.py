@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -57,6 +57,17 @@ class UpdatePlan(NamedTuple):
     def runs_policy_before_training(self) -> bool:
         """Whether the policy runs once more, without gradients, before the training passes."""
         return self.needs_old_log_probs and not self.old_log_probs_from_rollout
+
+
+def has_next_rollout(trainer: Trainer, plan: UpdatePlan) -> bool:
+    """Whether another rollout follows the one that is being made, and its prompts are those that the loader told."""
+    if 0 <= trainer.max_steps <= trainer.global_step + plan.updates_per_rollout:
+        return False
+    if trainer.fit_loop.epoch_loop.batch_idx + plan.num_micro_batches < trainer.num_training_batches:
+        return True
+    # The next one is in another epoch. Where a limit ends this one early, the loader does not know what comes then.
+    is_whole = trainer.num_training_batches == len(cast(Any, trainer.train_dataloader))
+    return is_whole and trainer.current_epoch + 1 != trainer.max_epochs
 
 
 class Objective:

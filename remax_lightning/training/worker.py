@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remax_lightning.rollout import VLLMEngine
 
 
 Phase: TypeAlias = Literal["rollout", "reward"]
@@ -220,20 +222,10 @@ class RolloutWorker:
             return_log_probs: whether the engine returns the log-probs of the tokens that it samples.
             num_samples: sampled responses per prompt; None for `sampling.num_samples`.
         """
-        sampling = self.sampling if num_samples is None else replace(self.sampling, num_samples=num_samples)
         # ---- What the engine is asked for ----
-        request = GenerationRequest(
-            prompt_ids=prompt.prompt_ids,  # [B, P]
-            prompt_mask=prompt.prompt_mask,  # [B, P]
-            sampling=sampling,
-            eos_ids=self.eos_ids,
-            pad_id=int(cast(int, self.tokenizer.pad_token_id)),
-            generator=generator,
-            greedy=greedy,
-            return_log_probs=return_log_probs,
-            stop_check=self.stop_check,
-            unused_ids=self.unused_ids,
-        )
+        request = self._request(prompt, generator, greedy, return_log_probs)
+        sampling = request.sampling if num_samples is None else replace(request.sampling, num_samples=num_samples)
+        request = replace(request, sampling=sampling)
         report_progress(f"generating responses to {len(prompt.prompts)} prompts")
         # ---- Decode: in eval mode, on weights that are gathered where a strategy shards them ----
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
@@ -259,6 +251,51 @@ class RolloutWorker:
                 stops = None if stopped_at is None else stopped_at[num_sampled:]
                 greedy_responses = self._responses(prompt, output.greedy_ids, stops)
         return GeneratedResponses(sampled, greedy_responses, output.log_probs)
+
+    def _request(
+        self, prompt: PromptBatch, generator: torch.Generator, greedy: bool, return_log_probs: bool
+    ) -> GenerationRequest:
+        return GenerationRequest(
+            prompt_ids=prompt.prompt_ids,  # [B, P]
+            prompt_mask=prompt.prompt_mask,  # [B, P]
+            sampling=self.sampling,
+            eos_ids=self.eos_ids,
+            pad_id=int(cast(int, self.tokenizer.pad_token_id)),
+            generator=generator,
+            greedy=greedy,
+            return_log_probs=return_log_probs,
+            stop_check=self.stop_check,
+            unused_ids=self.unused_ids,
+        )
+
+    # ---- Ahead: an engine in other processes may write the next responses while these are trained on ----
+
+    @property
+    def ahead(self) -> int:
+        """Rollouts that the engine writes ahead, 0 or 1."""
+        return int(getattr(self.engine, "ahead", 0))
+
+    def begin_responses(
+        self, model: PreTrainedModel, prompt: PromptBatch, generator: torch.Generator, *, greedy: bool
+    ) -> None:
+        """Let the engine write what `generate_responses` returns later to the same arguments, with log-probs."""
+        request = self._request(prompt, generator, greedy, return_log_probs=True)
+        with self.timer.measure("rollout", prompt.prompt_ids.device), torch.no_grad(), eval_mode(model):
+            cast("VLLMEngine", self.engine).begin(model, request)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what the engine has written ahead, which is waited for; None where that is nothing."""
+        return cast("VLLMEngine", self.engine).state_dict() if self.ahead else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore the result of `state_dict`."""
+        if self.ahead:
+            cast("VLLMEngine", self.engine).load_state_dict(state)
+
+    def drop_responses(self) -> None:
+        """Give up on what the engine writes ahead."""
+        if self.ahead:
+            cast("VLLMEngine", self.engine).drop()
 
     def _responses(self, prompt: PromptBatch, ids: Tensor, stopped_at: Tensor | None) -> Responses:
         """Return token ids `[M, R]` with their mask, whether each was truncated, and their text."""

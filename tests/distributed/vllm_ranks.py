@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from distributed.invariance import Keep, make_strategy
 from helpers.training import make_trainer, prompt_data, remax_module
 
 from remax_lightning.config import LossConfig, MismatchConfig
-from remax_lightning.rollout import VLLMEngine
+from remax_lightning.errors import UserError
+from remax_lightning.rollout import ProofConfig, VLLMEngine
 
 STEPS = 3
 
 
-def train(url: str, policy: str, folder: Path, strategy: str) -> None:
+def train(url: str, policy: str, folder: Path, strategy: str, ahead: int = 0) -> None:
     """Train for some steps; rank 0 writes the weights at the end and the figures down."""
     rank = os.environ["LOCAL_RANK"]
     own = folder / f"rank{rank}"
     own.mkdir(parents=True, exist_ok=True)
     module = remax_module(
         policy,
-        rollout=VLLMEngine([url], transfer_dir=str(folder / "weights"), restart_timeout=20.0, transfer_timeout=60.0),
+        rollout=VLLMEngine(
+            [url], transfer_dir=str(folder / "weights"), restart_timeout=20.0, transfer_timeout=60.0, ahead=ahead
+        ),
         loss=LossConfig(mismatch=MismatchConfig("tis")),
         optimizer=partial(torch.optim.SGD, lr=0.1),
     )
@@ -32,3 +37,28 @@ def train(url: str, policy: str, folder: Path, strategy: str) -> None:
     make_trainer(folder, [keep], **options).fit(module, prompt_data(own, policy, batch_size=4, val_path=None))
     if rank == "0":
         torch.save({"weights": keep.weights[-1], "logged": keep.logged}, folder / "end.pt")
+
+
+def fail(url: str, policy: str, folder: Path, strategy: str, where: str) -> None:
+    """Train where one rank fails in its first rollout; both have to end at once, with its message."""
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    own = folder / f"rank{os.environ['LOCAL_RANK']}"
+    own.mkdir(parents=True, exist_ok=True)
+    if is_first:
+        (folder / "file").touch()
+    # Whatever is drawn differs by more than no standard errors at all from what is expected.
+    proof = ProofConfig(standard_errors=1e-9) if where == "proof" and not is_first else ProofConfig()
+    weights = folder / ("file" if where == "write" else "weights")
+    engine = VLLMEngine([url], transfer_dir=str(weights), restart_timeout=20.0, retries=0, proof=proof)
+    module = remax_module(policy, rollout=engine, loss=LossConfig(mismatch=MismatchConfig("tis")))
+    options = {"max_steps": STEPS, "max_epochs": STEPS, "devices": 2, "strategy": make_strategy(strategy)}
+    trainer, data = make_trainer(folder, **options), prompt_data(own, policy, batch_size=4, val_path=None)
+    message = {
+        "write": r"rank 0: .*transfer_dir: the weights cannot be written to",
+        "proof": r"rank 1: .*standard errors",
+        "response": r"rank \d: .*refused /inference/v1/generate with status 400",
+    }
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message[where]):
+        trainer.fit(module, data)
+    assert time.monotonic() - start < 60, "it waited for what never came"

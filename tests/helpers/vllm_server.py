@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,6 +19,8 @@ import torch
 from helpers.waiting import wait_until
 from torch import Tensor
 
+from remax_lightning.rollout import GenerationRequest, SamplingConfig, VLLMEngine
+
 GENERATE = "/inference/v1/generate"
 
 
@@ -28,6 +31,7 @@ class FakeVLLM:
         model: the policy, of which the server has a copy.
         tokenizer: turns its tokens into text, for stop strings.
         key: that requests must have.
+        port: that it listens at; 0 takes a free one.
         faults: attributes to change: see below.
     """
 
@@ -37,6 +41,8 @@ class FakeVLLM:
     has_lora = False
     dev_mode = True
     scale_out = True
+    seconds = 0.0
+    """That a response takes besides its model's."""
     vocab_size: int | None = None
     refuses_files = False
     """Answers that its workers failed when they load weights."""
@@ -55,18 +61,25 @@ class FakeVLLM:
     """Two weights that change places when they are loaded."""
     statuses: dict[str, list[int]]
     """By path, statuses of the next answers."""
+    blank: str | None = None
+    """Path that answers with an empty object."""
+    tls: ssl.SSLContext | None = None
+    """Speaks https."""
     dies_after: int | None = None
     """Responses until it drops connections and forgets its weights."""
     back_after: float | None = None
     """Seconds from then until it is there again."""
     gathers = 0
     """Requests that it waits for before it answers any but the first; not for long if they do not come."""
+    on_death: Callable[[], None] | None = None
+    """Called when it has died."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, key: str | None = None, **faults: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, key: str | None = None, port: int = 0, **faults: Any) -> None:
         self.key, self.tokenizer, self.base = key, tokenizer, deepcopy(model).eval()
         self.start = {name: value.clone() for name, value in self.base.state_dict().items()}
         self.adapters: dict[str, Any] = {}
         self.statuses, self.requests, self.paths, self.dead = {}, [], [], False
+        self.versions: list[str] = []  # that generated, by request
         self.restarts = self.accepted = self.answered = 0
         self.at_once = self.most_at_once = 0
         self.lock = threading.RLock()
@@ -74,8 +87,11 @@ class FakeVLLM:
             assert hasattr(type(self), name), name
             setattr(self, name, value)
         self.version, self.updating, self.paused = "default", False, False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.awake = {"weights", "kv_cache"}
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> FakeVLLM:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -90,6 +106,7 @@ class FakeVLLM:
         with self.lock:
             self.base.load_state_dict(self.start)
             self.adapters, self.version, self.updating, self.dead = {}, "default", False, False
+            self.awake = {"weights", "kv_cache"}
             self.restarts += 1
 
     # ---- HTTP ----
@@ -114,6 +131,8 @@ class FakeVLLM:
                     self.close_connection = True
                     self.connection.close()
                     return
+                if path == "/wake_up":
+                    body = {"tag": self.path.partition("tags=")[2]}
                 status, answer = server.answer(path, body, self.headers)
                 if server.dead:
                     self.close_connection = True
@@ -145,6 +164,8 @@ class FakeVLLM:
         is_guarded = self.key is not None and path.startswith(("/v1", "/inference"))
         if is_guarded and headers.get("Authorization") != f"Bearer {self.key}":
             return 401, {"error": "Unauthorized"}
+        if path == self.blank:
+            return 200, {}
         endpoints: dict[str, Callable[[Any], tuple[int, Any]]] = {
             "/health": lambda _: (200, None),
             "/version": lambda _: (200, {"version": "0.32.0"}),
@@ -156,6 +177,8 @@ class FakeVLLM:
                 "/server_info": self._info,
                 "/weight_info": lambda _: (200, {"weight_version": self.version}),
                 "/weight_checker": self._checksums,
+                "/sleep": self._sleep,
+                "/wake_up": self._wake_up,
                 "/pause": self._pause,
                 "/resume": self._resume,
                 "/init_weight_transfer_engine": lambda _: (200, {"message": "Weight transfer initialized"}),
@@ -188,6 +211,14 @@ class FakeVLLM:
 
     # ---- Weights ----
 
+    def _sleep(self, _: Any) -> tuple[int, Any]:
+        self.awake = set()
+        return 200, {"status": "sleeping", "level": 1}
+
+    def _wake_up(self, body: Any) -> tuple[int, Any]:
+        self.awake.add(body["tag"])
+        return 200, {"status": "awake" if len(self.awake) == 2 else "sleeping"}
+
     def _pause(self, _: Any) -> tuple[int, Any]:
         self.paused = True
         return 200, {"status": "paused"}
@@ -205,7 +236,7 @@ class FakeVLLM:
     def _update(self, body: Any) -> tuple[int, Any]:
         from safetensors.torch import load_file
 
-        if not self.updating:
+        if not self.updating or self.awake != {"weights"} | (self.awake & {"kv_cache"}):
             return 500, {"error": "start_weight_update must be called before update_weights."}
         if self.refuses_files:
             self.updating = False
@@ -270,18 +301,22 @@ class FakeVLLM:
             dies = self.dies_after is not None and self.dies_after < 0
             if not dies:
                 self.accepted += 1
+                self.versions.append(body.get("model") if body.get("model") in self.adapters else self.version)
                 self.at_once += 1
                 self.most_at_once = max(self.most_at_once, self.at_once)
         if dies:
             return self._die()
         name = body.get("model", "policy")
         try:
+            if len(self.awake) < 2:
+                return 500, {"error": {"message": "it sleeps"}}
             if not self.scale_out:
                 return 403, {"error": {"message": "Scale-out endpoints are disabled. Restart with --enable-scale-out."}}
             if name != "policy" and name not in self.adapters:
                 return 404, {"error": {"message": f"The model `{name}` does not exist."}}
             if max(body["token_ids"]) >= (self.vocab_size or self.base.config.vocab_size):
                 return 400, {"error": {"message": "Token id is out of vocabulary"}}
+            threading.Event().wait(self.seconds)
             if self.accepted > 1:
                 wait_until(lambda: self.most_at_once >= self.gathers)
             model = self.base if name == "policy" else self.adapters[name]
@@ -302,6 +337,8 @@ class FakeVLLM:
                 self.dead, self.dies_after = True, None
                 if self.back_after is not None:
                     threading.Timer(self.back_after, self.restart).start()
+                if self.on_death is not None:
+                    threading.Timer(0.1, self.on_death).start()
         return 500, None
 
     def _respond(self, model: Any, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -361,3 +398,35 @@ def _truncated(logits: Tensor, parameters: dict[str, Any]) -> Tensor:
         probs = ordered.softmax(-1)
         logits[order[(probs.cumsum(-1) - probs) >= parameters["top_p"]]] = -torch.inf
     return logits
+
+
+# ---- What it is asked for in tests ----
+
+PROMPTS = [[5, 9, 20], [7], [30, 31, 32, 33, 34], [8, 8]]
+ENDS = [2, *range(4, 30)]
+"""So many that responses are short: the server's model decodes without a cache."""
+
+
+def engine_for(folder: Path, *servers: FakeVLLM, **options: Any) -> VLLMEngine:
+    defaults = {"transfer_dir": str(folder / "weights"), "restart_timeout": 60.0, "timeout": 60.0, "retries": 2}
+    return VLLMEngine([server.url for server in servers], **(defaults | options))
+
+
+def request_for(num_samples: int = 1, seed: int = 0, **options: Any) -> GenerationRequest:
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[3] * (longest - len(row)) + row for row in PROMPTS])
+    mask = torch.arange(longest) >= longest - torch.tensor([[len(row)] for row in PROMPTS])
+    fields = {"max_response_length": 6, "num_samples": num_samples}
+    sampling = SamplingConfig(
+        **(fields | {name: options.pop(name) for name in list(options) if hasattr(SamplingConfig, name)})
+    )
+    defaults: dict[str, Any] = {"eos_ids": ENDS, "pad_id": 3, "return_log_probs": True}
+    return GenerationRequest(ids, mask, sampling, generator=torch.Generator().manual_seed(seed), **(defaults | options))
+
+
+def shake(model: Any, size: float = 0.1) -> None:
+    """Change every weight, as an optimizer step does."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))

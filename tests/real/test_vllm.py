@@ -1,17 +1,19 @@
-"""The real vLLM, for CPUs, in an environment of its own (`make vllm`): training, weights, a server that is killed.
+"""The real vLLM, for CPUs, in an environment of its own (`make vllm`): training, weights, resuming, servers that die.
 
 The server is started with the command of `remax serve`.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ import torch
 import yaml
 from helpers.training import PROMPTS, CharacterReward, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from remax_lightning.config import LossConfig, MismatchConfig
+from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, SamplingConfig, VLLMEngine
 from remax_lightning.tools.serve import DEFAULT_PYTHON, serve_command
@@ -72,8 +76,8 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def engine(self, folder: Path) -> VLLMEngine:
-        return VLLMEngine([self.url], transfer_dir=str(folder / "weights"), restart_timeout=180.0)
+    def engine(self, folder: Path, **options: Any) -> VLLMEngine:
+        return VLLMEngine([self.url], transfer_dir=str(folder / "weights"), **({"restart_timeout": 180.0} | options))
 
 
 @pytest.fixture(scope="module", params=["weights", "adapter"])
@@ -113,7 +117,17 @@ class Replay:
         return GenerationOutput(rollout.sampled.response_ids, rollout.greedy.response_ids)
 
 
-def train(policy: Path, lora: bool, folder: Path, engine: Any, mismatch: MismatchConfig) -> Rollouts:
+def train(
+    policy: Path,
+    lora: bool,
+    folder: Path,
+    engine: Any,
+    mismatch: MismatchConfig,
+    *,
+    steps: int = STEPS,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: Path | None = None,
+) -> Rollouts:
     module = remax_module(
         ModelConfig(str(policy), dtype="float32", lora=LoRAConfig(r=8, alpha=16) if lora else None),
         rollout=engine,
@@ -125,7 +139,8 @@ def train(policy: Path, lora: bool, folder: Path, engine: Any, mismatch: Mismatc
     data = prompt_data(folder, str(policy), PROMPTS[:4], val_path=None)
     recorder = Rollouts()
     torch.manual_seed(0)
-    make_trainer(folder, [recorder], max_steps=STEPS, max_epochs=STEPS).fit(module, data)
+    options = {"max_steps": steps, "max_epochs": STEPS, "enable_checkpointing": bool(callbacks)}
+    make_trainer(folder, [recorder, *callbacks], **options).fit(module, data, ckpt_path=checkpoint)
     return recorder
 
 
@@ -178,3 +193,92 @@ def test_a_server_that_is_killed_in_a_rollout_loses_nothing(server: Server, smol
     assert torch.equal(output.sampled_ids[:, :4], expected.sampled_ids[:, :4])
     assert torch.equal(output.greedy_ids[:, :4], expected.greedy_ids[:, :4])
     assert server.log.read_text(errors="replace").count("Application startup complete") == 2
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_resumed_run_trains_on_the_same_responses(ahead: int, server: Server, smollm2: Path, tmp_path: Path) -> None:
+    lora = "--enable-lora" in server.command.arguments
+    if lora and not ahead:
+        pytest.skip("what is written again is the same whatever is sent")
+    mismatch = MismatchConfig("tis")
+
+    def run(name: str, steps: int, checkpoint: Path | None = None) -> Rollouts:
+        saves = ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=1)
+        engine = server.engine(tmp_path, ahead=ahead)
+        options = {"steps": steps, "callbacks": [saves], "checkpoint": checkpoint}
+        return train(smollm2, lora, tmp_path, engine, mismatch, **options)
+
+    whole = run("whole", 4)
+    rest = run("rest", 4, tmp_path / "whole" / "step=2.ckpt")
+    assert len(rest.rollouts) == 2
+    for ours, theirs in zip(rest.rollouts, whole.rollouts[2:], strict=True):
+        for kind in ("sampled", "greedy"):
+            one, other = getattr(ours, kind).response_ids, getattr(theirs, kind).response_ids
+            # Written ahead they are in the checkpoint; written again, the same up to how rows are batched.
+            length = LENGTH if ahead and ours is rest.rollouts[0] else 3
+            assert torch.equal(one[:, :length], other[:, :length])
+    for name, value in rest.weights.items():
+        torch.testing.assert_close(value, whole.weights[name], rtol=0, atol=1e-3)
+    # One step apart the responses are those of other weights, and corrected.
+    figures = [logged["train/mismatch_kl"] for logged in whole.logged]
+    assert figures[0] < 1e-6
+    assert all(figure > 1e-6 if ahead else figure < 1e-6 for figure in figures[1:])
+
+
+def test_a_server_of_the_engines_own(smollm2: Path, tmp_path: Path) -> None:
+    """It is killed in the run, and gone behind it."""
+    if not PYTHON.exists():
+        pytest.skip(f"there is no {PYTHON}: run `make vllm`")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    arguments = ["--enforce-eager", "--max-num-seqs", "64"]
+    options = {"transfer_dir": str(tmp_path / "weights"), "restart_timeout": 180.0, "server_args": arguments}
+    engine = VLLMEngine(mode="colocate", python=str(PYTHON), **options)
+
+    class Kill(Callback):
+        """Kills the server between two steps."""
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 1:
+                os.killpg(engine.process.pid, signal.SIGKILL)
+            self.pid = engine.process.pid
+
+    kill = Kill()
+    ours = train(smollm2, True, tmp_path, engine, MismatchConfig("tis"), steps=3, callbacks=[kill])
+    assert len(ours.logged) == 3
+    assert all(logged["train/mismatch_kl"] < 1e-6 for logged in ours.logged)
+    engine.close()
+    # Nobody may have waited for its workers, but none computes any more.
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    assert not [stat for stat in stats if stat[2] == str(kill.pid) and stat[0] != "Z"]
+
+
+def test_a_server_without_room_says_so(smollm2: Path, tmp_path: Path) -> None:
+    if not PYTHON.exists():
+        pytest.skip(f"there is no {PYTHON}: run `make vllm`")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    engine = VLLMEngine(mode="colocate", python=str(PYTHON), retries=0, server_args=["--kv-cache-memory-bytes", "1000"])
+    with pytest.raises(
+        UserError, match=r"the vLLM server of this process ended with code 1: ValueError: .*; its log is"
+    ):
+        engine.check(model, SamplingConfig(max_response_length=64), 64)
+    engine.close()
+
+
+def test_the_benchmark_measures_every_part(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not PYTHON.exists():
+        pytest.skip(f"there is no {PYTHON}: run `make vllm`")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    results = tmp_path / "results.jsonl"
+    options = ["--python", str(PYTHON), "--policy", str(smollm2), "--length", "4", "--repetitions", "1"]
+    importlib.import_module("vllm_rollout").main([*options, "--results", str(results)])
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    updates = {line["variant"]: line["bytes"] for line in lines if line.get("phase") == "update"}
+    assert updates["all weights"] > 500e6
+    assert updates["adapter"] < 50e6
+    ways = {(line["variant"], line["lengths"]) for line in lines if "lengths" in line}
+    assert ways == {(way, kind) for way in ("vllm", "ours", "two generate calls") for kind in ("fixed", "uneven")}
+    [step] = [line for line in lines if line.get("phase") == "step"]
+    assert 0 < step["overhead"] < 1
+    assert {line["variant"] for line in lines if line.get("phase") == "ahead"} == {"ahead 0", "ahead 1"}

@@ -2,91 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+import datetime
+import ipaddress
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import certifi
 import pytest
 import torch
 from conftest import make_tokenizer
-from helpers.training import EARLY_ENDS, fit, prompt_data, remax_module, save_policy
-from helpers.vllm_server import FakeVLLM
+from helpers.training import EARLY_ENDS, fit, prompt_data, remax_module
+from helpers.vllm_server import ENDS, PROMPTS, engine_for, request_for, shake
+from helpers.waiting import wait_until
 
 from remax_lightning.config import LossConfig, MismatchConfig
 from remax_lightning.errors import UserError
+from remax_lightning.functional.log_probs import LogitTransform
 from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.models.forward import HeadSearch
 from remax_lightning.rollout import (
     AutoEngine,
-    GenerationRequest,
     PairedEngine,
+    ProofConfig,
     SamplingConfig,
     VLLMEngine,
     clone_engine,
+    vllm_proof,
 )
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.rollout.vllm_weights import weight_version
-
-PROMPTS = [[5, 9, 20], [7], [30, 31, 32, 33, 34], [8, 8]]
-ENDS = [2, *range(4, 30)]
-"""So many that responses are short: the server's model decodes without a cache."""
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def loaded(policy: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(policy).eval()
-
-
-@pytest.fixture
-def model(loaded: Any) -> Any:
-    return deepcopy(loaded)
-
-
-@pytest.fixture
-def serve(loaded: Any) -> Iterator[Callable[..., FakeVLLM]]:
-    servers: list[FakeVLLM] = []
-
-    def start(**faults: Any) -> FakeVLLM:
-        servers.append(FakeVLLM(loaded, make_tokenizer(), **faults).__enter__())
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.__exit__()
-
-
-def engine_for(folder: Path, *servers: FakeVLLM, **options: Any) -> VLLMEngine:
-    defaults = {"transfer_dir": str(folder / "weights"), "restart_timeout": 60.0, "timeout": 60.0, "retries": 2}
-    return VLLMEngine([server.url for server in servers], **(defaults | options))
-
-
-def request_for(num_samples: int = 1, seed: int = 0, **options: Any) -> GenerationRequest:
-    longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[3] * (longest - len(row)) + row for row in PROMPTS])
-    mask = torch.arange(longest) >= longest - torch.tensor([[len(row)] for row in PROMPTS])
-    fields = {"max_response_length": 6, "num_samples": num_samples}
-    sampling = SamplingConfig(
-        **(fields | {name: options.pop(name) for name in list(options) if hasattr(SamplingConfig, name)})
-    )
-    defaults: dict[str, Any] = {"eos_ids": ENDS, "pad_id": 3, "return_log_probs": True}
-    return GenerationRequest(ids, mask, sampling, generator=torch.Generator().manual_seed(seed), **(defaults | options))
-
-
-def shake(model: Any, size: float = 0.1) -> None:
-    """Change every weight, as an optimizer step does."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-
 
 # ---- Requests and responses ----
 
@@ -281,6 +231,13 @@ def test_only_what_was_refused_is_asked_for_again(status: int, model: Any, serve
         engine_for(tmp_path, server).generate(model, request_for())
 
 
+def test_an_update_that_a_killed_trainer_left_open_is_ended(model: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve()
+    server.paused = server.updating = True
+    engine_for(tmp_path, server).generate(model, request_for())
+    assert server.version == weight_version(model)
+
+
 def test_workers_that_cannot_load_the_files_end_the_run_at_once(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(refuses_files=True)
     with pytest.raises(UserError, match=r"cannot load the weights in .* Worker failed with error 'no room'"):
@@ -317,25 +274,94 @@ def test_a_server_that_holds_or_samples_another_policy_ends_the_run(
 @pytest.mark.parametrize("fault", ["updated in name only", "a permuted layer"])
 def test_log_probs_find_what_checksums_would(fault: str, model: Any, serve: Any, tmp_path: Path) -> None:
     shake(model, 0.3)
-    engine = engine_for(tmp_path, serve(**FAULTS[fault][0]), checksums=False)
+    engine = engine_for(tmp_path, serve(**FAULTS[fault][0]), proof=ProofConfig(checksums=False))
     with pytest.raises(UserError, match=r"log-probs that differ .* it holds other weights"):
         engine.generate(model, request_for(num_samples=2))
 
 
 def test_samples_of_another_temperature_are_noticed_by_their_likelihood(model: Any, serve: Any, tmp_path: Path) -> None:
-    engine = engine_for(tmp_path, serve(samples_at=0.3), prove_responses=100)
+    engine = engine_for(tmp_path, serve(samples_at=0.3), proof=ProofConfig(responses=100))
     with pytest.raises(UserError, match="more likely than draws of the policy"):
         engine.generate(model, request_for(num_samples=8, eos_ids=[2]))
 
 
 def test_the_first_update_is_proven_and_then_every_so_many_rollouts(model: Any, serve: Any, tmp_path: Path) -> None:
-    engine, proven = engine_for(tmp_path, serve(), prove_every=4, prove_responses=2), []
+    engine, proven = engine_for(tmp_path, serve(), proof=ProofConfig(every=4, responses=2)), []
     for step in range(5):
         if step in (1, 2):
             shake(model, 0.01)
         engine.generate(model, request_for())
         proven.append("rollout/log_prob_gap" in engine.metrics())
     assert proven == [True, True, False, False, True]
+
+
+def test_rounding_may_explain_as_much_as_the_user_says(model: Any, serve: Any, tmp_path: Path) -> None:
+    """A mixture of experts whose routers flip differs in single tokens by more than the default allows."""
+    wide = ProofConfig(max_gap=50.0, mean_gap=50.0, standard_errors=50.0)
+    engine_for(tmp_path, serve(temperature=1.5), proof=wide).generate(model, request_for())
+    for narrow in ({"max_gap": 1e-3}, {"mean_gap": 1e-3}, {"standard_errors": 1e-3}):
+        proof = ProofConfig(**({"max_gap": 50.0, "mean_gap": 50.0, "standard_errors": 50.0} | narrow))
+        with pytest.raises(UserError, match=r"log-probs that differ|most likely ones|likely than draws"):
+            engine_for(tmp_path, serve(temperature=1.5, samples_at=1.5), proof=proof).generate(model, request_for())
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_proof_has_logits_of_a_few_tokens_at_once(
+    has_head: bool, model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = []
+    for limit in (2**24, 2 * model.config.vocab_size):
+        monkeypatch.setattr(vllm_proof, "LOGITS_AT_ONCE", limit)
+        sizes: list[int] = []
+        made = LogitTransform.log_softmax
+
+        def log_softmax(self: Any, hidden: Any, *arguments: Any, made: Any = made, sizes: Any = sizes) -> Any:
+            sizes.append(len(hidden))
+            return made(self, hidden, *arguments)
+
+        monkeypatch.setattr(LogitTransform, "log_softmax", log_softmax)
+        if not has_head:
+            monkeypatch.setattr(vllm_proof, "find_head", lambda _: HeadSearch(None, "sharded"))
+        engine = engine_for(tmp_path, serve(temperature=1.02))
+        engine.generate(model, request_for())
+        gaps.append(engine.metrics()["rollout/log_prob_gap"])
+        monkeypatch.setattr(LogitTransform, "log_softmax", made)
+        if has_head:
+            assert max(sizes) <= max(2, limit // model.config.vocab_size)
+    assert 0 < gaps[0] == pytest.approx(gaps[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["every", "responses", "max_gap", "mean_gap", "standard_errors"])
+def test_a_limit_of_the_proof_out_of_its_range_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"model.rollout.init_args.proof.{name} must be"):
+        ProofConfig(**{name: 0})
+
+
+# ---- Ends ----
+
+
+def alive() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("vllm-request")]
+
+
+@pytest.mark.parametrize("how", ["a row is refused", "Ctrl-C", "a server is gone"])
+def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve()
+    engine = engine_for(tmp_path, server, timeout=60.0, restart_timeout=60.0)
+    engine.generate(model, request_for())
+    server.seconds = 30.0
+    start = time.monotonic()
+    if how == "a row is refused":
+        server.statuses["/inference/v1/generate"] = [200, 400]
+    else:
+        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    if how == "a server is gone":
+        server.statuses["/inference/v1/generate"] = [503] * 8
+        server.statuses["/health"] = [503] * 1000
+    with pytest.raises(UserError if how == "a row is refused" else KeyboardInterrupt):
+        engine.generate(model, request_for())
+    assert time.monotonic() - start < 25  # a response takes 30
+    assert wait_until(lambda: not alive())
 
 
 # ---- Mistakes, before training ----
@@ -371,6 +397,72 @@ def test_the_doctor_tells_what_the_servers_are(model: Any, serve: Any, tmp_path:
     module = SimpleNamespace(trained_model=model, device="cpu", worker=worker)
     context: Any = SimpleNamespace(module=module, load_models=lambda: None, note="")
     assert check_models(context).measured.endswith("vLLM 0.32.0, policy in float32, 128 tokens, raw_logprobs")
+
+
+ASKED_AT_START = ("/v1/models", "/server_info", "/weight_info", "/inference/v1/generate")
+ASKED_FOR_WEIGHTS = ("/pause", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+                     "/finish_weight_update", "/weight_checker")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*ASKED_AT_START, *ASKED_FOR_WEIGHTS])
+def test_a_server_that_is_busy_is_asked_again_and_then_named(path: str, model: Any, serve: Any, tmp_path: Path) -> None:
+    """Whatever it is asked: one that starts answers 503 here and there."""
+    server = serve()
+    server.statuses[path] = [503]
+    engine = engine_for(tmp_path, server)
+    engine.check(model, request_for().sampling, 5)
+    engine.generate(model, request_for())
+    assert engine.describe()[0].startswith(server.url)
+    server = serve()
+    server.statuses[path] = [503] * 100
+    with pytest.raises(UserError, match=rf"the server {server.url} .* in 1 tries \(.*retries\): status 503: not now"):
+        engine_for(tmp_path / "other", server, retries=0).generate(model, request_for())
+
+
+@pytest.mark.parametrize("path", [*ASKED_AT_START, "/weight_checker"])
+def test_an_answer_of_something_else_is_told(path: str, model: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve()
+    engine = engine_for(tmp_path, server, retries=0)
+    if path == "/inference/v1/generate":  # its content is read with the responses
+        engine.check(model, request_for().sampling, 5)
+    server.blank = path
+    with pytest.raises(UserError, match=rf"the server {server.url} answered {path}\S* without .*is it a vLLM server"):
+        engine.generate(model, request_for())
+
+
+def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for 127.0.0.1 that signs itself, and what a server needs of it."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a")])
+    now, address = datetime.datetime.now(datetime.UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    signed = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False).sign(key, hashes.SHA256())
+    public, private = folder / "public.pem", folder / "private.pem"
+    public.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    kinds = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, *kinds))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, private)
+    return public, context
+
+
+def test_a_certificate_is_checked_with_the_file_that_is_named(
+    model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public, context = certificate(tmp_path)
+    server = serve(tls=context)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # counts only where no file is named
+        monkeypatch.setenv(name, certifi.where())
+    with pytest.raises(UserError, match=r"the server https://.* has a certificate that cannot be checked .*ca_file"):
+        engine_for(tmp_path, server).check(model, request_for().sampling, 5)
+    with pytest.raises(UserError, match=r"the server https://.*cannot be asked: .*nowhere.pem"):
+        engine_for(tmp_path, server, ca_file=str(tmp_path / "nowhere.pem")).check(model, request_for().sampling, 5)
+    output = engine_for(tmp_path, server, ca_file=str(public)).generate(model, request_for())
+    assert output.sampled_ids.shape == (4, 6)
 
 
 def test_log_probs_of_another_kind_are_refused(model: Any, serve: Any, tmp_path: Path) -> None:
@@ -435,7 +527,7 @@ def test_a_plain_server_under_https_is_told(model: Any, serve: Any, tmp_path: Pa
         engine.check(model, SamplingConfig(max_response_length=6), 5)
 
 
-@pytest.mark.parametrize("name", ["concurrency", "timeout", "transfer_timeout", "prove_every", "prove_responses"])
+@pytest.mark.parametrize("name", ["concurrency", "timeout", "transfer_timeout"])
 def test_a_number_out_of_its_range_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"model.rollout.init_args.{name} must be"):
         VLLMEngine(["http://localhost:1"], **{name: 0})

@@ -1,0 +1,336 @@
+"""What a vLLM server is: the command that starts one, what it tells of itself, and one in a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from remax_lightning.config import SamplingConfig
+from remax_lightning.distributed import rank
+from remax_lightning.errors import UserError
+from remax_lightning.models.lora import has_adapter
+from remax_lightning.rollout.vllm_client import KEY, MissingError, RefusedError, ServerInfo, VLLMServer
+from remax_lightning.rollout.vllm_proof import log_probs_mode
+from remax_lightning.rollout.vllm_weights import BACKEND
+from remax_lightning.sharding import unwrap_peft
+
+DEFAULT_PYTHON = ".venv-vllm/bin/python"
+"""Where `make vllm` installs it."""
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks of adapters that vLLM can be started for."""
+_LOG_PREFIX = re.compile(r"^(\([^)]*\) *)?((ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] *)?")
+_SECONDS_TO_END = 10.0
+"""For a server to end by itself before it is killed."""
+
+
+class ServedPolicy(NamedTuple):
+    """What a server has to serve.
+
+    Args:
+        path: folder or hub name.
+        dtype: that it computes in.
+        sampling: of the run.
+        max_prompt_length: tokens of the longest prompt; None leaves the limit to the model.
+        lora_rank: of the adapter that is trained; None without one.
+        tokenizer: folder or hub name, where it is not the policy's.
+        revision: on the hub.
+        trust_remote_code: run code of the policy's repository.
+        from_scratch: there are no weights before the trainer sends some.
+    """
+
+    path: str
+    dtype: str
+    sampling: SamplingConfig
+    max_prompt_length: int | None
+    lora_rank: int | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    from_scratch: bool = False
+
+
+def served_policy(model: Any, sampling: SamplingConfig, max_prompt_length: int | None) -> ServedPolicy:
+    """Return what a server has to serve for a policy in this process."""
+    ranks = [adapter.r for adapter in model.peft_config.values()] if has_adapter(model) else []
+    return ServedPolicy(
+        path=unwrap_peft(model).name_or_path,
+        dtype=str(model.dtype).removeprefix("torch."),
+        sampling=sampling,
+        max_prompt_length=max_prompt_length,
+        lora_rank=max(ranks, default=None),
+    )
+
+
+def server_arguments(python: str, policy: ServedPolicy, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
+    """Return the command of a server, the program first.
+
+    Args:
+        python: of the environment with vLLM.
+        policy: that is served.
+        host: address to listen at.
+        port: to listen at.
+        extra: further arguments for vLLM.
+    """
+    arguments = [python, "-m", "remax_vllm_serve", "serve", policy.path, "--host", host, "--port", str(port)]
+    arguments += ["--dtype", policy.dtype]
+    # ---- How weights come ----
+    arguments += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    arguments += ["--worker-extension-cls", "remax_vllm_transfer.Extension"]
+    if policy.lora_rank is not None:
+        limit = next((limit for limit in _RANKS if policy.lora_rank <= limit), policy.lora_rank)
+        arguments += ["--enable-lora", "--max-lora-rank", str(limit)]
+    # ---- Token ids in and out; what the trainer decides alone ----
+    mode = log_probs_mode(policy.sampling)
+    arguments += ["--enable-scale-out", "--generation-config", "vllm"]
+    arguments += ["--logprobs-mode", mode if mode and mode != "neither" else "raw_logprobs"]
+    if policy.max_prompt_length is not None:
+        arguments += ["--max-model-len", str(policy.max_prompt_length + policy.sampling.max_response_length)]
+    if policy.tokenizer is not None:
+        arguments += ["--tokenizer", policy.tokenizer]
+    if policy.revision is not None:
+        arguments += ["--revision", policy.revision]
+    if policy.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    if policy.from_scratch:
+        arguments += ["--load-format", "dummy"]
+    return [*arguments, *extra]
+
+
+def server_environment(api_key_env: str | None) -> dict[str, str]:
+    """Return the variables that a server needs, beside those of this process."""
+    plugin = str(Path(__file__).parent / "vllm_plugin")
+    variables = {
+        "PYTHONPATH": os.pathsep.join([plugin, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    return variables | ({} if api_key_env is None else {"VLLM_API_KEY": os.environ[api_key_env]})
+
+
+# ---- What a server is ----
+
+
+def describe(server: VLLMServer, model: str | None) -> ServerInfo:
+    """Return what the server is.
+
+    Args:
+        server: that is asked.
+        model: name of the policy there; None takes the only one.
+
+    Raises:
+        UserError: if it is no vLLM server for training, or does not serve that model.
+        ServerGoneError: if it does not answer.
+    """
+    try:
+        cards = server.value("/v1/models", "data")
+    except MissingError:
+        raise UserError(f"{server!r} is no vLLM server: it has no list of models at /v1/models") from None
+    # An adapter has the model below it as its parent.
+    bases = {card["id"]: card for card in cards if card.get("parent") is None}
+    if model is None and len(bases) != 1:
+        raise UserError(f"{server!r} serves {', '.join(map(repr, bases))}; name the policy in {KEY}.served_model")
+    name = next(iter(bases)) if model is None else model
+    if name not in bases:
+        raise UserError(f"{server!r} serves {', '.join(map(repr, bases))}, not {KEY}.served_model {model!r}")
+    try:
+        config = server.value("/server_info?config_format=json", "vllm_config")
+        server.get("/weight_info")
+    except MissingError:
+        raise UserError(
+            f"{server!r} has no endpoints for weights; start it with `remax serve`, or with VLLM_SERVER_DEV_MODE=1"
+            " and a vLLM of 0.32 or later"
+        ) from None
+    return _server_info(name, bases[name], config)
+
+
+def knows_token(server: VLLMServer, model: str, token: int) -> bool:
+    """Whether a token is in the vocabulary of a model; asks for one greedy token behind it.
+
+    Raises:
+        UserError: if the server makes no responses of token ids.
+        ServerGoneError: if it does not answer.
+    """
+    parameters = {"temperature": 0.0, "max_tokens": 1}
+    try:
+        server.post("/inference/v1/generate", {"model": model, "token_ids": [token], "sampling_params": parameters})
+    except RefusedError as error:
+        if error.status != 400:
+            raise
+        return False
+    except MissingError:
+        raise UserError(f"{server!r} takes no token ids; it needs a vLLM of 0.32 or later") from None
+    return True
+
+
+def _server_info(name: str, card: dict[str, Any], config: dict[str, Any]) -> ServerInfo:
+    """Return what the list of models and the configuration of a server say."""
+    model_config = config.get("model_config") or {}
+    transfer = config.get("weight_transfer_config") or {}
+    return ServerInfo(
+        model=name,
+        max_model_len=int(card.get("max_model_len") or model_config["max_model_len"]),
+        dtype=None if model_config.get("dtype") is None else str(model_config["dtype"]).removeprefix("torch."),
+        logprobs_mode=str(model_config.get("logprobs_mode", "raw_logprobs")),
+        transfer_backend=transfer.get("backend"),
+        has_lora=config.get("lora_config") is not None,
+        device=str((config.get("device_config") or {}).get("device", "")),
+    )
+
+
+def check_server(
+    server: VLLMServer, info: ServerInfo, model: Any, sampling: SamplingConfig, max_prompt_length: int | None
+) -> None:
+    """Refuse a server that cannot roll out with the policy.
+
+    Args:
+        server: that is asked.
+        info: what it said of itself.
+        model: the policy.
+        sampling: of the run.
+        max_prompt_length: tokens of the longest prompt; None where it is not known.
+
+    Raises:
+        UserError: naming the server and what it lacks.
+        ServerGoneError: if it does not answer.
+    """
+    prompt_length = max_prompt_length or 0
+    vocabulary = model.config.get_text_config().vocab_size
+    if not knows_token(server, info.model, vocabulary - 1):
+        raise UserError(
+            f"{server!r} serves {info.model!r} with a smaller vocabulary than the {vocabulary} tokens of the"
+            " policy; start it with the folder of model.policy.path"
+        )
+    length = prompt_length + sampling.max_response_length
+    if length > info.max_model_len:
+        raise UserError(
+            f"{server!r} takes {info.max_model_len} tokens, and prompts of {prompt_length} with responses of"
+            f" model.sampling.max_response_length {sampling.max_response_length} have {length}; start it with"
+            f" --max-model-len {length}"
+        )
+    if has_adapter(model):
+        if not info.has_lora:
+            raise UserError(
+                f"{server!r} takes no adapters, and model.policy.lora trains one; start it with `remax serve`, or"
+                " with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
+    elif info.transfer_backend != BACKEND:
+        raise UserError(
+            f"{server!r} takes weights by {info.transfer_backend or 'nothing'}, expected {BACKEND}; start it with"
+            " `remax serve`"
+        )
+    mode = log_probs_mode(sampling)
+    if mode not in (None, "neither", info.logprobs_mode):
+        raise UserError(
+            f"{server!r} returns {info.logprobs_mode}, and model.sampling trains {mode.replace('_', ' ')}; start it"
+            f" with --logprobs-mode {mode}"
+        )
+
+
+# ---- A server in a child process ----
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class ServerProcess:
+    """A server in a child process, started again when it dies, and ended with this process, however that ends.
+
+    Args:
+        arguments: the command, see `server_arguments`.
+        api_key_env: environment variable with the server's key.
+        restarts: how often it may die.
+        device: number of the CUDA device that it shares with this process; None on a CPU.
+
+    Raises:
+        UserError: if there is no such program.
+    """
+
+    def __init__(self, arguments: Sequence[str], api_key_env: str | None, restarts: int, device: int | None) -> None:
+        if shutil.which(arguments[0]) is None:
+            raise UserError(
+                f"model.rollout.init_args.python: there is no {arguments[0]!r}; install vLLM in an environment of its"
+                " own (python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0), or name one's Python"
+            )
+        self.arguments, self._left = list(arguments), restarts
+        self._environment = {**os.environ, **server_environment(api_key_env), "REMAX_VLLM_PARENT": str(os.getpid())}
+        # Of the ranks of a launcher it must not take the process group for its own.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+            self._environment.pop(name, None)
+        if device is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            self._environment["CUDA_VISIBLE_DEVICES"] = (
+                visible[device] if device < len(visible) and visible[0] else str(device)
+            )
+        descriptor, name = tempfile.mkstemp(prefix=f"remax-vllm-rank{rank()}-", suffix=".log")
+        os.close(descriptor)
+        self.log = Path(name)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The number of its process, once it is started."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it unless it runs.
+
+        Raises:
+            UserError: if it has died as often as it may, with its last words.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is not None:
+            if self._left == 0:
+                raise UserError(
+                    f"model.rollout: the vLLM server of this process ended with code {self._process.returncode}:"
+                    f" {self.last_words()}; its log is {str(self.log)!r}"
+                )
+            self._left -= 1
+            self._end_group()  # workers that outlived it hold the device's memory
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.arguments, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,  # Ctrl-C is for the trainer
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """End it and its workers; the log stays only where it tells of an error."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        is_dead = process.poll() is not None
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SECONDS_TO_END)
+        self._end_group(process)
+        process.wait()
+        if not is_dead:
+            self.log.unlink(missing_ok=True)
+
+    def _end_group(self, process: subprocess.Popen[bytes] | None = None) -> None:
+        process = process or self._process
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+
+    def last_words(self) -> str:
+        """Return the last line of its log that tells of an error, or its last line."""
+        text = self.log.read_text(errors="replace")[-20_000:]
+        # "(EngineCore pid=7) ERROR 11-28 00:10:01 [core.py:12] ValueError: ..." without what stands before it
+        lines = [re.sub(_LOG_PREFIX, "", line).strip() for line in text.splitlines()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return next(reversed(errors or [line for line in lines if line]), "it said nothing")[:300]

@@ -1,0 +1,167 @@
+"""`VLLMEngine` with `mode: colocate`: a server of its own in a child process, which a small one stands in for here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from helpers.vllm_server import FakeVLLM, engine_for, request_for, shake
+from helpers.waiting import wait_until
+
+from remax_lightning.errors import UserError
+from remax_lightning.rollout import VLLMEngine
+from remax_lightning.rollout.vllm_server import ServerProcess
+
+
+def program(folder: Path, lines: str) -> str:
+    """A program in place of Python: it writes its arguments down, and does what the lines say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\necho "$@" >> {folder}/arguments\n{lines}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def colocated(folder: Path, lines: str, **options: Any) -> VLLMEngine:
+    defaults = {"transfer_dir": str(folder / "weights"), "restart_timeout": 60.0, "retries": 2}
+    return VLLMEngine(mode="colocate", python=program(folder, lines), **(defaults | options))
+
+
+def children(engine: VLLMEngine, folder: Path) -> int:
+    return len((folder / "arguments").read_text().splitlines())
+
+
+@pytest.fixture
+def started(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[VLLMEngine, FakeVLLM]]]:
+    """A function that returns an engine whose child only sleeps, and what answers at the child's port."""
+    engines: list[tuple[VLLMEngine, FakeVLLM]] = []
+
+    def start(**faults: Any) -> tuple[VLLMEngine, FakeVLLM]:
+        engine = colocated(tmp_path, "exec sleep 100")
+        port = int(engine.servers[0].url.rpartition(":")[2])
+        engines.append((engine, FakeVLLM(loaded, make_tokenizer(), port=port, **faults).__enter__()))
+        return engines[-1]
+
+    yield start
+    for engine, server in engines:
+        engine.close()
+        server.__exit__()
+
+
+def test_it_starts_a_server_for_the_policy(started: Any, model: Any, serve: Any, tmp_path: Path) -> None:
+    engine, _ = started()
+    output = engine.generate(model, request_for())
+    expected = engine_for(tmp_path / "other", serve()).generate(model, request_for())
+    assert torch.equal(output.sampled_ids, expected.sampled_ids)
+    [arguments] = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments.startswith(f"-m remax_vllm_serve serve {model.name_or_path} --host 127.0.0.1 --port ")
+    assert "--dtype float32" in arguments
+    assert "--max-model-len 11" in arguments  # the longest prompt has 5 tokens, a response 6
+    assert "--enable-sleep-mode" not in arguments  # there is none on a CPU
+
+
+def test_the_server_sleeps_but_for_rollouts(started: Any, model: Any) -> None:
+    engine, server = started()
+    for _ in range(2):
+        engine.generate(model, request_for())
+        assert server.awake == set()
+        shake(model)
+    order = ("/wake_up", "/update_weights", "/inference/v1/generate", "/sleep")
+    paths = [path for path in server.paths if path in order]
+    paths = [path for index, path in enumerate(paths) if index == 0 or path != paths[index - 1]]
+    # The weights wake up first, are updated, and then keys and values get their memory.
+    step = ["/wake_up", "/update_weights", "/wake_up", "/inference/v1/generate", "/sleep"]
+    assert paths == ["/inference/v1/generate", *step, *step]  # the first asks whether it knows the vocabulary
+
+
+def test_a_server_that_is_killed_is_started_again(started: Any, model: Any, tmp_path: Path) -> None:
+    engine, server = started()
+    expected = engine.generate(model, request_for())
+    server.dies_after = 3
+
+    def come_back() -> None:
+        os.killpg(engine.process.pid, signal.SIGKILL)
+        server.restart()
+
+    server.on_death = come_back
+    output = engine.generate(model, request_for())
+    assert torch.equal(output.sampled_ids, expected.sampled_ids)
+    assert children(engine, tmp_path) == 2
+
+
+def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(model: Any, tmp_path: Path) -> None:
+    words = "(EngineCore pid=9) ERROR 11-28 00:10:01 [core.py:12] ValueError: no memory for keys and values"
+    engine = colocated(tmp_path, f'echo "{words}" >&2; echo "bye"; exit 3', retries=1)
+    with pytest.raises(UserError, match=r"ended with code 3: ValueError: no memory for keys and values; its log is"):
+        engine.generate(model, request_for())
+    assert children(engine, tmp_path) == 2
+    with pytest.raises(UserError, match=r"python: there is no 'nowhere/python'; install vLLM in an environment"):
+        VLLMEngine(mode="colocate", python="nowhere/python").generate(model, request_for())
+
+
+def test_the_server_ends_with_the_trainer(tmp_path: Path) -> None:
+    """Also where that is killed: the kernel tells the child, which runs what vLLM's environment has in its place."""
+    package = tmp_path / "vllm/entrypoints/cli"
+    package.mkdir(parents=True)
+    (package / "main.py").write_text("import time\ndef main():\n    print('up', flush=True)\n    time.sleep(100)\n")
+    code = (
+        "import os, sys, time\n"
+        "from remax_lightning.rollout.vllm_server import ServerProcess\n"
+        "process = ServerProcess([sys.executable, '-m', 'remax_vllm_serve'], None, 0, None)\n"
+        "process.start()\n"
+        "print(process.pid, process.log, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert trainer.stdout is not None
+    pid, log = trainer.stdout.readline().split()
+    assert wait_until(lambda: "up" in Path(log).read_text())
+    trainer.kill()
+    trainer.wait()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text())
+    Path(log).unlink()
+
+
+def living(group: int) -> list[str]:
+    """The processes of a group that have not ended; nobody may have waited for those that have."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            stats.append(path.read_text().rpartition(")")[2].split())
+    return [stat[0] for stat in stats if stat[2] == str(group) and stat[0] != "Z"]
+
+
+def test_an_end_leaves_neither_process_nor_log(tmp_path: Path) -> None:
+    process = ServerProcess([program(tmp_path, "sleep 100 & sleep 100"), "serve"], None, 0, None)
+    process.start()
+    process.start()  # it runs
+    assert wait_until((tmp_path / "arguments").exists)
+    group = process.pid
+    process.stop()
+    assert not process.log.exists()
+    assert not living(group)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"urls": ["http://localhost:1"]}, "urls must be null with mode colocate"),
+        ({"ahead": 1}, "ahead must be 0 with mode colocate"),
+        ({"mode": "server", "urls": ["http://localhost:1"], "server_args": []}, "server_args must be null without"),
+        ({"mode": "both"}, "mode must be one of server, colocate, got both"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        VLLMEngine(**({"mode": "colocate"} | options))
