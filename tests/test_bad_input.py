@@ -111,6 +111,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", KEYS)
 def test_a_wrong_key_or_value_is_named(
     mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -168,6 +169,7 @@ NOT_FINITE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NOT_FINITE)
 def test_numbers_are_finite(case: str, config: Config, tmp_path: Path, capsys: Any) -> None:
     values, arguments, expected = NOT_FINITE[case]
@@ -202,6 +204,7 @@ def renamed_keys() -> list[Any]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "old", "value", "new"), renamed_keys())
 @pytest.mark.parametrize("command_line", [False, True])
 def test_a_renamed_key_is_refused_with_its_new_name(

@@ -84,6 +84,7 @@ def test_classes_stay_classes(tmp_path: Path) -> None:
     assert parsed(tmp_path, config).reward.init_args.url == "http://host"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PairedEngine", "VLLMEngine"])
 def test_engines_are_known_by_their_names(name: str, tmp_path: Path) -> None:
     arguments = {"urls": ["http://localhost:8000"]} if name == "VLLMEngine" else {}
@@ -96,6 +97,7 @@ def test_engines_are_known_by_their_names(name: str, tmp_path: Path) -> None:
     assert parsed(tmp_path, SHORT, "--model.rollout", "PairedEngine").rollout.class_path.endswith("PairedEngine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "rate"),
     [
@@ -124,6 +126,7 @@ def test_the_rate_is_that_of_the_stage(lora: Any, rate: float, tmp_path: Path) -
     assert module.optimizer.init_args.lr == rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "options", "epochs"),
     [
@@ -172,6 +175,7 @@ def test_every_class_that_a_configuration_may_name_is_known_by_its_name() -> Non
         assert inspect.isclass(getattr(import_module(module), name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["name", "class_path", "full path"])
 @pytest.mark.parametrize("where", ["file", "option"])
 def test_an_engine_and_a_strategy_are_taken_by_name(form: str, where: str, tmp_path: Path) -> None:
@@ -217,6 +221,7 @@ def test_text_that_happens_to_be_the_name_of_a_class_stays_text(tmp_path: Path) 
     assert run.trainer.logger.init_args.name == "Evaluation"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

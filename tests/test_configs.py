@@ -94,6 +94,7 @@ def made_small(config: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", COMPLETE, ids=name_of)
 @pytest.mark.parametrize("subcommand", ["fit", "validate"])
 def test_a_configuration_is_read(path: Path, subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +105,7 @@ def test_a_configuration_is_read(path: Path, subcommand: str, capsys: pytest.Cap
     assert config["seed_everything"] == 0  # of base.yaml, which lies under it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_an_overlay_changes_what_it_says(
     path: Path, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]

@@ -271,6 +271,7 @@ def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pyte
 # Other pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block",
     [

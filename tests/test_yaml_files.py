@@ -106,6 +106,7 @@ def text_file(folder: Path, text: str, name: str = "more.yaml") -> str:
     return str(folder / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_so_it_is_wherever_the_command_reads_yaml(
     place: str, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
@@ -132,6 +133,7 @@ def test_a_large_file_and_a_binary_one_are_no_configurations(
         assert expected in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model", "model.sampling", "model.reward", "samples", "trainer.logger"])
 @pytest.mark.parametrize("in_yaml", [False, True])
 def test_a_file_of_a_group_is_measured_before_it_is_read(
@@ -192,6 +194,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOGETHER)
 def test_what_constructors_refuse_is_told_together(
     case: str, tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
@@ -264,6 +267,7 @@ def test_mistakes_of_all_kinds_are_told_together(tmp_path: Path, capsys: pytest.
         assert sum(line.strip().startswith(expected) for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [

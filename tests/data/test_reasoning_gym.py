@@ -56,6 +56,7 @@ def test_instructions_stand_before_the_question(tmp_path: Path, policy_path: Pat
     assert user == {"role": "user", "content": batch.rows[0]["question"]}
 
 
+@pytest.mark.slow
 def test_answers_are_scored_by_their_task(policy_path: Path) -> None:
     rows = rows_of(made(policy_path).val_dataloader())
     right = [f"<answer>7</answer> no: <answer> {row['answer']} </answer>" for row in rows]
@@ -65,6 +66,7 @@ def test_answers_are_scored_by_their_task(policy_path: Path) -> None:
     FunctionReward(SCORER).check_rows(rows, ["here"] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["rearc", "arc_agi"])
 def test_rows_that_json_has_stripped_of_their_tuples_are_scored_as_before(task: str) -> None:
     import reasoning_gym as gym

@@ -97,6 +97,7 @@ def test_so_it_is_in_a_thread() -> None:
     assert "it runs for more than" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_short")
 def test_time_is_that_of_one_row_in_a_batch() -> None:
     """A batch may take longer than the limit, and rows may be slow between two templates."""

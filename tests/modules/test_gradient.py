@@ -70,6 +70,7 @@ def one_step(folders: tuple[str, str], folder: Path, splits: int, padded: bool =
     return fit(module, data, folder, accumulate_grad_batches=splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_split_and_padding_leave_the_gradient(variant: str, folders: tuple[str, str], tmp_path: Path) -> None:
     whole = one_step(folders, tmp_path, 1, **VARIANTS[variant])

@@ -311,6 +311,7 @@ def standardized(scores: Tensor) -> bool:
     return abs(float(scores.mean())) < 1e-4 and abs(float(scores.std(correction=0)) - 1) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "falcon", "bloom", "bert"])
 def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1(tmp_path: Path, family: str) -> None:
     path = save_start(tmp_path / "start", family)

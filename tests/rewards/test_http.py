@@ -204,6 +204,7 @@ def test_what_may_pass_is_asked_again(scorer: Scorer, failing: Answer) -> None:
     assert len(scorer.seen) == 3
 
 
+@pytest.mark.slow
 def test_an_answer_that_comes_too_late_is_asked_for_again(scorer: Scorer) -> None:
     scorer.answers = [slow(1.5), slow(1.5)]
     assert score(scorer.reward(timeout=0.5, retries=9)) == [len(text) for text in TEXTS]
@@ -250,6 +251,7 @@ def test_an_answer_that_never_ends_is_given_up_in_time(scorer: Scorer) -> None:
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", [drip_body, drip_without_length, drip_headers])
 def test_the_timeout_holds_for_an_answer_that_drips(drip: Answer, scorer: Scorer) -> None:
     """No single read takes long, and the whole would take 20 s."""
@@ -260,6 +262,7 @@ def test_the_timeout_holds_for_an_answer_that_drips(drip: Answer, scorer: Scorer
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_a_drip_is_asked_again(scorer: Scorer) -> None:
     scorer.answers = [drip_headers, drip_body]
     assert score(scorer.reward(timeout=0.5, retries=9)) == [len(text) for text in TEXTS]

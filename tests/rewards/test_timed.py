@@ -22,6 +22,8 @@ from remax_lightning.rewards import timed as timed_rewards
 from remax_lightning.rewards.child_process import CallTimeoutError, Child, Target
 from remax_lightning.types import Response
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 SOURCE = """
 import ctypes, os, re, subprocess, sys, time; import torch; from remax_lightning.rewards import Reward, Scores
 calls = 0
@@ -157,14 +159,12 @@ def test_what_never_returns_is_killed_and_shown(response: str) -> None:
     assert scores(reward, "a", "bb") == [1.0, 2.0]  # in another child
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("function", ["score", "compute_score", "ask"])
 def test_a_score_for_those_that_take_too_long(function: str) -> None:
     reward = FunctionReward(f"judges.{function}", timeout=1.0, on_timeout=-2.5)
     assert scores(reward, "a", "backtracks", "bb", "ccc") == [1.0, -2.5, 2.0, 3.0]
 
 
-@pytest.mark.slow
 def test_a_deadline_without_a_child_left_to_ask_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """More responses hang than twice the time allows: the rest have the score unasked."""
     started: list[Target] = []

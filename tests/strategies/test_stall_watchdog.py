@@ -13,6 +13,8 @@ from helpers.waiting import LONG, wait_until
 
 from remax_lightning.strategies import stall_watchdog
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 # The file alone, as the process that watches runs it: the package would take seconds to import.
 SCRIPT = """
 import importlib.util, re, sys, time
@@ -72,7 +74,6 @@ def test_a_run_with_progress_or_without_a_watchdog_goes_on(tmp_path: Path) -> No
     assert not list(tmp_path.glob("stall-*"))
 
 
-@pytest.mark.slow
 def test_a_stall_of_one_rank_ends_the_others_with_their_stacks(tmp_path: Path) -> None:
     processes = [start(tmp_path, "searches", 1.0, 0, 2), start(tmp_path, "waits", 600.0, 1, 2)]
     said = [process.communicate(timeout=LONG)[1] for process in processes]

@@ -106,6 +106,7 @@ def test_what_is_not_clear_is_called_so() -> None:
     assert "No baseline is clearly cheaper than the greedy one" in advice(figures)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_true_ratio() -> None:
     """Of 40 data sets, the 95 % interval of about 38 holds the ratio of a thousand times as many prompts."""
     truth = compare(make_sample(100_000, 0.5), SECONDS, 100_000, ("greedy", "none"))
