@@ -59,11 +59,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Mark what only `make test-all` runs, and notice rows of that list that match nothing any more."""
     from exhaustive import is_exhaustive, unmatched, without_representative
 
-    longest_files_first(items)
     names = [(item.path.relative_to(TESTS).as_posix(), item.name) for item in items]
     for item, (path, name) in zip(items, names, strict=True):
         if is_exhaustive(path, name):
@@ -77,18 +77,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"tests/exhaustive.py: no test matches {', '.join(missing)}")
     if not chosen and (bare := without_representative(names)):
         raise pytest.UsageError(f"tests/exhaustive.py: `make test` would run nothing of {', '.join(bare)}")
+    yield  # here pytest leaves out what `-m` and `-k` do not choose
+    longest_files_first(items)
 
 
 def longest_files_first(items: list[pytest.Item]) -> None:
-    """Put the files with the most slow tests first, those on several ranks before all; within a file the order stays.
+    """Put the files that take longest first, those on several ranks before all; within a file the order stays.
 
-    A worker that begins a long file at the end leaves the others without work.
+    A worker that begins a long file at the end leaves the others without work. The mark `slow` may tell the seconds.
     """
-    weights: Counter[Path] = Counter()
+    seconds: Counter[Path] = Counter()
     for item in items:
-        weights[item.path] += 20 if item.get_closest_marker("slow") else 1
-    ranks = {path for path in weights if launches_ranks(path.relative_to(TESTS.parent).as_posix())}
-    items.sort(key=lambda item: (item.path not in ranks, -weights[item.path]))
+        mark = item.get_closest_marker("slow")
+        seconds[item.path] += 0.03 if mark is None else mark.args[0] if mark.args else 1.0  # type: ignore[assignment]
+    ranks = {path for path in seconds if launches_ranks(path.relative_to(TESTS.parent).as_posix())}
+    items.sort(key=lambda item: (item.path not in ranks, -seconds[item.path]))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

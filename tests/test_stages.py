@@ -311,7 +311,7 @@ def gsm8k_stages(folder: Path, path: str) -> Iterator[dict[str, Any]]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 @pytest.mark.skipif(not SOLUTIONS.exists(), reason=f"there is no {SOLUTIONS}; REMAX_GSM8K names another folder")
 def test_a_reward_model_tells_right_solutions_from_wrong_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Any

@@ -53,7 +53,7 @@ def run(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_the_suite_sees_each_kind_of_fault(tmp_path: Path) -> None:
     done = run("-c", FAULTS, str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_a_few_trials_pass_and_are_not_run_twice(tmp_path: Path) -> None:
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(entries) + 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(150)
 def test_a_few_trials_of_every_kind_pass(tmp_path: Path) -> None:
     from benchmarks.chaos.__main__ import KINDS
 

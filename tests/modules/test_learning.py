@@ -71,7 +71,7 @@ def validated(
     return [sign * metrics[f"val/{name}"] for metrics in found for name in ("reward", "baseline_reward")]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_learns_to_copy_a_letter(guesser: str, tmp_path: Path) -> None:
     sampled_before, greedy_before, sampled, greedy = validated(guesser, tmp_path, 120)
     assert greedy_before == 0

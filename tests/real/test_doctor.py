@@ -10,6 +10,8 @@ from helpers.cli import in_folder, remax, write_config
 from helpers.training import write_rows
 from real.published import TOPICS, user
 
+pytestmark = pytest.mark.slow(40)
+
 ROWS = [{"prompt": [user(f"Write one short sentence about {topic}.")]} for topic in TOPICS]
 
 

@@ -23,6 +23,8 @@ from helpers.pages import ROOT, blocks
 from real.published import TOPICS
 from tools.browser import chromium, requests_of
 
+pytestmark = pytest.mark.slow(20)
+
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """The model of the README, whose place the real one takes."""
 

@@ -19,6 +19,8 @@ from remax_lightning.callbacks import LMEval
 from remax_lightning.models import LoRAConfig
 from remax_lightning.models.lora import add_adapter
 
+pytestmark = pytest.mark.slow(10)
+
 QUESTIONS = [
     {"question": f"{a}+{b}=", "choices": [str(a + b), str(a * b), f"{a}{b}"], "label": (a + b) % 3}
     for a in range(1, 5)

@@ -17,6 +17,8 @@ from remax_lightning.run_folder import run_folder
 from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.report.run import read_run
 
+pytestmark = pytest.mark.slow(4)
+
 EXTRA: dict[str, Any] = {"wandb": {"offline": True}, "comet": {"online": False}}
 """What the overlay needs to stay on this machine."""
 

@@ -22,6 +22,8 @@ from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import StepOutput
 
+pytestmark = pytest.mark.slow(20)
+
 ROWS = [{"prompt": [user(f"Write one short sentence about {topic}.")]} for topic in TOPICS]
 STEPS = 10
 

@@ -10,6 +10,8 @@ import pytest
 from conftest import make_tokenizer, tiny_model
 from helpers.cli import changed, in_folder, small_config, write_config
 
+pytestmark = pytest.mark.slow(5)
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "sweep" / "sweep.py"
 
 

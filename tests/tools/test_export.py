@@ -430,7 +430,7 @@ print("PEAK", resident("VmHWM") - base)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts resident memory as Linux tells it")
 def test_memory_holds_one_copy_and_one_ranks_part(run: Run, tmp_path: Path) -> None:
     """A model of 100 MB in five parts, with the optimizer's 200 MB beside it."""

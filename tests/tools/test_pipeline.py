@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder, figures, "\n".join(printed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(14)
 def test_the_pipeline_runs_from_nothing_to_a_report(run: Any) -> None:
     folder, figures, printed = run
     out = folder / "runs" / "pipeline"
