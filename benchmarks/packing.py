@@ -41,7 +41,7 @@ from remax_lightning.models.log_probs import ForwardBatch, policy_statistics
 from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.rewards import pooling
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.training.micro_batches import plan_micro_batches, response_numbers, row_lengths
+from remax_lightning.training.experience import plan_micro_batches, response_numbers, row_lengths
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 SHAPES = {

@@ -74,7 +74,7 @@ def measure(model: Path, seed: int) -> dict[str, Any]:
 
 
 def _curves(folder: Path) -> dict[str, list[float]]:
-    from remax_lightning.tools.report.curves import read_curves
+    from remax_lightning.tools.report.run import read_curves
 
     curves, _ = read_curves(folder / "runs" / "remax" / "version_0", [])
     return {key: curve.values for key, curve in curves.items()}

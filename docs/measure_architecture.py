@@ -8,6 +8,7 @@ nothing. It also prints which functions the step calls, file by file.
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import json
 import os
@@ -176,9 +177,13 @@ class StepProfiler:
         self._folder = f"{PACKAGE}{os.sep}"
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:  # noqa: ARG002 (the signature of `sys.setprofile`)
-        """Take an event of `sys.setprofile`; calls of C functions and of comprehensions do not count."""
+        """Take an event of `sys.setprofile`.
+
+        Calls of C functions and comprehensions do not count, nor do bodies of classes, which run as a file is imported.
+        """
         code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(self._folder) or "<" in code.co_name:
+        is_function = "<" not in code.co_name and bool(code.co_flags & inspect.CO_OPTIMIZED)
+        if event not in ("call", "return") or not code.co_filename.startswith(self._folder) or not is_function:
             return
         if event == "return":
             if self._stack:

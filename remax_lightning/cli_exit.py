@@ -30,8 +30,8 @@ from types import CodeType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from remax_lightning.cli_errors import shorten_message, user_error_message
-from remax_lightning.disk import DISK_ERRORS, free_space
 from remax_lightning.errors import exception_chain, loaded_class
+from remax_lightning.files import DISK_ERRORS, free_space
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -26,8 +26,8 @@ from remax_lightning.cli_errors import user_error_message
 from remax_lightning.cli_exit import current_rank, stage
 from remax_lightning.cli_help import RUNS
 from remax_lightning.cli_parser import RemaxParser
-from remax_lightning.disk import silence_tensorboard_thread
 from remax_lightning.errors import UserError
+from remax_lightning.files import silence_tensorboard_thread
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import continue_run, earlier_checkpoint_folders, folder_of_checkpoint, run_folder

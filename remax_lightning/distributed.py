@@ -127,6 +127,13 @@ def gather_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     return gathered[~gathered.isnan()]
 
 
+def rows_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """Return `[ranks * S, R]` the rows of all ranks, as wide as the widest, with 0 where a rank has fewer columns."""
+    width = int(max_over_ranks(trainer, [values.shape[1]])[0])
+    rows = torch.nn.functional.pad(values.double().cpu(), (0, width - values.shape[1]))
+    return gather_over_ranks(trainer, rows.flatten()).view(-1, width)
+
+
 # ---- Errors ----
 
 

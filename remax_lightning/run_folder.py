@@ -20,11 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankUserError, UserError
+from remax_lightning.files import RECORD, recorded_versions, tolerate_disk_errors, write_record
 from remax_lightning.loggers.adapters import adapt
-from remax_lightning.records import RECORD, recorded_versions, write_record
 
 try:
     import fcntl

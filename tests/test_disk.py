@@ -21,8 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from remax_lightning.callbacks import ExportPolicy, PredictionWriter, SampleDump, TensorBoardReport
-from remax_lightning.disk import append_lines, describe_disk_error, is_disk_error
 from remax_lightning.errors import UserError
+from remax_lightning.files import append_lines, describe_disk_error, is_disk_error
 from remax_lightning.strategies import AtomicCheckpointIO, latest_checkpoint
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 

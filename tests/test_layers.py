@@ -18,24 +18,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 LOWER = {
-    *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "disk", "json_text"),
-    *("loggers", "records", "baselines"),
+    *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "files"),
+    *("loggers", "baselines"),
 }
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
     "__init__": {"version"},
     "version": set(),
     "errors": set(),
-    "json_text": {"errors"},
-    "types": {"records"},
+    "types": {"files"},
     "baselines": {"errors", "functional", "evaluation.statistics"},
     "config": {"baselines", "errors", "functional"},
     "distributed": {"errors"},
     "sharding": {"errors"},
-    "disk": {"errors"},
+    "files": {"errors"},
     "loggers": {"errors", "version"},
-    "records": {"json_text"},
-    "run_folder": {"disk", "distributed", "errors", "loggers", "records"},
+    "run_folder": {"distributed", "errors", "files", "loggers"},
     "functional": set(),
     "models": LOWER,
     # What strategies load is read there first.
@@ -59,7 +57,7 @@ ALLOWED = {
     "shipped_configs": {"errors"},
     "cli_parser": {"errors", "cli_errors", "cli_checks", "cli_shorthand", "shipped_configs", "yaml_files"},
     "cli_checks": {"cli_errors", "errors"},
-    "cli_exit": {"errors", "cli_errors", "disk", "run_folder"},
+    "cli_exit": {"errors", "cli_errors", "files", "run_folder"},
     "launcher": set(),
     "cli_help": set(),
     "cli": {"cli_errors", "cli_exit", "cli_help", "errors", "launcher", "version"},  # more only when a subcommand runs

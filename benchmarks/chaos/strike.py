@@ -173,9 +173,9 @@ class Strike(Callback):
             getattr(optimizer, "optimizer", optimizer).register_step_post_hook(hook)
 
     def _strike_in_samples(self, _: Any) -> None:
-        from remax_lightning.callbacks import sample_dump
+        from remax_lightning.callbacks import samples
 
-        append = sample_dump.append_lines
+        append = samples.append_lines
 
         def wrapped(path: Path, lines: Any) -> None:
             lines = list(lines)
@@ -186,7 +186,7 @@ class Strike(Callback):
                 return
             append(path, lines)
 
-        sample_dump.append_lines = wrapped
+        samples.append_lines = wrapped
 
     def _strike_in_write(self, _: Any) -> None:
         import io

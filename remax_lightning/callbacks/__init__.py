@@ -11,9 +11,8 @@ from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.gradient_variance import GradientVariance
 from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.lm_eval import LMEval
-from remax_lightning.callbacks.prediction_writer import PredictionWriter
 from remax_lightning.callbacks.run_progress import RunProgress
-from remax_lightning.callbacks.sample_dump import SampleDump
+from remax_lightning.callbacks.samples import PredictionWriter, SampleDump
 from remax_lightning.callbacks.step_output import rollout_output
 from remax_lightning.callbacks.tensorboard import TensorBoardReport
 from remax_lightning.callbacks.throughput import Throughput

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from remax_lightning.callbacks.step_output import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
-from remax_lightning.disk import describe_disk_error, tolerate_disk_errors
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import Evaluator, answer_function
@@ -31,8 +30,8 @@ from remax_lightning.evaluation.intervals import (
     intervals_are,
     meaning_of,
 )
+from remax_lightning.files import PromptRecord, describe_disk_error, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters, run_config
-from remax_lightning.records import PromptRecord
 from remax_lightning.run_folder import run_folder
 
 Measure = Literal["win_rate_reference", "win_rate_chosen", "perplexity"]
@@ -322,7 +321,9 @@ class Evaluation(Callback):
         options = {
             name: getattr(self, name) for name in ("response_column", "text", "max_length", "num_resamples", "seed")
         } | self.repeated
-        settings = {**module.settings(), "evaluation": {**options, "confidence": CONFIDENCE}}
+        reference = None if module.reference_source is None else module.reference_source.path
+        settings: dict[str, Any] = module.evaluator.settings(module.policy_source.path, reference)
+        settings["evaluation"] = {**options, "confidence": CONFIDENCE}
         # ---- As the user has set them, which only the command line knows ----
         config = run_config(trainer)
         if config is not None:

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from remax_lightning.callbacks.step_output import is_dry_run
-from remax_lightning.disk import describe_disk_error, is_disk_error, tolerate_disk_errors
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
+from remax_lightning.files import describe_disk_error, is_disk_error, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy

@@ -107,6 +107,7 @@ class GradientVariance(Callback):
         if objective is None or isinstance(objective.baseline, Auto) or objective.baseline.reads_gradients:
             self._is_silent = True
             return
+        cast(Any, pl_module).reports_squared_norm = True
         # The run's own, with its memory of an earlier part of the run, and all others of the package.
         self._used = _name_of(objective.baseline)
         self._compared = {self._used: copy.deepcopy(objective.baseline)}

@@ -15,9 +15,9 @@ from remax_lightning.callbacks.step_output import (
     response_reward,
     rollout_output,
 )
-from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.distributed import gather_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.files import tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput

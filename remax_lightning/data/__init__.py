@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import MicroBatchSampler
+from remax_lightning.data.formatting import PairColumns
 from remax_lightning.data.options import LoadingConfig
-from remax_lightning.data.pairs import PairColumns
-from remax_lightning.data.preferences import PreferenceDataModule
-from remax_lightning.data.prompts import PromptDataModule
+from remax_lightning.data.prompts import PromptDataModule, ReasoningGymDataModule
 from remax_lightning.data.reading import read_rows, rows_in_memory
-from remax_lightning.data.reasoning_gym import ReasoningGymDataModule
-from remax_lightning.data.supervised import SFTDataModule
+from remax_lightning.data.responses import PreferenceDataModule, SFTDataModule
 from remax_lightning.data.tokenizers import load_tokenizer
 
 __all__ = [

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.collate import Example, ExampleDataset, MicroBatchSampler, PairExample
-from remax_lightning.data.conversations import Message
-from remax_lightning.data.formatting import PromptFormatter, check_template
+from remax_lightning.data.formatting import PromptFormatter, check_template, separate_pair
 from remax_lightning.data.options import (
     Limit,
     LoadingConfig,
     Stage,
+    as_text,
     check_at_least,
+    check_sources,
     check_stage_split,
+    hold_out,
+    report_left_out,
     select_stage_rows,
     within_limit,
 )
-from remax_lightning.data.pairs import PairColumns, separate_prompt
-from remax_lightning.data.preparation import Outcome, PreparedExamples, Recipe, preparation_key, prepare
-from remax_lightning.data.reading import Row, Rows, count_reasons, is_on_hub, load_hub, read_rows, rows_in_memory
+from remax_lightning.data.preparation import Recipe, preparation_key, prepare, settings_of_rows, source_files
+from remax_lightning.data.reading import Row, Rows, is_on_hub, load_hub, read_rows, rows_in_memory
+from remax_lightning.data.records import Outcome, PreparedExamples
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Prompt
@@ -39,21 +37,6 @@ from remax_lightning.types import Prompt
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
-
-
-# Settings of these types have a `repr` that names their value, so it can be part of the cache's key.
-_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
-_CHANGE_NO_ROW = frozenset(
-    (
-        *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
-        *("batch_size", "micro_batch_size", "num_micro_batches", "tokens_per_micro_batch", "looks_ahead"),
-        *("seed", "stage_split", "stage_seed", "num_workers"),
-        *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
-        *("num_rows", "num_left_out", "response_ends", "formatter", "_tokenizer", "_train", "_val", "_kinds"),
-        *vars(LightningDataModule()),
-    )
-)
-"""Attributes that do not change how a row is rendered or tokenized: they select and order rows, or hold results."""
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -87,7 +70,7 @@ class TextDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         # ---- Refuse options that contradict each other, before a tokenizer or a row is read ----
-        _check_sources(path, tokenizer, data, val_path, val_data)
+        check_sources(path, tokenizer, data, val_path, val_data)
         check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
         check_at_least(0, val_size=val_size or 0, **{"loading.num_workers": loading.num_workers})
         if val_size and not (val_path is None and val_data is None):
@@ -96,9 +79,9 @@ class TextDataModule(LightningDataModule, ABC):
         if template is not None:
             check_template(template)
         check_stage_split(loading.stage_split, self.stage, type(self).__name__)
-        self.path, self.data = _as_text(path), data
+        self.path, self.data = as_text(path), data
         self.tokenizer_path = str(tokenizer)
-        self.val_path, self.val_data = _as_text(val_path), val_data
+        self.val_path, self.val_data = as_text(val_path), val_data
         self.val_size = val_size
         self.prompt_column = prompt_column
         self.template = template
@@ -281,31 +264,8 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             DataError: if the row cannot be used; a `PairError` if it is a pair that teaches nothing.
         """
-        row, _ = self._separate_pair(row, where)
+        row, _ = separate_pair(row, where, self.prompt_column, self.loading.response_marker, self.template)
         return Example([], self.formatter.text(row, where), row, where)
-
-    def _separate_pair(self, row: Row, where: str) -> tuple[Row, dict[str, Message]]:
-        """Return a row with a separate prompt, and the responses by column if the row is a pair of conversations.
-
-        Those have the prompt at their beginning. A row with a prompt of its own needs no pair, so that what is missing
-        there does not matter.
-
-        Raises:
-            PairError: if the two do not share a prompt.
-        """
-        columns = PairColumns()  # the default names: "chosen", "rejected"
-        chosen, rejected = row.get(columns.chosen), row.get(columns.rejected)
-        # {"chosen": ..., "rejected": ...}: the prompt is their common beginning.
-        # {"prompt": ..., "chosen": [...], "rejected": [...]}: the lists may begin with the prompt's messages.
-        if row.get(self.prompt_column) is None:
-            is_pair = columns.chosen in row and columns.rejected in row
-        else:
-            is_pair = isinstance(chosen, list) and isinstance(rejected, list) and bool(chosen) and bool(rejected)
-        if not is_pair:
-            return row, {}
-        marker = self.loading.response_marker
-        row, responses = separate_prompt(row, where, self.prompt_column, columns, marker, self.template)
-        return row, dict(zip((columns.chosen, columns.rejected), responses, strict=True))
 
     def _finish_examples(self, examples: list[Example]) -> Sequence[Outcome]:
         """Add to a batch of examples whose prompts have their token ids.
@@ -362,19 +322,10 @@ class TextDataModule(LightningDataModule, ABC):
         unreadable = rows.dropped
         if self.loading.stage_split is not None and self.stage is not None:
             rows = select_stage_rows(rows, self.loading.stage_split, self.stage, self.loading.stage_seed)
-        # ---- How many are held out: 1 in 20, 64 at most ----
-        total = len(rows.values)
-        val_size = self.val_size
-        if val_size is None:  # a batch for every process must remain
-            spare = total - self.batch_size * (1 if self.trainer is None else self.trainer.world_size)
-            val_size = 0 if self._has_val_source else max(min(total // 20, 64, spare), 0)
-        if val_size >= total:
-            raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {val_size}")
-        if val_size:
-            # Drawn before any filter, so that a new tokenizer or limit moves no row to the other side.
-            held_out = set(random.Random(f"val/{self.seed}").sample(range(total), val_size))
-            return rows.take([i for i in range(total) if i not in held_out]), rows.take(sorted(held_out)), unreadable
-        return rows, None, unreadable
+        # ---- Those that are held out; a batch for every process must remain ----
+        val_size = 0 if self.val_size is None and self._has_val_source else self.val_size
+        needed = self.batch_size * (1 if self.trainer is None else self.trainer.world_size)
+        return *hold_out(rows, val_size, needed, self.seed), unreadable
 
     def _dataset(self, rows: Rows, unreadable: Counter[str] | None = None) -> ExampleDataset:
         """Return the examples of the rows that can be used and are short enough.
@@ -388,7 +339,7 @@ class TextDataModule(LightningDataModule, ABC):
         dropped = (unreadable or Counter()) + Counter(DataError(text).reason for text in examples.problems.values())
         total = len(examples) + (unreadable or Counter()).total()
         usable = examples.select([i for i in range(len(examples)) if i not in examples.problems])
-        self._log_dropped(dropped, total, examples)
+        report_left_out(dropped, total, examples)
         # ---- Left out because they are too long ----
         for limit in self._limits():
             usable = within_limit(usable, limit)
@@ -400,7 +351,7 @@ class TextDataModule(LightningDataModule, ABC):
         """Render and tokenize all rows, or load them from the cache."""
         recipe = Recipe(self._make_example, self._tokenize_examples, self.example_type)
         content, key = rows.fingerprint(), None  # without a key nothing is cached
-        code, options = self._code(), self._preparation_options()
+        code, options = source_files(self, TextDataModule), settings_of_rows(self)
         if self.loading.cache and code and options is not None:
             key = preparation_key(content, self.tokenizer, options, code)
         stop_at_error = self.loading.on_bad_row == "error"
@@ -413,46 +364,11 @@ class TextDataModule(LightningDataModule, ABC):
             )
         return examples
 
-    def _code(self) -> set[Path]:
-        """Return the source files that make examples of rows; none if a class was written in a notebook or a shell."""
-        # A changed line in these files may change what rows become, so the cache's key has their hashes.
-        classes = (cls for cls in type(self).__mro__ if issubclass(cls, TextDataModule))
-        try:
-            code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
-        except (TypeError, OSError):
-            return set()
-        return code if all(file.is_file() for file in code) else set()
-
-    def _preparation_options(self) -> dict[str, str] | None:
-        """Return all attributes that may change a row; a new attribute counts unless it is in `_CHANGE_NO_ROW`.
-
-        None if one is an object, such as a function of a subclass: its changes could not be detected.
-        """
-        loading = {field.name: getattr(self.loading, field.name) for field in fields(self.loading)}
-        settings = {name: value for name, value in (vars(self) | loading).items() if name not in _CHANGE_NO_ROW}
-        if not all(isinstance(value, _PLAIN) or is_dataclass(value) for value in settings.values()):
-            return None
-        return {name: repr(value) for name, value in settings.items()}
-
     def _tokenize_examples(self, examples: list[Example]) -> Sequence[Outcome]:
         ids = self.formatter.encode([example.prompt for example in examples])
         for example, prompt_ids in zip(examples, ids, strict=True):
             example.prompt_ids[:] = prompt_ids  # in place: an `Example` is a tuple
         return self._finish_examples(examples)
-
-    def _log_dropped(self, dropped: Counter[str], total: int, examples: PreparedExamples) -> None:
-        """Say in one line how many rows were left out, and why."""
-        source, left_out = examples.rows.source, dropped.total()
-        if left_out == total:
-            number, problem = min(examples.problems.items())
-            raise DataError(
-                f"{source}: not one of {total} rows can be used: {count_reasons(dropped)}. The first is"
-                f" {examples.rows.where(number)}: {problem}"
-            )
-        if left_out:
-            rank_zero_warn(
-                f"{source}: dropped {left_out} of {total} rows (data.loading.on_bad_row): {count_reasons(dropped)}"
-            )
 
     def _loader_batch_size(self, num_micro_batches: int) -> int:  # noqa: ARG002 - for subclasses
         """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` micro-batches."""
@@ -485,26 +401,3 @@ class TextDataModule(LightningDataModule, ABC):
             num_workers=self.loading.num_workers,
             collate_fn=self._collate(num_micro_batches),
         )
-
-
-def _as_text(path: str | list[str] | None) -> str | list[str] | None:
-    """Return paths as text; scripts give `pathlib.Path`, too."""
-    if path is None or isinstance(path, str | os.PathLike):
-        return path and os.fspath(path)
-    return [os.fspath(item) for item in path]
-
-
-def _check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data: Any) -> None:
-    """Check that rows and tokenizer come from somewhere, and from one place each.
-
-    Raises:
-        UserError: if not.
-    """
-    missing = "missing, and there is no default; set it in the YAML or on the command line"
-    if path is None and data is None:
-        raise UserError(f"data.path: {missing}, or give the rows from Python as data=")
-    if tokenizer is None:
-        raise UserError(f"data.tokenizer: {missing}")
-    for name, in_files, in_memory in (("", path, data), ("val_", val_path, val_data)):
-        if in_files is not None and in_memory is not None:
-            raise UserError(f"data.{name}path must be null beside data.{name}data, got {in_files!r}; remove one")

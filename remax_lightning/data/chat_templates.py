@@ -16,8 +16,8 @@ from remax_lightning.data.conversations import (
     opened_thought,
     take_thought,
 )
-from remax_lightning.data.message_forms import mark_message
 from remax_lightning.data.rendering import LostMessageError, StoppedTemplateError, TemplateRenderer, in_front
+from remax_lightning.data.templates import mark_message
 from remax_lightning.data.tokenizers import encode_responses
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt

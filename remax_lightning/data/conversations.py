@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.tokenizers import encode_batch
 from remax_lightning.errors import DataError
-from remax_lightning.json_text import load_json
+from remax_lightning.files import load_json
 from remax_lightning.types import Conversation
 
 if TYPE_CHECKING:

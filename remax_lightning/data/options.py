@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,8 +14,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.data.preparation import PreparedExamples
-from remax_lightning.data.reading import Rows
+from remax_lightning.data.reading import Rows, count_reasons
+from remax_lightning.data.records import PreparedExamples
 from remax_lightning.errors import DataError, UserError
 
 
@@ -77,6 +79,51 @@ def check_at_least(least: int, **values: int) -> None:
             raise UserError(f"data.{name} must be at least {least}, got {value}")
 
 
+def as_text(path: str | list[str] | None) -> str | list[str] | None:
+    """Return paths as text; scripts give `pathlib.Path`, too."""
+    if path is None or isinstance(path, str | os.PathLike):
+        return path and os.fspath(path)
+    return [os.fspath(item) for item in path]
+
+
+def check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data: Any) -> None:
+    """Check that rows and tokenizer come from somewhere, and from one place each.
+
+    Raises:
+        UserError: if not.
+    """
+    missing = "missing, and there is no default; set it in the YAML or on the command line"
+    if path is None and data is None:
+        raise UserError(f"data.path: {missing}, or give the rows from Python as data=")
+    if tokenizer is None:
+        raise UserError(f"data.tokenizer: {missing}")
+    for name, in_files, in_memory in (("", path, data), ("val_", val_path, val_data)):
+        if in_files is not None and in_memory is not None:
+            raise UserError(f"data.{name}path must be null beside data.{name}data, got {in_files!r}; remove one")
+
+
+# ---- Rows that are left out ----
+
+
+def report_left_out(dropped: Counter[str], total: int, examples: PreparedExamples) -> None:
+    """Say in one line how many rows were left out because they cannot be used, and why.
+
+    Raises:
+        DataError: if that is all of them.
+    """
+    source, left_out = examples.rows.source, dropped.total()
+    if left_out == total:
+        number, problem = min(examples.problems.items())
+        raise DataError(
+            f"{source}: not one of {total} rows can be used: {count_reasons(dropped)}. The first is"
+            f" {examples.rows.where(number)}: {problem}"
+        )
+    if left_out:
+        rank_zero_warn(
+            f"{source}: dropped {left_out} of {total} rows (data.loading.on_bad_row): {count_reasons(dropped)}"
+        )
+
+
 class Limit(NamedTuple):
     """A limit in tokens.
 
@@ -120,6 +167,8 @@ def within_limit(examples: PreparedExamples, limit: Limit) -> PreparedExamples:
         rank_zero_info(message)
     return examples.select(fits)
 
+
+# ---- Rows of a stage, and those held out ----
 
 Stage = Literal["supervised", "reward_model", "remax"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -172,3 +221,27 @@ def select_stage_rows(rows: Rows, shares: Sequence[float], stage: Stage, seed: i
 
 def _format_shares(shares: Sequence[float]) -> str:
     return f"[{', '.join(f'{share:g}' for share in shares)}]"
+
+
+def hold_out(rows: Rows, val_size: int | None, needed: int, seed: int) -> tuple[Rows, Rows | None]:
+    """Return the rows to train on, and those held out for validation; None where there are none.
+
+    Args:
+        rows: of the stage.
+        val_size: how many are held out; None holds out 1 in 20, 64 at most.
+        needed: rows that must remain where `val_size` is None.
+        seed: draws them.
+
+    Raises:
+        DataError: if no row would remain.
+    """
+    total = len(rows.values)
+    if val_size is None:
+        val_size = max(min(total // 20, 64, total - needed), 0)
+    if val_size >= total:
+        raise DataError(f"data.val_size must be below the {total} rows of {rows.source}, got {val_size}")
+    if not val_size:
+        return rows, None
+    # Drawn before any filter, so that a new tokenizer or limit moves no row to the other side.
+    held_out = set(random.Random(f"val/{seed}").sample(range(total), val_size))
+    return rows.take([i for i in range(total) if i not in held_out]), rows.take(sorted(held_out))

@@ -1,14 +1,19 @@
-"""Prompts for ReMax: the policy writes the responses."""
+"""Prompts for ReMax, from files or made by reasoning-gym: the policy writes the responses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from importlib.util import find_spec
+from typing import Any, overload
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import collate_prompts
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig, check_at_least
+from remax_lightning.data.reading import Row
 from remax_lightning.errors import UserError
 from remax_lightning.types import PromptBatch
 
@@ -107,3 +112,155 @@ class PromptDataModule(TextDataModule):
             num_micro_batches=num_micro_batches,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
         )
+
+
+# ---- Puzzles and problems without end, each with a function that checks answers ----
+
+
+class ReasoningGymDataModule(PromptDataModule):
+    r"""Yields prompts of tasks of [reasoning-gym](https://github.com/open-thought/reasoning-gym), made from a seed.
+
+    It needs the extra `verify`. The reward is `remax_lightning.rewards.verifiers.reasoning_gym_answer`. No question is
+    asked twice, so that a task with few questions gives fewer rows, and validation has none of training.
+
+    Args:
+        tasks: options of each task by its name, as in `{chain_sum: {max_digits: 3}, leg_counting: {}}`.
+        tokenizer: folder or hub name of the policy's tokenizer.
+        size: rows to train on.
+        val_size: rows to validate on.
+        weights: how often a task is drawn, relative to the others; 1.0 where a name is left out.
+        system_prompt: what stands before each question, by default a text that asks for the answer in `<answer>` tags;
+            a name in `reasoning_gym.utils.SYSTEM_PROMPTS`, another text, or null for none.
+        chat: whether prompts are messages for the tokenizer's chat template, in place of text.
+        template: text around a plain prompt, with columns in braces: `prompt`, `question` and `answer`.
+        batch_size: prompts per rollout and device.
+        micro_batch_size: prompts per training pass and device; divides `batch_size`. None trains on the whole batch in
+            one pass.
+        tokens_per_micro_batch: tokens per training pass and device, in place of `micro_batch_size`.
+        max_prompt_length: longest prompt, in tokens; some tasks write long ones.
+        seed: makes the rows, fixes the order of each epoch and the rows held out.
+        loading: rarer choices, as in `PromptDataModule`.
+
+    Raises:
+        UserError: if reasoning-gym is not installed, it has no such task or option, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, dict[str, Any]],
+        tokenizer: str | None = None,
+        size: int = 10_000,
+        val_size: int = 100,
+        weights: dict[str, float] | None = None,
+        system_prompt: str | None = "default",
+        chat: bool = False,
+        template: str | None = None,
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        tokens_per_micro_batch: int | None = None,
+        max_prompt_length: int = 512,
+        seed: int = 0,
+        loading: LoadingConfig = DEFAULT_LOADING,
+    ) -> None:
+        check_at_least(1, size=size)
+        check_at_least(0, val_size=val_size)
+        self.tasks, self.weights, self.size, self.system_prompt, self.chat = tasks, weights, size, system_prompt, chat
+        # The options are checked here; the rows are made when they are read.
+        generated = _GeneratedRows(
+            _create(tasks, weights or {}, size + val_size, seed), _instructions(system_prompt), chat
+        )
+        super().__init__(
+            tokenizer=tokenizer,
+            val_size=val_size,
+            template=template,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            max_prompt_length=max_prompt_length,
+            seed=seed,
+            loading=loading,
+            data=generated,
+        )
+
+
+class _GeneratedRows(Sequence[Row]):
+    """Rows of a data set of reasoning-gym, made when they are first read.
+
+    A row has what its task's scorer reads, `question`, `answer` and `metadata`, and a `prompt`.
+    """
+
+    def __init__(self, dataset: Any, instructions: str, chat: bool) -> None:
+        self.dataset, self.instructions, self.chat = dataset, instructions, chat
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        entries: dict[str, Row] = {}  # by question, so that none is asked twice
+        for index in range(len(self.dataset)):
+            entry = self.dataset[index]
+            entries.setdefault(entry["question"], entry)
+        if len(entries) < len(self.dataset):
+            rank_zero_warn(
+                f"data.tasks: {len(self.dataset) - len(entries)} of {len(self.dataset)} rows asked what another one "
+                "asks and were left out; give a task options that make more questions, or lower data.size"
+            )
+        return [{"prompt": self._prompt(question), **entry} for question, entry in entries.items()]
+
+    def _prompt(self, question: str) -> str | list[dict[str, str]]:
+        if not self.chat:
+            # one text; in a chat, the instructions are the system message
+            return f"{self.instructions}\n\n{question}" if self.instructions else question
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return [*system, {"role": "user", "content": question}]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self.rows[index]
+
+
+def _create(tasks: Mapping[str, Mapping[str, Any] | None], weights: Mapping[str, float], size: int, seed: int) -> Any:
+    """Return a data set of reasoning-gym that draws from the tasks.
+
+    Raises:
+        UserError: naming the task or option that it does not know.
+    """
+    if find_spec("reasoning_gym") is None:
+        raise UserError("data.tasks need reasoning-gym, which is not installed: pip install 'remax-lightning[verify]'")
+    import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.factory import DATASETS
+
+    known = DATASETS.keys() - {"composite"}  # the mixture itself, which is made below
+    if not tasks:
+        raise UserError("data.tasks: expected the name of at least one task, got none")
+    for name, options in tasks.items():
+        if name not in known:
+            similar = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(sorted(known))
+            raise UserError(f"data.tasks.{name}: reasoning-gym has no such task; did you mean {similar}?")
+        # A data set of the task alone shows whether its options are right.
+        try:
+            reasoning_gym.create_dataset(name, **(options or {}))
+        except Exception as error:
+            raise UserError(
+                f"data.tasks.{name}: reasoning-gym refuses the options {dict(options or {})}: {error or 'out of range'}"
+            ) from error
+    for name, weight in weights.items():
+        if name not in tasks or not weight > 0:
+            raise UserError(
+                f"data.weights.{name}: expected a number above 0 for one of {', '.join(tasks)}, got {weight}"
+            )
+    # ---- The mixture: each row is drawn from a task by its weight ----
+    specs = [DatasetSpec(name, float(weights.get(name, 1.0)), dict(options or {})) for name, options in tasks.items()]
+    return reasoning_gym.create_dataset("composite", size=size, seed=seed, datasets=specs)
+
+
+def _instructions(system_prompt: str | None) -> str:
+    from reasoning_gym.utils import SYSTEM_PROMPTS
+
+    # a name such as "default", or the text itself
+    return str(SYSTEM_PROMPTS.get(system_prompt, system_prompt or "")).strip()

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, Message, content_text, message_form
-from remax_lightning.data.message_forms import (
+from remax_lightning.data.templates import (
     ARGUMENT,
     MessageForm,
+    TemplateLimitError,
     function_name,
     holds_content,
     is_quoted,
     mark_message,
     message_forms,
     rename_function,
+    run_template,
     write_in_form,
 )
-from remax_lightning.data.template_limits import TemplateLimitError, run_template
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from remax_lightning.errors import DataError
-from remax_lightning.json_text import MAX_DEPTH, may_be_too_deep, parse_json
+from remax_lightning.files import MAX_DEPTH, may_be_too_deep, parse_json
 
 Row = dict[str, Any]
 OnBadRow = Literal["error", "drop"]

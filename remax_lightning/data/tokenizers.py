@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,29 +133,26 @@ def response_texts(
     per_prompt = len(responses) // len(prompts)  # k
     # ---- Decode the prompts, and each prompt with its response ----
     shown = [[token for token in ids if token not in hidden] for ids in responses]
-    contexts = _decode(tokenizer, prompts)
-    wholes = _decode(tokenizer, [[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
+    contexts = decode([list(ids) for ids in prompts])
+    wholes = decode([[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
     # ---- Subtract the prompt ----
-    puts_space = {token: _puts_space_behind(tokenizer, token) for token in {ids[-1] for ids in prompts if len(ids)}}
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    last_ids = {ids[-1] for ids in prompts if len(ids)}
+    spaced = {token for token in last_ids if token in added and _puts_space_behind(tokenizer, added[token].content)}
     texts = []
     for i, (whole, ids) in enumerate(zip(wholes, shown, strict=True)):
         context, prompt = contexts[i // per_prompt], prompts[i // per_prompt]
         # A decoder that rewrites the end of the prompt leaves no boundary: the response is then read alone.
-        text = whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, [ids])[0]
-        texts.append(text.removeprefix(" ") if len(prompt) and puts_space[prompt[-1]] else text)
+        text = whole[len(context) :] if whole.startswith(context) else decode([ids])[0]
+        texts.append(text.removeprefix(" ") if len(prompt) and prompt[-1] in spaced else text)
     return texts
 
 
-def _puts_space_behind(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+def _puts_space_behind(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     """Whether a text right behind a special token gets a space that it has not, as encoding and decoding show."""
-    token = getattr(tokenizer, "added_tokens_decoder", {}).get(token_id)
-    if token is None:
-        return False
-    return _decode(tokenizer, encode_batch(tokenizer, [f"{token.content}a"])) == [f"{token.content} a"]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
-    return list(tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=False))
+    ids = encode_batch(tokenizer, [f"{token}a"])
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=False)) == [f"{token} a"]
 
 
 def encode_responses(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from remax_lightning.config import EvalConfig
 from remax_lightning.data.chat_templates import ChatRenderer
@@ -22,14 +24,15 @@ from remax_lightning.evaluation.prompt_metrics import (
     prompt_records,
     sums_by_prompt,
 )
-from remax_lightning.functional import PolicyStatistics
+from remax_lightning.files import PromptRecord
+from remax_lightning.functional import TokenStatistics
 from remax_lightning.models.log_probs import response_statistics
-from remax_lightning.records import PromptRecord
 from remax_lightning.rewards.answers import voted_answer
 from remax_lightning.rewards.base import Reward, checked_scores, shorten
-from remax_lightning.rewards.function import import_function
+from remax_lightning.rewards.user_functions import import_function
 from remax_lightning.rollout import clone_engine
 from remax_lightning.strategies.stall_watchdog import report_progress
+from remax_lightning.training.experience import Experience
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
 from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
@@ -234,7 +237,7 @@ class Evaluator:
         self._reference_worker.prepare(self.worker.tokenizer, self.worker.eos_ids, device, self.worker.unused_ids)
         self._sums = PromptSums()
 
-    def evaluate(self, rollout: Rollout, stats: PolicyStatistics, kl_coef: float, batch_idx: int) -> StepOutput:
+    def evaluate(self, rollout: Rollout, stats: TokenStatistics, kl_coef: float, batch_idx: int) -> StepOutput:
         """Return what is measured of a batch, and add it to the means of this evaluation.
 
         Args:
@@ -244,13 +247,14 @@ class Evaluator:
             batch_idx: number of the batch; the reference's random numbers depend on it.
         """
         # ---- What is known of the policy's own responses ----
-        kl = self.objective.kl(stats.log_probs, rollout, stats.kl)  # [S, R]
+        # No update, and no reduction over ranks: each evaluates its own prompts, and sums follow at the end.
+        experience = Experience(rollout, normalizers=rollout.reward.new_empty(0))
+        experience = self.objective.with_advantages(experience, stats, kl_coef, lambda values: values)
         output = StepOutput(
             rollout=rollout._replace(reference_hidden=None),
-            # No reduction over ranks: each evaluates its own prompts, and sums follow at the end.
-            advantages=self.objective.advantages(rollout, kl, kl_coef, lambda values: values),
-            kl=kl,
-            entropy=stats.entropy,
+            advantages=cast(Tensor, experience.advantages),
+            kl=experience.kl,
+            entropy=cast(Tensor, stats.entropy),
             entropy_mask=rollout.sampled.response_mask,
             times={},
             closes_step=True,
@@ -270,6 +274,24 @@ class Evaluator:
         self._sums.add(records)
         output["records"], output["times"] = records, self.worker.timer.pop()
         return output
+
+    def settings(self, policy: str, reference: str | None) -> dict[str, Any]:
+        """Return the JSON-ready settings that an evaluation depends on.
+
+        Args:
+            policy: folder or hub name of the policy.
+            reference: that of the reference; None where it has no weights of its own.
+        """
+        reward = type(self.worker.reward)
+        return {
+            "policy": policy,
+            "reference": "the policy's start" if reference is None and self.reference is not None else reference,
+            "reward": {"class_path": f"{reward.__module__}.{reward.__qualname__}"},
+            "truncation_penalty": self.objective.truncation_penalty,
+            "overlong_cache": self.worker.overlong_cache,
+            "sampling": asdict(self.worker.sampling),
+            "kl": asdict(self.objective.kl_config),
+        }
 
     def means(self) -> dict[str, float]:
         """Return the figures over all ranks, the same on each, and start the next evaluation."""
@@ -360,10 +382,11 @@ class Evaluator:
 
     def _log_likelihoods(self, prompt: PromptBatch, responses: Responses) -> list[dict[str, tuple[float, float]]]:
         """Return for each response the nats that it costs policy and reference, and its number of tokens."""
-        log_probs = {"perplexity": response_statistics(self.policy, prompt, responses).log_probs}  # [M, R]
+        statistics = response_statistics(self.policy, prompt, responses, entropy=False)
+        log_probs = {"perplexity": statistics.log_probs}  # [M, R]
         if self.reference is not None:
             with self.reference.running():
-                statistics = response_statistics(self.reference.model, prompt, responses)
+                statistics = response_statistics(self.reference.model, prompt, responses, entropy=False)
                 log_probs["reference_perplexity"] = statistics.log_probs
         count, mask = len(responses.response_ids), responses.response_mask
         # A perplexity is exp(sum of nats / number of tokens), so both sums are kept apart until the end.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remax_lightning.evaluation.statistics import percentile_interval, proportion_interval, resampled_ratios
-from remax_lightning.records import PromptRecord
+from remax_lightning.files import PromptRecord
 
 CONFIDENCE = 0.95
 

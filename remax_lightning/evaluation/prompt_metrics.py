@@ -12,7 +12,7 @@ from torch import Tensor
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import gather_objects
 from remax_lightning.evaluation.statistics import best_of_k, majority_vote, pass_at_k, win_rates
-from remax_lightning.records import PromptRecord
+from remax_lightning.files import PromptRecord
 from remax_lightning.training.metrics import step_values
 from remax_lightning.types import Responses, StepOutput
 

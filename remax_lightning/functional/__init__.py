@@ -19,7 +19,6 @@ from remax_lightning.functional.baselines import (
 )
 from remax_lightning.functional.log_probs import (
     OutputHead,
-    PolicyStatistics,
     SamplingMask,
     TokenStatistics,
     hidden_statistics,
@@ -48,7 +47,6 @@ __all__ = [
     "MismatchKind",
     "MismatchLevel",
     "OutputHead",
-    "PolicyStatistics",
     "RewardClipAt",
     "SamplingMask",
     "SurrogateLoss",

@@ -36,13 +36,11 @@ class OutputHead(NamedTuple):
     soft_cap: float | None = None
 
 
-def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask | None, rows: slice) -> Tensor:
+def mask_logits(logits: Tensor, ids: Tensor, sampling_mask: SamplingMask, rows: slice) -> Tensor:
     """Return `[m, V]` logits with minus infinity on the tokens that `sampling_mask` leaves out; never on `ids`, `[m]`.
 
     A sampled token may be outside of the mask after rounding or an update; its log-prob must stay finite.
     """
-    if sampling_mask is None:
-        return logits
     allowed = sampling_mask(logits.detach(), rows).scatter(-1, ids[:, None], True)  # [m, V]
     return logits.masked_fill(allowed.logical_not_(), -torch.inf)
 
@@ -83,7 +81,8 @@ class LogitTransform(NamedTuple):
             logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         if self.temperature != 1:
             logits.div_(self.temperature)
-        log_probs = torch.log_softmax(mask_logits(logits, ids, self.sampling_mask, rows), dim=-1)
+        masked = logits if self.sampling_mask is None else mask_logits(logits, ids, self.sampling_mask, rows)
+        log_probs = torch.log_softmax(masked, dim=-1)
         if self.soft_cap is None:
             return log_probs, None
         # x = cap * tanh(z / cap) has the slope dx/dz = 1 - (x / cap)^2, and `logits` are x / temperature.
@@ -103,39 +102,31 @@ two to three tensors of this size besides its inputs and gradients; truncation b
 
 
 class TokenStatistics(NamedTuple):
-    """Statistics of each response token in a training pass.
+    """Statistics of tokens under a model, `[M]`, or `[S, R]` for each token of responses.
 
     Args:
-        log_probs: `[S, R]` log-probs of the given tokens in nats, differentiable.
-        entropy: `[S, R]` entropy of the policy at that position in nats, detached.
-        squared_norm: `[S, R]` squared norm of the gradient of the log-prob at its logits, detached:
-            `1 - 2 π(y_t) + Σ_v π(v)²`, 0 where the policy is sure of its token.
+        log_probs: log-probs of the given tokens in nats, differentiable.
+        entropy: entropy of the distribution at that position in nats, detached; None where it was not asked for.
+        kl: KL(policy || reference) over the vocabulary at that position in nats, differentiable; None without a
+            reference.
+        squared_norm: squared norm of the gradient of the log-prob at its logits, detached: `1 - 2 π(y_t) + Σ_v π(v)²`,
+            0 where the policy is sure of its token; None where it was not asked for.
     """
 
     log_probs: Tensor
-    entropy: Tensor
-    squared_norm: Tensor
-
-
-class PolicyStatistics(NamedTuple):
-    """`TokenStatistics` and the KL of the whole distribution to the reference.
-
-    Args:
-        log_probs: `[M]` or `[S, R]` log-probs of the given tokens in nats, differentiable.
-        entropy: of the same shape, entropy of the policy at that position in nats, detached.
-        kl: of the same shape, KL(policy || reference) over the vocabulary at that position in nats, differentiable;
-            None without a reference.
-        squared_norm: of the same shape, see `TokenStatistics`; None where log-probs alone are known.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None = None
     kl: Tensor | None = None
     squared_norm: Tensor | None = None
 
 
 def token_statistics(
-    logits: Tensor, ids: Tensor, temperature: float = 1.0, sampling_mask: SamplingMask | None = None
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    sampling_mask: SamplingMask | None = None,
+    *,
+    entropy: bool = True,
+    squared_norm: bool = False,
 ) -> TokenStatistics:
     """Return log-probs of `ids` and entropies, of the softmax of `logits / temperature`.
 
@@ -145,9 +136,11 @@ def token_statistics(
         temperature: divides the logits; the one that sampled keeps the gradient on-policy.
         sampling_mask: says which tokens the softmax is over, `ids` always among them; None for all. A constant to the
             gradient.
+        entropy: whether entropies are computed, which reads all probabilities.
+        squared_norm: whether squared norms are, which does so once more.
 
     Returns:
-        both `[S, R]` float32 (float64 for float64 logits).
+        each `[S, R]` float32 (float64 for float64 logits).
 
     Raises:
         ValueError: if the shapes do not fit or `temperature` is not above 0.
@@ -157,16 +150,18 @@ def token_statistics(
     check_argument(temperature > 0, "temperature", "above 0", temperature)
     ids = ids.long()
     scaled_logits = (logits.to(compute_dtype(logits)) / temperature).flatten(0, 1)  # [S * R, V]
-    log_softmax = torch.log_softmax(mask_logits(scaled_logits, ids.flatten(), sampling_mask, slice(None)), dim=-1).view(
-        logits.shape
-    )
+    if sampling_mask is not None:
+        scaled_logits = mask_logits(scaled_logits, ids.flatten(), sampling_mask, slice(None))
+    log_softmax = torch.log_softmax(scaled_logits, dim=-1).view(logits.shape)
     log_probs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # log pi(y_t) [S, R]
-    with torch.no_grad():
-        probs = log_softmax.exp()  # [S, R, V]
-        squared_norm = _squared_norm(log_probs, probs)
-        # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
-        entropy = torch.special.entr(probs).sum(dim=-1)
-    return TokenStatistics(log_probs, entropy, squared_norm)
+    entropies = norms = None
+    if entropy or squared_norm:
+        with torch.no_grad():
+            probs = log_softmax.exp()  # [S, R, V]
+            norms = _squared_norm(log_probs, probs) if squared_norm else None
+            # entr(0) = 0, where p * log p is NaN: logits of -inf are allowed.
+            entropies = torch.special.entr(probs).sum(dim=-1) if entropy else None
+    return TokenStatistics(log_probs, entropies, squared_norm=norms)
 
 
 def _squared_norm(log_probs: Tensor, probs: Tensor) -> Tensor:
@@ -185,8 +180,10 @@ def hidden_statistics(
     reference: tuple[Tensor, OutputHead] | None = None,
     sampling_mask: SamplingMask | None = None,
     reference_mask: SamplingMask | None = None,
+    entropy: bool = True,
+    squared_norm: bool = False,
     logits_at_once: int = LOGITS_AT_ONCE,
-) -> PolicyStatistics:
+) -> TokenStatistics:
     """Return the same as `token_statistics`, and the KL to a reference, without a tensor of all logits.
 
     Forward and backward compute the logits of as many tokens as `logits_at_once` allows and free them again, which
@@ -203,6 +200,8 @@ def hidden_statistics(
             constant to the gradient.
         reference_mask: the same of the reference. The KL is finite only if it keeps every token that `sampling_mask`
             keeps, so truncation does not belong here.
+        entropy: whether entropies are computed, as in `token_statistics`.
+        squared_norm: whether squared norms are.
         logits_at_once: maximum of tokens times vocabulary; at least one token is processed.
 
     Returns:
@@ -229,13 +228,11 @@ def hidden_statistics(
         )
         reference_inputs = (*tensors, LogitTransform.from_head(reference_head, temperature, dtype, reference_mask))
     # ---- `rows` tokens at a time ----
-    transform, rows = (
-        LogitTransform.from_head(head, temperature, dtype, sampling_mask),
-        max(1, logits_at_once // vocabulary),
-    )
+    transform, rows = LogitTransform.from_head(head, temperature, dtype, sampling_mask), logits_at_once // vocabulary
     # Tensors are passed one by one, because autograd does not look for them inside of tuples.
-    apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]], _HiddenStatistics.apply)
-    return PolicyStatistics(*apply(hidden, head.weight, head.bias, transform, *reference_inputs, ids.long(), rows))
+    apply = cast(Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]], _HiddenStatistics.apply)
+    arguments = hidden, head.weight, head.bias, transform, *reference_inputs, ids.long()
+    return TokenStatistics(*apply(*arguments, max(1, rows), entropy, squared_norm))
 
 
 class _HiddenStatistics(torch.autograd.Function):
@@ -254,8 +251,12 @@ class _HiddenStatistics(torch.autograd.Function):
         reference_transform: LogitTransform | None,
         ids: Tensor,
         rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        log_probs, entropy, squared_norm = (hidden.new_zeros(len(hidden), dtype=transform.dtype) for _ in range(3))
+        needs_entropy: bool,
+        needs_norm: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        log_probs = hidden.new_zeros(len(hidden), dtype=transform.dtype)
+        entropy = torch.zeros_like(log_probs) if needs_entropy else None
+        squared_norm = torch.zeros_like(log_probs) if needs_norm else None
         kl, saved_log_softmax = None if reference_hidden is None else torch.zeros_like(log_probs), None
         # Where all tokens fit into one chunk, the backward pass reads the saved log-probs and needs no second product.
         # A soft cap excludes that, since its slope would have to be saved too.
@@ -274,18 +275,22 @@ class _HiddenStatistics(torch.autograd.Function):
                 if reference_logits is not None and kl is not None:
                     # KL_t = sum_v pi(v) (log pi(v) - log pi_ref(v))
                     kl[part] = reference_logits.log_ratio(log_softmax, ids[part], part).mul_(log_softmax.exp()).sum(-1)
-                probs = log_softmax.exp()  # [rows, V]
-                squared_norm[part] = _squared_norm(log_probs[part], probs)
-                # Impossible tokens have no entropy; 0 * -inf would be NaN.
-                entropy[part] = -probs.mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
-                # Clamped by now, from -inf to the least number: its exp is 0 still, and `log_ratio` knows both.
+                if entropy is not None or squared_norm is not None:
+                    probs = log_softmax.exp()  # [rows, V]
+                    if squared_norm is not None:
+                        squared_norm[part] = _squared_norm(log_probs[part], probs)
+                    if entropy is not None:
+                        # Impossible tokens have no entropy; 0 * -inf would be NaN.
+                        entropy[part] = -probs.mul_(log_softmax.clamp_min_(torch.finfo(transform.dtype).min)).sum(-1)
+                    del probs
+                # Clamped perhaps, from -inf to the least number: its exp is 0 still, and `log_ratio` knows both.
                 saved_log_softmax = log_softmax if keep else None
-                del log_softmax, probs  # free them before the next chunk
+                del log_softmax  # free it before the next chunk
         ctx.transform, ctx.reference_transform, ctx.rows = transform, reference_transform, rows
         ctx.save_for_backward(
             hidden, weight, bias, reference_hidden, reference_weight, reference_bias, ids, kl, saved_log_softmax
         )
-        ctx.mark_non_differentiable(entropy, squared_norm)
+        ctx.mark_non_differentiable(*(value for value in (entropy, squared_norm) if value is not None))
         ctx.set_materialize_grads(False)  # an output without use has the gradient None, not zeros
         return log_probs, entropy, kl, squared_norm
 
@@ -329,7 +334,7 @@ class _HiddenStatistics(torch.autograd.Function):
                 del log_softmax, slope, weights, gradient  # free them before the next product
                 gradient_sums.add(part, product, head[0])
                 del product
-        return (*gradient_sums.gradients(), *7 * [None])  # transform, the reference's four, ids, rows
+        return (*gradient_sums.gradients(), *9 * [None])  # transform, the reference's four, ids, rows, what is needed
 
 
 class _ReferenceLogits(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from remax_lightning.errors import UserError
-from remax_lightning.json_text import load_json
+from remax_lightning.files import load_json
 
 MANIFEST = "checksums.json"
 """File in a folder with the size and the CRC32 of its other files."""

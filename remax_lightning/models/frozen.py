@@ -27,41 +27,49 @@ def check_placement(placement: str, key: str) -> None:
 
 
 class FrozenModel:
-    """A model without gradients. Run it inside of `running()` only.
+    """A model without gradients. Call `place` once its device is known, and run it inside of `running()` only.
 
     Args:
-        model: on the CPU or on `device`, the same on every rank; changed in place.
+        model: on the CPU, the same on every rank; changed in place.
         placement: `replicate` keeps it unsharded on the device. `shard` shards its layers over all ranks and gathers
             each one while it runs; embeddings, last norm and head stay unsharded. `cpu` stores it in host memory and
             copies it to the device for forward passes. With one process `shard` is `replicate`.
-        device: device of the forward passes.
         key: configuration key of the placement, for messages.
-        resident: a submodule that is also read outside of forward passes, so it stays on the device.
 
     Raises:
-        UserError: if `shard` finds no layers, or the model is quantized and the placement is not `replicate`.
+        UserError: if the model is quantized and the placement is not `replicate`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        placement: Placement,
-        device: torch.device,
-        key: str,
-        resident: nn.Module | None = None,
-    ) -> None:
-        self.model, self.device = model.eval().requires_grad_(False), device
+    device: torch.device | None = None
+    """Of the forward passes; None before `place`."""
+
+    def __init__(self, model: Any, placement: Placement, key: str) -> None:
         if placement != "replicate" and getattr(model, "is_quantized", False):
             raise UserError(f"{key} must be replicate for a quantized model, got {placement}")
+        self.model, self.placement, self.key = model.eval().requires_grad_(False), placement, key
         self._parked: list[tuple[dict[str, Any], str]] = []
         self._body: Any = None  # what `_shard_layers` returned
-        if placement == "cpu":
-            self._move_to_host(resident)
+
+    def place(self, device: torch.device, resident: nn.Module | None = None) -> None:
+        """Move the model to its placement; a second call with the same device changes nothing.
+
+        Args:
+            device: device of the forward passes.
+            resident: a submodule that is also read outside of forward passes, so it stays on the device.
+
+        Raises:
+            UserError: if `shard` finds no layers.
+        """
+        if self.device == device:
+            return
+        self.device = device
+        if self.placement == "cpu":
+            self._move_to_host(device, resident)
             return
         # Shard before moving, so that no device ever holds the whole model.
-        if placement == "shard" and num_ranks() > 1:
-            self._body = _shard_layers(model, device, key)
-        model.to(device)
+        if self.placement == "shard" and num_ranks() > 1:
+            self._body = _shard_layers(self.model, device, self.key)
+        self.model.to(device)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -69,14 +77,18 @@ class FrozenModel:
 
         Under `shard` all ranks have to enter and leave; they may run different numbers of passes.
         """
+        if self.device is None:
+            raise RuntimeError("place(device) must be called before the model is run")
         # Tensors that a strategy or FSDP2 keeps from a pass must not be inference tensors of Lightning.
         with torch.inference_mode(False), torch.no_grad():
             if self._body is not None:
                 with equalize_passes(self._body, self.device):
                     yield
-            else:
-                with self._on_device():
+            elif self._parked:
+                with self._on_device(self.device):
                     yield
+            else:
+                yield
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -85,39 +97,40 @@ class FrozenModel:
         All ranks have to enter and leave. Decoding needs this: under `shard` layers are gathered once, and a pass that
         `running` repeats for other ranks would write into the key-value cache.
         """
+        if self._body is None:
+            with self.running():
+                yield
+            return
         with torch.inference_mode(False), torch.no_grad():
-            if self._body is None:
-                with self._on_device():
-                    yield
-            else:
-                # Otherwise the first layer that runs takes itself for the root.
-                self._body._get_fsdp_state()._lazy_init()
-                with unsharded_groups(fsdp2_groups(self._body)):
-                    yield
+            # Otherwise the first layer that runs takes itself for the root.
+            self._body._get_fsdp_state()._lazy_init()
+            with unsharded_groups(fsdp2_groups(self._body)):
+                yield
 
-    def _move_to_host(self, resident: nn.Module | None) -> None:
+    def _move_to_host(self, device: torch.device, resident: nn.Module | None) -> None:
         """Move the model to host memory, pinned if the device is CUDA."""
+        self._parked = []
         # By identity, so that tied weights are copied once and stay tied.
         stays = {id(tensor) for _, _, tensor in _tensor_slots(resident)} if resident is not None else set()
         host_tensors: dict[int, Tensor] = {}
         for slots, name, tensor in _tensor_slots(self.model):
             if id(tensor) not in host_tensors:
-                pin_memory = self.device.type == "cuda" and id(tensor) not in stays
+                pin_memory = device.type == "cuda" and id(tensor) not in stays
                 host_tensors[id(tensor)] = _copy_to_device(
-                    tensor, self.device if id(tensor) in stays else torch.device("cpu"), pin_memory
+                    tensor, device if id(tensor) in stays else torch.device("cpu"), pin_memory
                 )
             slots[name] = host_tensors[id(tensor)]
             if id(tensor) not in stays:
                 self._parked.append((slots, name))
 
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def _on_device(self, device: torch.device) -> Iterator[None]:
         """Copy the parked tensors to the device inside. They do not change there, so nothing is copied back."""
         parked = [(slots, name, slots[name]) for slots, name in self._parked]
         on_device: dict[int, Tensor] = {}
         for slots, name, host in parked:
             if id(host) not in on_device:  # tied weights stay tied
-                on_device[id(host)] = _copy_to_device(host, self.device)
+                on_device[id(host)] = _copy_to_device(host, device)
             slots[name] = on_device[id(host)]
         try:
             yield

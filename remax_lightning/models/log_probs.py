@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
-from remax_lightning.functional import (
-    OutputHead,
-    PolicyStatistics,
-    TokenStatistics,
-    hidden_statistics,
-    token_statistics,
-)
+from remax_lightning.functional import OutputHead, TokenStatistics, hidden_statistics, token_statistics
 from remax_lightning.models.forward import accepts_argument, find_head, hidden_states, model_inputs, required_head
 from remax_lightning.models.packing import PackedAttention, packed_inputs, packing_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, make_sampling_mask
@@ -33,6 +27,7 @@ def response_statistics(
     temperature: float = 1.0,
     *,
     packed: bool = False,
+    entropy: bool = True,
 ) -> TokenStatistics:
     """Run `model` over prompts and responses and return statistics of the response tokens.
 
@@ -45,15 +40,15 @@ def response_statistics(
         responses: `M = B * n` responses, prompt by prompt, padded on the right.
         temperature: divides the logits.
         packed: run one packed row, where the model can be packed; otherwise padded rows.
+        entropy: whether entropies are among the statistics.
 
     Returns:
         Log-probs and entropies `[M, R]`, 0 outside the response mask.
     """
     (rows,) = _forward_batches(model if packed else None, prompt, responses)  # all responses in one batch
-    statistics = row_statistics(model, rows, find_head(model).head, temperature).statistics
-    shape, places = responses.response_mask.shape, [rows.places]
-    values = statistics.log_probs, statistics.entropy, cast(Tensor, statistics.squared_norm)
-    return TokenStatistics(*(_scatter_tokens([value], places, shape) for value in values))
+    sampling = SamplingConfig(temperature=temperature)
+    statistics, _ = row_statistics(model, rows, find_head(model).head, sampling, entropy=entropy)
+    return _in_their_places([statistics], [rows.places], responses.response_mask.shape)
 
 
 def policy_statistics(
@@ -66,7 +61,9 @@ def policy_statistics(
     suppressed: SuppressedTokens = NO_TOKENS,
     *,
     packed: bool = True,
-) -> PolicyStatistics:
+    entropy: bool = True,
+    squared_norm: bool = False,
+) -> TokenStatistics:
     """Return the statistics of the sampled responses, each `[S, R]` and 0 outside the response mask.
 
     The KL over the vocabulary is among them where the rollout holds the reference's hidden states.
@@ -81,13 +78,14 @@ def policy_statistics(
             each pass; None for all at once.
         suppressed: tokens that could not be drawn; neither the policy nor the reference counts them.
         packed: run packed rows, where the policy can be packed; False runs padded rows.
+        entropy: whether entropies are among them.
+        squared_norm: whether the squared norms of gradients are.
 
     Raises:
         UserError: if the KL over the vocabulary is asked for and a model's head cannot be read.
     """
     # ---- Run the policy, a batch of responses at a time ----
-    temperature = _temperature(sampling)
-    passes: list[PolicyStatistics] = []
+    passes: list[TokenStatistics] = []
     places: list[Tensor] = []
     for rows in _forward_batches(policy if packed else None, rollout.prompt, rollout.sampled, batch_size, trained):
         if rollout.reference_hidden is None or reference is None:
@@ -96,17 +94,12 @@ def policy_statistics(
             # A KL over the vocabulary compares whole distributions, which both heads make from hidden states.
             head, other = required_head(policy, "model.policy"), required_head(reference, "model.reference")
             compared = rollout.reference_hidden.flatten(0, 1)[rows.places], other  # [K, D']
-        passes.append(row_statistics(policy, rows, head, temperature, sampling, suppressed, compared).statistics)
+        statistics, _ = row_statistics(
+            policy, rows, head, sampling, suppressed, compared, entropy=entropy, squared_norm=squared_norm
+        )
+        passes.append(statistics)
         places.append(rows.places)
-    # ---- Every pass returns its counted tokens in a row, [K]; back to their places, [S, R] ----
-    shape = rollout.sampled.response_mask.shape
-    log_probs, entropy, kl, squared_norm = zip(*passes, strict=True)
-    return PolicyStatistics(
-        _scatter_tokens(log_probs, places, shape),
-        _scatter_tokens(entropy, places, shape),
-        None if None in kl else _scatter_tokens(kl, places, shape),
-        _scatter_tokens(squared_norm, places, shape),
-    )
+    return _in_their_places(passes, places, rollout.sampled.response_mask.shape)
 
 
 def with_reference(
@@ -140,15 +133,8 @@ def with_reference(
         required_head(reference, "model.reference")
     batch_size = batch_size or len(mask) // rollout.prompt.num_micro_batches
     for rows in _forward_batches(reference, rollout.prompt, rollout.sampled, batch_size):
-        statistics, hidden = row_statistics(
-            reference,
-            rows,
-            find_head(reference).head,
-            _temperature(sampling),
-            sampling,
-            suppressed,
-            truncate=False,
-        )
+        head = find_head(reference).head
+        statistics, hidden = row_statistics(reference, rows, head, sampling, suppressed, truncate=False, entropy=False)
         log_probs.append(statistics.log_probs)  # log pi_ref(y_t) [K]
         places.append(rows.places)
         if keep_hidden and hidden is not None:
@@ -157,11 +143,6 @@ def with_reference(
         reference_log_probs=_scatter_tokens(log_probs, places, mask.shape),
         reference_hidden=_scatter_tokens(hidden_parts, places, mask.shape) if hidden_parts else None,
     )
-
-
-def _temperature(sampling: SamplingConfig) -> float:
-    # Scaled log-probs are of the distribution that is sampled from, the others of the model itself.
-    return sampling.temperature if sampling.scale_log_probs else 1.0
 
 
 class ForwardBatch(NamedTuple):
@@ -198,7 +179,7 @@ class RowStatistics(NamedTuple):
         hidden: `[K, D]` the hidden states that predict them; None without a head.
     """
 
-    statistics: PolicyStatistics
+    statistics: TokenStatistics
     hidden: Tensor | None
 
 
@@ -211,7 +192,7 @@ def _forward_batches(
 ) -> Iterator[ForwardBatch]:
     """Yield the batches of the passes, and of each batch only the responses that are True in `chosen`.
 
-    They are packed where `model` can be, and padded without one.
+    They are packed where `model` can be and it saves padding, and padded without one.
     """
     num_samples = len(responses.response_ids) // len(prompt.prompt_ids)
     lengths = prompt.prompt_mask.sum(1).repeat_interleave(num_samples) + responses.response_mask.sum(1)  # [S]
@@ -224,7 +205,9 @@ def _forward_batches(
     # Split before choosing: every rank then runs the same number of passes, which sharded weights need.
     for batch in cast("Sequence[Tensor]", batches):
         rows = batch if chosen is None else batch[chosen[batch]]
-        yield (_pack if packs and len(rows) else _pad_left)(prompt, responses, rows)
+        # Rows of one length have no padding to save, and no mask: they run as they are.
+        has_padding = packs and len(rows) > 1 and bool((lengths[rows] != lengths[rows[0]]).any())
+        yield (_pack if has_padding else _pad_left)(prompt, responses, rows)
 
 
 def _pad_left(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBatch:
@@ -275,6 +258,15 @@ def _pack(prompt: PromptBatch, responses: Responses, rows: Tensor) -> ForwardBat
     )
 
 
+def _in_their_places(
+    passes: Sequence[TokenStatistics], places: Sequence[Tensor], shape: Sequence[int]
+) -> TokenStatistics:
+    """Return the statistics of passes, each of their counted tokens `[K]`, at their places in `[S, R]`."""
+    columns = zip(*passes, strict=True)  # log-probs of all passes, entropies of all passes, ...
+    values = (None if column[0] is None else _scatter_tokens(column, places, shape) for column in columns)
+    return TokenStatistics(*cast("Iterator[Tensor]", values))
+
+
 def _scatter_tokens(values: Sequence[Tensor], places: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Return values of tokens, `[K]` or `[K, D]` in parts, at their places in `[S, R]`, and 0 elsewhere."""
     joined = torch.cat(list(values))
@@ -286,12 +278,13 @@ def row_statistics(
     model: PreTrainedModel,
     rows: ForwardBatch,
     head: OutputHead | None,
-    temperature: float = 1.0,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig,
     suppressed: SuppressedTokens = NO_TOKENS,
     reference: tuple[Tensor, OutputHead] | None = None,
     *,
     truncate: bool = True,
+    entropy: bool = True,
+    squared_norm: bool = False,
 ) -> RowStatistics:
     """Run `model` once over `rows` and return the statistics of their counted tokens.
 
@@ -301,31 +294,31 @@ def row_statistics(
         model: policy or reference.
         rows: prompts with their responses.
         head: the model's output head, see `find_head`; None lets the model compute the logits of all tokens at once.
-        temperature: divides the logits.
-        sampling: says which tokens `truncate` leaves out; None for none.
+        sampling: what the log-probs are of: its temperature divides the logits, and its truncation leaves tokens out.
         suppressed: tokens that could not be drawn.
         reference: `[K, D']` hidden states of the reference for the counted tokens, and its head, for the KL over the
             vocabulary. Needs `head`.
         truncate: False for the reference, which is compared with the policy but not truncated.
+        entropy: whether entropies are computed.
+        squared_norm: whether squared norms of gradients are.
     """
-    sampling = sampling or SamplingConfig()
-    # ---- The head cannot be read: the model computes all logits at once, packed of the counted tokens alone ----
-    if head is None and rows.texts is not None:
-        sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
-        logits, ids = _packed_logits(model, rows, rows.texts), rows.targets[None]  # [1, K, V], [1, K]
-        log_probs, entropy, norm = token_statistics(logits, ids, temperature, sampling_mask)  # [1, K]
-        return RowStatistics(PolicyStatistics(log_probs[0], entropy[0], squared_norm=norm[0]), None)
+    # Scaled log-probs are of the distribution that is sampled from, the others of the model itself.
+    temperature = sampling.temperature if sampling.scale_log_probs else 1.0
+    sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
+    # ---- The head cannot be read: the model computes the logits itself, and those of counted tokens are taken ----
     if head is None:
-        chosen = _places_in_last_columns(rows)  # [K], of the M * L
-        positions = torch.zeros_like(rows.input_ids[:, -rows.length :]).flatten()  # [M * L]
-        positions = positions.index_copy(0, chosen, rows.positions)
-        sampling_mask = make_sampling_mask(sampling, suppressed, positions, truncate=truncate)
-        ids = rows.input_ids[:, -rows.length :]
-        found = token_statistics(_logits(model, rows), ids, temperature, sampling_mask)  # [M, L]
-        log_probs, entropy, norm = (values.flatten()[chosen] for values in found)  # [K]
-        return RowStatistics(PolicyStatistics(log_probs, entropy, squared_norm=norm), None)
+        logits, ids = _counted_logits(model, rows)[None], rows.targets[None]  # [1, K, V], [1, K]
+        asked = {"entropy": entropy, "squared_norm": squared_norm}
+        columns = token_statistics(logits, ids, temperature, sampling_mask, **asked)  # [1, K] each
+        values = (None if column is None else column[0] for column in columns)
+        return RowStatistics(TokenStatistics(*cast("Iterator[Tensor]", values)), None)
     # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
-    states = _states(model, rows)  # [M, T, D]
+    if rows.texts is None:
+        states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
+    else:
+        with PackedAttention(model, rows.texts):
+            inputs = packed_inputs(rows.texts, rows.input_ids)
+            states = unwrap_peft(model).base_model(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
     hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]
     del states  # free it, unless the backward pass needs it
     statistics = hidden_statistics(
@@ -334,43 +327,34 @@ def row_statistics(
         rows.targets,
         temperature,
         reference=reference,
-        sampling_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate),
-        reference_mask=make_sampling_mask(sampling, suppressed, rows.positions, truncate=False),
+        sampling_mask=sampling_mask,
+        reference_mask=None
+        if reference is None
+        else make_sampling_mask(sampling, suppressed, rows.positions, truncate=False),
+        entropy=entropy,
+        squared_norm=squared_norm,
     )
     return RowStatistics(statistics, hidden)
 
 
-def _places_in_last_columns(rows: ForwardBatch) -> Tensor:
-    """Return `[K]` where the counted tokens stand among the `M * L` of the last `L` columns."""
-    width = rows.input_ids.shape[1]  # T
-    row, column = rows.predicting // width, rows.predicting % width + 1  # both [K]
-    return row * rows.length + column - (width - rows.length)
-
-
-def _states(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
-    if rows.texts is None:
-        return hidden_states(model, rows.input_ids, rows.input_mask)
-    core = unwrap_peft(model)
-    with PackedAttention(model, rows.texts):
-        output = core.base_model(**packed_inputs(rows.texts, rows.input_ids), use_cache=False)
-    return cast(Tensor, output.last_hidden_state)
-
-
-def _packed_logits(model: PreTrainedModel, rows: ForwardBatch, texts: list[int]) -> Tensor:
-    """Return `[1, K, V]` logits that predict the counted tokens."""
-    inputs = packed_inputs(texts, rows.input_ids)
+def _counted_logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
+    """Return `[K, V]` logits that predict the counted tokens, of a model that computes them itself."""
     keeps = accepts_argument(model, "logits_to_keep")
-    if keeps:
-        inputs["logits_to_keep"] = rows.predicting
-    with PackedAttention(model, texts):
-        logits = cast(Tensor, model(**inputs, use_cache=False).logits)  # [1, K or T, V]
-    return logits if keeps else logits[:, rows.predicting]
-
-
-def _logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
+    # ---- One packed row: the model is asked for the counted tokens alone, where it can be ----
+    if rows.texts is not None:
+        inputs = packed_inputs(rows.texts, rows.input_ids)
+        if keeps:
+            inputs["logits_to_keep"] = rows.predicting
+        with PackedAttention(model, rows.texts):
+            logits = cast(Tensor, model(**inputs, use_cache=False).logits)[0]  # [K or T, V]
+        return logits if keeps else logits[rows.predicting]
+    # ---- Padded rows: of the last columns ----
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)
-    if accepts_argument(model, "logits_to_keep"):
+    if keeps:
         # The responses, and the token before them, which predicts the first of the longest one.
         inputs["logits_to_keep"] = rows.length + 1
-    # [M, L, V]; the logits of the last token predict a token that was not drawn
-    return cast(Tensor, model(**inputs, use_cache=False).logits)[:, -rows.length - 1 : -1]
+    # The logits of the last token predict a token that was not drawn.
+    logits = cast(Tensor, model(**inputs, use_cache=False).logits)[:, -rows.length - 1 : -1]  # [M, L, V]
+    width = rows.input_ids.shape[1]  # T
+    row, column = rows.predicting // width, rows.predicting % width + 1  # both [K], of the counted tokens
+    return logits.flatten(0, 1)[row * rows.length + column - (width - rows.length)]

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from remax_lightning.json_text import load_json
+from remax_lightning.files import load_json
 
 CARD = "README.md"
 _PACKAGES = ("remax-lightning", "torch", "transformers", "lightning", "peft")

@@ -11,6 +11,7 @@ attention of a model's own, soft caps, texts longer than a sliding window) runs 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
@@ -164,7 +165,11 @@ def packed_attention(
     bounds = _active[-1].bounds
     _active[-1].calls += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    attend = _flash_attention if _takes_flash(query, value, dropout) else attend_text_by_text
+    # torch's flash attention over texts of any length: CUDA, 16 bits, heads that it takes, no dropout
+    is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
+    same_width = query.shape[-1] == value.shape[-1] <= MAX_FLASH_HEAD
+    takes_flash = query.device.type == "cuda" and is_16_bit and same_width and dropout == 0
+    attend = _flash_attention if takes_flash else attend_text_by_text
     return attend(query, key, value, bounds, scaling, causal=causal, dropout=dropout), None
 
 
@@ -189,12 +194,6 @@ def attend_text_by_text(
         for q, k, v in texts
     ]
     return torch.cat(outputs, dim=1)
-
-
-def _takes_flash(query: Tensor, value: Tensor, dropout: float) -> bool:
-    is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
-    same_width = query.shape[-1] == value.shape[-1] <= MAX_FLASH_HEAD
-    return query.device.type == "cuda" and is_16_bit and same_width and dropout == 0
 
 
 def _flash_attention(
@@ -241,6 +240,18 @@ def packed_inputs(lengths: Sequence[int], input_ids: Tensor) -> dict[str, Any]:
 # ---- Which models can be packed ----
 
 
+class Packability(NamedTuple):
+    """Whether a model can be packed.
+
+    Args:
+        obstacle: why not; empty if it can.
+        window: tokens that every attention layer sees at least; infinite where all see the whole text.
+    """
+
+    obstacle: str
+    window: float
+
+
 def token_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Return `[T, V]` logits of all tokens of a row, asked for by their places as in passes, if the model can."""
     if accepts_argument(model, "logits_to_keep"):
@@ -262,21 +273,24 @@ def packing_obstacle(
         longest: tokens of the longest text.
         token_outputs: from a model and the arguments of a pass over one row to what it returns of each token, `[T, C]`.
     """
-    if model not in _obstacles:
-        _obstacles[model] = reason = _find_obstacle(model, token_outputs)
+    if model not in _findings:
+        reason = _find_obstacle(model, token_outputs)
         rows = f"padded rows, because {reason}" if reason else "packed rows, without padding"
         log.info("%s: passes over whole texts run %s", type(unwrap_peft(model)).__name__, rows)
-    window = smallest_window(model)
-    if not _obstacles[model] and window is not None and longest > window:
-        if model not in _said_windows:
-            _said_windows[model] = window
-            log.info(
-                "%s: passes over texts of more than %d tokens, its attention window, run padded rows",
-                type(unwrap_peft(model)).__name__,
-                window,
-            )
-        return f"a text is longer than its attention window of {window} tokens"
-    return _obstacles[model]
+        window = smallest_window(model)
+        _findings[model] = Packability(reason, math.inf if window is None else window)
+    obstacle, limit = _findings[model]
+    if obstacle or longest <= limit:
+        return obstacle
+    # ---- Longer than what every layer sees ----
+    if model not in _said_windows:
+        _said_windows[model] = limit
+        log.info(
+            "%s: passes over texts of more than %d tokens, its attention window, run padded rows",
+            type(unwrap_peft(model)).__name__,
+            limit,
+        )
+    return f"a text is longer than its attention window of {limit} tokens"
 
 
 def smallest_window(model: PreTrainedModel) -> int | None:
@@ -334,5 +348,5 @@ _IMPLEMENTATION = "_attn_implementation_internal"
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
 """Keys of configurations for the tokens that a layer sees: Mistral, Llama 4, GPT-Neo and others."""
 _configs: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-_obstacles: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-_said_windows: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_findings: WeakKeyDictionary[Any, Packability] = WeakKeyDictionary()
+_said_windows: WeakKeyDictionary[Any, float] = WeakKeyDictionary()

@@ -148,7 +148,9 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
     """
     scaled = apply_temperature(logits, sampling.temperature if sampling.scale_log_probs else 1.0)  # [M, V]
     # Suppressed tokens are at minus infinity already, so positions are not read; `tokens` only has their device.
-    scaled = mask_logits(scaled, tokens, make_sampling_mask(sampling, NO_TOKENS, tokens), slice(None))
+    mask = make_sampling_mask(sampling, NO_TOKENS, tokens)
+    if mask is not None:
+        scaled = mask_logits(scaled, tokens, mask, slice(None))
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 

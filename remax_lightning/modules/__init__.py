@@ -4,7 +4,7 @@ from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, Mismat
 from remax_lightning.modules.remax import ReMaxModule
 from remax_lightning.modules.reward_model import RewardModelModule
 from remax_lightning.modules.sft import SFTModule
-from remax_lightning.training.schedules import WarmupCosine, WarmupLinear
+from remax_lightning.training.optimization import WarmupCosine, WarmupLinear
 
 __all__ = [
     "AdvantageConfig",

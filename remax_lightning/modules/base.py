@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
-from remax_lightning.disk import tolerate_disk_errors
 from remax_lightning.errors import UserError
+from remax_lightning.files import tolerate_disk_errors
 from remax_lightning.loggers import log_hyperparameters
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import HYPER_PARAMETERS, CheckpointInfo, optimizer_groups, tensor_shapes
@@ -39,7 +39,16 @@ from remax_lightning.strategies import (
 )
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.metrics import log_at_global_step, tolerate_failing_logs
+from remax_lightning.training.optimization import (
+    SkippedSteps,
+    check_learning_rate_precision,
+    choose_update_kernel,
+    learning_rates,
+    parameter_groups,
+    set_total_steps,
+)
 from remax_lightning.training.resume import (
+    StallTimeout,
     StopAtStepEnd,
     checkpoint_folders,
     defer_signals,
@@ -48,15 +57,6 @@ from remax_lightning.training.resume import (
     resume_after_last_batch,
     set_random_state,
 )
-from remax_lightning.training.schedules import (
-    check_learning_rate_precision,
-    choose_update_kernel,
-    learning_rates,
-    parameter_groups,
-    set_total_steps,
-)
-from remax_lightning.training.skipping import SkippedSteps
-from remax_lightning.training.stalling import StallTimeout
 from remax_lightning.types import Batch
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.loading import Float32Buffers, ModelSource, as_model_config
 from remax_lightning.modules.base import BaseModule
-from remax_lightning.rewards.new_reward_model import load_reward_model
+from remax_lightning.rewards.loading import load_reward_model
 from remax_lightning.rewards.pooling import (
     Normalization,
     Pooling,

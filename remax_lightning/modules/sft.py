@@ -117,7 +117,7 @@ class SFTModule(PolicyModule):
         mask = batch.response_mask
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         responses = Responses(batch.response_ids, mask, mask.new_zeros(len(mask)), [])
-        return response_statistics(self.policy, prompt, responses, packed=packing).log_probs[mask]
+        return response_statistics(self.policy, prompt, responses, packed=packing, entropy=False).log_probs[mask]
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of the responses."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from remax_lightning.rewards.base import Reward, Scores, checked_scores
 from remax_lightning.rewards.classifier import ClassifierReward
-from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig
+from remax_lightning.rewards.formats import DeepSpeedChatConfig
 from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.timed import TimedReward
 from remax_lightning.rewards.verifiers import (

@@ -1,13 +1,9 @@
-"""What a reward is, the check that every score passes before anything is trained on it, and waiting for coroutines."""
+"""What a reward is, and the check that every score passes before anything is trained on it."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +158,12 @@ def applicable_scores(
         lengths = f"{len(prompts)}, {len(responses)} and {len(rows)}"
         raise ValueError(f"prompts, responses and rows must be equally long, got {lengths}")
     # ---- Scores, perhaps with parts ----
-    result = _raw_scores(reward, prompts, responses, rows)
+    try:
+        result: Any = reward.score(prompts, responses, rows)
+    except (UserError, SignalExit):
+        raise
+    except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
+        raise _score_error(reward, error, prompts, responses, rows) from error
     parts: Any = {}
     if isinstance(result, Scores):
         result, parts = result
@@ -170,34 +171,34 @@ def applicable_scores(
         raise RewardError(f"model.reward: {reward!r} must return its parts as a dict, got {type(parts).__name__}")
     # ---- None in TRL's sense: the reward does not apply to the response ----
     applies = torch.ones(len(responses), dtype=torch.bool)  # [M]
-    result = _without_index(result)
-    if reward.skips_none and isinstance(result, list | tuple) and len(result) == len(responses):
-        applies = torch.tensor([value is not None for value in result], dtype=torch.bool)
-        result = _without_none(result, responses)
+    if reward.skips_none:
+        result = _without_index(result)
+        if isinstance(result, list | tuple) and len(result) == len(responses):
+            applies = torch.tensor([value is not None for value in result], dtype=torch.bool)
+            result = _without_none(result, responses)
     # ---- One finite number per response, in every part ----
     checked = {name: _checked(reward, name, part, prompts, responses) for name, part in parts.items()}
     totals = {name: Scores(part, {}).total for name, part in checked.items()}
     return Scores(_checked(reward, None, result, prompts, responses), totals), applies
 
 
-def _raw_scores(
-    reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
-) -> Any:
-    """Return what `reward` returns; whatever it raises becomes a RewardError."""
-    try:
-        return reward.score(prompts, responses, rows)
-    except (UserError, SignalExit):
-        raise
-    except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
-        index = failing_row(reward, type(error), prompts, responses, rows)
-        row = rows[index or 0] if rows else {}
-        # The most frequent mistake: a column by another name.
-        is_column = isinstance(error, KeyError) and not any(name in row for name in error.args)
-        columns = f"\n  columns of its row: {', '.join(map(str, row)) or 'none'}" if is_column else ""
-        raise RewardError(
-            f"model.reward: {reward!r} raised {_describe(error)}"
-            f"{example_lines(prompts, responses, index)}{columns}\nMake it return one finite number per response."
-        ) from error
+def _score_error(
+    reward: Reward,
+    error: BaseException,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+) -> RewardError:
+    """Return the error about a reward that has raised one, with a response that makes it do so."""
+    index = failing_row(reward, type(error), prompts, responses, rows)
+    row = rows[index or 0] if rows else {}
+    # The most frequent mistake: a column by another name.
+    is_column = isinstance(error, KeyError) and not any(name in row for name in error.args)
+    columns = f"\n  columns of its row: {', '.join(map(str, row)) or 'none'}" if is_column else ""
+    return RewardError(
+        f"model.reward: {reward!r} raised {_describe(error)}"
+        f"{example_lines(prompts, responses, index)}{columns}\nMake it return one finite number per response."
+    )
 
 
 def _describe(error: BaseException) -> str:
@@ -264,10 +265,12 @@ def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[st
 
 def _as_tensor(scores: Any, lengths: list[int] | None, problem: _Problem) -> Tensor:
     """Return scores of any kind as a tensor of real numbers, lists per token padded with 0."""
-    scores = _without_index(scores)
+    scores = scores if isinstance(scores, list) else _without_index(scores)
     # ---- A sequence is checked value by value, so that the message can name the response ----
     if isinstance(scores, Sequence) and not isinstance(scores, str | bytes):
-        if lengths is not None and any(_is_row(value) for value in scores):
+        if all(type(value) is float for value in scores):  # as most rewards return them
+            scores = list(scores)
+        elif lengths is not None and any(_is_row(value) for value in scores):
             scores = _padded_rows(scores, lengths, problem)
         else:
             for index, value in enumerate(scores):
@@ -388,55 +391,3 @@ def example_lines(prompts: Sequence[str], responses: Sequence[str], index: int |
     which = f"{index}" if index is not None else "0 (the first of the batch)"
     index = index or 0
     return f"\n  prompt {which}: {shorten(prompts[index])}\n  response {which}: {shorten(responses[index])}"
-
-
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id
-_lock = threading.Lock()
-
-
-def wait_for(results: Sequence[Any]) -> list[Any]:
-    """Return the results, those that are awaitable once they are there; they run at the same time.
-
-    They run in a thread of their own, so that it works where the caller has a running event loop, as in a notebook. All
-    calls share one loop for the life of the process: a client of a user's that keeps connections is bound to its loop.
-
-    Raises:
-        Exception: the first one that one of them raises, after all have ended.
-    """
-    # ---- Wait for those that are coroutines ----
-    places = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    if not places:
-        return list(results)
-    future = asyncio.run_coroutine_threadsafe(_gather([results[i] for i in places]), _event_loop())
-    try:
-        values = future.result()
-    finally:
-        future.cancel()  # of no effect if it is done; ends what runs if a signal ended the waiting
-    # ---- In the order of the calls ----
-    waited = dict(zip(places, values, strict=True))
-    return [waited.get(i, result) for i, result in enumerate(results)]
-
-
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of this process; a forked process does not have its parent's threads."""
-    with _lock:
-        if os.getpid() not in _loops:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-        return _loops[os.getpid()]
-
-
-async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    results = await asyncio.gather(*(_without_exit(awaitable) for awaitable in awaitables), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-async def _without_exit(awaitable: Awaitable[Any]) -> Any:
-    """Wait, and turn `sys.exit()` into an error: it would end the loop, and whoever waits would wait for good."""
-    try:
-        return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(f"{type(error).__name__} in a coroutine: {error}") from error

@@ -6,7 +6,7 @@ import inspect
 import string
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from remax_lightning.config import WeightDType
 from remax_lightning.errors import UserError
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff
-from remax_lightning.rewards.formats.load import (
+from remax_lightning.rewards.formats import DeepSpeedChatConfig, PadCutoff
+from remax_lightning.rewards.loading import (
     ClassifierSource,
     LoadedClassifier,
     load_classifier,
@@ -142,7 +142,8 @@ class ClassifierReward(Reward):
         # What RewardModelModule trains has never seen token types: it is scored without them as well.
         self._reads_types = reads_token_types(model, self.tokenizer) and saved_template(source) is None
         # ---- Where the score is read, found by a probe ----
-        self._frozen = FrozenModel(model, self.placement, device, f"{_KEY}.placement")
+        self._frozen = FrozenModel(model, self.placement, f"{_KEY}.placement")
+        self._frozen.place(device)
         with self._frozen.running():
             self._pooling = choose_pooling(model, self.tokenizer.all_special_ids)
 
@@ -175,10 +176,10 @@ class ClassifierReward(Reward):
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         with self._frozen.running():
-            scores = torch.zeros(len(ids), dtype=torch.float32, device=self._frozen.device)
+            device = cast(torch.device, self._frozen.device)
+            scores = torch.zeros(len(ids), dtype=torch.float32, device=device)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                device = self._frozen.device
                 input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, device)  # [b, T]
                 types = None
                 if self._reads_types:

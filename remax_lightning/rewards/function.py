@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from remax_lightning.errors import RewardError, SignalExit, UserError, check_types
-from remax_lightning.rewards.base import Reward, Scores, shorten, wait_for
+from remax_lightning.rewards.base import Reward, Scores, shorten
 from remax_lightning.rewards.timed import TimedReward
+from remax_lightning.rewards.user_functions import (
+    KEY,
+    Parameters,
+    Style,
+    check_arguments,
+    import_function,
+    style_of,
+    wait_for,
+)
 
-_KEY = "model.reward.init_args"
-Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]
 _TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "environments")
 """What TRL's trainer passes besides texts and columns."""
 _VERL_COLUMNS = ("data_source", "ground_truth", "extra_info")
@@ -36,7 +39,7 @@ def _no_function(kind: type) -> UserError:
     """Return the error about a class that is given as a function."""
     path = f"{kind.__module__}.{kind.__qualname__}"
     advice = "" if issubclass(kind, Reward) else ", after deriving it from Reward"
-    return UserError(f"{_KEY}.function: {path} is a class, no function; set model.reward.class_path to it{advice}")
+    return UserError(f"{KEY}.function: {path} is a class, no function; set model.reward.class_path to it{advice}")
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -99,7 +102,7 @@ class FunctionReward(Reward):
             raise TypeError(
                 f"function must be a function or its dotted path, got {type(function).__name__} {function!r:.60}"
             )
-        check_types(FunctionReward.__init__, {**locals(), "function": ""}, _KEY)
+        check_types(FunctionReward.__init__, {**locals(), "function": ""}, KEY)
         self._call = import_function(function) if isinstance(function, str) else function
         if isinstance(self._call, type):
             raise _no_function(self._call)
@@ -107,17 +110,17 @@ class FunctionReward(Reward):
         self.function = function = function if isinstance(function, str) else _name_of(function)
         self.arguments = dict(arguments or {})
         self.columns = dict(columns or {})
-        self._parameters = _Parameters.of(self._call)
-        self.style = _style(function, self._parameters, style)
+        self._parameters = Parameters.of(self._call)
+        self.style = style_of(function, self._parameters, style)
         self.skips_none = self.style == "trl"
         self.is_async = inspect.iscoroutinefunction(self._call) or inspect.iscoroutinefunction(
             getattr(self._call, "__call__", None)  # noqa: B004 - of an object that is called
         )
         # ---- Arguments and columns that it takes ----
         if self.style == "remax":
-            _check_arguments(function, self._parameters, self.arguments)
+            check_arguments(function, self._parameters, self.arguments)
             if self.columns:
-                raise UserError(f"{_KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
+                raise UserError(f"{KEY}.columns: {function} gets whole rows and needs no columns; remove the key")
         else:
             self._check_names()
         # ---- A deadline: the same reward, without one, in a child process ----
@@ -127,9 +130,7 @@ class FunctionReward(Reward):
             self._timed = TimedReward(FunctionReward(self._source, arguments, style, columns), timeout, on_timeout)
             self.is_async = True
         elif on_timeout != "error":
-            raise UserError(
-                f"{_KEY}.on_timeout needs {_KEY}.timeout, the seconds after which a response has that score"
-            )
+            raise UserError(f"{KEY}.on_timeout needs {KEY}.timeout, the seconds after which a response has that score")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the arguments: a child process imports the function again by its path."""
@@ -157,10 +158,10 @@ class FunctionReward(Reward):
         if self.style == "verl":
             return self._verl_scores(prompts, responses, rows)
         if self.style == "trl":
-            scores = wait_for([self._call(**self._trl_arguments(prompts, responses, rows))])[0]
+            scores = self._call(**self._trl_arguments(prompts, responses, rows))
         else:
-            scores = wait_for([self._call(prompts, responses, rows, **self.arguments)])[0]
-        return scores
+            scores = self._call(prompts, responses, rows, **self.arguments)
+        return wait_for([scores])[0] if inspect.isawaitable(scores) else scores
 
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
         """Refuse rows without a column that the function needs, or with one that its `check_row` refuses.
@@ -270,9 +271,9 @@ class FunctionReward(Reward):
         if name not in self._required_columns():
             return _MISSING
         raise UserError(
-            f"{place}: {_KEY}.function: {self.function} takes its parameter {name!r} from column {column!r}, and the "
-            f"row has the columns {', '.join(map(str, row)) or 'none'}; name one of them in {_KEY}.columns.{name}, set "
-            f"{_KEY}.arguments.{name} or complete the data"
+            f"{place}: {KEY}.function: {self.function} takes its parameter {name!r} from column {column!r}, and the "
+            f"row has the columns {', '.join(map(str, row)) or 'none'}; name one of them in {KEY}.columns.{name}, set "
+            f"{KEY}.arguments.{name} or complete the data"
         )
 
     def _check_names(self) -> None:
@@ -283,7 +284,7 @@ class FunctionReward(Reward):
             for name in values:
                 if not parameters.takes(name):
                     known = ", ".join((*parameters.required, *parameters.optional)) or "none"
-                    raise UserError(f"{_KEY}.{key}.{name}: {path} has no such argument; its arguments are: {known}")
+                    raise UserError(f"{KEY}.{key}.{name}: {path} has no such argument; its arguments are: {known}")
         # ---- Parameters that no row can have ----
         required = self._required_columns()
         beyond = _TRAINER_ARGUMENTS if self.style == "trl" else [n for n in required if n not in _VERL_COLUMNS]
@@ -291,79 +292,9 @@ class FunctionReward(Reward):
             if name in required:
                 given = "texts and columns of the rows" if self.style == "trl" else "the four arguments of verl"
                 raise UserError(
-                    f"{_KEY}.function: {path} requires {name!r}, which only another trainer has; a reward gets {given}."
-                    f" Give the parameter a default, or a value in {_KEY}.arguments.{name}"
+                    f"{KEY}.function: {path} requires {name!r}, which only another trainer has; a reward gets {given}."
+                    f" Give the parameter a default, or a value in {KEY}.arguments.{name}"
                 )
-
-
-class _Parameters(NamedTuple):
-    """What a function takes.
-
-    Args:
-        positional: names of the parameters that can be passed by position.
-        required: names of those without a default.
-        optional: defaults of the others.
-        takes_more: whether it takes any number by position.
-        takes_any: whether it takes any name.
-        is_known: whether it has a signature; some functions written in C have none.
-    """
-
-    positional: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    optional: Mapping[str, Any] = {}
-    takes_more: bool = False
-    takes_any: bool = False
-    is_known: bool = True
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> _Parameters:
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):
-            return cls(is_known=False)
-        # (prompts, responses, rows, *, column="answer", **rest): 3 positional, `column` optional, takes any name
-        kinds = {p.kind for p in parameters}
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        return cls(
-            tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY),
-            tuple(p.name for p in named if p.default is p.empty),
-            {p.name: p.default for p in named if p.default is not p.empty},
-            inspect.Parameter.VAR_POSITIONAL in kinds,
-            inspect.Parameter.VAR_KEYWORD in kinds,
-        )
-
-    def takes(self, name: str) -> bool:
-        """Whether a value can be passed by this name."""
-        return self.takes_any or name in self.required or name in self.optional
-
-
-def _style(path: str, parameters: _Parameters, style: Style) -> Style:
-    """Return the style that is asked for, or that the parameters show.
-
-    Raises:
-        UserError: if the function cannot be called in the style that is asked for.
-    """
-    if style not in get_args(Style):
-        raise UserError(f"{_KEY}.style: expected one of {', '.join(get_args(Style))}, got {style!r}")
-    markers: dict[Style, str] = {"trl": "completions", "verl": "solution_str"}
-    named = {*parameters.required, *parameters.optional}
-    if style == "auto":
-        # (prompts, responses, rows, completions=...) is this project's style all the same
-        is_ours = parameters.positional[2:3] == ("rows",)
-        style = next((known for known, name in markers.items() if name in named and not is_ours), "remax")
-        if parameters.takes_any and not named and not parameters.takes_more:
-            style = "trl"  # by name only, as TRL calls
-        if "solution_strs" in named:  # plural: verl's batches
-            raise UserError(
-                f"{_KEY}.function: {path} takes whole batches, as verl's BatchRewardManager passes them; give the"
-                " function of one response, compute_score(data_source, solution_str, ground_truth, extra_info)"
-            )
-    elif style in markers and not parameters.takes(markers[style]):
-        raise UserError(
-            f"{_KEY}.style: {style} calls the function with {markers[style]!r}, and {path} takes"
-            f" ({', '.join(parameters.positional)}); set the style of its parameters, or auto"
-        )
-    return style
 
 
 def _lookup(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
@@ -377,79 +308,3 @@ def _lookup(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
             return False, None
         value = value[name]
     return True, value
-
-
-def _check_arguments(path: str, parameters: _Parameters, arguments: dict[str, Any]) -> None:
-    """Refuse a function that cannot be called with three lists and `arguments`."""
-    if not parameters.is_known:
-        return
-    named = (*parameters.required, *parameters.optional)
-    # ---- Room for the three lists ----
-    if len(parameters.positional) < 3 and not parameters.takes_more:
-        taken = ", ".join(dict.fromkeys((*parameters.positional, *named)))
-        raise UserError(
-            f"{_KEY}.function: {path} must take (prompts, responses, rows, ...), or (completions, ...) as in TRL, or"
-            f" (solution_str, ...) as in verl; it takes ({taken})"
-        )
-    # ---- Arguments that it does not take, and arguments that it needs ----
-    options = [name for name in named if name not in parameters.positional[:3]]
-    unknown = [name for name in arguments if name not in options]
-    if unknown and (not parameters.takes_any or unknown[0] in parameters.positional[:3]):
-        known = ", ".join(options) or "none"
-        raise UserError(f"{_KEY}.arguments.{unknown[0]}: {path} has no such argument; its arguments are: {known}")
-    missing = [name for name in options if name in parameters.required and name not in arguments]
-    if missing:
-        raise UserError(f"{_KEY}.arguments.{missing[0]}: {path} cannot do without this argument; give it a value")
-
-
-def import_function(path: str, key: str = f"{_KEY}.function") -> Callable[..., Any]:
-    """Return the function at a dotted path; modules in the current directory are found too.
-
-    Args:
-        path: such as `my_module.my_function`.
-        key: of the configuration, for messages.
-
-    Raises:
-        UserError: if there is no such function, or its module cannot be imported.
-    """
-    # ---- "my_rewards.politeness" -> module "my_rewards", function "politeness" ----
-    module_name, _, name = path.rpartition(".")
-    # "./my_module.py:my_function" -> "my_module.my_function"
-    dotted = re.sub(r"\.py(?=[.:]|$)", "", path.removeprefix("./").strip("/ ")).replace("/", ".").replace(":", ".")
-    if not module_name or not name or dotted != path:
-        hint = f"; did you mean {dotted}?" if dotted != path and "." in dotted else ""
-        raise UserError(f"{key}: expected a dotted path such as my_module.my_function, got {path!r}{hint}")
-    # Appended, not put first: no file of the user's may shadow an installed package that is imported later.
-    directory = str(Path.cwd())
-    if directory not in sys.path and "" not in sys.path:
-        sys.path.append(directory)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # "my_rewards" or a package around it is missing; anything else is missing inside of the module.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken_module(key, module_name, error) from error
-        raise UserError(
-            f"{key}: {path!r} names the module {module_name!r}, and there is none. "
-            f"Put {module_name.replace('.', '/')}.py into {directory} or on PYTHONPATH, or correct the path."
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise _broken_module(key, module_name, error) from error
-    # ---- The function in the module ----
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None:
-        known = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
-        place = getattr(module, "__file__", "built in")
-        raise UserError(
-            f"{key}: module {module_name!r} ({place}) has no {name!r}; its functions are: {known or 'none'}"
-        )
-    if not callable(function):
-        raise UserError(f"{key}: expected a function, got {path!r}, a {type(function).__name__}")
-    return function
-
-
-def _broken_module(key: str, name: str, error: BaseException) -> UserError:
-    return UserError(
-        f"{key}: importing the module {name!r} failed with {type(error).__name__}: {error}. "
-        f"Try `python -c 'import {name}'`."
-    )

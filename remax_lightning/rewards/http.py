@@ -23,7 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import InvalidHeader
 
 from remax_lightning.errors import RewardError, UserError, check_types
-from remax_lightning.json_text import load_json
+from remax_lightning.files import load_json
 from remax_lightning.rewards.base import Reward, shorten
 
 _KEY = "model.reward.init_args"

@@ -86,10 +86,13 @@ def _run(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: T
 def pool_last_token(
     model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None
 ) -> Tensor:
-    """Read a head that scores every token at the last real one of each row; rows are packed where the model can be."""
+    """Read a head that scores every token at the last real one of each row.
+
+    Rows are packed where the model can be, and where that saves padding.
+    """
     lengths = mask.sum(1)  # [b]
-    longest = input_ids.shape[1]
-    if token_types is None and len(mask) > 1 and not packing_obstacle(model, longest, _token_scores):
+    has_padding = token_types is None and not bool(mask.all())
+    if has_padding and not packing_obstacle(model, input_ids.shape[1], _token_scores):
         texts = lengths.tolist()
         with PackedAttention(model, texts):
             scores = _token_scores(model, packed_inputs(texts, input_ids[mask.bool()][None]))  # [T, 1]

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_lightning.disk import is_disk_error
 from remax_lightning.distributed import agree_on_errors, rank
 from remax_lightning.errors import UserError
+from remax_lightning.files import is_disk_error
 from remax_lightning.models.hf_export import policy_weights, save_weights
 from remax_lightning.models.lora import has_adapter
 from remax_lightning.rollout.vllm_client import KEY, MissingError, ServerGoneError, ServerInfo, VLLMServer

@@ -1,6 +1,5 @@
 """Strategies for distributed training: sharding, gathering for rollouts, atomic checkpoints."""
 
-from remax_lightning.strategies.accumulation import accumulate_gradients
 from remax_lightning.strategies.atomic_checkpoint import (
     AtomicCheckpointIO,
     check_address,
@@ -8,14 +7,16 @@ from remax_lightning.strategies.atomic_checkpoint import (
     recover_interrupted,
     remove_stale,
 )
-from remax_lightning.strategies.checkpoint_checks import check_model, check_optimizers, guard_loading
-from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy
-from remax_lightning.strategies.finite import (
+from remax_lightning.strategies.checks import (
+    check_model,
+    check_optimizers,
     global_grad_norm,
+    guard_loading,
     keep_finite_checkpoints,
     nonfinite_in_model,
     nonfinite_state,
 )
+from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy, accumulate_gradients
 from remax_lightning.strategies.fsdp2 import (
     PARAMETER_NAMES,
     ReMaxFSDP2Strategy,

@@ -22,9 +22,9 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_fil
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.disk import describe_disk_error, is_disk_error
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import RankError, UserError
+from remax_lightning.files import describe_disk_error, is_disk_error
 from remax_lightning.models.checkpoint_reader import (
     RESUME_KEY,
     checked_run,

@@ -19,8 +19,10 @@ from unittest.mock import patch
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from remax_lightning.distributed import barrier, broadcast, leave_process_group
 from remax_lightning.errors import UserError
@@ -28,7 +30,7 @@ from remax_lightning.models.checkpoint_reader import RESUME_KEY
 from remax_lightning.models.zero_reader import load_deepspeed_file
 from remax_lightning.strategies import zero3
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
-from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
+from remax_lightning.strategies.checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import KEY, Gather, check_gather, register_gather_mode
 
 FOLDER, LATEST = "universal", "latest_universal"
@@ -306,3 +308,39 @@ def _errors_at_the_end(engine: Any) -> Iterator[None]:
         yield
     if failures:
         raise failures[0]
+
+
+# ---- Backward passes within a training step, before the one that Lightning makes at its end ----
+
+
+def accumulate_gradients(trainer: Trainer, loss: Tensor) -> None:
+    """Add the gradient of a micro-batch to those of the optimizer step; call it within `training_step`.
+
+    Lightning makes the backward pass of the loss that `training_step` returns, and the step. Every rank has to call
+    this as often as the others: under ZeRO and FSDP2 each backward pass reduces over ranks. Under DDP the ranks
+    exchange gradients in the last one only, because DDP waits for it from the end of the forward pass on.
+
+    Args:
+        trainer: of the run.
+        loss: scalar, a term of the step's loss.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DeepSpeedStrategy):
+        strategy.backward(loss, None)
+        return
+    # ---- DeepSpeed counts backward passes by the forward passes of its engine, of which this is a part ----
+    from deepspeed.runtime.utils import register_output_backward_hooks
+
+    engine = cast(Any, strategy.deepspeed_engine)
+    register_output_backward_hooks(
+        loss,
+        preprocess_once_fn=engine._backward_prologue,
+        preprocess_per_tensor_fn=engine._backward_prologue_per_tensor,
+    )
+    # The optimizer does not take part in a step before its last backward pass.
+    engine.set_gradient_accumulation_boundary(is_boundary=False)
+    strategy.backward(loss, None)
+    # As at the start of a forward pass: the next backward pass adds to this one.
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):  # not in stage 0
+        engine.optimizer.clear_backward_seen_flag()
+    engine._is_gradient_accumulation_boundary = None

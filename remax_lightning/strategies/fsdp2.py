@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from remax_lightning.disk import is_disk_error
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import RankError, UserError
+from remax_lightning.files import is_disk_error
 from remax_lightning.sharding import decoder_layers, full_tensor, unsharded_groups
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
-from remax_lightning.strategies.checkpoint_checks import check_checkpoint, is_fitting
+from remax_lightning.strategies.checks import check_checkpoint, is_fitting
 from remax_lightning.strategies.gather_mode import Gather, check_gather, lockstep, register_gather_mode
 
 if TYPE_CHECKING:

@@ -31,8 +31,7 @@ from remax_lightning.evaluation.intervals import (
     with_interval,
 )
 from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios, win_rates
-from remax_lightning.json_text import load_json
-from remax_lightning.records import PromptRecord
+from remax_lightning.files import PromptRecord, load_json
 
 
 class SavedEvaluation(NamedTuple):

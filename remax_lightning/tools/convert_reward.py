@@ -13,8 +13,8 @@ from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.cli_run import silence_library_warnings
 from remax_lightning.errors import UserError
 from remax_lightning.rewards.classifier import check_template
-from remax_lightning.rewards.formats.deepspeed_chat import DeepSpeedChatConfig, PadCutoff
-from remax_lightning.rewards.formats.load import (
+from remax_lightning.rewards.formats import DeepSpeedChatConfig, PadCutoff
+from remax_lightning.rewards.loading import (
     ClassifierSource,
     LoadedClassifier,
     load_classifier,

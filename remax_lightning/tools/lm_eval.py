@@ -13,7 +13,6 @@ import torch
 
 from remax_lightning.config import WeightDType
 from remax_lightning.data.tokenizers import load_tokenizer
-from remax_lightning.disk import describe_disk_error
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.harness import (
     HarnessOptions,
@@ -23,7 +22,7 @@ from remax_lightning.evaluation.harness import (
     measure,
     task_figures,
 )
-from remax_lightning.json_text import load_json
+from remax_lightning.files import describe_disk_error, load_json
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import TRUST
 from remax_lightning.models.checksums import check_exported

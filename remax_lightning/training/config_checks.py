@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,16 +13,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from remax_lightning.baselines import Baseline, baseline_name
 from remax_lightning.config import AdvantageConfig, KLConfig
 from remax_lightning.errors import UserError
+from remax_lightning.functional import BaselineKind
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import required_head
+from remax_lightning.models.loading import ModelSource, as_model_config
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.pooling import Pooling, pool_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
+from remax_lightning.training.experience import check_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remax_lightning.training.reference import Reference
+    from remax_lightning.training.worker import RolloutWorker
 
 
 def check_policy(policy: ModelConfig) -> None:
@@ -59,12 +63,6 @@ def check_reference(reference: ModelConfig | None) -> None:
         raise UserError(
             "model.reference.lora needs the path of a trained adapter: a new one changes nothing; leave it out"
         )
-
-
-def check_kl(kl_coef: float) -> None:
-    """Refuse a negative KL coefficient."""
-    if kl_coef < 0:
-        raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
 
 
 def check_compares(reward: Reward, baseline: Baseline, advantage: AdvantageConfig) -> None:
@@ -129,12 +127,25 @@ def look_ahead(data: Any, ahead: int) -> None:
     data.looks_ahead = True
 
 
-def start_of(policy: ModelConfig) -> ModelConfig:
-    """Return where a reference comes from that is the policy before training.
+def reference_source(
+    reference: ModelSource | None, policy: ModelConfig, kl_coef: float, kl: KLConfig
+) -> ModelConfig | None:
+    """Return where the reference comes from: where the policy starts, if there is a KL and nothing else is said.
+
+    None without a KL, and with an adapter, whose start is the policy itself.
 
     Raises:
-        UserError: if the policy starts from random weights, of which there is no second copy.
+        UserError: if `kl_coef` is negative, the reference has settings of a policy, or the policy starts from random
+            weights, of which there is no second copy.
     """
+    if kl_coef < 0:
+        raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
+    if reference is not None:
+        source = as_model_config(reference, "reference")
+        check_reference(source)
+        return source
+    if policy.lora is not None or not (kl_coef > 0 or kl.loss_coef > 0):
+        return None
     if policy.from_scratch:
         raise UserError(
             "model.reference.path: the KL needs a reference, and model.policy.from_scratch has random weights; set"
@@ -161,6 +172,22 @@ def check_vocabularies(
             f"model.reference {reference_path!r} has a vocabulary of {reference_size}, the policy {policy_path!r}"
             f" one of {policy_size}; their log-probs cannot be compared"
         )
+
+
+def check_run(policy: PreTrainedModel, worker: RolloutWorker, data: Any) -> None:
+    """Refuse lengths that the policy or a budget of tokens has no room for, and what the engine cannot roll out.
+
+    Args:
+        policy: the loaded policy.
+        worker: rolls out with it.
+        data: the data module of the run, if it has one that knows its lengths.
+    """
+    sampling, longest = worker.sampling, getattr(data, "max_prompt_length", None)
+    budget = getattr(data, "tokens_per_micro_batch", None)
+    check_budget(budget, longest, sampling.max_response_length, sampling.num_samples)
+    check_lengths(policy, longest, sampling.max_response_length)
+    check_rope(policy, longest, sampling.max_response_length)
+    worker.check_engine(policy, longest)
 
 
 def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:
@@ -265,6 +292,25 @@ def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
         raise UserError(
             f"trainer.strategy is {type(strategy).__name__}, which with trainer.accumulate_grad_batches {accumulate}"
             " divides the loss twice; take remax_lightning.strategies.ReMaxDeepSpeedStrategy, which has its arguments"
+        )
+
+
+def check_token_rewards(kl: KLConfig, advantage: AdvantageConfig) -> None:
+    """Refuse what has no meaning for a reward per token; that a reward is one shows in its first scores."""
+    if kl.in_baseline:
+        raise UserError(
+            "model.kl.in_baseline needs a reward that is one number per response, and model.reward returns one per"
+            " token; set it to false, and model.kl.credit to to_go"
+        )
+    if advantage.reward_clip is not None and advantage.reward_clip_at == "before_baseline":
+        raise UserError(
+            "model.advantage.reward_clip_at must be after_baseline where model.reward returns a number per token,"
+            " got before_baseline: it bounds what is left of the reward to go"
+        )
+    if advantage.baseline not in get_args(BaselineKind):
+        raise UserError(
+            f"model.advantage.baseline {baseline_name(advantage.baseline)} needs one reward per response, and"
+            " model.reward returns one per token; take greedy, leave_one_out, group_mean or none"
         )
 
 

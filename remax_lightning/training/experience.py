@@ -1,20 +1,169 @@
-"""A rollout with everything that training needs, and a buffer that returns it one micro-batch at a time."""
+"""A rollout with everything that training needs, cut into the parts that training passes run.
+
+With a budget of tokens these are planned here alone. The lengths of a rollout are known only once it is made, and
+differ by rank: each rank fills its micro-batches up to the budget; then all ranks take the largest number of any,
+because under ZeRO and FSDP2 every pass is a collective.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.nn import functional as F
 
 from remax_lightning.baselines import BaselineInputs
-from remax_lightning.distributed import gather_over_ranks, max_over_ranks
+from remax_lightning.distributed import gather_over_ranks, max_over_ranks, rows_over_ranks
 from remax_lightning.errors import UserError
-from remax_lightning.training.micro_batches import MicroBatches, response_numbers
+from remax_lightning.functional import TokenStatistics
+from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.types import PromptBatch, Responses, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# ---- Which responses a pass runs under a budget of tokens ----
+
+
+MicroBatches = list[list[int]]
+"""The numbers of the prompts in each micro-batch; every prompt is in one."""
+
+
+def check_budget(budget: int | None, longest_prompt: int | None, longest_response: int, num_samples: int) -> None:
+    """Refuse a budget of tokens that the longest prompt with its `num_samples` responses would exceed.
+
+    Raises:
+        UserError: if it does.
+    """
+    if budget is None or longest_prompt is None:
+        return
+    needed = num_samples * (longest_prompt + longest_response)
+    if budget < needed:
+        samples = "" if num_samples == 1 else f"{num_samples} samples of "
+        raise UserError(
+            f"data.tokens_per_micro_batch must be at least {needed}, got {budget}: a micro-batch holds a prompt with"
+            f" all of its responses, {samples}data.max_prompt_length {longest_prompt} +"
+            f" model.sampling.max_response_length {longest_response}; raise it, or shorten prompts or responses"
+        )
+
+
+def row_lengths(rollout: Rollout, active: Tensor | None = None) -> list[list[int]]:
+    """Return the tokens of each prompt's responses, the prompt included: `B` lists of `n` numbers, 0 if not `active`.
+
+    Args:
+        rollout: the responses.
+        active: `[S]` bool, the responses that are run; None for all.
+    """
+    prompts = rollout.prompt.prompt_mask.sum(-1).repeat_interleave(rollout.num_samples)  # [S]
+    lengths = prompts + rollout.sampled.response_mask.sum(-1)  # [S]
+    if active is not None:
+        lengths = lengths * active
+    rows: list[list[int]] = lengths.view(-1, rollout.num_samples).tolist()
+    return rows
+
+
+def plan_micro_batches(
+    lengths: Sequence[Sequence[int]], budget: int, *, packed: bool, agree: Callable[[int], int] = int
+) -> MicroBatches:
+    """Return micro-batches of at most `budget` tokens each, the padding included, and as few as that allows.
+
+    The largest come first, so that ranks whose passes wait for each other run passes of like size.
+
+    Args:
+        lengths: tokens of the rows of each prompt; rows of 0 tokens are not run.
+        budget: most tokens of a micro-batch. A prompt with more is alone.
+        packed: whether rows are packed; otherwise they are padded to the longest of their micro-batch.
+        agree: from the number of micro-batches that this rank needs to the number that all ranks have.
+    """
+    tokens = [sum(row) for row in lengths]
+    batches = _packed_batches(tokens, budget) if packed else _padded_batches(lengths, budget)
+    return _with_number(batches, agree(len(batches)), tokens)
+
+
+def _packed_batches(tokens: Sequence[int], budget: int) -> MicroBatches:
+    """Return micro-batches of like size: the longest prompt that is left goes into the emptiest one."""
+    order = sorted(range(len(tokens)), key=lambda prompt: -tokens[prompt])
+    # As few as the sum needs, and one more until the fullest fits.
+    fewest = min(max(1, -(-sum(tokens) // budget)), len(tokens))  # a prompt beyond the budget is alone
+    for number in range(fewest, len(tokens) + 1):
+        batches: MicroBatches = [[] for _ in range(number)]
+        sizes = [0] * number
+        for prompt in order:
+            # Of equally full ones the one with fewer prompts, so that none stays empty.
+            emptiest = min(range(number), key=lambda i: (sizes[i], len(batches[i])))
+            batches[emptiest].append(prompt)
+            sizes[emptiest] += tokens[prompt]
+        if max(sizes) <= budget or number == len(tokens):
+            break
+    return [batches[i] for i in sorted(range(number), key=lambda i: -sizes[i])]
+
+
+def _padded_batches(lengths: Sequence[Sequence[int]], budget: int) -> MicroBatches:
+    """Return micro-batches of rows of like length, the longest first, so that padding is least."""
+    order = sorted(range(len(lengths)), key=lambda prompt: -max(lengths[prompt]))
+    batches: MicroBatches = []
+    rows, width = 0, 0  # of the last micro-batch, which is `rows * width` tokens with its padding
+    for prompt in order:
+        added = sum(length > 0 for length in lengths[prompt])
+        if not batches or (rows + added) * width > budget:
+            batches.append([])
+            rows, width = 0, max(lengths[prompt])
+        batches[-1].append(prompt)
+        rows += added
+    return batches
+
+
+def _with_number(batches: MicroBatches, number: int, tokens: Sequence[int]) -> MicroBatches:
+    """Halve the largest micro-batches until there are `number`; what is halved still fits the budget."""
+    while len(batches) < number:
+        # Every rank has as many prompts, so there is one left to halve.
+        largest = max(
+            (i for i, batch in enumerate(batches) if len(batch) > 1),
+            key=lambda i: sum(tokens[prompt] for prompt in batches[i]),
+        )
+        batch = batches[largest]
+        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return batches
+
+
+def plan_passes(
+    rollout: Rollout, budget: int, model: PreTrainedModel, trainer: Trainer, active: Tensor | None = None
+) -> MicroBatches:
+    """Return the prompts of each pass of `model` over a rollout, of at most `budget` tokens.
+
+    Args:
+        rollout: the responses.
+        budget: as in `plan_micro_batches`.
+        model: whose rows are packed or padded.
+        trainer: of the run.
+        active: `[S]` bool, the responses that are run; None for all.
+    """
+
+    def most_of_ranks(number: int) -> int:
+        return int(max_over_ranks(trainer, [number])[0])
+
+    # In training every rank makes a rollout, so all can agree on a number of passes. What a rank would repeat for
+    # another that has more would run without packing. Batches of an evaluation differ in number.
+    agree = most_of_ranks if trainer.training else int
+    lengths = row_lengths(rollout, active)  # B lists of n
+    packed = not packing_obstacle(model, max(map(max, lengths)))
+    return plan_micro_batches(lengths, budget, packed=packed, agree=agree)
+
+
+def reference_passes(rollout: Rollout, budget: int, model: PreTrainedModel, trainer: Trainer) -> list[Tensor]:
+    """Return the numbers of the responses in each pass of a reference, all of which it runs; as in `plan_passes`."""
+    return response_numbers(rollout, plan_passes(rollout, budget, model, trainer))
+
+
+def response_numbers(rollout: Rollout, batches: MicroBatches) -> list[Tensor]:
+    """Return the numbers of the sampled responses in each micro-batch."""
+    device = rollout.reward.device
+    return [rollout.responses_of(torch.tensor(batch, device=device)) for batch in batches]
+
+
+# ---- Experience ----
 
 
 class Experience(NamedTuple):
@@ -42,15 +191,23 @@ class Experience(NamedTuple):
 
     def micro_batch(self, index: int, num_micro_batches: int) -> Experience:
         """Return micro-batch `index` of `num_micro_batches` equal ones."""
-        if num_micro_batches == 1:
-            return self
         rollout = self.rollout.micro_batch(index, num_micro_batches)
         size = len(rollout.reward)  # responses of one micro-batch
         rows = slice(index * size, (index + 1) * size)
         return self._replace(rollout=rollout, **self._rows(rows))
 
+    def within_budget(self, budget: int, model: PreTrainedModel, trainer: Trainer) -> Experience:
+        """Return the experience with the parts that a budget of tokens cuts it into, as many on every rank.
+
+        Args:
+            budget: most tokens of a pass.
+            model: whose rows are packed or padded.
+            trainer: of the run.
+        """
+        return self._replace(parts=plan_passes(self.rollout, budget, model, trainer, self.active_responses()))
+
     def split(self) -> list[Experience]:
-        """Return the part of each training pass: all in one, unless a budget of tokens has cut it."""
+        """Return the part of each training pass, as a budget of tokens has cut it."""
         if self.parts is None or len(self.parts) == 1:
             return [self]
         device = self.rollout.reward.device
@@ -89,6 +246,13 @@ class Experience(NamedTuple):
             active[numbers[0]] |= ~active[numbers].any()
         return active
 
+    def idle_responses(self, num_micro_batches: int = 1) -> Tensor:
+        """Return `[S]` bool, True on the responses that training leaves out, and on at least one of each pass."""
+        idle = ~self.active_responses(num_micro_batches)  # [S]
+        for numbers in self.passes(num_micro_batches):  # as many passes on every rank, each of at least one response
+            idle[numbers[0]] |= ~idle[numbers].any()
+        return idle
+
 
 class TrainingPass(NamedTuple):
     """What a pass with gradients returns.
@@ -96,19 +260,14 @@ class TrainingPass(NamedTuple):
     Args:
         loss: scalar, scaled for the gradient.
         experience: what was trained on, with its advantages.
-        log_probs: `[S, R]` of the policy, detached; 0 where it was not run.
-        entropy: `[S, R]` in nats, detached; 0 where the policy was not run.
-        squared_norm: `[S, R]` of the gradients of the log-probs at their logits; 0 where the policy was not run, unless
-            the experience has those.
+        statistics: of the policy, each `[S, R]`; 0 where it was not run.
         active: `[S]` bool, the responses that were run.
         clip_fraction: scalar, share of the trained tokens whose ratio was clipped.
     """
 
     loss: Tensor
     experience: Experience
-    log_probs: Tensor
-    entropy: Tensor
-    squared_norm: Tensor
+    statistics: TokenStatistics
     active: Tensor
     clip_fraction: Tensor
 
@@ -118,8 +277,6 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
 
     Its loss has the value of the sum, and the gradient of the last pass; the others have had their backward pass.
     """
-    if len(passes) == 1:
-        return passes[0]
     # Back to the order of the rollout: row i of the whole is row `order[i]` of the joined parts.
     order = torch.cat(list(whole.passes())).argsort()  # [S]
 
@@ -128,13 +285,16 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
         return torch.cat(parts)[order] if len(parts) == len(values) else None
 
     advantages, kl = ([getattr(part.experience, name) for part in passes] for name in ("advantages", "kl"))
+    # Detached, since the graphs of earlier passes are gone.
+    statistics = [
+        [None if value is None else value.detach() for value in column]
+        for column in zip(*(part.statistics for part in passes), strict=True)
+    ]
     tokens = torch.stack([part.experience.rollout.sampled.response_mask.sum() for part in passes]).float()  # [passes]
     return TrainingPass(
         loss=passes[-1].loss + sum(part.loss.detach() for part in passes[:-1]),
         experience=whole._replace(advantages=joined(advantages), kl=joined(kl)),
-        log_probs=cast(Tensor, joined([part.log_probs for part in passes])),
-        entropy=cast(Tensor, joined([part.entropy for part in passes])),
-        squared_norm=cast(Tensor, joined([part.squared_norm for part in passes])),
+        statistics=TokenStatistics(*(cast(Tensor, joined(column)) for column in statistics)),
         active=cast(Tensor, joined([part.active for part in passes])),
         clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum(),
     )
@@ -164,15 +324,8 @@ def baseline_inputs(
         greedy_reward=gathered[::n, 2] if len(columns) > 2 else None,
         lengths=gathered[:, 1],
         prompts=places_over_ranks(rollout.prompt, trainer),
-        squared_norms=None if squared_norm is None else _rows_over_ranks(squared_norm, trainer),
+        squared_norms=None if squared_norm is None else rows_over_ranks(trainer, squared_norm),
     )
-
-
-def _rows_over_ranks(values: Tensor, trainer: Trainer) -> Tensor:
-    """Return `[ranks * S, R]` the rows of all ranks, as wide as the widest, with 0 where a rank has fewer columns."""
-    width = int(max_over_ranks(trainer, [values.shape[1]])[0])
-    rows = F.pad(values.double().cpu(), (0, width - values.shape[1]))
-    return gather_over_ranks(trainer, rows.flatten()).view(-1, width)
 
 
 def places_over_ranks(batch: PromptBatch, trainer: Trainer) -> list[int] | None:
@@ -184,14 +337,10 @@ def places_over_ranks(batch: PromptBatch, trainer: Trainer) -> list[int] | None:
 
 
 class RolloutBuffer:
-    """Holds the rollout that is trained on; empty between two rollouts."""
+    """Holds the rollout that is trained on."""
 
-    def __init__(self) -> None:
-        self._experience: Experience | None = None
-
-    def fill(self, experience: Experience) -> None:
-        """Replace the content by a new rollout."""
-        self._experience = experience
+    experience: Experience | None = None
+    """The rollout; None between two."""
 
     def micro_batch(self, index: int) -> Experience:
         """Return micro-batch `index` of the rollout; the last one empties the buffer.
@@ -199,13 +348,14 @@ class RolloutBuffer:
         Raises:
             UserError: if a loader starts in the middle of a rollout batch.
         """
-        if self._experience is None:
+        experience = self.experience
+        if experience is None:
             raise UserError(f"data: part {index} of a rollout batch came first; a loader starts with part 0")
-        experience, num_micro_batches = self._experience, self._experience.rollout.prompt.num_micro_batches
+        num_micro_batches = experience.rollout.prompt.num_micro_batches
         # The rollout is done with its last part: a checkpoint between two rollouts holds none.
         if index + 1 == num_micro_batches:
-            self._experience = None
-        return experience.micro_batch(index, num_micro_batches)
+            self.experience = None
+        return experience if num_micro_batches == 1 else experience.micro_batch(index, num_micro_batches)
 
     # ---- Checkpoints ----
 
@@ -215,12 +365,12 @@ class RolloutBuffer:
         None where the buffer is empty. The rows of the data set and the messages of the prompts stay out: they may
         hold anything, and once a rollout is scored nothing reads them.
         """
-        if self._experience is None:
+        if self.experience is None:
             return None
-        rollout = self._experience.rollout
+        rollout = self.experience.rollout
         # `Prompt` is a subclass of str, which `weights_only=True` would refuse.
         prompt = rollout.prompt._replace(rows=[], prompts=[str(text) for text in rollout.prompt.prompts])
-        state = self._experience._asdict()
+        state = self.experience._asdict()
         state["rollout"] = rollout._asdict() | {
             "prompt": prompt._asdict(),
             "sampled": rollout.sampled._asdict(),
@@ -231,14 +381,14 @@ class RolloutBuffer:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore the rollout of a checkpoint, also of version 0.1."""
         if state is None:
-            self._experience = None
+            self.experience = None
             return
         # A copy, since the checkpoint belongs to Lightning.
         rollout = dict(state["rollout"])
         rollout["prompt"] = PromptBatch(**_rename_old_keys(rollout["prompt"]))
         rollout["sampled"] = Responses(**rollout["sampled"])
         rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
-        self._experience = Experience(**{**_rename_old_keys(state), "rollout": Rollout(**rollout)})
+        self.experience = Experience(**{**_rename_old_keys(state), "rollout": Rollout(**rollout)})
 
 
 _OLD_NAMES = {"normalisers": "normalizers", "split": "micro_batch_index", "num_splits": "num_micro_batches"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,12 +19,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from remax_lightning.baselines import Baseline, Measurement
-from remax_lightning.disk import silence_tensorboard_thread, tolerate_disk_errors
 from remax_lightning.distributed import gather_objects, gather_over_ranks, max_over_ranks
+from remax_lightning.files import silence_tensorboard_thread, tolerate_disk_errors
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.run_folder import run_folder
 from remax_lightning.training.resume import gather_rank_states
 from remax_lightning.types import PreferenceBatch, Responses, Rollout, StepOutput
+
+if TYPE_CHECKING:
+    from remax_lightning.functional import TokenStatistics
+    from remax_lightning.training.experience import Experience, TrainingPass
+    from remax_lightning.training.objective import Objective, UpdatePlan
 
 Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 """By name: values whose mean is logged, and a mask of those that count, or None for all."""
@@ -99,6 +104,51 @@ class MeanMetrics:
         return means
 
 
+class StepMetrics(MeanMetrics):
+    """The means of training steps."""
+
+    def report(
+        self, result: TrainingPass, objective: Objective, times: dict[str, float], *, closes_step: bool
+    ) -> StepOutput:
+        """Return what callbacks get of a training step, and add its values to the means of the optimizer step.
+
+        Args:
+            result: of the pass, or of all passes.
+            objective: says which tokens are trained on, and what is compared.
+            times: seconds by phase.
+            closes_step: whether the optimizer step ends with it.
+        """
+        rollout, stats = result.experience.rollout, result.statistics
+        output = StepOutput(
+            loss=result.loss,
+            rollout=rollout._replace(reference_hidden=None),  # a callback may keep outputs
+            advantages=cast(Tensor, result.experience.advantages),
+            kl=result.experience.kl,
+            entropy=cast(Tensor, stats.entropy),
+            entropy_mask=rollout.sampled.response_mask & result.active[:, None],
+            times=times,
+            closes_step=closes_step,
+        )
+        if stats.squared_norm is not None:
+            output["squared_norm"] = stats.squared_norm
+        # ---- Sums over micro-batches and all ranks, divided once ----
+        values = {**step_values(output), "loss": (result.loss, None)}
+        if objective.loss_config.kind == "clipped":
+            mask = objective.loss_mask(rollout)
+            # A mean already; weighted by its tokens it adds up with those of the other micro-batches.
+            values["clip_fraction"] = (result.clip_fraction.expand_as(mask), mask)
+        if rollout.engine_log_probs is not None:
+            log_probs = stats.log_probs.detach()
+            figures, largest = objective.mismatch_values(log_probs, rollout, rollout.engine_log_probs, result.active)
+            values |= figures
+            self.add_largest(largest)
+        if rollout.baseline_reward is None and objective.baseline.greedy == "sometimes":
+            # NaN and not a missing key: Lightning would log the last value again.
+            values["baseline_reward"] = (rollout.reward.new_full((1,), torch.nan), None)
+        self.add(values)
+        return output
+
+
 def step_values(output: StepOutput) -> Figures:
     """Return the values to log of a step, in training and in evaluation."""
     rollout = output["rollout"]
@@ -145,27 +195,52 @@ def predictions(rollout: Rollout) -> list[dict[str, Any]]:
 class TrainingMeter:
     """Gathers a `Measurement` from the training passes on one rollout, of this rank until it is finished."""
 
+    has_norms: bool = False
+    """Whether the training passes have to return squared norms."""
+
     def __init__(self) -> None:
         self._norms: list[Tensor] | None = None  # [s] of each micro-batch of this rank
         self._rollout_seconds: float | None = None  # None before a rollout
         self._training_seconds: float | None = None
         self._start: float | None = None
 
-    def begin(self, rollout_seconds: float, *, has_norms: bool) -> None:
-        """Start the clock of training on a rollout.
+    def begin(
+        self,
+        experience: Experience,
+        plan: UpdatePlan,
+        baseline: Baseline,
+        rollout_seconds: float,
+        statistics: Callable[[Rollout, Tensor, Sequence[Tensor], bool], TokenStatistics],
+    ) -> Experience:
+        """Start the clock of training on a rollout; return it with the norms that the training passes do not have.
 
         Args:
+            experience: the rollout.
+            plan: of the updates on it.
+            baseline: what learns.
             rollout_seconds: of decoding and scoring.
-            has_norms: whether the training passes return the norms of all responses.
+            statistics: runs the policy over some responses in some passes, and returns squared norms if asked.
         """
-        self._norms = [] if has_norms else None
+        self.has_norms = baseline.needs_norms(is_free=plan.has_kl)
+        self._norms = [] if self.has_norms else None
         self._rollout_seconds, self._training_seconds = rollout_seconds, None
         self._start = time.perf_counter()
+        if not self.has_norms or plan.has_kl:
+            return experience
+        # Without a KL, training leaves out responses without an advantage, whose norms count all the same.
+        idle, passes = experience.idle_responses(plan.num_micro_batches), experience.passes(plan.num_micro_batches)
+        with torch.no_grad():
+            norms = statistics(experience.rollout, idle, passes, True).squared_norm
+        return experience._replace(squared_norm=norms)
 
-    def add(self, squared_norm: Tensor) -> None:
-        """Add the next responses of the rollout, `[s, R]` squared norms of their tokens."""
-        if self._norms is not None:
-            self._norms.append(squared_norm.double().sum(1).cpu())  # [s]
+    def add(self, result: TrainingPass) -> None:
+        """Add the squared norms of the next responses of the rollout."""
+        if self._norms is None:
+            return
+        norms, of_idle = cast(Tensor, result.statistics.squared_norm), result.experience.squared_norm  # [s, R]
+        if of_idle is not None:  # of the responses that were not run
+            norms = torch.where(result.active[:, None], norms, of_idle)
+        self._norms.append(norms.double().sum(1).cpu())  # [s]
 
     def stop(self) -> None:
         """Read the clock; the last reading before the next rollout counts."""
@@ -180,6 +255,7 @@ class TrainingMeter:
         unknown = self._training_seconds is None
         own = [self._rollout_seconds, self._training_seconds or 0.0, float(unknown)]
         rollout_seconds, training_seconds, is_unknown = max_over_ranks(trainer, own)
+        self.has_norms = False
         self._norms = self._rollout_seconds = self._training_seconds = self._start = None
         measurement = Measurement(norms, rollout_seconds, None if is_unknown else training_seconds)
         line = baseline.observe_training(measurement)
@@ -199,6 +275,7 @@ class TrainingMeter:
         state = states[trainer.global_rank] if states and len(states) == trainer.world_size else None
         state = state or {"norms": None, "rollout": None, "training": None}
         self._norms, self._rollout_seconds = state["norms"], state["rollout"]
+        self.has_norms = self._norms is not None
         self._training_seconds, self._start = state["training"], None
 
 

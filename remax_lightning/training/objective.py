@@ -16,7 +16,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import (
     BaselineKind,
     Mismatch,
-    PolicyStatistics,
+    TokenStatistics,
     clipped_surrogate_loss,
     kl_estimate,
     kl_loss,
@@ -26,7 +26,7 @@ from remax_lightning.functional import (
     reinforce_loss,
     remax_advantages,
 )
-from remax_lightning.training.config_checks import check_token_budget, updates_per_rollout
+from remax_lightning.training.config_checks import check_token_budget, check_token_rewards, updates_per_rollout
 from remax_lightning.training.experience import Experience, baseline_inputs, places_over_ranks
 from remax_lightning.training.metrics import Figures
 from remax_lightning.types import PromptBatch, Rollout
@@ -103,6 +103,8 @@ class Objective:
         """Whether the baseline reads the greedy response's reward, in some rollouts at least."""
         self.reads_whole_batch = advantage.baseline not in get_args(BaselineKind)
         """Whether the baseline takes more than the samples of one prompt and its greedy response."""
+        self.reads_all_scores = self.reads_whole_batch and not self.baseline.reads_gradients
+        """Whether that is the scores of the whole batch, which are known before any training pass."""
 
     @property
     def truncation_penalty(self) -> float:
@@ -176,25 +178,6 @@ class Objective:
             return mask & ~rollout.sampled.truncated[:, None]
         return mask
 
-    def kl(self, log_probs: Tensor, rollout: Rollout, full_kl: Tensor | None = None) -> Tensor | None:
-        """Return the `[S, R]` unscaled KL estimate per token, without gradient; None without a reference.
-
-        Args:
-            log_probs: `[S, R]` of the policy.
-            rollout: the responses.
-            full_kl: `[S, R]` KL over the vocabulary; needed for `full`.
-        """
-        if rollout.reference_log_probs is None:
-            return None
-        config = self.kl_config
-        # Detached: this KL is a part of the reward. The one that is differentiated is `_kl_term`.
-        if config.estimator == "full":
-            estimate = _clamped(full_kl, config.clamp).detach()
-        else:
-            # log pi(y_t) - log pi_ref(y_t) [S, R]
-            estimate = kl_estimate(log_probs.detach() - rollout.reference_log_probs, config.estimator, config.clamp)
-        return estimate.masked_fill(~rollout.sampled.response_mask, 0.0)
-
     def advantages(
         self,
         rollout: Rollout,
@@ -221,7 +204,7 @@ class Objective:
         if rollout.normalized_reward is not None:  # the greedy values are subtracted already
             reward, kind = rollout.normalized_reward, "none"
         if rollout.token_rewards is not None:
-            self._check_token_rewards()
+            check_token_rewards(self.kl_config, config)
             reward, baseline_reward = rollout.token_rewards, rollout.baseline_token_rewards  # [S, R], [B, R']
         return remax_advantages(
             reward,
@@ -242,39 +225,16 @@ class Objective:
             reduce=reduce,
         )
 
-    def _check_token_rewards(self) -> None:
-        """Refuse what has no meaning for a reward per token; that a reward is one shows in its first scores."""
-        if self.kl_config.in_baseline:
-            raise UserError(
-                "model.kl.in_baseline needs a reward that is one number per response, and model.reward returns one per"
-                " token; set it to false, and model.kl.credit to to_go"
-            )
-        if self.advantage_config.reward_clip is not None and self.advantage_config.reward_clip_at == "before_baseline":
-            raise UserError(
-                "model.advantage.reward_clip_at must be after_baseline where model.reward returns a number per token,"
-                " got before_baseline: it bounds what is left of the reward to go"
-            )
-        if self.reads_whole_batch:
-            raise UserError(
-                f"model.advantage.baseline {baseline_name(self.advantage_config.baseline)} needs one reward per"
-                " response, and model.reward returns one per token; take greedy, leave_one_out, group_mean or none"
-            )
-
     # ---- Baselines that read the whole batch ----
 
     def needs_greedy_now(self, batch: PromptBatch, trainer: Trainer) -> bool:
-        """Return whether the rollout of these prompts needs greedy responses; the same on all ranks."""
-        if self.baseline.greedy != "sometimes":
-            return self.baseline.greedy == "always"
-        return self.baseline.needs_greedy(places_over_ranks(batch, trainer))
+        """Return whether a baseline that does not always need greedy responses needs those of these prompts."""
+        return self.baseline.greedy == "sometimes" and self.baseline.needs_greedy(places_over_ranks(batch, trainer))
 
-    def baseline_of_batch(
-        self, rollout: Rollout, trainer: Trainer, squared_norm: Tensor | None = None
-    ) -> Tensor | None:
+    def baseline_of_batch(self, rollout: Rollout, trainer: Trainer, squared_norm: Tensor | None = None) -> Tensor:
         """Return `[S]` what the rewards of this rank are compared with, and let the baseline learn from the rollout.
 
-        None for a baseline that reads the samples of one prompt only, which `remax_advantages` computes, and for one
-        that reads gradients as long as there are none.
+        For a baseline that `reads_whole_batch`; one of the samples of a prompt alone is computed by `remax_advantages`.
 
         Args:
             rollout: of this rank.
@@ -284,8 +244,6 @@ class Objective:
         Raises:
             UserError: if the baseline returns something else than finite numbers.
         """
-        if not self.reads_whole_batch or (squared_norm is None and self.baseline.reads_gradients):
-            return None
         config = self.advantage_config
         bound = config.reward_clip if config.reward_clip_at == "before_baseline" else None
         inputs = baseline_inputs(rollout, trainer, math.inf if bound is None else bound, squared_norm)
@@ -296,10 +254,22 @@ class Objective:
         values = values[start : start + size].to(rollout.reward)
         return values if squared_norm is None else values[:, : squared_norm.shape[1]]
 
+    def state_dict(self) -> tuple[str, dict[str, Any]]:
+        """Return the memory of the baseline, the same on every rank, with the class that it belongs to."""
+        return type(self.baseline).__qualname__, self.baseline.state_dict()
+
+    def load_state_dict(self, state: tuple[str, dict[str, Any]] | None) -> bool:
+        """Restore the memory, if it is of this baseline, and return whether it is; else the baseline starts anew."""
+        kind, memory = state or ("", {})
+        if kind != type(self.baseline).__qualname__:
+            return False
+        self.baseline.load_state_dict(memory)
+        return True
+
     def with_advantages(
         self,
         experience: Experience,
-        stats: PolicyStatistics | None,
+        stats: TokenStatistics | None,
         kl_coef: float,
         reduce: Callable[[Tensor], Tensor],
     ) -> Experience:
@@ -309,14 +279,23 @@ class Objective:
 
         Args:
             experience: a rollout, or a micro-batch of one.
-            stats: of the policy, for the KL; None without one.
+            stats: of the policy, for the KL, which is estimated where there is a reference; None without one.
             kl_coef: beta.
             reduce: sums a tensor over ranks.
         """
         if experience.advantages is not None:
             return experience
-        kl = None if stats is None else self.kl(stats.log_probs, experience.rollout, stats.kl)  # [S, R]
-        advantages = self.advantages(experience.rollout, kl, kl_coef, reduce, experience.baseline)  # [S, R]
+        rollout, config, kl = experience.rollout, self.kl_config, None
+        # ---- kl_t of every token [S, R]: a part of the reward, so detached; `_kl_term` is differentiated ----
+        if stats is not None and rollout.reference_log_probs is not None:
+            if config.estimator == "full":
+                kl = _clamped(stats.kl, config.clamp).detach()
+            else:
+                # log pi(y_t) - log pi_ref(y_t)
+                log_ratio = stats.log_probs.detach() - rollout.reference_log_probs
+                kl = kl_estimate(log_ratio, config.estimator, config.clamp)
+            kl = kl.masked_fill(~rollout.sampled.response_mask, 0.0)
+        advantages = self.advantages(rollout, kl, kl_coef, reduce, experience.baseline)  # [S, R]
         return experience._replace(advantages=advantages, kl=kl)
 
     def update_counts(self, rollout: Rollout, updates: int) -> Tensor:
@@ -328,11 +307,7 @@ class Objective:
         return counted.view(updates, -1).sum(-1).double()
 
     def loss(
-        self,
-        log_probs: Tensor,
-        experience: Experience,
-        normalizer: Tensor,
-        full_kl: Tensor | None = None,
+        self, log_probs: Tensor, experience: Experience, normalizer: Tensor, full_kl: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a micro-batch and the share of its tokens whose ratio was clipped.
 
@@ -352,9 +327,9 @@ class Objective:
         normalizer = normalizer.clamp_min(1e-8).float()
         clip_fraction = torch.zeros_like(normalizer)
         # ---- pi(y) / mu(y), where an engine drew from other probabilities mu ----
-        mismatch = self.mismatch(log_probs, rollout)
-        weights = None if mismatch is None else mismatch.weights  # [S, R]
-        if weights is not None:
+        weights = None
+        if rollout.engine_log_probs is not None:
+            weights = self.mismatch(log_probs, rollout, rollout.engine_log_probs).weights  # [S, R]
             advantages = advantages * weights
         # ---- The policy gradient: - sum_t A_t log pi(y_t) / N, or PPO's surrogate of it ----
         if config.kind == "reinforce":
@@ -374,39 +349,39 @@ class Objective:
             loss = loss + self.kl_config.loss_coef * self._kl_term(log_probs, rollout, normalizer, full_kl, weights)
         return loss, clip_fraction.detach()
 
-    def mismatch(self, log_probs: Tensor, rollout: Rollout) -> Mismatch | None:
-        """Return the weights that correct for an engine with other probabilities; None where nothing is compared.
+    def mismatch(self, log_probs: Tensor, rollout: Rollout, theirs: Tensor) -> Mismatch:
+        """Return the weights that correct for an engine with other probabilities.
 
         Args:
             log_probs: `[S, R]` of the policy now. With several updates per rollout those before the first are compared,
                 and the clip bounds what comes after.
-            rollout: the responses, with the engine's log-probs.
+            rollout: the responses.
+            theirs: `[S, R]` log-probs of the engine.
         """
         config = self.loss_config.mismatch
-        if rollout.engine_log_probs is None:
-            return None
         old, mask = _old_log_probs(log_probs, rollout), self.loss_mask(rollout)
-        return mismatch_weights(old, rollout.engine_log_probs, mask, config.kind, config.level, config.cap, config.band)
+        return mismatch_weights(old, theirs, mask, config.kind, config.level, config.cap, config.band)
 
-    def mismatch_values(self, log_probs: Tensor, rollout: Rollout, active: Tensor) -> tuple[Figures, dict[str, Tensor]]:
+    def mismatch_values(
+        self, log_probs: Tensor, rollout: Rollout, theirs: Tensor, active: Tensor
+    ) -> tuple[Figures, dict[str, Tensor]]:
         """Return what is logged of a mismatch: figures whose mean counts, and those whose largest value counts.
 
         Args:
             log_probs: as in `mismatch`.
-            rollout: the responses, with the engine's log-probs.
+            rollout: the responses.
+            theirs: `[S, R]` log-probs of the engine.
             active: `[S]` bool, True on the responses that the policy was run over.
         """
-        mismatch, theirs = self.mismatch(log_probs, rollout), rollout.engine_log_probs
-        if mismatch is None or theirs is None:
-            return {}, {}
+        mismatch = self.mismatch(log_probs, rollout, theirs)
         mask = self.loss_mask(rollout) & active[:, None]  # [S, R]
         # KL(mu || pi) of the tokens that mu drew; k3 has the same mean as k1, and is never negative.
         log_ratio = torch.where(mask, theirs - _old_log_probs(log_probs, rollout).detach(), 0.0)
         values: Figures = {"mismatch_kl": (kl_estimate(log_ratio.clamp(-20.0, 20.0), "k3"), mask)}
         # A response that is cut counts once, however long it is.
-        is_token = self.loss_config.mismatch.level == "token"
-        values["mismatch_clipped"] = (mismatch.cut.float(), mask) if is_token else (
-            mismatch.cut.any(-1).float(), mask.any(-1))  # fmt: skip
+        whole = self.loss_config.mismatch.level == "response"
+        cut, counted = (mismatch.cut.any(-1), mask.any(-1)) if whole else (mismatch.cut, mask)
+        values["mismatch_clipped"] = (cut.float(), counted)
         return values, {"mismatch_ratio_max": mismatch.ratio.masked_fill(~mask, 0.0).max()}
 
     def _kl_term(

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from remax_lightning.distributed import max_over_ranks, raise_on_all_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import policy_statistics
 from remax_lightning.models.sampling import apply_temperature, apply_top_k_top_p, gather_log_probs
@@ -108,6 +111,32 @@ def measure_gaps(policy: PreTrainedModel, worker: RolloutWorker) -> OnPolicyGaps
         likelihood=likelihood,
         packing=_largest(in_eval - plain, mask),
     )
+
+
+def prove_on_policy(
+    trainer: Trainer, policy: PreTrainedModel, worker: RolloutWorker, source: ModelConfig, *, is_16_bit: bool
+) -> None:
+    """Stop a run whose engine, model or precision separates what is drawn from what is trained.
+
+    Args:
+        trainer: of the run.
+        policy: the model that is trained, in train mode.
+        worker: prepared to roll out with it; its engine and sampling are those of the run.
+        source: where the policy comes from; says whether it has dropout.
+        is_16_bit: whether the policy computes in 16 bits.
+
+    Raises:
+        UserError: naming what is to blame: a layer, padding or the engine.
+    """
+    # Where the user asked for dropout, train mode differs from eval mode on purpose.
+    asked = not source.disable_dropout or (source.lora is not None and source.lora.dropout > 0)
+    # In the run's own precision, so that rounding is that of a training step.
+    with trainer.precision_plugin.train_step_context():
+        with raise_on_all_ranks(trainer):
+            gaps = measure_gaps(policy, worker)
+        # The largest gap of any rank, so that all ranks judge alike: looking for a layer to blame runs the policy.
+        gaps = OnPolicyGaps(*max_over_ranks(trainer, gaps))
+        judge_gaps(gaps, policy, worker, is_16_bit=is_16_bit, random_layers=asked)
 
 
 def judge_gaps(

@@ -40,7 +40,7 @@ class Reference(Protocol):
         """Return a context for generating responses; ranks may run different numbers of passes."""
 
 
-class SeparateReference:
+class SeparateReference(FrozenModel):
     """A separate frozen model. It is not a submodule, so optimizer, checkpoints and strategies do not see it.
 
     Args:
@@ -49,34 +49,19 @@ class SeparateReference:
     """
 
     def __init__(self, source: ModelConfig, strategy: Any) -> None:
-        self.source = source
         # Full on every rank: its placement is its own, whatever the strategy does to the policy.
         with unsharded_init(strategy):
-            self.model = freeze(source.load("model.reference"))
-        self._frozen: FrozenModel | None = None
+            model = freeze(source.load("model.reference"))
+        super().__init__(model, source.placement, "model.reference.placement")
 
     def prepare(self, device: torch.device, *, needs_head: bool) -> None:
         """Move the model to its `placement`."""
-        # Every stage of a trainer comes here again.
-        if self._frozen is not None and self._frozen.device == device:
-            return
-        # Read in training passes, for the KL over the vocabulary
-        head = cast("nn.Module", self.model.get_output_embeddings()) if needs_head else None
-        self._frozen = FrozenModel(
-            cast("nn.Module", self.model), self.source.placement, device, "model.reference.placement", head
-        )
-
-    def running(self) -> Any:
-        """Return a context for forward passes."""
-        if self._frozen is None:
-            raise RuntimeError("prepare(device) must be called before the reference is run")
-        return self._frozen.running()
+        # The head is read in training passes, too, for the KL over the vocabulary.
+        self.place(device, self.model.get_output_embeddings() if needs_head else None)
 
     def generating(self) -> Any:
         """Return a context in which the model is unsharded on every rank."""
-        if self._frozen is None:
-            raise RuntimeError("prepare(device) must be called before the reference generates")
-        return self._frozen.unsharded()
+        return self.unsharded()
 
 
 class MovingReference:

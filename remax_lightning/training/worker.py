@@ -14,20 +14,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
+from remax_lightning.errors import UserError
 from remax_lightning.functional import response_mask, soft_overlong_penalty
 from remax_lightning.models.forward import eval_mode
+from remax_lightning.models.log_probs import with_reference
 from remax_lightning.models.sampling import SuppressedTokens
 from remax_lightning.rewards.base import Reward, checked_scores, shorten
 from remax_lightning.rollout import AutoEngine, GenerationRequest, RolloutEngine, SamplingConfig, StopCheck
 from remax_lightning.rollout.base import stop_string_check
 from remax_lightning.strategies import rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
+from remax_lightning.training.experience import reference_passes
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from remax_lightning.config import KLConfig
     from remax_lightning.rollout import VLLMEngine
+    from remax_lightning.training.reference import Reference
 
 
 Phase: TypeAlias = Literal["rollout", "reward"]
@@ -121,6 +127,8 @@ class RolloutWorker:
     unused_ids: tuple[int, ...]
     hidden: frozenset[int]
     """Token ids that are left out of the text of a response."""
+    suppressed: SuppressedTokens
+    """Tokens that rollouts do not draw, and that log-probs leave out."""
     stop_check: StopCheck | None
     progress_bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None
     """Shows a bar for so many tokens, and returns what tells it their number so far; None shows none."""
@@ -137,6 +145,8 @@ class RolloutWorker:
         self.engine, self.sampling, self.reward = engine, sampling, reward
         self.truncation_penalty, self.overlong_cache = truncation_penalty, overlong_cache
         self.timer = timer if timer is not None else PhaseTimer()
+        # What tells the engine's own figures since the last call, by the name that they are logged under.
+        self.engine_metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
         self.device: torch.device | None = None
         self._chosen_engine: RolloutEngine | None = None
 
@@ -156,6 +166,7 @@ class RolloutWorker:
             unused_ids: ids of the policy without a token in the tokenizer; they are never drawn.
         """
         self.tokenizer, self.eos_ids, self.unused_ids = tokenizer, eos_ids, unused_ids
+        self.suppressed = SuppressedTokens(unused_ids, tuple(eos_ids), self.sampling.min_response_length)
         self.hidden = hidden_ids(tokenizer, eos_ids, skip_special_tokens=self.sampling.skip_special_tokens)
         # Every evaluation comes here again; stop strings and rewards are made once for each device.
         if self.device == device:
@@ -178,16 +189,6 @@ class RolloutWorker:
         check = getattr(self.engine, "check", None)
         if check is not None:
             check(model, self.sampling, max_prompt_length)
-
-    def engine_metrics(self) -> dict[str, float]:
-        """Return the engine's own figures since the last call, by the name that they are logged under."""
-        metrics = getattr(self.engine, "metrics", None)
-        return {} if metrics is None else metrics()
-
-    @property
-    def suppressed(self) -> SuppressedTokens:
-        """Tokens that rollouts do not draw, and that log-probs leave out."""
-        return SuppressedTokens(self.unused_ids, tuple(self.eos_ids), self.sampling.min_response_length)
 
     def roll_out(
         self,
@@ -363,6 +364,44 @@ class RolloutWorker:
             baseline_parts=None if greedy is None else {name: part[num_sampled:] for name, part in parts.items()},
         )
         return rollout if scores.reward.dim() == 1 else _with_token_rewards(rollout, scores.reward.to(device), penalty)
+
+    def with_reference(self, rollout: Rollout, reference: Reference, kl: KLConfig, trainer: Trainer) -> Rollout:
+        """Return `rollout` with the log-probs of its sampled tokens under the reference, and hidden states if needed.
+
+        Args:
+            rollout: as `score_responses` returns it.
+            reference: prepared.
+            kl: what the log-probs are for, and how many responses a pass has.
+            trainer: of the run.
+        """
+        batch_size: int | Sequence[Tensor] | None = kl.reference_batch_size
+        budget, model = rollout.prompt.tokens_per_micro_batch, reference.model
+        with self.timer.measure("reward", rollout.reward.device), torch.no_grad(), reference.running():
+            if batch_size is None and budget is not None:
+                batch_size = reference_passes(rollout, budget, model, trainer)
+            return with_reference(rollout, model, self.sampling, kl.full, batch_size, self.suppressed)
+
+    def as_engine_log_probs(self, rollout: Rollout, kind: str) -> Rollout:
+        """Return `rollout` with the log-probs of decoding where they are compared with the trainer's.
+
+        Args:
+            rollout: as `score_responses` returns it.
+            kind: of the comparison, for the message.
+
+        Raises:
+            UserError: if the engine returned none.
+        """
+        if rollout.log_probs is None:
+            raise UserError(
+                f"model.loss.mismatch.kind is {kind}, which needs the log-probs of drawn tokens, and model.rollout"
+                f" {type(self.engine).__name__} returns none; set it to none, or take an engine that returns them"
+            )
+        return rollout._replace(engine_log_probs=rollout.log_probs, log_probs=None)
+
+    def penalty_above_greedy(self, rollout: Rollout) -> Tensor:
+        """Return `[S]` the reward that each response loses for its length, above its greedy response."""
+        greedy = self.overlong_penalty(cast(Responses, rollout.greedy))  # [B]
+        return self.overlong_penalty(rollout.sampled) - greedy.repeat_interleave(rollout.num_samples)
 
     def overlong_penalty(self, responses: Responses) -> Tensor:
         """Return `[M]` the reward that each response loses for its length."""

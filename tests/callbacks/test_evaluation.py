@@ -24,7 +24,7 @@ from remax_lightning.data import PromptDataModule, SFTDataModule
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import response_messages, shown_texts, tokenize_responses
 from remax_lightning.evaluation.intervals import MEANINGS, figures, format_number, format_table
-from remax_lightning.records import PromptRecord
+from remax_lightning.files import PromptRecord
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import PromptBatch
 

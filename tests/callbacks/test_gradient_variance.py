@@ -171,6 +171,7 @@ def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(tmp_path:
         module = remax_module(policy, reference, rollout=engine)
         recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, callbacks=callbacks, max_steps=4)
         weights.append(recorder.weights[-1])
+        assert ("squared_norm" in recorder.outputs[0]) == bool(callbacks)
         if callbacks:
             assert engine.greedy == [True, True, False, False, True, True]  # two more, before the third step
             logged = recorder.logged[-1]
@@ -182,6 +183,7 @@ def test_norms_of_logits_are_those_of_gradients(tmp_path: Path) -> None:
     """Of a run's own step, by autograd at the logits of the same tokens."""
     policy = save_policy(tmp_path / "policy")
     module = remax_module(policy, save_policy(tmp_path / "reference", noise=0.02))
+    module.reports_squared_norm = True
     (output,) = fit(module, prompt_data(tmp_path, policy, PROMPTS[:4]), tmp_path).outputs
     prompt, sampled = output["rollout"].prompt, output["rollout"].sampled
     model = AutoModelForCausalLM.from_pretrained(policy)  # as it was before the step

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from remax_lightning.callbacks.sample_dump import token_texts
+from remax_lightning.callbacks.samples import token_texts
 
 TEXTS = ["", "a", "one two  three", "数学 é 🤖!", "🤖🤖", "line\nline \n", " leading", "e\u0301 \u200d", "<b>"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from remax_lightning.data.pairs import PairColumns, PairError, separate_prompt
+from remax_lightning.data.formatting import PairColumns, PairError, separate_prompt
 from remax_lightning.errors import DataError
 
 MARKER = "\n\nAssistant:"

@@ -20,6 +20,7 @@ from remax_lightning.data import (
     PromptDataModule,
     SFTDataModule,
     preparation,
+    records,
 )
 from remax_lightning.data.formatting import PromptFormatter
 from remax_lightning.errors import DataError
@@ -225,7 +226,8 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path: Path, p
 def test_rows_in_many_batches_keep_their_places(
     tmp_path: Path, policy_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "BATCH_SIZE", 4)
+    for module in (preparation, records):
+        monkeypatch.setattr(module, "BATCH_SIZE", 4)
     rows: list[Any] = [{"prompt": "1" * (1 + n % 3), "n": n} for n in range(11)]
     rows[5] = {"other": "x"}
     rows[9] = {"prompt": 3}

@@ -11,7 +11,7 @@ from conftest import make_tokenizer
 from helpers.chat_templates import KNOWN_ROLES
 from helpers.training import fit, remax_module
 
-from remax_lightning.data import ReasoningGymDataModule, reasoning_gym
+from remax_lightning.data import ReasoningGymDataModule, prompts
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards import FunctionReward, reasoning_gym_answer, verifiers
 from remax_lightning.rollout import SamplingConfig
@@ -113,7 +113,7 @@ def test_mistakes_are_refused_when_constructed(options: dict[str, Any], message:
 
 
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (reasoning_gym, verifiers):
+    for module in (prompts, verifiers):
         monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'remax-lightning\[verify\]'"):
         ReasoningGymDataModule({"chain_sum": {}}, "t")

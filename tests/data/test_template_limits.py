@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from remax_lightning.data import template_limits
+from remax_lightning.data import templates
 from remax_lightning.data.chat_templates import ChatRenderer
 from remax_lightning.data.preparation import Recipe
-from remax_lightning.data.template_limits import TemplateLimitError, run_template
+from remax_lightning.data.templates import TemplateLimitError, run_template
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation
 
@@ -42,8 +42,8 @@ LARGE = {
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Limits that a test can wait for; those of the process must be the same afterwards."""
-    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.3)
-    monkeypatch.setattr(template_limits, "MAX_MEMORY", 2**28)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "MAX_MEMORY", 2**28)
     before = (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM))
     yield
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
@@ -67,7 +67,7 @@ def test_a_template_without_an_end_is_stopped(case: str) -> None:
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("case", LARGE)
 def test_a_template_without_a_bound_is_stopped(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "MAX_SECONDS", 30)  # a loaded machine fills memory slowly
+    monkeypatch.setattr(templates, "MAX_SECONDS", 30)  # a loaded machine fills memory slowly
     with pytest.raises(UserError, match=r"was stopped: it (takes more memory|writes 60,000,000 char)"):
         rendered(LARGE[case])
 
@@ -125,7 +125,7 @@ def test_a_batch_with_an_endless_row_ends() -> None:
 
 def test_an_alarm_of_the_users_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     rung: list[int] = []
-    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)

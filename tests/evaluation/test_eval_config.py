@@ -16,9 +16,9 @@ from lightning.pytorch import Callback
 from remax_lightning.config import EvalConfig
 from remax_lightning.data import PromptDataModule
 from remax_lightning.evaluation.evaluator import split_text
+from remax_lightning.files import PromptRecord
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import AdvantageConfig
-from remax_lightning.records import PromptRecord
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rollout import (
     AutoEngine,

@@ -15,8 +15,8 @@ from remax_lightning.config import EvalConfig
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.evaluator import answer_function
 from remax_lightning.evaluation.prompt_metrics import add_repeated
+from remax_lightning.files import PromptRecord
 from remax_lightning.modules import AdvantageConfig
-from remax_lightning.records import PromptRecord
 from remax_lightning.rollout import SamplingConfig
 
 PER_TOKEN = {"advantage": "advantages", "kl": "kl", "entropy": "entropy"}

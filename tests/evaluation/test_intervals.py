@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from remax_lightning.evaluation.intervals import Figure, difference_interval, figures, mean_figure, share_interval
 from remax_lightning.evaluation.statistics import proportion_interval
-from remax_lightning.records import PromptRecord
+from remax_lightning.files import PromptRecord
 
 
 def records(rewards: list[list[float]], **sums: list[tuple[float, float]]) -> list[PromptRecord]:

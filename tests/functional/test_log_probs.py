@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.functional import (
     OutputHead,
-    PolicyStatistics,
+    TokenStatistics,
     hidden_statistics,
     reinforce_loss,
     remax_advantages,
@@ -28,7 +29,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_statistics_are_those_of_the_oracle(temperature: float) -> None:
     logits, ids = make()
-    log_probs, entropy, _ = token_statistics(logits, ids, temperature)
+    log_probs, entropy, *_ = token_statistics(logits, ids, temperature)
     for i in range(3):
         for t in range(5):
             row = logits[i, t].tolist()
@@ -40,7 +41,7 @@ def test_statistics_are_those_of_the_oracle(temperature: float) -> None:
 def test_tokens_that_cannot_come_have_no_entropy() -> None:
     logits = torch.full((1, 1, 4), float("-inf"))
     logits[..., :2] = 0.0
-    log_probs, entropy, _ = token_statistics(logits, torch.zeros(1, 1, dtype=torch.int32))
+    log_probs, entropy, *_ = token_statistics(logits, torch.zeros(1, 1, dtype=torch.int32))
     assert entropy.item() == pytest.approx(math.log(2))
     assert log_probs.item() == pytest.approx(-math.log(2))
 
@@ -48,7 +49,7 @@ def test_tokens_that_cannot_come_have_no_entropy() -> None:
 def test_entropy_is_detached_and_log_probs_have_the_numerical_gradient() -> None:
     logits, ids = make()
     logits.requires_grad_()
-    log_probs, entropy, _ = token_statistics(logits, ids)
+    log_probs, entropy, *_ = token_statistics(logits, ids)
     assert log_probs.requires_grad
     assert not entropy.requires_grad
     assert torch.autograd.gradcheck(lambda x: token_statistics(x, ids, 0.7).log_probs, logits)
@@ -133,10 +134,16 @@ def plain(case: Case, temperature: float) -> tuple[Tensor, Tensor]:
     return own.gather(-1, case.ids[:, None]).squeeze(-1), (own.exp() * (own - other)).sum(-1)
 
 
-def ours(case: Case, temperature: float = 1.0, logits_at_once: int = 22) -> PolicyStatistics:
+def ours(case: Case, temperature: float = 1.0, logits_at_once: int = 22) -> TokenStatistics:
     reference = case.other, case.other_head
     return hidden_statistics(
-        case.hidden, case.head, case.ids, temperature, reference=reference, logits_at_once=logits_at_once
+        case.hidden,
+        case.head,
+        case.ids,
+        temperature,
+        reference=reference,
+        squared_norm=True,
+        logits_at_once=logits_at_once,
     )
 
 
@@ -377,6 +384,9 @@ def test_squared_norms_are_those_of_the_gradient_at_the_logits(logits_at_once: i
     chosen = logits.log_softmax(-1).gather(1, ids[:, None]).sum()
     (gradient,) = torch.autograd.grad(chosen, logits)
     expected = gradient.square().sum(1)
-    found = hidden_statistics(hidden, OutputHead(weight), ids, logits_at_once=logits_at_once).squared_norm
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(token_statistics(logits.detach()[None], ids[None]).squared_norm[0], expected)
+    chunked = partial(hidden_statistics, hidden, OutputHead(weight), ids, logits_at_once=logits_at_once)
+    whole = partial(token_statistics, logits.detach()[None], ids[None])
+    torch.testing.assert_close(chunked(squared_norm=True).squared_norm, expected)
+    torch.testing.assert_close(whole(squared_norm=True).squared_norm[0], expected)
+    assert chunked().squared_norm is None
+    assert whole().squared_norm is None, "it reads all probabilities once more"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.functional import OutputHead, PolicyStatistics, hidden_statistics, token_statistics
+from remax_lightning.functional import OutputHead, TokenStatistics, hidden_statistics, token_statistics
 
 TOKENS, VOCABULARY = 9, 11
 HEADS = {"plain": (False, 1.0, None), "everything": (True, 1.7, 3.0)}
@@ -40,7 +40,7 @@ def above_the_mean(logits: Tensor, _: slice) -> Tensor:
     return logits >= logits.mean(-1, keepdim=True)
 
 
-def statistics(case: Case, logits_at_once: int = 10**6) -> PolicyStatistics:
+def statistics(case: Case, logits_at_once: int = 10**6) -> TokenStatistics:
     reference = case.other, case.other_head
     return hidden_statistics(
         case.hidden,

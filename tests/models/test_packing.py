@@ -20,6 +20,7 @@ from remax_lightning.models.forward import HeadSearch
 from remax_lightning.models.loading import enable_gradient_checkpointing
 from remax_lightning.models.log_probs import policy_statistics, with_reference
 from remax_lightning.models.packing import TextBounds, attend_text_by_text, packed_inputs, packing_obstacle
+from remax_lightning.rewards import pooling
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -70,6 +71,18 @@ def test_passes_of_any_rows_in_any_order_give_every_response_its_own(monkeypatch
         found = with_reference(rollout_of(), model, sampling, keep_hidden=True, batch_size=parts)
         expected = with_reference(rollout_of(), model, sampling, keep_hidden=True)
     torch.testing.assert_close(found.reference_hidden, expected.reference_hidden, atol=1e-5, rtol=0)
+
+
+def test_rows_of_one_length_have_nothing_to_save_and_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rollout = tiny_model("llama"), rollout_of(extra_right=3)
+    mask = torch.arange(8) < torch.tensor([5, 5, 2, 2, 7, 7])[:, None]  # behind prompts of 3, 6 and 1 tokens
+    rollout = rollout._replace(sampled=rollout.sampled._replace(response_mask=mask))
+    expected = policy_statistics(model, rollout, SamplingConfig(), batch_size=[torch.tensor([i]) for i in range(6)])
+    monkeypatch.setattr(statistics_module, "PackedAttention", None)
+    found = policy_statistics(model, rollout, SamplingConfig())
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    with pytest.raises(TypeError):  # of other lengths: packed
+        policy_statistics(model, rollout_of(), SamplingConfig())
 
 
 def test_a_layer_is_recomputed_as_it_was_run() -> None:
@@ -217,7 +230,7 @@ def test_a_reward_model_scores_packed_texts(family: str, tmp_path: Any, monkeypa
     monkeypatch.setattr(packing, "attend_text_by_text", attend)
     packed = reward.score(PROMPTS, RESPONSES, ROWS)
     assert max(texts) == len(PROMPTS)
-    monkeypatch.setitem(packing._obstacles, reward.model, "it is a test")
+    monkeypatch.setattr(pooling, "packing_obstacle", lambda *_: "it is a test")
     texts.clear()
     torch.testing.assert_close(packed, reward.score(PROMPTS, RESPONSES, ROWS), rtol=1e-5, atol=1e-5)
     assert texts == []

@@ -13,6 +13,7 @@ from oracles import policies
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.functional import TokenStatistics
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training.experience import Experience, RolloutBuffer
@@ -163,8 +164,9 @@ def test_the_objective_needs_the_kl_that_it_is_configured_for(folders: tuple[str
     module = remax_module(*folders, kl=BOTH)
     (output,) = one_step(folders, tmp_path).outputs
     rollout: Rollout = output["rollout"]
+    stats = TokenStatistics(rollout.reference_log_probs)
     with pytest.raises(ValueError, match="full_kl must be a tensor"):
-        module.objective.kl(rollout.reference_log_probs, rollout)
+        module.objective.with_advantages(Experience(rollout, torch.ones(1)), stats, 0.1, lambda values: values)
     experience = Experience(rollout, torch.ones(1), output["advantages"])
     with pytest.raises(ValueError, match="full_kl must be a tensor"):
         module.objective.loss(rollout.reference_log_probs, experience, torch.tensor(1.0))

@@ -164,6 +164,6 @@ def test_a_checkpoint_between_two_updates_keeps_the_engines_log_probs(policy: st
     recorder = fitted(policy, tmp_path, 2, loss=LossConfig(mismatch=MismatchConfig("tis")))
     rollout = recorder.outputs[0]["rollout"]
     saved, restored = RolloutBuffer(), RolloutBuffer()
-    saved.fill(Experience(rollout, torch.ones(1)))
+    saved.experience = Experience(rollout, torch.ones(1))
     restored.load_state_dict(saved.state_dict())
     assert torch.equal(restored.micro_batch(0).rollout.engine_log_probs, rollout.engine_log_probs)

@@ -12,6 +12,7 @@ from oracles import advantages as oracle
 from oracles import cases, estimates
 from torch import Tensor
 
+from remax_lightning.functional import TokenStatistics
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training.experience import Experience
@@ -72,14 +73,21 @@ def expected_advantages(name: str, rollout: Rollout, now: Tensor, full_kl: Tenso
     return oracle.openrlhf(reward, oracle.group_mean(reward, 4), clamped, mask, beta=0.01, bound=10.0)
 
 
+def advantages_of(ours: Objective, rollout: Rollout, stats: TokenStatistics, kl_coef: float) -> Tensor:
+    experience = Experience(rollout, torch.tensor([100.0]))
+    advantages = ours.with_advantages(experience, stats, kl_coef, lambda values: values).advantages
+    assert advantages is not None
+    return advantages
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NAMES)
 def test_advantages_and_loss(name: str, seed: int) -> None:
     ours = objective(name)
     rollout, now = random_rollout(settings(name)["sampling"]["num_samples"], seed)
     full_kl = random_full_kl(seed)
-    kl = ours.kl(now, rollout, full_kl if name == "model_card" else None)
-    found = ours.advantages(rollout, kl, settings(name)["kl_coef"], lambda values: values)
+    stats = TokenStatistics(now, kl=full_kl if name == "model_card" else None)
+    found = advantages_of(ours, rollout, stats, settings(name)["kl_coef"])
     expected = expected_advantages(name, rollout, now, full_kl)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
@@ -109,7 +117,7 @@ def test_first_update_of_a_clipped_preset_is_plain_reinforce(name: str) -> None:
     ours = objective(name)
     rollout, now = random_rollout(settings(name)["sampling"]["num_samples"], 0)
     leaf = now.clone().requires_grad_()
-    advantages = ours.advantages(rollout, ours.kl(now, rollout), 0.01, lambda values: values)
+    advantages = advantages_of(ours, rollout, TokenStatistics(now), 0.01)
     loss, clip_fraction = ours.loss(
         leaf, Experience(rollout._replace(log_probs=None), torch.tensor([50.0]), advantages), torch.tensor(50.0)
     )
@@ -192,7 +200,7 @@ def test_model_card_names_its_prompt_length() -> None:
 def test_the_default_is_unbiased() -> None:
     ours = Objective(KLConfig(), AdvantageConfig(), LossConfig(), 1)
     rollout, now = random_rollout(1, 0)
-    found = ours.advantages(rollout, ours.kl(now, rollout), 0.05, lambda values: values)
+    found = advantages_of(ours, rollout, TokenStatistics(now), 0.05)
     kl = (now - rollout.reference_log_probs).tolist()
     mask = rollout.sampled.response_mask.tolist()
     expected = oracle.verl(rollout.reward.tolist(), rollout.baseline_reward.tolist(), kl, mask, beta=0.05)

@@ -28,7 +28,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import RewardModelModule
 from remax_lightning.rewards import ClassifierReward
-from remax_lightning.rewards.new_reward_model import load_reward_model
+from remax_lightning.rewards.loading import load_reward_model
 from remax_lightning.types import PreferenceBatch
 
 GAPS = [float(row["gap"]) for row in PAIRS]

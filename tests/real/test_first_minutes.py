@@ -135,7 +135,7 @@ def test_both_loggers_have_the_run(home: Home) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from remax_lightning.tools.report.curves import _wandb_records
+    from remax_lightning.tools.report.run import _wandb_records
 
     events = EventAccumulator(str(home.only_run)).Reload()
     assert [event.step for event in events.Scalars("train/reward")][:2] == [1, 2]

@@ -71,7 +71,7 @@ def test_wandb_offline(folder: Path, policy: str) -> None:
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from remax_lightning.tools.report.curves import _wandb_records
+    from remax_lightning.tools.report.run import _wandb_records
 
     trainer, first = fit(folder, policy, "wandb")
     wandb.finish()

@@ -46,7 +46,7 @@ def test_texts_that_see_each_other_in_a_packed_row(well: DoctorContext, monkeypa
     found = ask(well, "packing")
     assert found.status == "fail"
     assert "attn_implementation: eager" in found.fix
-    monkeypatch.setitem(packing._obstacles, well.module.policy, "it is a test")
+    monkeypatch.setitem(packing._findings, well.module.policy, packing.Packability("it is a test", 0))
     assert "because it is a test" in ask(well, "packing").measured
 
 
@@ -151,7 +151,7 @@ def test_rounding_of_16_bits_passes_in_16_bits_only(
     def shifted(_model: Any, rollout: Rollout, _sampling: Any, **_options: Any) -> TokenStatistics:
         assert rollout.log_probs is not None
         nothing = torch.zeros_like(rollout.log_probs)
-        return TokenStatistics(rollout.log_probs + 5e-3, nothing, nothing)
+        return TokenStatistics(rollout.log_probs + 5e-3, nothing)
 
     monkeypatch.setattr(policy_checks, "policy_statistics", shifted)
     result = ask(loaded(tmp_path, healthy(tmp_path), trainer__precision=precision), "log_probs")

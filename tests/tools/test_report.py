@@ -18,9 +18,8 @@ from tools.report_run import HOSTILE, planted_curves, sample, write_events, writ
 from remax_lightning.errors import UserError
 from remax_lightning.tools.report import main
 from remax_lightning.tools.report.charts import build_sections, kl_against_reward, smooth, thin_indices
-from remax_lightning.tools.report.curves import Curve
 from remax_lightning.tools.report.page import format_duration, format_number
-from remax_lightning.tools.report.run import read_run
+from remax_lightning.tools.report.run import Curve, read_run
 
 
 def written(folder: Path, *arguments: str) -> str:

@@ -27,7 +27,7 @@ def experience(num_micro_batches: int = 2) -> Experience:
 
 def filled(num_micro_batches: int = 2) -> RolloutBuffer:
     buffer = RolloutBuffer()
-    buffer.fill(experience(num_micro_batches))
+    buffer.experience = experience(num_micro_batches)
     return buffer
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_holds_the_text_of_prompts_that_know_their_messages(tmp_pat
     conversation = Conversation([{"role": "user", "content": "hi", "date": date(2026, 1, 1)}])
     batch = made.rollout.prompt._replace(prompts=[Prompt(text, conversation) for text in made.rollout.prompt.prompts])
     buffer = RolloutBuffer()
-    buffer.fill(made._replace(rollout=made.rollout._replace(prompt=batch)))
+    buffer.experience = made._replace(rollout=made.rollout._replace(prompt=batch))
     torch.save(buffer.state_dict(), tmp_path / "state.pt")
     resumed = RolloutBuffer()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

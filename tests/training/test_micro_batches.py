@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from remax_lightning.errors import UserError
-from remax_lightning.training.micro_batches import check_budget, plan_micro_batches
+from remax_lightning.training.experience import check_budget, plan_micro_batches
 
 
 def lengths_of(seed: int, prompts: int, samples: int) -> list[list[int]]:

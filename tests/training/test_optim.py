@@ -17,7 +17,7 @@ from torch import nn
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import WarmupCosine, WarmupLinear
-from remax_lightning.training.schedules import (
+from remax_lightning.training.optimization import (
     check_learning_rate_precision,
     choose_update_kernel,
     parameter_groups,

@@ -19,7 +19,7 @@ from training.skipping_ranks import Overflow, Weights, equal, float16, main
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import RewardModelModule, SFTModule
-from remax_lightning.training import skipping
+from remax_lightning.training import optimization
 
 STAGES = ("remax", "sft", "reward_model")
 
@@ -164,7 +164,7 @@ def test_deepspeeds_loss_scale_ends_where_deepspeed_does(value: float, hysteresi
     fake = type("Fake", (DeepSpeedStrategy,), {"deepspeed_engine": property(lambda self: self._fake)})
     strategy.__class__ = fake
     trainer = cast(Any, SimpleNamespace(strategy=strategy))
-    assert skipping._loss_scale(trainer) == (value, can_fall, not can_fall)
+    assert optimization._loss_scale(trainer) == (value, can_fall, not can_fall)
 
 
 @pytest.mark.slow

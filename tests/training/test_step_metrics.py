@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from remax_lightning.callbacks import Evaluation
-from remax_lightning.training.schedules import learning_rates
+from remax_lightning.training.optimization import learning_rates
 
 
 class Listed(Logger):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from remax_lightning.errors import UserError
-from remax_lightning.functional import OutputHead, PolicyStatistics
+from remax_lightning.functional import OutputHead, TokenStatistics
 from remax_lightning.models.forward import SOFT_CAPS, accepts_argument, prompt_index_per_row
 from remax_lightning.models.log_probs import ForwardBatch, row_statistics
 from remax_lightning.models.packing import attention_obstacle
@@ -30,7 +30,7 @@ from remax_lightning.rollout.paired import DecodeLoop
 from remax_lightning.rollout.static_cache import RolloutSize, allocate_slots, bucketed_length
 from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
-from remax_lightning.training.schedules import choose_update_kernel
+from remax_lightning.training.optimization import choose_update_kernel
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -288,7 +288,7 @@ class StepPasses:
         reference: PreTrainedModel | None = None,
         *,
         truncate: bool = True,
-    ) -> PolicyStatistics:
+    ) -> TokenStatistics:
         """Run the pass of a step over `num_rows` responses of full length, without padding."""
         # ---- Rows of full length ----
         length = self.work.sampling.max_response_length
@@ -306,9 +306,9 @@ class StepPasses:
             model,
             rows,
             head,
-            sampling=self.work.sampling,
-            suppressed=self.work.suppressed,
-            reference=compared,
+            self.work.sampling,
+            self.work.suppressed,
+            compared,
             truncate=truncate,
         ).statistics
 

@@ -14,13 +14,13 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, initial_adapter
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rewards import ClassifierReward
-from remax_lightning.rewards.formats.peft import read_adapter
+from remax_lightning.rewards.formats import read_adapter
 from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
-from remax_lightning.tools.plan.planned_run import PlannedRun, reward_models
+from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, RolloutBytes, Step
 from remax_lightning.training.config_checks import check_lengths
-from remax_lightning.training.schedules import parameter_groups
+from remax_lightning.training.optimization import parameter_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from remax_lightning.tools.report.curves import Curve
+from remax_lightning.tools.report.run import Curve
 
 POINTS = 300
 """Maximum number of points per curve, which keeps the page small."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from remax_lightning.tools.report.charts import build_sections, single_values, smooth_values, thin_indices
-from remax_lightning.tools.report.curves import Curve
-from remax_lightning.tools.report.run import Run
+from remax_lightning.tools.report.run import Curve, Run
 
 FILES = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "samples.js")
