@@ -263,6 +263,7 @@ def test_a_server_without_room_says_so(smollm2: Path, tmp_path: Path) -> None:
         UserError, match=r"the vLLM server of this process ended with code 1: ValueError: .*; its log is"
     ):
         engine.check(model, SamplingConfig(max_response_length=64), 64)
+    engine.process.log.unlink()
     engine.close()
 
 

@@ -105,6 +105,7 @@ def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(model: Any,
     with pytest.raises(UserError, match=r"ended with code 3: ValueError: no memory for keys and values; its log is"):
         engine.generate(model, request_for())
     assert children(engine, tmp_path) == 2
+    engine.process.log.unlink()  # it is for the user
     with pytest.raises(UserError, match=r"python: there is no 'nowhere/python'; install vLLM in an environment"):
         VLLMEngine(mode="colocate", python="nowhere/python").generate(model, request_for())
 
