@@ -1,6 +1,6 @@
-"""Write `configuration.md`, beside this file, from the signatures and docstrings of the package.
+"""Write `configuration.md`, beside this file, and the package's `signatures.json`, from signatures and docstrings.
 
-`python docs/generate_configuration.py` writes it; with `--check` it only says whether the page is out of date.
+`python docs/generate_configuration.py` writes them; with `--check` it only says whether one of them is out of date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from docstring_parser import parse
 
-from remax_lightning import cli_run, data, models, modules, rewards, rollout, strategies
+from remax_lightning import cli_run, cli_schema, cli_signatures, data, models, modules, rewards, rollout, strategies
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -180,16 +180,21 @@ def _prose(text: str | None) -> str:
     return re.sub(r"\b(None|True|False)\b", lambda match: _YAML[match[0]], line)
 
 
+def signatures() -> str:
+    """Return the signatures by which the command finds wrong keys before it imports torch."""
+    return cli_signatures.as_json(cli_signatures.shipped_content(cli_run.CALLBACKS)) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, or end with 1 where that would change it."""
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from signatures and docstrings.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    """Write page and signatures, or end with 1 where that would change one of them."""
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md and remax_lightning/signatures.json.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is out of date")
     options = parser.parse_args(arguments)
-    fresh = page()
-    if not options.check:
-        PAGE.write_text(fresh, encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != fresh:
-        sys.exit("docs/configuration.md is out of date: run python docs/generate_configuration.py")
+    for path, fresh in ((PAGE, page()), (cli_schema.SIGNATURES, signatures())):
+        if not options.check:
+            path.write_text(fresh, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != fresh:
+            sys.exit(f"{path.name} is out of date: run python docs/generate_configuration.py")
 
 
 if __name__ == "__main__":

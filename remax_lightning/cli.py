@@ -1,7 +1,8 @@
 """The `remax` command: chooses what runs a subcommand, and ends it in one line.
 
-The standard library alone is imported here, and a subcommand loads what it needs when it runs. So help, a subcommand
-that does not exist, `configs`, `compare` and `report` start without torch, whose import takes seconds.
+The standard library and YAML alone are imported here, and a subcommand loads what it needs when it runs. So help, a
+subcommand that does not exist, a misspelt key, `configs`, `compare` and `report` need no torch, whose import takes
+seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from remax_lightning.cli_exit import (
     stage,
 )
 from remax_lightning.cli_help import RUNS, TOOLS, explain_subcommand, help_text, run_help
+from remax_lightning.cli_keys import refuse_wrong_keys
 from remax_lightning.errors import (
     TERMINATED,
     RankError,
@@ -80,6 +82,8 @@ def _run_subcommand(arguments: list[str]) -> None:
         if not {"-h", "--help"}.isdisjoint(arguments):
             print(run_help(run))  # noqa: T201
         else:
+            if not launcher.is_launched():
+                refuse_wrong_keys(arguments)
             import_module("remax_lightning.cli_run").run()
     elif arguments == ["--version"]:
         print(f"remax-lightning {__version__}")  # noqa: T201

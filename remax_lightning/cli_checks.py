@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -24,6 +24,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
+from remax_lightning.cli_arguments import flatten
 from remax_lightning.cli_errors import close_name
 from remax_lightning.errors import UserError
 
@@ -382,21 +383,3 @@ def _explain_path(key: str, value: str, is_file: bool) -> str | None:
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{key}: cannot write to {value!r}: no right to write in {str(existing)!r}"
     return None
-
-
-def flatten(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys of a configuration, as in the YAML, with their values; lists of classes by number."""
-    if isinstance(config, Namespace):
-        config = vars(config)
-    # {"model": {"class_path": ..., "init_args": {"seed": 1}}} -> ("model.class_path", ...), ("model.seed", 1)
-    if isinstance(config, Mapping):
-        for name, value in config.items():
-            # Arguments of the module and of the data module stand in the YAML without init_args.
-            inner = key if name == "init_args" and key in ("model", "data") else f"{key}.{name}".removeprefix(".")
-            yield from flatten(value, inner)
-        return
-    if isinstance(config, list) and any(isinstance(item, Namespace | Mapping) for item in config):
-        for number, item in enumerate(config):
-            yield from flatten(item, f"{key}.{number}")
-        return
-    yield key, config

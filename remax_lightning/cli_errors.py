@@ -11,12 +11,12 @@ import difflib
 import inspect
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
 from remax_lightning.cli_shorthand import our_classes
 from remax_lightning.errors import SignalExit, UserError, exception_chain, loaded_class
@@ -41,6 +41,7 @@ _UNKNOWN = (
     re.compile(r"Subcommand '.+' does not accept option '(?P<key>.+)'"),
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+).*"),
 )
+MISSING = "missing, and there is no default; set it in the YAML or on the command line"
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 # "Expected a typing.Literal['drop', 'error']. Got value: skip"
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.+?)\](.*)")
@@ -94,7 +95,10 @@ _MAIN_CLASSES = {
 }
 """Classes whose options a hint knows, by the key that they stand under."""
 
-_TYPES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+ArgumentNames: TypeAlias = Callable[[str, list[str]], list[str]]
+"""Returns the argument names of a class by its path, or those of the dataclass at its nested argument."""
+
+TYPE_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 
 
 def shorten_message(message: str, known: Iterable[str] = ()) -> str:
@@ -240,15 +244,12 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
             return _explain_unknown_key(line, match.groupdict().get("group"), match["key"], known)
     if match := _REQUIRED.fullmatch(text):
         missing = [f"{key}.{name}" if key else name for name in match[1].split(", ")]
-        return ", ".join(missing), "missing, and there is no default; set it in the YAML or on the command line"
+        return ", ".join(missing), MISSING
     # ---- A value that does not fit, in plain words ----
     if match := _LITERAL.fullmatch(text):
         text = f"expected one of {match[1]}{match[2]}"
     elif match := _NOT_IMPORTED.fullmatch(text):
-        close = close_name(match[1])
-        text = f"there is no class {match[1]!r}; "
-        elsewhere = "give a class of remax_lightning, or a path such as my_module.MyClass"
-        text += f"did you mean {close}?" if close else elsewhere
+        text = explain_class(match[1])
     elif match := _NO_MODULE.fullmatch(text):
         file = f"{match[1].replace('.', '/')}.py"
         text = (
@@ -257,7 +258,7 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
         )
     elif match := _TYPE.fullmatch(text):
         name = match[1] or match[2]
-        text = f"expected {_TYPES.get(name, name)}{match[3] or ''}"
+        text = f"expected {TYPE_WORDS.get(name, name)}{match[3] or ''}"
     return key, text.replace(". Got value: ", ", got ")
 
 
@@ -277,21 +278,48 @@ def _explain_unknown_key(line: _ParsedLine, group: str | None, name: str, known:
                 last, options = parts[depth], groups
                 break
     else:
-        last, options = _first_unknown(full, known)
-    # ---- Renamed, misspelt, in the wrong group, or unknown ----
-    path = [part for part in full.split(".") if part != "init_args"]
+        last, options = first_unknown(full, known)
+    return full, explain_unknown(full, last, options, known)
+
+
+def explain_unknown(
+    full: str, last: str, options: Sequence[str], known: Iterable[str], names: ArgumentNames | None = None
+) -> str:
+    """Return what is wrong with a key that does not exist: it was renamed, is misspelt, in the wrong group, or unknown.
+
+    Args:
+        full: the key.
+        last: the part of it that does not exist, which may be a group around the rest.
+        options: what exists in its place.
+        known: keys that always exist.
+        names: looks up the arguments of a class by its path and the groups within; by default the class is imported.
+    """
+    path = plain_parts(full)
     renamed = RENAMED_KEYS.get(".".join(path[-2:]))
     if renamed is not None and (renamed in options or not options):
-        return full, f"was renamed; write {full.removesuffix(last)}{renamed}"
+        return f"was renamed; write {full.removesuffix(last)}{renamed}"
     if close := difflib.get_close_matches(last, options, 1):
         hint = f"did you mean {close[0]}?"
-    elif places := [place for place in _places(full.rpartition(".")[2], known) if place != full]:
+    elif places := [place for place in _places(path[-1], known, names or _argument_names) if place != full]:
         # A key of the run itself before one of a callback.
         places = [place for place in places if place.startswith(("model.", "data.", "trainer."))] or places
         hint = f"did you mean {' or '.join(places[:3])}?"
     else:
         hint = f"the keys are {', '.join(options)}" if options else "remove it"
-    return full, f"there is no such key; {hint}"
+    return f"there is no such key; {hint}"
+
+
+def explain_class(name: str, classes: Iterable[str] | None = None) -> str:
+    """Return what is wrong with the name of a class that does not exist; `classes` are ours, by default imported."""
+    close = close_name(name) if classes is None else next(iter(difflib.get_close_matches(name, classes, 1)), None)
+    elsewhere = "give a class of remax_lightning, or a path such as my_module.MyClass"
+    return f"there is no class {name!r}; " + (f"did you mean {close}?" if close else elsewhere)
+
+
+def plain_parts(key: str) -> list[str]:
+    """Return the parts of a key without those that a user may leave out."""
+    # "model.init_args.policy.path" -> ["model", "policy", "path"]
+    return [part for part in key.split(".") if part != "init_args"]
 
 
 def close_name(name: str, others: Iterable[str] = ()) -> str | None:
@@ -300,7 +328,7 @@ def close_name(name: str, others: Iterable[str] = ()) -> str | None:
     return close[0] if close else None
 
 
-def _first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
+def first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     """Return the first part of a key that does not exist, which may be a group, and what exists in its place."""
     options: list[str] = []
     prefix, parts = "", key.split(".")
@@ -316,13 +344,13 @@ def _first_unknown(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     return last, options
 
 
-def _places(name: str, known: Iterable[str]) -> list[str]:
+def _places(name: str, known: Iterable[str], names: ArgumentNames) -> list[str]:
     """Return the keys of this name elsewhere in a configuration: a user may have left out the groups around it."""
     places = [dest for dest in known if "." in dest and dest.rpartition(".")[2] == name]
     for key, class_path in _MAIN_CLASSES.items():
-        options = _argument_names(class_path, [])
+        options = names(class_path, [])
         places += [f"{key}.{name}"] if name in options else []
-        places += [f"{key}.{group}.{name}" for group in options if name in _argument_names(class_path, [group])]
+        places += [f"{key}.{group}.{name}" for group in options if name in names(class_path, [group])]
     return list(dict.fromkeys(places))
 
 

@@ -100,12 +100,7 @@ def _write_out_reward(reward: Any, key: str) -> Any:
     if is_function(reward):
         return {"class_path": "FunctionReward", "init_args": {"function": reward}}
     if isinstance(reward, list) and reward:
-        parts: dict[str, Any] = {}
-        for number, item in enumerate(reward):
-            source = item.get("class_path") if isinstance(item, dict) else item
-            name = str(source).rpartition(".")[2]
-            parts[name if name not in parts else f"{name}_{number}"] = item
-        reward = {"class_path": "WeightedReward", "init_args": {"parts": parts}}
+        reward = {"class_path": "WeightedReward", "init_args": {"parts": named_parts(reward)}}
     if not isinstance(reward, dict) or "class_path" not in reward:
         return reward
     for name in reward:
@@ -124,6 +119,17 @@ def _write_out_reward(reward: Any, key: str) -> Any:
             arguments["reward"] = _write_out_reward(arguments["reward"], f"{key}.init_args.reward")
         reward = {**reward, "init_args": arguments}
     return reward
+
+
+def named_parts(rewards: Sequence[Any]) -> dict[str, Any]:
+    """Return a list of rewards as parts, by the names of their functions and classes."""
+    # [f, g, f] -> "f", "g", "f_2"
+    parts: dict[str, Any] = {}
+    for number, item in enumerate(rewards):
+        source = item.get("class_path") if isinstance(item, dict) else item
+        name = str(source).rpartition(".")[2]
+        parts[name if name not in parts else f"{name}_{number}"] = item
+    return parts
 
 
 def write_out_option(name: str, value: str | None) -> list[str] | None:

@@ -62,7 +62,7 @@ KEYS = {
                 "init_args": {"stagee": 3},
             }
         },
-        "trainer.strategy.stagee: there is no such key; did you mean stage?",
+        "trainer.strategy.init_args.stagee: there is no such key; did you mean stage?",
     ),
     "unknown key of the data": ({"data__pathh": "x"}, "data.pathh: there is no such key; did you mean path?"),
     "unknown key of the trainer": (
@@ -100,7 +100,7 @@ KEYS = {
     "a module that is not there": (
         {"trainer__callbacks": [{"class_path": "nowhere.Mine"}]},
         (
-            "trainer.callbacks: cannot import nowhere.Mine: there is no module 'nowhere'; put nowhere.py into the"
+            "trainer.callbacks.0: cannot import nowhere.Mine: there is no module 'nowhere'; put nowhere.py into the"
             " current folder"
         ),
     ),

@@ -26,8 +26,10 @@ from io import StringIO
 
 for name in ("torch", "lightning", "transformers", "jsonargparse", "deepspeed", "datasets"):
     sys.modules[name] = None  # importing it raises ImportError
+from remax_lightning import cli_keys
 from remax_lightning.cli import main
 
+cli_keys.is_current = lambda: True  # also where someone has changed the code since
 codes = []
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["remax", *arguments]
@@ -68,8 +70,13 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("trainer:\n  max_steps: 2\n")
     (run / "run.json").write_text('{"loggers": [{"class": "CSVLogger", "files": null}]}')
     one, two = evaluation(tmp_path / "a", [0.0, 0.25, 2.0]), evaluation(tmp_path / "b", [1.0, 1.5, 2.5])
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("model: {policy: p, reward: my_rewards.mine, kl_coeff: 1}\ntrainer: {max_steps: many}\n")
     commands = {
         ("--help",): 0,
+        ("fit", "--config", str(wrong)): 2,
+        ("test", "--config", "presets/verl", "--model.loss.kindd", "x"): 2,
+        ("fit", "--config", "presets/verll"): 2,
         ("--version",): 0,
         ("fitt",): 2,
         (): 2,
@@ -88,6 +95,9 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == list(commands.values()), ended.stderr
     assert "Traceback" not in ended.stderr
+    assert "model.kl_coeff: there is no such key; did you mean kl_coef?" in ended.stderr
+    assert "trainer.max_steps: expected a whole number, got many" in ended.stderr
+    assert "model.loss.kindd: there is no such key; did you mean kind?" in ended.stderr
     assert (run / "report.html").stat().st_size > 10_000
 
 

@@ -55,12 +55,19 @@ ALLOWED = {
     "cli_errors": {"cli_shorthand", "errors"},
     "cli_shorthand": {"errors"},
     "shipped_configs": {"errors"},
-    "cli_parser": {"errors", "cli_errors", "cli_checks", "cli_shorthand", "shipped_configs", "yaml_files"},
-    "cli_checks": {"cli_errors", "errors"},
+    "cli_arguments": {"cli_errors", "cli_shorthand", "shipped_configs", "yaml_files"},
+    "cli_schema": {"cli_errors", "shipped_configs"},
+    "cli_keys": {"cli_arguments", "cli_errors", "cli_schema", "cli_shorthand", "errors", "shipped_configs"},
+    "cli_signatures": {"baselines", "cli_help", "cli_schema", "cli_shorthand", "rewards"},
+    "cli_parser": {
+        *("errors", "cli_arguments", "cli_errors", "cli_checks", "cli_keys", "cli_shorthand", "cli_signatures"),
+        "yaml_files",
+    },
+    "cli_checks": {"cli_arguments", "cli_errors", "errors"},
     "cli_exit": {"errors", "cli_errors", "files", "run_folder"},
     "launcher": set(),
     "cli_help": set(),
-    "cli": {"cli_errors", "cli_exit", "cli_help", "errors", "launcher", "version"},  # more only when a subcommand runs
+    "cli": {"cli_errors", "cli_exit", "cli_help", "cli_keys", "errors", "launcher", "version"},  # more when it runs
     "__main__": {"cli"},
     "cli_run": ANYTHING,
     "tools": ANYTHING,

@@ -134,7 +134,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
     ),
     "an unknown argument": (
         callback("lightning.pytorch.callbacks.EarlyStopping", monitorr="x"),
-        "trainer.callbacks.monitorr: there is no such key; did you mean monitor?",
+        "trainer.callbacks.0.init_args.monitorr: there is no such key; did you mean monitor?",
     ),
     "a stage of ZeRO": (
         changes(trainer__strategy={"class_path": "remax_lightning.strategies.ReMaxDeepSpeedStrategy",

@@ -15,6 +15,9 @@ import pytest
 import yaml
 from helpers.training import write_rows
 
+from remax_lightning.cli_keys import wrong_keys
+from remax_lightning.cli_schema import shipped_signatures
+
 PLUGINS = Path(__file__).parent.parent / "plugins"
 
 
@@ -116,7 +119,12 @@ def misread(config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[
     assert end.value.code == 2
     outcome = Outcome(2, *capsys.readouterr())
     assert is_one_message(outcome)
-    return message(outcome)
+    said = message(outcome)
+    # What is told before torch is imported is a part of it.
+    with in_folder(folder):
+        early = wrong_keys(["fit", "--config", path, *arguments], shipped_signatures())
+    assert [line for line in (f"{key}: {text}" for key, text in early.items()) if line not in said] == []
+    return said
 
 
 @cache

@@ -1,0 +1,294 @@
+"""Wrong keys and values of a configuration, found by the signatures of the classes that it names.
+
+The signatures come with the package, in `signatures.json`, so a misspelt key is told before torch and Lightning are
+imported, which takes seconds. What needs more than names and simple types is left to the parser: values that a class
+refuses, classes of a user's own, files in place of groups. Nothing is refused here that the parser accepts.
+
+The parser uses the same check with live signatures (`cli_signatures.py`), which know the user's classes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from remax_lightning.cli_arguments import (
+    CONFIG,
+    NOT_FINITE,
+    flatten,
+    is_consequence,
+    message_of,
+    nested,
+    nonfinite_numbers,
+    raw_values,
+    read_config,
+    words_of,
+    yaml_key,
+)
+from remax_lightning.cli_errors import MISSING, explain_class, explain_unknown
+from remax_lightning.cli_schema import Parameter, Parameters, Signatures, explain_type, is_current, shipped_signatures
+from remax_lightning.cli_shorthand import SUBCOMMANDS, named_parts
+from remax_lightning.errors import UserError
+from remax_lightning.shipped_configs import config_folder, config_path
+
+_LIBRARIES = ("remax_lightning", "lightning", "torch", "transformers")
+"""Packages whose import brings no class of a user's own, which a configuration could then call by its name alone."""
+
+
+def refuse_wrong_keys(arguments: list[str]) -> None:
+    """Refuse a command whose configuration has wrong keys or values, before anything large is imported.
+
+    Args:
+        arguments: those after `remax`, of one of Lightning's subcommands.
+
+    Raises:
+        UserError: with a line for each mistake.
+    """
+    if is_current() and (mistakes := wrong_keys(arguments, shipped_signatures())):
+        raise UserError(message_of(f"{key}: {text}" for key, text in mistakes.items()))
+
+
+def wrong_keys(arguments: list[str], signatures: Signatures) -> dict[str, str]:
+    """Return what is wrong by key, in the order of the arguments; empty where nothing is, or nothing can be told.
+
+    Args:
+        arguments: those after `remax`.
+        signatures: of what the configuration names.
+
+    Raises:
+        UserError: if `--config` names nothing that there is.
+    """
+    check = KeyCheck(arguments[0] if arguments else "", signatures)
+    return check.run(arguments)
+
+
+def _values(arguments: list[str]) -> dict[str, Any]:
+    """Return the values that count in the end, by key as in the YAML."""
+    return {yaml_key(key): value for key, value in raw_values(arguments).items()}
+
+
+def _class_paths(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the texts of a configuration that may name a class or a function."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _class_paths(item, str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _class_paths(item, key)
+    elif isinstance(value, str) and key not in ("path", "val_path"):
+        yield value
+
+
+def _is_foreign(text: str) -> bool:
+    """Whether a text may be a dotted path of a user's own."""
+    parts = text.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts) and parts[0] not in _LIBRARIES
+
+
+class KeyCheck:
+    """Goes through the sources of a configuration, and notes what is wrong.
+
+    Args:
+        command: the subcommand.
+        signatures: of what the configuration names.
+
+    Attributes:
+        mistakes: what is wrong by key.
+        elements: by key, the elements of lists and groups of classes, with the path of their base class.
+    """
+
+    def __init__(self, command: str, signatures: Signatures) -> None:
+        self.signatures, self.command = signatures, command
+        self.mistakes: dict[str, str] = {}
+        self.elements: dict[str, tuple[Any, str]] = {}
+        self._names_are_known = True  # no class of a user's own is imported, which could be called by its name alone
+        self._classes: dict[str, str | None] = {}  # by key, as the sources so far set them; None is not known
+        self._set: set[str] = set()  # keys with a value
+        self._opaque: set[str] = set()  # keys of what cannot be looked into, such as a file in place of a group
+
+    @cached_property
+    def _known(self) -> list[str]:
+        """The keys that always exist, for suggestions."""
+        known: dict[str, None] = {}
+        for command in SUBCOMMANDS:
+            for name, parameter in self.signatures.command(command).items():
+                path = _inner(parameter.types, "options")
+                inner = (self.signatures.described(path) or {}) if path else {}
+                known |= dict.fromkeys([name, *(f"{name}.{key}" for key in inner)])
+        return list(known)
+
+    def run(self, arguments: list[str]) -> dict[str, str]:
+        """Return what is wrong by key, in the order of the arguments (`wrong_keys`)."""
+        words = list(words_of(arguments[1:]))
+        asks = any(name.endswith("help") or name.startswith("print_") for _, name, _ in words)
+        if self.command not in SUBCOMMANDS or asks:
+            return {}
+        # ---- The defaults, then files and options as they override each other ----
+        sources: list[Any] = [read_config(str(config_folder() / "base.yaml"))]
+        for option, name, value in words:
+            if name in CONFIG and value is not None:
+                sources.append(read_config(config_path(value)))
+            elif name and value is not None:
+                # "--trainer.callbacks+=..." adds an element: which one it is follows from the others
+                sources.append({} if option[0].partition("=")[0].endswith("+") else nested(name, value))
+        if not all(isinstance(source, Mapping) for source in sources):  # a file that cannot be read, or holds no keys
+            return {}
+        self._names_are_known = not any(_is_foreign(path) for source in sources for path in _class_paths(source))
+        top = self.signatures.command(self.command)
+        for source in sources:
+            self._group("", source, top)
+        self.mistakes |= self._wrong_in_the_end(_values(arguments))
+        return self.mistakes
+
+    def _group(self, key: str, values: Mapping[str, Any], parameters: Parameters) -> None:
+        for name, value in values.items():
+            full = f"{key}.{name}" if key else str(name)
+            if name not in parameters:
+                # "modle: {kl_coef: 0.1}" is told as modle.kl_coef
+                leaves = [leaf for leaf, _ in flatten(value, full)] or [full]
+                for leaf in leaves:
+                    text = explain_unknown(leaf, str(name), list(parameters), self._known, self._argument_names)
+                    self.mistakes.setdefault(leaf, text)
+            else:
+                self._value(full, value, parameters[name])
+
+    def _argument_names(self, path: str, groups: list[str]) -> list[str]:
+        parameters = self.signatures.described(path)
+        for group in groups:
+            inner = _inner(parameters[group].types, "options") if parameters and group in parameters else None
+            parameters = self.signatures.described(inner) if inner else None
+        return list(parameters or ())
+
+    def _value(self, key: str, value: Any, parameter: Parameter) -> None:
+        self._set.add(key)
+        types = parameter.types
+        if isinstance(value, Mapping):
+            self._mapping(key, value, parameter)
+        elif isinstance(value, list):
+            self._list(key, value, parameter)
+        elif base := _inner(types, "class"):
+            self._class_name(key, value, parameter, base)
+        elif _inner(types, "options"):
+            self._opaque.add(key)  # a path of a model in place of its group, or a file
+        elif (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+            pass  # the last value counts: see `_wrong_in_the_end`
+        elif text := explain_type(value, types):
+            self.mistakes.setdefault(key, text)
+
+    def _mapping(self, key: str, value: Mapping[str, Any], parameter: Parameter) -> None:
+        types = parameter.types
+        if "any" in types:
+            return
+        options, base, item = (_inner(types, kind) for kind in ("options", "class", "mapping"))
+        if base and (not (options or item) or not {"class_path", "init_args"}.isdisjoint(value)):
+            self._class(key, value, parameter)
+        elif options:
+            parameters = None if "class_path" in value else self.signatures.parameters(options)
+            if parameters is None:
+                self._opaque.add(key)
+            else:
+                self._group(key, value, parameters)
+        elif item:
+            for name, element in value.items():
+                self._element(f"{key}.{name}", element, Parameter(item))
+
+    def _element(self, key: str, value: Any, parameter: Parameter) -> None:
+        if base := _inner(parameter.types, "class"):
+            self.elements[key] = value, base
+        self._value(key, value, parameter)
+
+    def _list(self, key: str, value: list[Any], parameter: Parameter) -> None:
+        types = parameter.types
+        if item := _inner(types, "list"):
+            for number, element in enumerate(value):
+                self._element(f"{key}.{number}", element, Parameter(item))
+        elif key == "model.reward":  # stands for their sum
+            for name, element in named_parts(value).items():
+                self._element(f"{key}.init_args.parts.{name}", element, parameter)
+
+    def _class(self, key: str, value: Mapping[str, Any], parameter: Parameter) -> None:
+        """Check the arguments of a class, which stand under `init_args`, or directly where the class is known."""
+        # ---- The class: named here, by an earlier source, or the default ----
+        path: Any = self._classes.get(key, parameter.default)
+        if "class_path" in value:
+            path = value["class_path"]
+            if not isinstance(path, str):
+                return
+            base = _inner(parameter.types, "class")
+            if not self._choose(key, path, base) or len(value.keys() - {"class_path", "init_args", "dict_kwargs"}):
+                return
+            path = self._classes[key]
+            names = self.signatures.names.get(base)
+            if path and names and path.startswith("remax_lightning.") and path.rpartition(".")[2] not in names:
+                return  # of another kind
+        parameters = self.signatures.parameters(path) if path else None
+        if parameters is None:
+            self._opaque.add(key)
+            return
+        # ---- Its arguments; those of the module and of the data module are named without init_args ----
+        inner = value.get("init_args")
+        arguments = {name: item for name, item in value.items() if name not in ("class_path", "init_args")}
+        arguments.pop("dict_kwargs", None)
+        arguments |= inner if isinstance(inner, Mapping) else {}
+        self._group(key if key in ("model", "data") else f"{key}.init_args", arguments, parameters)
+
+    def _class_name(self, key: str, value: Any, parameter: Parameter, base: str) -> None:
+        """Take a text in place of a class: its name or path, one of the choices beside it, a file, or a function."""
+        if isinstance(value, str) and explain_type(value, [kind for kind in parameter.types if not _is_class(kind)]):
+            self._choose(key, value, base, parameter.types)
+        else:
+            self._classes[key] = None
+
+    def _choose(self, key: str, path: str, base: str, types: Sequence[Any] = ()) -> bool:
+        """Remember the class at a key, and say whether there is one of this name."""
+        is_name = path.isidentifier()
+        full = self.signatures.classes.get(path) if is_name else path
+        names = self.signatures.names.get(base)
+        if is_name and full is None and names is not None and path not in names and self._names_are_known:
+            choices = explain_type(path, [kind for kind in types if not _is_class(kind)]) if types else None
+            text = choices or explain_class(path, self.signatures.classes)
+            if not Path(path).exists():
+                self.mistakes.setdefault(key, text)
+            return False
+        # what another class was given is dropped
+        self._classes = {name: kind for name, kind in self._classes.items() if not name.startswith(f"{key}.")}
+        self._classes[key] = full
+        return True
+
+    def _wrong_in_the_end(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return what is wrong with the configuration as a whole: numbers that are not finite, keys without a value."""
+        mistakes: dict[str, str] = {}
+        for key, number in (item for name, value in values.items() for item in nonfinite_numbers(value, name)):
+            if ".init_args." not in key:
+                mistakes[key] = NOT_FINITE.format(number)
+        for key in ("model", "data"):
+            path = self._classes.get(key)
+            if key in self._opaque or not path:
+                continue
+            for name in self._required(key, self.signatures.parameters(path) or {}):
+                if not is_consequence(name, MISSING, self.mistakes):
+                    mistakes[name] = MISSING
+        return mistakes
+
+    def _required(self, key: str, parameters: Parameters) -> Iterator[str]:
+        for name, parameter in parameters.items():
+            full, path = f"{key}.{name}", _inner(parameter.types, "options")
+            if full == "data.tokenizer":  # follows from the model
+                continue
+            inner = (self.signatures.parameters(path) or {}) if path else {}
+            if full not in self._set and parameter.required:
+                # "model.policy.path" where nothing stands under model.policy
+                yield from (f"{full}.{part}" for part, value in inner.items() if value.required) if path else [full]
+            elif full in self._set and full not in self._opaque and inner:
+                yield from (name for name in self._required(full, inner) if name not in self._set)
+
+
+def _inner(types: Sequence[Any], kind: str) -> Any:
+    """Return what a kind of type holds; None if it is not among the types."""
+    return next((item[kind] for item in types if isinstance(item, Mapping) and kind in item), None)
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, Mapping) and "class" in kind

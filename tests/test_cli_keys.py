@@ -1,0 +1,281 @@
+"""Wrong keys are told before torch is imported, in the words of the whole check, and nothing right is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.cli import in_folder, misread, remax_parser, small_config
+from jsonargparse import ArgumentParser
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from lightning.pytorch import Trainer
+
+from remax_lightning import cli_run, cli_schema
+from remax_lightning.cli_help import RUNS
+from remax_lightning.cli_keys import wrong_keys
+from remax_lightning.cli_schema import explain_type, shipped_signatures
+from remax_lightning.cli_signatures import describe_types
+from remax_lightning.data import PromptDataModule
+from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.rollout import SamplingConfig
+from remax_lightning.shipped_configs import config_names
+
+COMPLETE = [name for name in config_names() if "/" not in name and name != "base"]
+OVERLAYS = [name for name in config_names() if "/" in name]
+FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
+PLAIN: dict[str, Any] = {"model": {"policy": "owner/name", "reward": FUNCTION}, "data": {"path": "rows.jsonl"}}
+
+
+def early(folder: Path, config: Any, *options: str, subcommand: str = "fit") -> dict[str, str]:
+    """What is told of a configuration before torch is imported."""
+    path = folder / "early.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return wrong_keys([subcommand, "--config", str(path), *options], shipped_signatures())
+
+
+def with_model(**values: Any) -> dict[str, Any]:
+    return PLAIN | {"model": PLAIN["model"] | values}
+
+
+# What is right
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_shipped_configuration_is_right(name: str) -> None:
+    is_remax = not any(stage in name for stage in ("sft", "reward_model"))
+    prefixes = ("strategies/", "loggers/", *(("presets/", "overlays/") if is_remax else ()))
+    prefixes += ("gpus/",) if is_remax and name not in ("demo", "pipeline") else ()  # they place a reward model
+    overlays = [other for other in OVERLAYS if other.startswith(prefixes)]
+    for subcommand, further in itertools.product(RUNS, [(), *((overlay,) for overlay in overlays), overlays]):
+        names = [part for config in (name, *further) for part in ("--config", config)]
+        assert wrong_keys([subcommand, *names], shipped_signatures()) == {}, names
+
+
+OWN = {
+    "a module": {"model": {"class_path": "my.Module", "init_args": {"anything": 1}}, "data": {"path": "x"}},
+    "a reward": with_model(reward={"class_path": "my_rewards.DigitReward", "init_args": {"anything": 1}}),
+    "its name alone": with_model(
+        reward="MyReward", optimizer={"class_path": "my.Optimizer", "init_args": {"anything": 1}}
+    ),
+    "parts": with_model(reward=[FUNCTION, {"class_path": "mine.Reward", "init_args": {"x": 1}}, "HTTPReward"]),
+    "a callback": PLAIN | {"trainer": {"callbacks": [{"class_path": "mine.Callback", "init_args": {"x": 1}}]}},
+    "callbacks by name": PLAIN | {"trainer": {"callbacks": ["EarlyStopping", "CollapseDetector"]}},
+    "a strategy": PLAIN | {"trainer": {"strategy": {"class_path": "mine.Strategy", "init_args": {"x": 1}}}},
+    "an engine": with_model(rollout={"class_path": "mine.Engine", "init_args": {"x": 1}}),
+    "a baseline": with_model(advantage={"baseline": {"class_path": "mine.Baseline", "init_args": {"x": 1}}}),
+    "files of groups": PLAIN | {"trainer": "trainer.yaml", "model": "model.yaml"},
+    "a file of a group within": with_model(sampling="sampling.yaml", reward="reward.yaml"),
+    "numbers as text": with_model(kl_coef="1e-3", sampling={"temperature": "0.5", "num_samples": "2"}),
+    "null": with_model(reference=None, rollout=None, policy={"path": "p", "lora": None}),
+    "the saved form": with_model() | {"ckpt_path": None, "seed_everything": True},
+    "numbers of devices": PLAIN | {"trainer": {"devices": [0, 1], "precision": 16, "val_check_interval": 0.5}},
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_what_only_the_parser_can_judge_is_left_to_it(case: str, tmp_path: Path) -> None:
+    assert early(tmp_path, OWN[case]) == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model.policy=owner/other", "--model.policy.lora.r", "8"),
+        ("--model.reward", "HTTPReward", "--model.reward.url=http://localhost"),
+        ("--model.reward.init_args.arguments", "{word: please}"),
+        ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/reward"),
+        ("--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: x}}",),
+        ("--config", "presets/verl", "--config", "loggers/wandb", "--trainer.logger.project=x"),
+        ("--model", "SFTModule", "--data", "SFTDataModule", "--data.response_column=answer"),
+        ("--trainer.strategy=ddp", "--trainer.devices", "2", "--trainer.max_time", "00:01:00:00"),
+        ("--model.optimizer.init_args.lr=1e-5", "--model.optimizer.weight_decay=0.1"),
+        ("--model.optimizer=Adam", "--model.optimizer.amsgrad=true"),
+        ("--config", "model: {kl_coef: 0.1}\nseed_everything: 3"),
+        ("--config", "a_file_that_is_not_there.yaml", "--model.kl_coeff=3"),  # the parser says it alone
+        ("--print_config", "--model.kl_coeff=3"),
+        ("--model.help", "SFTModule"),
+    ],
+    ids=lambda options: " ".join(options)[:40],
+)
+def test_options_that_are_right_or_unclear_are_left_to_the_parser(options: tuple[str, ...], tmp_path: Path) -> None:
+    assert early(tmp_path, PLAIN, *options) == {}
+
+
+def values_for(types: list[Any]) -> list[Any]:
+    words = [str(choice) for kind in types if isinstance(kind, dict) for choice in kind.get("choices", [])]
+    numbers = [0, 1, -3, 2.5, 1000.0, True, False, None]
+    return [*numbers, "many", "4", "1e3", "1e-3", "0.5", "true", "null", "no", "1_000", "0x10", "nan", "~", "", *words]
+
+
+@pytest.mark.parametrize("kind", [ReMaxModule, PromptDataModule, Trainer, ModelConfig, LoRAConfig, SamplingConfig])
+def test_no_value_is_refused_that_jsonargparse_takes(kind: type) -> None:
+    checked = set()
+    for argument in get_signature_parameters(kind):
+        types = describe_types(argument.annotation)
+        if str(types) in checked or explain_type(object(), types) is None:
+            continue
+        checked.add(str(types))
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--x", type=argument.annotation)
+        for value in values_for(types):
+            try:
+                parser.parse_object({"x": value})
+            except Exception:
+                continue
+            assert explain_type(value, types) is None, (argument.name, value)
+
+
+# What is wrong: `misread` compares every mistake in the tests of the parser with what is told early
+
+
+WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "several": (
+        {"model": {"policy": "p", "kl_coeff": 1, "sampling": {"top_k": "all"}},
+         "trainer": {"max_stepz": 3}},
+        {
+            "model.kl_coeff": "there is no such key; did you mean kl_coef?",
+            "model.sampling.top_k": "expected a whole number, got all",
+            "trainer.max_stepz": "there is no such key; did you mean max_steps?",
+            "model.reward": "missing, and there is no default; set it in the YAML or on the command line",
+        },
+    ),
+    "a part of a sum": (
+        with_model(reward=[FUNCTION, {"class_path": "HTTPReward", "init_args": {"urll": "x"}}]),
+        {"model.reward.init_args.parts.HTTPReward.init_args.urll": "there is no such key; did you mean url?"},
+    ),
+    "a part by a name": (
+        with_model(
+            reward={
+                "class_path": "WeightedReward",
+                "init_args": {"parts": {"len": {"class_path": "FunctionReward", "init_args": {"funktion": "f"}}}},
+            }
+        ),
+        {"model.reward.init_args.parts.len.init_args.funktion": "there is no such key; did you mean function?"},
+    ),
+    "a callback in a list": (
+        PLAIN | {"trainer": {"callbacks": ["RunProgress", {"class_path": "SampleDump", "init_args": {"every": 1}}]}},
+        {
+            "trainer.callbacks.1.init_args.every": "there is no such key; the keys are every_n_steps, num_samples,"
+            " folder"
+        },
+    ),
+    "a class of another file": (
+        {"model": {"class_path": "SFTModule", "init_args": {"policy": "p", "kl_coef": 1}},
+         "data": {"class_path": "SFTDataModule", "init_args": {"path": "p"}}},
+        {"model.kl_coef": "there is no such key; the keys are policy, reward, tokenizer, "},
+    ),
+    "a choice": (
+        with_model(advantage={"baseline": "gredy"}),
+        {"model.advantage.baseline": "expected one of 'greedy', 'none', "},
+    ),
+    "numbers that are none": (
+        with_model(kl_coef=float("nan")) | {"collapse": {"max_kl": float("inf")}},
+        {
+            "collapse.max_kl": "must be a finite number, got inf",
+            "model.kl_coef": "must be a finite number, got nan",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_all_that_is_wrong_is_told_by_its_full_key(case: str, tmp_path: Path, capsys: Any) -> None:
+    config, expected = WRONG[case]
+    told = early(tmp_path, config)
+    assert list(told) == list(expected)
+    for key, text in expected.items():
+        assert told[key].startswith(text)
+    said = misread(config, tmp_path, capsys)
+    assert [line for line in (f"{key}: {text}" for key, text in told.items()) if line not in said] == []
+
+
+IN_ELEMENTS = {
+    "of a user's class": (
+        {"class_path": "my_rewards.DigitReward", "init_args": {"scalee": 1.0}},
+        "model.reward.init_args.parts.b.init_args.scalee: there is no such key; did you mean scale?",
+    ),
+    "of its value": (
+        {"class_path": "my_rewards.DigitReward", "init_args": {"scale": "big"}},
+        "model.reward.init_args.parts.b.init_args.scale: expected a number, got big",
+    ),
+    "of another kind": (
+        {"class_path": "remax_lightning.SFTModule"},
+        "model.reward.init_args.parts.b: Import path remax_lightning.SFTModule does not correspond to a subclass of",
+    ),
+    "that is not there": (
+        {"class_path": "nowhere.Mine"},
+        "model.reward.init_args.parts.b: cannot import nowhere.Mine: there is no module 'nowhere'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_ELEMENTS)
+def test_the_parser_names_the_element_that_is_wrong(
+    case: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    element, expected = IN_ELEMENTS[case]
+    right = {"class_path": "FunctionReward", "init_args": {"function": FUNCTION}}
+    reward = {"class_path": "WeightedReward", "init_args": {"parts": {"a": right, "b": element}}}
+    with in_folder(tmp_path, plugins=True):
+        said = misread(with_model(reward=reward), tmp_path, capsys)
+    assert said.startswith(expected)
+    assert said.count("\n") == 1
+
+
+def test_a_name_that_is_no_file_is_told_as_always(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is neither a file 'presets/verll' nor a shipped configuration"):
+        early(tmp_path, PLAIN, "--config", "presets/verll")
+
+
+# The signatures
+
+
+def test_the_shipped_signatures_are_those_of_this_code() -> None:
+    from remax_lightning.cli_signatures import shipped_content
+
+    shipped, fresh = json.loads(cli_schema.SIGNATURES.read_text()), shipped_content(cli_run.CALLBACKS)
+    fresh = json.loads(json.dumps(fresh))
+    hint = "stale: run python docs/generate_configuration.py"
+    if shipped["releases"] != fresh["releases"]:  # with other releases of the libraries, what is this package's own
+        for content in (shipped, fresh):
+            del content["releases"]
+            content["parameters"] = {
+                path: value for path, value in content["parameters"].items() if path not in content["libraries"]
+            }
+    assert shipped == fresh, hint
+
+
+def test_classes_of_another_release_of_their_library_are_left_to_the_parser(tmp_path: Path) -> None:
+    content = json.loads(cli_schema.SIGNATURES.read_text())
+    content["releases"]["lightning"] = "1.0.0"
+    signatures = cli_schema.ShippedSignatures(content)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(with_model(kl_coeff=1) | {"trainer": {"max_stepz": 3}}))
+    assert list(wrong_keys(["fit", "--config", str(path)], signatures)) == ["model.kl_coeff"]
+
+
+def test_code_that_is_newer_than_the_signatures_is_not_judged_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, signatures = tmp_path / "config.py", tmp_path / "signatures.json"
+    code.touch()
+    signatures.touch()
+    monkeypatch.setattr(cli_schema, "SIGNATURES", signatures)
+    assert cli_schema.is_current()
+    os.utime(code, (code.stat().st_mtime + 3600,) * 2)
+    assert not cli_schema.is_current()
+
+
+def test_a_valid_run_is_parsed_as_before(tmp_path: Path, policy_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(small_config(tmp_path, policy_path)))
+    parsed = remax_parser().parse_args(["fit", "--config", str(path)])
+    assert parsed.fit.data.init_args.max_prompt_length == 16
