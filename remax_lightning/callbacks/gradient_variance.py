@@ -264,7 +264,7 @@ def _seconds_without_greedy(module: Any, batch: PromptBatch) -> float:
     """Return the seconds of decoding the batch again, without greedy responses; nothing of it is kept."""
     worker = module.worker
     timer, worker.timer = worker.timer, type(worker.timer)()  # these rollouts are none of the step's
-    module.free_gradients()  # as the step does before its own
+    module.rollouts.free_gradients()  # as the step does before its own
     try:
         # In the precision of the step. The first one allocates, and captures graphs; only the second counts.
         with module.trainer.precision_plugin.train_step_context():

@@ -35,7 +35,8 @@ from remax_lightning.strategies.stall_watchdog import report_progress
 from remax_lightning.training.experience import Experience
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.reference import Reference
-from remax_lightning.training.worker import REFERENCE, RolloutWorker, rollout_generator
+from remax_lightning.training.rollouts import REFERENCE, rollout_generator
+from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import Prompt, PromptBatch, Response, Responses, Rollout, StepOutput
 
 if TYPE_CHECKING:

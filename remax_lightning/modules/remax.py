@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
-from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.distributed import max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import TokenStatistics
 from remax_lightning.models.loading import ModelSource, as_model_config
@@ -23,15 +22,17 @@ from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
-from remax_lightning.strategies import accumulate_gradients
+from remax_lightning.strategies import StepGradients
 from remax_lightning.training import config_checks as checks
-from remax_lightning.training.experience import Experience, RolloutBuffer, TrainingPass, join_passes
+from remax_lightning.training.experience import Experience, TrainingPass, join_passes
 from remax_lightning.training.metrics import StepMetrics, TrainingMeter, predictions
-from remax_lightning.training.objective import Objective, UpdatePlan, has_next_rollout
+from remax_lightning.training.objective import Objective
 from remax_lightning.training.on_policy import prove_on_policy
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
-from remax_lightning.training.worker import EVALUATION, TRAINING, RolloutWorker, rollout_generator
+from remax_lightning.training.rollouts import RolloutBuffer, Rollouts
+from remax_lightning.training.update_plan import UpdatePlan, plan_of_run
+from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class ReMaxModule(PolicyModule):
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
         self.evaluator = Evaluator(worker, objective)
         self.check_on_policy = check_on_policy
-        self.buffer = RolloutBuffer()
+        self.rollouts, self.buffer = Rollouts(worker, objective), RolloutBuffer()
         self._plan: UpdatePlan | None = None  # of the rollout batches; made when a fit starts
         self._reference: Reference | None = None
         steps = kl.reference_sync_steps
@@ -116,9 +117,7 @@ class ReMaxModule(PolicyModule):
         self._metrics = StepMetrics()
         self._meter = TrainingMeter()  # for a baseline that learns from training
         self.reports_squared_norm = False  # a callback sets it that reads `squared_norm` of a `StepOutput`
-        self._has_gradients = False  # of this optimizer step, from passes before the one that Lightning runs backward
-        self._num_rollouts = 0  # in training; with the seed it fixes the next one's random numbers
-        self._seed: int | None = None  # of the run: rank 0's, or that of the checkpoint
+        self.gradients = StepGradients()
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return the arguments that are text, numbers or made of them, for its checkpoints."""
@@ -193,17 +192,10 @@ class ReMaxModule(PolicyModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def _plan_updates(self, source: Any) -> None:
-        """Plan the updates on the rollout batches of a data module, or on those that are like the batch `source`."""
-        num_micro_batches, self._plan = getattr(source, "num_micro_batches", None), None
-        if num_micro_batches is not None:
-            self._plan = self.objective.plan_update(
-                num_micro_batches,
-                self.trainer.accumulate_grad_batches,
-                kl_coef=self.kl_coef,
-                has_reference=self._reference is not None,
-                num_batches=self.trainer.num_training_batches,
-                has_token_budget=getattr(source, "tokens_per_micro_batch", None) is not None,
-            )
+        has_reference = self._reference is not None
+        self._plan = plan_of_run(
+            self.objective, self.trainer, source, kl_coef=self.kl_coef, has_reference=has_reference
+        )
 
     def on_validation_start(self) -> None:
         """Move frozen models to the device, and start an evaluation."""
@@ -218,10 +210,8 @@ class ReMaxModule(PolicyModule):
         self.prepare_rollouts()
         # ---- What only a run knows: its ranks, its seed, and the lengths of its data ----
         self._sum_over_ranks = partial(sum_tensor_over_ranks, self.trainer)
-        if self._seed is None:
-            # The seed of rank 0, because a checkpoint holds that one.
-            self._seed = broadcast(self.trainer.strategy, torch.initial_seed() % 2**63)
-        self.evaluator.prepare(self.trainer, self.policy, self._reference, self._seed)
+        seed = self.rollouts.prepare(self.trainer)
+        self.evaluator.prepare(self.trainer, self.policy, self._reference, seed)
         checks.check_run(self.policy, self.worker, getattr(self.trainer, "datamodule", None))
 
     on_test_start = on_validation_start
@@ -245,8 +235,7 @@ class ReMaxModule(PolicyModule):
         passes: list[TrainingPass] = []
         for part in [experience] if experience.parts is None else experience.split():
             if passes:  # Lightning makes the backward pass of the last one
-                accumulate_gradients(self.trainer, passes[-1].loss)
-                self._has_gradients = True
+                self.gradients.accumulate(self.trainer, passes[-1].loss)
             active = part.active_responses()  # [S], False where every advantage is 0
             norms = self.reports_squared_norm or self._meter.has_norms
             stats = self.token_statistics(part.rollout, active, norm=norms)  # log pi(y_t) [S, R]
@@ -273,14 +262,10 @@ class ReMaxModule(PolicyModule):
         """Make a rollout with everything that training on it needs."""
         plan, learns = cast(UpdatePlan, self._plan), self.objective.baseline.learns_from_training
         # ---- The rollout: y, y*, r and b; with it log pi_old(y_t), where the engine returns it ----
-        self.free_gradients()
+        self.rollouts.free_gradients()
         if self._moving is not None:
             self._moving.move(self._reference, self.policy, self.trainer.global_step)
-        from_engine = plan.old_log_probs_from_rollout or plan.compares_engine
-        rollout = self._roll_out(batch, TRAINING, self._num_rollouts, from_engine)
-        self._num_rollouts += 1
-        if plan.compares_engine:  # log mu(y_t) [S, R]
-            rollout = self.worker.as_engine_log_probs(rollout, self.objective.loss_config.mismatch.kind)
+        rollout = self.rollouts.make(self.policy, batch, plan)
         weights = cast(Reward, self.worker.reward).normalized_weights
         if weights is not None:
             # r - b part by part, on scales that are those of all micro-batches and ranks
@@ -344,42 +329,8 @@ class ReMaxModule(PolicyModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Zero the gradients, unless those of this step have begun: Lightning calls this behind `training_step`."""
-        if not self._has_gradients:
+        if not self.gradients.pop_begun():
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-        self._has_gradients = False
-
-    def free_gradients(self) -> None:
-        """Free the gradients of the last step, which Lightning would keep during the rollout."""
-        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # frees them itself
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad()
-
-    # ---- Rollouts ----
-
-    def _roll_out(self, batch: PromptBatch, stage: int, count: int, log_probs: bool = False) -> Rollout:
-        """Sample, decode greedily and score; `count` is the number of earlier rollouts of the stage."""
-        # An evaluation compares with y*, whatever the baseline is in training.
-        always = stage == EVALUATION or self.objective.baseline.greedy == "always"
-        greedy = always or self.objective.needs_greedy_now(batch, self.trainer)
-        num_samples = self.evaluator.config.num_samples if stage == EVALUATION else None
-        generator = rollout_generator(cast(int, self._seed), self.global_rank, stage, count, self.device)
-        # A reward that fails on one rank ends all ranks, with its message.
-        with raise_on_all_ranks(self.trainer):
-            responses = self.worker.generate_responses(
-                self.policy, batch, generator, greedy=greedy, return_log_probs=log_probs, num_samples=num_samples
-            )  # y ~ pi(.|x) [S, R], y* greedy [B, R]
-            if stage == TRAINING and self.worker.ahead:
-                self._begin_next(batch, count + 1)
-            batch = batch._replace(following=None)
-            return self.worker.score_responses(batch, responses)  # r = reward(x, y) [S], b = reward(x, y*) [B]
-
-    def _begin_next(self, batch: PromptBatch, count: int) -> None:
-        """Let the engine write the responses of the next rollout while this one trains, unless the run ends before."""
-        if batch.following is None or not has_next_rollout(self.trainer, cast(UpdatePlan, self._plan)):
-            return
-        generator = rollout_generator(cast(int, self._seed), self.global_rank, TRAINING, count, self.device)
-        greedy = self.objective.baseline.greedy == "always"
-        self.worker.begin_responses(self.policy, batch.following, generator, greedy=greedy)
 
     def with_reference(self, rollout: Rollout) -> Rollout:
         """Return `rollout` with the log-probs of its sampled tokens under the reference, if there is one."""
@@ -391,7 +342,8 @@ class ReMaxModule(PolicyModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Evaluate sampled and greedy responses, with the same random numbers in every validation."""
-        rollout = self.with_reference(self._roll_out(batch, EVALUATION, batch_idx))
+        num_samples = self.evaluator.config.num_samples
+        rollout = self.with_reference(self.rollouts.make(self.policy, batch, None, batch_idx, num_samples))
         return self.evaluator.evaluate(rollout, self.token_statistics(rollout), self.kl_coef, batch_idx)
 
     test_step = validation_step
@@ -406,7 +358,8 @@ class ReMaxModule(PolicyModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return prompt, sampled and greedy response and their rewards, one dictionary per sampled response."""
-        return predictions(self._roll_out(batch, EVALUATION, batch_idx))
+        num_samples = self.evaluator.config.num_samples
+        return predictions(self.rollouts.make(self.policy, batch, None, batch_idx, num_samples))
 
     # ---- Checkpoints ----
 
@@ -417,8 +370,8 @@ class ReMaxModule(PolicyModule):
             written = self.worker.state_dict()  # of the weights before this step, so it is waited for
         # Seed and count fix the random numbers of the next rollout. Each rank has a rollout of its own.
         checkpoint["remax"] = {
-            "seed": self._seed,
-            "rollouts": self._num_rollouts,
+            "seed": self.rollouts.seed,
+            "rollouts": self.rollouts.count,
             "experience": gather_rank_states(self.buffer.state_dict()),
             "ahead": gather_rank_states(written),
             "reference": None if self._moving is None else self._moving.state_dict(self._reference),
@@ -431,7 +384,7 @@ class ReMaxModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         if (state := checkpoint.get("remax")) is None:
             return
-        self._seed, self._num_rollouts = state["seed"], state["rollouts"]
+        self.rollouts.seed, self.rollouts.count = state["seed"], state["rollouts"]
         if self._moving is not None:
             self._moving.load_state_dict(state.get("reference"))
         if self.objective.load_state_dict(state.get("baseline")):

@@ -16,7 +16,7 @@ from remax_lightning.strategies.checks import (
     nonfinite_in_model,
     nonfinite_state,
 )
-from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy, accumulate_gradients
+from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy, StepGradients
 from remax_lightning.strategies.fsdp2 import (
     PARAMETER_NAMES,
     ReMaxFSDP2Strategy,
@@ -37,7 +37,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "ReMaxDeepSpeedStrategy",
     "ReMaxFSDP2Strategy",
-    "accumulate_gradients",
+    "StepGradients",
     "check_address",
     "check_model",
     "check_optimizers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,8 +24,10 @@ from remax_lightning.training.experience import check_budget
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from remax_lightning.rollout import RolloutEngine
     from remax_lightning.training.reference import Reference
     from remax_lightning.training.worker import RolloutWorker
+    from remax_lightning.types import Rollout
 
 
 def check_policy(policy: ModelConfig) -> None:
@@ -295,6 +296,25 @@ def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:
         )
 
 
+def engine_log_probs(rollout: Rollout, engine: RolloutEngine, kind: str) -> Rollout:
+    """Return `rollout` with the log-probs of decoding where they are compared with the trainer's.
+
+    Args:
+        rollout: as the worker returns it.
+        engine: that made it.
+        kind: of the comparison, for the message.
+
+    Raises:
+        UserError: if the engine returned none.
+    """
+    if rollout.log_probs is None:
+        raise UserError(
+            f"model.loss.mismatch.kind is {kind}, which needs the log-probs of drawn tokens, and model.rollout"
+            f" {type(engine).__name__} returns none; set it to none, or take an engine that returns them"
+        )
+    return rollout._replace(engine_log_probs=rollout.log_probs, log_probs=None)
+
+
 def check_token_rewards(kl: KLConfig, advantage: AdvantageConfig) -> None:
     """Refuse what has no meaning for a reward per token; that a reward is one shows in its first scores."""
     if kl.in_baseline:
@@ -312,63 +332,6 @@ def check_token_rewards(kl: KLConfig, advantage: AdvantageConfig) -> None:
             f"model.advantage.baseline {baseline_name(advantage.baseline)} needs one reward per response, and"
             " model.reward returns one per token; take greedy, leave_one_out, group_mean or none"
         )
-
-
-def check_token_budget(accumulate: int, normalizer: str) -> None:
-    """Refuse what a budget of tokens per micro-batch cannot be combined with.
-
-    Raises:
-        UserError: if a step spans several batches, or the loss depends on how the rollout is cut.
-    """
-    if accumulate > 1:
-        raise UserError(
-            f"trainer.accumulate_grad_batches must be 1 with data.tokens_per_micro_batch, got {accumulate}: a rollout"
-            " batch arrives once, is cut into as many micro-batches as its tokens need, and makes one update"
-        )
-    if normalizer == "micro_batch":
-        raise UserError(
-            "model.loss.normalizer must be tokens or responses with data.tokens_per_micro_batch, got micro_batch: the"
-            " gradient would depend on how the lengths of the responses cut the rollout; or set data.micro_batch_size"
-        )
-
-
-def updates_per_rollout(
-    num_micro_batches: int, accumulate: int, loss_kind: str, num_batches: int | float = math.inf
-) -> int:
-    """Return the number of optimizer steps per rollout batch.
-
-    Args:
-        num_micro_batches: micro-batches per rollout batch.
-        accumulate: micro-batches per optimizer step.
-        loss_kind: `reinforce` or `clipped`.
-        num_batches: micro-batches per epoch; infinite if unknown.
-
-    Raises:
-        UserError: if an optimizer step would span two rollouts, an epoch would end within one, or the loss does not
-            support several updates.
-    """
-    # ---- A step must not reach into the next rollout, nor an epoch end within one ----
-    if num_micro_batches % accumulate:
-        raise UserError(
-            f"trainer.accumulate_grad_batches is {accumulate}, but a rollout batch comes in {num_micro_batches}"
-            " micro-batches (data.batch_size / data.micro_batch_size) and an optimizer step cannot reach into the next"
-            f" one; set trainer.accumulate_grad_batches to {num_micro_batches}, or to a divisor of it for several"
-            " updates per rollout"
-        )
-    if math.isfinite(num_batches) and num_batches % num_micro_batches:
-        raise UserError(
-            f"trainer.limit_train_batches ends the epoch after {num_batches} micro-batches, in the middle of a rollout"
-            f" batch, which comes in {num_micro_batches}; set it to a multiple of {num_micro_batches}"
-        )
-    # ---- REINFORCE has no ratio pi / pi_old, so its gradient is right for one update only ----
-    updates = num_micro_batches // accumulate
-    if updates > 1 and loss_kind == "reinforce":
-        raise UserError(
-            f"trainer.accumulate_grad_batches {accumulate} with {num_micro_batches} micro-batches per rollout makes"
-            f" {updates} updates per rollout; model.loss.kind reinforce is right for one only. Set"
-            f" trainer.accumulate_grad_batches to {num_micro_batches}, or model.loss.kind to clipped"
-        )
-    return updates
 
 
 def check_response_ends(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], data: Any) -> None:

@@ -19,7 +19,7 @@ from remax_lightning.distributed import gather_over_ranks, max_over_ranks, rows_
 from remax_lightning.errors import UserError
 from remax_lightning.functional import TokenStatistics
 from remax_lightning.models.packing import packing_obstacle
-from remax_lightning.types import PromptBatch, Responses, Rollout
+from remax_lightning.types import PromptBatch, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -334,66 +334,3 @@ def places_over_ranks(batch: PromptBatch, trainer: Trainer) -> list[int] | None:
         return None
     places = gather_over_ranks(trainer, torch.tensor(batch.indices, dtype=torch.float64))
     return [int(place) for place in places]
-
-
-class RolloutBuffer:
-    """Holds the rollout that is trained on."""
-
-    experience: Experience | None = None
-    """The rollout; None between two."""
-
-    def micro_batch(self, index: int) -> Experience:
-        """Return micro-batch `index` of the rollout; the last one empties the buffer.
-
-        Raises:
-            UserError: if a loader starts in the middle of a rollout batch.
-        """
-        experience = self.experience
-        if experience is None:
-            raise UserError(f"data: part {index} of a rollout batch came first; a loader starts with part 0")
-        num_micro_batches = experience.rollout.prompt.num_micro_batches
-        # The rollout is done with its last part: a checkpoint between two rollouts holds none.
-        if index + 1 == num_micro_batches:
-            self.experience = None
-        return experience if num_micro_batches == 1 else experience.micro_batch(index, num_micro_batches)
-
-    # ---- Checkpoints ----
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return the rollout as nested dictionaries of tensors, numbers and text, which `weights_only=True` reads.
-
-        None where the buffer is empty. The rows of the data set and the messages of the prompts stay out: they may
-        hold anything, and once a rollout is scored nothing reads them.
-        """
-        if self.experience is None:
-            return None
-        rollout = self.experience.rollout
-        # `Prompt` is a subclass of str, which `weights_only=True` would refuse.
-        prompt = rollout.prompt._replace(rows=[], prompts=[str(text) for text in rollout.prompt.prompts])
-        state = self.experience._asdict()
-        state["rollout"] = rollout._asdict() | {
-            "prompt": prompt._asdict(),
-            "sampled": rollout.sampled._asdict(),
-            "greedy": None if rollout.greedy is None else rollout.greedy._asdict(),
-        }
-        return state
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Restore the rollout of a checkpoint, also of version 0.1."""
-        if state is None:
-            self.experience = None
-            return
-        # A copy, since the checkpoint belongs to Lightning.
-        rollout = dict(state["rollout"])
-        rollout["prompt"] = PromptBatch(**_rename_old_keys(rollout["prompt"]))
-        rollout["sampled"] = Responses(**rollout["sampled"])
-        rollout["greedy"] = None if rollout["greedy"] is None else Responses(**rollout["greedy"])
-        self.experience = Experience(**{**_rename_old_keys(state), "rollout": Rollout(**rollout)})
-
-
-_OLD_NAMES = {"normalisers": "normalizers", "split": "micro_batch_index", "num_splits": "num_micro_batches"}
-"""Names of version 0.1 and their new names."""
-
-
-def _rename_old_keys(state: dict[str, Any]) -> dict[str, Any]:
-    return {_OLD_NAMES.get(name, name): value for name, value in state.items()}

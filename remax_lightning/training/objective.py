@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -26,48 +26,10 @@ from remax_lightning.functional import (
     reinforce_loss,
     remax_advantages,
 )
-from remax_lightning.training.config_checks import check_token_budget, check_token_rewards, updates_per_rollout
+from remax_lightning.training.config_checks import check_token_rewards
 from remax_lightning.training.experience import Experience, baseline_inputs, places_over_ranks
 from remax_lightning.training.metrics import Figures
 from remax_lightning.types import PromptBatch, Rollout
-
-
-class UpdatePlan(NamedTuple):
-    """How a rollout is trained on. It depends on the configuration only.
-
-    Args:
-        num_micro_batches: training passes per rollout batch.
-        updates_per_rollout: optimizer steps per rollout batch, `U`.
-        has_kl: whether a KL to the reference enters advantages or loss.
-        needs_old_log_probs: whether training needs log-probs of the policy before its first update: for the ratio of
-            several updates, to whiten advantages with a KL over all micro-batches, or for a baseline that reads
-            gradients.
-        old_log_probs_from_rollout: whether these come from decoding; otherwise from a pass without gradients.
-        compares_engine: whether the log-probs of decoding are compared with the trainer's, to correct a mismatch.
-    """
-
-    num_micro_batches: int
-    updates_per_rollout: int
-    has_kl: bool
-    needs_old_log_probs: bool
-    old_log_probs_from_rollout: bool
-    compares_engine: bool = False
-
-    @property
-    def runs_policy_before_training(self) -> bool:
-        """Whether the policy runs once more, without gradients, before the training passes."""
-        return self.needs_old_log_probs and not self.old_log_probs_from_rollout
-
-
-def has_next_rollout(trainer: Trainer, plan: UpdatePlan) -> bool:
-    """Whether another rollout follows the one that is being made, and its prompts are those that the loader told."""
-    if 0 <= trainer.max_steps <= trainer.global_step + plan.updates_per_rollout:
-        return False
-    if trainer.fit_loop.epoch_loop.batch_idx + plan.num_micro_batches < trainer.num_training_batches:
-        return True
-    # The next one is in another epoch. Where a limit ends this one early, the loader does not know what comes then.
-    is_whole = trainer.num_training_batches == len(cast(Any, trainer.train_dataloader))
-    return is_whole and trainer.current_epoch + 1 != trainer.max_epochs
 
 
 class Objective:
@@ -111,42 +73,6 @@ class Objective:
         """Reward that a truncated response loses."""
         config = self.advantage_config
         return config.truncation_penalty if config.overlong in ("penalize", "soft") else 0.0
-
-    def plan_update(
-        self,
-        num_micro_batches: int,
-        accumulate: int,
-        *,
-        kl_coef: float,
-        has_reference: bool,
-        num_batches: int | float = math.inf,
-        has_token_budget: bool = False,
-    ) -> UpdatePlan:
-        """Return the plan of the updates on a rollout.
-
-        Args:
-            num_micro_batches: training passes per rollout batch.
-            accumulate: training passes per optimizer step.
-            kl_coef: weight of the KL in the reward.
-            has_reference: whether there is a reference.
-            num_batches: training passes per epoch, as far as known.
-            has_token_budget: whether a budget of tokens cuts a rollout batch into passes.
-
-        Raises:
-            UserError: if an optimizer step would span two rollouts, or the loss does not support several updates, or
-                not a budget of tokens.
-        """
-        if has_token_budget:
-            check_token_budget(accumulate, self.loss_config.normalizer)
-        updates = updates_per_rollout(num_micro_batches, accumulate, self.loss_config.kind, num_batches)
-        has_kl = self.uses_kl(kl_coef) and has_reference
-        # Whitening takes its moments over the whole rollout, so all advantages must exist before its first micro-batch.
-        whitens_micro_batches = self.advantage_config.whiten and (num_micro_batches > 1 or has_token_budget)
-        # pi / pi_old is 1 until the first update
-        needs_old = updates > 1 or (has_kl and whitens_micro_batches) or self.baseline.reads_gradients
-        from_rollout = needs_old and self.loss_config.old_log_probs == "rollout"
-        compares = self.loss_config.mismatch.kind != "none"
-        return UpdatePlan(num_micro_batches, updates, has_kl, needs_old, from_rollout, compares)
 
     def uses_kl(self, kl_coef: float) -> bool:
         """Whether a KL to the reference enters the advantages or the loss."""

@@ -8,13 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
-from remax_lightning.errors import UserError
 from remax_lightning.functional import response_mask, soft_overlong_penalty
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import with_reference
@@ -71,30 +69,6 @@ class PhaseTimer:
         return seconds
 
 
-TRAINING, EVALUATION, REFERENCE = 0, 1, 2
-"""What rollouts are made for. The reference's responses in an evaluation have random numbers of their own, because
-responses that are compared have to be independent."""
-
-
-def rollout_generator(seed: int, rank: int, stage: int, count: int, device: torch.device) -> torch.Generator:
-    """Return a generator for one rollout, its seed made from run, rank, stage and number.
-
-    A checkpoint needs the count alone, and an evaluation does not change the random numbers of training.
-
-    Args:
-        seed: that of the run.
-        rank: of this process.
-        stage: `TRAINING`, `EVALUATION` or `REFERENCE`.
-        count: how many rollouts the stage has made before.
-        device: where the numbers are drawn.
-    """
-    # SeedSequence mixes all four, so that neighboring seeds, ranks and counts share no stream.
-    entropy = [seed, rank, stage, count]
-    # 63 bits, so that the number is not negative where it is read as signed.
-    rollout_seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(rollout_seed)
-
-
 class GeneratedResponses(NamedTuple):
     """Responses that are not scored yet.
 
@@ -147,6 +121,7 @@ class RolloutWorker:
         self.timer = timer if timer is not None else PhaseTimer()
         # What tells the engine's own figures since the last call, by the name that they are logged under.
         self.engine_metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
+        self.ahead = int(getattr(engine, "ahead", 0))  # rollouts that the engine writes while one is trained on, 0 or 1
         self.device: torch.device | None = None
         self._chosen_engine: RolloutEngine | None = None
 
@@ -271,11 +246,6 @@ class RolloutWorker:
 
     # ---- Ahead: an engine in other processes may write the next responses while these are trained on ----
 
-    @property
-    def ahead(self) -> int:
-        """Rollouts that the engine writes ahead, 0 or 1."""
-        return int(getattr(self.engine, "ahead", 0))
-
     def begin_responses(
         self, model: PreTrainedModel, prompt: PromptBatch, generator: torch.Generator, *, greedy: bool
     ) -> None:
@@ -380,23 +350,6 @@ class RolloutWorker:
             if batch_size is None and budget is not None:
                 batch_size = reference_passes(rollout, budget, model, trainer)
             return with_reference(rollout, model, self.sampling, kl.full, batch_size, self.suppressed)
-
-    def as_engine_log_probs(self, rollout: Rollout, kind: str) -> Rollout:
-        """Return `rollout` with the log-probs of decoding where they are compared with the trainer's.
-
-        Args:
-            rollout: as `score_responses` returns it.
-            kind: of the comparison, for the message.
-
-        Raises:
-            UserError: if the engine returned none.
-        """
-        if rollout.log_probs is None:
-            raise UserError(
-                f"model.loss.mismatch.kind is {kind}, which needs the log-probs of drawn tokens, and model.rollout"
-                f" {type(self.engine).__name__} returns none; set it to none, or take an engine that returns them"
-            )
-        return rollout._replace(engine_log_probs=rollout.log_probs, log_probs=None)
 
     def penalty_above_greedy(self, rollout: Rollout) -> Tensor:
         """Return `[S]` the reward that each response loses for its length, above its greedy response."""

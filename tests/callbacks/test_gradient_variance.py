@@ -30,6 +30,9 @@ class NoRollouts:
     def generate_responses(self, *_: Any, **__: Any) -> None:
         pass
 
+    def free_gradients(self) -> None:
+        pass
+
 
 class Compared(FakeModule):
     """A fake module that says which baseline it has."""
@@ -38,10 +41,7 @@ class Compared(FakeModule):
         super().__init__(train)
         self.objective = Objective(KLConfig(), AdvantageConfig(baseline=baseline), LossConfig(), n)  # type: ignore[arg-type]
         self.sampling = SamplingConfig(num_samples=n)
-        self.policy, self.worker = None, NoRollouts()
-
-    def free_gradients(self) -> None:
-        pass
+        self.policy, self.worker, self.rollouts = None, NoRollouts(), NoRollouts()
 
 
 def with_norms(seed: int, *, greedy: bool = True, closes: bool = True) -> Any:

@@ -16,7 +16,8 @@ from remax_lightning.errors import UserError
 from remax_lightning.functional import TokenStatistics
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.experience import Experience
+from remax_lightning.training.rollouts import RolloutBuffer
 from remax_lightning.types import Rollout
 
 FULL = KLConfig("full")

@@ -14,7 +14,8 @@ from oracles import policies
 from remax_lightning.config import LossConfig, MismatchConfig
 from remax_lightning.errors import UserError
 from remax_lightning.rollout import GenerationOutput, GenerationRequest
-from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.experience import Experience
+from remax_lightning.training.rollouts import RolloutBuffer
 
 
 class RoundingEngine(PromptEngine):

@@ -18,9 +18,10 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig, WarmupCosine, WarmupLinear
 from remax_lightning.rewards import WeightedReward
 from remax_lightning.rollout import SamplingConfig
-from remax_lightning.training.config_checks import updates_per_rollout, warn_of_turn_end
+from remax_lightning.training.config_checks import warn_of_turn_end
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.resume import select_rank_state
+from remax_lightning.training.update_plan import updates_per_rollout
 
 
 @pytest.fixture(scope="module")

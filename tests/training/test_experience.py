@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.training.experience import Experience, RolloutBuffer
+from remax_lightning.training.experience import Experience
+from remax_lightning.training.rollouts import RolloutBuffer
 from remax_lightning.types import Conversation, Prompt, PromptBatch, Responses, Rollout
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
-from remax_lightning.training.objective import Objective, UpdatePlan
+from remax_lightning.training.objective import Objective
+from remax_lightning.training.update_plan import UpdatePlan, plan_update
 
 CLIPPED, FROM_ROLLOUT = LossConfig("clipped"), LossConfig("clipped", old_log_probs="rollout")
 
@@ -17,7 +18,7 @@ def plan(
     num_micro_batches: int, accumulate: int, *, whiten: bool = False, loss: Any = None, reference: bool = True
 ) -> UpdatePlan:
     objective = Objective(KLConfig(), AdvantageConfig(whiten=whiten), loss or LossConfig(), 1)
-    return objective.plan_update(num_micro_batches, accumulate, kl_coef=0.05, has_reference=reference)
+    return plan_update(objective, num_micro_batches, accumulate, kl_coef=0.05, has_reference=reference)
 
 
 @pytest.mark.parametrize(

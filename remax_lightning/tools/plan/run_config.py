@@ -23,7 +23,7 @@ from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
 from remax_lightning.training.experience import check_budget
-from remax_lightning.training.objective import UpdatePlan
+from remax_lightning.training.update_plan import UpdatePlan, plan_update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,7 +235,8 @@ def _prompts_per_pass(module: ReMaxModule, data: Any) -> int:
 def _update_plan(module: ReMaxModule, data: Any, accumulate: int) -> UpdatePlan:
     """Return the plan of an update that the run itself makes when it starts."""
     has_reference = module.reference_source is not None or module.policy_source.lora is not None
-    return module.objective.plan_update(
+    return plan_update(
+        module.objective,
         getattr(data, "num_micro_batches", 1),
         accumulate,
         kl_coef=module.kl_coef,
