@@ -22,6 +22,7 @@ from remax_lightning.data.options import (
     check_at_least,
     check_sources,
     check_stage_split,
+    check_val_rows,
     hold_out,
     report_left_out,
     select_stage_rows,
@@ -177,19 +178,12 @@ class TextDataModule(LightningDataModule, ABC):
         """
         # Validation rows without a source of their own are held out of the training rows, so every stage reads these.
         if self._train is None and (stage in (None, "fit") or not self._has_val_source):
-            self._check_val_rows(stage, self._has_val_source or self.val_size != 0)
+            check_val_rows(stage, self._has_val_source or self.val_size != 0)
             self._setup_train()
-            self._check_val_rows(stage, self._has_val_source or self._val is not None)
+            check_val_rows(stage, self._has_val_source or self._val is not None)
         if self._val is None and self._has_val_source:
             rows = self._read(self.val_path, self.val_data, self.loading.val_split, "val_")
             self._val = self._dataset(rows, rows.dropped)
-
-    def _check_val_rows(self, stage: str | None, has_val: bool) -> None:
-        if stage in ("validate", "test", "predict") and not has_val:
-            raise UserError(
-                f"data.val_path must name the rows to {getattr(stage, 'value', stage)} on, got null; set it, or set "
-                "data.val_size to hold rows of data.path out"
-            )
 
     def fingerprint(self) -> str:
         """Return a hash of the training rows, in their order, without those left out; `setup` must have run.

@@ -102,6 +102,19 @@ def check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data:
             raise UserError(f"data.{name}path must be null beside data.{name}data, got {in_files!r}; remove one")
 
 
+def check_val_rows(stage: str | None, has_val: bool) -> None:
+    """Check that a stage that evaluates has rows.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if stage in ("validate", "test", "predict") and not has_val:
+        raise UserError(
+            f"data.val_path must name the rows to {getattr(stage, 'value', stage)} on, got null; set it, or set "
+            "data.val_size to hold rows of data.path out"
+        )
+
+
 # ---- Rows that are left out ----
 
 
