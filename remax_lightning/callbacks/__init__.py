@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback
 
-from remax_lightning.callbacks.baseline_monitor import BaselineMonitor
 from remax_lightning.callbacks.collapse_detector import CollapseDetector
 from remax_lightning.callbacks.evaluation import Evaluation
 from remax_lightning.callbacks.export_policy import ExportPolicy
 from remax_lightning.callbacks.gradient_variance import GradientVariance
-from remax_lightning.callbacks.kl_monitor import KLMonitor
 from remax_lightning.callbacks.lm_eval import LMEval
+from remax_lightning.callbacks.monitors import BaselineMonitor, KLMonitor, rollout_output
 from remax_lightning.callbacks.run_progress import RunProgress
 from remax_lightning.callbacks.samples import PredictionWriter, SampleDump
-from remax_lightning.callbacks.step_output import rollout_output
 from remax_lightning.callbacks.tensorboard import TensorBoardReport
 from remax_lightning.callbacks.throughput import Throughput
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import (
+from remax_lightning.callbacks.monitors import (
     log_step,
     response_kl,
     response_length,

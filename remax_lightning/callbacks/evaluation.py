@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from remax_lightning.callbacks.step_output import is_dry_run, rollout_output
+from remax_lightning.callbacks.monitors import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError

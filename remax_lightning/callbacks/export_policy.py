@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import is_dry_run
+from remax_lightning.callbacks.monitors import is_dry_run
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.files import describe_disk_error, is_disk_error, tolerate_disk_errors

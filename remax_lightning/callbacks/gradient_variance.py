@@ -21,7 +21,7 @@ from remax_lightning.baselines import (
     checked_values,
     make_baseline,
 )
-from remax_lightning.callbacks.step_output import (
+from remax_lightning.callbacks.monitors import (
     log_step,
     response_baseline,
     response_length,

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import (
+from remax_lightning.callbacks.monitors import (
     is_dry_run,
     response_advantage,
     response_baseline,

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from remax_lightning.callbacks.step_output import (
+from remax_lightning.callbacks.monitors import (
     response_kl,
     response_length,
     response_reward,

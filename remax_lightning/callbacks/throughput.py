@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from remax_lightning.callbacks.step_output import log_step, rollout_output
+from remax_lightning.callbacks.monitors import log_step, rollout_output
 from remax_lightning.distributed import sum_over_ranks
 from remax_lightning.types import PromptBatch, Responses, StepOutput
 

@@ -97,7 +97,8 @@ class Rollouts:
         stage, count = (EVALUATION, number) if plan is None else (TRAINING, self.count)
         # log pi_old(y_t) or log mu(y_t), where training reads the engine's
         log_probs = plan is not None and (plan.old_log_probs_from_rollout or plan.compares_engine)
-        generator = self._generator(batch, stage, count)
+        rank, device = self.trainer.global_rank, batch.prompt_ids.device
+        generator = rollout_generator(cast(int, self.seed), rank, stage, count, device)
         # A reward that fails on one rank ends all ranks, with its message.
         with raise_on_all_ranks(self.trainer):
             responses = self.worker.generate_responses(
@@ -122,13 +123,10 @@ class Rollouts:
         """Let the engine write the responses of the next rollout while this one trains, unless the run ends before."""
         if batch.following is None or not has_next_rollout(self.trainer, plan):
             return
-        generator = self._generator(batch, TRAINING, self.count + 1)
+        rank, device = self.trainer.global_rank, batch.prompt_ids.device
+        generator = rollout_generator(cast(int, self.seed), rank, TRAINING, self.count + 1, device)
         greedy = self.objective.baseline.greedy == "always"
         self.worker.begin_responses(policy, batch.following, generator, greedy=greedy)
-
-    def _generator(self, batch: PromptBatch, stage: int, count: int) -> torch.Generator:
-        rank, device = self.trainer.global_rank, batch.prompt_ids.device
-        return rollout_generator(cast(int, self.seed), rank, stage, count, device)
 
 
 class RolloutBuffer:

@@ -8,7 +8,7 @@ import torch
 from callbacks.fakes import FakeModule, events, make_output, make_trainer
 
 from remax_lightning import callbacks
-from remax_lightning.callbacks.step_output import (
+from remax_lightning.callbacks.monitors import (
     response_advantage,
     response_baseline,
     response_kl,
