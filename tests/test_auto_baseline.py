@@ -7,7 +7,8 @@ from collections.abc import Callable
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measurement
 from remax_lightning.config import AdvantageConfig, LossConfig, SamplingConfig, config_from_dict
 from remax_lightning.errors import UserError
+from remax_lightning.functional import TokenStatistics
 from remax_lightning.training.metrics import TrainingMeter
 
 PROMPTS = 32
@@ -290,8 +292,12 @@ def test_a_run_moves_logs_and_prints_its_baseline(
 
 def test_the_meter_of_another_number_of_ranks_is_left() -> None:
     meter = TrainingMeter()
-    meter.begin(1.0, has_norms=True)
-    meter.add(torch.ones(2, 3))
+    with_kl: Any = SimpleNamespace(has_kl=True)  # the training passes then run every response
+    asks: Any = SimpleNamespace(needs_norms=lambda is_free: is_free)
+    meter.begin(cast(Any, None), with_kl, asks, 1.0, cast(Any, None))
+    assert meter.has_norms
+    statistics = TokenStatistics(torch.zeros(2, 3), squared_norm=torch.ones(2, 3))
+    meter.add(cast(Any, SimpleNamespace(statistics=statistics, experience=SimpleNamespace(squared_norm=None))))
     trainer: Any = type("Trainer", (), {"global_rank": 0, "world_size": 2})()
     other = TrainingMeter()
     other.load_state_dict(meter.state_dict(), trainer)
