@@ -107,7 +107,7 @@ class Baseline(ABC):
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers to log at every optimizer step, under `train/`. Default: none."""
+        """Return numbers to log at every optimizer step, under `train/`, where it `learns_from_training`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

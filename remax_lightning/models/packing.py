@@ -295,7 +295,7 @@ def packing_obstacle(
 
 def smallest_window(model: PreTrainedModel) -> int | None:
     """Return the tokens that every attention layer sees at least; None where all see the whole text."""
-    config = unwrap_peft(model).config.get_text_config()
+    config = model.config.get_text_config()
     sizes = [getattr(config, name, None) for name in _WINDOWS]
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 

@@ -245,7 +245,8 @@ class ReMaxModule(PolicyModule):
             loss, clip_fraction = self.objective.loss(stats.log_probs, trained, normalizer, stats.kl)
             passes.append(TrainingPass(loss, trained, stats, active, clip_fraction))
         whole = passes[0] if len(passes) == 1 else join_passes(passes, experience)
-        if self.objective.baseline.learns_from_training:
+        baseline = self.objective.baseline
+        if baseline.learns_from_training:
             self._meter.add(whole)
         # ---- What callbacks get, and means over an optimizer step for the logs ----
         closes_step = (batch.micro_batch_index + 1) % accumulate == 0
@@ -253,7 +254,8 @@ class ReMaxModule(PolicyModule):
         if closes_step:
             # Final means. Without `batch_size` Lightning would search the batch for it.
             means = self._metrics.means(self._sum_over_ranks, partial(max_over_ranks, self.trainer))
-            figures = {f"train/{name}": value for name, value in (means | self.objective.baseline.metrics()).items()}
+            means |= baseline.metrics() if baseline.learns_from_training else {}
+            figures = {f"train/{name}": value for name, value in means.items()}
             for name, value in (figures | self.worker.engine_metrics()).items():
                 self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
         return output
@@ -277,7 +279,7 @@ class ReMaxModule(PolicyModule):
             baseline = self.objective.baseline_of_batch(rollout, self.trainer)
         # ---- What training needs besides, from passes without gradients ----
         if plan.has_kl and self._reference is not None:  # log pi_ref(y_t) [S, R]
-            rollout = self.worker.with_reference(rollout, self._reference, self.objective.kl_config, self.trainer)
+            rollout = self.worker.with_reference(rollout, self._reference, self.objective, self.trainer)
         # N of each update: response tokens (or responses) over all ranks
         normalizers = self._sum_over_ranks(self.objective.update_counts(rollout, plan.updates_per_rollout))  # [U]
         experience = Experience(rollout, normalizers, baseline=baseline)
@@ -336,7 +338,7 @@ class ReMaxModule(PolicyModule):
         """Return `rollout` with the log-probs of its sampled tokens under the reference, if there is one."""
         if self._reference is None:
             return rollout
-        return self.worker.with_reference(rollout, self._reference, self.objective.kl_config, self.trainer)
+        return self.worker.with_reference(rollout, self._reference, self.objective, self.trainer)
 
     # ---- Evaluation ----
 

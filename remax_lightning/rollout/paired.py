@@ -325,20 +325,17 @@ def choose_states(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize
         reasons = _obstacles.setdefault(model, {})
         if kind not in reasons:
             reasons[kind] = _find_obstacle(model, kind)
-        reason = reasons[kind] or _window_obstacle(model, cache, size)
+        reason = reasons[kind]
+        # ---- Texts that a sliding window cuts need masks, unless the cache itself has the window ----
+        window, chunk = smallest_window(model), getattr(model.config.get_text_config(), "attention_chunk_size", None)
+        is_cut = window is not None and window < size.length
+        if not reason and is_cut and (window == chunk or window not in (layout_of(cache) or ())):
+            reason = f"texts of {size.length} tokens are longer than the {window} that some of its layers see"
     said = f"masked slots for each row, because {reason}" if reason else _WAYS[kind]
     if _said.get(model) != said:
         _said[model] = said
         log.info("%s: rollouts decode in %s", type(model).__name__, said)
     return DecodeBuffers if reason or kind is None else kind
-
-
-def _window_obstacle(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> str:
-    """Return why masks are needed for texts of this size: they are cut by no sliding window of the cache."""
-    window, chunk = smallest_window(model), getattr(model.config.get_text_config(), "attention_chunk_size", None)
-    if window is None or window >= size.length or (window in (layout_of(cache) or ()) and window != chunk):
-        return ""
-    return f"texts of {size.length} tokens are longer than the {window} that some of its layers see"
 
 
 def _find_obstacle(model: PreTrainedModel, kind: type[Any]) -> str:

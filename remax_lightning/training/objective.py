@@ -61,6 +61,8 @@ class Objective:
                 " rollout: that KL needs the hidden states of a pass of its own"
             )
         self.kl_config, self.advantage_config, self.loss_config = kl, advantage, loss
+        self.compares_vocabulary = kl.full
+        """Whether a KL is over the vocabulary, for which the hidden states of the reference are kept."""
         self.needs_greedy = self.baseline.greedy != "never"
         """Whether the baseline reads the greedy response's reward, in some rollouts at least."""
         self.reads_whole_batch = advantage.baseline not in get_args(BaselineKind)

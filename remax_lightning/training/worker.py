@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remax_lightning.config import KLConfig
     from remax_lightning.rollout import VLLMEngine
+    from remax_lightning.training.objective import Objective
     from remax_lightning.training.reference import Reference
 
 
@@ -335,21 +335,22 @@ class RolloutWorker:
         )
         return rollout if scores.reward.dim() == 1 else _with_token_rewards(rollout, scores.reward.to(device), penalty)
 
-    def with_reference(self, rollout: Rollout, reference: Reference, kl: KLConfig, trainer: Trainer) -> Rollout:
+    def with_reference(self, rollout: Rollout, reference: Reference, objective: Objective, trainer: Trainer) -> Rollout:
         """Return `rollout` with the log-probs of its sampled tokens under the reference, and hidden states if needed.
 
         Args:
             rollout: as `score_responses` returns it.
             reference: prepared.
-            kl: what the log-probs are for, and how many responses a pass has.
+            objective: what the log-probs are for, and how many responses a pass has.
             trainer: of the run.
         """
-        batch_size: int | Sequence[Tensor] | None = kl.reference_batch_size
+        batch_size: int | Sequence[Tensor] | None = objective.kl_config.reference_batch_size
         budget, model = rollout.prompt.tokens_per_micro_batch, reference.model
         with self.timer.measure("reward", rollout.reward.device), torch.no_grad(), reference.running():
             if batch_size is None and budget is not None:
                 batch_size = reference_passes(rollout, budget, model, trainer)
-            return with_reference(rollout, model, self.sampling, kl.full, batch_size, self.suppressed)
+            keep_hidden = objective.compares_vocabulary
+            return with_reference(rollout, model, self.sampling, keep_hidden, batch_size, self.suppressed)
 
     def penalty_above_greedy(self, rollout: Rollout) -> Tensor:
         """Return `[S]` the reward that each response loses for its length, above its greedy response."""
