@@ -121,16 +121,15 @@ class ReMaxModule(PolicyModule):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return the arguments that are text, numbers or made of them, for its checkpoints."""
-        objective = self.objective
         return {
             "policy": asdict(self.policy_source),
             "reference": None if self.reference_source is None else asdict(self.reference_source),
             "tokenizer": self.tokenizer_path,
             "sampling": asdict(self.sampling),
             "kl_coef": self.kl_coef,
-            "kl": asdict(objective.kl_config),
-            "advantage": objective.advantage_config.as_dict(),
-            "loss": asdict(objective.loss_config),
+            "kl": asdict(self.objective.kl_config),
+            "advantage": self.objective.advantage_config.as_dict(),
+            "loss": asdict(self.objective.loss_config),
             "check_on_policy": self.check_on_policy,
             "max_skipped_steps": self.skipped_steps.maximum,
             "stall_timeout": self.stall_timeout,
