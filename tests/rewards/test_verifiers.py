@@ -378,8 +378,8 @@ def test_a_comparison_that_takes_too_long_is_killed_and_scores_0() -> None:
     pairs = [("\\frac12", "\\boxed{9^{9^{9^{9}}}}"), ("\\frac12", "\\boxed{\\frac24}")]
 
     def score() -> None:
-        with pytest.warns(UserWarning, match=r"comparing '9\^.* was stopped after 1.5 s; the response scores 0"):
-            scores.extend(math_scores(pairs, time_limit=1.5))
+        with pytest.warns(UserWarning, match=r"comparing '9\^.* was stopped after 3 s; the response scores 0"):
+            scores.extend(math_scores(pairs, time_limit=3.0))
 
     thread = threading.Thread(target=score)
     thread.start()
