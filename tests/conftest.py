@@ -147,7 +147,8 @@ def _lightning_speaks_as_before() -> Iterator[None]:
     yield
     rank_zero_only.rank = rank
     for logger, (level, disabled, propagate) in zip(loggers, states, strict=True):
-        logger.setLevel(level)
+        if logger.level != level:  # this empties the caches of all loggers, a millisecond for every test
+            logger.setLevel(level)
         logger.disabled, logger.propagate = disabled, propagate
 
 
