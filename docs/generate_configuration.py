@@ -91,6 +91,7 @@ def sections() -> Iterator[Section]:
     yield Section("data", data.PreferenceDataModule, is_choice=True)
     yield Section("data.pair_columns", data.PairColumns)
     yield Section("data.loading", data.LoadingConfig)
+    yield Section("data.selection", data.SelectionConfig)
     yield Section("trainer.strategy", strategies.ReMaxDeepSpeedStrategy, is_choice=True)
     yield Section("trainer.strategy", strategies.ReMaxFSDP2Strategy, is_choice=True)
     for key, callback in cli_run.CALLBACKS.items():

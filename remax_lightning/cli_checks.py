@@ -153,7 +153,8 @@ RULES = (
 """What Lightning and torch do not check at once."""
 
 GROUPS = ("trainer", "model", "data", "model.policy", "model.reference", "model.sampling", "model.kl",
-          "model.advantage", "model.loss", "data.loading")  # fmt: skip
+          "model.advantage", "model.loss", "data.loading",
+          "data.selection")  # fmt: skip
 """Keys that hold others: a single value, or a list, would be passed on as it is."""
 
 CLASSES = ("*.optimizer", "*.lr_scheduler", "*.reward", "*.rollout", "*.parts.*", "*.init_args", "trainer.logger",

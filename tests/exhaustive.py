@@ -44,6 +44,7 @@ EXHAUSTIVE = (
     ("modules/test_resume.py", r"that learns from training"),  # test_auto_baseline.py
     ("distributed/test_evaluation.py", r"lm_eval"),  # one rank: callbacks/test_lm_eval.py
     # Benchmarks and tables of the documentation: one whole benchmark stays, and the parts of the others.
+    ("training/test_prompt_selection.py", r"two_ranks"),  # data/test_selection.py has ranks without processes
     (
         "test_benchmarks.py",
         r"lightning_alone|in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not",

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -56,9 +56,9 @@ class Recorder(Callback):
         self.counts["steps"] += 1
         self.counts["greedy_steps"] += rollout.greedy is not None
         self.counts["trained"] += len(rollout.reward)
-        selector = getattr(pl_module, "_selector", None)
-        batches = 1 if selector is None else selector.metrics().get("data/rollout_batches", 1)
-        self.counts["generated"] += int(batches) * len(rollout.reward)
+        selector: Any = cast(Any, pl_module).rollouts.selector
+        batches = 1 if selector is None else selector.batches
+        self.counts["generated"] += batches * len(rollout.reward)
         # Between evaluations only: one that is due at this step is still to come.
         due = trainer.global_step % self.every == 0
         if time.monotonic() > self.deadline and not due and trainer.global_step < trainer.max_steps:

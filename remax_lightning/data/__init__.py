@@ -9,6 +9,7 @@ from remax_lightning.data.options import LoadingConfig
 from remax_lightning.data.prompts import PromptDataModule, ReasoningGymDataModule
 from remax_lightning.data.reading import read_rows, rows_in_memory
 from remax_lightning.data.responses import PreferenceDataModule, SFTDataModule
+from remax_lightning.data.selection import SelectionConfig
 from remax_lightning.data.tokenizers import load_tokenizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PromptDataModule",
     "ReasoningGymDataModule",
     "SFTDataModule",
+    "SelectionConfig",
     "TextDataModule",
     "load_tokenizer",
     "read_rows",

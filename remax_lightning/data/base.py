@@ -368,16 +368,10 @@ class TextDataModule(LightningDataModule, ABC):
         """Return how many rows the loader hands to `_collate`, for each of `num_micro_batches` micro-batches."""
         return self.batch_size
 
-    def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        if dataset is None:
-            raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
-        # Validation sees each row once, in one pass, whatever training does.
-        num_micro_batches = self.num_micro_batches if shuffle else 1
-        rows_at_once = self._loader_batch_size(num_micro_batches)
-        sampler = MicroBatchSampler(
-            len(dataset),
+    def _sampler(self, num_rows: int, rows_at_once: int, num_micro_batches: int, shuffle: bool) -> MicroBatchSampler:
+        """Return the sampler of a loader: shuffled and without a short batch in training."""
+        return MicroBatchSampler(
+            num_rows,
             rows_at_once,
             num_micro_batches=num_micro_batches,
             shuffle=shuffle,
@@ -386,6 +380,16 @@ class TextDataModule(LightningDataModule, ABC):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
         )
+
+    def _loader(self, dataset: ExampleDataset | None, *, shuffle: bool) -> StatefulDataLoader[Any]:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        if dataset is None:
+            raise RuntimeError(f"{type(self).__name__}.setup must run before its data loaders are asked for")
+        # Validation sees each row once, in one pass, whatever training does.
+        num_micro_batches = self.num_micro_batches if shuffle else 1
+        rows_at_once = self._loader_batch_size(num_micro_batches)
+        sampler = self._sampler(len(dataset), rows_at_once, num_micro_batches, shuffle)
         sampler.looks_ahead = self.looks_ahead and shuffle
         return StatefulDataLoader(
             dataset,

@@ -87,7 +87,7 @@ class MicroBatchSampler(DistributedSampler[Key]):
         return (local + indices[:1])[: self.num_samples]
 
     def __iter__(self) -> Iterator[Key]:
-        return _SamplerIterator(self)
+        return SamplerIterator(self)
 
     def __len__(self) -> int:
         """Keys in an epoch: rows of this rank times micro-batches."""
@@ -102,10 +102,11 @@ class MicroBatchSampler(DistributedSampler[Key]):
             "shuffle": self.shuffle,
             "seed": self.seed,
             "world_size": self.num_replicas,
+            "selection": False,
         }
 
 
-class _SamplerIterator(Iterator[Key]):
+class SamplerIterator(Iterator[Key]):
     """A place in an epoch, which `StatefulDataLoader` saves and restores.
 
     The epoch is read from the sampler at the first key: Lightning makes the iterator before it calls
@@ -120,6 +121,7 @@ class _SamplerIterator(Iterator[Key]):
         self._next_order: list[int] | None = None  # of the next epoch, where it is looked at
 
     def __next__(self) -> Key:
+        """Return the next key."""
         if self._epoch is None:
             self._start_epoch(self.sampler.epoch)
         if self.yielded >= len(self.sampler):
@@ -129,10 +131,14 @@ class _SamplerIterator(Iterator[Key]):
         batch, rest = divmod(self.yielded, batch_size * num_micro_batches)
         micro_batch_index, offset = divmod(rest, batch_size)
         self.yielded += 1
-        index = self._order[batch * batch_size + offset]
+        index = self._index(batch, offset)
         if self.sampler.looks_ahead and micro_batch_index == 0:
             return index, 0, self._following(batch, offset)
         return index if num_micro_batches == 1 else (index, micro_batch_index)
+
+    def _index(self, batch: int, offset: int) -> int:
+        """Return the row of this rank at a place of a rollout batch."""
+        return self._order[batch * self.sampler.batch_size + offset]
 
     def _following(self, batch: int, offset: int) -> int:
         """Return the row behind `batch`; behind the last batch of an epoch comes the first of the next one."""
@@ -144,6 +150,7 @@ class _SamplerIterator(Iterator[Key]):
         return self._next_order[offset]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the place, and what it is a place in."""
         epoch = self.sampler.epoch if self._epoch is None else self._epoch
         return {
             "epoch": epoch,
@@ -153,10 +160,16 @@ class _SamplerIterator(Iterator[Key]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a place.
+
+        Raises:
+            UserError: if it lies within an epoch of another order.
+        """
         # ---- Read the saved position ----
         epoch, yielded, saved = state["epoch"], state["yielded"], dict(state["signature"])
         if "num_splits" in saved:  # as version 0.1 named it
             saved["num_micro_batches"] = saved.pop("num_splits")
+        saved.setdefault("selection", False)  # versions before there was one
         if yielded >= state["length"]:
             # Saved after the last batch of an epoch: what comes next is the next one.
             epoch, yielded = epoch + 1, 0

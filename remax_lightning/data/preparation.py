@@ -153,7 +153,7 @@ _CHANGE_NO_ROW = frozenset(
     (
         *("path", "val_path", "data", "val_data", "val_size", "hub_name", "train_split", "val_split", "tokenizer_path"),
         *("batch_size", "micro_batch_size", "num_micro_batches", "tokens_per_micro_batch", "looks_ahead"),
-        *("seed", "stage_split", "stage_seed", "num_workers"),
+        *("seed", "stage_split", "stage_seed", "num_workers", "selection", "_selecting", "_rows_by_place"),
         *("max_prompt_length", "max_response_length", "max_length", "long_prompts", "on_bad_row", "cache", "loading"),
         *("num_rows", "num_left_out", "response_ends", "formatter", "_tokenizer", "_train", "_val", "_kinds"),
         *vars(LightningDataModule()),

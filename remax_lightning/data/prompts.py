@@ -6,16 +6,20 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.util import find_spec
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.base import TextDataModule
-from remax_lightning.data.collate import collate_prompts
+from remax_lightning.data.collate import MicroBatchSampler, collate_prompts
 from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig, check_at_least
 from remax_lightning.data.reading import Row
-from remax_lightning.errors import UserError
+from remax_lightning.data.records import PreparedExamples
+from remax_lightning.data.selection import KEY, PromptStream, SelectingSampler, SelectionConfig
+from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import PromptBatch
+
+DEFAULT_SELECTION = SelectionConfig()
 
 
 class PromptDataModule(TextDataModule):
@@ -43,6 +47,7 @@ class PromptDataModule(TextDataModule):
         max_prompt_length: longest prompt, in tokens.
         seed: fixes the order of each epoch and the rows held out.
         loading: rarer choices: overlong prompts, workers, pad token, splits on the hub.
+        selection: prompts that are left out, drawn more often or beyond a batch, by what earlier responses gave.
         data: training rows in memory, from Python, in place of `path`: a `datasets.Dataset`, a DataFrame or a list of
             dictionaries.
         val_data: validation rows in memory, in place of `val_path`.
@@ -67,6 +72,7 @@ class PromptDataModule(TextDataModule):
         max_prompt_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
+        selection: SelectionConfig = DEFAULT_SELECTION,
         data: Any = None,
         val_data: Any = None,
     ) -> None:
@@ -104,6 +110,14 @@ class PromptDataModule(TextDataModule):
             )
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = batch_size // micro_batch_size
+        # ---- A selection of prompts, which learns from the rollouts of this process ----
+        if selection.is_on and loading.num_workers:
+            raise UserError(
+                f"data.loading.num_workers must be 0 with {KEY}, got {loading.num_workers}: workers draw prompts before"
+                " the rollouts are known that decide on them"
+            )
+        self.selection = selection
+        self._selecting: SelectingSampler | None = None
 
     def _collate(self, num_micro_batches: int) -> Callable[..., PromptBatch]:
         return partial(
@@ -112,6 +126,59 @@ class PromptDataModule(TextDataModule):
             num_micro_batches=num_micro_batches,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
         )
+
+    # ---- Selection ----
+
+    def _sampler(self, num_rows: int, rows_at_once: int, num_micro_batches: int, shuffle: bool) -> MicroBatchSampler:
+        plain = super()._sampler(num_rows, rows_at_once, num_micro_batches, shuffle)
+        if not (shuffle and self.selection.is_on):
+            return plain
+        # A step may draw several batches, and no prompt twice.
+        needed = rows_at_once * plain.num_replicas * self.selection.oversample
+        if needed > num_rows:
+            raise DataError(
+                f"{KEY}.oversample={self.selection.oversample} may draw {needed} prompts in a step, and there are"
+                f" {num_rows}; lower it or data.batch_size"
+            )
+        self._selecting = SelectingSampler(
+            PromptStream(num_rows, self.seed, self.selection),
+            rows_at_once,
+            num_micro_batches=num_micro_batches,
+            seed=self.seed,
+            rank=plain.rank,
+            world_size=plain.num_replicas,
+        )
+        return self._selecting
+
+    def more_prompts(self) -> PromptBatch:
+        """Return another rollout batch of this rank for the step that is being made."""
+        sampler = cast(SelectingSampler, self._selecting)
+        rows = sampler.mine(sampler.draw())
+        return self._collate(1)([cast(Any, self._train)[row] for row in rows])
+
+    def observe(self, places: Sequence[int], informative: Sequence[bool], rates: Sequence[float], n: int) -> None:
+        """Remember the visits of a rollout batch, those of all ranks.
+
+        Args:
+            places: numbers of the prompts, as in `PromptBatch.indices`.
+            informative: whether one of its samples has an advantage, for each prompt.
+            rates: mean reward of its samples.
+            n: samples per prompt.
+        """
+        stream = cast(SelectingSampler, self._selecting).stream
+        for place, gives, rate in zip(places, informative, rates, strict=True):
+            stream.observe(self._rows_by_place[place], gives, rate, n)
+
+    def selection_metrics(self) -> dict[str, float]:
+        """Return what the selection does, by the name that it is logged under."""
+        stream = cast(SelectingSampler, self._selecting).stream
+        return {"data/resting": float(stream.num_resting()), "data/skipped": float(stream.skipped)}
+
+    @cached_property
+    def _rows_by_place(self) -> dict[int, int]:
+        # Rows that were left out have a place among those that were read, and no row.
+        examples = cast(PreparedExamples, cast(Any, self._train).examples)
+        return {place: row for row, place in enumerate(examples.numbers.tolist())}
 
 
 # ---- Puzzles and problems without end, each with a function that checks answers ----
@@ -140,6 +207,7 @@ class ReasoningGymDataModule(PromptDataModule):
         max_prompt_length: longest prompt, in tokens; some tasks write long ones.
         seed: makes the rows, fixes the order of each epoch and the rows held out.
         loading: rarer choices, as in `PromptDataModule`.
+        selection: which prompts are drawn, as in `PromptDataModule`.
 
     Raises:
         UserError: if reasoning-gym is not installed, it has no such task or option, or a value is out of its range.
@@ -161,6 +229,7 @@ class ReasoningGymDataModule(PromptDataModule):
         max_prompt_length: int = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
+        selection: SelectionConfig = DEFAULT_SELECTION,
     ) -> None:
         check_at_least(1, size=size)
         check_at_least(0, val_size=val_size)
@@ -179,6 +248,7 @@ class ReasoningGymDataModule(PromptDataModule):
             max_prompt_length=max_prompt_length,
             seed=seed,
             loading=loading,
+            selection=selection,
             data=generated,
         )
 

@@ -14,6 +14,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.training.config_checks import engine_log_probs
 from remax_lightning.training.experience import Experience
 from remax_lightning.training.objective import Objective
+from remax_lightning.training.prompt_selection import PromptSelector, make_selector
 from remax_lightning.training.update_plan import UpdatePlan, has_next_rollout
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -57,6 +58,8 @@ class Rollouts:
     trainer: Trainer
     seed: int | None = None
     """Of the run: rank 0's, or that of the checkpoint."""
+    selector: PromptSelector | None = None
+    """Of `data.selection`; None where each rollout is trained on as it is."""
     count: int = 0
     """Rollouts made in training; with the seed it fixes the random numbers of the next one."""
 
@@ -66,6 +69,7 @@ class Rollouts:
     def prepare(self, trainer: Trainer) -> int:
         """Return the seed of the run; every rank calls this."""
         self.trainer = trainer
+        self.selector = make_selector(trainer, self.objective, self.worker.reward)
         if self.seed is None:
             # The seed of rank 0, because a checkpoint holds that one.
             self.seed = int(broadcast(trainer.strategy, torch.initial_seed() % 2**63))
@@ -78,6 +82,7 @@ class Rollouts:
         plan: UpdatePlan | None,
         number: int = 0,
         num_samples: int | None = None,
+        selects: bool = True,
     ) -> Rollout:
         """Sample, decode greedily and score: `y ~ pi(.|x)`, `y*`, `r = reward(x, y)`, `b = reward(x, y*)`.
 
@@ -87,6 +92,7 @@ class Rollouts:
             plan: of the updates on the rollout; None in an evaluation.
             number: of the batch, in an evaluation; training counts its rollouts.
             num_samples: responses per prompt, in an evaluation; None for those of training.
+            selects: whether prompts without an advantage may make room for others, where `data.selection` asks for it.
 
         Raises:
             UserError: if the engine or the reward cannot be used; on every rank in a fit.
@@ -111,6 +117,8 @@ class Rollouts:
             self.count += 1
             if plan.compares_engine:  # log mu(y_t) [S, R]
                 rollout = engine_log_probs(rollout, self.worker.engine, self.objective.loss_config.mismatch.kind)
+            if selects and self.selector is not None:
+                rollout = self.selector.select(rollout, lambda more: self.make(policy, more, plan, selects=False))
         return rollout
 
     def free_gradients(self) -> None:
