@@ -126,9 +126,11 @@ def run_piece(cell: Cell, results: Path, folder: Path, limits: Limits) -> bool:
         sys.path.append(str(Path(__file__).parents[2]))
     with working_folder(place):
         try:
-            run(command, _Recorded)
+            trainer = run(command, _Recorded).trainer
         except PieceEnded:
             return False
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # the study ends with its run
     checkpoint.unlink(missing_ok=True)
     return True
 

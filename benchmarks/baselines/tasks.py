@@ -126,17 +126,19 @@ def _prepare_sentiment() -> None:
     exec(compile(script, "write_prompts.py", "exec"), {})
 
 
+EXAMPLES = "18 + 25 = 43\n31 - 6 = 25\n7 * 3 = 21\n"
+"""Before each calculation: the model answers four in ten right then, and in a chat one in twenty."""
+
+
 def _prepare_sums() -> None:
     Path("model").symlink_to(_model())
     source, rows = random.Random(0), {}
     while len(rows) < 448:
-        a, b, c = source.randint(2, 99), source.randint(2, 99), source.randint(2, 9)
-        kind = source.randrange(3)
-        question, answer = ((f"{a} + {b}", a + b), (f"{max(a, b)} - {min(a, b)}", abs(a - b)), (f"{a} * {c}", a * c))[
-            kind
-        ]
-        text = f"What is {question}? Answer with the number only."
-        rows[question] = {"prompt": [{"role": "user", "content": text}], "response": str(answer)}
+        a, b, c = source.randint(2, 60), source.randint(2, 60), source.randint(2, 9)
+        small = a % 20 + 2
+        kinds = (f"{a} + {b}", a + b), (f"{max(a, b)} - {min(a, b)}", abs(a - b)), (f"{small} * {c}", small * c)
+        question, answer = kinds[source.randrange(3)]
+        rows[question] = {"prompt": f"{EXAMPLES}{question} =", "response": str(answer)}
     values = list(rows.values())
     _write_rows(Path("prompts.jsonl"), values[64:])
     _write_rows(Path("val.jsonl"), values[:64])
@@ -227,7 +229,7 @@ model:
   policy: {path: model, lora: {r: 8, alpha: 16}}
   kl_coef: 0.02
   reward: {class_path: FunctionReward, init_args: {function: remax_lightning.rewards.numeric_answer}}
-  sampling: {max_response_length: 12}
+  sampling: {max_response_length: 6, stop_strings: ["\\n"]}
   optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
 data: {path: prompts.jsonl, val_path: val.jsonl, max_prompt_length: 64}
 collapse: {max_truncation_rate: null}
