@@ -41,11 +41,6 @@ class SuppressedTokens(NamedTuple):
     eos_ids: tuple[int, ...] = ()
     min_response_length: int = 0
 
-    @property
-    def exist(self) -> bool:
-        """Whether any token is suppressed anywhere."""
-        return bool(self.unused_ids) or (self.min_response_length > 0 and bool(self.eos_ids))
-
     def ids_by_phase(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the ids suppressed before `min_response_length`, and those suppressed from there on."""
         before = torch.tensor([*self.unused_ids, *self.eos_ids], dtype=torch.long, device=device)
@@ -118,14 +113,16 @@ def make_sampling_mask(
         truncate: False for the reference, which is compared with the policy but not truncated.
     """
     truncates = truncate and sampling.processed_log_probs and sampling.truncates
-    if not (truncates or suppressed.exist):
+    waits_for_eos = suppressed.min_response_length > 0 and bool(suppressed.eos_ids)
+    suppresses = bool(suppressed.unused_ids) or waits_for_eos
+    if not (truncates or suppresses):
         return None
     # Sampling decides at its own temperature, which log-probs leave out if scale_log_probs is False.
     temperature = 1.0 if sampling.scale_log_probs else sampling.temperature
     ids_by_phase = suppressed.ids_by_phase(positions.device)  # copied to the device once, not for every chunk
 
     def mask(logits: Tensor, rows: slice) -> Tensor:
-        if suppressed.exist:
+        if suppresses:
             logits = suppressed.apply(logits, positions[rows], ids_by_phase)
         if truncates:
             logits = apply_top_k_top_p(apply_temperature(logits, temperature), sampling)

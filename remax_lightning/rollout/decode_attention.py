@@ -222,11 +222,6 @@ class SharedPrefix:
         """All keys and values."""
         return self.prefix + self.suffix
 
-    @classmethod
-    def create(cls, cache: DynamicCache, size: RolloutSize) -> SharedPrefix:
-        """Return states for a rollout."""
-        return cls(cache, size)
-
     def fits(self, cache: DynamicCache, size: RolloutSize) -> bool:  # noqa: ARG002
         """Return False: they hold the prompts of one rollout."""
         return False

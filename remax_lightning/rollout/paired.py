@@ -303,16 +303,19 @@ class PairedEngine:
             if self._buffers is not None and self._step_cache is not None:
                 self._step_cache.clear()  # its graphs read the old buffers
             self._buffers = None  # free the old ones before allocating new ones
-            self._buffers = new_states(kind, cache, size)
+            self._buffers = NEW_STATES[kind](cache, size)
         return self._buffers
 
 
 # ---- Which keys and values a rollout has ----
 
 
-def new_states(kind: type[Any], cache: DynamicCache, size: RolloutSize) -> Any:
-    """Allocate keys and values of this kind."""
-    return allocate_slots(cache, size) if kind is DecodeBuffers else kind.create(cache, size)
+NEW_STATES: dict[type[Any], Callable[[DynamicCache, RolloutSize], Any]] = {
+    DecodeBuffers: allocate_slots,
+    SharedPrefix: SharedPrefix,
+    RowLengths: RowLengths.create,
+}
+"""What makes keys and values of each kind, for a prefilled cache and the size of the rollout."""
 
 
 def choose_states(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize) -> type[Any]:
@@ -372,7 +375,7 @@ def _probe(model: PreTrainedModel, kind: type[Any]) -> tuple[float, float, float
     expected = model(**inputs, use_cache=False).logits[:, -1].float()  # [3, V]
     sampling = SamplingConfig(max_response_length=3)
     request = GenerationRequest(ids[:2, :4], mask[:2, :4], sampling, [], 0, torch.Generator(model.device))
-    loop = DecodeLoop(model, request, rows, None, partial(new_states, kind))
+    loop = DecodeLoop(model, request, rows, None, NEW_STATES[kind])
     for step in range(2):
         loop.decode_step(step, ids[:, 4 + step])
     calls = 0 if loop.attention is None else loop.attention.calls
