@@ -390,3 +390,25 @@ def test_squared_norms_are_those_of_the_gradient_at_the_logits(logits_at_once: i
     torch.testing.assert_close(whole(squared_norm=True).squared_norm[0], expected)
     assert chunked().squared_norm is None
     assert whole().squared_norm is None, "it reads all probabilities once more"
+
+
+@pytest.mark.parametrize("logits_at_once", [22, 10**6])
+def test_log_probs_and_gradients_are_the_same_without_entropies(logits_at_once: int) -> None:
+    found = []
+    for entropy in (True, False):
+        case = make_case()
+        statistics = hidden_statistics(
+            case.hidden,
+            case.head,
+            case.ids,
+            reference=(case.other, case.other_head),
+            entropy=entropy,
+            logits_at_once=logits_at_once,
+        )
+        assert (statistics.entropy is None) != entropy
+        assert statistics.kl is not None
+        total = statistics.log_probs.sum() + statistics.kl.sum()
+        found.append([statistics.log_probs, statistics.kl, *torch.autograd.grad(total, leaves(case))])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    logits = plain_logits(case.hidden, case.head)[None]
+    assert token_statistics(logits, case.ids[None], entropy=False).entropy is None

@@ -38,6 +38,12 @@ def test_a_frozen_model_is_in_eval_mode_without_gradients() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_model_without_a_place_does_not_run() -> None:
+    frozen = FrozenModel(tiny_model("llama"), "cpu", "key")
+    with pytest.raises(RuntimeError, match="place"), frozen.running():
+        pass
+
+
 def test_replicate_stays_on_the_device() -> None:
     model = tiny_model("llama")
     frozen = frozen_model(model, "replicate", OTHER)

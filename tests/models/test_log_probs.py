@@ -74,6 +74,21 @@ def without_heads(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda: monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
 
 
+def test_the_reference_computes_no_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    computed = statistics_module.hidden_statistics
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        asked.append(options["entropy"])
+        return computed(*args, **options)
+
+    monkeypatch.setattr(statistics_module, "hidden_statistics", recorded)
+    with torch.no_grad():
+        with_reference(rollout_of(), tiny_model("llama"), PLAIN)
+    policy_statistics(tiny_model("llama"), rollout_of(), PLAIN)
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("family", FORMS)
 def test_hidden_states_give_what_logits_give(family: str, temperature: float, without_heads: Any) -> None:
