@@ -2,18 +2,7 @@
 #   docker build --tag remax-lightning .
 #   docker build --tag remax-lightning:cuda --build-arg DEVICE=cuda .
 ARG PYTHON=3.12
-# cpu or cuda
-ARG DEVICE=cpu
-
-# The wheels of PyPI bring CUDA with them; those of this index do without that download.
-FROM python:${PYTHON}-slim AS base-cpu
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-
-FROM python:${PYTHON}-slim AS base-cuda
-
-# A DEVICE of another name ends the build here.
-# hadolint ignore=DL3006
-FROM base-${DEVICE}
+FROM python:${PYTHON}-slim
 
 # Compilers for kernels that Triton and DeepSpeed build at run time, git for the hyper-parameters of a run in a checkout.
 # hadolint ignore=DL3008
@@ -27,7 +16,14 @@ WORKDIR /opt/remax-lightning
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY remax_lightning remax_lightning
-RUN python -m pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]"
+# cpu or cuda: the wheels of PyPI bring CUDA with them, those of the index for CPUs do without that download.
+ARG DEVICE=cpu
+RUN case "${DEVICE}" in \
+        cpu) export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
+        cuda) ;; \
+        *) echo "DEVICE must be cpu or cuda, got ${DEVICE}" >&2; exit 1 ;; \
+    esac \
+    && python -m pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]"
 
 # Files of a run in a mounted folder belong to this user: pass --build-arg UID=$(id -u).
 ARG UID=1000

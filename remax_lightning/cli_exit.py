@@ -149,7 +149,8 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         stage: how far the command had come.
     """
     # ---- A mistake or a disk: the message says all, so there is no traceback ----
-    message = user_error_message(error) or _describe_disk(error, stage.planned_folder())
+    message = user_error_message(error)
+    message = _describe_disk(error, stage.planned_folder()) if message is None else message + _full_cache(error)
     if message is not None:
         return End(message, 2)
     # ---- Anything else: the traceback goes to a file, and the line names it ----
@@ -223,6 +224,19 @@ def _describe_disk(error: BaseException, folder: Path) -> str | None:
         advice = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "check the rights of the folder"
         return f"{text}{space}; {advice}, or give another path"
     return None
+
+
+def _full_cache(error: BaseException) -> str:
+    """Return what to add about a download that did not fit on the disk; empty where a mistake has another cause.
+
+    Whoever loads a model, a tokenizer or data names the key, and passes on what the library says.
+    """
+    cache = loaded_class("huggingface_hub.constants", "HF_HUB_CACHE")
+    full = any(_error_number(cause) in (errno.ENOSPC, errno.EDQUOT) for cause in exception_chain(error))
+    if not full or not isinstance(cache, str) or "are free there" in str(error):
+        return ""
+    space = free_space(Path(cache)).removeprefix("; ") or "nothing is free there"
+    return f"; downloads go to {cache}: {space}; make room, or set HF_HOME to a folder on another disk"
 
 
 def _error_number(error: BaseException) -> int | None:

@@ -192,6 +192,26 @@ def test_a_disk_error_without_a_files_name_is_about_the_runs_folder(
     assert end.message.startswith("a file of the run: No space left on device; 0 bytes are free; make room")
 
 
+def test_a_download_that_does_not_fit_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from remax_lightning.data import load_tokenizer
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
+    end = describe_end(raised(lambda: load_tokenizer("owner/name")), Stage("fit"))
+    assert end.code == 2
+    assert "\n" not in end.message
+    assert end.message.startswith("data.tokenizer: no tokenizer could be loaded from 'owner/name'")
+    assert f"downloads go to {tmp_path / 'hub'}: " in end.message
+    assert "are free there; make room, or set HF_HOME to a folder on another disk" in end.message
+    other = describe_end(raised(lambda: load_tokenizer("./nowhere")), Stage("fit"))
+    assert "HF_HOME" not in other.message
+
+
 def test_before_the_runs_folder_is_chosen_its_parents_disk_counts(tmp_path: Path) -> None:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import CSVLogger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
@@ -53,18 +54,44 @@ def test_every_instruction_is_one_of_docker() -> None:
     assert INSTRUCTIONS[-1].name == "CMD"
 
 
-def test_each_device_of_the_page_has_a_stage() -> None:
-    stages = {match[1] for value in values("FROM") if (match := re.search(r" AS (\S+)$", value))}
+def pip_install(device: str) -> subprocess.CompletedProcess[str]:
+    """The instruction that installs the package, run by a shell in which Python prints the index and its arguments."""
+    (install,) = [value for value in values("RUN") if "pip install" in value]
+    python = 'python() { echo "index=${PIP_EXTRA_INDEX_URL}"; echo "$@"; }'
+    return subprocess.run(
+        ["sh", "-c", f"{python}\n{install}"],
+        env={"DEVICE": device, "EXTRAS": ARGUMENTS["EXTRAS"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_each_device_of_the_page_installs_its_wheels() -> None:
     row = re.search(r"^\| `DEVICE` .*$", PAGE, re.MULTILINE)
     assert row is not None
-    assert {f"base-{device}" for device in re.findall(r"`([a-z]+)`", row[0])} == stages
-    assert f"base-{ARGUMENTS['DEVICE']}" in stages
-    assert values("FROM")[-1] == "base-${DEVICE}"
-
-
-def test_the_index_of_wheels_for_a_cpu_is_the_readmes() -> None:
     (index,) = re.findall(r"PIP_EXTRA_INDEX_URL=(\S+?)[`\s]", README)
-    assert f"PIP_EXTRA_INDEX_URL={index}" in values("ENV")
+    indexes = {"cpu": index, "cuda": ""}
+    assert {*re.findall(r"`([a-z]+)`", row[0])} == {*indexes}
+    assert ARGUMENTS["DEVICE"] in indexes
+    for device, expected in indexes.items():
+        done = pip_install(device)
+        assert done.returncode == 0
+        assert done.stdout.splitlines()[0] == f"index={expected}"
+        assert done.stdout.splitlines()[1].endswith(f".[{ARGUMENTS['EXTRAS']}]")
+
+
+def test_another_device_ends_the_build() -> None:
+    done = pip_install("gpu")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "DEVICE must be cpu or cuda, got gpu\n"
+
+
+def test_one_stage_that_every_builder_knows() -> None:
+    assert values("FROM") == [
+        "python:${PYTHON}-slim"
+    ]  # older releases of Podman's builder know no `FROM base-${DEVICE}`
 
 
 def test_python_is_one_of_those_that_are_tested() -> None:
