@@ -133,6 +133,11 @@ def engine(url: str, folder: Path, **proof: Any) -> VLLMEngine:
     return VLLMEngine([url], transfer_dir=str(folder / "files"), restart_timeout=300.0, proof=config)
 
 
+def common(server: VLLMEngine, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what all lines have, and what the server is: its packages are not those of this process."""
+    return {**COMMON, "server": f"vllm {server.servers[0].version()}", "repetitions": options.repetitions}
+
+
 def load(options: argparse.Namespace, *, lora: bool = False) -> Any:
     """Return the policy."""
     return ModelConfig(str(options.policy), dtype="float32", lora=_adapter() if lora else None).load("policy").eval()
@@ -169,8 +174,10 @@ def rollouts(url: str, folder: Path, options: argparse.Namespace, lengths: str) 
         return {"seconds": taken}
 
     figures = interleaved({name: partial(timed, name) for name in ways}, options.repetitions, 1)
-    lines = [{**COMMON, "variant": name, "lengths": lengths, "repetitions": options.repetitions,
-              **medians(taken), "tokens": counted.get(name)} for name, taken in figures.items()]  # fmt: skip
+    lines = [
+        {**common(server, options), "variant": name, "lengths": lengths, **medians(taken), "tokens": counted.get(name)}
+        for name, taken in figures.items()
+    ]
     for line in lines:
         line["ratio"] = line["seconds"] / lines[-1]["seconds"]
     return lines
@@ -223,7 +230,12 @@ def update(url: str, folder: Path, options: argparse.Namespace, *, lora: bool) -
     names = {"seconds": "time/weight_sync_s", "bytes": "rollout/weight_sync_bytes"}
     values = {name: statistics.median(line[key] for line in figures[1:]) for name, key in names.items()}
     what = "adapter" if lora else "all weights"
-    return {**COMMON, "phase": "update", "variant": what, "repetitions": options.repetitions, **values}
+    return {
+        **common(server, options),
+        "phase": "update",
+        "variant": what,
+        **values,
+    }
 
 
 # ---- Whole steps ----
@@ -256,7 +268,7 @@ def train(
         _length_reward,
         rollout=rollout,
         kl_coef=0.0,
-        sampling=SamplingConfig(max_response_length=length, min_response_length=length),
+        sampling=SamplingConfig(max_response_length=length),
         loss=LossConfig(mismatch=MismatchConfig("tis")),
         optimizer=partial(torch.optim.AdamW, lr=1e-6),
         check_on_policy=False,
@@ -275,23 +287,21 @@ def train(
     return recorder
 
 
-def _length_reward(responses: list[str], **_: Any) -> list[float]:
-    return [len(set(response)) / 32 for response in responses]
+def _length_reward(completions: list[str], **_: Any) -> list[float]:
+    return [len(set(response)) / 32 for response in completions]
 
 
 def steps(url: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the line of whole steps, with the seconds of proof and correction in them."""
-    corrected = [0.0]
+    corrected, rollout = [0.0], engine(url, folder, every=1)
     with _timed(Objective, ("mismatch", "mismatch_values"), corrected):
-        recorder = train(
-            folder, options, engine(url, folder, every=1), options.repetitions + 1, PROMPTS, options.length
-        )
+        recorder = train(folder, options, rollout, options.repetitions + 1, PROMPTS, options.length)
     whole = statistics.median(recorder.seconds[1:])
     proof = statistics.median(logged["time/proof_s"] for logged in recorder.logged[1:])
     sync = statistics.median(logged["time/weight_sync_s"] for logged in recorder.logged[1:])
     correction = corrected[0] / len(recorder.seconds)
     step = whole - proof  # every step was proven here, and every tenth is by default
-    line = {**COMMON, "phase": "step", "variant": "vllm", "repetitions": options.repetitions, "seconds": step}
+    line = {**common(rollout, options), "phase": "step", "variant": "vllm", "seconds": step}
     line |= {"weight_sync": sync, "proof": proof, "correction": correction}
     return [line | {"overhead": (proof / ProofConfig().every + correction) / step}]
 
@@ -334,7 +344,11 @@ def ahead(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
                 rollout.ahead = count
                 recorder = train(folder, options, rollout, options.repetitions + 3, prompts, length)
                 taken = recorder.seconds[2:-1]  # the first ones are proven, and the last one asks for nothing
-                line = {**COMMON, "phase": "ahead", "variant": f"ahead {count}", "repetitions": options.repetitions}
+                line = {
+                    **common(rollout, options),
+                    "phase": "ahead",
+                    "variant": f"ahead {count}",
+                }
                 lines.append(line | {"seconds": statistics.median(taken)})
         finally:
             os.sched_setaffinity(0, cores)

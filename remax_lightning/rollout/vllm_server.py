@@ -277,7 +277,7 @@ class ServerProcess:
             )
         descriptor, name = tempfile.mkstemp(prefix=f"remax-vllm-rank{rank()}-", suffix=".log")
         os.close(descriptor)
-        self.log = Path(name)
+        self.log, self._log_start = Path(name), 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -302,6 +302,7 @@ class ServerProcess:
                 )
             self._left -= 1
             self._end_group()  # workers that outlived it hold the device's memory
+        self._log_start = self.log.stat().st_size
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.arguments, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -328,9 +329,11 @@ class ServerProcess:
             os.killpg(process.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
     def last_words(self) -> str:
-        """Return the last line of its log that tells of an error, or its last line."""
-        text = self.log.read_text(errors="replace")[-20_000:]
+        """Return the last line of its log that tells of an error and not of another one above, or its last line."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            text = log.read().decode(errors="replace")
         # "(EngineCore pid=7) ERROR 11-28 00:10:01 [core.py:12] ValueError: ..." without what stands before it
         lines = [re.sub(_LOG_PREFIX, "", line).strip() for line in text.splitlines()]
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b(?!.*root cause above)", line)]
         return next(reversed(errors or [line for line in lines if line]), "it said nothing")[:300]

@@ -178,7 +178,13 @@ def test_a_server_that_is_killed_in_a_rollout_loses_nothing(server: Server, smol
         return GenerationRequest(ids, torch.ones_like(ids, dtype=torch.bool), sampling, [2], 2, generator)
 
     engine = server.engine(tmp_path)
-    expected = engine.generate(model, request())
+    # ---- As a trainer leaves it that is killed in an update: paused, with the layers ready for weights ----
+    [asked] = engine.servers
+    asked.wait()
+    for path, body in (("/pause?mode=abort", None), ("/init_weight_transfer_engine", {"init_info": {}})):
+        asked.post(path, body)
+    asked.post("/start_weight_update")
+    expected = engine.generate(model, request())  # which is proven
 
     def kill_and_start() -> None:
         time.sleep(1.0)
@@ -225,11 +231,11 @@ def test_a_resumed_run_trains_on_the_same_responses(ahead: int, server: Server, 
     assert all(figure > 1e-6 if ahead else figure < 1e-6 for figure in figures[1:])
 
 
-def test_a_server_of_the_engines_own(smollm2: Path, tmp_path: Path) -> None:
+def test_a_server_of_the_engines_own(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed in the run, and gone behind it."""
     if not PYTHON.exists():
         pytest.skip(f"there is no {PYTHON}: run `make vllm`")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments = ["--enforce-eager", "--max-num-seqs", "64"]
     options = {"transfer_dir": str(tmp_path / "weights"), "restart_timeout": 180.0, "server_args": arguments}
     engine = VLLMEngine(mode="colocate", python=str(PYTHON), **options)
@@ -252,15 +258,16 @@ def test_a_server_of_the_engines_own(smollm2: Path, tmp_path: Path) -> None:
     assert not [stat for stat in stats if stat[2] == str(kill.pid) and stat[0] != "Z"]
 
 
-def test_a_server_without_room_says_so(smollm2: Path, tmp_path: Path) -> None:
+def test_a_server_without_room_says_so(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not PYTHON.exists():
         pytest.skip(f"there is no {PYTHON}: run `make vllm`")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    engine = VLLMEngine(mode="colocate", python=str(PYTHON), retries=0, server_args=["--kv-cache-memory-bytes", "1000"])
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
+    engine = VLLMEngine(mode="colocate", python=str(PYTHON), retries=0, server_args=["--enforce-eager"])
     with pytest.raises(
-        UserError, match=r"the vLLM server of this process ended with code 1: ValueError: .*; its log is"
+        UserError, match=r"ended with code 1: \w+Error: .*less than requested memory for kv .*; its log"
     ):
         engine.check(model, SamplingConfig(max_response_length=64), 64)
     engine.process.log.unlink()

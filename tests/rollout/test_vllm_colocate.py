@@ -101,7 +101,8 @@ def test_a_server_that_is_killed_is_started_again(started: Any, model: Any, tmp_
 
 def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(model: Any, tmp_path: Path) -> None:
     words = "(EngineCore pid=9) ERROR 11-28 00:10:01 [core.py:12] ValueError: no memory for keys and values"
-    engine = colocated(tmp_path, f'echo "{words}" >&2; echo "bye"; exit 3', retries=1)
+    last = "RuntimeError: Engine core initialization failed. See root cause above."
+    engine = colocated(tmp_path, f'echo "{words}" >&2; echo "{last}"; echo "bye"; exit 3', retries=1)
     with pytest.raises(UserError, match=r"ended with code 3: ValueError: no memory for keys and values; its log is"):
         engine.generate(model, request_for())
     assert children(engine, tmp_path) == 2
