@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -312,3 +315,43 @@ def test_the_tables_of_recipes_are_the_results(load: Any) -> None:
         seeds = [line.seed for line in recipes.lines(recipe)]
         assert seeds == [0, 1, 2]
         assert all(f"| {seed} | " in recipes.table(recipe) for seed in seeds)
+
+
+def test_rollouts_of_a_server_are_measured(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small server in place of the real one, which `make test-vllm` runs it with."""
+    from conftest import make_tokenizer
+    from helpers.training import save_policy
+    from helpers.vllm_server import FakeVLLM
+    from transformers import AutoModelForCausalLM
+
+    policy, script = save_policy(tmp_path / "policy"), load("vllm_rollout")
+
+    @contextmanager
+    def serving(folder: Path, options: Any, *, lora: bool, core: int | None = None) -> Iterator[str]:
+        folder.mkdir()
+        faults = {"has_lora": lora, "backend": None if lora else "remax_files", "max_model_len": 512}
+        with FakeVLLM(AutoModelForCausalLM.from_pretrained(policy), make_tokenizer(), **faults) as server:
+            yield server.url
+
+    made = script.request
+    monkeypatch.setattr(script, "serving", serving)
+    monkeypatch.setattr(script, "PROMPTS", 2)
+    monkeypatch.setattr(
+        script,
+        "request",
+        lambda *arguments: replace(asked := made(*arguments), prompt_ids=asked.prompt_ids % 80 + 5),
+    )
+    results = tmp_path / "results.jsonl"
+    options = ["--policy", policy, "--length", "3", "--repetitions", "1", "--results", str(results)]
+    threads = torch.get_num_threads()
+    script.main(options)
+    assert torch.get_num_threads() == threads
+    lines = lines_of(results)
+    ways = {(line["variant"], line["lengths"]) for line in lines if "lengths" in line}
+    assert ways == {(way, kind) for way in ("vllm", "ours", "two generate calls") for kind in ("fixed", "uneven")}
+    assert {line["variant"] for line in lines if line.get("phase") == "update"} == {"all weights", "adapter"}
+    [step] = [line for line in lines if line.get("phase") == "step"]
+    assert 0 < step["overhead"] < 1
+    assert step["proof"] > 0 < step["correction"]
+    assert {line["variant"] for line in lines if line.get("phase") == "ahead"} == {"ahead 0", "ahead 1"}
+    assert all(line["server"] == "vllm 0.32.0" for line in lines)
