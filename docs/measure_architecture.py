@@ -266,7 +266,13 @@ def write_run(folder: Path) -> Path:
             "reward": {"class_path": "FunctionReward", "init_args": {"function": "measured_reward.count_digits"}},
             "sampling": {"max_response_length": 8},
         },
-        "data": {"path": str(folder / "prompts.jsonl"), "val_size": 4, "batch_size": 4, "max_prompt_length": 16},
+        "data": {
+            "path": str(folder / "prompts.jsonl"),
+            "val_size": 4,
+            "batch_size": 4,
+            "max_prompt_length": 16,
+            "loading": {"cache": False},  # the rows of an earlier measurement would hide the files that prepare them
+        },
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
