@@ -150,7 +150,13 @@ def check_bounds(text: str, source: str = "") -> None:
             bounds.pass_event(event)
     except BoundsError:
         raise
-    except yaml.YAMLError:  # the loader will say it
+    except yaml.MarkedYAMLError as error:
+        if "nesting" in str(
+            error.problem
+        ):  # the parser in C has a limit of its own, and meets it before the first event
+            raise bounds.too_deep(1 + (error.problem_mark.line if error.problem_mark else 0)) from None
+        return  # the loader will say it
+    except yaml.YAMLError:
         return
     # ---- Keys that stand twice ----
     if lines := bounds.duplicates:
@@ -176,9 +182,7 @@ class _Bounds:
         line = 1 + (event.start_mark.line if event.start_mark else 0)
         if isinstance(event, yaml.CollectionStartEvent):
             if len(self._stack) > MAX_DEPTH:
-                raise BoundsError(
-                    f"{self.front}line {line}: nested too deeply, more than {MAX_DEPTH} lists and groups; write it out"
-                )
+                raise self.too_deep(line)
             self._name(event.anchor, None)
             self._stack.append(_Group(isinstance(event, yaml.MappingStartEvent), event.anchor))
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -195,6 +199,12 @@ class _Bounds:
             if size is None:
                 raise BoundsError(f"{self.front}line {line}: the alias *{event.anchor} holds itself; write it out")
             self._add(size, line)
+
+    def too_deep(self, line: int) -> BoundsError:
+        """Return what is raised where lists and groups are nested too deeply."""
+        return BoundsError(
+            f"{self.front}line {line}: nested too deeply, more than {MAX_DEPTH} lists and groups; write it out"
+        )
 
     def _name(self, anchor: str | None, values: int | None) -> None:
         if anchor:

@@ -53,6 +53,20 @@ def test_a_text_beyond_the_bounds_is_refused_at_once(case: str) -> None:
     assert time.monotonic() - started < 60  # a busy machine; unbounded, they take hours or all memory
 
 
+def test_the_parsers_own_limit_of_depth_is_told_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of libyaml since PyYAML 6.0.4: it is met while the text is scanned, before the first event."""
+    mark = yaml.Mark("run.yaml", 0, 2, 0, None, None)
+    error = yaml.scanner.ScannerError("while increasing flow level", mark, "exceeded maximum nesting depth", mark)
+
+    def parse(*_: Any, **__: Any) -> Any:
+        raise error
+        yield
+
+    monkeypatch.setattr(yaml, "parse", parse)
+    with pytest.raises(yaml.YAMLError, match=r"^run.yaml, line 3: nested too deeply, more than 64 lists and groups"):
+        load_yaml("a: 1\nb: 2\nc: " + "[" * 3000, "run.yaml")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -10,10 +10,12 @@ attention of a model's own, soft caps, texts longer than a sliding window) runs 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -210,6 +212,12 @@ def _flash_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, H, d]
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if _takes_groups(varlen_attn):
+            options["enable_gqa"] = True
+        else:  # torch 2.11: every head of the query gets keys and values of its own
+            key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
     longest = max(bounds.lengths)
     output = varlen_attn(
         query,
@@ -221,9 +229,14 @@ def _flash_attention(
         longest,
         scale=scaling,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return cast(Tensor, output)[None]
+
+
+@cache
+def _takes_groups(attend: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(attend).parameters
 
 
 # ---- A pass over a packed row ----

@@ -103,8 +103,6 @@ def test_artifacts_need_a_logger_that_takes_them(logger: Any, policy: str, tmp_p
 
 
 def test_every_logger_gets_hyper_parameters_versions_and_git(policy: str, tmp_path: Path) -> None:
-    import torch
-
     other = RecordingLogger(tmp_path)
     loggers = [TensorBoardLogger(tmp_path, "logs", version=""), CSVLogger(tmp_path / "csv"), other]
     trainer = make_trainer(tmp_path, logger=loggers)
@@ -124,7 +122,7 @@ def test_every_logger_gets_hyper_parameters_versions_and_git(policy: str, tmp_pa
     start = plugin_data_pb2.HParamsPluginData.FromString(
         tags["_hparams_/session_start_info"].plugin_data.content
     ).session_start_info.hparams
-    assert start["versions/torch"].string_value == torch.__version__
+    assert start["versions/torch"].string_value == version("torch")
     assert start["config/trainer/max_steps"].number_value == 1
     assert "hp_metric" not in events(tmp_path).Tags()["scalars"]
 

@@ -156,25 +156,30 @@ def random_rows(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Ten
     return query, key, value
 
 
-def with_flash(called: list[int]) -> Any:
-    """What stands in for torch's flash attention over texts: text by text."""
+def with_flash(called: list[int], takes_groups: bool = True) -> Any:
+    """Stands in for torch's flash attention over texts: text by text. That of torch 2.11 takes no groups of heads."""
 
-    def varlen_attn(
+    def varlen_attn_2_11(
         query: Tensor, key: Tensor, value: Tensor, ends: Tensor, _: Tensor, longest: int, __: int, **options: Any
     ) -> Tensor:
         called.append(longest)
+        assert query.shape[1] == key.shape[1] == value.shape[1] or options.pop("enable_gqa")
         rows = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         causal, bounds = options["window_size"] == (-1, 0), TextBounds(ends.diff().tolist(), ends)
         return attend_text_by_text(*rows, bounds, options["scale"], causal=causal, dropout=0.0)[0]
 
-    return varlen_attn
+    def varlen_attn(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
+        return varlen_attn_2_11(*arguments, enable_gqa=enable_gqa, **options)
+
+    return varlen_attn if takes_groups else varlen_attn_2_11
 
 
-def test_flash_attention_takes_the_rows_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_flash_attention_takes_the_rows_in_its_own_layout(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention import varlen
 
     called: list[int] = []
-    monkeypatch.setattr(varlen, "varlen_attn", with_flash(called))
+    monkeypatch.setattr(varlen, "varlen_attn", with_flash(called, takes_groups))
     bounds = TextBounds([5, 3, 4], torch.tensor([0, 5, 8, 12], dtype=torch.int32))
     rows = random_rows()
     for causal in (True, False):

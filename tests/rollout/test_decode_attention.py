@@ -11,7 +11,14 @@ from fake_cuda import FakeCuda
 from helpers.varlen import FlashByLengths
 from rollout.families import FAMILIES, PAD, Family, family_model, prompts
 
-from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig, paired
+from remax_lightning.rollout import (
+    GenerationOutput,
+    GenerationRequest,
+    PairedEngine,
+    SamplingConfig,
+    decode_attention,
+    paired,
+)
 from remax_lightning.rollout.decode_attention import PAGE, RowLengths, SharedPrefix
 from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize
 from remax_lightning.tools.plan.activation_memory import LiveBytes, shapes_only
@@ -237,6 +244,7 @@ def test_rows_that_end_leave_the_graphs_of_fewer_rows_to_replay(flash: FlashByLe
     assert sum(graph.replays for graph in fake_cuda.graphs) > before
 
 
+@pytest.mark.skipif(not decode_attention._flash_takes_lengths(), reason="torch's flash attention takes no lengths")
 def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     """Arguments, shapes and dtypes of the operator itself, which computes nothing on tensors without memory."""
     from transformers import DynamicCache
