@@ -149,6 +149,7 @@ def default_of(key: str, config: Any) -> Any:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_the_help_tells_the_defaults_of_the_parser(run: str, tmp_path: Path) -> None:
     required = {

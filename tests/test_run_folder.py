@@ -108,6 +108,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOGGERS)
 def test_two_runs_under_one_logger_keep_all_that_they_wrote(name: str, policy: str, tmp_path: Path) -> None:
     first, second = (tmp_path / path for path in EXPECTED[name])

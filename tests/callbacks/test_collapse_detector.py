@@ -128,6 +128,7 @@ def test_the_slope_of_the_kl_fires_before_the_kl_is_large(tmp_path: Path) -> Non
     assert re.search(r"Optimizer step (9|10): the growth of the KL", messages[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "phases",
     [

@@ -57,6 +57,7 @@ def test_micro_batches_of_a_step_make_one_line(tmp_path: Path, capsys: pytest.Ca
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 1/2", "step 2/2"]
 
 
+@pytest.mark.slow
 def test_a_run_without_an_end_has_no_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(tmp_path, [RunProgress()], max_epochs=-1, max_time="00:00:00:01").fit(module(2))
     first = capsys.readouterr().out.splitlines()[0]

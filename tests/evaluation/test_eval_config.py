@@ -164,6 +164,7 @@ def greedy_texts(model: Any, prompts: Sequence[str]) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["replicate", "cpu"])
 @pytest.mark.parametrize("engine", [AutoEngine, HuggingFaceEngine])
 def test_the_reference_writes_its_own_responses(
@@ -254,6 +255,7 @@ def likelihoods(model: Any, texts: Sequence[str], cut: int = 10**6) -> tuple[lis
     return nats, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [8, 3, 1])
 @pytest.mark.parametrize("cut", [1024, 4])
 def test_the_perplexity_is_that_of_responses_and_their_ends(

@@ -132,6 +132,7 @@ def both_sides(path: str | Path, model: Any = None) -> tuple[Tensor, Tensor]:
 # The loss and its gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "bert"])
 def test_loss_and_gradient_are_those_of_unpadded_conversations(

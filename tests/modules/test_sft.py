@@ -205,6 +205,7 @@ def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_pat
     assert metrics[f"{prefix}/baseline_reward"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_tiny_policy_learns_its_rows_by_heart(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "policy")
     make_tokenizer().save_pretrained(tmp_path / "policy")

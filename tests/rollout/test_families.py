@@ -73,6 +73,7 @@ def test_the_engine_of_a_family(family: Family) -> None:
     assert engine_cells(family) == committed(family)[:2]
 
 
+@pytest.mark.slow
 @each_family_slow
 def test_a_family_passes_every_check(family: Family) -> None:
     cells = check_cells(family)

@@ -292,6 +292,7 @@ def test_texts_stay_below_the_length_where_rotary_embeddings_change(
             check_rope(model, 25, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "lora"), [("32-true", False), ("32-true", True), ("bf16-mixed", False), ("64-true", True)]
 )

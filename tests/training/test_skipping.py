@@ -53,6 +53,7 @@ def train(module: Any, data: Any, folder: Path, *callbacks: Any, **options: Any)
     return seen, [str(warning.message) for warning in caught if "skipped" in str(warning.message)], error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_step_that_is_not_finite_changes_nothing(name: str, value: float, policy: str, tmp_path: Path) -> None:
