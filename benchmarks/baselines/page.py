@@ -15,12 +15,14 @@ from benchmarks.baselines.summary import (
     Price,
     Prices,
     Row,
+    best_rate,
     by_samples,
     rank_correlation,
     read_prices,
     reward,
     rows,
     target_reward,
+    tuning_scores,
 )
 from benchmarks.baselines.tasks import ARMS, PPO, TASKS, Arm, Task
 
@@ -51,9 +53,10 @@ def with_tables(text: str, curves: Curves, prices: Prices) -> str:
 def section(task: Task, curves: Curves, prices: Prices) -> str:
     """Return the picture, the table and what is not clear of a task, as Markdown."""
     found = rows(task, curves, prices)
+    tuning = _tuning(task, curves)
     if not found:
-        done = sum(cell.task == task.name for cell in curves)
-        return f"Not computed yet ({done} runs begun): `python -m benchmarks.baselines run --task {task.name}`."
+        waiting = f"No run that counts has ended yet: `python -m benchmarks.baselines run --task {task.name}`."
+        return "\n".join([waiting, *([""] if tuning else []), *tuning])
     target = target_reward(task, curves)
     reached = "–" if target is None else f"{target:.2f}"  # noqa: RUF001 - the dash of a table
     lines = [
@@ -67,7 +70,50 @@ def section(task: Task, curves: Curves, prices: Prices) -> str:
         "",
         _what_is_clear(found),
     ]
-    return "\n".join([*lines, _monitor(found)])
+    return "\n".join([*lines, _monitor(found), "", *tuning])
+
+
+def _tuning(task: Task, curves: Curves) -> list[str]:
+    """Return what the learning rates were chosen by: the mean reward of the tuning seeds with each."""
+    lines = []
+    for arm in (*ARMS.values(), PPO):
+        scores = tuning_scores(task, arm, curves)
+        best = max(scores, key=lambda rate: scores[rate], default=None)
+        cells = [f"{rate:g}: {'**' if rate == best else ''}{scores[rate]:.3f}{'**' if rate == best else ''}"
+                 for rate in sorted(scores)]  # fmt: skip
+        if cells:
+            lines.append(f"| `{arm.name}` | {', '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "| arm | mean reward of the tuning run, by learning rate |",
+        "|---|---|",
+        *lines,
+        "",
+        *_over_the_run(task, curves),
+    ]
+
+
+def _over_the_run(task: Task, curves: Curves) -> list[str]:
+    """Return what the monitor says early and late in the tuning run of the base."""
+    base = ARMS[BASE]
+    rate = best_rate(task, base, curves)
+    runs = [
+        run for cell, run in curves.items() if cell[:3] == (task.name, BASE, rate) and cell.seed in task.tuning_seeds
+    ]
+    if not runs or not any(evaluation.variance for evaluation in runs[0]):
+        return []
+    shown = [evaluation for evaluation in runs[0] if evaluation.variance]
+    shown = [shown[round(i * (len(shown) - 1) / 3)] for i in range(4)]  # four, evenly spaced
+    names = [name for name in shown[0].variance if name != BASE and all(name in point.variance for point in shown)]
+    return [
+        f"Variance by the monitor in the tuning run of `{BASE}`, divided by its own, at rewards of"
+        f" {', '.join(f'{reward(point):.2f}' for point in shown)}:",
+        "",
+        f"| step | {' | '.join(f'`{name}`' for name in names)} |",
+        f"|---|{'---|' * len(names)}",
+        *(f"| {point.step} | {' | '.join(f'{point.variance[name]:.2f}' for name in names)} |" for point in shown),
+    ]
 
 
 def _line(row: Row) -> str:

@@ -166,7 +166,7 @@ def run(cell: Cell, results: Path, train_ids: Sequence[list[int]], held_out: Seq
             measure.append(HeldOut(trainer, held_out))
         figures = {name: round(value, 6) for name, value in measure[0].measure(cell.seed).items()}
         evaluation = Evaluation(step, step * TASK.responses, 0, figures, {})
-        append(results, {**cell._asdict(), **evaluation._asdict(), **described})
+        append(results, {**cell._asdict(), **evaluation._asdict(), **(described if step == 0 else {})})
 
     train(cell, TASK.steps, on_step, train_ids)
 

@@ -69,7 +69,7 @@ class Recorder(Callback):
         """Write the evaluation."""
         if trainer.sanity_checking:
             return
-        metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
         evaluation = Evaluation(
             step=trainer.global_step,
             samples=self.counts["trained"],
@@ -78,7 +78,9 @@ class Recorder(Callback):
             variance=_part(metrics, "train/gradient_variance/"),
             rollouts=round(self.counts["generated"] / max(1, self.counts["trained"]), 4),
         )
-        append(self.path, {**self.cell._asdict(), **evaluation._asdict(), **self.machine})
+        # Once for a run; the commit may change between its pieces.
+        described = self.machine if evaluation.step == 0 else {"commit": self.machine["commit"]}
+        append(self.path, {**self.cell._asdict(), **evaluation._asdict(), **described})
 
 
 def _part(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -128,12 +128,18 @@ def _complete(curves: Curves, task: Task, arm: Arm, seeds: Sequence[int]) -> dic
     }
 
 
-def best_rate(task: Task, arm: Arm, curves: Curves) -> float | None:
-    """Return the learning rate with the highest mean reward over the tuning seeds; None before there is a run."""
+def tuning_scores(task: Task, arm: Arm, curves: Curves) -> dict[float, float]:
+    """Return the mean reward over the tuning seeds by learning rate, of runs that have ended."""
     scores: dict[float, list[float]] = {}
     for cell, evaluations in _complete(curves, task, arm, task.tuning_seeds).items():
         scores.setdefault(cell.rate, []).append(mean_reward(evaluations))
-    return max(scores, key=lambda rate: statistics.fmean(scores[rate])) if scores else None
+    return {rate: statistics.fmean(values) for rate, values in scores.items()}
+
+
+def best_rate(task: Task, arm: Arm, curves: Curves) -> float | None:
+    """Return the learning rate with the highest mean reward over the tuning seeds; None before there is a run."""
+    scores = tuning_scores(task, arm, curves)
+    return max(scores, key=lambda rate: scores[rate]) if scores else None
 
 
 def target_reward(task: Task, curves: Curves) -> float | None:

@@ -87,6 +87,7 @@ def test_a_difference_is_paired_by_seed_and_named_only_if_it_is_clear() -> None:
     text = page.section(TASK, cells(values), {})
     assert "At equal samples, better than greedy: `none`; worse: none; not significant: `tracker`." in text
     assert "| `none` | 1 | 3 | +0." in text
+    assert "| `none` | 1: **0.500** |" in text
 
 
 def test_the_target_comes_from_tuning_alone() -> None:
