@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.models.forward import prompt_index_per_row
 from remax_lightning.models.sampling import next_tokens
-from remax_lightning.rollout import GenerationRequest, cuda_graph
+from remax_lightning.rollout import GenerationRequest, fused_layers
+from remax_lightning.rollout.decode_attention import RowLengths
 from remax_lightning.rollout.paired import DecodeLoop
-from remax_lightning.rollout.static_cache import allocate_slots
 from remax_lightning.tools.plan.activation_memory import shapes_only
 
 PRODUCTS = {"addmm", "baddbmm", "bmm", "linear", "mm"}
-ATTENTION = "scaled_dot_product"
+ATTENTION = "varlen_attn"
 NO_KERNEL = {"_unsafe_view", "detach", "device", "empty", "empty_like"}
 
 
@@ -82,9 +82,9 @@ def count(work: Work) -> tuple[Counter[str], Counter[str]]:
     request = GenerationRequest(ids, mask, work.sampling, [], 0, torch.Generator())
     rows = prompt_index_per_row(ids, work.sampling.num_samples, greedy=True)
     # ---- As `PairedEngine` decodes on CUDA. Tensors without memory are no plain parameters ----
-    norms = mock.patch.object(cuda_graph, "_is_rms_norm", lambda module: type(module).__name__.endswith("RMSNorm"))
+    norms = mock.patch.object(fused_layers, "_is_rms_norm", lambda module: type(module).__name__.endswith("RMSNorm"))
     kernel = mock.patch.object(torch.nn.functional, "rms_norm", _one_kernel)
-    with norms, kernel, cuda_graph.fused_norms(model, _AllFusible()):
+    with norms, kernel, fused_layers.fused_norms(model, _AllFusible()), fused_layers.fused_rotary(model, _AllFusible()):
         return _count_step(model, request, rows)
 
 
@@ -104,7 +104,7 @@ def _one_kernel(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _count_step(model: Any, request: GenerationRequest, rows: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
-    loop = DecodeLoop(model, request, rows, None, allocate_slots)
+    loop = DecodeLoop(model, request, rows, None, RowLengths.create)
     tokens = next_tokens(loop.logits, request.num_sampled, request.sampling, request.generator)
     loop.decode_step(0, tokens)  # makes what is made once for each shape
     with Operators() as forward:

@@ -58,6 +58,26 @@ def test_rollout_compares_every_way_with_two_generate_calls(load: Any, tmp_path:
     assert all(line["mean_length"] < 5 for line in lines if line["lengths"] == "geometric")
 
 
+def test_attention_of_shared_prompts_is_measured_against_masked_slots(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "decode_attention.jsonl"
+    load("decode_attention").main(["--sizes", "toy", "--repetitions", "1", "--results", str(path)])
+    lines = {line["variant"]: line for line in lines_of(path)}
+    assert set(lines) == {"masked_slots", "shared_prefix"}
+    assert lines["shared_prefix"]["ratio"] == pytest.approx(
+        lines["shared_prefix"]["microseconds"] / lines["masked_slots"]["microseconds"], rel=1e-3
+    )
+
+
+def test_top_p_is_measured_against_a_sort(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "top_p.jsonl"
+    load("top_p").main(["--vocabularies", "400", "--repetitions", "1", "--results", str(path)])
+    for kind in ("peaked", "flat"):
+        lines = {line["variant"]: line for line in lines_of(path) if line["lengths"] == kind}
+        assert set(lines) == {"sort", "likeliest_then_sort", "digits"}
+        assert lines["sort"]["ratio"] == 1
+        assert all(line["milliseconds"] > 0 for line in lines.values())
+
+
 def test_a_new_measurement_takes_the_place_of_the_old_one(load: Any, tmp_path: Path) -> None:
     path, timing = tmp_path / "results.jsonl", load("timing")
     old = {"benchmark": "rollout", "size": "tiny", "variant": "ours", "seconds": 2.0}
@@ -230,7 +250,7 @@ def test_gpu_captures_graphs_of_what_it_measures(load: Any, fake_cuda: FakeCuda)
     models, parts = load("gpu_models"), load("gpu_parts")
     work, budget = models.WORKS["toy"], parts.Budget(time.monotonic() + 600)
     model = models.build(work, torch.device("cpu")).to("cuda")
-    assert parts.decode_figures(model, work, True, budget, {})["graphs"] == 1
+    assert parts.decode_figures(model, work, True, budget, {})["graphs"] == 2  # of a step, and of top-p
     assert all(graph.replays for graph in fake_cuda.graphs)
     assert parts.decode_figures(model, work, False, budget, {})["graphs"] == 0
 

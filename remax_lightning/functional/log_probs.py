@@ -98,7 +98,7 @@ class LogitTransform(NamedTuple):
 
 LOGITS_AT_ONCE = 2**24
 """Default number of logits that exist at once: 64 MiB in float32, 128 tokens of a vocabulary of 131,072. A pass needs
-two to three tensors of this size besides its inputs and gradients; truncation by top-p sorts, which needs four more."""
+two to three tensors of this size besides its inputs and gradients; on CUDA top-p needs about eight more."""
 
 
 class TokenStatistics(NamedTuple):

@@ -1,8 +1,8 @@
 """Packed rows: texts one behind the other in a single row without padding, each attending to itself alone.
 
 transformers takes an attention function by name. The one of this file attends within each text: on CUDA in 16 bits by
-torch's flash attention over texts of any length, otherwise by one call for each text, which is exact and on a CPU the
-cheapest (`benchmarks/packing.py`). All other layers of a language model work token by token: they see one long row.
+flash attention over texts of any length (`flash_kernel`), otherwise by one call for each text, which is exact and on a
+CPU the cheapest (`benchmarks/packing.py`). All other layers of a language model work token by token: they see one row.
 
 Whether a model can be packed is found by running a few tokens packed and apart. What cannot be (recurrent layers,
 attention of a model's own, soft caps, texts longer than a sliding window) runs padded rows.
@@ -15,8 +15,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from functools import cache, lru_cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -209,9 +211,78 @@ def _flash_attention(
     dropout: float,  # noqa: ARG001 - 0 here
 ) -> Tensor:
     """Return `[1, T, H, d']` of all texts in one kernel."""
+    kernel = flash_kernel(query.device, query.dtype)
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, H, d]
+    return kernel(query, key, value, bounds, scaling, causal)[None]
+
+
+# ---- The kernel of flash attention ----
+
+FlashKernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, TextBounds, float | None, bool], Tensor]
+"""Attends within texts: from `[T, H, d]` queries, `[T, H', d]` keys and values, bounds, scaling and whether it is
+causal, to `[T, H, d]`."""
+HUB_KERNEL = "kernels-community/flash-attn2"
+"""The kernel that the package `kernels` loads; only from its cache, so that no run downloads code unasked."""
+
+
+@lru_cache(maxsize=8)
+def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel:
+    """Return the kernel for packed rows: of flash-attn or `kernels` where one is installed and right, else torch's.
+
+    The first call tries it on random numbers; the log says which one it is, and what is wrong with the others.
+    """
+    for name, load in _INSTALLED.items():
+        try:
+            kernel = partial(_by_package, load())
+        except ImportError:
+            continue
+        except Exception as error:  # a package that was built for another torch or device may raise anything
+            log.info("packed rows do not attend by %s: it cannot be loaded (%s: %s)", name, type(error).__name__, error)
+            continue
+        if reason := _kernel_fault(kernel, device, dtype):
+            log.info("packed rows do not attend by %s: %s", name, reason)
+            continue
+        log.info("packed rows attend by %s", name)
+        return kernel
+    return _by_torch
+
+
+def _flash_attn_3() -> Any:
+    return import_module("flash_attn_interface").flash_attn_varlen_func
+
+
+def _flash_attn_2() -> Any:
+    return import_module("flash_attn").flash_attn_varlen_func
+
+
+def _hub_kernel() -> Any:
+    kernels, constants = import_module("kernels"), import_module("huggingface_hub.constants")
+    if not any(Path(constants.HF_HUB_CACHE).glob(f"*--{HUB_KERNEL.replace('/', '--')}")):
+        raise ImportError(f"{HUB_KERNEL} is not in the cache")
+    return kernels.get_kernel(HUB_KERNEL).flash_attn_varlen_func
+
+
+_INSTALLED: dict[str, Callable[[], Any]] = {
+    "flash-attn 3": _flash_attn_3,
+    "flash-attn": _flash_attn_2,
+    "kernels": _hub_kernel,
+}
+
+
+def _by_package(
+    function: Any, query: Tensor, key: Tensor, value: Tensor, bounds: TextBounds, scaling: float | None, causal: bool
+) -> Tensor:
+    longest = max(bounds.lengths)
+    ends = bounds.ends
+    output = function(query, key, value, ends, ends, longest, longest, softmax_scale=scaling, causal=causal)
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)  # some also return the log of the sum
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, bounds: TextBounds, scaling: float | None, causal: bool
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, H, d]
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
         if _takes_groups(varlen_attn):
@@ -231,7 +302,23 @@ def _flash_attention(
         window_size=(-1, 0) if causal else (-1, -1),
         **options,
     )
-    return cast(Tensor, output)[None]
+    return cast(Tensor, output)
+
+
+@torch.no_grad()
+def _kernel_fault(kernel: FlashKernel, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what is wrong with a kernel on random numbers: two texts, four heads of queries and two of keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, heads, 64, generator=generator) for heads in (4, 2, 2))
+    query, key, value = (tensor.to(dtype).to(device) for tensor in (query, key, value))
+    bounds = TextBounds([5, 4], torch.tensor([0, 5, 9], dtype=torch.int32).to(device))
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    expected = attend_text_by_text(q, k, v, bounds, 0.1, causal=True, dropout=0.0)[0].float()
+    try:
+        gap = float((kernel(query, key, value, bounds, 0.1, True).float() - expected).abs().max())
+    except Exception as error:
+        return f"it fails ({type(error).__name__}: {error})"
+    return "" if gap < TOLERANCE_16_BITS else f"it computes something else (by {gap:.2g})"
 
 
 @cache

@@ -7,8 +7,10 @@ Rollout engines sample from it and training computes log-probs under it, so both
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -86,17 +88,103 @@ def apply_top_k_top_p(logits: Tensor, sampling: SamplingConfig) -> Tensor:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # [M, 1]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if sampling.top_p < 1:
-        sorted_logits, order = logits.sort(dim=-1, descending=True)
-        sorted_probs = sorted_logits.softmax(-1)
-        # A token is dropped if the more likely ones reach top_p without it.
-        probability_before = sorted_probs.cumsum(-1) - sorted_probs
-        dropped = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, probability_before >= sampling.top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        logits = apply_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
         probs = logits.softmax(-1)
         threshold = sampling.min_p * probs.amax(-1, keepdim=True)  # [M, 1]
         logits = logits.masked_fill(probs < threshold, -torch.inf)
     return logits
+
+
+def apply_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Set all but the most likely tokens, which together reach `top_p`, to minus infinity.
+
+    A token is dropped if those before it reach `top_p` without it. They are in order of their logits, and those with
+    the same logit in order of their ids. The vocabulary is not sorted, which would cost more than all else of a draw.
+
+    Args:
+        logits: `[M, V]` float32.
+        top_p: the probability to reach.
+    """
+    # Tensors without values, of the plan, can only take the way of a device that the host does not wait for.
+    if logits.device.type == "cpu" and not isinstance(logits, FakeTensor):
+        return _top_p_of_likeliest(logits, top_p)
+    return _top_p_by_digits(logits, top_p)
+
+
+LIKELIEST = 256
+"""Tokens among which a CPU looks for the end of top-p first."""
+
+
+def _top_p_of_likeliest(logits: Tensor, top_p: float) -> Tensor:
+    """Apply top-p on a CPU: to the likeliest tokens, and only rows that need more are sorted."""
+    size = min(LIKELIEST, logits.shape[-1])
+    total = logits.logsumexp(-1, keepdim=True)  # [M, 1]
+    threshold, count = _smallest_kept(logits.topk(size).values, total, top_p)  # [M, 1] each
+    is_flat = (count == size).squeeze(-1)  # [M] and may need more
+    if size < logits.shape[-1] and is_flat.any():
+        # numpy sorts forty times as fast as torch, which would also return the order.
+        in_order = -torch.from_numpy(np.sort(-logits[is_flat].detach().numpy(), axis=-1))
+        threshold[is_flat], count[is_flat] = _smallest_kept(in_order, total[is_flat], top_p)
+    # Nothing is kept of a row that is no distribution, so that nobody draws from it.
+    threshold = threshold.where(total.isfinite(), torch.nan)
+    kept = logits >= threshold
+    tied = (kept.sum(-1) > count.squeeze(-1)).nonzero().squeeze(-1)  # rows that keep some tokens of one logit
+    if len(tied):
+        at = logits[tied] == threshold[tied]
+        kept_of_tie = count[tied] - (logits[tied] > threshold[tied]).sum(-1, keepdim=True)
+        kept[tied] &= ~at | (at.cumsum(-1) <= kept_of_tie)
+    return torch.where(kept, logits, -torch.inf)
+
+
+def _smallest_kept(in_order: Tensor, total: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return `[M, 1]` the smallest logit that top-p keeps of `[M, K]` descending ones, and how many it keeps.
+
+    Args:
+        in_order: the likeliest tokens.
+        total: `[M, 1]` log of the sum of all exponentials.
+        top_p: the probability to reach.
+    """
+    probs = (in_order - total).exp()
+    count = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True).clamp_min(1)  # the most likely one stays
+    return in_order.gather(-1, count - 1), count
+
+
+DIGITS = (11, 11, 10)
+"""Bits of a logit that are found at once, from the highest."""
+UNITS = 2.0**40
+"""Probabilities are counted in integers of this, whose sums are the same in any order."""
+
+
+def _top_p_by_digits(logits: Tensor, top_p: float) -> Tensor:
+    """Apply top-p where the host must not wait: find the smallest kept logit digit by digit, by sums of probabilities.
+
+    A CUDA graph can capture it, and it is the same at every call: integers are added.
+    """
+    mass = (logits.softmax(-1) * UNITS).long()  # [M, V]
+    # Integers from 0 in the order of the logits; adding 0 makes one of both zeros.
+    bits = (logits + 0.0).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 2**31  # [M, V]
+    # Of the smallest kept key: its digits so far, and the mass of all tokens above them, less what is to be reached.
+    found: Tensor | int = 0  # [M, 1], as is `excess`
+    excess: Tensor | int = -int(top_p * UNITS)
+    shift = 32
+    for number in DIGITS:
+        size, is_first, shift = 1 << number, shift == 32, shift - number
+        digits = keys >> shift
+        # Tokens count that have the digits found so far.
+        counted = mass if is_first else mass.where((digits >> number) == found, 0)
+        index = digits if is_first else digits & (size - 1)
+        upto = mass.new_zeros(len(logits), size).scatter_add_(-1, index, counted).cumsum(-1)  # [M, size]
+        # Tokens of a digit are dropped if those of higher digits reach `top_p`. Never are all, but in a row of NaN.
+        reached = upto[:, -1:] + excess
+        digit = (upto <= reached).sum(-1, keepdim=True).clamp_max(size - 1)  # [M, 1]
+        excess = reached - upto.gather(-1, digit)
+        found = digit if is_first else (found << number) | digit
+    # ---- Of the tokens with the smallest kept logit, the first ones stay ----
+    at = keys == found
+    stays = at & (at.cumsum(-1) * mass + excess < mass)
+    return torch.where((keys > found) | stays, logits, -torch.inf)
 
 
 def make_sampling_mask(
@@ -151,7 +239,18 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+def truncated_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return `[M, V]` float32 logits of what is sampled from, minus infinity on tokens that are left out."""
+    return apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
+
+
+def next_tokens(
+    logits: Tensor,
+    num_sampled: int,
+    sampling: SamplingConfig,
+    generator: torch.Generator,
+    truncate: Callable[[Tensor, SamplingConfig], Tensor] = truncated_logits,
+) -> Tensor:
     """Choose the next token of each row: sampled on the first `num_sampled` rows, greedy on the others.
 
     Args:
@@ -159,6 +258,7 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
         num_sampled: number of sampled rows; they come first.
         sampling: temperature, top-k, top-p and min-p.
         generator: source of randomness. How much it is advanced depends on the number of sampled rows alone.
+        truncate: what computes `truncated_logits`, such as a CUDA graph of it.
 
     Returns:
         `[M]` token ids.
@@ -173,7 +273,7 @@ def next_tokens(logits: Tensor, num_sampled: int, sampling: SamplingConfig, gene
         refuse_bad_rows((~highest.isfinite()).sum(), len(highest))
     if num_sampled == 0:
         return greedy
-    scaled = apply_top_k_top_p(apply_temperature(logits[:num_sampled], sampling.temperature), sampling)  # [S, V]
+    scaled = truncate(logits[:num_sampled], sampling)  # [S, V]
     sample = sample_inverse_cdf if logits.device.type == "cpu" else sample_exponential_race
     return torch.cat([sample(scaled, generator), greedy])  # [M]
 

@@ -1,4 +1,4 @@
-"""What makes a decoding step cheap: CUDA graphs, fused norms, and 16-bit weights that are cast once per rollout.
+"""What makes a decoding step cheap: CUDA graphs, and 16-bit weights that are cast once per rollout.
 
 Graphs are captured once per shape, then replayed without the Python of the model. A decoding step launches the same
 kernels on the same shapes token after token, so a replay is exact: it reads the weights where they are, sees every
@@ -12,7 +12,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -57,6 +56,7 @@ class StepCache:
         self._hooked, self._waits, self._logged = "", "", ""
         self._failed: set[Hashable] = set()  # shapes of this rollout
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
+        self._copies: dict[Hashable, tuple[Tensor, ...]] = {}  # inputs of graphs that others than the engine own
         self._memory: GraphMemory | None = None
         self._moves = 0
         self._weights: Hashable = None
@@ -97,6 +97,7 @@ class StepCache:
     def clear(self) -> None:
         """Drop all graphs, and their memory with the last of them."""
         self._graphs.clear()
+        self._copies.clear()
         self._memory = None
 
     def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -116,9 +117,19 @@ class StepCache:
                 self._note_failure(key, error)
                 return step(*inputs)
             if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
+                self._copies.pop(self._graphs.popitem(last=False)[0], None)
         self._graphs.move_to_end(key)  # the most recently used one stays longest
         return self._graphs[key](*inputs)
+
+    def run_on_copies(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return `step(*inputs)` as `run` does, of inputs that are elsewhere each time."""
+        if inputs[0].device.type != "cuda" or self.why_unsupported or key in self._failed:
+            return step(*inputs)
+        if key not in self._copies:
+            self._copies[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
+        for copy, tensor in zip(self._copies[key], inputs, strict=True):
+            copy.copy_(tensor)
+        return self.run(key, step, self._copies[key])
 
     def _note_failure(self, key: Hashable, error: Exception) -> None:
         """Run steps of this shape as they are: for good if they wait for the host, otherwise until the next rollout."""
@@ -281,74 +292,6 @@ def _cast(layers: Sequence[nn.Linear], dtype: torch.dtype, previous: Sequence[Ca
 
 def _kind(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     return weight.shape, weight.device, dtype
-
-
-@contextmanager
-def fused_norms(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
-    """Run the RMS norms of the model as one kernel each inside, where transformers launches eight.
-
-    In 16 bits the result is rounded once and not twice. Families write their norms in many ways, some with 1 + weight;
-    so one norm of each kind is compared with torch's on random numbers first, and left alone where they differ.
-
-    Args:
-        model: with the weights of a rollout.
-        checked: what earlier calls have found, by kind of norm; the host waits for the device at a new one.
-
-    Yields:
-        The number of norms that are fused.
-    """
-    norms: list[Any] = [module for module in model.modules() if _is_rms_norm(module)]
-    fused = []
-    for norm in norms:
-        kind = type(norm), norm.weight.shape, norm.weight.dtype, norm.weight.device, _epsilon(norm)
-        if kind not in checked:
-            checked[kind] = _is_fusible(norm)
-        if checked[kind]:
-            # An attribute of the instance hides the method of its class, until it is deleted below.
-            norm.forward = partial(_fused_rms_norm, norm, norm.forward)
-            fused.append(norm)
-    try:
-        yield len(fused)
-    finally:
-        for norm in fused:
-            del norm.forward
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__.endswith("RMSNorm")
-        and type(weight) is nn.Parameter  # the shard of a weight is no plain parameter, or an empty one
-        and weight.dim() == 1
-        and weight.numel() > 0
-        and len(list(module.parameters())) == 1
-        and "forward" not in vars(module)
-        and _epsilon(module) is not None
-    )
-
-
-def _epsilon(norm: nn.Module) -> float | None:
-    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return value if isinstance(value, float) else None
-
-
-def _fused_rms_norm(norm: Any, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    # Under autocast, inputs and weights may differ; the result then has a dtype of the family's choice.
-    if inputs.dtype != norm.weight.dtype:
-        return plain(inputs)
-    return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, _epsilon(norm))
-
-
-def _is_fusible(norm: Any) -> bool:
-    """Whether torch's RMS norm computes what the layer does, on random numbers."""
-    weight = norm.weight
-    generator = torch.Generator(weight.device).manual_seed(0)
-    inputs = torch.randn(4, weight.numel(), generator=generator, device=weight.device).to(weight.dtype)
-    expected, got = norm(inputs), _fused_rms_norm(norm, norm.forward, inputs)
-    if expected.dtype != got.dtype:
-        return False
-    tolerance = 4 * torch.finfo(weight.dtype).eps  # of two roundings
-    return bool(((got - expected).abs() <= tolerance * expected.abs() + tolerance * expected.abs().mean()).all())
 
 
 class CastLinear:

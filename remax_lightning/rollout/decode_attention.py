@@ -13,6 +13,7 @@ What neither can do decodes in masked slots (`static_cache.py`), and the log say
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Hashable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
@@ -97,16 +98,22 @@ class DecodeAttention:
     def __enter__(self) -> Self:
         self._switch = attention_by_name(self.configs, NAME, decode_attention)
         self._switch.__enter__()
-        _active.append(self)
+        _steps.running.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _active.pop()
+        _steps.running.pop()
         self._switch.__exit__(*error)
 
 
-_active: list[DecodeAttention] = []
-"""The step that runs now, last."""
+class _Steps(threading.local):
+    """The steps that run now, the innermost last; another thread may decode with another model."""
+
+    def __init__(self) -> None:
+        self.running: list[DecodeAttention] = []
+
+
+_steps = _Steps()
 
 
 def decode_attention(
@@ -138,13 +145,13 @@ def decode_attention(
         NotPackableError: if the layer has a mask of its own, no cache, or changes its logits.
     """
     changes = [name for name in CHANGES_LOGITS if options.get(name) is not None]
-    layer = _active[-1].layer if _active else None
-    if layer is None or attention_mask is not None or changes or query.shape[2] != 1:
+    step = _steps.running[-1] if _steps.running else None
+    layer = None if step is None else step.layer
+    if step is None or layer is None or attention_mask is not None or changes or query.shape[2] != 1:
         raise NotPackableError(f"{type(module).__name__} needs {', '.join(changes) or 'a mask or a cache of its own'}")
-    _active[-1].layer = None
-    _active[-1].calls += 1
+    step.layer, step.calls = None, step.calls + 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _active[-1].states.attend(layer, query.squeeze(2), scaling).unsqueeze(1), None
+    return step.states.attend(layer, query.squeeze(2), scaling).unsqueeze(1), None
 
 
 def writing_cache(num_layers: int, filled: int) -> DynamicCache:
@@ -180,9 +187,9 @@ def _writing_layer() -> Any:
             self.index, self.filled, self.is_initialized = index, filled, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            active = _active[-1]
-            active.states.write(self.index, key_states, value_states)
-            active.layer = self.index
+            step = _steps.running[-1]
+            step.states.write(self.index, key_states, value_states)
+            step.layer = self.index
             return key_states, value_states
 
         def get_seq_length(self) -> int:
@@ -254,6 +261,7 @@ class SharedPrefix:
             prompts: `[M]` the prompt of each row.
         """
         self.prompts = prompts
+        self._known_orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by heads of queries and of keys
         if _has_no_values(prompts):  # as many rows of each prompt
             self.places, self.row_of_cell, self.cell_of_row = len(prompts) // len(self.prefix[0]), prompts, prompts
             return
@@ -308,22 +316,35 @@ class SharedPrefix:
         after = query.view(rows, groups, heads // groups, -1) @ keys.mT  # [M, H', H / H', t]
         # ---- One softmax over both ----
         probs = torch.cat([self._by_row(before, heads), after.view(rows, heads, -1)], -1).softmax(-1)  # [M, H, P + t]
-        of_prompt, of_row = probs[..., :length], probs[..., length:].view(rows, groups, heads // groups, -1)
-        output = self._by_row(self._by_prompt(of_prompt, groups) @ prompt_values, heads)  # [M, H, d]
-        return output + (of_row @ values).view(rows, heads, -1)
+        of_prompt = self._by_prompt(probs, groups)[..., :length]
+        of_row = probs.view(rows, groups, heads // groups, -1)[..., length:]
+        output = self._by_row(of_prompt @ prompt_values, heads)  # [M, H, d]
+        return output.add_((of_row @ values).view(rows, heads, -1))
 
     def _by_prompt(self, of_rows: Tensor, groups: int) -> Tensor:
         """Return `[B, H', G * H / H', X]` of `[M, H, X]`, by prompt and head of keys."""
-        cells = of_rows.index_select(0, self.row_of_cell)  # [B * G, H, X]
-        shape = len(cells) // self.places, self.places, groups, cells.shape[1] // groups, cells.shape[2]
-        grid = cells.view(shape).transpose(1, 2)
-        return grid.flatten(2, 3)
+        to_grid, _ = self._orders(of_rows.shape[1], groups)
+        grid = of_rows.flatten(0, 1).index_select(0, to_grid)
+        return grid.view(len(self.prefix[0]), groups, -1, grid.shape[-1])
 
     def _by_row(self, of_prompts: Tensor, heads: int) -> Tensor:
         """Return `[M, H, X]` of `[B, H', G * H / H', X]`."""
-        prompts, groups, _, size = of_prompts.shape
-        grid = of_prompts.view(prompts, groups, self.places, heads // groups, size).transpose(1, 2)
-        return grid.reshape(prompts * self.places, heads, size).index_select(0, self.cell_of_row)
+        _, to_rows = self._orders(heads, of_prompts.shape[1])
+        of_rows = of_prompts.flatten(0, 2).index_select(0, to_rows)
+        return of_rows.view(len(self.cell_of_row), heads, of_prompts.shape[-1])
+
+    def _orders(self, heads: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Return the order of rows and heads, `[M * H]`, in the grid of prompts, and the order of that in rows."""
+        if (heads, groups) not in self._known_orders:
+            share = heads // groups  # heads of queries for a head of keys
+            group, head = torch.arange(groups), torch.arange(share)
+            row = self.row_of_cell.view(-1, 1, self.places, 1)
+            to_grid = row * heads + (group * share)[:, None, None] + head  # [B, H', G, H / H']
+            prompt, place = self.cell_of_row[:, None] // self.places, self.cell_of_row[:, None] % self.places
+            group, head = torch.arange(heads) // share, torch.arange(heads) % share
+            to_rows = ((prompt * groups + group) * self.places + place) * share + head  # [M, H]
+            self._known_orders[heads, groups] = to_grid.flatten(), to_rows.flatten()
+        return self._known_orders[heads, groups]
 
 
 def _has_no_values(tensor: Tensor) -> bool:

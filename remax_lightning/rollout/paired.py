@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -20,9 +20,9 @@ from remax_lightning.config import SamplingConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
 from remax_lightning.models.packing import TOLERANCE, TOLERANCE_16_BITS, attention_obstacle, smallest_window
-from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows
+from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows, truncated_logits
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
-from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears, fused_norms
+from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
 from remax_lightning.rollout.decode_attention import (
     AttentionStates,
     DecodeAttention,
@@ -31,6 +31,7 @@ from remax_lightning.rollout.decode_attention import (
     SharedPrefix,
     kind_of_states,
 )
+from remax_lightning.rollout.fused_layers import fused_activations, fused_norms, fused_rotary
 from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize, allocate_slots, layout_of
 from remax_lightning.sharding import is_sharded, language_model
 
@@ -130,7 +131,7 @@ class DecodeLoop:
         for step in range(sampling.max_response_length):
             # ---- Choose the next token of every row ----
             self.suppress_tokens(step)
-            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator)  # [M]
+            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator, self._truncate)  # [M]
             self._store_tokens(output, step)
             # ---- Find rows that end here ----
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
@@ -147,6 +148,14 @@ class DecodeLoop:
             # ---- Logits of the next position [M, V] ----
             self.decode_step(step, self.tokens)
         return output
+
+    def _truncate(self, logits: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Return `truncated_logits`, on CUDA from a graph: top-p alone launches sixty kernels."""
+        if self.step_cache is None or not sampling.truncates:
+            return truncated_logits(logits, sampling)
+        options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        key = "truncated", logits.shape, logits.dtype, options
+        return self.step_cache.run_on_copies(key, partial(truncated_logits, sampling=sampling), (logits,))
 
     def suppress_tokens(self, step: int) -> None:
         """Set the logits of tokens that cannot be drawn at `step`, a position from 0, to minus infinity."""
@@ -276,8 +285,12 @@ class PairedEngine:
         casting: AbstractContextManager[list[CastLinear]] = nullcontext([])
         if torch.is_autocast_enabled(device):
             casting = cast_linears(model, self._casts)
-        fusing = fused_norms(model, self._fusible) if device == "cuda" else nullcontext()
-        with fusing, casting as casts:
+        # ---- Fewer operators; in 16 bits they round otherwise, which a CPU does not need ----
+        is_float32 = model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        with ExitStack() as stack:
+            for fuse in (fused_norms, fused_rotary, fused_activations) if device == "cuda" or is_float32 else ():
+                stack.enter_context(fuse(model, self._fusible))
+            casts = stack.enter_context(casting)
             if step_cache is not None:
                 step_cache.begin(model)
                 if casts != self._casts:

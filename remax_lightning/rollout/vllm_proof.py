@@ -15,7 +15,7 @@ from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.errors import UserError
 from remax_lightning.functional.log_probs import LOGITS_AT_ONCE, LogitTransform
 from remax_lightning.models.forward import accepts_argument, find_head, hidden_states
-from remax_lightning.models.sampling import apply_temperature, apply_top_k_top_p, gather_log_probs
+from remax_lightning.models.sampling import gather_log_probs, truncated_logits
 from remax_lightning.rollout.base import GenerationRequest
 from remax_lightning.rollout.vllm_client import ServerInfo, VLLMServer
 
@@ -225,7 +225,7 @@ def _gather(logits: Tensor, tokens: Tensor, *, normalize: bool = True) -> Tensor
 
 
 def _sampled_from(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    return apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
+    return truncated_logits(logits, sampling)
 
 
 def _refuse_log_probs(

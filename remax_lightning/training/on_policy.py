@@ -25,7 +25,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import policy_statistics
-from remax_lightning.models.sampling import apply_temperature, apply_top_k_top_p, gather_log_probs
+from remax_lightning.models.sampling import gather_log_probs, truncated_logits
 from remax_lightning.sharding import language_model
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout
@@ -233,7 +233,7 @@ def _unlikelihood(policy: PreTrainedModel, worker: RolloutWorker) -> float:
         tokens = ids[mask]
         # What the engine should have drawn from: logits without padding, then suppression, temperature and truncation.
         logits = _logits_behind(policy, worker, prompt.prompt_ids[index][prompt.prompt_mask[index]], tokens)
-        logits = apply_top_k_top_p(apply_temperature(logits, worker.sampling.temperature), worker.sampling)
+        logits = truncated_logits(logits, worker.sampling)
         log_probs = logits.log_softmax(-1)  # [tokens, V]
         # Clamped, because 0 * -inf is NaN; a token of probability 0 adds 0.
         surprise = (log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)  # [tokens], minus the entropy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,6 +220,66 @@ def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
     found = policy_statistics(there, rollout, SamplingConfig()).log_probs
     assert bool(called) == flash
     torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.fixture
+def another_kernel() -> Any:
+    """The choice of a kernel, made anew and forgotten at the end."""
+    packing.flash_kernel.cache_clear()
+    yield
+    packing.flash_kernel.cache_clear()
+
+
+def flash_attn_varlen_func(factor: float, called: list[int]) -> Any:
+    """flash-attn's function, text by text, which computes something else where the factor is not 1."""
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, _: Tensor, longest: int, __: int, **options: Any
+    ) -> Any:
+        assert set(options) == {"softmax_scale", "causal"}
+        called.append(longest)
+        rows = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        bounds = TextBounds([5, 4] if len(q) == 9 else ends.diff().tolist(), ends)
+        scale, causal = options["softmax_scale"], options["causal"]
+        return factor * attend_text_by_text(*rows, bounds, scale, causal=causal, dropout=0.0)[0]
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("module", "factor", "said"),
+    [
+        ("flash_attn", 1.0, "packed rows attend by flash-attn"),
+        ("flash_attn_interface", 1.0, "packed rows attend by flash-attn 3"),
+        ("flash_attn", 3.0, "packed rows do not attend by flash-attn: it computes something else"),
+        ("flash_attn", None, "packed rows do not attend by flash-attn: it fails (TypeError"),
+        ("flash_attn", "absent", ""),
+    ],
+)
+def test_flash_attn_is_taken_where_it_is_installed_and_right(
+    module: str,
+    factor: Any,
+    said: str,
+    another_kernel: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch.nn.attention import varlen
+
+    of_package, of_torch = [], []
+    monkeypatch.setattr(varlen, "varlen_attn", with_flash(of_torch))
+    if factor != "absent":
+        functions = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func(factor, of_package))
+        monkeypatch.setitem(sys.modules, module, functions)
+    bounds = TextBounds([5, 3, 4], torch.tensor([0, 5, 8, 12], dtype=torch.int32))
+    rows = random_rows(torch.bfloat16)
+    with caplog.at_level(logging.INFO, "remax_lightning.models.packing"):
+        for _ in range(2):
+            found = packing._flash_attention(*rows, bounds, 0.3, causal=True, dropout=0.0)
+    expected = attend_text_by_text(*rows, bounds, 0.3, causal=True, dropout=0.0)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    assert len(of_torch) == (0 if factor == 1.0 else 2)
+    assert [record.getMessage()[: len(said)] for record in caplog.records] == ([said] if said else [])
 
 
 # Reward models

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears, fused_norms
+from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
+from remax_lightning.rollout.fused_layers import fused_norms, fused_rotary
 
 
 @pytest.fixture
@@ -215,3 +220,123 @@ def test_rollouts_on_cuda_fuse_norms(fake_cuda: FakeCuda, monkeypatch: pytest.Mo
     request = GenerationRequest(ids, mask, SamplingConfig(max_response_length=3), [], 3, generator)
     PairedEngine(cuda_graphs=False).generate(tiny_model().to("cuda"), request)
     assert len(calls) > 5 * 3  # of the prompt, and of two tokens
+
+
+ROTARY = (
+    "Llama",
+    "Qwen3",
+    "Mistral (sliding window)",
+    "Gemma 3 (sliding window)",
+    "Phi",
+    "StableLM",
+    "GPT-NeoX",
+    "GPT-2",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROTARY)
+def test_a_family_rotates_a_token_as_it_does_itself(name: str, dtype: torch.dtype) -> None:
+    model = family_model(next(family for family in FAMILIES if family.name == name), dtype)
+    module = sys.modules[type(model).__module__]
+    before = getattr(module, "apply_rotary_pos_emb", None)
+    tokens = torch.arange(5, 45).view(4, 10)
+    with torch.no_grad():
+        logits, cached = [], []
+        for fused in (False, True):
+            with fused_rotary(model, {}) if fused else nullcontext(0) as number:
+                assert number == (fused and name != "GPT-2")
+                output = model(tokens, use_cache=True)
+                with Counts() as counts:
+                    logits.append(model(tokens[:, :1], past_key_values=output.past_key_values).logits)
+            cached.append(counts.negations)
+    assert getattr(module, "apply_rotary_pos_emb", None) is before
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (logits[1] - logits[0]).norm() <= tolerance * logits[0].norm()
+    if name in ("Llama", "Qwen3"):
+        assert cached == [2 * 2, 1]  # of queries and keys in both layers; of the sines, once for all
+
+
+class Counts(TorchDispatchMode):
+    """Counts negations, of which a rotation has two."""
+
+    negations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.negations += func.overloadpacket.__name__ == "neg"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbors in place of halves, as Cohere rotates."""
+    from transformers.models.llama import modeling_llama
+
+    def by_neighbors(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        def rotated(x: Any) -> Any:
+            return x * cos[:, None] + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin[:, None]
+
+        return rotated(q), rotated(k)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", by_neighbors)
+    with fused_rotary(tiny_model("llama"), {}) as number:
+        assert number == 0
+        assert modeling_llama.apply_rotary_pos_emb is by_neighbors
+
+
+# liger-kernel
+
+
+def liger_of(monkeypatch: pytest.MonkeyPatch, factor: float) -> Counter[str]:
+    """Install liger-kernel's two functions, which compute something else where the factor is not 1."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    calls: Counter[str] = Counter()
+
+    def liger_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        calls["rotary"] += 1
+        return tuple(factor * rotated for rotated in apply_rotary_pos_emb(q, k, cos, sin))
+
+    def _swiglu_dispatch(gate: Any, up: Any) -> Any:
+        calls["swiglu"] += 1
+        return factor * nn.functional.silu(gate) * up
+
+    rope, swiglu = ModuleType("liger_kernel.transformers.rope"), ModuleType("liger_kernel.transformers.swiglu")
+    rope.liger_rotary_pos_emb, swiglu._swiglu_dispatch = liger_rotary_pos_emb, _swiglu_dispatch
+    for module in (rope, swiglu):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    return calls
+
+
+def greedy_rollout(model: Any, device: str) -> torch.Tensor:
+    ids = torch.arange(5, 25).view(4, 5).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    sampling = SamplingConfig(max_response_length=6)
+    request = GenerationRequest(ids, torch.ones_like(ids, dtype=torch.bool), sampling, [0], 3, generator)
+    return PairedEngine().generate(model, request).greedy_ids
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_liger_kernel_is_taken_on_cuda_where_it_is_right(
+    factor: float, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = greedy_rollout(tiny_model("llama"), "cpu")
+    calls = liger_of(monkeypatch, factor)
+    with caplog.at_level("INFO"):
+        found = greedy_rollout(tiny_model("llama").to("cuda"), "cuda")
+    assert torch.equal(found.cpu(), expected)
+    said = [record.getMessage() for record in caplog.records if "liger-kernel" in record.getMessage()]
+    if factor == 1:
+        assert said == [f"rollouts take liger-kernel's {name}" for name in ("liger_rotary_pos_emb", "swiglu_dispatch")]
+        assert min(calls.values()) > 2  # and not only in its trial
+    else:
+        assert all("do not take" in text and "it computes something else" in text for text in said)
+        assert len(said) == 2
+        assert set(calls.values()) == {1}
+
+
+def test_liger_kernel_is_left_alone_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = liger_of(monkeypatch, 1.0)
+    greedy_rollout(tiny_model("llama"), "cpu")
+    assert not calls

@@ -193,10 +193,10 @@ def test_a_model_that_attends_otherwise_keeps_its_masks(
 # On CUDA: one graph for a number of rows
 
 
-def on_cuda(model: Any, engine: PairedEngine, length: int, eos: int = 2, seed: int = 0) -> GenerationOutput:
+def on_cuda(model: Any, engine: PairedEngine, length: int, eos: int = 2, top_p: float = 1.0) -> GenerationOutput:
     ids, mask = prompts()
-    chance = torch.Generator("cuda").manual_seed(seed)
-    sampling = SamplingConfig(max_response_length=length)
+    chance = torch.Generator("cuda").manual_seed(0)
+    sampling = SamplingConfig(max_response_length=length, top_p=top_p)
     request = GenerationRequest(ids.to("cuda"), mask.to("cuda"), sampling, [eos], PAD, chance, return_log_probs=True)
     return engine.generate(model, request)
 
@@ -242,6 +242,16 @@ def test_rows_that_end_leave_the_graphs_of_fewer_rows_to_replay(flash: FlashByLe
     on_cuda(model, engine, 100, eos=eos)
     assert len(fake_cuda.graphs) == whole + len(fewer)
     assert sum(graph.replays for graph in fake_cuda.graphs) > before
+
+
+def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLengths, fake_cuda: FakeCuda) -> None:
+    model, engine = tiny_model("llama").to("cuda", torch.bfloat16), PairedEngine()
+    found = on_cuda(model, engine, 12, top_p=0.7)
+    assert [graph.replays for graph in fake_cuda.graphs] == [12, 11]  # a draw for every token, a step for all but one
+    assert fake_cuda.reads["nonzero"] == 0
+    plain = on_cuda(model, PairedEngine(cuda_graphs=False), 12, top_p=0.7)
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], plain[:3], strict=True))
+    assert not torch.equal(found.sampled_ids, on_cuda(model, engine, 12).sampled_ids)
 
 
 @pytest.mark.skipif(not decode_attention._flash_takes_lengths(), reason="torch's flash attention takes no lengths")

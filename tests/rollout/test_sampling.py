@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.models import sampling as sampling_module
 from remax_lightning.models.sampling import (
     NO_TOKENS,
     SuppressedTokens,
@@ -59,6 +60,63 @@ def test_truncated_logits_are_those_of_transformers_warpers(options: dict[str, f
     sampling = SamplingConfig(**options)  # type: ignore[arg-type]
     got = apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
     torch.testing.assert_close(got, expected)
+
+
+WAYS_OF_TOP_P = pytest.mark.parametrize("way", [sampling_module._top_p_of_likeliest, sampling_module._top_p_by_digits])
+
+
+def some_logits() -> dict[str, torch.Tensor]:
+    """Rows of 1,000 tokens: those of a CPU's first look are enough for some of them, and not for others."""
+    normal = torch.randn(12, 1000, generator=torch.Generator().manual_seed(0))
+    return {
+        "flat": normal,
+        "peaked": 6 * normal,
+        "both": normal * torch.tensor([[0.1], [8.0]]).repeat(6, 1),
+        "of few values": (2 * normal).round(),
+        "of 16 bits": (2 * normal).bfloat16().float(),
+        "both zeros": torch.where(normal > 0, 0.0, torch.where(normal > -1, -0.0, normal)),
+        "with suppressed tokens": normal.masked_fill(normal.roll(1, -1) > -1, -torch.inf),
+        "negative": normal - 60,
+        "of few tokens": 2 * normal[:, :30],
+    }
+
+
+@WAYS_OF_TOP_P
+@pytest.mark.parametrize("top_p", [0.03, 0.517, 0.9, 0.993])
+def test_top_p_keeps_what_a_sorted_vocabulary_says(way: Any, top_p: float) -> None:
+    """In float64, by a stable sort: of tokens with one logit the first ones are kept."""
+    for name, logits in some_logits().items():
+        in_order, order = logits.double().sort(dim=-1, descending=True, stable=True)
+        probs = in_order.softmax(-1)
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, probs.cumsum(-1) - probs < top_p)
+        found = way(logits, top_p)
+        assert torch.equal(found > -torch.inf, kept & (logits > -torch.inf)), name
+        assert torch.equal(found[found > -torch.inf], logits[found > -torch.inf]), name
+
+
+@WAYS_OF_TOP_P
+def test_top_p_is_transformers_own_but_for_the_order_of_equal_tokens(way: Any) -> None:
+    from transformers.generation import TopPLogitsWarper
+
+    for name, logits in some_logits().items():
+        for top_p in (0.517, 0.9):
+            expected = TopPLogitsWarper(top_p)(torch.zeros(len(logits), 1, dtype=torch.long), logits)
+            found = way(logits, top_p)
+            if name in ("flat", "peaked", "both", "of few tokens"):  # whose tokens all differ
+                assert torch.equal(found, expected)
+            assert torch.equal(found.sort(-1).values, expected.sort(-1).values), name
+
+
+@WAYS_OF_TOP_P
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_top_p_of_a_bad_row_leaves_the_others_alone(way: Any, value: float) -> None:
+    logits = some_logits()["peaked"]
+    spoiled = logits.clone()
+    spoiled[3, 7] = value
+    found, expected = way(spoiled, 0.9), way(logits, 0.9)
+    others = torch.arange(len(logits)) != 3
+    assert torch.equal(found[others], expected[others])
+    assert not bool(found[3].softmax(-1).isfinite().all())
 
 
 def test_nothing_is_truncated_by_default() -> None:

@@ -1,0 +1,269 @@
+"""Norms, rotary embeddings and gates of a decoding step in fewer operators than transformers', which compute the same.
+
+On a GPU each operator reads and writes what the one before has written; on a CPU it takes some microseconds of Python
+and dispatch. What is replaced is compared with the family's own on random numbers first, and left alone where they
+differ.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+ROTARY = "apply_rotary_pos_emb"
+"""What families call the function that rotates queries and keys by their positions."""
+
+
+# ---- Norms ----
+
+
+@contextmanager
+def fused_norms(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
+    """Run the RMS norms of the model as one operator each inside, where transformers has eight.
+
+    On CUDA that is one kernel. In 16 bits the result is rounded once and not twice, in float32 it is the same.
+    Families write their norms in many ways, some with 1 + weight; so one norm of each kind is compared with torch's on
+    random numbers first, and left alone where they differ.
+
+    Args:
+        model: with the weights of a rollout.
+        checked: what earlier calls have found, by kind of norm; the host waits for the device at a new one.
+
+    Yields:
+        The number of norms that are fused.
+    """
+    norms: list[Any] = [module for module in model.modules() if _is_rms_norm(module)]
+    fused = []
+    for norm in norms:
+        kind = type(norm), norm.weight.shape, norm.weight.dtype, norm.weight.device, _epsilon(norm)
+        if kind not in checked:
+            checked[kind] = _is_fusible(norm)
+        if checked[kind]:
+            # An attribute of the instance hides the method of its class, until it is deleted below.
+            norm.forward = partial(_fused_rms_norm, norm, norm.forward)
+            fused.append(norm)
+    try:
+        yield len(fused)
+    finally:
+        for norm in fused:
+            del norm.forward
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and type(weight) is nn.Parameter  # the shard of a weight is no plain parameter, or an empty one
+        and weight.dim() == 1
+        and weight.numel() > 0
+        and len(list(module.parameters())) == 1
+        and "forward" not in vars(module)
+        and _epsilon(module) is not None
+    )
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return value if isinstance(value, float) else None
+
+
+def _fused_rms_norm(norm: Any, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    # Under autocast, inputs and weights may differ; the result then has a dtype of the family's choice.
+    if inputs.dtype != norm.weight.dtype:
+        return plain(inputs)
+    return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, _epsilon(norm))
+
+
+def _is_fusible(norm: Any) -> bool:
+    """Whether torch's RMS norm computes what the layer does, on random numbers."""
+    weight = norm.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    inputs = torch.randn(4, weight.numel(), generator=generator, device=weight.device).to(weight.dtype)
+    expected, got = norm(inputs), _fused_rms_norm(norm, norm.forward, inputs)
+    if expected.dtype != got.dtype:
+        return False
+    tolerance = 4 * torch.finfo(weight.dtype).eps  # of two roundings
+    return bool(((got - expected).abs() <= tolerance * expected.abs() + tolerance * expected.abs().mean()).all())
+
+
+# ---- Rotary embeddings ----
+
+
+@contextmanager
+def fused_rotary(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
+    """Rotate queries and keys of a decoded token together inside: in four operators, where transformers has ten.
+
+    On CUDA liger-kernel does it in one, where it is installed. A family's attention calls a function of its module, so
+    that is replaced, for all models of the family; prefill and training passes, which have more than one token, still
+    get the family's own.
+
+    Args:
+        model: with the weights of a rollout.
+        checked: what earlier calls have found, by function.
+
+    Yields:
+        The number of functions that are replaced.
+    """
+    names = dict.fromkeys(type(module).__module__ for module in model.modules())
+    modules = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), ROTARY)]
+    weight = next(model.parameters(), torch.empty(0))
+    liger = _liger(weight, "transformers.rope", "liger_rotary_pos_emb")
+    kernels = [None] if liger is None else [liger, None]
+    replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
+    for module in modules:
+        plain = getattr(module, ROTARY)
+        for fused in (_FusedRotary(plain, kernel) for kernel in kernels):
+            kind = plain, fused.kernel, weight.dtype
+            if kind not in checked:
+                checked[kind] = _rotates_by_halves(fused, weight)
+            if checked[kind]:
+                setattr(module, ROTARY, fused)
+                replaced.append((module, plain))
+                break
+    try:
+        yield len(replaced)
+    finally:
+        for module, plain in replaced:
+            setattr(module, ROTARY, plain)
+
+
+class _FusedRotary:
+    """Rotates `[M, H, 1, d]` queries and `[M, H', 1, d]` keys by `[M, 1, d]` cosines and sines.
+
+    Args:
+        plain: the function of the family, for everything else.
+        kernel: liger-kernel's; None for operators of torch.
+    """
+
+    def __init__(self, plain: Callable[..., Any], kernel: Callable[..., Any] | None) -> None:
+        self.plain, self.kernel = plain, kernel
+        self._of_step: tuple[Tensor | None, Tensor | None] = None, None
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        is_one_token = q.dim() == k.dim() == 4 and q.shape[2] == k.shape[2] == 1
+        is_whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype
+        if others or options or cos.dim() != 3 or not (is_one_token and is_whole):
+            return self.plain(q, k, cos, sin, *others, **options)
+        if self.kernel is not None:
+            return self.kernel(q, k, cos, sin)
+        both = torch.cat([q, k], 1)  # [M, H + H', 1, d]
+        # Halves change places, and the first is subtracted.
+        rotated = torch.addcmul(both * cos.unsqueeze(1), both.roll(both.shape[-1] // 2, -1), self._signed(sin))
+        return rotated.split((q.shape[1], k.shape[1]), 1)
+
+    def _signed(self, sin: Tensor) -> Tensor:
+        """Return `[M, 1, 1, d]` sines, the first half negative; computed by the first layer of a step for all."""
+        source, signed = self._of_step
+        if signed is None or source is not sin:
+            first, second = sin.chunk(2, -1)
+            signed = torch.cat([-first, second], -1).unsqueeze(1)
+            self._of_step = sin, signed
+        return signed
+
+
+@torch.no_grad()
+def _rotates_by_halves(fused: _FusedRotary, weight: Tensor) -> bool:
+    """Whether a family's function rotates halves of queries and keys, on random numbers like a weight."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, angles = (torch.randn(2, heads, 1, 16, generator=generator) for heads in (4, 2, 1))
+    inputs = [tensor.to(weight.dtype).to(weight.device) for tensor in (q, k, angles[:, 0].cos(), angles[:, 0].sin())]
+    try:
+        expected = fused.plain(*(tensor.clone() for tensor in inputs))
+        return _say(fused.kernel, _is_close(fused(*(tensor.clone() for tensor in inputs)), expected))
+    except Exception as error:  # a function of another kind by the same name, or a kernel that cannot be compiled
+        return _say(fused.kernel, False, error)
+
+
+def _is_close(got: Any, expected: Any) -> bool:
+    """Whether tensors differ by a few roundings."""
+    tolerance = 8 * torch.finfo(expected[0].dtype).eps
+    pairs = zip(got, expected, strict=True)
+    return all(bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs)
+
+
+# ---- Activations, and liger-kernel ----
+
+
+@contextmanager
+def fused_activations(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
+    """Multiply gates by their activations in one kernel inside: on CUDA, where liger-kernel is installed.
+
+    Args:
+        model: with the weights of a rollout.
+        checked: what earlier calls have found, by kind of layer.
+
+    Yields:
+        The number of layers whose activation is fused.
+    """
+    weight = next(model.parameters(), torch.empty(0))
+    kernel = _liger(weight, "transformers.swiglu", "_swiglu_dispatch")
+    if kernel is None:
+        yield 0
+        return
+    fused: list[Any] = []
+    layers: list[Any] = [layer for layer in model.modules() if _is_gated(layer)]
+    for layer in layers:
+        kind = type(layer), kernel, weight.dtype, layer.gate_proj.weight.shape
+        if kind not in checked:
+            checked[kind] = _is_silu_gate(layer, kernel)
+        if checked[kind]:
+            # An attribute of the instance hides the method of its class, until it is deleted below.
+            layer.forward = partial(_gated, layer, kernel)
+            fused.append(layer)
+    try:
+        yield len(fused)
+    finally:
+        for layer in fused:
+            del layer.forward
+
+
+def _is_gated(layer: Any) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return set(dict(layer.named_children())) == set(names) and "forward" not in vars(layer)
+
+
+def _gated(layer: Any, kernel: Callable[..., Any], inputs: Tensor) -> Any:
+    return layer.down_proj(kernel(layer.gate_proj(inputs), layer.up_proj(inputs)))
+
+
+@torch.no_grad()
+def _is_silu_gate(layer: Any, kernel: Callable[..., Any]) -> bool:
+    """Whether the layer multiplies its second projection by the SiLU of the first, on random numbers."""
+    weight = layer.gate_proj.weight
+    inputs = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    inputs = inputs.to(weight.dtype).to(weight.device)
+    try:
+        return _say(kernel, _is_close([_gated(layer, kernel, inputs)], [layer(inputs)]))
+    except Exception as error:
+        return _say(kernel, False, error)
+
+
+def _liger(weight: Tensor, module: str, name: str) -> Callable[..., Any] | None:
+    """Return a function of liger-kernel for the device of a weight; None without CUDA or where it is not installed."""
+    if weight.device.type != "cuda":
+        return None
+    try:
+        return cast("Callable[..., Any]", getattr(import_module(f"liger_kernel.{module}"), name))
+    except (ImportError, AttributeError):  # not installed, or of another version
+        return None
+
+
+def _say(kernel: Callable[..., Any] | None, is_right: bool, error: Exception | None = None) -> bool:
+    """Log whether rollouts take a kernel of liger-kernel, and return it."""
+    if kernel is not None:
+        name = getattr(kernel, "__name__", "").strip("_")
+        fault = f"it fails ({type(error).__name__}: {error})" if error else "it computes something else"
+        verb, reason = ("take", "") if is_right else ("do not take", f": {fault}")
+        log.info("rollouts %s liger-kernel's %s%s", verb, name, reason)
+    return is_right
