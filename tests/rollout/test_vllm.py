@@ -354,7 +354,13 @@ def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any,
     if how == "a row is refused":
         server.statuses["/inference/v1/generate"] = [200, 400]
     else:
-        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        asked = server.paths.count("/inference/v1/generate")
+
+        def interrupt() -> None:
+            wait_until(lambda: server.paths.count("/inference/v1/generate") > asked)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
     if how == "a server is gone":
         server.statuses["/inference/v1/generate"] = [503] * 8
         server.statuses["/health"] = [503] * 1000
