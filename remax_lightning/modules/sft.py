@@ -20,7 +20,7 @@ from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards.weighted import RewardSource, as_reward
 from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.sharding import language_model
-from remax_lightning.training.config_checks import check_response_ends
+from remax_lightning.training.config_checks import check_response_ends, refuse_ahead
 from remax_lightning.training.metrics import MeanMetrics
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
@@ -72,6 +72,7 @@ class SFTModule(PolicyModule):
         stall_timeout: float | None = 1800.0,
         cudnn_attention: bool = False,
     ) -> None:
+        refuse_ahead(rollout)
         worker = RolloutWorker(rollout or AutoEngine(), sampling, None if reward is None else as_reward(reward))
         super().__init__(
             policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention

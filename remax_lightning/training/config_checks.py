@@ -117,6 +117,12 @@ def check_ahead(ahead: int, baseline: Baseline, mismatch: str) -> None:
         )
 
 
+def refuse_ahead(engine: Any) -> None:
+    """Refuse an engine that writes rollouts ahead where none are trained on."""
+    if ahead := getattr(engine, "ahead", 0):
+        raise UserError(f"{AHEAD} must be 0 where responses are only evaluated, got {ahead}")
+
+
 def look_ahead(data: Any, ahead: int) -> None:
     """Let training batches hold the next one, too, where an engine writes ahead; refuse data that cannot."""
     if not hasattr(data, "looks_ahead"):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from remax_lightning.baselines import Tracker
 from remax_lightning.config import AdvantageConfig, LossConfig, MismatchConfig
 from remax_lightning.errors import UserError
+from remax_lightning.modules import SFTModule
 from remax_lightning.rollout import SamplingConfig, VLLMEngine
 from remax_lightning.rollout.vllm_weights import weight_version
 
@@ -160,6 +161,8 @@ def test_ahead_is_refused_where_it_cannot_be_corrected(policy: str, serve: Any, 
         ahead_module(policy, engine, advantage=AdvantageConfig(baseline=Tracker()))
     with pytest.raises(UserError, match="ahead must be 0 or 1"):
         VLLMEngine(["http://localhost:1"], ahead=2)
+    with pytest.raises(UserError, match="ahead must be 0 where responses are only evaluated, got 1"):
+        SFTModule(policy, rollout=engine)
     trainer = make_trainer(tmp_path)
     with pytest.raises(UserError, match="needs the next prompts, which loaders without a data module does not tell"):
         trainer.fit(ahead_module(policy, engine), train_dataloaders=[1])
