@@ -117,10 +117,15 @@ def test_the_server_ends_with_the_trainer(tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (package / "main.py").write_text("import time\ndef main():\n    print('up', flush=True)\n    time.sleep(100)\n")
     code = (
-        "import os, sys, time\n"
+        "import os, sys, threading, time\n"
         "from remax_lightning.rollout.vllm_server import ServerProcess\n"
         "process = ServerProcess([sys.executable, '-m', 'remax_vllm_serve'], None, 0, None)\n"
-        "process.start()\n"
+        "def start():\n"  # as a thread does whose request has found it gone
+        "    process.start()\n"
+        "    while 'up' not in process.log.read_text(): time.sleep(0.01)\n"
+        "thread = threading.Thread(target=start)\n"
+        "thread.start()\n"
+        "thread.join()\n"
         "print(process.pid, process.log, flush=True)\n"
         "time.sleep(100)\n"
     )
@@ -128,10 +133,10 @@ def test_the_server_ends_with_the_trainer(tmp_path: Path) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert trainer.stdout is not None
     pid, log = trainer.stdout.readline().split()
-    assert wait_until(lambda: "up" in Path(log).read_text())
+    assert not wait_until(lambda: not living(int(pid)), 1.0), "it ended with the thread that started it"
     trainer.kill()
     trainer.wait()
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text())
+    assert wait_until(lambda: not living(int(pid)))
     Path(log).unlink()
 
 

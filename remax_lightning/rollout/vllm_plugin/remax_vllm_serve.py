@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import signal
-import sys
+import threading
+import time
 from typing import Any
+
+_LOOKS_EVERY = 1.0
+"""Seconds between two looks at whether the trainer is there."""
 
 
 def name_the_cpu_build() -> None:
@@ -22,12 +25,17 @@ def name_the_cpu_build() -> None:
 
 
 def end_with(parent: int) -> None:
-    """Let the kernel end this process when its parent is gone, be it killed; a server alone would keep its memory."""
-    set_death_signal = 1  # PR_SET_PDEATHSIG of Linux
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it went before
-        sys.exit("the trainer is gone")
+    """End this process when its parent is gone, be it killed; a server alone would keep the device's memory.
+
+    Not by the death signal of Linux: it comes with the end of the thread that started this process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOKS_EVERY)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-trainer").start()
 
 
 def main() -> None:
