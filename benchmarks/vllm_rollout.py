@@ -103,8 +103,9 @@ def serving(folder: Path, options: argparse.Namespace, *, lora: bool, core: int 
     data = {"path": str(folder / "rows.jsonl"), "max_prompt_length": PROMPT_LENGTH + 16}
     config = {"model": model, "data": data, "trainer": {"accelerator": "cpu"}}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    command = serve_command(["--config", str(folder / "serve.yaml")], options.python, None, None, [])
+    command = serve_command(["--config", str(folder / "serve.yaml")], options.python, None, None, ["--enforce-eager"])
     environment = {**os.environ, **command.environment, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["REMAX_VLLM_PARENT"] = str(os.getpid())  # it ends with this process, however that ends
     if core is not None:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
     with (folder / "server.log").open("w") as log:
