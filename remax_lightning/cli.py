@@ -24,7 +24,7 @@ from remax_lightning.cli_exit import (
     stage,
 )
 from remax_lightning.cli_help import RUNS, TOOLS, explain_subcommand, help_text, run_help
-from remax_lightning.cli_keys import refuse_wrong_keys
+from remax_lightning.cli_keys import refuse_wrong_keys, run_options
 from remax_lightning.errors import (
     TERMINATED,
     RankError,
@@ -76,6 +76,8 @@ def main() -> None:
 def _run_subcommand(arguments: list[str]) -> None:
     first = arguments[0] if arguments else ""
     if first in TOOLS:
+        if TOOLS[first].reads_run:
+            refuse_wrong_keys(["fit", *run_options(arguments[1:])])
         import_module(f"remax_lightning.tools.{TOOLS[first].module}").main(arguments[1:])
     elif first in RUNS or (first.startswith("-") and not set(RUNS).isdisjoint(arguments)):
         run = next(argument for argument in arguments if argument in RUNS)

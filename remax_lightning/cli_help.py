@@ -13,10 +13,12 @@ class Tool(NamedTuple):
     Args:
         module: where its `main` and its `make_parser` are, under `remax_lightning.tools`.
         help: what it does, in a line.
+        reads_run: whether it takes every option of `remax fit`, beside its own.
     """
 
     module: str
     help: str
+    reads_run: bool = False
 
 
 RUNS = {
@@ -28,15 +30,15 @@ RUNS = {
 """Lightning's subcommands, which read YAML and options."""
 
 TOOLS = {
-    "plan": Tool("plan.command", "compute the memory that each device needs for a configuration"),
-    "doctor": Tool("doctor.command", "check a configuration's models and data before any training"),
-    "baselines": Tool("baselines", "measure which baseline pays on a run's policy, reward and data"),
+    "plan": Tool("plan.command", "compute the memory that each device needs for a configuration", reads_run=True),
+    "doctor": Tool("doctor.command", "check a configuration's models and data before any training", reads_run=True),
+    "baselines": Tool("baselines", "measure which baseline pays on a run's policy, reward and data", reads_run=True),
     "report": Tool("report", "write an HTML page about a run, with curves and samples"),
     "compare": Tool("compare", "compare the figures of two evaluations, with paired intervals"),
     "export": Tool("export", "write a checkpoint's policy as a Hugging Face folder"),
     "lm-eval": Tool("lm_eval", "measure an exported policy with tasks of lm-evaluation-harness"),
     "convert-reward": Tool("convert_reward", "write another project's reward model as a plain sequence classifier"),
-    "serve": Tool("serve", "start a vLLM server for a configuration's policy"),
+    "serve": Tool("serve", "start a vLLM server for a configuration's policy", reads_run=True),
     "configs": Tool("configs", "list, show and copy the configurations that come with the package"),
     "demo": Tool("demo", "train a tiny policy on an embedded task, on a CPU in minutes"),
     "pipeline": Tool("pipeline", "run all three stages on generated preferences, in minutes"),

@@ -41,13 +41,22 @@ def refuse_wrong_keys(arguments: list[str]) -> None:
     """Refuse a command whose configuration has wrong keys or values, before anything large is imported.
 
     Args:
-        arguments: those after `remax`, of one of Lightning's subcommands.
+        arguments: those after `remax`, of one of Lightning's subcommands. Without any option, nothing is said.
 
     Raises:
         UserError: with a line for each mistake.
     """
-    if is_current() and (mistakes := wrong_keys(arguments, shipped_signatures())):
+    if len(arguments) > 1 and is_current() and (mistakes := wrong_keys(arguments, shipped_signatures())):
         raise UserError(message_of(f"{key}: {text}" for key, text in mistakes.items()))
+
+
+def run_options(arguments: list[str]) -> list[str]:
+    """Return the arguments of a tool that are those of `remax fit`; none where it is asked for its help."""
+    arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        return []
+    # a tool's own options have no groups
+    return [word for words, name, _ in words_of(arguments) if name in CONFIG or "." in name for word in words]
 
 
 def wrong_keys(arguments: list[str], signatures: Signatures) -> dict[str, str]:
@@ -146,9 +155,8 @@ class KeyCheck:
         for name, value in values.items():
             full = f"{key}.{name}" if key else str(name)
             if name not in parameters:
-                # "modle: {kl_coef: 0.1}" is told as modle.kl_coef
-                leaves = [leaf for leaf, _ in flatten(value, full)] or [full]
-                for leaf in leaves:
+                # "modle: {kl_coef: 0.1}" is told as modle.kl_coef; a group without keys counts as nothing
+                for leaf, _ in flatten(value, full):
                     text = explain_unknown(leaf, str(name), list(parameters), self._known, self._argument_names)
                     self.mistakes.setdefault(leaf, text)
             else:

@@ -77,6 +77,8 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
         ("fit", "--config", str(wrong)): 2,
         ("test", "--config", "presets/verl", "--model.loss.kindd", "x"): 2,
         ("fit", "--config", "presets/verll"): 2,
+        ("plan", "--memory", "80", "--config", str(wrong)): 2,
+        ("doctor", "--config", str(wrong), "--json", "out.json"): 2,
         ("--version",): 0,
         ("fitt",): 2,
         (): 2,

@@ -75,6 +75,7 @@ OWN = {
     "numbers as text": with_model(kl_coef="1e-3", sampling={"temperature": "0.5", "num_samples": "2"}),
     "null": with_model(reference=None, rollout=None, policy={"path": "p", "lora": None}),
     "the saved form": with_model() | {"ckpt_path": None, "seed_everything": True},
+    "groups without keys": with_model(kl={}, rest={}) | {"samples": {}, "other": {}},
     "numbers of devices": PLAIN | {"trainer": {"devices": [0, 1], "precision": 16, "val_check_interval": 0.5}},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -154,13 +154,18 @@ class ExportPolicy(Callback):
         if self.last:
             self._wrote_last = self._export(trainer, pl_module, self._directory / "last")
             self._exported_last = True
-        if self.best and not self._metric_appeared and (hasattr(pl_module, "policy") or hasattr(pl_module, "exported")):
-            names = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            rank_zero_warn(
-                f"No best policy was exported: export.monitor = {self.monitor!r} was never "
-                f"logged. Logged metrics: {names}. Set export.monitor to one of these, or export.best "
-                "to false."
-            )
+        missed = self.best and not self._metric_appeared and self.best_path is None
+        if missed and (hasattr(pl_module, "policy") or hasattr(pl_module, "exported")):
+            rank_zero_warn(f"No best policy was exported{self._why_no_best(trainer.callback_metrics)}")
+
+    def _why_no_best(self, metrics: Mapping[str, Any]) -> str:
+        if self.monitor.startswith("val/") and not any(name.startswith("val/") for name in metrics):
+            return ", because no validation ran."
+        return (
+            f": export.monitor = {self.monitor!r} was never logged. Logged metrics:"
+            f" {', '.join(sorted(metrics)) or 'none'}."
+            " Set export.monitor to one of these, or export.best to false."
+        )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the policy of a run that was resumed at its end, of which no training ends; then push it."""

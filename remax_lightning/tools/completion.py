@@ -23,8 +23,6 @@ from remax_lightning.shipped_configs import config_names
 
 _NAMES = "_remax_config_names"
 """The function of the script that completes what `--config` takes: files, and names of shipped configurations."""
-_TAKE_RUN_OPTIONS = ("baselines", "doctor", "plan", "serve")
-"""Tools that take every option of `remax fit`."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -62,7 +60,7 @@ def completion_script(shell: str) -> str:
         subcommands.add_parser(name, help=text, parents=[parsers[name]], add_help=False)
     for name, tool in TOOLS.items():
         own: argparse.ArgumentParser = import_module(f"remax_lightning.tools.{tool.module}").make_parser()
-        if name in _TAKE_RUN_OPTIONS:
+        if tool.reads_run:
             parser = subcommands.add_parser(name, help=tool.help, parents=[parsers["fit"]], add_help=False)
             for action in own._actions:
                 if "--help" not in action.option_strings:

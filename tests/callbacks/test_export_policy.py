@@ -132,6 +132,21 @@ def test_says_which_metrics_exist_when_the_monitored_one_does_not(tmp_path: Path
     assert "val/reward" in message
 
 
+@pytest.mark.parametrize(
+    ("resumed", "expected"), [(False, ["No best policy was exported, because no validation ran."]), (True, [])]
+)
+def test_a_run_without_validation_says_so_unless_it_goes_on_from_a_best_policy(
+    resumed: bool, expected: list[str], tmp_path: Path
+) -> None:
+    export = ExportPolicy(last=False)
+    if resumed:
+        export.load_state_dict({"monitor": "val/reward", "best_score": 0.9, "best_path": str(tmp_path), "figures": {}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, [export], limit_val_batches=0).fit(PolicyModule(1, [0.5]))
+    assert [text for item in caught if "No best policy" in (text := str(item.message))] == expected
+
+
 def test_a_module_without_a_policy_is_left_alone(tmp_path: Path) -> None:
     make_trainer(tmp_path, [ExportPolicy()]).fit(FakeModule([{}], [{}]))
     assert not (tmp_path / "logs" / "policy").exists()
