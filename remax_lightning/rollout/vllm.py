@@ -9,7 +9,8 @@ import os
 import tempfile
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -158,6 +159,7 @@ class VLLMEngine:
         self._rollouts = 0
         self._metrics: dict[str, float] = {}
         self._written: WrittenResponses | None = None  # ahead, or under way
+        self._started: WrittenResponses | None = None  # until `generate` or `begin` has ended
 
     # ---- Before training ----
 
@@ -227,16 +229,29 @@ class VLLMEngine:
         """Generate responses with the servers, or return those that were written ahead; see `RolloutEngine`."""
         requests = row_requests(request, log_probs=request.return_log_probs)
         written, asked = self._written, digest(requests)
-        if written is not None and written.asked == asked:
-            self._written = None
-        else:
-            written = self._start(model, request, requests, asked)
-        # A rank that fails alone would leave the others in the collectives of the next rollout's weights.
-        with agree_on_errors() if self.ahead or forward_is_collective(model) else nullcontext():
-            output = written.output()
+        with self._cancelled_on_errors():
+            if written is not None and written.asked == asked:
+                self._written, self._started = None, written
+            else:
+                written = self._start(model, request, requests, asked)
+            # A rank that fails alone would leave the others in the collectives of the next rollout's weights.
+            with agree_on_errors() if self.ahead or forward_is_collective(model) else nullcontext():
+                output = written.output()
         if self.mode == "colocate":
             self._tell("/sleep?level=1")  # training gets its memory; evaluations need the weights again, on the host
         return moved(output, request.prompt_ids.device)
+
+    @contextmanager
+    def _cancelled_on_errors(self) -> Iterator[None]:
+        """Leave no request under way where an error or Ctrl-C, at any moment, ends what is inside."""
+        try:
+            yield
+        except BaseException:
+            if self._started is not None:
+                self._started.cancel()
+            raise
+        finally:
+            self._started = None
 
     def _tell(self, path: str) -> None:
         """Let the server of this rank sleep, or wake up."""
@@ -254,7 +269,8 @@ class VLLMEngine:
             log.warning("responses that were written ahead were never asked for; they are dropped")
         self.drop()
         requests = row_requests(request, log_probs=request.return_log_probs)
-        self._written = self._start(model, request, requests, digest(requests))
+        with self._cancelled_on_errors():
+            self._written = self._start(model, request, requests, digest(requests))
 
     def drop(self) -> None:
         """Give up on responses that are written ahead."""
@@ -298,7 +314,8 @@ class VLLMEngine:
                 row.parameters.setdefault("logprobs", 0)
         rows = self._rows(requests, is_adapter=has_adapter(model))
         flight = Flight(rows, self._respond, self.servers, self.options.concurrency * len(self.servers))
-        responses = WrittenResponses(asked, request, flight)
+        self._started = responses = WrittenResponses(asked, request, flight)
+        responses.start()
         if is_proven:
             # A rank that fails alone would leave the others in the collectives of a sharded policy.
             with agree_on_errors() if forward_is_collective(model) else nullcontext():

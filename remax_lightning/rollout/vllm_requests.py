@@ -165,7 +165,12 @@ class Flight(Generic[Item, Result]):
             threading.Thread(target=self._work, daemon=True, name=f"vllm-request-{number}")
             for number in range(min(len(items), num_threads))
         ]
-        for thread in self._threads:
+        self._waiting = self._threads  # until `start`
+
+    def start(self) -> None:
+        """Send the first requests. Whoever cannot go on to `wait` from here, as after Ctrl-C, has to cancel them."""
+        threads, self._waiting = self._waiting, []
+        for thread in threads:
             thread.start()
 
     def _work(self) -> None:
@@ -187,12 +192,15 @@ class Flight(Generic[Item, Result]):
                     self._done.set()
 
     def wait(self, what: str) -> list[Result]:
-        """Return all results in the order of the items; the first request that fails ends all.
+        """Start the requests, if that is not done, and return all results in the order of the items.
+
+        The first request that fails ends all.
 
         Args:
             what: is waited for, for messages about a run that gets no further.
         """
         try:
+            self.start()
             while not self._done.wait(_TOLD_EVERY):
                 report_progress(f"waiting for {len(self._items) - len(self._results)} {what}")
         except BaseException:  # Ctrl-C
@@ -278,6 +286,11 @@ class WrittenResponses:
             assert self._request is not None
             self._output, self._flight = output_of(self._request, self.choices()), None
         return self._output
+
+    def start(self) -> None:
+        """Send the requests."""
+        if self._flight is not None:
+            self._flight.start()
 
     def cancel(self) -> None:
         """Give up on them."""
