@@ -57,7 +57,7 @@ class StepCache:
         self._failed: set[Hashable] = set()  # shapes of this rollout
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
         self._copies: dict[Hashable, tuple[Tensor, ...]] = {}  # inputs of graphs that others than the engine own
-        self._memory: GraphMemory | None = None
+        self._memory: dict[str, GraphMemory] = {}  # of steps, and of what runs on copies
         self._moves = 0
         self._weights: Hashable = None
 
@@ -98,21 +98,22 @@ class StepCache:
         """Drop all graphs, and their memory with the last of them."""
         self._graphs.clear()
         self._copies.clear()
-        self._memory = None
+        self._memory.clear()
 
-    def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
+    def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...], memory: str = "steps") -> Tensor:
         """Return `step(*inputs)`, from a graph where possible.
 
         Args:
             key: identifies shapes, dtypes, and everything else that decides which kernels the step launches.
             step: what to run.
             inputs: everything that may change between two runs, in the same memory each time.
+            memory: what the graph shares memory with. A result is overwritten by the next replay of any of them.
         """
         if inputs[0].device.type != "cuda" or self.why_unsupported or key in self._failed:
             return step(*inputs)
         if key not in self._graphs:
             try:
-                self._graphs[key], self._memory = capture(step, inputs, self._memory)
+                self._graphs[key], self._memory[memory] = capture(step, inputs, self._memory.get(memory))
             except Exception as error:  # whatever a model does that cannot be captured
                 self._note_failure(key, error)
                 return step(*inputs)
@@ -122,14 +123,17 @@ class StepCache:
         return self._graphs[key](*inputs)
 
     def run_on_copies(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return `step(*inputs)` as `run` does, of inputs that are elsewhere each time."""
+        """Return `step(*inputs)` as `run` does, of inputs that are elsewhere each time.
+
+        These graphs have memory of their own: the result of a decoding step is read after them, too.
+        """
         if inputs[0].device.type != "cuda" or self.why_unsupported or key in self._failed:
             return step(*inputs)
         if key not in self._copies:
             self._copies[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
         for copy, tensor in zip(self._copies[key], inputs, strict=True):
             copy.copy_(tensor)
-        return self.run(key, step, self._copies[key])
+        return self.run(key, step, self._copies[key], "copies")
 
     def _note_failure(self, key: Hashable, error: Exception) -> None:
         """Run steps of this shape as they are: for good if they wait for the host, otherwise until the next rollout."""

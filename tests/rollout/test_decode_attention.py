@@ -248,6 +248,8 @@ def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLe
     model, engine = tiny_model("llama").to("cuda", torch.bfloat16), PairedEngine()
     found = on_cuda(model, engine, 12, top_p=0.7)
     assert [graph.replays for graph in fake_cuda.graphs] == [12, 11]  # a draw for every token, a step for all but one
+    # Neither takes memory that the other has given back: log-probs read the logits of the step after the draw.
+    assert [graph.pool_given for graph in fake_cuda.graphs] == [None, None]
     assert fake_cuda.reads["nonzero"] == 0
     plain = on_cuda(model, PairedEngine(cuda_graphs=False), 12, top_p=0.7)
     assert all(torch.equal(one, other) for one, other in zip(found[:3], plain[:3], strict=True))
