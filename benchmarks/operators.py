@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from remax_lightning.models.forward import prompt_index_per_row
 from remax_lightning.models.sampling import next_tokens
 from remax_lightning.rollout import GenerationRequest, fused_layers
-from remax_lightning.rollout.decode_attention import RowLengths
 from remax_lightning.rollout.paired import DecodeLoop
+from remax_lightning.rollout.row_lengths import RowLengths
 from remax_lightning.tools.plan.activation_memory import shapes_only
 
 PRODUCTS = {"addmm", "baddbmm", "bmm", "linear", "mm"}

@@ -4,19 +4,19 @@ transformers takes an attention function by name; ours asks the states of the ro
 
 - `SharedPrefix`, on a CPU in float32: the rows of a prompt share its keys and values. A step reads a prompt once, for
   the queries of all its rows in one product, and then each row's own tokens; one softmax over both makes it exact.
-- `RowLengths`, on CUDA in 16 bits: torch's flash attention is told each row's length. There is no mask, one CUDA graph
-  for a number of rows, and whole pages of a prompt are shared by its rows.
+- `RowLengths` (`row_lengths.py`), on CUDA in 16 bits: torch's flash attention is told each row's length. There is no
+  mask, one CUDA graph for a number of rows, and whole pages of a prompt are shared by its rows.
 
 What neither can do decodes in masked slots (`static_cache.py`), and the log says why.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 import threading
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,19 @@ from torch._subclasses import FakeTensor
 
 from remax_lightning.models.packing import (
     CHANGES_LOGITS,
-    MAX_FLASH_HEAD,
     NotPackableError,
     attention_by_name,
     attention_configs,
 )
-from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, slot_dtype, states_of
+from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, states_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 NAME = "remax_decoding"
 """What transformers knows the attention function by. It makes no mask for a name that has no mask function."""
-PAGE = 256
-"""Tokens of a page of keys and values: the smallest that flash attention reads by a table."""
 
 
 class RolloutStates(Protocol):
@@ -350,210 +349,3 @@ class SharedPrefix:
 def _has_no_values(tensor: Tensor) -> bool:
     """Whether this is the plan, which runs on tensors of a shape alone."""
     return isinstance(tensor, FakeTensor)
-
-
-# ---- On CUDA: flash attention by lengths ----
-
-
-class RowLengths(NamedTuple):
-    """Keys and values of rows whose tokens lie one behind the other from the left, and how many they are.
-
-    They lie in a pool of `T` tokens. A row starts at a place of its own; or, where prompts are long, it has pages in a
-    table, and the whole pages of its prompt are those of all rows of that prompt.
-
-    Args:
-        tokens: `[N, 1]` the tokens to feed.
-        positions: `[N, 1]` their positions.
-        mask: `[N, 1]` ones, for models that count tokens.
-        lengths: `[N]` int32 tokens that each row attends to, the one that is fed included.
-        slots: `[N]` where in the pool the keys and values of the tokens go.
-        starts: `[N + 1]` int32 where rows start in the pool, without a table.
-        ends: `[N + 1]` int32 the queries of each row: one.
-        table: `[N, K]` int32 pages of each row; no columns without a table.
-        states: `[T, H', d]` keys, then values of each layer.
-        capacity: the most tokens of a row.
-        windows: sliding window of each layer in tokens, or None.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor
-    lengths: Tensor
-    slots: Tensor
-    starts: Tensor
-    ends: Tensor
-    table: Tensor
-    states: list[Tensor]
-    capacity: int
-    windows: Layout
-
-    @classmethod
-    def create(cls, cache: DynamicCache, size: RolloutSize) -> RowLengths:
-        """Allocate a pool for a rollout of this size."""
-        columns, tokens = _pool(size)
-        states = [
-            states.new_zeros(tokens, states.shape[1], states.shape[3], dtype=slot_dtype(states))
-            for states in states_of(cache)
-        ]
-        device, rows = states[0].device, size.num_rows
-        return cls(
-            tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
-            positions=torch.zeros(rows, 1, dtype=torch.long, device=device),
-            mask=torch.ones(rows, 1, dtype=torch.long, device=device),
-            lengths=torch.zeros(rows, dtype=torch.int32, device=device),
-            slots=torch.zeros(rows, dtype=torch.long, device=device),
-            starts=torch.zeros(rows + 1, dtype=torch.int32, device=device),
-            ends=torch.arange(rows + 1, dtype=torch.int32, device=device),
-            table=torch.zeros(rows, columns, dtype=torch.int32, device=device),
-            states=states,
-            capacity=columns * PAGE or size.length,
-            windows=layout_of(cache) or (),
-        )
-
-    def fits(self, cache: DynamicCache, size: RolloutSize) -> bool:
-        """Return whether a rollout of this size and model can use this pool."""
-        shared, own = _pages(size)
-        columns = self.table.shape[1]
-        room = size.num_rows <= len(self.tokens) and size.length <= self.capacity
-        if columns:
-            tokens = (size.num_prompts * shared + size.num_rows * own) * PAGE
-            room = room and shared + own <= columns and tokens <= len(self.states[0])
-        kinds = [(states.shape[1], states.shape[2], states.dtype, states.device) for states in self.states]
-        wanted = [(states.shape[1], states.shape[3], slot_dtype(states), states.device) for states in states_of(cache)]
-        return room and kinds == wanted and layout_of(cache) == self.windows
-
-    def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:
-        """Copy the prompts' keys and values to where their rows read them."""
-        (num_prompts, width), num_rows = prompt_mask.shape, len(rows)
-        places = torch.arange(width, device=rows.device)  # [P]
-        lengths = prompt_mask.sum(-1)  # [B]
-        # ---- Without a table each row has all of its prompt; with one, it shares the whole pages ----
-        paged = self.table.shape[1] > 0
-        taken = lengths // PAGE * PAGE if paged else torch.zeros_like(lengths)  # [B] tokens that are shared
-        shared = width // PAGE * PAGE if paged else 0
-        room = (len(self.states[0]) - num_prompts * shared) // len(rows) if paged else self.capacity
-        room = room // PAGE * PAGE if paged else room  # tokens of a row
-        begin = num_prompts * shared + torch.arange(num_rows, device=rows.device) * room  # [N]
-        if paged:
-            self._fill_table(rows, lengths, begin, shared, room)
-        self.starts[:num_rows], self.starts[num_rows:] = begin.int(), len(self.states[0])
-        # ---- Tokens from the left, the padding of the prompts behind them ----
-        prompts = torch.arange(num_prompts, device=rows.device)[:, None]
-        from_left = (places + (width - lengths)[:, None]) % width  # [B, P]
-        rest = min(width, PAGE - 1) if paged else width
-        of_rest = (taken[:, None] + places[:rest]).clamp_max(width - 1)  # [B, rest]
-        for pool, states in zip(self.states, states_of(cache), strict=True):
-            # A window's states are the last ones; those before it are never read.
-            whole = torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0)).transpose(1, 2)
-            aligned = whole[prompts, from_left].to(pool.dtype)  # [B, P, H', d]
-            pool[: num_prompts * shared] = aligned[:, :shared].flatten(0, 1)
-            own = pool[num_prompts * shared :][: num_rows * room].view(num_rows, room, *pool.shape[1:])
-            own[:, :rest] = aligned[prompts, of_rest][rows]  # [N, rest, H', d]
-        # ---- The first token of the response comes next ----
-        self.lengths[:num_rows] = (lengths[rows] + 1).int()
-        self.slots[:num_rows] = begin + (lengths - taken)[rows]
-        self.positions[:num_rows, 0] = lengths[rows]
-
-    def _fill_table(self, rows: Tensor, lengths: Tensor, begin: Tensor, shared: int, room: int) -> None:
-        """Write the pages of each row: the whole ones of its prompt, then its own; the last repeats."""
-        column = torch.arange(self.table.shape[1], device=rows.device)  # [K]
-        whole = (lengths[rows] // PAGE)[:, None]  # [N, 1]
-        own = begin[:, None] // PAGE + (column - whole).clamp(0, room // PAGE - 1)  # [N, K]
-        of_prompt = rows[:, None] * (shared // PAGE) + column  # [N, K]
-        self.table[: len(rows)] = torch.where(column < whole, of_prompt, own).int()
-
-    def keep_rows(self, rows: Tensor, filled: int) -> None:  # noqa: ARG002 - keys and values stay where they are
-        """Move `rows` to the front."""
-        for buffer in (self.positions, self.lengths, self.slots, self.starts, self.table):
-            buffer[: len(rows)] = buffer[rows]
-        self.starts[len(rows) :] = len(self.states[0])
-
-    def step_key(self, num_rows: int, slot: int) -> Hashable:  # noqa: ARG002 - one graph for all lengths
-        """Return what decides the kernels of a step."""
-        return num_rows, self.capacity, self.table.shape
-
-    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
-        """Return the inputs of a step, tokens, positions and mask, and its cache."""
-        inputs = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
-        return inputs, writing_cache(len(layout), slot)
-
-    def begin_step(self, num_rows: int, slot: int) -> None:
-        """Do nothing: lengths and slots are right."""
-
-    def end_step(self, num_rows: int) -> None:
-        """Go one token further in every row."""
-        for buffer in (self.positions, self.lengths, self.slots):
-            buffer[:num_rows].add_(1)
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """See `AttentionStates`."""
-        for pool, states in zip(self.states[2 * layer : 2 * layer + 2], (keys, values), strict=True):
-            pool.index_copy_(0, self.slots[: len(states)], states.squeeze(2).to(pool.dtype))
-
-    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        """See `AttentionStates`."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        rows, has_table = len(query), bool(self.table.shape[1])
-        keys, values = self.states[2 * layer : 2 * layer + 2]  # [T, H', d]
-        if has_table:
-            keys, values = (pool.view(-1, PAGE, *pool.shape[1:]) for pool in (keys, values))
-        window = self.windows[layer]
-        output = varlen_attn(
-            query.to(keys.dtype),
-            keys,
-            values,
-            self.ends[: rows + 1],
-            None if has_table else self.starts[: rows + 1],
-            1,
-            self.capacity,
-            scale=scaling,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            enable_gqa=query.shape[1] != keys.shape[-2],
-            seqused_k=self.lengths[:rows],
-            block_table=self.table[:rows] if has_table else None,
-        )
-        return cast(Tensor, output)
-
-
-def _pages(size: RolloutSize) -> tuple[int, int]:
-    """Return the whole pages of the longest prompt, and those that a row needs beside."""
-    shared = size.prompt_length // PAGE
-    rest = min(size.prompt_length, PAGE - 1) if shared else size.prompt_length
-    return shared, -(-(rest + size.response_length) // PAGE)
-
-
-def _pool(size: RolloutSize) -> tuple[int, int]:
-    """Return the columns of the table, 0 for none, and the tokens of the pool: whichever needs less."""
-    shared, own = _pages(size)
-    paged, plain = (size.num_prompts * shared + size.num_rows * own) * PAGE, size.num_rows * size.length
-    return (shared + own, paged) if shared and paged < plain else (0, plain)
-
-
-@lru_cache(maxsize=1)
-def _flash_takes_lengths() -> bool:
-    """Whether torch's flash attention over texts can be told lengths and pages; it learned that after 2.11."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"seqused_k", "block_table"} <= set(inspect.signature(varlen_attn).parameters)
-
-
-# ---- Which of them a rollout takes ----
-
-
-def kind_of_states(cache: DynamicCache) -> tuple[type[Any] | None, str]:
-    """Return the class of states that device and dtype of a prefilled cache allow; None and the reason for slots."""
-    states = states_of(cache)
-    dtypes, widths = {slot_dtype(each) for each in states}, {each.shape[3] for each in states}
-    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    if states[0].device.type == "cpu":
-        return (SharedPrefix, "") if dtypes == {torch.float32} else (None, f"a CPU shares in float32, not in {names}")
-    if not dtypes <= {torch.float16, torch.bfloat16} or len(dtypes) > 1:
-        return None, f"flash attention computes in 16 bits, not in {names}"
-    if len(widths) > 1 or max(widths) > MAX_FLASH_HEAD or max(widths) % 8:
-        return None, f"flash attention takes no heads of {' and '.join(map(str, sorted(widths)))}"
-    if not _flash_takes_lengths():
-        return None, f"flash attention of torch {torch.__version__} is not told lengths"
-    return RowLengths, ""

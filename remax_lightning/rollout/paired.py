@@ -23,15 +23,9 @@ from remax_lightning.models.packing import TOLERANCE, TOLERANCE_16_BITS, attenti
 from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows, truncated_logits
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
-from remax_lightning.rollout.decode_attention import (
-    AttentionStates,
-    DecodeAttention,
-    RolloutStates,
-    RowLengths,
-    SharedPrefix,
-    kind_of_states,
-)
+from remax_lightning.rollout.decode_attention import AttentionStates, DecodeAttention, RolloutStates, SharedPrefix
 from remax_lightning.rollout.fused_layers import fused_activations, fused_norms, fused_rotary
+from remax_lightning.rollout.row_lengths import RowLengths, kind_of_states
 from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize, allocate_slots, layout_of
 from remax_lightning.sharding import is_sharded, language_model
 

@@ -25,26 +25,26 @@ class FlashByLengths:
         key: Tensor,
         value: Tensor,
         cu_seq_q: Tensor,
-        cu_seq_k: Tensor | None,
+        cu_seq_k: Tensor,
         max_q: int,
         max_k: int,
         *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
         seqused_k: Tensor,
-        block_table: Tensor | None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+        block_table: Tensor | None = None,
     ) -> Tensor:
         assert max_q == 1
         assert cu_seq_q.shape == (len(query) + 1,)
-        assert {tensor.dtype for tensor in (cu_seq_q, seqused_k)} == {torch.int32}
+        assert cu_seq_k.shape == cu_seq_q.shape  # flash attention 2 asks for it with a table, too
+        assert {tensor.dtype for tensor in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32}
         if block_table is None:
             self.calls["starts"] += 1
             places = (cu_seq_k[:-1, None].long() + torch.arange(max_k, device=query.device)).clamp_max(len(key) - 1)
             keys, values = key[places], value[places]  # [N, max_k, H', d]
         else:
             self.calls["pages"] += 1
-            assert cu_seq_k is None
             assert key.shape[1] % 256 == 0  # what the kernel asks for
             assert max_k <= block_table.shape[1] * key.shape[1]
             keys, values = (states[block_table.long()].flatten(1, 2) for states in (key, value))

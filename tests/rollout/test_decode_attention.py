@@ -16,10 +16,11 @@ from remax_lightning.rollout import (
     GenerationRequest,
     PairedEngine,
     SamplingConfig,
-    decode_attention,
     paired,
+    row_lengths,
 )
-from remax_lightning.rollout.decode_attention import PAGE, RowLengths, SharedPrefix
+from remax_lightning.rollout.decode_attention import SharedPrefix
+from remax_lightning.rollout.row_lengths import PAGE, RowLengths
 from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize
 from remax_lightning.tools.plan.activation_memory import LiveBytes, shapes_only
 
@@ -120,6 +121,30 @@ def test_rows_share_the_whole_pages_of_long_prompts(
     flash.calls.update(pages=0)
     assert_same(decode(model, RowLengths, **arguments), expected)
     assert (flash.calls["pages"] > 0) == paged
+
+
+@pytest.mark.parametrize("fault", ["fails", "computes something else"])
+def test_pages_that_the_device_does_not_read_are_not_shared(
+    fault: str, decode: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.nn.attention import varlen
+
+    class Without(FlashByLengths):
+        def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            if "block_table" not in options:
+                return super().__call__(*arguments, **options)
+            if fault == "fails":
+                raise RuntimeError("Paged KV cache block size must be divisible by something")
+            return 2 * super().__call__(*arguments, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", Without())
+    model = family_model(BY_NAME["Llama"], max_position_embeddings=1024)
+    ids, mask = long_prompts([3 * PAGE, 3 * PAGE - 2])
+    arguments = {"ids": ids, "mask": mask, "num_samples": 3, "max_response_length": 4, "eos": 0}
+    with caplog.at_level("INFO"):
+        found = decode(model, RowLengths, **arguments)
+    assert f"do not share its pages: flash attention by a table {fault}" in caplog.text
+    assert_same(found, decode(model, DecodeBuffers, **arguments))
 
 
 def test_a_window_within_pages_is_the_same(decode: Any, flash: FlashByLengths) -> None:
@@ -256,7 +281,7 @@ def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLe
     assert not torch.equal(found.sampled_ids, on_cuda(model, engine, 12).sampled_ids)
 
 
-@pytest.mark.skipif(not decode_attention._flash_takes_lengths(), reason="torch's flash attention takes no lengths")
+@pytest.mark.skipif(not row_lengths._flash_takes_lengths(), reason="torch's flash attention takes no lengths")
 def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     """Arguments, shapes and dtypes of the operator itself, which computes nothing on tensors without memory."""
     from transformers import DynamicCache
