@@ -37,6 +37,7 @@ CALLBACKS = {
     "kl_monitor": callbacks.KLMonitor,
     "samples": callbacks.SampleDump,
     "baseline_monitor": callbacks.BaselineMonitor,
+    "gradient_variance": callbacks.GradientVariance,
     "collapse": callbacks.CollapseDetector,
     "throughput": callbacks.Throughput,
     "export": callbacks.ExportPolicy,

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measurement
 from remax_lightning.config import AdvantageConfig, LossConfig, SamplingConfig, config_from_dict
 from remax_lightning.errors import UserError
-from remax_lightning.functional import TokenStatistics
 from remax_lightning.training.metrics import TrainingMeter
 
 PROMPTS = 32
@@ -291,17 +289,14 @@ def test_a_run_moves_logs_and_prints_its_baseline(
 
 
 def test_the_meter_of_another_number_of_ranks_is_left() -> None:
-    meter = TrainingMeter()
-    with_kl: Any = SimpleNamespace(has_kl=True)  # the training passes then run every response
-    asks: Any = SimpleNamespace(needs_norms=lambda is_free: is_free)
-    meter.begin(cast(Any, None), with_kl, asks, 1.0, cast(Any, None))
-    assert meter.has_norms
-    statistics = TokenStatistics(torch.zeros(2, 3), squared_norm=torch.ones(2, 3))
-    meter.add(cast(Any, SimpleNamespace(statistics=statistics, experience=SimpleNamespace(squared_norm=None))))
+    state = [{"norms": [torch.ones(2)], "rollout": 1.0, "training": 1.0}]
     trainer: Any = type("Trainer", (), {"global_rank": 0, "world_size": 2})()
-    other = TrainingMeter()
-    other.load_state_dict(meter.state_dict(), trainer)
-    assert other.state_dict()[0] == {"norms": None, "rollout": None, "training": None}
+    meter = TrainingMeter()
+    meter.load_state_dict(state, trainer)
+    assert meter.state_dict()[0] == {"norms": None, "rollout": None, "training": None}
+    trainer.world_size = 1
+    meter.load_state_dict(state, trainer)
+    assert meter.state_dict()[0] == state[0]
 
 
 def run_on_ranks(policy: str, folder: Path, ranks: int) -> None:

@@ -71,13 +71,19 @@ class Comparison:
         self._pending: dict[str, Tensor] = {}
         self._needs: dict[str, bool] = {}
         self._num_samples, self._has_greedy = 1, False
+        self._inputs: BaselineInputs | None = None
 
     # ---- Observing ----
 
-    def observe(self, inputs: BaselineInputs) -> None:
-        """Value a rollout with every candidate that can, and let each learn from it."""
+    def observe(self, inputs: BaselineInputs, *, is_measured: bool = True) -> None:
+        """Value a rollout with every candidate that can, and let each learn from it.
+
+        Args:
+            inputs: the scores of the rollout.
+            is_measured: whether norms will follow; without them it is enough that the candidates learn.
+        """
         self.number += 1
-        self._pending, self._needs = {}, {}
+        self._pending, self._needs, self._inputs = {}, {}, inputs
         self._num_samples, self._has_greedy = inputs.num_samples, inputs.greedy_reward is not None
         for name, baseline in self.candidates.items():
             if not can_value(baseline, inputs):
@@ -85,7 +91,8 @@ class Comparison:
             needs = baseline.needs_greedy(inputs.prompts)
             # One that would not have asked for greedy responses gets none: a cached reward is as old as it would be.
             seen = inputs if needs else inputs._replace(greedy_reward=None)
-            self._pending[name] = (inputs.reward - checked_values(baseline, seen)).square()  # [S]
+            if is_measured:
+                self._pending[name] = (inputs.reward - checked_values(baseline, seen)).square()  # [S]
             self._needs[name] = needs
             baseline.observe(seen)
 
@@ -94,12 +101,13 @@ class Comparison:
         norms = measurement.squared_norms
         if norms is not None and self._pending:
             num_prompts = len(norms) // self._num_samples
+            moments = self._second_moments(norms)  # [S] each
             # [B] -> G groups; of sums and not of means, since ratios of sums are taken
             parts = torch.arange(num_prompts).tensor_split(min(GROUPS, num_prompts))
             groups = torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])
             groups = groups.repeat_interleave(self._num_samples)  # [S]
             zeros = torch.zeros(len(parts), dtype=torch.float64)
-            sums = {name: zeros.index_add(0, groups, square * norms) for name, square in self._pending.items()}
+            sums = {name: zeros.index_add(0, groups, moment) for name, moment in moments.items()}
             self._moments.append(_Moments(self.number, sums, self._needs))
         if measurement.training_seconds is not None and self.number > WARM_UP:
             seconds = self.number, measurement.rollout_seconds, measurement.training_seconds
@@ -110,6 +118,21 @@ class Comparison:
         self._moments = [moments for moments in self._moments if moments.number > oldest]
         for values in self._seconds.values():
             values[:] = [row for row in values if row[0] > oldest]
+
+    def _second_moments(self, norms: Tensor) -> dict[str, Tensor]:
+        """Return `[S]` what each response adds to the second moment of the gradient."""
+        whole = norms if norms.dim() == 1 else norms.sum(1)  # [S]
+        moments = {name: square * whole for name, square in self._pending.items()}
+        if norms.dim() == 1 or self._inputs is None:
+            return moments
+        # ---- One value per token: logits of different tokens are different numbers, so their squares add up ----
+        inputs = self._inputs._replace(squared_norms=norms)
+        for name, baseline in self.candidates.items():
+            if baseline.reads_gradients and can_value(baseline, inputs):
+                advantages = inputs.reward[:, None] - checked_values(baseline, inputs)  # [S, R]
+                moments[name] = (advantages.square() * norms).sum(1)
+                self._needs[name] = baseline.needs_greedy(inputs.prompts)
+        return moments
 
     # ---- Figures ----
 
@@ -139,19 +162,21 @@ class Comparison:
         variances = percentile_interval(drawn).tolist()
         shares = [sum(row.needs[name] for row in self._moments) / len(self._moments) for name in names]
         prices = self._prices(np.array(shares))
+        figures = {name: Figure((ratios[i], *variances[i]), None) for i, name in enumerate(names)}
         if prices is None:
-            return {name: Figure((ratios[i], *variances[i]), None) for i, name in enumerate(names)}
+            return figures
         price, price_drawn = (values / values[..., [names.index(used)]] for values in prices)  # [F], [K, F]
         costs = percentile_interval(drawn * price_drawn).tolist()
-        return {
-            name: Figure((ratios[i], *variances[i]), (ratios[i] * float(price[i]), *costs[i]))
-            for i, name in enumerate(names)
-        }
+        for i, name in enumerate(names):
+            # What a pass before training costs was not measured, unless the run makes it.
+            if self.candidates[name].reads_gradients == self.candidates[used].reads_gradients:
+                figures[name] = figures[name]._replace(cost=(ratios[i] * float(price[i]), *costs[i]))
+        return figures
 
     def _prices(self, shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Return `[F]` seconds of a step and `[K, F]` of the bootstrap, by the share of rollouts with greedy rows."""
-        if self.greedy_price is not None:
-            price = 1 + self.greedy_price * shares
+        if self.greedy_price is not None or (shares == shares[0]).all():
+            price = 1 + (self.greedy_price or 0.0) * shares
             return price, np.broadcast_to(price, (NUM_RESAMPLES, len(price)))
         if any(len(rows) < 2 for rows in self._seconds.values()):
             return None

@@ -19,14 +19,15 @@ from remax_lightning.callbacks.throughput import Throughput
 def default_callbacks() -> list[Callback]:
     """Return what the command line adds to every run, for a `Trainer` of your own.
 
-    Samples, figures of KL, baseline and throughput, guards against collapse, the exported policy, the table of an
-    evaluation, TensorBoard's charts and the progress, each with its defaults. To change one, leave it out and add your
-    own. `LMEval`, which needs tasks, and `GradientVariance`, which compares baselines, are not among them.
+    Samples, figures of KL, baseline and throughput, a comparison of baselines, guards against collapse, the exported
+    policy, the table of an evaluation, TensorBoard's charts and the progress, each with its defaults. To change one,
+    leave it out and add your own. `LMEval`, which needs tasks, is not among them.
     """
     return [
         KLMonitor(),
         SampleDump(),
         BaselineMonitor(),
+        GradientVariance(),
         CollapseDetector(),
         Throughput(),
         ExportPolicy(),

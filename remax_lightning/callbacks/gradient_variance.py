@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import functional as F
 
-from remax_lightning.baselines import (
-    KINDS,
-    Auto,
-    Baseline,
-    BaselineInputs,
-    checked_values,
-    make_baseline,
-)
+from remax_lightning.baselines import KINDS, Auto, Baseline, BaselineInputs, Comparison, Figure, Measurement
 from remax_lightning.callbacks.monitors import (
     log_step,
     response_baseline,
@@ -28,31 +22,15 @@ from remax_lightning.callbacks.monitors import (
     response_reward,
     rollout_output,
 )
-from remax_lightning.distributed import gather_over_ranks
+from remax_lightning.distributed import gather_over_ranks, max_over_ranks
 from remax_lightning.errors import UserError
-from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
+from remax_lightning.evaluation.statistics import cheapest_baseline
 from remax_lightning.types import PromptBatch, StepOutput
 
-NUM_RESAMPLES = 300
-"""Draws of the bootstrap: enough for the ends of an interval that is looked at, few enough to cost nothing."""
-EVERY = 100
-"""Optimizer steps between two measurements of what greedy responses cost; each takes two more rollouts."""
-
-
-class StepScores(NamedTuple):
-    """What a step knows of its sampled responses, those of all ranks.
-
-    Args:
-        inputs: what baselines read.
-        squared_norms: `[S]` of the gradient of `log π(y)` at the logits.
-        seconds: of the optimizer step.
-        rollout_seconds: of decoding among them.
-    """
-
-    inputs: BaselineInputs
-    squared_norms: Tensor
-    seconds: float
-    rollout_seconds: float
+FIRST_PRICE, PRICE_EVERY = 40, 200
+"""Rollouts before the first measurement of what greedy responses cost, and between two; each decodes once more."""
+IDLE_EVERY = 4
+"""Without a KL, measured rollouts from one in which all responses are run to the next."""
 
 
 class GradientVariance(Callback):
@@ -62,202 +40,214 @@ class GradientVariance(Callback):
     the squared norm of its gradient over all weights: the logits are there anyway. Unbiased baselines leave the mean of
     the gradient, so second moments compare variances. `remax baselines` has the norms over all weights.
 
-    Logged, for every baseline that the responses of the run can tell of, over the last `window` steps and divided by
-    the baseline in use:
+    Logged, for every baseline that the responses of the run can tell of, over the last rollouts and divided by the
+    baseline in use, each with the ends of its 95 % interval (bootstrap over prompts) under the same name with `_low`
+    and `_high`:
 
-    - `train/gradient_variance/NAME`, and the ends of its 95 % interval, `train/gradient_variance_low/NAME` and
-      `_high/NAME` (bootstrap over prompts).
+    - `train/gradient_variance/NAME`.
     - `train/variance_seconds/NAME`: the same times the seconds of a step with that baseline, which is the time that a
-      gradient of the same precision takes. What greedy responses cost is measured every 100 steps, by decoding
-      twice more without them.
+      gradient of the same precision takes.
 
-    At the end of training one line names the cheapest baseline, if its interval is clear of 1. Nothing is logged
-    without a KL, since responses without an advantage are then left out of the training pass.
+    The lines of progress, and one at the end of training, name the cheapest, where its interval is clear of 1. With
+    `auto` the figures are those that the baseline decides by.
+
+    Its price: the norms of every `every_n_rollouts`-th rollout. Without a KL, every fourth of these runs responses
+    without an advantage once, without gradients. Where every rollout has greedy responses, the prompts of rollout 40
+    and of every 200th after it are decoded once more without them, to know what they cost.
 
     Args:
-        window: optimizer steps; 50 of 64 prompts give intervals of about 10 %.
+        window: rollouts that count.
+        every_n_rollouts: rollouts from one that is measured to the next; 0 measures none.
 
     Raises:
-        UserError: if `window` is below 1.
+        UserError: if `window` is below 1, or `every_n_rollouts` is negative.
     """
 
-    def __init__(self, window: int = 50) -> None:
+    def __init__(self, window: int = 200, every_n_rollouts: int = 4) -> None:
         super().__init__()
         if window < 1:
-            raise UserError(f"gradient_variance.window must be at least 1 (optimizer steps), got {window}")
-        self.window = window
+            raise UserError(f"gradient_variance.window must be at least 1 (rollouts), got {window}")
+        if every_n_rollouts < 0:
+            raise UserError(f"gradient_variance.every_n_rollouts must be 0 (off) or more, got {every_n_rollouts}")
+        self.window, self.every_n_rollouts = window, every_n_rollouts
+        self._saved: dict[str, Any] = {}
         self._clear()
 
     def _clear(self) -> None:
+        self._comparison: Comparison | None = None  # None where nothing is compared here
+        self._auto: Auto | None = None
+        self._used = ""
         self._parts: list[StepOutput] = []
-        self._moments: deque[dict[str, Tensor]] = deque(maxlen=self.window)  # [B] per name and step
-        self._seconds: deque[tuple[float, float]] = deque(maxlen=self.window)  # of the step, of its rollout
-        self._compared: dict[str, Baseline] = {}
-        self._plain_share = 1.0  # seconds of a rollout without greedy responses, as a share of one with them
-        self._plain_seconds: float | None = None
-        self._next_measurement = 2  # the first steps warm up
-        self._step_start = 0.0
-        self._is_silent = False
+        self._rollouts = 0
+        self._prices: list[float] = []  # what greedy responses add to a step, as a share of one without them
+        self._plain_seconds: float | None = None  # of decoding the prompts of this rollout without them
+        self._start = 0.0
+        self._has_news = False
+
+    # ---- The run ----
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the state of an earlier fit, and make the baselines that are compared."""
         self._clear()
-        objective = getattr(pl_module, "objective", None)
-        # `auto` compares them itself; one that reads gradients cannot be told from norms of whole responses.
-        if objective is None or isinstance(objective.baseline, Auto) or objective.baseline.reads_gradients:
-            self._is_silent = True
+        baseline: Baseline | None = getattr(getattr(pl_module, "objective", None), "baseline", None)
+        if baseline is None or not self.every_n_rollouts:
             return
-        cast(Any, pl_module).reports_squared_norm = True
-        # The run's own, with its memory of an earlier part of the run, and all others of the package.
-        self._used = _name_of(objective.baseline)
-        self._compared = {self._used: copy.deepcopy(objective.baseline)}
-        num_samples = cast(Any, pl_module).sampling.num_samples
-        for name in KINDS:
-            other = make_baseline(cast(Any, name))
-            if other.is_unbiased and not other.reads_gradients and other.min_samples <= num_samples:
-                self._compared.setdefault(name, other)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock of a step; now and then measure a rollout without greedy responses."""
-        if self._is_silent or not isinstance(batch, PromptBatch) or batch.micro_batch_index:
+        if isinstance(baseline, Auto):
+            self._auto = baseline
             return
         module: Any = pl_module
-        if module.objective.baseline.greedy == "always" and trainer.global_step >= self._next_measurement:
-            self._next_measurement = trainer.global_step + EVERY
+        # The run's own, with its memory of an earlier part of the run, and all others of the package.
+        self._used = next((name for name, kind in KINDS.items() if type(baseline) is kind), type(baseline).__name__)
+        compared = {self._used: copy.deepcopy(baseline)}
+        for name, kind in KINDS.items():
+            other = kind()
+            # With one sample, the greedy response and the other samples are the greedy response alone.
+            is_same = name == "greedy_and_samples" and module.sampling.num_samples == 1
+            if other.is_unbiased and not is_same:
+                compared.setdefault(name, other)
+        self._comparison = Comparison(compared, self.window)
+        if self._saved.get("used") == self._used:
+            self._comparison.load_state_dict(self._saved["comparison"])
+            self._rollouts, self._prices = self._saved["rollouts"], list(self._saved["prices"])
+            self._comparison.greedy_price = statistics.median(self._prices) if self._prices else None
+        self._saved = {}
+        module.norm_askers.append(self.needs_norms)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the baseline that would have taken the least time, if that is clear."""
+        cheapest = cheapest_baseline(_metrics(self._figures()))
+        if self._comparison is not None and cheapest is not None and cheapest.high < 1:
+            rank_zero_warn(f"On this run the baseline {cheapest}. See docs/baselines.md.")
+        askers = getattr(pl_module, "norm_askers", [])
+        if self.needs_norms in askers:
+            askers.remove(self.needs_norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was compared so far; the same on every rank."""
+        if self._comparison is None:
+            return {}
+        values = {"used": self._used, "rollouts": self._rollouts, "prices": self._prices}
+        return values | {"comparison": self._comparison.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._saved = dict(state_dict)
+
+    # ---- A rollout ----
+
+    def needs_norms(self, *, is_free: bool) -> bool:
+        """Whether the rollout that was just made is one that is measured."""
+        number, every = self._rollouts - 1, self.every_n_rollouts
+        return number % (every if is_free else every * IDLE_EVERY) == 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of a rollout; now and then measure decoding without greedy responses."""
+        if self._comparison is None or not isinstance(batch, PromptBatch) or batch.micro_batch_index:
+            return
+        module: Any = pl_module
+        is_due = self._rollouts >= FIRST_PRICE and (self._rollouts - FIRST_PRICE) % PRICE_EVERY == 0
+        self._rollouts += 1
+        # An engine that writes ahead has other prompts under way.
+        if is_due and module.objective.baseline.greedy == "always" and not module.worker.ahead:
             self._plain_seconds = _seconds_without_greedy(module, batch)
-        self._step_start = time.perf_counter()
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect a micro-batch; compare baselines at the end of the optimizer step."""
         output = rollout_output(outputs)
-        if self._is_silent or output is None or "squared_norm" not in output:
+        if output is None or (self._comparison is None and self._auto is None):
             return
-        # Asked of the rollout and not of the responses that were run: all ranks have to decide alike.
-        if output["rollout"].reference_log_probs is None:
-            self._is_silent = True
-            rank_zero_info(
-                "gradient_variance compares no baselines: without a KL, responses without an advantage are not run"
-            )
-            return
-        self._parts.append(output)
+        if self._comparison is not None:
+            self._parts.append(output)
         if not output["closes_step"]:
             return
-        scores = _scores(trainer, self._parts, time.perf_counter() - self._step_start)
-        self._parts = []
-        self._observe(scores)
-        if self._used not in self._compared:
-            self._is_silent = True  # nothing to compare with
-            return
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            log_step(pl_module, self._figures())
-        self._step_start = time.perf_counter()
+        if self._comparison is not None:
+            self._compare(trainer, self._comparison)
+        # ---- Figures of the steps that are logged ----
+        if trainer.global_step % max(1, cast(Any, trainer).log_every_n_steps) == 0 and self._has_news:
+            self._has_news = False
+            log_step(pl_module, _metrics(self._figures()))
+        self._has_news |= self._auto is not None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the baseline that would have taken the least time, if that is clear."""
-        if not self._moments or self._is_silent:
+    def _compare(self, trainer: Trainer, comparison: Comparison) -> None:
+        """Add an optimizer step to the comparison."""
+        parts, self._parts = self._parts, []
+        rollouts = [part["rollout"] for part in parts]
+        # Rewards of tokens, and parts on scales of their own, have no single number to compare.
+        if any(rollout.token_rewards is not None or rollout.normalized_reward is not None for rollout in rollouts):
+            self._comparison = None
             return
-        figures = self._figures()
-        if not figures:  # every reward was its baseline
-            return
-        costs = {name: figures[f"train/variance_seconds/{name}"] for name in self._moments[-1]}
-        best = min(costs, key=lambda name: costs[name])
-        factor = costs[best] / max(figures[f"train/gradient_variance/{best}"], 1e-12)
-        low, high = (factor * figures[f"train/gradient_variance_{end}/{best}"] for end in ("low", "high"))
-        if best != self._used and high < 1:
-            rank_zero_warn(
-                f"On this run the baseline {best} would have needed {costs[best]:.2f} of the seconds of {self._used}"
-                f" for a gradient of the same precision (95 %: {low:.2f} to {high:.2f}, over the last"
-                f" {len(self._moments)} steps). See docs/baselines.md."
-            )
-
-    # ---- Figures ----
-
-    def _observe(self, scores: StepScores) -> None:
-        """Add the second moments of a step, `[B]` for each baseline."""
-        inputs, n = scores.inputs, scores.inputs.num_samples
-        if self._plain_seconds is not None and scores.rollout_seconds > 0:
-            # Of the same prompts, one rollout after the other.
-            self._plain_share = min(1.0, self._plain_seconds / scores.rollout_seconds)
+        norms = [part["squared_norm"] for part in parts if "squared_norm" in part]
+        is_measured = len(norms) == len(parts)
+        comparison.observe(_inputs(trainer, parts), is_measured=is_measured)
+        # ---- Seconds, of the slowest rank ----
+        elapsed = time.perf_counter() - self._start
+        decoding, scoring = (sum(part["times"][phase] for part in parts) for phase in ("rollout", "reward"))
+        plain = decoding if self._plain_seconds is None else self._plain_seconds
+        elapsed, decoding, scoring, plain = max_over_ranks(trainer, [elapsed, decoding, scoring, plain])
+        if self._plain_seconds is not None:
+            # Of the same prompts, one after the other.
+            added = max(0.0, decoding - plain)
+            self._prices.append(added / max(elapsed - added, 1e-9))
+            comparison.greedy_price = statistics.median(self._prices)
             self._plain_seconds = None
+        is_whole = sum(len(rollout.reward) for rollout in rollouts) and decoding > 0
+        training = elapsed - decoding - scoring if is_whole else None
+        rows = _rows_over_ranks(trainer, norms) if is_measured else None  # [S, R]
+        comparison.measure(Measurement(rows, decoding + scoring, training))
+        self._has_news |= is_measured
 
-        def moments(values: Tensor) -> Tensor:
-            return ((inputs.reward - values).square() * scores.squared_norms).view(-1, n).mean(1)  # [B]
-
-        found: dict[str, Tensor] = {}
-        for name, baseline in list(self._compared.items()):
-            if not _can_value(baseline, inputs):
-                # A comparison needs the same steps for all, so what cannot be told of one step is left out.
-                del self._compared[name]
-                continue
-            found[name] = moments(checked_values(baseline, inputs))
-            baseline.observe(inputs)
-        self._moments.append(found)
-        self._seconds.append((scores.seconds, scores.rollout_seconds))
-
-    def _figures(self) -> dict[str, float]:
-        """Return what is logged, from the steps of the window."""
-        names = [name for name in self._moments[-1] if all(name in step for step in self._moments)]
-        columns = torch.stack([torch.cat([step[name] for step in self._moments]) for name in names], 1)  # [P, F]
-        base = columns[:, names.index(self._used)]
-        if not base.sum() > 0:
-            return {}
-        denominators = base[:, None].expand_as(columns)
-        intervals = percentile_interval(resampled_ratios(columns, denominators, NUM_RESAMPLES, seed=0))
-        figures: dict[str, float] = {}
-        for name, column, (low, high) in zip(names, columns.unbind(1), intervals.tolist(), strict=True):
-            ratio = float(column.sum() / base.sum())
-            figures[f"train/gradient_variance/{name}"] = ratio
-            figures[f"train/gradient_variance_low/{name}"] = low
-            figures[f"train/gradient_variance_high/{name}"] = high
-            figures[f"train/variance_seconds/{name}"] = ratio * self._price(name) / self._price(self._used)
-        return figures
-
-    def _price(self, name: str) -> float:
-        """Return the seconds of a step with a baseline; greedy responses in every rollout cost what was measured."""
-        total = sum(seconds for seconds, _ in self._seconds)
-        greedy = sum(rollout for _, rollout in self._seconds) * (1 - self._plain_share)
-        return total - greedy * (1 - self._compared[name].greedy_share)
+    def _figures(self) -> dict[str, Figure]:
+        if self._auto is not None:
+            return self._auto.figures()
+        return {} if self._comparison is None else self._comparison.figures(self._used)
 
 
-def _name_of(baseline: Baseline) -> str:
-    return next((name for name, kind in KINDS.items() if type(baseline) is kind), type(baseline).__name__)
+def _metrics(figures: dict[str, Figure]) -> dict[str, float]:
+    """Return figures by the keys that they are logged under."""
+    metrics: dict[str, float] = {}
+    for name, figure in figures.items():
+        for kind, values in (("gradient_variance", figure.variance), ("variance_seconds", figure.cost)):
+            if values is not None:
+                ends = zip(("", "_low", "_high"), values, strict=True)
+                metrics |= {f"train/{kind}{end}/{name}": value for end, value in ends}
+    return metrics
 
 
-def _can_value(baseline: Baseline, inputs: BaselineInputs) -> bool:
-    if baseline.remembers_prompts and inputs.prompts is None:
-        return False
-    return inputs.greedy_reward is not None or not baseline.needs_greedy(inputs.prompts)
-
-
-def _scores(trainer: Trainer, parts: Sequence[StepOutput], seconds: float) -> StepScores:
+def _inputs(trainer: Trainer, parts: Sequence[StepOutput]) -> BaselineInputs:
     """Return the scores of an optimizer step, from its micro-batches and all ranks."""
     rollouts = [part["rollout"] for part in parts]
     n = rollouts[0].num_samples
-    norms = torch.cat([cast(Tensor, part.get("squared_norm")).double().sum(1).cpu() for part in parts])  # [S]
     # ---- One row per response, so that one collective moves all columns ----
+    reward = torch.cat([response_reward(part) for part in parts])  # [S]
     places = [rollout.prompt.indices for rollout in rollouts]
     has_places = all(part is not None for part in places)
     numbers = [float(place) for part in places for place in part or () for _ in range(n)]
     columns = [
-        torch.cat([response_reward(part) for part in parts]),
+        reward,
         torch.cat([response_length(part) for part in parts]),
-        norms,
-        torch.tensor(numbers, dtype=torch.float64) if has_places else torch.zeros_like(norms),
+        torch.tensor(numbers, dtype=torch.float64) if has_places else torch.zeros_like(reward),
     ]
     if all(rollout.baseline_reward is not None for rollout in rollouts):
         columns.append(torch.cat([cast(Tensor, response_baseline(part)) for part in parts]))
     rows = gather_over_ranks(trainer, torch.stack(columns, 1).flatten()).view(-1, len(columns))
-    reward, lengths, squared_norms, prompts, *greedy = rows.unbind(1)
-    inputs = BaselineInputs(
+    reward, lengths, prompts, *greedy = rows.unbind(1)
+    return BaselineInputs(
         reward=reward,
         num_samples=n,
         greedy_reward=greedy[0][::n] if greedy else None,
         lengths=lengths,
         prompts=[int(place) for place in prompts[::n]] if has_places else None,
     )
-    return StepScores(inputs, squared_norms, seconds, sum(part["times"]["rollout"] for part in parts))
+
+
+def _rows_over_ranks(trainer: Trainer, parts: Sequence[Tensor]) -> Tensor:
+    """Return `[S, R]` the rows of all parts and ranks, 0 where one has fewer columns."""
+    width = int(max_over_ranks(trainer, [max(part.shape[1] for part in parts)])[0])
+    rows = torch.cat([F.pad(part.double().cpu(), (0, width - part.shape[1])) for part in parts])
+    return gather_over_ranks(trainer, rows.flatten()).view(-1, width)
 
 
 def _seconds_without_greedy(module: Any, batch: PromptBatch) -> float:
@@ -266,9 +256,9 @@ def _seconds_without_greedy(module: Any, batch: PromptBatch) -> float:
     timer, worker.timer = worker.timer, type(worker.timer)()  # these rollouts are none of the step's
     module.rollouts.free_gradients()  # as the step does before its own
     try:
-        # In the precision of the step. The first one allocates, and captures graphs; only the second counts.
+        # In the precision of the step. On CUDA the first one captures graphs; only the last counts.
         with module.trainer.precision_plugin.train_step_context():
-            for _ in range(2):
+            for _ in range(2 if module.device.type == "cuda" else 1):
                 worker.timer.pop()
                 generator = torch.Generator(module.device).manual_seed(0)
                 worker.generate_responses(module.policy, batch, generator, greedy=False)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from remax_lightning.baselines import Auto
+from remax_lightning.evaluation.statistics import cheapest_baseline
 from remax_lightning.types import PreferenceBatch, SupervisedBatch
 
 FIGURES = {
@@ -95,6 +96,9 @@ class RunProgress(Callback):
         baseline = getattr(getattr(pl_module, "objective", None), "baseline", None)
         if isinstance(baseline, Auto):
             parts.append(f"baseline {baseline.chosen}")
+        cheapest = cheapest_baseline({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if cheapest is not None and cheapest.high < 1:
+            parts.append(f"{cheapest.name} {cheapest.value:.2f} of {cheapest.used}'s seconds")
         parts += self._rates(trainer, step, now)
         self._last_step, self._last_line, self._tokens = step, now, 0.0
         _print("  ".join(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -116,7 +116,9 @@ class ReMaxModule(PolicyModule):
         self._moving = None if steps is None else MovingReference(steps, kl.reference_mixup_alpha)
         self._metrics = StepMetrics()
         self._meter = TrainingMeter()  # for a baseline that learns from training
-        self.reports_squared_norm = False  # a callback sets it that reads `squared_norm` of a `StepOutput`
+        self.norm_askers: list[Callable[..., bool]] = []
+        """Callbacks add what asks for the norms of the gradients of a rollout, once it is made; called with `is_free`,
+        whether training runs all of its responses anyway."""
         self.gradients = StepGradients()
 
     def hyper_parameters(self) -> dict[str, Any]:
@@ -236,8 +238,8 @@ class ReMaxModule(PolicyModule):
             if passes:  # Lightning makes the backward pass of the last one
                 self.gradients.accumulate(self.trainer, passes[-1].loss)
             active = part.active_responses()  # [S], False where every advantage is 0
-            norms = self.reports_squared_norm or self._meter.has_norms
-            stats = self.token_statistics(part.rollout, active, norm=norms)  # log pi(y_t) [S, R]
+            has_norms = part.squared_norm is not None
+            stats = self.token_statistics(part.rollout, active, norm=has_norms)  # log pi(y_t) [S, R]
             # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
             trained = self.objective.with_advantages(part, stats, self.kl_coef, self._sum_over_ranks)
             # ---- The loss: - sum_t A_t log pi(y_t) / N ----
@@ -293,9 +295,11 @@ class ReMaxModule(PolicyModule):
         if plan.needs_old_log_probs:
             experience = self._with_old_log_probs(experience, plan)
         # Advantages with a KL of a single update are computed in the training pass.
-        if not learns:
+        if not learns and not self.norm_askers:
             return experience
-        return self._meter.begin(experience, plan, self.objective.baseline, seconds, self.token_statistics)
+        return self._meter.begin(
+            experience, plan, self.objective.baseline, self.norm_askers, seconds, self.token_statistics
+        )
 
     def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
         """Add log pi_old(y_t), and the advantages that depend on a KL."""

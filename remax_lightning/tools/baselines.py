@@ -31,6 +31,7 @@ from remax_lightning.evaluation.statistics import percentile_interval, resampled
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.command import quiet_lightning
 from remax_lightning.tools.doctor.context import DoctorContext, load_context, select_rows
+from remax_lightning.tools.gradient_norms import SquaredNorms, agreement, differentiate, squared_norms
 from remax_lightning.training.worker import GeneratedResponses
 from remax_lightning.types import PromptBatch, Rollout
 
@@ -45,14 +46,14 @@ class Sample(NamedTuple):
         reward: `[S]` rewards.
         greedy_reward: `[B]` rewards of the greedy responses.
         lengths: `[S]` tokens.
-        squared_norms: `[S]` squared norms of `∇ log π(y)`, over all weights that are trained.
+        norms: squared norms of `∇ log π(y)`.
         num_samples: `n`.
     """
 
     reward: Tensor
     greedy_reward: Tensor
     lengths: Tensor
-    squared_norms: Tensor
+    norms: SquaredNorms
     num_samples: int
 
 
@@ -114,7 +115,7 @@ def second_moments(sample: Sample, baseline: Baseline, batch_size: int) -> Tenso
         greedy, reward = sample.greedy_reward[prompts], sample.reward[rows]
         inputs = BaselineInputs(reward, n, greedy, sample.lengths[rows], prompts.tolist())
         advantages = reward - checked_values(baseline, inputs)  # [S of the batch]
-        moments.append((advantages.square() * sample.squared_norms[rows]).view(-1, n).mean(1))
+        moments.append((advantages.square() * sample.norms.weights[rows]).view(-1, n).mean(1))
     return torch.cat(moments)
 
 
@@ -124,17 +125,22 @@ def tracker_moments(sample: Sample, tracker: Tracker, batch_size: int) -> Tensor
     prompts = list(range(len(sample.greedy_reward)))
 
     def part(columns: slice) -> Sample:
-        values = (tensor.view(-1, n)[:, columns] for tensor in (sample.reward, sample.lengths, sample.squared_norms))
+        values = (tensor.view(-1, n)[:, columns] for tensor in (sample.reward, sample.lengths, sample.norms.weights))
         reward, lengths, norms = (value.flatten() for value in values)
-        return Sample(reward, sample.greedy_reward, lengths, norms, len(reward) // len(prompts))
+        part_norms = SquaredNorms(weights=norms, logits=norms, head=None)  # the first alone are read
+        return Sample(reward, sample.greedy_reward, lengths, part_norms, len(reward) // len(prompts))
 
     first, rest = part(slice(0, 1)), part(slice(1, None))
     tracker.observe(BaselineInputs(first.reward, 1, first.greedy_reward, first.lengths, prompts))
     return second_moments(rest, tracker, batch_size)
 
 
-def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[str]) -> list[Figure]:
-    """Return the figures of each baseline, the cheapest first."""
+def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[str] | None = None) -> list[Figure]:
+    """Return the figures of each baseline, the cheapest first; None for all that a sample tells of."""
+    if names is None:
+        # A biased one, the mean of the group, is leave_one_out times (n - 1) / n, so it has nothing to add.
+        kinds = {name: kind() for name, kind in KINDS.items()}
+        names = [name for name, kind in kinds.items() if kind.is_unbiased and not kind.reads_gradients]
     made = {name: make_baseline(cast(BaselineName, name)) for name in names}
     moments = {
         name: tracker_moments(sample, baseline, batch_size)
@@ -171,7 +177,8 @@ def advice(figures: Sequence[Figure]) -> str:
     needed = f" with model.sampling.num_samples: {samples} or more" if samples > 1 else ""
     return (
         f"For a gradient of the same precision {best.name} needs {best.cost[0]:.2f} of the seconds of greedy"
-        f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}{needed}."
+        f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}{needed},"
+        " or auto, which compares them during the run."
     )
 
 
@@ -190,11 +197,12 @@ def measure(context: DoctorContext, num_samples: int, report: Callable[[str], No
     run_samples = module.sampling.num_samples
     size = max(1, min(cast(Any, context.data).batch_size, len(context.prompt.prompts)))
     parts: list[list[Tensor]] = []
+    norms: list[SquaredNorms] = []
     times = {"greedy": 0.0, "plain": 0.0, "training": 0.0}
     total = len(context.prompt.prompts)
     # The first calls allocate and choose kernels; they would count as the price of greedy responses.
     first = select_rows(context.prompt, range(min(size, 2)))
-    _backward(module, _roll_out(module, first, num_samples, True, 0))
+    differentiate(module, _roll_out(module, first, num_samples, True, 0))
     _roll_out(module, first, run_samples, False, 0)
     for start in range(0, total, size):
         prompt = select_rows(context.prompt, range(start, min(start + size, total)))
@@ -205,12 +213,17 @@ def measure(context: DoctorContext, num_samples: int, report: Callable[[str], No
         times["greedy"] += _timed(module, partial(_roll_out, module, prompt, run_samples, True, start))[1]
         times["plain"] += _timed(module, partial(_roll_out, module, prompt, run_samples, False, start))[1]
         # ---- A training pass over them, and one of each response alone for the norm of its gradient ----
-        times["training"] += _timed(module, partial(_backward, module, rollout))[1]
-        norms = _squared_norms(module, rollout)
-        values = (rollout.reward, cast(Tensor, rollout.baseline_reward), rollout.sampled.response_mask.sum(1), norms)
+        times["training"] += _timed(module, partial(differentiate, module, rollout))[1]
+        norms.append(squared_norms(module, rollout))
+        values = (rollout.reward, cast(Tensor, rollout.baseline_reward), rollout.sampled.response_mask.sum(1))
         parts.append([value.double().cpu() for value in values])
-    reward, greedy_reward, lengths, norms = (torch.cat(values) for values in zip(*parts, strict=True))
-    joined = Sample(reward, greedy_reward, lengths, norms, num_samples)
+    reward, greedy_reward, lengths = (torch.cat(values) for values in zip(*parts, strict=True))
+    weights, logits, heads = (
+        None if None in values else torch.cat([cast(Tensor, value).cpu() for value in values])
+        for values in zip(*norms, strict=True)
+    )
+    joined_norms = SquaredNorms(cast(Tensor, weights), cast(Tensor, logits), heads)
+    joined = Sample(reward, greedy_reward, lengths, joined_norms, num_samples)
     trained = len(joined.greedy_reward) * run_samples
     added = max(times["greedy"] - times["plain"], 0.0)
     return joined, Seconds(times["plain"] / trained, added / trained, times["training"] / len(joined.reward))
@@ -232,33 +245,46 @@ def _timed(module: ReMaxModule, run: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def _backward(module: ReMaxModule, rollout: Rollout, active: Tensor | None = None) -> None:
-    """Leave the gradient of the sum of `log π(y)` over the active responses in the weights."""
-    for parameter in module.policy.parameters():
-        parameter.grad = None
-    with torch.enable_grad():
-        log_probs = module.token_statistics(rollout, active).log_probs  # [S, R]
-        mask = rollout.sampled.response_mask if active is None else rollout.sampled.response_mask & active[:, None]
-        log_probs.masked_fill(~mask, 0.0).sum().backward()
-
-
-def _squared_norms(module: ReMaxModule, rollout: Rollout) -> Tensor:
-    """Return `[S]` squared norms of the gradient of `log π(y)`, one backward pass for each response."""
-    norms = []
-    num_prompts = len(rollout.prompt.prompts)
-    for index in range(num_prompts):
-        part = rollout.micro_batch(index, num_prompts)  # a prompt with its n samples
-        for sample in range(part.num_samples):
-            active = torch.arange(part.num_samples, device=module.device) == sample  # [n]
-            _backward(module, part, active)
-            gradients = (weight.grad for weight in module.policy.parameters() if weight.grad is not None)
-            norms.append(sum(gradient.double().square().sum() for gradient in gradients))
-    for parameter in module.policy.parameters():
-        parameter.grad = None
-    return torch.stack([torch.as_tensor(norm) for norm in norms])
-
-
 # ---- The command ----
+
+
+class Measured(NamedTuple):
+    """A configuration, measured.
+
+    Args:
+        sample: what was measured on the responses.
+        seconds: per trained response.
+        batch_size: prompts of a rollout batch.
+    """
+
+    sample: Sample
+    seconds: Seconds
+    batch_size: int
+
+
+def load_and_measure(arguments: Sequence[str], num_prompts: int, report: Callable[[str], None]) -> Measured:
+    """Load what a configuration of `remax fit` names, and measure it.
+
+    Args:
+        arguments: of `remax fit`.
+        num_prompts: prompts to measure.
+        report: is told what is being done.
+
+    Raises:
+        UserError: if the configuration is wrong, or is not one of ReMax.
+    """
+    with quiet_lightning():
+        context = load_context(arguments, num_prompts)
+        if not isinstance(context.module, ReMaxModule):
+            raise UserError(f"model: remax baselines needs ReMaxModule, got {type(context.module).__name__}")
+        context.load_data()
+        context.load_models()
+        context.load_reward()
+        # The leave-one-out family needs a second sample; the others are then measured on both.
+        num_samples = max(2, context.module.sampling.num_samples)
+        with context.trainer.precision_plugin.forward_context():
+            sample, seconds = measure(context, num_samples, report)
+    return Measured(sample, seconds, cast(Any, context.data).batch_size)
 
 
 def main(args: Sequence[str]) -> list[Figure]:
@@ -280,27 +306,18 @@ def main(args: Sequence[str]) -> list[Figure]:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise UserError(f"--{name}: there is no folder {str(path.parent)!r}; make it, or name another file")
-    with quiet_lightning():
-        context = load_context(rest, options.num_prompts)
-        if not isinstance(context.module, ReMaxModule):
-            raise UserError(f"model: remax baselines needs ReMaxModule, got {type(context.module).__name__}")
-        context.load_data()
-        context.load_models()
-        context.load_reward()
-        # The leave-one-out family needs a second sample; the others are then measured on both.
-        num_samples = max(2, context.module.sampling.num_samples)
-        with context.trainer.precision_plugin.forward_context():
-            sample, seconds = measure(context, num_samples, lambda text: print(text, flush=True))
-    # A biased one, the mean of the group, is leave_one_out times (n - 1) / n, so it has nothing to add.
-    kinds = {name: kind() for name, kind in KINDS.items()}
-    names = [name for name, kind in kinds.items() if kind.is_unbiased and not kind.reads_gradients]
-    figures = compare(sample, seconds, cast(Any, context.data).batch_size, names)
+    sample, seconds, batch_size = load_and_measure(rest, options.num_prompts, lambda text: print(text, flush=True))
+    figures = compare(sample, seconds, batch_size)
+    cheap = agreement(sample.norms.weights, sample.norms.logits, sample.num_samples)
     print("\n" + table(figures) + "\n\n" + advice(figures))
+    value, low, high = cheap.rank_correlation
+    print(f"Norms at the logits, which a run is monitored by: rank correlation {value:.2f} ({low:.2f} to {high:.2f}).")
     if options.json is not None:
         written = {
             "num_prompts": len(sample.greedy_reward),
-            "num_samples": num_samples,
+            "num_samples": sample.num_samples,
             "seconds": seconds._asdict(),
+            "norms_at_logits": {"rank_correlation": cheap.rank_correlation, "slope": cheap.slope},
             "baselines": [figure._asdict() for figure in figures],
         }
         options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -317,7 +334,8 @@ def make_parser() -> argparse.ArgumentParser:
         " [--json FILE] [--picture FILE.svg]",
         description="Measure, without training, how much variance the gradient has with each baseline on the policy,"
         " reward and data of a run, what a response costs, and which baseline takes the least time for a gradient of"
-        " the same precision. One backward pass for each response.",
+        " the same precision. One backward pass for each response. model.advantage.baseline: auto compares them during"
+        " the run instead.",
         allow_abbrev=False,
     )
     parser.add_argument("--num_prompts", type=int, default=128, metavar="N", help="prompts to measure (default: 128)")

@@ -178,7 +178,7 @@ class Experience(NamedTuple):
         baseline: `[S]`, or `[S, R]` of tokens, what the rewards are compared with, where that takes more than the
             samples of one prompt.
         squared_norm: `[S, R]` of the gradients of the log-probs at their logits, of responses that training does not
-            run; None where nobody asks for them.
+            run, 0 of the others; None where nobody asks for norms.
     """
 
     rollout: Rollout
@@ -270,6 +270,14 @@ class TrainingPass(NamedTuple):
     statistics: TokenStatistics
     active: Tensor
     clip_fraction: Tensor
+
+    @property
+    def squared_norm(self) -> Tensor | None:
+        """`[S, R]` of the gradients of the log-probs at their logits, of all responses; None where nobody asks."""
+        of_idle = self.experience.squared_norm
+        if of_idle is None:
+            return None
+        return torch.where(self.active[:, None], cast(Tensor, self.statistics.squared_norm), of_idle)
 
 
 def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPass:

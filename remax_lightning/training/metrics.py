@@ -130,8 +130,8 @@ class StepMetrics(MeanMetrics):
             times=times,
             closes_step=closes_step,
         )
-        if stats.squared_norm is not None:
-            output["squared_norm"] = stats.squared_norm
+        if result.squared_norm is not None:
+            output["squared_norm"] = result.squared_norm
         # ---- Sums over micro-batches and all ranks, divided once ----
         values = {**step_values(output), "loss": (result.loss, None)}
         if objective.loss_config.kind == "clipped":
@@ -196,9 +196,6 @@ def predictions(rollout: Rollout) -> list[dict[str, Any]]:
 class TrainingMeter:
     """Gathers a `Measurement` from the training passes on one rollout, of this rank until it is finished."""
 
-    has_norms: bool = False
-    """Whether the training passes have to return squared norms."""
-
     def __init__(self) -> None:
         self._norms: list[Tensor] | None = None  # [s] of each micro-batch of this rank
         self._rollout_seconds: float | None = None  # None before a rollout
@@ -210,6 +207,7 @@ class TrainingMeter:
         experience: Experience,
         plan: UpdatePlan,
         baseline: Baseline,
+        askers: Sequence[Callable[..., bool]],
         rollout_seconds: float,
         statistics: Callable[[Rollout, Tensor, Sequence[Tensor], bool], TokenStatistics],
     ) -> Experience:
@@ -218,16 +216,21 @@ class TrainingMeter:
         Args:
             experience: the rollout.
             plan: of the updates on it.
-            baseline: what learns.
+            baseline: may learn.
+            askers: say whether others want the norms.
             rollout_seconds: of decoding and scoring.
             statistics: runs the policy over some responses in some passes, and returns squared norms if asked.
         """
-        self.has_norms = baseline.needs_norms(is_free=plan.has_kl)
-        self._norms = [] if self.has_norms else None
-        self._rollout_seconds, self._training_seconds = rollout_seconds, None
-        self._start = time.perf_counter()
-        if not self.has_norms or plan.has_kl:
+        asked = [asks(is_free=plan.has_kl) for asks in askers]
+        if baseline.learns_from_training:
+            asked.append(baseline.needs_norms(is_free=plan.has_kl))
+            self._norms = [] if asked[-1] else None
+            self._rollout_seconds, self._training_seconds = rollout_seconds, None
+            self._start = time.perf_counter()
+        if not any(asked):
             return experience
+        if plan.has_kl:
+            return experience._replace(squared_norm=torch.zeros_like(experience.rollout.sampled.response_mask.float()))
         # Without a KL, training leaves out responses without an advantage, whose norms count all the same.
         idle, passes = experience.idle_responses(plan.num_micro_batches), experience.passes(plan.num_micro_batches)
         with torch.no_grad():
@@ -235,13 +238,9 @@ class TrainingMeter:
         return experience._replace(squared_norm=norms)
 
     def add(self, result: TrainingPass) -> None:
-        """Add the squared norms of the next responses of the rollout."""
-        if self._norms is None:
-            return
-        norms, of_idle = cast(Tensor, result.statistics.squared_norm), result.experience.squared_norm  # [s, R]
-        if of_idle is not None:  # of the responses that were not run
-            norms = torch.where(result.active[:, None], norms, of_idle)
-        self._norms.append(norms.double().sum(1).cpu())  # [s]
+        """Add the squared norms of the next responses of the rollout, if the baseline has asked for them."""
+        if self._norms is not None:
+            self._norms.append(cast(Tensor, result.squared_norm).double().sum(1).cpu())  # [s]
 
     def stop(self) -> None:
         """Read the clock; the last reading before the next rollout counts."""
@@ -256,7 +255,6 @@ class TrainingMeter:
         unknown = self._training_seconds is None
         own = [self._rollout_seconds, self._training_seconds or 0.0, float(unknown)]
         rollout_seconds, training_seconds, is_unknown = max_over_ranks(trainer, own)
-        self.has_norms = False
         self._norms = self._rollout_seconds = self._training_seconds = self._start = None
         measurement = Measurement(norms, rollout_seconds, None if is_unknown else training_seconds)
         line = baseline.observe_training(measurement)
@@ -276,7 +274,6 @@ class TrainingMeter:
         state = states[trainer.global_rank] if states and len(states) == trainer.world_size else None
         state = state or {"norms": None, "rollout": None, "training": None}
         self._norms, self._rollout_seconds = state["norms"], state["rollout"]
-        self.has_norms = self._norms is not None
         self._training_seconds, self._start = state["training"], None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule, make_output, make_trainer, scalars
 from helpers.training import PROMPTS, fit, prompt_data, remax_module, save_policy
+from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from remax_lightning.callbacks import GradientVariance
+from remax_lightning.baselines import Auto
+from remax_lightning.callbacks import GradientVariance, gradient_variance
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, SamplingConfig
 from remax_lightning.errors import UserError
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine
@@ -23,6 +24,8 @@ from remax_lightning.training.worker import PhaseTimer
 
 class NoRollouts:
     """A worker whose rollouts take no time."""
+
+    ahead = 0
 
     def __init__(self) -> None:
         self.timer = PhaseTimer()
@@ -42,14 +45,13 @@ class Compared(FakeModule):
         self.objective = Objective(KLConfig(), AdvantageConfig(baseline=baseline), LossConfig(), n)  # type: ignore[arg-type]
         self.sampling = SamplingConfig(num_samples=n)
         self.policy, self.worker, self.rollouts = None, NoRollouts(), NoRollouts()
+        self.norm_askers: list[Any] = []
 
 
 def with_norms(seed: int, *, greedy: bool = True, closes: bool = True) -> Any:
     output = make_output(seed, greedy=greedy, closes=closes)
     norms = torch.rand(output["entropy"].shape, generator=torch.Generator().manual_seed(seed)) * output["entropy_mask"]
-    # With a KL, as every response is then run.
-    rollout = output["rollout"]._replace(reference_log_probs=torch.zeros(norms.shape))
-    return {**output, "rollout": rollout, "squared_norm": norms}
+    return {**output, "squared_norm": norms}
 
 
 def second_moment(outputs: list[Any], baseline: str) -> float:
@@ -88,7 +90,7 @@ def test_figures_are_those_of_the_window(tmp_path: Path) -> None:
             assert low <= value * 1.0001
             assert value <= high * 1.0001
     assert scalars(tmp_path, "train/gradient_variance/greedy") == [1.0] * 4
-    assert scalars(tmp_path, "train/variance_seconds/greedy") == [1.0] * 4
+    assert scalars(tmp_path, "train/variance_seconds/none") == []  # what greedy responses cost is not known yet
     assert scalars(tmp_path, "train/gradient_variance/group_mean") == []  # leave_one_out times a number
 
 
@@ -97,6 +99,9 @@ def test_without_greedy_responses_only_others_are_compared(tmp_path: Path) -> No
     make_trainer(tmp_path, [GradientVariance()]).fit(module)
     assert scalars(tmp_path, "train/gradient_variance/batch_mean") == [1.0, 1.0]
     assert len(scalars(tmp_path, "train/gradient_variance/none")) == 2
+    # Nobody has greedy responses, so the seconds are the same for all.
+    costs, moments = (scalars(tmp_path, f"train/{name}/none") for name in ("variance_seconds", "gradient_variance"))
+    assert costs == pytest.approx(moments)
     for name in ("greedy", "calibrated_greedy", "tracker", "cached_greedy"):
         assert scalars(tmp_path, f"train/gradient_variance/{name}") == []
 
@@ -112,7 +117,23 @@ def test_parts_of_a_step_are_one_batch(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/gradient_variance/batch_mean") == pytest.approx([float(expected)], rel=1e-5)
 
 
-def test_a_clear_answer_is_told_once(tmp_path: Path) -> None:
+def test_a_value_of_each_token_is_compared(tmp_path: Path) -> None:
+    outputs = [with_norms(seed, greedy=False) for seed in range(2)]
+    make_trainer(tmp_path, [GradientVariance(window=1)]).fit(Compared(outputs, "batch_mean"))
+    rewards, norms = outputs[1]["rollout"].reward.double(), outputs[1]["squared_norm"].double()
+    weights = norms.cumsum(1)
+    total = 0.0
+    for i in range(6):
+        others = [k for k in range(6) if k != i]
+        values = (weights[others] * rewards[others, None]).sum(0) / weights[others].sum(0)
+        total += float(((rewards[i] - values) ** 2 * norms[i]).nansum())
+    expected = total / 6 / second_moment(outputs[1:], "batch_mean")
+    assert scalars(tmp_path, "train/gradient_variance/optimal_per_token")[-1] == pytest.approx(expected, rel=1e-5)
+    assert scalars(tmp_path, "train/variance_seconds/optimal_per_token") == []  # the price of its pass is not known
+
+
+def test_a_clear_answer_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_variance, "FIRST_PRICE", 2)
     outputs = []
     for seed in range(12):
         output = with_norms(seed)
@@ -121,18 +142,36 @@ def test_a_clear_answer_is_told_once(tmp_path: Path) -> None:
             reward=1 + 0.01 * output["rollout"].reward, baseline_reward=10 * output["rollout"].baseline_reward - 15
         )
         outputs.append({**output, "rollout": rollout})
-    told = r"On this run the baseline \w+ would have needed 0\.\d+ of the seconds of greedy"
+    told = r"On this run the baseline \w+ needs 0\.\d+ of the seconds of greedy for a gradient of .* \(95 %: 0"
     with pytest.warns(UserWarning, match=told):
         make_trainer(tmp_path, [GradientVariance()]).fit(Compared(outputs))
 
 
-def test_responses_that_were_not_run_end_the_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    output = with_norms(0)
-    output["rollout"] = output["rollout"]._replace(reference_log_probs=None)
-    with caplog.at_level(logging.INFO):
-        make_trainer(tmp_path, [GradientVariance()]).fit(Compared([output, with_norms(1)]))
+def test_rollouts_that_are_not_measured_are_left_out(tmp_path: Path) -> None:
+    outputs = [with_norms(0), make_output(1)]
+    make_trainer(tmp_path, [GradientVariance()]).fit(Compared(outputs))
+    logged = scalars(tmp_path, "train/gradient_variance/none")
+    none, greedy = (second_moment(outputs[:1], name) for name in ("none", "greedy"))
+    assert logged[0] == pytest.approx(none / greedy, rel=1e-5)
+    assert set(logged) == {logged[0]}
+
+
+def test_it_asks_for_every_fourth_rollout_and_without_a_kl_for_every_sixteenth() -> None:
+    monitor = GradientVariance()
+    asked: dict[bool, list[int]] = {True: [], False: []}
+    for number in range(33):
+        monitor._rollouts = number + 1
+        for is_free, numbers in asked.items():
+            if monitor.needs_norms(is_free=is_free):
+                numbers.append(number)
+    assert asked == {True: [*range(0, 33, 4)], False: [0, 16, 32]}
+
+
+def test_turned_off_it_asks_for_nothing(tmp_path: Path) -> None:
+    module = Compared([with_norms(0)])
+    make_trainer(tmp_path, [GradientVariance(every_n_rollouts=0)]).fit(module)
     assert scalars(tmp_path, "train/gradient_variance/none") == []
-    assert caplog.text.count("gradient_variance compares no baselines: without a KL") == 1
+    assert module.norm_askers == []
 
 
 def test_rewards_that_are_their_baselines_end_without_an_answer(tmp_path: Path) -> None:
@@ -162,28 +201,69 @@ class Requests(PairedEngine):
         return super().generate(model, request)
 
 
-def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_kl", [True, False])
+def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(
+    has_kl: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_variance, "FIRST_PRICE", 2)
+    monkeypatch.setattr(gradient_variance, "IDLE_EVERY", 1)
     policy = save_policy(tmp_path / "policy")
-    reference = save_policy(tmp_path / "reference", noise=0.02)
+    reference = save_policy(tmp_path / "reference", noise=0.02) if has_kl else None
     weights = []
-    for callbacks in ([], [GradientVariance()]):
+    for callbacks in ([], [GradientVariance(every_n_rollouts=1)]):
         engine = Requests()
         module = remax_module(policy, reference, rollout=engine)
         recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, callbacks=callbacks, max_steps=4)
         weights.append(recorder.weights[-1])
-        assert ("squared_norm" in recorder.outputs[0]) == bool(callbacks)
+        asked = ["squared_norm" in output for output in recorder.outputs]
+        assert asked == [bool(callbacks)] * 4
         if callbacks:
-            assert engine.greedy == [True, True, False, False, True, True]  # two more, before the third step
+            assert engine.greedy == [True, True, False, True, True]  # once more, before the third step
             logged = recorder.logged[-1]
             assert 0 < logged["train/variance_seconds/batch_mean"] <= logged["train/gradient_variance/batch_mean"]
+            assert all((output["squared_norm"].sum(1) > 0).all() for output in recorder.outputs)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_resumed_run_goes_on_comparing(tmp_path: Path) -> None:
+    outputs = [with_norms(seed) for seed in range(4)]
+    whole, first, rest = (GradientVariance() for _ in range(3))
+    make_trainer(tmp_path / "whole", [whole]).fit(Compared(outputs))
+    make_trainer(tmp_path / "first", [first]).fit(Compared(outputs[:2]))
+    rest.load_state_dict(first.state_dict())
+    make_trainer(tmp_path / "rest", [rest]).fit(Compared(outputs[2:]))
+    for name in ("none", "tracker", "leave_one_out"):
+        expected = scalars(tmp_path / "whole", f"train/gradient_variance/{name}")
+        assert scalars(tmp_path / "rest", f"train/gradient_variance/{name}") == pytest.approx(expected[2:])
+
+
+class Shown(Callback):
+    """Keeps what `auto` knows and what is logged, at the end of each step."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Any, float | None]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        logged = trainer.callback_metrics.get("train/variance_seconds_high/greedy")
+        self.pairs.append((pl_module.objective.baseline.figures().get("greedy"), logged))
+
+
+def test_auto_is_shown_as_it_decides(tmp_path: Path) -> None:
+    policy = save_policy(tmp_path / "policy")
+    advantage = AdvantageConfig(baseline=Auto(["greedy", "batch_mean"], greedy_price=0.5))
+    module, data = remax_module(policy, advantage=advantage), prompt_data(tmp_path, policy)
+    shown = Shown()
+    fit(module, data, tmp_path, callbacks=[GradientVariance(), shown], max_steps=6)
+    figure, logged = shown.pairs[-1]
+    assert logged == pytest.approx(figure.cost[2])
+    assert module.norm_askers == []
 
 
 def test_norms_of_logits_are_those_of_gradients(tmp_path: Path) -> None:
     """Of a run's own step, by autograd at the logits of the same tokens."""
     policy = save_policy(tmp_path / "policy")
     module = remax_module(policy, save_policy(tmp_path / "reference", noise=0.02))
-    module.reports_squared_norm = True
+    module.norm_askers.append(lambda *, is_free: is_free)
     (output,) = fit(module, prompt_data(tmp_path, policy, PROMPTS[:4]), tmp_path).outputs
     prompt, sampled = output["rollout"].prompt, output["rollout"].sampled
     model = AutoModelForCausalLM.from_pretrained(policy)  # as it was before the step

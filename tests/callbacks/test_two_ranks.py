@@ -47,7 +47,8 @@ def test_both_ranks_decide_alike_on_what_both_saw(run: Path) -> None:
 
 
 def test_numbers_are_those_of_both_ranks(run: Path) -> None:
-    expected: dict[str, list[float]] = {name: [] for name in ("reward_variance", "advantage_variance", "kl_max")}
+    names = ("reward_variance", "advantage_variance", "kl_max", "gradient_variance/none")
+    expected: dict[str, list[float]] = {name: [] for name in names}
     for parts in steps(3):
         rewards = [value for part in parts for value in part["rollout"].reward.tolist()]
         baselines = [value for part in parts for value in part["rollout"].baseline_reward.tolist() for _ in (0, 1)]
@@ -55,8 +56,12 @@ def test_numbers_are_those_of_both_ranks(run: Path) -> None:
         differences = [reward - baseline for reward, baseline in zip(rewards, baselines, strict=True)]
         expected["advantage_variance"].append(statistics.pvariance(differences))
         expected["kl_max"].append(max(kls(parts)))
+        norms = [value for part in parts for value in part["squared_norm"].sum(1).tolist()]
+        plain = sum(w * r**2 for w, r in zip(norms, rewards, strict=True))
+        greedy = sum(w * d**2 for w, d in zip(norms, differences, strict=True))
+        expected["gradient_variance/none"].append(plain / greedy)
     for name, values in expected.items():
-        assert scalars(run, f"train/{name}") == pytest.approx(values), name
+        assert scalars(run, f"train/{name}") == pytest.approx(values, rel=1e-5), name
     assert scalars(run, "time/rollout_s") == pytest.approx([2 * 0.0015] * 3)
     reader = events(run)
     for event, parts in zip(reader.Histograms("distribution/reward"), steps(3), strict=True):

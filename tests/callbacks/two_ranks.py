@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from callbacks.fakes import FakeModule, make_output, make_trainer
 from torch.utils.data import DataLoader
 
 from remax_lightning import callbacks
+from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, SamplingConfig
+from remax_lightning.training.objective import Objective
 
 STOP_KL, TARGET_KL, HORIZON = 1.0, 0.5, 40
 
@@ -23,10 +26,17 @@ def outputs_of(rank: int) -> list[Any]:
         assert kl is not None
         kl.copy_((10.0 if large else 0.1) * output["rollout"].sampled.response_mask)
         output["times"] = {"rollout": 0.001 * (1 + rank), "reward": 0.0}
+        mask = output["rollout"].sampled.response_mask
+        output["squared_norm"] = torch.rand(mask.shape, generator=torch.Generator().manual_seed(10 * rank + i)) * mask
     return outputs
 
 
 class RankedModule(FakeModule):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.objective = Objective(KLConfig(), AdvantageConfig(), LossConfig(), 2)
+        self.sampling, self.norm_askers = SamplingConfig(num_samples=2), list[Any]()
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.train_outputs = outputs_of(self.global_rank)
         return super().training_step(batch, batch_idx)
@@ -47,6 +57,7 @@ def main(folder: Path) -> None:
     every: list[Any] = [
         callbacks.KLMonitor(target_kl=TARGET_KL, adaptive=True, horizon=HORIZON, stop_kl=STOP_KL),
         callbacks.BaselineMonitor(),
+        callbacks.GradientVariance(window=1),
         callbacks.Throughput(),
         callbacks.SampleDump(every_n_steps=1),
         callbacks.TensorBoardReport(every_n_steps=1),

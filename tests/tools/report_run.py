@@ -61,6 +61,13 @@ def planted_curves(steps: int = 200, seed: int = 0) -> dict[str, list[tuple[int,
     plant("train/kl_per_response", 0.005, 0.2, 0.01)
     plant("train/kl_max", 0.1, 2.0, 0.2)
     plant("train/reward_variance_ratio", 0.9, 1.1, 0.1)
+    compared = {"greedy": (1.0, 1.0), "batch_mean": (0.9, 0.62), "tracker": (0.8, 0.7), "none": (5.0, 4.0)}
+    for name, (start, end) in compared.items():
+        width = 0.0 if name == "greedy" else 0.2
+        for kind, factor in (("gradient_variance", 1.0), ("variance_seconds", 1.0 if name == "greedy" else 0.9)):
+            plant(f"train/{kind}/{name}", factor * start, factor * end, 0.0)
+            plant(f"train/{kind}_low/{name}", factor * start - width, factor * end - width, 0.0)
+            plant(f"train/{kind}_high/{name}", factor * start + width, factor * end + width, 0.0)
     plant("train/baseline_correlation", 0.3, 0.4, 0.1)
     plant("train/greedy_win_rate", 0.3, 0.1, 0.03)
     plant("train/zero_advantage_share", 0.5, 0.8, 0.03)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from helpers.cli import changed, in_folder, remax, write_config
@@ -28,6 +29,7 @@ from remax_lightning.tools.baselines import (
     tracker_moments,
 )
 from remax_lightning.tools.doctor import load_context
+from remax_lightning.tools.gradient_norms import SquaredNorms, agreement
 
 SECONDS = Seconds(rollout=0.4, greedy=0.2, training=0.4)
 
@@ -40,7 +42,11 @@ def make_sample(num_prompts: int = 200, agreement: float = 0.9, num_samples: int
     )
     reward = agreement**0.5 * greedy.repeat_interleave(2) + (1 - agreement) ** 0.5 * noise
     norms = 1 + torch.rand(2 * num_prompts, generator=generator, dtype=torch.float64)
-    return Sample(reward, greedy, torch.ones_like(reward), norms, num_samples)
+    return Sample(reward, greedy, torch.ones_like(reward), norms_of(norms), num_samples)
+
+
+def norms_of(weights: torch.Tensor) -> SquaredNorms:
+    return SquaredNorms(weights, weights, None)
 
 
 def test_second_moments_are_those_of_the_formula() -> None:
@@ -48,7 +54,7 @@ def test_second_moments_are_those_of_the_formula() -> None:
         reward=torch.tensor([1.0, 3.0, 0.0, 2.0]),
         greedy_reward=torch.tensor([2.0, 2.0]),
         lengths=torch.ones(4),
-        squared_norms=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        norms=norms_of(torch.tensor([1.0, 2.0, 3.0, 4.0])),
         num_samples=2,
     )
     assert second_moments(sample, make_baseline("greedy"), 8).tolist() == [(1 + 2) / 2, (4 * 3 + 0) / 2]
@@ -72,7 +78,7 @@ def test_batches_are_those_of_training() -> None:
 def _prompts(sample: Sample, start: int, stop: int) -> Sample:
     rows = slice(2 * start, 2 * stop)
     greedy = sample.greedy_reward[start:stop]
-    return Sample(sample.reward[rows], greedy, sample.lengths[rows], sample.squared_norms[rows], 2)
+    return Sample(sample.reward[rows], greedy, sample.lengths[rows], norms_of(sample.norms.weights[rows]), 2)
 
 
 NAMES = ("greedy", "none", "batch_mean", "calibrated_greedy", "leave_one_out", "cached_greedy")
@@ -136,6 +142,17 @@ def test_table_and_picture_show_every_baseline() -> None:
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + len(figures)
 
 
+def test_the_agreement_of_norms() -> None:
+    true = torch.tensor([1.0, 8.0, 27.0, 64.0, 125.0, 216.0], dtype=torch.float64)
+    same = agreement(true, true.pow(1 / 3), 2)
+    assert same.rank_correlation == pytest.approx((1.0, 1.0, 1.0))
+    assert same.slope == pytest.approx(3.0)
+    ranks = agreement(true, torch.tensor([2.0, 1.0, 4.0, 3.0, 5.0, 5.0]), 1).rank_correlation
+    # Ranks 2, 1, 4, 3, 5.5, 5.5 against 1 to 6
+    assert ranks[0] == pytest.approx(np.corrcoef([1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 5.5, 5.5])[0, 1])
+    assert ranks[1] < ranks[0] <= ranks[2]
+
+
 # With models
 
 
@@ -172,9 +189,15 @@ def test_norms_are_those_of_true_gradients(tmp_path: Path) -> None:
         ids = second.prompt_ids[row // 2][second.prompt_mask[row // 2]], rollout.sampled.response_ids[row][mask]
         logits = policy(torch.cat(ids)[None]).logits[0, len(ids[0]) - 1 : -1]
         log_prob = logits.log_softmax(-1).gather(1, ids[1][:, None]).sum()
-        gradients = torch.autograd.grad(log_prob, [weight for weight in policy.parameters() if weight.requires_grad])
+        weights = [weight for weight in policy.parameters() if weight.requires_grad]
+        gradients = torch.autograd.grad(log_prob, weights)
         expected = sum(float(gradient.square().sum()) for gradient in gradients)
-        assert float(sample.squared_norms[8 + row]) == pytest.approx(expected, rel=1e-4)
+        at_logits = float((torch.nn.functional.one_hot(ids[1], logits.shape[1]) - logits.softmax(-1)).square().sum())
+        assert float(sample.norms.logits[8 + row]) == pytest.approx(at_logits, rel=1e-4)
+        head = policy.get_output_embeddings().weight  # shared with nothing in this model
+        of_head = float(gradients[[id(weight) for weight in weights].index(id(head))].square().sum())
+        assert float(cast(torch.Tensor, sample.norms.head)[8 + row]) == pytest.approx(of_head, rel=1e-4)
+        assert float(sample.norms.weights[8 + row]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -193,6 +216,8 @@ def test_the_command_prints_writes_and_trains_nothing(tmp_path: Path, capsys: py
     assert written["num_prompts"] == 8
     names = [line["name"] for line in written["baselines"]]
     assert {"greedy", "batch_mean", "calibrated_greedy", "leave_one_out", "tracker", "none"} <= set(names)
+    assert "Norms at the logits, which a run is monitored by: rank correlation" in outcome.out
+    assert -1 <= written["norms_at_logits"]["rank_correlation"][0] <= 1
     assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith(tuple(names))] == names
 
 

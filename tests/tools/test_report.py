@@ -15,9 +15,17 @@ from helpers.cli import changed, remax, small_config, write_config
 from helpers.training import save_policy
 from tools.report_run import HOSTILE, planted_curves, sample, write_events, write_run, write_samples
 
+from remax_lightning.baselines import KINDS
 from remax_lightning.errors import UserError
 from remax_lightning.tools.report import main
-from remax_lightning.tools.report.charts import build_sections, kl_against_reward, smooth, thin_indices
+from remax_lightning.tools.report.charts import (
+    BASELINES,
+    baseline_text,
+    build_sections,
+    kl_against_reward,
+    smooth,
+    thin_indices,
+)
 from remax_lightning.tools.report.page import format_duration, format_number
 from remax_lightning.tools.report.run import Curve, read_run
 
@@ -135,6 +143,32 @@ def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
         assert line["high"][at] - line["low"][at] == pytest.approx(2 * deviations[i], rel=1e-2)
     points = sections[0]["charts"][0]["lines"][2]
     assert points["y"] == pytest.approx(curves["val/reward"].values, rel=1e-4)
+
+
+def test_baselines_are_compared_with_their_intervals() -> None:
+    curves = {key: Curve([step for step, _ in c], [y for _, y in c]) for key, c in planted_curves(200).items()}
+    section = next(section for section in build_sections(curves)[0] if section["title"] == "Baseline")
+    cost, variance, *_ = section["charts"]
+    assert [line["label"] for line in cost["lines"]] == ["batch_mean 0.57", "tracker 0.63", "greedy 1.00", "none 3.65"]
+    assert [line["color"] for line in cost["lines"]] == [line["color"] for line in variance["lines"]] == [0, 1, 2, 3]
+    assert cost["top"] == 3.0
+    line = cost["lines"][0]
+    for value, low, high in zip(line["y"], line["low"], line["high"], strict=True):
+        assert (value - low, high - value) == pytest.approx((0.2, 0.2), abs=1e-4)
+    assert section["text"].startswith("On this run batch_mean needs 0.57 of the seconds of greedy for a gradient of")
+    assert "(95 %: 0.37 to 0.77)" in section["text"]
+    # An interval that holds 1
+    curves["train/variance_seconds_high/batch_mean"].values[-1] = 1.1
+    assert baseline_text(curves) == "On this run no baseline is clearly cheaper than the one in use."
+
+
+def test_the_baselines_that_auto_took_are_told() -> None:
+    curves = {"train/baseline": Curve([1, 2, 3, 4, 5], [0.0, 0.0, 2.0, 2.0, 0.0])}
+    expected = (
+        "The baseline is chosen by the run (auto): greedy from step 1, batch_mean from step 3, greedy from step 5."
+    )
+    assert baseline_text(curves) == expected
+    assert tuple(KINDS) == BASELINES
 
 
 def test_the_parts_of_a_reward_stand_beside_each_other() -> None:

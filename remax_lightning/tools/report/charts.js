@@ -39,10 +39,11 @@ function padded([low, high]) {
 }
 
 class Plot {
-  constructor(width, xs, ys, label) {
+  constructor(width, xs, ys, label, top = null) {
     this.width = width;
+    this.top = top ?? Infinity;
     [this.x0, this.x1] = extent(xs);
-    [this.y0, this.y1] = padded(extent(ys));
+    [this.y0, this.y1] = padded(extent(ys.map((value) => Math.min(value, this.top))));
     this.node = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label });
   }
 
@@ -50,7 +51,9 @@ class Plot {
     return MARGIN.left + ((value - this.x0) / (this.x1 - this.x0)) * (this.width - MARGIN.left - MARGIN.right);
   }
 
-  y(value) {
+  /* What is above the axis is drawn at its edge. */
+  y(wanted) {
+    const value = Math.min(wanted, this.top);
     return HEIGHT - MARGIN.bottom - ((value - this.y0) / (this.y1 - this.y0)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
   }
 
@@ -122,6 +125,7 @@ function nearest(xs, wanted) {
 }
 
 function describe(line, i) {
+  if (line.interval) return `${line.label.split(" ")[0]}: ${shown(line.y[i])} (${shown(line.low[i])} to ${shown(line.high[i])})`;
   const spread = line.points || line.low === undefined ? "" : ` ± ${shown((line.high[i] - line.low[i]) / 2, 3)}`;
   return `${line.label}: ${shown(line.y[i])}${spread}`;
 }
@@ -167,7 +171,7 @@ function drawCurves(chart, width) {
   const stack = chart.kind === "stack";
   const lines = stack ? stacked(chart.lines) : chart.lines;
   const ys = lines.flatMap((line) => (line.points ? line.y : [...line.low, ...line.high]));
-  const plot = new Plot(width, STEPS, chart.mark ? [...ys, chart.mark[0]] : ys, summary(chart));
+  const plot = new Plot(width, STEPS, chart.mark ? [...ys, chart.mark[0]] : ys, summary(chart), chart.top);
   plot.axes("optimizer step", true); // there is no half step
   lines.forEach((line) => drawLine(plot, line, stack));
   if (chart.mark) plot.mark(chart.mark);
@@ -250,7 +254,8 @@ for (const [number, section] of DATA.sections.entries()) {
   const heading = html("h2", { id: title }, section.title);
   const text = "Lines are means over a 25th of the steps, bands one standard deviation in the same window.";
   const hint = number === 0 && smoothed ? [html("p", { class: "hint" }, text)] : [];
-  byId("sections").append(html("section", { "aria-labelledby": title }, heading, charts, ...hint));
+  const told = section.text ? [html("p", { class: "told" }, section.text)] : [];
+  byId("sections").append(html("section", { "aria-labelledby": title }, heading, ...told, charts, ...hint));
 }
 
 const drawAll = () => figures.forEach((chart, figure) => draw(figure, chart));

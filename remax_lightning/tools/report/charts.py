@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from remax_lightning.evaluation.statistics import cheapest_baseline
 from remax_lightning.tools.report.run import Curve
 
 POINTS = 300
@@ -14,7 +15,7 @@ POINTS = 300
 WINDOWS = 25
 """The smoothing window is one 25th of the points of a curve."""
 
-NUM_COLORS = 4
+NUM_COLORS = 8
 """Number of colors in the palette of `style.css`."""
 
 Smooth = tuple[list[int], list[float], list[float]]
@@ -29,12 +30,15 @@ class Line(NamedTuple):
         label: its name in the legend.
         color: index in the palette; training and validation of one quantity share it.
         points: draw points, for sparse measurements, instead of a smoothed line with a band.
+        ends: log keys of the ends of its interval, which is drawn as the band around a line as it was logged; None for
+            a smoothed one.
     """
 
     key: str
     label: str
     color: int = 0
     points: bool = False
+    ends: tuple[str, str] | None = None
 
 
 class Chart(NamedTuple):
@@ -46,6 +50,7 @@ class Chart(NamedTuple):
         mark: value of a horizontal line and its name in the legend; None without.
         stacked: whether the curves are stacked.
         wide: whether the chart has the full width of the page.
+        top: where the axis ends at the latest; what is above is drawn at its edge.
     """
 
     title: str
@@ -53,6 +58,7 @@ class Chart(NamedTuple):
     mark: tuple[float, str] | None = None
     stacked: bool = False
     wide: bool = False
+    top: float | None = None
 
 
 def _train_and_val(name: str) -> tuple[Line, Line]:
@@ -138,7 +144,13 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
 }
 """The charts of each section of the page."""
 
-_NOT_DRAWN = ("epoch", "hp_metric", "time/step_s", "train/collapse_alarms")
+_NOT_DRAWN = ("epoch", "hp_metric", "time/step_s", "train/collapse_alarms", "train/baseline")
+
+BASELINES = (
+    *("greedy", "none", "batch_mean", "group_mean", "leave_one_out", "optimal_constant", "optimal_per_token"),
+    *("shrinkage", "greedy_and_samples", "calibrated_greedy", "cached_greedy", "tracker"),
+)
+"""Names of the baselines, in the order in which `train/baseline` counts them."""
 
 
 def smooth(curve: Curve, width: int | None = None) -> Smooth:
@@ -176,8 +188,12 @@ def thin_indices(length: int, points: int = POINTS) -> list[int]:
 def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the sections with charts for the script of the page, and the titles of sections without curves."""
     # ---- The fixed sections, and all other curves in a last one ----
-    known = SECTIONS | {"Reward": (*SECTIONS["Reward"], *reward_parts(curves))}
-    named = {line.key for charts in known.values() for chart in charts for line in chart.lines}
+    known = SECTIONS | {
+        "Reward": (*SECTIONS["Reward"], *reward_parts(curves)),
+        "Baseline": (*compared_baselines(curves), *SECTIONS["Baseline"]),
+    }
+    lines = [line for charts in known.values() for chart in charts for line in chart.lines]
+    named = {key for line in lines for key in (line.key, *(line.ends or ()))}
     apart = {*named, *_NOT_DRAWN, *single_values(curves)}  # one point is no curve
     others = sorted(key for key in curves if key not in apart)
     further = tuple(Chart(key, (Line(key, key, 0, key.startswith(("val/", "test/"))),)) for key in others)
@@ -188,7 +204,8 @@ def build_sections(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], l
         if title.startswith("KL") and (path := kl_against_reward(curves)):
             section_charts.append(path)
         if section_charts:
-            sections.append({"title": title, "charts": section_charts})
+            text = baseline_text(curves) if title == "Baseline" else ""
+            sections.append({"title": title, "charts": section_charts, "text": text})
         elif charts:
             missing.append(title)
     return sections, missing
@@ -215,27 +232,87 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
     return (Chart("Parts of the reward of sampled responses", tuple(lines), wide=True),) if lines else ()
 
 
+def compared_baselines(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
+    """Return charts of what `GradientVariance` has logged of every baseline, the cheapest at the end first."""
+    titles = {
+        "variance_seconds": "Variance of the gradient times seconds of a step, divided by the baseline in use",
+        "gradient_variance": "Variance of the gradient, divided by the baseline in use",
+    }
+    colors: dict[str, int] = {}
+    charts = []
+    for kind, title in titles.items():
+        prefix = f"train/{kind}/"
+        last = {key.removeprefix(prefix): curve.values[-1] for key, curve in curves.items() if key.startswith(prefix)}
+        lines = []
+        for name in sorted(last, key=lambda name: last[name]):
+            color = colors.setdefault(name, len(colors) % NUM_COLORS)
+            ends = (f"train/{kind}_low/{name}", f"train/{kind}_high/{name}")
+            lines.append(Line(f"{prefix}{name}", f"{name} {last[name]:.2f}", color, ends=ends))
+        if lines:
+            charts.append(Chart(title, tuple(lines), (1.0, "1, the baseline in use"), wide=True, top=3.0))
+    return tuple(charts)
+
+
+def baseline_text(curves: Mapping[str, Curve]) -> str:
+    """Return which baseline is the cheapest on the run, and which ones `auto` took, in words."""
+    # Of the last step that was compared: an older figure is of another baseline in use.
+    compared = {key: curve for key, curve in curves.items() if "/variance_seconds" in key}
+    sentences = []
+    if compared:
+        last = max(curve.steps[-1] for curve in compared.values())
+        metrics = {key: curve.values[-1] for key, curve in compared.items() if curve.steps[-1] == last}
+        cheapest = cheapest_baseline(metrics)
+        if cheapest is not None and cheapest.high < 1:
+            sentences.append(f"On this run {cheapest}, over the last rollouts.")
+        else:
+            sentences.append("On this run no baseline is clearly cheaper than the one in use.")
+    used = curves.get("train/baseline")
+    if used is not None:
+        changes = [(used.steps[0], used.values[0])]
+        changes += [
+            (step, value)
+            for step, value, before in zip(used.steps[1:], used.values[1:], used.values[:-1], strict=True)
+            if value != before
+        ]
+        names = [f"{_baseline_name(value)} from step {step:,}" for step, value in changes]
+        sentences.append(f"The baseline is chosen by the run (auto): {', '.join(names)}.")
+    return " ".join(sentences)
+
+
+def _baseline_name(value: float) -> str:
+    return BASELINES[int(value)] if 0 <= value < len(BASELINES) else "another"
+
+
 def _chart(chart: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
     visible = {line.key: curves[line.key] for line in chart.lines if line.key in curves}
     if chart.stacked:  # stacked curves need the same steps
         common = sorted(set.intersection(*(set(curve.steps) for curve in visible.values())))
         visible = {key: Curve(common, _values_at(curve, common)) for key, curve in visible.items()}
-    lines = [_line(line, visible[line.key]) for line in chart.lines if line.key in visible]
+    lines = [_line(line, visible[line.key], curves) for line in chart.lines if line.key in visible]
     return {
         "kind": "stack" if chart.stacked else "curves",
         "title": chart.title,
         "lines": lines,
         "mark": chart.mark,
         "wide": chart.wide,
+        "top": chart.top,
     }
 
 
-def _line(line: Line, curve: Curve) -> dict[str, Any]:
+def _line(line: Line, curve: Curve, curves: Mapping[str, Curve]) -> dict[str, Any]:
     # ---- Points: validations, which are few ----
     description = {"label": line.label, "color": line.color, "points": line.points}
     if line.points:
         indices = thin_indices(len(curve.steps))
         return {**description, "x": [curve.steps[i] for i in indices], "y": _round(curve.values[i] for i in indices)}
+    # ---- A line as it was logged, with the band of its interval ----
+    if line.ends is not None:
+        indices = thin_indices(len(curve.steps))
+        bounds = [dict(zip(*curves[key], strict=True)) if key in curves else {} for key in line.ends]
+        points = [(curve.steps[i], curve.values[i]) for i in indices]
+        low, high = (_round(bound.get(step, value) for step, value in points) for bound in bounds)
+        x, y = [step for step, _ in points], _round(value for _, value in points)
+        return {**description, "x": x, "y": y, "low": low, "high": high, "interval": True}
     # ---- A smoothed line with a band of one standard deviation ----
     steps, means, deviations = smooth(curve)
     # Smooth all points before thinning, so that the line does not depend on the number of drawn points.
