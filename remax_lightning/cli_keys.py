@@ -46,7 +46,8 @@ def refuse_wrong_keys(arguments: list[str]) -> None:
     Raises:
         UserError: with a line for each mistake.
     """
-    if len(arguments) > 1 and is_current() and (mistakes := wrong_keys(arguments, shipped_signatures())):
+    mistakes = wrong_keys(arguments, shipped_signatures()) if len(arguments) > 1 else {}
+    if mistakes and is_current():
         raise UserError(message_of(f"{key}: {text}" for key, text in mistakes.items()))
 
 

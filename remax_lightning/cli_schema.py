@@ -6,6 +6,7 @@ Nothing is imported for them: `signatures.json` is written by `python docs/gener
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -121,12 +122,20 @@ def shipped_signatures() -> ShippedSignatures:
 def is_current() -> bool:
     """Whether the signatures are of this code; in a checkout someone may be adding a key, and has not written them yet.
 
-    A clone or a copy writes all files within a minute.
+    A clone or a copy writes all files within a minute. After a pull, what git holds counts: code and signatures are
+    checked together before they get there.
     """
     package = SIGNATURES.parent
     if config_folder().parent == package:  # an installed wheel
         return True
-    return max(path.stat().st_mtime for path in package.rglob("*.py")) < SIGNATURES.stat().st_mtime + 60
+    if max(path.stat().st_mtime for path in package.rglob("*.py")) < SIGNATURES.stat().st_mtime + 60:
+        return True
+    command = ["git", "status", "--porcelain", "--", "*.py"]
+    try:
+        done = subprocess.run(command, cwd=package, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout of it
+        return False
+    return not done.stdout.strip()
 
 
 # ---- Simple values ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -263,15 +264,24 @@ def test_classes_of_another_release_of_their_library_are_left_to_the_parser(tmp_
     assert list(wrong_keys(["fit", "--config", str(path)], signatures)) == ["model.kl_coeff"]
 
 
-def test_code_that_is_newer_than_the_signatures_is_not_judged_by_them(
+def test_code_that_someone_is_changing_is_not_judged_by_the_signatures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, signatures = tmp_path / "config.py", tmp_path / "signatures.json"
-    code.touch()
+    code.write_text("old = 1\n")
     signatures.touch()
     monkeypatch.setattr(cli_schema, "SIGNATURES", signatures)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert cli_schema.is_current()  # as in a clone
+    later = (code.stat().st_mtime + 3600,) * 2
+    os.utime(code, later)
+    assert not cli_schema.is_current()  # who knows
+    # ---- After a pull, which wrote this file alone; then someone edits it ----
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
     assert cli_schema.is_current()
-    os.utime(code, (code.stat().st_mtime + 3600,) * 2)
+    code.write_text("new = 1\n")
+    os.utime(code, later)
     assert not cli_schema.is_current()
 
 
