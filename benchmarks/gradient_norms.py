@@ -44,16 +44,17 @@ def lines_of(task: str, sample: Sample, batch_size: int) -> list[dict[str, Any]]
         replaced = sample._replace(norms=sample.norms._replace(weights=values.double()))
         cheap = {figure.name: figure.variance for figure in compare(replaced, seconds, batch_size)}
         errors = [abs(math.log(cheap[baseline][0] / true[baseline][0])) for baseline in true]
-        value, low, high = found.rank_correlation
+        # A length that is the same for all has no ranks.
+        value, low, high = (None if math.isnan(number) else round(number, 4) for number in found.rank_correlation)
         lines.append(
             {
                 "benchmark": "gradient_norms",
                 "size": task,
                 "variant": name,
                 "responses": len(sample.reward),
-                "rank_correlation": round(value, 4),
-                "rank_correlation_low": round(low, 4),
-                "rank_correlation_high": round(high, 4),
+                "rank_correlation": value,
+                "rank_correlation_low": low,
+                "rank_correlation_high": high,
                 "slope": round(found.slope, 3),
                 "largest_error": round(math.exp(max(errors)) - 1, 4),
                 "second_moments": {

@@ -3,7 +3,8 @@
 One run per size, whose steps take turns: without `GradientVariance` (`off`), with it in a rollout that is not measured
 (`observed`), and in one that is (`measured`). By default one rollout of four is measured, without a KL one of sixteen,
 where half of the responses have no advantage and take a pass of their own. Decoding without greedy responses, at
-rollout 40 and every 200 rollouts, is not in these figures.
+rollout 40 and every 200 rollouts, is not in these figures. Seconds are those of the processor, on one thread, so that
+others on the machine disturb them little.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Turns(GradientVariance):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock, and the monitor in its turns."""
         self.step += 1
-        self.begun = time.perf_counter()
+        self.begun = time.process_time()
         pl_module.norm_askers[:] = [] if self.turn == "off" else [self.needs_norms]
         if self.turn != "off":
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -69,7 +70,7 @@ class Turns(GradientVariance):
         if self.turn != "off":
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.step >= 2 * len(TURNS):
-            self.seconds[self.turn].append(time.perf_counter() - self.begun)
+            self.seconds[self.turn].append(time.process_time() - self.begun)
 
 
 def run(shape: Shape, folder: Path, rounds: int, *, has_kl: bool) -> dict[str, list[float]]:
@@ -138,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "monitor.jsonl")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     lines = []

@@ -178,7 +178,7 @@ class CheapestBaseline(NamedTuple):
 
     def __str__(self) -> str:
         """Say it."""
-        interval = f"(95 %: {self.low:.2f} to {self.high:.2f})"
+        interval = f"(95\N{NO-BREAK SPACE}%: {self.low:.2f} to {self.high:.2f})"
         of_used = f"{self.value:.2f} of the seconds of {self.used}"
         return f"{self.name} needs {of_used} for a gradient of the same precision {interval}"
 

@@ -142,7 +142,7 @@ def test_a_clear_answer_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
             reward=1 + 0.01 * output["rollout"].reward, baseline_reward=10 * output["rollout"].baseline_reward - 15
         )
         outputs.append({**output, "rollout": rollout})
-    told = r"On this run the baseline \w+ needs 0\.\d+ of the seconds of greedy for a gradient of .* \(95 %: 0"
+    told = r"On this run the baseline \w+ needs 0\.\d+ of the seconds of greedy for a gradient of .* \(95.%: 0"
     with pytest.warns(UserWarning, match=told):
         make_trainer(tmp_path, [GradientVariance()]).fit(Compared(outputs))
 

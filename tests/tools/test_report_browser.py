@@ -118,7 +118,10 @@ def test_every_chart_is_drawn_where_its_numbers_are(page: Any) -> None:
           }),
         }))""",
     )
-    assert len(charts) == len(titles) == 17
+    assert len(charts) == len(titles) == 19
+    assert page.find_element("css selector", ".told").text.startswith(
+        "On this run batch_mean needs 0.57 of the seconds"
+    )
     for chart in charts:
         assert chart["inside"], chart["label"]
         assert chart["numbers"], chart["label"]

@@ -146,6 +146,9 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
 
 _NOT_DRAWN = ("epoch", "hp_metric", "time/step_s", "train/collapse_alarms", "train/baseline")
 
+AXIS_TOP = 2.0
+"""Where the charts of compared baselines end: one that needs many times as much is drawn at the edge."""
+
 BASELINES = (
     *("greedy", "none", "batch_mean", "group_mean", "leave_one_out", "optimal_constant", "optimal_per_token"),
     *("shrinkage", "greedy_and_samples", "calibrated_greedy", "cached_greedy", "tracker"),
@@ -235,8 +238,8 @@ def reward_parts(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
 def compared_baselines(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
     """Return charts of what `GradientVariance` has logged of every baseline, the cheapest at the end first."""
     titles = {
-        "variance_seconds": "Variance of the gradient times seconds of a step, divided by the baseline in use",
-        "gradient_variance": "Variance of the gradient, divided by the baseline in use",
+        "variance_seconds": "Variance of the gradient times seconds of a step, over the baseline in use (cut at 2)",
+        "gradient_variance": "Variance of the gradient, over the baseline in use (cut at 2)",
     }
     colors: dict[str, int] = {}
     charts = []
@@ -249,7 +252,7 @@ def compared_baselines(curves: Mapping[str, Curve]) -> tuple[Chart, ...]:
             ends = (f"train/{kind}_low/{name}", f"train/{kind}_high/{name}")
             lines.append(Line(f"{prefix}{name}", f"{name} {last[name]:.2f}", color, ends=ends))
         if lines:
-            charts.append(Chart(title, tuple(lines), (1.0, "1, the baseline in use"), wide=True, top=3.0))
+            charts.append(Chart(title, tuple(lines), (1.0, "1, the baseline in use"), wide=True, top=AXIS_TOP))
     return tuple(charts)
 
 
