@@ -69,6 +69,7 @@ KINDS = {
     "plain": Arm("plain", "batch_mean"),
     "plain, n = 2": Arm("plain, n = 2", "leave_one_out", 2),
     "plain, n = 4": Arm("plain, n = 4", "group_mean", 4),
+    "optimal_per_token": ARMS["optimal_per_token"],
 }
 """A step costs what its responses cost: a row of `seconds` for each kind of rollout."""
 

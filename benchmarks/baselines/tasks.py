@@ -264,7 +264,8 @@ class Arm(NamedTuple):
     @property
     def kind(self) -> str:
         """What the seconds of a step depend on, beside greedy responses."""
-        return self.name if self.baseline == "critic" else f"n={self.samples}"
+        # A pass of its own, and a model of its own: the others cost what their responses cost.
+        return self.name if self.baseline in ("optimal_per_token", "critic") else f"n={self.samples}"
 
 
 PPO = Arm("ppo", "critic")
@@ -281,6 +282,7 @@ ARMS = {
         Arm("tracker", "tracker"),
         Arm("cached_greedy", "cached_greedy"),
         Arm("shrinkage", "shrinkage", 2),
+        Arm("optimal_per_token", "optimal_per_token"),
         Arm("auto", "auto"),
         Arm("skip_uninformative", "greedy", options=("--data.selection.skip_uninformative=2",)),
         Arm("oversample", "greedy", options=("--data.selection.oversample=3",)),

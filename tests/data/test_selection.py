@@ -135,6 +135,26 @@ def test_ranks_share_what_one_process_draws() -> None:
         assert whole[::2] == left
 
 
+def test_another_number_of_ranks_goes_on_with_the_same_prompts() -> None:
+    def observe(loader: Any, rows: list[int]) -> None:
+        for index in rows:
+            loader.sampler.stream.observe(index, index % 2 > 0, 0.5, 1)
+
+    one = make(24, 8, skip_uninformative=1)
+    batches = iter(one)
+    observe(one, next(batches))
+    state = copy.deepcopy(one.state_dict())
+    ranks = [make(24, 4, rank, 2, skip_uninformative=1) for rank in range(2)]
+    for loader in ranks:
+        loader.load_state_dict(state)
+    resumed = [iter(loader) for loader in ranks]
+    for _ in range(2):
+        whole, parts = next(batches), [next(iterator) for iterator in resumed]
+        assert parts == [whole[::2], whole[1::2]]
+        for loader in (one, *ranks):
+            observe(loader, whole)
+
+
 def test_an_epoch_under_way_without_a_selection_is_not_gone_on_with() -> None:
     plain = StatefulDataLoader(Identity(), batch_size=4, sampler=MicroBatchSampler(20, 4, seed=3), collate_fn=list)
     next(iter(plain))
