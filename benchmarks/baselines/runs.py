@@ -244,13 +244,13 @@ def time_steps(task: Task, arm: Arm, folder: Path, steps: int, warmup: int) -> l
     class _Clocked(RemaxCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks = [item for item in trainer.callbacks if type(item).__name__ != "GradientVariance"]
             trainer.callbacks.append(clock)
             return trainer
 
     place = prepared(task, folder)
     (place / "seconds").mkdir(exist_ok=True)
-    more = [f"--trainer.max_steps={warmup + steps}", "--trainer.limit_val_batches=0", "--evaluation.at_start=false"]
+    more = [f"--trainer.max_steps={warmup + steps}", "--trainer.limit_val_batches=0"]
+    more += ["--evaluation.at_start=false", "--gradient_variance.every_n_rollouts=0"]
     more += [f"--trainer.default_root_dir={place / 'seconds'}"]
     with working_folder(place):
         run(["fit", *arguments(task, arm, task.rates[0], 0), *more], _Clocked)

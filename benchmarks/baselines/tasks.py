@@ -21,11 +21,11 @@ FOLDER = ROOT / "runs" / "baselines"
 QUIET = """
 trainer: {logger: false, enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false,
           max_epochs: -1, check_val_every_n_epoch: null}
-gradient_variance: {window: 40, every_n_rollouts: 1}
+gradient_variance: {window: 20, every_n_rollouts: 1}
 samples: {every_n_steps: 0}
 export: {best: false, last: false}
 """
-"""What no run of the study needs is off; the monitor of the gradient's variance measures every rollout."""
+"""What no run of the study needs is off. The monitor measures every rollout, and forgets those before the last 20."""
 
 
 class Task(NamedTuple):
