@@ -313,6 +313,7 @@ def silence_library_warnings() -> None:
         r".*isinstance\(treespec, LeafSpec\)",
         "`is_gradient_checkpointing` is deprecated",
         "LightningCLI's args parameter",
+        "Total length of `list` across ranks is zero",  # of a run without validation rows
         "`is_gradient_checkpointing` is deprecated",  # asked by PEFT of transformers
     ):
         warnings.filterwarnings("ignore", message=message)

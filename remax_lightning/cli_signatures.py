@@ -176,9 +176,9 @@ def shipped_content(callbacks: Mapping[str, type]) -> dict[str, Any]:
     paths += [path for command in commands.values() for path in _options(command)]
     parameters: dict[str, Parameters] = {}
     for path in paths:  # grows on the way
-        if path not in parameters and (found := live.parameters(path)) is not None:
-            parameters[path] = found
-            paths += _options(found)
+        if path not in parameters and (arguments := live.parameters(path)) is not None:
+            parameters[path] = arguments
+            paths += _options(arguments)
     # ---- What of it depends on the release of a library ----
     libraries = {path: names for path in parameters if (names := _libraries(path))}
     releases = {
