@@ -54,7 +54,7 @@ from remax_lightning.rollout.vllm_server import (
     served_policy,
     server_arguments,
 )
-from remax_lightning.rollout.vllm_weights import WeightFiles, WeightSync, adapter_name, same_dtype
+from remax_lightning.rollout.vllm_weights import WeightFiles, WeightSync, adapter_name, end_open_update, same_dtype
 from remax_lightning.strategies import forward_is_collective, rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
 
@@ -180,6 +180,7 @@ class VLLMEngine:
             for server in self.servers:
                 if server.url not in self._infos:
                     server.wait()
+                    server.insist(partial(end_open_update, server), "resuming")
                 info = self._infos.get(server.url) or server.insist(
                     partial(describe, server, self.served_model), "a description"
                 )

@@ -207,6 +207,22 @@ def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
             server.post("/resume")
 
 
+def end_open_update(server: VLLMServer) -> None:
+    """Let a server answer again that a trainer has left paused, which was killed in an update of its weights.
+
+    Its weights are then of no version, and the next rollout sends all of them.
+
+    Raises:
+        ServerGoneError: if it does not answer.
+    """
+    with suppress(MissingError):  # a server whose weights nobody updates
+        if not server.value("/is_paused", "is_paused"):
+            return
+        with suppress(ServerGoneError):  # where it was paused, and no update begun
+            server.post("/finish_weight_update", {"weight_version": _UNFINISHED}, server.options.transfer_timeout)
+        server.post("/resume")
+
+
 def _begin_update(server: VLLMServer, timeout: float) -> None:
     try:
         server.post("/start_weight_update", None, timeout)

@@ -179,6 +179,7 @@ class FakeVLLM:
                 "/weight_checker": self._checksums,
                 "/sleep": self._sleep,
                 "/wake_up": self._wake_up,
+                "/is_paused": lambda _: (200, {"is_paused": self.paused}),
                 "/pause": self._pause,
                 "/resume": self._resume,
                 "/init_weight_transfer_engine": lambda _: (200, {"message": "Weight transfer initialized"}),
@@ -316,6 +317,8 @@ class FakeVLLM:
                 return 404, {"error": {"message": f"The model `{name}` does not exist."}}
             if max(body["token_ids"]) >= (self.vocab_size or self.base.config.vocab_size):
                 return 400, {"error": {"message": "Token id is out of vocabulary"}}
+            if self.paused and not wait_until(lambda: not self.paused, 5.0):  # the real one answers never
+                return 500, {"error": {"message": "it is paused"}}
             threading.Event().wait(self.seconds)
             if self.accepted > 1:
                 wait_until(lambda: self.most_at_once >= self.gathers)

@@ -157,7 +157,7 @@ def test_an_end_leaves_neither_process_nor_log(tmp_path: Path) -> None:
     group = process.pid
     process.stop()
     assert not process.log.exists()
-    assert not living(group)
+    assert wait_until(lambda: not living(group))
 
 
 @pytest.mark.parametrize(
