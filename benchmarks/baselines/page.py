@@ -159,7 +159,7 @@ def _what_is_clear(found: Sequence[Row]) -> str:
         better = [f"`{arm}`" for arm, value in known.items() if value.excludes(0) and value.value > 0]
         worse = [f"`{arm}`" for arm, value in known.items() if value.excludes(0) and value.value < 0]
         unclear = [f"`{arm}`" for arm, value in known.items() if not value.excludes(0)]
-        parts = [f"{what}: {', '.join(arms) or 'none'}" for what, arms in
+        parts = [f"{what}: {', '.join(arms) or 'no arm'}" for what, arms in
                  (("better than greedy", better), ("worse", worse), ("not significant", unclear))]  # fmt: skip
         sentences.append(f"At equal {name}, {'; '.join(parts)}.")
     return " ".join(sentences)

@@ -85,7 +85,7 @@ def test_a_difference_is_paired_by_seed_and_named_only_if_it_is_clear() -> None:
     assert found["none"].variance == pytest.approx(0.5)
     assert found["none"].seconds is None, "no seconds were measured"
     text = page.section(TASK, cells(values), {})
-    assert "At equal samples, better than greedy: `none`; worse: none; not significant: `tracker`." in text
+    assert "At equal samples, better than greedy: `none`; worse: no arm; not significant: `tracker`." in text
     assert "| `none` | 1 | 3 | +0." in text
     assert "| `none` | 1: **0.500** |" in text
 
