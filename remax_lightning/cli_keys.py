@@ -132,7 +132,7 @@ class KeyCheck:
     def run(self, arguments: list[str]) -> dict[str, str]:
         """Return what is wrong by key, in the order of the arguments (`wrong_keys`)."""
         words = list(words_of(arguments[1:]))
-        asks = any(name.endswith("help") or name.startswith("print_") for _, name, _ in words)
+        asks = any(name.endswith(("help", "help-all")) or name.startswith("print_") for _, name, _ in words)
         if self.command not in SUBCOMMANDS or asks:
             return {}
         # ---- The defaults, then files and options as they override each other ----
