@@ -19,7 +19,7 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.model_sizes import measure
 from remax_lightning.tools.plan.phases import peak_bytes, ppo_phases, remax_phases
-from remax_lightning.tools.plan.run_config import PlannedRun
+from remax_lightning.tools.plan.planned_run import PlannedRun
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.types import PromptBatch
 

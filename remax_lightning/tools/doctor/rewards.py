@@ -15,7 +15,7 @@ from remax_lightning.rewards import ClassifierReward, checked_scores
 from remax_lightning.rewards.loading import ClassifierSource, saved_template
 from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable, Tolerance, worst
 from remax_lightning.tools.doctor.prompts import judge_bos
-from remax_lightning.tools.plan.run_config import reward_models
+from remax_lightning.tools.plan.planned_run import reward_models
 from remax_lightning.types import PreferenceBatch, Prompt, Responses, Rollout
 
 MOVED, MOVED_16_BITS = Tolerance(1e-3, 1e-2), Tolerance(0.1, 0.25)

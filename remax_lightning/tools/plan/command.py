@@ -22,7 +22,8 @@ from remax_lightning.tools.plan.phases import (
     ppo_phases,
     remax_phases,
 )
-from remax_lightning.tools.plan.run_config import PlannedRun, read_run
+from remax_lightning.tools.plan.planned_run import PlannedRun
+from remax_lightning.tools.plan.run_config import read_run
 from remax_lightning.tools.plan.types import Strategy
 
 HEADROOM = 0.1

@@ -17,7 +17,7 @@ from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats import read_adapter
 from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
-from remax_lightning.tools.plan.run_config import PlannedRun, reward_models
+from remax_lightning.tools.plan.planned_run import PlannedRun, reward_models
 from remax_lightning.tools.plan.types import FrozenSize, ModelSize, RolloutBytes, Step
 from remax_lightning.training.config_checks import check_lengths
 from remax_lightning.training.optimization import parameter_groups
