@@ -16,8 +16,10 @@ from benchmarks.chaos.warm import RIGHT, WRONG, Outcome, Trial, command, judge
 
 EVERY = 20
 """Optimizer steps between two measurements."""
-WARM_UP = 0.25
+WARM_UP = 0.5
 """Share of the steps before the slopes are taken: caches and buffers fill first."""
+WINDOW = 20
+"""Rollouts that the comparison of baselines keeps: its default of 200 would still be filling, 20 kB per rollout."""
 MOST_KB_PER_STEP = 1.0
 """A leak of one tensor of the smallest size, of a record of a step, or of a file's buffer is more."""
 
@@ -57,6 +59,7 @@ def endure(fixtures: Fixtures, steps: int, folder: Path, _: random.Random) -> Ou
     config["trainer"]["callbacks"][1]["init_args"]["every_n_train_steps"] = 50
     config["trainer"]["callbacks"].append(measure)
     config["samples"]["every_n_steps"] = 10
+    config["gradient_variance"] = {"window": WINDOW}
     ended = command(folder, "fit", "--config", write(folder / "run.yaml", config), deadline=540)
     outcome = judge(ended)
     if outcome.outcome != RIGHT:
