@@ -37,7 +37,7 @@ ALLOWED = {
     "functional": set(),
     "models": LOWER,
     # What strategies load is read there first.
-    "strategies": LOWER | {"models.checkpoint_reader", "models.checksums", "models.zero_reader"},
+    "strategies": LOWER | {"models.checkpoint_reader", "models.checksums", "models.shard_reader"},
     "data": LOWER,
     "rewards": LOWER | {"models", "data.conversations", "data.chat_templates"},  # the tokens that it was trained on
     "rollout": LOWER | {"models", "strategies"},

@@ -10,12 +10,9 @@ import io
 import pickle
 import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -32,9 +29,7 @@ HYPER_PARAMETERS = "hyper_parameters"
 """Key of a checkpoint for the arguments of its module; Lightning's."""
 EXPORT_KEY, RESUME_KEY = "checkpoint", "ckpt_path"
 """What messages call the path: the argument of `remax export`, and the key of `fit` and the other subcommands."""
-_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|Trying to call reduce for .*function (\S+)")
-_SHARDED = "state_dict."
-"""Prefix that Lightning's FSDP2 strategy puts before the names of weights in a folder of shards."""
+REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|Trying to call reduce for .*function (\S+)")
 
 
 def read_weights(path: Path, prefix: str, *, trusted: bool = False) -> dict[str, Tensor]:
@@ -68,9 +63,11 @@ def _read_weights(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
         state: Mapping[str, Any] = load_torch_file(path, trusted).get("state_dict") or {}
         weights = {name: value for name, value in state.items() if name.startswith(prefix)}
     elif (path / ".metadata").is_file() or (path / "meta.pt").is_file():
-        weights = _read_shards(path, prefix, trusted)
+        from remax_lightning.models.shard_reader import read_fsdp2
+
+        weights = read_fsdp2(path, prefix, trusted)
     elif (path / "latest").is_file():
-        from remax_lightning.models.zero_reader import read_zero
+        from remax_lightning.models.shard_reader import read_zero
 
         weights = {name: value for name, value in read_zero(path, trusted).items() if name.startswith(prefix)}
     else:
@@ -89,7 +86,7 @@ def read_hyper_parameters(path: Path) -> dict[str, Any]:
         UserError: if it cannot be read, would run code, or has none, such as a checkpoint of version 0.1.
     """
     if (path / "latest").is_file():
-        from remax_lightning.models.zero_reader import read_zero_rest
+        from remax_lightning.models.shard_reader import read_zero_rest
 
         content = read_zero_rest(path)
     else:
@@ -190,7 +187,7 @@ def _refused_code(error: Exception, stream: IO[bytes]) -> str | None:
     """Return the function or class because of which torch refused a file; None if it refused it for another reason."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
-    if (refused := _REFUSED.search(str(error))) is not None:
+    if (refused := REFUSED.search(str(error))) is not None:
         return next(name for name in refused.groups() if name)
     # Forms of pickle that torch does not know at all: look for the names in it.
     data = stream.read()
@@ -256,9 +253,11 @@ def _inspect(path: Path, key: str) -> CheckpointInfo:
         shapes = tensor_shapes(content["state_dict"])
         return CheckpointInfo(int(content["global_step"]), shapes, optimizer_groups(content), run_folder_of(content))
     if (path / ".metadata").is_file() or (path / "meta.pt").is_file():
-        return _inspect_shards(path, key)
+        from remax_lightning.models.shard_reader import inspect_fsdp2
+
+        return inspect_fsdp2(path, key)
     if (path / "latest").is_file():
-        from remax_lightning.models.zero_reader import inspect_zero
+        from remax_lightning.models.shard_reader import inspect_zero
 
         return inspect_zero(path, key)
     what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
@@ -322,148 +321,3 @@ def optimizer_groups(content: Any) -> list[tuple[frozenset[str], int | None]]:
 
 def _length(value: Any) -> int | None:
     return len(value) if isinstance(value, list) else None
-
-
-def _inspect_shards(path: Path, key: str) -> CheckpointInfo:
-    """Inspect a checkpoint folder of FSDP2."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
-
-    rest = load_torch_file(path / "meta.pt", key=key)
-    metadata = _read_metadata(path / ".metadata", "", key)
-    _check_shards(path, metadata, key)
-    # Beside tensors, torch pickles single numbers into the shards, and unpickles them without any limit.
-    for index, stored in metadata.storage_data.items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            with (path / stored.relative_path).open("rb") as file:
-                file.seek(stored.offset)
-                data = io.BytesIO(file.read(stored.length))
-            load_torch_stream(data, str(path / stored.relative_path), key=key)
-    shapes = {
-        name.removeprefix(_SHARDED): stored.size
-        for name, stored in metadata.state_dict_metadata.items()
-        if name.startswith(_SHARDED) and isinstance(stored, TensorStorageMetadata)
-    }
-    # Names such as optimizer_0.param_groups.0.lr; there, and in the planner's data, a group has no list of parameters.
-    settings = [name.split(".") for name in metadata.state_dict_metadata if ".param_groups." in name]
-    names = frozenset(parts[-1] for parts in settings if parts[0] == "optimizer_0") - {"params"}
-    return CheckpointInfo(
-        int(rest.get("global_step", 0)), shapes, [(names, None)] if names else [], run_folder_of(rest)
-    )
-
-
-def _read_shards(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
-    """Read a checkpoint folder of FSDP2, which torch's distributed checkpoint wrote."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader: Any = FileSystemReader(path)
-    if not trusted:
-        reader.read_metadata = partial(_read_metadata, path / ".metadata", reader.load_id)
-    # ---- Empty tensors of the saved shapes, which torch's loader fills from the shards ----
-    metadata = reader.read_metadata()  # names, shapes, and where each shard is
-    _check_shards(path, metadata)
-    weights: dict[str, Any] = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in metadata.state_dict_metadata.items()
-        if name.startswith(_SHARDED + prefix) and isinstance(stored, TensorStorageMetadata)
-    }
-    if weights:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # there is one process only
-                load(weights, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            raise unreadable_error(path, error) from error
-    return {name.removeprefix(_SHARDED): value for name, value in weights.items()}
-
-
-def _check_shards(path: Path, metadata: Any, key: str = EXPORT_KEY) -> None:
-    """Refuse a folder with a missing or truncated file, or with files in another encoding."""
-    for stored in metadata.storage_data.values():
-        file = path / stored.relative_path
-        if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
-            raise unreadable_error(file, "a shard is missing or truncated", key)
-        if stored.transform_descriptors:  # what is read here would not be what torch reads
-            raise unreadable_error(file, "a shard is compressed", key)
-
-
-def _read_metadata(file: Path, load_id: str, key: str = EXPORT_KEY, **_: Any) -> Any:
-    """Return the metadata of torch's distributed checkpoint, without unpickling arbitrary classes as torch does."""
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    try:
-        with file.open("rb") as stream:
-            metadata = _Metadata(stream, file, key).load()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and (refused := _REFUSED.search(str(error))):
-            raise code_error(file, refused[1], key) from None
-        raise unreadable_error(file, error, key) from None
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None or metadata.storage_meta is None:
-        raise unreadable_error(file, f"it holds a {type(metadata).__name__}", key)
-    # torch's own reader sets this as well, and asks for it later.
-    metadata.storage_meta.load_id = load_id
-    return metadata
-
-
-GETATTR = "builtins.getattr"
-"""Function that Python before 3.11.4 pickles to look up the member of an enumeration."""
-
-
-def enum_member(kind: Any, name: str) -> Enum:
-    """Return a member of an enumeration. Replaces `getattr` in pickles, which could return any attribute.
-
-    Raises:
-        UnpicklingError: if `kind` is not an enumeration with this member; in the words of torch for what it refuses.
-    """
-    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"GLOBAL getattr({getattr(kind, '__name__', kind)},{name}) was not an allowed")
-    return kind[name]
-
-
-class _Metadata(pickle.Unpickler):
-    """Unpickles the classes of such metadata, and no others."""
-
-    def __init__(self, stream: IO[bytes], file: Path | str = ".metadata", key: str = EXPORT_KEY) -> None:
-        super().__init__(stream)
-        self._file, self._key = file, key
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class if it is harmless."""
-        if f"{module}.{name}" in (GETATTR, "__builtin__.getattr"):
-            return enum_member
-        # Metadata of shards, dtypes and paths; anything else could be called while unpickling.
-        harmless = (
-            (module == _METADATA_MODULE and _is_defined_there(name))
-            or (module, name) in _HARMLESS
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        )
-        if not harmless:
-            raise code_error(self._file, f"{module}.{name}", self._key)
-        return super().find_class(module, name)
-
-
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-
-
-def _is_defined_there(name: str) -> bool:
-    """Whether a class of this name is defined in the module; `os.system`, too, can be reached from it."""
-    from torch.distributed.checkpoint import metadata
-
-    kind = vars(metadata).get(name)
-    return isinstance(kind, type) and kind.__module__ == _METADATA_MODULE
-
-
-_HARMLESS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("collections", "OrderedDict"),
-}

@@ -11,8 +11,8 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=64)
@@ -96,6 +97,43 @@ def eval_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+# ---- Probes: is another way to compute the same right for this model, or this device? ----
+
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
+"""Share of the spread of outputs by which the two ways may differ, in float32 and in 16 bits. There, the shape of a
+batch alone changes the third digit; a token that sees what it must not see differs by about the spread."""
+
+
+def run_probe(probe: Callable[[], T], failed: Callable[[str], T]) -> T:
+    """Return what a probe finds, or where it raises, what `failed` makes of the error.
+
+    The code of a model or of a package may raise anything at what it does not know. Errors for the user are raised, and
+    so is a lack of memory: it says nothing about the model, and the run would not get far.
+    """
+    try:
+        return probe()
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return failed(f"{type(error).__name__}: {error}")
+
+
+def output_gap(outputs: Tensor, expected: Tensor) -> str:
+    """Return how far outputs are from what was expected, in words; empty where only rounding separates them.
+
+    Args:
+        outputs: `[T, ...]` of `T` tokens or rows, the worst of which counts by its root mean square.
+        expected: of the same shape; its dtype, float32 or 16 bits, decides what rounding is.
+    """
+    tolerance = TOLERANCE_16_BITS if expected.dtype.itemsize == 2 else TOLERANCE
+    difference = (outputs.double() - expected.double()).flatten(1)  # [T, C]
+    gap = float(difference.square().mean(-1).sqrt().max())
+    # Written so that NaN is a gap, too.
+    return "" if gap <= tolerance * float(expected.double().std()) else f"they differ by {gap:.2g}"
+
+
+# ---- The output head ----
+
 PROBED_TOKENS, PROBE_SCALE = 8, 50.0
 FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Configuration keys of a factor or divisor of the logits (Cohere, Granite and HyperCLOVA X, Falcon-H1, Muse). The
@@ -137,10 +175,9 @@ def find_head(model: PreTrainedModel) -> HeadSearch:
     # Asked at every call: hooks come and go, and a strategy may shard the model later. The probe runs once.
     reason = _why_unreadable(model)
     if not reason and model not in _recipes:
-        try:
-            _recipes[model] = _probe_logits(model)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            _recipes[model] = _LogitRecipe(reason=f"the probe of its head failed ({type(error).__name__}: {error})")
+        _recipes[model] = run_probe(
+            partial(_probe_logits, model), lambda error: _LogitRecipe(reason=f"the probe of its head failed ({error})")
+        )
     recipe = _LogitRecipe(reason=reason) if reason else _recipes[model]
     if _logged_reasons.get(model) != recipe.reason:
         _logged_reasons[model] = recipe.reason

@@ -1,7 +1,7 @@
 """Packed rows: texts one behind the other in a single row without padding, each attending to itself alone.
 
 transformers takes an attention function by name. The one of this file attends within each text: on CUDA in 16 bits by
-flash attention over texts of any length (`flash_kernel`), otherwise by one call for each text, which is exact and on a
+one kernel for texts of any length (`flash_attention.py`), otherwise by one call for each text, which is exact and on a
 CPU the cheapest (`benchmarks/packing.py`). All other layers of a language model work token by token: they see one row.
 
 Whether a model can be packed is found by running a few tokens packed and apart. What cannot be (recurrent layers,
@@ -10,22 +10,19 @@ attention of a model's own, soft caps, texts longer than a sliding window) runs 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache, partial
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remax_lightning.models.forward import accepts_argument, eval_mode
+from remax_lightning.models.flash_attention import MAX_FLASH_HEAD, TextBounds, flash_attention
+from remax_lightning.models.forward import accepts_argument, eval_mode, output_gap, run_probe
 from remax_lightning.sharding import is_peft_wrapper, language_model, unwrap_peft
 
 if TYPE_CHECKING:
@@ -36,11 +33,6 @@ log = logging.getLogger(__name__)
 NAME = "remax_packed"
 """What transformers knows the attention function by. It makes no mask for a name that has no mask function."""
 PROBED_LENGTHS = (5, 3, 4)
-TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
-"""Share of the spread of the logits by which packed and separate ones may differ in the probe. In half precision the
-shape of a batch alone changes the third digit; texts that see each other differ by about the spread."""
-MAX_FLASH_HEAD = 256
-"""The widest head that flash attention takes."""
 CHANGES_LOGITS = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change more than the mask; the probe's logits may be too small to show them."""
 
@@ -50,18 +42,6 @@ class NotPackableError(ValueError):
 
 
 # ---- The attention function ----
-
-
-class TextBounds(NamedTuple):
-    """Where the texts of a packed row begin and end.
-
-    Args:
-        lengths: their tokens, `M` numbers above 0.
-        ends: `[M + 1]` int32 on the row's device, 0 and the end of each text.
-    """
-
-    lengths: list[int]
-    ends: Tensor
 
 
 class PackedAttention:
@@ -173,7 +153,7 @@ def packed_attention(
     is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
     same_width = query.shape[-1] == value.shape[-1] <= MAX_FLASH_HEAD
     takes_flash = query.device.type == "cuda" and is_16_bit and same_width and dropout == 0
-    attend = _flash_attention if takes_flash else attend_text_by_text
+    attend = flash_attention if takes_flash else attend_text_by_text
     return attend(query, key, value, bounds, scaling, causal=causal, dropout=dropout), None
 
 
@@ -198,132 +178,6 @@ def attend_text_by_text(
         for q, k, v in texts
     ]
     return torch.cat(outputs, dim=1)
-
-
-def _flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: TextBounds,
-    scaling: float | None,
-    *,
-    causal: bool,
-    dropout: float,  # noqa: ARG001 - 0 here
-) -> Tensor:
-    """Return `[1, T, H, d']` of all texts in one kernel."""
-    kernel = flash_kernel(query.device, query.dtype)
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, H, d]
-    return kernel(query, key, value, bounds, scaling, causal)[None]
-
-
-# ---- The kernel of flash attention ----
-
-FlashKernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, TextBounds, float | None, bool], Tensor]
-"""Attends within texts: from `[T, H, d]` queries, `[T, H', d]` keys and values, bounds, scaling and whether it is
-causal, to `[T, H, d]`."""
-HUB_KERNEL = "kernels-community/flash-attn2"
-"""The kernel that the package `kernels` loads; only from its cache, so that no run downloads code unasked."""
-
-
-@lru_cache(maxsize=8)
-def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel:
-    """Return the kernel for packed rows: of flash-attn or `kernels` where one is installed and right, else torch's.
-
-    The first call tries it on random numbers; the log says which one it is, and what is wrong with the others.
-    """
-    for name, load in _INSTALLED.items():
-        try:
-            kernel = partial(_by_package, load())
-        except ImportError:
-            continue
-        except Exception as error:  # a package that was built for another torch or device may raise anything
-            log.info("packed rows do not attend by %s: it cannot be loaded (%s: %s)", name, type(error).__name__, error)
-            continue
-        if reason := _kernel_fault(kernel, device, dtype):
-            log.info("packed rows do not attend by %s: %s", name, reason)
-            continue
-        log.info("packed rows attend by %s", name)
-        return kernel
-    return _by_torch
-
-
-def _flash_attn_3() -> Any:
-    return import_module("flash_attn_interface").flash_attn_varlen_func
-
-
-def _flash_attn_2() -> Any:
-    return import_module("flash_attn").flash_attn_varlen_func
-
-
-def _hub_kernel() -> Any:
-    kernels, constants = import_module("kernels"), import_module("huggingface_hub.constants")
-    if not any(Path(constants.HF_HUB_CACHE).glob(f"*--{HUB_KERNEL.replace('/', '--')}")):
-        raise ImportError(f"{HUB_KERNEL} is not in the cache")
-    return kernels.get_kernel(HUB_KERNEL).flash_attn_varlen_func
-
-
-_INSTALLED: dict[str, Callable[[], Any]] = {
-    "flash-attn 3": _flash_attn_3,
-    "flash-attn": _flash_attn_2,
-    "kernels": _hub_kernel,
-}
-
-
-def _by_package(
-    function: Any, query: Tensor, key: Tensor, value: Tensor, bounds: TextBounds, scaling: float | None, causal: bool
-) -> Tensor:
-    longest = max(bounds.lengths)
-    ends = bounds.ends
-    output = function(query, key, value, ends, ends, longest, longest, softmax_scale=scaling, causal=causal)
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)  # some also return the log of the sum
-
-
-def _by_torch(
-    query: Tensor, key: Tensor, value: Tensor, bounds: TextBounds, scaling: float | None, causal: bool
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if _takes_groups(varlen_attn):
-            options["enable_gqa"] = True
-        else:  # torch 2.11: every head of the query gets keys and values of its own
-            key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
-    longest = max(bounds.lengths)
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        bounds.ends,
-        bounds.ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0) if causal else (-1, -1),
-        **options,
-    )
-    return cast(Tensor, output)
-
-
-@torch.no_grad()
-def _kernel_fault(kernel: FlashKernel, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what is wrong with a kernel on random numbers: two texts, four heads of queries and two of keys."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(9, heads, 64, generator=generator) for heads in (4, 2, 2))
-    query, key, value = (tensor.to(dtype).to(device) for tensor in (query, key, value))
-    bounds = TextBounds([5, 4], torch.tensor([0, 5, 9], dtype=torch.int32).to(device))
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    expected = attend_text_by_text(q, k, v, bounds, 0.1, causal=True, dropout=0.0)[0].float()
-    try:
-        gap = float((kernel(query, key, value, bounds, 0.1, True).float() - expected).abs().max())
-    except Exception as error:
-        return f"it fails ({type(error).__name__}: {error})"
-    return "" if gap < TOLERANCE_16_BITS else f"it computes something else (by {gap:.2g})"
-
-
-@cache
-def _takes_groups(attend: Callable[..., Any]) -> bool:
-    return "enable_gqa" in inspect.signature(attend).parameters
 
 
 # ---- A pass over a packed row ----
@@ -410,38 +264,29 @@ def attention_obstacle(model: PreTrainedModel) -> str:
     return "" if implementation == "sdpa" else f"its attention is {implementation} and not sdpa"
 
 
+@torch.no_grad()
 def _find_obstacle(model: PreTrainedModel, token_outputs: Callable[[PreTrainedModel, dict[str, Any]], Tensor]) -> str:
+    """Run a few texts packed and apart, and compare what the model returns of their tokens."""
     core = unwrap_peft(model)
     if reason := attention_obstacle(model):
         return reason
-    try:
-        gap, spread, layers = _probe(model, token_outputs)
-    except Exception as error:  # a model's own code may raise anything at rows that it does not know
-        return f"a packed pass fails ({type(error).__name__}: {error})"
-    # A layer that mixes tokens otherwise, as a convolution or a recurrent state does; it may do little in the probe.
-    if layers < getattr(core.config.get_text_config(), "num_hidden_layers", 1):
-        return f"only {layers} of its layers have attention that can be replaced"
-    # Written so that NaN is an obstacle, too.
-    if not gap <= (TOLERANCE if core.dtype == torch.float32 else TOLERANCE_16_BITS) * spread:
-        return f"packed texts would see each other (outputs differ by {gap:.2g})"
-    return ""
-
-
-@torch.no_grad()
-def _probe(
-    model: PreTrainedModel, token_outputs: Callable[[PreTrainedModel, dict[str, Any]], Tensor]
-) -> tuple[float, float, int]:
-    """Return how far the outputs of packed and of separate texts differ, their spread, and the layers that packed."""
-    size = unwrap_peft(model).config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, size, (1, sum(PROBED_LENGTHS)), generator=generator)
+    config = core.config.get_text_config()
+    ids = torch.randint(0, config.vocab_size, (1, sum(PROBED_LENGTHS)), generator=generator)
     ids = ids.to(next(cast("nn.Module", model).parameters()).device)  # [1, T]
-    with eval_mode(model):
-        separate = [token_outputs(model, {"input_ids": text}) for text in ids.split(PROBED_LENGTHS, dim=1)]
-        with PackedAttention(model, PROBED_LENGTHS) as attention:
-            packed = token_outputs(model, packed_inputs(PROBED_LENGTHS, ids)).float()
-    expected = torch.cat(separate).float()  # [T, C]
-    return float((packed - expected).abs().max()), float(expected.std()), attention.calls
+
+    def probe() -> str:
+        with eval_mode(model):
+            separate = [token_outputs(model, {"input_ids": text}) for text in ids.split(PROBED_LENGTHS, dim=1)]
+            with PackedAttention(model, PROBED_LENGTHS) as attention:
+                packed = token_outputs(model, packed_inputs(PROBED_LENGTHS, ids))
+        # A layer that mixes tokens otherwise, as a convolution or a recurrent state does; it may do little here.
+        if attention.calls < getattr(config, "num_hidden_layers", 1):
+            return f"only {attention.calls} of its layers have attention that can be replaced"
+        gap = output_gap(packed, torch.cat(separate))  # of [T, C]
+        return f"packed texts would see each other ({gap})" if gap else ""
+
+    return run_probe(probe, "a packed pass fails ({})".format)
 
 
 _IMPLEMENTATION = "_attn_implementation_internal"

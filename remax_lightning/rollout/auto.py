@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from remax_lightning.errors import UserError
 from remax_lightning.functional import response_mask
-from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
+from remax_lightning.models.forward import accepts_argument, prompt_index_per_row
 from remax_lightning.models.sampling import check_logits, gather_log_probs, next_tokens
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, RolloutEngine, StopCheck
-from remax_lightning.rollout.paired import PairedEngine
-from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
+from remax_lightning.rollout.paired import PairedEngine, decoding_obstacle
+from remax_lightning.rollout.static_cache import DecodeBuffers
 from remax_lightning.sharding import language_model
 
 if TYPE_CHECKING:
@@ -177,42 +178,9 @@ def why_unsupported(model: PreTrainedModel) -> str:
         return "keeps a recurrent state"
     if not accepts_argument(model, "past_key_values"):
         return "takes no key-value cache"
-    try:
-        return _probe(model)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"cannot be tried ({type(error).__name__}: {error})"
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel) -> str:
-    """Decode one token with and without left padding, and compare its logits with those of a plain forward pass."""
-    from transformers import DynamicCache
-
-    # ---- Prefill two prompts of random tokens, one of them with left padding ----
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab_size, (2, 6), generator=generator).to(model.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, :3] = False
-    cache = DynamicCache(config=model.config)
-    model(**model_inputs(model, ids[:, :-1], mask[:, :-1]), past_key_values=cache, use_cache=True)
-    layout = layout_of(cache)
-    if layout is None:
+    try:  # slots are what every model decodes in that can decode on nothing else
+        reason = decoding_obstacle(model, DecodeBuffers)
+    except UserError:
         # For example a convolutional or recurrent state, whose rows cannot be selected like those of keys and values.
         return "keeps more than keys and values in its cache"
-    # ---- The expected logits, by one pass over all tokens ----
-    inputs = model_inputs(model, ids, mask)
-    full_cache = DynamicCache(config=model.config)
-    expected = model(**inputs, past_key_values=full_cache, use_cache=True).logits[:, -1]  # [2, V]
-    # ---- The last token, decoded on a static cache ----
-    length = bucketed_length(ids.shape[1])
-    buffers = DecodeBuffers.create(cache, 2, length)
-    buffers.fill(cache, mask[:, :-1], torch.arange(2, device=ids.device))
-    step = {name: values[:, -1:] for name, values in inputs.items()}
-    step["attention_mask"] = torch.nn.functional.pad(mask.long(), (0, length - ids.shape[1]))
-    static_cache = cache_of_slots(layout, buffers.states, buffers.slot, length)
-    decoded = model(**step, past_key_values=static_cache, use_cache=True).logits[:, -1]  # [2, V]
-    # The tolerance allows for rounding; a wrong mask or position is far outside it.
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-    close = (decoded.double() - expected.double()).norm() <= tolerance * expected.double().norm()
-    return "" if close else "gives other logits when it decodes in slots"
+    return f"cannot decode in slots: {reason}" if reason else ""

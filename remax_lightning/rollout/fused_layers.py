@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from remax_lightning.models.forward import run_probe
+
 log = logging.getLogger(__name__)
 
 ROTARY = "apply_rotary_pos_emb"
@@ -178,18 +180,20 @@ def _rotates_by_halves(fused: _FusedRotary, weight: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     q, k, angles = (torch.randn(2, heads, 1, 16, generator=generator) for heads in (4, 2, 1))
     inputs = [tensor.to(weight.dtype).to(weight.device) for tensor in (q, k, angles[:, 0].cos(), angles[:, 0].sin())]
-    try:
+
+    def probe() -> str:  # it may fail: a function of another kind by the same name, or a kernel that cannot be compiled
         expected = fused.plain(*(tensor.clone() for tensor in inputs))
-        return _say(fused.kernel, _is_close(fused(*(tensor.clone() for tensor in inputs)), expected))
-    except Exception as error:  # a function of another kind by the same name, or a kernel that cannot be compiled
-        return _say(fused.kernel, False, error)
+        return _fault(fused(*(tensor.clone() for tensor in inputs)), expected)
+
+    return _is_right(fused.kernel, run_probe(probe, "it fails ({})".format))
 
 
-def _is_close(got: Any, expected: Any) -> bool:
-    """Whether tensors differ by a few roundings."""
+def _fault(got: Any, expected: Any) -> str:
+    """Return what is wrong with tensors that may differ from the expected ones by a few roundings; empty if nothing."""
     tolerance = 8 * torch.finfo(expected[0].dtype).eps
     pairs = zip(got, expected, strict=True)
-    return all(bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs)
+    is_close = all(bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs)
+    return "" if is_close else "it computes something else"
 
 
 # ---- Activations, and liger-kernel ----
@@ -243,10 +247,11 @@ def _is_silu_gate(layer: Any, kernel: Callable[..., Any]) -> bool:
     weight = layer.gate_proj.weight
     inputs = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(weight.dtype).to(weight.device)
-    try:
-        return _say(kernel, _is_close([_gated(layer, kernel, inputs)], [layer(inputs)]))
-    except Exception as error:
-        return _say(kernel, False, error)
+
+    def probe() -> str:
+        return _fault([_gated(layer, kernel, inputs)], [layer(inputs)])
+
+    return _is_right(kernel, run_probe(probe, "it fails ({})".format))
 
 
 def _liger(weight: Tensor, module: str, name: str) -> Callable[..., Any] | None:
@@ -259,11 +264,10 @@ def _liger(weight: Tensor, module: str, name: str) -> Callable[..., Any] | None:
         return None
 
 
-def _say(kernel: Callable[..., Any] | None, is_right: bool, error: Exception | None = None) -> bool:
-    """Log whether rollouts take a kernel of liger-kernel, and return it."""
+def _is_right(kernel: Callable[..., Any] | None, fault: str) -> bool:
+    """Return whether there is no fault; the log says whether rollouts take a kernel of liger-kernel."""
     if kernel is not None:
         name = getattr(kernel, "__name__", "").strip("_")
-        fault = f"it fails ({type(error).__name__}: {error})" if error else "it computes something else"
-        verb, reason = ("take", "") if is_right else ("do not take", f": {fault}")
+        verb, reason = ("do not take", f": {fault}") if fault else ("take", "")
         log.info("rollouts %s liger-kernel's %s%s", verb, name, reason)
-    return is_right
+    return not fault

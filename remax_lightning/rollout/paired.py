@@ -18,8 +18,14 @@ from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
 from remax_lightning.errors import UserError
-from remax_lightning.models.forward import accepts_argument, model_inputs, prompt_index_per_row
-from remax_lightning.models.packing import TOLERANCE, TOLERANCE_16_BITS, attention_obstacle, smallest_window
+from remax_lightning.models.forward import (
+    accepts_argument,
+    model_inputs,
+    output_gap,
+    prompt_index_per_row,
+    run_probe,
+)
+from remax_lightning.models.packing import attention_obstacle, smallest_window
 from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows, truncated_logits
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linears
@@ -334,7 +340,7 @@ def choose_states(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize
     if kind is not None:
         reasons = _obstacles.setdefault(model, {})
         if kind not in reasons:
-            reasons[kind] = _find_obstacle(model, kind)
+            reasons[kind] = decoding_obstacle(model, kind)
         reason = reasons[kind]
         # ---- Texts that a sliding window cuts need masks, unless the cache itself has the window ----
         window, chunk = smallest_window(model), getattr(model.config.get_text_config(), "attention_chunk_size", None)
@@ -348,46 +354,40 @@ def choose_states(model: PreTrainedModel, cache: DynamicCache, size: RolloutSize
     return DecodeBuffers if reason or kind is None else kind
 
 
-def _find_obstacle(model: PreTrainedModel, kind: type[Any]) -> str:
-    """Return why a model cannot decode on this kind of states; empty if it can."""
-    if reason := attention_obstacle(model):
-        return reason
-    try:
-        gap, spread, layers = _probe(model, kind)
-    except Exception as error:  # a model's own code may raise anything at a cache that it does not know
-        return f"a decoding step fails ({type(error).__name__}: {error})"
-    if layers < 1:
-        return "not all of its layers have attention that can be replaced"
-    # Written so that NaN is an obstacle, too.
-    if not gap <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_16_BITS) * spread:
-        return f"its logits would be others (they differ by {gap:.2g})"
-    return ""
+@torch.no_grad()
+def decoding_obstacle(model: PreTrainedModel, kind: type[Any]) -> str:
+    """Return why a model cannot decode on states of a kind; empty if it can.
 
+    Decodes two tokens behind two prompts, one of them with padding, and compares with a pass over the whole texts.
 
-def _probe(model: PreTrainedModel, kind: type[Any]) -> tuple[float, float, float]:
-    """Decode two tokens behind two prompts, one of them with padding, and compare with a pass over the whole texts.
-
-    Returns:
-        How far the logits differ, their spread, and the share of layers that attended to these states.
+    Raises:
+        UserError: if the model's cache has other states than keys and values.
     """
+    if kind is not DecodeBuffers and (reason := attention_obstacle(model)):
+        return reason
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (3, 6), generator=generator)
     ids[2, :4] = ids[1, :4]  # two rows of the same prompt
     ids, mask = ids.to(model.device), torch.ones(3, 6, dtype=torch.bool)
     mask[1:, :2] = False
     mask, rows = mask.to(model.device), torch.arange(3).clamp_max(1).to(model.device)
-    inputs = model_inputs(model, ids, mask)
-    if accepts_argument(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
-    expected = model(**inputs, use_cache=False).logits[:, -1].float()  # [3, V]
-    sampling = SamplingConfig(max_response_length=3)
-    request = GenerationRequest(ids[:2, :4], mask[:2, :4], sampling, [], 0, torch.Generator(model.device))
-    loop = DecodeLoop(model, request, rows, None, NEW_STATES[kind])
-    for step in range(2):
-        loop.decode_step(step, ids[:, 4 + step])
-    calls = 0 if loop.attention is None else loop.attention.calls
-    gap = float((loop.logits.float() - expected).abs().max())
-    return gap, float(expected.std()), calls / (2 * len(loop.layout))
+
+    def probe() -> str:
+        inputs = model_inputs(model, ids, mask)
+        if accepts_argument(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = 1
+        expected = model(**inputs, use_cache=False).logits[:, -1]  # [3, V]
+        sampling = SamplingConfig(max_response_length=3)
+        request = GenerationRequest(ids[:2, :4], mask[:2, :4], sampling, [], 0, torch.Generator(model.device))
+        loop = DecodeLoop(model, request, rows, None, NEW_STATES[kind])
+        for step in range(2):
+            loop.decode_step(step, ids[:, 4 + step])
+        if loop.attention is not None and loop.attention.calls < 2 * len(loop.layout):
+            return "not all of its layers have attention that can be replaced"
+        gap = output_gap(loop.logits, expected)
+        return f"its logits would be others ({gap})" if gap else ""
+
+    return run_probe(probe, "a decoding step fails ({})".format)
 
 
 _WAYS: dict[Any, str] = {

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from remax_lightning.models.packing import MAX_FLASH_HEAD, TOLERANCE_16_BITS
+from remax_lightning.models.flash_attention import MAX_FLASH_HEAD
+from remax_lightning.models.forward import output_gap, run_probe
 from remax_lightning.rollout.decode_attention import SharedPrefix, writing_cache
 from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, slot_dtype, states_of
 
@@ -226,13 +227,13 @@ def _pages_are_right(attend: Callable[..., Any], device: torch.device, dtype: to
     numbers = [[0, 1, 2], [0, PAGE, 3 * PAGE], [PAGE + 3, PAGE + 5]]
     rows: Any = tuple(torch.tensor(line, dtype=torch.int32).to(device) for line in numbers)
     table = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32).to(device)
-    try:
-        found, expected = (_by_lengths(attend, states, rows, some, 2 * PAGE) for some in (table, table[:, :0]))
-        gap = float((found.float() - expected.float()).abs().max())
-        fault = "" if gap < TOLERANCE_16_BITS else f"computes something else (by {gap:.2g})"
-    except Exception as error:
-        fault = f"fails ({type(error).__name__}: {error})"
-    if fault:
+
+    def probe() -> str:
+        paged, expected = (_by_lengths(attend, states, rows, some, 2 * PAGE) for some in (table, table[:, :0]))
+        gap = output_gap(paged, expected)
+        return f"computes something else ({gap})" if gap else ""
+
+    if fault := run_probe(probe, "fails ({})".format):
         log.info("rows of a prompt do not share its pages: flash attention by a table %s", fault)
     return not fault
 

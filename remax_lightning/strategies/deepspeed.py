@@ -27,7 +27,7 @@ from torch import Tensor
 from remax_lightning.distributed import barrier, broadcast, leave_process_group
 from remax_lightning.errors import UserError
 from remax_lightning.models.checkpoint_reader import RESUME_KEY
-from remax_lightning.models.zero_reader import load_deepspeed_file
+from remax_lightning.models.shard_reader import load_deepspeed_file
 from remax_lightning.strategies import zero3
 from remax_lightning.strategies.atomic_checkpoint import save_folder_atomically
 from remax_lightning.strategies.checks import check_checkpoint, is_fitting

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models.checkpoint_reader import RESUME_KEY
-from remax_lightning.models.zero_reader import load_deepspeed_file, read_zero
+from remax_lightning.models.shard_reader import load_deepspeed_file, read_zero
 from remax_lightning.sharding import decoder_layers, full_shape, gathered
 from remax_lightning.strategies.gather_mode import lockstep
 

@@ -16,8 +16,8 @@ from helpers.payloads import RunsCode, fsdp2_folder, lightning_file, reaches_cod
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from remax_lightning.errors import UserError
-from remax_lightning.models.checkpoint_reader import _Metadata, inspect_checkpoint, load_torch_file, read_weights
-from remax_lightning.models.zero_reader import _allow_deepspeed_classes
+from remax_lightning.models.checkpoint_reader import inspect_checkpoint, load_torch_file, read_weights
+from remax_lightning.models.shard_reader import _allow_deepspeed_classes, _Metadata
 
 
 class LookedUp:

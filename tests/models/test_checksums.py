@@ -30,7 +30,7 @@ from remax_lightning.models.checksums import (
     unchecked_files,
     write_manifest,
 )
-from remax_lightning.models.zero_reader import load_deepspeed_file
+from remax_lightning.models.shard_reader import load_deepspeed_file
 from remax_lightning.strategies import AtomicCheckpointIO, latest_checkpoint
 
 FLIPS = 48

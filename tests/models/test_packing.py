@@ -16,13 +16,15 @@ from helpers.six_responses import batch, model_of, one_by_one, rollout_of
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
+from remax_lightning.models import flash_attention, packing
 from remax_lightning.models import log_probs as statistics_module
-from remax_lightning.models import packing
-from remax_lightning.models.forward import HeadSearch
+from remax_lightning.models.flash_attention import TextBounds
+from remax_lightning.models.forward import HeadSearch, find_head, output_gap
 from remax_lightning.models.loading import enable_gradient_checkpointing
 from remax_lightning.models.log_probs import policy_statistics, with_reference
-from remax_lightning.models.packing import TextBounds, attend_text_by_text, packed_inputs, packing_obstacle
+from remax_lightning.models.packing import attend_text_by_text, packed_inputs, packing_obstacle
 from remax_lightning.rewards import pooling
+from remax_lightning.rollout.auto import why_unsupported
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -185,7 +187,7 @@ def test_flash_attention_takes_the_rows_in_its_own_layout(takes_groups: bool, mo
     bounds = TextBounds([5, 3, 4], torch.tensor([0, 5, 8, 12], dtype=torch.int32))
     rows = random_rows()
     for causal in (True, False):
-        found = packing._flash_attention(*rows, bounds, 0.3, causal=causal, dropout=0.0)
+        found = flash_attention.flash_attention(*rows, bounds, 0.3, causal=causal, dropout=0.0)
         expected = attend_text_by_text(*rows, bounds, 0.3, causal=causal, dropout=0.0)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert called == [5, 5]
@@ -195,7 +197,7 @@ def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     """Shapes, dtypes and arguments of the operator itself, which computes nothing on tensors without memory."""
     query, key, value = (torch.empty(row.shape, dtype=torch.bfloat16, device="meta") for row in random_rows())
     bounds = TextBounds([5, 3, 4], torch.empty(4, dtype=torch.int32, device="meta"))
-    output = packing._flash_attention(query, key, value, bounds, None, causal=True, dropout=0.0)
+    output = flash_attention.flash_attention(query, key, value, bounds, None, causal=True, dropout=0.0)
     assert output.shape == (1, 12, 4, 16)
     assert output.dtype == torch.bfloat16
 
@@ -225,9 +227,9 @@ def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
 @pytest.fixture
 def another_kernel() -> Any:
     """The choice of a kernel, made anew and forgotten at the end."""
-    packing.flash_kernel.cache_clear()
+    flash_attention.flash_kernel.cache_clear()
     yield
-    packing.flash_kernel.cache_clear()
+    flash_attention.flash_kernel.cache_clear()
 
 
 def flash_attn_varlen_func(factor: float, called: list[int]) -> Any:
@@ -273,9 +275,9 @@ def test_flash_attn_is_taken_where_it_is_installed_and_right(
         monkeypatch.setitem(sys.modules, module, functions)
     bounds = TextBounds([5, 3, 4], torch.tensor([0, 5, 8, 12], dtype=torch.int32))
     rows = random_rows(torch.bfloat16)
-    with caplog.at_level(logging.INFO, "remax_lightning.models.packing"):
+    with caplog.at_level(logging.INFO, "remax_lightning.models.flash_attention"):
         for _ in range(2):
-            found = packing._flash_attention(*rows, bounds, 0.3, causal=True, dropout=0.0)
+            found = flash_attention.flash_attention(*rows, bounds, 0.3, causal=True, dropout=0.0)
     expected = attend_text_by_text(*rows, bounds, 0.3, causal=True, dropout=0.0)
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
     assert len(of_torch) == (0 if factor == 1.0 else 2)
@@ -301,3 +303,41 @@ def test_a_reward_model_scores_packed_texts(family: str, tmp_path: Any, monkeypa
     texts.clear()
     torch.testing.assert_close(packed, reward.score(PROMPTS, RESPONSES, ROWS), rtol=1e-5, atol=1e-5)
     assert texts == []
+
+
+# Probes: of packed rows, of the head, and of decoding
+
+
+PROBES = {"packing": packing_obstacle, "head": lambda model: find_head(model).reason, "decoding": why_unsupported}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_what_a_model_raises_in_a_probe_is_a_reason_unless_memory_is_short(name: str) -> None:
+    for error in (KeyError("a mask"), torch.OutOfMemoryError("CUDA out of memory")):
+        model = tiny_model("llama")
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        model.model.layers[1].register_forward_pre_hook(fail)
+        if isinstance(error, KeyError):
+            assert "KeyError: 'a mask'" in PROBES[name](model)
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                PROBES[name](model)
+
+
+def test_rounding_of_mixed_precision_is_no_obstacle() -> None:
+    """The weights are float32, the outputs that are compared are not."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packing_obstacle(tiny_model("llama")) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_wrong_row_among_many_is_a_gap(dtype: torch.dtype) -> None:
+    expected = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert output_gap(expected + torch.finfo(dtype).eps * expected.abs().max(), expected) == ""
+    for change in (torch.roll(expected[3], 1), expected[3] * 1.5, torch.nan):
+        outputs = expected.clone()
+        outputs[3] = change
+        assert "they differ by" in output_gap(outputs, expected)

@@ -46,7 +46,7 @@ def decode(monkeypatch: pytest.MonkeyPatch, flash: FlashByLengths) -> Any:
 
     def choose(kind: Any) -> Any:
         def chosen(model: Any, cache: Any, size: Any) -> Any:
-            assert paired._find_obstacle(model, kind) == ""
+            assert paired.decoding_obstacle(model, kind) == ""
             return kind
 
         return chosen
