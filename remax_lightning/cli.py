@@ -76,8 +76,8 @@ def main() -> None:
 def _run_subcommand(arguments: list[str]) -> None:
     first = arguments[0] if arguments else ""
     if first in TOOLS:
-        if TOOLS[first].reads_run:
-            refuse_wrong_keys(["fit", *run_options(arguments[1:])])
+        if TOOLS[first].reads_run and (options := run_options(arguments[1:])):
+            refuse_wrong_keys(["fit", *options])
         import_module(f"remax_lightning.tools.{TOOLS[first].module}").main(arguments[1:])
     elif first in RUNS or (first.startswith("-") and not set(RUNS).isdisjoint(arguments)):
         run = next(argument for argument in arguments if argument in RUNS)

@@ -5,6 +5,7 @@ Nothing here needs torch or jsonargparse, so wrong keys can be told before they 
 
 from __future__ import annotations
 
+import difflib
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +16,13 @@ import yaml
 
 from remax_lightning.cli_errors import plain_parts
 from remax_lightning.cli_shorthand import SUBCOMMANDS, dependent_defaults, write_out, write_out_option
-from remax_lightning.shipped_configs import config_path
+from remax_lightning.shipped_configs import CONFIG_SUFFIXES, config_names, config_path
 from remax_lightning.yaml_files import load_yaml, read_yaml
 
 CONFIG = ("config", "c")
 """The options whose values are configurations."""
+NULLS = ("null", "Null", "NULL", "~")
+"""What YAML takes for null, as the value of an option."""
 MAX_MISTAKES = 10
 """How many wrong keys or values are told at once."""
 MAX_LENGTH = 600
@@ -46,6 +49,9 @@ def completed(arguments: list[str]) -> list[str]:
     for words, name, value in words_of(arguments):
         if name in CONFIG and value is not None:
             written += ["--config", config_path(value)]
+        elif value in NULLS and words[0].lstrip("-").count(".") > 1:
+            # within a class, jsonargparse passes null on as the text "None"; as YAML it is what a file would have
+            written += ["--config", yaml.safe_dump(nested(name, "null"))]
         else:
             written += write_out_option(name, value) or words
     asks_for_help = any(name.endswith(".help") for _, name, _ in words_of(arguments))  # must be the last option
@@ -146,9 +152,55 @@ def without_keys(arguments: list[str], keys: Iterable[str]) -> list[str] | None:
 def read_config(config: str) -> Any:
     """Return the value of a configuration, a file or a text; None if it cannot be read."""
     try:
-        return load_yaml(config) if "\n" in config or config.startswith("{") else read_yaml(Path(config))
+        return load_yaml(config) if _is_text(config) else read_yaml(Path(config).expanduser())
     except (OSError, ValueError, yaml.YAMLError):
         return None
+
+
+def unreadable_configs(arguments: list[str]) -> Iterator[str]:
+    """Yield what is wrong with the configurations of the command that are no files, or no YAML, a line each.
+
+    Raises:
+        UserError: if a configuration is neither a file nor the name of a shipped one.
+    """
+    for _, name, value in words_of(arguments):
+        if name not in CONFIG or value is None:
+            continue
+        config = config_path(value)
+        path = Path(config).expanduser()
+        try:
+            if _is_text(config):
+                load_yaml(config, "--config")
+            elif path.is_file():  # what else there is, such as a pipe, can be read once
+                read_yaml(path)
+            elif path.is_dir():
+                yield f"config: {value!r} is a folder; give a YAML file in it"
+            elif not path.exists():
+                yield f"config: there is no file {value!r}{_similar(path)}"
+        except OSError as error:
+            yield f"config: cannot read {value!r}: {error.strerror or error}"
+        except UnicodeDecodeError as error:
+            yield f"{value}: no text in UTF-8 ({error}); save it as UTF-8, or give a YAML file"
+        except yaml.YAMLError as error:
+            yield str(error)
+
+
+def _similar(path: Path) -> str:
+    """Return a hint at a configuration of a similar name beside a file that does not exist, or a shipped one."""
+    if not path.parent.is_dir():
+        return f"; there is no folder {str(path.parent)!r} either"
+    shipped = [name for name in config_names() if name.rpartition("/")[2] == path.stem]
+    if shipped:
+        return f"; did you mean --config {' or '.join(shipped)}?"
+    # by their stems: "mien" is near "mine", and every ".yaml" is near another
+    files = {file.stem: file for file in path.parent.iterdir() if file.suffix in CONFIG_SUFFIXES}
+    close = difflib.get_close_matches(path.stem, files, 1)
+    return f"; did you mean {path.with_name(files[close[0]].name)}?" if close else ""
+
+
+def _is_text(config: str) -> bool:
+    """Whether a configuration is YAML itself, and no file."""
+    return "\n" in config or config.lstrip().startswith("{") or ": " in config
 
 
 def _yaml_without_key(config: str, path: list[str]) -> str | None:

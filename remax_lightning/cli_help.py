@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -55,10 +55,7 @@ _SYNONYMS = {
 
 def help_text() -> str:
     """Return the help of the command, which names all subcommands."""
-    runs, tools = (
-        "\n".join(f"  {name:16}{text}" for name, text in rows)
-        for rows in (RUNS.items(), ((name, tool.help) for name, tool in TOOLS.items()))
-    )
+    runs, tools = _rows(RUNS, 16), _rows({name: tool.help for name, tool in TOOLS.items()}, 16)
     return f"""usage: remax SUBCOMMAND ...
 
 Align language models with ReMax, REINFORCE with a greedy baseline.
@@ -78,6 +75,10 @@ examples:
   remax fit --config run.yaml --trainer.max_steps 100
   remax doctor --config run.yaml
   remax report runs/remax/version_0"""
+
+
+def _rows(texts: Mapping[str, str], width: int = 40) -> str:
+    return "\n".join(f"  {name:{width}}{text}" for name, text in texts.items())
 
 
 def explain_subcommand(name: str) -> str:
@@ -163,6 +164,11 @@ def run_help(name: str) -> str:
     keys = [key for key in KEYS if name in key.runs]
     rows = "\n".join(f"  --{key.name:36}{key.default:13}{key.meaning}" for key in keys)
     examples = "\n".join(f"  {example}" for example in _EXAMPLES[name])
+    more = {
+        f"remax {name} --help-all": "all options, Lightning's too",
+        f"remax {name} --model.help SFTModule": "those of a class; also --data.help, --model.reward.help",
+        "remax configs list": "configurations that --config finds by name",
+    }
     return f"""usage: remax {name} --config FILE_OR_NAME [--config ...] [--KEY VALUE ...]
 
 {RUNS[name][0].upper()}{RUNS[name][1:]}.
@@ -175,6 +181,4 @@ examples:
 {examples}
 
 more:
-  remax {name} --help-all                 all options, Lightning's too
-  remax {name} --model.help SFTModule     those of a class; also --data.help, --model.reward.help
-  remax configs list                      configurations that --config finds by name"""
+{_rows(more)}"""

@@ -1,8 +1,9 @@
 """Wrong keys and values of a configuration, found by the signatures of the classes that it names.
 
 The signatures come with the package, in `signatures.json`, so a misspelt key is told before torch and Lightning are
-imported, which takes seconds. What needs more than names and simple types is left to the parser: values that a class
-refuses, classes of a user's own, files in place of groups. Nothing is refused here that the parser accepts.
+imported, which takes seconds. So are files that cannot be read, and values of Lightning's keys that are out of their
+range. What needs more is left to the parser: values that a class refuses, classes of a user's own, files in place of
+groups. Nothing is refused here that the parser accepts.
 
 The parser uses the same check with live signatures (`cli_signatures.py`), which know the user's classes too.
 """
@@ -24,14 +25,24 @@ from remax_lightning.cli_arguments import (
     nonfinite_numbers,
     raw_values,
     read_config,
+    unreadable_configs,
     words_of,
     yaml_key,
 )
 from remax_lightning.cli_errors import MISSING, explain_class, explain_unknown
-from remax_lightning.cli_schema import Parameter, Parameters, Signatures, explain_type, is_current, shipped_signatures
+from remax_lightning.cli_rules import explain_rule
+from remax_lightning.cli_schema import (
+    Parameter,
+    Parameters,
+    Signatures,
+    explain_type,
+    is_current,
+    loaded_text,
+    shipped_signatures,
+)
 from remax_lightning.cli_shorthand import SUBCOMMANDS, named_parts
 from remax_lightning.errors import UserError
-from remax_lightning.shipped_configs import config_folder, config_path
+from remax_lightning.shipped_configs import CONFIG_SUFFIXES, config_folder, config_names, config_path
 
 _LIBRARIES = ("remax_lightning", "lightning", "torch", "transformers")
 """Packages whose import brings no class of a user's own, which a configuration could then call by its name alone."""
@@ -41,12 +52,19 @@ def refuse_wrong_keys(arguments: list[str]) -> None:
     """Refuse a command whose configuration has wrong keys or values, before anything large is imported.
 
     Args:
-        arguments: those after `remax`, of one of Lightning's subcommands. Without any option, nothing is said.
+        arguments: those after `remax`, of one of Lightning's subcommands.
 
     Raises:
-        UserError: with a line for each mistake.
+        UserError: with a line for each mistake; without any look at the keys if a file cannot be read.
     """
-    mistakes = wrong_keys(arguments, shipped_signatures()) if len(arguments) > 1 else {}
+    if _asks_for_help(arguments):
+        return
+    if len(arguments) == 1:
+        run = arguments[0]
+        raise UserError(f"{run}: there is no configuration; give --config FILE_OR_NAME, or see remax {run} --help")
+    if lines := list(unreadable_configs(arguments)):
+        raise UserError(message_of(lines))
+    mistakes = wrong_keys(arguments, shipped_signatures())
     if mistakes and is_current():
         raise UserError(message_of(f"{key}: {text}" for key, text in mistakes.items()))
 
@@ -72,6 +90,12 @@ def wrong_keys(arguments: list[str], signatures: Signatures) -> dict[str, str]:
     """
     check = KeyCheck(arguments[0] if arguments else "", signatures)
     return check.run(arguments)
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    """Whether a command prints something about its options, or its configuration, and runs nothing."""
+    names = (name for _, name, _ in words_of(arguments))
+    return any(name.endswith(("help", "help-all")) or name.startswith("print_") for name in names)
 
 
 def _values(arguments: list[str]) -> dict[str, Any]:
@@ -115,7 +139,7 @@ class KeyCheck:
         self.elements: dict[str, tuple[Any, str]] = {}
         self._names_are_known = True  # no class of a user's own is imported, which could be called by its name alone
         self._classes: dict[str, str | None] = {}  # by key, as the sources so far set them; None is not known
-        self._set: set[str] = set()  # keys with a value
+        self._set: dict[str, Any] = {}  # the last value of each key; text that stands for a number is one
         self._opaque: set[str] = set()  # keys of what cannot be looked into, such as a file in place of a group
 
     @cached_property
@@ -132,15 +156,18 @@ class KeyCheck:
     def run(self, arguments: list[str]) -> dict[str, str]:
         """Return what is wrong by key, in the order of the arguments (`wrong_keys`)."""
         words = list(words_of(arguments[1:]))
-        asks = any(name.endswith(("help", "help-all")) or name.startswith("print_") for _, name, _ in words)
-        if self.command not in SUBCOMMANDS or asks:
+        if self.command not in SUBCOMMANDS or _asks_for_help(arguments):
             return {}
         # ---- The defaults, then files and options as they override each other ----
         sources: list[Any] = [read_config(str(config_folder() / "base.yaml"))]
         for option, name, value in words:
             if name in CONFIG and value is not None:
                 sources.append(read_config(config_path(value)))
-            elif name and value is not None:
+            elif not name:  # no argument of a run stands alone
+                is_config = Path(option[0]).suffix in CONFIG_SUFFIXES or option[0] in config_names()
+                hint = f"did you mean --config {option[0]}?" if is_config else "options begin with --"
+                self.mistakes.setdefault(option[0], f"is no option; {hint}")
+            elif value is not None:
                 # "--trainer.callbacks+=..." adds an element: which one it is follows from the others
                 sources.append({} if option[0].partition("=")[0].endswith("+") else nested(name, value))
         if not all(isinstance(source, Mapping) for source in sources):  # a file that cannot be read, or holds no keys
@@ -171,8 +198,9 @@ class KeyCheck:
         return list(parameters or ())
 
     def _value(self, key: str, value: Any, parameter: Parameter) -> None:
-        self._set.add(key)
         types = parameter.types
+        self._set.pop(key, None)  # in the order of the arguments
+        self._set[key] = _number_of(value, types) if isinstance(value, str) else value
         if isinstance(value, Mapping):
             self._mapping(key, value, parameter)
         elif isinstance(value, list):
@@ -210,6 +238,7 @@ class KeyCheck:
 
     def _list(self, key: str, value: list[Any], parameter: Parameter) -> None:
         types = parameter.types
+        self._forget(key)  # a list takes the place of an earlier one
         if item := _inner(types, "list"):
             for number, element in enumerate(value):
                 self._element(f"{key}.{number}", element, Parameter(item))
@@ -261,17 +290,26 @@ class KeyCheck:
             if not Path(path).exists():
                 self.mistakes.setdefault(key, text)
             return False
-        # what another class was given is dropped
-        self._classes = {name: kind for name, kind in self._classes.items() if not name.startswith(f"{key}.")}
+        self._forget(key)  # what another class was given
         self._classes[key] = full
         return True
 
+    def _forget(self, key: str) -> None:
+        """Drop what earlier sources set within a key."""
+        self._classes = {name: kind for name, kind in self._classes.items() if not name.startswith(f"{key}.")}
+        if key not in ("model", "data"):  # their required keys may be those of the class before
+            self._set = {name: value for name, value in self._set.items() if not name.startswith(f"{key}.")}
+
     def _wrong_in_the_end(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Return what is wrong with the configuration as a whole: numbers that are not finite, keys without a value."""
+        """Return what is wrong with the configuration as a whole: values out of range, keys without a value."""
         mistakes: dict[str, str] = {}
         for key, number in (item for name, value in values.items() for item in nonfinite_numbers(value, name)):
             if ".init_args." not in key:
                 mistakes[key] = NOT_FINITE.format(number)
+        for key, value in self._set.items():
+            is_told = key in mistakes or key in self.mistakes or any(nonfinite_numbers(value))
+            if not is_told and (text := explain_rule(key, value)):
+                mistakes[key] = text
         for key in ("model", "data"):
             path = self._classes.get(key)
             if key in self._opaque or not path:
@@ -297,6 +335,14 @@ class KeyCheck:
 def _inner(types: Sequence[Any], kind: str) -> Any:
     """Return what a kind of type holds; None if it is not among the types."""
     return next((item[kind] for item in types if isinstance(item, Mapping) and kind in item), None)
+
+
+def _number_of(text: str, types: Sequence[Any]) -> Any:
+    """Return the number that a text stands for where one is expected; other texts as they are."""
+    if "str" in types or not {"int", "float"} & {kind for kind in types if isinstance(kind, str)}:
+        return text
+    number = loaded_text(text)
+    return int(number) if isinstance(number, float) and "float" not in types and number.is_integer() else number
 
 
 def _is_class(kind: Any) -> bool:

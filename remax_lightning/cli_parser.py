@@ -132,6 +132,8 @@ class RemaxParser(LightningArgumentParser):
             values = {key: value for key, value in values.items() if not isinstance(value, str) or "." in key}
         # ---- What is wrong with them, unless it follows from a mistake that is known ----
         wrong = explain_values(values, callbacks)
+        missing = [key for key, text in single(mistakes) if text.startswith("missing")]  # a filler stands there
+        lines = [line for line in lines if not line.startswith(tuple(f"{key}." for key in missing))]
         return [f"{key}: {text}" for key, text in wrong.items() if not is_consequence(key, text, mistakes)] + lines
 
     def commands(self) -> Iterator[tuple[str, RemaxParser]]:

@@ -186,7 +186,7 @@ class RemaxCLI(LightningCLI):
         trainer = dict(self.config_init["fit"]["trainer"]) | chosen
         try:
             planned = run_config.planned_run(trainer, self.model, self.datamodule)
-            reason = command.choose_checkpointing(planned, command.device_memory())
+            reason, _ = command.choose_checkpointing(planned, command.device_memory())
         except UserError as error:
             self.model.policy_source = replace(source, gradient_checkpointing=True)
             reason = f"model.policy.gradient_checkpointing: auto is true, because the run cannot be planned: {error}"

@@ -164,7 +164,7 @@ def _fits(value: Any, kind: Any) -> bool | None:
     """Whether a value is of a type; None if that cannot be told."""
     if kind == "str":
         return True if isinstance(value, str) else None
-    loaded = _loaded(value) if isinstance(value, str) else value
+    loaded = loaded_text(value) if isinstance(value, str) else value
     if isinstance(kind, Mapping):
         return value in kind["choices"] or loaded in kind["choices"]
     if kind == "null":
@@ -177,7 +177,7 @@ def _fits(value: Any, kind: Any) -> bool | None:
     return is_number
 
 
-def _loaded(text: str) -> Any:
+def loaded_text(text: str) -> Any:
     """Return what a text stands for where no text is expected: "3" is a number."""
     try:
         loaded = yaml.safe_load(text)

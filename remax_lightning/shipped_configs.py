@@ -7,6 +7,9 @@ from pathlib import Path
 
 from remax_lightning.errors import UserError
 
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+"""Of what `--config` takes for a file, whether or not there is one."""
+
 
 def config_folder() -> Path:
     """Return the folder of the shipped configurations, in an installed wheel or in a checkout."""
@@ -49,5 +52,5 @@ def config_path(value: str) -> str:
     """
     if "\n" in value or value.lstrip().startswith("{") or ": " in value or "\0" in value or len(value) > 255:
         return value  # text
-    looks_like_file = Path(value).suffix in (".yaml", ".yml", ".json") or Path(value).exists()
+    looks_like_file = Path(value).suffix in CONFIG_SUFFIXES or Path(value).exists()
     return value if looks_like_file else str(shipped_config(value))

@@ -117,8 +117,10 @@ def _load_checked(load: Callable[[str], Any], text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         if not source:
             raise
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise BoundsError(f"{source}, {line}not valid YAML ({error.problem})") from error
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        hint = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
+        raise BoundsError(f"{source}{place}: not valid YAML ({error.problem}){hint}") from error
     except yaml.reader.ReaderError as error:
         raise BoundsError(f"{source or 'YAML'}: {str(error).splitlines()[0]}; save it as text in UTF-8") from error
     except (ValueError, OverflowError, RecursionError) as error:  # of PyYAML's constructors, such as int of 5000 digits

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.cli import in_folder, misread, remax_parser, small_config
+from helpers.cli import in_folder, misread, remax_parser, small_config, write_config
 from jsonargparse import ArgumentParser
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch import Trainer
 
 from remax_lightning import cli_run, cli_schema
+from remax_lightning.cli_arguments import unreadable_configs
 from remax_lightning.cli_help import RUNS
-from remax_lightning.cli_keys import wrong_keys
+from remax_lightning.cli_keys import refuse_wrong_keys, wrong_keys
 from remax_lightning.cli_schema import explain_type, shipped_signatures
 from remax_lightning.cli_signatures import describe_types
 from remax_lightning.data import PromptDataModule
@@ -78,6 +79,19 @@ OWN = {
     "the saved form": with_model() | {"ckpt_path": None, "seed_everything": True},
     "groups without keys": with_model(kl={}, rest={}) | {"samples": {}, "other": {}},
     "numbers of devices": PLAIN | {"trainer": {"devices": [0, 1], "precision": 16, "val_check_interval": 0.5}},
+    "limits": PLAIN
+    | {
+        "trainer": {
+            "max_steps": "-1",
+            "max_epochs": "4",
+            "limit_val_batches": "0.5",
+            "devices": "0,1",
+            "max_time": {"days": 1},
+            "val_check_interval": "00:00:10:00",
+        }
+    },
+    "the name of a file": PLAIN
+    | {"trainer": {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"filename": "{step}"}}]}},
 }
 
 
@@ -100,7 +114,11 @@ def test_what_only_the_parser_can_judge_is_left_to_it(case: str, tmp_path: Path)
         ("--model.optimizer.init_args.lr=1e-5", "--model.optimizer.weight_decay=0.1"),
         ("--model.optimizer=Adam", "--model.optimizer.amsgrad=true"),
         ("--config", "model: {kl_coef: 0.1}\nseed_everything: 3"),
-        ("--config", "a_file_that_is_not_there.yaml", "--model.kl_coeff=3"),  # the parser says it alone
+        ("--config", "a_file_that_is_not_there.yaml", "--model.kl_coeff=3"),  # told before any key is looked at
+        ("--trainer.max_steps=-5", "--trainer.max_steps=5"),  # the last one counts
+        ("--trainer.max_steps=1e3",),
+        ("--trainer.strategy=ddp_spawn", "--trainer.strategy", "{class_path: mine.Strategy}"),
+        ("--model.optimizer=SGD", "--model.optimizer.momentum=-1", "--model.optimizer=Adam"),  # it has no such key
         ("--print_config", "--model.kl_coeff=3"),
         ("--model.help", "SFTModule"),
     ],
@@ -177,6 +195,20 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         with_model(advantage={"baseline": "gredy"}),
         {"model.advantage.baseline": "expected one of 'greedy', 'none', "},
     ),
+    "ranges of the trainer": (
+        PLAIN | {"trainer": {"max_steps": -5, "accumulate_grad_batches": 0, "limit_val_batches": 1.5},
+                 "seed_everything": -1},
+        {
+            "seed_everything": "expected a whole number from 0 to 4294967295",
+            "trainer.accumulate_grad_batches": "expected a whole number from 1, got 0",
+            "trainer.limit_val_batches": "expected a share from 0.0 to 1.0, or a whole number of batches from 0, got",
+            "trainer.max_steps": "expected -1 (no limit), or a whole number from 0, got -5",
+        },
+    ),
+    "a range of an optimizer": (
+        with_model(optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": -1e-5}}),
+        {"model.optimizer.init_args.lr": "expected a number from 0, got -1e-05"},
+    ),
     "numbers that are none": (
         with_model(kl_coef=float("nan")) | {"collapse": {"max_kl": float("inf")}},
         {
@@ -232,9 +264,91 @@ def test_the_parser_names_the_element_that_is_wrong(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("mine.yaml", "did you mean --config mine.yaml?"), ("presets/verl", "did you mean --config presets/verl?"),
+     ("model.kl_coef=3", "options begin with --")],
+)  # fmt: skip
+def test_a_word_that_is_no_option_is_told(word: str, hint: str, tmp_path: Path) -> None:
+    assert early(tmp_path, PLAIN, word) == {word: f"is no option; {hint}"}
+
+
+def test_a_run_without_any_option_is_told_what_it_needs() -> None:
+    with pytest.raises(UserError, match=r"^fit: there is no configuration; give --config FILE_OR_NAME, or see remax"):
+        refuse_wrong_keys(["fit"])
+
+
+def test_null_on_the_command_line_is_the_null_of_a_file(tmp_path: Path, policy_path: Path) -> None:
+    """At any depth: groups, classes and plain values within the module, with or without their `init_args`."""
+    config = small_config(tmp_path, policy_path)
+    config["model"] |= {"policy": {"path": str(policy_path), "lora": {"r": 4}}, "kl": {"clamp": 3.0}, "reference": None}
+    config["model"]["reward"]["init_args"]["timeout"] = 5.0
+    path = write_config(tmp_path / "run.yaml", config)
+    options = ["--model.policy.lora=null", "--model.init_args.kl.clamp", "null", "--model.rollout=null"]
+    options += ["--model.reward.timeout=~", "--trainer.logger=null", "--data.val_path", "null"]
+    model = remax_parser().parse_args(["fit", "--config", path, *options]).fit.model.init_args
+    assert model.policy.lora is None
+    assert model.policy.path == str(policy_path)
+    assert model.kl.clamp is None
+    assert model.rollout is None
+    assert model.reward.init_args.timeout is None
+    assert model.reward.init_args.function.endswith("exact_match")
+    assert wrong_keys(["fit", "--config", path, *options], shipped_signatures()) == {}
+
+
 def test_a_name_that_is_no_file_is_told_as_always(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is neither a file 'presets/verll' nor a shipped configuration"):
         early(tmp_path, PLAIN, "--config", "presets/verll")
+
+
+UNREADABLE: dict[str, tuple[str, str]] = {
+    "a value that is cut off": ("model: {policy: p\ndata:\n", "run.yaml, line 2, column 5: not valid YAML (expected "),
+    "a colon too many": ("model:\n  kl_coef: : 3\n", "run.yaml, line 2, column 12: not valid YAML (mapping values are"),
+    "a tab": ("model:\n\tkl_coef: 3\n", "run.yaml, line 2, column 1: not valid YAML (found character '\\t' that"),
+    "a key that stands twice": ("data: {}\ndata: {}\n", "run.yaml, the key 'data' stands twice, in lines 1 and 2"),
+    "no text": ("\ud800", "run.yaml: no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_that_is_no_yaml_is_told_first(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, expected = UNREADABLE[case]
+    (tmp_path / "run.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        refuse_wrong_keys(["fit", "--config", "run.yaml", "--model.kl_coeff=3"])
+    assert str(told.value).startswith(expected)
+    assert "\n" not in str(told.value)
+    assert ("indent with spaces" in str(told.value)) == (case == "a tab")
+
+
+MISSING_FILES = {
+    "mien.yaml": "config: there is no file 'mien.yaml'; did you mean mine.yaml?",
+    "configs/verl.yaml": "config: there is no file 'configs/verl.yaml'; there is no folder 'configs' either",
+    "verl.yaml": "config: there is no file 'verl.yaml'; did you mean --config presets/verl?",
+    "runs": "config: 'runs' is a folder; give a YAML file in it",
+    "{model: {policy": "--config, line 1, column 16: not valid YAML",
+}
+
+
+@pytest.mark.parametrize("name", MISSING_FILES)
+def test_a_configuration_that_is_no_file_is_told_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(PLAIN))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for command in (["fit", "--config", "mine.yaml", "--config", name], ["test", f"--config={name}", "--data.pth=3"]):
+        with pytest.raises(UserError) as told:
+            refuse_wrong_keys(command)
+        assert str(told.value).startswith(MISSING_FILES[name])
+
+
+def test_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
+    """What was read here would be gone, as of `--config <(sed ... mine.yaml)`."""
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    assert list(unreadable_configs(["fit", "--config", str(pipe)])) == []
 
 
 # The signatures

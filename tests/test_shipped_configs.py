@@ -41,6 +41,15 @@ def test_a_file_comes_before_a_name_and_text_stays_text(tmp_path: Path) -> None:
             assert config_path(text) == text
 
 
+@pytest.mark.parametrize("name", config_names())
+def test_its_first_line_says_what_it_is_for(name: str) -> None:
+    """`remax configs list` shows that line, and nothing of the next."""
+    first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
+    assert first.startswith("# ")
+    assert first.endswith(".")
+    assert len(first) <= 120
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -38,7 +38,7 @@ REFUSED = {
     "size": ("a: " + "x" * MAX_CHARACTERS, "characters are too many"),
     "a number of 5000 digits": ("a: " + "1" * 5000, "4300 digits"),
     "a tag that calls": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-    "no YAML": ("a: [1\nb: 2", "run.yaml, line 2: not valid YAML"),
+    "no YAML": ("a: [1\nb: 2", "run.yaml, line 2, column 2: not valid YAML"),
 }
 
 

@@ -181,8 +181,9 @@ def undisturbed(fixtures: Fixtures, strategy: str) -> Undisturbed:
 
 def fit(fixtures: Fixtures, folder: Path, *arguments: str, **options: Any) -> Ended:
     """Run `remax fit` with the configuration of a trial; `options` are those of `configuration`."""
-    path = write(folder / "run.yaml", configuration(fixtures, folder, **options))
-    return command(folder, "fit", "--config", path, *arguments)
+    config = configuration(fixtures, folder, **options)
+    path = write(folder / "run.yaml", config)
+    return command(folder, "fit", "--config", path, *arguments, ranks=config["trainer"]["devices"])
 
 
 def exported_digest(folder: Path) -> str:

@@ -2,7 +2,8 @@
 
 A start of `remax` costs 8 seconds of imports. Here they are paid once: a fork has the modules and no state of another
 trial. It runs `remax_lightning.cli.main`, with the wall that turns errors into lines, and ends like an interpreter
-does: threads are joined and exit handlers called, so a hang at the end is seen, too.
+does: threads are joined and exit handlers called, so a hang at the end is seen, too. The further ranks that Lightning
+starts are forks as well, made before the command has done anything.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tests" / "command_script.py"
@@ -116,6 +121,7 @@ def command(
     folder: Path,
     *arguments: str,
     deadline: float = DEADLINE,
+    ranks: int = 1,
     prepare: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Ended:
@@ -125,6 +131,7 @@ def command(
         folder: current folder of the command; its output is added to `output.txt` there.
         arguments: what follows `remax`.
         deadline: seconds; then the stacks of all threads are printed and the session is killed.
+        ranks: processes of the run; those that Lightning starts are forks too. 1 leaves them to Lightning.
         prepare: called in the fork before the command.
         environment: further variables.
     """
@@ -136,7 +143,7 @@ def command(
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _become_command(folder, log, arguments, deadline, prepare, environment or {})
+        _become_command(folder, log, arguments, deadline, ranks, prepare, environment or {})
     code = _wait(pid, deadline)
     if code is not None and not _session_ends(pid, LEFT_OVER):
         code = None
@@ -154,11 +161,11 @@ def _become_command(
     log: Path,
     arguments: Sequence[str],
     deadline: float,
+    ranks: int,
     prepare: Callable[[], None] | None,
     environment: Mapping[str, str],
 ) -> None:
     """Run the command in this process, a fork, and end it."""
-    code = 1
     try:
         # ---- What a shell would set up ----
         os.setsid()
@@ -175,11 +182,33 @@ def _become_command(
         atexit._clear()  # those of the warm process are not this command's
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if ranks > 1:
+            _fork_further_ranks(ranks - 1)
+        _begin_anew(rank=0)
         faulthandler.dump_traceback_later(max(deadline - 2, 1), exit=False)
         if prepare is not None:
             prepare()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    _end_as_command()
+
+
+def _begin_anew(rank: int) -> None:
+    """Set what modules read of their process when they are imported: the time of its start, and its rank."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from remax_lightning.strategies import atomic_checkpoint
+
+    atomic_checkpoint._STARTED = time.time()
+    rank_zero_only.rank = rank
+
+
+def _end_as_command() -> NoReturn:
+    """Run the command of `sys.argv` in this process, a fork, and end it as an interpreter ends."""
+    code = 1
+    try:
         code = _main()
-        # ---- The end of an interpreter ----
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -188,6 +217,57 @@ def _become_command(
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+# ---- Further ranks ----
+
+
+def _fork_further_ranks(count: int) -> None:
+    """Fork processes that wait to become what Lightning starts, and let it start them in place of new interpreters.
+
+    A run of two ranks would pay for the imports again, in a row: the second rank starts when the first has parsed.
+    """
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    waiting: list[tuple[int, Connection]] = []
+    for _ in range(count):
+        theirs, ours = Pipe(duplex=False)
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(theirs)
+        theirs.close()
+        waiting.append((pid, ours))
+
+    class Started(subprocess.Popen[bytes]):
+        """A fork in place of a new process: it gets the command and the variables, and this side its exit code."""
+
+        def _execute_child(self, *options: Any) -> None:
+            command, cwd, variables = options[0], options[5], options[6]
+            self.pid, connection = waiting.pop(0)
+            self._child_created = True
+            with suppress(BrokenPipeError):  # it was killed while it waited
+                connection.send((list(command), cwd, dict(variables)))
+            connection.close()
+
+    # Lightning's launcher alone: a reward with a deadline starts processes of its own
+    subprocess_script.subprocess = SimpleNamespace(Popen=Started)  # type: ignore[assignment]
+
+
+def _become_rank(connection: Connection) -> NoReturn:
+    """Wait in this process, a fork, for a command and its variables, and run it."""
+    try:
+        _end_with_parent()  # while it waits; a rank must see for itself that the first one has ended
+        command, cwd, variables = connection.recv()
+        _end_with_parent(signum=0)
+        os.environ.clear()
+        os.environ.update(variables)
+        if cwd is not None:
+            os.chdir(cwd)
+        sys.argv = command[1:]
+        _begin_anew(int(variables["LOCAL_RANK"]))
+    except BaseException:
+        os._exit(1)
+    _end_as_command()
 
 
 def _main() -> int:
@@ -207,10 +287,10 @@ def _main() -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (PR_SET_PDEATHSIG)."""
+def _end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends (PR_SET_PDEATHSIG); 0 takes that back."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signum)
 
 
 def _wait(pid: int, deadline: float) -> int | None:

@@ -1,8 +1,9 @@
-"""Two processes under the real command, a callback that ends one of them, and what was left of the run."""
+"""Two processes under the command, a callback that ends one of them, and what was left of the run."""
 
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import yaml
 from helpers.cli import changed, small_config, write_config
 from lightning.pytorch import Callback
 
+from benchmarks.chaos import warm
 from benchmarks.chaos.runs import PROMPTS, STEPS
 from remax_lightning.shipped_configs import config_folder
 
@@ -96,7 +100,7 @@ class StopAlone(Callback):
 class StopCheck(NamedTuple):
     """How a run ended: exit code, what it printed, seconds from the hit to the end of its last process."""
 
-    code: int
+    code: int | None
     out: str
     seconds: float | None
 
@@ -110,15 +114,10 @@ def write_run(
     saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
     losses = {"class_path": "benchmarks.chaos.runs.WriteLosses", "init_args": {"folder": str(folder)}}
     config = small_config(folder, policy, rows=PROMPTS)
-    config = changed(
-        config,
-        trainer__devices=2,
-        trainer__max_steps=STEPS,
-        trainer__callbacks=[losses, saves, *callbacks],
-        data__batch_size=4,
-        export={"best": False, "last": False},
-        **values,
-    )
+    trainer = {"devices": 2, "max_steps": STEPS, "callbacks": [losses, saves, *callbacks]}
+    config = changed(config, data__batch_size=4, export={"best": False, "last": False})
+    config["trainer"] |= trainer
+    config = changed(config, **values)
     overlay = yaml.safe_load((config_folder() / "strategies" / f"{strategy}.yaml").read_text())
     config["trainer"] |= overlay["trainer"]
     if strategy == "zero3":  # spread even what is small
@@ -134,10 +133,8 @@ def hit(folder: Path, place: str, rank: int, **options: Any) -> dict[str, Any]:
     return {"class_path": "distributed.killing.Hit", "init_args": arguments}
 
 
-def remax(
-    folder: Path, *arguments: str, timeout: float = 600, during: Callable[[subprocess.Popen[bytes]], None] | None = None
-) -> StopCheck:
-    """Run the command in a session of its own and wait for all processes of that; `during` may look at it meanwhile."""
+def remax(folder: Path, *arguments: str, timeout: float = 600) -> StopCheck:
+    """Run the command as a shell does, in a session of its own, and wait for all processes of that."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
@@ -150,8 +147,6 @@ def remax(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            if during is not None:
-                during(process)
             process.wait(timeout)
             wait_for_session(process.pid, timeout=120)
             ended = time.time()
@@ -159,8 +154,68 @@ def remax(
             end_session(process)
         log.seek(0)
         out = log.read().decode(errors="replace")
-    seconds = ended - float((folder / "hit").read_text()) if (folder / "hit").exists() else None
-    return StopCheck(process.returncode, out, seconds)
+    return StopCheck(process.returncode, out, seconds_since_hit(folder, ended))
+
+
+def seconds_since_hit(folder: Path, ended: float) -> float | None:
+    """Seconds from the hit to the end of the run; None if nothing was hit."""
+    return ended - float((folder / "hit").read_text()) if (folder / "hit").exists() else None
+
+
+class WarmCommand:
+    """A process with all that a run imports, whose forks become the command and its second rank.
+
+    Two starts of Python take 15 seconds of a run of 3. Only the imports are left out: each rank is a process of its
+    own, which Lightning starts, watches and kills.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=become_commands, args=(theirs,), name="warm command")
+        self.process.start()
+        theirs.close()
+
+    def __call__(
+        self, folder: Path, *arguments: str, during: Callable[[int], None] | None = None, timeout: float = 600
+    ) -> StopCheck:
+        """Run `remax` with these arguments in `folder`; `during` is called meanwhile, with the id of its process."""
+        for name in ("hit", "pid"):
+            (folder / name).unlink(missing_ok=True)
+        self.connection.send((folder, arguments, timeout))
+        if during is not None:
+            while not (folder / "pid").exists() and not self.connection.poll():
+                time.sleep(0.02)
+            during(int((folder / "pid").read_text()))
+        ended, at = self.connection.recv()
+        return StopCheck(ended.code, ended.text, seconds_since_hit(folder, at))
+
+    def close(self) -> None:
+        """End the process."""
+        self.connection.close()
+        self.process.join()
+
+
+def become_commands(connection: Connection) -> None:
+    """Run the commands that are asked for, until the other end is closed."""
+    warm.warm_up()
+    import deepspeed  # noqa: F401 - for the strategies that need it
+
+    while True:
+        try:
+            folder, arguments, timeout = connection.recv()
+        except EOFError:
+            return
+        prepare = partial(write_pid, folder)
+        ended = warm.command(folder, *arguments, deadline=timeout, ranks=2, prepare=prepare)
+        connection.send((ended, time.time()))
+
+
+def write_pid(folder: Path) -> None:
+    """Tell the test which process the command is."""
+    new = folder / "pid.new"
+    new.write_text(str(os.getpid()))
+    new.rename(folder / "pid")
 
 
 def wait_for_session(group: int, timeout: float) -> None:

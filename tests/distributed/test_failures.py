@@ -1,19 +1,25 @@
-"""One process of two fails, is killed or is told to end, under the real command: all end, in seconds, and say why."""
+"""One process of two fails, is killed or is told to end, under the command: all end, in seconds, and say why.
+
+One run is started as a shell does, with a new Python for each rank; the others are forks of a process that has imported
+what they need.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.killing import hit, remax, write_run
+from distributed.killing import WarmCommand, hit, remax, write_run
 from helpers.training import save_policy
 
 from benchmarks.chaos.runs import STEPS, STRATEGIES, losses
 
-pytestmark = pytest.mark.slow(30)
+pytestmark = pytest.mark.slow(7)
 
 SOON = 90.0
 """Seconds: Lightning looks for dead processes every 5, more on a busy machine. A collective would wait 1800."""
@@ -25,20 +31,29 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def warm() -> Iterator[WarmCommand]:
+    command = WarmCommand()
+    yield command
+    command.close()
+
+
+@pytest.fixture(scope="module")
+def whole(warm: WarmCommand, policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    ended = remax(folder, *write_run(folder, policy, "ddp", []))
+    ended = warm(folder, *write_run(folder, policy, "ddp", []))
     assert ended.code == 0, ended.out
     found = losses(folder)
     assert sorted(found) == list(range(1, STEPS + 1))
     return [found[step][0] for step in found]
 
 
-def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(policy: str, tmp_path: Path) -> None:
+def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(
+    warm: WarmCommand, policy: str, tmp_path: Path
+) -> None:
     reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1}}
     changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it fails in its second batch
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], **changes))
+    ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", [], **changes))
     assert ended.code == 2, ended.out
     message = "remax: error: rank 1: model.reward: FunctionReward(distributed.hanging.reward) raised"
     assert ended.out.count(message) == 1
@@ -47,9 +62,13 @@ def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(policy: s
     assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [[1], [1]]
 
 
+@pytest.mark.slow(25)
 @pytest.mark.parametrize(("rank", "code"), [(1, 1), (0, -9)])
-def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(rank: int, code: int, policy: str, tmp_path: Path) -> None:
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [hit(tmp_path, "rollout", rank)]))
+def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(
+    rank: int, code: int, request: pytest.FixtureRequest, policy: str, tmp_path: Path
+) -> None:
+    run = remax if rank == 1 else request.getfixturevalue("warm")
+    ended = run(tmp_path, *write_run(tmp_path, policy, "ddp", [hit(tmp_path, "rollout", rank)]))
     assert ended.code == code, ended.out
     assert ended.seconds is not None
     assert ended.seconds < SOON
@@ -59,27 +78,28 @@ def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(rank: int, code: int
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, policy: str, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, warm: WarmCommand, policy: str, tmp_path: Path) -> None:
     """As on GPUs, where a broken connection is not noticed: the other rank is busy for long."""
     reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1 - rank, "waits": 1000.0}}
     killed = [hit(tmp_path, "rollout", rank)]
     changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it waits in its second batch
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", killed, **changes))
+    ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", killed, **changes))
     assert ended.code != 0
     assert ended.seconds is not None
     assert ended.seconds < SOON
 
 
 @pytest.mark.parametrize(
-    ("deadline", "code"), [({"timeout": 3.0}, 2), ({"timeout": 3.0, "on_timeout": -1.0}, 0), ({}, None)]
+    ("deadline", "code"), [({"timeout": 3.0}, 2), ({"timeout": 1.0, "on_timeout": -1.0}, 0), ({}, None)]
 )
 def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
-    deadline: dict[str, float], code: int | None, policy: str, tmp_path: Path
+    deadline: dict[str, float], code: int | None, warm: WarmCommand, policy: str, tmp_path: Path
 ) -> None:
     """It has a deadline, with an error on all ranks or a score; or the run has one, which ends all ranks."""
     reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1, "waits": 600.0}}
     changes = {"model__reward__init_args": reward | deadline, "model__stall_timeout": 600.0 if deadline else 8.0}
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [], evaluation__at_start=False, **changes))
+    changes |= {"evaluation__at_start": False, "trainer__max_steps": 2}  # it hangs in the second step
+    ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", [], **changes))
     assert "Traceback" not in ended.out
     if code is None:
         assert ended.code != 0
@@ -96,19 +116,19 @@ def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_killed_within_a_save_goes_on_from_the_checkpoint_before(
-    strategy: str, policy: str, whole: list[float], tmp_path: Path
+    strategy: str, warm: WarmCommand, policy: str, whole: list[float], tmp_path: Path
 ) -> None:
     """Half of a file of the third checkpoint is there; the second is whole, and the first gone as it should be."""
     writer = 0 if strategy == "ddp" else 1  # where every rank has a part, rank 0's may be complete
     arguments = write_run(tmp_path, policy, strategy, [hit(tmp_path, "saving", writer, step=2)])
-    ended = remax(tmp_path, *arguments)
+    ended = warm(tmp_path, *arguments)
     assert ended.code != 0
     [folder] = tmp_path.glob("runs/remax/*/checkpoints")
     assert [path.name for path in folder.glob("*.ckpt")] == ["step=2.ckpt"]
     # Where every rank has a part, the one that lives on may have removed what cannot be completed.
     assert len(list(folder.glob(".step=3.ckpt.*.tmp"))) in ((1,) if strategy == "ddp" else (0, 1))
     arguments = write_run(tmp_path, policy, strategy, [])
-    ended = remax(tmp_path, *arguments, "--ckpt_path", "last")
+    ended = warm(tmp_path, *arguments, "--ckpt_path", "last")
     assert ended.code == 0, ended.out
     found = losses(tmp_path)
     assert {step: len(times) for step, times in found.items()} == {1: 1, 2: 1, 3: 2, 4: 1}
@@ -123,24 +143,24 @@ class Told:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, process: subprocess.Popen[bytes]) -> None:
-        while not losses(self.folder) and process.poll() is None:
+    def __call__(self, process: int) -> None:
+        while not losses(self.folder) and Path(f"/proc/{process}").exists():
             time.sleep(0.02)
-        process.terminate()
+        os.kill(process, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_sigterm_to_the_command_saves_and_the_run_goes_on(
-    strategy: str, policy: str, whole: list[float], tmp_path: Path
+    strategy: str, warm: WarmCommand, policy: str, whole: list[float], tmp_path: Path
 ) -> None:
     arguments = write_run(tmp_path, policy, strategy, [], save_every=100)
-    ended = remax(tmp_path, *arguments, during=Told(tmp_path))
+    ended = warm(tmp_path, *arguments, during=Told(tmp_path))
     assert ended.code == 143, ended.out
     done = [losses(tmp_path, rank) for rank in (0, 1)]
     assert len(done[0]) == len(done[1]) < STEPS
     [saved] = tmp_path.glob("runs/remax/*/checkpoints/*")
     assert saved.name == "last.ckpt"
-    ended = remax(tmp_path, *arguments, "--ckpt_path", "last")
+    ended = warm(tmp_path, *arguments, "--ckpt_path", "last")
     assert ended.code == 0, ended.out
     found = losses(tmp_path)
     assert all(len(times) == 1 for times in found.values())
@@ -148,18 +168,20 @@ def test_sigterm_to_the_command_saves_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("place", ["rollout", "validation"])
-def test_sigterm_to_another_rank_ends_all_at_the_same_step(place: str, policy: str, tmp_path: Path) -> None:
+def test_sigterm_to_another_rank_ends_all_at_the_same_step(
+    place: str, warm: WarmCommand, policy: str, tmp_path: Path
+) -> None:
     told = hit(tmp_path, place, rank=1, step=2, signum="SIGTERM")
     arguments = write_run(tmp_path, policy, "ddp", [told])  # two steps to an epoch, which then validates
-    ended = remax(tmp_path, *arguments)
+    ended = warm(tmp_path, *arguments)
     assert ended.code == 143, ended.out
     steps = 3 if place == "rollout" else 2
     assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [list(range(1, steps + 1))] * 2
     assert [path.name for path in tmp_path.glob("runs/remax/*/checkpoints/*")] == [f"step={steps}.ckpt"]
 
 
-def test_a_callback_that_stops_one_rank_stops_all(policy: str, tmp_path: Path) -> None:
+def test_a_callback_that_stops_one_rank_stops_all(warm: WarmCommand, policy: str, tmp_path: Path) -> None:
     stop: dict[str, Any] = {"class_path": "distributed.killing.StopAlone"}
-    ended = remax(tmp_path, *write_run(tmp_path, policy, "ddp", [stop]))
+    ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", [stop]))
     assert ended.code == 0, ended.out
     assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [[1, 2], [1, 2]]

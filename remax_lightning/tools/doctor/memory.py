@@ -30,8 +30,8 @@ def check_memory(context: DoctorContext) -> Finding:
         available = host_memory() if on_cpu else device_memory()
         per_device = None if available is None else available / run.strategy.devices if on_cpu else available
         with torch.enable_grad():  # the planner traces a backward pass
-            choose_checkpointing(run, per_device)
-            answer = plan(run, measure(run), per_device)
+            _, sizes = choose_checkpointing(run, per_device)
+            answer = plan(run, sizes or measure(run), per_device)
     except UserError as error:
         return Finding("warn", f"cannot be planned: {error}", "see `remax plan`; no other check depends on this one")
     unit = "process" if on_cpu else "GPU"

@@ -50,9 +50,9 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--memory must be above 0, got {options.memory:g}")
     # ---- Read, measure, print ----
     run, memory = read_run(rest), None if options.memory is None else options.memory * GB
-    reason = choose_checkpointing(run, memory)
+    reason, sizes = choose_checkpointing(run, memory)
     run = run._replace(notes=(*run.notes, reason)) if reason else run
-    answer = plan(run, measure(run), memory)
+    answer = plan(run, sizes or measure(run), memory)
     print(json.dumps(answer) if options.json else format_plan(run, answer))
     return answer
 
@@ -115,7 +115,7 @@ def device_memory() -> float | None:
     return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
 
 
-def choose_checkpointing(run: PlannedRun, memory: float | None) -> str:
+def choose_checkpointing(run: PlannedRun, memory: float | None) -> tuple[str, Sizes | None]:
     """Decide `gradient_checkpointing: auto` of the policy of `run`: off where the run then fits.
 
     Args:
@@ -123,24 +123,27 @@ def choose_checkpointing(run: PlannedRun, memory: float | None) -> str:
         memory: bytes of a device; None where that is not known, which leaves checkpointing on.
 
     Returns:
-        A sentence with the reason; empty where there is nothing to decide.
+        A sentence with the reason, empty where there is nothing to decide; and the sizes of the run as it will be,
+        where they were measured for that.
     """
     module = run.module
     source = module.policy_source
     if source.gradient_checkpointing != "auto":
-        return ""
+        return "", None
     key = "model.policy.gradient_checkpointing: auto"
     module.policy_source = replace(source, gradient_checkpointing=memory is None)
     if memory is None:
-        return f"{key} is true, because the memory of the device is not known"
+        return f"{key} is true, because the memory of the device is not known", None
     usable = (1 - HEADROOM) * memory
-    peak = peak_bytes(remax_phases(measure(run), run.strategy, usable))
+    sizes = measure(run)
+    peak = peak_bytes(remax_phases(sizes, run.strategy, usable))
     module.policy_source = replace(source, gradient_checkpointing=peak > usable)
     fits = "fits" if peak <= usable else "does not fit"
-    return (
+    reason = (
         f"{key} is {str(peak > usable).lower()}: without it the run needs {_format_gb(peak)} GB, which {fits} into"
         f" {_format_gb(usable)} GB of {memory / GB:.3g}"
     )
+    return reason, sizes if peak <= usable else None
 
 
 def format_plan(run: PlannedRun, answer: Mapping[str, Any]) -> str:
