@@ -68,6 +68,16 @@ def test_it_moves_to_what_is_clearly_cheaper() -> None:
     assert auto.chosen in ("batch_mean", "none")
 
 
+def test_it_looks_once_every_few_rollouts() -> None:
+    auto = Auto(["greedy", "batch_mean", "none"], window=16, compare_every=4, greedy_price=0.5)
+    shown = []
+    for number in range(12):
+        Stream(lambda _: 0.0).feed(auto, number, number + 1)
+        shown.append(auto.figures)
+    assert [number for number in range(1, 12) if shown[number] is not shown[number - 1]] == [3, 7, 11]
+    assert shown[-1] == auto.comparison.figures(auto.chosen)
+
+
 def test_it_stays_while_nothing_is_clear() -> None:
     # Var(r - g) = 2 - 2 / 2 = Var(r), and greedy responses take no time.
     auto = Auto(["greedy", "none"])
@@ -277,7 +287,8 @@ def test_norms_of_all_responses_are_measured_however_they_are_trained(policy: st
 def test_a_run_moves_logs_and_prints_its_baseline(
     policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    baseline = Auto(["greedy", "batch_mean"], greedy_price=3.0)  # four times the seconds: hardly worth it
+    # Four times the seconds: hardly worth it.
+    baseline = Auto(["greedy", "batch_mean"], window=16, compare_every=4, greedy_price=3.0)
     module = remax_module(policy, advantage=AdvantageConfig(baseline=baseline))
     with caplog.at_level("INFO"):
         recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, max_steps=6)

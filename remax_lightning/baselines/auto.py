@@ -17,9 +17,10 @@ class Auto(Baseline):
     """Begins with the greedy response's reward and moves to the cheapest baseline, in variance times seconds of a step.
 
     Every candidate is valued on the responses of the run, beside the one in use. The second moment of the gradient
-    takes the squared norms at the logits, which training shows anyway. The baseline in use changes where another needs
-    less time for a gradient of the same precision and the 95 % interval, by a bootstrap over prompts and steps, is
-    clear of 1; it goes back in the same way.
+    takes the squared norms at the logits, which training shows anyway. After every `compare_every` rollouts the
+    baseline in use changes if another needs less time for a gradient of the same precision and the 95 % interval, by a
+    bootstrap over prompts and steps, is clear of 1; it goes back in the same way. Every look is a chance of a false
+    change, so they are few.
 
     The gradient stays unbiased: which baseline values a rollout is decided by earlier rollouts alone, and no candidate
     reads the response that it is subtracted from. Given the past, a step is one with a fixed, unbiased baseline.
@@ -32,7 +33,7 @@ class Auto(Baseline):
     Args:
         candidates: short names of baselines; null takes all unbiased ones that the run can have.
         window: rollouts that the comparison looks back; older ones were of another policy.
-        compare_every: rollouts from one the other way round to the next.
+        compare_every: rollouts from one the other way round to the next, and from one look at the figures to the next.
         greedy_price: seconds that greedy responses add to a step, as a share of one without them. Null measures them;
             a number makes the choice, and so the run, independent of the clock.
 
@@ -74,6 +75,8 @@ class Auto(Baseline):
         self.comparison = Comparison(unbiased, window, greedy_price if self._reads_greedy else 0.0)
         self.chosen = "greedy" if "greedy" in unbiased else next(iter(unbiased))
         """Name of the baseline in use."""
+        self.figures: dict[str, Figure] = {}
+        """What the last look has shown of each candidate, divided by the one in use."""
         self._substitute = "batch_mean"  # where a rollout has no greedy responses and the one in use needs them
         self._was_compared = False
 
@@ -127,12 +130,12 @@ class Auto(Baseline):
         return self._was_compared and (is_free or is_due)
 
     def observe_training(self, measurement: Measurement) -> str | None:
-        """Compare the candidates, and change the baseline in use if another is clearly cheaper."""
+        """Compare the candidates now and then, and change the baseline in use if another is clearly cheaper."""
         self.comparison.measure(measurement)
-        if measurement.squared_norms is None or self.comparison.num_measured < MIN_ROLLOUTS:
+        if self.comparison.number % self.compare_every or self.comparison.num_measured < MIN_ROLLOUTS:
             return None
-        figures = self.comparison.figures(self.chosen)
-        costs = {name: figure.cost for name, figure in figures.items() if figure.cost is not None}
+        self.figures = self.comparison.figures(self.chosen)
+        costs = {name: figure.cost for name, figure in self.figures.items() if figure.cost is not None}
         if not costs:
             return None
         order = sorted(costs, key=lambda name: costs[name][0])
@@ -142,6 +145,7 @@ class Auto(Baseline):
         if best == self.chosen or not costs[best][2] < 1:
             return None
         before, self.chosen = self.chosen, best
+        self.figures = self.comparison.figures(best)
         value, low, high = costs[best]
         return (
             f"model.advantage.baseline auto: from {before} to {best}, which needs {value:.2f} of the seconds for a"
@@ -152,10 +156,6 @@ class Auto(Baseline):
     def metrics(self) -> dict[str, float]:
         """Return the place of the baseline in use among the names, 0 for greedy."""
         return {"baseline": float(list(KINDS).index(self.chosen))}
-
-    def figures(self) -> dict[str, Figure]:
-        """Return what is known of each candidate, divided by the one in use."""
-        return self.comparison.figures(self.chosen)
 
     # ---- Checkpoints ----
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remax_lightning.baselines.base import Baseline, BaselineInputs, Measurement, can_value, checked_values
-from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
+from remax_lightning.evaluation.statistics import percentile_interval
 
 NUM_RESAMPLES = 400
 """Draws of the bootstrap: enough for the ends of a 95 % interval, few enough to cost nothing."""
 GROUPS = 8
-"""Most groups of prompts that a rollout is kept as. The bootstrap draws groups; more of them would only cost time."""
+"""Most groups of prompts that a rollout is drawn by in the bootstrap; more of them would only cost time."""
 MIN_ROLLOUTS = 4
 """Rollouts that a comparison needs."""
 WARM_UP = 2
@@ -47,6 +47,17 @@ class _Moments(NamedTuple):
     sums: dict[str, Tensor]
     needs: dict[str, bool]
 
+    def resampled(self) -> NDArray[np.float64]:
+        """Return `[1 + K, F]` sums over the rollout: of all its groups, and of the bootstrap's draws of them.
+
+        A draw takes each group as often as a Poisson variable of mean 1 says: the bootstrap for data that arrives bit
+        by bit (Oza and Russell 2001), since what is drawn of a rollout depends on no other. The sums of a draw over a
+        window are then sums of these, made once per rollout, and a resumed run draws the same.
+        """
+        sums = torch.stack(list(self.sums.values()), 1).numpy()  # [G, F]
+        counts = np.random.default_rng(self.number).poisson(1.0, (NUM_RESAMPLES, len(sums)))  # [K, G]
+        return np.concatenate([sums.sum(0, keepdims=True), counts @ sums])
+
 
 class Comparison:
     """Second moments under several baselines, and seconds of steps, over the last rollouts.
@@ -65,6 +76,7 @@ class Comparison:
         self.number = 0
         """Rollouts that were observed."""
         self._moments: list[_Moments] = []
+        self._resampled: list[NDArray[np.float64]] = []  # [1 + K, F] of each of them
         # (number, seconds of rollout, of training), of rollouts without and with greedy responses
         self._seconds: dict[bool, list[tuple[int, float, float]]] = {False: [], True: []}
         # Of the last rollout: [S] squared advantages by name, which await their gradients; n; with greedy responses?
@@ -109,13 +121,15 @@ class Comparison:
             zeros = torch.zeros(len(parts), dtype=torch.float64)
             sums = {name: zeros.index_add(0, groups, moment) for name, moment in moments.items()}
             self._moments.append(_Moments(self.number, sums, self._needs))
+            self._resampled.append(self._moments[-1].resampled())
         if measurement.training_seconds is not None and self.number > WARM_UP:
             seconds = self.number, measurement.rollout_seconds, measurement.training_seconds
             self._seconds[self._has_greedy].append(seconds)
         self._pending = {}
         # ---- What is older than the window ----
         oldest = self.number - self.window
-        self._moments = [moments for moments in self._moments if moments.number > oldest]
+        old = sum(moments.number <= oldest for moments in self._moments)
+        del self._moments[:old], self._resampled[:old]
         for values in self._seconds.values():
             values[:] = [row for row in values if row[0] > oldest]
 
@@ -152,39 +166,48 @@ class Comparison:
         names = [name for name in self.candidates if self._moments and all(name in row.sums for row in self._moments)]
         if used not in names:
             return {}
-        columns = torch.stack([torch.cat([row.sums[name] for row in self._moments]) for name in names], 1)  # [P, F]
-        base = columns[:, names.index(used)]
-        if not base.sum() > 0:
+        base = names.index(used)
+        sums = self._window_sums(names)  # [1 + K, F]
+        if not sums[0, base] > 0:
             return {}
-        ratios = (columns.sum(0) / base.sum()).tolist()  # F
-        # One seed for all, so that figures of the same numbers are the same; paired over baselines by the draws.
-        drawn = resampled_ratios(columns, base[:, None].expand_as(columns), NUM_RESAMPLES, seed=self.number)  # [K, F]
-        variances = percentile_interval(drawn).tolist()
+        # Paired over baselines, as all are of the same draws; a draw without anything of the base tells nothing.
+        drawn = sums / np.where(sums[:, [base]] > 0, sums[:, [base]], np.nan)  # [1 + K, F]
+        ends = percentile_interval(drawn[1:])  # [F, 2]
+        figures = {name: Figure(_with_ends(drawn[0, i], ends[i]), None) for i, name in enumerate(names)}
         shares = [sum(row.needs[name] for row in self._moments) / len(self._moments) for name in names]
         prices = self._prices(np.array(shares))
-        figures = {name: Figure((ratios[i], *variances[i]), None) for i, name in enumerate(names)}
         if prices is None:
             return figures
-        price, price_drawn = (values / values[..., [names.index(used)]] for values in prices)  # [F], [K, F]
-        costs = percentile_interval(drawn * price_drawn).tolist()
+        prices = prices / prices[:, [base]]  # [1 + K, F], or [1, F] without draws
+        costs = drawn[0] * prices[0]
+        cost_ends = ends * prices.T if len(prices) == 1 else percentile_interval(drawn[1:] * prices[1:])
         for i, name in enumerate(names):
             # What a pass before training costs was not measured, unless the run makes it.
             if self.candidates[name].reads_gradients == self.candidates[used].reads_gradients:
-                figures[name] = figures[name]._replace(cost=(ratios[i] * float(price[i]), *costs[i]))
+                figures[name] = figures[name]._replace(cost=_with_ends(costs[i], cost_ends[i]))
         return figures
 
-    def _prices(self, shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """Return `[F]` seconds of a step and `[K, F]` of the bootstrap, by the share of rollouts with greedy rows."""
+    def _window_sums(self, names: list[str]) -> NDArray[np.float64]:
+        """Return `[1 + K, F]` sums over the measured rollouts of the window, and of their draws."""
+        total = np.zeros((1 + NUM_RESAMPLES, len(names)))
+        for row, resampled in zip(self._moments, self._resampled, strict=True):
+            order = list(row.sums)
+            total += resampled if order == names else resampled[:, [order.index(name) for name in names]]
+        return total
+
+    def _prices(self, shares: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """Return `[1 + K, F]` seconds of a step and of its draws, by the share of rollouts with greedy rows.
+
+        `[1, F]` where they are known without draws.
+        """
         if self.greedy_price is not None or (shares == shares[0]).all():
-            price = 1 + (self.greedy_price or 0.0) * shares
-            return price, np.broadcast_to(price, (NUM_RESAMPLES, len(price)))
+            return 1 + (self.greedy_price or 0.0) * shares[None]
         if any(len(rows) < 2 for rows in self._seconds.values()):
             return None
         generator = np.random.default_rng(self.number)
         plain, greedy = (_step_seconds(rows, generator) for rows in self._seconds.values())  # [1 + K] each
         added = np.maximum(greedy - plain, 0.0)
-        price = plain[:, None] + added[:, None] * shares  # [1 + K, F]
-        return price[0], price[1:]
+        return plain[:, None] + added[:, None] * shares  # [1 + K, F]
 
     # ---- Checkpoints ----
 
@@ -202,6 +225,7 @@ class Comparison:
         """Restore it; candidates that the checkpoint does not have start anew."""
         self.number = int(state["number"])
         self._moments = [_Moments(**row) for row in state["moments"]]
+        self._resampled = [row.resampled() for row in self._moments]
         self._seconds = {
             bool(kind): [(int(number), rollout, training) for number, rollout, training in rows]
             for kind, rows in enumerate(state["seconds"])
@@ -210,6 +234,11 @@ class Comparison:
         for name, baseline in self.candidates.items():
             if name in state["candidates"]:
                 baseline.load_state_dict(state["candidates"][name])
+
+
+def _with_ends(value: float, ends: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return a figure as numbers of Python."""
+    return float(value), float(ends[0]), float(ends[1])
 
 
 def _step_seconds(rows: list[tuple[int, float, float]], generator: np.random.Generator) -> NDArray[np.float64]:

@@ -31,6 +31,8 @@ FIRST_PRICE, PRICE_EVERY = 40, 200
 """Rollouts before the first measurement of what greedy responses cost, and between two; each decodes once more."""
 IDLE_EVERY = 4
 """Without a KL, measured rollouts from one in which all responses are run to the next."""
+NEWS = 1 / 8
+"""Share of the measured rollouts that must be new for figures to be made again; logging so many costs milliseconds."""
 
 
 class GradientVariance(Callback):
@@ -50,6 +52,8 @@ class GradientVariance(Callback):
 
     The lines of progress, and one at the end of training, name the cheapest, where its interval is clear of 1. With
     `auto` the figures are those that the baseline decides by.
+
+    Figures are logged again once an eighth of the rollouts that they are made of is new.
 
     Its price: the norms of every `every_n_rollouts`-th rollout. Without a KL, every fourth of these runs responses
     without an advantage once, without gradients. Where every rollout has greedy responses, the prompts of rollout 40
@@ -82,7 +86,8 @@ class GradientVariance(Callback):
         self._prices: list[float] = []  # what greedy responses add to a step, as a share of one without them
         self._plain_seconds: float | None = None  # of decoding the prompts of this rollout without them
         self._start = 0.0
-        self._has_news = False
+        self._num_new = 0  # measured rollouts that the logged figures do not have
+        self._shown: dict[str, Figure] = {}  # of `auto`, as logged last
 
     # ---- The run ----
 
@@ -109,14 +114,16 @@ class GradientVariance(Callback):
         if self._saved.get("used") == self._used:
             self._comparison.load_state_dict(self._saved["comparison"])
             self._rollouts, self._prices = self._saved["rollouts"], list(self._saved["prices"])
+            self._num_new = self._saved.get("new", 0)
             self._comparison.greedy_price = statistics.median(self._prices) if self._prices else None
         self._saved = {}
         module.norm_askers.append(self.needs_norms)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Name the baseline that would have taken the least time, if that is clear."""
-        cheapest = cheapest_baseline(_metrics(self._figures()))
-        if self._comparison is not None and cheapest is not None and cheapest.high < 1:
+        figures = {} if self._comparison is None else self._comparison.figures(self._used)
+        cheapest = cheapest_baseline(_metrics(figures))
+        if cheapest is not None and cheapest.high < 1:
             rank_zero_warn(f"On this run the baseline {cheapest}. See docs/baselines.md.")
         askers = getattr(pl_module, "norm_askers", [])
         if self.needs_norms in askers:
@@ -126,7 +133,7 @@ class GradientVariance(Callback):
         """Return what was compared so far; the same on every rank."""
         if self._comparison is None:
             return {}
-        values = {"used": self._used, "rollouts": self._rollouts, "prices": self._prices}
+        values = {"used": self._used, "rollouts": self._rollouts, "prices": self._prices, "new": self._num_new}
         return values | {"comparison": self._comparison.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,10 +173,8 @@ class GradientVariance(Callback):
         if self._comparison is not None:
             self._compare(trainer, self._comparison)
         # ---- Figures of the steps that are logged ----
-        if trainer.global_step % max(1, cast(Any, trainer).log_every_n_steps) == 0 and self._has_news:
-            self._has_news = False
-            log_step(pl_module, _metrics(self._figures()))
-        self._has_news |= self._auto is not None
+        if trainer.global_step % max(1, cast(Any, trainer).log_every_n_steps) == 0:
+            log_step(pl_module, _metrics(self._new_figures()))
 
     def _compare(self, trainer: Trainer, comparison: Comparison) -> None:
         """Add an optimizer step to the comparison."""
@@ -197,12 +202,19 @@ class GradientVariance(Callback):
         training = elapsed - decoding - scoring if is_whole else None
         rows = _rows_over_ranks(trainer, norms) if is_measured else None  # [S, R]
         comparison.measure(Measurement(rows, decoding + scoring, training))
-        self._has_news |= is_measured
+        self._num_new += is_measured
 
-    def _figures(self) -> dict[str, Figure]:
+    def _new_figures(self) -> dict[str, Figure]:
+        """Return the figures to log; none where those that were logged last are new enough."""
         if self._auto is not None:
-            return self._auto.figures()
-        return {} if self._comparison is None else self._comparison.figures(self._used)
+            if self._auto.figures is self._shown:
+                return {}
+            self._shown = self._auto.figures
+            return self._shown
+        if self._comparison is None or self._num_new < max(1, NEWS * self._comparison.num_measured):
+            return {}
+        self._num_new = 0
+        return self._comparison.figures(self._used)
 
 
 def _metrics(figures: dict[str, Figure]) -> dict[str, float]:

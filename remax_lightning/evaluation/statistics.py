@@ -151,6 +151,8 @@ def percentile_interval(resampled: ArrayLike, confidence: float = 0.95) -> NDArr
     figures = _as_table("resampled", resampled, "[K, F]", (None, None))
     _check(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
     shares = (1 - confidence) / 2, (1 + confidence) / 2
+    if figures.size and not np.isnan(figures).any():
+        return np.quantile(figures, shares, axis=0).T
     ends = np.full((figures.shape[1], 2), np.nan)  # [F, 2]
     for i, column in enumerate(figures.T):
         known = column[~np.isnan(column)]

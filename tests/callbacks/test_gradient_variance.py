@@ -13,10 +13,11 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from remax_lightning.baselines import Auto
+from remax_lightning.baselines import KINDS, Auto, BaselineInputs, Comparison, Measurement
 from remax_lightning.callbacks import GradientVariance, gradient_variance
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, SamplingConfig
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.worker import PhaseTimer
@@ -156,6 +157,35 @@ def test_rollouts_that_are_not_measured_are_left_out(tmp_path: Path) -> None:
     assert set(logged) == {logged[0]}
 
 
+def test_figures_are_logged_again_once_an_eighth_is_new(tmp_path: Path) -> None:
+    outputs = [with_norms(seed) for seed in range(24)]
+    make_trainer(tmp_path, [GradientVariance()]).fit(Compared(outputs))
+    logged = scalars(tmp_path, "train/gradient_variance/none")
+    # Lightning repeats a value until there is a new one.
+    logged = [value for number, value in enumerate(logged) if value not in logged[:number]]
+    steps = [*range(1, 9), 10, 12, 14, 16, 19, 22]
+    none, greedy = ([second_moment(outputs[:step], name) for step in steps] for name in ("none", "greedy"))
+    assert logged == pytest.approx([a / b for a, b in zip(none, greedy, strict=True)], rel=1e-5)
+
+
+def test_intervals_are_those_of_a_bootstrap_over_groups_of_prompts() -> None:
+    comparison = Comparison({"none": KINDS["none"](), "batch_mean": KINDS["batch_mean"]()}, window=30)
+    generator = torch.Generator().manual_seed(0)
+    moments = []
+    for _ in range(40):
+        reward, norms = torch.rand(2, 8, generator=generator, dtype=torch.float64)
+        others = (reward.sum() - reward) / 7
+        moments.append(torch.stack([(reward - others).square() * norms, reward.square() * norms], 1))
+        comparison.observe(BaselineInputs(reward, 1, None, torch.ones(8), None))
+        comparison.measure(Measurement(norms, 1.0, None))
+    table = torch.cat(moments[10:])  # [240, 2]
+    value, low, high = comparison.figures("none")["batch_mean"].variance
+    assert value == pytest.approx(float(table[:, 0].sum() / table[:, 1].sum()))
+    drawn = resampled_ratios(table[:, :1], table[:, 1:], 4000, seed=0)
+    assert (low, high) == pytest.approx(percentile_interval(drawn)[0].tolist(), rel=0.02)
+    assert comparison.figures("none")["none"].variance == (1.0, 1.0, 1.0)
+
+
 def test_it_asks_for_every_fourth_rollout_and_without_a_kl_for_every_sixteenth() -> None:
     monitor = GradientVariance()
     asked: dict[bool, list[int]] = {True: [], False: []}
@@ -245,12 +275,12 @@ class Shown(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         logged = trainer.callback_metrics.get("train/variance_seconds_high/greedy")
-        self.pairs.append((pl_module.objective.baseline.figures().get("greedy"), logged))
+        self.pairs.append((pl_module.objective.baseline.figures.get("greedy"), logged))
 
 
 def test_auto_is_shown_as_it_decides(tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy")
-    advantage = AdvantageConfig(baseline=Auto(["greedy", "batch_mean"], greedy_price=0.5))
+    advantage = AdvantageConfig(baseline=Auto(["greedy", "batch_mean"], window=8, compare_every=2, greedy_price=0.5))
     module, data = remax_module(policy, advantage=advantage), prompt_data(tmp_path, policy)
     shown = Shown()
     fit(module, data, tmp_path, callbacks=[GradientVariance(), shown], max_steps=6)
