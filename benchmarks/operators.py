@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from remax_lightning.models.forward import prompt_index_per_row
 from remax_lightning.models.sampling import next_tokens
 from remax_lightning.rollout import GenerationRequest, fused_layers
-from remax_lightning.rollout.paired import DecodeLoop
+from remax_lightning.rollout.decode_loop import DecodeLoop
 from remax_lightning.rollout.row_lengths import RowLengths
 from remax_lightning.tools.plan.activation_memory import shapes_only
 
@@ -82,7 +82,9 @@ def count(work: Work) -> tuple[Counter[str], Counter[str]]:
     request = GenerationRequest(ids, mask, work.sampling, [], 0, torch.Generator())
     rows = prompt_index_per_row(ids, work.sampling.num_samples, greedy=True)
     # ---- As `PairedEngine` decodes on CUDA. Tensors without memory are no plain parameters ----
-    norms = mock.patch.object(fused_layers, "_is_rms_norm", lambda module: type(module).__name__.endswith("RMSNorm"))
+    norms = mock.patch.object(
+        fused_layers, "_rms_norm_epsilon", lambda module: 1e-6 if type(module).__name__.endswith("RMSNorm") else None
+    )
     kernel = mock.patch.object(torch.nn.functional, "rms_norm", _one_kernel)
     with norms, kernel, fused_layers.fused_norms(model, _AllFusible()), fused_layers.fused_rotary(model, _AllFusible()):
         return _count_step(model, request, rows)

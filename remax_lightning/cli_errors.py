@@ -68,12 +68,14 @@ MOVED_NAMES = {
     "remax_lightning.modules.schedules": "remax_lightning.training.optimization",
     "remax_lightning.rewards.deepspeed_chat": "remax_lightning.rewards.formats",
     "remax_lightning.rollout.engine": "remax_lightning.rollout.base",
-    "remax_lightning.rollout.huggingface": "remax_lightning.rollout.auto",
+    "remax_lightning.rollout.auto": "remax_lightning.rollout.engines",
+    "remax_lightning.rollout.huggingface": "remax_lightning.rollout.engines",
+    "remax_lightning.rollout.paired": "remax_lightning.rollout.engines",
     "remax_lightning.strategies.checkpoints": "remax_lightning.strategies.atomic_checkpoint",
     "remax_lightning.tools.addition": "remax_lightning.tasks.addition",
     "remax_lightning.tools.dialogues": "remax_lightning.tasks.dialogues",
 }
-"""Dotted names of version 0.1 that a configuration could contain, with their new name."""
+"""Dotted names of earlier versions that a configuration could contain, with their new name."""
 
 _NO_ATTRIBUTE = re.compile(r"module '(remax_lightning[\w.]*)' has no attribute '(\w+)'")
 _DOTTED = re.compile(r"\bremax_lightning(?:\.\w+)+")

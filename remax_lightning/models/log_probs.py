@@ -11,7 +11,7 @@ from torch import Tensor
 from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import OutputHead, TokenStatistics, hidden_statistics, token_statistics
 from remax_lightning.models.forward import accepts_argument, find_head, hidden_states, model_inputs, required_head
-from remax_lightning.models.packing import PackedAttention, packed_inputs, packing_obstacle
+from remax_lightning.models.packing import packed_texts, packing_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, make_sampling_mask
 from remax_lightning.sharding import unwrap_peft
 from remax_lightning.types import PromptBatch, Responses, Rollout
@@ -316,9 +316,8 @@ def row_statistics(
     if rows.texts is None:
         states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
     else:
-        with PackedAttention(model, rows.texts):
-            inputs = packed_inputs(rows.texts, rows.input_ids)
-            states = unwrap_peft(model).base_model(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
+        with packed_texts(model, rows.texts, rows.input_ids) as packed:
+            states = unwrap_peft(model).base_model(**packed.inputs, use_cache=False).last_hidden_state  # [1, T, D]
     hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]
     del states  # free it, unless the backward pass needs it
     statistics = hidden_statistics(
@@ -342,11 +341,9 @@ def _counted_logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
     keeps = accepts_argument(model, "logits_to_keep")
     # ---- One packed row: the model is asked for the counted tokens alone, where it can be ----
     if rows.texts is not None:
-        inputs = packed_inputs(rows.texts, rows.input_ids)
-        if keeps:
-            inputs["logits_to_keep"] = rows.predicting
-        with PackedAttention(model, rows.texts):
-            logits = cast(Tensor, model(**inputs, use_cache=False).logits)[0]  # [K or T, V]
+        with packed_texts(model, rows.texts, rows.input_ids) as packed:
+            asked = {"logits_to_keep": rows.predicting} if keeps else {}
+            logits = cast(Tensor, model(**packed.inputs, **asked, use_cache=False).logits)[0]  # [K or T, V]
         return logits if keeps else logits[rows.predicting]
     # ---- Padded rows: of the last columns ----
     inputs = model_inputs(model, rows.input_ids, rows.input_mask)

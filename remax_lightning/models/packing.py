@@ -14,7 +14,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NAME = "remax_packed"
 """What transformers knows the attention function by. It makes no mask for a name that has no mask function."""
@@ -44,35 +46,60 @@ class NotPackableError(ValueError):
 # ---- The attention function ----
 
 
-class PackedAttention:
-    """Lets the attention layers of a model keep the texts of a packed row apart inside; may be entered again.
+@dataclass
+class PackedTexts:
+    """A pass over a packed row.
+
+    Args:
+        model: whose layers keep the texts apart.
+        bounds: of the texts.
+        inputs: arguments of the forward pass.
+        calls: how many attention layers have asked for the bounds.
+    """
+
+    model: PreTrainedModel
+    bounds: TextBounds
+    inputs: dict[str, Any]
+    calls: int = 0
+
+
+_active: list[PackedTexts] = []
+"""The pass that runs now, last. No context variable: on CUDA a backward pass recomputes in another thread."""
+
+
+@contextmanager
+def packed_texts(model: PreTrainedModel, lengths: Sequence[int], input_ids: Tensor) -> Iterator[PackedTexts]:
+    """Let the attention layers of a model keep the texts of a packed row apart inside.
 
     Args:
         model: one whose `packing_obstacle` is empty.
         lengths: tokens of the texts, `M` numbers above 0.
+        input_ids: `[1, T]` the texts, one behind the other.
     """
+    sizes = torch.tensor(lengths, device=input_ids.device)  # [M]
+    ends = sizes.cumsum(0)
+    # ---- Positions restart at 0 with each text ----
+    starts = (ends - sizes).repeat_interleave(sizes, output_size=input_ids.shape[1])  # [T]
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device) - starts  # [T]
+    inputs = {"input_ids": input_ids, "position_ids": positions[None]}
+    bounds = TextBounds(list(lengths), F.pad(ends, (1, 0)).int())  # [M + 1]
+    texts = PackedTexts(model, bounds, inputs)
+    with attention_by_name(model, NAME, packed_attention, _active, texts):
+        yield texts
 
-    def __init__(self, model: PreTrainedModel, lengths: Sequence[int]) -> None:
-        device = next(cast("nn.Module", model).parameters()).device
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)  # [M + 1]
-        self.configs, self.bounds = attention_configs(model), TextBounds(list(lengths), ends)
-        self.calls = 0
-        """How many attention layers have asked for the bounds."""
-        self._switches: list[AbstractContextManager[None]] = []
 
-    def __enter__(self) -> Self:
-        self._switches.append(attention_by_name(self.configs, NAME, packed_attention))
-        self._switches[-1].__enter__()
-        _active.append(self)
-        return self
+class _Recomputation:
+    """Runs the recomputation of a layer in the backward pass as the layer was run; may be entered again."""
+
+    def __init__(self, texts: PackedTexts) -> None:
+        self.texts, self.open = texts, list[AbstractContextManager[None]]()
+
+    def __enter__(self) -> None:
+        self.open.append(attention_by_name(self.texts.model, NAME, packed_attention, _active, self.texts))
+        self.open[-1].__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _active.pop()
-        self._switches.pop().__exit__(*error)
-
-
-_active: list[PackedAttention] = []
-"""The pass that runs now, last. No context variable: on CUDA a backward pass recomputes in another thread."""
+        self.open.pop().__exit__(*error)
 
 
 def recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -80,37 +107,38 @@ def recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
 
     Gradient checkpointing takes this function as `context_fn`.
     """
-    return nullcontext(), _active[-1] if _active else nullcontext()
+    return nullcontext(), _Recomputation(_active[-1]) if _active else nullcontext()
 
 
 @contextmanager
-def attention_by_name(configs: Sequence[Any], name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let layers call an attention function inside.
+def attention_by_name(
+    model: PreTrainedModel, name: str, function: Callable[..., Any], running: list[T], state: T
+) -> Iterator[None]:
+    """Let the attention layers of a model call a function inside.
 
     Args:
-        configs: of the layers, see `attention_configs`.
+        model: of transformers, or a wrapper of PEFT around one.
         name: what transformers knows the function by.
         function: see transformers' `AttentionInterface`.
+        running: where the function finds its state: last, as long as the context lasts.
+        state: what the function needs to know of this pass.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(name, function)  # a second time changes nothing
-    before = [config._attn_implementation_internal for config in configs]
-    for config in configs:
+    if model not in _configs:  # in which layers read the name of their attention function
+        configs = [getattr(module, "config", None) for module in unwrap_peft(model).modules()]
+        _configs[model] = [*{id(config): config for config in configs if hasattr(config, _IMPLEMENTATION)}.values()]
+    before = [config._attn_implementation_internal for config in _configs[model]]
+    for config in _configs[model]:
         config._attn_implementation_internal = name
+    running.append(state)
     try:
         yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
+        running.pop()
+        for config, implementation in zip(_configs[model], before, strict=True):
             config._attn_implementation_internal = implementation
-
-
-def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Return the configurations in which the layers of a model read the name of their attention function."""
-    if model not in _configs:
-        configs = [getattr(module, "config", None) for module in unwrap_peft(model).modules()]
-        _configs[model] = [*{id(config): config for config in configs if hasattr(config, _IMPLEMENTATION)}.values()]
-    return _configs[model]
 
 
 def packed_attention(
@@ -178,17 +206,6 @@ def attend_text_by_text(
         for q, k, v in texts
     ]
     return torch.cat(outputs, dim=1)
-
-
-# ---- A pass over a packed row ----
-
-
-def packed_inputs(lengths: Sequence[int], input_ids: Tensor) -> dict[str, Any]:
-    """Return the arguments of a forward pass over a packed row `[1, T]`: positions restart at 0 with each text."""
-    sizes = torch.tensor(lengths, device=input_ids.device)  # [M]
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=input_ids.shape[1])  # [T]
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device) - starts  # [T]
-    return {"input_ids": input_ids, "position_ids": positions[None]}
 
 
 # ---- Which models can be packed ----
@@ -278,11 +295,11 @@ def _find_obstacle(model: PreTrainedModel, token_outputs: Callable[[PreTrainedMo
     def probe() -> str:
         with eval_mode(model):
             separate = [token_outputs(model, {"input_ids": text}) for text in ids.split(PROBED_LENGTHS, dim=1)]
-            with PackedAttention(model, PROBED_LENGTHS) as attention:
-                packed = token_outputs(model, packed_inputs(PROBED_LENGTHS, ids))
+            with packed_texts(model, PROBED_LENGTHS, ids) as texts:
+                packed = token_outputs(model, texts.inputs)
         # A layer that mixes tokens otherwise, as a convolution or a recurrent state does; it may do little here.
-        if attention.calls < getattr(config, "num_hidden_layers", 1):
-            return f"only {attention.calls} of its layers have attention that can be replaced"
+        if texts.calls < getattr(config, "num_hidden_layers", 1):
+            return f"only {texts.calls} of its layers have attention that can be replaced"
         gap = output_gap(packed, torch.cat(separate))  # of [T, C]
         return f"packed texts would see each other ({gap})" if gap else ""
 

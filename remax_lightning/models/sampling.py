@@ -74,16 +74,18 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def apply_top_k_top_p(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Apply top-k, top-p and min-p in this order, as transformers does.
+def truncated_logits(logits: Tensor, sampling: SamplingConfig, temperature: float | None = None) -> Tensor:
+    """Return float32 logits of what is sampled from: over the temperature, and truncated as transformers does.
 
     Args:
-        logits: `[M, V]` logits, already divided by the temperature.
-        sampling: which of the three to apply, and how.
+        logits: `[M, V]`, minus infinity on suppressed tokens.
+        sampling: which of top-k, top-p and min-p to apply, in this order, and how.
+        temperature: None for that of `sampling`.
 
     Returns:
         `[M, V]` logits with dropped tokens at minus infinity. The most likely token always stays.
     """
+    logits = apply_temperature(logits, sampling.temperature if temperature is None else temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # [M, 1]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -213,7 +215,7 @@ def make_sampling_mask(
         if suppresses:
             logits = suppressed.apply(logits, positions[rows], ids_by_phase)
         if truncates:
-            logits = apply_top_k_top_p(apply_temperature(logits, temperature), sampling)
+            logits = truncated_logits(logits, sampling, temperature)
         return logits > -torch.inf
 
     return mask
@@ -237,11 +239,6 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
     if mask is not None:
         scaled = mask_logits(scaled, tokens, mask, slice(None))
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def truncated_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return `[M, V]` float32 logits of what is sampled from, minus infinity on tokens that are left out."""
-    return apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
 
 
 def next_tokens(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remax_lightning.models.packing import PackedAttention, packed_inputs, packing_obstacle
+from remax_lightning.models.packing import packed_texts, packing_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,8 +94,8 @@ def pool_last_token(
     has_padding = token_types is None and not bool(mask.all())
     if has_padding and not packing_obstacle(model, input_ids.shape[1], _token_scores):
         texts = lengths.tolist()
-        with PackedAttention(model, texts):
-            scores = _token_scores(model, packed_inputs(texts, input_ids[mask.bool()][None]))  # [T, 1]
+        with packed_texts(model, texts, input_ids[mask.bool()][None]) as packed:
+            scores = _token_scores(model, packed.inputs)  # [T, 1]
         return scores[lengths.cumsum(0) - 1, 0].float()
     types = {} if token_types is None else {"token_type_ids": token_types}
     scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]

@@ -15,23 +15,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from remax_lightning.models.packing import (
-    CHANGES_LOGITS,
-    NotPackableError,
-    attention_by_name,
-    attention_configs,
-)
-from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, states_of
+from remax_lightning.models.packing import CHANGES_LOGITS, NotPackableError
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import DynamicCache
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +34,77 @@ NAME = "remax_decoding"
 """What transformers knows the attention function by. It makes no mask for a name that has no mask function."""
 
 
-class RolloutStates(Protocol):
-    """The keys and values of a rollout, as the decoding loop uses them.
+# ---- Keys and values of a rollout ----
 
-    `slot` is the place of the token that is fed, if all prompts had the length of the longest.
+
+Layout: TypeAlias = tuple[int | None, ...]
+"""The part of a cache that is not tensors: the sliding window of each layer in tokens, or None."""
+
+
+def layout_of(cache: DynamicCache) -> Layout | None:
+    """Return the layout of a prefilled cache, or None if it has layers with other states than keys and values."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers: list[Any] = cache.layers
+    supported = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not all(type(layer) in supported and layer.is_initialized for layer in layers):
+        return None
+    return tuple(getattr(layer, "sliding_window", None) for layer in layers)
+
+
+def slot_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype of slots for such keys or values of a prefilled cache.
+
+    In mixed precision some are float32, as rotary keys are, and attention would cast them at every token; so slots are
+    stored in 16 bits.
     """
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def states_of(cache: DynamicCache) -> list[Tensor]:
+    """Return `[B, H, P, D]` keys, then values of each layer of a prefilled cache."""
+    layers: list[Any] = cache.layers
+    return [states for layer in layers for states in (layer.keys, layer.values)]
+
+
+class RolloutSize(NamedTuple):
+    """What the memory of a rollout depends on.
+
+    Args:
+        num_prompts: `B`.
+        num_rows: `N`, all responses.
+        prompt_length: `P`, tokens of the longest prompt.
+        response_length: `R`, the most tokens of a response.
+    """
+
+    num_prompts: int
+    num_rows: int
+    prompt_length: int
+    response_length: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.prompt_length + self.response_length
+
+
+class StepInputs(NamedTuple):
+    """What a decoding step runs on; the same object as long as its key is the same.
+
+    Args:
+        key: what the inputs depend on, and on CUDA the kernels of the step.
+        tensors: tokens to feed, their positions and the mask, in memory that stays.
+        cache: what the model writes into.
+    """
+
+    key: Hashable
+    tensors: tuple[Tensor, Tensor, Tensor]
+    cache: DynamicCache
+
+
+class RolloutStates(Protocol):
+    """The keys and values of a rollout, as the decoding loop uses them."""
 
     @property
     def states(self) -> list[Tensor]:
@@ -55,17 +116,15 @@ class RolloutStates(Protocol):
     def keep_rows(self, rows: Tensor, filled: int) -> None:
         """Move `rows`, with the tokens in their first `filled` slots, to the front."""
 
-    def step_key(self, num_rows: int, slot: int) -> Hashable:
-        """Return what inputs and cache of a step depend on, and on CUDA its kernels."""
+    def begin_step(self, num_rows: int, slot: int, layout: Layout, last: StepInputs | None) -> StepInputs:
+        """Go one token further in the first `num_rows` rows, and return what the step runs on.
 
-    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
-        """Return the inputs of steps with one key, tokens, positions and mask, and their cache."""
-
-    def begin_step(self, num_rows: int, slot: int) -> None:
-        """Let rows attend to the token of `slot`, too."""
-
-    def end_step(self, num_rows: int) -> None:
-        """Go one position further."""
+        Args:
+            num_rows: rows that are left.
+            slot: the place of the token that is fed, if all prompts had the length of the longest.
+            layout: of the prefilled cache.
+            last: inputs of the step before, which are taken again where their key is that of this step.
+        """
 
 
 class AttentionStates(Protocol):
@@ -78,31 +137,22 @@ class AttentionStates(Protocol):
         """Return `[M, H, d]` what the queries of `M` rows, `[M, H, d]`, read."""
 
 
+# ---- The attention function, and the cache in front of it ----
+
+
+@dataclass
 class DecodeAttention:
-    """Lets the attention layers of a model decode on states of a rollout inside.
+    """What the attention layers of a model decode on.
 
     Args:
-        model: the policy.
-        states: what its layers read and write.
+        states: what they read and write.
+        layer: the one that has written its token and has not attended yet; None between two layers.
+        calls: how many layers have attended.
     """
 
-    def __init__(self, model: PreTrainedModel, states: AttentionStates) -> None:
-        self.configs, self.states = attention_configs(model), states
-        self.layer: int | None = None
-        """The layer that has written its token and has not attended yet."""
-        self.calls = 0
-        """How many layers have attended."""
-        self._switch: Any = None
-
-    def __enter__(self) -> Self:
-        self._switch = attention_by_name(self.configs, NAME, decode_attention)
-        self._switch.__enter__()
-        _steps.running.append(self)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _steps.running.pop()
-        self._switch.__exit__(*error)
+    states: AttentionStates
+    layer: int | None = None
+    calls: int = 0
 
 
 class _Steps(threading.local):
@@ -112,7 +162,7 @@ class _Steps(threading.local):
         self.running: list[DecodeAttention] = []
 
 
-_steps = _Steps()
+steps = _Steps()
 
 
 def decode_attention(
@@ -144,7 +194,7 @@ def decode_attention(
         NotPackableError: if the layer has a mask of its own, no cache, or changes its logits.
     """
     changes = [name for name in CHANGES_LOGITS if options.get(name) is not None]
-    step = _steps.running[-1] if _steps.running else None
+    step = steps.running[-1] if steps.running else None
     layer = None if step is None else step.layer
     if step is None or layer is None or attention_mask is not None or changes or query.shape[2] != 1:
         raise NotPackableError(f"{type(module).__name__} needs {', '.join(changes) or 'a mask or a cache of its own'}")
@@ -186,7 +236,7 @@ def _writing_layer() -> Any:
             self.index, self.filled, self.is_initialized = index, filled, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            step = _steps.running[-1]
+            step = steps.running[-1]
             step.states.write(self.index, key_states, value_states)
             step.layer = self.index
             return key_states, value_states
@@ -234,9 +284,9 @@ class SharedPrefix:
 
     def fill(self, cache: DynamicCache, prompt_mask: Tensor, rows: Tensor) -> None:  # noqa: ARG002 - has the prefix
         """See `RolloutStates`, as for the methods below."""
-        self.positions[:, 0] = prompt_mask.sum(-1)[rows]
+        self.positions[:, 0] = prompt_mask.sum(-1)[rows] - 1  # of the last prompt token: a step begins one further
         self.bias: Tensor | None = None
-        if not _has_no_values(prompt_mask) and not prompt_mask.all():
+        if not isinstance(prompt_mask, FakeTensor) and not prompt_mask.all():  # the plan has shapes alone
             padding = torch.zeros(prompt_mask.shape).masked_fill_(~prompt_mask, -torch.inf)
             self.bias = padding[:, None, None]  # [B, 1, 1, P]
         self._group(rows)
@@ -260,9 +310,11 @@ class SharedPrefix:
             prompts: `[M]` the prompt of each row.
         """
         self.prompts = prompts
-        self._known_orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by heads of queries and of keys
-        if _has_no_values(prompts):  # as many rows of each prompt
-            self.places, self.row_of_cell, self.cell_of_row = len(prompts) // len(self.prefix[0]), prompts, prompts
+        self.orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by heads of queries and of keys, see `attend`
+        self.row_of_cell: Tensor = prompts  # the plan has shapes alone, and as many rows of each prompt
+        self.cell_of_row: Tensor = prompts
+        if isinstance(prompts, FakeTensor):
+            self.places = len(prompts) // len(self.prefix[0])
             return
         counts = torch.bincount(prompts, minlength=len(self.prefix[0]))  # [B]
         self.places = int(counts.max())
@@ -273,22 +325,14 @@ class SharedPrefix:
         self.row_of_cell = torch.zeros(len(counts) * self.places, dtype=torch.long).index_copy_(0, cells, order)
         self.cell_of_row = torch.empty_like(prompts).index_copy_(0, order, cells)  # [M]
 
-    def step_key(self, num_rows: int, slot: int) -> Hashable:  # noqa: ARG002 - any slot
-        """Return what a step's inputs and cache depend on."""
-        return num_rows
-
-    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:  # noqa: ARG002
-        """Return the inputs of a step, tokens, positions and mask, and its cache."""
-        inputs = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
-        return inputs, writing_cache(len(layout), self.size.prompt_length)
-
-    def begin_step(self, num_rows: int, slot: int) -> None:  # noqa: ARG002
+    def begin_step(self, num_rows: int, slot: int, layout: Layout, last: StepInputs | None) -> StepInputs:
         """Attend to the token of `slot` and all before it."""
         self.width = slot + 1 - self.size.prompt_length
-
-    def end_step(self, num_rows: int) -> None:
-        """Go one position further."""
         self.positions[:num_rows].add_(1)
+        if last is not None and last.key == num_rows:
+            return last
+        tensors = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
+        return StepInputs(num_rows, tensors, writing_cache(len(layout), self.size.prompt_length))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """See `AttentionStates`."""
@@ -308,44 +352,27 @@ class SharedPrefix:
         seen = slice(max(0, first - length), self.width)
         keys, values = (states[:rows, :, seen] for states in self.suffix[2 * layer : 2 * layer + 2])
         query, length = query * scaling, prompt_keys.shape[2]
-        # ---- Products with the prompts, one for each head and prompt, and with what the rows have written ----
-        before = self._by_prompt(query, groups) @ prompt_keys.mT  # [B, H', G * H / H', P]
-        if self.bias is not None:
-            before = before + self.bias[..., self.bias.shape[-1] - length :]
-        after = query.view(rows, groups, heads // groups, -1) @ keys.mT  # [M, H', H / H', t]
-        # ---- One softmax over both ----
-        probs = torch.cat([self._by_row(before, heads), after.view(rows, heads, -1)], -1).softmax(-1)  # [M, H, P + t]
-        of_prompt = self._by_prompt(probs, groups)[..., :length]
-        of_row = probs.view(rows, groups, heads // groups, -1)[..., length:]
-        output = self._by_row(of_prompt @ prompt_values, heads)  # [M, H, d]
-        return output.add_((of_row @ values).view(rows, heads, -1))
-
-    def _by_prompt(self, of_rows: Tensor, groups: int) -> Tensor:
-        """Return `[B, H', G * H / H', X]` of `[M, H, X]`, by prompt and head of keys."""
-        to_grid, _ = self._orders(of_rows.shape[1], groups)
-        grid = of_rows.flatten(0, 1).index_select(0, to_grid)
-        return grid.view(len(self.prefix[0]), groups, -1, grid.shape[-1])
-
-    def _by_row(self, of_prompts: Tensor, heads: int) -> Tensor:
-        """Return `[M, H, X]` of `[B, H', G * H / H', X]`."""
-        _, to_rows = self._orders(heads, of_prompts.shape[1])
-        of_rows = of_prompts.flatten(0, 2).index_select(0, to_rows)
-        return of_rows.view(len(self.cell_of_row), heads, of_prompts.shape[-1])
-
-    def _orders(self, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-        """Return the order of rows and heads, `[M * H]`, in the grid of prompts, and the order of that in rows."""
-        if (heads, groups) not in self._known_orders:
+        # ---- Where each head of each row stands in the grid of prompts, for all layers with as many heads ----
+        if (heads, groups) not in self.orders:
             share = heads // groups  # heads of queries for a head of keys
             group, head = torch.arange(groups), torch.arange(share)
             row = self.row_of_cell.view(-1, 1, self.places, 1)
-            to_grid = row * heads + (group * share)[:, None, None] + head  # [B, H', G, H / H']
+            in_grid = row * heads + (group * share)[:, None, None] + head  # [B, H', G, H / H']
             prompt, place = self.cell_of_row[:, None] // self.places, self.cell_of_row[:, None] % self.places
             group, head = torch.arange(heads) // share, torch.arange(heads) % share
-            to_rows = ((prompt * groups + group) * self.places + place) * share + head  # [M, H]
-            self._known_orders[heads, groups] = to_grid.flatten(), to_rows.flatten()
-        return self._known_orders[heads, groups]
-
-
-def _has_no_values(tensor: Tensor) -> bool:
-    """Whether this is the plan, which runs on tensors of a shape alone."""
-    return isinstance(tensor, FakeTensor)
+            in_rows = ((prompt * groups + group) * self.places + place) * share + head  # [M, H]
+            self.orders[heads, groups] = in_grid.flatten(), in_rows.flatten()
+        to_grid, to_rows = self.orders[heads, groups]
+        grid = len(self.prefix[0]), groups, to_grid.shape[0] // (len(self.prefix[0]) * groups)  # B, H', G * H / H'
+        # ---- Products with the prompts, one for each head and prompt, and with what the rows have written ----
+        before = query.flatten(0, 1).index_select(0, to_grid).view(*grid, -1) @ prompt_keys.mT  # [B, H', G * H / H', P]
+        if self.bias is not None:
+            before = before + self.bias[..., self.bias.shape[-1] - length :]
+        before = before.flatten(0, 2).index_select(0, to_rows).view(rows, heads, -1)  # [M, H, P]
+        after = query.view(rows, groups, heads // groups, -1) @ keys.mT  # [M, H', H / H', t]
+        # ---- One softmax over both ----
+        probs = torch.cat([before, after.view(rows, heads, -1)], -1).softmax(-1)  # [M, H, P + t]
+        of_prompt = probs.flatten(0, 1).index_select(0, to_grid).view(*grid, -1)[..., :length]
+        of_row = probs.view(rows, groups, heads // groups, -1)[..., length:]
+        output = (of_prompt @ prompt_values).flatten(0, 2).index_select(0, to_rows).view(rows, heads, -1)  # [M, H, d]
+        return output.add_((of_row @ values).view(rows, heads, -1))

@@ -45,15 +45,18 @@ def fused_norms(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int
     Yields:
         The number of norms that are fused.
     """
-    norms: list[Any] = [module for module in model.modules() if _is_rms_norm(module)]
-    fused = []
+    fused: list[Any] = []
+    norms: list[Any] = list(model.modules())
     for norm in norms:
-        kind = type(norm), norm.weight.shape, norm.weight.dtype, norm.weight.device, _epsilon(norm)
+        epsilon = _rms_norm_epsilon(norm)
+        if epsilon is None:
+            continue
+        kind = type(norm), norm.weight.shape, norm.weight.dtype, norm.weight.device, epsilon
         if kind not in checked:
-            checked[kind] = _is_fusible(norm)
+            checked[kind] = _is_fusible(norm, epsilon)
         if checked[kind]:
             # An attribute of the instance hides the method of its class, until it is deleted below.
-            norm.forward = partial(_fused_rms_norm, norm, norm.forward)
+            norm.forward = partial(_fused_rms_norm, norm, epsilon, norm.forward)
             fused.append(norm)
     try:
         yield len(fused)
@@ -62,37 +65,34 @@ def fused_norms(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int
             del norm.forward
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
+def _rms_norm_epsilon(module: nn.Module) -> float | None:
+    """Return the epsilon of an RMS norm with a weight of its own; None for other modules."""
     weight = getattr(module, "weight", None)
-    return (
+    is_norm = (
         type(module).__name__.endswith("RMSNorm")
         and type(weight) is nn.Parameter  # the shard of a weight is no plain parameter, or an empty one
         and weight.dim() == 1
         and weight.numel() > 0
         and len(list(module.parameters())) == 1
         and "forward" not in vars(module)
-        and _epsilon(module) is not None
     )
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return epsilon if is_norm and isinstance(epsilon, float) else None
 
 
-def _epsilon(norm: nn.Module) -> float | None:
-    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return value if isinstance(value, float) else None
-
-
-def _fused_rms_norm(norm: Any, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+def _fused_rms_norm(norm: Any, epsilon: float, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     # Under autocast, inputs and weights may differ; the result then has a dtype of the family's choice.
     if inputs.dtype != norm.weight.dtype:
         return plain(inputs)
-    return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, _epsilon(norm))
+    return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, epsilon)
 
 
-def _is_fusible(norm: Any) -> bool:
+def _is_fusible(norm: Any, epsilon: float) -> bool:
     """Whether torch's RMS norm computes what the layer does, on random numbers."""
     weight = norm.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     inputs = torch.randn(4, weight.numel(), generator=generator, device=weight.device).to(weight.dtype)
-    expected, got = norm(inputs), _fused_rms_norm(norm, norm.forward, inputs)
+    expected, got = norm(inputs), _fused_rms_norm(norm, epsilon, norm.forward, inputs)
     if expected.dtype != got.dtype:
         return False
     tolerance = 4 * torch.finfo(weight.dtype).eps  # of two roundings
@@ -161,17 +161,13 @@ class _FusedRotary:
             return self.kernel(q, k, cos, sin)
         both = torch.cat([q, k], 1)  # [M, H + H', 1, d]
         # Halves change places, and the first is subtracted.
-        rotated = torch.addcmul(both * cos.unsqueeze(1), both.roll(both.shape[-1] // 2, -1), self._signed(sin))
-        return rotated.split((q.shape[1], k.shape[1]), 1)
-
-    def _signed(self, sin: Tensor) -> Tensor:
-        """Return `[M, 1, 1, d]` sines, the first half negative; computed by the first layer of a step for all."""
         source, signed = self._of_step
-        if signed is None or source is not sin:
+        if signed is None or source is not sin:  # the first layer of a step computes it for all
             first, second = sin.chunk(2, -1)
-            signed = torch.cat([-first, second], -1).unsqueeze(1)
+            signed = torch.cat([-first, second], -1).unsqueeze(1)  # [M, 1, 1, d], the first half negative
             self._of_step = sin, signed
-        return signed
+        rotated = torch.addcmul(both * cos.unsqueeze(1), both.roll(both.shape[-1] // 2, -1), signed)
+        return rotated.split((q.shape[1], k.shape[1]), 1)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -16,10 +16,16 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from remax_lightning.models.flash_attention import MAX_FLASH_HEAD
 from remax_lightning.models.forward import output_gap, run_probe
-from remax_lightning.rollout.decode_attention import SharedPrefix, writing_cache
-from remax_lightning.rollout.static_cache import Layout, RolloutSize, layout_of, slot_dtype, states_of
+from remax_lightning.rollout.decode_attention import (
+    Layout,
+    RolloutSize,
+    StepInputs,
+    layout_of,
+    slot_dtype,
+    states_of,
+    writing_cache,
+)
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -126,10 +132,10 @@ class RowLengths(NamedTuple):
             pool[: num_prompts * shared] = aligned[:, :shared].flatten(0, 1)
             own = pool[num_prompts * shared :][: num_rows * room].view(num_rows, room, *pool.shape[1:])
             own[:, :rest] = aligned[prompts, of_rest][rows]  # [N, rest, H', d]
-        # ---- The first token of the response comes next ----
-        self.lengths[:num_rows] = (lengths[rows] + 1).int()
-        self.slots[:num_rows] = begin + (lengths - taken)[rows]
-        self.positions[:num_rows, 0] = lengths[rows]
+        # ---- Of the last prompt token: a step begins one further ----
+        self.lengths[:num_rows] = lengths[rows].int()
+        self.slots[:num_rows] = begin + (lengths - taken)[rows] - 1
+        self.positions[:num_rows, 0] = lengths[rows] - 1
 
     def _fill_table(self, rows: Tensor, lengths: Tensor, begin: Tensor, shared: int, room: int) -> None:
         """Write the pages of each row: the whole ones of its prompt, then its own; the last repeats."""
@@ -145,22 +151,15 @@ class RowLengths(NamedTuple):
             buffer[: len(rows)] = buffer[rows]
         self.starts[len(rows) :] = len(self.states[0])
 
-    def step_key(self, num_rows: int, slot: int) -> Hashable:  # noqa: ARG002 - one graph for all lengths
-        """Return what decides the kernels of a step."""
-        return num_rows, self.capacity, self.table.shape
-
-    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
-        """Return the inputs of a step, tokens, positions and mask, and its cache."""
-        inputs = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
-        return inputs, writing_cache(len(layout), slot)
-
-    def begin_step(self, num_rows: int, slot: int) -> None:
-        """Do nothing: lengths and slots are right."""
-
-    def end_step(self, num_rows: int) -> None:
-        """Go one token further in every row."""
+    def begin_step(self, num_rows: int, slot: int, layout: Layout, last: StepInputs | None) -> StepInputs:
+        """See `RolloutStates`. One graph serves all lengths."""
         for buffer in (self.positions, self.lengths, self.slots):
             buffer[:num_rows].add_(1)
+        key = num_rows, self.capacity, self.table.shape
+        if last is not None and last.key == key:
+            return last
+        tensors = self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows]
+        return StepInputs(key, tensors, writing_cache(len(layout), slot))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """See `AttentionStates`."""
@@ -253,29 +252,10 @@ def _pool(size: RolloutSize) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _flash_takes_lengths() -> bool:
+def flash_takes_lengths() -> bool:
     """Whether torch's flash attention over texts can be told lengths and pages; it learned that after 2.11."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
     return {"seqused_k", "block_table"} <= set(inspect.signature(varlen_attn).parameters)
-
-
-# ---- Which keys and values a device takes ----
-
-
-def kind_of_states(cache: DynamicCache) -> tuple[type[Any] | None, str]:
-    """Return the class of states that device and dtype of a prefilled cache allow; None and the reason for slots."""
-    states = states_of(cache)
-    dtypes, widths = {slot_dtype(each) for each in states}, {each.shape[3] for each in states}
-    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    if states[0].device.type == "cpu":
-        return (SharedPrefix, "") if dtypes == {torch.float32} else (None, f"a CPU shares in float32, not in {names}")
-    if not dtypes <= {torch.float16, torch.bfloat16} or len(dtypes) > 1:
-        return None, f"flash attention computes in 16 bits, not in {names}"
-    if len(widths) > 1 or max(widths) > MAX_FLASH_HEAD or max(widths) % 8:
-        return None, f"flash attention takes no heads of {' and '.join(map(str, sorted(widths)))}"
-    if not _flash_takes_lengths():
-        return None, f"flash attention of torch {torch.__version__} is not told lengths"
-    return RowLengths, ""

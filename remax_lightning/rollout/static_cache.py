@@ -6,12 +6,14 @@ one shape, which CUDA graphs require (`cuda_graph.py`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from remax_lightning.rollout.decode_attention import Layout, RolloutSize, StepInputs, slot_dtype, states_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -29,58 +31,6 @@ def bucketed_length(filled: int) -> int:
 def _bucket_size(length: int) -> int:
     # A sixteenth of the next power of two, so eight lengths between two powers.
     return max(MIN_BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
-
-
-Layout: TypeAlias = tuple[int | None, ...]
-"""The part of a cache that is not tensors: the sliding window of each layer in tokens, or None."""
-
-
-def layout_of(cache: DynamicCache) -> Layout | None:
-    """Return the layout of a prefilled cache, or None if it has layers with other states than keys and values."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    layers: list[Any] = cache.layers
-    supported = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not all(type(layer) in supported and layer.is_initialized for layer in layers):
-        return None
-    return tuple(getattr(layer, "sliding_window", None) for layer in layers)
-
-
-def slot_dtype(states: Tensor) -> torch.dtype:
-    """Return the dtype of slots for such keys or values of a prefilled cache.
-
-    In mixed precision some are float32, as rotary keys are, and attention would cast them at every token; so slots are
-    stored in 16 bits.
-    """
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-
-
-def states_of(cache: DynamicCache) -> list[Tensor]:
-    """Return `[B, H, P, D]` keys, then values of each layer of a prefilled cache."""
-    layers: list[Any] = cache.layers
-    return [states for layer in layers for states in (layer.keys, layer.values)]
-
-
-class RolloutSize(NamedTuple):
-    """What the memory of a rollout depends on.
-
-    Args:
-        num_prompts: `B`.
-        num_rows: `N`, all responses.
-        prompt_length: `P`, tokens of the longest prompt.
-        response_length: `R`, the most tokens of a response.
-    """
-
-    num_prompts: int
-    num_rows: int
-    prompt_length: int
-    response_length: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest prompt with the longest response."""
-        return self.prompt_length + self.response_length
 
 
 class DecodeBuffers(NamedTuple):
@@ -134,9 +84,8 @@ class DecodeBuffers(NamedTuple):
         mask = prompt_mask[rows].long()  # [N, P]
         # Slots of the response are empty.
         self.mask[:num_rows] = torch.nn.functional.pad(mask, (0, self.mask.shape[1] - length))
-        # The first response token has the number of real prompt tokens as its position.
-        self.positions[:num_rows, 0] = mask.sum(-1)
-        self.slot.fill_(length)
+        # Of the last prompt token: a step begins one further.
+        self.positions[:num_rows, 0] = mask.sum(-1) - 1
 
     def keep_rows(self, rows: Tensor, filled: int) -> None:
         """Move `rows`, with their first `filled` slots, to the front."""
@@ -153,26 +102,18 @@ class DecodeBuffers(NamedTuple):
             self.tokens[:num_rows], self.positions[:num_rows], self.mask[:num_rows, :length], self.slot, states
         )
 
-    # ---- A step, as `DecodeLoop` runs it ----
-
-    def step_key(self, num_rows: int, slot: int) -> Hashable:
-        """Return what decides the kernels: rows, slots attended to, and slots allocated, which are the strides."""
-        return num_rows, bucketed_length(slot + 1), self.mask.shape[1]
-
-    def step_inputs(self, num_rows: int, slot: int, layout: Layout) -> tuple[tuple[Tensor, ...], DynamicCache]:
-        """Return the inputs of steps with this key, tokens, positions and mask, and their cache."""
-        length = bucketed_length(slot + 1)
-        view = self.view(num_rows, length)
-        return (view.tokens, view.positions, view.mask), cache_of_slots(layout, view.states, view.slot, length)
-
-    def begin_step(self, num_rows: int, slot: int) -> None:
-        """Let rows attend to the token of this slot, too."""
+    def begin_step(self, num_rows: int, slot: int, layout: Layout, last: StepInputs | None) -> StepInputs:
+        """See `RolloutStates`. Rows, slots attended to and slots allocated, the strides, decide the kernels."""
         self.mask[:num_rows, slot] = 1
-
-    def end_step(self, num_rows: int) -> None:
-        """Go one position further."""
         self.positions[:num_rows].add_(1)
-        self.slot.add_(1)
+        self.slot.fill_(slot)
+        length = bucketed_length(slot + 1)
+        key = num_rows, length, self.mask.shape[1]
+        if last is not None and last.key == key:
+            return last
+        view = self.view(num_rows, length)
+        cache = cache_of_slots(layout, view.states, view.slot, length)
+        return StepInputs(key, (view.tokens, view.positions, view.mask), cache)
 
 
 def allocate_slots(cache: DynamicCache, size: RolloutSize) -> DecodeBuffers:

@@ -28,7 +28,7 @@ from remax_lightning.rollout import (
     PairedEngine,
     SamplingConfig,
 )
-from remax_lightning.rollout.auto import clone_engine
+from remax_lightning.rollout.engines import clone_engine
 from remax_lightning.types import PromptBatch
 
 ALL = EvalConfig(win_rate_reference=True, win_rate_chosen=True, perplexity=True)

@@ -22,9 +22,9 @@ from remax_lightning.models.flash_attention import TextBounds
 from remax_lightning.models.forward import HeadSearch, find_head, output_gap
 from remax_lightning.models.loading import enable_gradient_checkpointing
 from remax_lightning.models.log_probs import policy_statistics, with_reference
-from remax_lightning.models.packing import attend_text_by_text, packed_inputs, packing_obstacle
+from remax_lightning.models.packing import attend_text_by_text, packed_texts, packing_obstacle
 from remax_lightning.rewards import pooling
-from remax_lightning.rollout.auto import why_unsupported
+from remax_lightning.rollout.engines import why_unsupported
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -82,7 +82,7 @@ def test_rows_of_one_length_have_nothing_to_save_and_run_as_they_are(monkeypatch
     mask = torch.arange(8) < torch.tensor([5, 5, 2, 2, 7, 7])[:, None]  # behind prompts of 3, 6 and 1 tokens
     rollout = rollout._replace(sampled=rollout.sampled._replace(response_mask=mask))
     expected = policy_statistics(model, rollout, SamplingConfig(), batch_size=[torch.tensor([i]) for i in range(6)])
-    monkeypatch.setattr(statistics_module, "PackedAttention", None)
+    monkeypatch.setattr(statistics_module, "packed_texts", None)
     found = policy_statistics(model, rollout, SamplingConfig())
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=0)
     with pytest.raises(TypeError):  # of other lengths: packed
@@ -100,8 +100,9 @@ def test_a_layer_is_recomputed_as_it_was_run() -> None:
 
 
 def test_positions_restart_with_each_text() -> None:
-    inputs = packed_inputs([2, 1, 3], torch.arange(6)[None])
-    assert inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
+    with packed_texts(tiny_model("llama"), [2, 1, 3], torch.arange(6)[None]) as texts:
+        assert texts.inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
+        assert texts.bounds.ends.tolist() == [0, 2, 3, 6]
 
 
 # Models that cannot be packed

@@ -23,7 +23,7 @@ from remax_lightning.models import LoRAConfig, ModelConfig, sampling
 from remax_lightning.modules import KLConfig, LossConfig, RewardModelModule, SFTModule
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout import HuggingFaceEngine, SamplingConfig
-from remax_lightning.rollout import paired as decoding
+from remax_lightning.rollout import decode_loop as decoding
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from remax_lightning.rollout import (
     RolloutEngine,
     SamplingConfig,
 )
-from remax_lightning.rollout.auto import choose_engine, why_unsupported
+from remax_lightning.rollout.engines import choose_engine, why_unsupported
 
 VOCABULARY, PAD = 64, 3
 WINDOW = 4

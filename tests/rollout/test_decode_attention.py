@@ -16,12 +16,12 @@ from remax_lightning.rollout import (
     GenerationRequest,
     PairedEngine,
     SamplingConfig,
-    paired,
+    engines,
     row_lengths,
 )
-from remax_lightning.rollout.decode_attention import SharedPrefix
+from remax_lightning.rollout.decode_attention import RolloutSize, SharedPrefix
 from remax_lightning.rollout.row_lengths import PAGE, RowLengths
-from remax_lightning.rollout.static_cache import DecodeBuffers, RolloutSize
+from remax_lightning.rollout.static_cache import DecodeBuffers
 from remax_lightning.tools.plan.activation_memory import LiveBytes, shapes_only
 
 KINDS = pytest.mark.parametrize("kind", [SharedPrefix, RowLengths])
@@ -46,7 +46,7 @@ def decode(monkeypatch: pytest.MonkeyPatch, flash: FlashByLengths) -> Any:
 
     def choose(kind: Any) -> Any:
         def chosen(model: Any, cache: Any, size: Any) -> Any:
-            assert paired.decoding_obstacle(model, kind) == ""
+            assert engines.decoding_obstacle(model, kind) == ""
             return kind
 
         return chosen
@@ -54,9 +54,9 @@ def decode(monkeypatch: pytest.MonkeyPatch, flash: FlashByLengths) -> Any:
     def roll_out(model: Any, kind: Any, ids: Any = None, mask: Any = None, eos: int = 7, **sampling: Any) -> Any:
         with monkeypatch.context() as patch:
             if kind is DecodeBuffers:
-                patch.setattr(paired, "choose_states", lambda *_: DecodeBuffers)
+                patch.setattr(engines, "choose_states", lambda *_: DecodeBuffers)
             elif kind is not None:
-                patch.setattr(paired, "choose_states", choose(kind))
+                patch.setattr(engines, "choose_states", choose(kind))
             prompt_ids, prompt_mask = prompts() if ids is None else (ids, mask)
             options = {"max_response_length": 24, "num_samples": 2} | sampling
             chance = torch.Generator().manual_seed(0)
@@ -281,7 +281,7 @@ def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLe
     assert not torch.equal(found.sampled_ids, on_cuda(model, engine, 12).sampled_ids)
 
 
-@pytest.mark.skipif(not row_lengths._flash_takes_lengths(), reason="torch's flash attention takes no lengths")
+@pytest.mark.skipif(not row_lengths.flash_takes_lengths(), reason="torch's flash attention takes no lengths")
 def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     """Arguments, shapes and dtypes of the operator itself, which computes nothing on tensors without memory."""
     from transformers import DynamicCache

@@ -16,9 +16,9 @@ from remax_lightning.rollout import (
     HuggingFaceEngine,
     PairedEngine,
     SamplingConfig,
-    paired,
+    decode_loop,
 )
-from remax_lightning.rollout.auto import why_unsupported
+from remax_lightning.rollout.engines import why_unsupported
 from remax_lightning.rollout.static_cache import DecodeBuffers
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt"]
@@ -211,7 +211,7 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with_compaction = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
     left = []
     monkeypatch.setattr(
-        paired.DecodeLoop, "_rows_are_left", lambda self, _: left.append(self.ended) or not bool(self.ended.all())
+        decode_loop.DecodeLoop, "_rows_are_left", lambda self, _: left.append(self.ended) or not bool(self.ended.all())
     )
     without = run(PairedEngine, model, [3, 7, 5, 4], **arguments)
     assert torch.equal(with_compaction.greedy_ids, without.greedy_ids)
@@ -222,13 +222,13 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_leave_the_batch_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     eos = likely_token(model)
-    advance = paired.DecodeLoop.decode_step
+    advance = decode_loop.DecodeLoop.decode_step
 
-    def decode_step(self: paired.DecodeLoop, step: int, tokens: torch.Tensor) -> None:
+    def decode_step(self: decode_loop.DecodeLoop, step: int, tokens: torch.Tensor) -> None:
         sizes.append(len(self.active))
         advance(self, step, tokens)
 
-    monkeypatch.setattr(paired.DecodeLoop, "decode_step", decode_step)
+    monkeypatch.setattr(decode_loop.DecodeLoop, "decode_step", decode_step)
     run(PairedEngine, model, [3, 7, 5, 4], max_response_length=200, eos=eos, num_samples=4)
     assert sizes == sorted(sizes, reverse=True)
     assert set(sizes) <= {20, 10, 5, 3, 2, 1}

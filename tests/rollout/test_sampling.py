@@ -14,13 +14,12 @@ from remax_lightning.models import sampling as sampling_module
 from remax_lightning.models.sampling import (
     NO_TOKENS,
     SuppressedTokens,
-    apply_temperature,
-    apply_top_k_top_p,
     gather_log_probs,
     make_sampling_mask,
     next_tokens,
     sample_exponential_race,
     sample_inverse_cdf,
+    truncated_logits,
 )
 from remax_lightning.rollout import SamplingConfig
 
@@ -58,7 +57,7 @@ def test_truncated_logits_are_those_of_transformers_warpers(options: dict[str, f
         if name in options:
             expected = warper(options[name])(torch.zeros(16, 1, dtype=torch.long), expected)
     sampling = SamplingConfig(**options)  # type: ignore[arg-type]
-    got = apply_top_k_top_p(apply_temperature(logits, sampling.temperature), sampling)
+    got = truncated_logits(logits, sampling)
     torch.testing.assert_close(got, expected)
 
 
@@ -121,7 +120,7 @@ def test_top_p_of_a_bad_row_leaves_the_others_alone(way: Any, value: float) -> N
 
 def test_nothing_is_truncated_by_default() -> None:
     logits = torch.randn(4, 200)
-    assert torch.equal(apply_top_k_top_p(apply_temperature(logits, 1.0), SamplingConfig()), logits)
+    assert torch.equal(truncated_logits(logits, SamplingConfig()), logits)
     assert not SamplingConfig().truncates
 
 
@@ -194,10 +193,8 @@ def test_log_probs_are_of_the_distribution_that_was_asked_for(scale: bool, trunc
     """Against a loop in float64 over the tokens that sampling may draw."""
     sampling = SamplingConfig(temperature=0.6, top_k=6, top_p=0.8, scale_log_probs=scale, processed_log_probs=truncated)
     logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
-    allowed = apply_top_k_top_p(apply_temperature(logits, 0.6), sampling) > -torch.inf
-    tokens = sample_inverse_cdf(
-        apply_top_k_top_p(apply_temperature(logits, 0.6), sampling), torch.Generator().manual_seed(1)
-    )
+    allowed = truncated_logits(logits, sampling, temperature=0.6) > -torch.inf
+    tokens = sample_inverse_cdf(truncated_logits(logits, sampling, temperature=0.6), torch.Generator().manual_seed(1))
     got = gather_log_probs(logits, tokens, sampling)
     for row, token in enumerate(tokens.tolist()):
         values = [(value / 0.6 if scale else value) for value in logits[row].double().tolist()]

@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_model
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
-from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots, layout_of
+from remax_lightning.rollout.decode_attention import layout_of
+from remax_lightning.rollout.static_cache import DecodeBuffers, bucketed_length, cache_of_slots
 
 ROWS = torch.tensor([0, 0, 1, 1, 2, 0, 1, 2])
 PROMPT = 29
