@@ -16,12 +16,13 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers.utils.logging import disable_progress_bar
 
 from remax_lightning import callbacks, data, launcher, loggers, modules, rewards, rollout, strategies
+from remax_lightning.callbacks.run_progress import RunBar, messages_above_bars
 from remax_lightning.cli_errors import user_error_message
 from remax_lightning.cli_exit import current_rank, stage
 from remax_lightning.cli_help import RUNS
@@ -55,11 +56,19 @@ KNOWN = (data, loggers, modules, rewards, rewards.HTTPReward, rewards.JudgeRewar
 
 def _tokenizer_path(module: Any, data: Any) -> str | None:
     """Return the tokenizer path of the module's model; for a module without a model, that of the data module."""
+    key = _tokenizer_key(module)
+    if key == "data.tokenizer":
+        return cast("str | None", data.get("tokenizer"))
+    return str(module.get("tokenizer") or module[key.split(".")[1]]["path"])
+
+
+def _tokenizer_key(module: Any) -> str:
+    """Return the key that the path of the tokenizer stands at, by the arguments of the module."""
     # The policy of ReMax and SFT, the reward model of its own stage.
     for name in ("policy", "reward_model"):
         if isinstance(module.get(name), Mapping | Namespace):
-            return str(module.get("tokenizer") or module[name]["path"])
-    return cast("str | None", data.get("tokenizer"))
+            return "model.tokenizer" if module.get("tokenizer") else f"model.{name}.path"
+    return "data.tokenizer"
 
 
 def computes_in_bfloat16(accelerator: Any) -> bool:
@@ -83,7 +92,7 @@ def progress_bar_options(options: Any) -> dict[str, Any]:
     has_bar = any(isinstance(callback, ProgressBar) for callback in given)
     if has_bar or options.get("barebones") or options.get("enable_progress_bar") is not None:
         return {}
-    return {"callbacks": [*given, TQDMProgressBar()]} if sys.stdout.isatty() else {"enable_progress_bar": False}
+    return {"callbacks": [*given, RunBar()]} if sys.stdout.isatty() else {"enable_progress_bar": False}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -162,6 +171,8 @@ class RemaxCLI(LightningCLI):
         loggers.check_installed(config.get("trainer.logger"))
         stage.name = "model or data"  # made first, by the parser; the trainer follows
         super().instantiate_classes()
+        if isinstance(self.datamodule, data.TextDataModule):
+            self.datamodule.tokenizer_key = _tokenizer_key(config.get("model.init_args") or {})
         arguments = self.config_init.get(self.subcommand) if self.subcommand else None
         if arguments is None:
             return
@@ -271,17 +282,18 @@ def run(args: list[str] | None = None, kind: type[RemaxCLI] = RemaxCLI) -> Remax
         # cli.py answers --help itself, with the keys that most runs set
         sys.argv = [argument.replace("--help-all", "--help") for argument in sys.argv]
     base = str(config_folder() / "base.yaml")
-    return kind(
-        LightningModule,
-        LightningDataModule,
-        parser_class=RemaxParser,
-        save_config_callback=_SaveConfig,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_kwargs={name: {"default_config_files": [base]} for name in RUNS},
-        args=args,
-    )
+    with messages_above_bars():
+        return kind(
+            LightningModule,
+            LightningDataModule,
+            parser_class=RemaxParser,
+            save_config_callback=_SaveConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={name: {"default_config_files": [base]} for name in RUNS},
+            args=args,
+        )
 
 
 class _ParserMade(Exception):  # noqa: N818 - nothing went wrong

@@ -463,7 +463,7 @@ def test_a_tokenizer_without_its_tokens(
 ) -> None:
     path = saved_tokenizer(tmp_path / "policy", **{token: None})
     said = message(refused(changed(config, model__policy__path=path), tmp_path, capsys))
-    assert said.startswith("data.tokenizer: ")
+    assert said.startswith("model.policy.path: ")  # which the user has set, and the tokenizer follows
     assert fix in said
 
 
@@ -484,7 +484,7 @@ def test_a_model_that_is_not_there(
     values = changed(config, **{f"model__{name}__path": "./nowhere"})
     said = message(refused(values, tmp_path, capsys))
     assert "there is no folder './nowhere'" in said
-    assert said.startswith("data.tokenizer" if name == "policy" else "model.reference.path")
+    assert said.startswith(f"model.{name}.path: ")
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
         index_of_shards('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'),
         "model.policy.path: cannot load",
     ),
-    "a file as policy": (written("w", b"x", "model__policy__path"), "data.tokenizer: no tokenizer could be loaded fro"),
+    "a file as policy": (written("w", b"x", "model__policy__path"), "model.policy.path: no tokenizer could be loaded "),
     "data in binary": (written("d.jsonl", bytes(range(256))), "d.jsonl, line 1: not valid JSON"),
     "a folder as data": (lambda folder, _: {"data__path": str(folder)}, "data.path: "),
     "no rows": (rows(), "data.path: d.jsonl holds no rows"),

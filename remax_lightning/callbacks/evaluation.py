@@ -55,7 +55,8 @@ class Evaluation(Callback):
         validation: the extra measures of validation. None by default, because each costs time.
         at_start: whether fit also evaluates before its first optimizer step, so that the curves start with the policy
             as it was: `val/*` at step 0. Nothing happens without validation data, in a `fast_dev_run` and when a run is
-            resumed; training draws the same random numbers either way.
+            resumed; training draws the same random numbers either way. Lightning's sanity check, which would run the
+            first of the same batches once more, is left out then.
         response_column: column of the data set's response: text, or messages that end with it. Rows without a response
             are left out of these figures.
         text: a text file for the perplexity, instead of the data set's responses.
@@ -135,6 +136,8 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text file and choose the output file, before models are loaded."""
+        if stage == "fit" and self.at_start:
+            trainer.num_sanity_val_steps = 0
         self._active = isinstance(getattr(pl_module, "evaluator", None), Evaluator)
         if not self._active:
             return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -191,8 +193,46 @@ def _trained_tokens(batch: Any) -> Tensor | float:
 
 
 def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)  # above the bars, where there are any
     sys.stdout.flush()  # a log file is read while the run goes on
+
+
+class RunBar(TQDMProgressBar):
+    """Lightning's bar with the figures of training first: a terminal has room for a few."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return the figures behind the bar, without the number of the run's folder."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("train/")))
+
+
+@contextmanager
+def messages_above_bars() -> Iterator[None]:
+    """Print messages of loggers, and warnings, above the bars of a terminal; they would be written into them."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    def show(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+    ) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        tqdm.write(text, file=sys.stderr if file is None else file, end="")
+
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    with logging_redirect_tqdm([logging.root, *(logger for logger in loggers if logger.handlers)]):
+        shown, warnings.showwarning = warnings.showwarning, show
+        try:
+            yield
+        finally:
+            warnings.showwarning = shown
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class TextDataModule(LightningDataModule, ABC):
         check_stage_split(loading.stage_split, self.stage, type(self).__name__)
         self.path, self.data = as_text(path), data
         self.tokenizer_path = str(tokenizer)
+        self.tokenizer_key = "data.tokenizer"
+        """What messages call the path; the command line sets the key that it follows from."""
         self.val_path, self.val_data = as_text(val_path), val_data
         self.val_size = val_size
         self.prompt_column = prompt_column
@@ -110,6 +112,7 @@ class TextDataModule(LightningDataModule, ABC):
                 revision=self.loading.tokenizer_revision,
                 pad_token=self.loading.pad_token,
                 needs_eos=self.needs_eos,
+                key=self.tokenizer_key,
             )
         return self._tokenizer
 

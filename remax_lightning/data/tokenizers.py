@@ -69,6 +69,7 @@ def _from_pretrained(path: str, trust_remote_code: bool, revision: str | None, k
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
         raise UserError(f"{key}: there is no folder {path!r}; give a folder with a tokenizer, or a hub name")
+    other = ", or set model.tokenizer" if key.startswith("model.") and key != "model.tokenizer" else ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else path, trust_remote_code=trust_remote_code, revision=revision
@@ -77,7 +78,7 @@ def _from_pretrained(path: str, trust_remote_code: bool, revision: str | None, k
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{key}: no tokenizer could be loaded from {path!r} ({reason}); give a folder with tokenizer.json "
-            "and tokenizer_config.json, or a hub name that this machine can reach"
+            f"and tokenizer_config.json, or a hub name that this machine can reach{other}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"{key}: {path!r} holds a {type(tokenizer).__name__}, expected a text tokenizer")

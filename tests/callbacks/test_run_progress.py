@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from callbacks.fakes import FakeModule, make_output, make_trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from remax_lightning.callbacks import RunProgress, Throughput, run_progress
+from remax_lightning.callbacks.run_progress import RunBar
 from remax_lightning.cli_run import progress_bar_options
 from remax_lightning.types import SupervisedBatch
 
@@ -108,6 +111,59 @@ def test_a_terminal_gets_none_unless_asked(
 # Bars
 
 
+def screen_rows(text: str) -> list[str]:
+    """What a terminal shows of a text in the end: carriage returns, new lines, and a cursor that is moved up."""
+    rows, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\x1b[A":
+            row -= 1
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row + 1 - len(rows))
+        else:
+            line = rows[row].ljust(column)
+            rows[row] = line[:column] + part + line[column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in rows if line.strip()]
+
+
+def test_messages_and_warnings_stand_above_the_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    logger = logging.getLogger("test_run_progress")
+    handler = logging.StreamHandler(screen)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    shown = warnings.showwarning
+
+    class Speaks(LoggingModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("val/reward", 0.25, prog_bar=True, batch_size=1)
+            self.log("train/reward", 0.5, prog_bar=True, batch_size=1)
+            with run_progress.token_bar(64) as advance:
+                advance(16)
+                logger.warning("exported to runs/policy")
+                warnings.warn("it is late", UserWarning, stacklevel=1)
+            return FakeModule.training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(run_progress, "BAR_DELAY", 0.0)
+    with run_progress.messages_above_bars(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, [RunProgress(lines=True), RunBar()], enable_progress_bar=True).fit(
+            Speaks([make_output(0)])
+        )
+    rows = screen_rows(screen.getvalue())
+    assert "exported to runs/policy" in rows
+    assert any(row.startswith(__file__) and row.endswith("UserWarning: it is late") for row in rows)
+    assert any(row.startswith("step 1/1  reward 0.5000") for row in rows)
+    [bar] = [row for row in rows if row.startswith("Epoch 0: 100%")]
+    assert bar.endswith("train/reward=0.500, val/reward=0.250]")
+    assert logger.handlers == [handler]
+    assert warnings.showwarning is shown
+
+
 def test_a_rollout_has_a_bar_below_that_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
@@ -146,6 +202,6 @@ def test_the_command_takes_tqdms_bar_on_a_terminal_and_none_elsewhere(monkeypatc
     assert progress_bar_options({"callbacks": rich}) == {}
     monkeypatch.setattr(sys, "stdout", Terminal())
     options = progress_bar_options({"callbacks": [RunProgress()]})
-    assert [type(callback) for callback in options["callbacks"]] == [RunProgress, TQDMProgressBar]
+    assert [type(callback) for callback in options["callbacks"]] == [RunProgress, RunBar]
     assert progress_bar_options({"callbacks": rich}) == {}
     assert progress_bar_options({"enable_progress_bar": False}) == {}

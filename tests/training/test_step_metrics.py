@@ -93,9 +93,15 @@ def test_intervals_of_logging_count_steps_done(tmp_path: Path, policy: str) -> N
 # The evaluation before the first step
 
 
-def test_an_evaluation_at_the_start_changes_no_training(tmp_path: Path, policy: str) -> None:
-    runs = [fitted(tmp_path, policy, at_start=at_start) for at_start in (True, False)]
-    (with_start, _, one), (without, _, two) = runs
+def test_an_evaluation_at_the_start_changes_no_training_and_takes_the_place_of_the_sanity_check(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bool] = []
+    monkeypatch.setattr(Figures, "on_sanity_check_start", lambda *_: checked.append(True), raising=False)
+    with_start, _, one = fitted(tmp_path, policy, at_start=True, num_sanity_val_steps=1)
+    assert not checked
+    without, _, two = fitted(tmp_path, policy, at_start=False, num_sanity_val_steps=1)
+    assert checked
     assert without.steps("val/reward") == [2, 4]
     assert all(torch.equal(*pair) for pair in zip(one.policy.parameters(), two.policy.parameters(), strict=True))
     rewards = [[m["train/reward"] for _, m in logger.lines if "train/reward" in m] for logger in (with_start, without)]
