@@ -5,6 +5,8 @@ one of its kind in turn. `predicted_mb` is what `remax plan` says of the same fi
 process had resident in the phase, over what it had before models were loaded, in the second and the third step. The
 first step is left out: before it there is no optimizer. `spread` is how far these steps and processes lie apart,
 `error` is predicted over measured minus 1.
+
+With `--ppo-python`, an interpreter of an environment with '.[bench-ppo]', what it says of PPO against TRL's, too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from shapes import EOS, PAD, Shape, prompt_texts, tokenizer
 from timing import save
 
 from remax_lightning.tools.plan.model_sizes import measure
-from remax_lightning.tools.plan.phases import PHASES, remax_phases
+from remax_lightning.tools.plan.phases import PHASES, ppo_phases, remax_phases
 from remax_lightning.tools.plan.run_config import read_run
 
 FOLDER = Path(__file__).parent
@@ -75,8 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name, as in `opt-50M-zero2`, has it")
     parser.add_argument("--size", choices=list(SIZES), help="instead of a case's own")
     parser.add_argument("--results", type=Path, default=RESULTS / "plan.jsonl", help="default: %(default)s")
+    parser.add_argument("--ppo-python", type=Path, help="interpreter of an environment with '.[bench-ppo]'")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.ppo_python:
+        with tempfile.TemporaryDirectory() as folder:
+            save(options.results, compare_ppo(options.size or "85M", options.ppo_python, Path(folder)))
     for case in CASES:
         if options.only in "-".join(filter(None, case)):
             with tempfile.TemporaryDirectory() as folder:
@@ -88,11 +94,32 @@ def compare_case(case: Case, folder: Path) -> list[dict[str, Any]]:
     config = write(case, SIZES[case.size], folder / "run")
     warm_up = write(case, SIZES["toy"], folder / "warm_up")
     run = read_run(["--config", config])
-    predicted = {phase: sum(parts.values()) for phase, parts in remax_phases(measure(run), run.strategy).items()}
-    steps = [step for rank in launch(config, warm_up, folder, run.strategy.devices) for step in rank]
+    ranks = run.strategy.devices
+    command = [sys.executable, str(FOLDER / "phases.py"), config, warm_up]
+    steps = [step for rank in launch(command, folder, ranks) for step in rank]
     variant = f"{case.family}-{case.strategy}{case.option and '-' + case.option}"
     common = {"benchmark": "plan", "size": case.size, "variant": variant, "device": "cpu"}
-    common |= {"dtype": "bfloat16" if case.option == "bf16" else "float32", "ranks": run.strategy.devices}
+    common |= {"dtype": "bfloat16" if case.option == "bf16" else "float32", "ranks": ranks}
+    return phase_lines(common, remax_phases(measure(run), run.strategy), steps)
+
+
+def compare_ppo(size: str, python: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return a line for each phase of PPO, predicted by `remax plan` and measured of TRL's trainer."""
+    case, shapes = Case("llama", size, "single"), [SIZES[size], SIZES["toy"]]
+    config, _ = (write(case, shape, folder / name) for shape, name in zip(shapes, ("run", "warm_up"), strict=True))
+    run = read_run(["--config", config])
+    command = [str(python), str(FOLDER / "phases_ppo.py"), str(folder / "run"), str(folder / "warm_up")]
+    [steps] = launch([*command, json.dumps(shapes)], folder, ranks=1)
+    common = {"benchmark": "plan", "size": size, "variant": "llama-single-trl_ppo", "device": "cpu"}
+    common |= {"dtype": "float32", "ranks": 1}
+    return phase_lines(common, ppo_phases(measure(run), run.strategy), steps)
+
+
+def phase_lines(
+    common: dict[str, Any], phase_parts: dict[str, dict[str, int]], steps: Sequence[dict[str, int]]
+) -> list[dict[str, Any]]:
+    """Return a line for each phase: what was predicted, and the most of all steps and processes."""
+    predicted = {phase: sum(parts.values()) for phase, parts in phase_parts.items()}
     lines = []
     for phase in PHASES:
         values = [step[phase] for step in steps]
@@ -102,22 +129,23 @@ def compare_case(case: Case, folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def launch(config: str, warm_up: str, folder: Path, ranks: int) -> list[list[dict[str, int]]]:
-    """Run the configuration and return what each rank measured."""
+def launch(command: list[str], folder: Path, ranks: int) -> list[list[dict[str, int]]]:
+    """Run the command on each rank, with the file that it writes as its last argument; return what they measured."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, **GLIBC, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     paths = [str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    if ranks > 1:  # for one process accelerate, too, would make buckets of all gradients
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
     outputs = [folder / f"rank{rank}.json" for rank in range(ranks)]
     processes = []
     for rank, output in enumerate(outputs):
-        command = [sys.executable, str(FOLDER / "phases.py"), config, warm_up, str(output)]
         with output.with_suffix(".log").open("w") as log:
-            own = environment | {"LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+            own = environment | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            processes.append(subprocess.Popen([*command, str(output)], env=own, stdout=log, stderr=subprocess.STDOUT))
     codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError("\n".join(output.with_suffix(".log").read_text()[-3000:] for output in outputs))
