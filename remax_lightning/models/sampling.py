@@ -241,12 +241,25 @@ def gather_log_probs(logits: Tensor, tokens: Tensor, sampling: SamplingConfig) -
     return scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
+class Draws(NamedTuple):
+    """The random numbers of a step: a row takes its own ones, whichever other rows have left the batch.
+
+    Args:
+        total: how many are drawn, one for each sampled row of the rollout.
+        rows: `[S']` which of them the sampled rows of the batch take.
+    """
+
+    total: int
+    rows: Tensor
+
+
 def next_tokens(
     logits: Tensor,
     num_sampled: int,
     sampling: SamplingConfig,
     generator: torch.Generator,
     truncate: Callable[[Tensor, SamplingConfig], Tensor] = truncated_logits,
+    draws: Draws | None = None,
 ) -> Tensor:
     """Choose the next token of each row: sampled on the first `num_sampled` rows, greedy on the others.
 
@@ -256,6 +269,7 @@ def next_tokens(
         sampling: temperature, top-k, top-p and min-p.
         generator: source of randomness. How much it is advanced depends on the number of sampled rows alone.
         truncate: what computes `truncated_logits`, such as a CUDA graph of it.
+        draws: on a CPU, which random numbers the rows take; None: as many as there are rows.
 
     Returns:
         `[M]` token ids.
@@ -271,8 +285,9 @@ def next_tokens(
     if num_sampled == 0:
         return greedy
     scaled = truncate(logits[:num_sampled], sampling)  # [S, V]
-    sample = sample_inverse_cdf if logits.device.type == "cpu" else sample_exponential_race
-    return torch.cat([sample(scaled, generator), greedy])  # [M]
+    if logits.device.type == "cpu":
+        return torch.cat([sample_inverse_cdf(scaled, generator, draws), greedy])  # [M]
+    return torch.cat([sample_exponential_race(scaled, generator), greedy])  # [M]
 
 
 def sample_exponential_race(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -287,7 +302,7 @@ def sample_exponential_race(logits: Tensor, generator: torch.Generator) -> Tenso
     return (logits - times.log_()).argmax(-1)
 
 
-def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sample_inverse_cdf(logits: Tensor, generator: torch.Generator, draws: Draws | None = None) -> Tensor:
     """Sample `[M]` token ids by inverting the cumulative distribution function, with one random number per row.
 
     On a CPU `torch.multinomial` costs an order of magnitude more. The function is inverted in two steps, first to a
@@ -300,7 +315,8 @@ def sample_inverse_cdf(logits: Tensor, generator: torch.Generator) -> Tensor:
     block_size = 1 << vocab_size.bit_length() // 2
     blocks = torch.nn.functional.pad(probs, (0, -vocab_size % block_size)).view(num_rows, -1, block_size)  # [M, K, V/K]
     cumulative = blocks.sum(-1).cumsum(-1)  # [M, K]
-    uniform = torch.rand(num_rows, 1, generator=generator, dtype=cumulative.dtype)
+    total, rows = draws or (num_rows, slice(None))
+    uniform = torch.rand(total, 1, generator=generator, dtype=cumulative.dtype)[rows]  # [M, 1]
     refuse_bad_rows((~cumulative[:, -1].isfinite()).sum(), num_rows)
     point = uniform * cumulative[:, -1:]  # [M, 1]
     block = _search(cumulative, point)

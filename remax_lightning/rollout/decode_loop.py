@@ -21,7 +21,14 @@ from remax_lightning.models.forward import (
     model_inputs,
 )
 from remax_lightning.models.packing import attention_by_name
-from remax_lightning.models.sampling import bad_rows, gather_log_probs, next_tokens, refuse_bad_rows, truncated_logits
+from remax_lightning.models.sampling import (
+    Draws,
+    bad_rows,
+    gather_log_probs,
+    next_tokens,
+    refuse_bad_rows,
+    truncated_logits,
+)
 from remax_lightning.rollout.base import GenerationRequest, StopCheck
 from remax_lightning.rollout.cuda_graph import StepCache
 from remax_lightning.rollout.decode_attention import (
@@ -46,6 +53,9 @@ log = logging.getLogger(__name__)
 EOS_CHECK_INTERVAL = 16
 """On CUDA, tokens between two checks for finished rows, since each check synchronizes the host with the device. On a
 CPU, rows are checked at every token."""
+SMALLER_BATCH = 0.75
+"""On a CPU, the share of unfinished rows at which the finished ones leave the batch. On responses of 39 of 64 tokens a
+model of 135 M parameters took 0.86 of the time of halving, and no less at 0.9 or 1."""
 
 
 class DecodeOutput(NamedTuple):
@@ -54,6 +64,16 @@ class DecodeOutput(NamedTuple):
     ids: Tensor
     log_probs: Tensor | None
     stopped_at: Tensor | None
+
+
+def smaller_batch(left: int, size: int, device: torch.device) -> int:
+    """Return the rows that a batch of `size` shrinks to when `left` of them are unfinished."""
+    if device.type == "cpu":  # each row costs time, and a quarter less pays for moving keys and values
+        return left if left <= SMALLER_BATCH * size else size
+    # Halving keeps the number of shapes small, each of which has a graph.
+    while left and size > 1 and left <= (size + 1) // 2:
+        size = (size + 1) // 2
+    return size
 
 
 class DecodeLoop:
@@ -111,6 +131,7 @@ class DecodeLoop:
         self._bad_rows = torch.zeros((), dtype=torch.long, device=rows.device)  # the most at a token so far, on CUDA
         # Before and after the minimum length; one copy to the device has the EOS ids, too.
         self._suppressed = request.suppressed.ids_by_phase(rows.device)
+        self._draws: Draws | None = None  # all, in order
         self._step: StepInputs | None = None  # what the last step ran on
 
     def run(self) -> DecodeOutput:
@@ -135,7 +156,8 @@ class DecodeLoop:
         for step in range(sampling.max_response_length):
             # ---- Choose the next token of every row ----
             self.suppress_tokens(step)
-            self.tokens = next_tokens(self.logits, self.num_sampled, sampling, request.generator, truncate)  # [M]
+            drawn = self.num_sampled, sampling, request.generator
+            self.tokens = next_tokens(self.logits, *drawn, truncate, self._draws)  # [M]
             self._store_tokens(output, step)
             # ---- Find rows that end here ----
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
@@ -183,7 +205,7 @@ class DecodeLoop:
         self.ended = self.ended | stopped
 
     def _rows_are_left(self, step: int) -> bool:
-        """Return whether any row is unfinished; shrink the batch once the unfinished rows fit into half of it."""
+        """Return whether any row is unfinished; shrink the batch once enough of its rows have ended."""
         on_cuda = self.active.device.type == "cuda"
         if on_cuda:  # on a CPU each token has been checked
             # A number on the device. An infinite logit of one token need not show in those that follow.
@@ -197,9 +219,7 @@ class DecodeLoop:
         left, size = int(unfinished_rows), len(self.ended)
         if left < 0:
             refuse_bad_rows(self._bad_rows, len(self.logits))
-        # Halving keeps the number of shapes small, and copying keys and values pays off.
-        while left and size > 1 and left <= (size + 1) // 2:
-            size = (size + 1) // 2
+        size = smaller_batch(left, size, self.active.device)
         if left and size < len(self.ended):
             # Keep the unfinished rows, and finished ones to fill up. Sorted, so that sampled rows stay in front of
             # greedy ones.
@@ -215,6 +235,7 @@ class DecodeLoop:
         # Rows keep their order, so the sampled ones among them come first again.
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
+        self._draws = Draws(self.request.num_sampled, self.active[: self.num_sampled])
 
     def decode_step(self, step: int, tokens: Tensor) -> None:
         """Run the model on one token per row; the logits of the next ones, `[M, V]`, replace `self.logits`.

@@ -44,8 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_both(run: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch, replays: bool = True) -> tuple[Ran, Ran]:
     """Make a run on the CPU, which draws as CUDA does for it, and on the pretended device, with graphs or without."""
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "sample_inverse_cdf", sampling.sample_exponential_race)
-        patch.setattr(decoding, "EOS_CHECK_INTERVAL", 1)  # on CUDA too: rows that are left draw other numbers
+        race, smaller_batch = sampling.sample_exponential_race, decoding.smaller_batch
+        patch.setattr(sampling, "sample_inverse_cdf", lambda logits, generator, _: race(logits, generator))
+        # There rows that are left draw other numbers, so the same ones have to leave on both, at the same tokens.
+        patch.setattr(decoding, "smaller_batch", lambda left, size, _: smaller_batch(left, size, torch.device("cuda")))
+        patch.setattr(decoding, "EOS_CHECK_INTERVAL", 1)
         here = run("cpu")
         with pretend(patch) as device:
             there = run("gpu")
