@@ -86,8 +86,7 @@ class TextDataModule(LightningDataModule, ABC):
         """What messages call the path; the command line sets the key that it follows from."""
         self.val_path, self.val_data = as_text(val_path), val_data
         self.val_size = val_size
-        self.prompt_column = prompt_column
-        self.template = template
+        self.prompt_column, self.template = prompt_column, template
         self.batch_size = batch_size
         self.max_prompt_length = max_prompt_length
         self.seed = seed

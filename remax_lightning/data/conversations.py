@@ -212,26 +212,6 @@ def is_plain(message: Mapping[str, Any]) -> bool:
     return not message.get("tool_calls") and not any(message.get(field) for field in REASONING_FIELDS)
 
 
-def check_characters(text: str, what: str) -> None:
-    r"""Refuse half a surrogate pair, which JSON can spell (`"\ud83d"`) and no tokenizer takes.
-
-    Args:
-        text: a text of the data set.
-        what: where it stands, for messages.
-
-    Raises:
-        DataError: if it holds one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        character = ascii(text[error.start])[1:-1]
-        raise DataError(
-            f"{what} holds half a surrogate pair ({character}), which is no text; write the whole character, or remove"
-            " it"
-        ) from None
-
-
 # ---- Tokenizing ----
 
 

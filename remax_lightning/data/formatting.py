@@ -10,12 +10,13 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs
-from remax_lightning.data.conversations import Message, check_characters, content_text, is_plain, read_conversation
+from remax_lightning.data.conversations import Message, content_text, is_plain, read_conversation
 from remax_lightning.data.reading import Row
-from remax_lightning.data.tokenizers import encode_batch
+from remax_lightning.data.tokenizers import check_characters, encode_batch
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import Conversation, Prompt
 
@@ -59,8 +60,13 @@ class PromptFormatter:
             check_template(template)
         self.special_prefix = special_prefix(tokenizer)
         self.template_kwargs = dict(template_kwargs or {})
-        check_template_kwargs(self.template_kwargs, tokenizer, "data.loading.chat_template_kwargs")
-        self.renderer = ChatRenderer(tokenizer)
+        if self.template_kwargs:
+            check_template_kwargs(self.template_kwargs, tokenizer, "data.loading.chat_template_kwargs")
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """What renders conversations; prompts of plain text need none."""
+        return ChatRenderer(self.tokenizer)
 
     def text(self, row: Row, where: str) -> Prompt:
         """Return the prompt of `row`, with its conversation where it is one.

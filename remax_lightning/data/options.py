@@ -1,4 +1,4 @@
-"""Options of all data modules: loading, limits in tokens, and the rows of each stage."""
+"""Options of data modules: loading, selection of prompts, limits in tokens, and the rows of each stage."""
 
 from __future__ import annotations
 
@@ -66,6 +66,51 @@ class LoadingConfig:
 
 
 DEFAULT_LOADING = LoadingConfig()
+
+
+SELECTION = "data.selection"
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which prompts a run trains on, by what earlier responses to them gave; by default each once per epoch.
+
+    Args:
+        skip_uninformative: visits in a row without any advantage (`r - b` was 0 for all samples) after which a prompt
+            rests. It misses as many passes over the data, and so it does again if its next visit gives none. 2 or 3,
+            because one such visit may be chance. Null lets no prompt rest.
+        oversample: most rollout batches of a step. While fewer than `batch_size` prompts have an advantage, another
+            batch is drawn and answered; those with an advantage are trained on, filled up with others. 1 is off.
+        curriculum: probability that a pass still draws a prompt which always or never passes. One with pass rate `p`
+            is drawn with `4 p (1 - p)`, the variance of its reward, if that is more; one that was not seen yet, always.
+            The reward has to be from 0 to 1. 0.2 looks at each prompt about every fifth pass. Null draws all.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    skip_uninformative: int | None = None
+    oversample: int = 1
+    curriculum: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.skip_uninformative is not None and self.skip_uninformative < 1:
+            raise UserError(f"{SELECTION}.skip_uninformative must be null or at least 1, got {self.skip_uninformative}")
+        if self.oversample < 1:
+            raise UserError(f"{SELECTION}.oversample must be at least 1 (rollout batches), got {self.oversample}")
+        if self.curriculum is not None and not 0 < self.curriculum <= 1:
+            raise UserError(f"{SELECTION}.curriculum must be null or above 0 and at most 1, got {self.curriculum}")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any of it is used."""
+        return self != SelectionConfig()
+
+    @property
+    def needs_advantages(self) -> bool:
+        """Whether it asks which prompts have an advantage."""
+        return self.skip_uninformative is not None or self.oversample > 1
 
 
 def check_at_least(least: int, **values: int) -> None:

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import MicroBatchSampler, collate_prompts
-from remax_lightning.data.options import DEFAULT_LOADING, LoadingConfig, check_at_least
+from remax_lightning.data.options import DEFAULT_LOADING, SELECTION, LoadingConfig, SelectionConfig, check_at_least
 from remax_lightning.data.reading import Row
 from remax_lightning.data.records import PreparedExamples
-from remax_lightning.data.selection import KEY, PromptStream, SelectingSampler, SelectionConfig
+from remax_lightning.data.selection import PromptStream, SelectingSampler
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.types import PromptBatch
 
@@ -113,8 +113,8 @@ class PromptDataModule(TextDataModule):
         # ---- A selection of prompts, which learns from the rollouts of this process ----
         if selection.is_on and loading.num_workers:
             raise UserError(
-                f"data.loading.num_workers must be 0 with {KEY}, got {loading.num_workers}: workers draw prompts before"
-                " the rollouts are known that decide on them"
+                f"data.loading.num_workers must be 0 with {SELECTION}, got {loading.num_workers}: workers draw prompts"
+                " before the rollouts are known that decide on them"
             )
         self.selection = selection
         self._selecting: SelectingSampler | None = None
@@ -137,7 +137,7 @@ class PromptDataModule(TextDataModule):
         needed = rows_at_once * plain.num_replicas * self.selection.oversample
         if needed > num_rows:
             raise DataError(
-                f"{KEY}.oversample={self.selection.oversample} may draw {needed} prompts in a step, and there are"
+                f"{SELECTION}.oversample={self.selection.oversample} may draw {needed} prompts in a step, and there are"
                 f" {num_rows}; lower it or data.batch_size"
             )
         self._selecting = SelectingSampler(

@@ -8,59 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from remax_lightning.data.collate import Key, MicroBatchSampler, SamplerIterator
+from remax_lightning.data.options import SELECTION, SelectionConfig
 from remax_lightning.errors import UserError
 
-KEY = "data.selection"
 DECAY = 0.8
 """How much of earlier samples still counts for a pass rate at the next visit: about five visits. The policy moves."""
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """Which prompts a run trains on, by what earlier responses to them gave; by default each once per epoch.
-
-    Args:
-        skip_uninformative: visits in a row without any advantage (`r - b` was 0 for all samples) after which a prompt
-            rests. It misses as many passes over the data, and so it does again if its next visit gives none. 2 or 3,
-            because one such visit may be chance. Null lets no prompt rest.
-        oversample: most rollout batches of a step. While fewer than `batch_size` prompts have an advantage, another
-            batch is drawn and answered; those with an advantage are trained on, filled up with others. 1 is off.
-        curriculum: probability that a pass still draws a prompt which always or never passes. One with pass rate `p`
-            is drawn with `4 p (1 - p)`, the variance of its reward, if that is more; one that was not seen yet, always.
-            The reward has to be from 0 to 1. 0.2 looks at each prompt about every fifth pass. Null draws all.
-
-    Raises:
-        UserError: if a value is out of its range.
-    """
-
-    skip_uninformative: int | None = None
-    oversample: int = 1
-    curriculum: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.skip_uninformative is not None and self.skip_uninformative < 1:
-            raise UserError(f"{KEY}.skip_uninformative must be null or at least 1, got {self.skip_uninformative}")
-        if self.oversample < 1:
-            raise UserError(f"{KEY}.oversample must be at least 1 (rollout batches), got {self.oversample}")
-        if self.curriculum is not None and not 0 < self.curriculum <= 1:
-            raise UserError(f"{KEY}.curriculum must be null or above 0 and at most 1, got {self.curriculum}")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any of it is used."""
-        return self != SelectionConfig()
-
-    @property
-    def needs_advantages(self) -> bool:
-        """Whether it asks which prompts have an advantage."""
-        return self.skip_uninformative is not None or self.oversample > 1
 
 
 class PromptStream:
@@ -128,8 +85,8 @@ class PromptStream:
         if self.config.curriculum is not None:
             if not 0 <= pass_rate <= 1:
                 raise UserError(
-                    f"{KEY}.curriculum needs rewards from 0 to 1, which are the rate at which a prompt passes; got a"
-                    f" mean of {pass_rate:g}; set it to null, or scale the reward"
+                    f"{SELECTION}.curriculum needs rewards from 0 to 1, which are the rate at which a prompt passes;"
+                    f" got a mean of {pass_rate:g}; set it to null, or scale the reward"
                 )
             passed, samples = self._passed.get(index, (0.0, 0.0))
             self._passed[index] = DECAY * passed + num_samples * pass_rate, DECAY * samples + num_samples

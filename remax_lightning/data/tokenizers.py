@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remax_lightning.errors import UserError
+from remax_lightning.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +109,26 @@ def hidden_ids(
     # A newline that ends a response is an ordinary token, so it stays.
     ends = frozenset({*eos_ids, tokenizer.pad_token_id}) & {*special, *added}
     return special | ends if skip_special_tokens else ends
+
+
+def check_characters(text: str, what: str) -> None:
+    r"""Refuse half a surrogate pair, which JSON can spell (`"\ud83d"`) and no tokenizer takes.
+
+    Args:
+        text: a text of the data set.
+        what: where it stands, for messages.
+
+    Raises:
+        DataError: if it holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        character = ascii(text[error.start])[1:-1]
+        raise DataError(
+            f"{what} holds half a surrogate pair ({character}), which is no text; write the whole character, or remove"
+            " it"
+        ) from None
 
 
 def response_texts(

@@ -30,8 +30,7 @@ from remax_lightning.training.objective import Objective
 from remax_lightning.training.on_policy import prove_on_policy
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
 from remax_lightning.training.resume import gather_rank_states, select_rank_state
-from remax_lightning.training.rollouts import RolloutBuffer, Rollouts
-from remax_lightning.training.update_plan import UpdatePlan, plan_of_run
+from remax_lightning.training.rollouts import RolloutBuffer, Rollouts, UpdatePlan, plan_of_run
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
 
@@ -107,15 +106,13 @@ class ReMaxModule(PolicyModule):
             policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
         )
         self.reference_source, self.kl_coef, self.objective = reference, kl_coef, objective
-        self.evaluator = Evaluator(worker, objective)
-        self.check_on_policy = check_on_policy
+        self.evaluator, self.check_on_policy = Evaluator(worker, objective), check_on_policy
         self.rollouts, self.buffer = Rollouts(worker, objective), RolloutBuffer()
         self._plan: UpdatePlan | None = None  # of the rollout batches; made when a fit starts
         self._reference: Reference | None = None
         steps = kl.reference_sync_steps
         self._moving = None if steps is None else MovingReference(steps, kl.reference_mixup_alpha)
-        self._metrics = StepMetrics()
-        self._meter = TrainingMeter()  # for a baseline that learns from training
+        self._metrics, self._meter = StepMetrics(), TrainingMeter()  # the meter is for a baseline that learns
         self.norm_askers: list[Callable[..., bool]] = []
         """Callbacks add what asks for the norms of the gradients of a rollout, once it is made; called with `is_free`,
         whether training runs all of its responses anyway."""
@@ -194,9 +191,7 @@ class ReMaxModule(PolicyModule):
 
     def _plan_updates(self, source: Any) -> None:
         has_reference = self._reference is not None
-        self._plan = plan_of_run(
-            self.objective, self.trainer, source, kl_coef=self.kl_coef, has_reference=has_reference
-        )
+        self._plan = plan_of_run(self.objective, self.trainer, source, self.kl_coef, has_reference)
 
     def on_validation_start(self) -> None:
         """Move frozen models to the device, and start an evaluation."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from remax_lightning.functional import TokenStatistics
     from remax_lightning.training.experience import Experience, TrainingPass
     from remax_lightning.training.objective import Objective
-    from remax_lightning.training.update_plan import UpdatePlan
+    from remax_lightning.training.rollouts import UpdatePlan
 
 Figures: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 """By name: values whose mean is logged, and a mask of those that count, or None for all."""

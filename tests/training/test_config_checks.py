@@ -21,7 +21,7 @@ from remax_lightning.rollout import SamplingConfig
 from remax_lightning.training.config_checks import warn_of_turn_end
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.resume import select_rank_state
-from remax_lightning.training.update_plan import updates_per_rollout
+from remax_lightning.training.rollouts import updates_per_rollout
 
 
 @pytest.fixture(scope="module")

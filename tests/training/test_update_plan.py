@@ -9,7 +9,7 @@ import pytest
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.errors import UserError
 from remax_lightning.training.objective import Objective
-from remax_lightning.training.update_plan import UpdatePlan, plan_update
+from remax_lightning.training.rollouts import UpdatePlan, plan_update
 
 CLIPPED, FROM_ROLLOUT = LossConfig("clipped"), LossConfig("clipped", old_log_probs="rollout")
 

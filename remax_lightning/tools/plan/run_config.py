@@ -22,7 +22,7 @@ from remax_lightning.tools.plan.planned_run import DTYPES, Device, PlannedRun, k
 from remax_lightning.tools.plan.types import Strategy
 from remax_lightning.training.config_checks import check_quantization
 from remax_lightning.training.experience import check_budget
-from remax_lightning.training.update_plan import UpdatePlan, plan_update
+from remax_lightning.training.rollouts import UpdatePlan, plan_update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
