@@ -211,6 +211,10 @@ class RunBar(TQDMProgressBar):
         return dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("train/")))
 
 
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+
+
 @contextmanager
 def messages_above_bars() -> Iterator[None]:
     """Print messages of loggers, and warnings, above the bars of a terminal; they would be written into them."""
@@ -226,8 +230,9 @@ def messages_above_bars() -> Iterator[None]:
         text = warnings.formatwarning(message, category, filename, lineno, line)
         tqdm.write(text, file=sys.stderr if file is None else file, end="")
 
-    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
-    with logging_redirect_tqdm([logging.root, *(logger for logger in loggers if logger.handlers)]):
+    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers = [logger for logger in known if isinstance(logger, logging.Logger)]
+    with logging_redirect_tqdm([logger for logger in loggers if any(map(_writes_to_terminal, logger.handlers))]):
         shown, warnings.showwarning = warnings.showwarning, show
         try:
             yield

@@ -136,6 +136,10 @@ def test_messages_and_warnings_stand_above_the_bars(tmp_path: Path, monkeypatch:
     logger = logging.getLogger("test_run_progress")
     handler = logging.StreamHandler(screen)
     monkeypatch.setattr(logger, "handlers", [handler])
+    silent = logging.getLogger("test_run_progress_silent")  # as those of libraries
+    monkeypatch.setattr(silent, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(silent, "propagate", False)
+    silent.setLevel(logging.DEBUG)
     shown = warnings.showwarning
 
     class Speaks(LoggingModule):
@@ -145,6 +149,7 @@ def test_messages_and_warnings_stand_above_the_bars(tmp_path: Path, monkeypatch:
             with run_progress.token_bar(64) as advance:
                 advance(16)
                 logger.warning("exported to runs/policy")
+                silent.debug("parsed object")
                 warnings.warn("it is late", UserWarning, stacklevel=1)
             return FakeModule.training_step(self, batch, batch_idx)
 
@@ -156,6 +161,7 @@ def test_messages_and_warnings_stand_above_the_bars(tmp_path: Path, monkeypatch:
         )
     rows = screen_rows(screen.getvalue())
     assert "exported to runs/policy" in rows
+    assert not any("parsed object" in row for row in rows)
     assert any(row.startswith(__file__) and row.endswith("UserWarning: it is late") for row in rows)
     assert any(row.startswith("step 1/1  reward 0.5000") for row in rows)
     [bar] = [row for row in rows if row.startswith("Epoch 0: 100%")]
