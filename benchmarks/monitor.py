@@ -1,10 +1,10 @@
 """What the comparison of baselines costs a run: `python benchmarks/monitor.py`; writes results/monitor.jsonl.
 
 One run per size, whose steps take turns: without `GradientVariance` (`off`), with it in a rollout that is not measured
-(`observed`), and in one that is (`measured`). By default one rollout of four is measured, without a KL one of sixteen,
-where half of the responses have no advantage and take a pass of their own. Decoding without greedy responses, at
-rollout 40 and every 200 rollouts, is not in these figures. Seconds are those of the processor, on one thread, so that
-others on the machine disturb them little.
+(`observed`), and in one that is (`measured`). By default one rollout of 4 is measured, without a KL one of 32, where
+half of the responses have no advantage and take a pass of their own. Decoding without greedy responses, at rollout 40
+and every 200 rollouts, is not in these figures. Seconds are those of the processor, on one thread, so that others on
+the machine disturb them little.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ class Halves(Reward):
 
 
 class Turns(GradientVariance):
-    """Off in one step, observing in the next, measuring in the third; keeps the seconds of each."""
+    """Off in one step, observing in the next, measuring in the third; keeps the seconds of steps and of its own."""
 
     def __init__(self) -> None:
         super().__init__(every_n_rollouts=1)
-        self.seconds: dict[str, list[float]] = {turn: [] for turn in TURNS}
+        self.steps: dict[str, list[float]] = {turn: [] for turn in TURNS}
+        self.hooks: dict[str, list[float]] = {turn: [] for turn in TURNS}
         self.step = -1
 
     @property
@@ -70,23 +71,25 @@ class Turns(GradientVariance):
         return self.turn == "measured"
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock, and the monitor in its turns."""
+        """Begin the monitor in its turns, and start the clock."""
         self.step += 1
-        self.begun = time.process_time()
         pl_module.norm_askers[:] = [] if self.turn == "off" else [self.needs_norms]
         if self.turn != "off":
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.begun = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop the clock; the first steps warm up."""
+        """Stop the clock, and take the time of the monitor apart; the first steps warm up."""
+        ended = time.process_time()
         if self.turn != "off":
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.step >= 2 * len(TURNS):
-            self.seconds[self.turn].append(time.process_time() - self.begun)
+            self.steps[self.turn].append(ended - self.begun)
+            self.hooks[self.turn].append(time.process_time() - ended)
 
 
-def run(shape: Shape, folder: Path, rounds: int, *, has_kl: bool) -> dict[str, list[float]]:
-    """Return the seconds of the steps of each turn."""
+def run(shape: Shape, folder: Path, rounds: int, *, has_kl: bool) -> Turns:
+    """Train, and return the seconds of each turn."""
     from lightning.pytorch import Trainer
 
     from remax_lightning.data import PromptDataModule
@@ -120,27 +123,30 @@ def run(shape: Shape, folder: Path, rounds: int, *, has_kl: bool) -> dict[str, l
         default_root_dir=folder,
         callbacks=[clock],
     ).fit(module, PromptDataModule(str(path), policy, batch_size=shape.prompts, max_prompt_length=shape.prompt))
-    return clock.seconds
+    return clock
 
 
-def line_of(size: str, seconds: dict[str, list[float]], *, has_kl: bool) -> dict[str, Any]:
+def line_of(size: str, clock: Turns, *, has_kl: bool) -> dict[str, Any]:
     """Return what a step costs more, as a share: in each turn, and on average by default."""
-    # Means, since figures are made in some of the measured rollouts only.
-    means = {turn: statistics.fmean(values) for turn, values in seconds.items()}
-    shares = {turn: means[turn] / means["off"] - 1 for turn in TURNS[1:]}
+    # Norms are part of the passes: the difference of two large numbers, of medians. What the monitor does apart has a
+    # clock of its own, and a mean, since figures are made in some rollouts only.
+    steps = {turn: statistics.median(values) for turn, values in clock.steps.items()}
+    hooks = {turn: statistics.fmean(values) for turn, values in clock.hooks.items()}
+    observed = hooks["observed"] / steps["off"]
+    measured = (hooks["measured"] + steps["measured"]) / steps["off"] - 1
     every = 4 if has_kl else 4 * gradient_variance.IDLE_EVERY
-    average = shares["observed"] + (shares["measured"] - shares["observed"]) / every
+    average = observed + (measured - observed) / every
     return {
         "benchmark": "monitor",
         "size": size,
         "variant": "kl" if has_kl else "no_kl",
         "device": "cpu",
         "dtype": "float32",
-        "seconds": round(means["off"], 4),
-        "observed": round(shares["observed"], 4),
-        "measured": round(shares["measured"], 4),
+        "seconds": round(steps["off"], 4),
+        "observed": round(observed, 4),
+        "measured": round(measured, 4),
         "by_default": round(average, 4),
-        "repetitions": len(seconds["off"]),
+        "repetitions": len(clock.steps["off"]),
     }
 
 
@@ -160,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for has_kl in (True, False):
             with tempfile.TemporaryDirectory() as folder:
                 save_models(Path(folder), SHAPES[size])
-                seconds = run(SHAPES[size], Path(folder), options.rounds, has_kl=has_kl)
-            lines.append(line_of(size, seconds, has_kl=has_kl))
+                clock = run(SHAPES[size], Path(folder), options.rounds, has_kl=has_kl)
+            lines.append(line_of(size, clock, has_kl=has_kl))
             print(lines[-1], flush=True)
     save(options.results, lines)
 

@@ -1,7 +1,8 @@
-"""The study of baselines: `python -m benchmarks.baselines {run,seconds,table,gradients}`.
+"""The study of baselines: `python -m benchmarks.baselines {run,seconds,table,gradients,norms}`.
 
 `run` computes runs in pieces and goes on where it was stopped; `seconds` measures a step of each kind on an idle
-machine; `table` writes docs/baselines.md and its pictures from both; `gradients` measures baselines without training.
+machine; `table` writes docs/baselines.md and its pictures from all; `gradients` measures baselines without training;
+`norms` compares cheap norms of gradients with true ones.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.baselines import gradients
+from benchmarks.baselines import gradients, norms
 from benchmarks.baselines.page import write_page
 from benchmarks.baselines.records import RUNS, SECONDS, machine, replace
 from benchmarks.baselines.runs import Limits, compute, load_average, time_steps
 from benchmarks.baselines.tasks import ARMS, DEFAULT_ARMS, FOLDER, TASKS, Arm, Task
+
+MEASURING = {
+    "gradients": (gradients.main, "measure baselines on a task without training"),
+    "norms": (norms.main, "compare cheap norms of gradients with true ones"),
+}
+"""Commands that leave all but the task to `remax baselines`."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,15 +46,16 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
     run.add_argument("--arm", nargs="+", default=list(DEFAULT_ARMS), choices=list(ARMS), dest="arms")
     commands.add_parser("table", help="write docs/baselines.md and its pictures from the results")
-    commands.add_parser("gradients", help="measure baselines on a task without training", add_help=False)
+    for name, (_, text) in MEASURING.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["gradients"]:
-        gradients.main(arguments[1:])
+    if arguments and arguments[0] in MEASURING:
+        MEASURING[arguments[0]][0](arguments[1:])
         return 0
     options = make_parser().parse_args(arguments)
     if options.command == "run":

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.baselines.figure import Band, common_band, draw
+from benchmarks.baselines.norms import NORMS
 from benchmarks.baselines.records import ROOT, RUNS, SECONDS, Curves, read_curves, read_lines
 from benchmarks.baselines.summary import (
     BASE,
@@ -45,9 +47,46 @@ def with_tables(text: str, curves: Curves, prices: Prices) -> str:
     """Return the page with the table of each task as the results have it."""
 
     def made(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{section(TASKS[match[2]], curves, prices)}\n\n{match[3]}"
+        content = norms_table(read_lines(NORMS)) if match[2] == "norms" else section(TASKS[match[2]], curves, prices)
+        return f"{match[1]}\n{content}\n\n{match[3]}"
 
     return re.sub(PATTERN, made, text, flags=re.DOTALL)
+
+
+NAMES = {
+    "logits": "at the logits",
+    "head": "of the head, exact",
+    "head_tokens": "of the head, token by token",
+    "length": "length",
+}
+SHOWN = ("batch_mean", "calibrated_greedy", "none", "optimal_per_token")
+"""Baselines whose second moments the table of norms has."""
+
+
+def norms_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return how cheap norms agree with those over all weights, a row for each task and norm, as Markdown."""
+    if not lines:
+        return "No task was measured yet: `python -m benchmarks.baselines norms demo`."
+    table = [
+        "| task | norm | rank correlation with all weights (95 %) | slope | largest error of a second moment"
+        f" | clear and on the right side | {', '.join(f'`{name}`' for name in SHOWN)} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        moments = line["second_moments"]
+        if line["variant"] == "logits":
+            true = _moments(moments, "true")
+            table.append(f"| {line['size']}, {line['responses']} responses | all weights | 1 | 1 | | | {true} |")
+        value, low, high = (line[f"rank_correlation{end}"] for end in ("", "_low", "_high"))
+        ranks = "all are alike" if value is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+        sides = f"{line['right_side']} of {line['clear']}"
+        cells = ["", NAMES[line["variant"]], ranks, f"{line['slope']:.2f}", f"{line['largest_error']:.0%}", sides]
+        table.append(f"| {' | '.join(cells)} | {_moments(moments, 'cheap')} |")
+    return "\n".join(table)
+
+
+def _moments(moments: dict[str, Any], kind: str) -> str:
+    return ", ".join(f"{moments[name][kind][0]:.2f}" if name in moments else "–" for name in SHOWN)  # noqa: RUF001
 
 
 def section(task: Task, curves: Curves, prices: Prices) -> str:

@@ -186,9 +186,9 @@ class Tracker(Baseline):
 
     def values(self, inputs: BaselineInputs) -> Tensor:
         """Return `[S]` values: of earlier visits, and of the greedy response at the first."""
-        known = self._memory.values
+        known, greedy = self._memory.values, _greedy_rewards(inputs)
         per_prompt = [
-            known[prompt][0] if prompt in known else float(inputs.greedy[row])
+            known[prompt][0] if prompt in known else greedy[row]
             for row, prompt in enumerate(_places(inputs, type(self)))
         ]
         return torch.tensor(per_prompt, dtype=torch.float64).repeat_interleave(inputs.num_samples)
@@ -196,9 +196,9 @@ class Tracker(Baseline):
     def observe(self, inputs: BaselineInputs) -> None:
         """Move the value of each prompt towards the mean of its samples."""
         means = inputs.reward.view(-1, inputs.num_samples).mean(1).tolist()  # [B]
-        known = self._memory.values
+        known, greedy = self._memory.values, _greedy_rewards(inputs)
         for row, prompt in enumerate(_places(inputs, type(self))):
-            value, weight = known[prompt] if prompt in known else (float(inputs.greedy[row]), self.greedy_weight)
+            value, weight = known[prompt] if prompt in known else (greedy[row], self.greedy_weight)
             weight = self.decay * weight + inputs.num_samples
             known[prompt] = value + (means[row] - value) * inputs.num_samples / weight, weight
 
@@ -254,10 +254,10 @@ class CachedGreedy(Baseline):
 
     def observe(self, inputs: BaselineInputs) -> None:
         """Keep new greedy rewards, and count the visits of the others."""
-        known = self._memory.values
+        known, greedy = self._memory.values, _greedy_rewards(inputs)
         for row, prompt in enumerate(_places(inputs, type(self))):
             if inputs.greedy_reward is not None:
-                known[prompt] = float(inputs.greedy_reward[row]), 1.0
+                known[prompt] = greedy[row], 1.0
             else:
                 value, visits = known[prompt]
                 known[prompt] = value, visits + 1
@@ -269,6 +269,11 @@ class CachedGreedy(Baseline):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the rewards of all prompts."""
         self._memory.load_state_dict(state)
+
+
+def _greedy_rewards(inputs: BaselineInputs) -> list[float]:
+    """Return the rewards of the greedy responses; none where there are none."""
+    return [] if inputs.greedy_reward is None else cast("list[float]", inputs.greedy_reward.tolist())
 
 
 def _places(inputs: BaselineInputs, kind: type) -> list[int]:

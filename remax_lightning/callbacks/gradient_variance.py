@@ -29,7 +29,7 @@ from remax_lightning.types import PromptBatch, StepOutput
 
 FIRST_PRICE, PRICE_EVERY = 40, 200
 """Rollouts before the first measurement of what greedy responses cost, and between two; each decodes once more."""
-IDLE_EVERY = 4
+IDLE_EVERY = 8
 """Without a KL, measured rollouts from one in which all responses are run to the next."""
 NEWS = 1 / 8
 """Share of the measured rollouts that must be new for figures to be made again; logging so many costs milliseconds."""
@@ -55,7 +55,7 @@ class GradientVariance(Callback):
 
     Figures are logged again once an eighth of the rollouts that they are made of is new.
 
-    Its price: the norms of every `every_n_rollouts`-th rollout. Without a KL, every fourth of these runs responses
+    Its price: the norms of every `every_n_rollouts`-th rollout. Without a KL, every eighth of these runs responses
     without an advantage once, without gradients. Where every rollout has greedy responses, the prompts of rollout 40
     and of every 200th after it are decoded once more without them, to know what they cost.
 

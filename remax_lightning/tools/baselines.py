@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,49 +28,11 @@ from remax_lightning.errors import UserError
 from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.command import quiet_lightning
-from remax_lightning.tools.doctor.context import DoctorContext, load_context, select_rows
-from remax_lightning.tools.gradient_norms import SquaredNorms, agreement, differentiate, squared_norms
-from remax_lightning.training.worker import GeneratedResponses
-from remax_lightning.types import PromptBatch, Rollout
+from remax_lightning.tools.doctor.context import load_context
+from remax_lightning.tools.gradient_norms import Sample, Seconds, SquaredNorms, agreement, measure
 
 NUM_RESAMPLES = 2000
 """Draws of the bootstrap, enough for two digits of a 95 % interval."""
-
-
-class Sample(NamedTuple):
-    """What was measured on the responses to `B` prompts, `n` samples each.
-
-    Args:
-        reward: `[S]` rewards.
-        greedy_reward: `[B]` rewards of the greedy responses.
-        lengths: `[S]` tokens.
-        norms: squared norms of `∇ log π(y)`.
-        num_samples: `n`.
-    """
-
-    reward: Tensor
-    greedy_reward: Tensor
-    lengths: Tensor
-    norms: SquaredNorms
-    num_samples: int
-
-
-class Seconds(NamedTuple):
-    """Seconds per trained response.
-
-    Args:
-        rollout: decoding and scoring without greedy responses.
-        greedy: what greedy responses add to that.
-        training: the pass with gradients.
-    """
-
-    rollout: float
-    greedy: float
-    training: float
-
-    def of(self, baseline: Baseline) -> float:
-        """Return the seconds of a trained response with a baseline."""
-        return self.rollout + baseline.greedy_share * self.greedy + self.training
 
 
 class Figure(NamedTuple):
@@ -108,6 +68,8 @@ def second_moments(sample: Sample, baseline: Baseline, batch_size: int) -> Tenso
         batch_size: prompts of a rollout batch.
     """
     n, num_prompts = sample.num_samples, len(sample.greedy_reward)
+    if baseline.reads_gradients:
+        return cast(SquaredNorms, sample.optimal).weights.view(-1, n).mean(1)
     moments = []
     # Batches as in training; where they do not divide the prompts, a little larger or smaller ones.
     for prompts in torch.arange(num_prompts).tensor_split(max(1, round(num_prompts / batch_size))):
@@ -140,7 +102,11 @@ def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[s
     if names is None:
         # A biased one, the mean of the group, is leave_one_out times (n - 1) / n, so it has nothing to add.
         kinds = {name: kind() for name, kind in KINDS.items()}
-        names = [name for name, kind in kinds.items() if kind.is_unbiased and not kind.reads_gradients]
+        names = [
+            name
+            for name, kind in kinds.items()
+            if kind.is_unbiased and (sample.optimal is not None or not kind.reads_gradients)
+        ]
     made = {name: make_baseline(cast(BaselineName, name)) for name in names}
     moments = {
         name: tracker_moments(sample, baseline, batch_size)
@@ -180,69 +146,6 @@ def advice(figures: Sequence[Figure]) -> str:
         f" (95 %: {low} to {high}): try model.advantage.baseline: {best.name}{needed},"
         " or auto, which compares them during the run."
     )
-
-
-# ---- Measuring ----
-
-
-def measure(context: DoctorContext, num_samples: int, report: Callable[[str], None]) -> tuple[Sample, Seconds]:
-    """Generate, score and differentiate responses to the prompts of a run; nothing is trained.
-
-    Args:
-        context: with models, data and reward loaded.
-        num_samples: sampled responses per prompt.
-        report: is told what is being done.
-    """
-    module = cast(ReMaxModule, context.module)
-    run_samples = module.sampling.num_samples
-    size = max(1, min(cast(Any, context.data).batch_size, len(context.prompt.prompts)))
-    parts: list[list[Tensor]] = []
-    norms: list[SquaredNorms] = []
-    times = {"greedy": 0.0, "plain": 0.0, "training": 0.0}
-    total = len(context.prompt.prompts)
-    # The first calls allocate and choose kernels; they would count as the price of greedy responses.
-    first = select_rows(context.prompt, range(min(size, 2)))
-    differentiate(module, _roll_out(module, first, num_samples, True, 0))
-    _roll_out(module, first, run_samples, False, 0)
-    for start in range(0, total, size):
-        prompt = select_rows(context.prompt, range(start, min(start + size, total)))
-        report(f"prompts {start + 1} to {start + len(prompt.prompts)} of {total}")
-        # ---- The same prompts with and without greedy responses, in turn ----
-        # Timed with the samples of the run: of one greedy response for two samples each would pay half.
-        rollout = _roll_out(module, prompt, num_samples, True, start)
-        times["greedy"] += _timed(module, partial(_roll_out, module, prompt, run_samples, True, start))[1]
-        times["plain"] += _timed(module, partial(_roll_out, module, prompt, run_samples, False, start))[1]
-        # ---- A training pass over them, and one of each response alone for the norm of its gradient ----
-        times["training"] += _timed(module, partial(differentiate, module, rollout))[1]
-        norms.append(squared_norms(module, rollout))
-        values = (rollout.reward, cast(Tensor, rollout.baseline_reward), rollout.sampled.response_mask.sum(1))
-        parts.append([value.double().cpu() for value in values])
-    reward, greedy_reward, lengths = (torch.cat(values) for values in zip(*parts, strict=True))
-    weights, logits, heads = (
-        None if None in values else torch.cat([cast(Tensor, value).cpu() for value in values])
-        for values in zip(*norms, strict=True)
-    )
-    joined_norms = SquaredNorms(cast(Tensor, weights), cast(Tensor, logits), heads)
-    joined = Sample(reward, greedy_reward, lengths, joined_norms, num_samples)
-    trained = len(joined.greedy_reward) * run_samples
-    added = max(times["greedy"] - times["plain"], 0.0)
-    return joined, Seconds(times["plain"] / trained, added / trained, times["training"] / len(joined.reward))
-
-
-def _roll_out(module: ReMaxModule, prompt: PromptBatch, num_samples: int, greedy: bool, seed: int) -> Rollout:
-    generator = torch.Generator(module.device).manual_seed(seed)
-    responses: GeneratedResponses = module.worker.generate_responses(
-        module.policy, prompt, generator, greedy=greedy, num_samples=num_samples
-    )
-    return module.worker.score_responses(prompt, responses)
-
-
-def _timed(module: ReMaxModule, run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = run()
-    if module.device.type == "cuda":
-        torch.cuda.synchronize(module.device)
-    return result, time.perf_counter() - start
 
 
 # ---- The command ----

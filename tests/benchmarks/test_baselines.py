@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.cli import in_folder, write_config
 from helpers.doctor import healthy
 from helpers.training import save_policy
 
-from benchmarks.baselines import figure, gradients, page, records, runs, summary, tasks
+from benchmarks.baselines import figure, gradients, norms, page, records, runs, summary, tasks
 from benchmarks.baselines.records import Cell, Curves, Evaluation
 from benchmarks.baselines.tasks import ARMS, Task
+from remax_lightning.tools.gradient_norms import Sample, SquaredNorms
 
 TASK = Task("tiny", "tiny", "", responses=10, steps=4, every=2, rates=(1.0, 2.0), prepare=lambda: None)
 
@@ -236,6 +238,37 @@ def test_gradients_of_a_task_are_written_down(tmp_path: Path) -> None:
     assert named["greedy"]["variance"] == named["greedy"]["cost"] == 1.0
     assert named["none"]["size"] == "tiny"
     assert named["none"]["variance_low"] <= named["none"]["variance"] <= named["none"]["variance_high"]
+
+
+def test_norms_of_a_task_are_calibrated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reward, greedy, true = (torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(3))
+    greedy = greedy[:32]
+    reward = torch.where(torch.arange(64) % 4 == 0, reward, greedy.repeat_interleave(2) + 0.1)  # greedy says much
+    measured = SquaredNorms(true, 2 * true, None, true.square())
+    lines = norms.lines_of("tiny", Sample(reward, greedy, torch.ones(64), measured, 2, norms_of(true)), 32)
+    found = {line["variant"]: line for line in lines}
+    assert list(found) == ["logits", "head_tokens", "length"], "the head could not be read"
+    # Twice the norm is the same share of the greedy one's.
+    assert found["logits"]["rank_correlation"] == found["head_tokens"]["rank_correlation"] == 1
+    assert found["logits"]["slope"] == pytest.approx(1)
+    moments = found["logits"]["second_moments"]
+    assert moments["none"]["cheap"] == moments["none"]["true"] != [1, 1, 1]
+    of_tokens = moments["optimal_per_token"]
+    assert of_tokens["cheap"][0] == pytest.approx(3 * of_tokens["true"][0], rel=1e-3)
+    assert found["logits"]["largest_error"] == pytest.approx(2, rel=1e-3)
+    assert "optimal_per_token" not in found["length"]["second_moments"]
+    assert 0 < found["logits"]["right_side"] <= found["logits"]["clear"]
+    assert found["length"]["rank_correlation"] is None
+    text = page.norms_table(lines)
+    assert "| tiny, 64 responses | all weights | 1 | 1 |" in text
+    assert "|  | at the logits | 1.00 (1.00 to 1.00) | 1.00 | 200% |" in text
+    assert "all are alike" in text
+
+
+def norms_of(true: torch.Tensor) -> SquaredNorms:
+    """With one for each token: six times at the logits, so three times the share of twice the norm."""
+    return SquaredNorms(true, 6 * true)
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)

@@ -186,15 +186,15 @@ def test_intervals_are_those_of_a_bootstrap_over_groups_of_prompts() -> None:
     assert comparison.figures("none")["none"].variance == (1.0, 1.0, 1.0)
 
 
-def test_it_asks_for_every_fourth_rollout_and_without_a_kl_for_every_sixteenth() -> None:
+def test_it_asks_for_every_fourth_rollout_and_without_a_kl_for_every_thirty_second() -> None:
     monitor = GradientVariance()
     asked: dict[bool, list[int]] = {True: [], False: []}
-    for number in range(33):
+    for number in range(65):
         monitor._rollouts = number + 1
         for is_free, numbers in asked.items():
             if monitor.needs_norms(is_free=is_free):
                 numbers.append(number)
-    assert asked == {True: [*range(0, 33, 4)], False: [0, 16, 32]}
+    assert asked == {True: [*range(0, 65, 4)], False: [0, 32, 64]}
 
 
 def test_turned_off_it_asks_for_nothing(tmp_path: Path) -> None:

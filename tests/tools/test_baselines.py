@@ -18,18 +18,15 @@ from remax_lightning.baselines import CachedGreedy, Tracker, make_baseline
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.baselines import (
-    Sample,
-    Seconds,
     advice,
     compare,
-    measure,
     picture,
     second_moments,
     table,
     tracker_moments,
 )
 from remax_lightning.tools.doctor import load_context
-from remax_lightning.tools.gradient_norms import SquaredNorms, agreement
+from remax_lightning.tools.gradient_norms import Sample, Seconds, SquaredNorms, agreement, measure
 
 SECONDS = Seconds(rollout=0.4, greedy=0.2, training=0.4)
 
@@ -110,6 +107,20 @@ def test_what_is_not_clear_is_called_so() -> None:
     figures = compare(make_sample(16, agreement=0.25), Seconds(1.0, 0.0, 1.0), 8, ("greedy", "batch_mean", "none"))
     assert figures[0].cost[2] >= 1
     assert "No baseline is clearly cheaper than the greedy one" in advice(figures)
+
+
+def test_a_value_for_each_token_has_its_own_second_moment_and_the_price_of_its_pass() -> None:
+    sample = make_sample(agreement=0.0)
+    # As batch_mean, with gradients of half the size.
+    halved = second_moments(sample, make_baseline("batch_mean"), 50).repeat_interleave(2) / 2
+    sample = sample._replace(optimal=norms_of(halved))
+    names = ("greedy", "batch_mean", "optimal_per_token")
+    figures = {figure.name: figure for figure in compare(sample, SECONDS._replace(reading=0.2), 50, names)}
+    assert figures["optimal_per_token"].variance[0] == pytest.approx(figures["batch_mean"].variance[0] / 2)
+    seconds = [figures[name].seconds for name in names]
+    assert seconds == pytest.approx([1.0, 0.8, 1.0])
+    listed = {figure.name for figure in compare(sample._replace(optimal=None), SECONDS, 50)}
+    assert "optimal_per_token" not in listed, "it was not measured"
 
 
 @pytest.mark.slow
@@ -197,7 +208,36 @@ def test_norms_are_those_of_true_gradients(tmp_path: Path) -> None:
         head = policy.get_output_embeddings().weight  # shared with nothing in this model
         of_head = float(gradients[[id(weight) for weight in weights].index(id(head))].square().sum())
         assert float(cast(torch.Tensor, sample.norms.head)[8 + row]) == pytest.approx(of_head, rel=1e-4)
+        states = policy(torch.cat(ids)[None], output_hidden_states=True).hidden_states[-1][0, len(ids[0]) - 1 : -1]
+        by_token = torch.nn.functional.one_hot(ids[1], logits.shape[1]) - logits.softmax(-1)
+        token_sum = float((by_token.square().sum(1) * states.square().sum(1)).sum())
+        assert float(cast(torch.Tensor, sample.norms.head_tokens)[8 + row]) == pytest.approx(token_sum, rel=1e-4)
         assert float(sample.norms.weights[8 + row]) == pytest.approx(expected, rel=1e-4)
+    check_optimal_per_token(sample, rollout, policy, second)
+
+
+def check_optimal_per_token(sample: Sample, rollout: Any, policy: Any, prompt: Any) -> None:
+    """The plain way: every token's gradient at the logits, the values by their formula, one gradient of the sum."""
+    log_probs, norms = [], torch.zeros(rollout.sampled.response_mask.shape, dtype=torch.float64)
+    for row in range(8):
+        mask = rollout.sampled.response_mask[row]
+        ids = prompt.prompt_ids[row // 2][prompt.prompt_mask[row // 2]], rollout.sampled.response_ids[row][mask]
+        logits = policy(torch.cat(ids)[None]).logits[0, len(ids[0]) - 1 : -1]
+        at_logits = torch.nn.functional.one_hot(ids[1], logits.shape[1]) - logits.softmax(-1)
+        norms[row, : len(ids[1])] = at_logits.square().sum(1).detach()
+        log_probs.append(logits.log_softmax(-1).gather(1, ids[1][:, None])[:, 0])
+    weights, rewards = norms.cumsum(1), rollout.reward.double()
+    for row in (0, 5):
+        others = [other for other in range(8) if other != row]
+        values = (weights[others] * rewards[others, None]).sum(0) / weights[others].sum(0)
+        advantages = (rewards[row] - values)[: len(log_probs[row])]
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        gradients = torch.autograd.grad((advantages * log_probs[row]).sum(), trained)
+        expected = sum(float(gradient.square().sum()) for gradient in gradients)
+        assert sample.optimal is not None
+        assert float(sample.optimal.weights[8 + row]) == pytest.approx(expected, rel=1e-4)
+        at_logits = float((advantages.square() * norms[row, : len(advantages)]).sum())
+        assert float(sample.optimal.logits[8 + row]) == pytest.approx(at_logits, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -215,7 +255,7 @@ def test_the_command_prints_writes_and_trains_nothing(tmp_path: Path, capsys: py
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["num_prompts"] == 8
     names = [line["name"] for line in written["baselines"]]
-    assert {"greedy", "batch_mean", "calibrated_greedy", "leave_one_out", "tracker", "none"} <= set(names)
+    assert {"greedy", "batch_mean", "calibrated_greedy", "optimal_per_token", "tracker", "none"} <= set(names)
     assert "Norms at the logits, which a run is monitored by: rank correlation" in outcome.out
     assert -1 <= written["norms_at_logits"]["rank_correlation"][0] <= 1
     assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith(tuple(names))] == names
