@@ -2,7 +2,7 @@
 
 Both train on the same global batch with the same responses, in float32 on CPU processes over gloo. `largest_difference`
 is that of a weight's change, as a share of the largest change; `figures` that of the logged figures, the
-loss among them.
+loss among them. In the case `budget` two processes cut their rollouts by a budget of tokens, and one does not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Take the step under every strategy and write a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=["llama", "qwen2", "gpt2", "opt"], default="llama")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--cases", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--results", type=Path, default=RESULTS / "invariance.jsonl", help="default: %(default)s")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -36,20 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         policy = save_policy(folder / "policy", options.family)
         reference = save_policy(folder / "reference", options.family, noise=0.02)
-        launch(train, policy, reference, folder)
         lines = [
             json.dumps({"benchmark": "invariance", "family": options.family, **line, **description()})
-            for case in OPTIMIZERS
-            for line in compare_strategies(case, policy, reference, folder)
+            for case in options.cases
+            for line in compare_strategies(case, options.strategies, policy, reference, folder)
         ]
     options.results.write_text("\n".join(lines) + "\n")
 
 
-def compare_strategies(case: str, policy: str, reference: str, folder: Path) -> list[dict[str, str | float]]:
+def compare_strategies(
+    case: str, strategies: Sequence[str], policy: str, reference: str, folder: Path
+) -> list[dict[str, str | float]]:
     """Return a line for each strategy."""
     one = run("auto", case, policy, reference, folder / "one", ranks=1)
     lines: list[dict[str, str | float]] = []
-    for strategy in STRATEGIES:
+    for strategy in strategies:
+        launch(train, strategy, case, folder)
         two = torch.load(folder / f"{strategy}-{case}-0.pt", weights_only=True)
         largest = distance(change(two["weights"]), change(one["weights"]))
         figures = max(abs(two["logged"][name] - value) for name, value in one["logged"].items())

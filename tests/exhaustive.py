@@ -48,7 +48,7 @@ EXHAUSTIVE = (
     (
         "test_benchmarks.py",
         r"lightning_alone|in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"
-        r"|rollouts_of_a_server",
+        r"|rollouts_of_a_server|steps_of_two_processes",
     ),
     ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
     ("benchmarks/test_baselines.py", r"run_in_pieces|gradients_of_a_task|seconds_of_steps"),

@@ -314,6 +314,16 @@ def test_memory_does_not_grow_with_the_rows_and_checks_are_cheap(tmp_path: Path)
     assert {"processor", "versions", "rows_per_second"} <= set(cold)
 
 
+def test_steps_of_two_processes_are_compared_with_one(tmp_path: Path) -> None:
+    path = tmp_path / "invariance.jsonl"
+    command = [str(BENCHMARKS / "invariance.py"), "--strategies", "ddp", "--cases", "budget", "--results", str(path)]
+    subprocess.run([sys.executable, *command], check=True, timeout=300, capture_output=True)
+    [line] = lines_of(path)
+    assert (line["case"], line["strategy"], line["ranks"]) == ("budget", "ddp", 2)
+    assert line["largest_difference"] < 1e-5
+    assert line["figures"] < 1e-5
+
+
 def test_packing_compares_passes_with_those_of_padded_rows(load: Any, tmp_path: Path) -> None:
     rows = tmp_path / "lengths.jsonl"
     rows.write_text("".join(json.dumps({"question": "?" * 7 * n, "answer": "!" * 9 * n}) + "\n" for n in range(1, 8)))
