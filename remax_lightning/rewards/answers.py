@@ -163,6 +163,24 @@ def words_of(formula: str) -> str | None:
     return match[1].strip(" ().").casefold() if match else None
 
 
+def score_of_plain_text(gold: str, response: str) -> float | None:
+    """Return 1.0 or 0.0 where right answer and response are words or plain numbers, None where math-verify decides."""
+    # ---- Words: the same ones, whatever their case ----
+    answer, expected = final_formula(response), plain_number(gold)
+    # \text{odd}; one letter, as in \text{B}, may be a formula, too
+    if (words := words_of(gold)) is not None and len(words) > 1:
+        return float(answer is not None and words_of(answer) == words)
+    # ---- A number on one side only ----
+    if expected is None or answer is None:
+        # Prose may still end with a number: "so it is 5 apples".
+        return None if expected is None else float(final_number(response) == expected)
+    # A percent sign is not read here: whether 50\% equals 0.5 is left to math-verify.
+    number = plain_number(answer)
+    if number == expected:
+        return 1.0
+    return None if number is None or "%" in gold + answer else 0.0
+
+
 def num_parts(formula: str) -> int:
     """Return how many values a formula lists: those between commas outside of brackets, and inside of a set's.
 

@@ -12,11 +12,20 @@ from numbers import Number
 from typing import Any, TypeVar
 
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards.answers import final_formula, final_number, gold_formula, num_parts, plain_number, words_of
+from remax_lightning.rewards.answers import (
+    final_formula,
+    final_number,
+    gold_formula,
+    num_parts,
+    plain_number,
+    score_of_plain_text,
+    words_of,
+)
 from remax_lightning.rewards.base import shorten
 from remax_lightning.rewards.slow_checks import compare, search, task_scores
 
 _KEY = "model.reward.init_args.arguments"
+_FORMULA = "a number or a formula in LaTeX"
 # "007", "-01"; not "0", "0.5"
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9]")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -76,28 +85,35 @@ def _gold_number(row: dict[str, Any], where: str, column: str = "response", tole
 
 
 def _gold_formula(row: dict[str, Any], where: str, column: str = "response", time_limit: float = 5.0) -> str:
-    r"""Return the right answer of a row, a formula, as LaTeX; words where it is only `\text{...}`.
+    r"""Return the right answer of a row, a formula that math-verify can read.
 
     Raises:
         RewardError: if it is none.
     """
-    _require_math_verify()
-    text = _gold_text(row, where, column)
-    formula = gold_formula(text)
-    # A number or words need no parser; a formula is parsed once, to see whether math-verify can read it.
-    if formula is not None and plain_number(formula) is None and words_of(formula) is None:
+    formula = _unparsed_gold(row, where, column)
+    # A number or words need no parser.
+    if plain_number(formula) is None and words_of(formula) is None:
         [verdict] = compare([(formula, None)], time_limit)
-        formula = formula if verdict == "equal" else None
-    if formula is None:
-        raise _unreadable("math_answer", "a number or a formula in LaTeX", text, where, column)
+        if verdict != "equal":
+            raise _unreadable("math_answer", _FORMULA, _gold_text(row, where, column), where, column)
     return formula
 
 
-def _require_math_verify() -> None:
+def _unparsed_gold(row: dict[str, Any], where: str, column: str) -> str:
+    r"""Return the formula of a row as LaTeX, or words where it is only `\text{...}`; it is parsed when it is compared.
+
+    Raises:
+        RewardError: if there is none.
+    """
     if find_spec("math_verify") is None:
         raise UserError(
             "model.reward: math_answer needs math-verify, which is not installed: pip install 'remax-lightning[verify]'"
         )
+    text = _gold_text(row, where, column)
+    formula = gold_formula(text)
+    if formula is None:
+        raise _unreadable("math_answer", _FORMULA, text, where, column)
+    return formula
 
 
 def _reasoning_gym_task(row: dict[str, Any], where: str, tag: str | None = "answer", time_limit: float = 5.0) -> str:  # noqa: ARG001
@@ -267,8 +283,8 @@ def math_answer(
     open_pairs: dict[int, tuple[str, str]] = {}  # by response; those that only math-verify can decide
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
         # ---- Words and plain numbers are compared here ----
-        gold = _readable_gold(row, prompt, column)
-        score = _score_of_plain_text(gold, response)
+        gold = _unparsed_gold(row, _of_prompt(prompt), column)
+        score = score_of_plain_text(gold, response)
         scores.append(score or 0.0)
         answer = final_formula(response)
         # "5, 5" or "5 or 5" is no answer to a question with one: math-verify compares sets, and would pay it.
@@ -283,39 +299,11 @@ def math_answer(
     verdicts = compare(list(open_pairs.values()), time_limit)
     for (index, (gold, answer)), verdict in zip(open_pairs.items(), verdicts, strict=True):
         if verdict == "unreadable":
-            raise _unreadable("math_answer", "a number or a formula in LaTeX", gold, _of_prompt(prompts[index]), column)
+            raise _unreadable("math_answer", _FORMULA, gold, _of_prompt(prompts[index]), column)
         if verdict == "timeout":
             _warn_of_time("math_answer", f"comparing {shorten(answer)} with {shorten(gold)}", time_limit)
         scores[index] = float(verdict == "equal")
     return scores
-
-
-def _readable_gold(row: dict[str, Any], prompt: str, column: str) -> str:
-    """Return the row's formula, which is parsed only when it is compared."""
-    _require_math_verify()
-    text = _gold_text(row, _of_prompt(prompt), column)
-    formula = gold_formula(text)
-    if formula is None:
-        raise _unreadable("math_answer", "a number or a formula in LaTeX", text, _of_prompt(prompt), column)
-    return formula
-
-
-def _score_of_plain_text(gold: str, response: str) -> float | None:
-    """Return the score where right answer and response are words or plain numbers, None where math-verify decides."""
-    # ---- Words: the same ones, whatever their case ----
-    answer, expected = final_formula(response), plain_number(gold)
-    # \text{odd}; one letter, as in \text{B}, may be a formula, too
-    if (words := words_of(gold)) is not None and len(words) > 1:
-        return float(answer is not None and words_of(answer) == words)
-    # ---- A number on one side only ----
-    if expected is None or answer is None:
-        # Prose may still end with a number: "so it is 5 apples".
-        return None if expected is None else float(final_number(response) == expected)
-    # A percent sign is not read here: whether 50\% equals 0.5 is left to math-verify.
-    number = plain_number(answer)
-    if number == expected:
-        return 1.0
-    return None if number is None or "%" in gold + answer else 0.0
 
 
 @_checks_rows(_reasoning_gym_task)

@@ -199,9 +199,8 @@ class RolloutWorker:
             num_samples: sampled responses per prompt; None for `sampling.num_samples`.
         """
         # ---- What the engine is asked for ----
-        request = self._request(prompt, generator, greedy, return_log_probs)
-        sampling = request.sampling if num_samples is None else replace(request.sampling, num_samples=num_samples)
-        request = replace(request, sampling=sampling)
+        sampling = self.sampling if num_samples is None else replace(self.sampling, num_samples=num_samples)
+        request = self._request(prompt, sampling, generator, greedy, return_log_probs)
         report_progress(f"generating responses to {len(prompt.prompts)} prompts")
         # ---- Decode: in eval mode, on weights that are gathered where a strategy shards them ----
         measure = self.timer.measure("rollout", prompt.prompt_ids.device)
@@ -229,12 +228,17 @@ class RolloutWorker:
         return GeneratedResponses(sampled, greedy_responses, output.log_probs)
 
     def _request(
-        self, prompt: PromptBatch, generator: torch.Generator, greedy: bool, return_log_probs: bool
+        self,
+        prompt: PromptBatch,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        greedy: bool,
+        return_log_probs: bool,
     ) -> GenerationRequest:
         return GenerationRequest(
             prompt_ids=prompt.prompt_ids,  # [B, P]
             prompt_mask=prompt.prompt_mask,  # [B, P]
-            sampling=self.sampling,
+            sampling=sampling,
             eos_ids=self.eos_ids,
             pad_id=int(cast(int, self.tokenizer.pad_token_id)),
             generator=generator,
@@ -250,7 +254,7 @@ class RolloutWorker:
         self, model: PreTrainedModel, prompt: PromptBatch, generator: torch.Generator, *, greedy: bool
     ) -> None:
         """Let the engine write what `generate_responses` returns later to the same arguments, with log-probs."""
-        request = self._request(prompt, generator, greedy, return_log_probs=True)
+        request = self._request(prompt, self.sampling, generator, greedy, return_log_probs=True)
         with self.timer.measure("rollout", prompt.prompt_ids.device), torch.no_grad(), eval_mode(model):
             cast("VLLMEngine", self.engine).begin(model, request)
 
