@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.baselines import gradients, norms
 from benchmarks.baselines.page import write_page
@@ -40,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("seconds", help="measure a step of each kind; the machine has to be idle")
     timing.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     timing.add_argument("--steps", type=int, default=10, help="steps that count in a round (default: %(default)s)")
+    timing.add_argument(
+        "--kind",
+        choices=list(KINDS),
+        help="measure this one alone, and the memory of its steps, for which the process must have taken no others",
+    )
     timing.add_argument("--results", type=Path, default=SECONDS, help="default: %(default)s")
     for command in (run, timing):
         command.add_argument("--task", nargs="+", default=list(TASKS), choices=list(TASKS), dest="tasks")
@@ -66,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "seconds":
         folder, results = options.folder.resolve(), options.results.resolve()
         for name in options.tasks:
-            measure_seconds(TASKS[name], folder, results, options.rounds, options.steps)
+            if options.kind is None:
+                measure_seconds(TASKS[name], folder, results, options.rounds, options.steps)
+            else:
+                measure_alone(TASKS[name], options.kind, folder, results, options.steps)
     else:
         write_page()
     return 0
@@ -87,16 +96,26 @@ def measure_seconds(task: Task, folder: Path, results: Path, rounds: int, steps:
     values: dict[str, list[tuple[float, float, float]]] = {name: [] for name in KINDS}
     for _ in range(rounds):
         for name, arm in KINDS.items():
-            values[name] += time_steps(task, arm, folder, steps, warmup=3)
-    lines = []
-    for name, triples in values.items():
-        wall, processor, share = (statistics.median(column) for column in zip(*triples, strict=True))
-        figures = {"seconds": round(wall, 5), "processor_seconds": round(processor, 5)}
-        figures["rollout_share"] = round(share, 3)
-        kind = {"task": task.name, "kind": KINDS[name].kind, "greedy": name == "greedy"}
-        lines.append(kind | figures | {"steps": len(triples), "load": load_average()} | machine())
-        print(task.name, name, f"{wall:.4f} s, of the processor {processor:.4f} s", flush=True)
+            values[name] += time_steps(task, arm, folder, steps, warmup=3).steps
+    lines = [_seconds_line(task, name, triples) for name, triples in values.items()]
     replace(results, lines, ("task", "kind", "greedy"))
+
+
+def measure_alone(task: Task, name: str, folder: Path, results: Path, steps: int) -> None:
+    """Measure seconds and memory of one kind of step, as the first that this process takes."""
+    clock = time_steps(task, KINDS[name], folder, steps, warmup=3)
+    line = _seconds_line(task, name, clock.steps) | {"peak_over_base_gb": clock.peak_over_base_gb}
+    print(f"{clock.peak_over_base_gb} GB over the models")
+    replace(results, [line], ("task", "kind", "greedy"))
+
+
+def _seconds_line(task: Task, name: str, triples: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """Return the medians of steps."""
+    wall, processor, share = (statistics.median(column) for column in zip(*triples, strict=True))
+    figures = {"seconds": round(wall, 5), "processor_seconds": round(processor, 5), "rollout_share": round(share, 3)}
+    print(task.name, name, f"{wall:.4f} s, of the processor {processor:.4f} s", flush=True)
+    kind = {"task": task.name, "kind": KINDS[name].kind, "greedy": name == "greedy"}
+    return kind | figures | {"steps": len(triples), "load": load_average()} | machine()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.records import RUNS, SECONDS, Cell, Evaluation, append, machine, read_curves, replace
-from benchmarks.baselines.runs import wanted_cells
+from benchmarks.baselines.records import (
+    RUNS,
+    SECONDS,
+    Cell,
+    Evaluation,
+    PeakMemory,
+    append,
+    machine,
+    read_curves,
+    replace,
+)
+from benchmarks.baselines.runs import load_average, wanted_cells
 from benchmarks.baselines.tasks import DIALOGUES, FOLDER, PPO, prepared, working_folder
+from benchmarks.machine import PACKAGES, installed
 from remax_lightning.data import LoadingConfig, PromptDataModule
 
 POLICY, REWARD, TASK = Path("runs/pipeline/sft/last"), Path("runs/pipeline/reward_model/best"), DIALOGUES
@@ -171,23 +182,30 @@ def run(cell: Cell, results: Path, train_ids: Sequence[list[int]], held_out: Seq
     train(cell, TASK.steps, on_step, train_ids)
 
 
-def step_seconds(train_ids: Sequence[list[int]], steps: int, warmup: int = 3) -> dict[str, float]:
-    """Return the medians of wall and processor seconds of a step."""
+def step_figures(train_ids: Sequence[list[int]], steps: int, warmup: int = 3) -> dict[str, float]:
+    """Return the medians of wall and processor seconds of a step, and the memory of steps."""
     marks: list[tuple[float, float]] = []
-    cell = Cell(TASK.name, PPO.name, TASK.rates[0], 0)
-    train(cell, warmup + steps, lambda *_: marks.append((time.perf_counter(), time.process_time())), train_ids)
+    memory: list[PeakMemory] = []
+
+    def on_step(step: int, trainer: Any) -> None:  # noqa: ARG001
+        if step == 0:
+            memory.append(PeakMemory())  # the models are loaded
+        marks.append((time.perf_counter(), time.process_time()))
+
+    train(Cell(TASK.name, PPO.name, TASK.rates[0], 0), warmup + steps, on_step, train_ids)
     marks = marks[warmup:]
     wall, processor = (
         statistics.median(later - earlier for earlier, later in pairwise(column)) for column in zip(*marks, strict=True)
     )
-    return {"seconds": round(wall, 5), "processor_seconds": round(processor, 5), "steps": steps}
+    figures = {"seconds": round(wall, 5), "processor_seconds": round(processor, 5), "steps": steps}
+    return figures | {"load": load_average(), "peak_over_base_gb": memory[0].gigabytes()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute runs until the time is over or nothing is left; or measure steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after this many")
-    parser.add_argument("--time", action="store_true", help="measure the seconds of a step")
+    parser.add_argument("--time", action="store_true", help="measure the seconds and the memory of a step")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RUNS, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -195,7 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with working_folder(prepared(TASK, options.folder.resolve())):
         train_ids, held_out = prompts()
         if options.time:
-            line = {"task": TASK.name, "kind": PPO.kind, "greedy": False, **step_seconds(train_ids, 10), **machine()}
+            versions = {"versions": installed(*PACKAGES, "trl")}
+            line = {
+                "task": TASK.name,
+                "kind": PPO.kind,
+                "greedy": False,
+                **step_figures(train_ids, 10),
+                **machine(),
+                **versions,
+            }
             replace(SECONDS, [line], ("task", "kind", "greedy"))
             print(line)
             return 0

@@ -86,6 +86,23 @@ def read_curves(paths: Iterable[Path]) -> Curves:
     return {cell: [evaluations[step] for step in sorted(evaluations)] for cell, evaluations in steps.items()}
 
 
+class PeakMemory:
+    """The most that this process holds from now on, over what it holds now: of steps, above the models themselves."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # from here on the peak counts anew
+        self._base = self._resident("VmRSS")
+
+    def gigabytes(self) -> float:
+        """Return it, as of now."""
+        return round((self._resident("VmHWM") - self._base) / 1e9, 4)
+
+    def _resident(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        (line,) = (line for line in lines if line.startswith(f"{name}:"))
+        return int(line.split()[1]) * 1024
+
+
 def machine() -> dict[str, Any]:
     """Return machine, versions, date and commit."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from benchmarks.baselines.records import Cell, Curves, Evaluation, append, machine, read_curves
+from benchmarks.baselines.records import Cell, Curves, Evaluation, PeakMemory, append, machine, read_curves
 from benchmarks.baselines.summary import best_rate, mean_reward
 from benchmarks.baselines.tasks import ARMS, TASKS, Arm, Task, arguments, prepared, working_folder
 
@@ -206,7 +206,7 @@ def compute(tasks: Sequence[Task], arms: Sequence[Arm], results: Path, folder: P
 
 
 class StepClock(Callback):
-    """Measures the seconds of steps after the first few: by the clock, and of the processor.
+    """Measures the memory of steps, and the seconds of those after the first few: by the clock, and of the processor.
 
     Args:
         warmup: steps that do not count.
@@ -215,7 +215,18 @@ class StepClock(Callback):
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.steps: list[tuple[float, float, float]] = []
+        """Seconds by the clock and of the processor, and the share of rollout and scoring."""
         self._start = (0.0, 0.0)
+        self._memory: PeakMemory | None = None
+        self.peak_over_base_gb = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure memory from here on: the models are loaded."""
+        self._memory = PeakMemory()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read how much more the steps held."""
+        self.peak_over_base_gb = self._memory.gigabytes() if self._memory else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clocks."""
@@ -232,8 +243,8 @@ class StepClock(Callback):
             self.steps.append((seconds, time.process_time() - processor, rollout / seconds))
 
 
-def time_steps(task: Task, arm: Arm, folder: Path, steps: int, warmup: int) -> list[tuple[float, float, float]]:
-    """Return wall and processor seconds of the first steps of an arm, and the share of rollout and scoring in them.
+def time_steps(task: Task, arm: Arm, folder: Path, steps: int, warmup: int) -> StepClock:
+    """Return the clock of the first steps of an arm.
 
     Neither the monitor nor evaluations run.
     """
@@ -254,7 +265,7 @@ def time_steps(task: Task, arm: Arm, folder: Path, steps: int, warmup: int) -> l
     more += [f"--trainer.default_root_dir={place / 'seconds'}"]
     with working_folder(place):
         run(["fit", *arguments(task, arm, task.rates[0], 0), *more], _Clocked)
-    return clock.steps
+    return clock
 
 
 def load_average() -> float:

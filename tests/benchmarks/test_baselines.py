@@ -105,6 +105,15 @@ def test_ranks_of_equal_values_are_shared() -> None:
     assert math.isnan(summary.rank_correlation([(1, 1), (1, 2), (1, 3)]))
 
 
+def test_memory_is_that_above_the_base() -> None:
+    before = torch.ones(2**22)  # 16 MiB
+    memory = records.PeakMemory()
+    more = torch.ones(2**24)  # 64 MiB
+    assert float(before.sum() + more[:1].sum()) == 2**22 + 1
+    del more
+    assert 0.055 < memory.gigabytes() < 0.2
+
+
 # ---- Which runs come next ----
 
 
@@ -220,9 +229,10 @@ def test_a_run_in_pieces_is_the_run_in_one(tiny: Task, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_seconds_of_steps_are_measured_without_the_monitor(tiny: Task, tmp_path: Path) -> None:
-    steps = runs.time_steps(tiny, ARMS["leave_one_out"], tmp_path, steps=2, warmup=1)
-    assert len(steps) == 2
-    assert all(wall > 0 and 0 < share < 1 for wall, _, share in steps)
+    clock = runs.time_steps(tiny, ARMS["leave_one_out"], tmp_path, steps=2, warmup=1)
+    assert len(clock.steps) == 2
+    assert all(wall > 0 and 0 < share < 1 for wall, _, share in clock.steps)
+    assert 0 <= clock.peak_over_base_gb < 1
 
 
 @pytest.mark.slow
