@@ -359,7 +359,7 @@ def test_rollouts_of_a_server_are_measured(load: Any, tmp_path: Path, monkeypatc
     @contextmanager
     def serving(folder: Path, options: Any, *, lora: bool, core: int | None = None) -> Iterator[str]:
         folder.mkdir()
-        faults = {"has_lora": lora, "backend": None if lora else "remax_files", "max_model_len": 512}
+        faults = {"has_lora": lora, "backend": None if lora else "remax", "max_model_len": 512}
         with FakeVLLM(AutoModelForCausalLM.from_pretrained(policy), make_tokenizer(), **faults) as server:
             yield server.url
 

@@ -208,7 +208,11 @@ class ReMaxModule(PolicyModule):
         self._sum_over_ranks = partial(sum_tensor_over_ranks, self.trainer)
         seed = self.rollouts.prepare(self.trainer)
         self.evaluator.prepare(self.trainer, self.policy, self._reference, seed)
-        checks.check_run(self.policy, self.worker, getattr(self.trainer, "datamodule", None))
+        data = getattr(self.trainer, "datamodule", None)
+        longest = getattr(data, "max_prompt_length", None)
+        checks.check_run(self.policy, self.worker, data)
+        with self.trainer.precision_plugin.forward_context():  # an engine's own server computes in its dtype, too
+            self.worker.check_engine(self.policy, longest, self.policy_source, self.tokenizer_path)
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start

@@ -6,7 +6,6 @@ import atexit
 import logging
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,16 +13,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
-from urllib.parse import urlsplit
-
-import torch
-from torch import Tensor
 
 from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.distributed import agree_on_errors
 from remax_lightning.errors import UserError
-from remax_lightning.models.lora import has_adapter
+from remax_lightning.models import LoRAConfig, ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
+from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer
 from remax_lightning.rollout.vllm_client import (
     KEY,
     ClientOptions,
@@ -33,28 +29,36 @@ from remax_lightning.rollout.vllm_client import (
     VLLMServer,
     pause_before,
 )
-from remax_lightning.rollout.vllm_proof import ProvenRow, compare_checksums, prove
+from remax_lightning.rollout.vllm_process import ServerProcess, free_port, memory_share, start_server
+from remax_lightning.rollout.vllm_proof import compare_checksums, prove
 from remax_lightning.rollout.vllm_requests import (
     Flight,
     Row,
     RowRequest,
     WrittenResponses,
     digest,
-    log_probs_of,
     moved,
+    proven_rows,
     row_requests,
     spread,
+    staleness,
 )
 from remax_lightning.rollout.vllm_server import (
     DEFAULT_PYTHON,
-    ServerProcess,
     check_server,
+    computed_dtype,
     describe,
-    free_port,
     served_policy,
-    server_arguments,
 )
-from remax_lightning.rollout.vllm_weights import WeightFiles, WeightSync, adapter_name, end_open_update, same_dtype
+from remax_lightning.rollout.vllm_weights import (
+    WeightFiles,
+    WeightSync,
+    adapter_name,
+    default_folder,
+    end_open_update,
+    same_dtype,
+)
+from remax_lightning.sharding import unwrap_peft
 from remax_lightning.strategies import forward_is_collective, rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
 
@@ -65,8 +69,8 @@ log = logging.getLogger(__name__)
 
 VLLMMode: TypeAlias = Literal["server", "colocate"]
 """Who starts the servers: somebody else, or the engine."""
-_MEMORY_SHARE = "0.4"
-"""Of the device for a server that shares it: its weights and keys while it is awake, beside those of training."""
+VLLMTransfer: TypeAlias = Literal["files", "broadcast"]
+"""How servers get weights: they read them in a folder, or the trainer sends them."""
 
 
 class VLLMEngine:
@@ -83,8 +87,8 @@ class VLLMEngine:
         urls: where the servers listen, such as `http://node7:8000`. Prompts are spread over them by their tokens; all
             ranks share them. None with `mode: colocate`.
         served_model: name of the policy on the servers; None takes the only one that they serve.
-        transfer_dir: folder that trainer and servers see, for the weights of one version. None takes one in the shared
-            memory of the machine; servers on other machines need one on a shared disk.
+        transfer_dir: folder for the weights of one version, which all ranks and servers see with `files`, and rank 0
+            alone with `broadcast`. None takes one in the shared memory of the machine.
         api_key_env: environment variable with the servers' key. Keys do not stand in configurations, which are saved.
         ca_file: certificates that the servers' are checked with under https; None takes the usual authorities.
         concurrency: requests under way at once at one server; 256, vLLM's own limit of sequences.
@@ -101,6 +105,9 @@ class VLLMEngine:
             policy is trained and ends with the run. Not run on a GPU yet.
         python: with `colocate`, Python of the environment that vLLM is installed in.
         server_args: with `colocate`, further arguments of `vllm serve`, such as `[--gpu-memory-utilization, "0.5"]`.
+        transfer: `files` lets the servers read the weights in `transfer_dir`. `broadcast` sends them from rank 0 to the
+            workers of the servers, over NCCL between GPUs (not run on one yet) and over gloo between CPUs, for servers
+            on machines without a disk in common; it is for whole policies, since vLLM reads adapters from files.
 
     Raises:
         UserError: if a value is out of its range.
@@ -126,11 +133,14 @@ class VLLMEngine:
         mode: VLLMMode = "server",
         python: str = DEFAULT_PYTHON,
         server_args: list[str] | None = None,
+        transfer: VLLMTransfer = "files",
     ) -> None:
         is_server = mode == "server"
         expected_urls = "a list of at least one URL" if is_server else "null with mode colocate"
         checks = (
             ("mode", mode, mode in get_args(VLLMMode), f"one of {', '.join(get_args(VLLMMode))}"),
+            ("transfer", transfer, transfer in get_args(VLLMTransfer), f"one of {', '.join(get_args(VLLMTransfer))}"),
+            ("transfer", transfer, is_server or transfer == "files", "files with mode colocate: it is one machine"),
             ("urls", urls, bool(urls) is is_server, expected_urls),
             ("server_args", server_args, server_args is None or not is_server, "null without mode colocate"),
             ("ahead", ahead, is_server or ahead == 0, "0 with mode colocate, whose server sleeps during training"),
@@ -149,12 +159,15 @@ class VLLMEngine:
         options = ClientOptions(timeout, transfer_timeout, restart_timeout, concurrency, retries, api_key_env, ca_file)
         urls = urls or [f"http://127.0.0.1:{free_port()}"]
         self.servers = [VLLMServer(url, options) for url in urls]
-        self.mode, self._python, self._server_args = mode, python, server_args or []
+        self.mode, self.transfer, self._python, self.server_args = mode, transfer, python, server_args or []
+        memory_share(self.server_args)  # refuses what is none
         self.process: ServerProcess | None = None
         """The server of this rank, with mode `colocate` and once `check` has started it."""
         self.served_model, self.options, self.ahead, self.proof = served_model, options, ahead, proof
-        files = WeightFiles(Path(transfer_dir) if transfer_dir else _default_folder())
-        self._sync = WeightSync(self.servers, files, transfer_timeout, self._check_weights if proof.checksums else None)
+        files = WeightFiles(Path(transfer_dir) if transfer_dir else default_folder())
+        way = Broadcast() if transfer == "broadcast" else FileTransfer()
+        check = self._check_weights if proof.checksums else None
+        self._sync = WeightSync(self.servers, files, way, transfer_timeout, check)
         self._infos: dict[str, ServerInfo] = {}
         self._rollouts = 0
         self._metrics: dict[str, float] = {}
@@ -163,20 +176,32 @@ class VLLMEngine:
 
     # ---- Before training ----
 
-    def check(self, model: PreTrainedModel, sampling: SamplingConfig, max_prompt_length: int | None) -> None:
-        """Refuse servers that cannot roll out with the policy, before the first rollout.
+    def check(
+        self,
+        model: PreTrainedModel,
+        sampling: SamplingConfig,
+        max_prompt_length: int | None,
+        source: ModelConfig | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        """Refuse servers that cannot roll out with the policy, before the first rollout; start that of `colocate`.
 
         Args:
-            model: the policy.
+            model: the policy; under autocast, a server that is started computes in its dtype.
             sampling: of the run.
             max_prompt_length: tokens of the longest prompt; None where it is not known.
+            source: where the policy is loaded from; None takes what the model itself says.
+            tokenizer: folder or hub name; None takes the policy's.
 
         Raises:
             UserError: naming the server and what it lacks.
         """
         with agree_on_errors():
             if self.mode == "colocate" and self.process is None:
-                self._run_server(model, sampling, max_prompt_length)
+                source = source or _source_of(model)
+                policy = served_policy(source, computed_dtype(model), sampling, max_prompt_length, tokenizer)
+                self.process = start_server(self.servers[0], policy, self._python, self.server_args, model.device)
+                atexit.register(self.close)
             for server in self.servers:
                 if server.url not in self._infos:
                     server.wait()
@@ -184,23 +209,9 @@ class VLLMEngine:
                 info = self._infos.get(server.url) or server.insist(
                     partial(describe, server, self.served_model), "a description"
                 )
-                server.insist(partial(check_server, server, info, model, sampling, max_prompt_length), "a check")
+                check = partial(check_server, server, info, model, sampling, max_prompt_length)
+                server.insist(partial(check, sends_weights=self.transfer == "broadcast"), "a check")
                 self._infos[server.url] = info
-
-    def _run_server(self, model: PreTrainedModel, sampling: SamplingConfig, max_prompt_length: int | None) -> None:
-        """Start the server of this rank; `VLLMServer.wait` waits until it is up."""
-        [server] = self.servers
-        on_cuda, device = model.device.type == "cuda", model.device.index or 0
-        policy = served_policy(model, sampling, max_prompt_length)
-        # What the user says comes last, and counts.
-        shared = ["--enable-sleep-mode", "--gpu-memory-utilization", _MEMORY_SHARE] if on_cuda else []
-        port = urlsplit(server.url).port or 0
-        command = server_arguments(self._python, policy, "127.0.0.1", port, [*shared, *self._server_args])
-        self.process = ServerProcess(
-            command, self.options.api_key_env, self.options.retries, device if on_cuda else None
-        )
-        server.revive = self.process.start
-        atexit.register(self.close)
 
     def close(self) -> None:
         """End the server of this rank, with mode `colocate`; it ends with the process anyway."""
@@ -375,22 +386,10 @@ class VLLMEngine:
                 continue
             choice: dict[str, Any] = server.read(path, answer, "choices", 0)
             server.read(path, choice, "token_ids")
-            problem = self._staleness(answer, choice, row)
+            problem = staleness(answer, choice, row, self._sync.version)
             if not problem:
                 return choice
         raise UserError(f"{server!r} gave no response in {self.options.retries + 1} tries ({KEY}.retries): {problem}")
-
-    def _staleness(self, answer: dict[str, Any], choice: dict[str, Any], row: Row) -> str:
-        """Return why a response is not one of the weights that are trained, or an empty string."""
-        if choice.get("finish_reason") == "abort":
-            return "the request was aborted"
-        if row.is_adapter:
-            model = answer.get("model")
-            return "" if model in (None, row.body["model"]) else f"it generated with {model!r}, expected the adapter"
-        ours = self._sync.version
-        versions = {span["version"] for span in choice.get("weight_versions") or []}
-        other = sorted(versions - {ours})
-        return f"it generated with weights of version {other[0]}, the trainer has {ours}" if other else ""
 
     # ---- Proof ----
 
@@ -407,14 +406,7 @@ class VLLMEngine:
         self, model: PreTrainedModel, request: GenerationRequest, rows: list[Row], choices: list[dict[str, Any]]
     ) -> None:
         """Compare a few responses with the trainer's own passes."""
-        num_sampled, device, proven = request.num_sampled, request.prompt_ids.device, []
-        for first, stop in ((0, num_sampled), (num_sampled, len(rows))):
-            # Spread over the rows, so that every server has some.
-            step = max(1, (stop - first) // self.proof.responses)
-            for index in range(first, stop, step)[: self.proof.responses]:
-                tokens, prompt = choices[index]["token_ids"], rows[index].body["token_ids"]
-                log_probs = torch.tensor(log_probs_of(choices[index])) if index < num_sampled else None
-                proven.append(ProvenRow(rows[index].server.url, _ids(prompt, device), _ids(tokens, device), log_probs))
+        proven = proven_rows(request, rows, choices, self.proof.responses)
         report_progress(f"comparing log-probs of {len(proven)} responses with the servers'")
         start = time.perf_counter()
         is_16_bit = any(info.dtype not in (None, "float32") for info in self._infos.values())
@@ -423,11 +415,8 @@ class VLLMEngine:
         self._metrics["time/proof_s"] = time.perf_counter() - start
 
 
-def _ids(tokens: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(tokens, dtype=torch.long, device=device)
-
-
-def _default_folder() -> Path:
-    """Return a folder in the machine's shared memory, where there is one."""
-    shared = Path("/dev/shm")
-    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"remax-lightning-{os.getuid()}"
+def _source_of(model: PreTrainedModel) -> ModelConfig:
+    """Return where a policy comes from that was loaded elsewhere."""
+    adapters: dict[str, Any] = model.peft_config if has_adapter(model) else {}
+    ranks = [adapter.r for adapter in adapters.values()]
+    return ModelConfig(unwrap_peft(model).name_or_path, lora=LoRAConfig(r=max(ranks)) if ranks else None)

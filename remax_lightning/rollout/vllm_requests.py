@@ -15,7 +15,7 @@ from remax_lightning.distributed import rank
 from remax_lightning.errors import UserError
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
 from remax_lightning.rollout.vllm_client import VLLMServer
-from remax_lightning.rollout.vllm_proof import log_probs_mode
+from remax_lightning.rollout.vllm_proof import ProvenRow, log_probs_mode
 from remax_lightning.strategies.stall_watchdog import report_progress
 
 Item = TypeVar("Item")
@@ -328,3 +328,38 @@ def log_probs_of(choice: dict[str, Any]) -> list[float]:
     if [entry["token_id"] for entry in content] != tokens:
         raise UserError(f"model.rollout: vLLM returned log-probs of {len(content)} tokens for {len(tokens)} tokens")
     return [float(entry["logprob"]) for entry in content]
+
+
+def staleness(answer: dict[str, Any], choice: dict[str, Any], row: Row, version: str) -> str:
+    """Return why a response is not one of the weights that are trained, or an empty string.
+
+    Args:
+        answer: of the server.
+        choice: in it.
+        row: that was asked for.
+        version: of the weights.
+    """
+    if choice.get("finish_reason") == "abort":
+        return "the request was aborted"
+    if row.is_adapter:
+        model = answer.get("model")
+        return "" if model in (None, row.body["model"]) else f"it generated with {model!r}, expected the adapter"
+    other = sorted({span["version"] for span in choice.get("weight_versions") or []} - {version})
+    return f"it generated with weights of version {other[0]}, the trainer has {version}" if other else ""
+
+
+def proven_rows(
+    request: GenerationRequest, rows: Sequence[Row], choices: Sequence[dict[str, Any]], count: int
+) -> list[ProvenRow]:
+    """Return `count` sampled responses and as many greedy ones, spread over the rows, so that every server has some."""
+    device, num_sampled, proven = request.prompt_ids.device, request.num_sampled, []
+    for first, stop in ((0, num_sampled), (num_sampled, len(rows))):
+        step = max(1, (stop - first) // count)
+        for index in range(first, stop, step)[:count]:
+            prompt, tokens = (
+                torch.tensor(ids, dtype=torch.long, device=device)
+                for ids in (rows[index].body["token_ids"], choices[index]["token_ids"])
+            )
+            log_probs = torch.tensor(log_probs_of(choices[index])) if index < num_sampled else None
+            proven.append(ProvenRow(rows[index].server.url, prompt, tokens, log_probs))
+    return proven

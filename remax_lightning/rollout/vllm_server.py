@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from remax_lightning.config import SamplingConfig
-from remax_lightning.distributed import rank
 from remax_lightning.errors import UserError
-from remax_lightning.models.lora import has_adapter
+from remax_lightning.models import LoRAConfig, ModelConfig, has_adapter
+from remax_lightning.rollout.vllm_broadcast import check_workers
 from remax_lightning.rollout.vllm_client import KEY, MissingError, RefusedError, ServerInfo, VLLMServer
 from remax_lightning.rollout.vllm_proof import log_probs_mode
 from remax_lightning.rollout.vllm_weights import BACKEND
-from remax_lightning.sharding import unwrap_peft
 
 DEFAULT_PYTHON = ".venv-vllm/bin/python"
 """Where `make vllm` installs it."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of adapters that vLLM can be started for."""
-_LOG_PREFIX = re.compile(r"^(\([^)]*\) *)?((ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] *)?")
-_SECONDS_TO_END = 10.0
-"""For a server to end by itself before it is killed."""
 
 
 class ServedPolicy(NamedTuple):
@@ -59,16 +50,44 @@ class ServedPolicy(NamedTuple):
     from_scratch: bool = False
 
 
-def served_policy(model: Any, sampling: SamplingConfig, max_prompt_length: int | None) -> ServedPolicy:
-    """Return what a server has to serve for a policy in this process."""
-    ranks = [adapter.r for adapter in model.peft_config.values()] if has_adapter(model) else []
+def served_policy(
+    source: ModelConfig, dtype: str, sampling: SamplingConfig, max_prompt_length: int | None, tokenizer: str | None
+) -> ServedPolicy:
+    """Return what a server has to serve for a policy.
+
+    Args:
+        source: where the policy is loaded from.
+        dtype: that the trainer computes in.
+        sampling: of the run.
+        max_prompt_length: tokens of the longest prompt; None leaves the limit to the model.
+        tokenizer: folder or hub name, where it is not the policy's.
+    """
     return ServedPolicy(
-        path=unwrap_peft(model).name_or_path,
-        dtype=str(model.dtype).removeprefix("torch."),
+        path=source.path,
+        dtype=dtype,
         sampling=sampling,
         max_prompt_length=max_prompt_length,
-        lora_rank=max(ranks, default=None),
+        lora_rank=None if source.lora is None else _lora_rank(source.lora),
+        tokenizer=tokenizer,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        from_scratch=source.from_scratch,
     )
+
+
+def _lora_rank(lora: LoRAConfig) -> int:
+    """Return the rank of an adapter."""
+    if lora.path is None:
+        return lora.r
+    file = Path(lora.path, "adapter_config.json")
+    return int(json.loads(file.read_text())["r"]) if file.is_file() else 64  # of a hub's adapter, most have less
+
+
+def computed_dtype(model: Any) -> str:
+    """Return the dtype that a policy computes in here: autocast's, where that is on."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def server_arguments(python: str, policy: ServedPolicy, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
@@ -188,7 +207,13 @@ def _server_info(name: str, card: dict[str, Any], config: dict[str, Any]) -> Ser
 
 
 def check_server(
-    server: VLLMServer, info: ServerInfo, model: Any, sampling: SamplingConfig, max_prompt_length: int | None
+    server: VLLMServer,
+    info: ServerInfo,
+    model: Any,
+    sampling: SamplingConfig,
+    max_prompt_length: int | None,
+    *,
+    sends_weights: bool,
 ) -> None:
     """Refuse a server that cannot roll out with the policy.
 
@@ -198,6 +223,7 @@ def check_server(
         model: the policy.
         sampling: of the run.
         max_prompt_length: tokens of the longest prompt; None where it is not known.
+        sends_weights: whether the trainer sends weights in a group with the server's workers.
 
     Raises:
         UserError: naming the server and what it lacks.
@@ -223,117 +249,21 @@ def check_server(
                 f"{server!r} takes no adapters, and model.policy.lora trains one; start it with `remax serve`, or"
                 " with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
+        if sends_weights:
+            raise UserError(
+                f"{KEY}.transfer broadcast sends all weights, and vLLM reads that of model.policy.lora from files;"
+                " set it to files"
+            )
     elif info.transfer_backend != BACKEND:
         raise UserError(
             f"{server!r} takes weights by {info.transfer_backend or 'nothing'}, expected {BACKEND}; start it with"
             " `remax serve`"
         )
+    elif sends_weights:
+        check_workers(server, model.device)
     mode = log_probs_mode(sampling)
     if mode not in (None, "neither", info.logprobs_mode):
         raise UserError(
             f"{server!r} returns {info.logprobs_mode}, and model.sampling trains {mode.replace('_', ' ')}; start it"
             f" with --logprobs-mode {mode}"
         )
-
-
-# ---- A server in a child process ----
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens at now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class ServerProcess:
-    """A server in a child process, started again when it dies, and ended with this process, however that ends.
-
-    Args:
-        arguments: the command, see `server_arguments`.
-        api_key_env: environment variable with the server's key.
-        restarts: how often it may die.
-        device: number of the CUDA device that it shares with this process; None on a CPU.
-
-    Raises:
-        UserError: if there is no such program.
-    """
-
-    def __init__(self, arguments: Sequence[str], api_key_env: str | None, restarts: int, device: int | None) -> None:
-        if shutil.which(arguments[0]) is None:
-            raise UserError(
-                f"model.rollout.init_args.python: there is no {arguments[0]!r}; install vLLM in an environment of its"
-                " own (python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0), or name one's Python"
-            )
-        self.arguments, self._left = list(arguments), restarts
-        self._environment = {**os.environ, **server_environment(api_key_env), "REMAX_VLLM_PARENT": str(os.getpid())}
-        # Of the ranks of a launcher it must not take the process group for its own.
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-            self._environment.pop(name, None)
-        if device is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            self._environment["CUDA_VISIBLE_DEVICES"] = (
-                visible[device] if device < len(visible) and visible[0] else str(device)
-            )
-        descriptor, name = tempfile.mkstemp(prefix=f"remax-vllm-rank{rank()}-", suffix=".log")
-        os.close(descriptor)
-        self.log, self._log_start = Path(name), 0
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        """The number of its process, once it is started."""
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start it unless it runs.
-
-        Raises:
-            UserError: if it has died as often as it may, with its last words.
-        """
-        if self._process is not None and self._process.poll() is None:
-            return
-        if self._process is not None:
-            if self._left == 0:
-                raise UserError(
-                    f"model.rollout: the vLLM server of this process ended with code {self._process.returncode}:"
-                    f" {self.last_words()}; its log is {str(self.log)!r}"
-                )
-            self._left -= 1
-            self._end_group()  # workers that outlived it hold the device's memory
-        self._log_start = self.log.stat().st_size
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.arguments, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,  # Ctrl-C is for the trainer
-            )  # fmt: skip
-
-    def stop(self) -> None:
-        """End it and its workers; the log stays only where it tells of an error."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        is_dead = process.poll() is not None
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_SECONDS_TO_END)
-        self._end_group(process)
-        process.wait()
-        if not is_dead:
-            self.log.unlink(missing_ok=True)
-
-    def _end_group(self, process: subprocess.Popen[bytes] | None = None) -> None:
-        process = process or self._process
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[union-attr]
-
-    def last_words(self) -> str:
-        """Return the last line of its log that tells of an error and not of another one above, or its last line."""
-        with self.log.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
-        # "(EngineCore pid=7) ERROR 11-28 00:10:01 [core.py:12] ValueError: ..." without what stands before it
-        lines = [re.sub(_LOG_PREFIX, "", line).strip() for line in text.splitlines()]
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b(?!.*root cause above)", line)]
-        return next(reversed(errors or [line for line in lines if line]), "it said nothing")[:300]

@@ -12,20 +12,22 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_lightning.distributed import agree_on_errors, rank
+from remax_lightning.distributed import agree_on_errors, num_ranks, rank
 from remax_lightning.errors import UserError
 from remax_lightning.files import is_disk_error
 from remax_lightning.models.hf_export import policy_weights, save_weights
 from remax_lightning.models.lora import has_adapter
+from remax_lightning.rollout.vllm_broadcast import FileTransfer, held_version
 from remax_lightning.rollout.vllm_client import KEY, MissingError, ServerGoneError, ServerInfo, VLLMServer
 from remax_lightning.rollout.vllm_requests import Flight
 from remax_lightning.sharding import full_tensors
@@ -33,11 +35,13 @@ from remax_lightning.sharding import full_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BACKEND = "remax_files"
+BACKEND = "remax"
 """Name of the transfer engine that `remax serve` registers with vLLM."""
 _OWNER = "owner"
 _UNFINISHED = "unfinished"
 """Version of a server whose weights are of no version."""
+_LOOKS_EVERY = 0.5
+"""Seconds between two looks at the version of a server that somebody else updates."""
 
 
 def adapter_name(version: str) -> str:
@@ -150,7 +154,7 @@ def has_version(server: VLLMServer, version: str, *, is_adapter: bool) -> bool:
     """Whether a server holds a version."""
     if is_adapter:
         return adapter_name(version) in _model_names(server)
-    return bool(server.value("/weight_info", "weight_version") == version)
+    return held_version(server) == version
 
 
 def _model_names(server: VLLMServer) -> list[str]:
@@ -158,19 +162,28 @@ def _model_names(server: VLLMServer) -> list[str]:
     return [str(server.read("/v1/models", card, "id")) for card in cards]
 
 
-def load_version(server: VLLMServer, files: WeightFiles, version: str, *, is_adapter: bool) -> None:
+def load_version(
+    server: VLLMServer, files: WeightFiles, version: str, transfer: FileTransfer, *, is_adapter: bool
+) -> None:
     """Let a server load a version, and check that it says so.
+
+    Args:
+        server: that loads it.
+        files: where it is.
+        version: of the weights.
+        transfer: how it gets to the server; adapters are files always.
+        is_adapter: whether it is an adapter.
 
     Raises:
         UserError: if it cannot load it, or still has another one.
         ServerGoneError: if it does not answer.
     """
-    folder = str(files.folder(version))
+    folder = files.folder(version)
     try:
         if is_adapter:
-            _load_adapter(server, version, folder)
+            _load_adapter(server, version, str(folder))
         else:
-            _load_weights(server, version, folder)
+            _load_weights(server, version, folder, transfer)
     except MissingError as error:
         what = (
             "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if is_adapter else f"the transfer engine {BACKEND}"
@@ -182,25 +195,18 @@ def load_version(server: VLLMServer, files: WeightFiles, version: str, *, is_ada
         raise UserError(f"{server!r} was never updated: it took the weights of version {version} and has others still")
 
 
-def _load_weights(server: VLLMServer, version: str, folder: str) -> None:
+def _load_weights(server: VLLMServer, version: str, folder: Path, transfer: FileTransfer) -> None:
     """Send the server through vLLM's phases of a weight update."""
     # Nothing may be generated while weights change; what is under way belongs to weights that are replaced. The cache
     # of prefixes goes, too: its keys and values are those of the old weights.
     server.post("/pause?mode=abort&clear_cache=true")
     timeout = server.options.transfer_timeout
     try:
-        server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout)
+        transfer.connect(server)
         _begin_update(server, timeout)
-        try:
-            server.post("/update_weights", {"update_info": {"folder": folder}}, timeout)
-        except ServerGoneError as error:
-            if error.status != 500:
-                raise
-            # The server is there, and its workers cannot load these files.
-            raise UserError(
-                f"{server!r} cannot load the weights in {folder!r}: {error}; its own log says why"
-            ) from None
+        transfer.deliver(server, folder)
         server.post("/finish_weight_update", {"weight_version": version}, timeout)
+        transfer.delivered(server, version)
     finally:
         # A server that fails here tells less than the error that brought us here.
         with suppress(UserError, MissingError, ServerGoneError):
@@ -262,6 +268,12 @@ def wait_for_files(files: WeightFiles, version: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
+def default_folder() -> Path:
+    """Return a folder in the machine's shared memory, where there is one."""
+    shared = Path("/dev/shm")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"remax-lightning-{os.getuid()}"
+
+
 def same_dtype(model: PreTrainedModel, info: Mapping[str, ServerInfo]) -> torch.dtype | None:
     """Return the dtype that all servers have, for files of no more bytes than they keep; None for the weights' own."""
     names = {item.dtype for item in info.values()}
@@ -280,6 +292,7 @@ class WeightSync:
     Args:
         servers: all of them; ranks share them.
         files: where the weights of a version are.
+        transfer: how they get from there to the servers.
         timeout: seconds that loading them may take.
         check: is called with a server that has loaded weights, to compare them with the files; None compares nothing.
     """
@@ -288,11 +301,14 @@ class WeightSync:
         self,
         servers: Sequence[VLLMServer],
         files: WeightFiles,
+        transfer: FileTransfer,
         timeout: float,
         check: Callable[[VLLMServer, WeightFiles, str], None] | None,
     ) -> None:
-        self.servers, self.files, self._timeout, self._check = servers, files, timeout, check
+        self.servers, self.files, self._transfer, self._timeout, self._check = servers, files, transfer, timeout, check
         self.version, self.num_versions, self.num_bytes = "", 0, 0
+        self._writing = threading.Lock()
+        self._watcher: threading.Thread | None = None
 
     def update(self, model: PreTrainedModel, dtype: torch.dtype | None, drain: Callable[[], None]) -> bool:
         """Bring all servers to the weights of the policy, and return whether those are new; all ranks call it.
@@ -307,18 +323,25 @@ class WeightSync:
             UserError: on every rank, if one cannot write the weights or bring a server up to date.
         """
         version, is_adapter = weight_version(model), has_adapter(model)
+        self._transfer.device = model.device
         is_new = version != self.version
         if is_new:
             with agree_on_errors():
                 drain()
-            with agree_on_errors():  # in place of waiting for files that rank 0 will never write
+            with agree_on_errors(), self._writing:  # in place of waiting for files that rank 0 will never write
                 self.num_bytes = self.files.write(model, version, None if is_adapter else dtype, is_writer=rank() == 0)
-            self.version, self.num_versions = version, self.num_versions + 1
+                self.version, self.num_versions = version, self.num_versions + 1
 
         def load(server: VLLMServer, stop: threading.Event) -> None:
             server.insist(lambda: self.bring_up_to_date(server, is_adapter=is_adapter), "loading weights", stop)
 
-        Flight(self.servers, load, self.servers, len(self.servers)).wait("servers that load weights")
+        # What rank 0 alone can do, the others do not wait for where it fails.
+        with agree_on_errors() if self._transfer.sends else nullcontext():
+            if rank() == 0 or not self._transfer.sends:
+                Flight(self.servers, load, self.servers, len(self.servers)).wait("servers that load weights")
+        if self._transfer.sends and rank() == 0 and num_ranks() > 1 and self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, daemon=True, name="vllm-watcher")
+            self._watcher.start()
         return is_new
 
     def bring_up_to_date(self, server: VLLMServer, *, is_adapter: bool) -> None:
@@ -333,12 +356,34 @@ class WeightSync:
         version, files = self.version, self.files
         if has_version(server, version, is_adapter=is_adapter):
             return
+        if self._transfer.sends and rank() != 0:
+            self._wait_for_sender(server, version)
+            return
         wait_for_files(files, version, self._timeout)
         # One rank at a time; the next one finds the server up to date.
         with (files.root / f".{server.url.partition('://')[2].replace('/', '_')}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if has_version(server, version, is_adapter=is_adapter):
                 return
-            load_version(server, files, version, is_adapter=is_adapter)
+            load_version(server, files, version, self._transfer, is_adapter=is_adapter)
             if self._check is not None and not is_adapter:
                 self._check(server, files, version)
+
+    def _wait_for_sender(self, server: VLLMServer, version: str) -> None:
+        end = time.monotonic() + self._timeout
+        while not has_version(server, version, is_adapter=False):
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{server!r} has other weights than version {version}, and rank 0 has not sent them to it within"
+                    f" {self._timeout:g} s ({KEY}.transfer_timeout)"
+                )
+            time.sleep(_LOOKS_EVERY)
+
+    def _watch(self) -> None:
+        """Send weights to servers that restarted: other ranks notice, and rank 0 may have all of its responses."""
+        while True:
+            time.sleep(_LOOKS_EVERY)
+            for server in self.servers:
+                # One that is gone is looked at again; what cannot be loaded is told by the ranks that wait for it.
+                with self._writing, suppress(UserError, MissingError, ServerGoneError, OSError):
+                    self.bring_up_to_date(server, is_adapter=False)

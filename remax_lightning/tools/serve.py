@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from remax_lightning.cli_run import computes_in_bfloat16, run
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rollout import VLLMEngine
-from remax_lightning.rollout.vllm_server import DEFAULT_PYTHON, ServedPolicy, server_arguments, server_environment
+from remax_lightning.rollout.vllm_server import DEFAULT_PYTHON, served_policy, server_arguments, server_environment
 from remax_lightning.tools.plan.run_config import OLD_PRECISIONS, PlanCLI
 
 _DTYPES = {"16": "float16", "bf16": "bfloat16"}
@@ -113,17 +110,8 @@ def serve_command(
     if engine is not None and engine.mode == "colocate":
         raise UserError("model.rollout.init_args.mode colocate starts its servers itself; leave `remax serve` out")
     source = module.policy_source
-    policy = ServedPolicy(
-        path=source.path,
-        dtype=_dtype(trainer, source.dtype),
-        sampling=module.sampling,
-        max_prompt_length=getattr(cli.datamodule, "max_prompt_length", None),
-        lora_rank=None if source.lora is None else _rank(source.lora),
-        tokenizer=module.tokenizer_path,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        from_scratch=source.from_scratch,
-    )
+    length = getattr(cli.datamodule, "max_prompt_length", None)
+    policy = served_policy(source, _dtype(trainer, source.dtype), module.sampling, length, module.tokenizer_path)
     host, port = host or ((url and url.hostname) or "127.0.0.1"), port or (url and url.port) or 8000
     environment = server_environment(None if engine is None else engine.options.api_key_env)
     return ServeCommand(server_arguments(python, policy, host, port, extra), environment)
@@ -136,11 +124,3 @@ def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:
         return "bfloat16" if computes_in_bfloat16(trainer["accelerator"]) else weights or "float32"
     number, _, mode = OLD_PRECISIONS.get(str(precision), str(precision)).partition("-")
     return _DTYPES.get(number, "float32") if mode == "mixed" or weights is None else weights
-
-
-def _rank(lora: LoRAConfig) -> int:
-    """Return the rank of the adapter."""
-    if lora.path is None:
-        return lora.r
-    file = Path(lora.path, "adapter_config.json")
-    return int(json.loads(file.read_text())["r"]) if file.is_file() else 64  # of a hub's adapter, most have less

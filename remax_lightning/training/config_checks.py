@@ -182,7 +182,7 @@ def check_vocabularies(
 
 
 def check_run(policy: PreTrainedModel, worker: RolloutWorker, data: Any) -> None:
-    """Refuse lengths that the policy or a budget of tokens has no room for, and what the engine cannot roll out.
+    """Refuse lengths that the policy or a budget of tokens has no room for.
 
     Args:
         policy: the loaded policy.
@@ -194,7 +194,6 @@ def check_run(policy: PreTrainedModel, worker: RolloutWorker, data: Any) -> None
     check_budget(budget, longest, sampling.max_response_length, sampling.num_samples)
     check_lengths(policy, longest, sampling.max_response_length)
     check_rope(policy, longest, sampling.max_response_length)
-    worker.check_engine(policy, longest)
 
 
 def check_lengths(policy: PreTrainedModel, max_prompt_length: int | None, max_response_length: int) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
 from remax_lightning.functional import response_mask, soft_overlong_penalty
+from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.log_probs import with_reference
 from remax_lightning.models.sampling import SuppressedTokens
@@ -151,19 +152,23 @@ class RolloutWorker:
             self.reward.load(device)
         self.device = device
 
-    def check_engine(self, model: PreTrainedModel, max_prompt_length: int | None) -> None:
+    def check_engine(
+        self, model: PreTrainedModel, max_prompt_length: int | None, source: ModelConfig, tokenizer: str
+    ) -> None:
         """Let an engine that can, such as `VLLMEngine`, refuse the run before its first rollout.
 
         Args:
             model: the policy.
             max_prompt_length: tokens of the longest prompt; None where it is not known.
+            source: where the policy is loaded from.
+            tokenizer: folder or hub name.
 
         Raises:
             UserError: if it cannot roll out with the policy.
         """
         check = getattr(self.engine, "check", None)
         if check is not None:
-            check(model, self.sampling, max_prompt_length)
+            check(model, self.sampling, max_prompt_length, source, tokenizer)
 
     def roll_out(
         self,

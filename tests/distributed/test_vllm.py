@@ -51,6 +51,20 @@ def test_ranks_share_servers_that_write_ahead(strategy: str, tmp_path: Path) -> 
     assert versions[0] == versions[1] != versions[2]
 
 
+def test_rank_0_sends_weights_to_a_server_that_any_rank_has_lost(tmp_path: Path) -> None:
+    """The other one sees no file; with 16 responses of each rollout, the server dies in the second one."""
+    from transformers import AutoModelForCausalLM
+
+    policy = save_policy(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with FakeVLLM(model, make_tokenizer(), dies_after=2 + 16 + 12, back_after=0.3) as server:
+        launch(train, server.url, policy, tmp_path / "run", "ddp", 0, "broadcast")
+    end = torch.load(tmp_path / "run" / "end.pt", weights_only=True)
+    assert end["logged"]["train/mismatch_ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert server.restarts == 1
+    assert server.paths.count("/update_weights") == STEPS + 1
+
+
 @pytest.mark.parametrize(
     ("strategy", "where"), [("ddp", "write"), ("zero3", "proof"), ("fsdp2", "proof"), ("fsdp2", "response")]
 )

@@ -9,10 +9,11 @@ import hashlib
 import json
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from helpers.waiting import wait_until
 from torch import Tensor
 
 from remax_lightning.rollout import GenerationRequest, SamplingConfig, VLLMEngine
+from remax_lightning.rollout.vllm_plugin.remax_vllm_group import WeightGroup, make_store, read_folder
 
 GENERATE = "/inference/v1/generate"
 
@@ -37,13 +39,15 @@ class FakeVLLM:
 
     max_model_len = 128
     logprobs_mode = "raw_logprobs"
-    backend: str | None = "remax_files"
+    backend: str | None = "remax"
     has_lora = False
     dev_mode = True
     scale_out = True
     seconds = 0.0
     """That a response takes besides its model's."""
     vocab_size: int | None = None
+    workers: Mapping[str, Any] = MappingProxyType({"device": "cpu", "nccl": None})
+    """What its workers say of themselves."""
     refuses_files = False
     """Answers that its workers failed when they load weights."""
     drops_updates = False
@@ -87,6 +91,7 @@ class FakeVLLM:
             assert hasattr(type(self), name), name
             setattr(self, name, value)
         self.version, self.updating, self.paused = "default", False, False
+        self.group: WeightGroup | None = None
         self.awake = {"weights", "kv_cache"}
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         if self.tls is not None:
@@ -106,6 +111,7 @@ class FakeVLLM:
         with self.lock:
             self.base.load_state_dict(self.start)
             self.adapters, self.version, self.updating, self.dead = {}, "default", False, False
+            self.group = None
             self.awake = {"weights", "kv_cache"}
             self.restarts += 1
 
@@ -182,7 +188,9 @@ class FakeVLLM:
                 "/is_paused": lambda _: (200, {"is_paused": self.paused}),
                 "/pause": self._pause,
                 "/resume": self._resume,
-                "/init_weight_transfer_engine": lambda _: (200, {"message": "Weight transfer initialized"}),
+                "/collective_rpc": lambda _: (200, {"results": [dict(self.workers)]}),
+                "/get_world_size": lambda _: (200, {"world_size": 1}),
+                "/init_weight_transfer_engine": self._join,
                 "/start_weight_update": self._start,
                 "/update_weights": self._update,
                 "/finish_weight_update": self._finish,
@@ -234,18 +242,26 @@ class FakeVLLM:
         self.updating = True
         return 200, {"message": "Weight update started"}
 
-    def _update(self, body: Any) -> tuple[int, Any]:
-        from safetensors.torch import load_file
+    def _join(self, body: Any) -> tuple[int, Any]:
+        info = body["init_info"]
+        if info:
+            store = make_store(info["host"], info["port"], info["seconds"], is_master=False)
+            arguments = (info["name"], 1, info["size"], torch.device("cpu"), info["host"], info["seconds"])
+            self.group = WeightGroup(store, *arguments)
+        return 200, {"message": "Weight transfer initialized"}
 
+    def _update(self, body: Any) -> tuple[int, Any]:
         if not self.updating or self.awake != {"weights"} | (self.awake & {"kv_cache"}):
             return 500, {"error": "start_weight_update must be called before update_weights."}
         if self.refuses_files:
             self.updating = False
             return 500, {"error": {"message": "Worker failed with error 'no room'"}}
-        files = sorted(Path(body["update_info"]["folder"]).glob("*.safetensors"))
-        weights: dict[str, Tensor] = {}
-        for file in files:
-            weights |= load_file(file)
+        info = body["update_info"]
+        if "folder" in info:
+            weights = dict(read_folder(Path(info["folder"])))
+        else:
+            assert self.group is not None
+            weights = dict(self.group.receive(info["tensors"]))
         if self.permutes is not None:
             one, other = self.permutes
             weights[one], weights[other] = weights[other], weights[one]

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from distributed.vllm_ranks import colocate
+from helpers.ranks import launch
 from helpers.training import PROMPTS, CharacterReward, make_trainer, prompt_data, remax_module
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -163,7 +165,10 @@ def test_ten_steps_are_those_of_the_own_engine_on_the_same_responses(
     assert len(ours.weights) > 100
 
 
-def test_a_server_that_is_killed_in_a_rollout_loses_nothing(server: Server, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transfer", ["files", "broadcast"])
+def test_a_server_that_is_killed_in_a_rollout_loses_nothing(
+    transfer: str, server: Server, smollm2: Path, tmp_path: Path
+) -> None:
     if "--enable-lora" in server.command.arguments:
         pytest.skip("the engine is the same; one server is started again")
     from transformers import AutoModelForCausalLM
@@ -177,14 +182,18 @@ def test_a_server_that_is_killed_in_a_rollout_loses_nothing(server: Server, smol
         sampling, generator = SamplingConfig(max_response_length=64), torch.Generator().manual_seed(0)
         return GenerationRequest(ids, torch.ones_like(ids, dtype=torch.bool), sampling, [2], 2, generator)
 
-    engine = server.engine(tmp_path)
+    engine = server.engine(tmp_path, transfer=transfer)
     # ---- As a trainer leaves it that is killed in an update: paused, with the layers ready for weights ----
     [asked] = engine.servers
     asked.wait()
+    starts = server.log.read_text(errors="replace").count("Application startup complete")
     for path, body in (("/pause?mode=abort", None), ("/init_weight_transfer_engine", {"init_info": {}})):
         asked.post(path, body)
     asked.post("/start_weight_update")
-    expected = engine.generate(model, request())  # which is proven
+    engine.generate(model, request())  # which is proven
+    with torch.no_grad():
+        model.model.norm.weight.div_(1.05)
+    expected = engine.generate(model, request())  # so is the first update
 
     def kill_and_start() -> None:
         time.sleep(1.0)
@@ -198,7 +207,7 @@ def test_a_server_that_is_killed_in_a_rollout_loses_nothing(server: Server, smol
     # The first tokens are the same; rounding depends on which rows are decoded together.
     assert torch.equal(output.sampled_ids[:, :4], expected.sampled_ids[:, :4])
     assert torch.equal(output.greedy_ids[:, :4], expected.greedy_ids[:, :4])
-    assert server.log.read_text(errors="replace").count("Application startup complete") == 2
+    assert server.log.read_text(errors="replace").count("Application startup complete") == starts + 1
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -256,6 +265,20 @@ def test_a_server_of_the_engines_own(smollm2: Path, tmp_path: Path, monkeypatch:
     # Nobody may have waited for its workers, but none computes any more.
     stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
     assert not [stat for stat in stats if stat[2] == str(kill.pid) and stat[0] != "Z"]
+
+
+def test_two_ranks_have_a_server_each(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both get the weights of the policy that the ranks share, and every rank's responses are of these."""
+    if not PYTHON.exists():
+        pytest.skip(f"there is no {PYTHON}: run `make vllm`")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    launch(colocate, str(PYTHON), str(smollm2), tmp_path / "run", fresh="servers inherit their environment")
+    first, second = (json.loads((tmp_path / "run" / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["url"] != second["url"]
+    assert first["version"] == second["version"]
+    for logged in (first, second):
+        assert logged["train/mismatch_kl"] < 1e-6
+        assert logged["train/mismatch_ratio_max"] == pytest.approx(1, abs=1e-2)
 
 
 def test_a_server_without_room_says_so(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,53 @@ def test_the_files_go_when_the_run_ends(
     assert not [path for path in (tmp_path / "weights").iterdir() if path.is_dir()]
 
 
+def test_weights_can_be_sent_to_a_server_that_sees_no_file(model: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve()
+    engine = engine_for(tmp_path, server, transfer="broadcast")
+    engine.check(model, request_for().sampling, 5)
+    for _ in range(2):
+        shake(model)
+        engine.generate(model, request_for())
+        assert all(torch.equal(a, b) for a, b in zip(server.base.parameters(), model.parameters(), strict=True))
+    assert server.paths.count("/init_weight_transfer_engine") == 1  # the group stays
+    # ---- A server that restarted is in no group, and gets the weights in a new one ----
+    server.restart()
+    engine.generate(model, request_for())
+    assert all(torch.equal(a, b) for a, b in zip(server.base.parameters(), model.parameters(), strict=True))
+    # ---- Workers that take nothing end the run at once, although nobody receives what is being sent ----
+    server.refuses_files = True
+    shake(model)
+    with pytest.raises(UserError, match=r"cannot load the weights that are sent to it: .* 'no room'"):
+        engine.generate(model, request_for())
+    assert not server.paused
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (
+            {"device": "cuda", "nccl": "2.29.3"},
+            r"computes on cuda and the trainer on cpu; .* set it to files",
+        ),
+        ({"device": "cpu", "nccl": "2.27.5"}, r"has NCCL 2.27.5 and the trainer None, .* set .*transfer to files"),
+    ],
+)
+def test_workers_that_cannot_join_the_trainer_are_refused(
+    workers: dict[str, str], message: str, model: Any, serve: Any, tmp_path: Path
+) -> None:
+    engine = engine_for(tmp_path, serve(workers=workers), transfer="broadcast")
+    with pytest.raises(UserError, match=message):
+        engine.check(model, request_for().sampling, 5)
+
+
+def test_an_adapter_is_not_broadcast(model: Any, serve: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(UserError, match=r"transfer broadcast sends all weights, and vLLM reads that of model.policy"):
+        engine_for(tmp_path, serve(has_lora=True), transfer="broadcast").check(adapted, request_for().sampling, 5)
+
+
 def test_an_adapter_is_sent_alone(model: Any, serve: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -378,7 +425,7 @@ def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any,
     [
         ({"dev_mode": False}, {}, "has no endpoints for weights; start it with `remax serve`"),
         ({"scale_out": False}, {}, "status 403: Scale-out endpoints are disabled. Restart with --enable-scale-out"),
-        ({"backend": "nccl"}, {}, "takes weights by nccl, expected remax_files"),
+        ({"backend": "nccl"}, {}, "takes weights by nccl, expected remax"),
         ({"backend": None}, {}, "takes weights by nothing"),
         ({"vocab_size": 50}, {}, "a smaller vocabulary than the 96 tokens of the"),
         ({"max_model_len": 10}, {}, r"takes 10 tokens, and prompts of 5 .* have 11; start it with --max-model-len 11"),

@@ -17,10 +17,14 @@ import torch
 from conftest import make_tokenizer
 from helpers.vllm_server import FakeVLLM, engine_for, request_for, shake
 from helpers.waiting import wait_until
+from peft import LoraConfig, get_peft_model
 
 from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import VLLMEngine
-from remax_lightning.rollout.vllm_server import ServerProcess
+from remax_lightning.rollout.vllm_process import ServerProcess
+
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def program(folder: Path, lines: str) -> str:
@@ -68,6 +72,18 @@ def test_it_starts_a_server_for_the_policy(started: Any, model: Any, serve: Any,
     assert "--dtype float32" in arguments
     assert "--max-model-len 11" in arguments  # the longest prompt has 5 tokens, a response 6
     assert "--enable-sleep-mode" not in arguments  # there is none on a CPU
+
+
+def test_it_serves_what_remax_serve_would(started: Any, model: Any, tmp_path: Path) -> None:
+    """The source of the policy, and the dtype that the trainer computes in, not that of the weights."""
+    engine, _ = started()
+    source = ModelConfig("hub/policy", revision="v2", trust_remote_code=True, from_scratch=True, lora=LoRAConfig(r=12))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="takes no adapters"):
+        engine.check(get_peft_model(model, LORA), request_for().sampling, 5, source, "hub/tokenizer")
+    [arguments] = (tmp_path / "arguments").read_text().splitlines()
+    expected = "--dtype bfloat16", "--max-lora-rank 16", "--tokenizer hub/tokenizer", "--revision v2"
+    for part in (" serve hub/policy ", *expected, "--trust-remote-code", "--load-format dummy"):
+        assert part in arguments
 
 
 def test_the_server_sleeps_but_for_rollouts(started: Any, model: Any) -> None:
@@ -118,7 +134,7 @@ def test_the_server_ends_with_the_trainer(tmp_path: Path) -> None:
     (package / "main.py").write_text("import time\ndef main():\n    print('up', flush=True)\n    time.sleep(100)\n")
     code = (
         "import os, sys, threading, time\n"
-        "from remax_lightning.rollout.vllm_server import ServerProcess\n"
+        "from remax_lightning.rollout.vllm_process import ServerProcess\n"
         "process = ServerProcess([sys.executable, '-m', 'remax_vllm_serve'], None, 0, None)\n"
         "def start():\n"  # as a thread does whose request has found it gone
         "    process.start()\n"
@@ -167,6 +183,10 @@ def test_an_end_leaves_neither_process_nor_log(tmp_path: Path) -> None:
         ({"ahead": 1}, "ahead must be 0 with mode colocate"),
         ({"mode": "server", "urls": ["http://localhost:1"], "server_args": []}, "server_args must be null without"),
         ({"mode": "both"}, "mode must be one of server, colocate, got both"),
+        ({"transfer": "broadcast"}, "transfer must be files with mode colocate"),
+        ({"transfer": "nccl"}, "transfer must be one of files, broadcast, got nccl"),
+        ({"server_args": ["--gpu-memory-utilization", "40"]}, "gpu-memory-utilization must be above 0 .* got '40'"),
+        ({"server_args": ["--gpu_memory_utilization=x"]}, "gpu-memory-utilization must be above 0 .* got 'x'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:

@@ -78,6 +78,29 @@ def test_rollouts_on_servers_take_no_memory_here(policy: str, tmp_path: Path) ->
     assert phases["training"]["logits and temporary"] > 0
 
 
+def test_a_server_that_shares_the_device_takes_its_part_of_it(policy: str, tmp_path: Path) -> None:
+    """On a GPU in rollouts alone, between which its weights are on the host; on a CPU always."""
+    arguments = ["--gpu-memory-utilization", "0.5"]
+    engine: dict[str, Any] = {"class_path": "VLLMEngine", "init_args": {"mode": "colocate", "server_args": arguments}}
+    gpu = {"trainer__accelerator": "gpu", "trainer__devices": 1, "trainer__precision": "bf16-mixed"}
+    count = sum(weight.numel() for weight in ModelConfig(policy).load("model.policy").parameters())
+    alone = planned(tmp_path, policy, **gpu)["host"]
+    known = planned(tmp_path, policy, "--memory", "1", model__rollout=engine, **gpu)
+    assert known["phases"]["rollout"]["vLLM server"] == 0.5e9
+    assert "vLLM server" not in known["phases"]["training"]
+    assert known["host"] - alone == 2 * count
+    assert known["fits"]
+    # ---- Too small a part for its weights: no number of devices helps ----
+    engine["init_args"]["server_args"] = ["--gpu-memory-utilization=0.000001"]
+    short = planned(tmp_path, policy, "--memory", "1", model__rollout=engine, **gpu)
+    assert (short["fits"], short["least_devices"]) == (False, None)
+    assert "raise --gpu-memory-utilization in model.rollout.init_args.server_args" in short["notes"][-1]
+    # ---- On a CPU ----
+    cache = planned(tmp_path, policy)["phases"]["rollout"]["KV cache"]
+    on_cpu = planned(tmp_path, policy, model__rollout=engine)["phases"]
+    assert {on_cpu[phase]["vLLM server"] for phase in on_cpu} == {4 * count + cache}
+
+
 def test_tokens_that_are_not_drawn_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded embedding needs masks of the vocabulary, in every pass that makes logits."""
     model = tiny_model("llama", vocab_size=5000)

@@ -57,7 +57,7 @@ def test_the_server_is_started_as_the_engine_wants_it(config: Any, policy_path: 
     assert value(arguments, "--max-model-len") == "64"
     assert value(arguments, "--dtype") == "float32"
     assert value(arguments, "--logprobs-mode") == "processed_logprobs"
-    assert json.loads(value(arguments, "--weight-transfer-config")) == {"backend": "remax_files"}
+    assert json.loads(value(arguments, "--weight-transfer-config")) == {"backend": "remax"}
     assert arguments[-2:] == ["--x", "1"]
     assert "--enable-lora" not in arguments
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"

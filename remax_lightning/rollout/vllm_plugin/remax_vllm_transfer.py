@@ -1,4 +1,4 @@
-"""Runs inside a vLLM server: a transfer engine that loads the policy's weights from files.
+"""Runs inside a vLLM server: a transfer engine that loads the policy's weights from files or from the trainer.
 
 `remax serve` puts this folder on the server's path and names `Extension` as the extension of its workers, so that each
 of them imports this module before it loads its model. It needs vLLM, torch and safetensors alone, since the server's
@@ -8,54 +8,78 @@ environment has no `remax_lightning`; where there is no vLLM, it does nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
+from remax_vllm_group import WeightGroup, address_towards, libraries, make_store, read_folder
+from torch import Tensor
 
-BACKEND = "remax_files"
+BACKEND = "remax"
 """Name of the engine; the trainer asks for it."""
 
 
 class Extension:
     """Is mixed into vLLM's workers; that they import it registers the engine."""
 
+    def remax_libraries(self) -> dict[str, Any]:
+        """Return what the trainer must have alike to send weights here."""
+        worker: Any = self
+        facts: dict[str, Any] = libraries(worker.device)
+        return facts
+
 
 @dataclass
-class FilesInitInfo:
-    """Nothing: both sides see the files."""
-
-
-@dataclass
-class FilesUpdateInfo:
-    """Where the weights are.
+class InitInfo:
+    """Where the trainer waits for the workers; nothing where both sides see the files.
 
     Args:
-        folder: holds `*.safetensors` with the names of published checkpoints.
+        host: of the trainer.
+        port: of its store.
+        name: of the group.
+        size: of the group.
+        seconds: that joining and one tensor may take.
     """
 
-    folder: str
+    host: str = ""
+    port: int = 0
+    name: str = ""
+    size: int = 0
+    seconds: float = 600.0
 
 
-def load_folder(model: Any, folder: Path, names: set[str]) -> None:
-    """Load all weights of a vLLM model from a folder, as vLLM loads a checkpoint.
+@dataclass
+class UpdateInfo:
+    """Where the weights are, or what is sent.
+
+    Args:
+        folder: holds `*.safetensors` with the names of published checkpoints; empty where the trainer sends them.
+        tensors: name, dtype and shape of what is sent, in its order.
+    """
+
+    folder: str = ""
+    tensors: list[list[Any]] = field(default_factory=list)
+
+
+def load_all(model: Any, weights: Iterator[tuple[str, Tensor]], names: set[str]) -> None:
+    """Load all weights of a vLLM model, as vLLM loads a checkpoint.
 
     Args:
         model: that is updated.
-        folder: with the weights.
+        weights: by the names of published checkpoints.
         names: of the model's parameters.
 
     Raises:
-        ValueError: if there are none, or they leave out a weight of the model.
+        ValueError: if a weight of the model is not among them.
     """
-    loaded = model.load_weights(read_folder(folder))
+    loaded = model.load_weights(weights)
+    for _ in weights:  # what the model has no use for; the trainer sends it all the same
+        pass
     # Some models do not say what they have loaded.
     missing = sorted(names - set(loaded)) if loaded is not None else []
     if missing:
-        raise ValueError(f"{str(folder)!r} has no weights for {', '.join(missing[:3])}")
+        raise ValueError(f"the trainer has no weights for {', '.join(missing[:3])}")
 
 
 def pack_shared_heads(model: Any) -> None:
@@ -70,34 +94,30 @@ def pack_shared_heads(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a folder by name.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"there are no weights in {str(folder)!r}; the server has to see the trainer's transfer_dir")
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dictionary
-                yield name, opened.get_tensor(name)
-
-
 def register() -> None:
     """Register the engine with vLLM, once in each process."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    class FilesTransferEngine(WeightTransferEngine):  # type: ignore[misc, type-arg, unused-ignore]
-        """Loads all weights from a folder, layer by layer, as vLLM's other engines do."""
+    class TransferEngine(WeightTransferEngine):  # type: ignore[misc, type-arg, unused-ignore]
+        """Loads all weights, layer by layer, as vLLM's other engines do."""
 
-        init_info_cls, update_info_cls = FilesInitInfo, FilesUpdateInfo
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+        group: WeightGroup | None = None
 
-        def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
-            """Do nothing; there is no connection."""
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            """Join the trainer, which waits for all workers; for files there is no connection."""
+            self.shutdown()
+            if not init_info.host:
+                return
+            store = make_store(init_info.host, init_info.port, init_info.seconds, is_master=False)
+            parallel = self.parallel_config
+            rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+            address = address_towards(init_info.host)
+            self.group = WeightGroup(
+                store, init_info.name, rank, init_info.size, self.device, address, init_info.seconds
+            )
 
         def start_weight_update(self) -> None:
             """Prepare the layers for weights as a checkpoint has them."""
@@ -105,9 +125,13 @@ def register() -> None:
             self.names = {name for name, _ in self.model.named_parameters()}
             initialize_layerwise_reload(self.model)
 
-        def receive_weights(self, update_info: FilesUpdateInfo) -> None:
-            """Load the files."""
-            load_folder(self.model, Path(update_info.folder), self.names)
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            """Load the files, or what the trainer sends now."""
+            if update_info.folder:
+                load_all(self.model, read_folder(Path(update_info.folder)), self.names)
+            else:
+                assert self.group is not None, "the trainer sends weights without a group"
+                load_all(self.model, self.group.receive(update_info.tensors), self.names)
 
         def finish_weight_update(self) -> None:
             """Process the layers for the kernels, as after loading a checkpoint."""
@@ -115,10 +139,13 @@ def register() -> None:
             pack_shared_heads(self.model)
 
         def shutdown(self) -> None:
-            """Do nothing; there is no connection."""
+            """Leave the trainer."""
+            if self.group is not None:
+                self.group.abort()
+                self.group = None
 
     if BACKEND not in WeightTransferEngineFactory._registry:  # the module may be imported under two paths
-        WeightTransferEngineFactory.register_engine(BACKEND, FilesTransferEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
 
 
 if find_spec("vllm") is not None:

@@ -11,8 +11,9 @@ import torch
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable
-from remax_lightning.tools.plan.command import GB, HEADROOM, choose_checkpointing, device_memory, plan
+from remax_lightning.tools.plan.command import GB, choose_checkpointing, device_memory, plan
 from remax_lightning.tools.plan.model_sizes import measure
+from remax_lightning.tools.plan.phases import HEADROOM
 from remax_lightning.tools.plan.run_config import read_run
 
 CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")

@@ -13,6 +13,7 @@ import torch
 from remax_lightning.errors import UserError
 from remax_lightning.tools.plan.model_sizes import Sizes, measure
 from remax_lightning.tools.plan.phases import (
+    HEADROOM,
     PARTS,
     PHASES,
     Parts,
@@ -24,10 +25,7 @@ from remax_lightning.tools.plan.phases import (
 )
 from remax_lightning.tools.plan.planned_run import PlannedRun
 from remax_lightning.tools.plan.run_config import read_run
-from remax_lightning.tools.plan.types import Strategy
-
-HEADROOM = 0.1
-"""Share of a GPU's memory that is left free for CUDA, the communication library and fragmentation."""
+from remax_lightning.tools.plan.types import ServerBytes, Strategy
 
 GB = 1e9
 
@@ -91,7 +89,7 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
     # ---- ReMax, and PPO for comparison, on the devices of the run ----
     phase_parts, ppo = phases_on(run.strategy.devices), ppo_phases(sizes, run.strategy, usable)
     offloaded = offloaded_bytes(sizes.policy, sizes.step, sizes.frozen, run.strategy)
-    value_offloaded = offloaded_bytes(sizes.value, sizes.step, [], run.strategy)
+    value_offloaded = offloaded_bytes(sizes.value, replace(sizes.step, server=None), [], run.strategy)
     answer: dict[str, Any] = {
         "devices": run.strategy.devices,
         "parameters": sizes.parameters,
@@ -105,7 +103,24 @@ def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str
     if usable is not None:
         least = least_devices(lambda devices: peak_bytes(phases_on(devices)), usable)
         answer |= {"memory": memory, "fits": answer["peak"] <= usable, "least_devices": least}
+    if reason := _server_without_room(sizes.step.server, memory):  # more devices do not help: each has a whole copy
+        answer |= {"fits": False, "least_devices": None}
+        answer["notes"].append(reason)
     return answer
+
+
+def _server_without_room(server: ServerBytes | None, memory: float | None) -> str:
+    """Return why a server that shares the device cannot start; empty where it can, or nothing is known."""
+    if server is None or server.share is None or memory is None:
+        return ""
+    least, taken = server.weights + server.response, server.taken(memory)
+    if least <= taken:
+        return ""
+    return (
+        f"the vLLM server takes {server.share:g} of the device's memory, {_format_gb(taken)} GB, and its weights with"
+        f" the keys and values of one response are {_format_gb(least)} GB; raise --gpu-memory-utilization in"
+        " model.rollout.init_args.server_args"
+    )
 
 
 def device_memory() -> float | None:

@@ -15,10 +15,12 @@ from remax_lightning.models import ModelConfig, initial_adapter
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats import read_adapter
+from remax_lightning.rollout import VLLMEngine
+from remax_lightning.rollout.vllm_process import memory_share
 from remax_lightning.sharding import decoder_layers, language_model
 from remax_lightning.tools.plan.activation_memory import StepPasses, shapes_only, update_bytes
-from remax_lightning.tools.plan.planned_run import PlannedRun, reward_models
-from remax_lightning.tools.plan.types import FrozenSize, ModelSize, RolloutBytes, Step
+from remax_lightning.tools.plan.planned_run import DTYPES, PlannedRun, reward_models
+from remax_lightning.tools.plan.types import FrozenSize, ModelSize, RolloutBytes, ServerBytes, Step
 from remax_lightning.training.config_checks import check_lengths
 from remax_lightning.training.optimization import parameter_groups
 
@@ -95,8 +97,7 @@ def _measure(run: PlannedRun) -> Sizes:
     compared = reference if kl.full else None
     greedy = module.objective.needs_greedy
     step = Step(
-        # On vLLM's servers: keys, values and logits are theirs.
-        rollout=RolloutBytes(0, 0) if run.decodes_elsewhere else passes.rollout(greedy=greedy),
+        rollout=_rollout(run, passes, greedy=greedy),
         scoring=max(shared, scoring if run.scores_policy else 0),
         training=passes.training(compared),
         update=_optimizer_bytes(run, groups, device),
@@ -107,12 +108,36 @@ def _measure(run: PlannedRun) -> Sizes:
         keeps_cache=run.keeps_cache,
         captures_graphs=run.captures_graphs,
         workspaces=WORKSPACES if run.device == "gpu" else 0,
+        server=_server(run, policy, passes, greedy=greedy),
     )
     # ---- PPO: no greedy responses, and the policy always scores ----
-    ppo = dataclasses.replace(step, rollout=passes.rollout(greedy=False), scoring=max(shared, scoring))
+    ppo = dataclasses.replace(
+        step,
+        rollout=_rollout(run, passes, greedy=False),
+        scoring=max(shared, scoring),
+        server=_server(run, policy, passes, greedy=False),
+    )
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     size = _policy_size(policy, run)
     return Sizes(parameters, size, _value_size(policy, size), frozen, step, ppo)
+
+
+def _rollout(run: PlannedRun, passes: StepPasses, *, greedy: bool) -> RolloutBytes:
+    # On vLLM's servers: keys, values and logits are theirs.
+    return RolloutBytes(0, 0) if run.decodes_elsewhere else passes.rollout(greedy=greedy)
+
+
+def _server(run: PlannedRun, policy: PreTrainedModel, passes: StepPasses, *, greedy: bool) -> ServerBytes | None:
+    """Return the bytes of a server that shares the device; None without one."""
+    engine, work = run.module.engine, run.work
+    if not (isinstance(engine, VLLMEngine) and engine.mode == "colocate"):
+        return None
+    # Whole and in the dtype of the passes, be the policy sharded or in 4 bits.
+    itemsize = DTYPES[run.precision.partition("-")[0]].itemsize if run.is_mixed else run.policy_dtype.itemsize
+    weights = itemsize * sum(parameter.numel() for parameter in policy.parameters())
+    cache = passes.rollout(greedy=greedy).cache
+    share = memory_share(engine.server_args) if run.device == "gpu" else None
+    return ServerBytes(weights, cache, cache // (work.prompts * (work.sampling.num_samples + greedy)), share)
 
 
 def _suppressed_tokens(run: PlannedRun, policy: PreTrainedModel) -> SuppressedTokens:

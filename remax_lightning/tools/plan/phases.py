@@ -265,16 +265,33 @@ PHASES = ("rollout", "scoring", "training", "update")
 PARTS = (
     *("policy weights", "gradients", "gradient buffers", "master weights", "optimizer", "value model"),
     *("reference", "reward model", "frozen model at work", "gathered weights", "16-bit copy"),
-    *("KV cache", "CUDA graphs", "CUDA workspaces", "reference hidden states", "activations", "logits and temporary"),
+    *(
+        "vLLM server",
+        "KV cache",
+        "CUDA graphs",
+        "CUDA workspaces",
+        "reference hidden states",
+        "activations",
+        "logits and temporary",
+    ),
 )
 """All parts, in the order of the table."""
+
+HEADROOM = 0.1
+"""Share of a GPU's memory that is left free for CUDA, the communication library and fragmentation."""
 
 COUNTS = (*range(1, 65), *range(72, 1025, 8))
 """Numbers of devices to try. At the largest, only replicated memory matters."""
 
 
 def phases(
-    size: ModelSize, step: Step, frozen: Sequence[FrozenSize], strategy: Strategy, value: ModelSize | None = None
+    size: ModelSize,
+    step: Step,
+    frozen: Sequence[FrozenSize],
+    strategy: Strategy,
+    value: ModelSize | None = None,
+    *,
+    memory: float | None = None,
 ) -> dict[str, Parts]:
     """Return the parts of the peak of each phase, in bytes per device.
 
@@ -284,6 +301,7 @@ def phases(
         frozen: reference and reward models.
         strategy: the strategy; `gather: auto` counts as once, see `resolve_gather_mode`.
         value: size of a value model, which PPO trains beside the policy, with its passes after those of the policy.
+        memory: bytes of a device that count, of which a server that shares it takes its part; None where not known.
     """
     # ---- Parts of every phase, and those that several phases share ----
     policy = make_strategy_memory(size, step, strategy)
@@ -297,6 +315,11 @@ def phases(
     kept |= {} if layerwise or not step.graphs else {"CUDA graphs": step.graphs}
     copies = {} if step.keeps_cache else kept
     rollout = copies | {"logits and temporary": step.rollout.working}
+    # ---- A server that shares the device: on a GPU it sleeps but for rollouts, and its weights are on the host ----
+    if step.server is not None:
+        taken = {"vLLM server": step.server.taken(None if memory is None else memory / (1 - HEADROOM))}
+        always += Counter(taken) if step.server.share is None else Counter()
+        rollout |= taken if step.server.share is not None else {}
     body, forward = step.training.activations, step.training.forward
     # ---- The moments of each phase that may be its peak ----
     moments_by_phase: dict[str, list[Counter[str]]] = {
@@ -333,13 +356,13 @@ def resolve_gather_mode(
 def remax_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
     """Return the parts of the peak of each phase; `memory` decides how `gather: auto` gathers."""
     sized = (sizes.policy, sizes.step, sizes.frozen)  # what both calls need
-    return phases(*sized, resolve_gather_mode(*sized, strategy, memory))
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), memory=memory)
 
 
 def ppo_phases(sizes: Sizes, strategy: Strategy, memory: float | None = None) -> dict[str, Parts]:
     """Return the same for PPO with as many prompts and sampled responses and the same strategy."""
     sized = (sizes.policy, sizes.ppo_step, sizes.frozen)
-    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), sizes.value)
+    return phases(*sized, resolve_gather_mode(*sized, strategy, memory), sizes.value, memory=memory)
 
 
 def peak_bytes(phase_parts: Mapping[str, Parts]) -> int:
@@ -350,7 +373,8 @@ def peak_bytes(phase_parts: Mapping[str, Parts]) -> int:
 def offloaded_bytes(size: ModelSize, step: Step, frozen: Sequence[FrozenSize], strategy: Strategy) -> int:
     """Return the bytes per device that are offloaded to host memory."""
     parked = sum(model.weights - model.stays for model in frozen if model.placement == "cpu")
-    return make_strategy_memory(size, step, strategy).host() + parked
+    asleep = step.server.weights if step.server is not None and step.server.share is not None else 0
+    return make_strategy_memory(size, step, strategy).host() + parked + asleep
 
 
 def least_devices(needed: Callable[[int], int], memory: float) -> int | None:

@@ -15,6 +15,8 @@ from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward
+from remax_lightning.rollout import VLLMEngine
+from remax_lightning.rollout.vllm_process import memory_share
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 from remax_lightning.strategies.deepspeed import sums_in
 from remax_lightning.tools.plan.activation_memory import StepShape
@@ -88,6 +90,7 @@ def planned_run(trainer: Mapping[str, Any], module: Any, data: Any) -> PlannedRu
     accumulate, splits = trainer["accumulate_grad_batches"], _passes(module, data)
     known, unknown = known_reward_models(module.reward)
     unknown_note = f"the memory of {unknown} is not known and counts as none" if unknown else ""
+    server_note = _server_note(module.engine, device)
     return PlannedRun(
         module=module,
         work=_step_shape(module, data, known),
@@ -98,7 +101,21 @@ def planned_run(trainer: Mapping[str, Any], module: Any, data: Any) -> PlannedRu
         precision=_precision(trainer["precision"]),
         device=device,
         tokenizer=_tokenizer(data),
-        notes=tuple(text for text in (note, unknown_note) if text),
+        notes=tuple(text for text in (note, unknown_note, server_note) if text),
+    )
+
+
+def _server_note(engine: Any, device: Device) -> str:
+    """Return how a vLLM server that shares the device is counted; empty without one."""
+    if not (isinstance(engine, VLLMEngine) and engine.mode == "colocate"):
+        return ""
+    if device == "cpu":
+        return (
+            "the vLLM server counts as its weights and the keys and values of all responses, not VLLM_CPU_KVCACHE_SPACE"
+        )
+    return (
+        f"the vLLM server counts as {memory_share(engine.server_args):g} of --memory in a rollout, without --memory as"
+        " its weights and the keys and values of all responses; what stays while it sleeps is not known"
     )
 
 

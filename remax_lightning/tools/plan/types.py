@@ -119,6 +119,28 @@ class RolloutBytes(NamedTuple):
     graphs: int = 0
 
 
+class ServerBytes(NamedTuple):
+    """Bytes of a vLLM server that shares the device of the trainer.
+
+    Args:
+        weights: of its copy of the policy.
+        cache: keys and values of all responses at full length.
+        response: keys and values of one response, the least that it needs.
+        share: of the device's memory that it takes while it is awake; None on a CPU, where it does not sleep.
+    """
+
+    weights: int
+    cache: int
+    response: int
+    share: float | None
+
+    def taken(self, memory: float | None) -> int:
+        """Return what it takes of a device's memory; of one that is not known, what a whole rollout needs at once."""
+        if memory is None or self.share is None:
+            return self.weights + self.cache
+        return int(self.share * memory)
+
+
 class BackwardPeak(NamedTuple):
     """The peak of a backward pass between two stored gradients.
 
@@ -168,6 +190,7 @@ class Step:
         keeps_cache: the key-value cache, copies of weights and graphs are kept between rollouts.
         captures_graphs: the decoding step is captured as CUDA graphs.
         workspaces: bytes that the libraries of a GPU work in.
+        server: a vLLM server that shares the device; None without one.
     """
 
     rollout: RolloutBytes
@@ -181,6 +204,7 @@ class Step:
     keeps_cache: bool = False
     captures_graphs: bool = False
     workspaces: int = 0
+    server: ServerBytes | None = None
 
     @property
     def graphs(self) -> int:
