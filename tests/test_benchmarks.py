@@ -22,7 +22,7 @@ from helpers.minimal import run_with_only
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(4)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from remax_lightning.rewards import timed as timed_rewards
 from remax_lightning.rewards.child_process import CallTimeoutError, Child, Target
 from remax_lightning.types import Response
 
-pytestmark = pytest.mark.slow  # it starts processes
+pytestmark = pytest.mark.slow(3)  # it starts processes
 
 SOURCE = """
 import ctypes, os, re, subprocess, sys, time; import torch; from remax_lightning.rewards import Reward, Scores
