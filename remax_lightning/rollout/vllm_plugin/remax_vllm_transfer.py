@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from remax_vllm_group import WeightGroup, address_towards, libraries, make_store, read_folder
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from remax_vllm_group import WeightGroup  # on the path in a server alone
 
 BACKEND = "remax"
 """Name of the engine; the trainer asks for it."""
@@ -25,6 +27,8 @@ class Extension:
 
     def remax_libraries(self) -> dict[str, Any]:
         """Return what the trainer must have alike to send weights here."""
+        from remax_vllm_group import libraries
+
         worker: Any = self
         facts: dict[str, Any] = libraries(worker.device)
         return facts
@@ -96,6 +100,7 @@ def pack_shared_heads(model: Any) -> None:
 
 def register() -> None:
     """Register the engine with vLLM, once in each process."""
+    from remax_vllm_group import WeightGroup, address_towards, make_store, read_folder
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
