@@ -117,6 +117,9 @@ class HeldOut:
     def __init__(self, trainer: Any, ids: Sequence[list[int]]) -> None:
         tokenizer = trainer.processing_class
         self.policy, self.reference, self.reward = trainer.policy_model, trainer.ref_model, trainer.reward_model
+        # As ClassifierReward normalizes scores, for the other arms; TRL trains on those that lack the constant.
+        config = self.reward.config
+        self.mean, self.std = float(getattr(config, "mean", 0.0)), float(getattr(config, "std", 1.0))
         self.pad, self.eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
         width = max(map(len, ids))
         self.prompts = torch.tensor([[self.pad] * (width - len(row)) + row for row in ids])  # [B, P]
@@ -139,7 +142,8 @@ class HeldOut:
         ratio = self._log_probs(self.policy, whole, mask) - self._log_probs(self.reference, whole, mask)
         kl = (ratio[:, start - 1 :] * real).sum(1)
         logits = self.reward(whole, attention_mask=mask, position_ids=_positions(mask)).logits
-        return {"reward": float(logits.mean()), "kl_per_response": float(kl.mean())}
+        reward = (float(logits.mean()) - self.mean) / self.std
+        return {"reward": reward, "kl_per_response": float(kl.mean())}
 
     def _log_probs(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         logits = model(ids, attention_mask=mask, position_ids=_positions(mask)).logits[:, :-1]
