@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.distributed import agree_on_errors
 from remax_lightning.errors import UserError
-from remax_lightning.models import LoRAConfig, ModelConfig, has_adapter
+from remax_lightning.models import ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
 from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer
 from remax_lightning.rollout.vllm_client import (
@@ -49,6 +49,7 @@ from remax_lightning.rollout.vllm_server import (
     computed_dtype,
     describe,
     served_policy,
+    source_of,
 )
 from remax_lightning.rollout.vllm_weights import (
     WeightFiles,
@@ -58,7 +59,6 @@ from remax_lightning.rollout.vllm_weights import (
     end_open_update,
     same_dtype,
 )
-from remax_lightning.sharding import unwrap_peft
 from remax_lightning.strategies import forward_is_collective, rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
 
@@ -198,7 +198,7 @@ class VLLMEngine:
         """
         with agree_on_errors():
             if self.mode == "colocate" and self.process is None:
-                source = source or _source_of(model)
+                source = source or source_of(model)
                 policy = served_policy(source, computed_dtype(model), sampling, max_prompt_length, tokenizer)
                 self.process = start_server(self.servers[0], policy, self._python, self.server_args, model.device)
                 atexit.register(self.close)
@@ -413,10 +413,3 @@ class VLLMEngine:
         with rollout_parameters(model):
             self._metrics["rollout/log_prob_gap"] = prove(model, request, proven, self.proof, is_16_bit=is_16_bit)
         self._metrics["time/proof_s"] = time.perf_counter() - start
-
-
-def _source_of(model: PreTrainedModel) -> ModelConfig:
-    """Return where a policy comes from that was loaded elsewhere."""
-    adapters: dict[str, Any] = model.peft_config if has_adapter(model) else {}
-    ranks = [adapter.r for adapter in adapters.values()]
-    return ModelConfig(unwrap_peft(model).name_or_path, lora=LoRAConfig(r=max(ranks)) if ranks else None)

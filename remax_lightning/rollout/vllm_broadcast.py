@@ -133,8 +133,14 @@ class Broadcast(FileTransfer):
         self._drop(server)
         seconds = server.options.transfer_timeout
         size = 1 + int(server.value("/get_world_size?include_dp=true", "world_size"))
-        address = address_towards(urlsplit(server.url).hostname or "")
-        store = make_store(address, 0, seconds, is_master=True)
+        try:
+            address = address_towards(urlsplit(server.url).hostname or "")
+            store = make_store(address, 0, seconds, is_master=True)
+        except (OSError, RuntimeError) as error:  # a name that only a proxy knows, or no port
+            raise UserError(
+                f"{KEY}.transfer broadcast: this machine cannot listen for the workers of {server.url} ({error}); set"
+                " it to files"
+            ) from None
         name = uuid.uuid4().hex
         info = {"host": address, "port": store.port, "name": name, "size": size, "seconds": seconds}
 

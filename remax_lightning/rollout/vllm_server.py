@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,10 @@ from remax_lightning.rollout.vllm_broadcast import check_workers
 from remax_lightning.rollout.vllm_client import KEY, MissingError, RefusedError, ServerInfo, VLLMServer
 from remax_lightning.rollout.vllm_proof import log_probs_mode
 from remax_lightning.rollout.vllm_weights import BACKEND
+from remax_lightning.sharding import unwrap_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_PYTHON = ".venv-vllm/bin/python"
 """Where `make vllm` installs it."""
@@ -73,6 +77,13 @@ def served_policy(
         trust_remote_code=source.trust_remote_code,
         from_scratch=source.from_scratch,
     )
+
+
+def source_of(model: PreTrainedModel) -> ModelConfig:
+    """Return where a policy comes from that was loaded elsewhere."""
+    adapters: dict[str, Any] = model.peft_config if has_adapter(model) else {}
+    ranks = [adapter.r for adapter in adapters.values()]
+    return ModelConfig(unwrap_peft(model).name_or_path, lora=LoRAConfig(r=max(ranks)) if ranks else None)
 
 
 def _lora_rank(lora: LoRAConfig) -> int:

@@ -297,14 +297,20 @@ def test_a_server_without_room_says_so(smollm2: Path, monkeypatch: pytest.Monkey
     engine.close()
 
 
-def test_the_benchmark_measures_every_part(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [("fixed", "uneven", "updates", "steps"), ("ahead",)], ids=lambda parts: parts[0])
+def test_the_benchmark_measures_every_part(
+    parts: tuple[str, ...], smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not PYTHON.exists():
         pytest.skip(f"there is no {PYTHON}: run `make vllm`")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     results = tmp_path / "results.jsonl"
     options = ["--python", str(PYTHON), "--policy", str(smollm2), "--length", "4", "--repetitions", "1"]
-    importlib.import_module("vllm_rollout").main([*options, "--results", str(results)])
+    importlib.import_module("vllm_rollout").main([*options, "--parts", *parts, "--results", str(results)])
     lines = [json.loads(line) for line in results.read_text().splitlines()]
+    if parts == ("ahead",):
+        assert {line["variant"] for line in lines} == {"ahead 0", "ahead 1"}
+        return
     updates = {line["variant"]: line["bytes"] for line in lines if line.get("phase") == "update"}
     assert updates["all weights"] > 500e6
     assert updates["adapter"] < 50e6
@@ -312,4 +318,3 @@ def test_the_benchmark_measures_every_part(smollm2: Path, tmp_path: Path, monkey
     assert ways == {(way, kind) for way in ("vllm", "ours", "two generate calls") for kind in ("fixed", "uneven")}
     [step] = [line for line in lines if line.get("phase") == "step"]
     assert 0 < step["overhead"] < 1
-    assert {line["variant"] for line in lines if line.get("phase") == "ahead"} == {"ahead 0", "ahead 1"}

@@ -33,6 +33,7 @@ from remax_lightning.rollout import (
     SamplingConfig,
     VLLMEngine,
     clone_engine,
+    vllm_broadcast,
     vllm_proof,
 )
 from remax_lightning.rollout.base import stop_string_check
@@ -194,6 +195,20 @@ def test_workers_that_cannot_join_the_trainer_are_refused(
     engine = engine_for(tmp_path, serve(workers=workers), transfer="broadcast")
     with pytest.raises(UserError, match=message):
         engine.check(model, request_for().sampling, 5)
+
+
+def test_a_machine_that_cannot_listen_for_workers_is_told(
+    model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no port is free")
+
+    monkeypatch.setattr(vllm_broadcast, "make_store", refuse)
+    with pytest.raises(UserError, match=rf"cannot listen for the workers of {server.url} \(no port is free\)"):
+        engine_for(tmp_path, server, transfer="broadcast").generate(model, request_for())
+    assert not server.paused
 
 
 def test_an_adapter_is_not_broadcast(model: Any, serve: Any, tmp_path: Path) -> None:
