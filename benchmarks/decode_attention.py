@@ -106,8 +106,7 @@ def ways(shape: Heads) -> dict[str, Callable[[int], dict[str, float]]]:
     token = torch.randn(len(rows), shape.groups, 1, WIDTH)
 
     def in_slots(slot: int) -> None:
-        (_, _, seen), in_cache = slots.step_inputs(len(rows), slot, (None,) * shape.layers)
-        slots.slot.fill_(slot)
+        (_, _, seen), in_cache = slots.begin_step(len(rows), slot, (None,) * shape.layers, None)[1:]
         visible = (torch.arange(seen.shape[1]) <= slot).expand(len(rows), 1, 1, -1)
         packed = query.view(len(rows), shape.groups, -1, WIDTH)  # as transformers groups the queries of one token
         for layer in range(shape.layers):
@@ -115,7 +114,7 @@ def ways(shape: Heads) -> dict[str, Callable[[int], dict[str, float]]]:
             scaled_dot_product_attention(packed, keys, values, attn_mask=visible)
 
     def in_prefix(slot: int) -> None:
-        shared.begin_step(len(rows), slot)
+        shared.begin_step(len(rows), slot, (None,) * shape.layers, None)
         for layer in range(shape.layers):
             shared.write(layer, token, token)
             shared.attend(layer, query.squeeze(2), WIDTH**-0.5)

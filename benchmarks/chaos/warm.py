@@ -196,12 +196,11 @@ def _become_command(
 
 def _begin_anew(rank: int) -> None:
     """Set what modules read of their process when they are imported: the time of its start, and its rank."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    from remax_lightning.strategies import atomic_checkpoint
-
-    atomic_checkpoint._STARTED = time.time()
-    rank_zero_only.rank = rank
+    # What is not imported yet reads it when it is.
+    if checkpoints := sys.modules.get("remax_lightning.strategies.atomic_checkpoint"):
+        checkpoints._STARTED = time.time()  # type: ignore[attr-defined]
+    if ranks := sys.modules.get("lightning.fabric.utilities.rank_zero"):
+        ranks.rank_zero_only.rank = rank
 
 
 def _end_as_command() -> NoReturn:
