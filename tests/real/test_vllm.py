@@ -5,6 +5,7 @@ The server is started with the command of `remax serve`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -89,6 +90,13 @@ def server(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pyte
     started = Server(tmp_path_factory.mktemp("server"), smollm2, request.param == "adapter")
     yield started
     started.kill()
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    """Policies and optimizers of earlier tests, in cycles with their trainers, are a gigabyte each: free them."""
+    yield
+    gc.collect()
 
 
 class Rollouts(Callback):

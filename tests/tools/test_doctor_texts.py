@@ -27,6 +27,7 @@ from helpers.doctor import (
 from helpers.training import write_rows
 
 from remax_lightning.tools.doctor import DoctorContext
+from remax_lightning.tools.doctor.responses import check_special_tokens
 
 pytestmark = pytest.mark.slow  # every context loads a policy and a reference
 
@@ -299,15 +300,15 @@ def test_how_far_generate_samples_from_rollouts(well: DoctorContext, monkeypatch
 
 def test_special_tokens_that_the_reward_does_not_see(tmp_path: Path) -> None:
     context = loaded(tmp_path, healthy(tmp_path))
-    assert ask(context, "special_tokens").status == "pass"
+    assert check_special_tokens(context).status == "pass"
     context.tokenizer.add_special_tokens({"additional_special_tokens": ["7"]})
     sampled = context.rollout.sampled
     sampled.response_ids[1, 0], sampled.response_mask[1, 0] = context.tokenizer.convert_tokens_to_ids("7"), True
-    found = ask(context, "special_tokens")
+    found = check_special_tokens(context)  # `ask` would draw other responses than the planted one
     assert found.status == "warn", found
     assert "'7' (" in found.measured
     assert found.values["responses"] >= 1
     assert "set model.sampling.skip_special_tokens: false" in found.fix
     sampling = replace(context.module.sampling, skip_special_tokens=False)
     context.module.worker.sampling = sampling
-    assert ask(context, "special_tokens").status == "pass"
+    assert check_special_tokens(context).status == "pass"
