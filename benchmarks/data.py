@@ -22,9 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS
+from machine import RESULTS, resident
 from timing import save
-from worker import resident
 
 KINDS = ("PromptDataModule", "SFTDataModule", "PreferenceDataModule")
 VOCABULARY = 4096

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import RESULTS, description
+from machine import RESULTS, description, resident
 
 from remax_lightning.functional import OutputHead, hidden_statistics, token_statistics
 
@@ -76,12 +76,6 @@ class Pass:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-
-def resident(field: str) -> int:
-    """Return a field of this process' memory in bytes."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
 
 
 def measure(options: argparse.Namespace) -> None:

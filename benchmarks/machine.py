@@ -38,6 +38,13 @@ def installed(*packages: str) -> dict[str, str]:
     return versions
 
 
+def resident(name: str) -> int:
+    """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [match] = [line for line in lines if line.startswith(name + ":")]
+    return int(match.split()[1]) * 1024
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

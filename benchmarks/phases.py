@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from worker import resident
+from machine import resident
 
 from remax_lightning.modules import ReMaxModule
 

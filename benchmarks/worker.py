@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import resident
 from timing import versions
 
 ANSWER = "ANSWER "
@@ -80,10 +81,3 @@ def serve(make: Callable[[Callable[[], None]], Callable[[int], dict[str, float]]
 
 def _send(answer: Any) -> None:
     print(ANSWER + json.dumps(answer), flush=True)
-
-
-def resident(name: str) -> int:
-    """Return the resident memory of this process, `VmRSS` now or `VmHWM` at its peak, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [match] = [line for line in lines if line.startswith(name + ":")]
-    return int(match.split()[1]) * 1024

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.machine import RESULTS, description
+from benchmarks.machine import RESULTS, description, resident
 
 RUNS = RESULTS / "baselines_runs.jsonl"
 """An evaluation of a run per line."""
@@ -91,16 +91,11 @@ class PeakMemory:
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # from here on the peak counts anew
-        self._base = self._resident("VmRSS")
+        self._base = resident("VmRSS")
 
     def gigabytes(self) -> float:
         """Return it, as of now."""
-        return round((self._resident("VmHWM") - self._base) / 1e9, 4)
-
-    def _resident(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        (line,) = (line for line in lines if line.startswith(f"{name}:"))
-        return int(line.split()[1]) * 1024
+        return round((resident("VmHWM") - self._base) / 1e9, 4)
 
 
 def machine() -> dict[str, Any]:
