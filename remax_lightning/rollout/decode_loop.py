@@ -131,7 +131,6 @@ class DecodeLoop:
         self._bad_rows = torch.zeros((), dtype=torch.long, device=rows.device)  # the most at a token so far, on CUDA
         # Before and after the minimum length; one copy to the device has the EOS ids, too.
         self._suppressed = request.suppressed.ids_by_phase(rows.device)
-        self._draws: Draws | None = None  # all, in order
         self._step: StepInputs | None = None  # what the last step ran on
 
     def run(self) -> DecodeOutput:
@@ -156,8 +155,9 @@ class DecodeLoop:
         for step in range(sampling.max_response_length):
             # ---- Choose the next token of every row ----
             self.suppress_tokens(step)
+            draws = Draws(request.num_sampled, self.active[: self.num_sampled])
             drawn = self.num_sampled, sampling, request.generator
-            self.tokens = next_tokens(self.logits, *drawn, truncate, self._draws)  # [M]
+            self.tokens = next_tokens(self.logits, *drawn, truncate, draws)  # [M]
             self._store_tokens(output, step)
             # ---- Find rows that end here ----
             self.ended = self.ended | torch.isin(self.tokens, eos_ids)
@@ -235,7 +235,6 @@ class DecodeLoop:
         # Rows keep their order, so the sampled ones among them come first again.
         self.num_sampled = int((rows < self.num_sampled).sum())
         self.active, self.ended, self.tokens = self.active[rows], self.ended[rows], self.tokens[rows]
-        self._draws = Draws(self.request.num_sampled, self.active[: self.num_sampled])
 
     def decode_step(self, step: int, tokens: Tensor) -> None:
         """Run the model on one token per row; the logits of the next ones, `[M, V]`, replace `self.logits`.
