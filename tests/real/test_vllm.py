@@ -69,6 +69,7 @@ class Server:
     def start(self) -> None:
         # No threads beside those of vLLM's own, and little memory for keys and values.
         environment = {**os.environ, **self.command.environment, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment["REMAX_VLLM_PARENT"] = str(os.getpid())  # it ends with this process, however that ends
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command.arguments, env=environment, stdout=log, stderr=log, start_new_session=True

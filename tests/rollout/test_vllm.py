@@ -8,7 +8,7 @@ import signal
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -406,7 +406,16 @@ def alive() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("vllm-request")]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A suite that a shell has started in the background ignores Ctrl-C, and so does Python in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", ["a row is refused", "Ctrl-C", "a server is gone"])
+@pytest.mark.usefixtures("interruptible")
 def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server, timeout=60.0, restart_timeout=60.0)
