@@ -28,12 +28,14 @@ class Stream:
 
     def __init__(self, agreement: Callable[[int], float], added_seconds: float = 0.25, seed: int = 0) -> None:
         self.agreement, self.added_seconds, self.seed = agreement, added_seconds, seed
+        self.offset = 0.0
 
     def inputs(self, number: int, *, greedy: bool) -> BaselineInputs:
         generator = torch.Generator().manual_seed(1000 * self.seed + number)
         greedy_reward, noise = torch.randn(2, PROMPTS, generator=generator, dtype=torch.float64)
         share = self.agreement(number)
         reward = share * greedy_reward + (1 - share**2) ** 0.5 * noise
+        reward, greedy_reward = reward + self.offset, greedy_reward + self.offset
         return BaselineInputs(reward, 1, greedy_reward if greedy else None, torch.ones_like(reward), [*range(PROMPTS)])
 
     def feed(self, auto: Auto, start: int, stop: int) -> list[tuple[bool, str, str | None]]:
@@ -64,15 +66,58 @@ def test_it_moves_to_what_is_clearly_cheaper() -> None:
     lines = [line for _, _, line in seen if line is not None]
     # Var(r - g) is twice Var(r), and greedy responses take 0.25 of 2.25 seconds: 1 / 2 * 2 / 2.25
     assert lines[0].startswith("model.advantage.baseline auto: from greedy to ")
-    assert 0.3 < float(lines[0].split("needs ")[1].split()[0]) < 0.6
+    assert 0.3 < float(lines[0].split("needs at most ")[1].split()[0]) < 0.7
     assert auto.chosen in ("batch_mean", "none")
+    # At the first look: no seconds of a rollout without greedy responses were known, nor any were needed.
+    assert [line is not None for _, _, line in seen[:2]] == [False, True]
+    assert [number for number, (greedy, _, _) in enumerate(seen) if greedy] == [0, 1, 15]
+
+
+def test_the_first_looks_ask_for_more_than_later_ones() -> None:
+    """A stream that is clear by a 95 % interval after two rollouts, and not by one of 99 %."""
+    for seed in range(40):
+        auto = Auto(["greedy", "none"])
+        Stream(lambda _: 0.25, seed=seed).feed(auto, 0, 2)
+        looked = (auto.comparison.figures("greedy", confidence)["none"].variance for confidence in (0.95, 0.99))
+        if [ends[2] < 1 for ends in looked] == [True, False]:
+            break
+    else:
+        pytest.fail("no stream lies between the two intervals")
+    assert auto.chosen == "greedy"
+
+
+def test_a_choice_needs_prompts_enough() -> None:
+    """Of two prompts a rollout, all draws are on one side by chance too often."""
+    auto, reward = Auto(["greedy", "none"], greedy_price=9.0), torch.tensor([0.5, 1.0]).double()
+    lines = []
+    for _ in range(16):
+        auto.observe(BaselineInputs(reward, 1, torch.tensor([-1.0, -1.0]).double(), torch.ones(2), [0, 1]))
+        lines.append(auto.observe_training(Measurement(torch.ones(2).double(), 1.0, 1.0)))
+    # 16 groups of prompts, of 8 rollouts
+    assert [number for number, line in enumerate(lines) if line is not None] == [7]
+
+
+def test_baselines_without_greedy_responses_are_compared_on_every_rollout() -> None:
+    """Rewards move away from 0, where `none` is as good as `batch_mean`, and no rollout has greedy responses then."""
+    auto, stream = Auto(["greedy", "batch_mean", "none"]), Stream(lambda _: 0.0)
+    stream.feed(auto, 0, 2)
+    auto.chosen = "none"
+    stream.offset = 2.0
+    lines = [line for _, _, line in stream.feed(auto, 2, 8) if line is not None]
+    assert [line.split(",")[0].split("auto: ")[1] for line in lines] == ["from none to batch_mean"]
+    figures = auto.comparison.figures("batch_mean")
+    assert (figures["none"].num_groups, figures["greedy"].num_groups) == (8 * 8, 2 * 8)
+    sums = [row.sums for row in auto.comparison._moments]
+    for name, rows in (("none", sums), ("greedy", sums[:2])):
+        expected = sum(row[name].sum() for row in rows) / sum(row["batch_mean"].sum() for row in rows)
+        assert figures[name].variance[0] == pytest.approx(float(expected))
 
 
 def test_it_looks_once_every_few_rollouts() -> None:
-    auto = Auto(["greedy", "batch_mean", "none"], window=16, compare_every=4, greedy_price=0.5)
+    auto = Auto(["greedy", "batch_mean", "none"], window=16, compare_every=4, greedy_price=0.0)
     shown = []
     for number in range(12):
-        Stream(lambda _: 0.0).feed(auto, number, number + 1)
+        Stream(lambda _: 0.5).feed(auto, number, number + 1)  # nothing is clear
         shown.append(auto.figures)
     assert [number for number in range(1, 12) if shown[number] is not shown[number - 1]] == [3, 7, 11]
     assert shown[-1] == auto.comparison.figures(auto.chosen)
@@ -110,8 +155,7 @@ def test_now_and_then_a_rollout_is_the_other_way_round() -> None:
     stay, go = Auto(["greedy", "batch_mean"]), Auto(["greedy", "batch_mean"])
     stayed = [greedy for greedy, _, _ in Stream(lambda _: 0.98).feed(stay, 0, 32)]
     gone = [greedy for greedy, _, _ in Stream(lambda _: 0.0).feed(go, 0, 48)]
-    assert stayed[:8] == [True, False] * 4
-    assert [number for number, greedy in enumerate(stayed) if not greedy][4:] == [15, 23, 31]
+    assert [number for number, greedy in enumerate(stayed) if not greedy] == [5, 7, 15, 23, 31]
     assert [number for number, greedy in enumerate(gone) if greedy and number >= 16] == [23, 31, 39, 47]
     assert go.greedy_share == 1 / 8
     assert stay.greedy_share == 7 / 8
@@ -128,7 +172,21 @@ def test_a_measurement_that_costs_is_made_now_and_then() -> None:
         asked.append(auto.needs_norms(is_free=False))
         assert auto.needs_norms(is_free=True) == greedy  # without greedy rewards there is nothing to compare
         stream.train(auto, number, greedy)
-    assert [number for number, asks in enumerate(asked) if asks] == [0, 2, 4, 6, 8, 16, 24]
+    assert [number for number, asks in enumerate(asked) if asks] == [0, 1, 2, 3, 4, 6, 8, 16, 24]
+
+
+def test_measurements_that_are_free_are_fewer_once_a_baseline_without_greedy_responses_is_in_use() -> None:
+    auto, stream = Auto(["greedy", "batch_mean"]), Stream(lambda _: 0.0)
+    asked: dict[bool, list[int]] = {True: [], False: []}
+    for number in range(48):
+        greedy = auto.needs_greedy(None)
+        auto.observe(stream.inputs(number, greedy=greedy))
+        for is_free, numbers in asked.items():
+            if auto.needs_norms(is_free=is_free):
+                numbers.append(number)
+        stream.train(auto, number, greedy)
+    assert auto.chosen == "batch_mean"
+    assert asked == {True: [*range(32), 39, 47], False: [*range(8), 15, 23, 31, 39, 47]}
 
 
 def saved(auto: Auto) -> dict[str, Any]:

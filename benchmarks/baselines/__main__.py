@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (run, timing):
         command.add_argument("--task", nargs="+", default=list(TASKS), choices=list(TASKS), dest="tasks")
         command.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
+    run.add_argument("--seeds", type=int, help="how many of a task's seeds (default: all)")
     run.add_argument("--arm", nargs="+", default=list(DEFAULT_ARMS), choices=list(ARMS), dest="arms")
     commands.add_parser("table", help="write docs/baselines.md and its pictures from the results")
     for name, (_, text) in MEASURING.items():
@@ -68,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = Limits(time.monotonic() + options.seconds, options.piece)
         chosen = [ARMS[name] for name in options.arms]
         results, folder = options.results.resolve(), options.folder.resolve()
-        compute([TASKS[name] for name in options.tasks], chosen, results, folder, limits)
+        named = [TASKS[name] for name in options.tasks]
+        chosen_tasks = [task._replace(seeds=task.seeds[: options.seeds]) for task in named]
+        compute(chosen_tasks, chosen, results, folder, limits)
     elif options.command == "seconds":
         folder, results = options.folder.resolve(), options.results.resolve()
         for name in options.tasks:

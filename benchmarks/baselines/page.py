@@ -17,6 +17,7 @@ from benchmarks.baselines.summary import (
     Price,
     Prices,
     Row,
+    against_best,
     best_rate,
     by_samples,
     rank_correlation,
@@ -24,6 +25,7 @@ from benchmarks.baselines.summary import (
     reward,
     rows,
     target_reward,
+    tuning_kl,
     tuning_scores,
 )
 from benchmarks.baselines.tasks import ARMS, PPO, TASKS, Arm, Task
@@ -108,6 +110,7 @@ def section(task: Task, curves: Curves, prices: Prices) -> str:
         *(_line(row) for row in found),
         "",
         _what_is_clear(found),
+        *_auto(task, found, curves, prices),
     ]
     return "\n".join([*lines, _monitor(found), "", *tuning])
 
@@ -116,16 +119,16 @@ def _tuning(task: Task, curves: Curves) -> list[str]:
     """Return what the learning rates were chosen by: the mean reward of the tuning seeds with each."""
     lines = []
     for arm in (*ARMS.values(), PPO):
-        scores = tuning_scores(task, arm, curves)
+        scores, kl = tuning_scores(task, arm, curves), tuning_kl(task, arm, curves)
         best = max(scores, key=lambda rate: scores[rate], default=None)
-        cells = [f"{rate:g}: {'**' if rate == best else ''}{scores[rate]:.3f}{'**' if rate == best else ''}"
-                 for rate in sorted(scores)]  # fmt: skip
+        texts = {rate: f"**{score:.3f}**" if rate == best else f"{score:.3f}" for rate, score in scores.items()}
+        cells = [f"{rate:g}: {texts[rate]} ({kl[rate]:.1f})" for rate in sorted(scores)]
         if cells:
             lines.append(f"| `{arm.name}` | {', '.join(cells)} |")
     if not lines:
         return []
     return [
-        "| arm | mean reward of the tuning run, by learning rate |",
+        "| arm | mean reward of the tuning run, and its KL at the end, by learning rate |",
         "|---|---|",
         *lines,
         "",
@@ -202,6 +205,18 @@ def _what_is_clear(found: Sequence[Row]) -> str:
                  (("better than greedy", better), ("worse", worse), ("not significant", unclear))]  # fmt: skip
         sentences.append(f"At equal {name}, {'; '.join(parts)}.")
     return " ".join(sentences)
+
+
+def _auto(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) -> list[str]:
+    """Say how far `auto` is behind the best fixed baseline."""
+    answer = against_best(task, found, curves, prices)
+    if answer is None:
+        return []
+    best, ratio = answer
+    spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.count > 1 else ""
+    seeds = f"{ratio.count} seed{'s' if ratio.count > 1 else ''}"
+    what = "the fixed baseline that gets there first"
+    return [f"`auto` takes {ratio.value:.2f}{spread} of the seconds of `{best}`, {what}, over {seeds}."]
 
 
 def _monitor(found: Sequence[Row]) -> str:

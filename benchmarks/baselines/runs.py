@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.baselines.records import Cell, Curves, Evaluation, PeakMemory, append, machine, read_curves
-from benchmarks.baselines.summary import best_rate, mean_reward
+from benchmarks.baselines.summary import BASE, best_rate, mean_reward
 from benchmarks.baselines.tasks import ARMS, TASKS, Arm, Task, arguments, prepared, working_folder
 
 CHECKPOINT = "piece.ckpt"
@@ -143,7 +143,8 @@ def run_piece(cell: Cell, results: Path, folder: Path, limits: Limits) -> bool:
 def wanted_cells(task: Task, arms: Sequence[Arm], curves: Curves) -> Iterator[Cell]:
     """Yield the runs that are not complete yet, those that choose a learning rate first.
 
-    The grid of an arm goes on upwards or downwards by factors of 2 until its best rate has a worse one on both sides.
+    The grid of an arm starts around the best rate of the base, once that is known, and goes on upwards or downwards by
+    factors of 2 until its best rate has a worse one on both sides.
     """
     tuned: list[tuple[Arm, float]] = []
     for arm in arms:
@@ -169,15 +170,15 @@ def rates_to_try(task: Task, arm: Arm, curves: Curves) -> list[float]:
         mine = (cell.task, cell.arm) == (task.name, arm.name) and cell.seed in task.tuning_seeds
         if mine and is_complete(evaluations, task):
             scores.setdefault(cell.rate, []).append(mean_reward(evaluations))
-    rates = sorted({*task.rates, *scores})
-    if any(len(scores.get(rate, ())) < len(task.tuning_seeds) for rate in rates):
-        return rates
-    best = max(rates, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
-    if best == rates[-1]:
-        rates.append(2 * best)
-    elif best == rates[0]:
-        rates.insert(0, best / 2)
-    return rates
+    means = {rate: sum(values) / len(values) for rate, values in scores.items()
+             if len(values) == len(task.tuning_seeds)}  # fmt: skip
+    best = max(means, key=lambda rate: means[rate], default=None)
+    around = set() if best is None else {best / 2, best, 2 * best}
+    if best is not None and around <= set(means):
+        return sorted(means)
+    base = None if arm.name == BASE else best_rate(task, ARMS[BASE], curves)
+    start = set(task.rates) if base is None else {base / 2, base, 2 * base}
+    return sorted(start | set(scores) if not start <= set(means) else around | set(means))
 
 
 def compute(tasks: Sequence[Task], arms: Sequence[Arm], results: Path, folder: Path, limits: Limits) -> int:

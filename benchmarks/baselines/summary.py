@@ -6,13 +6,15 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from benchmarks.baselines.records import Cell, Curves, Evaluation
 from benchmarks.baselines.tasks import ARMS, PPO, Arm, Task
 
 BASE = "greedy"
 """What every arm is compared with."""
+AUTO = "auto"
+"""What is compared with the best of the others."""
 PART = 0.8
 """Of the gain of the base in its tuning run: the reward that times are measured to."""
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -53,8 +55,10 @@ class Price(NamedTuple):
 
     def seconds(self, evaluation: Evaluation) -> float:
         """Return the seconds of training up to an evaluation."""
-        plain_steps = evaluation.step - evaluation.greedy_steps
-        further = evaluation.step * self.rollout * (evaluation.rollouts - 1)
+        plain_steps, added = evaluation.step - evaluation.greedy_steps, self.greedy - self.plain
+        # Prompts beyond those trained on take their rollout alone, with greedy responses where the others have them.
+        rollouts = evaluation.step * self.rollout + evaluation.greedy_steps * added
+        further = rollouts * (evaluation.rollouts - 1)
         return evaluation.greedy_steps * self.greedy + plain_steps * self.plain + further
 
 
@@ -134,6 +138,14 @@ def tuning_scores(task: Task, arm: Arm, curves: Curves) -> dict[float, float]:
     for cell, evaluations in _complete(curves, task, arm, task.tuning_seeds).items():
         scores.setdefault(cell.rate, []).append(mean_reward(evaluations))
     return {rate: statistics.fmean(values) for rate, values in scores.items()}
+
+
+def tuning_kl(task: Task, arm: Arm, curves: Curves) -> dict[float, float]:
+    """Return the KL at the end, nats per response, of the tuning runs by learning rate."""
+    values: dict[float, list[float]] = {}
+    for cell, evaluations in _complete(curves, task, arm, task.tuning_seeds).items():
+        values.setdefault(cell.rate, []).append(evaluations[-1].figures.get("kl_per_response", math.nan))
+    return {rate: statistics.fmean(of_seeds) for rate, of_seeds in values.items()}
 
 
 def best_rate(task: Task, arm: Arm, curves: Curves) -> float | None:
@@ -247,8 +259,29 @@ def _time_ratio(
     return Interval(*(math.exp(value) for value in interval(logs)[:3]), len(logs))
 
 
+def against_best(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) -> tuple[str, Interval] | None:
+    """Return the fixed baseline that is the first at the target, and the seconds of `auto` there divided by its own.
+
+    None where one of them never reaches it, or no seconds were measured.
+    """
+    rows = {row.arm: row for row in found if row.time is not None}
+    fixed = [name for name in rows if name in ARMS and name != AUTO and not ARMS[name].options]
+    if AUTO not in rows or not fixed:
+        return None
+    best = min(fixed, key=lambda name: cast(Interval, rows[name].time).value)
+    pairs = [(run, rows[best].runs[seed]) for seed, run in rows[AUTO].runs.items() if seed in rows[best].runs]
+    place, base_place = (prices[task.name, ARMS[name].kind].seconds for name in (AUTO, best))
+    ratio = _time_ratio(pairs, target_reward(task, curves), place, base_place) if pairs else None
+    return None if ratio is None else (best, ratio)
+
+
 def _variance(name: str, runs: Mapping[int, list[Evaluation]], base: Mapping[int, list[Evaluation]]) -> float | None:
-    """Return what the monitor says of an arm: in the runs of the base, or through a baseline that both tell of."""
+    """Return what the monitor says of an arm: in the runs of the base, or through a baseline that both tell of.
+
+    None of an arm that draws other prompts, whose gradients are others.
+    """
+    if ARMS.get(name, PPO).options:
+        return None
     direct = _logged(base, name)
     if name == BASE or direct is not None:
         return 1.0 if name == BASE else direct

@@ -166,6 +166,7 @@ data: {path: prompts.jsonl, val_path: runs/demo/task/val.jsonl, max_prompt_lengt
     every=20,
     rates=(5e-4, 1e-3, 2e-3),
     prepare=_prepare_demo,
+    seeds=(1, 2, 3, 4, 5, 6),
 )
 DIALOGUES = Task(
     "dialogues",

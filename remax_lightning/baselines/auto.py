@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from remax_lightning.baselines.base import Baseline, BaselineInputs, Measurement, can_value, checked_values
-from remax_lightning.baselines.comparison import MIN_ROLLOUTS, Comparison, Figure
+from remax_lightning.baselines.comparison import MIN_GROUPS, Comparison, Figure
 from remax_lightning.baselines.kinds import KINDS, NoBaseline
 from remax_lightning.errors import UserError
+
+MIN_ROLLOUTS = 4
+"""Rollouts with greedy responses that a window holds at least."""
+FIRST_LOOKS, FIRST_CONFIDENCE, CONFIDENCE = (2, 4), 99, 95
+"""Rollouts before the first looks, and percent of the intervals that these and later ones ask for."""
+FIRST_WINDOWS = 4
+"""Times `compare_every`: so many rollouts without greedy responses compare the baselines that need none."""
 
 
 class Auto(Baseline):
@@ -20,15 +27,18 @@ class Auto(Baseline):
     takes the squared norms at the logits, which training shows anyway. After every `compare_every` rollouts the
     baseline in use changes if another needs less time for a gradient of the same precision and the 95 % interval, by a
     bootstrap over prompts and steps, is clear of 1; it goes back in the same way. Every look is a chance of a false
-    change, so they are few.
+    change, so they are few. Two more, after 2 and 4 rollouts, ask for a 99 % interval: where the greedy reward tells
+    little, each rollout with it costs.
 
     The gradient stays unbiased: which baseline values a rollout is decided by earlier rollouts alone, and no candidate
     reads the response that it is subtracted from. Given the past, a step is one with a fixed, unbiased baseline.
 
-    The comparison has a price. In the first `compare_every` rollouts every second one, then one of `compare_every`, is
-    the other way round: without greedy responses where the baseline in use needs them (its cheapest rival without them
-    values that rollout), and with them where it does not. With 8 that is an eighth of what greedy responses cost.
-    Without a KL, responses without an advantage take a pass without gradients in the rollouts that are compared.
+    The comparison has a price. One rollout of `compare_every` is the other way round: without greedy responses where
+    the baseline in use needs them (its cheapest rival without them values that rollout), and with them where it does
+    not. With 8 that is an eighth of what greedy responses cost. The first looks need no seconds, as a rollout without
+    greedy responses takes no longer; unless they settle it, every second rollout after the first four and up to
+    `compare_every` is without. Without a KL, responses without an advantage take a pass without gradients in the
+    rollouts that are compared.
 
     Args:
         candidates: short names of baselines; null takes all unbiased ones that the run can have.
@@ -78,7 +88,7 @@ class Auto(Baseline):
         self.figures: dict[str, Figure] = {}
         """What the last look has shown of each candidate, divided by the one in use."""
         self._substitute = "batch_mean"  # where a rollout has no greedy responses and the one in use needs them
-        self._was_compared = False
+        self._measures: Literal["always", "free", "never"] = "never"  # whether the last rollout is to be
 
     @property
     def greedy_share(self) -> float:
@@ -88,11 +98,12 @@ class Auto(Baseline):
 
     # ---- A rollout ----
 
-    @property
-    def _is_other_way_round(self) -> bool:
+    def _is_other_way_round(self, needs: bool) -> bool:
         """Whether the next rollout has greedy responses if the baseline in use needs none, and none if it does."""
         number = self.comparison.number
-        return number % 2 == 1 if number < self.compare_every else number % self.compare_every == self.compare_every - 1
+        if number < self.compare_every:
+            return needs and number >= FIRST_LOOKS[-1] and number % 2 == 1
+        return number % self.compare_every == self.compare_every - 1
 
     def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
         """Whether the baseline in use needs greedy responses, now and then turned round."""
@@ -105,7 +116,7 @@ class Auto(Baseline):
         # With a price that is known, a rollout without greedy responses would show nothing.
         if needs and self.greedy_price is not None:
             return True
-        return needs != self._is_other_way_round
+        return needs != self._is_other_way_round(needs)
 
     def values(self, inputs: BaselineInputs) -> Tensor:
         """Return `[S]` values of the baseline in use; without the greedy responses that it needs, of a substitute."""
@@ -117,25 +128,35 @@ class Auto(Baseline):
 
     def observe(self, inputs: BaselineInputs) -> None:
         """Value the rollout with every candidate, and let each learn from it."""
-        # What reads greedy rewards can only be compared where there are some.
-        self._was_compared = inputs.greedy_reward is not None or not self._reads_greedy
+        number, every = self.comparison.number, self.compare_every
+        # With greedy responses all candidates have a value; without them those that need none, the one in use or not.
+        has_all = inputs.greedy_reward is not None or not self._reads_greedy
+        if not has_all and self.comparison.candidates[self.chosen].greedy != "never":
+            self._measures = "never"
+        elif number < every or (has_all and number % every in (0, every - 1)):
+            self._measures = "always"
+        else:
+            self._measures = "free" if has_all or number < FIRST_WINDOWS * every else "never"
         self.comparison.observe(inputs)
 
     # ---- After training on it ----
 
     def needs_norms(self, *, is_free: bool) -> bool:
-        """Whether the rollout enters the comparison: all with greedy responses that cost nothing, and a few others."""
-        number = self.comparison.number - 1  # of the rollout that was just observed
-        is_due = number < self.compare_every or number % self.compare_every in (0, self.compare_every - 1)
-        return self._was_compared and (is_free or is_due)
+        """Whether the rollout enters the comparison: those that tell of the one in use, if it is free or due."""
+        return self._measures == "always" or (is_free and self._measures == "free")
 
     def observe_training(self, measurement: Measurement) -> str | None:
         """Compare the candidates now and then, and change the baseline in use if another is clearly cheaper."""
         self.comparison.measure(measurement)
-        if self.comparison.number % self.compare_every or self.comparison.num_measured < MIN_ROLLOUTS:
+        number = self.comparison.number
+        is_first = number <= FIRST_LOOKS[-1]
+        if number % self.compare_every and number not in FIRST_LOOKS:
             return None
-        self.figures = self.comparison.figures(self.chosen)
-        costs = {name: figure.cost for name, figure in self.figures.items() if figure.cost is not None}
+        percent = FIRST_CONFIDENCE if is_first else CONFIDENCE
+        figures = self.comparison.figures(self.chosen, percent / 100)
+        if number % self.compare_every == 0:
+            self.figures = self.comparison.figures(self.chosen) if is_first else figures
+        costs = self._costs(figures)
         if not costs:
             return None
         order = sorted(costs, key=lambda name: costs[name][0])
@@ -147,11 +168,23 @@ class Auto(Baseline):
         before, self.chosen = self.chosen, best
         self.figures = self.comparison.figures(best)
         value, low, high = costs[best]
+        bound = "" if figures[best].cost is not None else "at most "
         return (
-            f"model.advantage.baseline auto: from {before} to {best}, which needs {value:.2f} of the seconds for a"
-            f" gradient of the same precision (95 %: {low:.2f} to {high:.2f}, over {self.comparison.num_measured}"
-            " rollouts)"
+            f"model.advantage.baseline auto: from {before} to {best}, which needs {bound}{value:.2f} of the seconds for"
+            f" a gradient of the same precision ({percent} %: {low:.2f} to {high:.2f}, after"
+            f" {number} rollouts)"
         )
+
+    def _costs(self, figures: dict[str, Figure]) -> dict[str, tuple[float, float, float]]:
+        """Return the cost of each candidate that enough prompts tell of, as far as it is known."""
+        costs = {}
+        for name, figure in figures.items():
+            # Before any seconds are known: a step without greedy responses takes no longer than any other.
+            is_plain = self.comparison.candidates[name].greedy == "never"
+            cost = figure.variance if figure.cost is None and is_plain else figure.cost
+            if cost is not None and figure.num_groups >= MIN_GROUPS:
+                costs[name] = cost
+        return costs
 
     def metrics(self) -> dict[str, float]:
         """Return the place of the baseline in use among the names, 0 for greedy."""
@@ -164,7 +197,7 @@ class Auto(Baseline):
         return {
             "chosen": self.chosen,
             "substitute": self._substitute,
-            "was_compared": self._was_compared,
+            "measures": self._measures,
             "comparison": self.comparison.state_dict(),
         }
 
@@ -173,4 +206,4 @@ class Auto(Baseline):
         self.comparison.load_state_dict(state["comparison"])
         if state["chosen"] in self.comparison.candidates:
             self.chosen = cast(str, state["chosen"])
-        self._substitute, self._was_compared = cast(str, state["substitute"]), bool(state["was_compared"])
+        self._substitute, self._measures = cast(str, state["substitute"]), state["measures"]

@@ -22,8 +22,8 @@ NUM_RESAMPLES = 400
 """Draws of the bootstrap: enough for the ends of a 95 % interval, few enough to cost nothing."""
 GROUPS = 8
 """Most groups of prompts that a rollout is drawn by in the bootstrap; more of them would only cost time."""
-MIN_ROLLOUTS = 4
-"""Rollouts that a comparison needs."""
+MIN_GROUPS = 2 * GROUPS
+"""Groups of prompts that a choice needs: of fewer, too often all are on one side by chance, and so are all draws."""
 WARM_UP = 2
 """Rollouts at the start of a run whose seconds do not count: they allocate memory and choose kernels."""
 
@@ -34,10 +34,12 @@ class Figure(NamedTuple):
     Args:
         variance: second moment of the gradient.
         cost: that times the seconds of a step; None while seconds with and without greedy responses are not known.
+        num_groups: groups of prompts that tell of both.
     """
 
     variance: tuple[float, float, float]
     cost: tuple[float, float, float] | None
+    num_groups: int = 0
 
 
 class _Moments(NamedTuple):
@@ -98,14 +100,14 @@ class Comparison:
         self._pending, self._needs, self._inputs = {}, {}, inputs
         self._num_samples, self._has_greedy = inputs.num_samples, inputs.greedy_reward is not None
         for name, baseline in self.candidates.items():
+            # Its price counts those that it would have asked for, also where it got none.
+            needs = self._needs[name] = baseline.needs_greedy(inputs.prompts)
             if not can_value(baseline, inputs):
                 continue
-            needs = baseline.needs_greedy(inputs.prompts)
             # One that would not have asked for greedy responses gets none: a cached reward is as old as it would be.
             seen = inputs if needs else inputs._replace(greedy_reward=None)
             if is_measured:
                 self._pending[name] = (inputs.reward - checked_values(baseline, seen)).square()  # [S]
-            self._needs[name] = needs
             baseline.observe(seen)
 
     def measure(self, measurement: Measurement) -> None:
@@ -145,7 +147,6 @@ class Comparison:
             if baseline.reads_gradients and can_value(baseline, inputs):
                 advantages = inputs.reward[:, None] - checked_values(baseline, inputs)  # [S, R]
                 moments[name] = (advantages.square() * norms).sum(1)
-                self._needs[name] = baseline.needs_greedy(inputs.prompts)
         return moments
 
     # ---- Figures ----
@@ -155,45 +156,55 @@ class Comparison:
         """Measured rollouts in the window."""
         return len(self._moments)
 
-    def figures(self, used: str) -> dict[str, Figure]:
-        """Return what is known of each candidate that all measured rollouts of the window can tell of.
+    def figures(self, used: str, confidence: float = 0.95) -> dict[str, Figure]:
+        """Return what is known of each candidate, by the measured rollouts of the window that tell of both.
 
-        Empty where there is nothing to divide by: no measured rollout, or every reward is the baseline in use.
+        A rollout without greedy responses tells of the baselines that need none. Empty where there is nothing to divide
+        by: no measured rollout, or every reward is the baseline in use.
 
         Args:
             used: the candidate that the others are divided by.
+            confidence: of the intervals.
         """
-        names = [name for name in self.candidates if self._moments and all(name in row.sums for row in self._moments)]
+        rows = [row for row in self._moments if used in row.sums]
+        names = [name for name in self.candidates if any(name in row.sums for row in rows)]
+        sums, bases = self._window_sums(names, used)  # [1 + K, F] each
+        known = bases[0] > 0
+        sums, bases = sums[:, known], bases[:, known]
+        names = [name for name, is_known in zip(names, known, strict=True) if is_known]
         if used not in names:
             return {}
         base = names.index(used)
-        sums = self._window_sums(names)  # [1 + K, F]
-        if not sums[0, base] > 0:
-            return {}
-        # Paired over baselines, as all are of the same draws; a draw without anything of the base tells nothing.
-        drawn = sums / np.where(sums[:, [base]] > 0, sums[:, [base]], np.nan)  # [1 + K, F]
-        ends = percentile_interval(drawn[1:])  # [F, 2]
-        figures = {name: Figure(_with_ends(drawn[0, i], ends[i]), None) for i, name in enumerate(names)}
-        shares = [sum(row.needs[name] for row in self._moments) / len(self._moments) for name in names]
+        # Paired over baselines, as both are of the same draws; a draw without anything of the base tells nothing.
+        drawn = sums / np.where(bases > 0, bases, np.nan)  # [1 + K, F]
+        ends = percentile_interval(drawn[1:], confidence)  # [F, 2]
+        groups = [sum(len(row.sums[name]) for row in rows if name in row.sums) for name in names]
+        figures = {name: Figure(_with_ends(drawn[0, i], ends[i]), None, groups[i]) for i, name in enumerate(names)}
+        asked = [[row.needs[name] for row in rows if name in row.needs] for name in names]
+        shares = [sum(needs) / len(needs) for needs in asked]
         prices = self._prices(np.array(shares))
         if prices is None:
             return figures
         prices = prices / prices[:, [base]]  # [1 + K, F], or [1, F] without draws
         costs = drawn[0] * prices[0]
-        cost_ends = ends * prices.T if len(prices) == 1 else percentile_interval(drawn[1:] * prices[1:])
+        cost_ends = ends * prices.T if len(prices) == 1 else percentile_interval(drawn[1:] * prices[1:], confidence)
         for i, name in enumerate(names):
             # What a pass before training costs was not measured, unless the run makes it.
             if self.candidates[name].reads_gradients == self.candidates[used].reads_gradients:
                 figures[name] = figures[name]._replace(cost=_with_ends(costs[i], cost_ends[i]))
         return figures
 
-    def _window_sums(self, names: list[str]) -> NDArray[np.float64]:
-        """Return `[1 + K, F]` sums over the measured rollouts of the window, and of their draws."""
-        total = np.zeros((1 + NUM_RESAMPLES, len(names)))
+    def _window_sums(self, names: list[str], used: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return `[1 + K, F]` sums over the window and its draws, and of the one in use over the same rollouts."""
+        sums, bases = np.zeros((2, 1 + NUM_RESAMPLES, len(names)))
         for row, resampled in zip(self._moments, self._resampled, strict=True):
-            order = list(row.sums)
-            total += resampled if order == names else resampled[:, [order.index(name) for name in names]]
-        return total
+            if used not in row.sums:
+                continue
+            order, told = list(row.sums), [name for name in names if name in row.sums]
+            places = slice(None) if told == names else [names.index(name) for name in told]
+            sums[:, places] += resampled if order == told else resampled[:, [order.index(name) for name in told]]
+            bases[:, places] += resampled[:, [order.index(used)]]
+        return sums, bases
 
     def _prices(self, shares: NDArray[np.float64]) -> NDArray[np.float64] | None:
         """Return `[1 + K, F]` seconds of a step and of its draws, by the share of rollouts with greedy rows.

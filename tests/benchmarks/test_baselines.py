@@ -61,6 +61,8 @@ def test_seconds_are_those_of_steps_with_and_without_greedy_responses() -> None:
     assert prices["tiny", "n=2"].greedy == pytest.approx(1.8 + 0.5)
     # Twice as many prompts answered as trained on: the part of the rollout once more.
     assert prices["tiny", "n=1"].seconds(Evaluation(10, 100, 0, {}, {}, rollouts=2.0)) == 20 + 10
+    # With greedy responses, too, which take a second.
+    assert prices["tiny", "n=1"].seconds(Evaluation(10, 100, 10, {}, {}, rollouts=2.0)) == 30 + 10 + 10
 
 
 def test_intervals_are_students() -> None:
@@ -89,7 +91,23 @@ def test_a_difference_is_paired_by_seed_and_named_only_if_it_is_clear() -> None:
     text = page.section(TASK, cells(values), {})
     assert "At equal samples, better than greedy: `none`; worse: no arm; not significant: `tracker`." in text
     assert "| `none` | 1 | 3 | +0." in text
-    assert "| `none` | 1: **0.500** |" in text
+    assert "| `none` | 1: **0.500** (0.5) |" in text
+
+
+def test_auto_is_compared_with_the_best_fixed_baseline() -> None:
+    lines = [{"task": "tiny", "kind": "n=1", "greedy": False, "processor_seconds": 1.0}]
+    values = {("greedy", 1.0, 100): run(0, 0.5, 1)}
+    for arm, slope in (("greedy", 1.0), ("none", 1.5), ("tracker", 1.2), ("auto", 1.25), ("oversample", 2.0)):
+        values[arm, 1.0, 100] = run(0, 0.5, 1)
+        values |= {(arm, 1.0, seed): run(0, slope, slope + seed) for seed in (1, 2)}
+    curves, prices = cells(values), summary.read_prices(lines)
+    found = summary.rows(TASK, curves, prices)
+    best, ratio = summary.against_best(TASK, found, curves, prices) or ("", None)
+    assert (best, ratio.value, ratio.count) == ("none", pytest.approx(1.5 / 1.25), 2)
+    assert "`auto` takes 1.20 (1.20 to 1.20) of the seconds of `none`" in page.section(TASK, curves, prices)
+    assert {row.arm: row.variance for row in found}["oversample"] is None
+    without = [row for row in found if row.arm != "auto"]
+    assert summary.against_best(TASK, without, curves, prices) is None
 
 
 def test_the_target_comes_from_tuning_alone() -> None:
@@ -127,8 +145,19 @@ def test_rates_are_tuned_before_a_seed_counts_and_the_grid_goes_on_at_its_edge()
     assert wanted(cells(values))[0] == ("greedy", 4.0, 100), "the best rate was the highest"
     values["greedy", 4.0, 100] = run(0, 0.5, 1)
     assert ("greedy", 2.0, 1) in wanted(cells(values))
-    # Another arm has not been tuned: only its rates are wanted.
-    assert {seed for arm, _, seed in wanted(cells(values)) if arm == "none"} == {100}
+    # Another arm has not been tuned: only its rates are wanted, around the best of the base.
+    assert [(rate, seed) for arm, rate, seed in wanted(cells(values)) if arm == "none"] == [
+        (1.0, 100), (2.0, 100), (4.0, 100)]  # fmt: skip
+    values |= {("none", 1.0, 100): run(0, 1, 1), ("none", 2.0, 100): run(0, 0, 1)}
+    assert [rate for arm, rate, _ in wanted(cells(values)) if arm == "none"] == [4.0]
+    values["none", 4.0, 100] = run(0, 0, 1)
+    assert [rate for arm, rate, _ in wanted(cells(values)) if arm == "none"] == [0.5], "the best rate was the lowest"
+    values["none", 0.5, 100] = run(0, 0, 1)
+    assert {(rate, seed) for arm, rate, seed in wanted(cells(values)) if arm == "none"} == {
+        (1.0, 1),
+        (1.0, 2),
+        (1.0, 3),
+    }
 
 
 def test_runs_that_count_come_seed_by_seed_and_only_incomplete_ones() -> None:
