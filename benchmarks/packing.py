@@ -6,9 +6,11 @@ is one row without padding; `budget` is packed rows under `data.tokens_per_micro
 tokens over those that were computed, padding included.
 
 `training` is the forward and the backward pass of the policy over one rollout. `step` is a whole optimizer step with
-reference and reward model, as in `benchmarks/step.py`: the engine decodes to the longest response, and the others are
-cut to their lengths. Lengths are geometric, with a mean of a third of the longest prompt and a quarter of the longest
-response, or those of a file of JSON lines with `question` and `answer` (`--lengths`), four characters to a token.
+reference and reward model, as in `benchmarks/step.py`: each response ends at its length, sampled or greedy. Before, the
+engine halved its batch when half of the rows had ended, and multiplied few rows by the weights like many.
+
+Lengths are geometric, with a mean of a third of the longest prompt and a quarter of the longest response, or those of a
+file of JSON lines with `question` and `answer` (`--lengths`), four characters to a token.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -40,7 +41,15 @@ from remax_lightning.models.forward import find_head
 from remax_lightning.models.log_probs import ForwardBatch, policy_statistics
 from remax_lightning.models.packing import packing_obstacle
 from remax_lightning.rewards import pooling
-from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.rollout import (
+    GenerationOutput,
+    GenerationRequest,
+    PairedEngine,
+    SamplingConfig,
+    decode_loop,
+    engines,
+)
+from remax_lightning.rollout.decode_loop import DecodeLoop
 from remax_lightning.training.experience import plan_micro_batches, response_numbers, row_lengths
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
@@ -158,13 +167,22 @@ def side_by_side(
     )
 
 
+def halved_batch(left: int, size: int, _device: torch.device) -> int:
+    """Return the rows that a batch shrinks to when `left` of them are unfinished."""
+    while left and size > 1 and left <= (size + 1) // 2:
+        size = (size + 1) // 2
+    return size
+
+
 def padded_passes(batches: bool) -> ExitStack:
-    """Return a context in which nothing is packed; with `batches`, rows are laid out as before."""
+    """Return a context in which nothing is packed; with `batches`, rows are laid out and decoded as before."""
     stack = ExitStack()
     for module in (passes, pooling):
         stack.enter_context(patch.object(module, "packing_obstacle", lambda *_: "it is measured without"))
     if batches:
         stack.enter_context(patch.object(passes, "_forward_batches", side_by_side))
+        stack.enter_context(patch.object(decode_loop, "smaller_batch", halved_batch))
+        stack.enter_context(patch.object(engines, "transposed_products", nullcontext))
     return stack
 
 
@@ -240,20 +258,22 @@ def _rollout(shape: Shape, lengths: Lengths, seed: int) -> Rollout:
 # ---- The whole step ----
 
 
-class CutEngine(PairedEngine):
-    """Decodes to the longest response of a round, and ends the others at their lengths."""
+class EndingEngine(PairedEngine):
+    """Ends the responses of a round at their lengths; a greedy one is as long as the sampled."""
 
     lengths: list[int]
 
     def generate(self, model: Any, request: GenerationRequest) -> GenerationOutput:
-        """Generate, and write the end of the sequence where responses end; a greedy one is as long as the sampled."""
-        sampling = replace(request.sampling, max_response_length=max(self.lengths))
-        output = super().generate(model, replace(request, sampling=sampling))
-        ends = torch.tensor(self.lengths)[:, None]  # [B, 1]
-        for ids in (output.sampled_ids, output.greedy_ids):
-            if ids is not None:
-                ids[torch.arange(ids.shape[1]) >= ends - 1] = EOS
-        return output
+        """Generate with the end of the sequence as the only token where a response ends."""
+        last = torch.tensor(self.lengths) - 1  # [B]
+
+        def suppress(loop: DecodeLoop, step: int) -> None:
+            ends = step >= last[loop.active % len(last)]  # [M]
+            loop.logits = loop.logits.masked_fill(ends[:, None], -torch.inf)  # [M, V]
+            loop.logits[:, EOS] = torch.where(ends, 0.0, -torch.inf)
+
+        with patch.object(DecodeLoop, "suppress_tokens", suppress):
+            return super().generate(model, request)
 
 
 def step_runs(folder: Path, shape: Shape, draw: Callable[[int], Lengths]) -> dict[str, Run]:
@@ -287,7 +307,7 @@ def _step(
             made.append(torch.optim.AdamW(parameters, lr=1e-6))
         return made[0]
 
-    policy, engine = str(folder / "policy"), CutEngine()
+    policy, engine = str(folder / "policy"), EndingEngine()
     reward = ClassifierReward(str(folder / "reward"), template="{prompt} {response}")
     module: ReMaxModule | None = None
 

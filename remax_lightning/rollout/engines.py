@@ -41,7 +41,7 @@ from remax_lightning.rollout.decode_attention import (
     states_of,
 )
 from remax_lightning.rollout.decode_loop import DecodeLoop
-from remax_lightning.rollout.fused_layers import fused_activations, fused_norms, fused_rotary
+from remax_lightning.rollout.fused_layers import fused_activations, fused_norms, fused_rotary, transposed_products
 from remax_lightning.rollout.row_lengths import RowLengths, flash_takes_lengths
 from remax_lightning.rollout.static_cache import DecodeBuffers, allocate_slots
 from remax_lightning.sharding import is_sharded, language_model
@@ -97,6 +97,8 @@ class PairedEngine:
         with ExitStack() as stack:
             for fuse in (fused_norms, fused_rotary, fused_activations) if device == "cuda" or is_float32 else ():
                 stack.enter_context(fuse(model, self._fusible))
+            if is_float32:
+                stack.enter_context(transposed_products(model))
             casts = stack.enter_context(casting)
             if step_cache is not None:
                 step_cache.begin(model)

@@ -1,5 +1,7 @@
 """Norms, rotary embeddings and gates of a decoding step in fewer operators than transformers', which compute the same.
 
+On a CPU, linear layers of few rows are multiplied the other way around.
+
 On a GPU each operator reads and writes what the one before has written; on a CPU it takes some microseconds of Python
 and dispatch. What is replaced is compared with the family's own on random numbers first, and left alone where they
 differ.
@@ -97,6 +99,58 @@ def _is_fusible(norm: Any, epsilon: float) -> bool:
         return False
     tolerance = 4 * torch.finfo(weight.dtype).eps  # of two roundings
     return bool(((got - expected).abs() <= tolerance * expected.abs() + tolerance * expected.abs().mean()).all())
+
+
+# ---- Linear layers on a CPU ----
+
+FEW_ROWS = 4
+"""Rows up to which `(W x^T)^T` beats `x W^T`: 0.25 to 0.9 of its time with MKL, AVX2 or AVX-512, one thread or two."""
+ROW_BLOCK, MOST_ROWS = 16, 64
+"""With several threads it is also quicker at multiples of `ROW_BLOCK` up to `MOST_ROWS`, by 2 to 20 %; at the numbers
+between it is slower."""
+
+
+@contextmanager
+def transposed_products(model: nn.Module) -> Iterator[int]:
+    """Multiply few rows by the weights as `(W x^T)^T` inside: the same products, in an order that a CPU does quicker.
+
+    Args:
+        model: with the weights of a rollout, in float32.
+
+    Yields:
+        The number of linear layers.
+    """
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter  # a shard is no plain parameter, or an empty one
+        and layer.weight.numel() > 0
+        and layer.weight.device.type == "cpu"
+        and "forward" not in vars(layer)
+    ]
+    for layer in layers:
+        # An attribute of the instance hides the method of its class, until it is deleted below.
+        layer.forward = partial(_transposed_product, layer, layer.forward)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _transposed_product(layer: nn.Linear, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    rows = inputs.numel() // layer.in_features
+    in_blocks = rows % ROW_BLOCK == 0 and rows <= MOST_ROWS and torch.get_num_threads() > 1
+    if not (1 < rows <= FEW_ROWS or in_blocks):
+        return plain(inputs)
+    columns = inputs.reshape(rows, -1).t()  # [in, M]
+    if layer.bias is None:
+        product = layer.weight @ columns  # [out, M]
+    else:
+        product = torch.addmm(layer.bias.unsqueeze(1), layer.weight, columns)
+    # In the usual order again, since families reshape what they get.
+    return product.t().contiguous().view(*inputs.shape[:-1], -1)
 
 
 # ---- Rotary embeddings ----

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
-from remax_lightning.rollout.fused_layers import fused_norms, fused_rotary
+from remax_lightning.rollout.fused_layers import fused_norms, fused_rotary, transposed_products
 
 
 @pytest.fixture
@@ -220,6 +220,51 @@ def test_rollouts_on_cuda_fuse_norms(fake_cuda: FakeCuda, monkeypatch: pytest.Mo
     request = GenerationRequest(ids, mask, SamplingConfig(max_response_length=3), [], 3, generator)
     PairedEngine(cuda_graphs=False).generate(tiny_model().to("cuda"), request)
     assert len(calls) > 5 * 3  # of the prompt, and of two tokens
+
+
+# Products of few rows
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "OPT"])  # OPT and Qwen2 have biases
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16])
+def test_a_family_computes_the_same_with_transposed_products(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = family_model(next(family for family in FAMILIES if family.name == name), torch.float32)
+    ids = torch.arange(5, 5 + rows)[:, None]  # [M, 1]
+    with torch.no_grad():
+        plain = model(ids).logits
+        with transposed_products(model) as number, Products() as products:
+            got = model(ids).logits
+    assert number > 10
+    assert products.transposed == (number if rows in (2, 4, 16) else 0)
+    assert not any("forward" in vars(module) for module in model.modules())
+    torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize(("num_samples", "is_transposed"), [(1, True), (3, True), (5, False)])
+def test_rollouts_of_few_rows_multiply_the_other_way_around(num_samples: int, is_transposed: bool) -> None:
+    ids = torch.arange(5, 11)[None]
+    mask, generator = torch.ones_like(ids, dtype=torch.bool), torch.Generator().manual_seed(0)
+    sampling = SamplingConfig(max_response_length=3, num_samples=num_samples)
+    engine, request = PairedEngine(), GenerationRequest(ids, mask, sampling, [], 3, generator)
+    engine.generate(tiny_model(), request)  # the first rollout looks at the model, with a few tokens
+    with Products() as products:
+        engine.generate(tiny_model(), request)
+    assert (products.transposed > 0) == is_transposed  # with the greedy response 2, 4 and 6 rows
+
+
+class Products(TorchDispatchMode):
+    """Counts products whose first factor is a weight as it is stored."""
+
+    transposed = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, factors = func.overloadpacket.__name__, [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if name in ("mm", "addmm"):
+            self.transposed += isinstance(factors[-2], torch.nn.Parameter)
+        return func(*args, **(kwargs or {}))
 
 
 ROTARY = (
