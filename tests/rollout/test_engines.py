@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from remax_lightning.rollout import (
     SamplingConfig,
     decode_loop,
 )
+from remax_lightning.rollout.decode_loop import smaller_batch
 from remax_lightning.rollout.engines import why_unsupported
 from remax_lightning.rollout.static_cache import DecodeBuffers
 
@@ -232,7 +232,7 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left[-1].sum() >= 10  # so rows would have left
 
 
-def test_rows_leave_the_batch_once_a_quarter_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     eos = likely_token(model)
     advance = decode_loop.DecodeLoop.decode_step
@@ -245,8 +245,8 @@ def test_rows_leave_the_batch_once_a_quarter_has_ended(monkeypatch: pytest.Monke
     run(PairedEngine, model, [3, 7, 5, 4], max_response_length=200, eos=eos, num_samples=4)
     by_size = sorted(set(sizes), reverse=True)
     assert sizes == sorted(sizes, reverse=True)
-    assert len(by_size) > 4
-    assert all(after <= 0.75 * before for before, after in itertools.pairwise(by_size))
+    assert len(by_size) > 3
+    assert set(by_size) <= {20, 16, 8, 4, 2, 1}
 
 
 def test_without_greedy_rows() -> None:
@@ -415,3 +415,12 @@ def test_eos_before_it_counts_and_the_minimum_length_holds_it_back(engine: Any) 
         asked={"stop_check": ended_by((token,))},
     )
     assert ((held.stopped_at == 0) | (held.stopped_at > 9)).all()
+
+
+@pytest.mark.parametrize(
+    ("left", "size", "cpu", "cuda"),
+    [(33, 64, 40, 64), (32, 64, 32, 32), (9, 64, 16, 16), (5, 64, 8, 8), (3, 64, 4, 4), (3, 3, 3, 3)],
+)
+def test_a_batch_shrinks_to_eights_on_a_cpu_and_to_halves_on_cuda(left: int, size: int, cpu: int, cuda: int) -> None:
+    assert smaller_batch(left, size, torch.device("cpu")) == cpu
+    assert smaller_batch(left, size, torch.device("cuda")) == cuda
