@@ -116,6 +116,10 @@ class RemaxParser(LightningArgumentParser):
         print(f"remax: error: {printable(message_of(lines))}\n{tip}", end="", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
 
+    def dump(self, *args: Any, **options: Any) -> str:
+        """Return a configuration as text; it was checked when it was parsed, which takes as long as the rest."""
+        return str(super().dump(*args, **{"skip_validation": True, **options}))
+
     def _wrong_values(self, arguments: list[str], parsed: Any, mistakes: Mapping[str, str]) -> list[str]:
         """Return what is wrong with values that jsonargparse accepts, a line each.
 

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import version
 from types import NoneType, UnionType
@@ -83,21 +83,24 @@ class LiveSignatures:
     def parameters(self, path: str) -> Parameters | None:
         """Return the arguments of a class or a group of options; None if they cannot be told for sure."""
         kind = _imported(path)
-        if not isinstance(kind, type):
-            return None
-        try:
-            arguments = get_signature_parameters(kind)
-            is_open = any(item.kind is item.VAR_KEYWORD for item in inspect.signature(kind).parameters.values())
-        except Exception:  # of a class of the user's own; the parser tells what is wrong with it
-            return None
-        # What stands for `**` in the signature comes from a base class; where none is found, anything goes.
-        if is_open and all(argument.parent is kind for argument in arguments):
-            return None
-        return {argument.name: _parameter(argument) for argument in arguments}
+        return _parameters(kind) if isinstance(kind, type) else None
 
     def described(self, path: str) -> Parameters | None:
         """Return them, for suggestions."""
         return self.parameters(path)
+
+
+@cache  # jsonargparse reads the source of a class and of its bases for this
+def _parameters(kind: type) -> Parameters | None:
+    try:
+        arguments = get_signature_parameters(kind)
+        is_open = any(item.kind is item.VAR_KEYWORD for item in inspect.signature(kind).parameters.values())
+    except Exception:  # of a class of the user's own; the parser tells what is wrong with it
+        return None
+    # What stands for `**` in the signature comes from a base class; where none is found, anything goes.
+    if is_open and all(argument.parent is kind for argument in arguments):
+        return None
+    return {argument.name: _parameter(argument) for argument in arguments}
 
 
 def _parameter(argument: ParamData) -> Parameter:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "HF_DATASETS_CACHE" not in os.environ:  # prepared rows of the tests, and of the commands that they start
@@ -25,6 +26,12 @@ import torch
 TESTS = Path(__file__).parent
 LONGEST = 1.5
 """Seconds that a test without the mark `slow` may take; on a busy machine half of them are waiting."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more worker than there are cores: a fifth of the time a worker waits, for a process or a deadline."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,12 +133,37 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_parser() -> Iterator[None]:
     """Build the parser of the `remax` command once a process, and let it remember where its keys are."""
-    from helpers.parsing import remember_lookups, share_parser
+    from helpers.parsing import remember_defaults, remember_lookups, share_parser
 
     with pytest.MonkeyPatch.context() as patch:
         share_parser(patch)
         remember_lookups(patch)
+        remember_defaults(patch)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loaders() -> Iterator[WeakSet[Any]]:
+    """The iterators over loaders with worker processes that are still there."""
+    from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter as Workers
+
+    loaders, begin = WeakSet[Any](), Workers.__init__
+
+    def noticed(loader: Any, *args: Any, **options: Any) -> None:
+        begin(loader, *args, **options)
+        loaders.add(loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workers, "__init__", noticed)
+        yield loaders
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_outlives_its_test(_loaders: WeakSet[Any]) -> Iterator[None]:
+    """End the workers of loaders, which a search for garbage would end later, waiting 5 seconds for each."""
+    yield
+    for loader in list(_loaders):
+        loader._shutdown_workers()
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 LOOKUPS = ("find_action_and_subcommand", "is_branch_key")
 
@@ -40,6 +43,29 @@ def remember_lookups(patch: pytest.MonkeyPatch) -> None:
         for module in [module for key, module in sys.modules.items() if key.startswith("jsonargparse._")]:
             if vars(module).get(name) is look_up:
                 patch.setattr(module, name, remembering)
+
+
+def remember_defaults(patch: pytest.MonkeyPatch) -> None:
+    """Let jsonargparse remember what the defaults of a parser are, with those of the file that it begins with.
+
+    It asks for them several times while it reads one configuration, and reads the file each time.
+    """
+    from jsonargparse import ArgumentParser
+
+    get_defaults = ArgumentParser.get_defaults
+
+    def remembering(parser: ArgumentParser, skip_validation: bool = False) -> Any:
+        files = parser._get_default_config_files()
+        if not files:  # the parser of a class, in any of several contexts
+            return get_defaults(parser, skip_validation)
+        known = parser.__dict__.setdefault("_known_defaults", {})
+        times = [(str(file), Path(str(file)).stat().st_mtime_ns) for file in files]
+        question = (skip_validation, len(parser._actions), *times)
+        if question not in known:
+            known[question] = get_defaults(parser, skip_validation)
+        return copy.deepcopy(known[question])
+
+    patch.setattr(ArgumentParser, "get_defaults", remembering)
 
 
 def _remembering(look_up: Callable[..., Any]) -> Callable[..., Any]:
