@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.children import forked_children
 from helpers.waiting import LONG, wait_until
 
 import remax_lightning
 from remax_lightning.errors import RewardError, UserError
-from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores
+from remax_lightning.rewards import FunctionReward, Reward, TimedReward, WeightedReward, checked_scores, child_process
 from remax_lightning.rewards import timed as timed_rewards
 from remax_lightning.rewards.child_process import CallTimeoutError, Child, Target
 from remax_lightning.types import Response
@@ -127,19 +130,32 @@ def scores(reward: Reward, *responses: str) -> list[float]:
     return checked_scores(reward, ["p"] * len(responses), responses, [ROW] * len(responses)).reward.tolist()
 
 
+@pytest.fixture
+def started() -> None:
+    """For tests whose children are started as in a run; those of the others, of which many are killed, are forks."""
+
+
+@pytest.fixture(autouse=True)
+def _forks(request: pytest.FixtureRequest) -> Iterator[None]:
+    with nullcontext() if "started" in request.fixturenames else forked_children():
+        yield
+
+
 @pytest.fixture(scope="module")
 def timed(judges: Path) -> FunctionReward:
     """One child serves the tests that do not kill it."""
     return FunctionReward("judges.score", timeout=60.0)
 
 
-def test_the_function_runs_in_a_process_that_keeps_its_state(timed: FunctionReward) -> None:
+@pytest.mark.usefixtures("started")
+def test_the_function_runs_in_a_process_that_keeps_its_state() -> None:
     reward = FunctionReward("judges.counts", timeout=60.0)
     assert scores(reward, "a", "bb") == [1.0, 1.0]
     assert scores(reward, "a", "bb") == [2.0, 2.0]
     assert sys.modules["judges"].calls == 0
 
 
+@pytest.mark.usefixtures("started")
 def test_the_child_imports_from_the_path_of_the_trainer(judges: Path) -> None:
     """A path that the environment does not have, as of a checkout beside an installed package."""
     assert str(judges) not in os.environ.get("PYTHONPATH", "")
@@ -207,11 +223,13 @@ def wait_for_end(process: int) -> None:
     assert wait_until(lambda: not is_running(process))
 
 
+# The file alone: the package would take seconds to import.
 PARENT = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from remax_lightning.rewards.child_process import Child, Target
-child = Child(Target(sys.argv[2], "load"))
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("child_process", sys.argv[1])
+sys.modules["child_process"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+child = module.Child(module.Target(sys.argv[2], "load"))
 child.start()
 print(child.process.pid, flush=True)
 child.call(sys.argv[3], 600)
@@ -223,8 +241,7 @@ CALLED = "import re\ndef load(_):\n    return lambda text: re.search(r'(a+)+$', 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_the_child_ends_with_its_parent_whatever_it_does(signum: int, tmp_path: Path) -> None:
     (tmp_path / "called.py").write_text(CALLED)
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", PARENT, root, str(tmp_path / "called.py"), "a" * 60 + "b"]
+    command = [sys.executable, "-c", PARENT, child_process.__file__, str(tmp_path / "called.py"), "a" * 60 + "b"]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
@@ -235,6 +252,7 @@ def test_the_child_ends_with_its_parent_whatever_it_does(signum: int, tmp_path: 
     wait_for_end(child)
 
 
+@pytest.mark.usefixtures("started")
 def test_a_schedulers_signal_leaves_the_child_to_its_parent(tmp_path: Path) -> None:
     """SLURM signals every process of a job; the step that is under way goes on to its end."""
     (tmp_path / "called.py").write_text(CALLED)
