@@ -92,7 +92,7 @@ class Ended(NamedTuple):
 
 
 def warm_up() -> None:
-    """Import what a run imports, with one thread and without any access to the network."""
+    """Do what a run does before it reads its arguments: import, with one thread and no network, and make the parser."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -100,12 +100,18 @@ def warm_up() -> None:
         if str(path) not in sys.path:
             sys.path.insert(0, str(path))
     import datasets  # noqa: F401
+    import deepspeed  # noqa: F401 - transformers imports it for every export
     import peft  # noqa: F401
     import torch
+    from helpers.parsing import share_parser
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import remax_lightning.cli_run  # noqa: F401
+    from remax_lightning.cli_run import command_parser
+    from remax_lightning.shipped_configs import config_folder
 
+    share_parser(SimpleNamespace(setattr=setattr))
+    # Each class that a configuration names has a parser of its own, made when it is first read.
+    command_parser().parse_args(["fit", "--config", str(config_folder() / "demo.yaml")])
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or every collection of a fork would copy the memory of all these objects

@@ -199,8 +199,6 @@ class WarmCommand:
 def become_commands(connection: Connection) -> None:
     """Run the commands that are asked for, until the other end is closed."""
     warm.warm_up()
-    import deepspeed  # noqa: F401 - for the strategies that need it
-
     while True:
         try:
             folder, arguments, timeout = connection.recv()

@@ -64,7 +64,8 @@ def validated(
         **options,
     )
     data = prompt_data(folder, guesser, PROMPTS, micro_batch_size=len(PROMPTS) // splits)
-    trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, limit_val_batches=1.0, val_check_interval=1.0)
+    # An epoch is a rollout: a validation after each would take as long as the training.
+    trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, limit_val_batches=1.0, check_val_every_n_epoch=999)
     found = [*trainer.validate(module, data, verbose=False)]
     trainer.fit(module, data)
     found += trainer.validate(module, data, verbose=False)

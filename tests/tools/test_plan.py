@@ -29,6 +29,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_policy(tmp_path_factory.mktemp("plan") / "policy")
 
 
+@pytest.fixture(scope="module")
+def usual(policy: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is planned where nothing is set."""
+    return planned(tmp_path_factory.mktemp("usual"), policy)
+
+
 def planned(folder: Path, policy: str, *arguments: str, **values: Any) -> dict[str, Any]:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(changed(small_config(folder, policy), **values)))
@@ -39,22 +45,23 @@ def strategy(name: str, devices: int) -> list[str]:
     return ["--config", str(config_folder() / "strategies" / f"{name}.yaml"), "--trainer.devices", str(devices)]
 
 
-def test_weights_gradients_and_optimizer_are_those_of_the_model(policy: str, tmp_path: Path) -> None:
+def test_weights_gradients_and_optimizer_are_those_of_the_model(policy: str, usual: dict[str, Any]) -> None:
     count = sum(weight.numel() for weight in ModelConfig(policy).load("model.policy").parameters())
-    answer = planned(tmp_path, policy)
-    assert answer["parameters"] == count
+    assert usual["parameters"] == count
     for phase in ("training", "update"):
-        parts = answer["phases"][phase]
+        parts = usual["phases"][phase]
         assert parts["policy weights"] == parts["reference"] == 4 * count
         assert parts["optimizer"] == pytest.approx(8 * count, rel=0.01)  # AdamW has two moments, and counts its steps
-    assert answer["phases"]["update"]["gradients"] == 4 * count
-    assert "gradients" not in answer["phases"]["rollout"]
-    assert answer["peak"] == max(sum(parts.values()) for parts in answer["phases"].values())
+    assert usual["phases"]["update"]["gradients"] == 4 * count
+    assert "gradients" not in usual["phases"]["rollout"]
+    assert usual["peak"] == max(sum(parts.values()) for parts in usual["phases"].values())
 
 
-def test_the_cache_has_every_prompt_once_and_the_tokens_of_every_row(policy: str, tmp_path: Path) -> None:
+def test_the_cache_has_every_prompt_once_and_the_tokens_of_every_row(
+    policy: str, usual: dict[str, Any], tmp_path: Path
+) -> None:
     """Two layers of keys and values of 32 numbers, 4 prompts of 16 tokens with a sampled and a greedy row of 4 each."""
-    assert planned(tmp_path, policy)["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * (4 * 16 + 8 * 4)
+    assert usual["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * (4 * 16 + 8 * 4)
     longer = planned(tmp_path, policy, model__sampling={"max_response_length": 40, "num_samples": 3})
     assert longer["phases"]["rollout"]["KV cache"] == 2 * 2 * 32 * 4 * (4 * 16 + 16 * 40)
 
@@ -78,7 +85,9 @@ def test_rollouts_on_servers_take_no_memory_here(policy: str, tmp_path: Path) ->
     assert phases["training"]["logits and temporary"] > 0
 
 
-def test_a_server_that_shares_the_device_takes_its_part_of_it(policy: str, tmp_path: Path) -> None:
+def test_a_server_that_shares_the_device_takes_its_part_of_it(
+    policy: str, usual: dict[str, Any], tmp_path: Path
+) -> None:
     """On a GPU in rollouts alone, between which its weights are on the host; on a CPU always."""
     arguments = ["--gpu-memory-utilization", "0.5"]
     engine: dict[str, Any] = {"class_path": "VLLMEngine", "init_args": {"mode": "colocate", "server_args": arguments}}
@@ -96,7 +105,7 @@ def test_a_server_that_shares_the_device_takes_its_part_of_it(policy: str, tmp_p
     assert (short["fits"], short["least_devices"]) == (False, None)
     assert "raise --gpu-memory-utilization in model.rollout.init_args.server_args" in short["notes"][-1]
     # ---- On a CPU ----
-    cache = planned(tmp_path, policy)["phases"]["rollout"]["KV cache"]
+    cache = usual["phases"]["rollout"]["KV cache"]
     on_cpu = planned(tmp_path, policy, model__rollout=engine)["phases"]
     assert {on_cpu[phase]["vLLM server"] for phase in on_cpu} == {4 * count + cache}
 
@@ -118,18 +127,19 @@ def test_without_a_reference_there_is_none(policy: str, tmp_path: Path) -> None:
     assert all("reference" not in parts for parts in answer["phases"].values())
 
 
-def test_a_job_of_slurm_can_be_planned(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = planned(tmp_path, policy)["peak"]
+def test_a_job_of_slurm_can_be_planned(
+    policy: str, usual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = usual["peak"]
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     assert planned(tmp_path, policy)["peak"] == expected
 
 
-def test_ppo_needs_the_value_model_too(policy: str, tmp_path: Path) -> None:
-    answer = planned(tmp_path, policy)
-    value = answer["ppo"]["phases"]["update"]["value model"]
-    assert value >= 12 * answer["parameters"]
-    assert answer["ppo"]["peak"] > answer["peak"]
+def test_ppo_needs_the_value_model_too(usual: dict[str, Any]) -> None:
+    value = usual["ppo"]["phases"]["update"]["value model"]
+    assert value >= 12 * usual["parameters"]
+    assert usual["ppo"]["peak"] > usual["peak"]
 
 
 @pytest.mark.parametrize(("name", "part", "divided"), [
@@ -151,8 +161,8 @@ def test_offloaded_memory_is_the_hosts(policy: str, tmp_path: Path) -> None:
     assert answer["host"] > planned(tmp_path, policy, *strategy("zero3", 2))["host"] == 0
 
 
-def test_smaller_passes_need_less(policy: str, tmp_path: Path) -> None:
-    whole = planned(tmp_path, policy)["phases"]["training"]["activations"]
+def test_smaller_passes_need_less(policy: str, usual: dict[str, Any], tmp_path: Path) -> None:
+    whole = usual["phases"]["training"]["activations"]
     options = {"data__micro_batch_size": 1, "trainer__accumulate_grad_batches": 4}
     assert planned(tmp_path, policy, **options)["phases"]["training"]["activations"] < whole / 3
     # A budget of tokens counts as if all rows were the longest, 16 + 4 tokens here; and no smaller one is planned.
@@ -165,9 +175,9 @@ def test_smaller_passes_need_less(policy: str, tmp_path: Path) -> None:
 
 
 def test_it_says_whether_a_run_fits_and_from_how_many_devices_on(
-    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    policy: str, usual: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peak = planned(tmp_path, policy)["peak"]
+    peak = usual["peak"]
     assert planned(tmp_path, policy, "--memory", str(1.2 * peak / 1e9))["fits"]
     assert not planned(tmp_path, policy, "--memory", str(1.05 * peak / 1e9))["fits"]  # a tenth is left free
     assert "Does not fit" in capsys.readouterr().out
@@ -190,7 +200,7 @@ def test_checkpointing_is_off_where_the_run_then_fits(
     assert "Note: model.policy.gradient_checkpointing: auto is true, because" in capsys.readouterr().out
 
 
-def test_a_gpu_holds_graphs_and_workspaces(policy: str, tmp_path: Path) -> None:
+def test_a_gpu_holds_graphs_and_workspaces(policy: str, usual: dict[str, Any], tmp_path: Path) -> None:
     """A step's temporary memory, and the logits of a graph for each bucket of lengths, all rows, half of them ..."""
     on_gpu = {"trainer__accelerator": "gpu", "trainer__devices": 1}
     parts = planned(tmp_path, policy, **on_gpu)["phases"]
@@ -203,7 +213,7 @@ def test_a_gpu_holds_graphs_and_workspaces(policy: str, tmp_path: Path) -> None:
     assert "CUDA graphs" not in sharded["update"]
     off = {"class_path": "remax_lightning.rollout.PairedEngine", "init_args": {"cuda_graphs": False}}
     assert "CUDA graphs" not in planned(tmp_path, policy, **on_gpu, model__rollout=off)["phases"]["rollout"]
-    assert "CUDA workspaces" not in planned(tmp_path, policy)["phases"]["rollout"]
+    assert "CUDA workspaces" not in usual["phases"]["rollout"]
 
 
 def test_json_is_what_is_returned(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
