@@ -1,16 +1,16 @@
 """Wrong keys and values of a configuration, found by the signatures of the classes that it names.
 
 The signatures come with the package, in `signatures.json`, so a misspelt key is told before torch and Lightning are
-imported, which takes seconds. So are files that cannot be read, and values of Lightning's keys that are out of their
-range. What needs more is left to the parser: values that a class refuses, classes of a user's own, files in place of
-groups. Nothing is refused here that the parser accepts.
+imported, which takes seconds. So are files that cannot be read, and numbers that are out of their range. What needs
+more is left to the parser: values that depend on others, classes of a user's own, files in place of groups. Nothing is
+refused here that the parser accepts.
 
 The parser uses the same check with live signatures (`cli_signatures.py`), which know the user's classes too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from remax_lightning.cli_schema import (
     Parameter,
     Parameters,
     Signatures,
+    explain_range,
     explain_type,
     is_current,
     loaded_text,
@@ -131,15 +132,18 @@ class KeyCheck:
     Attributes:
         mistakes: what is wrong by key.
         elements: by key, the elements of lists and groups of classes, with the path of their base class.
+        out_of_range: keys among the mistakes whose numbers are of the right type, so that they can be parsed.
     """
 
     def __init__(self, command: str, signatures: Signatures) -> None:
         self.signatures, self.command = signatures, command
         self.mistakes: dict[str, str] = {}
         self.elements: dict[str, tuple[Any, str]] = {}
+        self.out_of_range: set[str] = set()
         self._names_are_known = True  # no class of a user's own is imported, which could be called by its name alone
         self._classes: dict[str, str | None] = {}  # by key, as the sources so far set them; None is not known
         self._set: dict[str, Any] = {}  # the last value of each key; text that stands for a number is one
+        self._parameters: dict[str, Parameter] = {}  # of these keys
         self._opaque: set[str] = set()  # keys of what cannot be looked into, such as a file in place of a group
 
     @cached_property
@@ -201,6 +205,7 @@ class KeyCheck:
         types = parameter.types
         self._set.pop(key, None)  # in the order of the arguments
         self._set[key] = _number_of(value, types) if isinstance(value, str) else value
+        self._parameters[key] = parameter
         if isinstance(value, Mapping):
             self._mapping(key, value, parameter)
         elif isinstance(value, list):
@@ -306,10 +311,7 @@ class KeyCheck:
         for key, number in (item for name, value in values.items() for item in nonfinite_numbers(value, name)):
             if ".init_args." not in key:
                 mistakes[key] = NOT_FINITE.format(number)
-        for key, value in self._set.items():
-            is_told = key in mistakes or key in self.mistakes or any(nonfinite_numbers(value))
-            if not is_told and (text := explain_rule(key, value)):
-                mistakes[key] = text
+        mistakes |= self._refused_values(mistakes)
         for key in ("model", "data"):
             path = self._classes.get(key)
             if key in self._opaque or not path:
@@ -318,6 +320,19 @@ class KeyCheck:
                 if not is_consequence(name, MISSING, self.mistakes):
                     mistakes[name] = MISSING
         return mistakes
+
+    def _refused_values(self, told: Collection[str]) -> dict[str, str]:
+        """Return what the rules of libraries and the ranges of this package say of the last value of each key."""
+        refused = {}
+        for key, value in self._set.items():
+            if key in told or key in self.mistakes or any(nonfinite_numbers(value)):
+                continue
+            if text := explain_rule(key, value):
+                refused[key] = text
+            elif text := explain_range(value, self._parameters[key]):
+                refused[key] = text
+                self.out_of_range.add(key)
+        return refused
 
     def _required(self, key: str, parameters: Parameters) -> Iterator[str]:
         for name, parameter in parameters.items():

@@ -73,7 +73,9 @@ class RemaxParser(LightningArgumentParser):
         check = KeyCheck(arguments[0] if arguments else "", LiveSignatures(callbacks))
         wrong = {k: text for k, text in check.run(arguments).items() if not is_consequence(k, text, mistakes)}
         for key in reversed(wrong):  # elements of a list from the last
-            arguments = without_keys(arguments, [key]) or arguments
+            # A number out of its range stays: with a default in its place, what depends on it would be judged wrongly.
+            if key not in check.out_of_range:
+                arguments = without_keys(arguments, [key]) or arguments
         mistakes |= wrong
         # ---- Parse; leave out what is wrong; parse the rest, until it passes or nothing changes any more ----
         tried: list[list[str]] = []
@@ -137,7 +139,11 @@ class RemaxParser(LightningArgumentParser):
         # ---- What is wrong with them, unless it follows from a mistake that is known ----
         wrong = explain_values(values, callbacks)
         missing = [key for key, text in single(mistakes) if text.startswith("missing")]  # a filler stands there
-        lines = [line for line in lines if not line.startswith(tuple(f"{key}." for key in missing))]
+        lines = [
+            line
+            for line in lines
+            if not line.startswith(tuple(f"{key}." for key in missing)) and not _is_told(line, mistakes)
+        ]
         return [f"{key}: {text}" for key, text in wrong.items() if not is_consequence(key, text, mistakes)] + lines
 
     def commands(self) -> Iterator[tuple[str, RemaxParser]]:
@@ -182,6 +188,16 @@ def _located(mistakes: Mapping[str, str], elements: Mapping[str, tuple[Any, str]
             if said == text
         ]
         yield places[0] if places else key, text
+
+
+def _is_told(line: str, mistakes: Mapping[str, str]) -> bool:
+    """Whether what a class says of a number out of its range is known by its full key."""
+    # "model.reward.init_args.timeout must be ..." is "model.reward.init_args.parts.b.init_args.timeout: must be ..."
+    key, word, rest = line.partition(", got ")[0].partition(" must be ")  # it may be -1 here, and -1.0 there
+    return bool(word) and any(
+        other.rpartition(".")[2] == key.rpartition(".")[2] and text.startswith(f"must be {rest}, got ")
+        for other, text in mistakes.items()
+    )
 
 
 def _mistakes_of_element(value: Any, base: str) -> dict[str, str]:

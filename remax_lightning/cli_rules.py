@@ -1,7 +1,7 @@
 """What the values of Lightning's and torch's keys must be, which take a wrong value in silence, or refuse it late.
 
 Nothing here needs torch or jsonargparse, so a value out of its range is told before they are imported. The classes of
-this package check their own arguments.
+this package have the ranges in their annotations (`errors.Range`).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import yaml
 
 from remax_lightning.cli_errors import TYPE_WORDS
+from remax_lightning.errors import Range
 from remax_lightning.shipped_configs import config_folder
 
 SIGNATURES = Path(__file__).with_name("signatures.json")
@@ -31,11 +32,13 @@ class Parameter(NamedTuple):
             path of a dataclass, `class` with that of a base class, `list` and `mapping` with the types of an item.
         required: whether it has no default.
         default: the path of the class that stands there if none is named.
+        range: the numbers that it takes; None where it takes all, or none.
     """
 
     types: Sequence[Any]
     required: bool = False
     default: str | None = None
+    range: Range | None = None
 
 
 Parameters = Mapping[str, Parameter]
@@ -99,9 +102,12 @@ class ShippedSignatures:
 
 
 def _parameters(arguments: Mapping[str, Any]) -> Parameters:
-    # "kl_coef": ["float"], or "policy": {"types": [...], "required": true}
+    # "path": ["str"], or "kl_coef": {"types": ["float"], "range": {"low": 0}}
     return {
-        name: Parameter(**value) if isinstance(value, dict) else Parameter(value) for name, value in arguments.items()
+        name: Parameter(**value | ({"range": Range(**value["range"])} if "range" in value else {}))
+        if isinstance(value, dict)
+        else Parameter(value)
+        for name, value in arguments.items()
     }
 
 
@@ -158,6 +164,14 @@ def explain_type(value: Any, types: Sequence[Any]) -> str | None:
         if kind != "null"
     ]
     return f"expected {', or '.join(words)}, got {value}"
+
+
+def explain_range(value: Any, parameter: Parameter) -> str | None:
+    """Return what is wrong with a number, or with one of a list; None if nothing is, or it has no range."""
+    if parameter.range is None:
+        return None
+    loaded = loaded_text(value) if isinstance(value, str) else value  # "[0, 1]" on the command line
+    return parameter.range.explain(loaded, "null" in parameter.types)
 
 
 def _fits(value: Any, kind: Any) -> bool | None:

@@ -26,9 +26,10 @@ _RATES = {"ReMaxModule": (1e-6, 1e-5), "SFTModule": (1e-5, 1e-4), "RewardModelMo
 jsonargparse keeps the values of `configs/base.yaml`'s module, those of its optimizer too, where another one is chosen.
 """
 _FILES = (".yaml", ".yml", ".json")
-_HOMES = ("callbacks", "data", "loggers", "modules", "rewards", "rollout", "strategies")
+_HOMES = ("baselines", "callbacks", "data", "loggers", "modules", "rewards", "rollout", "strategies")
 """Packages whose classes a configuration may name."""
-CLASS_KEYS = ("model", "data", "optimizer", "lr_scheduler", "reward", "rollout", "logger", "strategy", "callbacks")
+CLASS_KEYS = ("model", "data", "optimizer", "lr_scheduler", "reward", "baseline", "rollout", "logger", "strategy",
+              "callbacks")  # fmt: skip
 """Keys of classes, at any depth, which may be a name alone; in `callbacks` and `logger` also each of a list."""
 
 
@@ -43,6 +44,8 @@ def our_classes() -> dict[str, str]:
             kind = getattr(package, name)
             # Groups of options have keys of their own, and an abstract class or a protocol makes no object.
             if not inspect.isclass(kind) or is_dataclass(kind) or issubclass(kind, tuple):
+                continue
+            if home == "baselines" and not issubclass(kind, package.Baseline):  # what they compute with
                 continue
             if not inspect.isabstract(kind) and not getattr(kind, "_is_protocol", False):
                 classes[name] = f"{top.__name__ if name in top.__all__ else package.__name__}.{name}"

@@ -25,6 +25,7 @@ from remax_lightning.baselines import Baseline
 from remax_lightning.cli_help import RUNS
 from remax_lightning.cli_schema import Parameter, Parameters
 from remax_lightning.cli_shorthand import our_classes
+from remax_lightning.errors import Range, ranges_of
 from remax_lightning.rewards import Reward
 
 _TRAINER = "lightning.pytorch.Trainer"
@@ -108,7 +109,15 @@ def _parameter(argument: ParamData) -> Parameter:
     # jsonargparse makes {"class_path": "torch.optim.AdamW", ...} of `lambda parameters: AdamW(parameters, ...)`
     path = default.get("class_path") if isinstance(default, dict) else None
     required = default is inspect.Parameter.empty and "null" not in types
-    return Parameter(types, required, path)
+    return Parameter(types, required, path, _range(argument))
+
+
+def _range(argument: ParamData) -> Range | None:
+    """Return the range in the annotation of an argument; jsonargparse leaves it out of the type."""
+    function: Any = argument.component
+    if not (inspect.isfunction(function) and function.__module__.startswith("remax_lightning.")):
+        return None
+    return ranges_of(function).get(argument.name, (None, None))[0]
 
 
 def describe_types(hint: Any) -> list[Any]:
@@ -214,9 +223,11 @@ def _libraries(path: str) -> list[str]:
 
 def _encoded(parameters: Parameters) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
-    for name, (types, required, default) in parameters.items():
+    for name, (types, required, default, allowed) in parameters.items():
         further: dict[str, Any] = {"required": True} if required else {}
         further |= {"default": default} if default else {}
+        if allowed is not None:  # without what is false or empty
+            further["range"] = {field: value for field, value in allowed._asdict().items() if value or field == "low"}
         encoded[name] = {"types": types, **further} if further else types
     return encoded
 

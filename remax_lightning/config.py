@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from remax_lightning.baselines import Baseline, BaselineName, baseline_from_dict, baseline_to_dict
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.functional.advantages import KLCredit, RewardClipAt
 from remax_lightning.functional.losses import MismatchKind, MismatchLevel
 
@@ -71,28 +71,23 @@ class SamplingConfig:
         UserError: if a value is out of its range.
     """
 
-    max_response_length: int = 256
-    min_response_length: int = 0
-    num_samples: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_response_length: Annotated[int, at_least(1)] = 256
+    min_response_length: Annotated[int, at_least(0)] = 0
+    num_samples: Annotated[int, at_least(1)] = 1
+    temperature: Annotated[float, above(0, note="the greedy response is decoded anyway, as the baseline")] = 1.0
+    top_k: Annotated[int, at_least(0, zero="all tokens")] = 0
+    top_p: Annotated[float, above(0, at_most=1)] = 1.0
+    min_p: Annotated[float, at_least(0, below=1)] = 0.0
     scale_log_probs: bool = True
     stop_strings: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     processed_log_probs: bool = False
 
     def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self), "model.sampling")
         limit = self.max_response_length
         checks = (
-            (limit >= 1, "max_response_length", "at least 1"),
-            (0 <= self.min_response_length <= limit, "min_response_length", "between 0 and max_response_length"),
-            (self.num_samples >= 1, "num_samples", "at least 1"),
-            (self.temperature > 0, "temperature", "above 0 (the greedy response is decoded anyway, as the baseline)"),
-            (self.top_k >= 0, "top_k", "0 (all tokens) or more"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (0 <= self.min_p < 1, "min_p", "at least 0 and below 1"),
+            (self.min_response_length <= limit, "min_response_length", "between 0 and max_response_length"),
             (all(self.stop_strings), "stop_strings", "strings of at least one character"),
             (self.truncates or not self.processed_log_probs, "processed_log_probs",
              "false where top_k, top_p and min_p drop no token"),
@@ -134,22 +129,17 @@ class KLConfig:
 
     estimator: Literal["k1", "k2", "k3", "full"] = "k1"
     credit: KLCredit = "to_go"
-    clamp: float | None = None
+    clamp: Annotated[float | None, above(0)] = None
     in_baseline: bool = False
-    loss_coef: float = 0.0
+    loss_coef: Annotated[float, at_least(0)] = 0.0
     loss_estimator: Literal["k2", "k3", "full"] = "k2"
-    reference_batch_size: int | None = None
-    reference_sync_steps: int | None = None
-    reference_mixup_alpha: float = 1.0
+    reference_batch_size: Annotated[int | None, at_least(1)] = None
+    reference_sync_steps: Annotated[int | None, at_least(1)] = None
+    reference_mixup_alpha: Annotated[float, above(0, at_most=1)] = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.clamp is None or self.clamp > 0, "kl.clamp", "null or above 0", self.clamp)
-        _require(self.loss_coef >= 0, "kl.loss_coef", "0 or more", self.loss_coef)
-        size = self.reference_batch_size
-        _require(size is None or size >= 1, "kl.reference_batch_size", "null or at least 1", size)
+        check_ranges(type(self), vars(self), "model.kl")
         steps, alpha = self.reference_sync_steps, self.reference_mixup_alpha
-        _require(steps is None or steps >= 1, "kl.reference_sync_steps", "null or at least 1", steps)
-        _require(0 < alpha <= 1, "kl.reference_mixup_alpha", "above 0 and at most 1", alpha)
         _require(alpha == 1 or steps is not None, "kl.reference_mixup_alpha",
                  "1.0 unless model.kl.reference_sync_steps is set", alpha)  # fmt: skip
 
@@ -187,24 +177,19 @@ class AdvantageConfig:
     """
 
     baseline: BaselineName | Baseline = "greedy"
-    gamma: float = 1.0
-    reward_clip: float | None = None
+    gamma: Annotated[float, above(0, at_most=1)] = 1.0
+    reward_clip: Annotated[float | None, above(0)] = None
     reward_clip_at: RewardClipAt = "after_baseline"
     whiten: bool = False
     overlong: Literal["keep", "mask", "penalize", "soft"] = "keep"
-    truncation_penalty: float = 1.0
-    overlong_cache: int | None = None
+    truncation_penalty: Annotated[float, at_least(0)] = 1.0
+    overlong_cache: Annotated[int | None, at_least(1)] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.baseline, Mapping):  # of a checkpoint
             object.__setattr__(self, "baseline", baseline_from_dict(self.baseline))
-        _require(0 < self.gamma <= 1, "advantage.gamma", "above 0 and at most 1", self.gamma)
-        clip = self.reward_clip
-        _require(clip is None or clip > 0, "advantage.reward_clip", "null or above 0", clip)
-        penalty = self.truncation_penalty
-        _require(penalty >= 0, "advantage.truncation_penalty", "0 or more", penalty)
+        check_ranges(type(self), vars(self), "model.advantage")
         cache = self.overlong_cache
-        _require(cache is None or cache >= 1, "advantage.overlong_cache", "null or at least 1", cache)
         _require(cache is None or self.overlong == "soft", "advantage.overlong_cache",
                  f"null where advantage.overlong is {self.overlong}; only soft reads it", cache)  # fmt: skip
 
@@ -255,11 +240,11 @@ class MismatchConfig:
 
     kind: MismatchKind = "none"
     level: MismatchLevel = "token"
-    cap: float | None = 2.0
+    cap: Annotated[float | None, at_least(1)] = 2.0
     band: tuple[float, float] = (0.5, 5.0)
 
     def __post_init__(self) -> None:
-        _require(self.cap is None or self.cap >= 1, "loss.mismatch.cap", "null or at least 1", self.cap)
+        check_ranges(type(self), vars(self), "model.loss.mismatch")
         low, high = self.band
         _require(0 <= low <= 1 <= high and low < high, "loss.mismatch.band",
                  "two numbers around 1, the first 0 or more", list(self.band))  # fmt: skip
@@ -290,25 +275,16 @@ class ProofConfig:
         UserError: if a value is out of its range.
     """
 
-    every: int = 10
-    responses: int = 8
+    every: Annotated[int, at_least(1)] = 10
+    responses: Annotated[int, at_least(1)] = 8
     checksums: bool = True
-    max_gap: float | None = None
-    mean_gap: float | None = None
-    standard_errors: float = 6.0
-    impossible_share: float = 0.02
+    max_gap: Annotated[float | None, above(0, note="nats")] = None
+    mean_gap: Annotated[float | None, above(0, note="nats")] = None
+    standard_errors: Annotated[float, above(0)] = 6.0
+    impossible_share: Annotated[float, at_least(0, at_most=1)] = 0.02
 
     def __post_init__(self) -> None:
-        checks = (
-            (self.every >= 1, "every", "at least 1"),
-            (self.responses >= 1, "responses", "at least 1"),
-            (self.max_gap is None or self.max_gap > 0, "max_gap", "null or above 0 (nats)"),
-            (self.mean_gap is None or self.mean_gap > 0, "mean_gap", "null or above 0 (nats)"),
-            (self.standard_errors > 0, "standard_errors", "above 0"),
-            (0 <= self.impossible_share <= 1, "impossible_share", "between 0 and 1"),
-        )
-        for holds, name, expected in checks:
-            _require(holds, f"rollout.init_args.proof.{name}", expected, getattr(self, name))
+        check_ranges(type(self), vars(self), "model.rollout.init_args.proof")
 
 
 @dataclass(frozen=True)
@@ -331,19 +307,18 @@ class LossConfig:
 
     kind: Literal["reinforce", "clipped"] = "reinforce"
     normalizer: Literal["tokens", "responses", "micro_batch"] = "tokens"
-    clip_range: float = 0.2
-    dual_clip: float | None = None
+    clip_range: Annotated[float, above(0, below=1)] = 0.2
+    dual_clip: Annotated[float | None, above(1)] = None
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     mismatch: MismatchConfig = MismatchConfig()
 
     def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self), "model.loss")
         # With the engine's log-probs as the old ones, the ratio of the surrogate holds the mismatch already, and
         # nothing is left to compare the engine with.
         _require(self.mismatch.kind == "none" or self.old_log_probs == "recompute", "loss.old_log_probs",
                  f"recompute where model.loss.mismatch.kind is {self.mismatch.kind}, which compares the engine's"
                  " log-probs with recomputed ones", self.old_log_probs)  # fmt: skip
-        _require(0 < self.clip_range < 1, "loss.clip_range", "above 0 and below 1", self.clip_range)
-        _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "null or above 1", self.dual_clip)
 
 
 @dataclass(frozen=True)

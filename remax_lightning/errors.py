@@ -1,14 +1,16 @@
-"""What is raised when the user's input is wrong, as opposed to a fault of ours."""
+"""What is raised when the user's input is wrong, as opposed to a fault of ours; types and ranges of arguments."""
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 _PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
 
@@ -55,10 +57,14 @@ def check_types(function: Callable[..., Any], values: Mapping[str, Any], key: st
         ArgumentTypeError: naming the argument, the type that is expected, and the value.
     """
     for name, hint in get_type_hints(function).items():
-        if name in values and not _is_of_type(values[name], hint):
-            value = values[name]
-            shown = "None" if value is None else f"{type(value).__name__} {value!r:.60}"
-            raise ArgumentTypeError(f"{key and f'{key}.'}{name} must be {_type_in_words(hint)}, got {shown}")
+        if name in values:
+            _check_type(f"{key and f'{key}.'}{name}", values[name], hint)
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    if not _is_of_type(value, hint):
+        shown = "None" if value is None else f"{type(value).__name__} {value!r:.60}"
+        raise ArgumentTypeError(f"{key} must be {_type_in_words(hint)}, got {shown}")
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
@@ -88,6 +94,115 @@ def _type_in_words(hint: Any) -> str:
     if hint in words:
         return words[hint]
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+# ---- Ranges of numbers, in the annotations of arguments: `Annotated[int, at_least(1)]` ----
+
+
+class Range(NamedTuple):
+    """The numbers that an argument takes; NaN and infinite ones never. `at_least` and `above` make it.
+
+    It stands in the annotation of the argument. `check_ranges` refuses other numbers where the object is made, and
+    `signatures.json` carries it to the command line, which refuses them before torch is imported.
+
+    Attributes:
+        low: the smallest number.
+        high: the largest number; None for no bound.
+        is_above: whether `low` itself is refused.
+        is_below: whether `high` itself is refused.
+        zero: what 0 stands for, such as "off".
+        note: the unit, or a reason.
+    """
+
+    low: float
+    high: float | None = None
+    is_above: bool = False
+    is_below: bool = False
+    zero: str = ""
+    note: str = ""
+
+    def explain(self, value: Any, optional: bool = False) -> str | None:
+        """Return what is wrong with a number, or with one of a list; None if nothing is, or it is of another type.
+
+        Args:
+            value: what an argument was given.
+            optional: whether it may be None, for the words.
+        """
+        is_list = isinstance(value, list | tuple)
+        numbers = [item for item in (value if is_list else [value]) if _is_number(item)]
+        if all(self._holds(number) for number in numbers):
+            return None
+        finite = "" if all(map(math.isfinite, numbers)) else " and finite"
+        kind = ("null or " if optional else "") + ("numbers of " if is_list else "")
+        return f"must be {kind}{self._words()}{finite}{f' ({self.note})' if self.note else ''}, got {value}"
+
+    def _holds(self, number: float) -> bool:
+        if not math.isfinite(number):
+            return False
+        is_low = number <= self.low if self.is_above else number < self.low
+        high = math.inf if self.high is None else self.high
+        return not (is_low or (number >= high if self.is_below else number > high))
+
+    def _words(self) -> str:
+        # "1,000,000" and "0.5"
+        bounds = (bound if bound is None or bound != int(bound) else int(bound) for bound in (self.low, self.high))
+        low, high = (None if bound is None else f"{bound:,}" for bound in bounds)
+        if high is not None and not (self.is_above or self.is_below):
+            return f"between {low} and {high}"
+        if self.is_above:
+            words = f"above {low}"
+        elif self.low == 0:
+            words = f"0 ({self.zero}) or more" if self.zero else "0 or more"
+        else:
+            words = f"at least {low}"
+        return words if high is None else f"{words} and {'below' if self.is_below else 'at most'} {high}"
+
+
+def at_least(low: float, *, at_most: float | None = None, below: float | None = None, zero: str = "",
+             note: str = "") -> Range:  # fmt: skip
+    """Return the range from a number on, up to another one, or below it; `Range` describes the words."""
+    return Range(low, at_most if below is None else below, is_below=below is not None, zero=zero, note=note)
+
+
+def above(low: float, *, at_most: float | None = None, below: float | None = None, note: str = "") -> Range:
+    """Return the range of the numbers above one, up to another one, or below it; `Range` describes the words."""
+    return Range(low, at_most if below is None else below, is_above=True, is_below=below is not None, note=note)
+
+
+@cache
+def ranges_of(function: Callable[..., Any]) -> Mapping[str, tuple[Range, Any]]:
+    """Return the ranges in the annotations of a function or a dataclass, with the types, by the argument's name."""
+    types, ranges = get_type_hints(function), {}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        # `Annotated[int, at_least(1)]`, or an alias of it in `Length | None`
+        notes = (note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ()))
+        for note in notes:
+            if isinstance(note, Range):
+                ranges[name] = note, types[name]
+    return ranges
+
+
+def check_ranges(function: Callable[..., Any], values: Mapping[str, Any], key: str) -> None:
+    """Refuse numbers outside of the ranges that a function, or a dataclass, has in its annotations.
+
+    Args:
+        function: with annotations.
+        values: arguments by name, as `locals()` at the function's beginning has them; other names are not looked at.
+        key: where they stand in a configuration, for the message.
+
+    Raises:
+        UserError: naming the key, the range and the number.
+    """
+    for name, (allowed, hint) in ranges_of(function).items():
+        if name in values:
+            place = f"{key}{name}" if key.endswith((".", "-")) else f"{key}.{name}"  # "--batch_size" of a command
+            _check_type(place, values[name], hint)
+            if text := allowed.explain(values[name], NoneType in get_args(hint)):
+                raise UserError(f"{place} {text}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:

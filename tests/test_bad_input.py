@@ -755,6 +755,6 @@ def test_the_command_itself_ends_with_code_2_and_one_message(config: Config, tmp
     )
     assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if "error" in line]
-    assert line.startswith("remax: error: model.kl_coef must be 0 or more, got -1")
+    assert line.startswith("remax: error: model.kl_coef: must be 0 or more, got -1")
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()

@@ -133,7 +133,7 @@ def test_a_memory_needs_to_know_the_prompts() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Tracker(decay=1.5), "baseline.decay must be from 0 to 1, got 1.5"),
+        (lambda: Tracker(decay=1.5), "baseline.decay must be between 0 and 1, got 1.5"),
         (lambda: Tracker(greedy_weight=0.0), "baseline.greedy_weight must be above 0, got 0"),
         (lambda: CachedGreedy(renew_every=0), "baseline.renew_every must be at least 1"),
         (lambda: CalibratedGreedy(ridge=-1.0), "baseline.ridge must be 0 or more, got -1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -10,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers.cli import in_folder, misread, remax_parser, small_config, write_config
 from jsonargparse import ArgumentParser
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning import cli_run, cli_schema
 from remax_lightning.cli_arguments import unreadable_configs
@@ -23,9 +27,10 @@ from remax_lightning.cli_keys import refuse_wrong_keys, wrong_keys
 from remax_lightning.cli_schema import explain_type, shipped_signatures
 from remax_lightning.cli_signatures import describe_types
 from remax_lightning.data import PromptDataModule
-from remax_lightning.errors import UserError
+from remax_lightning.errors import Range, UserError, above, at_least
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.modules import ReMaxModule
+from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.shipped_configs import config_names
 
@@ -117,6 +122,8 @@ def test_what_only_the_parser_can_judge_is_left_to_it(case: str, tmp_path: Path)
         ("--config", "a_file_that_is_not_there.yaml", "--model.kl_coeff=3"),  # told before any key is looked at
         ("--trainer.max_steps=-5", "--trainer.max_steps=5"),  # the last one counts
         ("--trainer.max_steps=1e3",),
+        ("--data.batch_size=0", "--data.batch_size=4", "--model.kl.clamp=null"),
+        ("--model.advantage.baseline", "Tracker", "--model.advantage.baseline.decay=0.5"),
         ("--trainer.strategy=ddp_spawn", "--trainer.strategy", "{class_path: mine.Strategy}"),
         ("--model.optimizer=SGD", "--model.optimizer.momentum=-1", "--model.optimizer=Adam"),  # it has no such key
         ("--print_config", "--model.kl_coeff=3"),
@@ -208,6 +215,36 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "a range of an optimizer": (
         with_model(optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": -1e-5}}),
         {"model.optimizer.init_args.lr": "expected a number from 0, got -1e-05"},
+    ),
+    "ranges of this package's own classes": (
+        {
+            "model": PLAIN["model"] | {
+                "kl_coef": -1, "sampling": {"temperature": -1, "top_p": 1.5}, "stall_timeout": 0,
+                "reward": {"class_path": "HTTPReward", "init_args": {"url": "http://localhost", "concurrency": 0}},
+                "lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"min_ratio": 2}},
+            },
+            "data": PLAIN["data"] | {"batch_size": 0, "selection": {"oversample": 0}},
+            "evaluation": {"pass_at_k": [1, 0]},
+            "samples": {"every_n_steps": -1},
+            "trainer": {"callbacks": [{"class_path": "CollapseDetector", "init_args": {"window": 1}}]},
+        },
+        {
+            "model.kl_coef": "must be 0 or more, got -1",
+            "model.sampling.temperature": "must be above 0 (the greedy response is decoded anyway, as the baseline), ",
+            "model.sampling.top_p": "must be above 0 and at most 1, got 1.5",
+            "model.stall_timeout": "must be null or above 0 (seconds), got 0",
+            "model.reward.init_args.concurrency": "must be at least 1, got 0",
+            "model.lr_scheduler.init_args.min_ratio": "must be between 0 and 1, got 2",
+            "data.batch_size": "must be at least 1, got 0",
+            "data.selection.oversample": "must be at least 1 (rollout batches), got 0",
+            "evaluation.pass_at_k": "must be numbers of at least 1, got [1, 0]",
+            "samples.every_n_steps": "must be 0 (off) or more, got -1",
+            "trainer.callbacks.0.init_args.window": "must be at least 2 (optimizer steps), got 1",
+        },
+    ),
+    "a range of a baseline": (
+        with_model(advantage={"baseline": {"class_path": "Tracker", "init_args": {"decay": 2}}}),
+        {"model.advantage.baseline.init_args.decay": "must be between 0 and 1, got 2"},
     ),
     "numbers that are none": (
         with_model(kl_coef=float("nan")) | {"collapse": {"max_kl": float("inf")}},
@@ -349,6 +386,79 @@ def test_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
     assert list(unreadable_configs(["fit", "--config", str(pipe)])) == []
+
+
+def test_numbers_on_the_command_line_are_checked_as_those_of_files(tmp_path: Path) -> None:
+    options = ("--data.batch_size", "0", "--model.sampling.temperature=-1e-3", "--evaluation.pass_at_k=[0]")
+    told = early(tmp_path, PLAIN, *options)
+    assert told.pop("model.sampling.temperature").endswith(", got -0.001")
+    assert told == {
+        "data.batch_size": "must be at least 1, got 0",
+        "evaluation.pass_at_k": "must be numbers of at least 1, got [0]",
+    }
+
+
+# The ranges, which stand in annotations alone: the classes refuse what the command line does
+
+ARGUMENTS: dict[str, Any] = {
+    "path": "x", "tokenizer": "x", "policy": "x", "reward_model": "x", "reward": FUNCTION, "function": FUNCTION,
+    "url": "http://localhost", "urls": ["http://localhost"], "model": "x", "tasks": {"chain_sum": {}},
+}  # fmt: skip
+
+
+def ranges() -> list[tuple[str, str, Range]]:
+    """Class, argument and range of every number that has one."""
+    content = shipped_signatures()
+    paths = json.loads(cli_schema.SIGNATURES.read_text())["parameters"]
+    arguments = [(path, item) for path in paths for item in (content.described(path) or {}).items()]
+    return [(path, name, parameter.range) for path, (name, parameter) in arguments if parameter.range is not None]
+
+
+def test_every_class_refuses_what_is_out_of_the_ranges_in_its_annotations() -> None:
+    known = ranges()
+    assert len(known) > 100
+    for path, name, allowed in known:
+        module, _, kind_name = path.rpartition(".")
+        kind = getattr(importlib.import_module(module), kind_name)
+        needed = {key: value for key, value in ARGUMENTS.items() if key in inspect.signature(kind).parameters}
+        if issubclass(kind, LRScheduler):
+            needed["optimizer"] = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        if path.endswith("TimedReward"):
+            needed["reward"] = FunctionReward(FUNCTION)
+        if path.endswith("ReasoningGymDataModule"):
+            del needed["path"]
+        bad = allowed.low if allowed.is_above else allowed.low - 1
+        is_list = "list" in str(dict(shipped_signatures().described(path))[name].types)
+        with pytest.raises(UserError, match=rf"{name} must be "):
+            kind(**needed | {name: [bad] if is_list else bad})
+
+
+@pytest.mark.parametrize(
+    ("allowed", "right", "wrong", "words"),
+    [
+        (at_least(1), [1, 2.5], [0, float("nan"), float("inf")], "at least 1"),
+        (at_least(0, zero="off"), [0, 3], [-1], "0 (off) or more"),
+        (at_least(0, below=1), [0, 0.99], [1, -0.1], "0 or more and below 1"),
+        (at_least(1, at_most=10**6), [1, 10**6], [0, 10**6 + 1], "between 1 and 1,000,000"),
+        (above(0, at_most=1), [1e-9, 1], [0, 1.01], "above 0 and at most 1"),
+        (above(0.5, below=1, note="share"), [0.6], [0.5, 1], "above 0.5 and below 1"),
+    ],
+)
+def test_a_range_says_what_it_takes(allowed: Range, right: list[float], wrong: list[float], words: str) -> None:
+    assert [value for value in [*right, None, "text", True, []] if allowed.explain(value)] == []
+    assert allowed.explain(right) is None
+    for value in wrong:
+        told = allowed.explain(value)
+        assert told is not None
+        assert told.startswith(f"must be {words}")
+        assert told.endswith(f", got {value}")
+        assert ("and finite" in told) == (value in (float("inf"), float("-inf")) or value != value)
+        assert str(allowed.explain([*right, value])).startswith(f"must be numbers of {words}")
+
+
+def test_a_number_of_another_type_is_refused_from_python() -> None:
+    with pytest.raises(TypeError, match=r"^model\.sampling\.num_samples must be a whole number, got str 'many'"):
+        SamplingConfig(num_samples="many")  # type: ignore[arg-type]
 
 
 # The signatures

@@ -166,7 +166,14 @@ def test_every_class_that_a_configuration_may_name_is_known_by_its_name() -> Non
     names = our_classes()
     assert set(names) >= {
         *("ReMaxModule", "SFTDataModule", "HTTPReward", "PairedEngine", "HuggingFaceEngine", "WarmupCosine"),
-        *("ReMaxDeepSpeedStrategy", "ReMaxFSDP2Strategy", "TrackioLogger", "CollapseDetector", "RunProgress"),
+        *(
+            "ReMaxDeepSpeedStrategy",
+            "ReMaxFSDP2Strategy",
+            "TrackioLogger",
+            "CollapseDetector",
+            "RunProgress",
+            "Tracker",
+        ),
     }
     assert not set(names) & {"Reward", "RolloutEngine", "KLConfig", "Scores", "ModelConfig"}
     for name, path in names.items():

@@ -56,7 +56,7 @@ ALLOWED = {
     "cli_shorthand": {"errors"},
     "shipped_configs": {"errors"},
     "cli_arguments": {"cli_errors", "cli_shorthand", "shipped_configs", "yaml_files"},
-    "cli_schema": {"cli_errors", "shipped_configs"},
+    "cli_schema": {"cli_errors", "errors", "shipped_configs"},
     "cli_rules": set(),
     "cli_keys": {
         "cli_arguments",
@@ -67,7 +67,7 @@ ALLOWED = {
         "errors",
         "shipped_configs",
     },
-    "cli_signatures": {"baselines", "cli_help", "cli_schema", "cli_shorthand", "rewards"},
+    "cli_signatures": {"baselines", "cli_help", "cli_schema", "cli_shorthand", "errors", "rewards"},
     "cli_parser": {
         *("errors", "cli_arguments", "cli_errors", "cli_checks", "cli_keys", "cli_shorthand", "cli_signatures"),
         "yaml_files",

@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
     ),
     "no such accelerator": (changes(trainer__accelerator="gpu"), "trainer: No supported gpu backend found!"),
     "a dtype": (changes(model__policy__dtype="fp8"), "model.policy.dtype: expected one of"),
-    "a negative length": (changes(model__sampling__max_response_length=-4), "model.sampling.max_response_length must"),
+    "a negative length": (changes(model__sampling__max_response_length=-4), "model.sampling.max_response_length: must"),
     "a batch beyond the data": (changes(data__batch_size=10**12), "data.batch_size=1000000000000"),
     "no adapter's target": (
         changes(model__policy__lora={"r": 2, "target_modules": ["nothing"]}),

@@ -200,7 +200,7 @@ MISTAKES: dict[str, tuple[Callable[[Config, Path], Config], list[str]]] = {
     ),
     "a margin below 0": (
         lambda config, folder: changed(config, model__init_args__margin=-1.0),
-        ["model.margin must be 0 or more, got -1.0"],
+        ["model.margin: must be 0 or more, got -1.0"],
     ),
     "an unknown key": (
         lambda config, folder: changed(config, model__init_args__centring_coef=0.1),

@@ -179,33 +179,42 @@ def test_control_characters_of_a_value_are_written_out(tmp_path: Path, policy_pa
 TOGETHER: dict[str, tuple[dict[str, Any], list[str]]] = {
     "the module and a group of it": (
         {"model__kl_coef": -1, "model__sampling__temperature": 0, "model__loss": {"clip_range": 2}},
-        ["model.kl_coef must be 0", "model.sampling.temperature must be", "model.loss.clip_range must be"],
+        ["model.kl_coef: must be 0", "model.sampling.temperature: must be", "model.loss.clip_range: must be"],
     ),
     "the data, a callback and a key": (
         {"data__batch_size": 0, "samples": {"num_samples": 0}, "model__kl_coeff": 1},
-        ["data.batch_size must be at least 1", "samples.num_samples must be", "model.kl_coeff: there is no such key"],
+        ["data.batch_size: must be at least 1", "samples.num_samples: must be", "model.kl_coeff: there is no such key"],
     ),
     "the trainer and the module": (
         {"trainer__accelerator": "gppu", "model__stall_timeout": -1},
-        ["trainer: You selected an invalid accelerator name: `accelerator='gppu'`", "model.stall_timeout: expected"],
+        ["trainer: You selected an invalid accelerator name: `accelerator='gppu'`", "model.stall_timeout: must be"],
     ),
     "the strategy and the module": (
         {"trainer__strategy": "ddpp", "model__stall_timeout": -1},
-        ["trainer.strategy: there is no strategy 'ddpp'; did you mean ddp?", "model.stall_timeout: expected seconds"],
+        ["trainer.strategy: there is no strategy 'ddpp'; did you mean ddp?", "model.stall_timeout: must be null"],
     ),
     "a reward and the data": (
         {"model__reward__init_args__function": "json.nothing", "data__max_prompt_length": 0},
-        ["model.reward.init_args.function", "data.max_prompt_length must be at least 1"],
+        ["model.reward.init_args.function", "data.max_prompt_length: must be at least 1"],
     ),
     "an adapter and what depends on it": (
         {"model__policy__lora": {"r": 0}, "model__advantage": {"baseline": "leave_one_out", "gamma": 0}},
         [
-            "model.policy.lora.r must be",
-            "model.advantage.gamma must be",
+            "model.policy.lora.r: must be",
+            "model.advantage.gamma: must be",
             "model.advantage.baseline leave_one_out needs",
         ],
     ),
-}
+    "a batch, and its parts that would not divide the default": (
+        {"data__batch_size": 0, "data__micro_batch_size": 6},
+        ["data.batch_size: must be at least 1, got 0"],
+    ),
+    "a part of a reward": (
+        {"model__reward": {"class_path": "WeightedReward", "init_args": {"parts": {"web": {
+            "class_path": "HTTPReward", "init_args": {"url": "http://localhost", "retries": -1}}}}}},
+        ["model.reward.init_args.parts.web.init_args.retries: must be 0 or more, got -1"],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -226,7 +235,7 @@ def test_a_group_that_is_refused_counts_with_its_values_around_it(
     """Two samples are enough for leave-one-out, though the group that says so has a mistake."""
     values = {"model__sampling": {"num_samples": 2, "temperature": 0}, "model__advantage__baseline": "leave_one_out"}
     said = misread(changed(small_config(tmp_path, policy_path), **values), tmp_path, capsys)
-    assert said.startswith("model.sampling.temperature must be above 0")
+    assert said.startswith("model.sampling.temperature: must be above 0")
     assert said.count("\n") == 1
 
 
@@ -276,7 +285,7 @@ def test_mistakes_of_all_kinds_are_told_together(tmp_path: Path, capsys: pytest.
         "trainer.devices: expected auto",
         "trainer.logger.init_args.save_dir: cannot write",
         "seed_everything: expected a whole number",
-        "model.sampling.temperature must be above 0",
+        "model.sampling.temperature: must be above 0",
     ):
         assert sum(line.strip().startswith(expected) for line in lines) == 1
 

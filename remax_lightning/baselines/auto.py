@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from torch import Tensor
 
 from remax_lightning.baselines.base import Baseline, BaselineInputs, Measurement, can_value, checked_values
 from remax_lightning.baselines.comparison import MIN_GROUPS, Comparison, Figure
 from remax_lightning.baselines.kinds import KINDS, NoBaseline
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 
 MIN_ROLLOUTS = 4
 """Rollouts with greedy responses that a window holds at least."""
@@ -57,11 +57,12 @@ class Auto(Baseline):
     def __init__(
         self,
         candidates: list[str] | None = None,
-        window: int = 64,
-        compare_every: int = 8,
-        greedy_price: float | None = None,
+        window: Annotated[int, at_least(1)] = 64,
+        compare_every: Annotated[int, at_least(2, note="rollouts")] = 8,
+        greedy_price: Annotated[float | None, at_least(0)] = None,
     ) -> None:
         key = "model.advantage.baseline"
+        check_ranges(Auto.__init__, locals(), key)
         made = {name: KINDS[name]() for name in candidates or KINDS if name in KINDS}
         # One that reads gradients takes a pass in every step, which nothing here could tell the price of.
         unbiased = {name: kind for name, kind in made.items() if kind.is_unbiased and not kind.reads_gradients}
@@ -72,13 +73,9 @@ class Auto(Baseline):
             raise UserError(f"{key}.candidates must be of {known}, once each, got {wrong!r}")
         if len(unbiased) < 2:
             raise UserError(f"{key}.candidates must be at least two baselines, got {candidates}")
-        if compare_every < 2:
-            raise UserError(f"{key}.compare_every must be at least 2 (rollouts), got {compare_every}")
         if window < MIN_ROLLOUTS * compare_every:
             least = f"{MIN_ROLLOUTS} times compare_every"
             raise UserError(f"{key}.window must be at least {least}, {MIN_ROLLOUTS * compare_every}, got {window}")
-        if greedy_price is not None and greedy_price < 0:
-            raise UserError(f"{key}.greedy_price must be null or 0 or more, got {greedy_price}")
         self.candidates, self.window, self.compare_every = candidates, window, compare_every
         self.greedy_price = greedy_price
         self._reads_greedy = any(baseline.greedy != "never" for baseline in unbiased.values())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.baselines.base import Baseline, BaselineInputs
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.functional import (
     baseline_values,
     batch_mean,
@@ -18,6 +18,8 @@ from remax_lightning.functional import (
     optimal_per_token,
     shrinkage,
 )
+
+_KEY = "model.advantage.baseline"
 
 # ---- Without memory ----
 
@@ -125,9 +127,8 @@ class CalibratedGreedy(Greedy):
         UserError: if `ridge` is negative.
     """
 
-    def __init__(self, ridge: float = 1.0) -> None:
-        if ridge < 0:
-            raise UserError(f"model.advantage.baseline.ridge must be 0 or more, got {ridge}")
+    def __init__(self, ridge: Annotated[float, at_least(0)] = 1.0) -> None:
+        check_ranges(CalibratedGreedy.__init__, locals(), _KEY)
         self.ridge = ridge
 
     def values(self, inputs: BaselineInputs) -> Tensor:
@@ -172,11 +173,10 @@ class Tracker(Baseline):
     greedy = "sometimes"
     remembers_prompts = True
 
-    def __init__(self, decay: float = 0.9, greedy_weight: float = 1.0) -> None:
-        if not 0 <= decay <= 1:
-            raise UserError(f"model.advantage.baseline.decay must be from 0 to 1, got {decay}")
-        if not greedy_weight > 0:
-            raise UserError(f"model.advantage.baseline.greedy_weight must be above 0, got {greedy_weight}")
+    def __init__(
+        self, decay: Annotated[float, at_least(0, at_most=1)] = 0.9, greedy_weight: Annotated[float, above(0)] = 1.0
+    ) -> None:
+        check_ranges(Tracker.__init__, locals(), _KEY)
         self.decay, self.greedy_weight = decay, greedy_weight
         self._memory = PromptMemory()
 
@@ -227,9 +227,8 @@ class CachedGreedy(Baseline):
     greedy = "sometimes"
     remembers_prompts = True
 
-    def __init__(self, renew_every: int = 4) -> None:
-        if renew_every < 1:
-            raise UserError(f"model.advantage.baseline.renew_every must be at least 1 (visits), got {renew_every}")
+    def __init__(self, renew_every: Annotated[int, at_least(1, note="visits")] = 4) -> None:
+        check_ranges(CachedGreedy.__init__, locals(), _KEY)
         self.renew_every = renew_every
         self._memory = PromptMemory()  # reward, and visits since it was renewed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +20,7 @@ from remax_lightning.callbacks.monitors import (
     rollout_output,
 )
 from remax_lightning.distributed import gather_over_ranks, sum_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.types import StepOutput
 
 GROWTH = 1.25
@@ -67,6 +67,11 @@ ADVICE = {
 """What to do when a guard warns, by the name of its threshold."""
 
 
+Share: TypeAlias = Annotated[float | None, above(0, at_most=1)]
+Threshold: TypeAlias = Annotated[float | None, above(0)]
+"""Limits of the guards; shares and correlations are at most 1."""
+
+
 class CollapseDetector(Callback):
     """Warns if the policy is collapsing, and can stop the run. [guards.md](guards.md) says what to do.
 
@@ -108,25 +113,23 @@ class CollapseDetector(Callback):
 
     def __init__(
         self,
-        window: int = 20,
+        window: Annotated[int, at_least(2, note="optimizer steps")] = 20,
         action: Literal["warn", "stop"] = "warn",
-        max_truncation_rate: float | None = 0.5,
-        min_eos_share: float | None = 0.7,
-        min_entropy: float | None = 0.001,
-        min_entropy_share: float | None = 0.02,
-        max_kl_slope: float | None = 1.0,
-        max_kl: float | None = 100.0,
-        max_length_correlation: float | None = 0.7,
-        min_distinct_share: float | None = 0.2,
+        max_truncation_rate: Share = 0.5,
+        min_eos_share: Share = 0.7,
+        min_entropy: Threshold = 0.001,
+        min_entropy_share: Share = 0.02,
+        max_kl_slope: Threshold = 1.0,
+        max_kl: Threshold = 100.0,
+        max_length_correlation: Share = 0.7,
+        min_distinct_share: Share = 0.2,
     ) -> None:
         super().__init__()
-        if window < 2:
-            raise UserError(f"collapse.window must be at least 2 (optimizer steps), got {window}")
+        check_ranges(CollapseDetector.__init__, locals(), "collapse")
         if action not in ("warn", "stop"):
             raise UserError(f"collapse.action must be warn or stop, got {action!r}")
         self.window = window
         self.action = action
-        # ---- Thresholds: shares and correlations are at most 1, the others have no upper limit ----
         self.thresholds = {
             "max_truncation_rate": max_truncation_rate,
             "min_eos_share": min_eos_share,
@@ -137,11 +140,6 @@ class CollapseDetector(Callback):
             "max_length_correlation": max_length_correlation,
             "min_distinct_share": min_distinct_share,
         }
-        for name, value in self.thresholds.items():
-            highest = math.inf if name in ("min_entropy", "max_kl_slope", "max_kl") else 1.0
-            if value is not None and not (0 < value < highest or value == highest == 1):
-                upper = "and finite" if highest == math.inf else "and at most 1"
-                raise UserError(f"collapse.{name} must be above 0 {upper}, or null for no such guard, got {value}")
         self._step = StepFigures()
         self._reset_windows()
 

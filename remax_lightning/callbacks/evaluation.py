@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.utilities import _reset_progress
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from remax_lightning.callbacks.monitors import is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.evaluation.evaluator import Evaluator, answer_function
 from remax_lightning.evaluation.intervals import (
     CONFIDENCE,
@@ -87,28 +87,23 @@ class Evaluation(Callback):
         at_start: bool = True,
         response_column: str = "chosen",
         text: str | None = None,
-        max_length: int = 1024,
-        num_samples: int | None = None,
-        pass_at_k: tuple[int, ...] = (),
-        maj_at_k: tuple[int, ...] = (),
-        best_of_k: tuple[int, ...] = (),
+        max_length: Annotated[int, at_least(1)] = 1024,
+        num_samples: Annotated[int | None, at_least(1)] = None,
+        pass_at_k: Annotated[tuple[int, ...], at_least(1)] = (),
+        maj_at_k: Annotated[tuple[int, ...], at_least(1)] = (),
+        best_of_k: Annotated[tuple[int, ...], at_least(1)] = (),
         pass_threshold: float = 1.0,
         answer: str | None = None,
-        num_resamples: int = 10_000,
+        num_resamples: Annotated[int, at_least(1, at_most=MAX_RESAMPLES)] = 10_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_ranges(Evaluation.__init__, locals(), "evaluation")
         for key, holds, expected, got in (
             ("path", path is None or path.endswith(".json"), "null or a name that ends in .json", path),
             ("test", set(test or ()) <= set(MEASURES), f"null or some of {', '.join(MEASURES)}", test),
             ("validation", set(validation) <= set(MEASURES), f"some of {', '.join(MEASURES)}", validation),
-            ("max_length", max_length >= 1, "at least 1", max_length),
-            ("num_samples", num_samples is None or num_samples >= 1, "null or at least 1", num_samples),
-            ("pass_at_k", min(pass_at_k, default=1) >= 1, "numbers of at least 1", pass_at_k),
-            ("maj_at_k", min(maj_at_k, default=1) >= 1, "numbers of at least 1", maj_at_k),
-            ("best_of_k", min(best_of_k, default=1) >= 1, "numbers of at least 1", best_of_k),
             ("pass_threshold", math.isfinite(pass_threshold), "a finite number", pass_threshold),
-            ("num_resamples", 1 <= num_resamples <= MAX_RESAMPLES, "between 1 and a million", num_resamples),
         ):
             if not holds:
                 raise UserError(f"evaluation.{key} must be {expected}, got {got!r}")

@@ -281,9 +281,10 @@ class ExportPolicy(Callback):
             api.create_repo(repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload policy/{folder.name}")
         except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())  # the client's messages have several lines
             rank_zero_warn(
-                f"export.push_to_hub: {folder} is not on the hub ({type(error).__name__}: {error}). The folder is"
-                f" whole; push it with: hf upload {repository} {folder}"
+                f"export.push_to_hub: {folder} is not on the hub ({why}). The folder is whole; push it with: hf upload"
+                f" {repository} {folder}"
             )
         else:
             rank_zero_info(f"Pushed {folder} to https://huggingface.co/{repository}.")

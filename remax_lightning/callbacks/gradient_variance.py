@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +23,7 @@ from remax_lightning.callbacks.monitors import (
     rollout_output,
 )
 from remax_lightning.distributed import gather_over_ranks, max_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import at_least, check_ranges
 from remax_lightning.evaluation.statistics import cheapest_baseline
 from remax_lightning.types import PromptBatch, StepOutput
 
@@ -67,12 +67,13 @@ class GradientVariance(Callback):
         UserError: if `window` is below 1, or `every_n_rollouts` is negative.
     """
 
-    def __init__(self, window: int = 200, every_n_rollouts: int = 4) -> None:
+    def __init__(
+        self,
+        window: Annotated[int, at_least(1, note="rollouts")] = 200,
+        every_n_rollouts: Annotated[int, at_least(0, zero="off")] = 4,
+    ) -> None:
         super().__init__()
-        if window < 1:
-            raise UserError(f"gradient_variance.window must be at least 1 (rollouts), got {window}")
-        if every_n_rollouts < 0:
-            raise UserError(f"gradient_variance.every_n_rollouts must be 0 (off) or more, got {every_n_rollouts}")
+        check_ranges(GradientVariance.__init__, locals(), "gradient_variance")
         self.window, self.every_n_rollouts = window, every_n_rollouts
         self._saved: dict[str, Any] = {}
         self._clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.callbacks.monitors import is_dry_run
 from remax_lightning.distributed import broadcast
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.evaluation import harness
 from remax_lightning.strategies import rollout_parameters
 
@@ -46,18 +46,17 @@ class LMEval(Callback):
     def __init__(
         self,
         tasks: list[str] | None = None,
-        every_n_steps: int = 1,
+        every_n_steps: Annotated[int, at_least(0, zero="in no validation")] = 1,
         at_end: bool = True,
         limit: float | None = 100,
-        num_fewshot: int | None = None,
-        batch_size: int = 8,
+        num_fewshot: harness.FewShot = None,
+        batch_size: harness.BatchSize = 8,
         apply_chat_template: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(tasks, str):
             raise UserError(f"lm_eval.tasks must be a list of names, got {tasks!r}; write [{tasks}]")
-        if every_n_steps < 0:
-            raise UserError(f"lm_eval.every_n_steps must be 0 (in no validation) or more, got {every_n_steps}")
+        check_ranges(LMEval.__init__, locals(), "lm_eval")
         self.tasks, self.every_n_steps, self.at_end = list(tasks or ()), every_n_steps, at_end
         self.options = harness.HarnessOptions(limit, num_fewshot, batch_size, apply_chat_template)
         self.figures: list[harness.TaskFigure] = []

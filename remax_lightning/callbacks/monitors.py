@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from remax_lightning.distributed import max_over_ranks, sum_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.types import Rollout, StepOutput
 
 # ---- Values from the output of a step, and logging ----
@@ -104,18 +104,14 @@ class KLMonitor(Callback):
 
     def __init__(
         self,
-        target_kl: float | None = None,
+        target_kl: Annotated[float | None, above(0, note="nats per response")] = None,
         adaptive: bool = False,
-        horizon: int = 10_000,
-        stop_kl: float | None = None,
+        horizon: Annotated[int, at_least(1, note="sampled responses")] = 10_000,
+        stop_kl: Annotated[float | None, above(0, note="nats per response")] = None,
     ) -> None:
         super().__init__()
         # ---- Options in their range, and those that need each other ----
-        for name, value in (("target_kl", target_kl), ("stop_kl", stop_kl)):
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"kl_monitor.{name} must be above 0 and finite (nats per response), got {value}")
-        if horizon < 1:
-            raise UserError(f"kl_monitor.horizon must be at least 1 (sampled responses), got {horizon}")
+        check_ranges(KLMonitor.__init__, locals(), "kl_monitor")
         if adaptive and target_kl is None:
             raise UserError("kl_monitor.target_kl must be set where kl_monitor.adaptive is true, got null")
         if target_kl is not None and not adaptive:
@@ -245,10 +241,9 @@ class BaselineMonitor(Callback):
         UserError: if `patience` is below 1.
     """
 
-    def __init__(self, patience: int = 50) -> None:
+    def __init__(self, patience: Annotated[int, at_least(1, note="optimizer steps")] = 50) -> None:
         super().__init__()
-        if patience < 1:
-            raise UserError(f"baseline_monitor.patience must be at least 1 (optimizer steps), got {patience}")
+        check_ranges(BaselineMonitor.__init__, locals(), "baseline_monitor")
         self.patience = patience
         self._reward: list[Tensor] = []  # [S] of each micro-batch, like the next one
         self._baseline: list[Tensor] = []

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +23,7 @@ from remax_lightning.callbacks.monitors import (
 )
 from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.distributed import gather_objects, max_over_ranks, sum_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.files import append_lines, describe_disk_error, load_json, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
@@ -105,12 +105,14 @@ class SampleDump(Callback):
 
     folder_key = "samples.folder"
 
-    def __init__(self, every_n_steps: int = 50, num_samples: int = 8, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_steps: Annotated[int, at_least(0, zero="off")] = 50,
+        num_samples: Annotated[int, at_least(1)] = 8,
+        folder: str | None = None,
+    ) -> None:
         super().__init__()
-        if every_n_steps < 0:
-            raise UserError(f"samples.every_n_steps must be 0 (off) or more, got {every_n_steps}")
-        if num_samples < 1:
-            raise UserError(f"samples.num_samples must be at least 1, got {num_samples}")
+        check_ranges(SampleDump.__init__, locals(), "samples")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.folder = folder

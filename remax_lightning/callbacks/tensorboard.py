@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,7 @@ from remax_lightning.callbacks.monitors import (
     rollout_output,
 )
 from remax_lightning.distributed import gather_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import at_least, check_ranges
 from remax_lightning.files import tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
@@ -69,10 +69,9 @@ class TensorBoardReport(Callback):
         UserError: if `every_n_steps` is negative.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: Annotated[int, at_least(0, zero="off")] = 10) -> None:
         super().__init__()
-        if every_n_steps < 0:
-            raise UserError(f"tensorboard.every_n_steps must be 0 (off) or more, got {every_n_steps}")
+        check_ranges(TensorBoardReport.__init__, locals(), "tensorboard")
         self.every_n_steps = every_n_steps
         self._has_layout = False
         self._values: dict[str, list[Tensor]] = {}

@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from remax_lightning.data.collate import Example, ExampleDataset, MicroBatchSampler, PairExample
 from remax_lightning.data.formatting import PromptFormatter, check_template, separate_pair
 from remax_lightning.data.options import (
+    Count,
     Limit,
     LoadingConfig,
     Stage,
+    ValSize,
     as_text,
-    check_at_least,
     check_sources,
     check_stage_split,
     check_val_rows,
@@ -32,7 +33,7 @@ from remax_lightning.data.preparation import Recipe, preparation_key, prepare, s
 from remax_lightning.data.reading import Row, Rows, is_on_hub, load_hub, read_rows, rows_in_memory
 from remax_lightning.data.records import Outcome, PreparedExamples
 from remax_lightning.data.tokenizers import load_tokenizer
-from remax_lightning.errors import DataError, UserError
+from remax_lightning.errors import DataError, UserError, check_ranges
 from remax_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ class TextDataModule(LightningDataModule, ABC):
         path: str | list[str] | None,
         tokenizer: str | None,
         val_path: str | list[str] | None,
-        val_size: int | None,
+        val_size: ValSize,
         prompt_column: str,
         template: str | None,
-        batch_size: int,
-        max_prompt_length: int,
+        batch_size: Count,
+        max_prompt_length: Count,
         seed: int,
         loading: LoadingConfig,
         data: Any = None,
@@ -72,8 +73,8 @@ class TextDataModule(LightningDataModule, ABC):
         super().__init__()
         # ---- Refuse options that contradict each other, before a tokenizer or a row is read ----
         check_sources(path, tokenizer, data, val_path, val_data)
-        check_at_least(1, batch_size=batch_size, max_prompt_length=max_prompt_length)
-        check_at_least(0, val_size=val_size or 0, **{"loading.num_workers": loading.num_workers})
+        check_ranges(TextDataModule.__init__, locals(), "data")
+        check_ranges(LoadingConfig, vars(loading), "data.loading")
         if val_size and not (val_path is None and val_data is None):
             other = "val_data" if val_path is None else "val_path"
             raise UserError(f"data.val_size must be 0 beside data.{other}, got {val_size}; remove one")

@@ -9,14 +9,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.data.reading import Rows, count_reasons
 from remax_lightning.data.records import PreparedExamples
-from remax_lightning.errors import DataError, UserError
+from remax_lightning.errors import DataError, UserError, above, at_least, check_ranges
+
+Count: TypeAlias = Annotated[int, at_least(1)]
+"""Rows or tokens of an option, such as `data.batch_size`."""
+ValSize: TypeAlias = Annotated[int | None, at_least(0)]
+"""Rows that are held out; None lets the data module choose."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class LoadingConfig:
     stage_seed: int = 0
     chat_template_kwargs: dict[str, Any] | None = None
     cache: bool = True
-    num_workers: int = 0
+    num_workers: Annotated[int, at_least(0)] = 0
     pad_token: str | None = None
     trust_remote_code: bool = False
     tokenizer_revision: str | None = None
@@ -89,18 +94,13 @@ class SelectionConfig:
         UserError: if a value is out of its range.
     """
 
-    skip_uninformative: int | None = None
-    oversample: int = 1
-    curriculum: float | None = None
+    skip_uninformative: Annotated[int | None, at_least(1)] = None
+    oversample: Annotated[int, at_least(1, note="rollout batches")] = 1
+    curriculum: Annotated[float | None, above(0, at_most=1)] = None
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.skip_uninformative is not None and self.skip_uninformative < 1:
-            raise UserError(f"{SELECTION}.skip_uninformative must be null or at least 1, got {self.skip_uninformative}")
-        if self.oversample < 1:
-            raise UserError(f"{SELECTION}.oversample must be at least 1 (rollout batches), got {self.oversample}")
-        if self.curriculum is not None and not 0 < self.curriculum <= 1:
-            raise UserError(f"{SELECTION}.curriculum must be null or above 0 and at most 1, got {self.curriculum}")
+        check_ranges(type(self), vars(self), SELECTION)
 
     @property
     def is_on(self) -> bool:
@@ -111,17 +111,6 @@ class SelectionConfig:
     def needs_advantages(self) -> bool:
         """Whether it asks which prompts have an advantage."""
         return self.skip_uninformative is not None or self.oversample > 1
-
-
-def check_at_least(least: int, **values: int) -> None:
-    """Check that every value is at least `least`; the names are keys under `data`.
-
-    Raises:
-        UserError: if one is below.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"data.{name} must be at least {least}, got {value}")
 
 
 def as_text(path: str | list[str] | None) -> str | list[str] | None:

@@ -6,17 +6,17 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.util import find_spec
-from typing import Any, cast, overload
+from typing import Annotated, Any, cast, overload
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import MicroBatchSampler, collate_prompts
-from remax_lightning.data.options import DEFAULT_LOADING, SELECTION, LoadingConfig, SelectionConfig, check_at_least
+from remax_lightning.data.options import DEFAULT_LOADING, SELECTION, Count, LoadingConfig, SelectionConfig, ValSize
 from remax_lightning.data.reading import Row
 from remax_lightning.data.records import PreparedExamples
 from remax_lightning.data.selection import PromptStream, SelectingSampler
-from remax_lightning.errors import DataError, UserError
+from remax_lightning.errors import DataError, UserError, at_least, check_ranges
 from remax_lightning.types import PromptBatch
 
 DEFAULT_SELECTION = SelectionConfig()
@@ -63,13 +63,13 @@ class PromptDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int | None = None,
+        val_size: ValSize = None,
         prompt_column: str = "prompt",
         template: str | None = None,
-        batch_size: int = 64,
-        micro_batch_size: int | None = None,
-        tokens_per_micro_batch: int | None = None,
-        max_prompt_length: int = 512,
+        batch_size: Count = 64,
+        micro_batch_size: Count | None = None,
+        tokens_per_micro_batch: Count | None = None,
+        max_prompt_length: Count = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
         selection: SelectionConfig = DEFAULT_SELECTION,
@@ -90,19 +90,17 @@ class PromptDataModule(TextDataModule):
             data=data,
             val_data=val_data,
         )
+        check_ranges(PromptDataModule.__init__, locals(), "data")
         # ---- A budget of tokens: the batch arrives once, and is cut when its lengths are known ----
-        if tokens_per_micro_batch is not None:
-            check_at_least(1, tokens_per_micro_batch=tokens_per_micro_batch)
-            if micro_batch_size is not None:
-                raise UserError(
-                    f"data.tokens_per_micro_batch must be null beside data.micro_batch_size {micro_batch_size}, got"
-                    f" {tokens_per_micro_batch}: micro-batches are counted in prompts or in tokens; remove one"
-                )
+        if tokens_per_micro_batch is not None and micro_batch_size is not None:
+            raise UserError(
+                f"data.tokens_per_micro_batch must be null beside data.micro_batch_size {micro_batch_size}, got"
+                f" {tokens_per_micro_batch}: micro-batches are counted in prompts or in tokens; remove one"
+            )
         self.tokens_per_micro_batch = tokens_per_micro_batch
         # ---- Parts of a rollout batch: 64 prompts in micro-batches of 16 arrive 4 times ----
         if micro_batch_size is None:
             micro_batch_size = batch_size
-        check_at_least(1, micro_batch_size=micro_batch_size)
         if batch_size % micro_batch_size:
             raise UserError(
                 f"data.micro_batch_size must divide data.batch_size {batch_size}, got {micro_batch_size}; "
@@ -217,22 +215,21 @@ class ReasoningGymDataModule(PromptDataModule):
         self,
         tasks: dict[str, dict[str, Any]],
         tokenizer: str | None = None,
-        size: int = 10_000,
-        val_size: int = 100,
+        size: Count = 10_000,
+        val_size: Annotated[int, at_least(0)] = 100,
         weights: dict[str, float] | None = None,
         system_prompt: str | None = "default",
         chat: bool = False,
         template: str | None = None,
-        batch_size: int = 64,
-        micro_batch_size: int | None = None,
-        tokens_per_micro_batch: int | None = None,
-        max_prompt_length: int = 512,
+        batch_size: Count = 64,
+        micro_batch_size: Count | None = None,
+        tokens_per_micro_batch: Count | None = None,
+        max_prompt_length: Count = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
         selection: SelectionConfig = DEFAULT_SELECTION,
     ) -> None:
-        check_at_least(1, size=size)
-        check_at_least(0, val_size=val_size)
+        check_ranges(ReasoningGymDataModule.__init__, locals(), "data")
         self.tasks, self.weights, self.size, self.system_prompt, self.chat = tasks, weights, size, system_prompt, chat
         # The options are checked here; the rows are made when they are read.
         generated = _GeneratedRows(

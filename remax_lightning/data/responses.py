@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from remax_lightning.data.base import TextDataModule
 from remax_lightning.data.collate import Example, PairExample, collate_pairs, collate_supervised
@@ -19,11 +19,11 @@ from remax_lightning.data.formatting import (
     separate_prompt,
     split_last,
 )
-from remax_lightning.data.options import DEFAULT_LOADING, Limit, LoadingConfig, check_at_least
+from remax_lightning.data.options import DEFAULT_LOADING, Count, Limit, LoadingConfig, ValSize
 from remax_lightning.data.reading import Row
 from remax_lightning.data.records import Outcome, PreparedExamples
 from remax_lightning.data.text_files import parse_number
-from remax_lightning.errors import DataError
+from remax_lightning.errors import DataError, at_least, check_ranges
 from remax_lightning.types import PreferenceBatch, SupervisedBatch
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ class SFTDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int | None = None,
+        val_size: ValSize = None,
         prompt_column: str = "prompt",
         response_column: str = "response",
         template: str | None = None,
-        batch_size: int = 64,
-        max_prompt_length: int = 512,
-        max_response_length: int = 512,
+        batch_size: Count = 64,
+        max_prompt_length: Count = 512,
+        max_response_length: Count = 512,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
         data: Any = None,
@@ -102,7 +102,7 @@ class SFTDataModule(TextDataModule):
             data=data,
             val_data=val_data,
         )
-        check_at_least(1, max_response_length=max_response_length)
+        check_ranges(SFTDataModule.__init__, locals(), "data")
         self.response_column = response_column
         self.max_response_length = max_response_length
         self.response_ends: set[int] = set()
@@ -241,13 +241,13 @@ class PreferenceDataModule(TextDataModule):
         path: str | list[str] | None = None,
         tokenizer: str | None = None,
         val_path: str | list[str] | None = None,
-        val_size: int | None = None,
+        val_size: ValSize = None,
         prompt_column: str = "prompt",
         pair_columns: PairColumns = PairColumns(),  # noqa: B008 (frozen)
         template: str | None = None,
-        batch_size: int = 16,
-        max_prompt_length: int = 512,
-        max_length: int = 1024,
+        batch_size: Count = 16,
+        max_prompt_length: Count = 512,
+        max_length: Annotated[int, at_least(2)] = 1024,
         seed: int = 0,
         loading: LoadingConfig = DEFAULT_LOADING,
         data: Any = None,
@@ -267,7 +267,7 @@ class PreferenceDataModule(TextDataModule):
             data=data,
             val_data=val_data,
         )
-        check_at_least(2, max_length=max_length)
+        check_ranges(PreferenceDataModule.__init__, locals(), "data")
         self.pair_columns = pair_columns
         self.max_length = max_length
         self._kinds: set[bool] = set()  # {True} for chats, {False} for plain text; both are refused

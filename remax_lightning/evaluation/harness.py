@@ -14,13 +14,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.evaluation.intervals import format_number, format_table
 from remax_lightning.strategies.stall_watchdog import report_progress
 
@@ -32,6 +32,11 @@ BOOTSTRAP_DRAWS = 1000
 """For the standard errors of metrics that have no formula for it, such as F1; that of a mean has one."""
 SEED = 1234
 """Of the examples in prompts and of sampled responses, lm-eval's own default."""
+
+
+FewShot: TypeAlias = Annotated[int | None, at_least(0)]
+BatchSize: TypeAlias = Annotated[int, at_least(1)]
+"""Options of the callback, too."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class HarnessOptions:
     """
 
     limit: float | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 8
+    num_fewshot: FewShot = None
+    batch_size: BatchSize = 8
     apply_chat_template: bool = False
     confirm_run_unsafe_code: bool = False
     key: str = "lm_eval."
@@ -60,13 +65,9 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         limit = self.limit
         is_count = limit is not None and limit >= 1 and limit == int(limit)
-        for name, value, holds, expected in (
-            ("limit", limit, limit is None or is_count or 0 < limit < 1, "a count of documents, or a share below 1"),
-            ("num_fewshot", self.num_fewshot, (self.num_fewshot or 0) >= 0, "0 or more"),
-            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-        ):
-            if not holds:
-                raise UserError(f"{self.key}{name} must be {expected}, got {value}")
+        if not (limit is None or is_count or 0 < limit < 1):
+            raise UserError(f"{self.key}limit must be a count of documents, or a share below 1, got {limit}")
+        check_ranges(type(self), vars(self), self.key)
 
 
 class TaskFigure(NamedTuple):

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.sharding import is_peft_wrapper
 
@@ -41,21 +41,16 @@ class LoRAConfig:
             ones count.
     """
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: Annotated[int, at_least(1)] = 16
+    alpha: Annotated[int, above(0)] = 32
+    dropout: Annotated[float, at_least(0, below=1)] = 0.0
     target_modules: list[str] | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, holds, expected in (
-            ("r", self.r, self.r >= 1, "at least 1"),
-            ("alpha", self.alpha, self.alpha > 0, "above 0"),
-            ("dropout", self.dropout, 0 <= self.dropout < 1, "0 or more and below 1"),
-            ("target_modules", "none", self.target_modules != [], "null or at least one name"),
-        ):
-            if not holds:
-                raise UserError(f"model.policy.lora.{name} must be {expected}, got {value}")
+        check_ranges(type(self), vars(self), "model.policy.lora")
+        if self.target_modules == []:
+            raise UserError("model.policy.lora.target_modules must be null or at least one name, got none")
         if self.path is not None and replace(self, path=None) != LoRAConfig():
             raise UserError(
                 "model.policy.lora: r, alpha, dropout and target_modules come from the adapter at"

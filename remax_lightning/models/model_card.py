@@ -15,6 +15,9 @@ CARD = "README.md"
 _PACKAGES = ("remax-lightning", "torch", "transformers", "lightning", "peft")
 _FIGURES = ("reward", "baseline_reward", "kl", "accuracy", "loss")
 """What the card shows of the stages `train` and `val`, in this order."""
+MAX_POINTS = 256
+"""Values of a curve that are kept for the card."""
+_BARS, _BAR_COLUMNS = "▁▂▃▄▅▆▇█", 32
 _SECRET = re.compile(
     r"(?<![a-z])(?<!pad_)(api[_-]?key|token|secret|password|credentials|authorization|headers)\b", re.IGNORECASE
 )
@@ -29,11 +32,13 @@ class LoggedFigure(NamedTuple):
         first: optimizer step and value when it was first seen.
         last: the same of the latest.
         best: the same of the best: the highest, of a loss the lowest. None of a KL, which is better in no direction.
+        course: its values so far, thinned where they are many; empty of checkpoints of earlier versions.
     """
 
     first: tuple[int, float]
     last: tuple[int, float]
     best: tuple[int, float] | None
+    course: Sequence[tuple[int, float]] = ()
 
 
 class CardFacts(NamedTuple):
@@ -99,7 +104,11 @@ def update_figures(figures: dict[str, LoggedFigure], step: int, metrics: Mapping
             best = None
         elif best is not None and (value < best[1] if name.endswith("/loss") else value > best[1]):
             best = here
-        figures[name] = LoggedFigure(here if old is None else old.first, here, best)
+        course = [] if old is None else [point for point in old.course if point[0] != step]  # told again at the end
+        course.append(here)
+        if len(course) > MAX_POINTS:  # every second one, and the first and the last
+            course = [course[0], *course[2:-1:2], course[-1]]
+        figures[name] = LoggedFigure(here if old is None else old.first, here, best, course)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -205,8 +214,27 @@ def _course(figures: Mapping[str, LoggedFigure]) -> str:
     names = [name for name in names if name in figures and not (name.endswith("/loss") and _has_reward(figures, name))]
     if not names:
         return ""
-    rows = [(_code(name), *map(_at, figures[name])) for name in names]
-    return f"## Figures of the run\n\nWith the optimizer step.\n\n{_table(('', 'first', 'last', 'best'), rows)}"
+    rows = [(_code(name), *map(_at, figures[name][:3]), draw_course(figures[name].course)) for name in names]
+    heads = ("", "first", "last", "best", "course, from lowest to highest")
+    return f"## Figures of the run\n\nWith the optimizer step.\n\n{_table(heads, rows)}"
+
+
+def draw_course(course: Sequence[tuple[int, float]]) -> str:
+    """Return a curve as a line of bars, each the mean over a range of steps; empty where there is one value."""
+    if len(course) < 2:
+        return ""
+    # ---- Means over equal ranges of steps; a range without a value has that of the one before ----
+    first, last = course[0][0], course[-1][0]
+    columns: list[list[float]] = [[] for _ in range(min(_BAR_COLUMNS, len(course)))]
+    for step, value in course:
+        columns[min(len(columns) * (step - first) // max(last - first, 1), len(columns) - 1)].append(value)
+    heights: list[float] = []
+    for values in columns:
+        heights.append(sum(values) / len(values) if values else heights[-1])
+    # ---- From the lowest to the highest ----
+    low, high = min(heights), max(heights)
+    top = len(_BARS) - 1
+    return "".join(_BARS[round(top * (height - low) / (high - low)) if high > low else top // 2] for height in heights)
 
 
 def _has_reward(figures: Mapping[str, LoggedFigure], name: str) -> bool:

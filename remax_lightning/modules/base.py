@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.data.tokenizers import load_tokenizer
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, check_ranges
 from remax_lightning.files import tolerate_disk_errors
 from remax_lightning.loggers import log_hyperparameters
 from remax_lightning.models import ModelConfig
@@ -40,6 +40,7 @@ from remax_lightning.strategies import (
 from remax_lightning.training.config_checks import check_deepspeed
 from remax_lightning.training.metrics import log_at_global_step, tolerate_failing_logs
 from remax_lightning.training.optimization import (
+    MaxSkippedSteps,
     SkippedSteps,
     check_learning_rate_precision,
     choose_update_kernel,
@@ -48,6 +49,7 @@ from remax_lightning.training.optimization import (
     set_total_steps,
 )
 from remax_lightning.training.resume import (
+    StallSeconds,
     StallTimeout,
     StopAtStepEnd,
     checkpoint_folders,
@@ -98,10 +100,11 @@ class BaseModule(LightningModule):
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        max_skipped_steps: int,
-        stall_timeout: float | None,
+        max_skipped_steps: MaxSkippedSteps,
+        stall_timeout: StallSeconds,
         cudnn_attention: bool,
     ) -> None:
+        check_ranges(BaseModule.__init__, locals(), "model")
         super().__init__()
         self._source = source
         self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler

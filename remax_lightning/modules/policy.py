@@ -28,6 +28,8 @@ from remax_lightning.rewards.weighted import NoReward
 from remax_lightning.rollout import RolloutEngine, SamplingConfig
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training.config_checks import check_policy, check_quantization, warn_of_turn_end
+from remax_lightning.training.optimization import MaxSkippedSteps
+from remax_lightning.training.resume import StallSeconds
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import Batch, PromptBatch
 
@@ -63,8 +65,8 @@ class PolicyModule(BaseModule):
         tokenizer: str | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        max_skipped_steps: int,
-        stall_timeout: float | None,
+        max_skipped_steps: MaxSkippedSteps,
+        stall_timeout: StallSeconds,
         cudnn_attention: bool,
     ) -> None:
         policy = as_model_config(policy, "policy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.distributed import max_over_ranks, raise_on_all_ranks, sum_tensor_over_ranks
+from remax_lightning.errors import at_least, check_ranges
 from remax_lightning.evaluation.evaluator import Evaluator
 from remax_lightning.functional import TokenStatistics
 from remax_lightning.models.loading import ModelSource, as_model_config
@@ -28,8 +29,9 @@ from remax_lightning.training.experience import Experience, TrainingPass, join_p
 from remax_lightning.training.metrics import StepMetrics, TrainingMeter, predictions
 from remax_lightning.training.objective import Objective
 from remax_lightning.training.on_policy import prove_on_policy
+from remax_lightning.training.optimization import MaxSkippedSteps
 from remax_lightning.training.reference import MovingReference, Reference, make_reference
-from remax_lightning.training.resume import gather_rank_states, select_rank_state
+from remax_lightning.training.resume import StallSeconds, gather_rank_states, select_rank_state
 from remax_lightning.training.rollouts import RolloutBuffer, Rollouts, UpdatePlan, plan_of_run
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Rollout, StepOutput
@@ -81,17 +83,18 @@ class ReMaxModule(PolicyModule):
         tokenizer: str | None = None,
         rollout: RolloutEngine | None = None,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
-        kl_coef: float = 0.05,
+        kl_coef: Annotated[float, at_least(0)] = 0.05,
         kl: KLConfig = KLConfig(),  # noqa: B008
         advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008
         loss: LossConfig = LossConfig(),  # noqa: B008
         check_on_policy: bool = True,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
-        max_skipped_steps: int = 5,
-        stall_timeout: float | None = 1800.0,
+        max_skipped_steps: MaxSkippedSteps = 5,
+        stall_timeout: StallSeconds = 1800.0,
         cudnn_attention: bool = False,
     ) -> None:
+        check_ranges(ReMaxModule.__init__, locals(), "model")
         policy = as_model_config(policy, "policy")
         reference = checks.reference_source(reference, policy, kl_coef, kl)
         # Raises where choices contradict each other: now, and not after minutes of loading models.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remax_lightning.distributed import sum_tensor_over_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import at_least, check_ranges
 from remax_lightning.functional import bradley_terry_loss
 from remax_lightning.models.forward import eval_mode
 from remax_lightning.models.loading import Float32Buffers, ModelSource, as_model_config
@@ -34,6 +34,8 @@ from remax_lightning.rewards.pooling import (
 from remax_lightning.strategies import shard_policy, sharded_init, unsharded_init
 from remax_lightning.training import config_checks as checks
 from remax_lightning.training.metrics import MeanMetrics, PairScores, PairScoreSums
+from remax_lightning.training.optimization import MaxSkippedSteps
+from remax_lightning.training.resume import StallSeconds
 from remax_lightning.types import ExportSpec, PreferenceBatch
 
 if TYPE_CHECKING:
@@ -78,22 +80,20 @@ class RewardModelModule(BaseModule):
         self,
         reward_model: ModelSource,
         tokenizer: str | None = None,
-        margin: float = 0.0,
-        centering_coef: float = 0.01,
+        margin: Annotated[float, at_least(0)] = 0.0,
+        centering_coef: Annotated[float, at_least(0)] = 0.01,
         normalize: bool = True,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
-        max_skipped_steps: int = 5,
-        stall_timeout: float | None = 1800.0,
+        max_skipped_steps: MaxSkippedSteps = 5,
+        stall_timeout: StallSeconds = 1800.0,
         cudnn_attention: bool = False,
     ) -> None:
         reward_model = as_model_config(reward_model, "reward_model")
         super().__init__(
             reward_model, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
         )
-        for name, value in (("margin", margin), ("centering_coef", centering_coef)):
-            if not 0 <= value < float("inf"):
-                raise UserError(f"model.{name} must be 0 or more, got {value}")
+        check_ranges(RewardModelModule.__init__, locals(), "model")
         self.reward_model_source = reward_model
         self.margin, self.centering_coef, self.normalize = margin, centering_coef, normalize
         self._normalized_at: int | None = None  # the optimizer step of the last normalization

@@ -22,6 +22,8 @@ from remax_lightning.rollout import AutoEngine, RolloutEngine, SamplingConfig
 from remax_lightning.sharding import language_model
 from remax_lightning.training.config_checks import check_response_ends, refuse_ahead
 from remax_lightning.training.metrics import MeanMetrics
+from remax_lightning.training.optimization import MaxSkippedSteps
+from remax_lightning.training.resume import StallSeconds
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
 
@@ -68,8 +70,8 @@ class SFTModule(PolicyModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
-        max_skipped_steps: int = 5,
-        stall_timeout: float | None = 1800.0,
+        max_skipped_steps: MaxSkippedSteps = 5,
+        stall_timeout: StallSeconds = 1800.0,
         cudnn_attention: bool = False,
     ) -> None:
         refuse_ahead(rollout)

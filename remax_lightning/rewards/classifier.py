@@ -6,13 +6,13 @@ import inspect
 import string
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.config import WeightDType
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.formats import DeepSpeedChatConfig, PadCutoff
@@ -72,8 +72,8 @@ class ClassifierReward(Reward):
         self,
         path: str,
         template: str | None = None,
-        batch_size: int = 8,
-        max_length: int | None = None,
+        batch_size: Annotated[int, at_least(1)] = 8,
+        max_length: Annotated[int | None, at_least(2)] = None,
         dtype: WeightDType | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
@@ -84,9 +84,7 @@ class ClassifierReward(Reward):
     ) -> None:
         if template is not None:
             check_template(template, f"{_KEY}.template")
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-            if value is not None and value < least:
-                raise UserError(f"{_KEY}.{name}: expected {least} or more, got {value}")
+        check_ranges(ClassifierReward.__init__, locals(), _KEY)
         check_placement(placement, f"{_KEY}.placement")
         self.path = path
         self.template = template

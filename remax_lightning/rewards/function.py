@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, SignalExit, UserError, check_types
+from remax_lightning.errors import RewardError, SignalExit, UserError, above, check_ranges, check_types
 from remax_lightning.rewards.base import Reward, Scores, shorten
 from remax_lightning.rewards.timed import TimedReward
 from remax_lightning.rewards.user_functions import (
@@ -94,7 +94,7 @@ class FunctionReward(Reward):
         arguments: dict[str, Any] | None = None,
         style: Style = "auto",
         columns: dict[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: Annotated[float | None, above(0, note="seconds")] = None,
         on_timeout: float | Literal["error"] = "error",
     ) -> None:
         # ---- The function, and the style that its parameters show ----
@@ -103,6 +103,7 @@ class FunctionReward(Reward):
                 f"function must be a function or its dotted path, got {type(function).__name__} {function!r:.60}"
             )
         check_types(FunctionReward.__init__, {**locals(), "function": ""}, KEY)
+        check_ranges(FunctionReward.__init__, locals(), KEY)
         self._call = import_function(function) if isinstance(function, str) else function
         if isinstance(self._call, type):
             raise _no_function(self._call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import socket
@@ -13,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import requests
@@ -22,13 +21,20 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import InvalidHeader
 
-from remax_lightning.errors import RewardError, UserError, check_types
+from remax_lightning.errors import RewardError, UserError, above, at_least, check_ranges, check_types
 from remax_lightning.files import load_json
 from remax_lightning.rewards.base import Reward, shorten
 
 _KEY = "model.reward.init_args"
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """Statuses of a server that may answer the same request later."""
+
+
+Concurrency: TypeAlias = Annotated[int, at_least(1)]
+Seconds: TypeAlias = Annotated[float, above(0, note="seconds")]
+Retries: TypeAlias = Annotated[int, at_least(0)]
+Backoff: TypeAlias = Annotated[float, at_least(0, note="seconds")]
+"""Options of every reward that asks a server."""
 
 
 class HTTPReward(Reward):
@@ -60,19 +66,18 @@ class HTTPReward(Reward):
     def __init__(
         self,
         url: str,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        max_bytes: int = 2**24,
+        batch_size: Annotated[int, at_least(1)] = 64,
+        concurrency: Concurrency = 4,
+        timeout: Seconds = 60.0,
+        retries: Retries = 3,
+        backoff: Backoff = 0.5,
+        max_bytes: Annotated[int, at_least(2)] = 2**24,
         headers: dict[str, str] | None = None,
         token_env: str | None = None,
         send_rows: bool = False,
     ) -> None:
         check_types(HTTPReward.__init__, locals(), _KEY)
-        if batch_size < 1:
-            raise UserError(f"{_KEY}.batch_size must be at least 1, got {batch_size}")
+        check_ranges(HTTPReward.__init__, locals(), _KEY)
         self.url, self.batch_size, self.concurrency, self.send_rows = url, batch_size, concurrency, send_rows
         self._client = JSONClient(
             repr(self), url, concurrency, timeout, retries, backoff, max_bytes, headers, token_env
@@ -194,10 +199,10 @@ class JSONClient:
         self,
         name: str,
         url: str,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-        backoff: float,
+        concurrency: Concurrency,
+        timeout: Seconds,
+        retries: Retries,
+        backoff: Backoff,
         max_bytes: int = 2**24,
         headers: dict[str, str] | None = None,
         token_env: str | None = None,
@@ -207,16 +212,7 @@ class JSONClient:
         # ---- Refuse values out of their range ----
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise UserError(f"{_KEY}.url must begin with http:// or https:// and a host, got {url!r}")
-        checks = (
-            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
-            ("timeout", timeout, 0 < timeout < math.inf, "above 0 and finite (seconds)"),
-            ("retries", retries, retries >= 0, "0 or more"),
-            ("backoff", backoff, 0 <= backoff < math.inf, "0 or more and finite (seconds)"),
-            ("max_bytes", max_bytes, max_bytes >= 2, "at least 2"),
-        )
-        for key, value, holds, required in checks:
-            if not holds:
-                raise UserError(f"{_KEY}.{key} must be {required}, got {value}")
+        check_ranges(JSONClient.__init__, locals(), _KEY)
         if token_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", token_env):
             # Perhaps the key itself, which a message must not show.
             raise UserError(

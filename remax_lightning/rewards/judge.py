@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from remax_lightning.errors import RewardError, UserError, check_types
 from remax_lightning.rewards.base import Reward, shorten
-from remax_lightning.rewards.http import JSONClient, RefusedError
+from remax_lightning.rewards.http import Backoff, Concurrency, JSONClient, RefusedError, Retries, Seconds
 
 _KEY = "model.reward.init_args"
 RUBRIC = "How correct, helpful and clear is the response?"
@@ -103,10 +103,10 @@ class JudgeReward(Reward):
         template: str | None = None,
         scale: tuple[float, float] = (1, 10),
         reference_column: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
+        concurrency: Concurrency = 16,
+        timeout: Seconds = 60.0,
+        retries: Retries = 3,
+        backoff: Backoff = 0.5,
         api_key_env: str | None = None,
         cache: str | None = None,
         on_unreadable: float | Literal["error"] = "error",

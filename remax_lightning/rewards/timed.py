@@ -8,12 +8,12 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, UserError, check_types
+from remax_lightning.errors import RewardError, UserError, above, check_ranges, check_types
 from remax_lightning.rewards.base import (
     Reward,
     Scores,
@@ -58,9 +58,16 @@ class TimedReward(Reward):
 
     is_async = True  # it waits for the child
 
-    def __init__(self, reward: Reward, timeout: float = 60.0, on_timeout: float | Literal["error"] = "error") -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        timeout: Annotated[float, above(0, note="seconds")] = 60.0,
+        on_timeout: float | Literal["error"] = "error",
+    ) -> None:
         check_types(TimedReward.__init__, {"reward": reward, "timeout": timeout, "on_timeout": on_timeout}, _KEY)
-        check_deadline(timeout, on_timeout)
+        check_ranges(TimedReward.__init__, {"timeout": timeout}, _KEY)
+        if on_timeout != "error" and not (isinstance(on_timeout, int | float) and math.isfinite(on_timeout)):
+            raise UserError(f"{_KEY}.on_timeout: expected error or a finite score, got {on_timeout!r}")
         self.reward, self.timeout, self.on_timeout = reward, timeout, on_timeout
         self.skips_none, self.compares = reward.skips_none, reward.compares
         self.normalized_weights = reward.normalized_weights
@@ -271,18 +278,6 @@ class _Returns(Reward):
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
         return self.function(prompts, responses, rows)
-
-
-def check_deadline(timeout: float, on_timeout: float | str) -> None:
-    """Refuse a deadline that is none.
-
-    Raises:
-        UserError: if there is one.
-    """
-    if not 0 < timeout < math.inf:
-        raise UserError(f"{_KEY}.timeout: expected seconds above 0, got {timeout}")
-    if on_timeout != "error" and not (isinstance(on_timeout, int | float) and math.isfinite(on_timeout)):
-        raise UserError(f"{_KEY}.on_timeout: expected error or a finite score, got {on_timeout!r}")
 
 
 def _rows_of_tokens(rewards: list[Any], lengths: Sequence[int]) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import threading
 import time
@@ -12,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.distributed import agree_on_errors
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.models import ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
 from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer
@@ -123,18 +122,19 @@ class VLLMEngine:
         transfer_dir: str | None = None,
         api_key_env: str | None = None,
         ca_file: str | None = None,
-        concurrency: int = 256,
-        timeout: float = 600.0,
-        transfer_timeout: float = 600.0,
-        restart_timeout: float = 300.0,
-        retries: int = 3,
-        ahead: int = 0,
+        concurrency: Annotated[int, at_least(1)] = 256,
+        timeout: Annotated[float, above(0, note="seconds")] = 600.0,
+        transfer_timeout: Annotated[float, above(0, note="seconds")] = 600.0,
+        restart_timeout: Annotated[float, at_least(0, note="seconds")] = 300.0,
+        retries: Annotated[int, at_least(0)] = 3,
+        ahead: Annotated[int, at_least(0, at_most=1, note="rollouts")] = 0,
         proof: ProofConfig = ProofConfig(),  # noqa: B008 (frozen)
         mode: VLLMMode = "server",
         python: str = DEFAULT_PYTHON,
         server_args: list[str] | None = None,
         transfer: VLLMTransfer = "files",
     ) -> None:
+        check_ranges(VLLMEngine.__init__, locals(), KEY)
         is_server = mode == "server"
         expected_urls = "a list of at least one URL" if is_server else "null with mode colocate"
         checks = (
@@ -144,12 +144,6 @@ class VLLMEngine:
             ("urls", urls, bool(urls) is is_server, expected_urls),
             ("server_args", server_args, server_args is None or not is_server, "null without mode colocate"),
             ("ahead", ahead, is_server or ahead == 0, "0 with mode colocate, whose server sleeps during training"),
-            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
-            ("timeout", timeout, 0 < timeout < math.inf, "above 0 and finite (seconds)"),
-            ("transfer_timeout", transfer_timeout, 0 < transfer_timeout < math.inf, "above 0 and finite (seconds)"),
-            ("restart_timeout", restart_timeout, 0 <= restart_timeout < math.inf, "0 or more and finite (seconds)"),
-            ("retries", retries, retries >= 0, "0 or more"),
-            ("ahead", ahead, ahead in (0, 1), "0 or 1 (rollouts)"),
         )
         for name, value, holds, expected in checks:
             if not holds:

@@ -142,11 +142,9 @@ def reference_source(
     None without a KL, and with an adapter, whose start is the policy itself.
 
     Raises:
-        UserError: if `kl_coef` is negative, the reference has settings of a policy, or the policy starts from random
+        UserError: if the reference has settings of a policy, or the policy starts from random
             weights, of which there is no second copy.
     """
-    if kl_coef < 0:
-        raise UserError(f"model.kl_coef must be 0 or more, got {kl_coef}")
     if reference is not None:
         source = as_model_config(reference, "reference")
         check_reference(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from remax_lightning.distributed import broadcast, max_over_ranks, raise_on_all_ranks
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.sharding import full_shape, nonfinite_name
 from remax_lightning.strategies import nonfinite_in_model
 
@@ -118,14 +118,11 @@ class _WarmupSchedule(LRScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        min_ratio: float = 0.0,
+        warmup_steps: Annotated[int, at_least(0)] = 0,
+        total_steps: Annotated[int | None, at_least(1)] = None,
+        min_ratio: Annotated[float, at_least(0, at_most=1)] = 0.0,
     ) -> None:
-        if warmup_steps < 0:
-            raise UserError(f"model.lr_scheduler.init_args.warmup_steps must be 0 or more, got {warmup_steps}")
-        if not 0 <= min_ratio <= 1:
-            raise UserError(f"model.lr_scheduler.init_args.min_ratio must be between 0 and 1, got {min_ratio}")
+        check_ranges(_WarmupSchedule.__init__, locals(), "model.lr_scheduler.init_args")
         self.warmup_steps, self.total_steps, self.min_ratio = warmup_steps, total_steps, min_ratio
         super().__init__(optimizer)
 
@@ -176,6 +173,10 @@ def set_total_steps(scheduler: LRScheduler, total_steps: int | float) -> None:
 # ---- Steps without a finite gradient are skipped on all ranks, counted and explained ----
 
 
+MaxSkippedSteps: TypeAlias = Annotated[int, at_least(1, note="optimizer steps in a row")]
+"""`model.max_skipped_steps` of every module."""
+
+
 class SkippedSteps:
     """Skips optimizer steps whose gradient is not finite: weights, optimizer state and schedules stay as they are.
 
@@ -185,14 +186,9 @@ class SkippedSteps:
 
     Args:
         maximum: the run ends after this many skipped steps in a row.
-
-    Raises:
-        UserError: if `maximum` is below 1.
     """
 
     def __init__(self, maximum: int) -> None:
-        if maximum < 1:
-            raise UserError(f"model.max_skipped_steps must be at least 1 (optimizer steps in a row), got {maximum}")
         self.maximum = maximum
         self.total, self.in_a_row = 0, 0
         self.is_skipped = False

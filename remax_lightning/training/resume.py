@@ -7,7 +7,6 @@ handled at the end of the step. A step may never end, because a reward hangs: a 
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -27,7 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.distributed import gather_objects, max_over_ranks
-from remax_lightning.errors import TERMINATED, SignalExit, UserError
+from remax_lightning.errors import TERMINATED, SignalExit, UserError, above
 from remax_lightning.run_folder import run_folder
 from remax_lightning.strategies import nonfinite_state
 from remax_lightning.strategies.stall_watchdog import StallWatchdog
@@ -267,6 +266,10 @@ def _save(trainer: Trainer) -> None:
 # ---- A run that makes no progress ends: the watchdog is told what was reached ----
 
 
+StallSeconds: TypeAlias = Annotated[float | None, above(0, note="seconds")]
+"""`model.stall_timeout` of every module."""
+
+
 class StallTimeout(Callback):
     """Ends a run that makes no progress for too long, with the stacks of all ranks in the folder of the run.
 
@@ -275,15 +278,10 @@ class StallTimeout(Callback):
 
     Args:
         seconds: without a batch, a rollout, a score or a checkpoint.
-
-    Raises:
-        UserError: if it is not above 0.
     """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        if not 0 < seconds < math.inf:
-            raise UserError(f"model.stall_timeout: expected seconds above 0, or null for none, got {seconds}")
         self.seconds = seconds
         self._watchdog: StallWatchdog | None = None
 

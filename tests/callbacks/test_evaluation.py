@@ -361,7 +361,7 @@ def test_the_perplexity_of_a_text(folders: tuple[str, str], tmp_path: Path) -> N
     ({"test": ("kl",)}, r"evaluation\.test must be null or some of win_rate_reference, .*got \('kl',\)"),
     ({"validation": ("reward",)}, r"evaluation\.validation must be some of"),
     ({"max_length": 0}, r"evaluation\.max_length must be at least 1, got 0"),
-    ({"num_resamples": 0}, r"evaluation\.num_resamples must be between 1 and a million, got 0"),
+    ({"num_resamples": 0}, r"evaluation\.num_resamples must be between 1 and 1,000,000, got 0"),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule, checkpoint_at, make_output, make_trainer
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers.hub import Hub, use_hub
 from safetensors.torch import load_file, save_file
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.errors import UserError
 from remax_lightning.models.hf_export import export_generation_config, policy_weights, save_policy
+from remax_lightning.models.model_card import (
+    MAX_POINTS,
+    CardFacts,
+    LoggedFigure,
+    draw_course,
+    render_card,
+    update_figures,
+)
 
 LOAD = """
 import sys, torch
@@ -300,6 +310,26 @@ def test_a_resumed_run_goes_on_with_the_figures_of_its_card(tmp_path: Path) -> N
     assert "| `val/reward` | 0.2 (1) | 0.4 (1) | 0.9 (2) |" in card
 
 
+def test_the_card_draws_the_curves(tmp_path: Path) -> None:
+    figures: dict[str, LoggedFigure] = {}
+    for step in range(1, 1001):
+        value = step / 1000 if step <= 500 else 0.5
+        update_figures(figures, step, {"train/reward": value, "train/kl": 0.25}, "train")
+    reward, kl = figures["train/reward"], figures["train/kl"]
+    assert reward.course[0] == (1, 0.001)
+    assert reward.course[-1] == (1000, 0.5)
+    assert 100 < len(reward.course) <= MAX_POINTS
+    drawn = draw_course(reward.course)
+    assert len(drawn) == len(draw_course(kl.course)) <= 32
+    assert drawn[0] == "▁"
+    assert sorted(drawn) == list(drawn)  # it rises, and stays
+    assert set(drawn[len(drawn) // 2 + 1 :]) == {"█"}
+    assert len(set(draw_course(kl.course))) == 1
+    assert draw_course([(1, 2.0)]) == ""
+    facts = CardFacts("base", "ReMaxModule", False, True, [], "", figures, {}, [])
+    assert f"| `train/reward` | 0.001 (1) | 0.5 (1000) | 0.5 (500) | {drawn} |" in render_card(facts)
+
+
 def test_a_card_that_cannot_be_written_fails_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.ModelCard.save", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="no model card was written"):
@@ -310,53 +340,50 @@ def test_a_card_that_cannot_be_written_fails_no_export(tmp_path: Path, monkeypat
 # ---- The hub ----
 
 
-class FakeHub:
-    """What `HfApi` is asked to do; `error` is raised by an upload."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.repositories: dict[str, Any] = {}
-        self.uploads: list[tuple[str, list[str]]] = []
-        self.error = error
-
-    def create_repo(self, repo_id: str, **options: Any) -> None:
-        self.repositories[repo_id] = options
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        if self.error is not None:
-            raise self.error
-        assert folder_path.name in commit_message
-        self.uploads.append((folder_path.name, sorted(path.name for path in folder_path.iterdir())))
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as hub:
+        use_hub(monkeypatch, hub.url)
+        yield hub
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_the_policy_is_pushed_to_a_private_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+def test_the_policy_is_pushed_to_a_private_repository(tmp_path: Path, hub: Hub, last: bool) -> None:
+    for _ in range(2):  # a second run adds a commit
+        export = ExportPolicy(last=last, push_to_hub="me/policy")
+        make_trainer(tmp_path, [export], val_check_interval=1).fit(PolicyModule(2, [0.5, 0.2]))
+    name = "last" if last else "best"
+    [options] = hub.repositories.values()
+    assert "private" in (options.get("visibility"), *[key for key, value in options.items() if value is True])
+    assert hub.commits == [("me/policy", f"Upload policy/{name}")] * 2
+    folder = tmp_path / "logs" / "policy" / name
+    assert hub.files == {"me/policy": {path.name: path.read_bytes() for path in folder.iterdir()}}
+    assert {"model.safetensors", "tokenizer.json", "README.md", "checksums.json"} <= set(hub.files["me/policy"])
+
+
+@pytest.mark.parametrize("failure", ["no right to write", "no server"])
+def test_a_push_that_fails_leaves_the_folder(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    hub = FakeHub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    export = ExportPolicy(last=last, push_to_hub="me/policy")
-    make_trainer(tmp_path, [export], val_check_interval=1).fit(PolicyModule(2, [0.5, 0.2]))
-    assert hub.repositories == {"me/policy": {"private": True, "exist_ok": True}}
-    [(name, files)] = hub.uploads
-    assert name == ("last" if last else "best")
-    assert {"model.safetensors", "tokenizer.json", "README.md", "checksums.json"} <= set(files)
-
-
-def test_a_push_that_fails_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeHub(ConnectionError("no route to host")))
-    with pytest.warns(UserWarning, match="no route to host.*hf upload me/policy"):
+    use_hub(monkeypatch, *((hub.url, "hf_wrong") if failure == "no right to write" else ("http://127.0.0.1:1",)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         make_trainer(tmp_path, [ExportPolicy(best=False, push_to_hub="me/policy")]).fit(PolicyModule(1, []))
+    [said] = [str(item.message) for item in caught if "push_to_hub" in str(item.message)]
+    assert "is not on the hub (" in said
+    assert ("401" in said) == (failure == "no right to write")
+    assert said.endswith(f"push it with: hf upload me/policy {tmp_path / 'logs' / 'policy' / 'last'}")
+    assert "\n" not in said
+    assert hub.files == {}
     assert step_of(tmp_path / "logs" / "policy" / "last") == 1.0
 
 
-def test_weights_that_are_not_finite_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+def test_weights_that_are_not_finite_are_not_pushed(tmp_path: Path, hub: Hub) -> None:
     module = PolicyModule(1, [])
     module.policy.lm_head.weight.data[0, 0] = float("nan")
     with pytest.warns(UserWarning, match="nothing is pushed to me/policy"):
         make_trainer(tmp_path, [ExportPolicy(best=False, push_to_hub="me/policy")]).fit(module)
-    assert hub.uploads == []
+    assert hub.repositories == {}
 
 
 @pytest.mark.parametrize(

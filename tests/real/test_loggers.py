@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from helpers.cli import changed, in_folder, small_config, write_config
@@ -32,12 +34,21 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
+    (tmp_path / ".gitignore").write_text("*\n")
+    for command in (["init", "-q"], ["add", "-f", ".gitignore"], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
     with in_folder(tmp_path):
         yield tmp_path
 
 
-def fit(folder: Path, policy: str, name: str, *arguments: str, steps: int = 2) -> Any:
-    """Train under the shipped overlay of a logger; returns trainer and run folder."""
+def commit(folder: Path) -> str:
+    """The commit of the folder, which loggers tell with the hyper-parameters."""
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    return told.stdout.strip()
+
+
+def fit(folder: Path, policy: str, name: str, *arguments: str, steps: int = 2, subcommand: str = "fit") -> Any:
+    """Train, or evaluate, under the shipped overlay of a logger; returns trainer and run folder."""
     config = changed(
         small_config(folder, policy),
         trainer__max_steps=steps,
@@ -55,7 +66,7 @@ def fit(folder: Path, policy: str, name: str, *arguments: str, steps: int = 2) -
     mine = {"trainer": {"logger": {"init_args": EXTRA.get(name, {})}}}
     overlay = str(config_folder() / "loggers" / f"{name}.yaml")
     files = [write_config(folder / "run.yaml", config), overlay, write_config(folder / "mine.yaml", mine)]
-    cli = run(["fit", *(part for file in files for part in ("--config", file)), *arguments])
+    cli = run([subcommand, *(part for file in files for part in ("--config", file)), *arguments])
     return cli.trainer, run_folder(cli.trainer)
 
 
@@ -96,9 +107,14 @@ def test_wandb_offline(folder: Path, policy: str) -> None:
     config |= {item.key: json.loads(item.value_json) for record in records for item in record.run.config.update}
     assert "torch" in config["versions"]
     assert config["config"]["model"]["init_args"]["sampling"]["max_response_length"] == 4
+    assert config["git"] == {"commit": commit(folder), "dirty": False}
     assert any(record.request.WhichOneof("request_type") == "log_artifact" or record.WhichOneof("record_type") ==
                "artifact" for record in records)  # fmt: skip
     assert read_run(first).curves["train/reward"].steps == [1, 2, 3]  # what `remax report` draws
+    fit(folder, policy, "wandb", subcommand="test")
+    wandb.finish()
+    [table] = (folder / "runs" / "wandb").rglob("evaluation*.table.json")
+    assert "reward" in [row[0] for row in json.loads(table.read_text())["data"]]
 
 
 def test_mlflow(folder: Path, policy: str) -> None:
@@ -122,7 +138,12 @@ def test_mlflow(folder: Path, policy: str) -> None:
     assert [file.path for file in client.list_artifacts(first.name, "samples/train")] == [
         f"samples/train/step_{step}.json" for step in (1, 2, 3)
     ]
+    assert found.data.params["git/commit"] == commit(folder)
     assert "policy/last/model.safetensors" in [file.path for file in client.list_artifacts(first.name, "policy/last")]
+    _, tested = fit(folder, policy, "mlflow", subcommand="test")
+    [table] = client.list_artifacts(tested.name, "evaluation")
+    told = json.loads((folder / "runs" / "mlartifacts" / tested.name / "artifacts" / table.path).read_text())
+    assert "reward" in [row[0] for row in told["data"]]
 
 
 def test_trackio(folder: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +162,12 @@ def test_trackio(folder: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["step"] for row in logs if "train/reward" in row] == [1, 2, 3]
     assert [row["step"] for row in logs if "samples/train" in row] == [1, 2, 3]
     assert [row["step"] for row in logs if "distribution/reward" in row] == [1, 2, 3]
+    told = json.dumps(SQLiteStorage.get_run_config(project, first.name))
+    assert commit(folder) in told
+    assert "max_response_length" in told
+    _, tested = fit(folder, policy, "trackio", *mine, subcommand="test")
+    [table] = [row["evaluation"] for row in SQLiteStorage.get_logs(project, tested.name) if "evaluation" in row]
+    assert "reward" in json.dumps(table)
 
 
 def test_comet_offline(folder: Path, policy: str) -> None:
@@ -148,3 +175,11 @@ def test_comet_offline(folder: Path, policy: str) -> None:
     trainer, first = fit(folder, policy, "comet")
     assert first.name == trainer.logger.version
     check_folder(first, [1, 2])
+    trainer.logger.experiment.end()
+    [file] = (folder / "comet").glob("*.zip")
+    with ZipFile(file) as archive:
+        told = archive.read("messages.json").decode()
+        assets = [json.loads(line)["payload"].get("file_name") for line in told.splitlines()]
+    assert commit(folder) in told
+    assert '"train/reward"' in told
+    assert {f"samples_train_step_{step}.csv" for step in (1, 2)} <= set(assets)

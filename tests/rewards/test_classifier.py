@@ -293,7 +293,7 @@ def test_a_template_with_other_fields_is_refused_when_constructed(template: str)
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length"])
 def test_numbers_that_are_too_small_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"init_args\.{name}: expected . or more, got 0"):
+    with pytest.raises(UserError, match=rf"init_args\.{name} must be (null or )?at least ., got 0"):
         ClassifierReward("anywhere", **{name: 0})
 
 

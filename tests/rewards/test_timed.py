@@ -345,7 +345,7 @@ def test_what_cannot_be_sent_or_timed_is_refused(judges: Path) -> None:
     with pytest.raises(UserError, match="is defined in the script that is run"):
         TimedReward(in_script())
     for timeout in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(UserError, match="timeout: expected seconds above 0"):
+        with pytest.raises(UserError, match=r"timeout must be null or above 0( and finite)? \(seconds\), got"):
             FunctionReward("judges.score", timeout=timeout)
     with pytest.raises(UserError, match="on_timeout: expected error or a finite score"):
         TimedReward(Parts(), on_timeout=float("nan"))

@@ -149,7 +149,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(
     ("arguments", "message"),
     [
         (["--num_prompts", "0"], "--num_prompts must be at least 1, got 0"),
-        (["--model.init_args.kl_coef", "-1"], "model.kl_coef must be 0 or more, got -1"),
+        (["--model.init_args.kl_coef", "-1"], "model.kl_coef: must be 0 or more, got -1"),
         (["--trainer.max_step", "3"], "trainer.max_step: there is no such key"),
         (["--json", "nowhere/out.json"], "--json: there is no folder 'nowhere'"),
     ],
