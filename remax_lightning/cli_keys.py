@@ -144,6 +144,7 @@ class KeyCheck:
         self._classes: dict[str, str | None] = {}  # by key, as the sources so far set them; None is not known
         self._set: dict[str, Any] = {}  # the last value of each key; text that stands for a number is one
         self._parameters: dict[str, Parameter] = {}  # of these keys
+        self._groups: dict[str, Parameters] = {}  # by the key around them
         self._opaque: set[str] = set()  # keys of what cannot be looked into, such as a file in place of a group
 
     @cached_property
@@ -184,6 +185,7 @@ class KeyCheck:
         return self.mistakes
 
     def _group(self, key: str, values: Mapping[str, Any], parameters: Parameters) -> None:
+        self._groups[key] = parameters
         for name, value in values.items():
             full = f"{key}.{name}" if key else str(name)
             if name not in parameters:
@@ -329,7 +331,13 @@ class KeyCheck:
                 continue
             if text := explain_rule(key, value):
                 refused[key] = text
-            elif text := explain_range(value, self._parameters[key]):
+                continue
+            group = key.rpartition(".")[0]
+            others = {
+                name: self._set.get(f"{group}.{name}", parameter.number)
+                for name, parameter in self._groups.get(group, {}).items()
+            }
+            if text := explain_range(value, self._parameters[key], others, group):
                 refused[key] = text
                 self.out_of_range.add(key)
         return refused

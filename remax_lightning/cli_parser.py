@@ -193,9 +193,9 @@ def _located(mistakes: Mapping[str, str], elements: Mapping[str, tuple[Any, str]
 def _is_told(line: str, mistakes: Mapping[str, str]) -> bool:
     """Whether what a class says of a number out of its range is known by its full key."""
     # "model.reward.init_args.timeout must be ..." is "model.reward.init_args.parts.b.init_args.timeout: must be ..."
-    key, word, rest = line.partition(", got ")[0].partition(" must be ")  # it may be -1 here, and -1.0 there
+    key, word, rest = line.partition(", got ")[0].partition(" must ")  # it may be -1 here, and -1.0 there
     return bool(word) and any(
-        other.rpartition(".")[2] == key.rpartition(".")[2] and text.startswith(f"must be {rest}, got ")
+        other.rpartition(".")[2] == key.rpartition(".")[2] and text.startswith(f"must {rest}, got ")
         for other, text in mistakes.items()
     )
 

@@ -33,12 +33,14 @@ class Parameter(NamedTuple):
         required: whether it has no default.
         default: the path of the class that stands there if none is named.
         range: the numbers that it takes; None where it takes all, or none.
+        number: the default, where the range of another argument names it.
     """
 
     types: Sequence[Any]
     required: bool = False
     default: str | None = None
     range: Range | None = None
+    number: float | None = None
 
 
 Parameters = Mapping[str, Parameter]
@@ -166,12 +168,20 @@ def explain_type(value: Any, types: Sequence[Any]) -> str | None:
     return f"expected {', or '.join(words)}, got {value}"
 
 
-def explain_range(value: Any, parameter: Parameter) -> str | None:
-    """Return what is wrong with a number, or with one of a list; None if nothing is, or it has no range."""
+def explain_range(value: Any, parameter: Parameter, others: Mapping[str, Any], group: str) -> str | None:
+    """Return what is wrong with a number, or with one of a list; None if nothing is, or it has no range.
+
+    Args:
+        value: what an argument was given.
+        parameter: the argument.
+        others: those beside it, by name.
+        group: the key around it.
+    """
     if parameter.range is None:
         return None
     loaded = loaded_text(value) if isinstance(value, str) else value  # "[0, 1]" on the command line
-    return parameter.range.explain(loaded, "null" in parameter.types)
+    told = parameter.range.explain(loaded, "null" in parameter.types)
+    return told or parameter.range.explain_beside(loaded, others, f"{group}.")
 
 
 def _fits(value: Any, kind: Any) -> bool | None:

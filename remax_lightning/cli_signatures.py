@@ -101,7 +101,12 @@ def _parameters(kind: type) -> Parameters | None:
     # What stands for `**` in the signature comes from a base class; where none is found, anything goes.
     if is_open and all(argument.parent is kind for argument in arguments):
         return None
-    return {argument.name: _parameter(argument) for argument in arguments}
+    parameters = {argument.name: _parameter(argument) for argument in arguments}
+    # ---- Defaults that the range of another argument needs, such as that of `batch_size` ----
+    ranges = [parameter.range for parameter in parameters.values() if parameter.range is not None]
+    named = {name for allowed in ranges for name in (allowed.up_to, allowed.divides)}
+    numbers = {argument.name: argument.default for argument in arguments if argument.name in named}
+    return parameters | {name: parameters[name]._replace(number=number) for name, number in numbers.items()}
 
 
 def _parameter(argument: ParamData) -> Parameter:
@@ -223,11 +228,12 @@ def _libraries(path: str) -> list[str]:
 
 def _encoded(parameters: Parameters) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
-    for name, (types, required, default, allowed) in parameters.items():
+    for name, (types, required, default, allowed, number) in parameters.items():
         further: dict[str, Any] = {"required": True} if required else {}
         further |= {"default": default} if default else {}
         if allowed is not None:  # without what is false or empty
             further["range"] = {field: value for field, value in allowed._asdict().items() if value or field == "low"}
+        further |= {} if number is None else {"number": number}
         encoded[name] = {"types": types, **further} if further else types
     return encoded
 

@@ -72,7 +72,7 @@ class SamplingConfig:
     """
 
     max_response_length: Annotated[int, at_least(1)] = 256
-    min_response_length: Annotated[int, at_least(0)] = 0
+    min_response_length: Annotated[int, at_least(0, up_to="max_response_length")] = 0
     num_samples: Annotated[int, at_least(1)] = 1
     temperature: Annotated[float, above(0, note="the greedy response is decoded anyway, as the baseline")] = 1.0
     top_k: Annotated[int, at_least(0, zero="all tokens")] = 0
@@ -85,9 +85,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_ranges(type(self), vars(self), "model.sampling")
-        limit = self.max_response_length
         checks = (
-            (self.min_response_length <= limit, "min_response_length", "between 0 and max_response_length"),
             (all(self.stop_strings), "stop_strings", "strings of at least one character"),
             (self.truncates or not self.processed_log_probs, "processed_log_probs",
              "false where top_k, top_p and min_p drop no token"),

@@ -112,6 +112,8 @@ class Range(NamedTuple):
         is_below: whether `high` itself is refused.
         zero: what 0 stands for, such as "off".
         note: the unit, or a reason.
+        up_to: another argument, whose number it must not be above.
+        divides: another argument, whose number it must divide.
     """
 
     low: float
@@ -120,6 +122,8 @@ class Range(NamedTuple):
     is_below: bool = False
     zero: str = ""
     note: str = ""
+    up_to: str = ""
+    divides: str = ""
 
     def explain(self, value: Any, optional: bool = False) -> str | None:
         """Return what is wrong with a number, or with one of a list; None if nothing is, or it is of another type.
@@ -135,6 +139,21 @@ class Range(NamedTuple):
         finite = "" if all(map(math.isfinite, numbers)) else " and finite"
         kind = ("null or " if optional else "") + ("numbers of " if is_list else "")
         return f"must be {kind}{self._words()}{finite}{f' ({self.note})' if self.note else ''}, got {value}"
+
+    def explain_beside(self, value: Any, others: Mapping[str, Any], group: str) -> str | None:
+        """Return what is wrong with a number beside those of other arguments; None if nothing is.
+
+        Args:
+            value: what an argument was given, within its range.
+            others: all arguments by name; what is no number above 0 is not looked at.
+            group: what stands before their names in a configuration, such as `data.`.
+        """
+        top, whole = (others.get(name) for name in (self.up_to, self.divides))
+        if _is_number(value) and _is_number(top) and 0 < top < value:
+            return f"must be at most {group}{self.up_to} {top}, got {value}"
+        if _is_number(value) and _is_number(whole) and whole > 0 and whole % value:
+            return f"must divide {group}{self.divides} {whole}, got {value}; choose a divisor"
+        return None
 
     def _holds(self, number: float) -> bool:
         if not math.isfinite(number):
@@ -158,15 +177,14 @@ class Range(NamedTuple):
         return words if high is None else f"{words} and {'below' if self.is_below else 'at most'} {high}"
 
 
-def at_least(low: float, *, at_most: float | None = None, below: float | None = None, zero: str = "",
-             note: str = "") -> Range:  # fmt: skip
-    """Return the range from a number on, up to another one, or below it; `Range` describes the words."""
-    return Range(low, at_most if below is None else below, is_below=below is not None, zero=zero, note=note)
+def at_least(low: float, *, at_most: float | None = None, below: float | None = None, **more: str) -> Range:
+    """Return the range from a number on, up to another one, or below it; `Range` has the further names."""
+    return Range(low, at_most if below is None else below, is_below=below is not None, **more)
 
 
-def above(low: float, *, at_most: float | None = None, below: float | None = None, note: str = "") -> Range:
-    """Return the range of the numbers above one, up to another one, or below it; `Range` describes the words."""
-    return Range(low, at_most if below is None else below, is_above=True, is_below=below is not None, note=note)
+def above(low: float, *, at_most: float | None = None, below: float | None = None, **more: str) -> Range:
+    """Return the range of the numbers above one, up to another one, or below it; `Range` has the further names."""
+    return Range(low, at_most if below is None else below, is_above=True, is_below=below is not None, **more)
 
 
 @cache
@@ -193,12 +211,15 @@ def check_ranges(function: Callable[..., Any], values: Mapping[str, Any], key: s
     Raises:
         UserError: naming the key, the range and the number.
     """
-    for name, (allowed, hint) in ranges_of(function).items():
-        if name in values:
-            place = f"{key}{name}" if key.endswith((".", "-")) else f"{key}.{name}"  # "--batch_size" of a command
-            _check_type(place, values[name], hint)
-            if text := allowed.explain(values[name], NoneType in get_args(hint)):
-                raise UserError(f"{place} {text}")
+    group = key if key.endswith((".", "-")) else f"{key}."  # "--" of a command
+    ranges = {name: found for name, found in ranges_of(function).items() if name in values}
+    for name, (allowed, hint) in ranges.items():
+        _check_type(f"{group}{name}", values[name], hint)
+        if text := allowed.explain(values[name], NoneType in get_args(hint)):
+            raise UserError(f"{group}{name} {text}")
+    for name, (allowed, _) in ranges.items():
+        if text := allowed.explain_beside(values[name], values, group):
+            raise UserError(f"{group}{name} {text}")
 
 
 def _is_number(value: Any) -> bool:

@@ -123,6 +123,8 @@ def test_what_only_the_parser_can_judge_is_left_to_it(case: str, tmp_path: Path)
         ("--trainer.max_steps=-5", "--trainer.max_steps=5"),  # the last one counts
         ("--trainer.max_steps=1e3",),
         ("--data.batch_size=0", "--data.batch_size=4", "--model.kl.clamp=null"),
+        ("--data.micro_batch_size=5", "--data.batch_size=10", "--data.micro_batch_size=null"),
+        ("--data.micro_batch_size=5", "--data.batch_size=10"),
         ("--model.advantage.baseline", "Tracker", "--model.advantage.baseline.decay=0.5"),
         ("--trainer.strategy=ddp_spawn", "--trainer.strategy", "{class_path: mine.Strategy}"),
         ("--model.optimizer=SGD", "--model.optimizer.momentum=-1", "--model.optimizer=Adam"),  # it has no such key
@@ -240,6 +242,16 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "evaluation.pass_at_k": "must be numbers of at least 1, got [1, 0]",
             "samples.every_n_steps": "must be 0 (off) or more, got -1",
             "trainer.callbacks.0.init_args.window": "must be at least 2 (optimizer steps), got 1",
+        },
+    ),
+    "numbers beside others": (
+        {
+            "model": PLAIN["model"] | {"sampling": {"max_response_length": 8, "min_response_length": 9}},
+            "data": PLAIN["data"] | {"micro_batch_size": 5},  # of a batch of 64 by default
+        },
+        {
+            "model.sampling.min_response_length": "must be at most model.sampling.max_response_length 8, got 9",
+            "data.micro_batch_size": "must divide data.batch_size 64, got 5; choose a divisor",
         },
     ),
     "a range of a baseline": (

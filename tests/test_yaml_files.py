@@ -209,6 +209,10 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"data__batch_size": 0, "data__micro_batch_size": 6},
         ["data.batch_size: must be at least 1, got 0"],
     ),
+    "parts that do not divide a batch": (
+        {"data__micro_batch_size": 3},
+        ["data.micro_batch_size: must divide data.batch_size 4, got 3; choose a divisor"],
+    ),
     "a part of a reward": (
         {"model__reward": {"class_path": "WeightedReward", "init_args": {"parts": {"web": {
             "class_path": "HTTPReward", "init_args": {"url": "http://localhost", "retries": -1}}}}}},

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.util import find_spec
-from typing import Annotated, Any, cast, overload
+from typing import Annotated, Any, TypeAlias, cast, overload
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,6 +20,8 @@ from remax_lightning.errors import DataError, UserError, at_least, check_ranges
 from remax_lightning.types import PromptBatch
 
 DEFAULT_SELECTION = SelectionConfig()
+MicroBatchSize: TypeAlias = Annotated[int | None, at_least(1, divides="batch_size")]
+"""Prompts of a training pass; None takes those of a rollout."""
 
 
 class PromptDataModule(TextDataModule):
@@ -67,7 +69,7 @@ class PromptDataModule(TextDataModule):
         prompt_column: str = "prompt",
         template: str | None = None,
         batch_size: Count = 64,
-        micro_batch_size: Count | None = None,
+        micro_batch_size: MicroBatchSize = None,
         tokens_per_micro_batch: Count | None = None,
         max_prompt_length: Count = 512,
         seed: int = 0,
@@ -101,11 +103,6 @@ class PromptDataModule(TextDataModule):
         # ---- Parts of a rollout batch: 64 prompts in micro-batches of 16 arrive 4 times ----
         if micro_batch_size is None:
             micro_batch_size = batch_size
-        if batch_size % micro_batch_size:
-            raise UserError(
-                f"data.micro_batch_size must divide data.batch_size {batch_size}, got {micro_batch_size}; "
-                "choose a divisor"
-            )
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = batch_size // micro_batch_size
         # ---- A selection of prompts, which learns from the rollouts of this process ----
@@ -222,7 +219,7 @@ class ReasoningGymDataModule(PromptDataModule):
         chat: bool = False,
         template: str | None = None,
         batch_size: Count = 64,
-        micro_batch_size: Count | None = None,
+        micro_batch_size: MicroBatchSize = None,
         tokens_per_micro_batch: Count | None = None,
         max_prompt_length: Count = 512,
         seed: int = 0,
