@@ -140,6 +140,7 @@ class KeyCheck:
         self.mistakes: dict[str, str] = {}
         self.elements: dict[str, tuple[Any, str]] = {}
         self.out_of_range: set[str] = set()
+        self._lacks_config = False  # a file that was meant as one stands alone, and may have what is missing
         self._names_are_known = True  # no class of a user's own is imported, which could be called by its name alone
         self._classes: dict[str, str | None] = {}  # by key, as the sources so far set them; None is not known
         self._set: dict[str, Any] = {}  # the last value of each key; text that stands for a number is one
@@ -171,6 +172,7 @@ class KeyCheck:
             elif not name:  # no argument of a run stands alone
                 is_config = Path(option[0]).suffix in CONFIG_SUFFIXES or option[0] in config_names()
                 hint = f"did you mean --config {option[0]}?" if is_config else "options begin with --"
+                self._lacks_config |= is_config
                 self.mistakes.setdefault(option[0], f"is no option; {hint}")
             elif value is not None:
                 # "--trainer.callbacks+=..." adds an element: which one it is follows from the others
@@ -314,7 +316,7 @@ class KeyCheck:
             if ".init_args." not in key:
                 mistakes[key] = NOT_FINITE.format(number)
         mistakes |= self._refused_values(mistakes)
-        for key in ("model", "data"):
+        for key in () if self._lacks_config else ("model", "data"):
             path = self._classes.get(key)
             if key in self._opaque or not path:
                 continue

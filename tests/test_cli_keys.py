@@ -232,15 +232,15 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "trainer": {"callbacks": [{"class_path": "CollapseDetector", "init_args": {"window": 1}}]},
         },
         {
-            "model.kl_coef": "must be 0 or more, got -1",
-            "model.sampling.temperature": "must be above 0 (the greedy response is decoded anyway, as the baseline), ",
-            "model.sampling.top_p": "must be above 0 and at most 1, got 1.5",
-            "model.stall_timeout": "must be null or above 0 (seconds), got 0",
-            "model.reward.init_args.concurrency": "must be at least 1, got 0",
-            "model.lr_scheduler.init_args.min_ratio": "must be between 0 and 1, got 2",
             "data.batch_size": "must be at least 1, got 0",
             "data.selection.oversample": "must be at least 1 (rollout batches), got 0",
             "evaluation.pass_at_k": "must be numbers of at least 1, got [1, 0]",
+            "model.kl_coef": "must be 0 or more, got -1",
+            "model.lr_scheduler.init_args.min_ratio": "must be between 0 and 1, got 2",
+            "model.reward.init_args.concurrency": "must be at least 1, got 0",
+            "model.sampling.temperature": "must be above 0 (the greedy response is decoded anyway, as the baseline), ",
+            "model.sampling.top_p": "must be above 0 and at most 1, got 1.5",
+            "model.stall_timeout": "must be null or above 0 (seconds), got 0",
             "samples.every_n_steps": "must be 0 (off) or more, got -1",
             "trainer.callbacks.0.init_args.window": "must be at least 2 (optimizer steps), got 1",
         },
@@ -251,8 +251,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "data": PLAIN["data"] | {"micro_batch_size": 5},  # of a batch of 64 by default
         },
         {
-            "model.sampling.min_response_length": "must be at most model.sampling.max_response_length 8, got 9",
             "data.micro_batch_size": "must divide data.batch_size 64, got 5; choose a divisor",
+            "model.sampling.min_response_length": "must be at most model.sampling.max_response_length 8, got 9",
         },
     ),
     "a range of a baseline": (
@@ -321,6 +321,9 @@ def test_the_parser_names_the_element_that_is_wrong(
 )  # fmt: skip
 def test_a_word_that_is_no_option_is_told(word: str, hint: str, tmp_path: Path) -> None:
     assert early(tmp_path, PLAIN, word) == {word: f"is no option; {hint}"}
+    alone = wrong_keys(["fit", word], shipped_signatures())
+    assert alone.pop(word) == f"is no option; {hint}"
+    assert bool(alone) == ("--config" not in hint)  # what is missing may stand in the file
 
 
 def test_a_run_without_any_option_is_told_what_it_needs() -> None:
