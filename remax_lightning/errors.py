@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 _PLACE = re.compile(r"^[^\n]*?, (?:near )?(?:line|row) \d+: ")
 
@@ -148,11 +148,14 @@ class Range(NamedTuple):
             others: all arguments by name; what is no number above 0 is not looked at.
             group: what stands before their names in a configuration, such as `data.`.
         """
-        top, whole = (others.get(name) for name in (self.up_to, self.divides))
-        if _is_number(value) and _is_number(top) and 0 < top < value:
-            return f"must be at most {group}{self.up_to} {top}, got {value}"
-        if _is_number(value) and _is_number(whole) and whole > 0 and whole % value:
-            return f"must divide {group}{self.divides} {whole}, got {value}; choose a divisor"
+        found = (others.get(name) for name in (self.up_to, self.divides))
+        top, whole = (float(number) if _is_number(number) and number > 0 else None for number in found)
+        if not _is_number(value):
+            return None
+        if top is not None and value > top:
+            return f"must be at most {group}{self.up_to} {top:g}, got {value}"
+        if whole is not None and whole % value:
+            return f"must divide {group}{self.divides} {whole:g}, got {value}; choose a divisor"
         return None
 
     def _holds(self, number: float) -> bool:
@@ -177,12 +180,12 @@ class Range(NamedTuple):
         return words if high is None else f"{words} and {'below' if self.is_below else 'at most'} {high}"
 
 
-def at_least(low: float, *, at_most: float | None = None, below: float | None = None, **more: str) -> Range:
+def at_least(low: float, *, at_most: float | None = None, below: float | None = None, **more: Any) -> Range:
     """Return the range from a number on, up to another one, or below it; `Range` has the further names."""
     return Range(low, at_most if below is None else below, is_below=below is not None, **more)
 
 
-def above(low: float, *, at_most: float | None = None, below: float | None = None, **more: str) -> Range:
+def above(low: float, *, at_most: float | None = None, below: float | None = None, **more: Any) -> Range:
     """Return the range of the numbers above one, up to another one, or below it; `Range` has the further names."""
     return Range(low, at_most if below is None else below, is_above=True, is_below=below is not None, **more)
 
@@ -222,7 +225,7 @@ def check_ranges(function: Callable[..., Any], values: Mapping[str, Any], key: s
             raise UserError(f"{group}{name} {text}")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
