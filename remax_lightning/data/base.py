@@ -74,7 +74,6 @@ class TextDataModule(LightningDataModule, ABC):
         # ---- Refuse options that contradict each other, before a tokenizer or a row is read ----
         check_sources(path, tokenizer, data, val_path, val_data)
         check_ranges(TextDataModule.__init__, locals(), "data")
-        check_ranges(LoadingConfig, vars(loading), "data.loading")
         if val_size and not (val_path is None and val_data is None):
             other = "val_data" if val_path is None else "val_path"
             raise UserError(f"data.val_size must be 0 beside data.{other}, got {val_size}; remove one")

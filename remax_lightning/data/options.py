@@ -52,6 +52,9 @@ class LoadingConfig:
         hub_name: configuration of a data set on the hub, for instance `main`.
         train_split: split of `path` on the hub.
         val_split: split of `val_path` on the hub.
+
+    Raises:
+        UserError: if a value is out of its range.
     """
 
     long_prompts: Literal["drop", "error"] = "drop"
@@ -68,6 +71,10 @@ class LoadingConfig:
     hub_name: str | None = None
     train_split: str = "train"
     val_split: str = "test"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_ranges(type(self), vars(self), "data.loading")
 
 
 DEFAULT_LOADING = LoadingConfig()

@@ -129,7 +129,6 @@ def test_held_out_rows_are_drawn_by_seed(train: str, tokenizer_path: str) -> Non
         ({"max_prompt_length": 0}, UserError, r"data\.max_prompt_length must be at least 1"),
         ({"val_size": -1}, UserError, r"data\.val_size must be null or 0 or more, got -1"),
         ({"val_size": 1, "val_path": "x.jsonl"}, UserError, r"data\.val_size must be 0 beside data\.val_path"),
-        ({"loading": LoadingConfig(num_workers=-1)}, UserError, r"data\.loading\.num_workers must be 0 or more"),
         ({"template": "none"}, UserError, r"data\.template has no field"),
         ({"val_path": "no.jsonl", "batch_size": 2}, DataError, r"data\.val_path: there is no file 'no\.jsonl'"),
         ({"val_size": 23}, DataError, r"data\.val_size must be below the 23 rows of .*train\.jsonl, got 23"),
