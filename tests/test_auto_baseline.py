@@ -15,7 +15,8 @@ from helpers.ranks import launch
 from helpers.training import CharacterReward, fit, prompt_data, remax_module, save_policy
 from torch import Tensor
 
-from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measurement
+from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measurement, comparison
+from remax_lightning.baselines import auto as auto_module
 from remax_lightning.config import AdvantageConfig, LossConfig, SamplingConfig, config_from_dict
 from remax_lightning.errors import UserError
 from remax_lightning.training.metrics import TrainingMeter
@@ -97,6 +98,17 @@ def test_a_choice_needs_prompts_enough() -> None:
     assert [number for number, line in enumerate(lines) if line is not None] == [7]
 
 
+def test_a_baseline_that_nothing_differs_from_is_not_taken_for_the_best() -> None:
+    """Of a policy that is nearly always right, the rare wrong responses may be missing from a window."""
+    auto, reward = Auto(["greedy", "none"], greedy_price=0.0), torch.ones(PROMPTS).double()
+    auto.chosen = "none"
+    for _ in range(16):
+        auto.observe(BaselineInputs(reward, 1, reward, torch.ones(PROMPTS), [*range(PROMPTS)]))
+        assert auto.observe_training(Measurement(reward, 1.0, 1.0)) is None
+    assert auto.figures["greedy"].variance[2] == 0.0
+    assert auto.figures["greedy"].cost is None
+
+
 def test_baselines_without_greedy_responses_are_compared_on_every_rollout() -> None:
     """Rewards move away from 0, where `none` is as good as `batch_mean`, and no rollout has greedy responses then."""
     auto, stream = Auto(["greedy", "batch_mean", "none"]), Stream(lambda _: 0.0)
@@ -104,7 +116,7 @@ def test_baselines_without_greedy_responses_are_compared_on_every_rollout() -> N
     auto.chosen = "none"
     stream.offset = 2.0
     lines = [line for _, _, line in stream.feed(auto, 2, 8) if line is not None]
-    assert [line.split(",")[0].split("auto: ")[1] for line in lines] == ["from none to batch_mean"]
+    assert [line.split("0.")[0].split("auto: ")[1] for line in lines] == ["from none to batch_mean, which needs "]
     figures = auto.comparison.figures("batch_mean")
     assert (figures["none"].num_groups, figures["greedy"].num_groups) == (8 * 8, 2 * 8)
     sums = [row.sums for row in auto.comparison._moments]
@@ -224,8 +236,10 @@ def test_a_resumed_choice_is_the_same(at: int) -> None:
     assert rest.chosen == whole.chosen
 
 
-def test_every_step_is_unbiased_given_the_past() -> None:
+def test_every_step_is_unbiased_given_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     """All draws of a step, after each draw of the step before: the choice differs, the expected gradient does not."""
+    for module in (auto_module, comparison):  # so few prompts would choose nothing
+        monkeypatch.setattr(module, "MIN_GROUPS", 8)
     generator = torch.Generator().manual_seed(1)
     logits, rewards = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)  # 3 prompts, 2 answers
     probs, prompts = logits.softmax(1), torch.arange(3)

@@ -165,7 +165,9 @@ class Auto(Baseline):
         before, self.chosen = self.chosen, best
         self.figures = self.comparison.figures(best)
         value, low, high = costs[best]
-        bound = "" if figures[best].cost is not None else "at most "
+        # Where no seconds are known yet, greedy responses that are left out only save some.
+        is_bound = figures[best].cost is None and self.comparison.candidates[before].greedy != "never"
+        bound = "at most " if is_bound else ""
         return (
             f"model.advantage.baseline auto: from {before} to {best}, which needs {bound}{value:.2f} of the seconds for"
             f" a gradient of the same precision ({percent} %: {low:.2f} to {high:.2f}, after"

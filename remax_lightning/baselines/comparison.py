@@ -7,7 +7,7 @@ the same precision takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ NUM_RESAMPLES = 400
 GROUPS = 8
 """Most groups of prompts that a rollout is drawn by in the bootstrap; more of them would only cost time."""
 MIN_GROUPS = 2 * GROUPS
-"""Groups of prompts that a choice needs: of fewer, too often all are on one side by chance, and so are all draws."""
+"""Groups of prompts with an advantage that a cost needs: of fewer, too often all are on one side by chance, and so are
+all draws. Where responses hardly ever differ from a baseline, the rare ones that do may be missing from a window."""
 WARM_UP = 2
 """Rollouts at the start of a run whose seconds do not count: they allocate memory and choose kernels."""
 
@@ -33,8 +34,9 @@ class Figure(NamedTuple):
 
     Args:
         variance: second moment of the gradient.
-        cost: that times the seconds of a step; None while seconds with and without greedy responses are not known.
-        num_groups: groups of prompts that tell of both.
+        cost: that times the seconds of a step; None while seconds with and without greedy responses are not known, or
+            too few groups of prompts tell of it.
+        num_groups: groups of prompts in which responses have an advantage, with it and with the one in use.
     """
 
     variance: tuple[float, float, float]
@@ -178,7 +180,7 @@ class Comparison:
         # Paired over baselines, as both are of the same draws; a draw without anything of the base tells nothing.
         drawn = sums / np.where(bases > 0, bases, np.nan)  # [1 + K, F]
         ends = percentile_interval(drawn[1:], confidence)  # [F, 2]
-        groups = [sum(len(row.sums[name]) for row in rows if name in row.sums) for name in names]
+        groups = [_num_told(rows, name, used) for name in names]
         figures = {name: Figure(_with_ends(drawn[0, i], ends[i]), None, groups[i]) for i, name in enumerate(names)}
         asked = [[row.needs[name] for row in rows if name in row.needs] for name in names]
         shares = [sum(needs) / len(needs) for needs in asked]
@@ -190,7 +192,8 @@ class Comparison:
         cost_ends = ends * prices.T if len(prices) == 1 else percentile_interval(drawn[1:] * prices[1:], confidence)
         for i, name in enumerate(names):
             # What a pass before training costs was not measured, unless the run makes it.
-            if self.candidates[name].reads_gradients == self.candidates[used].reads_gradients:
+            has_price = self.candidates[name].reads_gradients == self.candidates[used].reads_gradients
+            if has_price and groups[i] >= MIN_GROUPS:
                 figures[name] = figures[name]._replace(cost=_with_ends(costs[i], cost_ends[i]))
         return figures
 
@@ -245,6 +248,12 @@ class Comparison:
         for name, baseline in self.candidates.items():
             if name in state["candidates"]:
                 baseline.load_state_dict(state["candidates"][name])
+
+
+def _num_told(rows: Sequence[_Moments], name: str, used: str) -> int:
+    """Return in how many groups of prompts responses have an advantage with either of two baselines."""
+    pairs = [(row.sums[name], row.sums[used]) for row in rows if name in row.sums]
+    return min(sum(int((sums > 0).sum()) for sums in column) for column in zip(*pairs, strict=True))
 
 
 def _with_ends(value: float, ends: NDArray[np.float64]) -> tuple[float, float, float]:
