@@ -19,7 +19,7 @@ NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 LOWER = {
     *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "files"),
-    *("loggers", "baselines"),
+    *("loggers", "baselines", "http_client"),
 }
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
@@ -35,6 +35,7 @@ ALLOWED = {
     "loggers": {"errors", "version"},
     "run_folder": {"distributed", "errors", "files", "loggers"},
     "functional": set(),
+    "http_client": set(),
     "models": LOWER,
     # What strategies load is read there first.
     "strategies": LOWER | {"models.checkpoint_reader", "models.checksums", "models.shard_reader"},

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +14,12 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, Retry
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader
 
 from remax_lightning.errors import RewardError, UserError, above, at_least, check_ranges, check_types
 from remax_lightning.files import load_json
+from remax_lightning.http_client import Deadline, DeadlineAdapter, Session
 from remax_lightning.rewards.base import Reward, shorten
 
 _KEY = "model.reward.init_args"
@@ -225,9 +222,9 @@ class JSONClient:
         self.name, self.url, self.timeout, self.expected = name, url, timeout, expected
         self.retries, self.backoff, self.max_bytes = retries, backoff, max_bytes
         self.headers, self.token_env = dict(headers or {}), token_env
-        self._session = _Session()
+        self._session = Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, _DeadlineAdapter(pool_maxsize=concurrency))
+            self._session.mount(scheme, DeadlineAdapter(concurrency))
 
     def post(self, body: bytes, hint: str) -> bytes:
         """Return the answer to one request, asking again as long as that may help.
@@ -259,7 +256,7 @@ class JSONClient:
         headers = {"Content-Type": "application/json", **self.headers}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
-        with _Deadline(self.timeout) as deadline:
+        with Deadline(self.timeout) as deadline:
             answer = self._exchange(body, headers)
         if deadline.has_passed:  # what came until then may look complete, and the error is one of a closed socket
             return _Answer(None, f"Timeout: the answer was not complete after {self.timeout:g} s", 0.0)
@@ -312,99 +309,3 @@ def _retry_after_seconds(text: str | None) -> float:
         return Retry().parse_retry_after(text or "")  # "Fri, 27 Nov 2026 18:00:00 GMT"
     except InvalidHeader:
         return 0.0
-
-
-# ---- A deadline for a whole request ----
-#
-# The `timeout` of requests bounds each single read of the socket. A server that sends a byte now and then, in its
-# headers or in its body, holds a request for as long as it likes. So a timer shuts the socket at the deadline, wherever
-# the request is, and the read that waits for it returns.
-
-_current = threading.local()
-"""Holds the `_Deadline` of the request that this thread makes."""
-
-
-class _Deadline:
-    """Shuts the connection of the request that is made inside, once its time is over."""
-
-    def __init__(self, seconds: float) -> None:
-        self.has_passed = False
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        _current.deadline = self
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _current.deadline = None
-        self._timer.cancel()
-        with self._lock:
-            self._socket = None
-
-    def watch(self, connection: socket.socket) -> None:
-        """Say which socket the request waits on."""
-        with self._lock:
-            self._socket = connection
-        # the time was over before there was a socket
-        if self.has_passed:
-            self._end()
-
-    def _end(self) -> None:
-        self.has_passed = True
-        with self._lock:
-            if self._socket is not None:
-                with suppress(OSError):  # the other side has closed it
-                    # Not the method of an SSLSocket, which takes its state from under the read that waits.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-
-def _watch(connection: Any) -> None:
-    deadline: _Deadline | None = getattr(_current, "deadline", None)
-    if deadline is not None and connection.sock is not None:
-        deadline.watch(connection.sock)
-
-
-class _Connection(HTTPConnection):
-    def getresponse(self) -> Any:
-        _watch(self)
-        return super().getresponse()
-
-
-class _SecureConnection(HTTPSConnection):
-    def getresponse(self) -> Any:
-        _watch(self)
-        return super().getresponse()
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _SecurePool(HTTPSConnectionPool):
-    ConnectionCls = _SecureConnection
-
-
-class _DeadlineAdapter(HTTPAdapter):
-    """Makes connections that tell the deadline of their request which socket they wait on, also through a proxy."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        # SOCKS proxies bring connections of their own, which stay as they are
-        if not args[0].lower().startswith("socks"):
-            manager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
-        return manager
-
-
-class _Session(requests.Session):
-    """Sees no redirects. With `allow_redirects=False` requests would still read the whole body of one."""
-
-    def get_redirect_target(self, _: requests.Response) -> None:
-        return None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from remax_lightning.config import ProofConfig, SamplingConfig
-from remax_lightning.distributed import agree_on_errors
+from remax_lightning.distributed import agree_on_errors, gather_objects
 from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.models import ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
@@ -28,6 +28,7 @@ from remax_lightning.rollout.vllm_client import (
     VLLMServer,
     pause_before,
 )
+from remax_lightning.rollout.vllm_files import WeightFiles, default_folder
 from remax_lightning.rollout.vllm_process import ServerProcess, free_port, memory_share, start_server
 from remax_lightning.rollout.vllm_proof import compare_checksums, prove
 from remax_lightning.rollout.vllm_requests import (
@@ -45,24 +46,19 @@ from remax_lightning.rollout.vllm_requests import (
 from remax_lightning.rollout.vllm_server import (
     DEFAULT_PYTHON,
     check_server,
+    check_tokenizer,
     computed_dtype,
     describe,
+    restarted_otherwise,
     served_policy,
     source_of,
 )
-from remax_lightning.rollout.vllm_weights import (
-    WeightFiles,
-    WeightSync,
-    adapter_name,
-    default_folder,
-    end_open_update,
-    same_dtype,
-)
+from remax_lightning.rollout.vllm_weights import WeightSync, adapter_name, end_open_update, same_dtype
 from remax_lightning.strategies import forward_is_collective, rollout_parameters
 from remax_lightning.strategies.stall_watchdog import report_progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +83,12 @@ class VLLMEngine:
             ranks share them. None with `mode: colocate`.
         served_model: name of the policy on the servers; None takes the only one that they serve.
         transfer_dir: folder for the weights of one version, which all ranks and servers see with `files`, and rank 0
-            alone with `broadcast`. None takes one in the shared memory of the machine.
+            alone with `broadcast`; with `colocate` the first rank of each node writes for the servers there. None takes
+            one in the shared memory of the machine.
         api_key_env: environment variable with the servers' key. Keys do not stand in configurations, which are saved.
         ca_file: certificates that the servers' are checked with under https; None takes the usual authorities.
         concurrency: requests under way at once at one server; 256, vLLM's own limit of sequences.
-        timeout: seconds that one response may take.
+        timeout: seconds that one response may take, from the request to its last byte.
         transfer_timeout: seconds that a server may take to load weights.
         restart_timeout: seconds that a server which is gone is waited for. It gets the weights anew, and only responses
             that were not finished are asked for again, with their seeds.
@@ -142,6 +139,7 @@ class VLLMEngine:
             ("transfer", transfer, transfer in get_args(VLLMTransfer), f"one of {', '.join(get_args(VLLMTransfer))}"),
             ("transfer", transfer, is_server or transfer == "files", "files with mode colocate: it is one machine"),
             ("urls", urls, bool(urls) is is_server, expected_urls),
+            ("urls", urls, len(set(urls or [])) == len(urls or []), "different servers"),
             ("server_args", server_args, server_args is None or not is_server, "null without mode colocate"),
             ("ahead", ahead, is_server or ahead == 0, "0 with mode colocate, whose server sleeps during training"),
         )
@@ -161,7 +159,7 @@ class VLLMEngine:
         files = WeightFiles(Path(transfer_dir) if transfer_dir else default_folder())
         way = Broadcast() if transfer == "broadcast" else FileTransfer()
         check = self._check_weights if proof.checksums else None
-        self._sync = WeightSync(self.servers, files, way, transfer_timeout, check)
+        self._sync = WeightSync(self.servers, files, way, transfer_timeout, not is_server, self._inspect, check)
         self._infos: dict[str, ServerInfo] = {}
         self._rollouts = 0
         self._metrics: dict[str, float] = {}
@@ -195,7 +193,8 @@ class VLLMEngine:
                 source = source or source_of(model)
                 policy = served_policy(source, computed_dtype(model), sampling, max_prompt_length, tokenizer)
                 self.process = start_server(self.servers[0], policy, self._python, self.server_args, model.device)
-                atexit.register(self.close)
+                # With this engine, or with the process: several runs in one process each have a server of theirs.
+                weakref.finalize(self, self.process.stop)
             for server in self.servers:
                 if server.url not in self._infos:
                     server.wait()
@@ -207,8 +206,21 @@ class VLLMEngine:
                 server.insist(partial(check, sends_weights=self.transfer == "broadcast"), "a check")
                 self._infos[server.url] = info
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse servers with another tokenizer, after `check`: they would look for stop strings in other texts.
+
+        Args:
+            tokenizer: of the run.
+
+        Raises:
+            UserError: naming the server and a text that differs.
+        """
+        with agree_on_errors():
+            for server in self.servers:
+                server.insist(partial(check_tokenizer, server, self._infos[server.url], tokenizer), "its tokenizer")
+
     def close(self) -> None:
-        """End the server of this rank, with mode `colocate`; it ends with the process anyway."""
+        """End the server of this rank, with mode `colocate`; it ends with the engine or the process anyway."""
         self.drop()
         if self.process is not None:
             self.process.stop()
@@ -308,11 +320,16 @@ class VLLMEngine:
             self.check(model, request.sampling, request.prompt_ids.shape[1])
         # ---- The servers get the weights ----
         if self.mode == "colocate":
-            self._tell("/wake_up?tags=weights")
+            with self._agreed(model):
+                self._tell("/wake_up?tags=weights")
         is_new = self._update(model)
+        has_restarted = self._has_restarted(model)
         if self.mode == "colocate":  # behind the weights, whose loading takes memory of its own
-            self._tell("/wake_up?tags=kv_cache")
-        is_proven = self._rollouts % self.proof.every == 0 or (is_new and self._sync.num_versions == 2)
+            with self._agreed(model):
+                self._tell("/wake_up?tags=kv_cache")
+        # A server that has come back may hold another base below the adapter, or sample with other options.
+        is_first = has_restarted or (is_new and self._sync.num_versions == 2)
+        is_proven = self._rollouts % self.proof.every == 0 or is_first
         self._rollouts += 1
         # ---- Every row is a request of its own, all of them under way together ----
         if is_proven:
@@ -323,12 +340,21 @@ class VLLMEngine:
         self._started = responses = WrittenResponses(asked, request, flight)
         responses.start()
         if is_proven:
-            # A rank that fails alone would leave the others in the collectives of a sharded policy.
-            with agree_on_errors() if forward_is_collective(model) else nullcontext():
+            with self._agreed(model):
                 choices = responses.choices()
-            with agree_on_errors() if forward_is_collective(model) else nullcontext():
+            with self._agreed(model):
                 self._prove(model, request, rows, choices)
         return responses
+
+    @staticmethod
+    def _agreed(model: PreTrainedModel) -> AbstractContextManager[None]:
+        """A rank that fails alone inside would leave the others in the collectives of a sharded policy."""
+        return agree_on_errors() if forward_is_collective(model) else nullcontext()
+
+    def _has_restarted(self, model: PreTrainedModel) -> bool:
+        """Whether a server has restarted since the last call; the same on all ranks that share a sharded policy."""
+        restarts, self._sync.num_restarts = self._sync.num_restarts, 0
+        return any(gather_objects(restarts)) if forward_is_collective(model) else restarts > 0
 
     def _drain(self) -> None:
         """Wait for what is written ahead."""
@@ -338,7 +364,7 @@ class VLLMEngine:
     def _update(self, model: PreTrainedModel) -> bool:
         """Bring all servers to the weights of the policy; returns whether those are new."""
         start = time.perf_counter()
-        with agree_on_errors() if forward_is_collective(model) else nullcontext():
+        with self._agreed(model):
             is_new = self._sync.update(model, same_dtype(model, self._infos), self._drain)
             self._drain()  # one batch is under way at a time
         if is_new:
@@ -357,6 +383,15 @@ class VLLMEngine:
             body = {"model": model, "token_ids": request.token_ids, "sampling_params": request.parameters}
             rows.append(Row(server, body, is_adapter))
         return rows
+
+    def _inspect(self, server: VLLMServer) -> None:
+        """Refuse a server that has come back as another one: what was checked before training holds no more."""
+        changes = restarted_otherwise(describe(server, self.served_model), self._infos[server.url])
+        if changes:
+            raise UserError(
+                f"{server!r} has restarted as another one: {changes}; start it as before, and resume the run with"
+                " --ckpt_path last"
+            )
 
     def _respond(self, row: Row, stop: threading.Event) -> dict[str, Any]:
         """Return vLLM's choice for one row, asking again as long as that may help."""

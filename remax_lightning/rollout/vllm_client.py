@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -63,7 +63,7 @@ class ClientOptions(NamedTuple):
     """How servers are spoken to.
 
     Args:
-        timeout: seconds that a request for one response may take.
+        timeout: seconds that a request for one response may take in all, also if it drips in.
         transfer_timeout: seconds that loading weights may take.
         restart_timeout: seconds that a server is waited for.
         concurrency: requests under way at once at one server.
@@ -90,8 +90,9 @@ class ServerInfo(NamedTuple):
         dtype: of its weights, such as `bfloat16`; None where it does not tell.
         logprobs_mode: which log-probs it returns, `raw_logprobs` or `processed_logprobs`.
         transfer_backend: how it takes weights; None if it takes none.
-        has_lora: whether it takes adapters.
+        max_lora_rank: largest rank of an adapter that it takes; None if it takes none.
         device: that it computes on, such as `cuda` or `cpu`.
+        sizes: of its model, by the names of transformers' configurations, as far as it tells them.
     """
 
     model: str
@@ -99,8 +100,9 @@ class ServerInfo(NamedTuple):
     dtype: str | None
     logprobs_mode: str
     transfer_backend: str | None
-    has_lora: bool
+    max_lora_rank: int | None
     device: str
+    sizes: dict[str, int]
 
 
 class VLLMServer:
@@ -115,20 +117,27 @@ class VLLMServer:
     """
 
     def __init__(self, url: str, options: ClientOptions) -> None:
-        import requests  # here: without servers, nothing needs it
+        from remax_lightning.http_client import DeadlineAdapter, Session  # here: without servers, nothing needs it
 
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{KEY}.urls must begin with http:// or https:// and a host, got {url!r}")
+        if parts.username is not None:
+            raise UserError(
+                f"{KEY}.urls must hold no name or password, which are saved with the configuration, at"
+                f" {parts.hostname}; put the key into an environment variable, and its name into {KEY}.api_key_env"
+            )
         # The address of the OpenAI API is a common paste; the endpoints for weights are beside it.
         self.url, self.options = url.rstrip("/").removesuffix("/v1"), options
         self.recovery = threading.Lock()
         """Held by the one thread that waits for the server and brings its weights up to date."""
         self.revive: Callable[[], None] | None = None
         """Starts the server where it does not run; None where somebody else does."""
-        self._session, self._sockets = requests.Session(), set[socket.socket]()
+        self._session, self._sockets = Session(), set[socket.socket]()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, _adapter(options.concurrency + 1, self._sockets))
+            self._session.mount(scheme, DeadlineAdapter(options.concurrency + 1, self._sockets))
+        # A proxy of the environment knows nothing of this machine, where vLLM listens by default.
+        self._proxies = {"no_proxy": parts.hostname} if _is_here(parts.hostname) else {}
 
     def __repr__(self) -> str:
         """What messages call this server."""
@@ -138,9 +147,10 @@ class VLLMServer:
 
     def abort(self) -> None:
         """Close all connections: requests under way end at once, and vLLM gives up on their responses."""
+        from remax_lightning.http_client import shut
+
         for connection in self._sockets.copy():
-            with suppress(OSError):  # closed meanwhile
-                connection.shutdown(socket.SHUT_RDWR)
+            shut(connection)
 
     def insist(self, action: Callable[[], T], what: str, stop: threading.Event | None = None) -> T:
         """Return what an action returns; while the server is gone it is waited for, and the action begins again.
@@ -179,7 +189,7 @@ class VLLMServer:
         Args:
             path: of the endpoint.
             body: is sent as JSON.
-            timeout: seconds without a byte of the answer, after which the server counts as gone.
+            timeout: seconds until the whole answer is there, after which the server counts as gone.
 
         Raises:
             ServerGoneError: if asking again later may help.
@@ -210,40 +220,57 @@ class VLLMServer:
         return value
 
     def _request(self, method: str, path: str, body: Any, timeout: float) -> Any:
+        from remax_lightning.http_client import Deadline
+
+        deadline = Deadline(timeout)
+        try:
+            with deadline:
+                reply = self._session.request(
+                    method,
+                    self.url + path,
+                    json=body,
+                    auth=self._authorize,
+                    timeout=(min(SHORT, timeout), timeout),  # to connect, and for each read
+                    proxies=dict(self._proxies),
+                    # Not that of the session, over which requests prefers the environment's (REQUESTS_CA_BUNDLE).
+                    verify=self.options.ca_file,
+                )
+        except OSError as error:  # those of requests are some; others are of a file of certificates that is none
+            raise self._failure(path, error, f"{timeout:g} s", is_late=deadline.has_passed) from None
+        if deadline.has_passed:  # what came until then may look complete
+            raise ServerGoneError(f"no answer to {path} within {timeout:g} s")
+        return self._answer(path, reply)
+
+    def _authorize(self, request: Any) -> Any:
+        """Set the key. As an argument of its own, since requests prefers what ~/.netrc says to any header."""
+        if self.options.api_key_env is not None:
+            request.headers["Authorization"] = f"Bearer {os.environ.get(self.options.api_key_env, '')}"
+        return request
+
+    def _failure(self, path: str, error: OSError, limit: str, *, is_late: bool) -> Exception:
+        """Return what to raise for an error of requests."""
         import requests
 
-        headers = {}
-        if self.options.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.options.api_key_env, '')}"
-        try:
-            reply = self._session.request(
-                method,
-                self.url + path,
-                json=body,
-                headers=headers,
-                timeout=(min(SHORT, timeout), timeout),  # to connect, and for an answer
-                allow_redirects=False,
-                # Not that of the session, over which requests prefers the environment's (REQUESTS_CA_BUNDLE).
-                verify=self.options.ca_file,
-            )
-        except requests.exceptions.SSLError as error:
-            raise UserError(
+        if is_late or isinstance(error, requests.Timeout):
+            return ServerGoneError(f"no answer to {path} within {limit}")
+        if isinstance(error, requests.exceptions.SSLError):
+            return UserError(
                 f"{self!r} has a certificate that cannot be checked ({_reason(error)}); set {KEY}.ca_file to the"
                 " certificates of its authority"
-            ) from None
-        except requests.Timeout as error:
-            raise ServerGoneError(f"no answer to {path} within {timeout:g} s ({_reason(error)})") from None
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            raise ServerGoneError(_reason(error)) from None
-        except (requests.RequestException, OSError) as error:  # OSError: a file of certificates that is none
-            raise UserError(f"{self!r} cannot be asked: {_reason(error)}") from None
-        return self._answer(path, reply)
+            )
+        if isinstance(error, requests.exceptions.ProxyError):
+            host = urlsplit(self.url).hostname
+            return ServerGoneError(f"the proxy that the environment names fails ({_reason(error)}); no_proxy={host}")
+        if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
+            return ServerGoneError(_reason(error))
+        return UserError(f"{self!r} cannot be asked: {_reason(error)}")
 
     def _answer(self, path: str, reply: requests.Response) -> Any:
         status, text = reply.status_code, _message(reply)
         if status == 200:
             try:
-                return reply.json() if reply.content.startswith((b"{", b"[")) else None
+                # Behind white space, with which some gateways keep a connection open.
+                return reply.json() if reply.content.lstrip().startswith((b"{", b"[")) else None
             except ValueError:
                 raise UserError(f"{self!r} answered {path} with no JSON: {text}") from None
         if status == 401:
@@ -252,6 +279,9 @@ class VLLMServer:
             raise UserError(f"{self!r} {what} ({KEY}.api_key_env): {text}")
         if status == 404:
             raise MissingError(text)
+        if "Location" in reply.headers:
+            target = reply.headers["Location"][:200]
+            raise RefusedError(f"{self!r} redirects {path} to {target}; set {KEY}.urls to where it leads", status)
         # A server whose engine refuses the content of a request answers 500, too; the retries end it.
         if status in _MAY_RETURN:
             raise ServerGoneError(f"status {status}: {text}", status)
@@ -299,40 +329,14 @@ def pause_before(attempt: int) -> float:
     return float(min(0.1 * 2**attempt, 5.0))
 
 
-def _adapter(size: int, sockets: set[socket.socket]) -> Any:
-    """Return an adapter for requests that keeps `size` connections, and the open ones of all threads in `sockets`.
-
-    requests itself knows only the connections that wait for their next use, and those under way could not be closed.
-    """
-    from requests.adapters import HTTPAdapter
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    def with_sockets(pool: Any) -> Any:
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
-            def connect(self) -> None:
-                super().connect()
-                self._open = self.sock
-                sockets.add(self._open)
-
-            def close(self) -> None:
-                sockets.discard(getattr(self, "_open", None))
-                super().close()
-
-        return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
-
-    pools = {"http": with_sockets(HTTPConnectionPool), "https": with_sockets(HTTPSConnectionPool)}
-
-    class Adapter(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **options: Any) -> None:
-            super().init_poolmanager(*args, **options)
-            self.poolmanager.pool_classes_by_scheme = pools
-
-        def proxy_manager_for(self, *args: Any, **options: Any) -> Any:
-            manager = super().proxy_manager_for(*args, **options)
-            manager.pool_classes_by_scheme = pools
-            return manager
-
-    return Adapter(pool_connections=1, pool_maxsize=size)
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine, by its name or address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason(error: Exception) -> str:

@@ -339,13 +339,18 @@ def staleness(answer: dict[str, Any], choice: dict[str, Any], row: Row, version:
         row: that was asked for.
         version: of the weights.
     """
-    if choice.get("finish_reason") == "abort":
-        return "the request was aborted"
+    if choice.get("finish_reason") in ("abort", "error"):
+        return f"the request ended with {choice['finish_reason']!r}"
     if row.is_adapter:
         model = answer.get("model")
         return "" if model in (None, row.body["model"]) else f"it generated with {model!r}, expected the adapter"
     other = sorted({span["version"] for span in choice.get("weight_versions") or []} - {version})
-    return f"it generated with weights of version {other[0]}, the trainer has {version}" if other else ""
+    if not other:
+        return ""
+    return (
+        f"it generated with weights of version {other[0]}, the trainer has {version}; one address has to be one server"
+        " of this run alone"
+    )
 
 
 def proven_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,18 +15,29 @@ from remax_lightning.config import SamplingConfig
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig, has_adapter
 from remax_lightning.rollout.vllm_broadcast import check_workers
-from remax_lightning.rollout.vllm_client import KEY, MissingError, RefusedError, ServerInfo, VLLMServer
+from remax_lightning.rollout.vllm_client import (
+    KEY,
+    MissingError,
+    RefusedError,
+    ServerGoneError,
+    ServerInfo,
+    VLLMServer,
+)
 from remax_lightning.rollout.vllm_proof import log_probs_mode
 from remax_lightning.rollout.vllm_weights import BACKEND
 from remax_lightning.sharding import unwrap_peft
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_PYTHON = ".venv-vllm/bin/python"
 """Where `make vllm` installs it."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of adapters that vLLM can be started for."""
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""By which models of one name are told apart."""
+_TOKENS_TRIED = 64
+"""Tokens that trainer and server write as text, to compare their tokenizers."""
 
 
 class ServedPolicy(NamedTuple):
@@ -81,9 +93,14 @@ def served_policy(
 
 def source_of(model: PreTrainedModel) -> ModelConfig:
     """Return where a policy comes from that was loaded elsewhere."""
-    adapters: dict[str, Any] = model.peft_config if has_adapter(model) else {}
-    ranks = [adapter.r for adapter in adapters.values()]
-    return ModelConfig(unwrap_peft(model).name_or_path, lora=LoRAConfig(r=max(ranks)) if ranks else None)
+    lora = LoRAConfig(r=_rank_of(model)) if has_adapter(model) else None
+    return ModelConfig(unwrap_peft(model).name_or_path, lora=lora)
+
+
+def _rank_of(model: Any) -> int:
+    """Return the largest rank of a model's adapters, of which single layers may have one of their own."""
+    adapters: dict[str, Any] = model.peft_config
+    return max(max([adapter.r, *(adapter.rank_pattern or {}).values()]) for adapter in adapters.values())
 
 
 def _lora_rank(lora: LoRAConfig) -> int:
@@ -91,7 +108,15 @@ def _lora_rank(lora: LoRAConfig) -> int:
     if lora.path is None:
         return lora.r
     file = Path(lora.path, "adapter_config.json")
-    return int(json.loads(file.read_text())["r"]) if file.is_file() else 64  # of a hub's adapter, most have less
+    if not file.is_file():
+        return 64  # of a hub's adapter, most have less
+    saved = json.loads(file.read_text())
+    return int(max([saved["r"], *(saved.get("rank_pattern") or {}).values()]))
+
+
+def _server_rank(rank: int) -> int:
+    """Return the least of vLLM's largest ranks that holds a rank; above all of them, vLLM says so."""
+    return next((limit for limit in _RANKS if rank <= limit), rank)
 
 
 def computed_dtype(model: Any) -> str:
@@ -117,8 +142,7 @@ def server_arguments(python: str, policy: ServedPolicy, host: str, port: int, ex
     arguments += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     arguments += ["--worker-extension-cls", "remax_vllm_transfer.Extension"]
     if policy.lora_rank is not None:
-        limit = next((limit for limit in _RANKS if policy.lora_rank <= limit), policy.lora_rank)
-        arguments += ["--enable-lora", "--max-lora-rank", str(limit)]
+        arguments += ["--enable-lora", "--max-lora-rank", str(_server_rank(policy.lora_rank))]
     # ---- Token ids in and out; what the trainer decides alone ----
     mode = log_probs_mode(policy.sampling)
     arguments += ["--enable-scale-out", "--generation-config", "vllm"]
@@ -202,18 +226,77 @@ def knows_token(server: VLLMServer, model: str, token: int) -> bool:
     return True
 
 
+def check_tokenizer(server: VLLMServer, info: ServerInfo, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a server that writes other texts for tokens than the run's tokenizer: it looks for stop strings in them.
+
+    Args:
+        server: that is asked.
+        info: what it said of itself.
+        tokenizer: of the run.
+
+    Raises:
+        UserError: if the texts differ in more than spaces.
+        ServerGoneError: if it does not answer.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = sorted(token for token in tokenizer.get_vocab().values() if token not in special)
+    ids = ids[:: max(1, len(ids) // _TOKENS_TRIED)][:_TOKENS_TRIED]
+    path = "/detokenize"
+    try:
+        answer = server.post(path, {"model": info.model, "tokens": ids})
+    except (MissingError, RefusedError):  # it has no tokenizer, or none that it shows
+        return
+    except ServerGoneError as error:
+        if error.status != 500:
+            raise
+        return
+    theirs = "".join(str(server.read(path, answer, "prompt")).split())
+    ours = "".join(str(tokenizer.decode(ids, skip_special_tokens=False)).split())
+    if theirs != ours:
+        first = next((i for i, (one, other) in enumerate(zip(theirs, ours, strict=False)) if one != other), 0)
+        raise UserError(
+            f"{server!r} has another tokenizer than the run: it writes {theirs[first : first + 20]!r} where"
+            f" {tokenizer.name_or_path!r} writes {ours[first : first + 20]!r}; start it with `remax serve`, or with"
+            " --tokenizer"
+        )
+
+
 def _server_info(name: str, card: dict[str, Any], config: dict[str, Any]) -> ServerInfo:
     """Return what the list of models and the configuration of a server say."""
     model_config = config.get("model_config") or {}
-    transfer = config.get("weight_transfer_config") or {}
+    transfer, lora = config.get("weight_transfer_config") or {}, config.get("lora_config")
     return ServerInfo(
         model=name,
         max_model_len=int(card.get("max_model_len") or model_config["max_model_len"]),
         dtype=None if model_config.get("dtype") is None else str(model_config["dtype"]).removeprefix("torch."),
         logprobs_mode=str(model_config.get("logprobs_mode", "raw_logprobs")),
         transfer_backend=transfer.get("backend"),
-        has_lora=config.get("lora_config") is not None,
+        max_lora_rank=None if lora is None else int(lora.get("max_lora_rank", 16)),  # 16 is vLLM's default
         device=str((config.get("device_config") or {}).get("device", "")),
+        sizes=_sizes(model_config.get("hf_text_config") or model_config.get("hf_config") or {}),
+    )
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    """Return sizes in a configuration of transformers, which a server tells as an object or as its text."""
+    if isinstance(config, str):
+        pairs = re.findall(rf'"({"|".join(_SIZES)})": (\d+)', config)
+        return {name: int(value) for name, value in reversed(pairs)}  # the first of a name counts
+    return {name: value for name in _SIZES if isinstance(value := dict(config).get(name), int)}
+
+
+def restarted_otherwise(info: ServerInfo, before: ServerInfo) -> str:
+    """Return in what a server differs from what it was, in words; empty if it will do as before.
+
+    Args:
+        info: what it says of itself now.
+        before: what it said when the run began.
+    """
+    now = info._replace(max_model_len=min(info.max_model_len, before.max_model_len))  # more tokens do no harm
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}, before {old}"
+        for name, value, old in zip(now._fields, now, before, strict=True)
+        if value != old
     )
 
 
@@ -240,8 +323,14 @@ def check_server(
         UserError: naming the server and what it lacks.
         ServerGoneError: if it does not answer.
     """
-    prompt_length = max_prompt_length or 0
-    vocabulary = model.config.get_text_config().vocab_size
+    prompt_length, config = max_prompt_length or 0, model.config.get_text_config()
+    vocabulary = config.vocab_size
+    for name, size in info.sizes.items():
+        if getattr(config, name, size) != size:
+            raise UserError(
+                f"{server!r} serves another model than the policy: {info.model!r} has {name} {size}, the policy"
+                f" {getattr(config, name)}; start it with the folder of model.policy.path"
+            )
     if not knows_token(server, info.model, vocabulary - 1):
         raise UserError(
             f"{server!r} serves {info.model!r} with a smaller vocabulary than the {vocabulary} tokens of the"
@@ -255,11 +344,7 @@ def check_server(
             f" --max-model-len {length}"
         )
     if has_adapter(model):
-        if not info.has_lora:
-            raise UserError(
-                f"{server!r} takes no adapters, and model.policy.lora trains one; start it with `remax serve`, or"
-                " with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-            )
+        _check_adapter(server, info, model)
         if sends_weights:
             raise UserError(
                 f"{KEY}.transfer broadcast sends all weights, and vLLM reads that of model.policy.lora from files;"
@@ -277,4 +362,17 @@ def check_server(
         raise UserError(
             f"{server!r} returns {info.logprobs_mode}, and model.sampling trains {mode.replace('_', ' ')}; start it"
             f" with --logprobs-mode {mode}"
+        )
+
+
+def _check_adapter(server: VLLMServer, info: ServerInfo, model: Any) -> None:
+    if info.max_lora_rank is None:
+        raise UserError(
+            f"{server!r} takes no adapters, and model.policy.lora trains one; start it with `remax serve`, or"
+            " with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        )
+    if (rank := _rank_of(model)) > info.max_lora_rank:
+        raise UserError(
+            f"{server!r} takes adapters of rank {info.max_lora_rank} at most, and model.policy.lora has {rank}; start"
+            f" it with `remax serve`, or with --max-lora-rank {_server_rank(rank)}"
         )

@@ -7,14 +7,11 @@ current version stay until the next one is written, so that any rank can bring a
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import os
-import shutil
 import socket
-import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -22,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_lightning.distributed import agree_on_errors, num_ranks, rank
+from remax_lightning.distributed import agree_on_errors, gather_objects, num_ranks, rank
 from remax_lightning.errors import UserError
-from remax_lightning.files import is_disk_error
-from remax_lightning.models.hf_export import policy_weights, save_weights
 from remax_lightning.models.lora import has_adapter
 from remax_lightning.rollout.vllm_broadcast import FileTransfer, held_version
 from remax_lightning.rollout.vllm_client import KEY, MissingError, ServerGoneError, ServerInfo, VLLMServer
+from remax_lightning.rollout.vllm_files import WeightFiles
 from remax_lightning.rollout.vllm_requests import Flight
 from remax_lightning.sharding import full_tensors
 
@@ -37,7 +33,6 @@ if TYPE_CHECKING:
 
 BACKEND = "remax"
 """Name of the transfer engine that `remax serve` registers with vLLM."""
-_OWNER = "owner"
 _UNFINISHED = "unfinished"
 """Version of a server whose weights are of no version."""
 _LOOKS_EVERY = 0.5
@@ -64,87 +59,6 @@ def weight_version(model: PreTrainedModel) -> str:
         value = int(torch.hash_tensor(tensor.detach()).view(torch.int64))
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {value}".encode())
     return digest.hexdigest()[:16]
-
-
-class WeightFiles:
-    """The weights of one version in a folder that trainer and servers see.
-
-    Args:
-        root: the folder; one folder is made in it for a version.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._written: Path | None = None
-        # Shared memory outlives the process.
-        atexit.register(self.remove)
-
-    def folder(self, version: str) -> Path:
-        """Return the folder of a version."""
-        return self.root / version
-
-    def is_complete(self, version: str) -> bool:
-        """Whether the weights of a version are written."""
-        return self.folder(version).is_dir()
-
-    def write(self, model: PreTrainedModel, version: str, dtype: torch.dtype | None, *, is_writer: bool) -> int:
-        """Write the weights of a version in place of the last one, and return their bytes; 0 on other ranks.
-
-        Args:
-            model: the policy; all ranks have to call this where it is sharded.
-            version: of its weights.
-            dtype: of the files; None writes weights as they are.
-            is_writer: whether this rank writes.
-
-        Raises:
-            UserError: if the folder cannot be written.
-        """
-        weights = policy_weights(model, keep=is_writer, merge_adapter=False)
-        if not is_writer:
-            return 0
-        if self.is_complete(version):
-            self._written = self.folder(version)
-            return _bytes_of(self.folder(version))
-        temporary = self.root / f".{version}-{os.getpid()}"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
-            self.remove()  # first, so that memory never holds two versions
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            # First, so that the next run removes what a killed one has left.
-            (temporary / _OWNER).write_text(f"{socket.gethostname()} {os.getpid()}")
-            save_weights(model, weights, temporary, dtype)
-            temporary.rename(self.folder(version))  # a version is there whole or not at all
-        except Exception as error:
-            if not (isinstance(error, OSError) or is_disk_error(error)):
-                raise
-            raise UserError(
-                f"{KEY}.transfer_dir: the weights cannot be written to {str(self.root)!r}: {error}; set it to a folder"
-                " with room for them that trainer and servers see"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a failed write: shared memory stays taken otherwise
-        self._written = self.folder(version)
-        return _bytes_of(self._written)
-
-    def remove(self) -> None:
-        """Remove what this process has written."""
-        if self._written is not None:
-            shutil.rmtree(self._written, ignore_errors=True)
-            self._written = None
-
-    def _remove_stale(self) -> None:
-        """Remove what processes of this machine have left that are no more."""
-        for owner in self.root.glob(f"*/{_OWNER}"):
-            with suppress(OSError, ValueError):
-                host, process = owner.read_text().split()
-                if host == socket.gethostname() and not Path(f"/proc/{int(process)}").exists():
-                    shutil.rmtree(owner.parent, ignore_errors=True)
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # ---- Loading ----
@@ -252,28 +166,6 @@ def _load_adapter(server: VLLMServer, version: str, folder: str) -> None:
                 server.post("/v1/unload_lora_adapter", {"lora_name": other})
 
 
-def wait_for_files(files: WeightFiles, version: str, seconds: float) -> None:
-    """Wait until another rank has written a version.
-
-    Raises:
-        UserError: if it does not within `seconds`.
-    """
-    end = time.monotonic() + seconds
-    while not files.is_complete(version):
-        if time.monotonic() >= end:
-            raise UserError(
-                f"{KEY}.transfer_dir: no rank has written the weights of version {version} to {str(files.root)!r}"
-                f" within {seconds:g} s; every rank and server has to see this folder, and all ranks the same weights"
-            )
-        time.sleep(0.1)
-
-
-def default_folder() -> Path:
-    """Return a folder in the machine's shared memory, where there is one."""
-    shared = Path("/dev/shm")
-    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"remax-lightning-{os.getuid()}"
-
-
 def same_dtype(model: PreTrainedModel, info: Mapping[str, ServerInfo]) -> torch.dtype | None:
     """Return the dtype that all servers have, for files of no more bytes than they keep; None for the weights' own."""
     names = {item.dtype for item in info.values()}
@@ -294,6 +186,10 @@ class WeightSync:
         files: where the weights of a version are.
         transfer: how they get from there to the servers.
         timeout: seconds that loading them may take.
+        on_each_node: whether the first rank of every machine writes files, for servers that see only those of theirs;
+            otherwise rank 0 alone does.
+        inspect: is called with a server that has weights of which this object knows nothing, because it restarted or
+            somebody else has changed them, before it loads some.
         check: is called with a server that has loaded weights, to compare them with the files; None compares nothing.
     """
 
@@ -303,10 +199,17 @@ class WeightSync:
         files: WeightFiles,
         transfer: FileTransfer,
         timeout: float,
+        on_each_node: bool,
+        inspect: Callable[[VLLMServer], None],
         check: Callable[[VLLMServer, WeightFiles, str], None] | None,
     ) -> None:
-        self.servers, self.files, self._transfer, self._timeout, self._check = servers, files, transfer, timeout, check
+        self.servers, self.files, self._transfer, self._timeout = servers, files, transfer, timeout
+        self._on_each_node, self._inspect, self._check = on_each_node, inspect, check
+        self._is_writer: bool | None = None  # until the first update
         self.version, self.num_versions, self.num_bytes = "", 0, 0
+        self.num_restarts = 0
+        """Of servers, as far as this rank has noticed; the reader sets it back."""
+        self._seen: dict[str, str] = {}  # the version that a server had when it was looked at last, by URL
         self._writing = threading.Lock()
         self._watcher: threading.Thread | None = None
 
@@ -328,8 +231,12 @@ class WeightSync:
         if is_new:
             with agree_on_errors():
                 drain()
+            if self._is_writer is None:
+                hosts = gather_objects(socket.gethostname()) if self._on_each_node else [""] * num_ranks()
+                self._is_writer = hosts.index(hosts[rank()]) == rank()
             with agree_on_errors(), self._writing:  # in place of waiting for files that rank 0 will never write
-                self.num_bytes = self.files.write(model, version, None if is_adapter else dtype, is_writer=rank() == 0)
+                dtype = None if is_adapter else dtype
+                self.num_bytes = self.files.write(model, version, dtype, is_writer=self._is_writer)
                 self.version, self.num_versions = version, self.num_versions + 1
 
         def load(server: VLLMServer, stop: threading.Event) -> None:
@@ -340,7 +247,7 @@ class WeightSync:
             if rank() == 0 or not self._transfer.sends:
                 Flight(self.servers, load, self.servers, len(self.servers)).wait("servers that load weights")
         if self._transfer.sends and rank() == 0 and num_ranks() > 1 and self._watcher is None:
-            self._watcher = threading.Thread(target=self._watch, daemon=True, name="vllm-watcher")
+            self._watcher = threading.Thread(target=watch, args=(weakref.ref(self),), daemon=True, name="vllm-watcher")
             self._watcher.start()
         return is_new
 
@@ -351,39 +258,73 @@ class WeightSync:
             UserError: if it cannot load them.
             ServerGoneError: if it does not answer.
         """
-        import fcntl  # POSIX, as vLLM is
-
-        version, files = self.version, self.files
-        if has_version(server, version, is_adapter=is_adapter):
+        version = self.version
+        if self._has(server, is_adapter=is_adapter) or not self._waits_for_turn(server, is_adapter=is_adapter):
             return
-        if self._transfer.sends and rank() != 0:
-            self._wait_for_sender(server, version)
-            return
-        wait_for_files(files, version, self._timeout)
         # One rank at a time; the next one finds the server up to date.
-        with (files.root / f".{server.url.partition('://')[2].replace('/', '_')}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if has_version(server, version, is_adapter=is_adapter):
+        with self.files.locked(server.url.partition("://")[2]):
+            if self._has(server, is_adapter=is_adapter):
                 return
-            load_version(server, files, version, self._transfer, is_adapter=is_adapter)
+            if not self._is_known(server, is_adapter=is_adapter):
+                self.num_restarts += server.url in self._seen
+                self._inspect(server)
+            load_version(server, self.files, version, self._transfer, is_adapter=is_adapter)
+            self._seen[server.url] = version
             if self._check is not None and not is_adapter:
-                self._check(server, files, version)
+                self._check(server, self.files, version)
 
-    def _wait_for_sender(self, server: VLLMServer, version: str) -> None:
+    def _has(self, server: VLLMServer, *, is_adapter: bool) -> bool:
+        """Whether a server has the current weights."""
+        is_there = has_version(server, self.version, is_adapter=is_adapter)
+        if is_there:
+            self._seen[server.url] = self.version
+        return is_there
+
+    def _is_known(self, server: VLLMServer, *, is_adapter: bool) -> bool:
+        """Whether a server has the weights that it had when it was looked at last."""
+        seen = self._seen.get(server.url)
+        return seen is not None and has_version(server, seen, is_adapter=is_adapter)
+
+    def _waits_for_turn(self, server: VLLMServer, *, is_adapter: bool) -> bool:
+        """Wait until this rank can bring a server up to date, and return True, or another one has.
+
+        Where rank 0 sends the weights, no other rank can; and a rank that does not see the files yet waits for them.
+        """
+        sender_only = self._transfer.sends and rank() != 0
         end = time.monotonic() + self._timeout
-        while not has_version(server, version, is_adapter=False):
+        while sender_only or not self.files.is_complete(self.version):
             if time.monotonic() >= end:
-                raise UserError(
-                    f"{server!r} has other weights than version {version}, and rank 0 has not sent them to it within"
-                    f" {self._timeout:g} s ({KEY}.transfer_timeout)"
-                )
+                break
             time.sleep(_LOOKS_EVERY)
+            if self._has(server, is_adapter=is_adapter):
+                return False
+        else:
+            return True
+        if sender_only:
+            raise UserError(
+                f"{server!r} has other weights than version {self.version}, and rank 0 has not sent them to it within"
+                f" {self._timeout:g} s ({KEY}.transfer_timeout)"
+            )
+        raise UserError(
+            f"{KEY}.transfer_dir: no rank has written the weights of version {self.version} to"
+            f" {str(self.files.root)!r} within {self._timeout:g} s; every rank and server has to see this folder, and"
+            " all ranks the same weights"
+        )
 
-    def _watch(self) -> None:
-        """Send weights to servers that restarted: other ranks notice, and rank 0 may have all of its responses."""
-        while True:
-            time.sleep(_LOOKS_EVERY)
-            for server in self.servers:
-                # One that is gone is looked at again; what cannot be loaded is told by the ranks that wait for it.
-                with self._writing, suppress(UserError, MissingError, ServerGoneError, OSError):
-                    self.bring_up_to_date(server, is_adapter=False)
+    def look_after_servers(self) -> None:
+        """Bring servers up to date that restarted, as far as they are there."""
+        for server in self.servers:
+            # One that is gone is looked at again; what cannot be loaded is told by the ranks that wait for it.
+            with self._writing, suppress(UserError, MissingError, ServerGoneError, OSError):
+                self.bring_up_to_date(server, is_adapter=False)
+
+
+def watch(reference: weakref.ref[WeightSync]) -> None:
+    """Send weights to servers that restarted: other ranks notice, and rank 0 may have all of its responses."""
+    while True:
+        time.sleep(_LOOKS_EVERY)
+        sync = reference()
+        if sync is None:  # its run has ended
+            return
+        sync.look_after_servers()
+        del sync

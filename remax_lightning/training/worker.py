@@ -169,6 +169,9 @@ class RolloutWorker:
         check = getattr(self.engine, "check", None)
         if check is not None:
             check(model, self.sampling, max_prompt_length, source, tokenizer)
+        check_tokenizer = getattr(self.engine, "check_tokenizer", None)
+        if check_tokenizer is not None:
+            check_tokenizer(self.tokenizer)
 
     def roll_out(
         self,

@@ -10,6 +10,7 @@ import json
 import ssl
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,11 +42,20 @@ class FakeVLLM:
     logprobs_mode = "raw_logprobs"
     backend: str | None = "remax"
     has_lora = False
+    max_lora_rank = 16
     dev_mode = True
     scale_out = True
     seconds = 0.0
     """That a response takes besides its model's."""
+    delays: tuple[float, ...] = ()
+    """Seconds that responses take besides, in the order of their requests, again and again."""
+    drips = 0.0
+    """Seconds in which it sends spaces, one after the other, before a response."""
     vocab_size: int | None = None
+    sizes: Mapping[str, int] = MappingProxyType({})
+    """What it says of its model's sizes in place of the truth."""
+    writes: Callable[[str], str] | None = None
+    """Changes the texts of its tokenizer."""
     workers: Mapping[str, Any] = MappingProxyType({"device": "cpu", "nccl": None})
     """What its workers say of themselves."""
     refuses_files = False
@@ -65,6 +75,8 @@ class FakeVLLM:
     """Two weights that change places when they are loaded."""
     statuses: dict[str, list[int]]
     """By path, statuses of the next answers."""
+    ends: list[tuple[str, int]]
+    """Reasons for which the next responses end, and their tokens."""
     blank: str | None = None
     """Path that answers with an empty object."""
     tls: ssl.SSLContext | None = None
@@ -83,6 +95,7 @@ class FakeVLLM:
         self.start = {name: value.clone() for name, value in self.base.state_dict().items()}
         self.adapters: dict[str, Any] = {}
         self.statuses, self.requests, self.paths, self.dead = {}, [], [], False
+        self.ends = []
         self.versions: list[str] = []  # that generated, by request
         self.restarts = self.accepted = self.answered = 0
         self.at_once = self.most_at_once = 0
@@ -145,10 +158,7 @@ class FakeVLLM:
                     self.connection.close()
                     return
                 content = b"" if answer is None else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                server.send(self, path, status, content)
                 if path == GENERATE:
                     with server.lock:
                         server.answered += 1
@@ -157,6 +167,20 @@ class FakeVLLM:
                 pass
 
         return Handler
+
+    def send(self, handler: BaseHTTPRequestHandler, path: str, status: int, content: bytes) -> None:
+        """Send an answer."""
+        spaces = round(self.drips / 0.01) if path == GENERATE else 0
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content) + spaces))
+        if 300 <= status < 400:
+            handler.send_header("Location", "http://elsewhere.invalid/")
+        handler.end_headers()
+        with suppress(OSError):  # the client has given up
+            for _ in range(spaces):
+                handler.wfile.write(b" ")
+                threading.Event().wait(0.01)
+            handler.wfile.write(content)
 
     def answer(self, path: str, body: Any, headers: Any) -> tuple[int, Any]:
         """Return status and content."""
@@ -176,6 +200,7 @@ class FakeVLLM:
             "/health": lambda _: (200, None),
             "/version": lambda _: (200, {"version": "0.32.0"}),
             "/v1/models": self._models,
+            "/detokenize": self._detokenize,
             "/inference/v1/generate": self._generate,
         }
         if self.dev_mode:
@@ -206,14 +231,20 @@ class FakeVLLM:
         adapters = [{"id": name, "root": name, "parent": "policy"} for name in self.adapters]
         return 200, {"object": "list", "data": [base, *adapters]}
 
+    def _detokenize(self, body: Any) -> tuple[int, Any]:
+        text = self.tokenizer.decode(body["tokens"], skip_special_tokens=False)
+        return 200, {"prompt": text if self.writes is None else self.writes(text)}
+
     def _info(self, _: Any) -> tuple[int, Any]:
+        names = ("vocab_size", "hidden_size", "num_hidden_layers")
         config: dict[str, Any] = {
             "model_config": {
                 "dtype": "torch.float32",
                 "max_model_len": self.max_model_len,
                 "logprobs_mode": self.logprobs_mode,
+                "hf_text_config": {name: getattr(self.base.config, name) for name in names} | dict(self.sizes),
             },
-            "lora_config": {"max_lora_rank": 16} if self.has_lora else None,
+            "lora_config": {"max_lora_rank": self.max_lora_rank} if self.has_lora else None,
             "weight_transfer_config": None if self.backend is None else {"backend": self.backend},
         }
         return 200, {"vllm_config": config}
@@ -318,6 +349,7 @@ class FakeVLLM:
             dies = self.dies_after is not None and self.dies_after < 0
             if not dies:
                 self.accepted += 1
+                number = self.accepted
                 self.versions.append(body.get("model") if body.get("model") in self.adapters else self.version)
                 self.at_once += 1
                 self.most_at_once = max(self.most_at_once, self.at_once)
@@ -335,7 +367,7 @@ class FakeVLLM:
                 return 400, {"error": {"message": "Token id is out of vocabulary"}}
             if self.paused and not wait_until(lambda: not self.paused, 5.0):  # the real one answers never
                 return 500, {"error": {"message": "it is paused"}}
-            threading.Event().wait(self.seconds)
+            self._wait(number)
             if self.accepted > 1:
                 wait_until(lambda: self.most_at_once >= self.gathers)
             model = self.base if name == "policy" else self.adapters[name]
@@ -345,8 +377,22 @@ class FakeVLLM:
         finally:
             with self.lock:
                 self.at_once -= 1
+        self._cut(choice)
         choice |= {"index": 0, "weight_versions": [{"version": version, "start": 0, "end": len(choice["token_ids"])}]}
         return 200, {"request_id": "1", "model": name, "choices": [choice]}
+
+    def _wait(self, number: int) -> None:
+        threading.Event().wait(self.seconds + (self.delays[number % len(self.delays)] if self.delays else 0.0))
+
+    def _cut(self, choice: dict[str, Any]) -> None:
+        """End a response as `ends` says, if it does."""
+        with self.lock:
+            if not self.ends:
+                return
+            choice["finish_reason"], count = self.ends.pop(0)
+        choice["token_ids"] = choice["token_ids"][:count]
+        if choice["logprobs"] is not None:
+            choice["logprobs"]["content"] = choice["logprobs"]["content"][:count]
 
     def _die(self) -> tuple[int, Any]:
         """Die once the requests before have their answers, however slow the machine is."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.vllm_real import PYTHON
 from real.fetch import FetchError, fetch
 from real.published import TEMPLATES
 
@@ -60,3 +63,46 @@ def tokenizer_of() -> Callable[[str], Any]:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct: weights in float32, tokenizer, chat template."""
     return part("smollm2")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """Python of the environment with vLLM. Continuous integration has one."""
+    if not PYTHON.exists():
+        what = f"there is no {PYTHON}: `make vllm` installs it, with a network"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+    return str(PYTHON)
+
+
+@pytest.fixture
+def tiny(smollm2: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that saves a random policy of some family with SmolLM2's tokenizer, with heads as vLLM takes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def save(family: str, **options: Any) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, **heads, **ids, **options)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+        return tmp_path / family
+
+    return save
+
+
+@pytest.fixture(autouse=True)
+def freed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free what runs with vLLM leave behind: policies in cycles with their trainers, and checkpoints, gigabytes each.
+
+    The suite lets Python search for cycles so rarely that those of ten runs would come together.
+    """
+    yield
+    if request.node.get_closest_marker("vllm") is None:
+        return
+    gc.collect()
+    if "tmp_path" in request.fixturenames:
+        for checkpoint in request.getfixturevalue("tmp_path").rglob("*.ckpt"):
+            checkpoint.unlink()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import ipaddress
 import signal
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,15 +147,12 @@ def test_a_server_gets_weights_once_for_each_version(model: Any, serve: Any, tmp
     assert [path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [weight_version(model)]
 
 
-def test_the_files_go_when_the_run_ends(
-    model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_exit: list[Callable[[], None]] = []
-    monkeypatch.setattr("atexit.register", at_exit.append)
-    engine_for(tmp_path, serve()).generate(model, request_for())
+def test_the_files_go_with_the_engine(model: Any, serve: Any, tmp_path: Path) -> None:
+    engine = engine_for(tmp_path, serve())
+    engine.generate(model, request_for())
     assert [path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [weight_version(model)]
-    for call in at_exit:
-        call()
+    del engine
+    gc.collect()
     assert not [path for path in (tmp_path / "weights").iterdir() if path.is_dir()]
 
 
@@ -452,6 +450,12 @@ def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any,
         ({"backend": "nccl"}, {}, "takes weights by nccl, expected remax"),
         ({"backend": None}, {}, "takes weights by nothing"),
         ({"vocab_size": 50}, {}, "a smaller vocabulary than the 96 tokens of the"),
+        (
+            {"sizes": {"vocab_size": 32000}},
+            {},
+            "another model .* 'policy' has vocab_size 32000, the policy 96; start it",
+        ),
+        ({"sizes": {"num_hidden_layers": 28}}, {}, "another model than the policy: .* num_hidden_layers 28"),
         ({"max_model_len": 10}, {}, r"takes 10 tokens, and prompts of 5 .* have 11; start it with --max-model-len 11"),
         ({}, {"served_model": "other"}, "serves 'policy', not .*served_model 'other'"),
         ({"key": "secret"}, {}, "asks for a key; name the environment variable"),
@@ -575,6 +579,8 @@ def test_a_key_comes_from_the_environment(
     [
         ([], "urls must be a list of at least one URL"),
         (["node7:8000"], "urls must begin with http:// or https:// and a host, got 'node7:8000'"),
+        (["http://me:secret@node7:8000"], "urls must hold no name or password, .* at node7; .*api_key_env"),
+        (["http://node7:8000", "http://node7:8000"], "urls must be different servers"),
     ],
 )
 def test_urls_that_are_none_are_refused(urls: list[str], message: str) -> None:

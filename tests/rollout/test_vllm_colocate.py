@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import stat
@@ -163,6 +164,18 @@ def living(group: int) -> list[str]:
         with suppress(OSError):
             stats.append(path.read_text().rpartition(")")[2].split())
     return [stat[0] for stat in stats if stat[2] == str(group) and stat[0] != "Z"]
+
+
+def test_the_server_ends_with_the_engine(loaded: Any, model: Any, tmp_path: Path) -> None:
+    """Not only with the process: a second run in it would have the memory of two."""
+    engine = colocated(tmp_path, "exec sleep 100")
+    with FakeVLLM(loaded, make_tokenizer(), port=int(engine.servers[0].url.rpartition(":")[2])):
+        engine.check(model, request_for().sampling, 5)
+    group = engine.process.pid
+    assert living(group)
+    del engine
+    gc.collect()
+    assert not living(group)
 
 
 def test_an_end_leaves_neither_process_nor_log(tmp_path: Path) -> None:
