@@ -206,6 +206,20 @@ def save_weights(
     shell.save_pretrained(folder, state_dict=weights)
 
 
+def published_weights(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of a whole policy under the names of published checkpoints, tied ones once.
+
+    They are the policy's own, but for layers that are stored otherwise than they are run, such as experts.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights: dict[int, tuple[str, Tensor]] = {}
+    for name, value in policy.state_dict(keep_vars=True).items():
+        weights.setdefault(id(value), (name, value.detach()))
+    published: dict[str, Tensor] = revert_weight_conversion(policy, dict(weights.values()))
+    return published
+
+
 def _save_adapter(policy: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
     # A PEFT wrapper may hold a second, frozen adapter: the initial one.
     chosen = {"selected_adapters": [policy.active_adapter]} if is_peft_wrapper(policy) else {}

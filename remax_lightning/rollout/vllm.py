@@ -18,7 +18,7 @@ from remax_lightning.distributed import agree_on_errors, gather_objects
 from remax_lightning.errors import UserError, above, at_least, check_ranges
 from remax_lightning.models import ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
-from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer
+from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer, SharedMemory
 from remax_lightning.rollout.vllm_client import (
     KEY,
     ClientOptions,
@@ -64,8 +64,9 @@ log = logging.getLogger(__name__)
 
 VLLMMode: TypeAlias = Literal["server", "colocate"]
 """Who starts the servers: somebody else, or the engine."""
-VLLMTransfer: TypeAlias = Literal["files", "broadcast"]
-"""How servers get weights: they read them in a folder, or the trainer sends them."""
+VLLMTransfer: TypeAlias = Literal["files", "broadcast", "ipc"]
+"""How servers get weights: they read them in a folder, or the trainer sends them, or shows them in its memory."""
+_WAYS = {"files": FileTransfer, "broadcast": Broadcast, "ipc": SharedMemory}
 
 
 class VLLMEngine:
@@ -103,7 +104,9 @@ class VLLMEngine:
         server_args: with `colocate`, further arguments of `vllm serve`, such as `[--gpu-memory-utilization, "0.5"]`.
         transfer: `files` lets the servers read the weights in `transfer_dir`. `broadcast` sends them from rank 0 to the
             workers of the servers, over NCCL between GPUs (not run on one yet) and over gloo between CPUs, for servers
-            on machines without a disk in common; it is for whole policies, since vLLM reads adapters from files.
+            on machines without a disk in common; it is for whole policies, since vLLM reads adapters from files. `ipc`,
+            with `colocate`, lets the server read them on the device that it shares, by CUDA IPC (not run on a GPU yet),
+            without a copy of them on the host; adapters and policies that a strategy shards still travel in files.
 
     Raises:
         UserError: if a value is out of its range.
@@ -137,7 +140,8 @@ class VLLMEngine:
         checks = (
             ("mode", mode, mode in get_args(VLLMMode), f"one of {', '.join(get_args(VLLMMode))}"),
             ("transfer", transfer, transfer in get_args(VLLMTransfer), f"one of {', '.join(get_args(VLLMTransfer))}"),
-            ("transfer", transfer, is_server or transfer == "files", "files with mode colocate: it is one machine"),
+            ("transfer", transfer, is_server or transfer != "broadcast", "files or ipc with mode colocate"),
+            ("transfer", transfer, not is_server or transfer != "ipc", "files or broadcast without mode colocate"),
             ("urls", urls, bool(urls) is is_server, expected_urls),
             ("urls", urls, len(set(urls or [])) == len(urls or []), "different servers"),
             ("server_args", server_args, server_args is None or not is_server, "null without mode colocate"),
@@ -157,9 +161,9 @@ class VLLMEngine:
         """The server of this rank, with mode `colocate` and once `check` has started it."""
         self.served_model, self.options, self.ahead, self.proof = served_model, options, ahead, proof
         files = WeightFiles(Path(transfer_dir) if transfer_dir else default_folder())
-        way = Broadcast() if transfer == "broadcast" else FileTransfer()
+        self._way = _WAYS[transfer]()
         check = self._check_weights if proof.checksums else None
-        self._sync = WeightSync(self.servers, files, way, transfer_timeout, not is_server, self._inspect, check)
+        self._sync = WeightSync(self.servers, files, self._way, transfer_timeout, not is_server, self._inspect, check)
         self._infos: dict[str, ServerInfo] = {}
         self._rollouts = 0
         self._metrics: dict[str, float] = {}
@@ -423,7 +427,8 @@ class VLLMEngine:
     # ---- Proof ----
 
     def _check_weights(self, server: VLLMServer, files: WeightFiles, version: str) -> None:
-        result = compare_checksums(server, files.folder(version), self._infos[server.url])
+        weights = self._way.weights()
+        result = compare_checksums(server, files.folder(version), weights, self._infos[server.url])
         if result.different:
             raise UserError(
                 f"{server!r} says that it has the weights of version {version}, but {len(result.different)} of"

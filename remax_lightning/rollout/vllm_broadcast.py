@@ -1,6 +1,6 @@
-"""How weights get from the files of a version into a vLLM server: it reads them, or the trainer sends them to it.
+"""How weights get into a vLLM server: it reads files or memory of the trainer, or the trainer sends them to it.
 
-Both go through vLLM's phases of an update, in `vllm_weights`; here is what differs. What is sent travels in a process
+All go through vLLM's phases of an update, in `vllm_weights`; here is what differs. What is sent travels in a process
 group of rank 0 of the trainer and the workers of one server. There is one for each server, so that one that dies takes
 no other with it.
 """
@@ -13,22 +13,34 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.models.hf_export import published_weights
+from remax_lightning.models.lora import has_adapter
 from remax_lightning.rollout.vllm_client import KEY, ServerGoneError, VLLMServer
 from remax_lightning.rollout.vllm_plugin.remax_vllm_group import (
     SENDER,
+    SharedBuffer,
     WeightGroup,
     address_towards,
     libraries,
     make_store,
     read_folder,
 )
+from remax_lightning.strategies import forward_is_collective
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_BUFFER = 256 * 2**20
+"""Bytes of memory that trainer and worker share; a larger tensor gets as many as it has."""
+_ALIGNED = 512
+"""Bytes of which the place of a tensor in it is a multiple."""
 _SECONDS_TO_END = 5.0
 """For a thread whose connections are closed to end."""
 
@@ -40,6 +52,14 @@ class FileTransfer:
     """Whether rank 0 has to send the weights, and no other rank can."""
     device = torch.device("cpu")
     """Of the policy."""
+
+    def hold(self, model: PreTrainedModel, dtype: torch.dtype | None) -> int | None:  # noqa: ARG002
+        """Take the weights of a policy from itself, and return their bytes; None where files have to hold them."""
+        return None
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Return the weights that are taken from the policy itself; None for those in files."""
+        return None
 
     def connect(self, server: VLLMServer) -> None:
         """Prepare a server for `deliver`."""
@@ -184,6 +204,87 @@ class Broadcast(FileTransfer):
         group = self._groups.pop(server.url, None)
         if group is not None:
             group.abort()
+
+
+class SharedMemory(FileTransfer):
+    """Lets the server on the trainer's own device read whole weights there, a few tensors at a time: by CUDA IPC.
+
+    On a CPU the memory is a file that both map. An adapter, and a policy that a strategy shards, travel in files. CUDA
+    IPC was not run on a GPU yet.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[PreTrainedModel, torch.dtype | None] | None = None
+
+    def hold(self, model: PreTrainedModel, dtype: torch.dtype | None) -> int | None:
+        """Return the bytes of the weights; see `FileTransfer.hold`."""
+        if has_adapter(model) or forward_is_collective(model):
+            self._held = None
+            return None
+        self._held = model, dtype
+        return sum(value.numel() * (dtype or value.dtype).itemsize for value in model.parameters())
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Return the weights by the names of published checkpoints."""
+        return None if self._held is None else published_weights(self._held[0])
+
+    def deliver(self, server: VLLMServer, folder: Path) -> None:
+        """Show the server the weights, a bufferful at a time; raises as `FileTransfer.deliver`."""
+        weights = self.weights()
+        if weights is None:
+            super().deliver(server, folder)
+            return
+        assert self._held is not None
+        parts = _bufferfuls(weights, self._held[1])
+        try:
+            buffer = SharedBuffer(max(part[-1].stop for part in parts), self.device)
+        except OSError as error:
+            raise UserError(
+                f"{KEY}.transfer ipc: the memory of this machine has no room for a part of the weights ({error}); set"
+                " it to files, and transfer_dir to a folder on a disk"
+            ) from error
+        for number, part in enumerate(parts, 1):
+            for name, dtype, start, stop in part:
+                buffer.values[start:stop].view(dtype).view(weights[name].shape).copy_(weights[name])  # which casts
+            places = [[name, str(dtype).removeprefix("torch."), list(weights[name].shape), start]
+                      for name, dtype, start, _ in part]  # fmt: skip
+            info = {"shared": buffer.facts(), "places": places, "is_last": number == len(parts)}
+            self.update(server, info, "the weights in shared memory")
+
+
+class _Place(NamedTuple):
+    """Where a tensor is in the shared memory.
+
+    Args:
+        name: of the tensor.
+        dtype: that it has there.
+        start: its first byte.
+        stop: the byte behind it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+def _bufferfuls(weights: dict[str, Tensor], dtype: torch.dtype | None) -> list[list[_Place]]:
+    """Return places of weights in parts of at most `_BUFFER` bytes, or of one tensor.
+
+    Args:
+        weights: by name.
+        dtype: that the server computes in; None leaves the weights as they are.
+    """
+    parts: list[list[_Place]] = [[]]
+    for name, value in weights.items():
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        size = value.numel() * kind.itemsize
+        start = -(-parts[-1][-1].stop // _ALIGNED) * _ALIGNED if parts[-1] else 0
+        if start and start + size > _BUFFER:
+            start = 0
+            parts.append([])
+        parts[-1].append(_Place(name, kind, start, start + size))
+    return parts
 
 
 def check_workers(server: VLLMServer, device: torch.device) -> None:

@@ -114,6 +114,7 @@ class WeightFiles:
 
         path = self.root / f".{name.replace('/', '_')}.lock"
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             lock = path.open("w")
         except OSError as error:
             raise self._no_locks(error) from error

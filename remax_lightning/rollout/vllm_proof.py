@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -299,12 +300,20 @@ class ChecksumResult(NamedTuple):
     different: list[str]
 
 
-def compare_checksums(server: VLLMServer, folder: Path, info: ServerInfo) -> ChecksumResult:
-    """Compare SHA-256 of the weights that a server computes with, and of the files in a folder.
+def compare_checksums(
+    server: VLLMServer, folder: Path, weights: dict[str, Tensor] | None, info: ServerInfo
+) -> ChecksumResult:
+    """Compare SHA-256 of the weights that a server computes with, and of those that it was given.
 
-    Compared are the tensors whose values follow from the files: those of the same name, and stacks of attention and
+    Compared are the tensors whose values follow from the weights: those of the same name, and stacks of attention and
     feed-forward weights. A server that shards (tensor parallelism) has none to compare; on a CPU vLLM packs the weights
     of linear layers, so that embeddings and norms are left.
+
+    Args:
+        server: that is asked.
+        folder: whose files have the weights, where `weights` is None.
+        weights: by the names of published checkpoints.
+        info: what the server said of itself.
     """
     path = "/weight_checker"
     answer = server.post(path, {"action": "checksum"}, server.options.transfer_timeout)
@@ -317,24 +326,32 @@ def compare_checksums(server: VLLMServer, folder: Path, info: ServerInfo) -> Che
         if not is_packed:
             theirs[name.replace(".base_layer.", ".")] = digest
     dtype = getattr(torch, info.dtype) if info.dtype is not None else None
-    ours = dict(_digests(folder, dtype, set(theirs)))
+    stored = _stored(folder) if weights is None else {name: partial(value.cpu) for name, value in weights.items()}
+    ours = dict(_digests(stored, dtype, set(theirs)))
     different = [name for name, digests in ours.items() if theirs[name] not in digests]
     return ChecksumResult(len(ours), different)
 
 
-def _digests(folder: Path, dtype: torch.dtype | None, names: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the names of a server's tensors with the SHA-256 that they may have."""
+def _stored(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return what reads each tensor in the files of a folder."""
     from safetensors import safe_open
 
-    stored: dict[str, Any] = {}
+    stored: dict[str, Callable[[], Tensor]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        opened = safe_open(file, "pt")
-        stored |= dict.fromkeys(opened.keys(), opened)  # type: ignore[no-untyped-call]
+        opened: Any = safe_open(file, "pt")
+        stored |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 - no dictionary
+    return stored
+
+
+def _digests(
+    stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None, names: set[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the names of a server's tensors with the SHA-256 that they may have."""
     for name in sorted(names):
         parts = _parts(name)
         if not all(part in stored for part in parts):
             continue
-        tensors = [stored[part].get_tensor(part) for part in parts]
+        tensors = [stored[part]() for part in parts]
         yield name, _possible_digests(tensors, dtype)
 
 

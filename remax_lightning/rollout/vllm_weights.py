@@ -206,6 +206,7 @@ class WeightSync:
         self.servers, self.files, self._transfer, self._timeout = servers, files, transfer, timeout
         self._on_each_node, self._inspect, self._check = on_each_node, inspect, check
         self._is_writer: bool | None = None  # until the first update
+        self._needs_files = True
         self.version, self.num_versions, self.num_bytes = "", 0, 0
         self.num_restarts = 0
         """Of servers, as far as this rank has noticed; the reader sets it back."""
@@ -236,7 +237,9 @@ class WeightSync:
                 self._is_writer = hosts.index(hosts[rank()]) == rank()
             with agree_on_errors(), self._writing:  # in place of waiting for files that rank 0 will never write
                 dtype = None if is_adapter else dtype
-                self.num_bytes = self.files.write(model, version, dtype, is_writer=self._is_writer)
+                held = self._transfer.hold(model, dtype)
+                self._needs_files = held is None
+                self.num_bytes = held or self.files.write(model, version, dtype, is_writer=self._is_writer)
                 self.version, self.num_versions = version, self.num_versions + 1
 
         def load(server: VLLMServer, stop: threading.Event) -> None:
@@ -292,7 +295,7 @@ class WeightSync:
         """
         sender_only = self._transfer.sends and rank() != 0
         end = time.monotonic() + self._timeout
-        while sender_only or not self.files.is_complete(self.version):
+        while sender_only or (self._needs_files and not self.files.is_complete(self.version)):
             if time.monotonic() >= end:
                 break
             time.sleep(_LOOKS_EVERY)

@@ -6,9 +6,11 @@ import argparse
 import os
 import shlex
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from remax_lightning.cli_run import computes_in_bfloat16, run
 from remax_lightning.errors import UserError
@@ -73,8 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=DEFAULT_PYTHON,
         help=f"of the environment that vLLM is installed in (default: {DEFAULT_PYTHON})",
     )
-    parser.add_argument("--host", help="address to listen at (default: that of model.rollout's first URL)")
-    parser.add_argument("--port", type=int, help="port to listen at (default: that of model.rollout's first URL)")
+    which = "model.rollout's URL on this machine, or else its first one"
+    parser.add_argument("--host", help=f"address to listen at (default: that of {which})")
+    parser.add_argument("--port", type=int, help=f"port to listen at (default: that of {which})")
     parser.add_argument("--print", action="store_true", dest="only_print", help="print the command, and do not run it")
     return parser
 
@@ -94,8 +97,8 @@ def serve_command(
     Args:
         config: arguments of `remax fit`.
         python: of the environment with vLLM.
-        host: address; None takes that of the engine's first URL, which another machine than this one has to name.
-        port: None takes that of the engine's first URL.
+        host: address; None takes that of the engine's first URL on this machine, or else of its first one.
+        port: None takes that of the same URL.
         extra: further arguments for vLLM.
 
     Raises:
@@ -106,7 +109,7 @@ def serve_command(
     if not isinstance(module, ReMaxModule):
         raise UserError(f"model: remax serve is for ReMaxModule, got {type(module).__name__}")
     engine = module.engine if isinstance(module.engine, VLLMEngine) else None
-    url = urlsplit(engine.servers[0].url) if engine is not None else None
+    url = None if engine is None else _url_here([server.url for server in engine.servers])
     if engine is not None and engine.mode == "colocate":
         raise UserError("model.rollout.init_args.mode colocate starts its servers itself; leave `remax serve` out")
     source = module.policy_source
@@ -115,6 +118,27 @@ def serve_command(
     host, port = host or ((url and url.hostname) or "127.0.0.1"), port or (url and url.port) or 8000
     environment = server_environment(None if engine is None else engine.options.api_key_env)
     return ServeCommand(server_arguments(python, policy, host, port, extra), environment)
+
+
+def _url_here(urls: Sequence[str]) -> SplitResult:
+    """Return the first URL whose host is this machine; the first one where none is."""
+    parts = [urlsplit(url) for url in urls]
+    if len(parts) == 1:  # it is no mistake to start it elsewhere, behind a forwarded port
+        return parts[0]
+    return next((part for part in parts if _is_here(part.hostname or "")), parts[0])
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address of a host is one of this machine, at which a program can listen."""
+    try:
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in addresses:
+        with suppress(OSError), socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return True
+    return False
 
 
 def _dtype(trainer: Mapping[str, Any], weights: str | None) -> str:

@@ -22,7 +22,7 @@ from helpers.waiting import wait_until
 from torch import Tensor
 
 from remax_lightning.rollout import GenerationRequest, SamplingConfig, VLLMEngine
-from remax_lightning.rollout.vllm_plugin.remax_vllm_group import WeightGroup, make_store, read_folder
+from remax_lightning.rollout.vllm_plugin.remax_vllm_group import WeightGroup, make_store, read_folder, read_shared
 
 GENERATE = "/inference/v1/generate"
 
@@ -43,6 +43,8 @@ class FakeVLLM:
     backend: str | None = "remax"
     has_lora = False
     max_lora_rank = 16
+    dtype = "float32"
+    """That it says it computes in."""
     dev_mode = True
     scale_out = True
     seconds = 0.0
@@ -70,6 +72,8 @@ class FakeVLLM:
     """Factor of the temperature that it samples at, and of its log-probs."""
     samples_at = 1.0
     """Factor of the temperature that it samples at; its log-probs are right."""
+    own_top_k = 0
+    """Tokens that it draws from at most; its log-probs are right. 0 draws from all."""
     greedy_is_random = False
     permutes: tuple[str, str] | None = None
     """Two weights that change places when they are loaded."""
@@ -239,7 +243,7 @@ class FakeVLLM:
         names = ("vocab_size", "hidden_size", "num_hidden_layers")
         config: dict[str, Any] = {
             "model_config": {
-                "dtype": "torch.float32",
+                "dtype": f"torch.{self.dtype}",
                 "max_model_len": self.max_model_len,
                 "logprobs_mode": self.logprobs_mode,
                 "hf_text_config": {name: getattr(self.base.config, name) for name in names} | dict(self.sizes),
@@ -290,6 +294,8 @@ class FakeVLLM:
         info = body["update_info"]
         if "folder" in info:
             weights = dict(read_folder(Path(info["folder"])))
+        elif "shared" in info:
+            weights = dict(read_shared(info["shared"], info["places"], torch.device("cpu")))
         else:
             assert self.group is not None
             weights = dict(self.group.receive(info["tensors"]))
@@ -317,7 +323,7 @@ class FakeVLLM:
                 state[name.replace(parts[0], stack)] = torch.cat([state.pop(part) for part in names])
         digests = {
             f"dp0:pp0:pcp0:tp0:{name}": hashlib.sha256(
-                value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+                value.detach().to(getattr(torch, self.dtype)).contiguous().view(-1).view(torch.uint8).numpy()
             ).hexdigest()
             for name, value in state.items()
         }
@@ -427,10 +433,11 @@ class FakeVLLM:
             if not greedy:
                 logits = logits / (parameters["temperature"] * self.temperature)
             logits = _truncated(logits, parameters)
+            drawn = _truncated(logits, {"top_k": self.own_top_k, "top_p": 1.0})
             if greedy and not self.greedy_is_random:
                 token = int(logits.argmax())
             else:
-                probs = (logits / self.samples_at).softmax(-1)
+                probs = (drawn / self.samples_at).softmax(-1)
                 token = int(torch.multinomial(probs, 1, generator=generator))
             ids.append(token)
             processed = logits.log_softmax(-1) if self.logprobs_mode == "processed_logprobs" else raw

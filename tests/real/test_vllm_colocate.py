@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 
 from remax_lightning.config import MismatchConfig
 from remax_lightning.errors import UserError
-from remax_lightning.rollout import GenerationRequest, ProofConfig, SamplingConfig, VLLMEngine
+from remax_lightning.rollout import GenerationRequest, ProofConfig, SamplingConfig, VLLMEngine, vllm_broadcast
 
 pytestmark = pytest.mark.vllm
 
@@ -51,10 +51,13 @@ def test_a_server_of_the_engines_own(
     assert not [stat for stat in stats if stat[2] == str(kill.pid) and stat[0] != "Z"]
 
 
-@pytest.mark.parametrize(("family", "options"), [("qwen3", {"tie_word_embeddings": False}), ("phi3", {})])
+@pytest.mark.parametrize(
+    ("family", "options", "transfer"), [("qwen3", {"tie_word_embeddings": False}, "ipc"), ("phi3", {}, "files")]
+)
 def test_weights_of_other_families_reach_the_server(
     family: str,
     options: dict[str, Any],
+    transfer: Any,
     vllm_python: str,
     tiny: Callable[..., Path],
     tmp_path: Path,
@@ -64,10 +67,12 @@ def test_weights_of_other_families_reach_the_server(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(vllm_broadcast, "_BUFFER", 2**20)
     model = AutoModelForCausalLM.from_pretrained(tiny(family, **options), dtype=torch.float32).eval()
     engine = VLLMEngine(
         mode="colocate", python=vllm_python, transfer_dir=str(tmp_path / "weights"), restart_timeout=180.0,
         server_args=["--enforce-eager", "--max-num-seqs", "16"], proof=ProofConfig(every=1),
+        transfer=transfer,
     )  # fmt: skip
     ids = torch.randint(1000, 40000, (4, 8), generator=torch.Generator().manual_seed(0))
     for seed in range(2):

@@ -339,8 +339,12 @@ def test_log_probs_find_what_checksums_would(fault: str, model: Any, serve: Any,
         engine.generate(model, request_for(num_samples=2))
 
 
-def test_samples_of_another_temperature_are_noticed_by_their_likelihood(model: Any, serve: Any, tmp_path: Path) -> None:
-    engine = engine_for(tmp_path, serve(samples_at=0.3), proof=ProofConfig(responses=100))
+@pytest.mark.parametrize("fault", [{"samples_at": 0.3}, {"own_top_k": 8}], ids=["temperature", "truncated"])
+def test_samples_of_another_distribution_are_noticed_by_their_likelihood(
+    fault: dict[str, Any], model: Any, serve: Any, tmp_path: Path
+) -> None:
+    """The log-probs that come with them are right."""
+    engine = engine_for(tmp_path, serve(**fault), proof=ProofConfig(responses=100))
     with pytest.raises(UserError, match="more likely than draws of the policy"):
         engine.generate(model, request_for(num_samples=8, eos_ids=[2]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import stat
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from peft import LoraConfig, get_peft_model
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
-from remax_lightning.rollout import VLLMEngine
+from remax_lightning.rollout import VLLMEngine, vllm_broadcast
+from remax_lightning.rollout.vllm_plugin.remax_vllm_group import SharedBuffer, open_shared
 from remax_lightning.rollout.vllm_process import ServerProcess
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -51,8 +54,8 @@ def started(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[VLLMEng
     """A function that returns an engine whose child only sleeps, and what answers at the child's port."""
     engines: list[tuple[VLLMEngine, FakeVLLM]] = []
 
-    def start(**faults: Any) -> tuple[VLLMEngine, FakeVLLM]:
-        engine = colocated(tmp_path, "exec sleep 100")
+    def start(transfer: str = "files", **faults: Any) -> tuple[VLLMEngine, FakeVLLM]:
+        engine = colocated(tmp_path, "exec sleep 100", transfer=transfer)
         port = int(engine.servers[0].url.rpartition(":")[2])
         engines.append((engine, FakeVLLM(loaded, make_tokenizer(), port=port, **faults).__enter__()))
         return engines[-1]
@@ -114,6 +117,58 @@ def test_a_server_that_is_killed_is_started_again(started: Any, model: Any, tmp_
     output = engine.generate(model, request_for())
     assert torch.equal(output.sampled_ids, expected.sampled_ids)
     assert children(engine, tmp_path) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_server_reads_whole_weights_in_the_trainers_memory(
+    dtype: torch.dtype, started: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_broadcast, "_BUFFER", 20_000)  # of 96 * 32 * 4 bytes and more for a tensor
+    engine, server = started("ipc", dtype=str(dtype).removeprefix("torch."))
+    for _ in range(2):
+        shake(model, 0.02)
+        engine.generate(model, request_for())
+        for held, value in zip(server.base.parameters(), model.parameters(), strict=True):
+            assert torch.equal(held, value.to(dtype).float())
+        assert 2 * server.paths.count("/finish_weight_update") < server.paths.count("/update_weights")
+    assert engine.metrics()["rollout/weight_sync_bytes"] == sum(
+        value.numel() * dtype.itemsize for value in model.parameters()
+    )
+    assert not list(tmp_path.glob("weights/*/*.safetensors"))
+    # ---- A server that comes back gets them anew, in the middle of a rollout ----
+    if dtype == torch.float32:
+        expected = engine.generate(model, request_for(seed=3))
+        server.dies_after, server.on_death = 3, server.restart
+        assert torch.equal(engine.generate(model, request_for(seed=3)).sampled_ids, expected.sampled_ids)
+
+
+def test_weights_in_memory_are_proven_by_their_checksums(started: Any, model: Any) -> None:
+    names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    engine, _ = started("ipc", permutes=names)
+    with pytest.raises(UserError, match=r"2 of \d+ tensors are others: model.layers.0.mlp.gate_up_proj.weight"):
+        engine.generate(model, request_for())
+
+
+def test_an_adapter_travels_in_files_also_where_memory_is_shared(started: Any, model: Any) -> None:
+    engine, server = started("ipc", has_lora=True)
+    engine.generate(get_peft_model(model, LORA), request_for())
+    assert len(server.adapters) == 1
+    assert "/update_weights" not in server.paths
+
+
+def test_handles_of_cuda_memory_are_plain_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU goes: what torch hands over for another process arrives there, with the device as it calls it."""
+    sent = (torch.Tensor, (8,), (1,), 2, torch.storage.TypedStorage, torch.uint8, 5, b"handle", 16, 4, False,
+            b"counter", 3, b"event", True)  # fmt: skip
+    received: list[Any] = []
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_tensor", lambda _: (None, sent))
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_cuda_tensor", lambda *given: received.extend(given))
+    buffer: Any = object.__new__(SharedBuffer)
+    buffer.device, buffer.values, buffer._file = torch.device("cuda", 5), torch.zeros(8, dtype=torch.uint8), None
+    open_shared(json.loads(json.dumps(buffer.facts())), torch.device("cuda", 0))
+    assert received == [*sent[:6], 0, *sent[7:]]
 
 
 def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(model: Any, tmp_path: Path) -> None:
@@ -196,8 +251,9 @@ def test_an_end_leaves_neither_process_nor_log(tmp_path: Path) -> None:
         ({"ahead": 1}, "ahead must be 0 with mode colocate"),
         ({"mode": "server", "urls": ["http://localhost:1"], "server_args": []}, "server_args must be null without"),
         ({"mode": "both"}, "mode must be one of server, colocate, got both"),
-        ({"transfer": "broadcast"}, "transfer must be files with mode colocate"),
-        ({"transfer": "nccl"}, "transfer must be one of files, broadcast, got nccl"),
+        ({"transfer": "broadcast"}, "transfer must be files or ipc with mode colocate"),
+        ({"mode": "server", "urls": ["http://localhost:1"], "transfer": "ipc"}, "files or broadcast without mode"),
+        ({"transfer": "nccl"}, "transfer must be one of files, broadcast, ipc, got nccl"),
         ({"server_args": ["--gpu-memory-utilization", "40"]}, "gpu-memory-utilization must be above 0 .* got '40'"),
         ({"server_args": ["--gpu_memory_utilization=x"]}, "gpu-memory-utilization must be above 0 .* got 'x'"),
     ],

@@ -66,6 +66,14 @@ def test_the_server_is_started_as_the_engine_wants_it(config: Any, policy_path: 
         assert Path(environment["PYTHONPATH"].split(":")[0], f"{module}.py").is_file()
 
 
+def test_each_machine_serves_at_its_own_url(config: Any) -> None:
+    """192.0.2.1 belongs to documentation, so to no machine."""
+    urls = ["http://192.0.2.1:8001", "http://127.0.0.1:8002", "http://127.0.0.1:8003"]
+    rollout = {"class_path": "VLLMEngine", "init_args": {"urls": urls}}
+    arguments, _ = serve_command(config(rollout=rollout), "python3", None, None, [])
+    assert (value(arguments, "--host"), value(arguments, "--port")) == ("127.0.0.1", "8002")
+
+
 def test_an_adapter_and_a_key(config: Any, monkeypatch: pytest.MonkeyPatch, policy_path: Path) -> None:
     monkeypatch.setenv("SERVE_KEY", "secret")
     engine = {"class_path": "VLLMEngine", "init_args": {**ENGINE["init_args"], "api_key_env": "SERVE_KEY"}}

@@ -1,4 +1,4 @@
-"""What the trainer and the workers of a vLLM server share: files of weights, and a process group that sends them.
+"""What the trainer and the workers of a vLLM server share: files of weights, memory, and a process group.
 
 The trainer imports this module from its package; in the server's environment it is on the path of `remax serve`, and
 needs torch and safetensors alone. So both sides run the same code: NCCL between CUDA devices, gloo between CPUs.
@@ -6,7 +6,10 @@ needs torch and safetensors alone. So both sides run the same code: NCCL between
 
 from __future__ import annotations
 
+import base64
+import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +38,87 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dictionary
                 yield name, opened.get_tensor(name)
+
+
+# ---- Memory of the device that both are on ----
+
+
+class SharedBuffer:
+    """Memory that a worker on the same device reads: by CUDA IPC, or a file in the machine's memory on a CPU.
+
+    Args:
+        size: bytes.
+        device: of the trainer.
+
+    Raises:
+        OSError: if the machine's memory has no room.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.device, self._file = device, None
+        if device.type == "cuda":
+            self.values = torch.empty(size, dtype=torch.uint8, device=device)  # [size]
+            return
+        folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        self._file = tempfile.NamedTemporaryFile(prefix="remax-weights-", dir=folder)  # noqa: SIM115
+        os.posix_fallocate(self._file.fileno(), 0, size)  # without room, a write to it would be a SIGBUS
+        self.values = torch.from_file(self._file.name, shared=True, size=size, dtype=torch.uint8)  # [size]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `open_shared` needs, as plain values, once all that was written to it is there."""
+        if self._file is not None:
+            return {"path": self._file.name, "size": len(self.values)}
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.current_stream(self.device).synchronize()
+        # What torch hands to `rebuild_cuda_tensor`; classes, sizes and the device are known there.
+        _, arguments = reduce_tensor(self.values)
+        offset, handle, size, start, counter, counter_offset, event, syncs = (
+            arguments[index] for index in (3, 7, 8, 9, 11, 12, 13, 14)
+        )
+        names = {"handle": handle, "counter": counter, "event": event}
+        encoded = {name: base64.b64encode(value).decode() for name, value in names.items()}
+        numbers = {"offset": offset, "bytes": size, "start": start, "counter_offset": counter_offset, "syncs": syncs}
+        return {"size": len(self.values), **encoded, **numbers}
+
+
+def open_shared(facts: dict[str, Any], device: torch.device) -> Tensor:
+    """Return the `[size]` bytes of a `SharedBuffer` of another process.
+
+    Args:
+        facts: of the buffer.
+        device: as this process calls it.
+    """
+    if "path" in facts:
+        return torch.from_file(facts["path"], shared=True, size=facts["size"], dtype=torch.uint8)
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    handle, counter, event = (base64.b64decode(facts[name]) for name in ("handle", "counter", "event"))
+    values: Tensor = rebuild_cuda_tensor(
+        Tensor, (facts["size"],), (1,), facts["offset"], torch.storage.TypedStorage, torch.uint8, device.index or 0,
+        handle, facts["bytes"], facts["start"], False, counter, facts["counter_offset"], event, facts["syncs"],
+    )  # fmt: skip
+    return values
+
+
+def read_shared(facts: dict[str, Any], places: list[list[Any]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield copies of the tensors in a `SharedBuffer`, which the trainer fills again.
+
+    Args:
+        facts: of the buffer.
+        places: name, dtype, shape and first byte of each tensor.
+        device: as this process calls it.
+    """
+    values = open_shared(facts, device)
+    for name, dtype, shape, start in places:
+        kind = getattr(torch, dtype)
+        size = torch.Size(shape).numel() * kind.itemsize
+        yield name, values[start : start + size].view(kind).view(shape).clone()
+    if device.type == "cuda":  # the trainer fills it again once this is answered
+        torch.cuda.synchronize(device)
+
+
+# ---- A process group ----
 
 
 def libraries(device: torch.device) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Runs inside a vLLM server: a transfer engine that loads the policy's weights from files or from the trainer.
+"""Runs inside a vLLM server: a transfer engine that loads the policy's weights from files, memory or the trainer.
 
 `remax serve` puts this folder on the server's path and names `Extension` as the extension of its workers, so that each
 of them imports this module before it loads its model. It needs vLLM, torch and safetensors alone, since the server's
@@ -60,30 +60,49 @@ class UpdateInfo:
     Args:
         folder: holds `*.safetensors` with the names of published checkpoints; empty where the trainer sends them.
         tensors: name, dtype and shape of what is sent, in its order.
+        shared: memory of the trainer that has some of the weights; empty without it.
+        places: name, dtype, shape and first byte of these.
+        is_last: whether these are the last weights.
     """
 
     folder: str = ""
     tensors: list[list[Any]] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    places: list[list[Any]] = field(default_factory=list)
+    is_last: bool = True
 
 
-def load_all(model: Any, weights: Iterator[tuple[str, Tensor]], names: set[str]) -> None:
-    """Load all weights of a vLLM model, as vLLM loads a checkpoint.
+def load_some(model: Any, weights: Iterator[tuple[str, Tensor]], missing: set[str]) -> set[str]:
+    """Load weights of a vLLM model, as vLLM loads a checkpoint, and return the names that are still missing.
 
     Args:
         model: that is updated.
         weights: by the names of published checkpoints.
-        names: of the model's parameters.
-
-    Raises:
-        ValueError: if a weight of the model is not among them.
+        missing: names of the model's parameters that are not loaded yet.
     """
     loaded = model.load_weights(weights)
     for _ in weights:  # what the model has no use for; the trainer sends it all the same
         pass
     # Some models do not say what they have loaded.
-    missing = sorted(names - set(loaded)) if loaded is not None else []
-    if missing:
-        raise ValueError(f"the trainer has no weights for {', '.join(missing[:3])}")
+    return missing - set(loaded) if loaded is not None else set()
+
+
+def weights_of(info: UpdateInfo, group: WeightGroup | None, device: Any) -> Iterator[tuple[str, Tensor]]:
+    """Return the weights that an update has, by name.
+
+    Args:
+        info: of the update.
+        group: with the trainer, if there is one.
+        device: of the worker.
+    """
+    from remax_vllm_group import read_folder, read_shared
+
+    if info.folder:
+        return read_folder(Path(info.folder))
+    if info.shared:
+        return read_shared(info.shared, info.places, device)
+    assert group is not None, "the trainer sends weights without a group"
+    return group.receive(info.tensors)
 
 
 def pack_shared_heads(model: Any) -> None:
@@ -100,7 +119,7 @@ def pack_shared_heads(model: Any) -> None:
 
 def register() -> None:
     """Register the engine with vLLM, once in each process."""
-    from remax_vllm_group import WeightGroup, address_towards, make_store, read_folder
+    from remax_vllm_group import WeightGroup, address_towards, make_store
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -127,16 +146,15 @@ def register() -> None:
         def start_weight_update(self) -> None:
             """Prepare the layers for weights as a checkpoint has them."""
             # Before, since tied weights are one parameter until then.
-            self.names = {name for name, _ in self.model.named_parameters()}
+            self.missing = {name for name, _ in self.model.named_parameters()}
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            """Load the files, or what the trainer sends now."""
-            if update_info.folder:
-                load_all(self.model, read_folder(Path(update_info.folder)), self.names)
-            else:
-                assert self.group is not None, "the trainer sends weights without a group"
-                load_all(self.model, self.group.receive(update_info.tensors), self.names)
+            """Load the files, what is in the trainer's memory, or what it sends now."""
+            weights = weights_of(update_info, self.group, self.device)
+            self.missing = load_some(self.model, weights, self.missing)
+            if self.missing and update_info.is_last:
+                raise ValueError(f"the trainer has no weights for {', '.join(sorted(self.missing)[:3])}")
 
         def finish_weight_update(self) -> None:
             """Process the layers for the kernels, as after loading a checkpoint."""
