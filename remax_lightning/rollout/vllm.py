@@ -143,7 +143,6 @@ class VLLMEngine:
             ("transfer", transfer, is_server or transfer != "broadcast", "files or ipc with mode colocate"),
             ("transfer", transfer, not is_server or transfer != "ipc", "files or broadcast without mode colocate"),
             ("urls", urls, bool(urls) is is_server, expected_urls),
-            ("urls", urls, len(set(urls or [])) == len(urls or []), "different servers"),
             ("server_args", server_args, server_args is None or not is_server, "null without mode colocate"),
             ("ahead", ahead, is_server or ahead == 0, "0 with mode colocate, whose server sleeps during training"),
         )
@@ -155,6 +154,8 @@ class VLLMEngine:
         options = ClientOptions(timeout, transfer_timeout, restart_timeout, concurrency, retries, api_key_env, ca_file)
         urls = urls or [f"http://127.0.0.1:{free_port()}"]
         self.servers = [VLLMServer(url, options) for url in urls]
+        if len({server.url for server in self.servers}) < len(urls):
+            raise UserError(f"{KEY}.urls must be different servers, got {', '.join(urls)}")
         self.mode, self.transfer, self._python, self.server_args = mode, transfer, python, server_args or []
         memory_share(self.server_args)  # refuses what is none
         self.process: ServerProcess | None = None

@@ -240,6 +240,7 @@ def output_of(request: GenerationRequest, choices: Sequence[dict[str, Any]]) -> 
     stopped_at = torch.zeros(len(choices), dtype=torch.long)  # [N]
     for index, choice in enumerate(choices):
         tokens = _tokens(choice, length)
+        _check_end(choice, request)
         ids[index, : len(tokens)] = torch.tensor(tokens)
         # A string that ended the response; ids are numbers.
         if isinstance(choice.get("stop_reason"), str):
@@ -315,6 +316,18 @@ def _tokens(choice: dict[str, Any], limit: int) -> list[int]:
     if reason not in ("stop", "length") or not 0 < len(tokens) <= limit:
         raise UserError(f"model.rollout: vLLM ended a response of {len(tokens)} tokens with {reason!r}")
     return tokens
+
+
+def _check_end(choice: dict[str, Any], request: GenerationRequest) -> None:
+    """Refuse a response that ended where none does here: its padding would be trained on."""
+    tokens, stop = choice["token_ids"], choice.get("stop_reason")
+    is_end = tokens[-1] in request.eos_ids or (isinstance(stop, str) and request.stop_check is not None)
+    if choice["finish_reason"] == "stop" and not is_end:
+        raise UserError(
+            f"model.rollout: vLLM ended a response of {len(tokens)} tokens by {stop!r} behind token {tokens[-1]}, and"
+            f" only {', '.join(map(str, request.eos_ids)) or 'no token'} and model.sampling.stop_strings end one; start"
+            " the servers with `remax serve`, or with --generation-config vllm"
+        )
 
 
 def log_probs_of(choice: dict[str, Any]) -> list[float]:

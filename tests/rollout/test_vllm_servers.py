@@ -50,6 +50,16 @@ def test_a_response_that_the_server_cut_ends_the_run(model: Any, serve: Any, tmp
         engine.generate(model, request_for(eos_ids=[2]))
 
 
+def test_a_response_that_ends_where_none_does_ends_the_run(model: Any, serve: Any, tmp_path: Path) -> None:
+    """A server may have ends of its own; what pads the row behind would be trained on."""
+    server = serve()
+    engine = engine_for(tmp_path, server)
+    engine.check(model, request_for().sampling, 5)
+    server.ends = [("stop", 2)] * 8
+    with pytest.raises(UserError, match=r"ended a response of 2 tokens by None behind token \d+, and only 2 and .*end"):
+        engine.generate(model, request_for(eos_ids=[2]))
+
+
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_a_response_that_the_server_gave_up_is_asked_for_again(
     reason: str, model: Any, serve: Any, tmp_path: Path
