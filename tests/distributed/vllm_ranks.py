@@ -54,7 +54,7 @@ def colocate(python: str, policy: str, folder: Path) -> None:
     own.mkdir(parents=True)
     arguments = ["--enforce-eager", "--max-num-seqs", "16"]
     engine = VLLMEngine(
-        mode="colocate", python=python, transfer_dir=str(folder / "weights"), restart_timeout=400, server_args=arguments
+        mode="colocate", python=python, transfer_dir=str(folder / "weights"), restart_timeout=600, server_args=arguments
     )
     module = remax_module(
         ModelConfig(policy, dtype="float32"),

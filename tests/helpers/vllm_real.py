@@ -67,7 +67,7 @@ class Server:
         self.process.wait()
 
     def engine(self, folder: Path, **options: Any) -> VLLMEngine:
-        return VLLMEngine([self.url], transfer_dir=str(folder / "weights"), **({"restart_timeout": 180.0} | options))
+        return VLLMEngine([self.url], transfer_dir=str(folder / "weights"), **({"restart_timeout": 600.0} | options))
 
 
 class Rollouts(Callback):

@@ -99,10 +99,10 @@ def freed(request: pytest.FixtureRequest) -> Iterator[None]:
 
     The suite lets Python search for cycles so rarely that those of ten runs would come together.
     """
+    is_vllm = request.node.get_closest_marker("vllm") is not None
+    folder: Path | None = request.getfixturevalue("tmp_path") if is_vllm else None
     yield
-    if request.node.get_closest_marker("vllm") is None:
-        return
-    gc.collect()
-    if "tmp_path" in request.fixturenames:
-        for checkpoint in request.getfixturevalue("tmp_path").rglob("*.ckpt"):
+    if folder is not None:
+        gc.collect()
+        for checkpoint in folder.rglob("*.ckpt"):
             checkpoint.unlink()

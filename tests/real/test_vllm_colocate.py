@@ -30,7 +30,7 @@ def test_a_server_of_the_engines_own(
     """It is killed in the run, and gone behind it."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments = ["--enforce-eager", "--max-num-seqs", "64"]
-    options = {"transfer_dir": str(tmp_path / "weights"), "restart_timeout": 180.0, "server_args": arguments}
+    options = {"transfer_dir": str(tmp_path / "weights"), "restart_timeout": 600.0, "server_args": arguments}
     engine = VLLMEngine(mode="colocate", python=vllm_python, **options)
 
     class Kill(Callback):
@@ -70,7 +70,7 @@ def test_weights_of_other_families_reach_the_server(
     monkeypatch.setattr(vllm_broadcast, "_BUFFER", 2**20)
     model = AutoModelForCausalLM.from_pretrained(tiny(family, **options), dtype=torch.float32).eval()
     engine = VLLMEngine(
-        mode="colocate", python=vllm_python, transfer_dir=str(tmp_path / "weights"), restart_timeout=180.0,
+        mode="colocate", python=vllm_python, transfer_dir=str(tmp_path / "weights"), restart_timeout=600.0,
         server_args=["--enforce-eager", "--max-num-seqs", "16"], proof=ProofConfig(every=1),
         transfer=transfer,
     )  # fmt: skip

@@ -251,8 +251,9 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    gone, files = WeightFiles(tmp_path / "gone"), WeightFiles(tmp_path)
-    with pytest.raises(UserError, match=r"transfer_dir: .*No such file"), gone.locked("a"):
+    (tmp_path / "file").touch()
+    none, files = WeightFiles(tmp_path / "file"), WeightFiles(tmp_path)
+    with pytest.raises(UserError, match=r"transfer_dir: .*File exists"), none.locked("a"):
         pass
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(UserError, match=r"transfer_dir: .*No locks available; set it to"), files.locked("a"):
@@ -296,10 +297,9 @@ def test_who_sends_weights_anew_ends_with_the_run(serve: Any, tmp_path: Path, mo
     server = serve()
     engine = engine_for(tmp_path, server)
     sync = sync_for(engine, tmp_path, 0.1)
+    sync.version = "default"  # the server's
     watcher = threading.Thread(target=vllm_weights.watch, args=(weakref.ref(sync),), daemon=True)
     watcher.start()
     assert wait_until(lambda: "/weight_info" in server.paths)
     del sync
-    gc.collect()
-    watcher.join(60)
-    assert not watcher.is_alive()
+    assert wait_until(lambda: gc.collect() >= 0 and not watcher.is_alive())
