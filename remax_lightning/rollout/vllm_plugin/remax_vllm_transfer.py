@@ -97,12 +97,15 @@ def weights_of(info: UpdateInfo, group: WeightGroup | None, device: Any) -> Iter
     """
     from remax_vllm_group import read_folder, read_shared
 
+    weights: Iterator[tuple[str, Tensor]]
     if info.folder:
-        return read_folder(Path(info.folder))
-    if info.shared:
-        return read_shared(info.shared, info.places, device)
-    assert group is not None, "the trainer sends weights without a group"
-    return group.receive(info.tensors)
+        weights = read_folder(Path(info.folder))
+    elif info.shared:
+        weights = read_shared(info.shared, info.places, device)
+    else:
+        assert group is not None, "the trainer sends weights without a group"
+        weights = group.receive(info.tensors)
+    return weights
 
 
 def pack_shared_heads(model: Any) -> None:
