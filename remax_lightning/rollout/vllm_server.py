@@ -100,7 +100,9 @@ def source_of(model: PreTrainedModel) -> ModelConfig:
 def _rank_of(model: Any) -> int:
     """Return the largest rank of a model's adapters, of which single layers may have one of their own."""
     adapters: dict[str, Any] = model.peft_config
-    return max(max([adapter.r, *(adapter.rank_pattern or {}).values()]) for adapter in adapters.values())
+    return max(
+        int(rank) for adapter in adapters.values() for rank in [adapter.r, *(adapter.rank_pattern or {}).values()]
+    )
 
 
 def _lora_rank(lora: LoRAConfig) -> int:
