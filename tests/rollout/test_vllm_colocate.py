@@ -111,6 +111,7 @@ def test_a_server_that_is_killed_is_started_again(started: Any, model: Any, tmp_
 
     def come_back() -> None:
         os.killpg(engine.process.pid, signal.SIGKILL)
+        wait_until(lambda: children(engine, tmp_path) == 2)  # what answers in its place must not come before it
         server.restart()
 
     server.on_death = come_back
