@@ -349,14 +349,25 @@ def test_values_that_cannot_be_are_refused(mistake: str, policy_path: Path, tmp_
     assert fix in str(error.value)
 
 
+def of_a_range(name: str) -> tuple[str, str]:
+    """Return what the command says of a number out of its range, which it tells by its key."""
+    problem, fix = VALUES[name][1:]
+    return problem.replace(" must", ": must"), fix
+
+
 BY_COMMAND: dict[str, tuple[Config, str, str]] = {
-    "by a group of options": ({"model__sampling__temperature": 0}, *VALUES["temperature"][1:]),
-    "by the module": ({"model__kl_coef": -1}, *VALUES["kl_coef"][1:]),
-    "by a class inside the module": (
+    "by the range in a group of options": ({"model__sampling__temperature": 0}, *of_a_range("temperature")),
+    "by a range of the module": ({"model__kl_coef": -1}, *of_a_range("kl_coef")),
+    "by the range in a class inside the module": (
         {"model__lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": -1}}},
-        *VALUES["schedule"][1:],
+        *of_a_range("schedule"),
     ),
-    "by a callback": ({"samples": {"every_n_steps": -1}}, *VALUES["callback"][1:]),
+    "by a range of a callback": ({"samples": {"every_n_steps": -1}}, *of_a_range("callback")),
+    "by a group of options, beside another value": (
+        {"model__kl": {"reference_mixup_alpha": 0.5}},
+        "kl.reference_mixup_alpha must be 1.0 unless model.kl.reference_sync_steps is set",
+        "got 0.5",
+    ),
     "by the data": ({"data__batch_size": 64}, *VALUES["batch larger than the data"][1:]),
     "by the data, of a path that is not there": ({"data__path": ...}, "data.path: missing", "set it in the YAML"),
     "at the start of the run": (

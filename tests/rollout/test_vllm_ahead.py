@@ -159,7 +159,7 @@ def test_ahead_is_refused_where_it_cannot_be_corrected(policy: str, serve: Any, 
         ahead_module(policy, engine, loss=LossConfig())
     with pytest.raises(UserError, match=r"ahead must be 0 with model.advantage.baseline .* only after the rollout"):
         ahead_module(policy, engine, advantage=AdvantageConfig(baseline=Tracker()))
-    with pytest.raises(UserError, match="ahead must be 0 or 1"):
+    with pytest.raises(UserError, match="ahead must be between 0 and 1"):
         VLLMEngine(["http://localhost:1"], ahead=2)
     with pytest.raises(UserError, match="ahead must be 0 where responses are only evaluated, got 1"):
         SFTModule(policy, rollout=engine)
