@@ -168,7 +168,7 @@ class RemaxCLI(LightningCLI):
         """Create trainer, module and data, and resolve `ckpt_path: last`."""
         # ---- A logger without its package would fail with its own long advice ----
         config = self.config[self.subcommand] if self.subcommand else self.config
-        loggers.check_installed(config.get("trainer.logger"))
+        loggers.check_loggers(config.get("trainer.logger"))
         stage.name = "model or data"  # made first, by the parser; the trainer follows
         super().instantiate_classes()
         if isinstance(self.datamodule, data.TextDataModule):

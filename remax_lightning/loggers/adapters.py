@@ -315,11 +315,29 @@ class TrackioAdapter(LoggerAdapter):
         self.logger._run_name = version
 
 
+COMET_OFFLINE = (
+    "trainer.logger: Lightning's CometLogger records nothing with online: false; leave online out, and set the"
+    " environment variable COMET_START_ONLINE=false"
+)
+
+
 class CometAdapter(LoggerAdapter):
-    """Comet, online and offline. An experiment starts with its logger, so `experiment_key` says which to go on with."""
+    """Comet, online and offline. An experiment starts with its logger, so `experiment_key` says which to go on with.
+
+    Raises:
+        UserError: if Lightning has made an experiment that records nothing.
+    """
 
     has_histograms = True
     has_artifacts = True
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        if getattr(logger, "_online", None) is False:  # it then disables the experiment
+            raise UserError(COMET_OFFLINE)
+        # Comet writes an empty prefix as "_train/reward"; it is left of TensorBoard's logger where a configuration
+        # replaces that by Comet's.
+        logger._prefix = logger._prefix or None
 
     def log_table(self, key: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         """Log a table as the asset `KEY_step_N.csv`."""
@@ -358,30 +376,34 @@ def logger_adapters(trainer: Trainer) -> list[LoggerAdapter]:
     return [] if cast("Any", trainer).fast_dev_run else [adapt(logger) for logger in trainer.loggers]
 
 
-def check_installed(config: Any) -> None:
-    """Refuse loggers whose package is not installed.
+def check_loggers(config: Any) -> None:
+    """Refuse loggers whose package is not installed, and those that would record nothing.
 
     Args:
         config: `trainer.logger` of a configuration, in any of its forms.
 
     Raises:
-        UserError: naming the extra that installs it.
+        UserError: naming the extra that installs it, or what to set.
     """
-    for path in _class_paths(config):
+    for path, arguments in _classes(config):
         name = path.rpartition(".")[2]
+        if name == "CometLogger" and arguments.get("online") is False:
+            raise UserError(COMET_OFFLINE)
         package = PACKAGES.get(name)
         if package is not None and find_spec(package) is None:
             raise UserError(f"trainer.logger: {name} needs {package}; pip install 'remax-lightning[loggers]'")
 
 
-def _class_paths(config: Any) -> Iterator[str]:
+def _classes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield class path and arguments of each logger."""
     if isinstance(config, list | tuple):
         for item in config:
-            yield from _class_paths(item)
-    else:
-        path = config.get("class_path") if isinstance(config, Mapping) else getattr(config, "class_path", None)
-        if isinstance(path, str):
-            yield path
+            yield from _classes(item)
+        return
+    parts = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "class_path") else {}
+    arguments = parts.get("init_args") or {}
+    if isinstance(path := parts.get("class_path"), str):
+        yield path, dict(arguments if isinstance(arguments, Mapping) else vars(arguments))
 
 
 def escape_cell(value: object) -> str:

@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from remax_lightning.callbacks import Evaluation, ExportPolicy, SampleDump, TensorBoardReport
 from remax_lightning.errors import UserError
-from remax_lightning.loggers import check_installed, logger_adapters
-from remax_lightning.loggers.adapters import PACKAGES, MLFlowAdapter, adapt
+from remax_lightning.loggers import check_loggers, logger_adapters
+from remax_lightning.loggers.adapters import PACKAGES, CometAdapter, MLFlowAdapter, adapt
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +208,21 @@ def test_a_missing_package_is_told_with_its_extra(name: str, monkeypatch: pytest
         with pytest.raises(
             UserError, match=rf"{name} needs {PACKAGES[name]}; pip install 'remax-lightning\[loggers\]'"
         ):
-            check_installed(form)
+            check_loggers(form)
     for form in (None, True, [], SimpleNamespace(class_path="TensorBoardLogger")):
-        check_installed(form)
+        check_loggers(form)
+
+
+def test_a_comet_that_records_nothing_is_refused() -> None:
+    arguments = {"online": False}
+    for given in (arguments, SimpleNamespace(**arguments)):
+        with pytest.raises(UserError, match="records nothing with online: false.* COMET_START_ONLINE=false"):
+            check_loggers([SimpleNamespace(class_path="CometLogger", init_args=given)])
+    with pytest.raises(UserError, match="records nothing"):
+        CometAdapter(SimpleNamespace(_online=False))
+    logger = SimpleNamespace(_online=None, _prefix="")
+    CometAdapter(logger)
+    assert logger._prefix is None
 
 
 def test_a_dry_run_logs_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.vllm_real import PYTHON
 from real.fetch import FetchError, fetch
 from real.published import TEMPLATES
 
@@ -68,6 +67,8 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def vllm_python() -> str:
     """Python of the environment with vLLM. Continuous integration has one."""
+    from helpers.vllm_real import PYTHON  # imports the command line, which tests of a GPU do without
+
     if not PYTHON.exists():
         what = f"there is no {PYTHON}: `make vllm` installs it, with a network"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from helpers.cli import changed, in_folder, small_config, write_config
 from helpers.training import save_policy
 
 from remax_lightning.cli_run import run
+from remax_lightning.errors import UserError
 from remax_lightning.run_folder import run_folder
 from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.report.run import read_run
 
 pytestmark = pytest.mark.slow(4)
 
-EXTRA: dict[str, Any] = {"wandb": {"offline": True}, "comet": {"online": False}}
+EXTRA: dict[str, Any] = {"wandb": {"offline": True}}
 """What the overlay needs to stay on this machine."""
 
 
@@ -33,6 +35,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
     (tmp_path / ".gitignore").write_text("*\n")
     for command in (["init", "-q"], ["add", "-f", ".gitignore"], ["commit", "-q", "-m", "all"]):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
@@ -174,3 +177,15 @@ def test_comet_offline(folder: Path, policy: str) -> None:
     trainer, first = fit(folder, policy, "comet")
     assert first.name == trainer.logger.version
     check_folder(first, [1, 2])
+    trainer.logger.experiment.end()  # or the end of the process
+    [archive] = (folder / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as file:
+        lines = [json.loads(line) for line in file.read("messages.json").splitlines()]
+    messages = [(line["type"], line["payload"]) for line in lines]
+    metrics = [content["metric"] for kind, content in messages if kind == "metric_msg"]
+    assert [metric["step"] for metric in metrics if metric["metricName"] == "train/reward"] == [1, 2]
+    told = json.dumps(messages)
+    assert all(text in told for text in ("max_response_length", commit(folder), "samples_train_step_1.csv"))
+    assert '"fileName": "last/model.safetensors", "groupingName": "policy-last"' in told
+    with pytest.raises(UserError, match="CometLogger records nothing with online: false"):
+        fit(folder, policy, "comet", "--trainer.logger.init_args.online", "false")
