@@ -216,7 +216,7 @@ def test_a_missing_package_is_told_with_its_extra(name: str, monkeypatch: pytest
 def test_a_comet_that_records_nothing_is_refused() -> None:
     arguments = {"online": False}
     for given in (arguments, SimpleNamespace(**arguments)):
-        with pytest.raises(UserError, match="records nothing with online: false.* COMET_START_ONLINE=false"):
+        with pytest.raises(UserError, match=r"records nothing with online: false.* COMET_START_ONLINE=false"):
             check_loggers([SimpleNamespace(class_path="CometLogger", init_args=given)])
     with pytest.raises(UserError, match="records nothing"):
         CometAdapter(SimpleNamespace(_online=False))
