@@ -92,7 +92,6 @@ class ServerInfo(NamedTuple):
         transfer_backend: how it takes weights; None if it takes none.
         max_lora_rank: largest rank of an adapter that it takes; None if it takes none.
         device: that it computes on, such as `cuda` or `cpu`.
-        sizes: of its model, by the names of transformers' configurations, as far as it tells them.
     """
 
     model: str
@@ -102,7 +101,6 @@ class ServerInfo(NamedTuple):
     transfer_backend: str | None
     max_lora_rank: int | None
     device: str
-    sizes: dict[str, int]
 
 
 class VLLMServer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,8 +33,6 @@ DEFAULT_PYTHON = ".venv-vllm/bin/python"
 """Where `make vllm` installs it."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of adapters that vLLM can be started for."""
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
-"""By which models of one name are told apart."""
 _TOKENS_TRIED = 64
 """Tokens that trainer and server write as text, to compare their tokenizers."""
 
@@ -275,16 +272,7 @@ def _server_info(name: str, card: dict[str, Any], config: dict[str, Any]) -> Ser
         transfer_backend=transfer.get("backend"),
         max_lora_rank=None if lora is None else int(lora.get("max_lora_rank", 16)),  # 16 is vLLM's default
         device=str((config.get("device_config") or {}).get("device", "")),
-        sizes=_sizes(model_config.get("hf_text_config") or model_config.get("hf_config") or {}),
     )
-
-
-def _sizes(config: Any) -> dict[str, int]:
-    """Return sizes in a configuration of transformers, which a server tells as an object or as its text."""
-    if isinstance(config, str):
-        pairs = re.findall(rf'"({"|".join(_SIZES)})": (\d+)', config)
-        return {name: int(value) for name, value in reversed(pairs)}  # the first of a name counts
-    return {name: value for name in _SIZES if isinstance(value := dict(config).get(name), int)}
 
 
 def restarted_otherwise(info: ServerInfo, before: ServerInfo) -> str:
@@ -325,14 +313,7 @@ def check_server(
         UserError: naming the server and what it lacks.
         ServerGoneError: if it does not answer.
     """
-    prompt_length, config = max_prompt_length or 0, model.config.get_text_config()
-    vocabulary = config.vocab_size
-    for name, size in info.sizes.items():
-        if getattr(config, name, size) != size:
-            raise UserError(
-                f"{server!r} serves another model than the policy: {info.model!r} has {name} {size}, the policy"
-                f" {getattr(config, name)}; start it with the folder of model.policy.path"
-            )
+    prompt_length, vocabulary = max_prompt_length or 0, model.config.get_text_config().vocab_size
     if not knows_token(server, info.model, vocabulary - 1):
         raise UserError(
             f"{server!r} serves {info.model!r} with a smaller vocabulary than the {vocabulary} tokens of the"

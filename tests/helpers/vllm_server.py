@@ -54,8 +54,6 @@ class FakeVLLM:
     drips = 0.0
     """Seconds in which it sends spaces, one after the other, before a response."""
     vocab_size: int | None = None
-    sizes: Mapping[str, int] = MappingProxyType({})
-    """What it says of its model's sizes in place of the truth."""
     writes: Callable[[str], str] | None = None
     """Changes the texts of its tokenizer."""
     workers: Mapping[str, Any] = MappingProxyType({"device": "cpu", "nccl": None})
@@ -240,13 +238,11 @@ class FakeVLLM:
         return 200, {"prompt": text if self.writes is None else self.writes(text)}
 
     def _info(self, _: Any) -> tuple[int, Any]:
-        names = ("vocab_size", "hidden_size", "num_hidden_layers")
         config: dict[str, Any] = {
             "model_config": {
                 "dtype": f"torch.{self.dtype}",
                 "max_model_len": self.max_model_len,
                 "logprobs_mode": self.logprobs_mode,
-                "hf_text_config": {name: getattr(self.base.config, name) for name in names} | dict(self.sizes),
             },
             "lora_config": {"max_lora_rank": self.max_lora_rank} if self.has_lora else None,
             "weight_transfer_config": None if self.backend is None else {"backend": self.backend},

@@ -97,7 +97,6 @@ def test_a_gateway_may_send_spaces_to_keep_a_connection_open(model: Any, serve: 
 ELSE: dict[str, tuple[dict[str, Any], str]] = {
     "log-probs": ({"logprobs_mode": "processed_logprobs"}, "logprobs mode processed_logprobs, before raw_logprobs"),
     "length": ({"max_model_len": 10}, "max model len 10, before 128"),
-    "model": ({"sizes": {"hidden_size": 4096}}, r"sizes .*'hidden_size': 4096"),
     "transfer": ({"backend": None}, "transfer backend None, before remax"),
 }
 
@@ -285,8 +284,8 @@ def test_nothing_holds_a_policy_behind_its_run(ahead: int | None, policy: str, s
     assert len(fit(module, data, tmp_path, max_steps=2).logged) == 2
     held = [weakref.ref(value) for value in (module, module.policy, module.engine, module.trainer.optimizers[0])]
     del engine, module, data
-    gc.collect()
-    assert [reference() for reference in held] == [None] * 4
+    # Threads that were asking a server end with their request.
+    assert wait_until(lambda: gc.collect() >= 0 and not any(reference() for reference in held))
     assert not (tmp_path / "weights").is_dir() or not [
         path for path in (tmp_path / "weights").iterdir() if path.is_dir()
     ]
