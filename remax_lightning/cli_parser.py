@@ -91,10 +91,12 @@ class RemaxParser(LightningArgumentParser):
                     self.error("\n".join(lines))
             except _ParseExit as end:
                 tip = tip or end.tip
+                located = dict(_located(dict(single(end.mistakes)), check.elements))
                 further = {
                     key: text
-                    for key, text in _located(dict(single(end.mistakes)), check.elements)
+                    for key, text in located.items()
                     if not is_consequence(key, text, mistakes)
+                    and not any(other.startswith(f"{key}.") for other in located)  # of a type that was not meant
                     and not (text.startswith("missing") and key.partition(".")[0] in left_out)
                 }
                 mistakes |= further

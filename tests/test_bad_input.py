@@ -397,6 +397,17 @@ def test_the_command_ends_with_what_is_said_of_a_value(
     assert fix in said
 
 
+@pytest.mark.slow
+def test_a_wrong_key_of_a_logger_in_a_list_is_told_alone(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loggers = [{"class_path": "TensorBoardLogger", "init_args": {"save_dirr": "logs"}}, {"class_path": "CSVLogger"}]
+    config = changed(config, trainer__logger=loggers, model__reward="tests.none.of_a_user")
+    said = message(refused(config, tmp_path, capsys))
+    assert "trainer.logger.0.save_dirr: there is no such key; did you mean save_dir?" in said
+    assert "trainer.logger: " not in said
+
+
 def gpu_is_there() -> bool:
     return torch.cuda.is_available()
 
