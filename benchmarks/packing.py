@@ -49,7 +49,7 @@ from remax_lightning.rollout import (
     decode_loop,
     engines,
 )
-from remax_lightning.rollout.decode_loop import DecodeLoop
+from remax_lightning.rollout.decode_loop import DecodeLoop, smaller_batch
 from remax_lightning.training.experience import plan_micro_batches, response_numbers, row_lengths
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
@@ -168,10 +168,8 @@ def side_by_side(
 
 
 def halved_batch(left: int, size: int, _device: torch.device) -> int:
-    """Return the rows that a batch shrinks to when `left` of them are unfinished."""
-    while left and size > 1 and left <= (size + 1) // 2:
-        size = (size + 1) // 2
-    return size
+    """Return the rows that a batch shrinks to when `left` of them are unfinished, as on CUDA."""
+    return smaller_batch(left, size, torch.device("cuda"))
 
 
 def padded_passes(batches: bool) -> ExitStack:

@@ -91,12 +91,10 @@ class RemaxParser(LightningArgumentParser):
                     self.error("\n".join(lines))
             except _ParseExit as end:
                 tip = tip or end.tip
-                located = dict(_located(dict(single(end.mistakes)), check.elements))
                 further = {
                     key: text
-                    for key, text in located.items()
+                    for key, text in _located(dict(single(end.mistakes)), check.elements).items()
                     if not is_consequence(key, text, mistakes)
-                    and not any(other.startswith(f"{key}.") for other in located)  # of a type that was not meant
                     and not (text.startswith("missing") and key.partition(".")[0] in left_out)
                 }
                 mistakes |= further
@@ -172,15 +170,17 @@ class _ParseExit(SystemExit):
         self.mistakes, self.tip = mistakes, tip
 
 
-def _located(mistakes: Mapping[str, str], elements: Mapping[str, tuple[Any, str]]) -> Iterator[tuple[str, str]]:
-    """Yield mistakes with the keys of the elements that they are in.
+def _located(mistakes: Mapping[str, str], elements: Mapping[str, tuple[Any, str]]) -> dict[str, str]:
+    """Return mistakes with the keys of the elements that they are in.
 
-    jsonargparse names a list or a group of classes, and not which of them is wrong, so each is parsed alone.
+    jsonargparse names a list or a group of classes, and not which of them is wrong, so each is parsed alone. Where a
+    key may have several types, it says of each why it was not met: that of a type that was not meant is left out.
 
     Args:
         mistakes: by the key that jsonargparse names.
         elements: as in `KeyCheck`.
     """
+    located = {}
     for key, text in mistakes.items():
         around = {name: item for name, item in elements.items() if f"{key}.".startswith(f"{name.rpartition('.')[0]}.")}
         places = [
@@ -189,7 +189,8 @@ def _located(mistakes: Mapping[str, str], elements: Mapping[str, tuple[Any, str]
             for inner, said in _mistakes_of_element(value, base).items()
             if said == text
         ]
-        yield places[0] if places else key, text
+        located[places[0] if places else key] = text
+    return {key: text for key, text in located.items() if not any(other.startswith(f"{key}.") for other in located)}
 
 
 def _is_told(line: str, mistakes: Mapping[str, str]) -> bool:
