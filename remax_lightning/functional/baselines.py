@@ -167,8 +167,14 @@ def shrinkage(reward: Tensor, num_samples: int) -> Tensor:
     mean, within = values.mean(1), _mean_of_others(values.var(1))
     others = len(group) - 1
     deviation = mean - mean.mean()
+    squares = deviation.square()
     down = (others + 1) / others
-    between = (deviation.square().sum() - down * deviation.square()).clamp_min(0.0) / (others - 1)
+    between = squares.sum() - down * squares
+    # Where the other prompts' rewards are all alike, both are 0 but for what rounding leaves of one's own, which must
+    # not decide on the share.
+    rounding = 1e-20 * values.square().mean()
+    within = within.where(within > 1e-12 * values.var(1).mean() + rounding, 0.0)
+    between = between.where(between > 1e-12 * squares.sum() + rounding, 0.0) / (others - 1)
     between = (between - within / num_samples).clamp_min(0.0)  # a mean of n samples varies by itself
     v = within / (num_samples - 1)
     share = torch.where(v + between > 0, v / (v + between).clamp_min(torch.finfo(torch.float64).tiny), 0.0)

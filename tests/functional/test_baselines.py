@@ -159,6 +159,28 @@ def test_a_greedy_reward_that_says_all_is_taken() -> None:
     torch.testing.assert_close(calibrated_greedy(reward, 1, reward, ridge=0.0), reward)
 
 
+@pytest.mark.parametrize("base", [0.0, 1.0, 0.1, -3.7, 1e6 + 0.1])
+def test_ones_own_reward_does_not_decide_where_all_others_are_alike(base: float) -> None:
+    # Late in training nearly all rewards of 0 or 1 are 1: spreads of the other prompts are 0 but for rounding.
+    for num_prompts, num_samples in product((3, 4, 7, 12), (2, 3, 4)):
+        shape = num_prompts, num_samples
+        greedy = torch.full((num_prompts,), base, dtype=torch.float64)
+        baselines: dict[str, Callable[[Tensor], Tensor]] = {
+            "batch_mean": batch_mean,
+            "greedy_and_samples": lambda reward, n=num_samples, g=greedy: greedy_and_samples(reward, n, g),  # type: ignore[misc]
+            "calibrated_greedy": lambda reward, n=num_samples, g=greedy: calibrated_greedy(reward, n, g),  # type: ignore[misc]
+            "shrinkage": lambda reward, n=num_samples: shrinkage(reward, n),  # type: ignore[misc]
+        }
+        for siblings in product((base, base + 0.3), repeat=num_samples - 1):
+            for name, baseline in baselines.items():
+                own = []
+                for reward in (base, base + 0.3):
+                    group = torch.full(shape, base, dtype=torch.float64)
+                    group[0] = torch.tensor([reward, *siblings], dtype=torch.float64)
+                    own.append(float(baseline(group.flatten())[0]))
+                assert own[0] == pytest.approx(own[1], rel=1e-9, abs=1e-9), (name, shape, siblings)
+
+
 def test_alike_prompts_are_shrunk_and_different_ones_are_not() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     alike = shrinkage(noise, 2)
