@@ -321,7 +321,7 @@ class StepOutput(TypedDict):
     """`[S, R]` bool, True on the response tokens that the policy was run over: in training without a KL, responses that
     have no advantage are left out."""
     squared_norm: NotRequired[Tensor]
-    """`[S, R]` squared norm of the gradient of each log-prob at its logits, 0 outside the response mask, also of
+    """`[S, R]` squared norm of the gradient of each log-prob at its logits, 0 where tokens are not trained on, also of
     responses that were not run; absent where nobody asks for it (`ReMaxModule.norm_askers`)."""
     times: dict[str, float]
     """Seconds spent in this step by phase: `rollout`, `reward`; 0.0 where the phase did not run."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from remax_lightning.baselines import Auto, Baseline, BaselineInputs, Measuremen
 from remax_lightning.baselines import auto as auto_module
 from remax_lightning.config import AdvantageConfig, LossConfig, SamplingConfig, config_from_dict
 from remax_lightning.errors import UserError
+from remax_lightning.modules import ReMaxModule
+from remax_lightning.training import metrics
 from remax_lightning.training.metrics import TrainingMeter
 
 PROMPTS = 32
@@ -354,6 +358,65 @@ def test_norms_of_all_responses_are_measured_however_they_are_trained(policy: st
     parts = {"data": {"micro_batch_size": 2}, "accumulate_grad_batches": 4}
     (fourth,) = told(policy, tmp_path, Told(share=1.0), **parts).told
     torch.testing.assert_close(fourth.squared_norms, first.squared_norms, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_kl", [True, False])
+def test_seconds_of_training_hold_the_reference_and_not_what_measuring_takes(
+    has_kl: bool, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic))
+
+    class Timed(ReMaxModule):
+        """Passes that need no gradient take 100 seconds, training passes one."""
+
+        def token_statistics(self, rollout: Any, active: Any = None, passes: Any = None, norm: bool = False) -> Any:
+            clock.now += 1 if passes is None else 100
+            return super().token_statistics(rollout, active, passes, norm)
+
+    reference = save_policy(tmp_path / "reference", noise=0.02) if has_kl else None
+    # Without a KL no response has an advantage, and all norms are measured apart.
+    module = Timed(
+        policy,
+        CharacterReward(),
+        reference,
+        sampling=SamplingConfig(max_response_length=6),
+        kl_coef=0.05 if has_kl else 0.0,
+        advantage=AdvantageConfig(baseline=Told(share=1.0)),
+    )
+    with_reference = module.worker.with_reference
+
+    def slow_reference(*arguments: Any) -> Any:
+        clock.now += 10
+        return with_reference(*arguments)
+
+    module.worker.with_reference = slow_reference  # type: ignore[method-assign]
+    fit(module, prompt_data(tmp_path, policy), tmp_path, max_steps=2)
+    (first,) = module.objective.baseline.told  # type: ignore[attr-defined]
+    assert first.training_seconds == (11 if has_kl else 1)
+
+
+def test_responses_that_are_masked_have_no_gradient(policy: str, tmp_path: Path) -> None:
+    """Of `overlong: mask`: a response at the length limit is not trained on, so that no baseline changes its part."""
+    advantage = AdvantageConfig(baseline=Told(share=0.5), overlong="mask")
+    module = remax_module(policy, advantage=advantage, sampling=SamplingConfig(max_response_length=3))
+    recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, max_steps=2)
+    truncated = recorder.outputs[0]["rollout"].sampled.truncated
+    assert 0 < truncated.sum() < len(truncated)
+    (first,) = module.objective.baseline.told  # type: ignore[attr-defined]
+    assert ((first.squared_norms > 0) == ~truncated).all()
+
+
+def test_a_step_that_overflows_does_not_blind_the_comparison() -> None:
+    auto, stream = Auto(["greedy", "batch_mean"], greedy_price=0.2), Stream(lambda _: 0.5)
+    for number in range(16):
+        auto.observe(stream.inputs(number, greedy=True))
+        norms = torch.ones(PROMPTS, dtype=torch.float64)
+        norms[3] = torch.nan if number == 9 else torch.inf if number == 10 else 1.0
+        auto.observe_training(Measurement(norms, 1.0, 1.0))
+    figure = auto.figures["batch_mean"]
+    assert 0.2 < figure.variance[0] < 5
+    assert figure.num_groups == 14 * 8
 
 
 def test_a_run_moves_logs_and_prints_its_baseline(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from helpers.cli import changed, misread, remax_parser, small_config, write_config
-from helpers.training import fit, prompt_data, remax_module, save_policy
+from helpers.training import CharacterReward, fit, prompt_data, remax_module, save_policy
 from torch import Tensor
 
 from remax_lightning.baselines import (
@@ -27,6 +27,7 @@ from remax_lightning.baselines import (
 from remax_lightning.config import AdvantageConfig, LossConfig, config_from_dict
 from remax_lightning.errors import UserError
 from remax_lightning.functional import calibrated_greedy
+from remax_lightning.modules import ReMaxModule
 from remax_lightning.rollout import SamplingConfig
 
 
@@ -213,6 +214,25 @@ def test_each_token_has_its_own_baseline(loss: LossConfig, policy: str, tmp_path
         expected = (weights[others] * rewards[others, None]).sum(0) / weights[others].sum(0)
         difference = (rewards[i] - expected)[masks[i]]
         torch.testing.assert_close(advantages[i][masks[i]].double(), difference, rtol=1e-4, atol=1e-4)
+
+
+def test_an_overflow_skips_a_step_with_a_baseline_of_gradients_as_well(policy: str, tmp_path: Path) -> None:
+    class Overflowing(ReMaxModule):
+        """Its passes over the first rollout return NaN for one response."""
+
+        def token_statistics(self, *arguments: Any, **options: Any) -> Any:
+            stats = super().token_statistics(*arguments, **options)
+            if self.global_step:
+                return stats
+            factor = torch.ones(len(stats.log_probs), 1).index_fill(0, torch.tensor([1]), torch.nan)
+            columns = {name: getattr(stats, name) for name in ("log_probs", "squared_norm")}
+            return stats._replace(**{name: column * factor for name, column in columns.items() if column is not None})
+
+    advantage, sampling = AdvantageConfig(baseline="optimal_per_token"), SamplingConfig(max_response_length=6)
+    module = Overflowing(policy, CharacterReward(), kl_coef=0.0, advantage=advantage, sampling=sampling)
+    with pytest.warns(UserWarning, match="Optimizer step 1 is skipped: its gradient is not finite"):
+        fit(module, prompt_data(tmp_path, policy), tmp_path, max_steps=2)
+    assert module.skipped_steps.total == 1
 
 
 def test_a_baseline_of_gradients_needs_a_pass_of_its_own(policy: str) -> None:

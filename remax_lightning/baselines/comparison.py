@@ -115,7 +115,8 @@ class Comparison:
     def measure(self, measurement: Measurement) -> None:
         """Add what training on the rollout has shown."""
         norms = measurement.squared_norms
-        if norms is not None and self._pending:
+        # A pass that overflows has none; its optimizer step is skipped, and in a sum nothing else would be seen.
+        if norms is not None and self._pending and bool(norms.isfinite().all()):
             num_prompts = len(norms) // self._num_samples
             moments = self._second_moments(norms)  # [S] each
             # [B] -> G groups; of sums and not of means, since ratios of sums are taken

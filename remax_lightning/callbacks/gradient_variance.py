@@ -163,7 +163,7 @@ class GradientVariance(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collect a micro-batch; compare baselines at the end of the optimizer step."""
+        """Collect a micro-batch; compare baselines once the last one of a rollout is trained on."""
         output = rollout_output(outputs)
         if output is None or (self._comparison is None and self._auto is None):
             return
@@ -171,15 +171,19 @@ class GradientVariance(Callback):
             self._parts.append(output)
         if not output["closes_step"]:
             return
-        if self._comparison is not None:
-            self._compare(trainer, self._comparison)
+        # Of several updates on a rollout the last one, since baselines and seconds are those of whole rollouts.
+        if self._comparison is not None and batch.micro_batch_index + 1 == batch.num_micro_batches:
+            parts, self._parts = self._parts, []
+            if len(parts) >= batch.num_micro_batches:  # fewer where the run was resumed in between
+                self._compare(trainer, self._comparison, parts)
+            if self._comparison is None:
+                cast(Any, pl_module).norm_askers.remove(self.needs_norms)
         # ---- Figures of the steps that are logged ----
         if trainer.global_step % max(1, cast(Any, trainer).log_every_n_steps) == 0:
             log_step(pl_module, _metrics(self._new_figures()))
 
-    def _compare(self, trainer: Trainer, comparison: Comparison) -> None:
-        """Add an optimizer step to the comparison."""
-        parts, self._parts = self._parts, []
+    def _compare(self, trainer: Trainer, comparison: Comparison, parts: Sequence[StepOutput]) -> None:
+        """Add a rollout to the comparison."""
         rollouts = [part["rollout"] for part in parts]
         # Rewards of tokens, and parts on scales of their own, have no single number to compare.
         if any(rollout.token_rewards is not None or rollout.normalized_reward is not None for rollout in rollouts):
@@ -230,7 +234,7 @@ def _metrics(figures: dict[str, Figure]) -> dict[str, float]:
 
 
 def _inputs(trainer: Trainer, parts: Sequence[StepOutput]) -> BaselineInputs:
-    """Return the scores of an optimizer step, from its micro-batches and all ranks."""
+    """Return the scores of a rollout, from its micro-batches and all ranks."""
     rollouts = [part["rollout"] for part in parts]
     n = rollouts[0].num_samples
     # ---- One row per response, so that one collective moves all columns ----
@@ -260,6 +264,7 @@ def _rows_over_ranks(trainer: Trainer, parts: Sequence[Tensor]) -> Tensor:
     """Return `[S, R]` the rows of all parts and ranks, 0 where one has fewer columns."""
     width = int(max_over_ranks(trainer, [max(part.shape[1] for part in parts)])[0])
     rows = torch.cat([F.pad(part.double().cpu(), (0, width - part.shape[1])) for part in parts])
+    rows = rows.nan_to_num(nan=torch.inf, posinf=torch.inf)  # NaN would be lost between ranks
     return gather_over_ranks(trainer, rows.flatten()).view(-1, width)
 
 

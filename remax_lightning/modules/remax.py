@@ -276,7 +276,8 @@ class ReMaxModule(PolicyModule):
             # r - b part by part, on scales that are those of all micro-batches and ranks
             penalty = self.worker.penalty_above_greedy(rollout)  # [S]
             rollout = self.objective.normalize(rollout, weights, penalty, self._sum_over_ranks)
-        seconds = self.worker.timer.total if learns else 0.0
+        if learns:
+            self._meter.start(self.worker.timer.total)
         baseline = None  # b of every sampled response [S], where it reads the scores of the whole batch of all ranks
         if self.objective.reads_all_scores:
             baseline = self.objective.baseline_of_batch(rollout, self.trainer)
@@ -299,9 +300,7 @@ class ReMaxModule(PolicyModule):
         # Advantages with a KL of a single update are computed in the training pass.
         if not learns and not self.norm_askers:
             return experience
-        return self._meter.begin(
-            experience, plan, self.objective.baseline, self.norm_askers, seconds, self.token_statistics
-        )
+        return self._meter.ask(experience, plan, self.objective.baseline, self.norm_askers, self.token_statistics)
 
     def _with_old_log_probs(self, experience: Experience, plan: UpdatePlan) -> Experience:
         """Add log pi_old(y_t), and the advantages that depend on a KL."""
@@ -327,12 +326,16 @@ class ReMaxModule(PolicyModule):
     ) -> TokenStatistics:
         """Return log-probs, entropies and, if needed, the full KL of the sampled tokens, each `[S, R]`.
 
-        With `passes`, those before the first update, no entropies: nobody reads them.
+        With `passes`, those before the first update, no entropies: nobody reads them. Squared norms are 0 where the
+        tokens are not trained on, whose gradient is 0 with any baseline.
         """
         reference = None if self._reference is None else self._reference.model
         sampling, suppressed = self.worker.sampling, self.worker.suppressed
         asked = {"entropy": passes is None, "squared_norm": norm}
-        return policy_statistics(self.policy, rollout, sampling, reference, active, passes, suppressed, **asked)
+        stats = policy_statistics(self.policy, rollout, sampling, reference, active, passes, suppressed, **asked)
+        if stats.squared_norm is None:
+            return stats
+        return stats._replace(squared_norm=stats.squared_norm.masked_fill(~self.objective.loss_mask(rollout), 0.0))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Zero the gradients, unless those of this step have begun: Lightning calls this behind `training_step`."""

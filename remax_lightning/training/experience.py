@@ -325,6 +325,8 @@ def baseline_inputs(
     if rollout.baseline_reward is not None:
         columns.append(rollout.baseline_reward.clamp(-bound, bound).repeat_interleave(n))
     rows = torch.stack([column.double().cpu() for column in columns], dim=1)  # [S, columns]
+    if squared_norm is not None:  # a pass that overflows tells nothing; its optimizer step is skipped
+        squared_norm = squared_norm.nan_to_num(nan=0.0, posinf=0.0)
     gathered = gather_over_ranks(trainer, rows.flatten()).view(-1, len(columns))  # [ranks * S, columns]
     return BaselineInputs(
         reward=gathered[:, 0],

@@ -202,45 +202,53 @@ class TrainingMeter:
         self._training_seconds: float | None = None
         self._start: float | None = None
 
-    def begin(
+    def start(self, rollout_seconds: float) -> None:
+        """Start the clock, right behind decoding and scoring, which took `rollout_seconds`."""
+        self._norms, self._rollout_seconds, self._training_seconds = None, rollout_seconds, None
+        self._start = time.perf_counter()
+
+    def ask(
         self,
         experience: Experience,
         plan: UpdatePlan,
         baseline: Baseline,
         askers: Sequence[Callable[..., bool]],
-        rollout_seconds: float,
         statistics: Callable[[Rollout, Tensor, Sequence[Tensor], bool], TokenStatistics],
     ) -> Experience:
-        """Start the clock of training on a rollout; return it with the norms that the training passes do not have.
+        """Return the rollout with the norms that its training passes do not have, if anybody asks for norms.
 
         Args:
             experience: the rollout.
             plan: of the updates on it.
             baseline: may learn.
             askers: say whether others want the norms.
-            rollout_seconds: of decoding and scoring.
             statistics: runs the policy over some responses in some passes, and returns squared norms if asked.
         """
         asked = [asks(is_free=plan.has_kl) for asks in askers]
         if baseline.learns_from_training:
             asked.append(baseline.needs_norms(is_free=plan.has_kl))
             self._norms = [] if asked[-1] else None
-            self._rollout_seconds, self._training_seconds = rollout_seconds, None
-            self._start = time.perf_counter()
         if not any(asked):
             return experience
         if plan.has_kl:
             return experience._replace(squared_norm=torch.zeros_like(experience.rollout.sampled.response_mask.float()))
         # Without a KL, training leaves out responses without an advantage, whose norms count all the same.
         idle, passes = experience.idle_responses(plan.num_micro_batches), experience.passes(plan.num_micro_batches)
+        before = time.perf_counter()
         with torch.no_grad():
             norms = statistics(experience.rollout, idle, passes, True).squared_norm
+        if self._start is not None:  # what measuring takes is no part of a step
+            if idle.device.type == "cuda":
+                torch.cuda.synchronize(idle.device)
+            self._start += time.perf_counter() - before
         return experience._replace(squared_norm=norms)
 
     def add(self, result: TrainingPass) -> None:
         """Add the squared norms of the next responses of the rollout, if the baseline has asked for them."""
         if self._norms is not None:
-            self._norms.append(cast(Tensor, result.squared_norm).double().sum(1).cpu())  # [s]
+            norms = cast(Tensor, result.squared_norm).double().sum(1).cpu()  # [s]
+            # NaN would be lost between ranks
+            self._norms.append(norms.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
     def stop(self) -> None:
         """Read the clock; the last reading before the next rollout counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,8 +50,8 @@ class Compared(FakeModule):
         self.norm_askers: list[Any] = []
 
 
-def with_norms(seed: int, *, greedy: bool = True, closes: bool = True) -> Any:
-    output = make_output(seed, greedy=greedy, closes=closes)
+def with_norms(seed: int, *, greedy: bool = True, closes: bool = True, prompts: int = 3) -> Any:
+    output = make_output(seed, greedy=greedy, closes=closes, prompts=prompts)
     norms = torch.rand(output["entropy"].shape, generator=torch.Generator().manual_seed(seed)) * output["entropy_mask"]
     return {**output, "squared_norm": norms}
 
@@ -116,6 +117,49 @@ def test_parts_of_a_step_are_one_batch(tmp_path: Path) -> None:
     others = (rewards.sum() - rewards) / (len(rewards) - 1)
     expected = ((rewards - others) ** 2 * norms).sum() / ((rewards - greedy) ** 2 * norms).sum()
     assert scalars(tmp_path, "train/gradient_variance/batch_mean") == pytest.approx([float(expected)], rel=1e-5)
+
+
+def test_several_updates_on_a_rollout_are_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy responses take 1 of the 2 seconds of decoding, and each of the two updates a second."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gradient_variance, "FIRST_PRICE", 0)
+    monkeypatch.setattr(gradient_variance, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(gradient_variance, "_seconds_without_greedy", lambda *_: 1.0)
+    outputs = [with_norms(0, prompts=9), with_norms(1, prompts=9)]
+    for index, output in enumerate(outputs):
+        rollout = output["rollout"]
+        prompt = rollout.prompt._replace(micro_batch_index=index, num_micro_batches=2)
+        output.update(rollout=rollout._replace(prompt=prompt), times={"rollout": 2.0 * (index == 0), "reward": 0.0})
+
+    class Timed(Compared):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            clock.now += 1 + 2 * (batch.micro_batch_index == 0)
+            return super().training_step(batch, batch_idx)
+
+    make_trainer(tmp_path, [GradientVariance()]).fit(Timed(outputs + outputs))
+    moment, cost = (
+        scalars(tmp_path, f"train/{key}/batch_mean")[-1] for key in ("gradient_variance", "variance_seconds")
+    )
+    assert cost == pytest.approx(moment * 3 / 4)  # of seconds of a step
+    rewards = torch.cat([output["rollout"].reward for output in outputs]).double()
+    norms = torch.cat([output["squared_norm"].sum(1) for output in outputs]).double()
+    others = (rewards.sum() - rewards) / (len(rewards) - 1)  # of the whole rollout
+    expected = float(((rewards - others) ** 2 * norms).mean()) / second_moment(outputs, "greedy")
+    assert moment == pytest.approx(expected, rel=1e-5)
+
+
+def test_rewards_of_tokens_ask_for_no_further_norms(tmp_path: Path) -> None:
+    asked = []
+
+    class Asked(Compared):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            asked.append([asks(is_free=True) for asks in self.norm_askers])
+            return super().training_step(batch, batch_idx)
+
+    output = with_norms(0)
+    tokens = output["rollout"]._replace(token_rewards=output["squared_norm"])
+    make_trainer(tmp_path, [GradientVariance()]).fit(Asked([{**output, "rollout": tokens}] * 6))
+    assert asked == [[True]] + [[]] * 5
 
 
 def test_a_value_of_each_token_is_compared(tmp_path: Path) -> None:
