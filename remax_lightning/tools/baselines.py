@@ -134,8 +134,9 @@ def compare(sample: Sample, seconds: Seconds, batch_size: int, names: Sequence[s
 
 def advice(figures: Sequence[Figure]) -> str:
     """Return which baseline to take, in words, as far as the intervals say it."""
-    best = figures[0]
-    if best.name == "greedy" or best.cost[2] >= 1:
+    # The cheapest may be one of which little is known, such as one without a baseline.
+    best = next((figure for figure in figures if figure.name != "greedy" and figure.cost[2] < 1), None)
+    if best is None:
         cheaper = "No baseline is clearly cheaper than the greedy one here"
         return f"{cheaper}: keep model.advantage.baseline: greedy, or measure more prompts (--num_prompts)."
     low, high = (f"{value:.2f}" for value in best.cost[1:])

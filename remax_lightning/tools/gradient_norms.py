@@ -147,7 +147,8 @@ def differentiate(
     free(module)
     with torch.enable_grad():
         stats = module.token_statistics(rollout, active, norm=True)  # [S, R]
-        mask = rollout.sampled.response_mask if active is None else rollout.sampled.response_mask & active[:, None]
+        mask = module.objective.loss_mask(rollout)  # without those of `advantage.overlong: mask`
+        mask = mask if active is None else mask & active[:, None]
         terms = stats.log_probs if factors is None else stats.log_probs * factors
         terms.masked_fill(~mask, 0.0).sum().backward()
     return cast(Tensor, stats.squared_norm).masked_fill(~mask, 0.0)
@@ -162,6 +163,9 @@ def free(module: ReMaxModule) -> None:
 def _head_norms(module: ReMaxModule, rollout: Rollout, row: int) -> tuple[Tensor, Tensor]:
     """Return the squared norm of the gradient of the head, of a weight shared with nothing, and token by token."""
     prompt, sampled = rollout.prompt, rollout.sampled
+    if not module.objective.loss_mask(rollout)[row].any():
+        nothing = torch.zeros((), device=module.device)
+        return nothing, nothing
     prompt_ids = prompt.prompt_ids[row // rollout.num_samples]
     prompt_ids = prompt_ids[prompt.prompt_mask[row // rollout.num_samples]]
     response = sampled.response_ids[row][sampled.response_mask[row]]  # [T]
@@ -202,16 +206,17 @@ def agreement(true: Tensor, cheap: Tensor, num_samples: int) -> Agreement:
         num_samples: responses per prompt, which are drawn together.
     """
     pairs = torch.stack([true, cheap], 1).double().cpu().numpy()  # [S, 2]
-    pairs = pairs[(pairs > 0).all(1)] if (pairs > 0).all(1).sum() > 2 else pairs
-    value = _spearman(pairs)
+    # A norm of 0 is one that rounding has taken; of a prompt it may be one sample's alone.
+    counts = (pairs > 0).all(1) if (pairs > 0).all(1).sum() > 2 else np.ones(len(pairs), dtype=bool)  # [S]
+    value = _spearman(pairs[counts])
     generator = np.random.default_rng(0)
-    num_prompts = len(pairs) // num_samples
-    groups = pairs[: num_prompts * num_samples].reshape(num_prompts, num_samples, 2)
-    drawn = [
-        _spearman(groups[generator.integers(0, num_prompts, num_prompts)].reshape(-1, 2)) for _ in range(NUM_RESAMPLES)
-    ]
+    groups, counts_of = pairs.reshape(-1, num_samples, 2), counts.reshape(-1, num_samples)  # [B, n, 2], [B, n]
+    draws = generator.integers(0, len(groups), (NUM_RESAMPLES, len(groups)))
+    drawn = np.array([_spearman(groups[draw][counts_of[draw]]) for draw in draws])
     # Where all are alike, they have no ranks.
-    low, high = (float(np.nanquantile(drawn, share)) if value == value else value for share in (0.025, 0.975))
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, (0.025, 0.975)).tolist() if len(known) and value == value else (value, value)
+    pairs = pairs[counts]
     logs = np.log(np.maximum(pairs, np.finfo(np.float64).tiny))
     centered = logs - logs.mean(0)
     spread = max(float((centered[:, 1] ** 2).sum()), float(np.finfo(np.float64).tiny))
@@ -221,6 +226,8 @@ def agreement(true: Tensor, cheap: Tensor, num_samples: int) -> Agreement:
 
 def _spearman(pairs: NDArray[np.float64]) -> float:
     """Return Spearman's rank correlation of two columns, ties at the mean of their ranks."""
+    if len(pairs) == 0:
+        return float("nan")
     ranks = np.empty_like(pairs)
     for column in (0, 1):
         _, inverse, counts = np.unique(pairs[:, column], return_inverse=True, return_counts=True)

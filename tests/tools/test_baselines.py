@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from remax_lightning.baselines import CachedGreedy, Tracker, make_baseline
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.baselines import (
+    Figure,
     advice,
     compare,
     picture,
@@ -109,6 +111,15 @@ def test_what_is_not_clear_is_called_so() -> None:
     assert "No baseline is clearly cheaper than the greedy one" in advice(figures)
 
 
+def test_a_clearly_cheaper_baseline_is_told_behind_one_that_is_not_clear() -> None:
+    figures = [
+        Figure("none", 1.0, (0.5, 0.2, 1.4), 1.0, (0.5, 0.2, 1.4)),
+        Figure("batch_mean", 1.0, (0.6, 0.5, 0.8), 1.0, (0.6, 0.5, 0.8)),
+        Figure("greedy", 1.0, (1.0, 1.0, 1.0), 1.0, (1.0, 1.0, 1.0)),
+    ]
+    assert advice(figures).startswith("For a gradient of the same precision batch_mean needs 0.60")
+
+
 def test_a_value_for_each_token_has_its_own_second_moment_and_the_price_of_its_pass() -> None:
     sample = make_sample(agreement=0.0)
     # As batch_mean, with gradients of half the size.
@@ -162,6 +173,25 @@ def test_the_agreement_of_norms() -> None:
     # Ranks 2, 1, 4, 3, 5.5, 5.5 against 1 to 6
     assert ranks[0] == pytest.approx(np.corrcoef([1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 5.5, 5.5])[0, 1])
     assert ranks[1] < ranks[0] <= ranks[2]
+
+
+def test_norms_of_nothing_leave_the_samples_of_a_prompt_together() -> None:
+    """Rank correlations of three prompts, all draws of which are enumerated; a sample of the first has no norm."""
+    true = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    cheap = torch.tensor([0.0, 3.0, 2.0, 1.0, 6.0, 5.0], dtype=torch.float64)
+    groups = [[1], [2, 3], [4, 5]]
+    expected = []
+    for draw in product(groups, repeat=3):
+        rows = [row for group in draw for row in group]
+        differences = [values[rows][:, None] - values[rows] for values in (true, cheap)]
+        ranks = [difference.sign().sum(1).numpy() for difference in differences]
+        if all(rank.std() > 0 for rank in ranks):
+            expected.append(float(np.corrcoef(*ranks)[0, 1]))
+    low, high = np.quantile(expected, (0.025, 0.975))
+    assert agreement(true, cheap, 2).rank_correlation[1:] == pytest.approx((low, high), abs=1e-6)
+    # More samples of a prompt than norms that are left.
+    few = torch.tensor([0.0, 1.0, 2.0, 3.0] + [0.0] * 4)
+    assert agreement(few, few, 4).rank_correlation == pytest.approx((1.0, 1.0, 1.0))
 
 
 # With models
