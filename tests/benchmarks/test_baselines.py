@@ -127,7 +127,7 @@ def test_ranks_of_equal_values_are_shared() -> None:
 def test_memory_is_that_above_the_base() -> None:
     before = torch.ones(2**22)  # 16 MiB
     memory = records.PeakMemory()
-    # Pages of the system's own: an allocator hands out what earlier tests gave back to it, and the process holds no more.
+    # Pages of the system's own: an allocator hands out what earlier tests gave back, and the process holds no more.
     with mmap.mmap(-1, 2**26) as more:  # 64 MiB
         more.write(b"1" * 2**26)
     assert float(before.sum()) == 2**22
