@@ -36,10 +36,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def choose_update_kernel(optimizer: Optimizer, device: torch.device) -> None:
-    """Let torch's Adam and AdamW update in one fused kernel on CUDA, unless their arguments choose another.
+    """Let torch's Adam and AdamW update in one fused kernel on CUDA and CPUs, unless their arguments choose another.
 
-    torch chooses `foreach` there, whose temporary copy of all weights (5.3 GB for 1.3 B in float32) is the peak of a
-    step. The update is the same up to rounding.
+    torch chooses `foreach` on CUDA, whose temporary copy of all weights (5.3 GB for 1.3 B in float32) is the peak of a
+    step, and on a CPU an operator after the other, a sixth as fast. The update is the same up to rounding.
 
     Args:
         optimizer: before its first step; changed in place.
@@ -49,7 +49,7 @@ def choose_update_kernel(optimizer: Optimizer, device: torch.device) -> None:
     # bfloat16 too, and the norm that is logged and checked would be a scaled one.
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    if device.type != "cuda" or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+    if device.type not in ("cuda", "cpu") or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
         chosen = group["fused"] is not None or group["foreach"] is not None

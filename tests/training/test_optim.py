@@ -14,6 +14,7 @@ from fake_cuda import FakeCuda, is_there
 from helpers.training import fit, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from remax_lightning.errors import UserError
 from remax_lightning.modules import WarmupCosine, WarmupLinear
@@ -83,6 +84,24 @@ def test_a_fused_optimizer_is_clipped_in_mixed_precision(policy: str, tmp_path: 
     recorder = fit(module, prompt_data(tmp_path, policy), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
     assert recorder.logged[0]["train/grad_norm"] > 0
     assert any(value.abs().max() > 0 for value in recorder.step().values())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_adam_updates_in_one_kernel_on_a_cpu(kind: Any) -> None:
+    weights = []
+    for chosen in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = kind(parameter_groups(layer), lr=0.1)
+        if chosen:
+            choose_update_kernel(optimizer, torch.device("cpu"))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(3):
+                layer(torch.ones(1, 3)).sum().backward()
+                optimizer.step()
+        assert any(event.key.startswith("aten::_fused_adam") for event in profiler.key_averages()) == chosen
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights)
 
 
 # Lost updates
