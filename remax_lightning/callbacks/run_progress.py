@@ -100,7 +100,7 @@ class RunProgress(Callback):
             parts.append(f"baseline {baseline.chosen}")
         cheapest = cheapest_baseline({name: float(value) for name, value in trainer.callback_metrics.items()})
         if cheapest is not None and cheapest.high < 1:
-            parts.append(f"{cheapest.name} {cheapest.value:.2f} of {cheapest.used}'s seconds")
+            parts.append(f"{cheapest.name} {cheapest.value:.2f} of the seconds of {cheapest.used}")
         parts += self._rates(trainer, step, now)
         self._last_step, self._last_line, self._tokens = step, now, 0.0
         _print("  ".join(parts))

@@ -166,7 +166,7 @@ class CheapestBaseline(NamedTuple):
 
     Args:
         name: its short name.
-        used: the one that it is divided by.
+        used: the one that it is divided by, or "the one in use" where several have the same figures.
         value: its share of the seconds.
         low: lower end of the 95 % interval.
         high: upper end.
@@ -198,12 +198,14 @@ def cheapest_baseline(metrics: Mapping[str, float]) -> CheapestBaseline | None:
         name: [float(metrics.get(f"train/variance_seconds_{end}/{name}", math.nan)) for end in ("low", "high")]
         for name in costs
     }
-    # The one in use is divided by itself, whatever is drawn.
-    used = next((name for name, value in costs.items() if value == 1 and ends[name] == [1, 1]), None)
-    if used is None:
+    # The one in use is divided by itself, whatever is drawn; so are those that have had the same values, as
+    # `cached_greedy` has in the first epoch.
+    used = [name for name, value in costs.items() if value == 1 and ends[name] == [1, 1]]
+    if not used:
         return None
     best = min(costs, key=lambda name: costs[name])
-    return None if best == used else CheapestBaseline(best, used, costs[best], *ends[best])
+    name = used[0] if len(used) == 1 else "the one in use"
+    return None if best in used else CheapestBaseline(best, name, costs[best], *ends[best])
 
 
 def proportion_interval(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:

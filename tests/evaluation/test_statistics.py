@@ -14,6 +14,7 @@ from torch import Tensor
 from remax_lightning.evaluation import statistics
 from remax_lightning.evaluation.statistics import (
     best_of_k,
+    cheapest_baseline,
     majority_vote,
     pass_at_k,
     percentile_interval,
@@ -243,3 +244,16 @@ def test_figures_of_several_responses_need_as_many() -> None:
         best_of_k([1.0, 0.0], 3)
     with pytest.raises(ValueError, match="passed must be as long as the 2 answers, got 1"):
         majority_vote(["5", "6"], [True])
+
+
+@pytest.mark.parametrize(("same", "used"), [((), "greedy"), (("cached_greedy", "tracker"), "the one in use")])
+def test_the_baseline_in_use_is_named_where_it_is_known(same: tuple[str, ...], used: str) -> None:
+    """In the first epoch, `cached_greedy` has the values of `greedy`; files of logs sort their keys."""
+    figures = {"greedy": (1.0, 1.0, 1.0), "none": (0.5, 0.4, 0.6), **dict.fromkeys(same, (1.0, 1.0, 1.0))}
+    metrics = {
+        f"train/variance_seconds{end}/{name}": value
+        for name in sorted(figures)
+        for end, value in zip(("", "_low", "_high"), figures[name], strict=True)
+    }
+    assert cheapest_baseline(metrics) == ("none", used, 0.5, 0.4, 0.6)
+    assert cheapest_baseline({key: value for key, value in metrics.items() if not key.endswith("none")}) is None
