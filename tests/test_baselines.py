@@ -13,6 +13,7 @@ from torch import Tensor
 
 from remax_lightning.baselines import (
     BASELINES,
+    Auto,
     Baseline,
     BaselineInputs,
     BaselineName,
@@ -25,6 +26,7 @@ from remax_lightning.baselines import (
     make_baseline,
 )
 from remax_lightning.config import AdvantageConfig, LossConfig, config_from_dict
+from remax_lightning.data.collate import MicroBatchSampler
 from remax_lightning.errors import UserError
 from remax_lightning.functional import calibrated_greedy
 from remax_lightning.modules import ReMaxModule
@@ -124,6 +126,22 @@ def test_a_cached_greedy_reward_is_renewed() -> None:
         assert cached.values(scores).tolist() == [float(visit - visit % 2)]
         cached.observe(scores)
     assert needed == [True, False, True, False, True]
+
+
+def test_prompts_that_an_epoch_leaves_out_do_not_renew_all_others() -> None:
+    """Of 50 prompts, batches of 8 leave out 2 in each epoch, others in each, so that visits differ."""
+    cached, sampler = CachedGreedy(), MicroBatchSampler(50, 8)
+    needed = []
+    for epoch in range(24):
+        order = sampler.order(epoch)
+        for start in range(0, len(order), 8):
+            prompts = order[start : start + 8]
+            needed.append(cached.needs_greedy(prompts))
+            scores = inputs([0.0] * 8, [1.0] * 8 if needed[-1] else None, prompts)
+            assert cached.values(scores).tolist() == [1.0] * 8
+            cached.observe(scores)
+    later = needed[4 * 6 :]
+    assert sum(later) / len(later) == pytest.approx(cached.greedy_share, abs=0.05)
 
 
 def test_a_memory_needs_to_know_the_prompts() -> None:
@@ -267,6 +285,10 @@ def test_a_tracker_decodes_greedily_in_the_first_epoch_only(policy: str, tmp_pat
 def test_too_few_samples_are_refused(policy: str) -> None:
     with pytest.raises(UserError, match=r"baseline shrinkage needs model\.sampling\.num_samples of at least 2, got 1"):
         remax_module(policy, advantage=AdvantageConfig(baseline="shrinkage"))
+    # Of `auto`, those that are named; of all there are, those that the run can have.
+    with pytest.raises(UserError, match=r"baseline Auto needs model\.sampling\.num_samples of at least 2, got 1"):
+        remax_module(policy, advantage=AdvantageConfig(baseline=Auto(["leave_one_out", "batch_mean"])))
+    assert remax_module(policy, advantage=AdvantageConfig(baseline="auto")).objective.needs_greedy
 
 
 # On the command line

@@ -41,7 +41,8 @@ class Auto(Baseline):
     rollouts that are compared.
 
     Args:
-        candidates: short names of baselines; null takes all unbiased ones that the run can have.
+        candidates: short names of baselines, for which `num_samples` has to be enough; null takes all unbiased ones
+            that the run can have.
         window: rollouts that the comparison looks back; older ones were of another policy.
         compare_every: rollouts from one the other way round to the next, and from one look at the figures to the next.
         greedy_price: seconds that greedy responses add to a step, as a share of one without them. Null measures them;
@@ -76,6 +77,8 @@ class Auto(Baseline):
         if window < MIN_ROLLOUTS * compare_every:
             least = f"{MIN_ROLLOUTS} times compare_every"
             raise UserError(f"{key}.window must be at least {least}, {MIN_ROLLOUTS * compare_every}, got {window}")
+        if candidates is not None:  # one that is named and could not be valued would never be compared
+            self.min_samples = max(baseline.min_samples for baseline in unbiased.values())
         self.candidates, self.window, self.compare_every = candidates, window, compare_every
         self.greedy_price = greedy_price
         self._reads_greedy = any(baseline.greedy != "never" for baseline in unbiased.values())

@@ -159,7 +159,8 @@ class PromptMemory:
 class Tracker(Baseline):
     """A running value of each prompt across epochs, started from the reward of its greedy response (SPO, 2509.13232).
 
-    Greedy responses are generated in rollouts with a prompt that was not seen before: in the first epoch only.
+    Greedy responses are generated in rollouts with a prompt that was not seen before: in the first epoch, and where
+    later ones have a prompt that did not fill a batch in it.
 
     Args:
         decay: how much of a prompt's earlier samples still counts at its next visit. 0.9 remembers about ten visits:
@@ -238,11 +239,15 @@ class CachedGreedy(Baseline):
         return 1 / self.renew_every
 
     def needs_greedy(self, prompts: Sequence[int] | None) -> bool:
-        """Whether the reward of one of the prompts is missing or due."""
+        """Whether the reward of one of the prompts is missing, or those of half of them are due.
+
+        Not of one: an epoch leaves out the prompts that fill no batch, so that visits differ, and soon one is due in
+        nearly every rollout. An older reward is a baseline as well.
+        """
         known = self._memory.values
-        return not prompts or any(
-            known.get(prompt, (0.0, self.renew_every))[1] >= self.renew_every for prompt in prompts
-        )
+        if not prompts or any(prompt not in known for prompt in prompts):
+            return True
+        return 2 * sum(known[prompt][1] >= self.renew_every for prompt in prompts) >= len(prompts)
 
     def values(self, inputs: BaselineInputs) -> Tensor:
         """Return `[S]` values: of this rollout's greedy responses where it has them."""
