@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -55,6 +55,7 @@ from remax_lightning.training.resume import (
     checkpoint_folders,
     defer_signals,
     gather_rank_states,
+    num_cut_batches,
     random_state,
     resume_after_last_batch,
     set_random_state,
@@ -116,6 +117,7 @@ class BaseModule(LightningModule):
         self._step_ends: StopAtStepEnd | None = None
         self._resumed: CheckpointInfo | None = None
         self._run_folder: RunFolder | None = None  # in runs of a trainer only, not in `remax doctor`
+        self._num_cut = 0  # batches of the first step of a resumed run whose gradients its checkpoint has not
 
     def _for_adapter(self, optimizer: OptimizerCallable) -> OptimizerCallable:
         """Return the optimizer, with ten times the learning rate where it is the default and trains an adapter."""
@@ -170,6 +172,11 @@ class BaseModule(LightningModule):
     def trained_model(self) -> PreTrainedModel:
         """The model that is trained."""
         raise NotImplementedError
+
+    @property
+    def repeats_cut_steps(self) -> bool:
+        """Whether a resumed run computes the gradients anew that a checkpoint in the middle of a step does not hold."""
+        return False
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return the arguments of the module that are text, numbers or made of them, for its checkpoints.
@@ -273,6 +280,16 @@ class BaseModule(LightningModule):
             check_model(self.trainer.ckpt_path, tensor_shapes(weights), self)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 self._resumed = CheckpointInfo(0, {}, optimizer_groups(checkpoint))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            accumulate = self.trainer.accumulate_grad_batches
+            self._num_cut = num_cut_batches(checkpoint, accumulate)
+            if self._num_cut and not self.repeats_cut_steps:
+                rank_zero_warn(
+                    f"The checkpoint was saved in the middle of an optimizer step, and holds no gradients: the first"
+                    f" {self._num_cut} of its {accumulate} batches count for nothing. Set trainer.val_check_interval to"
+                    " a multiple of trainer.accumulate_grad_batches, or save by every_n_train_steps"
+                )
+                self._num_cut = 0
         if "skipped_steps" in checkpoint:  # not in a checkpoint of 0.1.0
             self.skipped_steps.load_state_dict(checkpoint["skipped_steps"])
         saved = checkpoint.get("random_state")

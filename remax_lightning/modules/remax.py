@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -228,25 +229,21 @@ class ReMaxModule(PolicyModule):
         if batch.micro_batch_index == 0:
             # y ~ pi(.|x) and y* greedy, decoded together; r = reward(x, y), b = reward(x, y*); log pi_ref(y_t)
             self.buffer.experience = self._make_experience(batch)
+        cut = self.buffer.micro_batches_before(batch.micro_batch_index, self._num_cut)  # none, but in a resumed run
         experience = self.buffer.micro_batch(batch.micro_batch_index)  # r [S], b [B], mask [S, R]
         # N of the update that this micro-batch is part of, over all ranks. Lightning and the strategy divide every
         # gradient by micro-batches and ranks: undo that.
         accumulate = self.trainer.accumulate_grad_batches
         normalizer = experience.normalizers[batch.micro_batch_index // accumulate]
         normalizer = normalizer / (accumulate * self.trainer.world_size)
+        if cut:
+            self._repeat(cut, normalizer)
         # ---- The only pass with gradients; a budget of tokens makes several of it ----
         passes: list[TrainingPass] = []
         for part in [experience] if experience.parts is None else experience.split():
             if passes:  # Lightning makes the backward pass of the last one
                 self.gradients.accumulate(self.trainer, passes[-1].loss)
-            active = part.active_responses()  # [S], False where every advantage is 0
-            has_norms = part.squared_norm is not None
-            stats = self.token_statistics(part.rollout, active, norm=has_norms)  # log pi(y_t) [S, R]
-            # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
-            trained = self.objective.with_advantages(part, stats, self.kl_coef, self._sum_over_ranks)
-            # ---- The loss: - sum_t A_t log pi(y_t) / N ----
-            loss, clip_fraction = self.objective.loss(stats.log_probs, trained, normalizer, stats.kl)
-            passes.append(TrainingPass(loss, trained, stats, active, clip_fraction))
+            passes.append(self._training_pass(part, normalizer))
         whole = passes[0] if len(passes) == 1 else join_passes(passes, experience)
         baseline = self.objective.baseline
         if baseline.learns_from_training:
@@ -262,6 +259,30 @@ class ReMaxModule(PolicyModule):
             for name, value in (figures | self.worker.engine_metrics()).items():
                 self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
         return output
+
+    def _training_pass(self, part: Experience, normalizer: Tensor) -> TrainingPass:
+        """Run the policy with gradients over a part of a rollout; the loss is a term of that of the step."""
+        active = part.active_responses()  # [S], False where every advantage is 0
+        stats = self.token_statistics(part.rollout, active, norm=part.squared_norm is not None)  # log pi(y_t) [S, R]
+        # A_t = r - b - beta * sum_{s>=t} kl_s [S, R]
+        trained = self.objective.with_advantages(part, stats, self.kl_coef, self._sum_over_ranks)
+        # ---- The loss: - sum_t A_t log pi(y_t) / N ----
+        loss, clip_fraction = self.objective.loss(stats.log_probs, trained, normalizer, stats.kl)
+        return TrainingPass(loss, trained, stats, active, clip_fraction)
+
+    def _repeat(self, cut: Sequence[Experience], normalizer: Tensor) -> None:
+        """Compute the gradients anew of the first micro-batches of a step that a checkpoint has cut."""
+        self._num_cut = 0
+        for part in cut:
+            repeated = self._training_pass(part, normalizer)
+            self.gradients.accumulate(self.trainer, repeated.loss / self.trainer.accumulate_grad_batches)
+            self._metrics.report(repeated, self.objective, {}, closes_step=False)
+        self.gradients.pop_begun()  # Lightning zeroes none in the middle of a step
+
+    @property
+    def repeats_cut_steps(self) -> bool:
+        """Yes, as the rollout is in the checkpoint; but DeepSpeed counts the passes of a step itself."""
+        return not isinstance(self.trainer.strategy, DeepSpeedStrategy)
 
     def _make_experience(self, batch: PromptBatch) -> Experience:
         """Make a rollout with everything that training on it needs."""

@@ -99,6 +99,17 @@ def resume_after_last_batch(checkpoint: dict[str, Any]) -> None:
         epochs[part]["processed"] = epochs[part]["completed"] = epochs[part]["started"] - 1
 
 
+def num_cut_batches(checkpoint: dict[str, Any], accumulate: int) -> int:
+    """Return how many batches of an optimizer step were trained on before a checkpoint that cuts it; 0 between two.
+
+    No checkpoint holds their gradients. `ModelCheckpoint` saves there after a validation in the middle of a step, and
+    by `train_time_interval`.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    # The last batch of an epoch ends a step, however many it has.
+    return 0 if progress is None or progress["is_last_batch"] else int(progress["current"]["processed"] % accumulate)
+
+
 END, REQUEUE = 1, 2
 _ONE_SIGNAL = 0.2
 """Seconds within which signals count as one: a wrapper may pass one on that the whole process group has got."""

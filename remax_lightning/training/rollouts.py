@@ -328,6 +328,13 @@ class RolloutBuffer:
             self.experience = None
         return experience if num_micro_batches == 1 else experience.micro_batch(index, num_micro_batches)
 
+    def micro_batches_before(self, index: int, count: int) -> list[Experience]:
+        """Return the `count` micro-batches before `index`."""
+        if self.experience is None or not count:
+            return []
+        number = self.experience.rollout.prompt.num_micro_batches
+        return [self.experience.micro_batch(each, number) for each in range(index - count, index)]
+
     # ---- Checkpoints ----
 
     def state_dict(self) -> dict[str, Any] | None:

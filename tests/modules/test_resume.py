@@ -102,6 +102,21 @@ def test_a_checkpoint_inside_a_rollout_carries_it_and_one_at_its_end_does_not(tm
     assert done["experience"] == [None]
 
 
+@pytest.mark.parametrize("loss", ["reinforce", "clipped"])
+def test_a_checkpoint_in_the_middle_of_a_step_makes_its_gradients_anew(loss: str, tmp_path: Path) -> None:
+    """As after a validation that `val_check_interval` puts there: two of four micro-batches, or one of two."""
+    accumulate, interval, step = (4, 6, 1) if loss == "reinforce" else (2, 5, 2)
+    options = {"accumulate_grad_batches": accumulate, "limit_val_batches": 1.0, "val_check_interval": interval}
+    saves = {"save_top_k": -1, "save_on_train_epoch_end": False}
+    module = {"loss": LossConfig(kind=loss)}  # type: ignore[arg-type]
+    run = Setting(tmp_path, data={"micro_batch_size": 1}, module=module, trainer=options, saves=saves)
+    whole, _ = run.start(seed=0, steps=WHOLE)
+    rest, _ = run.start(seed=99, steps=WHOLE, checkpoint=run.saved(0, WHOLE, step))
+    assert rest.losses == whole.losses[step:]
+    for first, second in zip(whole.weights[step:], rest.weights, strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 SAVES = {
     "as Lightning does by default": {},
     "every validation": {"save_top_k": -1, "save_on_train_epoch_end": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,30 @@ def test_the_split_into_micro_batches_leaves_the_step(
     parts = fit(sft_module(policy, packing=packing), data, tmp_path, accumulate_grad_batches=accumulate)
     assert distance(parts.step(), whole.step()) < 1e-5
     assert parts.logged[0] == pytest.approx(whole.logged[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches", "is_cut"), [(2, 1, True), (2, 2, True), (2, 3, False), (4, 2, False)]
+)
+def test_a_checkpoint_in_the_middle_of_a_step_is_told(
+    policy: str, tmp_path: Path, batch_size: int, batches: int, is_cut: bool
+) -> None:
+    """Of three batches to a step; an epoch of two is a step, too."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            if arguments[-1] + 1 == batches:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    data = partial(sft_data, tmp_path, policy, batch_size=batch_size)
+    fit(sft_module(policy), data(), tmp_path, callbacks=[Save()], accumulate_grad_batches=3)
+    trainer = make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(sft_module(policy), data(), ckpt_path=tmp_path / "saved.ckpt")
+    cut = [str(each.message) for each in told if "in the middle of an optimizer step" in str(each.message)]
+    assert len(cut) == is_cut
+    assert all(f"the first {batches} of its 3 batches count for nothing" in text for text in cut)
 
 
 @pytest.mark.parametrize(
