@@ -163,14 +163,18 @@ _CHANGE_NO_ROW = frozenset(
 
 
 def source_files(module: object, base: type) -> set[Path]:
-    """Return the source files that make examples of rows; none if a class was written in a notebook or a shell.
+    """Return the source files that make examples of rows; none if a class was written where no file tells it all.
+
+    That is a notebook, a shell, or a function, whose variables a class may read.
 
     Args:
         module: the data module.
         base: the class that all data modules derive from.
     """
     # A changed line in these files may change what rows become, so the cache's key has their hashes.
-    classes = (cls for cls in type(module).__mro__ if issubclass(cls, base))
+    classes = [cls for cls in type(module).__mro__ if issubclass(cls, base)]
+    if any("<locals>" in cls.__qualname__ for cls in classes):
+        return set()
     try:
         code = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(cls)) for cls in classes)}
     except (TypeError, OSError):
@@ -179,7 +183,7 @@ def source_files(module: object, base: type) -> set[Path]:
 
 
 def settings_of_rows(module: Any) -> dict[str, str] | None:
-    """Return all attributes of a data module that may change a row: those that are not in `_CHANGE_NO_ROW`.
+    """Return what may change a row: the class of a data module, and its attributes that are not in `_CHANGE_NO_ROW`.
 
     None if one is an object, such as a function of a subclass: its changes could not be detected.
     """
@@ -187,7 +191,9 @@ def settings_of_rows(module: Any) -> dict[str, str] | None:
     settings = {name: value for name, value in (vars(module) | loading).items() if name not in _CHANGE_NO_ROW}
     if not all(isinstance(value, _PLAIN) or is_dataclass(value) for value in settings.values()):
         return None
-    return {name: repr(value) for name, value in settings.items()}
+    # One file may have several classes.
+    kind = type(module)
+    return {name: repr(value) for name, value in settings.items()} | {"": f"{kind.__module__}.{kind.__qualname__}"}
 
 
 def preparation_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import logging
 import pickle
@@ -167,6 +168,36 @@ def test_whatever_changes_a_row_makes_it_anew(
     assert len(rendered) == 12
     if kind is Suffixed:
         assert found[0].prompts == ["0+0=2", "1+1=2"]
+
+
+def test_two_classes_of_one_file_do_not_share_their_rows(
+    tmp_path: Path, policy_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from remax_lightning.data import PromptDataModule\n\n\n" + "\n\n\n".join(
+        f"class Module{number}(PromptDataModule):\n    def _make_example(self, row, where):\n"
+        f"        return super()._make_example({{**row, 'prompt': '{number}' + row['prompt']}}, where)"
+        for number in (1, 2)
+    )
+    (tmp_path / "own_data_modules.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own, path = importlib.import_module("own_data_modules"), write(tmp_path, ROWS)
+    assert batches(own.Module1, path, policy_path)[0].prompts == ["10+0=", "11+1="]
+    assert batches(own.Module2, path, policy_path)[0].prompts == ["20+0=", "21+1="]
+
+
+def test_a_class_that_a_function_makes_is_not_cached(tmp_path: Path, policy_path: Path, cache: Path) -> None:
+    """It may read variables of the function, which no file tells."""
+
+    def made(prefix: str) -> Any:
+        class Prefixed(PromptDataModule):
+            def _make_example(self, row: Any, where: str) -> Any:
+                return super()._make_example({**row, "prompt": prefix + row["prompt"]}, where)
+
+        return Prefixed
+
+    for prefix in "12":
+        assert batches(made(prefix), write(tmp_path, ROWS), policy_path)[0].prompts[0] == f"{prefix}0+0="
+    assert not cache.exists()
 
 
 def test_what_changes_no_row_does_not(tmp_path: Path, policy_path: Path, rendered: list[str]) -> None:
