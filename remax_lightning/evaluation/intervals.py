@@ -249,8 +249,10 @@ def difference_interval(first: Side, second: Side, support: tuple[float, float])
     Args:
         first: `[P]` sums and numbers of responses.
         second: likewise, row by row of the same prompt.
-        support: the two values.
+        support: the two values; if they are equal, both ends are NaN.
     """
+    if support[0] == support[1]:
+        return math.nan, math.nan
     means = [float(top.sum() / bottom.sum()) for top, bottom in (first, second)]
     (low_1, high_1), (low_2, high_2) = (share_interval(*side, support) for side in (first, second))
     # Distances of the ends from each mean: the difference is lowest where the first is high and the second low.

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 _ENTRIES_AT_ONCE = 2**22
 """Counts that a part of the resamples may take, 32 MiB in float64."""
+ROUNDED_DIGITS = 6
+"""Decimal places of a count of trials or successes; what is behind them is rounding."""
 
 
 def win_rates(rewards: ArrayLike, other_rewards: ArrayLike) -> NDArray[np.float64]:
@@ -228,7 +230,9 @@ def proportion_interval(successes: float, trials: float, confidence: float = 0.9
     _check(trials >= 1, "trials", "at least 1", trials)
     _check(0 <= successes <= trials, "successes", "between 0 and trials", successes)
     _check(0 < confidence < 1, "confidence", "above 0 and below 1", confidence)
-    # Whole numbers only: fewer trials, and successes rounded to either side, make the interval wider.
+    # Whole numbers only: fewer trials, and successes rounded to either side, make the interval wider. A share times a
+    # number is whole up to rounding: 15 / 22 * 22 is just below 15.
+    successes, trials = (round(number, ROUNDED_DIGITS) for number in (successes, trials))
     whole, tail = math.floor(trials), (1 - confidence) / 2
     fewest, most = min(whole, math.floor(successes)), min(whole, math.ceil(successes))
     return _lower_end(fewest, whole, tail), 1 - _lower_end(whole - most, whole, tail)

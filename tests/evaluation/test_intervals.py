@@ -36,6 +36,15 @@ def test_a_reward_of_zeros_and_ones_has_an_exact_interval(right: int) -> None:
     assert (figure.value, figure.n, figure.method) == (right / 64, 64, "exact")
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("right", "number"), [(15, 22), (13, 23), (7, 25), (14, 25), (29, 50), (57, 100)])
+def test_a_whole_number_of_successes_is_not_rounded(right: int, number: int, samples: int) -> None:
+    """Share times number, 15 / 22 * 22, is just below 15."""
+    wins = np.repeat([float(samples), 0.0], [right, number - right])  # the responses of a prompt are alike
+    ends = share_interval(wins, np.full(number, float(samples)), (0.0, 1.0))
+    assert ends == pytest.approx(proportion_interval(right, number), abs=1e-6)
+
+
 def test_so_has_a_reward_of_two_other_values() -> None:
     figure = reward_of([[-1.0 if i < 3 else 2.0] for i in range(30)])
     assert (figure.low, figure.high) == pytest.approx(tuple(3 * end - 1 for end in proportion_interval(27, 30)))
@@ -111,6 +120,11 @@ def test_two_perfect_figures_may_differ() -> None:
     low, high = difference_interval(side(torch.ones(64)), side(torch.ones(64)), (0.0, 1.0))
     room = 1 - 0.025 ** (1 / 64)
     assert (low, high) == pytest.approx((-room, room), abs=1e-9)
+
+
+def test_a_reward_that_is_always_the_same_has_no_interval_of_a_difference() -> None:
+    ends = difference_interval(side(torch.full((4,), 0.7)), side(torch.full((4,), 0.7)), (0.7, 0.7))
+    assert all(map(math.isnan, ends))
 
 
 @pytest.mark.slow
