@@ -84,8 +84,8 @@ class JudgeReward(Reward):
         backoff: seconds before the first repetition, doubled before each further one.
         api_key_env: environment variable with the key of the API; none is sent by default.
         cache: an SQLite file that keeps the answers over runs; all ranks may share it.
-        on_unreadable: score of a response whose answer cannot be read after all tries, 0 to 1, or for `pairwise` -1 to
-            1; `error` ends the run and shows it.
+        on_unreadable: score of a response whose answer, or one of its two, cannot be read after all tries: 0 to 1, or
+            for `pairwise` -1 to 1; `error` ends the run and shows it.
         options: sent with every question. Temperature 0, because the same response should have the same reward.
 
     Raises:
@@ -213,13 +213,15 @@ class JudgeReward(Reward):
                     question = self._question(prompt, row, response_a=pair[0], response_b=pair[1])
                     questions[-1].append((question, sign))
         answers = self._answers(dict.fromkeys(question for asked in questions for question, _ in asked))
-        # ---- The answers that belong to each response; 0 where there was nothing to ask ----
-        scores = []
-        for asked in questions:
-            values = [sign * answers[question] for question, sign in asked]
-            agree = len(set(values)) == 1  # of two orders, the judge has to prefer the same response
-            scores.append(values[0] if agree else 0.0)
-        return scores
+        return [self._score([(answers[question], sign) for question, sign in asked]) for asked in questions]
+
+    def _score(self, answers: Sequence[tuple[float | None, float]]) -> float:
+        """Return the score of a response by the answers about it, each with its sign; 0 where nothing was asked."""
+        values = [sign * answer for answer, sign in answers if answer is not None]
+        if len(values) < len(answers):  # one of two verdicts is none either
+            return float(self.on_unreadable)
+        agree = len(set(values)) == 1  # of two orders, the judge has to prefer the same response
+        return values[0] if agree else 0.0
 
     def _question(self, prompt: str, row: dict[str, Any], **texts: str) -> str:
         """Return the template with its placeholders filled at once, so that a response cannot bring its own."""
@@ -232,20 +234,17 @@ class JudgeReward(Reward):
         values |= {"rubric": self.rubric, "low": f"{self.scale[0]:g}", "high": f"{self.scale[1]:g}"}
         return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), self.template)
 
-    def _answers(self, questions: Iterable[str]) -> dict[str, float]:
-        """Return the answer to each question, from memory, the file, or the judge."""
+    def _answers(self, questions: Iterable[str]) -> dict[str, float | None]:
+        """Return the answer to each question, from memory, the file, or the judge; None where it cannot be read."""
         digests = {question: self._digest(question) for question in questions}
         missing = {question: digest for question, digest in digests.items() if digest not in self._known}
         self._known |= self._read_cache(missing.values())
         missing = {question: digest for question, digest in missing.items() if digest not in self._known}
-        unreadable: dict[str, float] = {}
         answered: dict[str, float] = {}
 
         def ask(question: str) -> None:
             answer = self._ask(question)
-            if answer is None:  # asked again the next time
-                unreadable[digests[question]] = float(self.on_unreadable)
-            else:
+            if answer is not None:  # else asked again the next time
                 answered[digests[question]] = answer
 
         pool = ThreadPoolExecutor(self.concurrency)
@@ -257,10 +256,7 @@ class JudgeReward(Reward):
             pool.shutdown(wait=True, cancel_futures=True)
             self._known |= answered
             self._write_cache(answered)
-        return {
-            question: unreadable[digest] if digest in unreadable else self._known[digest]
-            for question, digest in digests.items()
-        }
+        return {question: self._known.get(digest) for question, digest in digests.items()}
 
     def _digest(self, question: str) -> str:
         parts = [self.url, self.model, self.mode, self.scale, self.options, question]

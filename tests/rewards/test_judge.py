@@ -120,6 +120,19 @@ def test_a_judge_that_prefers_a_place_sees_ties(favorite: str) -> None:
         assert score(judge(server, mode="pairwise"), pairs(("a", "b"), ("c", "b"))) == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.5, 1.0])
+@pytest.mark.parametrize("verdicts", [("A", None), (None, "B"), ("B", None), (None, "A"), (None, None)])
+def test_a_pair_with_a_verdict_that_cannot_be_read_has_the_score_of_such_a_response(
+    verdicts: tuple[str | None, str | None], value: float
+) -> None:
+    def answer(question: str) -> str:
+        verdict = verdicts[between(question, "response_a") == "b"]
+        return "neither" if verdict is None else json.dumps({"better": verdict})
+
+    with OpenAIServer(answer) as server:
+        assert score(judge(server, mode="pairwise", retries=0, on_unreadable=value), pairs(("a", "b"))) == [value]
+
+
 def test_pairs_need_greedy_responses(tmp_path: Path) -> None:
     with OpenAIServer(the_longer) as server:
         reward = judge(server, mode="pairwise")
