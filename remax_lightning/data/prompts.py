@@ -148,7 +148,7 @@ class PromptDataModule(TextDataModule):
     def more_prompts(self) -> PromptBatch:
         """Return another rollout batch of this rank for the step that is being made."""
         sampler = cast(SelectingSampler, self._selecting)
-        rows = sampler.mine(sampler.draw())
+        rows = sampler.mine(sampler.draw(starts_step=False))
         return self._collate(1)([cast(Any, self._train)[row] for row in rows])
 
     def observe(self, places: Sequence[int], informative: Sequence[bool], rates: Sequence[float], n: int) -> None:

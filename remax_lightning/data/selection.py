@@ -7,7 +7,7 @@ nothing left out, a pass is an epoch. All ranks observe the same and so draw the
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,15 @@ class PromptStream:
         if not self._order:
             self._start_pass(number)
 
-    def draw(self, count: int) -> list[int]:
-        """Return the next `count` different prompts, of the passes from the present one on."""
-        if count > self.num_rows:
-            raise ValueError(f"count must be at most {self.num_rows}, got {count}")
+    def draw(self, count: int, without: Collection[int] = ()) -> list[int]:
+        """Return the next `count` different prompts, of the passes from the present one on.
+
+        Args:
+            count: how many.
+            without: prompts that the step has drawn already, none of which comes again.
+        """
+        if count > self.num_rows - len(without):
+            raise ValueError(f"count must be at most {self.num_rows - len(without)}, got {count}")
         drawn: dict[int, None] = {}
         in_vain = 0  # prompts in a row that were left out
         self.start(0)
@@ -57,7 +62,7 @@ class PromptStream:
                 self._start_pass(self._pass + 1)
             index = self._order[self._place]
             self._place += 1
-            if index in drawn:
+            if index in drawn or index in without:
                 continue
             # After a whole pass of prompts that rest, the next ones are taken all the same.
             if in_vain < self.num_rows and self._is_left_out(index):
@@ -175,13 +180,22 @@ class SelectingSampler(MicroBatchSampler):
             world_size=world_size,
         )
         self.stream = stream
+        self._of_step: set[int] = set()  # prompts of all ranks that the present step has drawn
 
     def __iter__(self) -> Iterator[Key]:
         return _StreamIterator(self)
 
-    def draw(self) -> list[int]:
-        """Return the rows of the next rollout batch of all ranks; rank `r` of `W` takes every `W`-th of them."""
-        return self.stream.draw(self.batch_size * self.num_replicas)
+    def draw(self, *, starts_step: bool) -> list[int]:
+        """Return the rows of the next rollout batch of all ranks; rank `r` of `W` takes every `W`-th of them.
+
+        Args:
+            starts_step: whether it is the first one of a step; later ones repeat no row of those before.
+        """
+        if starts_step:
+            self._of_step.clear()
+        rows = self.stream.draw(self.batch_size * self.num_replicas, self._of_step)
+        self._of_step.update(rows)
+        return rows
 
     def mine(self, rows: Sequence[int]) -> list[int]:
         """Return the rows of this rank among those of all."""
@@ -204,7 +218,7 @@ class _StreamIterator(SamplerIterator):
 
     def _index(self, batch: int, offset: int) -> int:
         if batch != self._batch:
-            self._batch, self._rows = batch, self.sampler.draw()
+            self._batch, self._rows = batch, self.sampler.draw(starts_step=True)
         return self._rows[self.sampler.rank + offset * self.sampler.num_replicas]
 
     def _start_epoch(self, epoch: int) -> None:
@@ -217,8 +231,8 @@ class _StreamIterator(SamplerIterator):
         return super().state_dict() | {"stream": stream, "batch": self._batch, "rows": list(self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the place, and the stream if the saved run had one."""
-        if "stream" in state:
+        """Restore the place, and the stream if the saved run had one, of as many rows: others are other prompts."""
+        if "stream" in state and state["signature"]["rows"] == self.sampler.num_rows:
             self.sampler.stream.load_state_dict(state["stream"])
         super().load_state_dict(state)
         # The batch that is being yielded; at the start of one there is nothing to keep.

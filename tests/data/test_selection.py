@@ -51,6 +51,27 @@ def test_no_prompt_comes_twice_in_a_batch_across_passes() -> None:
         stream.draw(8)
 
 
+def test_no_prompt_comes_twice_in_a_step_across_passes() -> None:
+    sampler = SelectingSampler(PromptStream(9, 0, SelectionConfig(oversample=2)), 2, world_size=2)
+    for _ in range(30):
+        assert len({*sampler.draw(starts_step=True), *sampler.draw(starts_step=False)}) == 8
+    with pytest.raises(ValueError, match="at most 1, got 4"):
+        sampler.draw(starts_step=False)
+
+
+@pytest.mark.parametrize("num_rows", [8, 12, 28])
+def test_a_run_goes_on_with_another_number_of_rows_behind_an_epoch(num_rows: int) -> None:
+    loader = make(num_rows=20, skip_uninformative=1)
+    list(loader)
+    for index in range(20):
+        loader.sampler.stream.observe(index, False, 0.0, 1)
+    resumed = make(num_rows=num_rows, skip_uninformative=1)
+    resumed.load_state_dict(loader.state_dict())
+    rows = [row for batch in resumed for row in rows_of(batch)]
+    assert sorted(rows) == list(range(num_rows))  # nothing is known of these prompts
+    assert rows == MicroBatchSampler(num_rows, 4, seed=3).order(1)
+
+
 def test_a_prompt_rests_after_visits_without_an_advantage_and_comes_back() -> None:
     stream = PromptStream(6, 0, SelectionConfig(skip_uninformative=2))
     seen: list[int] = []  # passes in which prompt 5 is drawn
