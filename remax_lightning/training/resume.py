@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,8 +34,11 @@ from remax_lightning.strategies.stall_watchdog import StallWatchdog
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of this process's generators: torch's, Python's and, on a GPU, the device's."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    """Return the state of this process's generators: torch's, Python's, NumPy's and, on a GPU, the device's."""
+    # NumPy's has an array among its parts, which `torch.load(weights_only=True)` refuses.
+    kind, key, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    numpy_state = [kind, torch.from_numpy(key.astype(np.int64)), *rest]
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy_state}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -44,6 +48,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore the generators to a state of `random_state`."""
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
+    if "numpy" in state:  # not in older checkpoints
+        kind, key, *rest = state["numpy"]
+        np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -12,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, save_policy
 from helpers.waiting import LONG, wait_until
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -22,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from remax_lightning.modules import LossConfig
 from remax_lightning.strategies import latest_checkpoint
+from remax_lightning.training.resume import random_state, set_random_state
 
 STEPS = 4
 RARELY = {"every_n_epochs": 9}
@@ -85,6 +89,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     Runs(tmp_path_factory.mktemp("whole")).start(tell)
     assert len(set(tell.losses)) == STEPS
     return tell.losses
+
+
+def test_every_generator_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Rewards and data of a user's own may draw from any of them; NumPy's normal numbers are made in pairs."""
+
+    def drawn() -> list[float]:
+        return [*torch.rand(2).tolist(), random.random(), np.random.rand(), *np.random.standard_normal(3)]
+
+    cpu, before = torch.device("cpu"), random_state(torch.device("cpu"))
+    try:
+        np.random.standard_normal()
+        torch.save(random_state(cpu), tmp_path / "state.pt")
+        expected = drawn()
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        set_random_state(state, cpu)
+        assert drawn() == expected
+        del state["numpy"]  # as older checkpoints
+        set_random_state(state, cpu)
+        assert drawn()[:3] == expected[:3]
+    finally:
+        set_random_state(before, cpu)
 
 
 @pytest.mark.parametrize("batch", [2, 3], ids=["before a step", "within a step"])
