@@ -244,7 +244,7 @@ class ReMaxModule(PolicyModule):
             if passes:  # Lightning makes the backward pass of the last one
                 self.gradients.accumulate(self.trainer, passes[-1].loss)
             passes.append(self._training_pass(part, normalizer))
-        whole = passes[0] if len(passes) == 1 else join_passes(passes, experience)
+        whole = passes[0] if len(passes) == 1 else join_passes(passes, experience, self.objective.loss_mask)
         baseline = self.objective.baseline
         if baseline.learns_from_training:
             self._meter.add(whole)

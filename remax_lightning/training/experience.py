@@ -280,10 +280,17 @@ class TrainingPass(NamedTuple):
         return torch.where(self.active[:, None], cast(Tensor, self.statistics.squared_norm), of_idle)
 
 
-def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPass:
+def join_passes(
+    passes: Sequence[TrainingPass], whole: Experience, loss_mask: Callable[[Rollout], Tensor]
+) -> TrainingPass:
     """Return passes over the parts of an experience as one pass over the whole.
 
     Its loss has the value of the sum, and the gradient of the last pass; the others have had their backward pass.
+
+    Args:
+        passes: over the parts.
+        whole: what they are parts of.
+        loss_mask: returns the trained tokens of a rollout.
     """
     # Back to the order of the rollout: row i of the whole is row `order[i]` of the joined parts.
     order = torch.cat(list(whole.passes())).argsort()  # [S]
@@ -298,13 +305,13 @@ def join_passes(passes: Sequence[TrainingPass], whole: Experience) -> TrainingPa
         [None if value is None else value.detach() for value in column]
         for column in zip(*(part.statistics for part in passes), strict=True)
     ]
-    tokens = torch.stack([part.experience.rollout.sampled.response_mask.sum() for part in passes]).float()  # [passes]
+    tokens = torch.stack([loss_mask(part.experience.rollout).sum() for part in passes]).float()  # [passes]
     return TrainingPass(
         loss=passes[-1].loss + sum(part.loss.detach() for part in passes[:-1]),
         experience=whole._replace(advantages=joined(advantages), kl=joined(kl)),
         statistics=TokenStatistics(*(cast(Tensor, joined(column)) for column in statistics)),
         active=cast(Tensor, joined([part.active for part in passes])),
-        clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum(),
+        clip_fraction=torch.stack([part.clip_fraction for part in passes]) @ tokens / tokens.sum().clamp_min(1),
     )
 
 

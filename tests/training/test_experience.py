@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from remax_lightning.errors import UserError
-from remax_lightning.training.experience import Experience
+from remax_lightning.functional import TokenStatistics
+from remax_lightning.training.experience import Experience, TrainingPass, join_passes
 from remax_lightning.training.rollouts import RolloutBuffer
 from remax_lightning.types import Conversation, Prompt, PromptBatch, Responses, Rollout
 
@@ -45,6 +46,24 @@ def test_micro_batches_come_in_turn_and_the_last_empties_the_buffer() -> None:
     assert buffer.state_dict() is None
     with pytest.raises(UserError, match="part 1 of a rollout batch came first"):
         buffer.micro_batch(1)
+
+
+def test_the_clipped_share_of_joined_passes_is_one_of_trained_tokens() -> None:
+    whole = experience(1)._replace(parts=[[3], [0, 1], [2]])
+    trained = torch.tensor([[True, True], [True, False], [False, False], [False, True]])  # of a, b, c, d
+    clipped = torch.tensor([[False, True], [False, True], [True, True], [False, True]])
+
+    def loss_mask(rollout: Rollout) -> torch.Tensor:
+        return trained[["abcd".index(text) for text in rollout.prompt.prompts]]
+
+    passes = []
+    for part, prompts in zip(whole.split(), whole.parts or [], strict=True):
+        mask, active = trained[prompts], torch.ones(len(prompts), dtype=torch.bool)
+        share = (clipped[prompts] & mask).sum() / mask.sum().clamp_min(1)
+        passes.append(TrainingPass(torch.tensor(1.0), part, TokenStatistics(mask.float()), active, share))
+    assert float(join_passes(passes, whole, loss_mask).clip_fraction) == pytest.approx(2 / 4)
+    nothing = join_passes(passes, whole, lambda rollout: torch.zeros_like(rollout.sampled.response_mask))
+    assert float(nothing.clip_fraction) == 0
 
 
 def test_a_checkpoint_holds_the_text_of_prompts_that_know_their_messages(tmp_path: Path) -> None:
