@@ -42,10 +42,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the real model i
 
 from remax_lightning.config import LossConfig, MismatchConfig
 from remax_lightning.data import PromptDataModule
+from remax_lightning.files import DEFAULT_PYTHON
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rollout import GenerationRequest, PairedEngine, ProofConfig, SamplingConfig, VLLMEngine
-from remax_lightning.tools.serve import DEFAULT_PYTHON, serve_command
+from remax_lightning.tools.serve import serve_command
 from remax_lightning.training.objective import Objective
 
 PROMPTS, PROMPT_LENGTH = 32, 48

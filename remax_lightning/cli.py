@@ -34,6 +34,7 @@ from remax_lightning.errors import (
     loaded_class,
     printable,
 )
+from remax_lightning.tools.parsers import read_tool_options
 from remax_lightning.version import __version__
 
 
@@ -76,8 +77,9 @@ def main() -> None:
 def _run_subcommand(arguments: list[str]) -> None:
     first = arguments[0] if arguments else ""
     if first in TOOLS:
-        if TOOLS[first].reads_run and (options := run_options(arguments[1:])):
-            refuse_wrong_keys(["fit", *options])
+        read_tool_options(first, arguments[1:])
+        if TOOLS[first].reads_run:
+            refuse_wrong_keys(["fit", *run_options(arguments[1:])], first)
         import_module(f"remax_lightning.tools.{TOOLS[first].module}").main(arguments[1:])
     elif first in RUNS or (first.startswith("-") and not set(RUNS).isdisjoint(arguments)):
         run = next(argument for argument in arguments if argument in RUNS)

@@ -11,7 +11,7 @@ class Tool(NamedTuple):
     """A subcommand that is not Lightning's.
 
     Args:
-        module: where its `main` and its `make_parser` are, under `remax_lightning.tools`.
+        module: where its `main` is, under `remax_lightning.tools`; `tools.parsers` has its options.
         help: what it does, in a line.
         reads_run: whether it takes every option of `remax fit`, beside its own.
     """

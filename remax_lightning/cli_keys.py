@@ -49,11 +49,12 @@ _LIBRARIES = ("remax_lightning", "lightning", "torch", "transformers")
 """Packages whose import brings no class of a user's own, which a configuration could then call by its name alone."""
 
 
-def refuse_wrong_keys(arguments: list[str]) -> None:
+def refuse_wrong_keys(arguments: list[str], name: str | None = None) -> None:
     """Refuse a command whose configuration has wrong keys or values, before anything large is imported.
 
     Args:
         arguments: those after `remax`, of one of Lightning's subcommands.
+        name: of the tool that reads them, where it is not this subcommand.
 
     Raises:
         UserError: with a line for each mistake; without any look at the keys if a file cannot be read.
@@ -61,7 +62,7 @@ def refuse_wrong_keys(arguments: list[str]) -> None:
     if _asks_for_help(arguments):
         return
     if len(arguments) == 1:
-        run = arguments[0]
+        run = name or arguments[0]
         raise UserError(f"{run}: there is no configuration; give --config FILE_OR_NAME, or see remax {run} --help")
     if lines := list(unreadable_configs(arguments)):
         raise UserError(message_of(lines))
@@ -71,10 +72,8 @@ def refuse_wrong_keys(arguments: list[str]) -> None:
 
 
 def run_options(arguments: list[str]) -> list[str]:
-    """Return the arguments of a tool that are those of `remax fit`; none where it is asked for its help."""
+    """Return the arguments of a tool that are those of `remax fit`."""
     arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if not {"-h", "--help"}.isdisjoint(arguments):
-        return []
     # a tool's own options have no groups
     return [word for words, name, _ in words_of(arguments) if name in CONFIG or "." in name for word in words]
 

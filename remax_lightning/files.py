@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 
 from remax_lightning.errors import UserError, exception_chain
 
+TRUST = "--trust_checkpoint"
+"""Option of `remax export` and `remax lm-eval` with which a user trusts the code in a checkpoint or of a model."""
+DEFAULT_PYTHON = ".venv-vllm/bin/python"
+"""Where `make vllm` installs it."""
+
 # ---- JSON ----
 
 

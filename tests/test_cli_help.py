@@ -7,9 +7,8 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -18,6 +17,8 @@ from jsonargparse import Namespace
 
 import remax_lightning
 from remax_lightning.cli_help import KEYS, RUNS, TOOLS
+from remax_lightning.config import WeightDType
+from remax_lightning.tools.parsers import tool_parser
 
 LIGHT = """
 import json, sys
@@ -89,6 +90,16 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
         ("report",): 2,
         ("compare", one, two): 0,
         ("compare", one, str(run)): 2,
+        **{(name, "--help"): 0 for name in TOOLS},
+        **{(name,): 2 for name, tool in TOOLS.items() if tool.reads_run},  # without a configuration
+        ("serve", str(wrong), "--", "--help"): 2,
+        ("baselines", "--num_prompts", "many", "--config", str(wrong)): 2,
+        ("export",): 2,
+        ("lm-eval", "policy"): 2,
+        ("convert-reward", "model", "out", "--overwritten"): 2,
+        ("pipeline", "--steps", "3"): 2,
+        ("--print_shtab",): 2,
+        ("--print_shtab", "powershell"): 2,
     }
     environment = os.environ | {"PYTHONPATH": str(Path(remax_lightning.__file__).parents[1])}
     ended = subprocess.run(
@@ -100,6 +111,7 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
     assert "model.kl_coeff: there is no such key; did you mean kl_coef?" in ended.stderr
     assert "trainer.max_steps: expected a whole number, got many" in ended.stderr
     assert "model.loss.kindd: there is no such key; did you mean kind?" in ended.stderr
+    assert "doctor: there is no configuration; give --config FILE_OR_NAME, or see remax doctor --help" in ended.stderr
     assert (run / "report.html").stat().st_size > 10_000
 
 
@@ -204,8 +216,9 @@ def test_the_script_for_bash_completes_subcommands_options_and_names(tmp_path: P
     assert "mine.yaml" in completed("remax", "fit", "--config", "mi")
 
 
-def test_another_shell_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    ended = remax(capsys, "--print_shtab", "ksh")
+@pytest.mark.parametrize("shell", ["ksh", "powershell"])
+def test_another_shell_is_refused_with_those_there_are(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = remax(capsys, "--print_shtab", shell)
     assert ended.code == 2
     assert "bash" in ended.err
     assert "zsh" in ended.err
@@ -217,7 +230,12 @@ def test_every_tool_has_a_command_of_its_name(capsys: pytest.CaptureFixture[str]
         assert shown.code == 0
         assert shown.out.startswith(f"usage: remax {name} ")
         # what the script for completion asks for
-        assert import_module(f"remax_lightning.tools.{TOOLS[name].module}").make_parser().prog == f"remax {name}"
+        assert tool_parser(name).prog == f"remax {name}"
+
+
+def test_the_dtypes_of_lm_eval_are_those_of_weights() -> None:
+    dtypes = next(action.choices for action in tool_parser("lm-eval")._actions if action.dest == "dtype")
+    assert tuple(dtypes or ()) == get_args(WeightDType)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ ALLOWED = {
     "cli_exit": {"errors", "cli_errors", "files", "run_folder"},
     "launcher": set(),
     "cli_help": set(),
-    "cli": {"cli_errors", "cli_exit", "cli_help", "cli_keys", "errors", "launcher", "version"},  # more when it runs
+    "cli": {"cli_errors", "cli_exit", "cli_help", "cli_keys", "errors", "launcher", "tools.parsers", "version"},
     "__main__": {"cli"},
     "cli_run": ANYTHING,
     "tools": ANYTHING,

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from remax_lightning.errors import UserError
+from remax_lightning.files import TRUST
 from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import RUN_FOLDER
 
-TRUST = "--trust_checkpoint"
-"""Option of `remax export` with which a user trusts the code in a checkpoint."""
 HYPER_PARAMETERS = "hyper_parameters"
 """Key of a checkpoint for the arguments of its module; Lightning's."""
 EXPORT_KEY, RESUME_KEY = "checkpoint", "ckpt_path"

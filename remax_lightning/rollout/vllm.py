@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 from remax_lightning.config import ProofConfig, SamplingConfig
 from remax_lightning.distributed import agree_on_errors, gather_objects
 from remax_lightning.errors import UserError, above, at_least, check_ranges
+from remax_lightning.files import DEFAULT_PYTHON
 from remax_lightning.models import ModelConfig, has_adapter
 from remax_lightning.rollout.base import GenerationOutput, GenerationRequest
 from remax_lightning.rollout.vllm_broadcast import Broadcast, FileTransfer, SharedMemory
@@ -44,7 +45,6 @@ from remax_lightning.rollout.vllm_requests import (
     staleness,
 )
 from remax_lightning.rollout.vllm_server import (
-    DEFAULT_PYTHON,
     check_server,
     check_tokenizer,
     computed_dtype,

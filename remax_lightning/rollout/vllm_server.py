@@ -29,8 +29,6 @@ from remax_lightning.sharding import unwrap_peft
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_PYTHON = ".venv-vllm/bin/python"
-"""Where `make vllm` installs it."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of adapters that vLLM can be started for."""
 _TOKENS_TRIED = 64

@@ -6,10 +6,8 @@ they cost. Their product is the time that a gradient of given precision takes; i
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,6 +28,7 @@ from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.command import quiet_lightning
 from remax_lightning.tools.doctor.context import load_context
 from remax_lightning.tools.gradient_norms import Sample, Seconds, SquaredNorms, agreement, measure
+from remax_lightning.tools.parsers import baselines_parser
 
 NUM_RESAMPLES = 2000
 """Draws of the bootstrap, enough for two digits of a 95 % interval."""
@@ -203,7 +202,7 @@ def main(args: Sequence[str]) -> list[Figure]:
     Raises:
         UserError: if the configuration is wrong, or is not one of ReMax.
     """
-    options, rest = make_parser().parse_known_args(args)
+    options, rest = baselines_parser().parse_known_args(args)
     if options.num_prompts < 8:
         raise UserError(f"--num_prompts must be at least 8, got {options.num_prompts}: intervals need some prompts")
     for name in ("json", "picture"):
@@ -228,24 +227,6 @@ def main(args: Sequence[str]) -> list[Figure]:
     if options.picture is not None:
         options.picture.write_text(picture(figures), encoding="utf-8")
     return figures
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax baselines`."""
-    parser = argparse.ArgumentParser(
-        prog="remax baselines",
-        usage="remax baselines --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
-        " [--json FILE] [--picture FILE.svg]",
-        description="Measure, without training, how much variance the gradient has with each baseline on the policy,"
-        " reward and data of a run, what a response costs, and which baseline takes the least time for a gradient of"
-        " the same precision. One backward pass for each response. model.advantage.baseline: auto compares them during"
-        " the run instead.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--num_prompts", type=int, default=128, metavar="N", help="prompts to measure (default: 128)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw them, as SVG")
-    return parser
 
 
 def table(figures: Sequence[Figure]) -> str:

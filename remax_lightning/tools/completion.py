@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from shlex import quote
 from typing import Any
 
 import shtab
-from jsonargparse._actions import ActionConfigFile
-from jsonargparse._completions import (
-    bash_compgen_typehint,
-    norm_name,
-    prepare_actions_context,
-    shtab_prepare_actions,
-)
 
 from remax_lightning.cli_help import RUNS, TOOLS
-from remax_lightning.cli_run import command_parser
 from remax_lightning.shipped_configs import config_names
+from remax_lightning.tools.parsers import tool_parser
 
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+"""Those of shtab whose scripts the help and the documentation name."""
 _NAMES = "_remax_config_names"
 """The function of the script that completes what `--config` takes: files, and names of shipped configurations."""
 
@@ -32,7 +26,7 @@ def main(args: Sequence[str]) -> None:
         args: the arguments after `remax --print_shtab`.
     """
     parser = argparse.ArgumentParser(prog="remax --print_shtab", allow_abbrev=False)
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell that reads the script")
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
     print(completion_script(parser.parse_args(args).shell))
 
 
@@ -40,8 +34,19 @@ def completion_script(shell: str) -> str:
     """Return a script that completes all subcommands, with the options of each and what these take.
 
     Args:
-        shell: one of `shtab.SUPPORTED_SHELLS`.
+        shell: one of `SHELLS`.
     """
+    # imported here: the one below takes seconds, and a shell may be none of `SHELLS`
+    from jsonargparse._actions import ActionConfigFile
+    from jsonargparse._completions import (
+        bash_compgen_typehint,
+        norm_name,
+        prepare_actions_context,
+        shtab_prepare_actions,
+    )
+
+    from remax_lightning.cli_run import command_parser
+
     # ---- Subcommands of Lightning: jsonargparse knows which classes and values their options take ----
     runs, prog = command_parser(), "remax"
     preambles = [_names_function(shell)]
@@ -53,13 +58,13 @@ def completion_script(shell: str) -> str:
     # ---- One parser around them and the tools ----
     command = argparse.ArgumentParser(prog=prog, description="Align language models with ReMax.")
     command.add_argument("--version", action="store_true", help="print the version")
-    command.add_argument("--print_shtab", choices=shtab.SUPPORTED_SHELLS, help="print a script for completion")
+    command.add_argument("--print_shtab", choices=SHELLS, help="print a script for completion")
     subcommands = command.add_subparsers()
     parsers = dict(runs.commands())
     for name, text in RUNS.items():
         subcommands.add_parser(name, help=text, parents=[parsers[name]], add_help=False)
     for name, tool in TOOLS.items():
-        own: argparse.ArgumentParser = import_module(f"remax_lightning.tools.{tool.module}").make_parser()
+        own = tool_parser(name)
         if tool.reads_run:
             parser = subcommands.add_parser(name, help=tool.help, parents=[parsers["fit"]], add_help=False)
             for action in own._actions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from remax_lightning.rewards.loading import (
 )
 from remax_lightning.rewards.pooling import Normalization, fold_into_weights, score_head, score_layers
 from remax_lightning.tools.export import check_target
+from remax_lightning.tools.parsers import convert_reward_parser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
         UserError: if the source is not a reward model, or the target cannot be written.
     """
     # ---- Refuse what cannot be written, before gigabytes are read ----
-    options = make_parser().parse_args(args)
+    options = convert_reward_parser().parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, Path(options.source), options.overwrite)
     if options.template is not None:
@@ -71,21 +71,6 @@ def main(args: Sequence[str]) -> None:
     # ---- Write ----
     write_folder_atomically(out, lambda folder: save_classifier(loaded, tokenizer, template, folder))
     print(f"Converted the reward model {options.source} ({loaded.kind}) to {options.out}.")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax convert-reward`."""
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog=f"remax {KEY}", description=description, allow_abbrev=False)
-    parser.add_argument("source", help="a folder or a hub name")
-    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
-    parser.add_argument("--template", help="how prompt and response become one text, saved with the model")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--allow_pickle", action="store_true", help="also read .bin files, with weights_only=True")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument("--deepspeed_chat.pad_token", dest="pad_token", help="eos, or the token it was padded with")
-    return parser
 
 
 def save_classifier(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,12 +17,14 @@ from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.cli_run import silence_library_warnings
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
+from remax_lightning.files import TRUST
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.checkpoint_reader import TRUST, read_weights
+from remax_lightning.models.checkpoint_reader import read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
 from remax_lightning.models.lora import adapter_dtype, contains_adapter, load_adapter
 from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
 from remax_lightning.sharding import nonfinite_name
+from remax_lightning.tools.parsers import export_parser
 from remax_lightning.tools.report import run as report
 from remax_lightning.yaml_files import read_yaml
 
@@ -64,7 +65,7 @@ def main(args: Sequence[str]) -> None:
         args: the arguments after `remax export`.
     """
     # ---- Options; the folder is checked before anything is read ----
-    options = make_parser().parse_args(args)
+    options = export_parser().parse_args(args)
     silence_library_warnings()
     out = check_target(options.out, options.checkpoint, options.overwrite)
     # ---- Read: weights of the checkpoint, settings of its run, tokenizer ----
@@ -110,26 +111,6 @@ def main(args: Sequence[str]) -> None:
     print(f"Exported the {'adapter' if adapter_alone else 'policy'} of {options.checkpoint} to {options.out}.")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax export`."""
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax export", description=description, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file or folder")
-    parser.add_argument("out", type=Path, help="the folder to write; new or empty")
-    parser.add_argument(
-        "--config", type=Path, help="the configuration of the run (default: searched above the checkpoint)"
-    )
-    parser.add_argument(
-        "--merge", action="store_true", help="merge the LoRA adapter into its base and write the full model"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    parser.add_argument(
-        "--max_shard_size", type=_parse_size, default="5GB", help="maximum size of a weight file (default: 5GB)"
-    )
-    parser.add_argument(TRUST, action="store_true", help="run code in the checkpoint, or of its model")
-    return parser
-
-
 def _describe(path: Path, run: Run, is_adapter: bool) -> CardFacts:
     """Return what the model card says, from the folder of the run: its configuration, curves and evaluation."""
     # ---- Configuration ----
@@ -159,12 +140,6 @@ def _describe(path: Path, run: Run, is_adapter: bool) -> CardFacts:
         evaluation=read_evaluation(path.parent),
         command=sys.argv,
     )
-
-
-def _parse_size(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
-        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, got {text}")
-    return text
 
 
 def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:

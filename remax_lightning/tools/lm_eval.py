@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -24,8 +23,8 @@ from remax_lightning.evaluation.harness import (
 )
 from remax_lightning.files import describe_disk_error, load_json
 from remax_lightning.models import ModelConfig
-from remax_lightning.models.checkpoint_reader import TRUST
 from remax_lightning.models.checksums import check_exported
+from remax_lightning.tools.parsers import lm_eval_parser
 
 _PACKAGES = ("remax-lightning", "lm_eval", "transformers", "torch", "peft")
 
@@ -39,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the arguments after `remax lm-eval`.
     """
-    options = make_parser().parse_args(args)
+    options = lm_eval_parser().parse_args(args)
     # ---- What can be wrong before anything is loaded ----
     harness_options = HarnessOptions(
         options.limit,
@@ -77,32 +76,6 @@ def main(args: Sequence[str]) -> None:
     }
     _write(output, answer)
     print(f"Wrote {output}.")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax lm-eval`."""
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax lm-eval", description=description, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="an exported policy, such as runs/remax/version_0/policy/best")
-    parser.add_argument(
-        "--tasks", nargs="+", required=True,
-        help="names of tasks or groups, or paths of YAML files, with commas or spaces between them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--limit", type=float, help="documents of each task: a count, or a share below 1 (default: all)"
-    )
-    parser.add_argument("--num_fewshot", type=int, help="solved examples in each prompt (default: the task's own)")
-    parser.add_argument("--batch_size", type=int, default=8, help="requests in one forward pass (default: 8)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", choices=get_args(WeightDType), help="of the weights (default: as they were saved)")
-    parser.add_argument("--base", help="folder or hub name of an adapter's base (default: as the adapter says)")
-    parser.add_argument("--apply_chat_template", action="store_true", help="write each prompt as a message of the user")
-    parser.add_argument("--output", type=Path, help="a new JSON file (default: FOLDER_lm_eval.json)")
-    parser.add_argument(
-        "--confirm_run_unsafe_code", action="store_true", help="run tasks that execute what the model has written"
-    )
-    parser.add_argument(TRUST, action="store_true", help="run code that comes with the model")
-    return parser
 
 
 def _output_file(folder: Path, chosen: Path | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.evaluation.intervals import Figure, format_interval, format_number, format_table, mean_figure
 from remax_lightning.run_folder import run_folder
 from remax_lightning.tasks.dialogues import read_pairs, true_score, write_dialogue_task
+from remax_lightning.tools.parsers import pipeline_parser
 
 FOLDER = Path("runs/pipeline")
 """Folder that the configurations `pipeline*.yaml` read and write."""
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         figure, `rule_accuracy`, and `seconds` by stage.
     """
     # ---- The task ----
-    options = make_parser().parse_args(args)
+    options = pipeline_parser().parse_args(args)
     steps = _StageRunner([f"--seed_everything={options.seed}"])
     write_dialogue_task(FOLDER / "task")
     print(f"Wrote dialogues with preferences to {FOLDER / 'task'}.")
@@ -72,14 +72,6 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     }
     (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax pipeline`."""
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax pipeline", description=description, allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and sampling (default: 0)")
-    return parser
 
 
 class _StageRunner:

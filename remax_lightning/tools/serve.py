@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -16,7 +15,8 @@ from remax_lightning.cli_run import computes_in_bfloat16, run
 from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.rollout import VLLMEngine
-from remax_lightning.rollout.vllm_server import DEFAULT_PYTHON, served_policy, server_arguments, server_environment
+from remax_lightning.rollout.vllm_server import served_policy, server_arguments, server_environment
+from remax_lightning.tools.parsers import serve_parser
 from remax_lightning.tools.plan.run_config import OLD_PRECISIONS, PlanCLI
 
 _DTYPES = {"16": "float16", "bf16": "bfloat16"}
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
         args: the arguments after `remax serve`.
     """
     args, _, extra = _split(args)
-    options, rest = make_parser().parse_known_args(args)
+    options, rest = serve_parser().parse_known_args(args)
     command = serve_command(rest, options.python, options.host, options.port, extra)
     print(command, flush=True)
     if options.only_print:
@@ -64,22 +64,6 @@ def main(args: Sequence[str]) -> None:
         )
     # In place of this process, so that signals and logs are the server's own.
     os.execvpe(program, command.arguments, {**os.environ, **command.environment})
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax serve`."""
-    description = main.__doc__.partition("Args:")[0] if main.__doc__ else None
-    parser = argparse.ArgumentParser(prog="remax serve", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--python",
-        default=DEFAULT_PYTHON,
-        help=f"of the environment that vLLM is installed in (default: {DEFAULT_PYTHON})",
-    )
-    which = "model.rollout's URL on this machine, or else its first one"
-    parser.add_argument("--host", help=f"address to listen at (default: that of {which})")
-    parser.add_argument("--port", type=int, help=f"port to listen at (default: that of {which})")
-    parser.add_argument("--print", action="store_true", dest="only_print", help="print the command, and do not run it")
-    return parser
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], str, list[str]]:

@@ -18,9 +18,10 @@ from helpers.training import PROMPTS, CharacterReward, make_trainer, prompt_data
 from lightning.pytorch import Callback
 
 from remax_lightning.config import LossConfig, MismatchConfig
+from remax_lightning.files import DEFAULT_PYTHON
 from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, SamplingConfig, VLLMEngine
-from remax_lightning.tools.serve import DEFAULT_PYTHON, serve_command
+from remax_lightning.tools.serve import serve_command
 from remax_lightning.types import Rollout
 
 ROOT = Path(__file__).parents[2]

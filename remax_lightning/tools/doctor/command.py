@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
 from remax_lightning.rollout import VLLMEngine
 from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
 from remax_lightning.tools.doctor.context import DoctorContext, Finding, NotApplicable, Status, load_context
+from remax_lightning.tools.parsers import doctor_parser
 
 REMAX, SFT, REWARD_MODEL = ReMaxModule, SFTModule, RewardModelModule
 ALL_STAGES = (REMAX, SFT, REWARD_MODEL)
@@ -172,7 +171,7 @@ def main(args: Sequence[str]) -> list[Result]:
         SystemExit: with code 1 if a check failed.
     """
     # ---- Own options; the rest is that of `remax fit` ----
-    options, rest = make_parser().parse_known_args(args)
+    options, rest = doctor_parser().parse_known_args(args)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
     if options.json is not None and not options.json.parent.is_dir():
@@ -195,23 +194,6 @@ def main(args: Sequence[str]) -> list[Result]:
     if count["fail"]:
         raise SystemExit(1)
     return results
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax doctor`."""
-    parser = argparse.ArgumentParser(
-        prog="remax doctor",
-        usage="remax doctor --config FILE [--config FILE ...] [any argument of remax fit] [--num_prompts N]"
-        " [--json FILE]",
-        description="Load models and data as `remax fit` would, on one process, and check them on a few prompts."
-        " Nothing is trained or written. Exit code 1 if a check failed, 2 for a mistake in the configuration.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--num_prompts", type=int, default=16, metavar="N", help="number of prompts to check (default: 16)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    return parser
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.tools.parsers import plan_parser
 from remax_lightning.tools.plan.model_sizes import Sizes, measure
 from remax_lightning.tools.plan.phases import (
     HEADROOM,
@@ -43,7 +43,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
         UserError: if the configuration is wrong, or cannot be planned.
     """
     # ---- Own options; the rest is that of `remax fit` ----
-    options, rest = make_parser().parse_known_args(args)
+    options, rest = plan_parser().parse_known_args(args)
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory must be above 0, got {options.memory:g}")
     # ---- Read, measure, print ----
@@ -53,24 +53,6 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     answer = plan(run, sizes or measure(run), memory)
     print(json.dumps(answer) if options.json else format_plan(run, answer))
     return answer
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments after `remax plan`."""
-    parser = argparse.ArgumentParser(
-        prog="remax plan",
-        usage="remax plan --config FILE [--config FILE ...] [any argument of remax fit] [--memory GB] [--json]",
-        description=(
-            "Compute the memory that each device needs for `remax fit` with the same arguments. Nothing is"
-            " run and no weights are read: models are built from their configurations."
-        ),
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--memory", type=float, metavar="GB", help="memory of a device; also print whether the run fits"
-    )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON, in bytes")
-    return parser
 
 
 def plan(run: PlannedRun, sizes: Sizes, memory: float | None = None) -> dict[str, Any]:
