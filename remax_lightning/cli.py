@@ -19,6 +19,7 @@ from remax_lightning.cli_exit import (
     End,
     current_rank,
     describe_end,
+    describe_interruption,
     exits_raise,
     reader_left,
     stage,
@@ -57,7 +58,7 @@ def main() -> None:
             _run_subcommand(sys.argv[1:])
             sys.stdout.flush()  # an error of the last lines is told here, and not at the interpreter's end
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        raise _interrupted() from None
     except BaseException as error:  # also what code of a user's own raises as no Exception
         if isinstance(error, loaded_class("lightning.pytorch.utilities.exceptions", "SIGTERMException")):
             # Lightning treats any other exit code of a process that it started as a failure.
@@ -100,12 +101,20 @@ def _run_subcommand(arguments: list[str]) -> None:
         raise UserError(explain_subcommand(first))
 
 
+def _interrupted() -> SystemExit:
+    """Return the exit after Ctrl-C, having said what is left of a training run."""
+    message = describe_interruption(stage)
+    if message is not None and current_rank() == 0:
+        print(f"remax: {message}", file=sys.stderr)  # noqa: T201
+    return SystemExit(INTERRUPTED)
+
+
 def _end(error: BaseException) -> End:
     """Return how the command ends; an exit that has been explained already is raised again."""
     if not isinstance(error, SystemExit):
         return describe_end(error, stage)
     if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
-        raise SystemExit(INTERRUPTED) from None
+        raise _interrupted() from None
     message = foreign_exit_message(error)
     if message is None:
         raise error

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from remax_lightning.cli_errors import shorten_message, user_error_message
 from remax_lightning.errors import exception_chain, loaded_class
@@ -159,6 +159,20 @@ def describe_end(error: BaseException, stage: Stage) -> End:
         message, code = _describe_by_side(error, stage)
     path = write_traceback(error, stage.folder())
     return End(message if path is None else f"{message} (traceback: {path})", code)
+
+
+def describe_interruption(stage: Stage) -> str | None:
+    """Return what Ctrl-C leaves of a training run, and how it goes on; None for anything else."""
+    if stage.trainer is None or not stage.trains:
+        return None
+    step = stage.trainer.global_step
+    callbacks: list[Any] = list(stage.trainer.checkpoint_callbacks)
+    if any(getattr(callback, "last_model_path", "") or callback.best_model_path for callback in callbacks):
+        return f"interrupted after optimizer step {step}; --ckpt_path last resumes from the latest checkpoint"
+    return (
+        f"interrupted after optimizer step {step}, before a first checkpoint: nothing is saved."
+        " SIGTERM (kill PID) saves a checkpoint before it ends a run"
+    )
 
 
 def reader_left() -> bool:

@@ -70,9 +70,18 @@ def _read_weights(path: Path, prefix: str, trusted: bool) -> dict[str, Tensor]:
 
         weights = {name: value for name, value in read_zero(path, trusted).items() if name.startswith(prefix)}
     else:
-        what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
-        raise UserError(f"checkpoint: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
+        raise _no_checkpoint(path, "checkpoint")
     return weights
+
+
+def _no_checkpoint(path: Path, key: str) -> UserError:
+    """Return the error of a path that is no checkpoint; of a run's folder it names those that are in it."""
+    if not path.exists():
+        return UserError(f"{key}: {str(path)!r} does not exist; give a complete checkpoint of `remax fit`")
+    patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+    inside = sorted(str(found) for pattern in patterns for found in path.glob(pattern))
+    advice = f"give one in it: {', '.join(inside[:3])}" if inside else "give a complete checkpoint of `remax fit`"
+    return UserError(f"{key}: {str(path)!r} is neither a .ckpt file nor a folder of DeepSpeed or FSDP2; {advice}")
 
 
 def read_hyper_parameters(path: Path) -> dict[str, Any]:
@@ -259,8 +268,7 @@ def _inspect(path: Path, key: str) -> CheckpointInfo:
         from remax_lightning.models.shard_reader import inspect_zero
 
         return inspect_zero(path, key)
-    what = "is neither a .ckpt file nor a folder of DeepSpeed or FSDP2" if path.exists() else "does not exist"
-    raise UserError(f"{key}: {str(path)!r} {what}; give a complete checkpoint of `remax fit`")
+    raise _no_checkpoint(path, key)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -249,8 +250,14 @@ def as_model_config(source: ModelSource, argument: str) -> ModelConfig:
         argument: the name of the argument, for the message.
 
     Raises:
-        TypeError: if it is something else, such as a loaded model.
+        TypeError: if it is something else, such as a loaded model or the keys of a configuration.
     """
+    if isinstance(source, Mapping):
+        given = ", ".join(f"{name}=..." for name in source)
+        raise TypeError(
+            f"{argument} must be a folder, a hub name or a ModelConfig, got {type(source).__name__}: write"
+            f" ModelConfig({given})"
+        )
     if isinstance(source, ModelConfig):
         return source
     if isinstance(source, str | Path):

@@ -212,6 +212,16 @@ def test_what_is_no_checkpoint_is_named(make: Callable[[Path], Any], said: str, 
     assert no_advice(str(error.value))
 
 
+def test_the_checkpoints_in_a_runs_folder_are_named(tmp_path: Path) -> None:
+    last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    for folder in (tmp_path, tmp_path / "version_0", last.parent):
+        for read in (inspect_checkpoint, lambda path: read_weights(path, "policy.")):
+            with pytest.raises(UserError, match=rf"{folder}' is neither .*; give one in it: {last}$"):
+                read(folder)
+
+
 @pytest.mark.parametrize("tag", ["..", "../other", "/tmp", "", "a/b"])
 def test_latest_names_a_folder_of_the_checkpoint(tag: str, tmp_path: Path) -> None:
     path = zero_folder(tmp_path / "a.ckpt", 2)

@@ -151,6 +151,7 @@ def test_a_list_of_rewards_is_their_sum_with_a_name_for_each(policy: str) -> Non
     ("options", "message"),
     [
         ({"policy": torch.nn.Linear(1, 1)}, "policy must be a folder, a hub name or a ModelConfig, got Linear"),
+        ({"policy": {"path": "a", "lora": None}}, r"policy must .* got dict: write ModelConfig\(path=..., lora=...\)"),
         ({"policy": None}, "policy must be .* got NoneType"),
         ({"reference": 3}, "reference must be .* got int"),
         ({"reward": 3}, "reward must be a Reward, a function, its dotted path, or a list of these, got int 3"),
