@@ -300,7 +300,7 @@ def test_the_command_prints_writes_and_trains_nothing(tmp_path: Path, capsys: py
     ],
 )
 def test_arguments_that_do_not_fit(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = remax(capsys, "baselines", *arguments)
+    outcome = remax(capsys, "baselines", "--config", "demo", *arguments)
     assert outcome.code == 2
     assert message in outcome.err
 
