@@ -146,7 +146,7 @@ def _over_the_run(task: Task, curves: Curves) -> list[str]:
     if not runs or not any(evaluation.variance for evaluation in runs[0]):
         return []
     shown = [evaluation for evaluation in runs[0] if evaluation.variance]
-    shown = [shown[round(i * (len(shown) - 1) / 3)] for i in range(4)]  # four, evenly spaced
+    shown = [shown[i] for i in sorted({round(j * (len(shown) - 1) / 3) for j in range(4)})]  # up to four, evenly spaced
     names = [name for name in shown[0].variance if name != BASE and all(name in point.variance for point in shown)]
     return [
         f"Variance by the monitor in the tuning run of `{BASE}`, divided by its own, at rewards of"
