@@ -8,7 +8,6 @@ seconds.
 from __future__ import annotations
 
 import sys
-import time
 from importlib import import_module
 
 from remax_lightning import launcher
@@ -67,10 +66,7 @@ def main() -> None:
             raise SystemExit(READER_LEFT) from None
         end = _end(error)
         # ---- One line: from every rank that has an error of its own, and from rank 0 of an error that all have ----
-        on_all_ranks = isinstance(error, RankUserError | RankError)
-        if on_all_ranks and launched:
-            time.sleep(10)  # rank 0 prints the message; Lightning would kill it as soon as this process ends
-        if not on_all_ranks or current_rank() == 0:
+        if not isinstance(error, RankUserError | RankError) or current_rank() == 0:
             print(f"remax: error: {printable(end.message)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(end.code) from None
 

@@ -27,7 +27,7 @@ from remax_lightning.cli_errors import user_error_message
 from remax_lightning.cli_exit import current_rank, stage
 from remax_lightning.cli_help import RUNS
 from remax_lightning.cli_parser import RemaxParser
-from remax_lightning.errors import UserError
+from remax_lightning.errors import RankError, UserError
 from remax_lightning.files import silence_tensorboard_thread
 from remax_lightning.models.checkpoint_reader import inspect_checkpoint
 from remax_lightning.models.checksums import check_whole
@@ -211,8 +211,9 @@ class RemaxCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if user_error_message(error) is None and (message := launched.describe_killed_process()):
-                raise SystemExit(f"remax: error: {message}") from None  # the error here is only its consequence
+            is_told = isinstance(error, RankError) or user_error_message(error) is not None
+            if not is_told and (end := launched.end_of_another()):
+                raise end from None  # the error here is only its consequence
             raise
         if any(launched.exit_codes()):
             raise SystemExit(1)

@@ -14,6 +14,8 @@ from typing import Any
 
 _LAUNCHER, _LAST = "REMAX_LAUNCHER", "REMAX_LAST_CHECKPOINT"
 _PAUSE = 0.5
+_GRACE = 15.0
+"""Seconds from the end of a rank until the command ends: for rank 0 to find a broken connection and tell the error."""
 
 
 def is_launched() -> bool:
@@ -50,12 +52,17 @@ def exit_with_launcher() -> None:
 class ChildProcesses:
     """The processes that Lightning starts beside this one, if any.
 
+    They are watched in Lightning's place, which kills this process, and what it was about to say, within seconds.
+
     Args:
         trainer: the trainer that starts them when it begins to run.
     """
 
     def __init__(self, trainer: Any) -> None:
+        from lightning.pytorch.strategies.launchers import subprocess_script
+
         self._launcher = trainer.strategy.launcher
+        subprocess_script._launch_process_observer = _end_with_ranks
 
     def exit_codes(self, seconds: float | None = None) -> list[int | None]:
         """Wait at most `seconds` for each process, and return the exit codes; None for a process that still runs."""
@@ -66,8 +73,8 @@ class ChildProcesses:
             codes.append(process.poll())
         return codes
 
-    def describe_killed_process(self) -> str | None:
-        """Return a message about a killed process, which explains an error in this one; None if none was killed.
+    def end_of_another(self) -> SystemExit | None:
+        """Return the exit of a run that another process has ended, which explains an error in this one; None if not.
 
         A process that Lightning started waits first: if its launcher has ended, it ends here.
         """
@@ -75,9 +82,42 @@ class ChildProcesses:
         if is_launched():
             time.sleep(2 * _PAUSE)
         for rank, code in enumerate(self.exit_codes(seconds=0.5), start=1):
-            if code is not None and code < 0:  # minus the number of the signal, as `subprocess` has it
-                return f"rank {rank} of this machine was killed ({signal.Signals(-code).name}), which ended the run"
+            if code:
+                return _end_of_rank(rank, code)
         return None
+
+
+def _end_of_rank(rank: int, code: int) -> SystemExit:
+    """Return how the command ends with a rank: a killed one has said nothing, another one has told its error."""
+    if code > 0:
+        return SystemExit(code)
+    name = signal.Signals(-code).name  # minus the number of the signal, as `subprocess` has it
+    return SystemExit(f"remax: error: rank {rank} of this machine was killed ({name}), which ended the run")
+
+
+def _end_with_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Start to watch the processes of the ranks from 1 on."""
+    threading.Thread(target=_watch_ranks, args=(processes,), daemon=True, name="rank-watch").start()
+
+
+def _watch_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End this process and the others when one of them has failed, even if this one waits in a collective."""
+    # ---- Until all have ended well, or one has not ----
+    while not any(codes := [process.poll() for process in processes]):
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(_PAUSE)
+    # ---- This process has time to end by itself: with it this thread ends, too ----
+    time.sleep(_GRACE)
+    rank, code = next((rank, code) for rank, code in enumerate(codes, start=1) if code)
+    end = _end_of_rank(rank, code)
+    if isinstance(end.code, str):
+        with suppress(OSError, ValueError):  # standard error may be closed
+            sys.stderr.write(f"{end.code}\n")
+            sys.stderr.flush()
+    for process in processes:
+        process.kill()
+    os._exit(1 if isinstance(end.code, str) else code)
 
 
 def _exit_when_launcher_ends(launcher: int) -> None:

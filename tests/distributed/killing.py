@@ -97,6 +97,14 @@ class StopAlone(Callback):
         trainer.should_stop |= trainer.global_rank == 1 and trainer.global_step == 2
 
 
+class FailAlone(Callback):
+    """Fails on rank 1 only, where the other rank finds it out in its next collective."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            raise OSError(28, "No space left on device", "/scratch/rank1")
+
+
 class StopCheck(NamedTuple):
     """How a run ended: exit code, what it printed, seconds from the hit to the end of its last process."""
 

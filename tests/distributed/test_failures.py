@@ -62,6 +62,18 @@ def test_a_reward_that_fails_on_one_rank_ends_the_run_with_its_message(
     assert [sorted(losses(tmp_path, rank)) for rank in (0, 1)] == [[1], [1]]
 
 
+def test_an_error_of_one_rank_alone_is_told_once_and_ends_the_run(
+    warm: WarmCommand, policy: str, tmp_path: Path
+) -> None:
+    """The other rank only sees a broken connection; its message would stand above the one that matters."""
+    fails = {"class_path": "distributed.killing.FailAlone"}
+    ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", [fails]))
+    assert ended.code == 2, ended.out
+    assert ended.out.count("remax: error:") == 1
+    assert "/scratch/rank1" in ended.out.partition("remax: error:")[2]
+    assert "Traceback" not in ended.out
+
+
 @pytest.mark.slow(25)
 @pytest.mark.parametrize(("rank", "code"), [(1, 1), (0, -9)])
 def test_a_rank_killed_in_a_rollout_ends_the_run_in_seconds(
@@ -84,7 +96,8 @@ def test_a_rank_that_waits_for_no_other_is_ended_too(rank: int, warm: WarmComman
     killed = [hit(tmp_path, "rollout", rank)]
     changes = {"model__reward__init_args": reward, "evaluation__at_start": False}  # it waits in its second batch
     ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", killed, **changes))
-    assert ended.code != 0
+    assert ended.code == (1 if rank == 1 else -9), ended.out
+    assert ("rank 1 of this machine was killed (SIGKILL)" in ended.out) == (rank == 1)
     assert ended.seconds is not None
     assert ended.seconds < SOON
 
