@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 _LAUNCHER, _LAST = "REMAX_LAUNCHER", "REMAX_LAST_CHECKPOINT"
 _PAUSE = 0.5
@@ -62,7 +62,7 @@ class ChildProcesses:
         from lightning.pytorch.strategies.launchers import subprocess_script
 
         self._launcher = trainer.strategy.launcher
-        subprocess_script._launch_process_observer = _end_with_ranks
+        cast(Any, subprocess_script)._launch_process_observer = _end_with_ranks
 
     def exit_codes(self, seconds: float | None = None) -> list[int | None]:
         """Wait at most `seconds` for each process, and return the exit codes; None for a process that still runs."""
@@ -95,12 +95,12 @@ def _end_of_rank(rank: int, code: int) -> SystemExit:
     return SystemExit(f"remax: error: rank {rank} of this machine was killed ({name}), which ended the run")
 
 
-def _end_with_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end_with_ranks(processes: list[subprocess.Popen[Any]]) -> None:
     """Start to watch the processes of the ranks from 1 on."""
     threading.Thread(target=_watch_ranks, args=(processes,), daemon=True, name="rank-watch").start()
 
 
-def _watch_ranks(processes: list[subprocess.Popen[bytes]]) -> None:
+def _watch_ranks(processes: list[subprocess.Popen[Any]]) -> None:
     """End this process and the others when one of them has failed, even if this one waits in a collective."""
     # ---- Until all have ended well, or one has not ----
     while not any(codes := [process.poll() for process in processes]):
