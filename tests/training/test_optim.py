@@ -104,6 +104,15 @@ def test_adam_updates_in_one_kernel_on_a_cpu(kind: Any) -> None:
     torch.testing.assert_close(*weights)
 
 
+@pytest.mark.slow
+def test_a_run_updates_in_one_kernel_on_a_cpu(policy: str, tmp_path: Path) -> None:
+    module, data = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=1e-3)), prompt_data(tmp_path, policy)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        fit(module, data, tmp_path, max_steps=2)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert calls.get("aten::_fused_adamw_") == 2 * len(module.optimizers().param_groups)  # biases have a group
+
+
 # Lost updates
 
 
