@@ -232,8 +232,7 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
     Merging in place would round the weights in training. The policy may also hold only a shard of the weights, or
     weights in 4 bits, which are dequantized here.
     """
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft import get_peft_model
 
     # ---- An empty model of the same class with the adapter's layers ----
     wrapped = is_peft_wrapper(policy)
@@ -242,18 +241,20 @@ def _merge_adapter(policy: Any, weights: dict[str, Tensor] | None) -> PreTrained
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # without memory: the weights are assigned below
-        merged: Any = type(core)(config)
-        for name in names:
-            inject_adapter_in_model(policy.peft_config[name], merged, name)
+        adapters = [copy.deepcopy(policy.peft_config[name]) for name in names]  # PEFT notes the base in them
+        empty: Any = get_peft_model(type(core)(config), adapters[0], names[0], autocast_adapter_dtype=False)
+        for name, adapter in zip(names[1:], adapters[1:], strict=True):
+            empty.add_adapter(name, adapter)
+        if len(names) > 1:
+            empty.base_model.set_adapter(names)
     # ---- The trained weights, then the merge ----
     weights = _weights_on_cpu(policy) if weights is None else weights
-    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
-    merged.load_state_dict({name: weights[name] for name in merged.state_dict()}, assign=True)
+    prefix = "" if wrapped else "base_model.model."
+    empty.load_state_dict({name: weights[name.removeprefix(prefix)] for name in empty.state_dict()}, assign=True)
+    # PEFT also puts modules that were trained whole (`modules_to_save`) and trained tokens in their places, and unties
+    # embeddings that are no longer the same. It checks that the result is finite.
+    merged: Any = empty.merge_and_unload(safe_merge=True)
     merged.tie_weights()
-    for name, layer in list(merged.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)  # checks that the result is finite
-            merged.set_submodule(name, layer.get_base_layer())
     # No adapter is left in it, so transformers must not save it as one.
     merged._hf_peft_config_loaded = False
     merged.generation_config = core.generation_config

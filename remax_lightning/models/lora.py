@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""PEFT's `init_lora_weights` that do not change the weights of the base."""
 TRAINED, INITIAL = "default", "start"
 """PEFT names of the trained adapter, and of the frozen copy of a saved adapter that training starts from."""
 
@@ -152,6 +154,14 @@ def _check_adapter(path: str, key: str) -> None:
             f"{key}.path: expected an adapter without trained biases, got bias {config.bias!r} in {path!r};"
             " merge it into the base and set the result in model.policy.path"
         )
+    # Others take their start out of the base (PiSSA, OLoRA, CorDA, LoftQ, ...), once for each time they are loaded: it
+    # is loaded twice here, and what reads it elsewhere, such as vLLM, adds it to the base as it is.
+    if config.init_lora_weights not in _KEEPS_BASE:
+        raise UserError(
+            f"{key}.path: expected an adapter that leaves its base as it is, got init_lora_weights"
+            f" {config.init_lora_weights!r} in {path!r}, which changes it; merge it into the base and set the result in"
+            " model.policy.path, or save it with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def contains_adapter(weights: Mapping[str, Tensor]) -> bool:
@@ -184,7 +194,8 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     # Keep the dtype of the run, so that a merge rounds as it would have there.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
     # ---- Every weight of the checkpoint must have a place, and every adapter weight a value ----
-    wanted = {name for name in adapted.state_dict() if ".lora_" in name}
+    # Besides matrices that are modules trained whole (`modules_to_save`) and trained tokens.
+    wanted = {name for name, value in adapted.state_dict(keep_vars=True).items() if value.requires_grad}
     unknown = sorted(weights.keys() - adapted.state_dict().keys()) + sorted(wanted - weights.keys())
     if unknown:
         raise UserError(

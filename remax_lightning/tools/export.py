@@ -258,9 +258,7 @@ def _full_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, dict[str, Te
 
 def _adapter_model(weights: dict[str, Tensor], run: Run) -> Any:
     """Return the adapter around a model without weights."""
-    # "...layers.0.self_attn.q_proj.lora_A.default.weight"
-    adapter = {name: value for name, value in weights.items() if ".lora_" in name}
-    return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), adapter, run.lora)
+    return load_adapter(run.source.empty_model("model.policy", adapter_dtype(weights)), weights, run.lora)
 
 
 def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:

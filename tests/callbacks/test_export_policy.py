@@ -242,6 +242,35 @@ def test_lora_adapters_are_merged_into_a_copy(tmp_path: Path, wrapped: bool) -> 
     assert all(torch.equal(loaded[name], value) for name, value in exported.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trained", [
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["norm"]},
+    {"trainable_token_indices": [5, 6, 7]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+])  # fmt: skip
+def test_a_merged_policy_says_what_the_adapted_one_says(trained: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    """Also where the adapter holds whole modules or tokens, or unties the embeddings."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama", 96)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **trained})
+    policy = get_peft_model(AutoModelForCausalLM.from_config(config), lora).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_policy(policy, make_tokenizer(), None, tmp_path, merge_adapter=True)
+        ids = torch.arange(4, 20)[None]
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
+        torch.testing.assert_close(merged, policy(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_fsdp2_has_sharded_are_gathered(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

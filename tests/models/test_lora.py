@@ -196,6 +196,17 @@ def test_what_is_no_adapter_is_refused(base: str, trained: str, tmp_path: Path) 
         adapted(base, LoRAConfig(path=str(tmp_path / "ia3")))
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_changes_its_base_is_refused(start: str, base: str, tmp_path: Path) -> None:
+    """It is loaded twice, which changed the base twice: the policy was another one than that of PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"an adapter that leaves its base as it is, got init_lora_weights '{start}'"):
+        adapted(base, LoRAConfig(path=str(tmp_path)))
+
+
 def test_an_adapter_of_another_model_is_refused(trained: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

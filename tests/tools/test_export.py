@@ -380,6 +380,30 @@ def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run,
     assert '"lora_alpha": 6' in (run.out / "adapter_config.json").read_text()
 
 
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6, 7]}])
+def test_what_an_adapter_holds_beside_its_matrices_is_exported(
+    trained: dict[str, Any], merge: bool, run: Run, capsys: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **trained)
+    policy = get_peft_model(tiny_model("llama"), config).eval()
+    policy.save_pretrained(run.folder / "first")
+    weights = {name: value for name, value in policy.state_dict(keep_vars=True).items() if value.requires_grad}
+    for value in weights.values():
+        value.data.add_(0.1)
+    run.configure(path=str(run.base), lora={"path": str(run.folder / "first")})
+    run.save({name: value.detach() for name, value in weights.items()})
+    outcome = run.export(capsys, *(["--merge"] if merge else []))
+    assert outcome.code == 0, outcome.err
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(run.out)(ids).logits
+        torch.testing.assert_close(exported, policy(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_whole_weights_have_nothing_to_merge(run: Run, capsys: Any) -> None:
     assert "--merge needs a checkpoint with a LoRA adapter" in run.export(capsys, "--merge").err
 
