@@ -131,6 +131,8 @@ class SupervisedBatch(NamedTuple):
         rows: the `B` raw rows.
         step_batches: batches of this rank in the optimizer step that this one is part of; 0 where that is not known.
         step_tokens: their response tokens.
+        indices: the places of the `B` examples in their data set, which tell one that is there twice, to fill up a
+            rank; None where they are not known.
     """
 
     prompt_ids: Tensor
@@ -141,6 +143,7 @@ class SupervisedBatch(NamedTuple):
     rows: list[dict[str, Any]]
     step_batches: int = 0
     step_tokens: int = 0
+    indices: list[int] | None = None
 
 
 class PreferenceBatch(NamedTuple):

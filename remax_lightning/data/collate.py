@@ -344,6 +344,7 @@ def collate_supervised(
         rows=[example.row for example in examples],
         step_batches=num_micro_batches,
         step_tokens=sum(len(example.response_ids) for example, _ in items),
+        indices=[example.number for example in examples],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from remax_lightning.distributed import raise_on_all_ranks, sum_tensor_over_ranks
 from remax_lightning.errors import UserError
+from remax_lightning.evaluation.prompt_metrics import PromptSums, sums_by_prompt
+from remax_lightning.files import PromptRecord
 from remax_lightning.models.loading import ModelSource
 from remax_lightning.models.log_probs import response_statistics
 from remax_lightning.models.packing import packing_obstacle
@@ -26,9 +28,6 @@ from remax_lightning.training.optimization import MaxSkippedSteps
 from remax_lightning.training.resume import StallSeconds
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PromptBatch, Responses, SupervisedBatch
-
-MAX_LOSS = 700.0
-"""Nats per token whose exponential a float still holds."""
 
 
 class SFTModule(PolicyModule):
@@ -80,7 +79,7 @@ class SFTModule(PolicyModule):
             policy, worker, tokenizer, optimizer, lr_scheduler, max_skipped_steps, stall_timeout, cudnn_attention
         )
         self.packing = packing
-        self._training, self._held_out = MeanMetrics(), MeanMetrics()
+        self._training, self._held_out = MeanMetrics(), PromptSums()
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return the arguments that are text, numbers or made of them, for its checkpoints."""
@@ -109,23 +108,25 @@ class SFTModule(PolicyModule):
             )
 
     def on_validation_start(self) -> None:
-        """Prepare rollouts."""
+        """Prepare rollouts, and discard the figures of an interrupted evaluation."""
+        self._held_out = PromptSums()
         self.constants.restore()
         self.prepare_rollouts()
 
     on_test_start = on_validation_start
 
     def _log_probs(self, batch: SupervisedBatch, packing: bool) -> Tensor:
-        """Return `[M]` log-probs of the response tokens."""
+        """Return `[B, R]` log-probs of the responses, of which those under the mask count."""
         mask = batch.response_mask
         prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
         responses = Responses(batch.response_ids, mask, mask.new_zeros(len(mask)), [])
-        return response_statistics(self.policy, prompt, responses, packed=packing, entropy=False).log_probs[mask]
+        return response_statistics(self.policy, prompt, responses, packed=packing, entropy=False).log_probs
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of the responses."""
         # ---- Minus log pi(y_t) of every response token in this batch, [M] ----
-        nll, accumulate = -self._log_probs(batch, self.packing), self.trainer.accumulate_grad_batches
+        nll = -self._log_probs(batch, self.packing)[batch.response_mask]
+        accumulate = self.trainer.accumulate_grad_batches
         reduce = partial(sum_tensor_over_ranks, self.trainer)
         # ---- N: response tokens of the whole optimizer step, over all ranks ----
         local_tokens = batch.step_tokens if batch.step_batches == accumulate else len(nll) * accumulate
@@ -140,36 +141,40 @@ class SFTModule(PolicyModule):
 
     def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
         """Measure the loss on held-out responses and, with a reward, the responses of the policy."""
-        self._evaluate(batch, batch_idx, "val")
+        self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
         """Evaluate as in validation, logged under `test/`."""
-        self._evaluate(batch, batch_idx, "test")
+        self._evaluate(batch, batch_idx)
 
-    def _evaluate(self, batch: SupervisedBatch, batch_idx: int, stage: str) -> None:
-        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True)
+    def _evaluate(self, batch: SupervisedBatch, batch_idx: int) -> None:
+        """Add what is measured of each example to the figures of this evaluation."""
+        count, mask = len(batch.prompts), batch.response_mask
         # Without packing, so that the held-out loss does not depend on how training batches its rows.
-        self._held_out.add({"loss": (-self._log_probs(batch, packing=False), None)})
-        if self.reward is None:
-            return
-        prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
-        # The same random numbers in every validation, so that only the policy changes.
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
-        with raise_on_all_ranks(self.trainer):
-            rollout = self.worker.roll_out(self.policy, prompt, generator, greedy=True)
-        log(f"{stage}/reward", rollout.reward.mean(), batch_size=len(rollout.reward), prog_bar=True)
-        baseline = cast(Tensor, rollout.baseline_reward)
-        log(f"{stage}/baseline_reward", baseline.mean(), batch_size=len(baseline), prog_bar=True)
+        nll = sums_by_prompt(-self._log_probs(batch, packing=False), mask, count)
+        columns = {"loss": nll, "perplexity": nll}
+        if self.reward is not None:
+            prompt = PromptBatch(batch.prompt_ids, batch.prompt_mask, batch.prompts, batch.rows)
+            # The same random numbers in every validation, so that only the policy changes; other ones on each rank.
+            number = batch_idx * self.trainer.world_size + self.trainer.global_rank
+            generator = torch.Generator(self.device).manual_seed(number)
+            with raise_on_all_ranks(self.trainer):
+                rollout = self.worker.roll_out(self.policy, prompt, generator, greedy=True)
+            columns["reward"] = sums_by_prompt(rollout.reward, None, count)
+            columns["baseline_reward"] = sums_by_prompt(cast(Tensor, rollout.baseline_reward), None, count)
+        # By index, because a sampler that fills up a rank repeats examples.
+        indices: Sequence[int | None] = batch.indices or [None] * count
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
+        self._held_out.add([PromptRecord(index, "", {}, {}, sums) for index, sums in zip(indices, rows, strict=True)])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss per response token, and the perplexity: its exponential."""
-        self._log_loss("val")
+        """Log the loss per response token, the perplexity, which is its exponential, and the rewards."""
+        self._log_figures("val")
 
     def on_test_epoch_end(self) -> None:
         """Log as in validation, under `test/`."""
-        self._log_loss("test")
+        self._log_figures("test")
 
-    def _log_loss(self, stage: str) -> None:
-        loss = self._held_out.means(partial(sum_tensor_over_ranks, self.trainer))["loss"]
-        self.log(f"{stage}/loss", loss)
-        self.log(f"{stage}/perplexity", math.exp(loss) if loss < MAX_LOSS else math.inf)
+    def _log_figures(self, stage: str) -> None:
+        for name, value in self._held_out.means().items():  # the same on every rank already
+            self.log(f"{stage}/{name}", value, prog_bar=name.endswith("reward"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed.invariance import make_strategy, whole_weights
-from helpers.stages import PAIRS, pair_data, sft_data
+from helpers.stages import EXAMPLES, PAIRS, pair_data, sft_data
 from helpers.training import make_trainer, write_rows
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import RewardModelModule, SFTModule
+from remax_lightning.rewards import FunctionReward
+from remax_lightning.rollout import SamplingConfig
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 PACKED = ("auto", "ddp", "zero3")
@@ -59,11 +62,22 @@ def train_reward_model(strategy: str, start: str, folder: Path, ranks: int) -> d
     return fit(module, data, folder, strategy, ranks, limit_val_batches=1.0)
 
 
+def lengths(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Any]) -> list[float]:
+    return [len(response) + len(prompt) / 8 for prompt, response in zip(prompts, responses, strict=True)]
+
+
 def train_packed(strategy: str, start: str, folder: Path, ranks: int) -> dict[str, Any]:
-    """One step of two micro-batches per rank, whose tokens differ in number."""
-    module = SFTModule(ModelConfig(start), packing=True, optimizer=partial(torch.optim.SGD, lr=0.5))
+    """One step of two micro-batches per rank, whose tokens differ in number; validation as for the reward model."""
+    module = SFTModule(
+        ModelConfig(start),
+        FunctionReward(lengths),
+        packing=True,
+        sampling=SamplingConfig(max_response_length=4, top_k=1),  # ranks draw other numbers than one process does
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    return fit(module, sft_data(folder, start, batch_size=4 // ranks), folder, strategy, ranks, limit_val_batches=1.0)
+    data = sft_data(folder, start, batch_size=4 // ranks, val_path=write_rows(folder / "val.jsonl", EXAMPLES[:5]))
+    return fit(module, data, folder, strategy, ranks, limit_val_batches=1.0)
 
 
 def run(strategy: str, folder: Path, own: Path, ranks: int) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_a_step_of_two_ranks_is_that_of_one(strategy: str, stage: str, folder: P
             assert distance(change(found["weights"]), change(one["weights"])) < 1e-5
     assert max(float(value.abs().max()) for value in change(one["weights"]).values()) > 1e-3
     expected = {"val/accuracy", "val/calibration_error", "val/reward_std", "train/accuracy"}
-    assert {"val/perplexity"} <= set(one["logged"]) if stage == "packed" else expected <= set(one["logged"])
+    assert (
+        {"val/perplexity", "val/reward"} <= set(one["logged"]) if stage == "packed" else expected <= set(one["logged"])
+    )
 
 
 @pytest.mark.parametrize("stage", STARTS)

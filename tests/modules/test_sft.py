@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from helpers.stages import EXAMPLES, sft_data
 from helpers.training import distance, fit, make_trainer, save_policy, without_optimizer, write_rows
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from remax_lightning.data import SFTDataModule
+from remax_lightning.data.collate import MicroBatchSampler
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, log_probs
 from remax_lightning.models.forward import HeadSearch
@@ -91,7 +93,9 @@ def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(policy: str,
 
 
 def test_a_loss_too_large_for_its_exponential(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SFTModule, "_log_probs", lambda self, batch, packing: torch.full((3,), -1e4))
+    monkeypatch.setattr(
+        SFTModule, "_log_probs", lambda self, batch, packing: torch.full(batch.response_ids.shape, -1e4)
+    )
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     (metrics,) = trainer.validate(sft_module(policy), sft_data(tmp_path, policy), verbose=False)
     assert metrics == {"val/loss": 1e4, "val/perplexity": math.inf}
@@ -228,6 +232,29 @@ def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_pat
     prefix = "val" if stage == "validate" else "test"
     assert set(metrics) == {f"{prefix}/{name}" for name in ("loss", "perplexity", "reward", "baseline_reward")}
     assert metrics[f"{prefix}/baseline_reward"] == 0.0
+
+
+def test_an_example_that_fills_up_a_rank_counts_once(policy: str, tmp_path: Path) -> None:
+    """Of five rows the second of two ranks has two, and one of the first rank again, to have as many batches."""
+
+    class OfBothRanks(SFTDataModule):
+        def val_dataloader(self) -> Any:
+            examples, batches = cast(Any, self._val), []
+            for rank in (0, 1):
+                sampler = MicroBatchSampler(5, 2, shuffle=False, drop_last=False, rank=rank, world_size=2)
+                rows = [examples[place] for place in sampler.order(0)]
+                batches += [rows[start : start + 2] for start in range(0, len(rows), 2)]
+            assert sum(map(len, batches)) == 6
+            return DataLoader(cast(Any, batches), batch_size=None, collate_fn=self._collate(1))
+
+    path, val = (write_rows(tmp_path / f"{name}.jsonl", EXAMPLES[:5]) for name in ("train", "val"))
+    reward = FunctionReward(lambda prompts, responses, rows: [float(len(prompt)) for prompt in prompts])
+    found = []
+    for kind in (SFTDataModule, OfBothRanks):
+        data = kind(path, policy, val_path=val, batch_size=2)
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        found += trainer.validate(sft_module(policy, reward=reward), data, verbose=False)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 @pytest.mark.slow
