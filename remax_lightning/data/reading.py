@@ -10,8 +10,9 @@ import pickle
 import sys
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
@@ -183,11 +184,9 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
     if isinstance(data, Mapping) and data and all(isinstance(value, datasets.Dataset) for value in data.values()):
         data = _of_split(data, split, key)  # {"train": Dataset, "test": Dataset}
     elif isinstance(data, Mapping) and all(isinstance(value, list | tuple) for value in data.values()):
-        data = datasets.Dataset.from_dict(dict(data))  # {"prompt": [...], "response": [...]}
-    elif form == "pandas":
-        data = datasets.Dataset.from_pandas(data, preserve_index=False)
-    elif form == "polars":
-        data = datasets.Dataset.from_polars(data)
+        data = _of_columns(partial(datasets.Dataset.from_dict, dict(data)), key)  # {"prompt": [...], "answer": [...]}
+    elif form in ("pandas", "polars"):
+        data = _of_columns(partial(_of_frame, data, form), key)
     # ---- A Dataset, or any sequence of rows ----
     is_sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, datasets.Dataset):
@@ -313,6 +312,23 @@ def _read_folder(folder: Path, source: str, split: str, name: str | None, key: s
 
 def _of_dataset(data: Any, source: str) -> Rows:
     return Rows(source, "row", data, range(1, len(data) + 1))
+
+
+def _of_frame(frame: Any, form: str) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_polars(frame) if form == "polars" else Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _of_columns(make: Callable[[], Any], key: str) -> Any:
+    """Return the data set of columns, whose values have to be of one type each."""
+    try:
+        return make()
+    except Exception as error:  # of Arrow and of its guesses: no common base class
+        raise DataError(
+            f"{key}: expected columns of one length, each with values of one type, got others ({_reason(error)});"
+            " give a list of dictionaries, whose values may be of any type"
+        ) from error
 
 
 def _of_split(data: Mapping[str, Any], split: str, what: str) -> Any:

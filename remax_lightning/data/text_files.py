@@ -214,6 +214,8 @@ def _unzip(data: bytes) -> bytes:
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
         if len(names) != 1:
             raise zipfile.BadZipFile(f"it holds {len(names)} files, expected one")
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise zipfile.BadZipFile(f"{names[0]} in it is encrypted; unpack it, and give the file itself")
         return archive.read(names[0])
 
 
@@ -236,6 +238,8 @@ _CODECS: dict[bytes, Callable[[bytes], bytes]] = {
     b"PK\x03\x04": _unzip,
 }
 """Functions that decompress, by the first bytes of a file. No JSON or CSV text in UTF-8 begins with these bytes."""
+# The last is raised for ways of compressing that Python does not know, such as those of later ZIP archives.
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 
 
 def _decompressed(file: Path, source: str) -> bytes:
@@ -244,7 +248,7 @@ def _decompressed(file: Path, source: str) -> bytes:
         for magic, decompress in _CODECS.items():
             if data.startswith(magic):
                 return decompress(data)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
     return data
 

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import json
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from remax_lightning.data import read_rows, rows_in_memory
@@ -70,6 +74,17 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
         assert list(read_rows(str(tmp_path / name)).values) == [{"prompt": "x"}]
 
 
+def zipped(flags: int = 0, method: int = 0) -> bytes:
+    """An archive of one file that says it is encrypted (bit 0) or compressed in another way."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", '{"a": 1}')
+    data = bytearray(file.getvalue())
+    for start in (6, data.index(b"PK\x01\x02") + 8):  # in front of the file, and in the directory
+        data[start : start + 4] = struct.pack("<HH", flags, method)
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -97,6 +112,8 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"\x1f\x8b\x08", r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", r"a\.jsonl\.zst: cannot be read"),
         ("a.jsonl.zip", b"PK\x03\x04", r"a\.jsonl\.zip: cannot be read"),
+        ("a.jsonl.zip", zipped(flags=1), r"a\.jsonl\.zip: cannot be read \(a\.jsonl in it is encrypted; unpack it"),
+        ("a.jsonl.zip", zipped(method=93), r"a\.jsonl\.zip: cannot be read \(That compression method is not"),
         ("a.tsv", b"a\tb\n1\t2\n3\n", r"a\.tsv, row 2: expected 2 cells, got 1"),
         ("a.json", b'[{"a": 1},', r"a\.json: not valid JSON"),
         ("a.json", b"", r"a\.json holds no rows"),
@@ -165,9 +182,7 @@ def compressed(name: str, data: bytes) -> bytes:
     """The bytes as the program that makes such files writes them."""
     import bz2
     import gzip
-    import io
     import lzma
-    import zipfile
 
     import pyarrow
 
@@ -332,6 +347,9 @@ def test_rows_in_memory_are_taken_as_they_are() -> None:
         ("rows.jsonl", "data: expected a datasets.Dataset.*got str"),
         ({"a": 1}, "data: expected a datasets.Dataset.*got dict"),
         ([], "data: it holds no rows"),
+        ({"a": ["1", 2]}, "data: expected columns of one length, each with values of one type, .*list of dictionaries"),
+        ({"a": ["1", "2"], "b": ["3"]}, "data: expected columns of one length, .*got length 1"),
+        (pandas.DataFrame({"a": ["1", 2]}), "data: expected columns of one length, each with values of one type, got"),
         ([{"a": 1}, "b"], "data, row 2: expected an object with named columns, got str"),
         ([{"a": "\ud83d"}], r"data, row 1: column 'a' holds half a surrogate pair \(\\ud83d\)"),
     ],
