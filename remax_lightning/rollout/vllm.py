@@ -38,6 +38,7 @@ from remax_lightning.rollout.vllm_requests import (
     RowRequest,
     WrittenResponses,
     digest,
+    fault_of,
     moved,
     proven_rows,
     row_requests,
@@ -420,6 +421,8 @@ class VLLMEngine:
                 continue
             choice: dict[str, Any] = server.read(path, answer, "choices", 0)
             server.read(path, choice, "token_ids")
+            if fault := fault_of(choice):
+                raise UserError(f"{server!r} answered {path} with {fault}; is it a vLLM server of 0.32 or later?")
             problem = staleness(answer, choice, row, self._sync.version)
             if not problem:
                 return choice

@@ -343,6 +343,19 @@ def log_probs_of(choice: dict[str, Any]) -> list[float]:
     return [float(entry["logprob"]) for entry in content]
 
 
+def fault_of(choice: dict[str, Any]) -> str:
+    """Return what of a choice is none of vLLM's, in words, or an empty string: ids and log-probs have to be numbers."""
+    tokens = choice["token_ids"]
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        return f"token_ids {str(tokens)[:100]}"
+    content = (choice.get("logprobs") or {}).get("content") or []
+    for entry in content:
+        token, value = (entry.get(name) if isinstance(entry, dict) else None for name in ("token_id", "logprob"))
+        if type(token) is not int or not isinstance(value, int | float):
+            return f"{str(entry)[:100]} in logprobs.content"
+    return ""
+
+
 def staleness(answer: dict[str, Any], choice: dict[str, Any], row: Row, version: str) -> str:
     """Return why a response is not one of the weights that are trained, or an empty string.
 

@@ -51,6 +51,8 @@ class FakeVLLM:
     """That a response takes besides its model's."""
     delays: tuple[float, ...] = ()
     """Seconds that responses take besides, in the order of their requests, again and again."""
+    breaks: Mapping[str, Any] = MappingProxyType({})
+    """Values in place of those of a response, and of the first of its log-probs."""
     drips = 0.0
     """Seconds in which it sends spaces, one after the other, before a response."""
     vocab_size: int | None = None
@@ -381,7 +383,7 @@ class FakeVLLM:
                 self.at_once -= 1
         self._cut(choice)
         choice |= {"index": 0, "weight_versions": [{"version": version, "start": 0, "end": len(choice["token_ids"])}]}
-        return 200, {"request_id": "1", "model": name, "choices": [choice]}
+        return 200, {"request_id": "1", "model": name, "choices": [self._broken(choice)]}
 
     def _wait(self, number: int) -> None:
         threading.Event().wait(self.seconds + (self.delays[number % len(self.delays)] if self.delays else 0.0))
@@ -395,6 +397,11 @@ class FakeVLLM:
         choice["token_ids"] = choice["token_ids"][:count]
         if choice["logprobs"] is not None:
             choice["logprobs"]["content"] = choice["logprobs"]["content"][:count]
+
+    def _broken(self, choice: dict[str, Any]) -> dict[str, Any]:
+        for part in (choice, *(choice["logprobs"] or {"content": []})["content"][:1]):
+            part |= {name: value for name, value in self.breaks.items() if name in part}
+        return choice
 
     def _die(self) -> tuple[int, Any]:
         """Die once the requests before have their answers, however slow the machine is."""

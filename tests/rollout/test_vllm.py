@@ -509,6 +509,29 @@ def test_an_answer_of_something_else_is_told(path: str, model: Any, serve: Any, 
         engine.generate(model, request_for())
 
 
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ({"token_ids": None}, "token_ids None"),
+        ({"token_ids": ["5"]}, r"token_ids \['5'\]"),
+        ({"token_ids": [5, -1]}, r"token_ids \[5, -1\]"),
+        ({"logprob": None}, r"\{'token_id': \d+, 'logprob': None\} in logprobs\.content"),
+        ({"token_id": "5"}, r"\{'token_id': '5', .*\} in logprobs\.content"),
+    ],
+)
+def test_ids_and_log_probs_that_are_no_numbers_are_told(
+    broken: dict[str, Any], named: str, model: Any, serve: Any, tmp_path: Path
+) -> None:
+    server = serve()
+    engine = engine_for(tmp_path, server, retries=0)
+    engine.check(model, request_for().sampling, 5)
+    server.breaks = broken
+    with pytest.raises(
+        UserError, match=rf"the server {server.url} answered /inference/v1/generate with {named}; is it"
+    ):
+        engine.generate(model, request_for(return_log_probs=True))
+
+
 def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     """A certificate for 127.0.0.1 that signs itself, and what a server needs of it."""
     from cryptography import x509
