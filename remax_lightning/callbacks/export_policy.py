@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.files import describe_disk_error, is_disk_error, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
-from remax_lightning.models.checksums import compute_checksums, list_files, write_manifest
+from remax_lightning.models.checksums import MANIFEST, compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
 from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
 from remax_lightning.run_folder import known_run_folder, run_folder
@@ -49,8 +50,8 @@ class ExportPolicy(Callback):
             trackio, Comet), with the alias `last` or `best`. Off by default, because it uploads whole models.
 
     Raises:
-        UserError: if `mode`, `monitor` or `push_to_hub` is invalid, no logger takes artifacts, or the weights cannot be
-            gathered under the strategy.
+        UserError: if `mode`, `monitor` or `push_to_hub` is invalid, no logger takes artifacts, the weights cannot be
+            gathered under the strategy, or `best` or `last` in the folder is a file or holds something else.
     """
 
     folder_key = "export.folder"
@@ -109,6 +110,12 @@ class ExportPolicy(Callback):
                 " to WandbLogger, MLFlowLogger, TrackioLogger or CometLogger"
             )
         self._directory = Path(self.folder) if self.folder is not None else run_folder(trainer) / "policy"
+        for target in [self._directory / name for name in ("best", "last") if getattr(self, name)]:
+            if trainer.is_global_zero:
+                with suppress(OSError):  # a disk that refuses this refuses the export, too, which says so
+                    recover_folder(target)
+            if problem := why_not_replaced(target):
+                raise UserError(f"{self.folder_key}: {problem}; give another folder")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log where the best policy of a resumed run is, if that is another folder."""
@@ -303,11 +310,43 @@ def _check_repository(name: str) -> None:
         raise UserError(f"export.push_to_hub must be owner/name of a repository on the hub, got {name!r}: {problem}")
 
 
+_EXPORTED = (MANIFEST, "config.json", "adapter_config.json")
+"""Files of which an exported folder of this or an earlier version has one."""
+
+
+def why_not_replaced(target: Path) -> str:
+    """Return why an export must not, or cannot, take the place of what is at `target`; empty if it may."""
+    first = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not first.is_dir():
+        return f"{str(first)!r} is a file"
+    if first == target and any(target.iterdir()) and not any((target / name).is_file() for name in _EXPORTED):
+        return f"{str(target)!r} would be replaced, and holds something else than an exported model"
+    return ""
+
+
+def recover_folder(target: Path) -> None:
+    """Restore a folder whose replacement was interrupted between the two renames of `write_folder_atomically`."""
+    target = target.resolve()
+    old = _beside(target, "old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
 def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with an empty folder beside `target`, add checksums of its files, and rename it to `target`."""
+    """Call `write` with an empty folder beside `target`, add checksums of its files, and rename it to `target`.
+
+    Of a link, the folder that it leads to is replaced.
+    """
     # ---- Write beside the target ----
-    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (new, old):  # of a run that was killed while writing
+    target = target.resolve()
+    new, old = _beside(target, "new"), _beside(target, "old")
+    # What a run has left that was killed: first the only whole copy, if it is under its other name.
+    recover_folder(target)
+    for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:

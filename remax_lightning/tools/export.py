@@ -159,8 +159,10 @@ def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
         raise UserError(
             f"out must be a new folder, got {str(out)!r}, which contains the checkpoint or the current folder"
         )
-    if target.exists() and not target.is_dir():
-        raise UserError(f"out must be a folder, and {str(out)!r} is a file; give another name")
+    if not (first := next(path for path in (target, *target.parents) if path.exists())).is_dir():
+        raise UserError(
+            f"out must be a folder, and {str(out if first == target else first)!r} is a file; give another name"
+        )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"out: {str(out)!r} is not empty; give another folder, or --overwrite to replace it")
     return target

@@ -188,6 +188,64 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["best"]
 
 
+def interrupted(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a folder in a process that is killed between the two renames."""
+    rename = Path.rename
+
+    def killed(path: Path, other: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(path, other)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        write_folder_atomically(target, lambda folder: (folder / "second").touch())
+    assert not target.exists()
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder was the only copy then, and was deleted before the next one was written."""
+    target = tmp_path / "best"
+    write_folder_atomically(target, lambda folder: (folder / "config.json").touch())
+    interrupted(target, monkeypatch)
+
+    def fail(_: Path) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_folder_atomically(target, fail)
+    assert (target / "config.json").exists()
+    # ---- A run that is resumed and finds no better policy has it, too ----
+    interrupted(target, monkeypatch)
+    export = ExportPolicy(folder=str(tmp_path), last=False)
+    export.best_score = 1.0
+    make_trainer(tmp_path, [export], val_check_interval=1).fit(PolicyModule(1, [0.5]))
+    assert (target / "config.json").exists()
+
+
+def test_a_link_stays_and_its_folder_is_replaced(tmp_path: Path) -> None:
+    link, folder = tmp_path / "best", tmp_path / "large_disk" / "best"
+    link.symlink_to(folder)
+    for name in ("first", "second", "third"):
+        write_folder_atomically(link, lambda new, name=name: (new / name).touch())
+        assert link.is_symlink()
+        assert {path.name for path in folder.iterdir()} == {name, "checksums.json"}
+
+
+def test_nothing_else_is_replaced(tmp_path: Path) -> None:
+    """It was deleted at the end of training, and a file raised an error then."""
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (tmp_path, r"export\.folder: '.*last' would be replaced, and holds something else than an exported model; give"),
+        (tmp_path / "file", r"export\.folder: '.*file' is a file; give another folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_trainer(tmp_path, [ExportPolicy(folder=str(folder))]).fit(PolicyModule(1, [0.5]))
+    assert (tmp_path / "last" / "thesis.tex").exists()
+
+
 def test_generation_settings_that_transformers_refuses_are_mended(tmp_path: Path) -> None:
     policy, tokenizer = tiny_model("llama"), make_tokenizer()
     policy.generation_config.temperature = 0.6

@@ -166,6 +166,8 @@ def test_nothing_else_is_replaced(out: str, run: Run, capsys: Any) -> None:
 def test_a_file_is_not_replaced(run: Run, capsys: Any) -> None:
     run.out.touch()
     assert "is a file" in run.export(capsys, "--overwrite").err
+    file, run.out = run.out, run.out / "inside"
+    assert f"out must be a folder, and '{file}' is a file" in run.export(capsys).err
 
 
 class Evil:
