@@ -23,9 +23,9 @@ from remax_lightning.rewards.loading import (
     load_error,
     saved_template,
     saved_template_kwargs,
-    tokenizer_path,
+    tokenizer_location,
 )
-from remax_lightning.rewards.pooling import Pooling, choose_pooling
+from remax_lightning.rewards.pooling import Pooling, choose_pooling, num_positions
 from remax_lightning.types import Conversation
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class ClassifierReward(Reward):
         # ---- What can be read: length, padding, types of tokens ----
         if self.max_length is None:
             # Tokenizers without a limit say 10^30; some configurations say nothing.
-            limits = (self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+            limits = (self.tokenizer.model_max_length, num_positions(model, model.config))
             self.max_length = min((n for n in limits if n is not None and 1 < n < 10**9), default=None)
         self._cutoff = self._pad_cutoff(loaded, self.tokenizer)
         if model.config.get_text_config().pad_token_id is None:
@@ -283,8 +283,8 @@ class ClassifierReward(Reward):
     def _load_tokenizer(self, source: ClassifierSource) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        home = tokenizer_path(source)
+        home, revision = tokenizer_location(source)
+        options = {"revision": revision, "trust_remote_code": self.trust_remote_code}
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, **options)
         except Exception as error:

@@ -98,10 +98,12 @@ def load_classifier(source: ClassifierSource) -> LoadedClassifier:
     return LoadedClassifier(model, base.kind)
 
 
-def tokenizer_path(source: ClassifierSource) -> str:
-    """Return the path of a reward model's tokenizer: its own, or that of the base of an adapter without a tokenizer."""
+def tokenizer_location(source: ClassifierSource) -> tuple[str, str | None]:
+    """Return path and revision of a reward model's tokenizer: its own, or an adapter's base's if that has none."""
     adapter = read_adapter(source.path, source.revision, source.allow_pickle, source.key)
-    return source.path if adapter is None or adapter.has_tokenizer else adapter.base_path
+    if adapter is None or adapter.has_tokenizer:
+        return source.path, source.revision
+    return adapter.base_path, adapter.base_revision
 
 
 def _load_model(source: ClassifierSource, of_adapter: str | None = None) -> LoadedClassifier:

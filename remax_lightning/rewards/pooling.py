@@ -187,6 +187,22 @@ def _plain_token_ids(model: PreTrainedModel, special_ids: list[int]) -> list[int
     return ordinary[:: max(1, len(ordinary) // 12)][:12]
 
 
+def num_positions(model: nn.Module, config: Any) -> int | None:
+    """Return how many tokens of a text a model has positions for; None where its configuration does not say.
+
+    Args:
+        model: the reward model.
+        config: its configuration, or the part of it that is about text.
+    """
+    count: int | None = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind the pad id: 514 rows with pad id 1 are 512 positions.
+        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if is_table and module.padding_idx is not None and count is not None and module.num_embeddings == count:
+            return count - int(module.padding_idx) - 1
+    return count
+
+
 class Normalization(NamedTuple):
     """What makes scores of mean 0 and variance 1 on the validation set.
 

@@ -19,7 +19,7 @@ from remax_lightning.rewards.loading import (
     load_classifier,
     load_error,
     saved_template,
-    tokenizer_path,
+    tokenizer_location,
 )
 from remax_lightning.rewards.pooling import Normalization, fold_into_weights, score_head, score_layers
 from remax_lightning.tools.export import check_target
@@ -110,8 +110,9 @@ def _load_tokenizer(source: ClassifierSource) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        home, revision = tokenizer_location(source)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            tokenizer_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
+            home, revision=revision, trust_remote_code=source.trust_remote_code
         )
     except UserError:
         raise

@@ -17,7 +17,7 @@ from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import required_head
 from remax_lightning.models.loading import ModelSource, as_model_config
 from remax_lightning.rewards.base import Reward
-from remax_lightning.rewards.pooling import Pooling, pool_last_token
+from remax_lightning.rewards.pooling import Pooling, num_positions, pool_last_token
 from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 from remax_lightning.training.experience import check_budget
 
@@ -240,7 +240,7 @@ def rope_change(config: Any) -> int | None:
 
 def check_text_length(model: PreTrainedModel, max_length: int | None) -> None:
     """Refuse conversations that need more positions than the reward model has."""
-    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_positions = num_positions(model, model.config.get_text_config())
     if max_length is not None and max_positions is not None and max_length > max_positions:
         raise UserError(
             f"data.max_length {max_length} is more than the {max_positions} positions that the reward model has;"

@@ -26,6 +26,7 @@ from torch import Tensor
 from remax_lightning.errors import DataError, UserError
 from remax_lightning.rewards import ClassifierReward, WeightedReward, checked_scores
 from remax_lightning.rewards.pooling import pool_by_model, pool_last_token, pool_unpadded
+from remax_lightning.training.config_checks import check_text_length
 from remax_lightning.types import Conversation, Prompt
 
 
@@ -255,6 +256,18 @@ def test_long_texts_lose_their_beginning_but_not_the_first_token(tmp_path: Path)
         warnings.simplefilter("error")  # said once
         reward.score(PROMPTS[:2], RESPONSES[:2], ROWS[:2])
     assert reward.num_truncated == 3
+
+
+def test_positions_that_are_counted_from_the_pad_token_are_fewer(tmp_path: Path) -> None:
+    """RoBERTa's: 256 rows with pad token 3 hold 252 tokens, and a longer text ended the run."""
+    reward = loaded(save_classifier(tmp_path, encoder_config("roberta")), template="{prompt}{response}")
+    assert reward.max_length == 252
+    with pytest.warns(UserWarning, match="reads at most 252 tokens"):
+        assert reward.score(["a"], ["4 " * 300], [{}]).isfinite().all()
+    assert reward.model is not None
+    with pytest.raises(UserError, match="max_length 253 is more than the 252 positions that the reward model has"):
+        check_text_length(reward.model, 253)
+    check_text_length(reward.model, 252)
 
 
 def test_the_default_limit_is_the_smaller_of_model_and_tokenizer(tmp_path: Path) -> None:

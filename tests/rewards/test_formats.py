@@ -31,6 +31,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.rewards import ClassifierReward, DeepSpeedChatConfig
+from remax_lightning.rewards.loading import ClassifierSource, tokenizer_location
 
 
 def ids_of(tokenizer: Any) -> list[list[int]]:
@@ -201,6 +202,17 @@ def test_shards_of_a_foreign_format_and_a_missing_one(tmp_path: Path) -> None:
 
 
 # PEFT
+
+
+def test_the_tokenizer_of_a_base_is_of_the_revision_of_the_base(tmp_path: Path) -> None:
+    """Not of that of the adapter, which is one of another repository."""
+    path = save_adapter(tmp_path, base_is_classifier=True, tokenizer=False)
+    config = Path(path) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "of-base"}))
+    source = ClassifierSource(path, "model.reward.init_args", revision="of-adapter")
+    assert tokenizer_location(source) == (str(tmp_path / "base"), "of-base")
+    make_tokenizer().save_pretrained(path)
+    assert tokenizer_location(source) == (path, "of-adapter")
 
 
 @pytest.mark.parametrize("pickled", [False, True])
