@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -99,6 +100,17 @@ def is_too_deep(value: Any) -> bool:
                 return True
             stack += [(inner, depth + 1) for inner in (item.values() if isinstance(item, dict) else item)]
     return False
+
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY = re.compile(
+    r"([?&][\w.-]*(?:key|token|secret|passw|credential|signature|auth)[\w.-]*=)[^&#\s'\"]+", re.IGNORECASE
+)
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text whose addresses have stars in place of `user:password@` and of `?token=...`: it is published."""
+    return _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
 
 
 # ---- Records that stay: what was measured on each prompt, and which loggers a run had (`run.json`) ----

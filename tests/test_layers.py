@@ -32,7 +32,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "sharding": {"errors"},
     "files": {"errors"},
-    "loggers": {"errors", "version"},
+    "loggers": {"errors", "files", "version"},
     "run_folder": {"distributed", "errors", "files", "loggers"},
     "functional": set(),
     "http_client": set(),

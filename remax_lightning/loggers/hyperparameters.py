@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from remax_lightning.files import hide_credentials
 from remax_lightning.loggers.adapters import logger_adapters
 from remax_lightning.version import __version__
 
@@ -25,7 +26,6 @@ TRAINER = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_
 """What is told of the trainer where there is no configuration of the command line."""
 
 _SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|secrets?|passwords?|headers|authorization)$", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def log_hyperparameters(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,4 +110,4 @@ def _without_secrets(node: Any) -> Any:
         }  # fmt: skip
     if isinstance(node, list):
         return [_without_secrets(item) for item in node]
-    return _CREDENTIALS.sub("***@", node) if isinstance(node, str) else node
+    return hide_credentials(node) if isinstance(node, str) else node

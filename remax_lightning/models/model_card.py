@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from remax_lightning.files import load_json
+from remax_lightning.files import hide_credentials, load_json
 
 CARD = "README.md"
 _PACKAGES = ("remax-lightning", "torch", "transformers", "lightning", "peft")
@@ -19,7 +19,9 @@ MAX_POINTS = 256
 """Values of a curve that are kept for the card."""
 _BARS, _BAR_COLUMNS = "▁▂▃▄▅▆▇█", 32
 _SECRET = re.compile(
-    r"(?<![a-z])(?<!pad_)(api[_-]?key|token|secret|password|credentials|authorization|headers)\b", re.IGNORECASE
+    r"(?<![a-z])(?<!pad_)(token|authorization|headers)\b|(?<![a-z_-])key\b|(access|auth)[_-]?token\b"
+    r"|(api|access|private|auth)[_-]?key|(secret|passw(or)?d|passphrase|credential|bearer)(?!s?_env\b)",
+    re.IGNORECASE,
 )
 """Names of options whose values are not published; `token_env` names a variable, and may be."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -202,8 +204,7 @@ def _command(arguments: Sequence[str]) -> str:
         elif is_secret and equals:
             shown.append(f"{name}=***")
         else:
-            # "https://user:password@host"
-            shown.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", argument))
+            shown.append(hide_credentials(argument))
         hide = is_secret and not equals
     return _line(shlex.join(shown)).replace("`", "'")
 

@@ -197,9 +197,10 @@ def interrupted(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return rename(path, other)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
-        write_folder_atomically(target, lambda folder: (folder / "second").touch())
+        with pytest.raises(KeyboardInterrupt):
+            write_folder_atomically(target, lambda folder: (folder / "second").touch())
     assert not target.exists()
 
 
@@ -238,7 +239,10 @@ def test_nothing_else_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "last" / "thesis.tex").touch()
     (tmp_path / "file").touch()
     for folder, message in (
-        (tmp_path, r"export\.folder: '.*last' would be replaced, and holds something else than an exported model; give"),
+        (
+            tmp_path,
+            r"export\.folder: '.*last' would be replaced, and holds something else than an exported model; give",
+        ),
         (tmp_path / "file", r"export\.folder: '.*file' is a file; give another folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -415,6 +419,27 @@ def test_the_card_draws_the_curves(tmp_path: Path) -> None:
     assert draw_course([(1, 2.0)]) == ""
     facts = CardFacts("base", "ReMaxModule", False, True, [], "", figures, {}, [])
     assert f"| `train/reward` | 0.001 (1) | 0.5 (1000) | 0.5 (500) | {drawn} |" in render_card(facts)
+
+
+@pytest.mark.parametrize("name", [
+    *("secret_key", "aws_secret_access_key", "private_key", "key"),
+    *("accessToken", "hf_token", "passwd", "db_password", "credential"),
+])  # fmt: skip
+def test_the_card_tells_no_secret(name: str) -> None:
+    facts = CardFacts("b", "ReMaxModule", False, True, [], "", {}, {}, [])
+    for arguments in (
+        [f"--reward.{name}=xyzzy"],
+        [f"--reward.{name}", "xyzzy"],
+        [f"--url=https://h/s?a=b&{name}=xyzzy"],
+    ):
+        assert "xyzzy" not in render_card(facts._replace(command=["remax", "fit", *arguments]))
+    shown = [
+        "--reward.token_env=xyzzy",
+        "--data.pad_token=xyzzy",
+        "--model.tokenizer=xyzzy",
+        "--url=https://h/?q=xyzzy",
+    ]
+    assert render_card(facts._replace(command=["remax", "fit", *shown])).count("xyzzy") == len(shown)
 
 
 def test_a_card_that_cannot_be_written_fails_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

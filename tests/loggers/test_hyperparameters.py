@@ -34,14 +34,18 @@ def test_without_git_there_is_no_state(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_secrets_do_not_leave_the_machine() -> None:
     config = {
-        "reward": {"headers": {"Authorization": "Bearer abc"}, "url": "https://me:pw@host/x", "api_key": "abc"},
+        "reward": {
+            "headers": {"Authorization": "Bearer abc"},
+            "url": "https://me:pw@host/x?token=abc&n=1",
+            "api_key": "abc",
+        },
         "parts": [{"hub_token": "abc", "password": "abc", "OPENAI_API_KEY": "abc"}],
         "tokenizer": "gpt2",
         "max_tokens": 8,
         "key": None,
     }
     assert _without_secrets(config) == {
-        "reward": {"headers": "***", "url": "https://***@host/x", "api_key": "***"},
+        "reward": {"headers": "***", "url": "https://***@host/x?token=***&n=1", "api_key": "***"},
         "parts": [{"hub_token": "***", "password": "***", "OPENAI_API_KEY": "***"}],
         "tokenizer": "gpt2",
         "max_tokens": 8,
