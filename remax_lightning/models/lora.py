@@ -189,6 +189,8 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
 
     empty = next(model.parameters()).is_meta  # only the adapter is wanted
     path = lora.get("path")
+    if path:
+        _check_adapter(path, "model.policy.lora")
     config: Any = PeftConfig.from_pretrained(path) if path else _infer_lora_config(weights, lora)
     config.inference_mode = False
     # Keep the dtype of the run, so that a merge rounds as it would have there.
@@ -196,7 +198,9 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     # ---- Every weight of the checkpoint must have a place, and every adapter weight a value ----
     # Besides matrices that are modules trained whole (`modules_to_save`) and trained tokens.
     wanted = {name for name, value in adapted.state_dict(keep_vars=True).items() if value.requires_grad}
-    unknown = sorted(weights.keys() - adapted.state_dict().keys()) + sorted(wanted - weights.keys())
+    shapes = {name: value.shape for name, value in adapted.state_dict().items()}
+    unknown = sorted(name for name in weights if shapes.get(name) != weights[name].shape)
+    unknown += sorted(wanted - weights.keys())
     if unknown:
         raise UserError(
             f"checkpoint: its adapter does not match model.policy.lora; {len(unknown)} weights differ:"

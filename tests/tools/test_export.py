@@ -406,6 +406,20 @@ def test_what_an_adapter_holds_beside_its_matrices_is_exported(
         torch.testing.assert_close(exported, policy(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_saved_adapter_that_is_gone_or_another_one_is_named(run: Run, capsys: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    run.adapt()
+    run.configure(path=str(run.base), lora={"path": "gone"})
+    assert "model.policy.lora.path: 'gone' is not an adapter" in run.export(capsys).err
+    other = get_peft_model(tiny_model("llama"), LoraConfig(r=3, target_modules=list(ADAPTED)))
+    other.save_pretrained(run.folder / "other")
+    run.configure(path=str(run.base), lora={"path": str(run.folder / "other")})
+    refused = run.export(capsys)
+    assert refused.code == 2
+    assert "its adapter does not match model.policy.lora; 8 weights differ" in refused.err
+
+
 def test_whole_weights_have_nothing_to_merge(run: Run, capsys: Any) -> None:
     assert "--merge needs a checkpoint with a LoRA adapter" in run.export(capsys, "--merge").err
 
