@@ -1,9 +1,9 @@
 """Wrong keys and values of a configuration, found by the signatures of the classes that it names.
 
 The signatures come with the package, in `signatures.json`, so a misspelt key is told before torch and Lightning are
-imported, which takes seconds. So are files that cannot be read, and numbers that are out of their range. What needs
-more is left to the parser: values that depend on others, classes of a user's own, files in place of groups. Nothing is
-refused here that the parser accepts.
+imported, which takes seconds. So are files that are missing or cannot be read, and numbers that are out of their range.
+What needs more is left to the parser: values that depend on others, classes of a user's own, files in place of groups.
+Nothing is refused here that the parser accepts, except files and folders that a run would look for in vain.
 
 The parser uses the same check with live signatures (`cli_signatures.py`), which know the user's classes too.
 """
@@ -30,6 +30,7 @@ from remax_lightning.cli_arguments import (
     yaml_key,
 )
 from remax_lightning.cli_errors import MISSING, explain_class, explain_unknown
+from remax_lightning.cli_paths import missing_paths
 from remax_lightning.cli_rules import explain_rule
 from remax_lightning.cli_schema import (
     Parameter,
@@ -66,9 +67,12 @@ def refuse_wrong_keys(arguments: list[str], name: str | None = None) -> None:
         raise UserError(f"{run}: there is no configuration; give --config FILE_OR_NAME, or see remax {run} --help")
     if lines := list(unreadable_configs(arguments)):
         raise UserError(message_of(lines))
-    mistakes = wrong_keys(arguments, shipped_signatures())
+    check = KeyCheck(arguments[0], shipped_signatures())
+    mistakes = list(check.run(arguments).items())
+    if name is None:  # a tool may need less than all: `plan` reads no data
+        mistakes += check.missing_paths()
     if mistakes and is_current():
-        raise UserError(message_of(f"{key}: {text}" for key, text in mistakes.items()))
+        raise UserError(message_of(f"{key}: {text}" for key, text in mistakes))
 
 
 def run_options(arguments: list[str]) -> list[str]:
@@ -184,6 +188,16 @@ class KeyCheck:
             self._group("", source, top)
         self.mistakes |= self._wrong_in_the_end(_values(arguments))
         return self.mistakes
+
+    def missing_paths(self) -> list[tuple[str, str]]:
+        """Return the keys that name a file or folder which is not there, with what is wrong, after `run`."""
+        # a class of a user's own may mean something else by its path
+        known = [key for key in ("model", "data") if key not in self._opaque and self._is_described(key)]
+        return list(missing_paths({key: value for key, value in self._set.items() if key.partition(".")[0] in known}))
+
+    def _is_described(self, key: str) -> bool:
+        path = self._classes.get(key, "")  # without one, the default of this package
+        return path is not None and (not path or self.signatures.parameters(path) is not None)
 
     def _group(self, key: str, values: Mapping[str, Any], parameters: Parameters) -> None:
         self._groups[key] = parameters

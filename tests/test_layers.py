@@ -59,9 +59,11 @@ ALLOWED = {
     "cli_arguments": {"cli_errors", "cli_shorthand", "shipped_configs", "yaml_files"},
     "cli_schema": {"cli_errors", "errors", "shipped_configs"},
     "cli_rules": set(),
+    "cli_paths": set(),
     "cli_keys": {
         "cli_arguments",
         "cli_errors",
+        "cli_paths",
         "cli_rules",
         "cli_schema",
         "cli_shorthand",
