@@ -273,7 +273,9 @@ def _parsed(text: bytes, where: str, objects: _Objects) -> Any:
     """
     try:
         return parse_json(text.decode(), objects)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
     except ValueError as error:
         raise DataError(f"{where}: JSON that cannot be read ({error})") from error

@@ -229,7 +229,8 @@ class _Problem(NamedTuple):
 
     def unfit(self, value: Any, index: int, place: str = "", expected: str = "") -> RewardError:
         """Return the error about a value that is no number, or no list among lists."""
-        return self.error(f"{shorten(str(value))} (a {type(value).__name__}) at index {index}{place}", index, expected)
+        what = "None" if value is None else f"{shorten(str(value))} (a {type(value).__name__})"
+        return self.error(f"{what} at index {index}{place}", index, expected)
 
 
 def _checked(reward: Reward, part: str | None, scores: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -280,7 +281,8 @@ def _as_tensor(scores: Any, lengths: list[int] | None, problem: _Problem) -> Ten
     try:
         tensor = torch.as_tensor(scores).detach()
     except Exception:  # text, a dict, None, a NumPy array of objects
-        raise problem.error(f"a {type(scores).__name__}: {shorten(str(scores))}") from None
+        what = "None (is a return missing?)" if scores is None else f"a {type(scores).__name__}: {shorten(str(scores))}"
+        raise problem.error(what) from None
     if tensor.is_complex():
         raise problem.error("complex numbers")
     return tensor if tensor.layout == torch.strided else tensor.to_dense()

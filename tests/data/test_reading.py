@@ -90,7 +90,7 @@ def zipped(flags: int = 0, method: int = 0) -> bytes:
     [
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"a\.jsonl, line 3: not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: expected an object with named columns, got list"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 .*; save it as UTF-8"),
         ("a.jsonl", b"\n\n", r"data\.path: .*a\.jsonl holds no rows"),
         ("a.json", b'[{"a": 1}, 3]', r"a\.json, row 2: expected an object with named columns, got int"),
         ("a.json", b'3', r"a\.json: expected a list of objects, got int"),
@@ -99,7 +99,7 @@ def zipped(flags: int = 0, method: int = 0) -> bytes:
         ("a.jsonl", b'[1]\n[2]', r"a\.jsonl, line 1: expected an object with named columns, got list"),
         ("a.jsonl", b'{"a": "ok"}\n{"a": "x \\ud83d"}', r"a\.jsonl, line 2: column 'a' holds half a surr.*\\ud83d"),
         ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"a\.jsonl, line 1: column 'a' holds half a surrogate.*\\ude00"),
-        ("a.jsonl", b'{"a": "\xed\xa0\xbd"}', r"a\.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", b'{"a": "\xed\xa0\xbd"}', r"a\.jsonl, line 1: not UTF-8"),
         ("a.json", b'[{"a": "\\ud83d"}]', r"a\.json, row 1: column 'a' holds half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: JSON that cannot be read \(nested too deep, more than 64"),
         ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 65 + b"]" * 65 + b"}", r"line 2: column 'a' is nested too deep"),

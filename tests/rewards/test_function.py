@@ -270,7 +270,7 @@ def test_none_means_not_applicable_in_trls_style_only(write: Callable[..., str])
     ours = write("none_of_ours", "def score(prompts, responses, rows):\n    return [1.0, None]")
     verl = write("none_of_verl", "def score(solution_str):\n    return None")
     for path in (ours, verl):
-        with pytest.raises(RewardError, match=r"returned 'None' \(a NoneType\)"):
+        with pytest.raises(RewardError, match=r"returned None at index"):
             scores(WeightedReward({"a": FunctionReward(path), "b": length}))
 
 
