@@ -321,8 +321,10 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append the predictions of a batch."""
+        """Append the predictions of a batch, but for a row that is only there to fill up this rank."""
         if not isinstance(outputs, list) or not all(isinstance(line, dict) for line in outputs):
+            return
+        if _is_repeated(trainer, batch_idx, dataloader_idx):
             return
         # `default=str` writes dates of Parquet files as text.
         self._pending += [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs]
@@ -355,3 +357,11 @@ class PredictionWriter(Callback):
         if trainer.world_size == 1:
             return path
         return path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+
+
+def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+    """Whether a batch has only the row that gives this rank as many batches as the others; rank 0 predicts it, too."""
+    loaders: Any = trainer.predict_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    repeats_row = getattr(getattr(loader, "sampler", None), "repeats_row", False)  # of `MicroBatchSampler`
+    return repeats_row and batch_idx + 1 == len(loader)

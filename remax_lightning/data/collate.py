@@ -73,8 +73,8 @@ class MicroBatchSampler(DistributedSampler[Key]):
         # use 2 full batches. Otherwise rank 1 repeats a row, so that it has 3 batches, too.
         full, local_rows = num_rows // (batch_size * world_size), len(range(rank, num_rows, world_size))
         batches = full if drop_last else math.ceil(math.ceil(num_rows / world_size) / batch_size)
-        lacks_a_batch = not drop_last and math.ceil(local_rows / batch_size) < batches
-        self.num_samples = full * batch_size if drop_last else local_rows + lacks_a_batch
+        self.repeats_row = not drop_last and math.ceil(local_rows / batch_size) < batches  # in a batch of its own
+        self.num_samples = full * batch_size if drop_last else local_rows + self.repeats_row
 
     def order(self, epoch: int) -> list[int]:
         """Return the indices of this rank's rows in `epoch`, each once but for the repeated one."""

@@ -84,7 +84,7 @@ def test_tokens_are_summed_over_ranks(run: Path) -> None:
 def test_rank_0_alone_writes_samples_and_each_rank_its_predictions(run: Path) -> None:
     text = (run / "logs" / "samples" / "train.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1] * 8 + [2] * 8 + [3] * 8
-    for rank in (0, 1):
+    for rank, rows in enumerate(([0, 2, 4], [1, 3])):  # rank 1 repeats row 0, so that it has two batches, too
         lines = (run / "version_0" / f"predictions.rank{rank}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == [{"rank": rank}] * (1 + rank)
+        assert [json.loads(line) for line in lines] == [{"row": row} for row in rows for _ in range(2)]
     assert not (run / "version_0" / "predictions.jsonl").exists()

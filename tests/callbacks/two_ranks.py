@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from remax_lightning import callbacks
 from remax_lightning.config import AdvantageConfig, KLConfig, LossConfig, SamplingConfig
+from remax_lightning.data.collate import MicroBatchSampler
 from remax_lightning.training.objective import Objective
 
 STOP_KL, TARGET_KL, HORIZON = 1.0, 0.5, 40
@@ -42,10 +43,13 @@ class RankedModule(FakeModule):
         return super().training_step(batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        return [{"rank": self.global_rank}] * (1 + self.global_rank)
+        return [{"row": row} for row in batch.tolist() for _ in range(2)]  # as with two responses per prompt
 
     def predict_dataloader(self) -> Any:
-        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]
+        rows = range(5)
+        place = {"rank": self.global_rank, "world_size": 2}
+        sampler = MicroBatchSampler(len(rows), 2, shuffle=False, drop_last=False, **place)
+        return DataLoader(rows, batch_size=2, sampler=sampler)  # type: ignore[arg-type]
 
     def on_train_end(self) -> None:
         seen = {"steps": self.trainer.global_step, "kl_coefs": [*self.kl_coefs, self.kl_coef]}
