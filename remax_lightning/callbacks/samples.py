@@ -363,5 +363,6 @@ def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
     """Whether a batch has only the row that gives this rank as many batches as the others; rank 0 predicts it, too."""
     loaders: Any = trainer.predict_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
-    repeats_row = getattr(getattr(loader, "sampler", None), "repeats_row", False)  # of `MicroBatchSampler`
+    batches = getattr(loader, "batch_sampler", None)  # Lightning's own in predictions, which has the loader's sampler
+    repeats_row = getattr(getattr(batches, "sampler", None), "repeats_row", False)  # of `MicroBatchSampler`
     return repeats_row and batch_idx + 1 == len(loader)
