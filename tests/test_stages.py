@@ -226,11 +226,12 @@ def test_a_mistake_ends_the_command_with_one_message(
     change, parts = MISTAKES[mistake]
     earlier = tmp_path / "reward" / "best"
     earlier.mkdir(parents=True)
-    (earlier / "kept").touch()
+    for name in ("config.json", "kept"):
+        (earlier / name).touch()
     said = message(refused(change(config, tmp_path), tmp_path, capsys))
     for part in parts:
         assert part in said
-    assert [path.name for path in (tmp_path / "reward").rglob("*")] == ["best", "kept"]
+    assert sorted(path.name for path in (tmp_path / "reward").rglob("*")) == ["best", "config.json", "kept"]
 
 
 # On real text, where GSM8K is at hand: a reward model of solutions that were right or wrong.
