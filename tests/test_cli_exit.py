@@ -339,7 +339,7 @@ def test_escapes_of_a_stranger_do_not_reach_the_terminal(
         raise UserError("the scorer answered \x1b]0;owned\x07 \u202e\n  é 日本")
 
     monkeypatch.setattr(cli_run, "run", run)
-    outcome = remax(capsys, "fit", "--config", "demo")
+    outcome = remax(capsys, "fit", "--config", "overlays/debug")
     assert outcome.code == 2
     assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"
 

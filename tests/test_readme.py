@@ -265,7 +265,11 @@ def test_ten_lines_train_from_python(tmp_path: Path, policy_path: Path, capsys: 
     assert isinstance(response, str)
 
 
-def test_the_mistake_shown_is_what_the_command_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mistake_shown_is_what_the_command_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").touch()
     text = blocks("yaml")[1].replace("kl_coef:", "kl_coeff:")
     ended = remax(capsys, "fit", *write_blocks(tmp_path, text))
     assert ended.code == 2
