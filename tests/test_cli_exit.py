@@ -339,7 +339,8 @@ def test_escapes_of_a_stranger_do_not_reach_the_terminal(
         raise UserError("the scorer answered \x1b]0;owned\x07 \u202e\n  é 日本")
 
     monkeypatch.setattr(cli_run, "run", run)
-    outcome = remax(capsys, "fit", "--config", "overlays/debug")
+    reward = "remax_lightning.rewards.verifiers.exact_match"
+    outcome = remax(capsys, "fit", "--model.policy", "owner/model", "--model.reward", reward)
     assert outcome.code == 2
     assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"
 
