@@ -65,8 +65,19 @@ def local_shard(parameter: Any) -> Tensor:
     if hasattr(parameter, "to_local"):  # FSDP2
         return parameter.to_local()  # type: ignore[no-any-return]
     if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:  # ZeRO-3; empty unless gathered
-        return parameter.ds_tensor  # type: ignore[no-any-return]
+        return parameter.ds_tensor[: shard_numel(parameter)]  # type: ignore[no-any-return]
     return parameter  # type: ignore[no-any-return]
+
+
+def shard_numel(parameter: Any) -> int:
+    """Return how many elements of a parameter this rank's shard under ZeRO-3 holds.
+
+    All shards are as long as the first. Where the ranks do not divide the parameter, the last ones end with padding,
+    which DeepSpeed leaves unwritten: whatever the memory held, NaN among it.
+    """
+    length = int(parameter.ds_tensor.ds_numel)
+    start = length * int(parameter.ds_zero_partition_rank)
+    return min(max(int(parameter.ds_numel) - start, 0), length)
 
 
 def full_tensor(tensor: Any) -> Tensor:

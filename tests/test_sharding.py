@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from remax_lightning.sharding import full_numel, full_shape, gathered, is_sharded, is_zero3_sharded, unwrap_peft
+from remax_lightning.sharding import (
+    full_numel,
+    full_shape,
+    gathered,
+    is_sharded,
+    is_zero3_sharded,
+    local_shard,
+    nonfinite_name,
+    unwrap_peft,
+)
 
 
 def zero3_linear() -> Any:
@@ -32,6 +41,17 @@ def test_the_marks_of_zero3_are_read() -> None:
     assert is_zero3_sharded(layer.weight)
     assert not is_zero3_sharded(layer.bias)
     assert (full_shape(layer.weight), full_numel(layer.weight)) == ((2, 3), 6)
+
+
+@pytest.mark.parametrize(("rank", "held"), [(0, [0.0, 1.0]), (1, [2.0, 3.0]), (2, [4.0]), (3, [])])
+def test_padding_is_no_part_of_a_shard(rank: int, held: list[float]) -> None:
+    """Five numbers on four ranks: two each, of which the last three places are nobody's."""
+    weight: Any = nn.Parameter(torch.empty(0))
+    weight.ds_id, weight.ds_numel, weight.ds_zero_partition_rank = 0, 5, rank
+    weight.ds_tensor = torch.tensor([*held, torch.nan, torch.nan][:2])
+    weight.ds_tensor.ds_numel = 2
+    assert local_shard(weight).tolist() == held
+    assert nonfinite_name([("weight", weight)]) is None
 
 
 def test_full_parameters_need_no_engine_to_be_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,8 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             register_gather_mode(self.lightning_module, self.gather)
         if self.lightning_module is not None and self.lightning_module.trainer.training:
             engine: Any = self.deepspeed_engine
+            if self.zero_stage_3:
+                zero3.clear_padding(engine.optimizer)
             # Lightning has divided the loss by `accumulate_grad_batches` already.
             engine.backward = functools.partial(engine.backward, scale_wrt_gas=False)
 

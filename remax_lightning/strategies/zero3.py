@@ -14,7 +14,7 @@ from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
 from remax_lightning.models.checkpoint_reader import RESUME_KEY
 from remax_lightning.models.shard_reader import load_deepspeed_file, read_zero
-from remax_lightning.sharding import decoder_layers, full_shape, gathered
+from remax_lightning.sharding import decoder_layers, full_shape, gathered, shard_numel
 from remax_lightning.strategies.gather_mode import lockstep
 
 _offloads: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
@@ -31,6 +31,24 @@ def register_engine(root: nn.Module, engine: Any) -> None:
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     for module in root.modules():
         _offloads[module] = ref(offload)
+
+
+def clear_padding(optimizer: Any) -> None:
+    """Zero the padding in DeepSpeed's float32 copies of the weights.
+
+    A weight decay that is added to the gradient (`torch.optim.Adam`, SGD) would carry a NaN from there into the
+    optimizer's state, and the run would save no checkpoint.
+
+    Args:
+        optimizer: that of the engine.
+    """
+    # Copies that are kept on a disk are empty here.
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.partition_numel()
+            flat.data[start + shard_numel(parameter) : end].zero_()
+            start = end
 
 
 @contextmanager

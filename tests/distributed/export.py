@@ -40,13 +40,15 @@ class _Frozen(ModelConfig):
         return model
 
 
-def train(strategy: str, family: str, folder: Path, *, freeze: bool = False) -> None:
+def train(
+    strategy: str, family: str, folder: Path, *, freeze: bool = False, optimizer: Any = torch.optim.AdamW
+) -> None:
     """Train for two steps; leave the checkpoint of the last, the callback's export and a copy of the weights."""
     policy, rank = str(folder / family), os.environ["LOCAL_RANK"]
     out, own = folder / f"{strategy}-{family}", folder / f"data{rank}"
     own.mkdir(exist_ok=True)
     # At this rate the steps show in 16 bits.
-    module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=0.1), check_on_policy=True)
+    module = remax_module(policy, optimizer=partial(optimizer, lr=0.1), check_on_policy=True)
     keep, save = Keep(), ModelCheckpoint(out / "checkpoints", filename="{step}", every_n_train_steps=1)
     trainer = make_trainer(
         out,
@@ -66,6 +68,15 @@ def train(strategy: str, family: str, folder: Path, *, freeze: bool = False) -> 
         (out / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"policy": {"path": policy}}}}))
 
 
-def main(strategy: str, family: str, folder: Path, freeze: bool = False) -> None:
-    train(strategy, family, folder, freeze=freeze)
+def main(strategy: str, family: str, folder: Path) -> None:
+    train(strategy, family, folder)
     assert torch.distributed.get_world_size() == RANKS
+
+
+def train_on_three(folder: Path) -> None:
+    """Train with memory that is NaN until it is written, which padding is not, and a decay that adds to gradients."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    optimizer = partial(torch.optim.Adam, weight_decay=0.01)
+    train("zero3", "opt", folder, freeze=True, optimizer=optimizer)
+    assert torch.distributed.get_world_size() == RANKS == 3

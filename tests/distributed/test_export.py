@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.export import PRECISIONS, STRATEGIES, main
+from distributed.export import PRECISIONS, STRATEGIES, main, train_on_three
 from helpers.cli import Outcome, remax
 from helpers.ranks import launch
 from helpers.training import save_policy
@@ -38,7 +38,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of which no part of a tensor is as long as the last; some of the policy is frozen, and cut up apart."""
     folder = tmp_path_factory.mktemp("three")
     save_policy(folder / "opt", "opt")
-    launch(main, "zero3", "opt", folder, True, ranks=3, fresh="no other test has three ranks")
+    launch(train_on_three, folder, ranks=3, fresh="no other test has three ranks")
     return folder
 
 
