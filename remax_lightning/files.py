@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -102,17 +101,6 @@ def is_too_deep(value: Any) -> bool:
     return False
 
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY = re.compile(
-    r"([?&][\w.-]*(?:key|token|secret|passw|credential|signature|auth)[\w.-]*=)[^&#\s'\"]+", re.IGNORECASE
-)
-
-
-def hide_credentials(text: str) -> str:
-    """Return a text whose addresses have stars in place of `user:password@` and of `?token=...`: it is published."""
-    return _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
-
-
 # ---- Records that stay: what was measured on each prompt, and which loggers a run had (`run.json`) ----
 
 
@@ -197,17 +185,19 @@ def describe_disk_error(error: BaseException, path: Path) -> str:
     return f"cannot write {path}: {reason}{free_space(path)}"
 
 
+def first_existing(path: Path) -> Path:
+    """Return the path itself, or the first of the folders above it that is there."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
 def free_space(path: Path) -> str:
     """Return what a message says of the free space where a path is, or would be; empty where the system does not say.
 
     A quota may leave less.
     """
     with suppress(OSError, ValueError):  # ValueError: a path with a null character
-        # of the first folder above that exists
-        for folder in (path.absolute(), *path.absolute().parents):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                usage = shutil.disk_usage(folder)
-                return f"; {_size(usage.free)} of {_size(usage.total)} are free there"
+        usage = shutil.disk_usage(first_existing(path))
+        return f"; {_size(usage.free)} of {_size(usage.total)} are free there"
     return ""
 
 

@@ -19,7 +19,7 @@ NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 LOWER = {
     *("functional", "types", "config", "errors", "distributed", "sharding", "run_folder", "files"),
-    *("loggers", "baselines", "http_client"),
+    *("loggers", "baselines", "http_client", "credentials"),
 }
 ANYTHING = {file.stem if file.parent == PACKAGE else file.relative_to(PACKAGE).parts[0] for file in FILES}
 ALLOWED = {
@@ -32,7 +32,8 @@ ALLOWED = {
     "distributed": {"errors"},
     "sharding": {"errors"},
     "files": {"errors"},
-    "loggers": {"errors", "files", "version"},
+    "credentials": set(),
+    "loggers": {"credentials", "errors", "files", "version"},
     "run_folder": {"distributed", "errors", "files", "loggers"},
     "functional": set(),
     "http_client": set(),

@@ -18,7 +18,7 @@ from torch import Tensor
 from remax_lightning.callbacks.monitors import is_dry_run
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
-from remax_lightning.files import describe_disk_error, is_disk_error, tolerate_disk_errors
+from remax_lightning.files import describe_disk_error, first_existing, is_disk_error, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import MANIFEST, compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
@@ -316,7 +316,7 @@ _EXPORTED = (MANIFEST, "config.json", "adapter_config.json")
 
 def why_not_replaced(target: Path) -> str:
     """Return why an export must not, or cannot, take the place of what is at `target`; empty if it may."""
-    first = next(path for path in (target, *target.absolute().parents) if path.exists())
+    first = first_existing(target)
     if not first.is_dir():
         return f"{str(first)!r} is a file"
     if first == target and any(target.iterdir()) and not any((target / name).is_file() for name in _EXPORTED):

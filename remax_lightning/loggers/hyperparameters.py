@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from remax_lightning.files import hide_credentials
+from remax_lightning.credentials import hide_credentials, is_secret
 from remax_lightning.loggers.adapters import logger_adapters
 from remax_lightning.version import __version__
 
@@ -24,8 +23,6 @@ PACKAGES = ("torch", "transformers", "lightning", "datasets", "peft", "deepspeed
 
 TRAINER = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 """What is told of the trainer where there is no configuration of the command line."""
-
-_SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|secrets?|passwords?|headers|authorization)$", re.IGNORECASE)
 
 
 def log_hyperparameters(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,7 +101,7 @@ def _without_secrets(node: Any) -> Any:
     """Return a configuration in which keys, tokens, headers and passwords are stars: loggers may be public."""
     if isinstance(node, Mapping):
         return {
-            key: "***" if value and _SECRET.search(str(key)) and not isinstance(value, bool | int | float)
+            key: "***" if value and is_secret(str(key)) and not isinstance(value, bool | int | float)
             else _without_secrets(value)
             for key, value in node.items()
         }  # fmt: skip

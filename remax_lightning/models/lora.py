@@ -79,7 +79,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
 
     adapted: Any
     if lora.path is not None:
-        _check_adapter(lora.path, key)
+        _checked_adapter(lora.path, key)
         check_exported(Path(lora.path), f"{key}.path")
     try:
         # ---- Create it: the random numbers of the run stay where they are ----
@@ -133,8 +133,8 @@ def initial_adapter(policy: Any) -> Iterator[None]:
         policy.set_adapter(TRAINED)
 
 
-def _check_adapter(path: str, key: str) -> None:
-    """Refuse a path that holds no LoRA adapter, before anything is loaded."""
+def _checked_adapter(path: str, key: str) -> Any:
+    """Return the configuration of a LoRA adapter, and refuse what is none, before anything is loaded."""
     from peft import PeftConfig
 
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
@@ -162,6 +162,7 @@ def _check_adapter(path: str, key: str) -> None:
             f" {config.init_lora_weights!r} in {path!r}, which changes it; merge it into the base and set the result in"
             " model.policy.path, or save it with PEFT's path_initial_model_for_weight_conversion"
         )
+    return config
 
 
 def contains_adapter(weights: Mapping[str, Tensor]) -> bool:
@@ -185,13 +186,11 @@ def load_adapter(model: PreTrainedModel, weights: dict[str, Tensor], lora: Mappi
     Raises:
         UserError: if the weights do not fit such an adapter.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
     empty = next(model.parameters()).is_meta  # only the adapter is wanted
     path = lora.get("path")
-    if path:
-        _check_adapter(path, "model.policy.lora")
-    config: Any = PeftConfig.from_pretrained(path) if path else _infer_lora_config(weights, lora)
+    config = _checked_adapter(path, "model.policy.lora") if path else _infer_lora_config(weights, lora)
     config.inference_mode = False
     # Keep the dtype of the run, so that a merge rounds as it would have there.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)

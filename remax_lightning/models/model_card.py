@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from remax_lightning.files import hide_credentials, load_json
+from remax_lightning.credentials import has_secret, hide_credentials, is_secret
+from remax_lightning.files import load_json
 
 CARD = "README.md"
 _PACKAGES = ("remax-lightning", "torch", "transformers", "lightning", "peft")
@@ -18,12 +19,6 @@ _FIGURES = ("reward", "baseline_reward", "kl", "accuracy", "loss")
 MAX_POINTS = 256
 """Values of a curve that are kept for the card."""
 _BARS, _BAR_COLUMNS = "▁▂▃▄▅▆▇█", 32
-_SECRET = re.compile(
-    r"(?<![a-z])(?<!pad_)(token|authorization|headers)\b|(?<![a-z_-])key\b|(access|auth)[_-]?token\b"
-    r"|(api|access|private|auth)[_-]?key|(secret|passw(or)?d|passphrase|credential|bearer)(?!s?_env\b)",
-    re.IGNORECASE,
-)
-"""Names of options whose values are not published; `token_env` names a variable, and may be."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -197,15 +192,16 @@ def _command(arguments: Sequence[str]) -> str:
     hide = False
     for argument in arguments[1:]:
         name, equals, _ = argument.partition("=")
+        is_option = argument.startswith("-")
         # A section in braces may hold one anywhere.
-        is_secret = name.startswith("-") and _SECRET.search(argument if "{" in argument else name) is not None
-        if (hide and not argument.startswith("-")) or ("{" in argument and not equals and _SECRET.search(argument)):
-            shown.append("***")
-        elif is_secret and equals:
+        hides = (is_option and is_secret(name)) or ("{" in argument and has_secret(argument))
+        if hides and is_option and equals:
             shown.append(f"{name}=***")
+        elif (hide or hides) and not is_option:
+            shown.append("***")
         else:
             shown.append(hide_credentials(argument))
-        hide = is_secret and not equals
+        hide = hides and is_option and not equals
     return _line(shlex.join(shown)).replace("`", "'")
 
 

@@ -17,7 +17,7 @@ from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.cli_run import silence_library_warnings
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError
-from remax_lightning.files import TRUST
+from remax_lightning.files import TRUST, first_existing
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
@@ -159,7 +159,7 @@ def check_target(out: Path, checkpoint: Path, overwrite: bool) -> Path:
         raise UserError(
             f"out must be a new folder, got {str(out)!r}, which contains the checkpoint or the current folder"
         )
-    if not (first := next(path for path in (target, *target.parents) if path.exists())).is_dir():
+    if not (first := first_existing(target)).is_dir():
         raise UserError(
             f"out must be a folder, and {str(out if first == target else first)!r} is a file; give another name"
         )
