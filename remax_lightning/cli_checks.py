@@ -25,6 +25,7 @@ from remax_lightning.cli_arguments import flatten
 from remax_lightning.cli_errors import close_name
 from remax_lightning.cli_rules import explain_rule
 from remax_lightning.errors import UserError
+from remax_lightning.files import first_existing
 
 GROUPS = ("trainer", "model", "data", "model.policy", "model.reference", "model.sampling", "model.kl",
           "model.advantage", "model.loss", "data.loading",
@@ -251,7 +252,7 @@ def _explain_path(key: str, value: str, is_file: bool) -> str | None:
         return f"{key}: {value!r} is a folder; give the path of a file in it"
     folder = path.parent if is_file else path
     # What does not exist yet will be made in the first folder above that does.
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    existing = first_existing(folder)
     if not existing.is_dir():
         return f"{key}: cannot write to {value!r}: {str(existing)!r} is a file, not a folder"
     if not os.access(existing, os.W_OK | os.X_OK):

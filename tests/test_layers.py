@@ -76,7 +76,7 @@ ALLOWED = {
         *("errors", "cli_arguments", "cli_errors", "cli_checks", "cli_keys", "cli_shorthand", "cli_signatures"),
         "yaml_files",
     },
-    "cli_checks": {"cli_arguments", "cli_errors", "cli_rules", "errors"},
+    "cli_checks": {"cli_arguments", "cli_errors", "cli_rules", "errors", "files"},
     "cli_exit": {"errors", "cli_errors", "files", "run_folder"},
     "launcher": set(),
     "cli_help": set(),
