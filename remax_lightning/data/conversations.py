@@ -16,14 +16,25 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# reasoning_content, reasoning, thinking, thought, cot, reasoning_details; not finish_reason
+_THOUGHT_FIELD = re.compile(
+    r"(?:reasoning|thinking|thoughts?|rationale|scratchpad|chain_of_thought|cot)(?:_(?:content|text|details|blocks))?",
+    re.I,
+)
 """Fields in which data sets store the thoughts of the assistant; a template reads one of them."""
-# <think>, </thinking>, <seed:think>, [/THINK], <reasoning>, <|START_THINKING|>
-THOUGHT_MARKS = re.compile(r"</?(?:\w+:)?think(?:ing)?>|\[/?THINK\]|</?reasoning>|<\|(?:START|END)_THINKING\|>")
+# <think>, </thinking>, <seed:think>, [/THINK], <reasoning>, <thought>, ◁/think▷, <|START_THINKING|>, <|end_of_thought|>
+THOUGHT_MARKS = re.compile(
+    r"</?(?:\w+:)?think(?:ing)?>|\[/?THINK\]|</?(?:reasoning|thought)>|◁/?think▷|<\|(?:START|END)_THINKING\|>"
+    r"|<\|(?:begin|end)_of_thought\|>"
+)
 """Marks around a thought inside `content`; templates drop the thoughts of earlier turns on purpose."""
 # "...<|im_start|>assistant\n<think>\n" -> ("<think>", "\n")
-_OPEN_THOUGHT = re.compile(r"(<(?:\w+:)?think(?:ing)?>|\[THINK\]|<reasoning>|<\|START_THINKING\|>)(\s*)\Z")
+_OPEN_THOUGHT = re.compile(
+    r"(<(?:\w+:)?think(?:ing)?>|\[THINK\]|<(?:reasoning|thought)>|◁think▷|<\|START_THINKING\|>|<\|begin_of_thought\|>)(\s*)\Z"
+)
 """A thought that the end of a generation prompt opens, and the white space behind the mark."""
+TOOL_FIELDS = ("function_call", "functions", "tools")
+"""Further fields of a message with tools or a call of one: OpenAI's older form, and definitions in a system message."""
 RESERVED_KWARGS = frozenset(
     {
         *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
@@ -76,14 +87,16 @@ def read_message(message: Any, where: str, column: str) -> Message:
 def _read_message(message: Any, what: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f'{what}: expected {{"role": text, "content": text}}, got {message!r}')
+    message = _with_read_calls(message, what)
     # Valid without text: {"content": null, "tool_calls": [...]}, {"content": [{"type": "text", "text": ...}, ...]}
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and (message.get("tool_calls") or message.get("function_call")):
         return {**_without_nulls(message), "content": None}
     if not isinstance(content, str):
         for part in content if isinstance(content, list) and content else [content]:
             if (
-                not isinstance(part, dict)
+                part is content  # an object in place of the list, which a template would print
+                or not isinstance(part, dict)
                 or part.get("type", "text") != "text"
                 or not isinstance(part.get("text"), str)
             ):
@@ -93,7 +106,26 @@ def _read_message(message: Any, what: str) -> Message:
                 )
     # A message of texts has no null to remove, so it is not copied.
     simple = all(isinstance(value, str) for value in message.values())
-    return message if simple else _without_nulls(message)
+    read: Message = message if simple else _without_nulls(message)
+    return read
+
+
+def _with_read_calls(message: dict[Any, Any], what: str) -> Message:
+    """Return a message whose calls of tools are a list of objects with names; columnar files may have them as JSON."""
+    calls: Any = message.get("tool_calls")
+    if not calls:
+        return message
+    if isinstance(calls, str):
+        try:
+            calls = load_json(calls)
+        except ValueError as error:
+            raise DataError(f"{what}: tool_calls are not valid JSON ({error})") from error
+    if not isinstance(calls, list) or not all(map(function_name, calls)):
+        raise DataError(
+            f'{what}: expected tool_calls that are a list of {{"type": "function", "function": {{"name": text,'
+            f' "arguments": object}}}}, got {calls!r}'
+        )
+    return {**message, "tool_calls": calls}
 
 
 def _read_tools(tools: Any, where: str) -> list[Any]:
@@ -135,8 +167,25 @@ def content_text(message: Mapping[str, Any]) -> str:
 
 def is_empty(message: Mapping[str, Any]) -> bool:
     """Whether a message has no content, no thoughts and no tool calls."""
-    thoughts = (message.get(field) for field in REASONING_FIELDS)
-    return not (content_text(message).strip() or message.get("tool_calls") or any(thoughts))
+    calls = (message.get(field) for field in ("tool_calls", *TOOL_FIELDS))
+    return not (content_text(message).strip() or any(calls) or thoughts(message))
+
+
+def thoughts(message: Mapping[str, Any]) -> dict[str, str]:
+    """Return the thoughts of a message that stand in fields of their own, by field.
+
+    A list of parts counts where no field has the thought as text (`reasoning_details` beside `reasoning` repeats it).
+    """
+    fields = {name: value for name, value in message.items() if value and _THOUGHT_FIELD.fullmatch(name)}
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    return texts or {name: _part_texts(value) for name, value in fields.items() if _part_texts(value)}
+
+
+def _part_texts(value: Any) -> str:
+    # [{"type": "thinking", "thinking": "..."}], [{"type": "reasoning.text", "text": "..."}]
+    parts = [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
+    texts = (part.get("text") or part.get("thinking") or part.get("summary") for part in parts)
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def message_form(message: Message) -> tuple[Any, ...]:
@@ -147,7 +196,8 @@ def message_form(message: Message) -> tuple[Any, ...]:
     if len(message) == 2:
         return message["role"], kind
     calls = [type(call_arguments(call)).__name__ for call in message.get("tool_calls") or []]
-    return message["role"], kind, *calls, *sorted(message)
+    # A field that one row has filled and another one empty makes two forms.
+    return message["role"], kind, *calls, *sorted(name if value else f"no {name}" for name, value in message.items())
 
 
 def call_arguments(call: Any) -> Any:
@@ -155,6 +205,13 @@ def call_arguments(call: Any) -> Any:
     # {"type": "function", "function": {"name": ..., "arguments": ...}}, or {"name": ..., "arguments": ...} alone
     function = call.get("function", call) if isinstance(call, dict) else None
     return function.get("arguments") if isinstance(function, dict) else None
+
+
+def function_name(tool: Any) -> str:
+    """Return the name of a tool, or of the function that a call calls; empty where there is none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def with_opened_thought(prompt: str, response: str) -> str:
@@ -178,7 +235,10 @@ def opened_thought(prompt: str) -> tuple[str, str] | None:
 def closing_mark(mark: str) -> str:
     """Return the mark that ends a thought which another mark opens: `</think>` for `<think>`."""
     # "<|START_THINKING|>" -> "<|END_THINKING|>", "[THINK]" -> "[/THINK]"
-    return mark.replace("START_", "END_") if "START_" in mark else f"{mark[0]}/{mark[1:]}"
+    for start, end in (("START_", "END_"), ("begin_", "end_")):
+        if start in mark:
+            return mark.replace(start, end)
+    return f"{mark[0]}/{mark[1:]}"
 
 
 def take_thought(message: Message) -> tuple[str, Message] | None:
@@ -188,19 +248,18 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
     none. None is returned where it cannot be told apart: marks that are not closed, several thoughts, lists of parts.
     """
     # ---- A thought in a field of its own, or none ----
-    fields = [field for field in REASONING_FIELDS if message.get(field)]
+    fields = thoughts(message)
     content = message["content"]
     text = content_text(message)
     marks = list(THOUGHT_MARKS.finditer(text))
     if not marks:
-        thought = message[fields[0]] if fields else ""
-        rest = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
-        return (thought.strip(), rest) if isinstance(thought, str) else None
+        thought = next(iter(fields.values()), "")
+        return thought.strip(), {name: value for name, value in message.items() if not _THOUGHT_FIELD.fullmatch(name)}
     # The opening mark may be missing: a row may hold what a policy wrote behind a prompt that has it.
     # ---- A thought in the content: "<think>It is even.</think>4" ----
     opening, closing = (None, marks[0]) if len(marks) == 1 else (marks[0], marks[1])
     is_pair = opening is None or (closing_mark(opening[0]) == closing[0] and not text[: opening.start()].strip())
-    is_closed = "/" in closing[0] or "END_" in closing[0]
+    is_closed = any(end in closing[0] for end in ("/", "END_", "end_"))
     if fields or len(marks) > 2 or not (is_pair and is_closed) or not isinstance(content, str):
         return None
     start = 0 if opening is None else opening.end()
@@ -209,7 +268,7 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
 
 def is_plain(message: Mapping[str, Any]) -> bool:
     """Whether a message has only content: no thoughts in separate fields, and no tool calls."""
-    return not message.get("tool_calls") and not any(message.get(field) for field in REASONING_FIELDS)
+    return not any(message.get(field) for field in ("tool_calls", *TOOL_FIELDS)) and not thoughts(message)
 
 
 # ---- Tokenizing ----

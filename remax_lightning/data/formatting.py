@@ -5,19 +5,20 @@ Preference pairs are read in the formats that data sets use.
 
 from __future__ import annotations
 
-import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs
-from remax_lightning.data.conversations import Message, content_text, is_plain, read_conversation
+from remax_lightning.data.conversations import Message, content_text, function_name, is_plain, read_conversation
 from remax_lightning.data.reading import Row
 from remax_lightning.data.tokenizers import check_characters, encode_batch
 from remax_lightning.errors import DataError, UserError
+from remax_lightning.files import load_json
 from remax_lightning.types import Conversation, Prompt
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class PromptFormatter:
 
     def _check(self, prompt: Prompt, row: Row, where: str) -> None:
         try:
-            check_characters(prompt, "")
+            # e.g. of JSON inside of JSON: no column shows it
+            check_characters(prompt, f"{where}: the prompt, as it is rendered,")
         except DataError:
             for name, value in row.items():  # name the column; the prompt may be made of several
                 check_characters(_texts(value), f"{where}: column {name!r}")
@@ -165,6 +167,11 @@ class PromptFormatter:
                 f"data.tokenizer: {self.tokenizer.name_or_path!r} has no chat template, but {where} has messages "
                 f"in column {self.column!r}; save the tokenizer with one, or give plain text"
             )
+        if row.get("functions") and not row.get("tools") and all(map(function_name, _listed(row["functions"]))):
+            raise DataError(
+                f"{where}: column 'functions' holds definitions, and templates read them in a column 'tools': write"
+                ' each as {"type": "function", "function": {...}} there, or remove the column'
+            )
         conversation = read_conversation(
             messages,
             where,
@@ -181,6 +188,13 @@ class PromptFormatter:
             merged = self.template_kwargs | conversation.template_kwargs  # a row's own come last, and win
             conversation = conversation._replace(template_kwargs=merged)
         return conversation
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list, or one of JSON; an entry without a meaning where it is something else."""
+    with suppress(ValueError):
+        value = load_json(value) if isinstance(value, str) else value
+    return value if isinstance(value, list) else [None]
 
 
 def _texts(value: Any) -> str:
@@ -220,6 +234,7 @@ def check_template(template: str) -> None:
         raise UserError(f"data.template cannot be read ({error}), got {template!r}; {hint}") from error
     if not fields:
         raise UserError(f"data.template has no field, so all prompts would be alike, got {template!r}; {hint}")
+    check_characters(template, "data.template")
     if "" in fields:
         raise UserError(f"data.template has a field without a name, got {template!r}; {hint}")
 
@@ -230,9 +245,21 @@ class _ColumnFormatter(string.Formatter):
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:  # noqa: ARG002 - the signature is given
         # The base class would read {meta.answer} as an attribute, and {a[0]} as an item.
         value = kwargs[field_name]
-        # null is empty, as it is in CSV, and not the word None; pandas writes it as NaN
-        is_null = value is None or (isinstance(value, float) and math.isnan(value))
-        return "" if is_null else value, field_name
+        if isinstance(value, Collection) and not isinstance(value, str) and getattr(value, "ndim", None) != 0:
+            raise TypeError(
+                f"column {field_name!r} holds a {type(value).__name__}, which would stand there as Python prints it;"
+                " make it text"
+            )
+        # null is empty, as it is in CSV, and not the word None
+        return "" if _is_null(value) else value, field_name
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a value stands for none: None, or NaN of any type, which differs from itself."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas.NA compares to itself
+        return True
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, Message, content_text, message_form
+from remax_lightning.data.conversations import (
+    THOUGHT_MARKS,
+    TOOL_FIELDS,
+    Message,
+    content_text,
+    function_name,
+    message_form,
+    thoughts,
+)
 from remax_lightning.data.templates import (
     ARGUMENT,
     MessageForm,
     TemplateLimitError,
-    function_name,
     holds_content,
     is_quoted,
     mark_message,
@@ -160,10 +167,10 @@ class TemplateRenderer:
                 continue
             lost = tuple(
                 (i, field)
-                for i, (_, marks) in enumerate(marked)
+                for i, (message, marks) in enumerate(marked)
                 for field, mark in marks
                 # Thoughts of earlier turns are left out on purpose; those of the response are what is trained.
-                if mark not in text and (field not in REASONING_FIELDS or (i == len(messages) - 1 and not is_prompt))
+                if mark not in text and (field not in thoughts(message) or (i == len(messages) - 1 and not is_prompt))
             )
             if any(mark not in text for mark in tool_marks):
                 lost = (*lost, (_TOOLS, "tools"))
@@ -204,7 +211,7 @@ class TemplateRenderer:
         if conversation.tools and not is_generated:
             for tool in conversation.tools:
                 name = function_name(tool)
-                if name and (name not in text or (_TOOLS, "tools") in lost):
+                if name not in text or (_TOOLS, "tools") in lost:
                     raise DataError(
                         f"{conversation.where}: {self.name} leaves out the tool {name!r} of column 'tools'; take a"
                         " tokenizer whose template reads tools, or remove the column"
@@ -234,11 +241,13 @@ class TemplateRenderer:
         # ---- Calls of tools, and thoughts of the response ----
         for call in message.get("tool_calls") or []:
             name = function_name(call)
-            if name and (name not in text or (i, "tool_calls") in lost):
+            if name not in text or (i, "tool_calls") in lost:
                 raise self._loss(conversation, message, i, f"the call of {name!r} in ")
-        for field in REASONING_FIELDS if is_response else ():
-            thought = message.get(field)
-            if thought and not holds_content(text, thought, whole=True, by_accident=(i, field) in lost):
+        for field in TOOL_FIELDS:
+            if message.get(field) and (i, field) in lost:
+                raise self._loss(conversation, message, i, f"{field!r} of ")
+        for field, thought in thoughts(message).items() if is_response else ():
+            if not holds_content(text, thought, whole=True, by_accident=(i, field) in lost):
                 raise self._loss(conversation, message, i, f"{field!r} of ")
 
     def _loss(self, conversation: Conversation, message: Message, i: int, what: str = "") -> LostMessageError:
@@ -246,6 +255,10 @@ class TemplateRenderer:
             advice = "the template takes the thought out of content; remove it from the row"
         elif not what:
             advice = "its place or its role is none that the template writes; correct the row"
+        elif what == "'function_call' of ":
+            advice = 'write it as "tool_calls": [{"type": "function", "function": ...}], which templates read'
+        elif what.endswith(("'functions' of ", "'tools' of ")):
+            advice = "move the definitions to the column 'tools', which goes to the template"
         elif what.startswith("'"):  # the name of a field with a thought
             advice = "the template does not read the field; write it into content, as the template has thoughts there"
         else:

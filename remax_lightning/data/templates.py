@@ -22,7 +22,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
-from remax_lightning.data.conversations import REASONING_FIELDS, THOUGHT_MARKS, Message, call_arguments, content_text
+from remax_lightning.data.conversations import (
+    THOUGHT_MARKS,
+    TOOL_FIELDS,
+    Message,
+    call_arguments,
+    content_text,
+    thoughts,
+)
 from remax_lightning.files import load_json
 
 # ---- Time and memory ----
@@ -208,16 +215,23 @@ def mark_message(message: Message, i: int) -> tuple[Message, list[tuple[str, str
         marked["content"] = f"probe-{i}-end"
         marks = [("content", marked["content"])]
     # ---- Thoughts in fields of their own ----
-    for field in REASONING_FIELDS:
-        if message.get(field):
-            marked[field] = f"probe-{i}-{field}-end"
-            marks.append((field, marked[field]))
+    for field in thoughts(message):
+        marked[field] = f"probe-{i}-{field}-end"
+        marks.append((field, marked[field]))
     # ---- Calls of tools: their names are the marks, and the arguments get one more ----
     if message.get("tool_calls"):
         names = [f"probe-{i}-call-{j}-end" for j in range(len(message["tool_calls"]))]
         calls = [_with_arguments(call, _marked_arguments) for call in message["tool_calls"]]
         marked["tool_calls"] = [rename_function(call, name) for call, name in zip(calls, names, strict=True)]
         marks += [("tool_calls", name) for name in names]
+    # ---- Tools and calls in other fields: one call, a list of definitions, or such a list as JSON ----
+    for field in TOOL_FIELDS:
+        if value := message.get(field):
+            mark = f"probe-{i}-{field}-end"
+            marked[field] = [rename_function(tool, mark) for tool in value] if isinstance(value, list) else mark
+            if isinstance(value, dict):
+                marked[field] = rename_function(value, mark)
+            marks.append((field, mark))
     return marked, marks
 
 
@@ -302,13 +316,6 @@ def _marked_arguments(arguments: Any) -> Any:
         return arguments
     marked = {**value, ARGUMENT: "probe"}
     return _as_json(marked) if isinstance(arguments, str) else marked
-
-
-def function_name(tool: Any) -> str:
-    """Return the name of a tool, or of the function that a call calls; empty where there is none."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
 
 
 def holds_content(text: str, content: Any, *, whole: bool, by_accident: bool) -> bool:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
+import numpy
+import pandas
 import pytest
 from conftest import make_tokenizer
 
@@ -89,6 +92,14 @@ def test_template(tokenizer: Any, column: str, template: str, row: dict[str, Any
 
 
 @pytest.mark.parametrize(
+    "null", [None, float("nan"), numpy.float32("nan"), Decimal("nan"), pandas.NA, pandas.NaT], ids=repr
+)
+def test_a_value_that_stands_for_none_is_empty(tokenizer: Any, null: Any) -> None:
+    """Whatever a data frame or a columnar file has in its place."""
+    assert PromptFormatter(tokenizer, template="{prompt}|{n}|").text({"prompt": "x", "n": null}, "here") == "x||"
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("Human:", "data.template has no field"),
@@ -111,6 +122,9 @@ def test_template_is_checked_at_once(tokenizer: Any, template: str, message: str
         (None, {"prompt": " \n"}, "here: the prompt in column 'prompt' is empty"),
         ("{prompt} {hint}", {"prompt": "x", "n": 1}, "data.template names 'hint', but the columns are 'prompt', 'n'"),
         ("{prompt} {n:03d}", {"prompt": "x", "n": "y"}, "here: data.template cannot be filled"),
+        ("{prompt} {n}", {"prompt": "x", "n": ["y", None]}, r"here: .*\(column 'n' holds a list, which"),
+        ("{prompt} {n}", {"prompt": "x", "n": {"y": None}}, r"here: .*\(column 'n' holds a dict"),
+        ("{prompt} {n}", {"prompt": "x", "n": b"y"}, r"here: .*\(column 'n' holds a bytes"),
         (None, {"prompt": []}, "here: column 'prompt' holds no message"),
         (None, {"prompt": ["hi"]}, "message 0: expected .*got 'hi'"),
         (None, {"prompt": [*MESSAGES, {"role": "user"}]}, r"message 1 \(role 'user'\): expected"),
