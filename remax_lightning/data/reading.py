@@ -22,6 +22,7 @@ from remax_lightning.data.text_files import (
     EXTENSIONS,
     JsonRows,
     OnBadRow,
+    check_is_no_pointer,
     check_row,
     data_suffix,
     read_text_file,
@@ -284,6 +285,7 @@ def _read_file(file: Path, source: str, key: str, on_bad_row: OnBadRow) -> Rows:
         return Rows(source, read.unit, read.values, read.numbers, dropped=read.dropped)
     if suffix not in BUILDERS:
         raise DataError(f"{key}: cannot read {source}; give a file ending in {READABLE}, got {file.suffix!r}")
+    check_is_no_pointer(file, source)
     from datasets import load_dataset
 
     # ---- Parquet, Arrow and others ----
@@ -412,7 +414,9 @@ def _hash(values: Any, digest: Any) -> None:
     elif isinstance(values, _Joined):
         for part in values.parts:
             _hash(part, digest)
-    elif hasattr(values, "with_format"):  # a Dataset, in batches of Arrow: a hundred times as fast as row by row
+    elif (
+        hasattr(values, "with_format") and values.format["type"] != "custom"
+    ):  # a Dataset, in batches of Arrow: a hundred times as fast as row by row
         import pyarrow
 
         for table in values.with_format("arrow").iter(1000):
@@ -420,7 +424,7 @@ def _hash(values: Any, digest: Any) -> None:
             with pyarrow.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table.combine_chunks())
             digest.update(sink.getvalue())
-    else:
+    else:  # rows in memory, and a Dataset whose transform makes others of what it stores
         for row in values:
             digest.update(_as_bytes(row) + b"\n")
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
 import sys
 import zipfile
@@ -15,6 +16,9 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -30,6 +34,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 # "1", "-0.5", ".5", "1e-3"; unlike `float`, not "nan", "inf" or "1_000"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LFS = b"version https://git-lfs.github.com/spec/"
 # "\ud83d" as JSON escapes it
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -195,17 +200,30 @@ def parse_number(value: Any) -> float | None:
     """Return a number, or a text that spells one as JSON does, as a finite float; None for everything else."""
     if isinstance(value, str):
         value = float(value) if _NUMBER.fullmatch(value.strip()) else None
-    if (
-        # `bool` is a kind of `int`; the last line refuses NaN, infinity and integers that are no float
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not -sys.float_info.max <= value <= sys.float_info.max
-    ):
+    # `Real` are also NumPy's, and Parquet has decimals; `bool` is a kind of `int`
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # integers that are no float, a signaling NaN
+        return None
+    return number if math.isfinite(number) else None
 
 
 # ---- What the file is wrapped in ----
+
+
+def check_is_no_pointer(file: Path, source: str) -> None:
+    """Refuse what `git clone` leaves in place of a large file where Git LFS is missing.
+
+    Raises:
+        DataError: if the file is that.
+    """
+    with suppress(OSError), file.open("rb") as opened:
+        if opened.read(len(_LFS)) == _LFS:
+            raise DataError(
+                f"{source}: it is a pointer of Git LFS, not the data; run `git lfs pull` in its folder, or download it"
+            )
 
 
 def _unzip(data: bytes) -> bytes:
@@ -243,6 +261,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfil
 
 
 def _decompressed(file: Path, source: str) -> bytes:
+    check_is_no_pointer(file, source)
     try:
         data = file.read_bytes()
         for magic, decompress in _CODECS.items():

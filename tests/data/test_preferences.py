@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
@@ -161,6 +163,16 @@ def test_margins_are_read(tmp_path: Path, policy_path: Path) -> None:
     rows = [{**row, "gap": n / 2} for n, row in enumerate(text_rows(2))]
     (batch,) = batches(write(tmp_path / "a.jsonl", rows), policy_path, pair_columns=PairColumns(margin="gap"))
     assert sorted(batch.margin.tolist()) == [0.0, 0.5]
+    margins = [Decimal("0.5"), numpy.float32(0.5), numpy.int64(2), 0, "0.25"]  # of Parquet, of data frames, of CSV
+    memory = PreferenceDataModule(
+        tokenizer=str(policy_path),
+        data=[{**text_rows(1)[0], "gap": margin} for margin in margins],
+        val_size=0,
+        batch_size=5,
+        pair_columns=PairColumns(margin="gap"),
+    )
+    memory.setup("fit")
+    assert sorted(next(iter(memory.train_dataloader())).margin.tolist()) == [0.0, 0.25, 0.5, 0.5, 2.0]
     for value in ("much", None, True, float("inf")):
         path = write(tmp_path / "b.jsonl", [*rows, {**rows[0], "gap": value}])
         with pytest.raises(DataError, match=r"b\.jsonl, line 3: column 'gap' must be a number, the margin of the pair"):

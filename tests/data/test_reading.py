@@ -430,6 +430,26 @@ def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:
     assert rows_in_memory(ROWS).fingerprint() != rows_in_memory(same_length).fingerprint()
 
 
+def test_a_transform_is_part_of_the_fingerprint() -> None:
+    """Else the prompts of another transform of the same rows would come out of the cache."""
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    shouted = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["prompt"]]})
+    asked = data.with_transform(lambda batch: {"prompt": [f"{text}?" for text in batch["prompt"]]})
+    prints = {rows_in_memory(values).fingerprint() for values in (data, data.with_format("torch"), shouted, asked)}
+    assert len(prints) == 3
+    assert next(iter(rows_in_memory(asked).values)) == {"prompt": "1+1=?"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json.gz", "rows.parquet", "rows.arrow"])
+def test_a_pointer_of_git_lfs_is_named(name: str, tmp_path: Path) -> None:
+    """`git clone` of a data set leaves it where Git LFS is missing."""
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=rf"{name}: it is a pointer of Git LFS, not the data; run `git lfs pull`"):
+        read_rows(str(tmp_path / name))
+
+
 def test_paths_may_be_of_pathlib(tmp_path: Path) -> None:
     path = write(tmp_path, ".jsonl")
     assert list(read_rows(path).values) == list(read_rows([path]).values) == ROWS
