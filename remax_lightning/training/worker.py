@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from remax_lightning.data.tokenizers import hidden_ids, response_texts
+from remax_lightning.distributed import raise_on_all_ranks
+from remax_lightning.errors import UserError
 from remax_lightning.functional import response_mask, soft_overlong_penalty
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import eval_mode
@@ -120,6 +122,7 @@ class RolloutWorker:
         self.engine, self.sampling, self.reward = engine, sampling, reward
         self.truncation_penalty, self.overlong_cache = truncation_penalty, overlong_cache
         self.timer = timer if timer is not None else PhaseTimer()
+        self._has_checked_reference = False
         # What tells the engine's own figures since the last call, by the name that they are logged under.
         self.engine_metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
         self.ahead = int(getattr(engine, "ahead", 0))  # rollouts that the engine writes while one is trained on, 0 or 1
@@ -355,6 +358,9 @@ class RolloutWorker:
             reference: prepared.
             objective: what the log-probs are for, and how many responses a pass has.
             trainer: of the run.
+
+        Raises:
+            UserError: if the first log-probs are NaN.
         """
         batch_size: int | Sequence[Tensor] | None = objective.kl_config.reference_batch_size
         budget, model = rollout.prompt.tokens_per_micro_batch, reference.model
@@ -362,7 +368,13 @@ class RolloutWorker:
             if batch_size is None and budget is not None:
                 batch_size = reference_passes(rollout, budget, model, trainer)
             keep_hidden = objective.compares_vocabulary
-            return with_reference(rollout, model, self.sampling, keep_hidden, batch_size, self.suppressed)
+            rollout = with_reference(rollout, model, self.sampling, keep_hidden, batch_size, self.suppressed)
+        # ---- Once: weights that are not numbers would show as steps that are skipped, each after its rollout ----
+        if not self._has_checked_reference:
+            self._has_checked_reference = True
+            with raise_on_all_ranks(trainer):
+                _check_reference(rollout)
+        return rollout
 
     def penalty_above_greedy(self, rollout: Rollout) -> Tensor:
         """Return `[S]` the reward that each response loses for its length, above its greedy response."""
@@ -376,6 +388,15 @@ class RolloutWorker:
         lengths = responses.response_mask.sum(-1)  # [M]
         share = soft_overlong_penalty(lengths, self.sampling.max_response_length, self.overlong_cache)
         return self.truncation_penalty * share
+
+
+def _check_reference(rollout: Rollout) -> None:
+    log_probs = cast(Tensor, rollout.reference_log_probs)
+    if bool((log_probs.isnan() & rollout.sampled.response_mask).any()):
+        raise UserError(
+            "model.reference: its log-probs are NaN, so that the KL would be: its weights are damaged, or its"
+            " activations overflow. Use another model, and with float16 set model.reference.dtype: bfloat16"
+        )
 
 
 def _with_token_rewards(rollout: Rollout, tokens: Tensor, penalty: Tensor) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from helpers.training import PROMPTS, Recorder, fit, make_trainer, prompt_data, remax_module, save_policy, write_rows
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
@@ -257,3 +259,17 @@ def test_what_cannot_move_is_refused(base: str, tmp_path: Path) -> None:
         run_moving(rounded, base, tmp_path)
     with pytest.raises(UserError, match=r"reference_mixup_alpha must be 1\.0 unless model\.kl\.reference_sync_steps"):
         KLConfig(reference_mixup_alpha=0.5)
+
+
+def test_a_reference_that_gives_no_numbers_ends_the_run_before_its_first_step(base: str, tmp_path: Path) -> None:
+    """Else every step would be skipped after its rollout, and the learning rate would be blamed."""
+    folder = tmp_path / "broken"
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    seen = Recorder()
+    trainer = make_trainer(tmp_path, [seen], max_steps=8)
+    with pytest.raises(UserError, match=r"^model\.reference: its log-probs are NaN"):
+        trainer.fit(remax_module(base, str(folder)), prompt_data(tmp_path, base))
+    assert trainer.global_step == 0
