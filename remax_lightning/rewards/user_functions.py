@@ -141,12 +141,28 @@ def style_of(path: str, parameters: Parameters, style: Style) -> Style:
                 f"{KEY}.function: {path} takes whole batches, as verl's BatchRewardManager passes them; give the"
                 " function of one response, compute_score(data_source, solution_str, ground_truth, extra_info)"
             )
+        _refuse_other_orders(path, parameters)
     elif style in markers and not parameters.takes(markers[style]):
         raise UserError(
             f"{KEY}.style: {style} calls the function with {markers[style]!r}, and {path} takes"
             f" ({', '.join(parameters.positional)}); set the style of its parameters, or auto"
         )
     return style
+
+
+def _refuse_other_orders(path: str, parameters: Parameters) -> None:
+    """Refuse functions whose first parameters are other things than the lists that they would be passed by position.
+
+    OpenRLHF calls `reward_func(queries, prompts, labels)`: it would take prompts for whole texts, and responses for
+    prompts, and return numbers all the same.
+    """
+    lists = ("prompts", "responses", "rows")
+    for name, own in zip(parameters.positional, lists, strict=False):
+        if name in ("queries", "query") or (name in lists and name != own):
+            raise UserError(
+                f"{KEY}.function: {path} takes ({', '.join(parameters.positional)}), and is passed {', '.join(lists)},"
+                " in this order; write a function of these that calls it"
+            )
 
 
 def check_arguments(path: str, parameters: Parameters, arguments: dict[str, Any]) -> None:

@@ -371,3 +371,16 @@ def test_a_coroutine_that_fails_or_exits_names_the_response(write: Callable[...,
             1.0,
             1.0,
         ]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    ["queries, prompts, labels", "query, prompt, label", "responses, prompts, rows", "rows, prompts, responses"],
+)
+def test_a_function_of_other_lists_is_refused(parameters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenRLHF's takes whole texts first: by position it would score prompts, and nobody would know."""
+    (tmp_path / "of_others.py").write_text(f"def score({parameters}, **more):\n    return [1.0] * 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "of_others", raising=False)
+    with pytest.raises(UserError, match=rf"of_others\.score takes \({parameters}\), and is passed prompts, responses"):
+        FunctionReward("of_others.score")
