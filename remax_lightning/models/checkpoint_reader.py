@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import UserError
+from remax_lightning.errors import UserError, exception_chain
 from remax_lightning.files import TRUST
 from remax_lightning.models.checksums import check_whole
 from remax_lightning.run_folder import RUN_FOLDER
@@ -189,6 +189,17 @@ def code_error(file: Path | str, name: str, key: str = EXPORT_KEY) -> UserError:
     if key == EXPORT_KEY:
         advice = f"if you trust the author of the file, add {TRUST}"
     return UserError(f"{key}: {str(file)!r}: the file holds code ({name}), which is not run; {advice}")
+
+
+def refused_pickle(error: BaseException) -> str | None:
+    """Return what is wrong with a pickled weight file that torch refuses, and what to do; None for other errors."""
+    for cause in exception_chain(error):
+        if isinstance(cause, pickle.UnpicklingError):
+            refused = REFUSED.search(str(cause))
+            name = next(filter(None, refused.groups())) if refused else None
+            what = "is damaged, or no file of weights" if name is None else f"holds code ({name}), which is not run"
+            return f"a pickled weight file in it {what}; take one with safetensors, or another copy"
+    return None
 
 
 def _refused_code(error: Exception, stream: IO[bytes]) -> str | None:

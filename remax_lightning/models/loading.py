@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from remax_lightning.config import WeightDType
 from remax_lightning.errors import RankError, UserError
+from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.models.frozen import Placement, check_placement
 from remax_lightning.models.lora import LoRAConfig, add_adapter
@@ -366,6 +367,8 @@ def load_failure(error: Exception, key: str, path: str) -> Exception:
     if isinstance(error, RecursionError):
         return UserError(f"{key}: cannot load {path!r}: a JSON file in it is nested too deeply; save the model again")
     # ---- What transformers reports in words of its own: find out what is behind it ----
+    if refused := refused_pickle(error):
+        return UserError(f"{key}: cannot load {path!r}: {refused}")
     if damaged := damaged_weights(Path(path)):
         return UserError(f"{key}: {damaged} is damaged or cut short; copy or download it again")
     mismatch = re.search(r"^.*(?:size mismatch for|ckpt: torch.Size|MISMATCH).*$", str(error), re.MULTILINE)

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from remax_lightning.errors import UserError, above, at_least, check_ranges
+from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.sharding import is_peft_wrapper
 
@@ -100,9 +102,10 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, key: str, seed: int) -
                     task_type="CAUSAL_LM",
                 )
                 adapted = get_peft_model(model, settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         problem = "cannot adapt" if lora.path is None else f"cannot load the adapter {lora.path!r} into"
-        raise UserError(f"{key}: {problem} {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
+        reason = refused_pickle(error) or " ".join(str(error).split())
+        raise UserError(f"{key}: {problem} {type(model).__name__}: {reason[:500]}") from error
     # The adapter has the dtype of training, also if the base has fewer bits.
     for name, parameter in adapted.named_parameters():
         if not {TRAINED, INITIAL}.isdisjoint(name.split(".")):

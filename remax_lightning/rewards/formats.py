@@ -14,6 +14,7 @@ from torch import Tensor
 
 from remax_lightning.errors import UserError
 from remax_lightning.files import read_json_object
+from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.sharding import is_zero3_sharded
 
@@ -247,7 +248,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
             " another strategy, or give the merged model"
         )
     # ---- The score head: from the adapter ("...modules_to_save.score.weight"), or from its base ----
-    weights = _weights(adapter)
+    weights = _weights(adapter, key)
     what = f"{key}.path: the adapter {adapter.weights}"
     if needs_head and not any(name.endswith("score.weight") or "classifier" in name for name in weights):
         raise UserError(
@@ -270,14 +271,18 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, needs_head: bool,
     return merged
 
 
-def _weights(adapter: Adapter) -> dict[str, Tensor]:
+def _weights(adapter: Adapter, key: str) -> dict[str, Tensor]:
     if adapter.weights.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(adapter.weights)
     import torch
 
-    weights: dict[str, Tensor] = torch.load(adapter.weights, map_location="cpu", weights_only=True)
+    try:
+        weights: dict[str, Tensor] = torch.load(adapter.weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything
+        reason = refused_pickle(error) or "its weights are damaged, or no file of weights; copy or download it again"
+        raise UserError(f"{key}.path: cannot load the adapter {adapter.path!r}: {reason}") from error
     return weights
 
 

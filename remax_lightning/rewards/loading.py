@@ -16,6 +16,7 @@ from remax_lightning.distributed import rank
 from remax_lightning.errors import UserError
 from remax_lightning.files import read_json_object
 from remax_lightning.models import ModelConfig
+from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.models.loading import enable_gradient_checkpointing, looks_local, zero_dropout
 from remax_lightning.rewards.formats import (
@@ -157,6 +158,8 @@ def load_error(source: ClassifierSource, what: str, error: Exception, of_adapter
         hint = f"convert the weights to safetensors, or set {source.key}.allow_pickle if you trust their source"
     if of_adapter is not None:
         hint = f"base_model_name_or_path in {of_adapter}/adapter_config.json names it; {hint}"
+    if refused := refused_pickle(error):
+        return UserError(f"{source.key}.path: the {what} of {source.path!r} cannot be loaded: {refused}")
     reason = f"{type(error).__name__}: {error}"
     return UserError(f"{source.key}.path: the {what} of {source.path!r} cannot be loaded; {hint}. {reason}")
 

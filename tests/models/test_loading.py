@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers.payloads import RunsCode
 
 from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig, freeze
@@ -91,6 +92,19 @@ def test_pickled_weights_need_consent(tmp_path: Path) -> None:
         ModelConfig(str(tmp_path)).load("model.policy")
     loaded = ModelConfig(str(tmp_path), allow_pickle=True).load("model.policy")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("content", ["code", "damaged"])
+def test_pickled_code_is_named_and_torchs_advice_to_run_it_is_not(content: str, tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    torch.save({"x": RunsCode(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    if content == "damaged":
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02no weights")
+    with pytest.raises(UserError, match=r"^model\.policy\.path: cannot load .*: a pickled weight file in it") as error:
+        ModelConfig(str(tmp_path), allow_pickle=True).load("model.policy")
+    assert "weights_only" not in str(error.value)
+    assert ("holds code (posix.system), which is not run" in str(error.value)) == (content == "code")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
+from helpers.payloads import RunsCode
 from helpers.training import save_policy
 
 from remax_lightning.errors import UserError
@@ -221,3 +223,14 @@ def test_an_adapter_of_another_model_is_refused(trained: str, tmp_path: Path) ->
 def test_a_frozen_base_does_not_start_from_scratch(base: str, other: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.policy\.from_scratch must be false with model\.policy\.(lora|quanti)"):
         ModelConfig(base, from_scratch=True, **other).load("model.policy")
+
+
+def test_code_in_a_saved_adapter_is_named_and_not_run(base: str, trained: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": RunsCode(tmp_path / "ran")}, folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"cannot load the adapter .* holds code \(posix\.system\)") as error:
+        adapted(base, LoRAConfig(path=str(folder)))
+    assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "ran").exists()

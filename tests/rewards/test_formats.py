@@ -118,8 +118,9 @@ def test_the_bin_file_of_deepspeed_chat_needs_the_flag(tmp_path: Path) -> None:
     ):
         scores_of(path)
     torch.save({"rwtranrsformer.x": Harmful(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .* holds code") as error:
         scores_of(path, allow_pickle=True)
+    assert "weights_only" not in str(error.value)
     assert not (tmp_path / "touched").exists()
 
 
@@ -239,6 +240,20 @@ def test_an_adapter_is_merged_with_its_head(tmp_path: Path, base_is_classifier: 
         with pytest.raises(UserError, match=r"has no safetensors; convert its weights, or set .*\.allow_pickle"):
             scores_of(path)
     close(scores_of(path, allow_pickle=pickled), expected)
+
+
+@pytest.mark.parametrize("content", ["code", "damaged"])
+def test_code_in_an_adapter_is_named_and_not_run(content: str, tmp_path: Path) -> None:
+    path = Path(save_adapter(tmp_path, base_is_classifier=True))
+    (path / "adapter_model.safetensors").unlink()
+    torch.save({"x": Harmful(tmp_path / "touched")}, path / "adapter_model.bin")
+    if content == "damaged":
+        (path / "adapter_model.bin").write_bytes(b"PK\x03\x04 cut")
+    said = "holds code" if content == "code" else "damaged"
+    with pytest.raises(UserError, match=rf"init_args\.path: cannot load the adapter .*{said}") as error:
+        scores_of(str(path), allow_pickle=True)
+    assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_an_adapter_without_a_head_takes_that_of_its_base_or_is_refused(tmp_path: Path) -> None:
