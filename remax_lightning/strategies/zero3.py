@@ -171,7 +171,9 @@ def load_weights(root: Any, checkpoint: Path) -> dict[str, Any]:
     weights: dict[str, Any] = {}
     if strategy.is_global_zero:
         weights = read_zero(checkpoint)
-    parameters = dict(root.named_parameters())
+    # With an adapter its weights alone are saved, and the base has been loaded from its own path.
+    saved = root.state_dict(keep_vars=True).keys()
+    parameters = {name: parameter for name, parameter in root.named_parameters() if name in saved}
     same_shapes = all(
         name in weights and weights[name].shape == full_shape(parameter) for name, parameter in parameters.items()
     )

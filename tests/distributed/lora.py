@@ -83,14 +83,14 @@ def train(
     return look
 
 
-def validate(strategy: str, folder: Path) -> dict[str, float]:
-    """Evaluate before training, on rows of which one rank has one more, and so one more pass of the reference."""
+def validate(strategy: str, folder: Path, checkpoint: Path | None = None) -> dict[str, float]:
+    """Evaluate, before training or a checkpoint; one rank has one row more, and so one more pass of the reference."""
     policy = str(folder / "policy")
     module = make_module(policy, LoRAConfig(r=2), kl=KLConfig(reference_batch_size=2))
     data = prompt_data(folder / f"data2-{RANK}", policy, PROMPTS[:5], batch_size=3)
     trainer = make_trainer(folder, devices=2, strategy=make_strategy(strategy), limit_val_batches=1.0)
     torch.manual_seed(0)
-    found = trainer.validate(module, data, verbose=False)[0]
+    found = trainer.validate(module, data, verbose=False, ckpt_path=checkpoint)[0]
     return {name: value for name, value in found.items() if "time" not in name}
 
 
@@ -102,6 +102,7 @@ def check(strategy: str, folder: Path) -> dict[str, Any]:
     if strategy == "fsdp2_file":
         return seen
     seen["validated"] = validate(strategy, folder)
+    seen["validated_later"] = validate(strategy, folder, files / "step=3.ckpt")
     further = train(strategy, folder, "third", lora=LoRAConfig(path=str(files / "export" / "last")))
     seen["continued"] = further.seen
     if RANK == 0:

@@ -142,3 +142,10 @@ def test_ranks_may_make_unequal_numbers_of_reference_passes(strategy: str, folde
     assert validated[0] == validated[1]
     assert validated[0] == pytest.approx(found(folder, "ddp")[0]["validated"], abs=1e-5)
     assert abs(validated[0]["val/kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_is_evaluated_without_a_fit(strategy: str, folder: Path) -> None:
+    for seen in found(folder, strategy):
+        assert seen["validated_later"] == pytest.approx(found(folder, "ddp")[0]["validated_later"], abs=1e-4)
+        assert seen["validated_later"]["val/kl"] > 1e-3
