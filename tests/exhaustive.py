@@ -38,7 +38,7 @@ EXHAUSTIVE = (
     ("distributed/test_vllm.py", r"\[(zero3|fsdp2)(\]|-)|write_ahead|any_rank_has_lost"),
     ("distributed/test_lora.py", r"\[(ddp|fsdp2|zero1|zero2)\]|fsdp2_resumes"),
     ("distributed/test_reference_sync.py", r"\[(?!fsdp2-replicate)"),
-    ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1)"),
+    ("distributed/test_placements.py", r"\[(?!ddp-shard-k1|zero3-cpu-k1|part between)"),
     ("distributed/test_evaluation.py", r"\[(zero3|fsdp2|shared)\]"),
     ("test_auto_baseline.py", r"ranks_agree"),  # modules/test_two_ranks.py has the gathered scores
     ("modules/test_resume.py", r"that learns from training"),  # test_auto_baseline.py

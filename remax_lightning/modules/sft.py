@@ -159,7 +159,9 @@ class SFTModule(PolicyModule):
             number = batch_idx * self.trainer.world_size + self.trainer.global_rank
             generator = torch.Generator(self.device).manual_seed(number)
             with raise_on_all_ranks(self.trainer):
-                rollout = self.worker.roll_out(self.policy, prompt, generator, greedy=True)
+                responses = self.worker.generate_responses(self.policy, prompt, generator, greedy=True)
+            with raise_on_all_ranks(self.trainer):  # a reward model in shares waits for every rank
+                rollout = self.worker.score_responses(prompt, responses)
             columns["reward"] = sums_by_prompt(rollout.reward, None, count)
             columns["baseline_reward"] = sums_by_prompt(cast(Tensor, rollout.baseline_reward), None, count)
         # By index, because a sampler that fills up a rank repeats examples.

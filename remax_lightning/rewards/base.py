@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remax_lightning.errors import RewardError, SignalExit, UserError
+from remax_lightning.errors import RankError, RewardError, SignalExit, UserError
 from remax_lightning.rewards.child_process import CallFailedError, failing_line
 
 _SHOWN_CHARACTERS = 200
@@ -53,6 +53,9 @@ class Reward(ABC):
     """Whether None among its scores says that it does not apply to a response, as it does in TRL."""
     is_async: bool = False
     """Whether it mostly waits for others, so that parts of a `WeightedReward` can wait at the same time."""
+
+    waits_for_ranks: bool = False
+    """Whether `score` waits for the other ranks, as one does that runs a model in shares: every rank has to call it."""
 
     compares: bool = False
     """Whether it compares a response with the greedy one, its `baseline` (see `remax_lightning.types.Response`)."""
@@ -160,7 +163,7 @@ def applicable_scores(
     # ---- Scores, perhaps with parts ----
     try:
         result: Any = reward.score(prompts, responses, rows)
-    except (UserError, SignalExit):
+    except (UserError, RankError, SignalExit):
         raise
     except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
         raise _score_error(reward, error, prompts, responses, rows) from error
@@ -190,7 +193,8 @@ def _score_error(
     rows: Sequence[dict[str, Any]],
 ) -> RewardError:
     """Return the error about a reward that has raised one, with a response that makes it do so."""
-    index = failing_row(reward, type(error), prompts, responses, rows)
+    # The search would call `score` on one rank alone.
+    index = None if reward.waits_for_ranks else failing_row(reward, type(error), prompts, responses, rows)
     row = rows[index or 0] if rows else {}
     # The most frequent mistake: a column by another name.
     is_column = isinstance(error, KeyError) and not any(name in row for name in error.args)

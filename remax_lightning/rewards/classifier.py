@@ -6,12 +6,14 @@ import inspect
 import string
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from torch import Tensor
 
 from remax_lightning.config import WeightDType
+from remax_lightning.distributed import agree_on_errors, num_ranks
 from remax_lightning.errors import UserError, at_least, check_ranges
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
@@ -140,6 +142,7 @@ class ClassifierReward(Reward):
         # What RewardModelModule trains has never seen token types: it is scored without them as well.
         self._reads_types = reads_token_types(model, self.tokenizer) and saved_template(source) is None
         # ---- Where the score is read, found by a probe ----
+        self.waits_for_ranks = self.placement == "shard" and num_ranks() > 1
         self._frozen = FrozenModel(model, self.placement, f"{_KEY}.placement")
         self._frozen.place(device)
         with self._frozen.running():
@@ -169,8 +172,11 @@ class ClassifierReward(Reward):
         """Return the reward model's `[M]` float32 scores, on its device."""
         if self.model is None or self._frozen is None or self._pooling is None:
             raise RuntimeError("ClassifierReward.load(device) must be called before score")
-        texts = [self.text(*example) for example in zip(prompts, responses, rows, strict=True)]
-        ids = [self._token_ids(text) for text in texts]  # M lists of different lengths
+        # In shares, passes are collectives: whatever one rank cannot read ends all of them before.
+        with agree_on_errors() if self.waits_for_ranks else nullcontext():
+            texts = [self.text(*example) for example in zip(prompts, responses, rows, strict=True)]
+            ids = [self._token_ids(text) for text in texts]  # M lists of different lengths
+            types = [self._token_types(*pair) for pair in zip(texts, ids, strict=True)] if self._reads_types else None
         # Texts of like length together: less padding. Each score goes back to where its text stood.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         with self._frozen.running():
@@ -179,10 +185,8 @@ class ClassifierReward(Reward):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 input_ids, mask = _pad_right([ids[index] for index in batch], self._pad_id, device)  # [b, T]
-                types = None
-                if self._reads_types:
-                    types, _ = _pad_right([self._token_types(texts[i], ids[i]) for i in batch], 0, device)  # [b, T]
-                scores[batch] = self._pooling(self.model, input_ids, mask, types)  # [b]
+                batch_types = None if types is None else _pad_right([types[i] for i in batch], 0, device)[0]  # [b, T]
+                scores[batch] = self._pooling(self.model, input_ids, mask, batch_types)  # [b]
         return scores
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

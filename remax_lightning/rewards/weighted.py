@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from remax_lightning.distributed import agree_on_errors
 from remax_lightning.errors import ArgumentTypeError, RewardError, UserError, check_types
 from remax_lightning.rewards.base import Reward, Scores, applicable_scores, example_lines, token_counts
 from remax_lightning.rewards.function import FunctionReward
@@ -112,6 +114,8 @@ class WeightedReward(Reward):
         self._device = device
         for part in self.parts.values():
             part.load(device)
+        # Known only now: on one process nobody waits.
+        self.waits_for_ranks = any(part.waits_for_ranks for part in self.parts.values())
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Let every part look at the prompts."""
@@ -144,9 +148,14 @@ class WeightedReward(Reward):
         parts: dict[str, Tensor] = {}
         # ---- Parts that wait for others do so in threads, while the rest runs here ----
         waiting = [name for name, part in self.parts.items() if part.is_async]
+        # A rank whose part fails would never come to the part in which the others wait for it.
+        agreed = agree_on_errors if self.waits_for_ranks else nullcontext
+        results: dict[str, tuple[Scores, Tensor]] = {}
         with ThreadPoolExecutor(len(waiting) or 1) as pool:
             futures = {name: pool.submit(scores_of, name) for name in waiting}
-            results = {name: scores_of(name) for name in self.parts if name not in futures}
+            for name in (name for name in self.parts if name not in futures):
+                with agreed():
+                    results[name] = scores_of(name)
             results |= {name: future.result() for name, future in futures.items()}
         # ---- A response that no part scores ----
         for _, part_applies in results.values():

@@ -275,13 +275,16 @@ class Rollouts:
         log_probs = plan is not None and (plan.old_log_probs_from_rollout or plan.compares_engine)
         rank, device = self.trainer.global_rank, batch.prompt_ids.device
         generator = rollout_generator(cast(int, self.seed), rank, stage, count, device)
-        # A reward that fails on one rank ends all ranks, with its message.
+        # What fails on one rank ends all ranks, with its message. A block for each part, since ranks may wait for each
+        # other in the next: for weights that are sent ahead, or for a reward model in shares.
         with raise_on_all_ranks(self.trainer):
             responses = self.worker.generate_responses(
                 policy, batch, generator, greedy=greedy, return_log_probs=log_probs, num_samples=num_samples
             )  # y [S, R], y* [B, R]
-            if plan is not None and self.worker.ahead:
+        if plan is not None and self.worker.ahead:
+            with raise_on_all_ranks(self.trainer):
                 self._begin_next(policy, batch, plan)
+        with raise_on_all_ranks(self.trainer):
             rollout = self.worker.score_responses(batch._replace(following=None), responses)  # r [S], b [B]
         if plan is not None:
             self.count += 1

@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from distributed.invariance import make_strategy
 from distributed.sharded import local
-from helpers.training import PROMPTS, PromptEngine, make_trainer, prompt_data, remax_module, write_rows
+from helpers.training import (
+    PROMPTS,
+    CharacterReward,
+    PromptEngine,
+    make_trainer,
+    prompt_data,
+    remax_module,
+    write_rows,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from remax_lightning.errors import RankError, RankUserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.modules import KLConfig
-from remax_lightning.rewards import ClassifierReward
+from remax_lightning.rewards import ClassifierReward, WeightedReward
+from remax_lightning.rewards.base import Reward
+from remax_lightning.types import Response
 
 PLACEMENTS = ("replicate", "shard", "cpu")
 CASES = [("ddp", placement, estimator) for placement in PLACEMENTS for estimator in ("k1", "full")]
@@ -82,6 +93,59 @@ def run(strategy: str, placement: str, folder: Path, ranks: int = 2, estimator: 
     trainer.fit(module, data)
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "time" not in name}
     return {**look.seen, "validated": {name: value for name, value in figures.items() if name.startswith("val/")}}
+
+
+class FailingEngine(PromptEngine):
+    """Fails on the second rank, before it writes anything."""
+
+    def generate(self, model: Any, request: Any) -> Any:
+        fail_on_rank_1()
+        return super().generate(model, request)
+
+
+class FailingText(ClassifierReward):
+    """Fails on the second rank, at a response that it cannot read."""
+
+    def text(self, prompt: str, response: str, row: dict[str, Any]) -> str:
+        if isinstance(response, Response):  # none is there yet where the prompts are checked
+            fail_on_rank_1()
+        return super().text(prompt, response, row)
+
+
+class FailingPart(CharacterReward):
+    """Fails on the second rank, as a part of a reward."""
+
+    def score(self, *args: Any) -> Any:
+        fail_on_rank_1()
+        return super().score(*args)
+
+
+def fail_on_rank_1() -> None:
+    if RANK == 1:
+        raise ConnectionError("it is gone")
+
+
+FAILING = ("engine", "text", "part before", "part between")
+
+
+def fail(folder: Path, where: str) -> None:
+    """Write down what each rank is told where the second fails, and the first comes to a reward model in shares."""
+    own, policy = folder / f"data2-{RANK}", str(folder / "policy")
+    own.mkdir(exist_ok=True)
+    kind = FailingText if where == "text" else ClassifierReward
+    first, last = (kind(str(folder / "reward"), "{prompt} {response}", placement="shard") for _ in "ab")
+    rewards: dict[str, Reward] = {
+        "engine": first,
+        "text": WeightedReward({"other": CharacterReward(), "model": first}),
+        "part before": WeightedReward({"other": FailingPart(), "model": first}),
+        "part between": WeightedReward({"model": first, "other": FailingPart(), "last": last}),
+    }
+    engine = FailingEngine() if where == "engine" else PromptEngine()
+    module = remax_module(policy, rollout=engine, reward=rewards[where])
+    try:
+        make_trainer(folder, devices=2, strategy="ddp").fit(module, prompt_data(own, policy, batch_size=2))
+    except (RankError, RankUserError) as error:
+        (folder / f"{where}-{RANK}.txt").write_text(str(error))
 
 
 def main(folder: Path, strategy: str, placement: str, estimator: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config
-from distributed.placements import CASES, main, run
+from distributed.placements import CASES, FAILING, fail, main, run
 from helpers.checkpoints import names_in
 from helpers.ranks import launch
 from helpers.reward_models import save_classifier
@@ -80,3 +80,12 @@ def test_frozen_models_take_part_in_nothing(strategy: str, placement: str, estim
     names = names_in(folder / f"{strategy}-{placement}-{estimator}" / "step=2.ckpt")
     assert names
     assert all(name.startswith("policy.") for name in names)
+
+
+@pytest.mark.parametrize("where", FAILING)
+def test_a_rank_that_fails_leaves_no_other_in_a_model_in_shares(where: str, folder: Path) -> None:
+    launch(fail, folder, where, timeout=120)
+    for rank in (0, 1):
+        told = (folder / f"{where}-{rank}.txt").read_text()
+        assert told.startswith("rank 1: ")
+        assert "ConnectionError: it is gone" in told
