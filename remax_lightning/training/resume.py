@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -131,12 +132,14 @@ class DeferredSignals(_SignalConnector):
     def register_signal_handlers(self) -> None:
         """Install the handlers and clear earlier requests."""
         self.requested = 0
+        _installed.add(self)
         super().register_signal_handlers()
         if self._watch is None and threading.current_thread() is threading.main_thread():
             self._watch = _SecondSigterm(self.trainer)
 
     def teardown(self) -> None:
         """Restore what was there before."""
+        _installed.discard(self)
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -157,6 +160,23 @@ class DeferredSignals(_SignalConnector):
     def requeue(self, signum: int) -> None:
         """Save a checkpoint that Lightning loads when SLURM runs the job again, and requeue the job."""
         super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
+
+
+_installed: WeakSet[DeferredSignals] = WeakSet()
+
+
+def _forget_signals() -> None:
+    """Give a child process the signal handlers of before the run: it is none of the run's own.
+
+    A reward forks where it takes a `multiprocessing.Pool`, which ends its workers by SIGTERM and waits for them. With
+    the run's handler they would live on, and the pipe that they share would tell the run that SIGTERM came to itself.
+    """
+    for signals in list(_installed):
+        signals.teardown()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_signals)
 
 
 class _SecondSigterm:

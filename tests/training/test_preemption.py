@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -254,6 +255,31 @@ def test_a_second_sigterm_ends_a_reward_that_hangs(how: str, stage: str, tmp_pat
         process.kill()
     assert process.returncode == 143
     assert "SIGTERM came a second time" in said
+
+
+def test_a_process_that_a_reward_forks_ends_by_sigterm_and_the_run_goes_on(tmp_path: Path) -> None:
+    """As `multiprocessing.Pool` ends its workers; the run has not got the signal."""
+    forking = multiprocessing.get_context("fork")
+    is_up, codes = forking.Event(), []
+
+    def wait_for_a_signal() -> None:
+        is_up.set()
+        time.sleep(LONG)
+
+    class Fork(Tell):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if not codes:
+                child = forking.Process(target=wait_for_a_signal)
+                child.start()
+                is_up.wait(LONG)
+                child.terminate()
+                child.join(10)
+                codes.append(child.exitcode)
+                child.kill()
+
+    trainer = Runs(tmp_path).start(Fork())
+    assert codes == [-signal.SIGTERM]
+    assert trainer.global_step == STEPS
 
 
 def test_handlers_are_as_before_after_a_run(tmp_path: Path) -> None:
