@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -161,12 +164,13 @@ def applicable_scores(
         lengths = f"{len(prompts)}, {len(responses)} and {len(rows)}"
         raise ValueError(f"prompts, responses and rows must be equally long, got {lengths}")
     # ---- Scores, perhaps with parts ----
-    try:
-        result: Any = reward.score(prompts, responses, rows)
-    except (UserError, RankError, SignalExit):
-        raise
-    except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
-        raise _score_error(reward, error, prompts, responses, rows) from error
+    with _same_surroundings():
+        try:
+            result: Any = reward.score(prompts, responses, rows)
+        except (UserError, RankError, SignalExit):
+            raise
+        except (Exception, SystemExit) as error:  # sys.exit() in a reward must not look like the success of a run
+            raise _score_error(reward, error, prompts, responses, rows) from error
     parts: Any = {}
     if isinstance(result, Scores):
         result, parts = result
@@ -183,6 +187,26 @@ def applicable_scores(
     checked = {name: _checked(reward, name, part, prompts, responses) for name, part in parts.items()}
     totals = {name: Scores(part, {}).total for name, part in checked.items()}
     return Scores(_checked(reward, None, result, prompts, responses), totals), applies
+
+
+@contextmanager
+def _same_surroundings() -> Iterator[None]:
+    """Restore the current folder and torch's default dtype.
+
+    A reward that runs code in a folder of its own may leave the process there, where the run would save what follows.
+    """
+    dtype = torch.get_default_dtype()
+    try:
+        folder: Path | None = Path.cwd()
+    except FileNotFoundError:  # removed below the run
+        folder = None
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if folder is not None:
+            with suppress(OSError):
+                os.chdir(folder)
 
 
 def _score_error(

@@ -160,8 +160,9 @@ class FunctionReward(Reward):
             return self._verl_scores(prompts, responses, rows)
         if self.style == "trl":
             scores = self._call(**self._trl_arguments(prompts, responses, rows))
-        else:
-            scores = self._call(prompts, responses, rows, **self.arguments)
+        else:  # copies: a function may take something out of a row that greedy and sampled responses share
+            copies = [dict(row) for row in rows]
+            scores = self._call(list(prompts), list(responses), copies, **self.arguments)
         return wait_for([scores])[0] if inspect.isawaitable(scores) else scores
 
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:

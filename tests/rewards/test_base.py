@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +106,24 @@ def test_scores_do_not_change_with_the_rewards_own_buffer() -> None:
     scores = scored(Scores(buffer, {"part": buffer}))
     buffer.fill_(1)
     assert scores.reward.tolist() == scores.parts["part"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reward_that_changes_the_folder_and_the_dtype_leaves_the_run_as_it_was(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sandbox").mkdir()
+
+    def result(responses: Sequence[str]) -> list[float]:
+        os.chdir(tmp_path / "sandbox")
+        torch.set_default_dtype(torch.float64)
+        return [1 / (0 if fails else 1)] * len(responses)
+
+    with pytest.raises(RewardError) if fails else nullcontext():
+        scored(result)
+    assert Path.cwd() == tmp_path
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("failing", range(4))

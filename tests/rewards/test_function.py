@@ -87,6 +87,16 @@ def test_a_module_that_cannot_be_imported_says_why(
         FunctionReward("broken.score")
 
 
+def test_a_function_that_takes_its_arguments_apart_leaves_those_of_the_run() -> None:
+    row = {"answer": "4"}  # one for the sampled and the greedy response
+
+    def reward(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        return [float(responses.pop(0) == row.pop("answer")) for row in rows]
+
+    assert checked_scores(FunctionReward(reward), ["2+2", "2+2"], ["4", "5"], [row, row]).total.tolist() == [1.0, 0.0]
+    assert row == {"answer": "4"}
+
+
 def test_wrong_arguments_are_refused_when_constructed() -> None:
     with pytest.raises(
         UserError, match=r"arguments\.colum: .*no such argument; its arguments are: column, ignore_case"
