@@ -97,6 +97,14 @@ _MAIN_CLASSES = {
 }
 """Classes whose options a hint knows, by the key that they stand under."""
 
+_LIBRARY_CLASSES = {
+    "logger": ("remax_lightning.loggers", "lightning.pytorch.loggers"),
+    "callbacks": ("remax_lightning.callbacks", "lightning.pytorch.callbacks"),
+    "optimizer": ("torch.optim", "torch.optim"),
+    "lr_scheduler": ("remax_lightning.modules", "torch.optim.lr_scheduler"),
+}
+"""By key: where its classes come from, this package's and the library's."""
+
 ArgumentNames: TypeAlias = Callable[[str, list[str]], list[str]]
 """Returns the argument names of a class by its path, or those of the dataclass at its nested argument."""
 
@@ -135,7 +143,9 @@ def explain_message(message: str, known: Iterable[str] = ()) -> dict[str, str]:
     # ---- Several types of a union in one sentence: "expected a number, or null, got many" ----
     value = _GIVEN.search(message)
     mistakes = {}
-    for key, texts in explanations.items():
+    for key, given in explanations.items():
+        # A word that was to be a class is not also a list or a switch that is wrong.
+        texts = [text for text in given if text.startswith("there is no class ")] or given
         text = _FILE_OF_A_GROUP.sub(r"\1: ", "; ".join(dict.fromkeys(texts)))
         if all(part.startswith("expected ") for part in texts):  # the types of a union, none of which fits
             text = text.replace("; expected ", ", or ")
@@ -251,7 +261,7 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
     if match := _LITERAL.fullmatch(text):
         text = f"expected one of {match[1]}{match[2]}"
     elif match := _NOT_IMPORTED.fullmatch(text):
-        text = explain_class(match[1])
+        text = explain_class(match[1], key=key)
     elif match := _NO_MODULE.fullmatch(text):
         file = f"{match[1].replace('.', '/')}.py"
         text = (
@@ -311,11 +321,37 @@ def explain_unknown(
     return f"there is no such key; {hint}"
 
 
-def explain_class(name: str, classes: Iterable[str] | None = None) -> str:
-    """Return what is wrong with the name of a class that does not exist; `classes` are ours, by default imported."""
-    close = close_name(name) if classes is None else next(iter(difflib.get_close_matches(name, classes, 1)), None)
+def explain_class(name: str, classes: Iterable[str] | None = None, key: str = "") -> str:
+    """Return what is wrong with the name of a class that does not exist.
+
+    Args:
+        name: as it was given.
+        classes: names of ours, by default imported.
+        key: that it stands at. Where a class of a library may stand, those of Lightning or torch are meant too.
+    """
+    home = _LIBRARY_CLASSES.get(key.rpartition(".")[2])
+    if home is not None:
+        close = _class_of_library(name, *home)
+    else:
+        close = close_name(name) if classes is None else next(iter(difflib.get_close_matches(name, classes, 1)), None)
     elsewhere = "give a class of remax_lightning, or a path such as my_module.MyClass"
     return f"there is no class {name!r}; " + (f"did you mean {close}?" if close else elsewhere)
+
+
+def _class_of_library(name: str, ours: str, library: str) -> str | None:
+    """Return the class of two modules that a word stands for, such as `wandb`; None if none is near."""
+    names: list[str] = []
+    for module in map(import_module, (ours, library)):
+        kinds = ((item, getattr(module, item, None)) for item in getattr(module, "__all__", ()))
+        names += [item for item, kind in kinds if inspect.isclass(kind) and not inspect.isabstract(kind)]
+    # "adamw" is AdamW, "wandb" is in WandbLogger, and "AdamX" is near Adamax
+    folded = {item.lower(): item for item in reversed(names)}  # ours count before those of the library
+    word = name.rpartition(".")[2].lower()
+    if word in folded:
+        return folded[word]
+    holding = [item for item in names if word in item.lower()] if len(word) > 2 else []
+    close = holding or [folded[item] for item in difflib.get_close_matches(word, folded, 1)]
+    return close[0] if close else None
 
 
 def plain_parts(key: str) -> list[str]:

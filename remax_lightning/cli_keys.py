@@ -193,6 +193,7 @@ class KeyCheck:
         """Return the keys that name a file or folder which is not there, with what is wrong, after `run`."""
         # a class of a user's own may mean something else by its path
         known = [key for key in ("model", "data") if key not in self._opaque and self._is_described(key)]
+        known.append("ckpt_path")
         return list(missing_paths({key: value for key, value in self._set.items() if key.partition(".")[0] in known}))
 
     def _is_described(self, key: str) -> bool:

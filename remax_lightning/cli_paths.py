@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from glob import has_magic
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,18 @@ def missing_paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 is_file = isinstance(path, str) and (_is_place(path) or ROW_FILES.search(path)) and "://" not in path
                 if is_file and not has_magic(path) and not _exists(path):
                     yield key, f"there is no file {path!r}{_similar(path)}; give an existing file or a hub name"
+        elif key == "ckpt_path" and isinstance(value, str) and _is_missing_checkpoint(value):
+            yield key, f"there is no checkpoint {value!r}{_similar(value)}; give the path of a checkpoint, or last"
+
+
+def _is_missing_checkpoint(path: str) -> bool:
+    # "best", "last", "hpc" and "registry:..." are words of Lightning; an interrupted save leaves a name around the path
+    if "/" not in path and not path.endswith(".ckpt"):
+        return False
+    place = Path(path)
+    with suppress(OSError, ValueError):
+        return "://" not in path and not place.exists() and not any(place.parent.glob(f"*{escape(place.name)}*"))
+    return False
 
 
 def _is_place(path: str) -> bool:

@@ -151,9 +151,14 @@ class RemaxCLI(LightningCLI):
         """
         # ---- A path: not a word that Lightning resolves later, nor an address ----
         subcommand = self.config.get("subcommand")
-        path = str(self.config[subcommand].get("ckpt_path") or "best") if subcommand else "best"
+        given = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if given == "best":  # Lightning asks the ModelCheckpoint of this process, which has trained nothing yet
+            raise UserError(
+                "ckpt_path: best is known only to a trainer that has trained; give the path of a checkpoint, or last"
+            )
+        path = str(given or "hpc")
         strategies.check_address(path)
-        if path in ("best", "last", "hpc") or "://" in path or path.startswith("registry"):
+        if path in ("last", "hpc") or "://" in path or path.startswith("registry"):
             return
         # ---- It must exist, hold plain tensors, and be whole ----
         strategies.recover_interrupted(Path(path).parent)

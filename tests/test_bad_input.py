@@ -578,6 +578,8 @@ def test_a_checkpoint_that_is_not_there(
     outcome = refused(config, tmp_path, capsys, "--ckpt_path", "nowhere.ckpt", subcommand=subcommand)
     assert "ckpt_path: there is no checkpoint 'nowhere.ckpt'" in message(outcome)
     assert not (tmp_path / "runs").exists()
+    outcome = refused(config, tmp_path, capsys, "--ckpt_path", "best", subcommand=subcommand)
+    assert message(outcome).startswith("ckpt_path: best is known only to a trainer that has trained; give")
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -72,6 +72,18 @@ def test_wrong_keys_and_missing_files_are_told_together(tmp_path: Path) -> None:
     assert keys == {"model.kl_coeff", "model.policy.path", "data.path"}
 
 
+@pytest.mark.parametrize("path", ["gone.ckpt", "./runs/gone"])
+def test_a_checkpoint_that_is_not_there_is_told_first(path: str, tmp_path: Path) -> None:
+    assert f"ckpt_path: there is no checkpoint {path!r}" in told(tmp_path, "--ckpt_path", path)
+
+
+@pytest.mark.parametrize("path", ["last", "best", "hpc", "registry:name", "https://host/a.ckpt", "a.ckpt", "b.ckpt"])
+def test_a_checkpoint_that_there_may_be_is_left_to_the_run(path: str, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").touch()
+    (tmp_path / "b.ckpt.replaced").touch()  # such a name is left where a save was interrupted, and restored
+    assert told(tmp_path, "--ckpt_path", path) == ""
+
+
 LEFT: dict[str, tuple[list[str], dict[str, Any]]] = {
     "hub names": ([], {"data": {"path": "openai/gsm8k"}}),
     "a name with a dot": ([], {"model": MODEL | {"policy": "Qwen/Qwen2.5-0.5B"}, "data": {"path": "owner/rows.v2"}}),

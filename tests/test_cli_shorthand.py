@@ -243,6 +243,12 @@ def test_text_that_happens_to_be_the_name_of_a_class_stays_text(tmp_path: Path) 
         ({"trainer": {"callbacks": ["KLMonitr"]}}, "did you mean KLMonitor?"),
         ({"trainer": {"callbacks": [{"class_path": "KLMonitr"}]}}, "did you mean KLMonitor?"),
         ({"model": {"lr_scheduler": {"class_path": "WarmupCosin"}}}, "did you mean WarmupCosine?"),
+        ({"model": {"lr_scheduler": "cosine"}}, "there is no class 'cosine'; did you mean WarmupCosine?"),
+        ({"model": {"optimizer": "AdamX"}}, "model.optimizer: there is no class 'AdamX'; did you mean Adamax?"),
+        ({"model": {"optimizer": "adamw"}}, "did you mean AdamW?"),
+        ({"trainer": {"logger": "wandb"}}, "trainer.logger: there is no class 'wandb'; did you mean WandbLogger?\n"),
+        ({"trainer": {"logger": {"class_path": "tensorboard"}}}, "did you mean TensorBoardLogger?"),
+        ({"trainer": {"callbacks": ["EarlyStop"]}}, "there is no class 'EarlyStop'; did you mean EarlyStopping?"),
     ],
 )
 def test_a_name_that_is_none_of_ours_is_told_with_the_nearest(

@@ -35,6 +35,8 @@ _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 # "1", "-0.5", ".5", "1e-3"; unlike `float`, not "nan", "inf" or "1_000"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LFS = b"version https://git-lfs.github.com/spec/"
+_WRAPPERS = ("data", "rows", "examples", "train", "test", "validation", "items", "records", "instances", "samples")
+"""Keys that stand around the rows of a file in public data sets and exports."""
 # "\ud83d" as JSON escapes it
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -323,11 +325,27 @@ def _whole_json(text: bytes, source: str, suffix: str) -> list[Any] | None:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
+        _refuse_wrapped_rows(value, source)
         return [value]
     raise DataError(
         f"{source}: expected a list of objects, got {type(value).__name__}; write [{{...}}, {{...}}], or one object"
         " per line"
     )
+
+
+def _refuse_wrapped_rows(value: Row, source: str) -> None:
+    """Refuse an object that is no row, but stands around the rows of a file.
+
+    Raises:
+        DataError: with what to write in its place.
+    """
+    # {"version": 1, "data": [{"prompt": ...}, ...]}
+    for name, inner in value.items():
+        if name.lower() in _WRAPPERS and isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            raise DataError(
+                f"{source}: one object with rows under {name!r}, expected a list of objects; write that list alone, or"
+                " a list around the object if it is a row itself"
+            )
 
 
 def _json_lines(text: bytes, source: str, on_bad_row: OnBadRow) -> TextFile:
