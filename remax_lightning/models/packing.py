@@ -176,11 +176,15 @@ def packed_attention(
         raise NotPackableError(f"{type(module).__name__} needs {', '.join(changes) or 'a mask or a cache of its own'}")
     bounds = _active[-1].bounds
     _active[-1].calls += 1
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As torch's own attention does: rotary embeddings leave queries and keys in the float32 of the weights.
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # torch's flash attention over texts of any length: CUDA, 16 bits, heads that it takes, no dropout
     is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
     same_width = query.shape[-1] == value.shape[-1] <= MAX_FLASH_HEAD
-    takes_flash = query.device.type == "cuda" and is_16_bit and same_width and dropout == 0
+    takes_flash = device == "cuda" and is_16_bit and same_width and dropout == 0
     attend = flash_attention if takes_flash else attend_text_by_text
     return attend(query, key, value, bounds, scaling, causal=causal, dropout=dropout), None
 

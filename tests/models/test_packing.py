@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,7 @@ def with_flash(called: list[int], takes_groups: bool = True) -> Any:
         query: Tensor, key: Tensor, value: Tensor, ends: Tensor, _: Tensor, longest: int, __: int, **options: Any
     ) -> Tensor:
         called.append(longest)
+        assert query.dtype == key.dtype == value.dtype
         assert query.shape[1] == key.shape[1] == value.shape[1] or options.pop("enable_gqa")
         rows = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         causal, bounds = options["window_size"] == (-1, 0), TextBounds(ends.diff().tolist(), ends)
@@ -203,16 +205,21 @@ def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     assert output.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("dtype", "flash"), [(torch.bfloat16, True), (torch.float32, False)])
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "flash"),
+    [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.float32, True, True)],
+)
 def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
-    dtype: torch.dtype, flash: bool, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, mixed: bool, flash: bool, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In mixed precision, too, where rotary embeddings give float32 queries and keys."""
     from torch.nn.attention import varlen
 
     called: list[int] = []
     monkeypatch.setattr(varlen, "varlen_attn", with_flash(called))
-    model = tiny_model("llama").to(dtype)
-    expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
+    model, autocast = tiny_model("llama").to(dtype), partial(torch.autocast, "cpu", torch.bfloat16, enabled=mixed)
+    with autocast():
+        expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
     assert called == []
     there, rollout = tiny_model("llama").to(dtype).to("cuda"), rollout_of()
     prompt, sampled = rollout.prompt, rollout.sampled
@@ -220,7 +227,8 @@ def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
         prompt=prompt._replace(prompt_ids=prompt.prompt_ids.cuda(), prompt_mask=prompt.prompt_mask.cuda()),
         sampled=sampled._replace(response_ids=sampled.response_ids.cuda(), response_mask=sampled.response_mask.cuda()),
     )
-    found = policy_statistics(there, rollout, SamplingConfig()).log_probs
+    with autocast():
+        found = policy_statistics(there, rollout, SamplingConfig()).log_probs
     assert bool(called) == flash
     torch.testing.assert_close(found.cpu(), expected)
 
