@@ -148,8 +148,10 @@ class FakeCuda(TorchDispatchMode):
         strangers = [each for each, on in zip(operands, there, strict=True) if not on and each.dim() > 0]
         if strangers and name not in ACROSS:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
+        # torch sorts where there are many values to look for, and asks how many are unique.
+        sorts = name == "isin" and operands[1].numel() >= 10 * operands[0].numel() ** 0.145
         by_mask = name in ("index", "index_put_") and any(each.dtype == torch.bool for each in _tensors(args[1]))
-        if name in READS or strangers or by_mask:
+        if name in READS or strangers or by_mask or sorts:
             self.read(name)
 
 

@@ -161,7 +161,8 @@ class DecodeLoop:
             self.tokens = next_tokens(self.logits, *drawn, truncate, draws)  # [M]
             self._store_tokens(output, step)
             # ---- Find rows that end here ----
-            self.ended = self.ended | torch.isin(self.tokens, eos_ids)
+            # Not by `isin`, which sorts where there are many ids, and then waits for the device.
+            self.ended = self.ended | (self.tokens[:, None] == eos_ids).any(-1)
             if request.stop_check is not None and step >= sampling.min_response_length:
                 self._apply_stop_check(request.stop_check, output, step)
             if step + 1 == sampling.max_response_length:

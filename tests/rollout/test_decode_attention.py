@@ -218,11 +218,14 @@ def test_a_model_that_attends_otherwise_keeps_its_masks(
 # On CUDA: one graph for a number of rows
 
 
-def on_cuda(model: Any, engine: PairedEngine, length: int, eos: int = 2, top_p: float = 1.0) -> GenerationOutput:
+def on_cuda(
+    model: Any, engine: PairedEngine, length: int, eos: int = 2, top_p: float = 1.0, others: tuple[int, ...] = ()
+) -> GenerationOutput:
     ids, mask = prompts()
     chance = torch.Generator("cuda").manual_seed(0)
     sampling = SamplingConfig(max_response_length=length, top_p=top_p)
-    request = GenerationRequest(ids.to("cuda"), mask.to("cuda"), sampling, [eos], PAD, chance, return_log_probs=True)
+    eos_ids = [eos, *others]
+    request = GenerationRequest(ids.to("cuda"), mask.to("cuda"), sampling, eos_ids, PAD, chance, return_log_probs=True)
     return engine.generate(model, request)
 
 
@@ -279,6 +282,12 @@ def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLe
     plain = on_cuda(model, PairedEngine(cuda_graphs=False), 12, top_p=0.7)
     assert all(torch.equal(one, other) for one, other in zip(found[:3], plain[:3], strict=True))
     assert not torch.equal(found.sampled_ids, on_cuda(model, engine, 12).sampled_ids)
+
+
+def test_many_tokens_that_end_a_response_wait_for_nothing(flash: FlashByLengths, fake_cuda: FakeCuda) -> None:
+    model = tiny_model("llama").to("cuda", torch.bfloat16)
+    on_cuda(model, PairedEngine(), 12, eos=10**6, others=(*range(10**6 + 1, 10**6 + 60),))
+    assert fake_cuda.reads["isin"] == 0
 
 
 @pytest.mark.skipif(not row_lengths.flash_takes_lengths(), reason="torch's flash attention takes no lengths")
