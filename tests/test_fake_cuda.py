@@ -65,9 +65,9 @@ def test_a_capture_computes_nothing_and_a_replay_reads_the_memory_it_captured(
         return values[1:].double() * 2 + 1
 
     with torch.inference_mode(inference):
-        replay, memory = capture(step, (inputs,))
+        replay, pool = capture(step, (inputs,), torch.cuda.Stream())
         assert seen == 2 * [False]
-        assert memory.pool == fake_cuda.graphs[0].pool()
+        assert pool == fake_cuda.graphs[0].pool()
         inputs.fill_(5.0)
         assert replay(inputs).tolist() == [11.0, 11.0]
     assert state.tolist() == [5.0, 5.0, 5.0]
@@ -81,7 +81,7 @@ def test_a_capture_computes_nothing_and_a_replay_reads_the_memory_it_captured(
 )
 def test_a_step_that_waits_is_not_captured(step: Any, fake_cuda: FakeCuda) -> None:
     with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
-        capture(step, (torch.ones(3, device="cuda"),))
+        capture(step, (torch.ones(3, device="cuda"),), torch.cuda.Stream())
     assert fake_cuda.graphs == []
     assert (fake_cuda.sync_debug_mode, torch.is_autocast_cache_enabled()) == (0, True)
     with pytest.raises(RuntimeError, match="stream is capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -98,7 +98,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(fake_cuda: FakeCuda) -
         return values + 1
 
     with pytest.raises(RuntimeError, match="only a capture"):
-        capture(step, (torch.ones(3, device="cuda"),))
+        capture(step, (torch.ones(3, device="cuda"),), torch.cuda.Stream())
     assert calls == ["default", "another"]
     assert fake_cuda.stream == "default"
 

@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,6 @@ HOST_WAITS = ("synchronizing CUDA operation", "stream is capturing")
 """Parts of what torch says of a step that waits for the device or copies from the host."""
 
 
-class GraphMemory(NamedTuple):
-    """What graphs share: the pool of their memory, and the stream of their capture, by which torch finds free blocks.
-
-    Sharing is safe because the result of a replay is read before the next replay.
-    """
-
-    pool: Any
-    stream: torch.cuda.Stream
-
-
 class StepCache:
     """Runs decoding steps, on CUDA as graphs that are captured at the first step of each shape.
 
@@ -57,7 +47,10 @@ class StepCache:
         self._failed: set[Hashable] = set()  # shapes of this rollout
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
         self._copies: dict[Hashable, tuple[Tensor, ...]] = {}  # inputs of graphs that others than the engine own
-        self._memory: dict[str, GraphMemory] = {}  # of steps, and of what runs on copies
+        # Of steps, and of what runs on copies. Sharing is safe: a result is read before the next replay.
+        self._pools: dict[str, Any] = {}
+        # One for all captures, also of later pools: cuBLAS keeps a workspace for every stream that it has seen.
+        self._stream: torch.cuda.Stream | None = None
         self._moves = 0
         self._weights: Hashable = None
 
@@ -98,7 +91,7 @@ class StepCache:
         """Drop all graphs, and their memory with the last of them."""
         self._graphs.clear()
         self._copies.clear()
-        self._memory.clear()
+        self._pools.clear()
 
     def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...], memory: str = "steps") -> Tensor:
         """Return `step(*inputs)`, from a graph where possible.
@@ -113,7 +106,8 @@ class StepCache:
             return step(*inputs)
         if key not in self._graphs:
             try:
-                self._graphs[key], self._memory[memory] = capture(step, inputs, self._memory.get(memory))
+                self._stream = self._stream or torch.cuda.Stream()
+                self._graphs[key], self._pools[memory] = capture(step, inputs, self._stream, self._pools.get(memory))
             except Exception as error:  # whatever a model does that cannot be captured
                 self._note_failure(key, error)
                 return step(*inputs)
@@ -137,6 +131,7 @@ class StepCache:
 
     def _note_failure(self, key: Hashable, error: Exception) -> None:
         """Run steps of this shape as they are: for good if they wait for the host, otherwise until the next rollout."""
+        self._stream = None  # nothing is known of the one that failed
         reason = f"capture failed ({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]})"
         if any(part in str(error) for part in HOST_WAITS):
             self._waits = reason
@@ -153,16 +148,17 @@ class StepCache:
         self._logged = message
 
 
-def capture(step: Step, inputs: tuple[Tensor, ...], memory: GraphMemory | None = None) -> tuple[Step, GraphMemory]:
+def capture(step: Step, inputs: tuple[Tensor, ...], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Step, Any]:
     """Capture `step` as a CUDA graph that reads `inputs` and the weights where they are now.
 
     Args:
         step: launches the same kernels at every call. It runs once before the capture.
         inputs: tensors whose memory every replay reads.
-        memory: that of other graphs, to share; None for new memory.
+        stream: another one than the current one. torch finds free blocks of a pool by the stream of the capture.
+        pool: the memory of other graphs, to share; None for new memory.
 
     Returns:
-        The replay, and the memory that it runs in.
+        The replay, and the pool of memory that it runs in.
 
     Raises:
         RuntimeError: if `step` synchronizes with the device or copies from the host. A graph can do neither, and torch
@@ -177,8 +173,7 @@ def capture(step: Step, inputs: tuple[Tensor, ...], memory: GraphMemory | None =
         step(*inputs)
         torch.cuda.set_sync_debug_mode(sync_debug_mode)
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream() if memory is None else memory.stream
-        with _capturing(graph, stream, None if memory is None else memory.pool):
+        with _capturing(graph, stream, pool):
             output = step(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode(sync_debug_mode)
@@ -189,7 +184,7 @@ def capture(step: Step, inputs: tuple[Tensor, ...], memory: GraphMemory | None =
         graph.replay()
         return output
 
-    return replay, GraphMemory(graph.pool(), stream)
+    return replay, graph.pool()
 
 
 @contextmanager

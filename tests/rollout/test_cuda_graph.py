@@ -167,6 +167,17 @@ def test_graphs_end_with_the_slots_that_they_read(fake_cuda: FakeCuda) -> None:
     assert [graph.pool_given is None for graph in fake_cuda.graphs] == 2 * [True, False, False]
 
 
+def test_all_captures_of_an_engine_are_on_one_stream(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace, 32 MiB on recent GPUs, for every stream that it has seen."""
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append("stream") or "another")
+    model, engine = tiny_model("llama").to("cuda"), PairedEngine(keep_cache=False)
+    for seed in (0, 1):
+        roll_out(engine, model, seed)
+    assert len(fake_cuda.graphs) == 6
+    assert made == ["stream"]
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_graphs_of_weights_that_keep_moving_are_of_one_rollout(mixed: bool, fake_cuda: FakeCuda) -> None:
     model, engine, kept = tiny_model("llama").to("cuda"), PairedEngine(), []
