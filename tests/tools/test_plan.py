@@ -18,6 +18,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.models import ModelConfig
 from remax_lightning.shipped_configs import config_folder
 from remax_lightning.tools.plan import run_config
+from remax_lightning.tools.plan.activation_memory import StepPasses
 from remax_lightning.tools.plan.command import main
 from remax_lightning.tools.plan.phases import least_devices
 
@@ -234,6 +235,40 @@ def test_mistakes_name_the_argument(policy: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         planned(tmp_path, policy, model__kl_coeff=0.1)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_mixtures_of_experts_are_planned_in_any_precision(precision: str, tmp_path: Path) -> None:
+    """torch's product of grouped experts has shapes for bfloat16 alone, and numbers for all."""
+    from transformers import MixtralConfig
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    config.save_pretrained(tmp_path / "experts")
+    make_tokenizer().save_pretrained(tmp_path / "experts")
+    answer = planned(tmp_path, str(tmp_path / "experts"), trainer__precision=precision)
+    assert answer["parameters"] > 2 * 4 * 3 * 32 * 64  # those of the experts
+    assert answer["phases"]["training"]["activations"] > 0
+
+
+def test_a_reward_model_reads_as_many_tokens_as_it_has_positions(policy: str, tmp_path: Path) -> None:
+    """As in the run, which cuts longer texts."""
+    from transformers import BertConfig
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=24).save_pretrained(tmp_path / "reward")
+    reward = {"class_path": "ClassifierReward", "init_args": {"path": str(tmp_path / "reward"), "batch_size": 4}}
+    longer = {"max_response_length": 40}
+    assert planned(tmp_path, policy, model__reward=reward, model__sampling=longer)["peak"] > 0
+
+
+def test_whatever_a_model_raises_without_values_is_told_in_a_line(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run whose checkpointing the plan decides starts nevertheless."""
+    monkeypatch.setattr(StepPasses, "training", lambda *_: {}["of the model's own code"])
+    with pytest.raises(UserError, match=r"model\.policy\.path: the passes of .* cannot be followed .*own code"):
+        planned(tmp_path, policy)
 
 
 QWEN = {

@@ -235,10 +235,11 @@ class StepPasses:
         return live.peak
 
     @torch.no_grad()
-    def reward_scoring(self, reward: PreTrainedModel) -> int:
-        """Measure a pass of a reward model."""
+    def reward_scoring(self, reward: PreTrainedModel, limit: int | None = None) -> int:
+        """Measure a pass of a reward model, which reads `limit` tokens at most."""
         reward.eval().config.use_cache = False
-        ids, mask = _dummy_rows(self.work.reward_rows, self.work.reward_length or self.work.length)
+        length = self.work.reward_length or self.work.length
+        ids, mask = _dummy_rows(self.work.reward_rows, length if limit is None else min(limit, length))
         with LiveBytes([reward]) as live, self.autocast():
             reward.base_model(ids, attention_mask=mask.long())
         return live.peak

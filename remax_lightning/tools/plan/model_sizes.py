@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from unittest import mock
 
@@ -15,6 +17,7 @@ from remax_lightning.models import ModelConfig, initial_adapter
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rewards.formats import read_adapter
+from remax_lightning.rewards.pooling import num_positions
 from remax_lightning.rollout import VLLMEngine
 from remax_lightning.rollout.vllm_process import memory_share
 from remax_lightning.sharding import decoder_layers, language_model
@@ -61,14 +64,37 @@ def measure(run: PlannedRun) -> Sizes:
     Raises:
         UserError: if a model's configuration cannot be read, or its passes cannot be followed.
     """
+    followed = _followed("model.policy.path", run.module.policy_source.path)
+    with followed, shapes_only(run.default_dtype), _stubs_of_experts():
+        return _measure(run)
+
+
+@contextmanager
+def _followed(key: str, path: str) -> Iterator[None]:
+    """Raise what the code of a model raises without values as a UserError: it may be anything, as it is any code."""
     try:
-        with shapes_only(run.default_dtype):
-            return _measure(run)
-    except RuntimeError as error:  # of an operator that asks for values
-        raise UserError(
-            f"model.policy.path: the passes of {run.module.policy_source.path!r} cannot be followed without running"
-            f" them ({str(error).splitlines()[0]}); in trainer.precision bf16-true more models can"
-        ) from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{key}: the passes of {path!r} cannot be followed without running them ({reason})") from error
+
+
+@contextmanager
+def _stubs_of_experts() -> Iterator[None]:
+    """Let transformers multiply grouped experts by its own operator inside.
+
+    That has shapes for weights of any dtype. torch's, which a run takes, has them for bfloat16 alone.
+    """
+    moe: Any = None
+    with suppress(ImportError):  # of another version
+        moe = import_module("transformers.integrations.moe")
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        yield
+        return
+    with mock.patch.object(moe, "_can_use_grouped_mm", return_value=False):
+        yield
 
 
 def _measure(run: PlannedRun) -> Sizes:
@@ -178,7 +204,10 @@ def _reward_sizes(run: PlannedRun, passes: StepPasses) -> list[FrozenSize]:
     sizes = []
     for reward in reward_models(run.module.reward):
         model = _empty_classifier(reward)
-        sizes.append(_frozen_size("reward model", model, passes.reward_scoring(model), reward.placement))
+        limit = num_positions(model, model.config)  # where the run cuts texts, too
+        with _followed("model.reward.init_args.path", reward.path):
+            working = passes.reward_scoring(model, limit)
+        sizes.append(_frozen_size("reward model", model, working, reward.placement))
     return sizes
 
 
