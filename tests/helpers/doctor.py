@@ -95,6 +95,7 @@ def ask(context: DoctorContext, name: str) -> Finding:
     """What a check says of a loaded run as it is now, whatever was asked before."""
     [check] = [each for each in CHECKS if each.name == name]
     fresh = DoctorContext(context.args, context.module, context.data, context.trainer, context.num_prompts)
+    fresh.note, fresh.is_spread = context.note, context.is_spread
     return run_check(check, fresh, set())
 
 

@@ -260,6 +260,28 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert found.values["least"] == 16 * count
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"trainer__accelerator": "gpu"}, "and this machine has no GPU to compare with"),
+        (
+            {"trainer__strategy": {"class_path": "remax_lightning.strategies.ReMaxFSDP2Strategy"}},
+            "in one process, and trainer.strategy spreads them over the devices",
+        ),
+    ],
+)
+def test_memory_of_another_machine_is_not_judged_by_that_of_this_one(
+    options: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    context = loaded(tmp_path, supervised(tmp_path), **options)
+    monkeypatch.setattr(memory, "host_memory", lambda: 1e5)
+    found = ask(context, "memory")
+    assert (found.status, found.fix) == ("skip", "")
+    assert found.measured.endswith(reason)
+
+
 def test_processes_share_the_memory_of_their_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = loaded(tmp_path, healthy(tmp_path))
     peak = ask(context, "memory").values["peak"]

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from remax_lightning.cli_run import RemaxCLI, run
@@ -220,6 +221,8 @@ class DoctorContext:
         self.reward: Reward | None = getattr(module, "reward", None)
         self.note = ""
         """How the checks differ from the run, in words; empty if they do not."""
+        self.is_spread = False
+        """Whether the strategy of the run spreads the optimizer, at least, over the devices."""
 
     # ---- Loading, in the order of `Trainer.fit`, in parts: if one fails, the others can still be checked ----
 
@@ -335,4 +338,5 @@ def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         context.note = " (checked on the CPU: this machine has no GPU)"
+    context.is_spread = isinstance(trainer["strategy"], DeepSpeedStrategy | ModelParallelStrategy)
     return context

@@ -70,6 +70,10 @@ def _check_without_activations(context: DoctorContext) -> Finding:
     available = host_memory() if on_cpu else device_memory()
     measured = f"weights, gradients and the optimizer take {needed / GB:.3g} GB without activations"
     values = {"least": float(needed)}
+    if context.note:
+        raise NotApplicable(f"{measured}, and this machine has no GPU to compare with")
+    if context.is_spread:
+        raise NotApplicable(f"{measured} in one process, and trainer.strategy spreads them over the devices")
     if available is None:
         raise NotApplicable(f"{measured}, and the memory of this machine is unknown")
     measured += f", of {(1 - HEADROOM) * available / GB:.3g} usable"
