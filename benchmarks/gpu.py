@@ -37,6 +37,8 @@ from gpu_parts import Budget, attention_kernels, decode_figures, device_limits, 
 from machine import RESULTS
 from timing import device_name, save
 
+from remax_lightning.models.forward import choose_attention_kernels
+
 Part = Callable[[], dict[str, Any]]
 
 
@@ -59,10 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     record.part("device", "limits", "", whole, partial(_measure_limits, device, limits))
     for kernel in ("cudnn", "efficient", "flash", "math"):
         record.part("device", "attention", kernel, whole, partial(attention_kernels, kernel, device))
+    choose_attention_kernels(device, cudnn=False)  # as a run does; cuDNN would plan every length of `generate`
     for i, name in enumerate(options.shape):
         # What a shape leaves over is for the next ones.
-        share = whole.left() / (len(options.shape) - i)
-        measure_shape(name, WORKS[name], device, Budget(time.monotonic() + share), limits, record)
+        share = share_of(whole, 1 / (len(options.shape) - i))
+        measure_shape(name, WORKS[name], device, share, limits, record)
         release(device)
 
 
@@ -79,7 +82,7 @@ def measure_shape(
     if budget.left() <= 0:
         record.line(name, "all", "", {"skipped": "no time left"})
         return
-    _measure_generation(name, work, device, budget, limits, record)
+    _measure_generation(name, work, device, share_of(budget, 3 / 4), limits, record)  # the step has the rest
     release(device)
     # ---- In processes and folders of their own ----
     with tempfile.TemporaryDirectory() as folder:
@@ -92,12 +95,29 @@ def _measure_generation(
     name: str, work: Work, device: torch.device, budget: Budget, limits: dict[str, float], record: Recorder
 ) -> None:
     """Measure decoding and rollouts on one model, which is freed at the end."""
-    model = build(work, device)
-    for graphs in (True, False):
-        variant = "graphs" if graphs else "no graphs"
-        record.part(name, "decode", variant, budget, partial(decode_figures, model, work, graphs, budget, limits))
-    for way in ("ours", "sampled only", "two generate calls"):
-        record.part(name, "rollout", way, budget, partial(rollout_figures, model, work, way, budget))
+    try:
+        model = build(work, device)
+    except Exception as error:  # a device that is too small for the model; its step, and other shapes, go on
+        record.line(name, "generation", "", {"error": described(error)})
+        return
+    ways = "ours", "sampled only", "two generate calls"
+    # What a part leaves over is for the next ones.
+    for graphs, parts in ((True, 5), (False, 4)):
+        variant, share = "graphs" if graphs else "no graphs", share_of(budget, 1 / parts)
+        record.part(name, "decode", variant, share, partial(decode_figures, model, work, graphs, share, limits))
+    for way, parts in zip(ways, (3, 2, 1), strict=True):
+        share = share_of(budget, 1 / parts)
+        record.part(name, "rollout", way, share, partial(rollout_figures, model, work, way, share))
+
+
+def share_of(budget: Budget, share: float) -> Budget:
+    """Return a share of the time that is left, counted from now."""
+    return Budget(time.monotonic() + share * budget.left())
+
+
+def described(error: Exception) -> str:
+    """Return what an error says in a line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"
 
 
 def release(device: torch.device) -> None:
@@ -127,8 +147,7 @@ class Recorder:
             try:
                 figures = run()
             except Exception as error:  # such as a lack of memory: the other parts go on
-                first = next(iter(str(error).strip().splitlines()), "")
-                figures = {"error": f"{type(error).__name__}: {first[:300]}"}
+                figures = {"error": described(error)}
             figures["part_s"] = time.monotonic() - before
         self.line(size, phase, variant, figures)
 

@@ -47,13 +47,16 @@ class Budget:
         return self.deadline - time.monotonic()
 
 
-def repeated(run: Callable[[], Any], device: torch.device, budget: Budget | None = None) -> list[float]:
-    """Return the seconds of some runs, after one that warms up; of that one alone where no other fits."""
+def repeated(run: Callable[[], Any], device: torch.device, budget: Budget | None = None) -> tuple[float, int]:
+    """Return the median of the seconds of some runs, after one that warms up, and how many they are.
+
+    Where no other fits, 0 runs and the seconds of the one that warms up.
+    """
     warm = seconds(run, device)[0]
     values: list[float] = []
     while len(values) < REPETITIONS and (budget is None or budget.left() > max([warm, *values[-1:]])):
         values.append(seconds(run, device)[0])
-    return values or [warm]
+    return statistics.median(values or [warm]), len(values)
 
 
 def device_limits(device: torch.device) -> dict[str, float]:
@@ -61,10 +64,10 @@ def device_limits(device: torch.device) -> dict[str, float]:
     big = device.type == "cuda"
     source = torch.empty(2**31 if big else 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(repeated(lambda: target.copy_(source), device))
+    copy, _ = repeated(lambda: target.copy_(source), device)
     size = 8192 if big else 64
     left = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    product = statistics.median(repeated(lambda: left @ left, device))
+    product, _ = repeated(lambda: left @ left, device)
     return {"copy_gb_per_s": 2 * source.numel() / copy / 1e9, "matmul_tflops": 2 * size**3 / product / 1e12}
 
 
@@ -88,7 +91,7 @@ def attention_kernels(kernel: str, device: torch.device) -> dict[str, Any]:
                 model(ids, attention_mask=mask.long(), labels=labels, use_cache=False).loss.backward()
 
         figures[f"first_s_{length}"] = seconds(once, device)[0]  # plans for a shape that is new
-        figures[f"seconds_{length}"] = statistics.median(repeated(once, device))
+        figures[f"seconds_{length}"], _ = repeated(once, device)
         bad = sum(int((~weight.grad.isfinite()).any()) for weight in model.parameters() if weight.grad is not None)
         figures[f"nonfinite_gradients_{length}"] = bad
     return figures
@@ -106,9 +109,11 @@ def decode_figures(model: Any, work: Work, graphs: bool, budget: Budget, limits:
     enable_gradient_checkpointing(model)
     engine, device = PairedEngine(cuda_graphs=graphs), model.device
     runs = [_rollout(engine, model, work, length, []) for length in (work.response, work.response // 2)]
-    whole, half = (repeated(run, device, budget) for run in runs)
-    taken = (statistics.median(whole) - statistics.median(half)) / (work.response - work.response // 2)
-    figures = {"decode_ms_per_token": 1e3 * taken, "graphs": engine.num_graphs, "repetitions": len(half)}
+    share = Budget(time.monotonic() + budget.left() / 2)  # so that the second rollout is repeated, too
+    (whole, repetitions), (half, fewest) = repeated(runs[0], device, share), repeated(runs[1], device, budget)
+    taken = (whole - half) / (work.response - work.response // 2)
+    repetitions = min(repetitions, fewest)
+    figures = {"decode_ms_per_token": 1e3 * taken, "graphs": engine.num_graphs, "repetitions": repetitions}
     if limits:
         bound = decode_bytes(model, work) / (limits["copy_gb_per_s"] * 1e9)
         figures |= {"bound_ms": 1e3 * bound, "over_bound": taken / bound}
@@ -138,16 +143,17 @@ def rollout_figures(model: Any, work: Work, way: str, budget: Budget) -> dict[st
     else:
         run = _rollout(PairedEngine(), model, work, work.response, work.eos_ids, greedy=way == "ours")
     _reset_peak(model.device)
-    taken, ids = repeated(run, model.device, budget), run()
+    made: list[Tensor] = []
+    middle, repetitions = repeated(lambda: made.append(run()), model.device, budget)
+    ids = made[-1]
     tokens = _count(ids, work)
-    middle = statistics.median(taken)
     return {
         "seconds": middle,
         "tokens": tokens,
         "tokens_per_s": tokens / middle,
         "mean_length": tokens / len(ids),
         "peak_gb": _peak(model.device),
-        "repetitions": len(taken),
+        "repetitions": repetitions,
     }
 
 
@@ -176,6 +182,7 @@ def _two_calls(model: Any, work: Work) -> Callable[[], Tensor]:
     common: dict[str, Any] = {"attention_mask": mask.long(), "max_new_tokens": work.response, "pad_token_id": 0}
 
     def run() -> Tensor:
+        torch.manual_seed(0)  # as many tokens each time
         parts = [
             model.generate(ids, eos_token_id=work.eos_ids, **common, **options)[:, work.prompt :]
             for options in ({"do_sample": True, "top_k": 0, "top_p": TOP_P}, {"do_sample": False})

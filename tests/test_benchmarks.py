@@ -245,6 +245,44 @@ def test_gpu_writes_results_at_once_and_counts_warm_ups(load: Any, tmp_path: Pat
     assert ("toy", "all", "") in parts
 
 
+def test_gpu_goes_on_where_a_model_does_not_fit(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, gpu, kernels = tmp_path / "gpu.jsonl", load("gpu"), list[bool]()
+
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "choose_attention_kernels", lambda _, cudnn: kernels.append(cudnn))
+    monkeypatch.setattr(gpu, "build", too_large)
+    for part in ("device_limits", "attention_kernels", "vllm", "step_figures"):
+        monkeypatch.setattr(gpu, part, lambda *_: {"seconds": 1.0})
+    gpu.main(["--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)])
+    parts = parts_of(path)
+    assert parts["toy", "generation", ""]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert parts["toy", "step", ""]["seconds"] == 1.0
+    assert kernels == [False]  # in what follows the kernels themselves, as in a run
+
+
+def test_gpu_keeps_time_for_the_step(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """However slow a rollout is; and what only warmed up is told from what was repeated."""
+    path, gpu, parts, clock = tmp_path / "gpu.jsonl", load("gpu"), load("gpu_parts"), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slow(run: Any, device: Any) -> tuple[float, Any]:
+        clock[0] += 4.0
+        return 4.0, run()
+
+    monkeypatch.setattr(parts, "seconds", slow)
+    monkeypatch.setattr(parts, "_rollout", lambda *_, **__: lambda: torch.zeros(8, 8, dtype=torch.long))
+    monkeypatch.setattr(parts, "_two_calls", parts._rollout)
+    for part in ("device_limits", "attention_kernels", "vllm"):
+        monkeypatch.setattr(gpu, part, lambda *_: {})
+    monkeypatch.setattr(gpu, "step_figures", lambda *arguments: {"left": arguments[3].left()})
+    gpu.main(["--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)])
+    found = parts_of(path)
+    assert found["toy", "step", ""]["left"] >= 25
+    assert {line.get("skipped") for line in found.values()} == {None}
+
+
 def test_gpu_captures_graphs_of_what_it_measures(load: Any, fake_cuda: FakeCuda) -> None:
     """With gradient checkpointing, as the model is trained."""
     models, parts = load("gpu_models"), load("gpu_parts")
