@@ -222,6 +222,7 @@ def plain(state: Any) -> Any:
     return [plain(value) for value in state] if isinstance(state, list | tuple) else state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 13, 30])
 def test_a_resumed_choice_is_the_same(at: int) -> None:
     stream = Stream(lambda number: 0.0 if number < 20 else 0.98)
@@ -240,6 +241,7 @@ def test_a_resumed_choice_is_the_same(at: int) -> None:
     assert rest.chosen == whole.chosen
 
 
+@pytest.mark.slow
 def test_every_step_is_unbiased_given_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     """All draws of a step, after each draw of the step before: the choice differs, the expected gradient does not."""
     for module in (auto_module, comparison):  # so few prompts would choose nothing
@@ -360,6 +362,7 @@ def test_norms_of_all_responses_are_measured_however_they_are_trained(policy: st
     torch.testing.assert_close(fourth.squared_norms, first.squared_norms, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_kl", [True, False])
 def test_seconds_of_training_hold_the_reference_and_not_what_measuring_takes(
     has_kl: bool, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -419,6 +422,7 @@ def test_a_step_that_overflows_does_not_blind_the_comparison() -> None:
     assert figure.num_groups == 14 * 8
 
 
+@pytest.mark.slow
 def test_a_run_moves_logs_and_prints_its_baseline(
     policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

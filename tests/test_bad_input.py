@@ -128,6 +128,7 @@ def test_the_command_ends_with_that_message(
     assert expected in message(refused(changed(config, **values), tmp_path, capsys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -176,6 +177,7 @@ def test_numbers_are_finite(case: str, config: Config, tmp_path: Path, capsys: A
     assert expected in misread(changed(config, **values), tmp_path, capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_all_numbers_that_are_not_finite_are_named(config: Config, tmp_path: Path, capsys: Any) -> None:
     values = {"model__kl_coef": float("nan"), "kl_monitor__stop_kl": float("inf")}
     said = misread(changed(config, **values), tmp_path, capsys)
@@ -622,6 +624,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_runs_no_code(
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_web_is_refused(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = refused(config, tmp_path, capsys, "--ckpt_path", "http://127.0.0.1:9/a.ckpt")
     assert "ckpt_path: 'http://127.0.0.1:9/a.ckpt' is an address; download it" in message(outcome)
@@ -751,6 +754,7 @@ def test_a_ring_of_exceptions_ends() -> None:
     assert user_error_message(full) == "the key is wrong"
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_is_one_line_and_a_file_with_the_traceback(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,7 @@ def test_each_token_has_its_own_baseline(loss: LossConfig, policy: str, tmp_path
         torch.testing.assert_close(advantages[i][masks[i]].double(), difference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_a_step_with_a_baseline_of_gradients_as_well(policy: str, tmp_path: Path) -> None:
     class Overflowing(ReMaxModule):
         """Its passes over the first rollout return NaN for one response."""
@@ -277,6 +278,7 @@ def test_micro_batches_share_the_baseline_of_the_whole_batch(policy: str, tmp_pa
     torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tracker_decodes_greedily_in_the_first_epoch_only(policy: str, tmp_path: Path) -> None:
     outputs = run(policy, tmp_path, "tracker", steps=5, batch_size=4).outputs  # two steps to an epoch
     assert [output["rollout"].greedy is not None for output in outputs] == [True, True, False, False, False]
@@ -294,6 +296,7 @@ def test_too_few_samples_are_refused(policy: str) -> None:
 # On the command line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -310,6 +313,7 @@ def test_yaml_names_a_baseline(value: Any, expected: Any, policy: str, tmp_path:
     assert (baseline if isinstance(baseline, str) else vars(baseline.init_args)) == expected
 
 
+@pytest.mark.slow
 def test_a_misspelt_baseline_is_named(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = changed(small_config(tmp_path, policy), model__advantage={"baseline": "gredy"})
     said = misread(config, tmp_path, capsys)

@@ -77,6 +77,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, policy_path: Path) -> Itera
         yield Run(folder, config, cli)
 
 
+@pytest.mark.slow
 def test_overlays_merge_and_short_names_stand_for_our_classes(fitted: Run) -> None:
     saved = yaml.safe_load((fitted.logs / "config.yaml").read_text())
     assert saved["model"]["class_path"] == "remax_lightning.ReMaxModule"
@@ -87,6 +88,7 @@ def test_overlays_merge_and_short_names_stand_for_our_classes(fitted: Run) -> No
     assert fitted.cli.datamodule.tokenizer_path == fitted.cli.model.tokenizer_path
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_again(fitted: Run, capsys: pytest.CaptureFixture[str]) -> None:
     printed = remax(capsys, "fit", "--config", str(fitted.logs / "config.yaml"), "--print_config")
     assert printed.code == 0

@@ -109,6 +109,7 @@ def test_all_wrong_values_are_told_together(tmp_path: Path) -> None:
     assert keys == ["trainer.devices", "trainer.callbacks.0.init_args.save_top_k", "seed_everything"]
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_the_yaml(tmp_path: Path, policy_path: Path) -> None:
     optimizer = {"class_path": OPTIMIZER, "init_args": {"lr": 0.5}}
     path = write(tmp_path / "run.yaml", changed(small_config(tmp_path, policy_path), model__optimizer=optimizer))
@@ -117,6 +118,7 @@ def test_keys_are_those_of_the_yaml(tmp_path: Path, policy_path: Path) -> None:
     assert "data.batch_size" in keys
 
 
+@pytest.mark.slow
 def test_all_wrong_keys_are_told_together(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +134,7 @@ def test_all_wrong_keys_are_told_together(
     assert len(text.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_misspelt_group_is_named(tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = misread(small_config(tmp_path, policy_path), tmp_path, capsys, "--model.polcy.path=x")
     assert text.strip() == "model.polcy.path: there is no such key; did you mean policy?"
@@ -320,6 +323,7 @@ def test_a_callback_of_the_users_ends_the_command(
     assert len(list(tmp_path.rglob("traceback.txt"))) == (code == 2)
 
 
+@pytest.mark.slow
 def test_more_batches_between_validations_than_there_are(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

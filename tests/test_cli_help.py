@@ -64,6 +64,7 @@ def evaluation(folder: Path, rewards: list[float]) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

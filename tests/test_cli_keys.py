@@ -61,7 +61,9 @@ def test_a_shipped_configuration_is_right(name: str) -> None:
     prefixes = ("strategies/", "loggers/", *(("presets/", "overlays/") if is_remax else ()))
     prefixes += ("gpus/",) if is_remax and name not in ("demo", "pipeline") else ()  # they place a reward model
     overlays = [other for other in OVERLAYS if other.startswith(prefixes)]
-    for subcommand, further in itertools.product(RUNS, [(), *((overlay,) for overlay in overlays), overlays]):
+    # The keys of an overlay are the same for every subcommand: one of them reads each alone, the others all together.
+    cases = [("fit", (overlay,)) for overlay in overlays] + list(itertools.product(RUNS, [(), overlays]))
+    for subcommand, further in cases:
         names = [part for config in (name, *further) for part in ("--config", config)]
         assert wrong_keys([subcommand, *names], shipped_signatures()) == {}, names
 
@@ -268,6 +270,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_all_that_is_wrong_is_told_by_its_full_key(case: str, tmp_path: Path, capsys: Any) -> None:
     config, expected = WRONG[case]
@@ -299,6 +302,7 @@ IN_ELEMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_ELEMENTS)
 def test_the_parser_names_the_element_that_is_wrong(
     case: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
@@ -330,6 +334,7 @@ def test_a_run_without_any_option_is_told_what_it_needs() -> None:
         refuse_wrong_keys(["fit"])
 
 
+@pytest.mark.slow
 def test_null_on_the_command_line_is_the_null_of_a_file(tmp_path: Path, policy_path: Path) -> None:
     """At any depth: groups, classes and plain values within the module, with or without their `init_args`."""
     config = small_config(tmp_path, policy_path)

@@ -35,6 +35,7 @@ def parsed(folder: Path, config: dict[str, Any], *options: str) -> Any:
     return parsed_run(folder, config, *options).model.init_args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_path_and_a_function_stand_for_their_groups(nested: bool, tmp_path: Path) -> None:
     model = SHORT["model"] | {"reference": "owner/start"}
@@ -47,6 +48,7 @@ def test_a_path_and_a_function_stand_for_their_groups(nested: bool, tmp_path: Pa
     assert module.reward.init_args.function == FUNCTION
 
 
+@pytest.mark.slow
 def test_lists_and_parts_of_rewards_may_be_functions(tmp_path: Path) -> None:
     judge = {"class_path": "JudgeReward", "init_args": {"url": "http://host/v1", "model": "m"}}
     reward = parsed(tmp_path, SHORT | {"model": SHORT["model"] | {"reward": [FUNCTION, judge, FUNCTION]}}).reward
@@ -76,6 +78,7 @@ def test_options_of_the_command_do_too_and_come_later(tmp_path: Path) -> None:
     assert module.reward.init_args.function == "my_module.my_function"
 
 
+@pytest.mark.slow
 def test_classes_stay_classes(tmp_path: Path) -> None:
     name = "remax_lightning.rewards.HTTPReward"
     module = parsed(tmp_path, SHORT, "--model.reward", name, "--model.reward.url", "http://localhost")
@@ -203,6 +206,7 @@ def test_an_engine_and_a_strategy_are_taken_by_name(form: str, where: str, tmp_p
     assert run.trainer.strategy.class_path == "remax_lightning.strategies.ReMaxFSDP2Strategy"
 
 
+@pytest.mark.slow
 def test_names_stand_in_lists_and_groups_too(tmp_path: Path) -> None:
     long = {"class_path": "FunctionReward", "init_args": {"function": FUNCTION}}
     reward = {"class_path": "WeightedReward", "init_args": {"parts": {"long": long}}}

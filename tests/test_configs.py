@@ -143,6 +143,7 @@ def contains(whole: Any, part: Any, key: str = "") -> list[str]:
     return [] if same else [key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[] if path.stem == "demo" else [pytest.mark.slow]) for path in COMPLETE],

@@ -59,6 +59,7 @@ def sample_steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "samples" / "train.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_resumed_fit_is_the_same_run(name: str, policy: str, tmp_path: Path) -> None:
     first, _ = fit(tmp_path, policy, LOGGERS[name](tmp_path), STEPS[-1])
@@ -83,6 +84,7 @@ def test_a_resumed_fit_is_the_same_run(name: str, policy: str, tmp_path: Path) -
         assert [event.step for event in events.Scalars("train/reward")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_service_is_told_its_id_and_other_loggers_theirs(policy: str, tmp_path: Path) -> None:
     """The second logger of a run has a version that the folder does not say."""
     TensorBoardLogger(tmp_path / "tb", "mine", version=0).log_metrics({"another": 1.0}, 0)  # takes version_0
@@ -95,6 +97,7 @@ def test_a_service_is_told_its_id_and_other_loggers_theirs(policy: str, tmp_path
     assert [logger.log_dir for logger in second.loggers] == [logger.log_dir for logger in first.loggers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["name", "save_dir", "version"])
 def test_another_name_folder_or_version_is_a_new_run(change: str, policy: str, tmp_path: Path) -> None:
     first, _ = fit(tmp_path, policy, TensorBoardLogger(tmp_path / "logs", "mine"), 1)
@@ -108,6 +111,7 @@ def test_another_name_folder_or_version_is_a_new_run(change: str, policy: str, t
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_elsewhere_names_the_folder_of_its_run(policy: str, tmp_path: Path) -> None:
     chosen = {"dirpath": tmp_path / "saves"}
     first, _ = fit(tmp_path, policy, TensorBoardLogger(tmp_path / "logs", "mine"), 1, **chosen)

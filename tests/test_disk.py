@@ -107,6 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(
     assert not list((tmp_path / "kept").glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_last", ["link", True])
 def test_last_is_the_one_before_where_a_save_fails(
     save_last: Any, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +141,7 @@ def test_a_link_that_cannot_be_made_is_a_warning(policy: str, tmp_path: Path, mo
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step=2.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_removed_during_the_run_is_made_again(policy: str, tmp_path: Path) -> None:
     class Remove(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -205,6 +207,7 @@ def test_a_folder_of_parts_is_kept_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_a_full_disk_ends_neither_samples_nor_logs_nor_the_run(kind: Any, policy: str, tmp_path: Path, small_disk: Path,
     capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -269,6 +272,7 @@ def test_predictions_that_cannot_be_written_are_refused_at_once(tmp_path: Path) 
 # ---- What a kill left undone ----
 
 
+@pytest.mark.slow
 def test_the_final_export_is_made_by_the_run_that_resumes(policy: str, tmp_path: Path) -> None:
     class Killed(BaseException): ...
 
@@ -309,6 +313,7 @@ def test_samples_that_were_cut_inside_a_character_are_resumed(tmp_path: Path) ->
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_other_rows_at_resume_are_noticed(policy: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     def fit(prompts: list[str], **options: Any) -> list[str]:
         saves = ModelCheckpoint(tmp_path / "saves", "{step}", every_n_train_steps=1, save_top_k=-1)

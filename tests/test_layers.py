@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,15 @@ def part_of(module: str) -> str:
     return first if (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file() else "__init__"
 
 
-def imports(source: str, package: str = "remax_lightning") -> Iterator[str]:
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """The syntax tree of `source`, which several checks read."""
+    return list(ast.walk(ast.parse(source)))
+
+
+def imports(source: str) -> Iterator[str]:
     """Every module that `source` imports, inside functions and conditions too; `from a import b` gives `a.b`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -146,6 +153,7 @@ def test_the_check_sees_a_wrong_import(own: str, source: str) -> None:
     assert len(forbidden(own, source)) == 1
 
 
+@pytest.mark.slow
 def test_only_tools_import_the_command_line() -> None:
     users = {part_of(name.split("/")[0].removesuffix(".py")) for name, file in zip(NAMES, FILES, strict=True)
              if any(part_of(each) in ("cli", "cli_run") for each in of_package(file.read_text()))}  # fmt: skip
@@ -168,7 +176,7 @@ TALKING = {"distributed.py", "remax_vllm_group.py"}
 def mentions(source: str, names: set[str]) -> set[str]:
     """The names that `source` uses: as an attribute, as an import, or in a string of its own, as `getattr` takes it."""
     used: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute):
             used.add(node.attr)
         elif isinstance(node, ast.ImportFrom):
@@ -180,7 +188,7 @@ def mentions(source: str, names: set[str]) -> set[str]:
 
 def calls_collectives(source: str) -> bool:
     """Whether `source` calls a collective, or asks `torch.distributed` for its process group."""
-    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    attributes = [node for node in nodes(source) if isinstance(node, ast.Attribute)]
     # Others may have a method `reduce` too.
     reduces = any(node.attr == "reduce" and ast.unparse(node.value).endswith("strategy") for node in attributes)
     from_torch = {f"torch.distributed.{name}" for name in COLLECTIVES} & set(imports(source))

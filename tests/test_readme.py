@@ -228,6 +228,7 @@ def test_the_users_yaml_trains_resumes_and_predicts(
     assert logged == told - {"train/reward_part", "train/clip_fraction"} - corrected
 
 
+@pytest.mark.slow
 def test_six_lines_train_with_a_function_and_defaults(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ def test_six_lines_train_with_a_function_and_defaults(
     assert "val/reward" in scalars(tmp_path / "runs" / "remax" / "version_0")
 
 
+@pytest.mark.slow
 def test_ten_lines_train_from_python(tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = blocks("python")[0]
     assert len([line for line in text.splitlines() if line]) == 10
@@ -319,6 +321,7 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         sys.modules.pop(path.stem, None)
 
 
+@pytest.mark.slow
 def test_the_examples_plug_in(users_folder: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = f"model: {{policy: {{path: {policy_path}}}, kl_coef: 0}}\ndata: {{init_args: {{batch_size: 8}}}}"
     ended = remax(capsys, "fit", *write_blocks(users_folder, own, SMALL, blocks("yaml", EXTENDING)[-1]))
@@ -364,6 +367,7 @@ def test_every_example_does_what_it_says(
 # The picture
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_from_event_files(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 

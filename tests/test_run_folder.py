@@ -148,6 +148,7 @@ def test_a_dirpath_of_the_user_stays(policy: str, tmp_path: Path) -> None:
     assert [path.parent.name for path in tmp_path.rglob("*.ckpt")] == ["chosen"]
 
 
+@pytest.mark.slow
 def test_a_trainer_keeps_its_folder_from_stage_to_stage(policy: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [PredictionWriter()], enable_checkpointing=True, limit_val_batches=1)
     model, data = remax_module(policy), prompt_data(tmp_path, policy)

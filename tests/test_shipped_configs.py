@@ -21,6 +21,7 @@ def test_every_shipped_file_has_a_name() -> None:
     assert {"opt1.3b", "presets/verl", "strategies/zero3", "loggers/wandb"} <= set(config_names())
 
 
+@pytest.mark.slow
 def test_a_name_is_read_where_a_file_could_stand(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": {"reward": FUNCTION}, "data": {"path": "r.jsonl"}}))
     names = ["--config", "opt1.3b", "--config", "mine.yaml", "--config=presets/verl"]

@@ -165,6 +165,7 @@ def test_a_file_of_a_group_is_measured_before_it_is_read(
     assert f"{key}: group.yaml: 1,000,000,000,000 bytes are too many" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_control_characters_of_a_value_are_written_out(tmp_path: Path, policy_path: Path, capsys: Any) -> None:
     config = small_config(tmp_path, policy_path)
     path = write_config(tmp_path / "run.yaml", changed(config, model__kl_coef="\x1b]0;title\x07\x1b[2J"))
@@ -233,6 +234,7 @@ def test_what_constructors_refuse_is_told_together(
     assert len(lines) == len(expected)
 
 
+@pytest.mark.slow
 def test_a_group_that_is_refused_counts_with_its_values_around_it(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +245,7 @@ def test_a_group_that_is_refused_counts_with_its_values_around_it(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_is_missing_in_a_group_that_was_left_out_is_no_mistake(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +270,7 @@ def told(arguments: Any, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.removeprefix("remax: error: ").splitlines()
 
 
+@pytest.mark.slow
 def test_mistakes_of_all_kinds_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "model": {

@@ -281,6 +281,7 @@ def test_gradients_of_a_task_are_written_down(tmp_path: Path) -> None:
     assert named["none"]["variance_low"] <= named["none"]["variance"] <= named["none"]["variance_high"]
 
 
+@pytest.mark.slow
 def test_norms_of_a_task_are_calibrated() -> None:
     generator = torch.Generator().manual_seed(0)
     reward, greedy, true = (torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(3))

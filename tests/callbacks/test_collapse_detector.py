@@ -148,6 +148,7 @@ def test_nothing_fires_where_nothing_is_wrong(phases: list[tuple[int, dict[str, 
     assert set(scalars(tmp_path, "train/collapse_alarms")) == {0.0}
 
 
+@pytest.mark.slow
 def test_nothing_fires_on_noise(tmp_path: Path) -> None:
     assert run(tmp_path, [make_output(seed, n=4) for seed in range(60)])[1] == []
 
@@ -157,6 +158,7 @@ def test_one_step_out_of_line_is_no_alarm(tmp_path: Path) -> None:
     assert run(tmp_path, outputs, window=10, max_kl_slope=None)[1] == []
 
 
+@pytest.mark.slow
 def test_an_episode_is_told_once_and_a_new_one_again(tmp_path: Path) -> None:
     bad = {"ended": 0.2}
     wavering = [(2, bad), (2, HEALTHY)] * 6  # the mean crosses the threshold time and again
@@ -165,6 +167,7 @@ def test_an_episode_is_told_once_and_a_new_one_again(tmp_path: Path) -> None:
     assert guards(run(tmp_path, outputs, **options)[1]) == ["max_truncation_rate"] * 2
 
 
+@pytest.mark.slow
 def test_stop_ends_the_run_after_that_step(tmp_path: Path) -> None:
     outputs = series((2 * WINDOW, HEALTHY), (40, {"distinct": 0.05}))
     trainer, messages = run(tmp_path, outputs, action="stop")

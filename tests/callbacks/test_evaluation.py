@@ -83,6 +83,7 @@ def by_hand(records: list[dict[str, Any]], name: str) -> tuple[float, int]:
     return (math.exp(ratio) if "perplexity" in name else ratio), len(known)
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_records(evaluated: tuple[Path, dict[str, float], str]) -> None:
     folder, metrics, _ = evaluated
     answer, records = json.loads((folder / "evaluation.json").read_text()), lines(folder / "evaluation.jsonl")
@@ -129,6 +130,7 @@ def test_the_table_has_every_figure_and_is_alone(evaluated: tuple[Path, dict[str
     assert "Test metric" not in out  # Lightning's
 
 
+@pytest.mark.slow
 def test_a_test_measures_several_responses_and_validation_draws_those_of_training(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_table_lines_up() -> None:
 # Where it is written
 
 
+@pytest.mark.slow
 def test_nothing_is_written_over(folders: tuple[str, str], tmp_path: Path) -> None:
     for _ in range(2):
         run(folders, tmp_path, Evaluation(num_resamples=10, test=()))
@@ -224,6 +227,7 @@ def test_nothing_is_written_over(folders: tuple[str, str], tmp_path: Path) -> No
     assert len(lines(tmp_path / "new" / "mine.jsonl")) == 8
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_validation_leave_no_files(folders: tuple[str, str], tmp_path: Path) -> None:
     run(folders, tmp_path, Evaluation(num_resamples=10), fast_dev_run=True)
     run(folders, tmp_path, Evaluation(), validates=True)
@@ -252,6 +256,7 @@ def logged(metrics: dict[str, float], stage: str) -> set[str]:
     return {name for name in COSTLY if f"{stage}/{name}" in metrics}
 
 
+@pytest.mark.slow
 def test_validation_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_path: Path) -> None:
     recorder = Recorder()
     plain = run(folders, tmp_path, Evaluation(), recorder, validates=True)
@@ -283,6 +288,7 @@ def test_an_interrupted_evaluation_is_forgotten(folders: tuple[str, str], tmp_pa
     assert metrics["val/reward"] == pytest.approx(sum(rewards) / 8)
 
 
+@pytest.mark.slow
 def test_a_test_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_path: Path) -> None:
     assert logged(run(folders, tmp_path, Evaluation(test=(), num_resamples=10)), "test") == set()
     found = run(folders, tmp_path, Evaluation(test=("win_rate_chosen",), num_resamples=10))
@@ -301,6 +307,7 @@ def test_what_is_not_there_is_left_out_and_told(
     assert "Left out: perplexity, because no row" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_by_name_has_to_be_there(folders: tuple[str, str], tmp_path: Path) -> None:
     plain = [{"prompt": "a", "note": 1}]
     with pytest.raises(UserError, match=r"evaluation\.test has win_rate_reference, but there is no model\.ref"):
@@ -318,6 +325,7 @@ def test_what_is_not_asked_for_need_not_be_there(folders: tuple[str, str], tmp_p
     assert logged(run(folders, tmp_path, asked, rows=rows), "test") == {"win_rate_reference", "reference_reward"}
 
 
+@pytest.mark.slow
 def test_another_column_is_read(folders: tuple[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "reply": "yes"} for prompt in PROMPTS]
     run(folders, tmp_path, Evaluation(response_column="reply", num_resamples=10), rows=rows)
@@ -327,6 +335,7 @@ def test_another_column_is_read(folders: tuple[str, str], tmp_path: Path) -> Non
 # A text
 
 
+@pytest.mark.slow
 def test_the_perplexity_of_a_text(folders: tuple[str, str], tmp_path: Path) -> None:
     from conftest import make_tokenizer
     from transformers import AutoModelForCausalLM

@@ -177,6 +177,7 @@ def test_a_value_of_each_token_is_compared(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/variance_seconds/optimal_per_token") == []  # the price of its pass is not known
 
 
+@pytest.mark.slow
 def test_a_clear_answer_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_variance, "FIRST_PRICE", 2)
     outputs = []
@@ -201,6 +202,7 @@ def test_rollouts_that_are_not_measured_are_left_out(tmp_path: Path) -> None:
     assert set(logged) == {logged[0]}
 
 
+@pytest.mark.slow
 def test_figures_are_logged_again_once_an_eighth_is_new(tmp_path: Path) -> None:
     outputs = [with_norms(seed) for seed in range(24)]
     make_trainer(tmp_path, [GradientVariance()]).fit(Compared(outputs))
@@ -275,6 +277,7 @@ class Requests(PairedEngine):
         return super().generate(model, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_kl", [True, False])
 def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(
     has_kl: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -322,6 +325,7 @@ class Shown(Callback):
         self.pairs.append((pl_module.objective.baseline.figures.get("greedy"), logged))
 
 
+@pytest.mark.slow
 def test_auto_is_shown_as_it_decides(tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy")
     advantage = AdvantageConfig(baseline=Auto(["greedy", "batch_mean"], window=8, compare_every=2, greedy_price=0.5))

@@ -78,6 +78,7 @@ def empty(family: str = "llama") -> Any:
         return AutoModelForCausalLM.from_config(tiny_config(family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 def test_operations_are_those_of_weights_and_attention(family: str) -> None:
     """Two per weight and token; keys times queries, and their weights times values, two per pair and feature each."""

@@ -31,6 +31,7 @@ def rows_of(batches: Any) -> list[dict[str, Any]]:
     return [row for batch in batches for row in batch.rows]
 
 
+@pytest.mark.slow
 def test_rows_follow_from_the_seed_and_no_question_is_asked_twice(policy_path: Path) -> None:
     data = made(policy_path)
     train, val = rows_of(data.train_dataloader()), rows_of(data.val_dataloader())
@@ -121,6 +122,7 @@ def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
         reasoning_gym_answer(["p"], ["r"], [{}])
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_it(policy_path: Path, tmp_path: Path) -> None:
     data = ReasoningGymDataModule(
         {"chain_sum": {}}, str(policy_path), size=4, val_size=0, system_prompt=None, batch_size=4, max_prompt_length=200

@@ -179,6 +179,7 @@ def test_the_reference_writes_its_own_responses(
     assert expected[0] != expected[1]
 
 
+@pytest.mark.slow
 def test_an_adapted_policy_is_compared_with_its_start(folders: tuple[str, str], tmp_path: Path) -> None:
     module = remax_module(ModelConfig(folders[0], lora=LoRAConfig(r=4)), sampling=COLD, kl_coef=0.05)
 
@@ -209,6 +210,7 @@ class Noted(PairedEngine):
         return super().generate(model, request)
 
 
+@pytest.mark.slow
 def test_policy_and_reference_draw_independently(folders: tuple[str, str], tmp_path: Path) -> None:
     engine, data = Noted(), prompt_data(tmp_path, folders[0], batch_size=3)
     found, _ = measured(remax_module(folders[0], folders[0], rollout=engine), data, tmp_path)
@@ -216,6 +218,7 @@ def test_policy_and_reference_draw_independently(folders: tuple[str, str], tmp_p
     assert [record.responses["sampled"] for record in found] != [record.responses["reference"] for record in found]
 
 
+@pytest.mark.slow
 def test_the_reference_leaves_the_policys_figures_alone(folders: tuple[str, str], tmp_path: Path) -> None:
     found, metrics = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)
     again, _ = measured(remax_module(*folders), prompt_data(tmp_path, folders[0]), tmp_path)

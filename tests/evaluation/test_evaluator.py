@@ -38,6 +38,7 @@ def evaluate(folders: tuple[str, str], folder: Path, batch_size: int = 8, **opti
     return metrics, recorder
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_figures(folders: tuple[str, str], tmp_path: Path) -> None:
     first, _ = evaluate(folders, tmp_path)
     second, _ = evaluate(folders, tmp_path)
@@ -49,6 +50,7 @@ def test_the_same_weights_give_the_same_figures(folders: tuple[str, str], tmp_pa
     assert again == [first, first]
 
 
+@pytest.mark.slow
 def test_steps_in_between_do_not_change_the_random_numbers(folders: tuple[str, str], tmp_path: Path) -> None:
     module = remax_module(*folders, optimizer=partial(torch.optim.SGD, lr=0.0))
     data = prompt_data(tmp_path, folders[0], batch_size=4)
@@ -61,6 +63,7 @@ def test_steps_in_between_do_not_change_the_random_numbers(folders: tuple[str, s
     assert sorted(trained[0] + trained[1]) != sorted(texts[0] + texts[1])
 
 
+@pytest.mark.slow
 def test_greedy_figures_do_not_depend_on_the_batches(folders: tuple[str, str], tmp_path: Path) -> None:
     whole, recorder = evaluate(folders, tmp_path)
     expected = recorder.validations[0]["rollout"].greedy.texts
@@ -107,6 +110,7 @@ def test_figures_are_means_over_responses_or_tokens(
     assert 0 < expected["val/truncation_rate"] < 1
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_alone(folders: tuple[str, str], tmp_path: Path) -> None:
     def weights(**options: Any) -> dict[str, torch.Tensor]:
         data = prompt_data(tmp_path, folders[0], batch_size=4, micro_batch_size=2)
@@ -118,6 +122,7 @@ def test_validation_leaves_training_alone(folders: tuple[str, str], tmp_path: Pa
     assert all(torch.equal(beside[name], alone[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_test_logs_the_same_under_its_own_name(folders: tuple[str, str], tmp_path: Path) -> None:
     expected, _ = evaluate(folders, tmp_path)
     torch.manual_seed(0)
@@ -126,6 +131,7 @@ def test_test_logs_the_same_under_its_own_name(folders: tuple[str, str], tmp_pat
     assert metrics == {name.replace("val/", "test/"): value for name, value in expected.items()}
 
 
+@pytest.mark.slow
 def test_prediction(folders: tuple[str, str], tmp_path: Path) -> None:
     _, recorder = evaluate(folders, tmp_path, sampling=SamplingConfig(max_response_length=6, num_samples=2))
     rollout = recorder.validations[0]["rollout"]

@@ -122,6 +122,7 @@ def covers(values: Tensor, seed: int) -> bool:
     return low <= 1 <= high
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Samples that were drawn one by one would hide that those of a prompt are alike."""
     samples = [clusters(seed, 60) for seed in range(600)]

@@ -95,6 +95,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_cut_biases_the_gradient_less_than_no_correction() -> None:
     """The table of docs/algorithm.md: means over 20 policies."""
     problems = [Problem(seed) for seed in range(20)]

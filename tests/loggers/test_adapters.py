@@ -77,6 +77,7 @@ def test_the_evaluation_is_a_table(policy: str, tmp_path: Path) -> None:
     assert logger.metrics["test/reward"] == [(step, pytest.approx(written["reward"]["value"]))]
 
 
+@pytest.mark.slow
 def test_an_exported_policy_is_an_artifact_on_demand(policy: str, tmp_path: Path) -> None:
     logger = RecordingLogger(tmp_path)
     options = {"logger": logger, "limit_val_batches": 1}

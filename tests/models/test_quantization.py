@@ -70,6 +70,7 @@ def module(policy: str, **options: Any) -> Any:
     return remax_module(source, kl_coef=0.05, optimizer=partial(torch.optim.AdamW, lr=1e-2), **options)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_4_bits(policy: str, tmp_path: Path) -> None:
     made = module(policy)
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -91,6 +92,7 @@ def test_an_adapter_is_trained_on_4_bits(policy: str, tmp_path: Path) -> None:
     assert float(resumed.callback_metrics["train/loss"]) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_merged_policy_is_that_of_the_4_bits(policy: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -64,6 +64,7 @@ def test_kl_equals_the_oracle(folders: tuple[str, str], tmp_path: Path) -> None:
     assert recorder.logged[0]["train/kl"] == pytest.approx(sum(tokens) / len(tokens), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("credit", ["to_go", "one_step"])
 def test_kl_enters_the_advantages(credit: Any, folders: tuple[str, str], tmp_path: Path) -> None:
     kl = KLConfig("full", credit=credit, clamp=0.14)
@@ -78,6 +79,7 @@ def test_kl_enters_the_advantages(credit: Any, folders: tuple[str, str], tmp_pat
         assert output["advantages"][i, : len(values)].tolist() == pytest.approx(wanted, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_kl_loss_adds_its_own_gradient(folders: tuple[str, str], tmp_path: Path) -> None:
     without = one_step(folders, tmp_path, kl_coef=0.0)
     kl = KLConfig(credit="none", loss_coef=0.7, loss_estimator="full")
@@ -90,6 +92,7 @@ def test_kl_loss_adds_its_own_gradient(folders: tuple[str, str], tmp_path: Path)
     assert distance(without.step(), expected) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"kl": FULL},
     {"kl": BOTH},

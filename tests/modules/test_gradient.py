@@ -87,6 +87,7 @@ def test_split_and_padding_leave_the_gradient(variant: str, folders: tuple[str, 
     assert distance(padded.step(), whole.step()) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tokens", "whitened", "clipped_responses", "two_samples"])
 def test_a_budget_of_tokens_leaves_the_gradient(variant: str, folders: tuple[str, str], tmp_path: Path) -> None:
     whole = one_step(folders, tmp_path, 1, **VARIANTS[variant])
@@ -121,6 +122,7 @@ def test_what_a_budget_of_tokens_cannot_be_combined_with(folders: tuple[str, str
         )
 
 
+@pytest.mark.slow
 def test_mean_over_each_micro_batch_depends_on_the_split(folders: tuple[str, str], tmp_path: Path) -> None:
     options = {"loss": LossConfig(normalizer="micro_batch")}
     whole = one_step(folders, tmp_path, 1, **options).step()
@@ -165,6 +167,7 @@ def test_equals_the_oracle(
     assert distance(recorder.step(), without_kl) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt"])
 def test_equals_the_oracle_in_every_family(family: str, tmp_path: Path) -> None:
     folders = save_policy(tmp_path / "policy", family), save_policy(tmp_path / "reference", family, noise=0.02)
@@ -173,6 +176,7 @@ def test_equals_the_oracle_in_every_family(family: str, tmp_path: Path) -> None:
     assert distance(recorder.step(), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "passes"), [(False, 1), (True, 2)])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(
     checkpointing: bool, passes: int, folders: tuple[str, str], tmp_path: Path

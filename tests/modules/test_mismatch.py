@@ -83,6 +83,7 @@ def weight(ratio: float, config: MismatchConfig) -> float:
     return ratio if config.band[0] <= ratio <= config.band[1] else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind", "splits"),
     [
@@ -128,6 +129,7 @@ def test_several_updates_compare_the_engine_with_the_policy_before_the_first(pol
     assert distance(recorder.step(1), policies.gradient(trained)) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_engine_with_the_policys_log_probs_needs_no_correction(policy: str, tmp_path: Path) -> None:
     loss = LossConfig(mismatch=MismatchConfig("tis"))
     recorder = fitted(policy, tmp_path, rollout=None, loss=loss)

@@ -111,6 +111,7 @@ def test_greedy_responses_are_transformers_own(trained: Any) -> None:
     assert module.generate(["two and"]) == [module.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)]
 
 
+@pytest.mark.slow
 def test_a_loaded_module_cannot_train_without_a_reward(trained: Any, policy: str, tmp_path: Path) -> None:
     _, _, path = trained
     data = PromptDataModule(data=ROWS, tokenizer=policy, batch_size=2, max_prompt_length=32)
@@ -119,6 +120,7 @@ def test_a_loaded_module_cannot_train_without_a_reward(trained: Any, policy: str
     fit(ReMaxModule.load_from_checkpoint(path, reward=letters), data, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_around_its_base(policy: str, tmp_path: Path) -> None:
     module = make(ModelConfig(policy, lora=LoRAConfig(r=2)), optimizer=lambda p: torch.optim.SGD(p, lr=10.0))
     trainer = fit(module, PromptDataModule(data=ROWS, tokenizer=policy, batch_size=2, max_prompt_length=32), tmp_path)

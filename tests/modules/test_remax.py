@@ -107,6 +107,7 @@ def test_kl_starts_at_zero_where_reference_is_policy(policy: str, tmp_path: Path
     assert second > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_and_reference_log_probs_equal_the_oracle(
     estimator: Any, policy: str, reference: str, tmp_path: Path
@@ -133,6 +134,7 @@ def test_log_probs_need_not_be_scaled_by_the_temperature(policy: str, reference:
     assert found == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_kl_loss_adds_the_gradient_of_k2(policy: str, reference: str, tmp_path: Path) -> None:
     def step(**options: Any) -> Recorder:
         module = remax_module(policy, reference, kl_coef=0.0, **options)
@@ -241,6 +243,7 @@ def test_long_responses_can_be_penalized_softly(plain: str, tmp_path: Path) -> N
 # What is run, and how often
 
 
+@pytest.mark.slow
 def test_one_pass_with_gradients_per_micro_batch_and_no_other(policy: str, tmp_path: Path) -> None:
     watch, reward = Watch(), CharacterReward()
     data = prompt_data(tmp_path, policy, micro_batch_size=2)
@@ -276,6 +279,7 @@ def test_other_baselines_make_no_greedy_responses(baseline: Any, policy: str, tm
     assert max(float(value.abs().max()) for value in recorder.step().values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_several_updates_per_rollout(policy: str, reference: str, tmp_path: Path) -> None:
     watch, reward = Watch(), CharacterReward()
     data = prompt_data(tmp_path, policy, micro_batch_size=2)

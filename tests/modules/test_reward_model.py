@@ -158,6 +158,7 @@ def test_loss_and_gradient_are_those_of_unpadded_conversations(
     assert bool(told) == (pad_is_eos and family != "bert")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
 def test_the_split_into_micro_batches_leaves_the_step(
     start: str, tmp_path: Path, batch_size: int, accumulate: int
@@ -169,6 +170,7 @@ def test_the_split_into_micro_batches_leaves_the_step(
     assert parts.logged[0] == pytest.approx(whole.logged[0], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt", "bert"])
 def test_padding_on_either_side_changes_nothing(tmp_path: Path, family: str) -> None:
     class Wider(PreferenceDataModule):
@@ -206,6 +208,7 @@ def test_gradient_checkpointing_leaves_the_step(start: str, tmp_path: Path) -> N
 # Where it starts
 
 
+@pytest.mark.slow
 def test_a_language_model_gets_the_same_new_head_in_every_run_of_a_seed(policy_path: Path, tmp_path: Path) -> None:
     def heads(seed: int) -> Tensor:
         recorder = train(reward_module(str(policy_path)), pair_data(tmp_path, str(policy_path)), tmp_path, seed)
@@ -354,6 +357,7 @@ def test_a_run_without_a_validation_is_normalized_too(start: str, tmp_path: Path
     assert module._normalized_at == 2
 
 
+@pytest.mark.slow
 def test_the_end_of_training_is_normalized_for_its_own_weights(start: str, tmp_path: Path) -> None:
     """The validation is before the last step, which moves the scores."""
     _, trainer = fitted(
@@ -366,6 +370,7 @@ def test_the_end_of_training_is_normalized_for_its_own_weights(start: str, tmp_p
     assert not torch.equal(first["score.weight"], last["score.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"module": {"normalize": False}}, {"data": {"val_path": None}}])
 def test_scores_stay_as_they_are_without_normalization(start: str, tmp_path: Path, options: dict[str, Any]) -> None:
     fitted(start, tmp_path, **options)
@@ -417,6 +422,7 @@ def test_the_exported_model_reads_messages_with_the_variables_of_its_training(tm
     assert reward._token_ids(text) == batch.chosen_ids[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_normalized_model_can_be_trained_again(tmp_path: Path) -> None:
     """What the first export could not fold is part of the score that the second run normalizes."""
     path = save_start(tmp_path / "start", "llama")
@@ -431,6 +437,7 @@ def test_a_normalized_model_can_be_trained_again(tmp_path: Path) -> None:
 # Resuming, predicting, learning
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(start: str, tmp_path: Path) -> None:
     def run(steps: int, ckpt_path: str | None = None) -> RewardModelModule:
         module = reward_module(start, optimizer=partial(torch.optim.AdamW, lr=1e-2))
@@ -450,6 +457,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(start: str, tmp_path: Path) -> N
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_predictions_are_normalized(start: str, tmp_path: Path) -> None:
     module, trainer = fitted(start, tmp_path)
     found = [
@@ -460,6 +468,7 @@ def test_predictions_are_normalized(start: str, tmp_path: Path) -> None:
     torch.testing.assert_close(scores.flatten(), rewards_of(tmp_path / "model" / "last")[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_the_normalization(start: str, tmp_path: Path) -> None:
     _, trainer = fitted(start, tmp_path)
     trainer.save_checkpoint(tmp_path / "end.ckpt")

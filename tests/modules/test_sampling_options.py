@@ -35,6 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 # Ids without a token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [PairedEngine, HuggingFaceEngine])
 def test_a_whole_run_draws_no_id_without_a_token(engine: Any, tmp_path: Path) -> None:
     """The embedding has 24 rows more than the tokenizer has tokens, each as likely as a token."""
@@ -88,6 +89,7 @@ def test_a_stop_string_ends_a_response_as_eos_does(pad_is_eos: bool, tmp_path: P
     assert sampled.truncated.tolist() == [False, True, True]
 
 
+@pytest.mark.slow
 def test_stop_strings_end_real_rollouts(folders: tuple[str, str], tmp_path: Path) -> None:
     """Every response ends with one, or at the limit, or by a token that ends it."""
     sampling = SamplingConfig(max_response_length=24, stop_strings=tuple("GHIJKLMNOP"))
@@ -113,6 +115,7 @@ def two_updates(folders: tuple[str, str], folder: Path, kind: str, **options: An
     return fit(module, prompt_data(folder, folders[0], micro_batch_size=4), folder, max_steps=2)
 
 
+@pytest.mark.slow
 def test_log_probs_of_the_rollout_take_the_place_of_a_pass(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_kl_over_the_vocabulary_needs_a_pass_of_its_own(folders: tuple[str, st
 # Truncation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [True, False])
 def test_the_ratio_of_the_first_update_is_one_under_truncation(
     head: bool, folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +190,7 @@ def test_the_ratio_of_the_first_update_is_one_under_truncation(
     assert ratios[0].abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_truncated_log_probs_are_larger_and_train_another_gradient(folders: tuple[str, str], tmp_path: Path) -> None:
     steps = {}
     for truncate in (True, False):

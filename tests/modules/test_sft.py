@@ -234,6 +234,7 @@ def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_pat
     assert metrics[f"{prefix}/baseline_reward"] == 0.0
 
 
+@pytest.mark.slow
 def test_an_example_that_fills_up_a_rank_counts_once(policy: str, tmp_path: Path) -> None:
     """Of five rows the second of two ranks has two, and one of the first rank again, to have as many batches."""
 

@@ -195,6 +195,7 @@ def test_where_a_kl_enters_every_row_is_run(kl: KLConfig, folders: tuple[str, st
 # The reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kl_coef", "kl"), [(0.0, KLConfig()), (0.05, KLConfig(credit="none"))])
 def test_a_reference_whose_kl_enters_nothing_is_run_in_validation_only(
     kl_coef: float, kl: KLConfig, folders: tuple[str, str], tmp_path: Path

@@ -216,6 +216,7 @@ def test_the_tokenizer_of_a_base_is_of_the_revision_of_the_base(tmp_path: Path) 
     assert tokenizer_location(source) == (path, "of-adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("base_is_classifier", [False, True])
 def test_an_adapter_is_merged_with_its_head(tmp_path: Path, base_is_classifier: bool, pickled: bool) -> None:

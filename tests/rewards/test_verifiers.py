@@ -354,6 +354,7 @@ def math_scores(pairs: list[tuple[Any, str]], **options: Any) -> list[float]:
     )
 
 
+@pytest.mark.slow
 def test_formulas_are_compared_by_their_value() -> None:
     wrong = [pair for pair, score in zip(EQUAL, math_scores(EQUAL), strict=True) if score != 1.0]
     paid = [pair for pair, score in zip(NOT_EQUAL, math_scores(NOT_EQUAL), strict=True) if score != 0.0]
@@ -395,6 +396,7 @@ def test_lists_are_compared_with_lists_of_as_many_values() -> None:
     assert math_scores(pairs) == [1.0] * 3
 
 
+@pytest.mark.slow
 def test_a_search_that_takes_too_long_is_killed_and_scores_0() -> None:
     responses = ["a" * 60 + "b", "aaa", "c"]
     with pytest.warns(

@@ -92,6 +92,7 @@ def test_a_family_writes_what_it_writes_in_masked_slots(
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @KINDS
 def test_any_rows_of_any_prompts_may_be_left(kind: Any, decode: Any) -> None:
     """Five rows of a prompt, of which some end early: other prompts then have more rows than it."""
@@ -166,6 +167,7 @@ def test_a_prompt_takes_memory_once_whatever_its_rows(decode: Any) -> None:
     assert peaks[SharedPrefix] < 0.5 * peaks[DecodeBuffers]  # of 82 rows, 80 need no copy
 
 
+@pytest.mark.slow
 def test_the_choice_is_logged_once_with_its_reason(decode: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     with caplog.at_level("INFO"):
@@ -229,6 +231,7 @@ def on_cuda(
     return engine.generate(model, request)
 
 
+@pytest.mark.slow
 def test_a_rollout_on_cuda_takes_one_graph_for_each_number_of_rows(
     flash: FlashByLengths, fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,6 +275,7 @@ def test_rows_that_end_leave_the_graphs_of_fewer_rows_to_replay(flash: FlashByLe
     assert sum(graph.replays for graph in fake_cuda.graphs) > before
 
 
+@pytest.mark.slow
 def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLengths, fake_cuda: FakeCuda) -> None:
     model, engine = tiny_model("llama").to("cuda", torch.bfloat16), PairedEngine()
     found = on_cuda(model, engine, 12, top_p=0.7)

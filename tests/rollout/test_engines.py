@@ -205,6 +205,7 @@ def test_nothing_stands_after_the_end_but_padding(engine: Any) -> None:
     assert (ids[after_end > 0] == PAD).all()
 
 
+@pytest.mark.slow
 def test_engines_draw_the_same_responses_whichever_rows_have_ended() -> None:
     model = tiny_model("llama")
     arguments = {"max_response_length": 40, "eos": likely_token(model), "num_samples": 4}
@@ -216,6 +217,7 @@ def test_engines_draw_the_same_responses_whichever_rows_have_ended() -> None:
         assert torch.equal(*padded)
 
 
+@pytest.mark.slow
 def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     eos = likely_token(model)
@@ -232,6 +234,7 @@ def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left[-1].sum() >= 10  # so rows would have left
 
 
+@pytest.mark.slow
 def test_ended_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     eos = likely_token(model)

@@ -144,6 +144,7 @@ def _generate(
     return engine.generate(model, GenerationRequest(ids, mask, sampling, [2], 3, generator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_checks_notice_padding_that_is_not_masked(dtype: torch.dtype) -> None:
     model = family_model(LLAMA, dtype)

@@ -43,6 +43,7 @@ from remax_lightning.rollout.vllm_weights import weight_version
 # ---- Requests and responses ----
 
 
+@pytest.mark.slow
 def test_greedy_responses_are_those_of_the_own_engine(model: Any, serve: Any, tmp_path: Path) -> None:
     engine = engine_for(tmp_path, serve())
     for step in range(2):
@@ -67,6 +68,7 @@ def test_log_probs_are_those_of_the_policy(model: Any, serve: Any, tmp_path: Pat
         assert (ids[length:] == 3).all()
 
 
+@pytest.mark.slow
 def test_a_run_repeats_and_rows_differ(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server)
@@ -127,6 +129,7 @@ def test_the_reference_of_an_evaluation_decodes_in_the_trainer(tmp_path: Path) -
 # ---- Weights ----
 
 
+@pytest.mark.slow
 def test_a_server_gets_weights_once_for_each_version(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server)
@@ -156,6 +159,7 @@ def test_the_files_go_with_the_engine(model: Any, serve: Any, tmp_path: Path) ->
     assert not [path for path in (tmp_path / "weights").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_weights_can_be_sent_to_a_server_that_sees_no_file(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server, transfer="broadcast")
@@ -217,6 +221,7 @@ def test_an_adapter_is_not_broadcast(model: Any, serve: Any, tmp_path: Path) -> 
         engine_for(tmp_path, serve(has_lora=True), transfer="broadcast").check(adapted, request_for().sampling, 5)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_sent_alone(model: Any, serve: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -250,6 +255,7 @@ def test_a_version_tells_weights_in_other_places_apart(model: Any) -> None:
 # ---- Servers that fail ----
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_waited_for_and_gets_the_weights_anew(model: Any, serve: Any, tmp_path: Path) -> None:
     expected = engine_for(tmp_path, serve()).generate(model, request_for())
     shake(model, 0.0)
@@ -265,6 +271,7 @@ def test_a_server_that_dies_is_waited_for_and_gets_the_weights_anew(model: Any, 
     assert len(answered) < 2 * 8
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_between_rollouts_gets_the_weights_anew(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server)
@@ -274,12 +281,14 @@ def test_a_server_that_restarts_between_rollouts_gets_the_weights_anew(model: An
     assert torch.equal(engine.generate(model, request_for()).sampled_ids, first.sampled_ids)
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_run(model: Any, serve: Any, tmp_path: Path) -> None:
     engine = engine_for(tmp_path, serve(dies_after=4), restart_timeout=0.5)
     with pytest.raises(UserError, match=r"the server http://.* does not answer since 0.5 s .*restart_timeout"):
         engine.generate(model, request_for())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500])
 def test_only_what_was_refused_is_asked_for_again(status: int, model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
@@ -339,6 +348,7 @@ def test_log_probs_find_what_checksums_would(fault: str, model: Any, serve: Any,
         engine.generate(model, request_for(num_samples=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [{"samples_at": 0.3}, {"own_top_k": 8}], ids=["temperature", "truncated"])
 def test_samples_of_another_distribution_are_noticed_by_their_likelihood(
     fault: dict[str, Any], model: Any, serve: Any, tmp_path: Path
@@ -349,6 +359,7 @@ def test_samples_of_another_distribution_are_noticed_by_their_likelihood(
         engine.generate(model, request_for(num_samples=8, eos_ids=[2]))
 
 
+@pytest.mark.slow
 def test_the_first_update_is_proven_and_then_every_so_many_rollouts(model: Any, serve: Any, tmp_path: Path) -> None:
     engine, proven = engine_for(tmp_path, serve(), proof=ProofConfig(every=4, responses=2)), []
     for step in range(5):
@@ -369,6 +380,7 @@ def test_rounding_may_explain_as_much_as_the_user_says(model: Any, serve: Any, t
             engine_for(tmp_path, serve(temperature=1.5, samples_at=1.5), proof=proof).generate(model, request_for())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_head", [True, False])
 def test_the_proof_has_logits_of_a_few_tokens_at_once(
     has_head: bool, model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -483,6 +495,7 @@ ASKED_FOR_WEIGHTS = ("/pause", "/init_weight_transfer_engine", "/start_weight_up
                      "/finish_weight_update", "/weight_checker")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*ASKED_AT_START, *ASKED_FOR_WEIGHTS])
 def test_a_server_that_is_busy_is_asked_again_and_then_named(path: str, model: Any, serve: Any, tmp_path: Path) -> None:
     """Whatever it is asked: one that starts answers 503 here and there."""
@@ -640,6 +653,7 @@ def test_a_number_out_of_its_range_is_refused(name: str) -> None:
 # ---- Runs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])])
 def test_a_run_trains_with_corrected_responses(lora: Any, policy: str, serve: Any, tmp_path: Path) -> None:
     server = serve(has_lora=lora is not None)

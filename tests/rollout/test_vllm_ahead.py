@@ -26,6 +26,7 @@ def ahead_for(folder: Path, *servers: FakeVLLM, **options: Any) -> VLLMEngine:
     return engine_for(folder, *servers, ahead=1, **options)
 
 
+@pytest.mark.slow
 def test_the_next_rollout_is_of_the_weights_from_before_the_update(model: Any, serve: Any, tmp_path: Path) -> None:
     server, before = serve(), weight_version(model)
     expected = engine_for(tmp_path / "other", serve()).generate(model, request_for(seed=1))

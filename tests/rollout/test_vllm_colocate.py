@@ -66,6 +66,7 @@ def started(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[VLLMEng
         server.__exit__()
 
 
+@pytest.mark.slow
 def test_it_starts_a_server_for_the_policy(started: Any, model: Any, serve: Any, tmp_path: Path) -> None:
     engine, _ = started()
     output = engine.generate(model, request_for())
@@ -90,6 +91,7 @@ def test_it_serves_what_remax_serve_would(started: Any, model: Any, tmp_path: Pa
         assert part in arguments
 
 
+@pytest.mark.slow
 def test_the_server_sleeps_but_for_rollouts(started: Any, model: Any) -> None:
     engine, server = started()
     for _ in range(2):
@@ -120,6 +122,7 @@ def test_a_server_that_is_killed_is_started_again(started: Any, model: Any, tmp_
     assert children(engine, tmp_path) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_server_reads_whole_weights_in_the_trainers_memory(
     dtype: torch.dtype, started: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,7 @@ def sync_for(engine: VLLMEngine, folder: Path, timeout: float = 60.0, *, on_each
 # ---- Answers ----
 
 
+@pytest.mark.slow
 def test_answers_may_come_in_any_order(model: Any, serve: Any, tmp_path: Path) -> None:
     expected = engine_for(tmp_path, serve()).generate(model, request_for())
     server = serve(delays=(0.2, 0.0, 0.15, 0.05, 0.1))
@@ -60,6 +61,7 @@ def test_a_response_that_ends_where_none_does_ends_the_run(model: Any, serve: An
         engine.generate(model, request_for(eos_ids=[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_a_response_that_the_server_gave_up_is_asked_for_again(
     reason: str, model: Any, serve: Any, tmp_path: Path
@@ -101,6 +103,7 @@ ELSE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ELSE)
 def test_a_server_that_restarts_as_another_one_is_named(what: str, model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(dies_after=1 + 8 + 4, back_after=0.2)
@@ -117,6 +120,7 @@ def test_a_server_that_restarts_as_another_one_is_named(what: str, model: Any, s
         engine.generate(model, request_for(seed=1))
 
 
+@pytest.mark.slow
 def test_a_server_with_room_for_more_tokens_may_go_on(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server)
@@ -127,6 +131,7 @@ def test_a_server_with_room_for_more_tokens_may_go_on(model: Any, serve: Any, tm
     assert server.version == vllm_weights.weight_version(model)
 
 
+@pytest.mark.slow
 def test_the_first_rollout_behind_a_restart_is_proven(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine, proven = engine_for(tmp_path, server, proof=ProofConfig(every=100, responses=2)), []
@@ -195,6 +200,7 @@ def test_another_tokenizer_is_refused(policy: str, serve: Any, tmp_path: Path) -
         fit(module, prompt_data(tmp_path, policy, val_path=None), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [400, 404, 500])
 def test_a_server_that_shows_no_tokenizer_is_taken(status: int, policy: str, serve: Any, tmp_path: Path) -> None:
     server = serve(writes=lambda text: text.replace("7", "seven"))
@@ -262,6 +268,7 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- What a run leaves behind ----
 
 
+@pytest.mark.slow
 def test_files_of_equal_weights_stay_until_the_last_run_ends(model: Any, serve: Any, tmp_path: Path) -> None:
     first, second = engine_for(tmp_path, serve()), engine_for(tmp_path, serve())
     for engine in (first, second):
@@ -275,6 +282,7 @@ def test_files_of_equal_weights_stay_until_the_last_run_ends(model: Any, serve: 
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [None, 0, 1])
 def test_nothing_holds_a_policy_behind_its_run(ahead: int | None, policy: str, serve: Any, tmp_path: Path) -> None:
     """A second run in the same process needs the memory; None is the engine of the trainer."""

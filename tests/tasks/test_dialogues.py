@@ -43,6 +43,7 @@ def test_four_is_the_most_that_a_response_gets() -> None:
     assert min(scores) < 0
 
 
+@pytest.mark.slow
 def test_labels_are_wrong_as_often_as_bradley_and_terry_say() -> None:
     pairs = make_preferences(5000)
     expected = [preference_probability(pair) for pair in pairs]
@@ -58,6 +59,7 @@ def test_labels_are_wrong_as_often_as_bradley_and_terry_say() -> None:
     assert 0.02 < 1 - agreed < 0.2
 
 
+@pytest.mark.slow
 def test_prompts_are_all_different_and_calls_alike() -> None:
     pairs = make_preferences(3000)
     assert len({pair.prompt for pair in pairs}) == 3000

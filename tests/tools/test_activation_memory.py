@@ -55,6 +55,7 @@ def test_a_rollout(family: str, autocast: Any, monkeypatch: pytest.MonkeyPatch) 
 SUPPRESSED = SuppressedTokens((91, 92, 93, 94, 95), (2,), RESPONSE)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_drawn_cost_masks_of_the_vocabulary() -> None:
     """Their logits are written anew at every token of a rollout, and masked in a pass: both as in the real ones."""
     model, (prompt, responses) = tiny_model("llama", vocab_size=5000).eval(), rows()

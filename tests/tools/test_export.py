@@ -225,6 +225,7 @@ class MyConfig(LlamaConfig):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_what_a_run_trusted_is_not_trusted_by_its_export(named: bool, run: Run, capsys: Any) -> None:
     """The configuration may come with the folder, from a stranger."""

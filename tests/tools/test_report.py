@@ -189,6 +189,7 @@ def test_kl_against_reward_pairs_the_steps_that_both_have() -> None:
     assert kl_against_reward({"train/kl": Curve([1], [0.1]), "train/reward": Curve([2], [1.0])}) is None
 
 
+@pytest.mark.slow
 def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
     page = written(write_run(tmp_path / "version_0"))
     assert notes_of(page) == []
@@ -199,6 +200,7 @@ def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=[\"']?(?!data:)\w", page.split('id="data"')[0])
 
 
+@pytest.mark.slow
 def test_nothing_in_a_sample_or_a_configuration_ends_its_element(tmp_path: Path) -> None:
     page = written(write_run(tmp_path / "version_0"))
     assert page.count("</script>") == 2  # the data's and the script's

@@ -44,6 +44,7 @@ def value(arguments: list[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
+@pytest.mark.slow
 def test_the_server_is_started_as_the_engine_wants_it(config: Any, policy_path: Path) -> None:
     arguments, environment = serve_command(
         config(rollout=ENGINE, sampling={"max_response_length": 24, "temperature": 0.7}),
@@ -66,6 +67,7 @@ def test_the_server_is_started_as_the_engine_wants_it(config: Any, policy_path: 
         assert Path(environment["PYTHONPATH"].split(":")[0], f"{module}.py").is_file()
 
 
+@pytest.mark.slow
 def test_each_machine_serves_at_its_own_url(config: Any) -> None:
     """192.0.2.1 belongs to documentation, so to no machine."""
     urls = ["http://192.0.2.1:8001", "http://127.0.0.1:8002", "http://127.0.0.1:8003"]
@@ -74,6 +76,7 @@ def test_each_machine_serves_at_its_own_url(config: Any) -> None:
     assert (value(arguments, "--host"), value(arguments, "--port")) == ("127.0.0.1", "8002")
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_key(config: Any, monkeypatch: pytest.MonkeyPatch, policy_path: Path) -> None:
     monkeypatch.setenv("SERVE_KEY", "secret")
     engine = {"class_path": "VLLMEngine", "init_args": {**ENGINE["init_args"], "api_key_env": "SERVE_KEY"}}
@@ -86,6 +89,7 @@ def test_an_adapter_and_a_key(config: Any, monkeypatch: pytest.MonkeyPatch, poli
     assert "secret" not in str(command)
 
 
+@pytest.mark.slow
 def test_without_vllm_it_says_what_to_install(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*config(), "--python", "no-such-program"]
     main([*arguments, "--print"])

@@ -165,6 +165,7 @@ class Silent(PairedEngine):
         return super().generate(model, replace(request, return_log_probs=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "sampling", "how"),
     [

@@ -181,6 +181,7 @@ def test_schedules_equal_their_formula(kind: Any, shape: Any, warmup: int, least
         scheduler.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"max_steps": 4, "max_epochs": 4},
     {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2},

@@ -113,6 +113,7 @@ def test_every_generator_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         set_random_state(before, cpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 3], ids=["before a step", "within a step"])
 def test_the_step_is_ended_saved_and_repeated(batch: int, whole: list[float], tmp_path: Path) -> None:
     runs, told, rest = Runs(tmp_path), Tell("train", 1, batch), Tell()
@@ -133,6 +134,7 @@ def test_a_checkpoint_of_the_step_is_not_written_twice(whole: list[float], tmp_p
     assert runs.saved() == ["step=2.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_validation_is_left_and_the_steps_before_it_are_kept(whole: list[float], tmp_path: Path) -> None:
     validates = {"limit_val_batches": 1.0, "val_check_interval": 2}
     runs, told, rest = Runs(tmp_path), Tell("validation", 2, 0), Tell()
@@ -144,6 +146,7 @@ def test_a_validation_is_left_and_the_steps_before_it_are_kept(whole: list[float
     assert rest.validated == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_with_the_step_ends_as_ever(whole: list[float], tmp_path: Path) -> None:
     runs, told = Runs(tmp_path), Tell("train", STEPS - 1, 2)
     trainer = runs.start(told)
@@ -152,6 +155,7 @@ def test_a_run_that_is_done_with_the_step_ends_as_ever(whole: list[float], tmp_p
     assert runs.saved() == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_run_counted_in_epochs_that_is_done_ends_as_ever(tmp_path: Path) -> None:
     told = Tell("train", 2 * STEPS - 1, 2)
     trainer = Runs(tmp_path).start(told, max_steps=-1, max_epochs=2)
@@ -165,6 +169,7 @@ def test_it_says_so_where_nothing_can_be_saved(saves: dict[str, Any] | None, tmp
         Runs(tmp_path).start(Tell("train", 0, 0), saves=saves)
 
 
+@pytest.mark.slow
 def test_an_early_stop_waits_for_the_end_of_the_step(whole: list[float], tmp_path: Path) -> None:
     """A stop in the middle of a step would throw its gradients away, on this rank alone."""
 
@@ -178,6 +183,7 @@ def test_an_early_stop_waits_for_the_end_of_the_step(whole: list[float], tmp_pat
     assert stop.losses == whole[:2]
 
 
+@pytest.mark.slow
 def test_slurms_signal_requeues_the_job_and_lightning_finds_the_checkpoint(
     whole: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +288,7 @@ def test_a_process_that_a_reward_forks_ends_by_sigterm_and_the_run_goes_on(tmp_p
     assert trainer.global_step == STEPS
 
 
+@pytest.mark.slow
 def test_handlers_are_as_before_after_a_run(tmp_path: Path) -> None:
     before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
     Runs(tmp_path).start(Tell(), max_steps=1)

@@ -76,6 +76,7 @@ def test_figures_are_those_with_a_second_copy(
     assert first.outputs[2]["kl"].abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_validation_measures_the_kl_without_a_coefficient_too(base: str, tmp_path: Path) -> None:
     module = make(base, LoRAConfig(r=2), kl_coef=0.0)
     seen = fit(module, prompt_data(tmp_path, base), tmp_path, num_sanity_val_steps=1, **STEPS)
@@ -117,6 +118,7 @@ def losses_of(recorder: Recorder) -> list[float]:
     return [float(output["loss"]) for output in recorder.outputs]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(base: str, checkpoints: Path) -> None:
     rest = run(make(base, LoRAConfig(r=2)), base, checkpoints, checkpoint=checkpoints / "step=3.ckpt")
     losses = torch.load(checkpoints / "losses.pt", weights_only=True)
@@ -144,6 +146,7 @@ def test_another_adapter_does_not_resume(lora: LoRAConfig, base: str, checkpoint
         run(make(base, lora), base, checkpoints, checkpoint=checkpoints / "step=3.ckpt")
 
 
+@pytest.mark.slow
 def test_a_whole_policy_does_not_resume_from_an_adapter_nor_an_adapter_from_it(
     base: str, checkpoints: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def run_moving(module: Any, base: str, folder: Path, *callbacks: Any, **options:
     return recorder, references
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 def test_a_reference_moves_to_the_policy_every_second_step(base: str, tmp_path: Path, alpha: float) -> None:
     recorder, references = run_moving(moving(base, alpha), base, tmp_path)
@@ -236,6 +240,7 @@ def test_a_reference_moves_to_the_policy_every_second_step(base: str, tmp_path: 
         assert recorder.outputs[2]["kl"].abs().max() < 1e-4 < recorder.outputs[1]["kl"].abs().max()
 
 
+@pytest.mark.slow
 def test_a_moved_reference_resumes_bit_for_bit(base: str, tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole, references = run_moving(moving(base, 0.5), base, tmp_path, saves, enable_checkpointing=True)
@@ -246,6 +251,7 @@ def test_a_moved_reference_resumes_bit_for_bit(base: str, tmp_path: Path) -> Non
             assert torch.equal(value, resumed.seen[-1][name])
 
 
+@pytest.mark.slow
 def test_what_cannot_move_is_refused(base: str, tmp_path: Path) -> None:
     kl = KLConfig(reference_sync_steps=2)
     with pytest.raises(UserError, match=r"reference_sync_steps needs a reference with weights of its own"):

@@ -77,6 +77,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, value: float, poli
     assert all(part in told[0] for part in ("Optimizer step 2 is skipped", "learning rate 0.005", "loss ", "norm "))
 
 
+@pytest.mark.slow
 def test_the_cause_is_named(policy: str, tmp_path: Path) -> None:
     module, data = stage("sft", policy, tmp_path)
     _, told, _ = train(module, data, tmp_path, Overflow({1}), max_steps=1)

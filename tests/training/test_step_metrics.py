@@ -68,6 +68,7 @@ def fitted(folder: Path, policy: str, at_start: bool = True, **options: Any) -> 
     return logger, trainer, module
 
 
+@pytest.mark.slow
 def test_all_figures_stand_at_the_steps_done(tmp_path: Path, policy: str) -> None:
     logger, trainer, _ = fitted(tmp_path, policy)
     for key in ("train/reward", "train/loss", "train/lr", "train/grad_norm", "mine/batch"):
@@ -85,6 +86,7 @@ def test_all_figures_stand_at_the_steps_done(tmp_path: Path, policy: str) -> Non
     assert {row.split(",")[column] for row in rows[1:]} == {"0", "1", "2", "3", "4"}
 
 
+@pytest.mark.slow
 def test_intervals_of_logging_count_steps_done(tmp_path: Path, policy: str) -> None:
     logger, *_ = fitted(tmp_path, policy, log_every_n_steps=2)
     assert logger.steps("train/reward") == [2, 4]
@@ -93,6 +95,7 @@ def test_intervals_of_logging_count_steps_done(tmp_path: Path, policy: str) -> N
 # The evaluation before the first step
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_the_start_changes_no_training_and_takes_the_place_of_the_sanity_check(
     tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_an_evaluation_at_the_start_changes_no_training_and_takes_the_place_of_t
     assert rewards[0] == rewards[1]
 
 
+@pytest.mark.slow
 def test_the_evaluation_at_the_start_is_that_of_the_untrained_policy(tmp_path: Path, policy: str) -> None:
     logger, *_ = fitted(tmp_path, policy)
     trainer = make_trainer(tmp_path, [Evaluation()], limit_val_batches=1.0)
@@ -118,6 +122,7 @@ def test_the_evaluation_at_the_start_is_that_of_the_untrained_policy(tmp_path: P
     assert {key: at_start[key] for key in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_repeat_it(tmp_path: Path, policy: str) -> None:
     _, trainer, _ = fitted(tmp_path, policy, max_steps=2)
     trainer.save_checkpoint(tmp_path / "step2.ckpt")
