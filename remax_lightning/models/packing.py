@@ -11,12 +11,11 @@ attention of a model's own, soft caps, texts longer than a sliding window) runs 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +176,9 @@ def packed_attention(
     bounds = _active[-1].bounds
     _active[-1].calls += 1
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if (dtype := _autocast_dtype(device)) is not None:
         # As torch's own attention does: rotary embeddings leave queries and keys in the float32 of the weights.
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # torch's flash attention over texts of any length: CUDA, 16 bits, heads that it takes, no dropout
     is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
@@ -215,18 +214,6 @@ def attend_text_by_text(
 # ---- Which models can be packed ----
 
 
-class Packability(NamedTuple):
-    """Whether a model can be packed.
-
-    Args:
-        obstacle: why not; empty if it can.
-        window: tokens that every attention layer sees at least; infinite where all see the whole text.
-    """
-
-    obstacle: str
-    window: float
-
-
 def token_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Return `[T, V]` logits of all tokens of a row, asked for by their places as in passes, if the model can."""
     if accepts_argument(model, "logits_to_keep"):
@@ -241,31 +228,42 @@ def packing_obstacle(
 ) -> str:
     """Return why passes of a model have to run padded rows; empty where they run packed ones.
 
-    The first call runs a few tokens, on all ranks where the model is sharded; its result is logged once.
+    The first call in each precision runs a few tokens, on all ranks where the model is sharded. What it finds is logged
+    once.
 
     Args:
         model: a language model, or another one with `token_outputs`.
         longest: tokens of the longest text.
         token_outputs: from a model and the arguments of a pass over one row to what it returns of each token, `[T, C]`.
     """
-    if model not in _findings:
+    # ---- Autocast has kernels of its own, which a device may lack: flash attention asks for Ampere or newer ----
+    obstacles = _obstacles.setdefault(model, {})
+    precision = _autocast_dtype(next(cast("nn.Module", model).parameters()).device.type)
+    if precision not in obstacles:
         reason = _find_obstacle(model, token_outputs)
-        rows = f"padded rows, because {reason}" if reason else "packed rows, without padding"
-        log.info("%s: passes over whole texts run %s", type(unwrap_peft(model)).__name__, rows)
-        window = smallest_window(model)
-        _findings[model] = Packability(reason, math.inf if window is None else window)
-    obstacle, limit = _findings[model]
-    if obstacle or longest <= limit:
-        return obstacle
+        if reason not in obstacles.values():
+            rows = f"padded rows, because {reason}" if reason else "packed rows, without padding"
+            log.info("%s: passes over whole texts run %s", type(unwrap_peft(model)).__name__, rows)
+        obstacles[precision] = reason
+    window = smallest_window(model)
+    if obstacles[precision] or window is None or longest <= window:
+        return obstacles[precision]
     # ---- Longer than what every layer sees ----
     if model not in _said_windows:
-        _said_windows[model] = limit
+        _said_windows.add(model)
         log.info(
             "%s: passes over texts of more than %d tokens, its attention window, run padded rows",
             type(unwrap_peft(model)).__name__,
-            limit,
+            window,
         )
-    return f"a text is longer than its attention window of {limit} tokens"
+    return f"a text is longer than its attention window of {window} tokens"
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of autocast on a type of device; None outside of it, and where there is none, as on `meta`."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def smallest_window(model: PreTrainedModel) -> int | None:
@@ -314,5 +312,6 @@ _IMPLEMENTATION = "_attn_implementation_internal"
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
 """Keys of configurations for the tokens that a layer sees: Mistral, Llama 4, GPT-Neo and others."""
 _configs: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-_findings: WeakKeyDictionary[Any, Packability] = WeakKeyDictionary()
-_said_windows: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+_obstacles: WeakKeyDictionary[Any, dict[torch.dtype | None, str]] = WeakKeyDictionary()
+"""By model: by the dtype of autocast, None without it, what keeps it from being packed."""
+_said_windows: WeakSet[Any] = WeakSet()

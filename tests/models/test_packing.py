@@ -26,6 +26,7 @@ from remax_lightning.models.log_probs import policy_statistics, with_reference
 from remax_lightning.models.packing import attend_text_by_text, packed_texts, packing_obstacle
 from remax_lightning.rewards import pooling
 from remax_lightning.rollout.engines import why_unsupported
+from remax_lightning.types import Rollout
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -205,6 +206,14 @@ def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     assert output.dtype == torch.bfloat16
 
 
+def on_device(rollout: Rollout) -> Rollout:
+    prompt, sampled = rollout.prompt, rollout.sampled
+    return rollout._replace(
+        prompt=prompt._replace(prompt_ids=prompt.prompt_ids.cuda(), prompt_mask=prompt.prompt_mask.cuda()),
+        sampled=sampled._replace(response_ids=sampled.response_ids.cuda(), response_mask=sampled.response_mask.cuda()),
+    )
+
+
 @pytest.mark.parametrize(
     ("dtype", "mixed", "flash"),
     [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.float32, True, True)],
@@ -221,16 +230,35 @@ def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
     with autocast():
         expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
     assert called == []
-    there, rollout = tiny_model("llama").to(dtype).to("cuda"), rollout_of()
-    prompt, sampled = rollout.prompt, rollout.sampled
-    rollout = rollout._replace(
-        prompt=prompt._replace(prompt_ids=prompt.prompt_ids.cuda(), prompt_mask=prompt.prompt_mask.cuda()),
-        sampled=sampled._replace(response_ids=sampled.response_ids.cuda(), response_mask=sampled.response_mask.cuda()),
-    )
+    there, rollout = tiny_model("llama").to(dtype).to("cuda"), on_device(rollout_of())
     with autocast():
         found = policy_statistics(there, rollout, SamplingConfig()).log_probs
     assert bool(called) == flash
     torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_a_gpu_without_flash_attention_runs_padded_rows_in_mixed_precision(
+    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch's asks for the Ampere generation, which a T4 or V100 is older than; in float32 rows are packed."""
+    from torch.nn.attention import varlen
+
+    def refuses(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(varlen, "varlen_attn", refuses)
+    model, there = tiny_model("llama"), tiny_model("llama").to("cuda")
+    for mixed in (False, True, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with caplog.at_level(logging.WARNING, packing.__name__):
+                expected = policy_statistics(model, rollout_of(), SamplingConfig(), packed=not mixed).log_probs
+            with caplog.at_level(logging.INFO, packing.__name__):
+                found = policy_statistics(there, on_device(rollout_of()), SamplingConfig()).log_probs
+        torch.testing.assert_close(found.cpu(), expected)
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    packed = "passes over whole texts run packed rows, without padding"
+    padded = "passes over whole texts run padded rows, because a packed pass fails (RuntimeError: FlashAttention only"
+    assert [text[: len(padded)] for text in said] == [packed, padded]
 
 
 @pytest.fixture
