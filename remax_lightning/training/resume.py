@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import stat
 import sys
 import threading
 import time
@@ -134,8 +135,13 @@ class DeferredSignals(_SignalConnector):
         self.requested = 0
         _installed.add(self)
         super().register_signal_handlers()
-        if self._watch is None and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if self._watch is None:
             self._watch = _SecondSigterm(self.trainer)
+        # `nohup` has it ignored. Lightning's teardown restores every handler.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self._end_without_terminal)
 
     def teardown(self) -> None:
         """Restore what was there before."""
@@ -153,6 +159,16 @@ class DeferredSignals(_SignalConnector):
         if launcher is not None:
             launcher.kill(signum)
         raise SignalExit(TERMINATED)  # outside of training there is nothing to save
+
+    def _end_without_terminal(self, signum: Any, frame: Any) -> None:
+        """End the run as SIGTERM does when its terminal is closed; bars would fail at what they write there."""
+        for output in (1, 2):
+            with suppress(OSError):
+                if stat.S_ISCHR(os.fstat(output).st_mode):  # not a file or a pipe
+                    silence = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(silence, output)
+                    os.close(silence)
+        self._sigterm_notifier_fn(signum, frame)
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
         self.requested = REQUEUE

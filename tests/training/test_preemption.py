@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import select
 import signal
 import stat
 import subprocess
@@ -261,6 +262,59 @@ def test_a_second_sigterm_ends_a_reward_that_hangs(how: str, stage: str, tmp_pat
         process.kill()
     assert process.returncode == 143
     assert "SIGTERM came a second time" in said
+
+
+CLOSED = """
+import sys, time
+from pathlib import Path
+from helpers.training import CharacterReward, make_trainer, prompt_data, remax_module
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+folder, policy = Path(sys.argv[1]), sys.argv[2]
+
+class Talks(CharacterReward):
+    def score(self, *arguments):
+        (folder / "begun").touch()
+        while not (folder / "closed").exists():
+            time.sleep(0.05)
+        print("a word", flush=True)
+        return super().score(*arguments)
+
+module = remax_module(policy, reward=Talks())
+saves = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_epochs=9)
+options = {"max_steps": 99, "enable_checkpointing": True, "enable_progress_bar": True, "limit_val_batches": 0}
+make_trainer(folder, [saves], **options).fit(module, prompt_data(folder, policy))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
+def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path: Path) -> None:
+    """As the end of an SSH connection does; what the run writes to the terminal then fails."""
+    import fcntl
+    import pty
+    import termios
+
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED, str(tmp_path), save_policy(tmp_path / "policy")],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        os.close(terminal)
+        while not (tmp_path / "begun").exists() and process.poll() is None:
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 1 << 16)  # a terminal that nobody reads from stops who writes
+        os.close(ours)
+        (tmp_path / "closed").touch()
+        process.wait(LONG)
+    finally:
+        process.kill()
+    assert process.returncode == 0  # Lightning's `SIGTERMException`, not -1; a command says 143
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")] == ["last.ckpt"]
 
 
 def test_a_process_that_a_reward_forks_ends_by_sigterm_and_the_run_goes_on(tmp_path: Path) -> None:
