@@ -70,6 +70,10 @@ def explain_values(config: Namespace | Mapping[str, Any], groups: Collection[str
             mistakes[key] = f"expected a group of keys, got {'null' if value is None else value}"
         elif text := explain(key, value):
             mistakes[key] = text.removeprefix(f"{key}: ")
+    # ---- A value that is a mapping: its names are no keys ----
+    duration = dict(config.get("trainer") or {}).get("max_time") if "trainer" not in mistakes else None
+    if text := explain_rule("trainer.max_time", duration):
+        mistakes["trainer.max_time"] = text
     return mistakes
 
 

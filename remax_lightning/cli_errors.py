@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
+from remax_lightning.cli_paths import ROW_FILES
 from remax_lightning.cli_shorthand import our_classes
 from remax_lightning.errors import SignalExit, UserError, exception_chain, loaded_class
 
@@ -47,7 +48,7 @@ _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.+?)\](.*)")
 # "Expected a <class 'int'>. Got value: many"
 _TYPE = re.compile(r"Expected an? (?:<class '(?:.*\.)?(\w+)'>|(?:typing\.)?(\S+?))(\. .*)?")
-_NOT_IMPORTED = re.compile(r"Expected a dot import path string: (\S+)")
+_NOT_IMPORTED = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (\S+)")
 _NO_MODULE = re.compile(r"No module named '(.+)'")
 RENAMED_KEYS = {
     "sampling.truncate_log_probs": "processed_log_probs",
@@ -102,8 +103,12 @@ _LIBRARY_CLASSES = {
     "callbacks": ("remax_lightning.callbacks", "lightning.pytorch.callbacks"),
     "optimizer": ("torch.optim", "torch.optim"),
     "lr_scheduler": ("remax_lightning.modules", "torch.optim.lr_scheduler"),
+    "plugins": ("lightning.pytorch.plugins", "lightning.fabric.plugins.environments"),
 }
 """By key: where its classes come from, this package's and the library's."""
+
+_SOURCES = {"model": ("policy", "Module"), "data": ("path", "DataModule")}
+"""By key of a class: the argument that a path or hub name may have been meant for, and how its classes end."""
 
 ArgumentNames: TypeAlias = Callable[[str, list[str]], list[str]]
 """Returns the argument names of a class by its path, or those of the dataclass at its nested argument."""
@@ -262,6 +267,8 @@ def _explain(line: _ParsedLine, known: list[str]) -> tuple[str, str]:
         text = f"expected one of {match[1]}{match[2]}"
     elif match := _NOT_IMPORTED.fullmatch(text):
         text = explain_class(match[1], key=key)
+    elif key in _SOURCES and class_path is not None and _may_be_path(class_path):
+        text = explain_class(class_path, (), key)
     elif match := _NO_MODULE.fullmatch(text):
         file = f"{match[1].replace('.', '/')}.py"
         text = (
@@ -335,14 +342,22 @@ def explain_class(name: str, classes: Iterable[str] | None = None, key: str = ""
     else:
         close = close_name(name) if classes is None else next(iter(difflib.get_close_matches(name, classes, 1)), None)
     elsewhere = "give a class of remax_lightning, or a path such as my_module.MyClass"
+    if key in _SOURCES:
+        argument, kind = _SOURCES[key]
+        close = close if close and close.endswith(kind) else None
+        elsewhere = f"write {key}: {{{argument}: {name}}}, or give a class such as my_module.MyClass"
     return f"there is no class {name!r}; " + (f"did you mean {close}?" if close else elsewhere)
+
+
+def _may_be_path(text: str) -> bool:
+    return "/" in text or ROW_FILES.search(text) is not None or Path(text).exists()
 
 
 def _class_of_library(name: str, ours: str, library: str) -> str | None:
     """Return the class of two modules that a word stands for, such as `wandb`; None if none is near."""
     names: list[str] = []
     for module in map(import_module, (ours, library)):
-        kinds = ((item, getattr(module, item, None)) for item in getattr(module, "__all__", ()))
+        kinds = ((item, getattr(module, item, None)) for item in getattr(module, "__all__", vars(module)))
         names += [item for item, kind in kinds if inspect.isclass(kind) and not inspect.isabstract(kind)]
     # "adamw" is AdamW, "wandb" is in WandbLogger, and "AdamX" is near Adamax
     folded = {item.lower(): item for item in reversed(names)}  # ours count before those of the library

@@ -309,7 +309,7 @@ class KeyCheck:
         names = self.signatures.names.get(base)
         if is_name and full is None and names is not None and path not in names and self._names_are_known:
             choices = explain_type(path, [kind for kind in types if not _is_class(kind)]) if types else None
-            text = choices or explain_class(path, self.signatures.classes)
+            text = choices or explain_class(path, self.signatures.classes, key if key in ("model", "data") else "")
             if not Path(path).exists():
                 self.mistakes.setdefault(key, text)
             return False

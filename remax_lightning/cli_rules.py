@@ -53,6 +53,15 @@ def _interval(value: Any) -> bool:
     return _whole(1)(value) or isinstance(value, str | Mapping | Namespace)
 
 
+def _duration(value: Any) -> bool:
+    if isinstance(value, str):
+        return _DURATION.fullmatch(value) is not None
+    if isinstance(value, Mapping | Namespace):
+        parts = value if isinstance(value, Mapping) else vars(value)
+        return all(name in _UNITS and _from(0)(number) for name, number in parts.items())
+    return True
+
+
 def _devices(value: Any) -> bool:
     if isinstance(value, str):
         if value.strip() in ("auto", "-1"):
@@ -88,6 +97,7 @@ def _can_write(number: float, form: str) -> bool:
 
 
 _DURATION = re.compile(r"\d+:\d\d?:\d\d?:\d\d?")
+_UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 _OPTIMIZER = "*.optimizer.init_args."
 _SCHEDULER = "*.lr_scheduler.init_args."
 _CALLBACK = "trainer.callbacks.*.init_args."
@@ -112,8 +122,11 @@ RULES = (
          "a share above 0.0 up to 1.0, a whole number of batches from 1, or a duration", _interval),
     Rule(("trainer.gradient_clip_val",), "a number from 0 (no clipping)", _from(0)),
     Rule(("trainer.gradient_clip_algorithm",), "norm or value", lambda value: value in ("norm", "value")),
-    Rule(("trainer.max_time",), "a duration DD:HH:MM:SS",
-         lambda value: not isinstance(value, str) or _DURATION.fullmatch(value) is not None),
+    Rule(("trainer.max_time",), "a duration DD:HH:MM:SS, or {days: ..., hours: ..., minutes: ..., seconds: ...}",
+         _duration),
+    Rule(("trainer.barebones",), "false, since a run logs and saves (turn off trainer.logger,"
+         " trainer.enable_checkpointing, trainer.enable_progress_bar or trainer.enable_model_summary instead)",
+         lambda value: value is not True),
     # optimizers and schedulers of torch and transformers
     Rule((f"{_OPTIMIZER}lr", f"{_OPTIMIZER}weight_decay", f"{_OPTIMIZER}eps", f"{_OPTIMIZER}momentum",
           f"{_OPTIMIZER}lambd", f"{_OPTIMIZER}alpha", f"{_OPTIMIZER}lr_decay"), "a number from 0",

@@ -138,6 +138,9 @@ class RemaxCLI(LightningCLI):
             # Half of the memory of activations, and twice the speed or more; weights and optimizer stay in float32.
             kwargs = {"precision": "bf16-mixed"} | kwargs
         try:
+            # Lightning's strategy of the same name needs a GPU, and divides the loss twice.
+            if (strategy := strategies.strategy_of_name(options.get("strategy"))) is not None:
+                kwargs = {"strategy": strategy} | kwargs
             trainer = super().instantiate_trainer(**progress_bar_options(options) | kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error) if isinstance(error, UserError) else f"trainer: {error}") from error

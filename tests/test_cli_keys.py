@@ -208,13 +208,15 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"model.advantage.baseline": "expected one of 'greedy', 'none', "},
     ),
     "ranges of the trainer": (
-        PLAIN | {"trainer": {"max_steps": -5, "accumulate_grad_batches": 0, "limit_val_batches": 1.5},
+        PLAIN | {"trainer": {"max_steps": -5, "accumulate_grad_batches": 0, "limit_val_batches": 1.5,
+                             "max_time": {"minute": 5}},
                  "seed_everything": -1},
         {
             "seed_everything": "expected a whole number from 0 to 4294967295",
             "trainer.accumulate_grad_batches": "expected a whole number from 1, got 0",
             "trainer.limit_val_batches": "expected a share from 0.0 to 1.0, or a whole number of batches from 0, got",
             "trainer.max_steps": "expected -1 (no limit), or a whole number from 0, got -5",
+            "trainer.max_time": "expected a duration DD:HH:MM:SS, or {days: ..., ",
         },
     ),
     "a range of an optimizer": (

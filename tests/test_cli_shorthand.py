@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.cli import in_folder, misread, remax_parser
+from helpers.cli import changed, in_folder, misread, remax_parser, small_config, write_config
 
 from remax_lightning import ReMaxModule, RewardModelModule, SFTModule, rollout
+from remax_lightning.cli_run import RemaxCLI, run
 from remax_lightning.cli_shorthand import default_rate, our_classes
 from remax_lightning.errors import UserError
 from remax_lightning.models import LoRAConfig, ModelConfig
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 
 FUNCTION = "remax_lightning.rewards.verifiers.exact_match"
 SHORT = {"model": {"policy": "owner/name", "reward": FUNCTION}, "data": {"path": "rows.jsonl"}}
@@ -252,11 +254,38 @@ def test_text_that_happens_to_be_the_name_of_a_class_stays_text(tmp_path: Path) 
         ({"model": {"optimizer": "adamw"}}, "did you mean AdamW?"),
         ({"trainer": {"logger": "wandb"}}, "trainer.logger: there is no class 'wandb'; did you mean WandbLogger?\n"),
         ({"trainer": {"logger": {"class_path": "tensorboard"}}}, "did you mean TensorBoardLogger?"),
+        (
+            {"trainer": {"plugins": "slurm"}},
+            "trainer.plugins: there is no class 'slurm'; did you mean SLURMEnvironment?",
+        ),
+        ({"model": "owner/name"}, "model: there is no class 'owner/name'; write model: {policy: owner/name}, or give"),
+        ({"model": "policy"}, "model: there is no class 'policy'; write model: {policy: policy}, or give a class"),
+        ({"model": "ReMaxModul"}, "model: there is no class 'ReMaxModul'; did you mean ReMaxModule?"),
+        ({"data": "rows.jsonl"}, "data: there is no class 'rows.jsonl'; write data: {path: rows.jsonl}, or give"),
+        ({"data": "my_rows.Rows"}, "data: cannot import my_rows.Rows: there is no module 'my_rows'; put my_rows.py"),
         ({"trainer": {"callbacks": ["EarlyStop"]}}, "there is no class 'EarlyStop'; did you mean EarlyStopping?"),
     ],
 )
 def test_a_name_that_is_none_of_ours_is_told_with_the_nearest(
     change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = {key: {**SHORT.get(key, {}), **change.get(key, {})} for key in {*SHORT, *change}}
+    config = SHORT | {
+        key: value if isinstance(value, str) else SHORT.get(key, {}) | value for key, value in change.items()
+    }
     assert said in misread(config, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_a_name_of_lightning_for_deepspeed_stands_for_our_strategy(tmp_path: Path, policy_path: Path) -> None:
+    """Lightning's own refuses a CPU, and divides the loss of several micro-batches twice."""
+
+    class MadeOnly(RemaxCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    trainer = {"strategy": "deepspeed_stage_2", "accelerator": "cpu", "accumulate_grad_batches": 2}
+    path = write_config(tmp_path / "run.yaml", changed(small_config(tmp_path, policy_path), trainer=trainer))
+    with in_folder(tmp_path):
+        strategy = run(["fit", "--config", path], MadeOnly).trainer.strategy
+    assert isinstance(strategy, ReMaxDeepSpeedStrategy)
+    assert not strategy.zero_stage_3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers.ranks import launch
 from strategies.one_weight import main
 
 from remax_lightning.errors import UserError
-from remax_lightning.strategies import ReMaxDeepSpeedStrategy, full_parameters, sharded_init
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy, full_parameters, sharded_init, strategy_of_name
 from remax_lightning.strategies.deepspeed import sums_in
 
 
@@ -35,6 +36,22 @@ def test_a_dtype_of_the_configuration_counts_and_an_offloaded_optimizer_has_deep
     assert sums_in(ReMaxDeepSpeedStrategy(stage=2, offload_optimizer=True).config) == ""
     own = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}
     assert sums_in(ReMaxDeepSpeedStrategy(config=own).config) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "offloads"),
+    [("deepspeed", 2, False), ("deepspeed_stage_1", 1, False), ("deepspeed_stage_3_offload", 3, True)],
+)
+def test_lightnings_names_stand_for_this_strategy(name: str, stage: int, offloads: bool) -> None:
+    strategy = strategy_of_name(name)
+    assert strategy is not None
+    zero = strategy.config["zero_optimization"]  # type: ignore[index]
+    assert (zero["stage"], "offload_optimizer" in zero) == (stage, offloads)
+
+
+@pytest.mark.parametrize("name", ["ddp", "auto", "deepsped", None, ReMaxDeepSpeedStrategy(stage=2)])
+def test_other_strategies_stay_what_they_are(name: Any) -> None:
+    assert strategy_of_name(name) is None
 
 
 def test_zero_3_does_not_start_from_scratch() -> None:

@@ -37,7 +37,7 @@ from remax_lightning.strategies import (
     optimizer_parameter_names,
     remove_stale,
 )
-from remax_lightning.training.config_checks import check_deepspeed
+from remax_lightning.training.config_checks import check_deepspeed, warn_of_no_training
 from remax_lightning.training.metrics import log_at_global_step, tolerate_failing_logs
 from remax_lightning.training.optimization import (
     MaxSkippedSteps,
@@ -149,8 +149,10 @@ class BaseModule(LightningModule):
         """
         guard_loading(self.trainer.strategy)
         choose_attention_kernels(self.trainer.strategy.root_device, self.cudnn_attention)
-        if stage == "fit" and self._run_folder is not None:
-            self._run_folder.lock(self.trainer)
+        if stage == "fit":
+            warn_of_no_training(self.trainer)
+            if self._run_folder is not None:
+                self._run_folder.lock(self.trainer)
         # ---- How checkpoints are written: whole or not at all, and finite ----
         plugin: Any = self.trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:

@@ -16,7 +16,7 @@ from remax_lightning.strategies.checks import (
     nonfinite_in_model,
     nonfinite_state,
 )
-from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy, StepGradients
+from remax_lightning.strategies.deepspeed import ReMaxDeepSpeedStrategy, StepGradients, strategy_of_name
 from remax_lightning.strategies.fsdp2 import (
     PARAMETER_NAMES,
     ReMaxFSDP2Strategy,
@@ -56,5 +56,6 @@ __all__ = [
     "rollout_parameters",
     "shard_policy",
     "sharded_init",
+    "strategy_of_name",
     "unsharded_init",
 ]

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -277,6 +277,14 @@ class ReMaxDeepSpeedStrategy(DeepSpeedStrategy):
             return super().load_checkpoint(path, weights_only)
         with reshard(self, path):
             return super().load_checkpoint(path, weights_only)
+
+
+def strategy_of_name(name: Any) -> ReMaxDeepSpeedStrategy | None:
+    """Return this package's strategy for a name of Lightning's own, such as `deepspeed_stage_2`; None for others."""
+    entry = StrategyRegistry[name] if isinstance(name, str) and name in StrategyRegistry else None
+    if entry is None or not issubclass(entry["strategy"], DeepSpeedStrategy):
+        return None
+    return ReMaxDeepSpeedStrategy(**entry["init_params"])
 
 
 _TAG = "checkpoint"

@@ -22,6 +22,7 @@ from remax_lightning.strategies import ReMaxDeepSpeedStrategy
 from remax_lightning.training.experience import check_budget
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remax_lightning.rollout import RolloutEngine
@@ -288,6 +289,12 @@ def warn_of_shared_pad_token(tokenizer: PreTrainedTokenizerBase, pooling: Poolin
             " the mask, but transformers' own classifier takes the end of a text for padding and scores the token"
             " before. If other tools shall use the model, set data.loading.pad_token to a token that no text holds."
         )
+
+
+def warn_of_no_training(trainer: Trainer) -> None:
+    """Tell of a run without a step, which Lightning ends without a word."""
+    if trainer.limit_train_batches == 0:
+        rank_zero_warn("trainer.limit_train_batches is 0: nothing is trained, and no checkpoint or policy is written.")
 
 
 def check_deepspeed(strategy: DeepSpeedStrategy, accumulate: int) -> None:

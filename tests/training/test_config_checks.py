@@ -135,6 +135,12 @@ def test_more_tokens_than_positions(policy: str, tmp_path: Path) -> None:
     fit(remax_module(policy), prompt_data(tmp_path, policy, max_prompt_length=250), tmp_path)
 
 
+def test_a_run_without_batches_says_that_it_trains_nothing(policy: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="limit_train_batches is 0: nothing is trained"):
+        trainer = fit(remax_module(policy), prompt_data(tmp_path, policy), tmp_path, limit_train_batches=0)
+    assert trainer.logged == []
+
+
 def test_a_step_that_reaches_into_the_next_rollout(policy: str, tmp_path: Path) -> None:
     data = prompt_data(tmp_path, policy, micro_batch_size=4)
     message = r"trainer\.accumulate_grad_batches is 3, but a rollout batch comes in 2 micro-batches"

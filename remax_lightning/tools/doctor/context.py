@@ -18,6 +18,7 @@ from remax_lightning.errors import UserError
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards import Reward
+from remax_lightning.strategies import strategy_of_name
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PreferenceBatch, PromptBatch, Rollout, SupervisedBatch
 
@@ -338,5 +339,6 @@ def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         context.note = " (checked on the CPU: this machine has no GPU)"
-    context.is_spread = isinstance(trainer["strategy"], DeepSpeedStrategy | ModelParallelStrategy)
+    strategy = strategy_of_name(trainer["strategy"]) or trainer["strategy"]
+    context.is_spread = isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
     return context
