@@ -162,9 +162,10 @@ def _transposed_product(layer: nn.Linear, plain: Callable[[Tensor], Tensor], inp
 def fused_rotary(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
     """Rotate queries and keys of a decoded token together inside: in four operators, where transformers has ten.
 
-    On CUDA liger-kernel does it in one, where it is installed. A family's attention calls a function of its module, so
-    that is replaced, for all models of the family; prefill and training passes, which have more than one token, still
-    get the family's own.
+    Under autocast there is a fifth: queries and keys have its dtype, and angles that of the weights, as the result has.
+    Without it, liger-kernel does all in one on CUDA, where it is installed. A family's attention calls a function of
+    its module, so that is replaced, for all models of the family; prefill and training passes, which have more than
+    one token, still get the family's own.
 
     Args:
         model: with the weights of a rollout.
@@ -176,15 +177,17 @@ def fused_rotary(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[in
     names = dict.fromkeys(type(module).__module__ for module in model.modules())
     modules = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), ROTARY)]
     weight = next(model.parameters(), torch.empty(0))
-    liger = _liger(weight, "transformers.rope", "liger_rotary_pos_emb")
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    liger = _liger(weight, "transformers.rope", "liger_rotary_pos_emb") if dtype == weight.dtype else None
     kernels = [None] if liger is None else [liger, None]
     replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
     for module in modules:
         plain = getattr(module, ROTARY)
         for fused in (_FusedRotary(plain, kernel) for kernel in kernels):
-            kind = plain, fused.kernel, weight.dtype
+            kind = plain, fused.kernel, weight.dtype, dtype
             if kind not in checked:
-                checked[kind] = _rotates_by_halves(fused, weight)
+                checked[kind] = _rotates_by_halves(fused, weight, dtype)
             if checked[kind]:
                 setattr(module, ROTARY, fused)
                 replaced.append((module, plain))
@@ -210,12 +213,13 @@ class _FusedRotary:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
         is_one_token = q.dim() == k.dim() == 4 and q.shape[2] == k.shape[2] == 1
-        is_whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype
+        has_dtype = q.dtype == k.dtype and (self.kernel is None or q.dtype == cos.dtype)
+        is_whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and has_dtype
         if others or options or cos.dim() != 3 or not (is_one_token and is_whole):
             return self.plain(q, k, cos, sin, *others, **options)
         if self.kernel is not None:
             return self.kernel(q, k, cos, sin)
-        both = torch.cat([q, k], 1)  # [M, H + H', 1, d]
+        both = torch.cat([q, k], 1).to(cos.dtype)  # [M, H + H', 1, d]
         # Halves change places, and the first is subtracted.
         source, signed = self._of_step
         if signed is None or source is not sin:  # the first layer of a step computes it for all
@@ -227,11 +231,12 @@ class _FusedRotary:
 
 
 @torch.no_grad()
-def _rotates_by_halves(fused: _FusedRotary, weight: Tensor) -> bool:
-    """Whether a family's function rotates halves of queries and keys, on random numbers like a weight."""
+def _rotates_by_halves(fused: _FusedRotary, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a family's function rotates halves: of random queries and keys of a dtype, by angles like a weight."""
     generator = torch.Generator().manual_seed(0)
     q, k, angles = (torch.randn(2, heads, 1, 16, generator=generator) for heads in (4, 2, 1))
-    inputs = [tensor.to(weight.dtype).to(weight.device) for tensor in (q, k, angles[:, 0].cos(), angles[:, 0].sin())]
+    inputs = [tensor.to(dtype).to(weight.device) for tensor in (q, k)]
+    inputs += [tensor.to(weight.dtype).to(weight.device) for tensor in (angles[:, 0].cos(), angles[:, 0].sin())]
 
     def probe() -> str:  # it may fail: a function of another kind by the same name, or a kernel that cannot be compiled
         expected = fused.plain(*(tensor.clone() for tensor in inputs))
@@ -243,7 +248,9 @@ def _rotates_by_halves(fused: _FusedRotary, weight: Tensor) -> bool:
 def _fault(got: Any, expected: Any) -> str:
     """Return what is wrong with tensors that may differ from the expected ones by a few roundings; empty if nothing."""
     tolerance = 8 * torch.finfo(expected[0].dtype).eps
-    pairs = zip(got, expected, strict=True)
+    pairs = list(zip(got, expected, strict=True))
+    if any(one.dtype != other.dtype for one, other in pairs):
+        return "it rounds to another dtype"
     is_close = all(bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs)
     return "" if is_close else "it computes something else"
 

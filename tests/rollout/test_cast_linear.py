@@ -313,6 +313,39 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi"])
+def test_a_token_in_mixed_precision_is_rotated_together(name: str) -> None:
+    """Queries and keys are in bfloat16 and angles in float32; the family's own has two negations in every layer."""
+    model = family_model(next(family for family in FAMILIES if family.name == name), torch.float32)
+    tokens = torch.arange(5, 45).view(4, 10)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, negations = [], []
+        for fused in (False, True):
+            with fused_rotary(model, {}) if fused else nullcontext(0) as number:
+                assert number == fused
+                output = model(tokens, use_cache=True)
+                with Counts() as counts:
+                    logits.append(model(tokens[:, :1], past_key_values=output.past_key_values).logits)
+            negations.append(counts.negations)
+    assert negations == [2 * 2, 1]
+    assert logits[0].dtype == logits[1].dtype
+    assert (logits[1] - logits[0]).norm() <= 0.01 * logits[0].norm()
+
+
+def test_a_rotation_that_rounds_to_16_bits_is_left_alone_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def rounds(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return tuple(rotated.to(q.dtype) for rotated in plain(q, k, cos, sin))
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rounds)
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed), fused_rotary(tiny_model("llama"), {}) as number:
+            assert number == (not mixed)
+
+
 def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbors in place of halves, as Cohere rotates."""
     from transformers.models.llama import modeling_llama
