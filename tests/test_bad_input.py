@@ -372,6 +372,11 @@ BY_COMMAND: dict[str, tuple[Config, str, str]] = {
     ),
     "by the data": ({"data__batch_size": 64}, *VALUES["batch larger than the data"][1:]),
     "by the data, of a path that is not there": ({"data__path": ...}, "data.path: missing", "set it in the YAML"),
+    "by the data, of a path without a name": (
+        {"data__val_path": " "},
+        "data.val_path: expected a file",
+        "a folder or a hub name, got ' '",
+    ),
     "at the start of the run": (
         {"model__sampling__max_response_length": 250},
         *VALUES["no room for the response"][1:],

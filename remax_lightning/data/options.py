@@ -134,6 +134,10 @@ def check_sources(path: Any, tokenizer: Any, data: Any, val_path: Any, val_data:
         UserError: if not.
     """
     missing = "missing, and there is no default; set it in the YAML or on the command line"
+    for key, given in (("path", path), ("val_path", val_path)):
+        places = given if isinstance(given, list) else [given]
+        if any(isinstance(place, str) and not place.strip() for place in places):
+            raise UserError(f"data.{key}: expected a file, a folder or a hub name, got {given!r}")
     if path is None and data is None:
         raise UserError(f"data.path: {missing}, or give the rows from Python as data=")
     if tokenizer is None:

@@ -346,6 +346,14 @@ def _refuse_wrapped_rows(value: Row, source: str) -> None:
                 f"{source}: one object with rows under {name!r}, expected a list of objects; write that list alone, or"
                 " a list around the object if it is a row itself"
             )
+    # {"prompt": ["a", "b"], "answer": ["c", "d"]}; a row of its own has a text
+    columns = list(value.values())
+    if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        cells = [cell for column in columns for cell in column]
+        if cells and not any(isinstance(cell, list | dict) for cell in cells):
+            raise DataError(
+                f"{source}: one object with a list for each column, expected a list of objects, one for each row"
+            )
 
 
 def _json_lines(text: bytes, source: str, on_bad_row: OnBadRow) -> TextFile:

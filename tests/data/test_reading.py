@@ -95,6 +95,7 @@ def zipped(flags: int = 0, method: int = 0) -> bytes:
         ("a.json", b'[{"a": 1}, 3]', r"a\.json, row 2: expected an object with named columns, got int"),
         ("a.json", b'3', r"a\.json: expected a list of objects, got int"),
         ("a.json", b'{"version": 1, "Data": [{"a": 1}]}', r"a\.json: one object with rows under 'Data', expected"),
+        ("a.json", b'{"a": ["x", "y"], "b": [1, 2]}', r"a\.json: one object with a list for each column, expected a"),
         ("a.json", b'{\n"a": 1,\n}', r"a\.json: not valid JSON"),
         ("a.json", b'{"a": 1}\n{"a": \n', r"a\.json, line 2: not valid JSON"),
         ("a.jsonl", b'[1]\n[2]', r"a\.jsonl, line 1: expected an object with named columns, got list"),
