@@ -138,7 +138,7 @@ def load_torch_file(
         raise
     except Exception as error:  # a damaged pickle makes torch raise nearly anything
         with suppress(OSError), file.open("rb") as stream:
-            if code := _refused_code(error, stream):
+            if code := refused_code(error, stream):
                 raise code_error(file, code, key) from None
         raise unreadable_error(file, error, key) from None
     return _checked_content(content, file, key)
@@ -156,7 +156,7 @@ def load_torch_stream(stream: IO[bytes], name: str, *, key: str) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         stream.seek(0)
-        if code := _refused_code(error, stream):
+        if code := refused_code(error, stream):
             raise code_error(name, code, key) from None
         raise unreadable_error(name, error, key) from None
 
@@ -202,7 +202,7 @@ def refused_pickle(error: BaseException) -> str | None:
     return None
 
 
-def _refused_code(error: Exception, stream: IO[bytes]) -> str | None:
+def refused_code(error: Exception, stream: IO[bytes]) -> str | None:
     """Return the function or class because of which torch refused a file; None if it refused it for another reason."""
     if not isinstance(error, pickle.UnpicklingError):
         return None

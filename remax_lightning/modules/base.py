@@ -60,6 +60,7 @@ from remax_lightning.training.resume import (
     resume_after_last_batch,
     set_random_state,
 )
+from remax_lightning.training.saved_state import UnreadableStates
 from remax_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class BaseModule(LightningModule):
         self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
+        self._unreadable = UnreadableStates()
         self.stall_timeout, self.cudnn_attention = stall_timeout, cudnn_attention
         self._stall_watch = None if stall_timeout is None else StallTimeout(stall_timeout)
         self._random_state: dict[str, Any] | None = None
@@ -271,6 +273,7 @@ class BaseModule(LightningModule):
         if all(name is not None for name in names):
             checkpoint[PARAMETER_NAMES] = names
         resume_after_last_batch(checkpoint)
+        self._unreadable.leave_out(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and keep the random state that it holds.
