@@ -55,7 +55,7 @@ ALLOWED = {
     | {"data.collate", "data.formatting"},  # prompts that `generate` is given, rendered as in training
     "tasks": ANYTHING,
     "yaml_files": set(),
-    "cli_errors": {"cli_shorthand", "errors"},
+    "cli_errors": {"cli_paths", "cli_shorthand", "errors"},
     "cli_shorthand": {"errors"},
     "shipped_configs": {"errors"},
     "cli_arguments": {"cli_errors", "cli_shorthand", "shipped_configs", "yaml_files"},

@@ -46,7 +46,7 @@ def test_texts_that_see_each_other_in_a_packed_row(well: DoctorContext, monkeypa
     found = ask(well, "packing")
     assert found.status == "fail"
     assert "attn_implementation: eager" in found.fix
-    monkeypatch.setitem(packing._findings, well.module.policy, packing.Packability("it is a test", 0))
+    monkeypatch.setitem(packing._obstacles, well.module.policy, {None: "it is a test"})
     assert "because it is a test" in ask(well, "packing").measured
 
 
