@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.serialization import load, save
 
 from remax_lightning.models.checkpoint_reader import refused_code
 
@@ -57,12 +58,12 @@ def _obstacle(state: Any) -> str | None:
     # Without the numbers of its tensors: a state may hold all weights, averaged.
     light, stream = apply_to_collection(state, Tensor, lambda _: torch.empty(0)), io.BytesIO()
     try:
-        torch.save(light, stream)
+        save(light, stream)
     except Exception as error:  # pickle raises what the object raises
         return f"what cannot be saved ({type(error).__name__}: {error})"
     stream.seek(0)
     try:
-        torch.load(stream, weights_only=True)
+        load(stream, weights_only=True)
     except Exception as error:
         stream.seek(0)
         return refused_code(error, stream) or f"what cannot be read ({type(error).__name__})"

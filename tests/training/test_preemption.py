@@ -295,13 +295,17 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path: Path) -> None:
     import pty
     import termios
 
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under `nohup`
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     ours, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", CLOSED, str(tmp_path), save_policy(tmp_path / "policy")],
         stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )  # fmt: skip
     try:
         os.close(terminal)
