@@ -249,6 +249,14 @@ def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 96) -> An
 
 
 @pytest.fixture
+def no_garbage_search() -> Iterator[None]:
+    """For a test that calls as deep as Python can: what is collected there cannot clean up, a failure for pytest."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A CUDA device that is really the CPU, for the length of a test."""
     from fake_cuda import pretend

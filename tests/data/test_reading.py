@@ -396,6 +396,7 @@ def test_rows_that_json_leaves_open_are_dropped_on_demand(name: str, row: str, r
     assert dict(read.dropped) == {reason: 1}
 
 
+@pytest.mark.usefixtures("no_garbage_search")
 def test_a_row_that_was_read_can_be_read_again_deep_within_other_calls(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
     [row] = values = read_rows(str(tmp_path / "a.jsonl")).values

@@ -72,7 +72,7 @@ def test_a_template_without_a_bound_is_stopped(case: str, monkeypatch: pytest.Mo
         rendered(LARGE[case])
 
 
-@pytest.mark.usefixtures("_short")
+@pytest.mark.usefixtures("_short", "no_garbage_search")
 def test_other_rows_and_other_errors_are_as_before() -> None:
     assert rendered(ENDLESS["in one row only"], "2+2=") == "2+2="
     with pytest.raises(DataError, match="refuses message 0"):
