@@ -49,11 +49,11 @@ def missing_paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _is_missing_checkpoint(path: str) -> bool:
     # "best", "last", "hpc" and "registry:..." are words of Lightning; an interrupted save leaves a name around the path
-    if "/" not in path and not path.endswith(".ckpt"):
+    if ("/" not in path and not path.endswith(".ckpt")) or "://" in path or path.startswith("registry"):
         return False
     place = Path(path)
     with suppress(OSError, ValueError):
-        return "://" not in path and not place.exists() and not any(place.parent.glob(f"*{escape(place.name)}*"))
+        return not place.exists() and not any(place.parent.glob(f"*{escape(place.name)}*"))
     return False
 
 

@@ -77,7 +77,9 @@ def test_a_checkpoint_that_is_not_there_is_told_first(path: str, tmp_path: Path)
     assert f"ckpt_path: there is no checkpoint {path!r}" in told(tmp_path, "--ckpt_path", path)
 
 
-@pytest.mark.parametrize("path", ["last", "best", "hpc", "registry:name", "https://host/a.ckpt", "a.ckpt", "b.ckpt"])
+@pytest.mark.parametrize(
+    "path", ["last", "best", "hpc", "registry:owner/space/name", "https://host/a", "a.ckpt", "b.ckpt"]
+)
 def test_a_checkpoint_that_there_may_be_is_left_to_the_run(path: str, tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").touch()
     (tmp_path / "b.ckpt.replaced").touch()  # such a name is left where a save was interrupted, and restored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -195,6 +196,9 @@ def _same_surroundings() -> Iterator[None]:
 
     A reward that runs code in a folder of its own may leave the process there, where the run would save what follows.
     """
+    if threading.current_thread() is not threading.main_thread():  # of another part: they are those of the whole reward
+        yield
+        return
     dtype = torch.get_default_dtype()
     try:
         folder: Path | None = Path.cwd()

@@ -213,7 +213,9 @@ class _FusedRotary:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
         is_one_token = q.dim() == k.dim() == 4 and q.shape[2] == k.shape[2] == 1
-        has_dtype = q.dtype == k.dtype and (self.kernel is None or q.dtype == cos.dtype)
+        # A product of two dtypes has the wider one: that of the angles, or the family's own has to do it.
+        has_dtype = q.dtype == k.dtype and torch.promote_types(q.dtype, cos.dtype) == cos.dtype
+        has_dtype = has_dtype and (self.kernel is None or q.dtype == cos.dtype)
         is_whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and has_dtype
         if others or options or cos.dim() != 3 or not (is_one_token and is_whole):
             return self.plain(q, k, cos, sin, *others, **options)

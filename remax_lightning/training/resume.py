@@ -143,6 +143,11 @@ class DeferredSignals(_SignalConnector):
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self._end_without_terminal)
 
+    @property
+    def ends_with_terminal(self) -> bool:
+        """Whether SIGHUP ends the run by the handler that is installed here."""
+        return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == self._end_without_terminal
+
     def teardown(self) -> None:
         """Restore what was there before."""
         _installed.discard(self)
@@ -161,13 +166,8 @@ class DeferredSignals(_SignalConnector):
         raise SignalExit(TERMINATED)  # outside of training there is nothing to save
 
     def _end_without_terminal(self, signum: Any, frame: Any) -> None:
-        """End the run as SIGTERM does when its terminal is closed; bars would fail at what they write there."""
-        for output in (1, 2):
-            with suppress(OSError):
-                if stat.S_ISCHR(os.fstat(output).st_mode):  # not a file or a pipe
-                    silence = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(silence, output)
-                    os.close(silence)
+        """End the run as SIGTERM does when its terminal is closed."""
+        _leave_terminal()
         self._sigterm_notifier_fn(signum, frame)
 
     def _slurm_sigusr_handler_fn(self, signum: Any, _: Any) -> None:
@@ -178,6 +178,16 @@ class DeferredSignals(_SignalConnector):
         super()._slurm_sigusr_handler_fn(signum, cast(Any, None))
 
 
+def _leave_terminal(*_: Any) -> None:
+    """Write to nothing what would go to a closed terminal, where writing fails."""
+    for output in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(output).st_mode):  # not a file or a pipe
+                silence = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silence, output)
+                os.close(silence)
+
+
 _installed: WeakSet[DeferredSignals] = WeakSet()
 
 
@@ -186,9 +196,13 @@ def _forget_signals() -> None:
 
     A reward forks where it takes a `multiprocessing.Pool`, which ends its workers by SIGTERM and waits for them. With
     the run's handler they would live on, and the pipe that they share would tell the run that SIGTERM came to itself.
+    A terminal that is closed tells all of its processes, though, and the run needs them for the step that it ends.
     """
     for signals in list(_installed):
+        outlives = signals.ends_with_terminal
         signals.teardown()
+        if outlives:
+            signal.signal(signal.SIGHUP, _leave_terminal)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.serialization import load, save
 
@@ -33,16 +33,15 @@ class UnreadableStates:
             checkpoint: as Lightning is about to save it; changed in place.
         """
         for states, name in list(_states(checkpoint)):
-            states[name] = apply_to_collection(states[name], np.generic, lambda number: number.item())
-            if (reason := _obstacle(states[name])) is None:
+            states[name], reason = _readable(states[name])
+            if reason is None:
                 continue
             del states[name]
             if name not in self._told:
                 self._told.add(name)
                 rank_zero_warn(
                     f"The state of {name} is left out of checkpoints, and a resumed run starts it anew: it holds"
-                    f" {reason}, which could only be read by running code. Let its state_dict() return tensors, numbers"
-                    " and text, in lists and dicts."
+                    f" {reason}. Let its state_dict() return tensors, numbers and text, in lists and dicts."
                 )
 
 
@@ -53,18 +52,36 @@ def _states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     yield from ((checkpoint, name) for name in checkpoint if name not in (*OF_LIGHTNING, "callbacks"))
 
 
-def _obstacle(state: Any) -> str | None:
-    """Return what of a state cannot be read back; None if it can."""
-    # Without the numbers of its tensors: a state may hold all weights, averaged.
-    light, stream = apply_to_collection(state, Tensor, lambda _: torch.empty(0)), io.BytesIO()
+def _readable(state: Any) -> tuple[Any, str | None]:
+    """Return a state with Python's numbers, and what of it cannot be read back; None if all of it can."""
+    stream = io.BytesIO()
     try:
-        save(light, stream)
+        state = _replaced(state, np.generic, lambda number: number.item())
+        # Without the numbers of its tensors: a state may hold all weights, averaged.
+        save(_replaced(state, Tensor, lambda _: torch.empty(0)), stream)
     except Exception as error:  # pickle raises what the object raises
-        return f"what cannot be saved ({type(error).__name__}: {error})"
+        return state, f"what cannot be saved ({type(error).__name__}: {error})"
     stream.seek(0)
     try:
         load(stream, weights_only=True)
     except Exception as error:
         stream.seek(0)
-        return refused_code(error, stream) or f"what cannot be read ({type(error).__name__})"
-    return None
+        code = refused_code(error, stream)
+        unread = f"what cannot be read back ({type(error).__name__})"
+        return state, f"{code}, which could only be read by running code" if code else unread
+    return state, None
+
+
+def _replaced(state: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return a state with the result of `function` for each value of a kind.
+
+    Only in collections that can be read back; any other, such as a frozen dataclass, may not be made anew.
+    """
+    if isinstance(state, kind):
+        return function(state)
+    if type(state) in (dict, OrderedDict, Counter):
+        pairs = {_replaced(key, kind, function): _replaced(value, kind, function) for key, value in state.items()}
+        return type(state)(pairs)
+    if type(state) in (list, tuple, set):
+        return type(state)(_replaced(item, kind, function) for item in state)
+    return state

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +57,18 @@ def test_every_part_is_loaded_and_the_sum_stands_on_that_device() -> None:
     flat.load(torch.device("meta"))
     total, parts = flat.score(["p", "q"], ["r", "s"], [{}, {}])
     assert total.device.type == parts["a"].device.type == "meta"
+
+
+def test_a_part_that_waits_in_a_thread_moves_no_other_to_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One beside it may run code in a folder of its own when it is done."""
+
+    class Waits(Fixed):
+        is_async = True
+
+    moved: list[threading.Thread] = []
+    monkeypatch.setattr(os, "chdir", lambda _: moved.append(threading.current_thread()))
+    score(WeightedReward({"a": Waits([1, 2]), "b": Fixed([3, 4])}))
+    assert set(moved) == {threading.main_thread()}
 
 
 def test_a_part_that_fails_is_named() -> None:

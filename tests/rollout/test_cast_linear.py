@@ -346,6 +346,18 @@ def test_a_rotation_that_rounds_to_16_bits_is_left_alone_in_mixed_precision(monk
             assert number == (not mixed)
 
 
+def test_queries_wider_than_their_angles_stay_as_wide() -> None:
+    """As behind norms that are kept in float32; the family's own has the wider dtype."""
+    from transformers.models.llama import modeling_llama
+
+    queries, angles = torch.randn(2, 2, 1, 16), torch.randn(2, 1, 16, dtype=torch.bfloat16)
+    with fused_rotary(tiny_model("llama").bfloat16(), {}) as number:
+        found = modeling_llama.apply_rotary_pos_emb(queries, queries, angles, angles)
+    expected = modeling_llama.apply_rotary_pos_emb(queries, queries, angles, angles)
+    assert number == 1
+    torch.testing.assert_close(found[0], expected[0])
+
+
 def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbors in place of halves, as Cohere rotates."""
     from transformers.models.llama import modeling_llama

@@ -268,6 +268,7 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             {"trainer__strategy": {"class_path": "remax_lightning.strategies.ReMaxFSDP2Strategy"}},
             "in one process, and trainer.strategy spreads them over the devices",
         ),
+        ({"trainer__strategy": "deepspeed_stage_2"}, "and trainer.strategy spreads them over the devices"),
     ],
 )
 def test_memory_of_another_machine_is_not_judged_by_that_of_this_one(
@@ -275,6 +276,7 @@ def test_memory_of_another_machine_is_not_judged_by_that_of_this_one(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    monkeypatch.setattr("lightning.pytorch.strategies.deepspeed._DEEPSPEED_AVAILABLE", False)
     context = loaded(tmp_path, supervised(tmp_path), **options)
     monkeypatch.setattr(memory, "host_memory", lambda: 1e5)
     found = ask(context, "memory")

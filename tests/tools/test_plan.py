@@ -251,6 +251,16 @@ def test_mixtures_of_experts_are_planned_in_any_precision(precision: str, tmp_pa
     assert answer["phases"]["training"]["activations"] > 0
 
 
+@pytest.mark.slow
+def test_a_name_of_lightning_for_deepspeed_is_planned_as_the_strategy_of_the_run(policy: str, tmp_path: Path) -> None:
+    """It sums the gradients of micro-batches in float32, which Lightning's own does not."""
+    named, ours = "deepspeed_stage_2", {"class_path": "ReMaxDeepSpeedStrategy", "init_args": {"stage": 2}}
+    options: dict[str, Any] = {"trainer__accelerator": "gpu", "trainer__devices": 2, "trainer__precision": "bf16-true"}
+    options |= {"data__micro_batch_size": 2, "trainer__accumulate_grad_batches": 2}
+    plans = [planned(tmp_path, policy, **options, trainer__strategy=strategy) for strategy in (named, ours)]
+    assert plans[0] == plans[1]
+
+
 def test_a_reward_model_reads_as_many_tokens_as_it_has_positions(policy: str, tmp_path: Path) -> None:
     """As in the run, which cuts longer texts."""
     from transformers import BertConfig

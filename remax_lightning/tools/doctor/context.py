@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
 
 from remax_lightning.cli_run import RemaxCLI, run
@@ -18,7 +18,6 @@ from remax_lightning.errors import UserError
 from remax_lightning.modules.base import BaseModule
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rewards import Reward
-from remax_lightning.strategies import strategy_of_name
 from remax_lightning.training.worker import RolloutWorker
 from remax_lightning.types import PreferenceBatch, PromptBatch, Rollout, SupervisedBatch
 
@@ -339,6 +338,9 @@ def load_context(args: Sequence[str], num_prompts: int) -> DoctorContext:
     trainer = cli.config_init["fit"]["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and cli.trainer.strategy.root_device.type != "cuda":
         context.note = " (checked on the CPU: this machine has no GPU)"
-    strategy = strategy_of_name(trainer["strategy"]) or trainer["strategy"]
-    context.is_spread = isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
+    strategy = trainer["strategy"]
+    # By its class: this machine may lack DeepSpeed, which one of that name needs.
+    is_name = isinstance(strategy, str) and strategy in StrategyRegistry
+    kind = StrategyRegistry[strategy]["strategy"] if is_name else type(strategy)
+    context.is_spread = issubclass(kind, DeepSpeedStrategy | ModelParallelStrategy)
     return context

@@ -17,7 +17,7 @@ from remax_lightning.modules import ReMaxModule
 from remax_lightning.rewards import ClassifierReward
 from remax_lightning.rollout import VLLMEngine
 from remax_lightning.rollout.vllm_process import memory_share
-from remax_lightning.strategies import ReMaxDeepSpeedStrategy
+from remax_lightning.strategies import ReMaxDeepSpeedStrategy, strategy_of_name
 from remax_lightning.strategies.deepspeed import sums_in
 from remax_lightning.tools.plan.activation_memory import StepShape
 from remax_lightning.tools.plan.planned_run import DTYPES, Device, PlannedRun, known_reward_models
@@ -84,8 +84,9 @@ def planned_run(trainer: Mapping[str, Any], module: Any, data: Any) -> PlannedRu
     # ---- Devices and strategy ----
     device: Device = "cpu" if trainer["accelerator"] == "cpu" else "gpu"
     devices, note = _devices(trainer["devices"], device)
-    strategy = read_strategy(trainer["strategy"], devices * trainer["num_nodes"], touched=device == "cpu")
-    check_quantization(module.policy_source, trainer["strategy"])
+    made = strategy_of_name(trainer["strategy"]) or trainer["strategy"]
+    strategy = read_strategy(made, devices * trainer["num_nodes"], touched=device == "cpu")
+    check_quantization(module.policy_source, made)
     # ---- Passes, and rewards with memory of their own ----
     accumulate, splits = trainer["accumulate_grad_batches"], _passes(module, data)
     known, unknown = known_reward_models(module.reward)
@@ -229,7 +230,7 @@ def read_strategy(strategy_class: Any, devices: int, *, touched: bool) -> Strate
     Raises:
         UserError: if the strategy is not supported.
     """
-    # ---- A name, such as "ddp" or "deepspeed_stage_2", stands for a strategy ----
+    # ---- A name, such as "ddp", stands for a strategy ----
     if isinstance(strategy_class, str) and strategy_class in StrategyRegistry.available_strategies():
         strategy_class = StrategyRegistry.get(strategy_class)
     # ---- By its class ----
