@@ -60,7 +60,7 @@ from remax_lightning.training.resume import (
     resume_after_last_batch,
     set_random_state,
 )
-from remax_lightning.training.saved_state import UnreadableStates
+from remax_lightning.training.saved_state import keep_readable_checkpoints, write_plain_numbers
 from remax_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ class BaseModule(LightningModule):
         self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
-        self._unreadable = UnreadableStates()
         self.stall_timeout, self.cudnn_attention = stall_timeout, cudnn_attention
         self._stall_watch = None if stall_timeout is None else StallTimeout(stall_timeout)
         self._random_state: dict[str, Any] | None = None
@@ -155,13 +154,14 @@ class BaseModule(LightningModule):
             warn_of_no_training(self.trainer)
             if self._run_folder is not None:
                 self._run_folder.lock(self.trainer)
-        # ---- How checkpoints are written: whole or not at all, and finite ----
+        # ---- How checkpoints are written: whole or not at all, finite, and so that they can be read ----
         plugin: Any = self.trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) in (TorchCheckpointIO, NoneType):
             plugin.checkpoint_io = AtomicCheckpointIO()  # such as that of AsyncCheckpointIO
         keep_finite_checkpoints(self.trainer)
+        keep_readable_checkpoints(self.trainer.strategy)
         # ---- Signals and logs ----
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
@@ -214,6 +214,7 @@ class BaseModule(LightningModule):
         """Make optimizer and schedule."""
         # ---- The optimizer, of the same kind as the resumed one ----
         optimizer = self.optimizer(parameter_groups(self.trained_model))
+        write_plain_numbers(optimizer)
         if self._resumed is not None:
             check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
         self._resumed = None
@@ -273,7 +274,6 @@ class BaseModule(LightningModule):
         if all(name is not None for name in names):
             checkpoint[PARAMETER_NAMES] = names
         resume_after_last_batch(checkpoint)
-        self._unreadable.leave_out(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and keep the random state that it holds.
