@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError, check_ranges
@@ -213,7 +215,8 @@ class BaseModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make optimizer and schedule."""
         # ---- The optimizer, of the same kind as the resumed one ----
-        optimizer = self.optimizer(parameter_groups(self.trained_model))
+        with _errors_under("model.optimizer"):
+            optimizer = self.optimizer(parameter_groups(self.trained_model))
         write_plain_numbers(optimizer)
         if self._resumed is not None:
             check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
@@ -227,7 +230,13 @@ class BaseModule(LightningModule):
             check_learning_rate_precision(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        with _errors_under("model.lr_scheduler"):
+            scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(
+                "model.lr_scheduler: expected a schedule by the number of steps, got ReduceLROnPlateau, which follows a"
+                " figure; give WarmupCosine, or another of torch.optim.lr_scheduler"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -342,3 +351,14 @@ class BaseModule(LightningModule):
     def on_train_end(self) -> None:
         """Reset, so that another fit starts with the random numbers of its seed."""
         self._random_state, self._step_ends = None, None
+
+
+@contextmanager
+def _errors_under(key: str) -> Iterator[None]:
+    """Tell by its key what an optimizer or a schedule refuses: what it takes, only its constructor knows."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{key}: {error}; change its arguments, or give another class") from error
