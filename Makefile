@@ -66,7 +66,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 test: $(VENV)/.installed-test ## run the suite, one representative of each matrix
 	$(PYTEST) -m 'not exhaustive and not real'
 
-test-rest: $(VENV)/.installed-test ## run what `make test` leaves out
+# The documentation is built, too.
+test-rest: $(VENV)/.installed-test $(VENV)/.installed-docs ## run what `make test` leaves out
 	$(PYTEST) -m exhaustive
 
 test-real: $(VENV)/.installed-real ## run the tests with a pretrained model and published tokenizers, which it fetches

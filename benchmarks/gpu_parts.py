@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import TOP_P, Work, build, padded_prompts, planned, training_parts
+from gpu_models import TOP_P, Work, build, padded_prompts, planned, save_weights, training_parts
 from lightning.pytorch import Callback, Trainer
 from timing import seconds
 from torch import Tensor
@@ -239,12 +239,13 @@ def step_figures(
     work: Work, folder: Path, device: torch.device, budget: Budget, limits: dict[str, float]
 ) -> dict[str, Any]:
     """Measure whole training steps with reference and reward model, in bf16-mixed, and hold them against the plan."""
-    module, loader = training_parts(work, folder, device)
+    module, loader = training_parts(work, folder)
     figures = planned(work, module)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
         if figures["planned_peak_gb"] > HEADROOM * memory:
             return figures | {"skipped": f"the plan does not fit into {memory:.0f} GB"}
+    save_weights(work, folder, device)
     steps, splits = _Steps(budget), work.prompts // work.micro_batch
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision="bf16-mixed", max_epochs=1,

@@ -141,8 +141,9 @@ RULES = (
          "a number from 0 to 1", _from(0, 1)),
     # callbacks of Lightning
     Rule(("trainer.callbacks.*.class_path",),
-         "a callback that searches for no batch size (`remax plan` computes the memory)",
-         lambda value: not str(value).endswith(".BatchSizeFinder")),
+         "a callback that searches for no batch size (`remax plan` computes the memory) and no learning rate (compare"
+         " runs of several)",
+         lambda value: not str(value).endswith((".BatchSizeFinder", ".LearningRateFinder"))),
     Rule((f"{_CALLBACK}filename",), "a name with figures in braces, such as {step} or {val/reward:.2f}", _file_name),
     Rule((f"{_CALLBACK}save_top_k",), "-1 (all), or a whole number from 0", _whole(-1)),
     Rule((f"{_CALLBACK}every_n_train_steps", f"{_CALLBACK}every_n_epochs", f"{_CALLBACK}patience",

@@ -159,7 +159,7 @@ def write_out_option(name: str, value: str | None) -> list[str] | None:
 
 def is_function(path: Any) -> bool:
     """Whether a text is the dotted path of a function, or of something that cannot be imported, and not of a class."""
-    if not isinstance(path, str) or "." not in path:
+    if not isinstance(path, str) or not any(mark in path for mark in ".:/"):  # "rewards:score" is told what to write
         return False
     module, _, name = path.rpartition(".")
     try:

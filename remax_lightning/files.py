@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -80,6 +81,26 @@ def parse_json(text: str | bytes, pairs_hook: Callable[[list[tuple[str, Any]]], 
             raise
         digits = sys.get_int_max_str_digits()
         raise ValueError(f"a whole number of more than {digits} digits; write it as text") from None
+
+
+def write_json(value: Any, *, ensure_ascii: bool = False) -> str:
+    """Return rows of a data set as JSON: dates of Parquet files as text, and what is not finite as null.
+
+    JSON has no NaN, which stands for a missing number in Parquet files and tables in memory; `json.dumps` writes it all
+    the same, and other languages than Python then refuse the whole text.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ensure_ascii, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def may_be_too_deep(text: str | bytes) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,16 @@ def test_gpu_goes_on_where_a_model_does_not_fit(load: Any, tmp_path: Path, monke
     assert parts["toy", "generation", ""]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert parts["toy", "step", ""]["seconds"] == 1.0
     assert kernels == [False]  # in what follows the kernels themselves, as in a run
+
+
+def test_gpu_asks_the_plan_before_it_saves_models(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    parts, models = load("gpu_parts"), load("gpu_models")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**6))
+    budget = parts.Budget(time.monotonic() + 100)
+    figures = parts.step_figures(models.WORKS["toy"], tmp_path, torch.device("cuda"), budget, {})
+    assert "does not fit into 0 GB" in figures["skipped"]
+    assert (tmp_path / "reward" / "config.json").is_file()
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_gpu_keeps_time_for_the_step(load: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -43,7 +43,10 @@ WRONG = {
     "trainer.max_time": ["1 hour", {"minute": 5}, {"hours": -1}],
     "trainer.barebones": [True],
     "trainer.strategy.init_args.stage": [9, -1],
-    "trainer.callbacks.0.class_path": ["lightning.pytorch.callbacks.BatchSizeFinder"],
+    "trainer.callbacks.0.class_path": [
+        "lightning.pytorch.callbacks.BatchSizeFinder",
+        "lightning.pytorch.callbacks.LearningRateFinder",
+    ],
     "trainer.callbacks.0.init_args.filename": ["{step:zz}", "{", "{step:d:d}"],
     "trainer.default_root_dir": ["{file}/inside", "x" * 300, "a\0b"],
     "trainer.logger.init_args.save_dir": ["{file}"],

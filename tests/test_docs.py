@@ -94,6 +94,15 @@ def mkdocs() -> None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
+@pytest.mark.parametrize("target", ["docs", "test-rest"])
+def test_targets_that_build_the_site_install_what_it_takes(target: str, tmp_path: Path) -> None:
+    import subprocess
+
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'new'}", target]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--editable '.[docs]'" in told
+
+
 def build(site: Path, config: Path) -> tuple[int, str]:
     """Build the site as `make docs` does; exit code and what it says."""
     import subprocess

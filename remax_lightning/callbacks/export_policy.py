@@ -22,6 +22,7 @@ from remax_lightning.files import describe_disk_error, first_existing, is_disk_e
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import MANIFEST, compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
+from remax_lightning.models.lora import check_mergeable
 from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
 from remax_lightning.run_folder import known_run_folder, run_folder
 from remax_lightning.sharding import unwrap_peft
@@ -116,6 +117,12 @@ class ExportPolicy(Callback):
                     recover_folder(target)
             if problem := why_not_replaced(target):
                 raise UserError(f"{self.folder_key}: {problem}; give another folder")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an adapter that could not be merged at the end."""
+        policy = getattr(pl_module, "policy", None)
+        if self.merge_adapter and self._directory is not None and policy is not None:
+            check_mergeable(policy, "export.merge_adapter")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log where the best policy of a resumed run is, if that is another folder."""

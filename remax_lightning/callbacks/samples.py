@@ -24,7 +24,7 @@ from remax_lightning.callbacks.monitors import (
 from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.distributed import gather_objects, max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError, at_least, check_ranges
-from remax_lightning.files import append_lines, describe_disk_error, load_json, tolerate_disk_errors
+from remax_lightning.files import append_lines, describe_disk_error, load_json, tolerate_disk_errors, write_json
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
@@ -326,8 +326,7 @@ class PredictionWriter(Callback):
             return
         if _is_repeated(trainer, batch_idx, dataloader_idx):
             return
-        # `default=str` writes dates of Parquet files as text.
-        self._pending += [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in outputs]
+        self._pending += [write_json(line) + "\n" for line in outputs]
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:

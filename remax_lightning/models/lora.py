@@ -168,6 +168,25 @@ def _checked_adapter(path: str, key: str) -> Any:
     return config
 
 
+def check_mergeable(model: nn.Module, key: str) -> None:
+    """Refuse an adapter that cannot be merged into its base.
+
+    Args:
+        model: the adapted model.
+        key: what asks for the merge, for messages.
+
+    Raises:
+        UserError: naming a layer that has no bias, but an adapter with one (`lora_bias` of PEFT).
+    """
+    for name, layer in model.named_modules():
+        base: Any = getattr(layer, "base_layer", None)
+        if base is not None and any(getattr(layer, "lora_bias", {}).values()) and getattr(base, "bias", None) is None:
+            raise UserError(
+                f"{key}: the adapter has lora_bias, and {name.removeprefix('base_model.model.')} of its base has no"
+                " bias to add it to; leave the option out, and the adapter is exported alone"
+            )
+
+
 def contains_adapter(weights: Mapping[str, Tensor]) -> bool:
     """Whether the weights include a LoRA adapter of PEFT."""
     return any(".lora_" in name for name in weights)

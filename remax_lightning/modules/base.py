@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import UserError, check_ranges
@@ -60,7 +62,7 @@ from remax_lightning.training.resume import (
     resume_after_last_batch,
     set_random_state,
 )
-from remax_lightning.training.saved_state import UnreadableStates
+from remax_lightning.training.saved_state import keep_readable_checkpoints, write_plain_numbers
 from remax_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -112,7 +114,6 @@ class BaseModule(LightningModule):
         self.optimizer, self.lr_scheduler = self._for_adapter(optimizer), lr_scheduler
         self.tokenizer_path = tokenizer or source.path
         self.skipped_steps = SkippedSteps(max_skipped_steps)
-        self._unreadable = UnreadableStates()
         self.stall_timeout, self.cudnn_attention = stall_timeout, cudnn_attention
         self._stall_watch = None if stall_timeout is None else StallTimeout(stall_timeout)
         self._random_state: dict[str, Any] | None = None
@@ -155,13 +156,14 @@ class BaseModule(LightningModule):
             warn_of_no_training(self.trainer)
             if self._run_folder is not None:
                 self._run_folder.lock(self.trainer)
-        # ---- How checkpoints are written: whole or not at all, and finite ----
+        # ---- How checkpoints are written: whole or not at all, finite, and so that they can be read ----
         plugin: Any = self.trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) in (TorchCheckpointIO, NoneType):
             plugin.checkpoint_io = AtomicCheckpointIO()  # such as that of AsyncCheckpointIO
         keep_finite_checkpoints(self.trainer)
+        keep_readable_checkpoints(self.trainer.strategy)
         # ---- Signals and logs ----
         defer_signals(self.trainer)
         log_at_global_step(self.trainer)
@@ -213,7 +215,9 @@ class BaseModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make optimizer and schedule."""
         # ---- The optimizer, of the same kind as the resumed one ----
-        optimizer = self.optimizer(parameter_groups(self.trained_model))
+        with _errors_under("model.optimizer"):
+            optimizer = self.optimizer(parameter_groups(self.trained_model))
+        write_plain_numbers(optimizer)
         if self._resumed is not None:
             check_optimizers(self.trainer.ckpt_path, self._resumed, [optimizer])
         self._resumed = None
@@ -226,7 +230,13 @@ class BaseModule(LightningModule):
             check_learning_rate_precision(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        with _errors_under("model.lr_scheduler"):
+            scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(
+                "model.lr_scheduler: expected a schedule by the number of steps, got ReduceLROnPlateau, which follows a"
+                " figure; give WarmupCosine, or another of torch.optim.lr_scheduler"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -273,7 +283,6 @@ class BaseModule(LightningModule):
         if all(name is not None for name in names):
             checkpoint[PARAMETER_NAMES] = names
         resume_after_last_batch(checkpoint)
-        self._unreadable.leave_out(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and keep the random state that it holds.
@@ -342,3 +351,14 @@ class BaseModule(LightningModule):
     def on_train_end(self) -> None:
         """Reset, so that another fit starts with the random numbers of its seed."""
         self._random_state, self._step_ends = None, None
+
+
+@contextmanager
+def _errors_under(key: str) -> Iterator[None]:
+    """Tell by its key what an optimizer or a schedule refuses: what it takes, only its constructor knows."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{key}: {error}; change its arguments, or give another class") from error

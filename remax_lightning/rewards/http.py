@@ -18,7 +18,7 @@ from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader
 
 from remax_lightning.errors import RewardError, UserError, above, at_least, check_ranges, check_types
-from remax_lightning.files import load_json
+from remax_lightning.files import load_json, write_json
 from remax_lightning.http_client import Deadline, DeadlineAdapter, Session
 from remax_lightning.rewards.base import Reward, shorten
 
@@ -54,7 +54,7 @@ class HTTPReward(Reward):
         max_bytes: of one answer; a longer one is refused before it is read.
         headers: sent with every request. They are saved with the run's configuration: a secret goes into `token_env`.
         token_env: environment variable with a bearer token for the `Authorization` header.
-        send_rows: whether the raw rows of the data set are sent too.
+        send_rows: whether the raw rows of the data set are sent too; numbers that are not finite as null.
 
     Raises:
         UserError: if the URL is none, a number is out of its range, or the environment variable is not set.
@@ -109,7 +109,7 @@ class HTTPReward(Reward):
     def _scores(self, batch: dict[str, list[Any]]) -> list[float]:
         """Return the scores of one batch, asking again as long as that may help."""
         try:
-            body = json.dumps(batch, default=str).encode()
+            body = write_json(batch, ensure_ascii=True).encode()
         except (TypeError, ValueError) as error:
             raise RewardError(f"model.reward: {self!r} cannot send the rows as JSON: {error}") from error
         hint = f"Is the scorer running there, and quick enough for {_KEY}.batch_size {self.batch_size} within"

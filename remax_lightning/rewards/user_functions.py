@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import inspect
 import os
-import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,20 @@ Style: TypeAlias = Literal["auto", "remax", "trl", "verl"]
 # ---- Finding a function ----
 
 
+def _dotted(path: str) -> str:
+    """Return the dotted path that is meant by one of a file, such as `./my_module.py:my_function`; others as they are.
+
+    A name that is not in it stands for one that the user knows.
+    """
+    file, _, name = path.strip().partition(":")
+    if path.endswith(".py"):
+        name = "my_function"  # the file alone
+    folder, _, module = file.removesuffix(".py").removeprefix("./").rpartition("/")
+    if folder.startswith(("/", "~", "..")):
+        return f"{module}.{name or 'my_function'} with PYTHONPATH={folder}"
+    return ".".join(part for part in (*folder.split("/"), module, name) if part)
+
+
 def import_function(path: str, key: str = f"{KEY}.function") -> Callable[..., Any]:
     """Return the function at a dotted path; modules in the current directory are found too.
 
@@ -34,10 +47,9 @@ def import_function(path: str, key: str = f"{KEY}.function") -> Callable[..., An
     """
     # ---- "my_rewards.politeness" -> module "my_rewards", function "politeness" ----
     module_name, _, name = path.rpartition(".")
-    # "./my_module.py:my_function" -> "my_module.my_function"
-    dotted = re.sub(r"\.py(?=[.:]|$)", "", path.removeprefix("./").strip("/ ")).replace("/", ".").replace(":", ".")
-    if not module_name or not name or dotted != path:
-        hint = f"; did you mean {dotted}?" if dotted != path and "." in dotted else ""
+    meant = _dotted(path)
+    if not module_name or not name or meant != path:
+        hint = f"; did you mean {meant}?" if "." in meant else ""
         raise UserError(f"{key}: expected a dotted path such as my_module.my_function, got {path!r}{hint}")
     # Appended, not put first: no file of the user's may shadow an installed package that is imported later.
     directory = str(Path.cwd())

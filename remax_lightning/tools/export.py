@@ -21,7 +21,7 @@ from remax_lightning.files import TRUST, first_existing
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.checkpoint_reader import read_weights
 from remax_lightning.models.hf_export import deduplicate_tied, save_policy
-from remax_lightning.models.lora import adapter_dtype, contains_adapter, load_adapter
+from remax_lightning.models.lora import adapter_dtype, check_mergeable, contains_adapter, load_adapter
 from remax_lightning.models.model_card import CardFacts, LoggedFigure, read_evaluation, update_figures, write_model_card
 from remax_lightning.sharding import nonfinite_name
 from remax_lightning.tools.parsers import export_parser
@@ -279,4 +279,6 @@ def _merged_model(weights: dict[str, Tensor], run: Run) -> tuple[Any, None]:
         base = run.source.load("model.policy")
     finally:
         torch.set_default_dtype(default)
-    return load_adapter(base, weights, run.lora).merge_and_unload(safe_merge=True), None
+    adapted = load_adapter(base, weights, run.lora)
+    check_mergeable(adapted, "--merge")
+    return adapted.merge_and_unload(safe_merge=True), None

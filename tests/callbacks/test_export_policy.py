@@ -12,12 +12,14 @@ import pytest
 import torch
 from callbacks.fakes import FakeModule, checkpoint_at, make_output, make_trainer
 from conftest import make_tokenizer, tiny_config, tiny_model
+from helpers import training
 from helpers.hub import Hub, use_hub
 from safetensors.torch import load_file, save_file
 
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.callbacks.export_policy import write_folder_atomically
 from remax_lightning.errors import UserError
+from remax_lightning.models import LoRAConfig, ModelConfig
 from remax_lightning.models.hf_export import export_generation_config, policy_weights, save_policy
 from remax_lightning.models.model_card import (
     MAX_POINTS,
@@ -509,3 +511,17 @@ def test_weights_that_are_not_finite_are_not_pushed(tmp_path: Path, hub: Hub) ->
 def test_a_push_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ExportPolicy(**options)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_before_training(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = training.save_policy(tmp_path / "policy", "llama"), str(tmp_path / "adapter")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
+    module = training.remax_module(ModelConfig(base, lora=LoRAConfig(path=adapter)))
+    trainer = training.make_trainer(tmp_path, [ExportPolicy(str(tmp_path / "out"), best=False, merge_adapter=True)])
+    with pytest.raises(UserError, match=r"export\.merge_adapter: the adapter has lora_bias, and model\.layers\.0"):
+        trainer.fit(module, training.prompt_data(tmp_path, base))
+    assert trainer.global_step == 0

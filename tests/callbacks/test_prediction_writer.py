@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,13 @@ def test_refuses_a_file_that_exists(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_values_that_json_has_not_are_written_as_text(tmp_path: Path) -> None:
-    batch = [{"row": {"day": datetime.date(2024, 2, 3)}}]
+def test_values_that_json_has_not_are_written_as_text_or_null(tmp_path: Path) -> None:
+    batch = [{"row": {"day": datetime.date(2024, 2, 3), "levels": [0.5, math.nan, -math.inf]}}]
     make_trainer(tmp_path, [PredictionWriter()]).predict(Predictor([batch]))
-    assert json.loads((tmp_path / "logs" / "predictions.jsonl").read_text()) == {"row": {"day": "2024-02-03"}}
+    written = (tmp_path / "logs" / "predictions.jsonl").read_text()
+    assert json.loads(written, parse_constant=pytest.fail) == {
+        "row": {"day": "2024-02-03", "levels": [0.5, None, None]}
+    }
 
 
 def test_other_predictions_are_left_alone(tmp_path: Path) -> None:

@@ -111,7 +111,12 @@ def prompt_data(
     return kind(path, policy, **(defaults | options))
 
 
-def remax_module(policy: str | ModelConfig, reference: str | ModelConfig | None = None, **options: Any) -> ReMaxModule:
+def remax_module(
+    policy: str | ModelConfig,
+    reference: str | ModelConfig | None = None,
+    kind: type[ReMaxModule] = ReMaxModule,
+    **options: Any,
+) -> ReMaxModule:
     """A module with plain gradient descent of rate 1, so that a step's gradient is weights before minus after."""
     defaults: dict[str, Any] = {
         "policy": ModelConfig(policy) if isinstance(policy, str) else policy,
@@ -123,7 +128,7 @@ def remax_module(policy: str | ModelConfig, reference: str | ModelConfig | None 
         "stall_timeout": None,  # test_stalling.py has it; a process for every run of a test costs its start
         "check_on_policy": False,  # engines with fixed responses are off-policy; test_on_policy.py has the check
     }
-    return ReMaxModule(**(defaults | options))
+    return kind(**(defaults | options))
 
 
 def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:

@@ -63,6 +63,8 @@ def test_an_error_inside_the_function_names_it(plugins: None) -> None:
         ("my_rewards.annotations", "expected a function, got 'my_rewards.annotations', a _Feature"),
         ("politeness", "expected a dotted path"),
         ("my_rewards.", "expected a dotted path"),
+        ("my_rewards.py", r"expected a dotted path .*; did you mean my_rewards\.my_function\?"),
+        ("../a/my_rewards.py:politeness", r"; did you mean my_rewards\.politeness with PYTHONPATH=\.\./a\?"),
         ("textwrap.dedent", r"must take \(prompts, responses, rows, ...\), or .* it takes \(text\)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +182,13 @@ def test_a_plain_list_is_an_answer_and_rows_and_headers_are_sent(
     assert body["rows"] == [{"id": 0}, {"id": 1}]
     assert headers["X-Run"] == "7"
     assert headers["Authorization"] == "Bearer secret"
+
+
+def test_a_missing_number_of_a_row_is_sent_as_null(scorer: Scorer) -> None:
+    reward = scorer.reward(send_rows=True)
+    reward.score(["a"], ["b"], [{"level": math.nan, "meta": {"scores": [1.5, math.inf]}}])
+    body, _ = scorer.seen[0]
+    assert body["rows"] == [{"level": None, "meta": {"scores": [1.5, None]}}]
 
 
 def test_requests_run_at_once_up_to_the_limit(scorer: Scorer) -> None:

@@ -17,6 +17,7 @@ from helpers.waiting import wait_until
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.modules import AdvantageConfig
 from remax_lightning.rewards import JudgeReward, TimedReward, WeightedReward
+from remax_lightning.rewards import judge as judge_module
 from remax_lightning.rewards.base import checked_scores
 from remax_lightning.rollout import SamplingConfig
 from remax_lightning.types import Response
@@ -93,7 +94,7 @@ def test_answers_are_read_in_prose_and_behind_thoughts(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["ten", "", '{"score": 11}', '{"score": true}', '{"score": "high"}', '{"score": NaN}', "[10]"]
+    "text", ["ten", "", '{"score": 11}', '{"score": true}', '{"score": "high"}', '{"score": NaN}', "[10]", "[" * 10**5]
 )
 def test_what_cannot_be_read_is_asked_again_and_then_an_error_or_a_score(text: str) -> None:
     with OpenAIServer(lambda _: text) as server:
@@ -196,6 +197,20 @@ def test_answers_are_kept_in_memory_and_in_a_file(tmp_path: Path) -> None:
         score(judge(server, cache=str(tmp_path / "text")), ["b"])
 
 
+def test_only_the_last_answers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "KEPT_ANSWERS", 2)
+    with OpenAIServer(by_length) as server:
+        reward = judge(server, concurrency=1)
+        assert score(reward, ["a", "aa", "aaa"]) == pytest.approx([0.0, 1 / 9, 2 / 9])
+        score(reward, ["aa"])  # used last
+        score(reward, ["aaaa"])
+        assert len(server.questions) == 4
+        score(reward, ["aa", "aaaa"])
+        assert len(server.questions) == 4
+        score(reward, ["aaa"])
+        assert len(server.questions) == 5
+
+
 def test_answers_are_kept_where_another_question_fails(tmp_path: Path) -> None:
     def answer(question: str) -> str:
         return by_length(question) if "good" in question else "?"
@@ -242,6 +257,7 @@ def test_a_busy_server_is_asked_again_and_one_without_schemas_in_words() -> None
     ({"template": "{response}", "rubric": "Brevity."}, r"template has no \{rubric\}, so the judge would not see"),
     ({"options": {"messages": []}}, r"options\.messages: the reward sets messages itself"),
     ({"options": {"stop": {1, 2}}}, "options must be values of JSON"),
+    ({"options": {"top_p": float("nan")}}, "options must be values of JSON"),
     ({"api_key_env": "sk-not-a-name"}, "api_key_env: expected the name of an environment variable, got a text of 13"),
     ({"timeout": "60"}, "timeout must be a number, got str '60'"),
     ({"scale": ("1", "10")}, r"scale must be tuple\[float, float\], got tuple"),

@@ -407,6 +407,20 @@ def test_what_an_adapter_holds_beside_its_matrices_is_exported(
         torch.testing.assert_close(exported, policy(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_biases_of_an_adapter_need_biases_in_the_base_to_be_merged(run: Run, capsys: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    policy = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    policy.save_pretrained(run.folder / "first")
+    run.configure(path=str(run.base), lora={"path": str(run.folder / "first")})
+    weights = policy.state_dict(keep_vars=True).items()
+    run.save({name: value.detach() for name, value in weights if value.requires_grad})
+    refused = run.export(capsys, "--merge")
+    assert refused.code == 2
+    assert "--merge: the adapter has lora_bias, and model.layers.0.self_attn.q_proj of its base has no" in refused.err
+    assert run.export(capsys).code == 0
+
+
 def test_a_saved_adapter_that_is_gone_or_another_one_is_named(run: Run, capsys: Any) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from fake_cuda import FakeCuda, is_there
-from helpers.training import fit, prompt_data, remax_module, save_policy
+from helpers.training import fit, make_trainer, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -213,3 +213,25 @@ def test_a_given_length_stays_and_an_endless_run_decays_nothing() -> None:
         optimizer.step()
         endless.step()
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, r"model\.optimizer: LBFGS doesn't support per-parameter options"),
+        (
+            {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1)},
+            r"model\.lr_scheduler: You must define either total_steps",
+        ),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            r"model\.lr_scheduler: .*which follows a figure",
+        ),
+    ],
+    ids=["LBFGS", "OneCycleLR", "ReduceLROnPlateau"],
+)
+def test_what_an_optimizer_or_a_schedule_refuses_is_told_by_its_key(
+    options: dict[str, Any], message: str, policy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path).fit(remax_module(policy, **options), prompt_data(tmp_path, policy))

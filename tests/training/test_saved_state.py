@@ -13,6 +13,12 @@ import torch
 from helpers.training import make_trainer, prompt_data, remax_module, save_policy
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from remax_lightning.data import PromptDataModule
+from remax_lightning.modules import ReMaxModule
 
 
 class Remembers(Callback):
@@ -35,12 +41,58 @@ class Options:
     rate: float = 0.5
 
 
-def train(folder: Path, callback: Callback, steps: int, checkpoint: Path | None = None) -> Trainer:
+class Adds(ReMaxModule):
+    """A subclass that writes to the checkpoint after this package has."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["of_mine"], checkpoint["count"] = Path("rewards.jsonl"), np.int64(3)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.found = {name: checkpoint.get(name) for name in ("of_mine", "count")}
+
+
+class Table:
+    """A schedule with an attribute of NumPy."""
+
+    def __init__(self) -> None:
+        self.rates = np.array([1.0, 0.5, 0.25])
+
+    def __call__(self, step: int) -> Any:
+        return self.rates[step]
+
+
+class Position(DataLoader[Any]):
+    """A data loader whose position could only be read by running code."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"file": Path("rows.jsonl")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("nothing was saved")
+
+
+class PositionData(PromptDataModule):
+    def train_dataloader(self) -> Any:
+        loader: Any = super().train_dataloader()
+        return Position(list(loader), batch_size=None)
+
+
+def train(
+    folder: Path,
+    callback: Callback,
+    steps: int,
+    checkpoint: Path | None = None,
+    data: type[PromptDataModule] = PromptDataModule,
+    **options: Any,
+) -> Trainer:
     policy = save_policy(folder / "policy")
     saves = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
-    options = {"max_steps": steps, "max_epochs": -1, "enable_checkpointing": True, "limit_val_batches": 0}
-    trainer = make_trainer(folder, [callback, saves], **options)
-    trainer.fit(remax_module(policy), prompt_data(folder, policy), ckpt_path=checkpoint)
+    length = {"max_steps": steps, "max_epochs": -1, "enable_checkpointing": True, "limit_val_batches": 0}
+    trainer = make_trainer(folder, [callback, saves], **length)
+    rows = prompt_data(folder, policy, kind=data)
+    trainer.fit(remax_module(policy, **options), rows, ckpt_path=checkpoint)
     return trainer
 
 
@@ -78,3 +130,40 @@ def test_tensors_numbers_and_text_come_back(tmp_path: Path) -> None:
     found: Any = resumed.found
     assert torch.equal(found.pop("weights"), torch.arange(3.0))
     assert found == {"mean": 0.5, "best": [3, 1.5], "of": ("a", None), "counts": {4: {2}}}
+
+
+def test_what_a_subclass_adds_after_us_is_looked_at_too(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"The state of of_mine is left out .* it holds .*pathlib"):
+        train(tmp_path, Callback(), 1, kind=Adds)
+    trainer = train(tmp_path, Callback(), 2, tmp_path / "checkpoints" / "step=1.ckpt", kind=Adds)
+    module: Any = trainer.lightning_module
+    assert (trainer.global_step, module.found) == (2, {"of_mine": None, "count": 3})
+
+
+def test_a_learning_rate_and_a_schedule_in_numbers_of_numpy_come_back(tmp_path: Path) -> None:
+    def optimizer(parameters: Any) -> Optimizer:
+        return AdamW(parameters, lr=1e-4 * np.sqrt(2))
+
+    def schedule(optimizer: Optimizer) -> Any:
+        return LambdaLR(optimizer, lambda step: np.float64(1) / (1 + step))
+
+    options = {"optimizer": optimizer, "lr_scheduler": schedule}
+    train(tmp_path, Callback(), 1, **options)
+    trainer = train(tmp_path, Callback(), 2, tmp_path / "checkpoints" / "step=1.ckpt", **options)
+    rate = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+    assert (trainer.global_step, rate) == (2, pytest.approx(1e-4 * 2**0.5 / 3))
+
+
+def test_an_attribute_of_a_schedule_that_needs_code_stays_as_it_is_made(tmp_path: Path) -> None:
+    options = {"lr_scheduler": lambda optimizer: LambdaLR(optimizer, Table())}
+    with pytest.warns(UserWarning, match="The state of the schedule's lr_lambdas is left out .* it holds .*numpy"):
+        train(tmp_path, Callback(), 1, **options)
+    trainer = train(tmp_path, Callback(), 2, tmp_path / "checkpoints" / "step=1.ckpt", **options)
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == 0.25  # step 2 of the table
+
+
+def test_the_position_of_a_data_loader_that_needs_code_is_left_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"The state of the data loader is left out .* it holds .*pathlib"):
+        train(tmp_path, Callback(), 1, data=PositionData)
+    checkpoint = tmp_path / "checkpoints" / "step=1.ckpt"
+    assert train(tmp_path, Callback(), 2, checkpoint, data=PositionData).global_step == 2
