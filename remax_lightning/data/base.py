@@ -353,6 +353,13 @@ class TextDataModule(LightningDataModule, ABC):
         stop_at_error = self.loading.on_bad_row == "error"
         examples = prepare(rows, recipe, content=content, key=key, stop_at_error=stop_at_error)
         self._examples_prepared(examples)
+        if self.needs_eos and True in examples.chat_kinds() and (start := self.formatter.renderer.unwritten_start()):
+            rank_zero_warn(
+                f"{self.tokenizer_key}: the chat template of {self.tokenizer.name_or_path!r} ignores"
+                f" add_generation_prompt: prompts end without {start!r}, which it writes before an answer, so that the"
+                " policy has to write it and the reward reads it. Take a tokenizer whose template ends with {% if"
+                " add_generation_prompt %}, or correct this one."
+            )
         if self.loading.chat_template_kwargs and examples.chat_kinds() == {False}:
             raise UserError(
                 f"data.loading.chat_template_kwargs is for messages, but {rows.source} has text in column"

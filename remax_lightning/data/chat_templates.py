@@ -237,6 +237,39 @@ class ChatRenderer(TemplateRenderer):
                 self._turn_starts[shape] = None
         return self._turn_starts[shape]
 
+    def unwritten_start(self) -> str:
+        """Return what the template writes before an answer and not behind a prompt; empty where it writes both alike.
+
+        A template that ignores `add_generation_prompt` leaves it to the policy to begin its own turn. White space and
+        marks of a thought do not count.
+        """
+        user, answer = {"role": "user", "content": "probe-of-the-user"}, "probe-of-the-assistant"
+        conversation = Conversation([user])
+        form = self.fit(conversation, [user], is_prompt=True).form
+        try:
+            prompt, other = (self.apply(conversation, [user], form, is_prompt=is_prompt) for is_prompt in (True, False))
+            whole = self.apply(conversation, [user, {"role": "assistant", "content": answer}], form, is_prompt=False)
+        except StoppedTemplateError:
+            raise
+        except Exception:  # a template for other conversations than these two messages
+            return ""
+        if prompt != other or not whole.startswith(prompt) or answer not in whole:
+            return ""
+        return THOUGHT_MARKS.sub("", whole[len(prompt) :].partition(answer)[0]).strip()
+
+    def early_end(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        """Return the token inside of a response that ends one, so that nothing can be drawn behind it; else empty.
+
+        Args:
+            prompt: what the response is to.
+            ids: its tokens, of `response_ids`.
+        """
+        ends = {int(cast(int, self.tokenizer.eos_token_id))}
+        if prompt.conversation is not None and (name := self.turn_end_after(prompt.conversation)):
+            ends.add(cast(int, self.tokenizer.convert_tokens_to_ids(name)))
+        early = ends.intersection(ids[:-1])
+        return str(self.tokenizer.convert_ids_to_tokens(min(early))) if early else ""
+
     def response_ids(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of responses to imitate; each ends with the token that ends a turn.
 
@@ -322,14 +355,30 @@ def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokeni
     Raises:
         UserError: if there is one.
     """
-    templates: Any = tokenizer.chat_template or ""
-    # one template, or {"default": ..., "tool_use": ...}
-    text = templates if isinstance(templates, str) else "\n".join(templates.values())
     for name in kwargs:
         if name in RESERVED_KWARGS:
             raise UserError(f"{key}: {name!r} is set by the data module; give variables of the chat template")
-        if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", text):
+        if _is_unread(name, tokenizer):
             raise UserError(
                 f"{key}: the chat template of {tokenizer.name_or_path!r} has no variable {name!r}; correct the name, or"
                 " remove it"
             )
+
+
+def unread_variables(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the variables of a row that its chat template does not read, and that would say something.
+
+    An empty text or list, 0 and False are what a template takes a variable for that is not set: data sets have them in
+    every row that does not use a variable (smoltalk2).
+    """
+    if "chat_template" in kwargs:  # the row brings the template that reads the others
+        return []
+    return [name for name, value in kwargs.items() if value and _is_unread(name, tokenizer)]
+
+
+def _is_unread(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template has no variable of this name."""
+    templates: Any = tokenizer.chat_template or ""
+    # one template, or {"default": ..., "tool_use": ...}
+    text = templates if isinstance(templates, str) else "\n".join(templates.values())
+    return name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", text)

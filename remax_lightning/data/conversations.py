@@ -86,7 +86,7 @@ def read_message(message: Any, where: str, column: str) -> Message:
 
 def _read_message(message: Any, what: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f'{what}: expected {{"role": text, "content": text}}, got {message!r}')
+        raise DataError(f'{what}: expected {{"role": text, "content": text}}, got {message!r:.200}')
     message = _with_read_calls(message, what)
     # Valid without text: {"content": null, "tool_calls": [...]}, {"content": [{"type": "text", "text": ...}, ...]}
     content = message.get("content")
@@ -102,7 +102,7 @@ def _read_message(message: Any, what: str) -> Message:
             ):
                 raise DataError(
                     f"{what} (role {message['role']!r}): expected content that is text, a list of"
-                    f' {{"type": "text", "text": text}}, or null beside tool_calls, got {part!r}'
+                    f' {{"type": "text", "text": text}}, or null beside tool_calls, got {part!r:.200}'
                 )
     # A message of texts has no null to remove, so it is not copied.
     simple = all(isinstance(value, str) for value in message.values())
@@ -123,7 +123,7 @@ def _with_read_calls(message: dict[Any, Any], what: str) -> Message:
     if not isinstance(calls, list) or not all(map(function_name, calls)):
         raise DataError(
             f'{what}: expected tool_calls that are a list of {{"type": "function", "function": {{"name": text,'
-            f' "arguments": object}}}}, got {calls!r}'
+            f' "arguments": object}}}}, got {calls!r:.200}'
         )
     return {**message, "tool_calls": calls}
 
@@ -137,7 +137,9 @@ def _read_tools(tools: Any, where: str) -> list[Any]:
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: column 'tools' must be a list of definitions for the chat template, got {tools!r}")
+        raise DataError(
+            f"{where}: column 'tools' must be a list of definitions for the chat template, got {tools!r:.200}"
+        )
     return [_without_nulls(tool) for tool in tools]
 
 
@@ -146,7 +148,7 @@ def _read_kwargs(kwargs: Any, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(kwargs, dict) or not RESERVED_KWARGS.isdisjoint(kwargs):
         raise DataError(
-            f"{where}: column 'chat_template_kwargs' must hold variables of the chat template, got {kwargs!r}"
+            f"{where}: column 'chat_template_kwargs' must hold variables of the chat template, got {kwargs!r:.200}"
         )
     return {name: value for name, value in kwargs.items() if value is not None}
 

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs
-from remax_lightning.data.conversations import Message, content_text, function_name, is_plain, read_conversation
+from remax_lightning.data.chat_templates import ChatRenderer, check_template_kwargs, unread_variables
+from remax_lightning.data.conversations import (
+    Message,
+    content_text,
+    function_name,
+    is_empty,
+    is_plain,
+    read_conversation,
+)
 from remax_lightning.data.reading import Row
 from remax_lightning.data.tokenizers import check_characters, encode_batch
 from remax_lightning.errors import DataError, UserError
@@ -25,8 +32,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# '[{"role": "user", ...' as JSON, or "[{'content': ..." as `str` of Python
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+# '[{"role": "user", ...' as JSON, "[{'content': ..." as `str` of Python; '[{"from": "human", "value": ...' of ShareGPT,
+# and '{"name": "Ann", "role": "user", "content": ...', which have to have both keys
+_MESSAGES_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*["'](role|content)["']\s*:"""
+    r"""|(?=\s*(?:array\()?\[?\s*\{\s*["'])(?:(?=.*["']role["']\s*:)(?=.*["']content["']\s*:)"""
+    r"""|(?=.*["']from["']\s*:)(?=.*["']value["']\s*:))""",
+    re.DOTALL,
+)
 """A list of messages that something has printed, in JSON or as Python does."""
 
 
@@ -183,6 +196,13 @@ class PromptFormatter:
             raise DataError(
                 f"{where}: column {self.column!r} ends with a message of the assistant; a prompt ends before it, so"
                 " remove that message"
+            )
+        if conversation.messages[-1]["role"] == "user" and is_empty(conversation.messages[-1]):
+            raise DataError(f"{where}: the last message in column {self.column!r} is empty; remove the row or fill it")
+        for name in unread_variables(conversation.template_kwargs, self.tokenizer):
+            raise DataError(
+                f"{where}: column 'chat_template_kwargs' sets {name!r}, which the chat template of"
+                f" {self.tokenizer.name_or_path!r} does not read; remove it, or take a tokenizer whose template does"
             )
         if self.template_kwargs:
             merged = self.template_kwargs | conversation.template_kwargs  # a row's own come last, and win
@@ -386,7 +406,7 @@ def split_last(messages: list[Any], where: str, name: str) -> tuple[list[Any], M
     if not isinstance(last, dict) or last.get("role") != "assistant":
         raise DataError(
             f'{where}: the messages in column {name!r} must end with {{"role": "assistant", "content": text}}, got'
-            f" {last!r}"
+            f" {last!r:.200}"
         )
     return messages[:-1], last
 

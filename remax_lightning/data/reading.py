@@ -16,6 +16,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
+from urllib.parse import urlsplit
 
 from remax_lightning.data.text_files import (
     COMPRESSED,
@@ -233,8 +234,9 @@ def load_hub(path: str, *, split: str, name: str | None, key: str) -> Any:
     folder = Path(path).expanduser()
     if "://" in path:
         # An address: its ending chooses the builder, which downloads the file. JSON is the default.
-        builder = BUILDERS.get(data_suffix(path), "csv" if data_suffix(path) in (".csv", ".tsv") else "json")
-        options: dict[str, Any] = {"delimiter": "\t"} if data_suffix(path) == ".tsv" else {}
+        suffix = data_suffix(urlsplit(path).path)  # without what a link may end with, as in "?download=true"
+        builder = BUILDERS.get(suffix, "csv" if suffix in (".csv", ".tsv") else "json")
+        options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
         return _load(path, split, key, lambda: load_dataset(builder, data_files={split: path}, split=split, **options))
     if not folder.exists():
         try:

@@ -173,12 +173,22 @@ class SFTDataModule(TextDataModule):
             raise PairError(f"{text}; remove the pair, or set data.loading.on_bad_row: drop")
         raise DataError(f"{text}; remove the row or fill it")
 
-    def _finish_examples(self, examples: list[Example]) -> list[Example]:
+    def _finish_examples(self, examples: list[Example]) -> list[Outcome]:
         prompts, texts = [example.prompt for example in examples], [example.texts[0] for example in examples]
         response_ids = self.formatter.renderer.response_ids(prompts, texts)
-        return [
-            example._replace(response_ids=ids, texts=()) for example, ids in zip(examples, response_ids, strict=True)
-        ]
+        outcomes: list[Outcome] = []
+        for example, ids in zip(examples, response_ids, strict=True):
+            if token := self.formatter.renderer.early_end(example.prompt, ids):
+                outcomes.append(
+                    DataError(
+                        f"{example.where}: the response in column {self.response_column!r} goes on behind {token!r},"
+                        " which ends a response, so that the policy could never write the rest; remove the token, or it"
+                        " and all that follows"
+                    )
+                )
+            else:
+                outcomes.append(example._replace(response_ids=ids, texts=()))
+        return outcomes
 
     def _examples_prepared(self, examples: PreparedExamples) -> None:
         self.response_ends |= examples.last_ids("response_ids")

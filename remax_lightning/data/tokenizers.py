@@ -154,7 +154,8 @@ def response_texts(
     per_prompt = len(responses) // len(prompts)  # k
     # ---- Decode the prompts, and each prompt with its response ----
     shown = [[token for token in ids if token not in hidden] for ids in responses]
-    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
+    # Some tokenizers are saved to take the space before a full stop or comma away, which is part of what was written.
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     contexts = decode([list(ids) for ids in prompts])
     wholes = decode([[*prompts[i // per_prompt], *ids] for i, ids in enumerate(shown)])
     # ---- Subtract the prompt ----

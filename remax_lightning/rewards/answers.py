@@ -16,17 +16,27 @@ MAX_CHARACTERS = 200
 _DIGITS = (
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|(?<![\w.])\.[0-9]+"
 )
-# "-$1,234.50", "42 %", "3."
-_PLAIN = re.compile(rf"([-+]?)\s?[$€£]?([-+]?)({_DIGITS})\s?%?\.?")
+# "-$1,234.50", "42 %", "90°", "3."
+_PLAIN = re.compile(rf"([-+]?)\s?[$€£]?([-+]?)({_DIGITS})\s?[%°]?\.?")
+# "90^\circ", "90^{\circ}"
+_DEGREES = re.compile(r"\s*\^\s*(?:\\circ\b|\{\s*\\circ\s*\})")
 _NUMBER = re.compile(_DIGITS)
 # "\boxed{", "\boxed {"
 _BOXED = re.compile(r"\\boxed\s*\{")
 # What stands directly before the sign or the first digit of a number that is part of something else.
 _OPERAND_BEFORE = re.compile(
-    r"(?:[*/^\u00d7·÷√±+<≤≥∓]|(?<![-=])(?<!</\w)(?<!\w)>|[0-9][,:.]|[0-9][ \t]+"
-    r"|[0-9]\s*(?:,|;|-|\u2013|\bor\b|\band\b|\bto\b|&|\|)\s*"
-    r"|\bor\b|\b(?:more|less|greater|fewer) than\b|\\(?:times|cdot|div|pm|leq?|geq?|lt|gt|sqrt|log|ln|pi)\b\s*[({]?"
-    r"|\\[dt]?frac\s*\{?[^{}]*\}?\{?|[({\[]\s*[-+]?[0-9.]+\s*,)\s*$"
+    r"(?:[*/^\u00d7·÷√±+<≤≥∓]|\^\s*\{|[<>]=|(?<![-=])(?<!</\w)(?<!\w)>|[0-9][,:.'\u2019]|[0-9][ \t]+"
+    r"|[0-9]\s*(?:,|;|-|\u2013|\bor\b|\band\b|\bto\b|&|\||x)\s*"
+    # "x = 3 or x = 5"
+    r"|[0-9]\W{0,3}\bor\b[^0-9.,;:!?\n]{0,12}"
+    r"|\bor\b|\b(?:(?:more|less|greater|fewer) than|minus|negative|times|plus|(?:divided|multiplied) by|mod|out of)\b"
+    # "\times 5", "\sqrt[3]{5", "\log_{2} 5", "\pmod{5"
+    r"|\\(?:times|cdot|div|pm|leq?|geq?|lt|gt|sqrt|log|ln|pi|[pb]?mod)(?![A-Za-z])"
+    r"(?:\[[^\[\]]*\]|_(?:\w|\{[^{}]*\}))?\s*[({]?"
+    # "\frac{3}{5", "\frac{\sqrt{3}}{5"
+    r"|\\(?:[cdt]?frac|[dt]?binom)\s*(?:\{?[^{}]*\}?|\{(?:[^{}]|\{[^{}]*\})*\}\s*)\{?"
+    r"|[({\[]\s*[-+]?[0-9.]+\s*,)\s*$",
+    re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|cannot|never|neither|nor|except|unlike|without|(?:rather|other) than|instead of)\b"
@@ -40,10 +50,13 @@ _OPERAND_AFTER = re.compile(
     r"|(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?)\b)",
     re.IGNORECASE,
 )
-# "5x", "5k", "5th", "5(x + 1)"
-_DIRECTLY_AFTER = re.compile(r"(?:(?:[abijknpqrtuvwxyzKMB]|st|nd|rd|th)\b|\(\s*[A-Za-z0-9]|[{\[_])")
+# "5x2", "5x", "5k", "5th", "5(x + 1)"
+_DIRECTLY_AFTER = re.compile(r"(?:x[0-9]|(?:[abijknpqrtuvwxyzKMB]|st|nd|rd|th)\b|\(\s*[A-Za-z0-9]|[{\[_])")
 _DENIED_AFTER = re.compile(
-    r"\W{0,4}\s*(?:is|was|would be)\s*(?:n['\u2019]t|not|wrong|incorrect|false|impossible)\b", re.IGNORECASE
+    r"\W{0,4}\s*(?:which\s+)?(?:is|was|would be)\s*"
+    r"(?:n['\u2019]t|not|(?:an?\s+|the\s+)?(?:wrong|incorrect|false|impossible))\b"
+    r"|\s*\((?:wrong|incorrect|false)\b",
+    re.IGNORECASE,
 )
 # Letters in front make a name or, behind a caret, a unit's exponent: cm^2, H2O, x_1.
 _PART_OF_A_NAME = re.compile(r"(?:[^\W\d]|_\{?|[A-Za-z]\s*\^\s*\{?-?|\\(?:text|mathrm)\{[^{}]*\}\s*\^\s*\{?-?)$")
@@ -69,10 +82,10 @@ _PROSE = re.compile(r"[^\W\d_]{3,}|\b(?:no|is|if|to|of|at|it|we|by|do|so|be|as)\
 def plain_number(text: str) -> Fraction | None:
     """Return the number that `text` is as a whole, exactly; None where it is anything else.
 
-    Signs, thousands parted by commas, a currency sign before and a percent sign or full stop after are read, as are
-    the marks that LaTeX puts around a number; white space around it is ignored.
+    Signs, thousands parted by commas, a currency sign before and a percent sign, degree sign or full stop after are
+    read, as are the marks that LaTeX puts around a number; white space around it is ignored.
     """
-    text = _normal(text).strip()
+    text = _DEGREES.sub("°", _normal(text)).strip()
     if (boxed := _boxed(text)) is not None and text.startswith("\\boxed") and text.endswith("}"):
         text = boxed[1]
     if len(text) > MAX_CHARACTERS or (match := _PLAIN.fullmatch(text.strip())) is None:
@@ -87,7 +100,7 @@ def final_number(text: str) -> Fraction | None:
 
     It is the last number of the last `\boxed{...}`, else of what follows the last `####`, else of the whole text.
     """
-    text, before, after = _normal(text), "", ""
+    text, before, after = _DEGREES.sub("°", _normal(text)), "", ""
     if (boxed := _boxed(text)) is not None:
         before, text, after = boxed
     elif "####" in text:
@@ -211,6 +224,8 @@ def _formula(text: str) -> str | None:
     text = text.replace("%", "\\%").replace("≠", "\\neq ").replace("π", "\\pi ").replace("∞", "\\infty ")
     # "2 or 3" -> "2 , 3"
     text = re.sub(r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", text)
+    # "√2" -> "\sqrt{2}", "√(x + 1)" -> "sqrt(x + 1)"
+    text = re.sub(r"√\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}", text).replace("√", "sqrt")
     # "sqrt(2)" -> "\sqrt{2}"
     text = re.sub(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
@@ -258,6 +273,7 @@ def _boxed(text: str) -> tuple[str, str, str] | None:
 def _normal(text: str) -> str:
     """Return `text` with one spelling for minus, percent and currency signs, without marks of emphasis and LaTeX's."""
     text = re.sub(r"[\u2212\uFF0D\uFE63]", "-", text)
+    text = re.sub(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))", ",", text)  # 5\,000
     text = text.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$").replace("\\!", "")
     text = re.sub(r"\\[,;: ]|[\u00a0\u202f\u2009]", " ", text)
     # **5** is emphasis, 2**3 is a power.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,55 @@ def test_messages_that_were_printed_are_no_prompt(write: Any) -> None:
     with pytest.raises(DataError, match="here: column 'prompt' holds messages written as text"):
         formatter(KNOWN_ROLES).text({"prompt": write([user("Hi")])}, "here")
     assert formatter(KNOWN_ROLES).text({"prompt": "[{1, 2}]"}, "here") == "[{1, 2}]"
+
+
+@pytest.mark.parametrize(
+    "message", [{"from": "human", "value": "Hi"}, {"name": "Ann", "role": "user", "content": "Hi"}]
+)
+def test_other_forms_of_messages_that_were_printed_are_no_prompt(message: dict[str, str]) -> None:
+    for text in (json.dumps([message]), str([message]), json.dumps(message, indent=1), f"array([{message}])"):
+        with pytest.raises(DataError, match="here: column 'prompt' holds messages written as text"):
+            formatter(KNOWN_ROLES).text({"prompt": text}, "here")
+    # a question about such a text, and JSON without messages
+    for text in (f"Correct this: {json.dumps(message)}", '{"role": "admin"}', '[{"from": 1, "to": 2}]'):
+        assert formatter(KNOWN_ROLES).text({"prompt": text}, "here") == text
+
+
+def test_a_long_value_is_shown_by_its_beginning() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
+    with pytest.raises(DataError, match=r"got \{'type': 'image_url'") as caught:
+        prompt(PARTS, {"role": "user", "content": [image]})
+    assert len(str(caught.value)) < 500
+
+
+def test_an_empty_question_is_no_prompt() -> None:
+    for content in ("", " \n", [{"type": "text", "text": ""}]):
+        with pytest.raises(DataError, match=r"the last message in column 'prompt' is empty; remove the row or fill it"):
+            prompt(KNOWN_ROLES, {"role": "user", "content": content})
+
+
+def test_a_variable_of_a_row_that_the_template_does_not_read_is_not_lost_in_silence() -> None:
+    row = {"prompt": [user("Hi")], "chat_template_kwargs": {"custom_instructions": "Be brief.", "xml_tools": []}}
+    with pytest.raises(DataError, match=r"here: column 'chat_template_kwargs' sets 'custom_instructions', which the"):
+        formatter(KNOWN_ROLES).text(row, "here")
+    reads = "{{ custom_instructions }}" + KNOWN_ROLES
+    assert formatter(reads).text(row, "here").startswith("Be brief.")
+    row["chat_template_kwargs"] |= {"custom_instructions": "", "enable_thinking": False}
+    assert formatter(KNOWN_ROLES).text(row, "here") == "<s>user\nHi</s>\n<s>assistant\n"
+
+
+@pytest.mark.parametrize("kind", [PromptDataModule, SFTDataModule])
+def test_a_template_without_a_beginning_of_the_answer_is_told(kind: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": [user("Hi")], "response": "Hello"}]
+    ignores = KNOWN_ROLES.partition("{% if add_generation_prompt %}")[0]
+    for number, template in enumerate((ignores, KNOWN_ROLES, OPENS_THOUGHT, MOVED_SYSTEM, THINKING)):
+        make_tokenizer(chat_template=template).save_pretrained(tmp_path / str(number))
+        data = kind(data=rows, tokenizer=str(tmp_path / str(number)), batch_size=1, val_size=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.setup("fit")
+        told = [str(warning.message) for warning in caught if "add_generation_prompt" in str(warning.message)]
+        assert bool(told) == (template == ignores)
 
 
 # Tools and variables

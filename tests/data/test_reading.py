@@ -305,9 +305,11 @@ def test_only_a_hub_name_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"there is no file 'my data', and it is no name of a data set on the hub"):
         read_rows("my data")
     read_rows("hf://datasets/a/b/rows.tsv")
+    read_rows("https://host/rows.parquet?download=true")
     assert asked == [
         ("openai/gsm8k", "main", {"split": "test"}),
         ("csv", {"data_files": {"train": "hf://datasets/a/b/rows.tsv"}, "split": "train", "delimiter": "\t"}),
+        ("parquet", {"data_files": {"train": "https://host/rows.parquet?download=true"}, "split": "train"}),
     ]
 
 

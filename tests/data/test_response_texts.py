@@ -57,6 +57,22 @@ def test_sentencepiece_keeps_the_space_in_front_of_a_response(prompt: str, piece
     assert texts == [text, "", text, text]
 
 
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_a_response_keeps_the_spaces_that_a_tokenizer_would_clean_up(clean_up: bool) -> None:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import Unigram
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*"x=,1!.", "do", "n't"]
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), ("</s>", 0.0), *((f"▁{word}", -1.0) for word in words)], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=clean_up
+    )
+    response = " x = 1 , do n't ! ."
+    assert response_texts(fast, encode_text(fast, ["x"]), encode_text(fast, [response])) == [response]
+
+
 def test_special_tokens_are_context_but_no_text_unless_asked_for() -> None:
     tokenizer = sentencepiece(additional_special_tokens=["<think>", "</think>", "[/INST]"])
     prompt = encode_text(tokenizer, ["hi[/INST]"])[0]

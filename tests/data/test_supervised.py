@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from helpers.chat_templates import AS_TEXT, user
 
 from remax_lightning.data import SFTDataModule
+from remax_lightning.data.options import LoadingConfig
 from remax_lightning.errors import DataError, UserError
 
 EOS = 2
@@ -48,6 +50,22 @@ def test_eos_that_the_response_spells_out_is_not_doubled(tmp_path: Path, policy_
     ids = next(iter(data.train_dataloader())).response_ids[0].tolist()
     assert ids.count(EOS) == 1
     assert len(ids) == 2
+
+
+@pytest.mark.parametrize("prompt", ["1", [user("1")]])
+def test_a_response_that_goes_on_behind_its_end_is_refused(prompt: Any, tmp_path: Path) -> None:
+    """As in text that a language model wrote beyond its answer: nobody draws what follows the end."""
+    tokenizer = make_tokenizer(chat_template=AS_TEXT)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"prompt": prompt, "response": "2"}, {"prompt": prompt, "response": "2</s>Q 3"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "batch_size": 1, "val_size": 0}
+    with pytest.raises(DataError, match=r"line 2: the response in column 'response' goes on behind '</s>', which ends"):
+        SFTDataModule(path, **options).setup("fit")
+    data = SFTDataModule(path, loading=LoadingConfig(on_bad_row="drop"), **options)
+    with pytest.warns(UserWarning, match="dropped 1 of 2 rows"):
+        data.setup("fit")
+    assert [batch.response_ids[0].tolist().count(EOS) for batch in data.train_dataloader()] == [1]
 
 
 def test_long_responses_are_left_out_and_counted(

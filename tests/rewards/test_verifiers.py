@@ -157,6 +157,12 @@ def test_a_plain_gold_is_read_and_right_answers_are_paid(gold: Any) -> None:
         "<answer>5</answer>",
         "2 + 3 = 5",
         "30/6 = 5.0",
+        "$2^{3} - 3 = 5$",
+        "2 times 2 plus 1 is 5",
+        "it takes 3 or 4 days, so 5",
+        "3 or more, so 5",
+        "\\boxed{5^\\circ}",
+        "the angle is $5^{\\circ}$.",
     ]
     assert numeric_answer(["p"] * len(responses), responses, rows(*[gold] * len(responses))) == [1.0] * len(responses)
 
@@ -202,10 +208,44 @@ def test_a_plain_gold_is_read_and_right_answers_are_paid(gold: Any) -> None:
         "5 + x",
         "5/2",
         "\\boxed{4} 5",
+        "2^{5}",
+        "\\boxed{2^{5}}",
+        "3 \\times 10^{5}",
+        "10^{ 5 }",
+        "\\sqrt[3]{5}",
+        "\\log_{2} 5",
+        "\\log_2{5}",
+        "\\binom{7}{5}",
+        "\\cfrac{1}{5}",
+        "\\frac{\\sqrt{3}}{5}",
+        "3 \\pmod{5}",
+        "3 mod 5",
+        "x >= 5",
+        "x <= 5",
+        "3 x 5",
+        "5x3",
+        "3 times 5",
+        "3 plus 5",
+        "15 divided by 5",
+        "3 out of 5",
+        "minus 5",
+        "negative 5",
+        "x = 3 or x = 5",
+        "3 or maybe 5",
+        "1'005",
+        "5 is the wrong answer",
+        "5, which is incorrect",
+        "5 (wrong)",
     ],
 )
 def test_a_number_that_is_not_the_answer_is_not_paid(response: str) -> None:
     assert numeric_answer(["p"], [response], rows(5)) == [0.0]
+
+
+def test_degrees_and_thin_spaces_between_thousands_are_read() -> None:
+    golds = ["90^\\circ", "$90^{\\circ}$", "90°", "12\\,345", "12345"]
+    responses = ["90", "\\boxed{90^\\circ}", "90°", "\\boxed{12345}", "\\boxed{12\\,345}"]
+    assert numeric_answer(["p"] * 5, responses, rows(*golds)) == [1.0] * 5
 
 
 def test_small_and_large_numbers_are_told_apart() -> None:
@@ -284,6 +324,10 @@ EQUAL = [
     ("3+4i", "\\boxed{4i+3}"),
     ("(-\\infty,2)", "\\boxed{(-\\infty, 2)}"),
     ("90^\\circ", "\\boxed{90}"),
+    ("90", "\\boxed{90^{\\circ}}"),
+    ("\\sqrt{2}", "\\boxed{√2}"),
+    ("2\\sqrt{3}", "$2√3$"),
+    ("\\sqrt{x+1}", "√(x + 1)"),
     ("3:2", "\\boxed{3:2}"),
     ("\\frac{1}{3}", "\\boxed{\\dfrac{1}{3}}"),
     ("2", "$1+1=2$"),
