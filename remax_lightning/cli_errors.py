@@ -169,7 +169,8 @@ def user_error_message(error: BaseException | None) -> str | None:
     """
     misconfiguration = loaded_class("lightning.fabric.utilities.exceptions", "MisconfigurationException")
     for cause in exception_chain(error):
-        if isinstance(cause, (UserError, misconfiguration)):
+        is_monitor = isinstance(cause, RuntimeError) and str(cause).startswith("Early stopping conditioned on metric")
+        if is_monitor or isinstance(cause, (UserError, misconfiguration)):
             hint = _moved_name_hint(str(cause))
             return f"{cause}; {hint}" if hint else str(cause)
     return None

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from remax_lightning.callbacks.monitors import is_dry_run, rollout_output
+from remax_lightning.callbacks.monitors import check_monitored, is_dry_run, rollout_output
 from remax_lightning.config import EvalConfig
 from remax_lightning.distributed import broadcast, gather_objects
 from remax_lightning.errors import UserError, at_least, check_ranges
@@ -169,6 +169,7 @@ class Evaluation(Callback):
         starts = trainer.global_step == 0 and trainer.current_epoch == 0
         if self.at_start and starts and trainer.enable_validation and not is_dry_run(trainer):
             run_validation(trainer)
+            check_monitored(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the module what to measure."""

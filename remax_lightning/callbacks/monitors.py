@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -68,6 +69,25 @@ def log_step(pl_module: LightningModule, values: Mapping[str, float]) -> None:
 def is_dry_run(trainer: Trainer) -> bool:
     """Return whether this is a `fast_dev_run`, which writes no files."""
     return bool(cast("Any", trainer).fast_dev_run)
+
+
+def check_monitored(trainer: Trainer) -> None:
+    """Refuse callbacks of Lightning that follow a figure of `val/` which the first validation has not logged.
+
+    Lightning notices at the end of an epoch, or where the first checkpoint is due.
+
+    Raises:
+        UserError: naming the callback and the figures that there are.
+    """
+    figures = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+    for callback in cast("Any", trainer).callbacks:
+        name = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
+        is_missed = figures and name is not None and name.startswith("val/") and name not in figures
+        if is_missed and getattr(callback, "strict", True):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} has monitor {name!r}, which no validation logs; there"
+                f" are {', '.join(figures)}"
+            )
 
 
 # ---- The KL to the reference ----
