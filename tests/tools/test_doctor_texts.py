@@ -26,6 +26,7 @@ from helpers.doctor import (
 )
 from helpers.training import write_rows
 
+from remax_lightning.data.chat_templates import ChatRenderer
 from remax_lightning.tools.doctor import DoctorContext
 from remax_lightning.tools.doctor.responses import check_special_tokens
 
@@ -60,7 +61,8 @@ def test_healthy(well: DoctorContext) -> None:
 
 
 def test_an_empty_prompt(tmp_path: Path) -> None:
-    context = with_prompts(tmp_path, [said("")] * 24, "<s>{{ messages[0]['content'] }}")
+    empty = [{"role": "system", "content": ""}]  # an empty question is refused before
+    context = with_prompts(tmp_path, [empty] * 24, "<s>{{ messages[0]['content'] }}")
     found = ask(context, "prompts")
     assert found.status == "fail"
     assert found.values["empty"] == 12
@@ -141,9 +143,11 @@ def test_a_pad_token_that_the_model_lacks(well: DoctorContext, monkeypatch: pyte
     assert "the pad token 3 is not among the model's 3 embeddings" in found.measured
 
 
-def test_a_second_eos_in_responses_to_imitate(tmp_path: Path) -> None:
+def test_a_second_eos_in_responses_to_imitate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = supervised(tmp_path, pad_is_eos=True)
     assert ask(loaded(tmp_path, config), "pad_token").status == "pass"
+    # A data module of a user's own may let through what this package's refuses.
+    monkeypatch.setattr(ChatRenderer, "early_end", lambda *_: "")
     write_rows(tmp_path / "pairs.jsonl", ({"prompt": prompt, "response": "1</s>2"} for prompt in PROMPTS))
     found = ask(loaded(tmp_path, config), "pad_token")
     assert found.status == "fail"
