@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# '[{"role": "user", ...' as JSON, "[{'content': ..." as `str` of Python; '[{"from": "human", "value": ...' of ShareGPT,
-# and '{"name": "Ann", "role": "user", "content": ...', which have to have both keys
+# '[{"role": "user", ...' as JSON, or "[{'content': ..." as `str` of Python; '[{"from": "human", "value": ...' of
+# ShareGPT, and '{"name": "Ann", "role": "user", "content": ...', which have to name a speaker and have both keys
+_SPEAKER = r"""["'](?:system|developer|user|human|assistant|gpt|chatgpt|bot|tool|function|observation)["']"""
 _MESSAGES_AS_TEXT = re.compile(
     r"""\s*\[\s*\{\s*["'](role|content)["']\s*:"""
-    r"""|(?=\s*(?:array\()?\[?\s*\{\s*["'])(?:(?=.*["']role["']\s*:)(?=.*["']content["']\s*:)"""
-    r"""|(?=.*["']from["']\s*:)(?=.*["']value["']\s*:))""",
+    rf"""|(?=\s*(?:array\()?\[?\s*\{{\s*["'])(?:(?=.*["']role["']\s*:\s*{_SPEAKER})(?=.*["']content["']\s*:)"""
+    rf"""|(?=.*["']from["']\s*:\s*{_SPEAKER})(?=.*["']value["']\s*:))""",
     re.DOTALL,
 )
 """A list of messages that something has printed, in JSON or as Python does."""

@@ -117,7 +117,8 @@ def test_other_forms_of_messages_that_were_printed_are_no_prompt(message: dict[s
         with pytest.raises(DataError, match="here: column 'prompt' holds messages written as text"):
             formatter(KNOWN_ROLES).text({"prompt": text}, "here")
     # a question about such a text, and JSON without messages
-    for text in (f"Correct this: {json.dumps(message)}", '{"role": "admin"}', '[{"from": 1, "to": 2}]'):
+    others = '{"role": "admin", "content": "all"}', '{"from": "EUR", "to": "USD", "value": 5}', '[{"from": 1, "to": 2}]'
+    for text in (f"Correct this: {json.dumps(message)}", *others):
         assert formatter(KNOWN_ROLES).text({"prompt": text}, "here") == text
 
 
