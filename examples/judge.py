@@ -12,4 +12,4 @@ def check_row(row, where, **arguments):
         raise ValueError("ground_truth is empty")
 
 
-compute_score.check_row = check_row  # gets the first rows before any model is loaded
+compute_score.check_row = check_row  # gets the rows before any model is loaded

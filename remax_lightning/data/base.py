@@ -32,6 +32,7 @@ from remax_lightning.data.options import (
 from remax_lightning.data.preparation import Recipe, preparation_key, prepare, settings_of_rows, source_files
 from remax_lightning.data.reading import Row, Rows, is_on_hub, load_hub, read_rows, rows_in_memory
 from remax_lightning.data.records import Outcome, PreparedExamples
+from remax_lightning.data.scorable import ChecksRows, check_examples, scorable_examples
 from remax_lightning.data.tokenizers import load_tokenizer
 from remax_lightning.errors import DataError, UserError, check_ranges
 from remax_lightning.types import Prompt
@@ -128,21 +129,32 @@ class TextDataModule(LightningDataModule, ABC):
                     forms.setdefault(form, examples[index].prompt)
         return list(forms.values())
 
-    def first_rows(self, count: int = 1000, *, train: bool = True) -> tuple[list[Row], list[str]]:
-        """Return the first training rows and the first validation rows with their locations; call it after `setup`.
+    def check_scorable(self, reward: ChecksRows, *, train: bool = True) -> None:
+        """Let a reward look at the rows that it will score; call it after `setup`.
+
+        What `loading.on_bad_row` says of rows that cannot be used holds for those that it refuses, too.
 
         Args:
-            count: maximum number of each; reading all rows of a large data set would take long.
-            train: whether to include training rows.
+            reward: the reward.
+            train: whether it will score the training rows.
+
+        Raises:
+            UserError: for the first row that it refuses, or if too few are left.
         """
-        rows: list[Row] = []
-        places: list[str] = []
-        for dataset in (self._train if train else None, self._val):
-            if dataset is not None:
-                for example in dataset.examples[:count]:
-                    rows.append(example.row)
-                    places.append(example.where)
-        return rows, places
+        drop = self.loading.on_bad_row == "drop"
+        for name in ("_train", "_val") if train else ("_val",):
+            dataset: ExampleDataset | None = getattr(self, name)
+            if dataset is None or not reward.checks_rows:
+                continue
+            examples = cast(PreparedExamples, dataset.examples)
+            if not drop:
+                check_examples(examples, reward)
+                continue
+            scorable = scorable_examples(examples, reward)
+            self.num_left_out += len(examples) - len(scorable)
+            setattr(self, name, ExampleDataset(scorable))
+        if self._train is not None:
+            self._check_size(self._train)
 
     def turn_end_id(self) -> int | None:
         """Return the token that the chat template ends a turn with; None where it writes none, or no row is a chat."""
@@ -301,15 +313,20 @@ class TextDataModule(LightningDataModule, ABC):
         if held_out is not None:
             self._val = self._dataset(held_out)
         train = self._dataset(rows, unreadable)
+        self._check_size(train)
+        self._train = train
+
+    def _check_size(self, train: ExampleDataset) -> None:
+        """Refuse training rows that fill no batch."""
         world_size = 1 if self.trainer is None else self.trainer.world_size
         needed = self.batch_size * world_size
         if len(train) < needed:
+            source = cast(PreparedExamples, train.examples).rows.source
             raise DataError(
                 f"data.batch_size={self.batch_size} on {world_size} process(es) needs {needed} training rows, but "
-                f"{'data' if self.path is None else 'data.path'} ({rows.source}) has {len(train)} to use; lower "
+                f"{'data' if self.path is None else 'data.path'} ({source}) has {len(train)} to use; lower "
                 "data.batch_size or give more rows"
             )
-        self._train = train
 
     def _train_rows(self) -> tuple[Rows, Rows | None, Counter[str]]:
         """Return the rows to train on, those held out for validation, and how many could not be read, by reason."""

@@ -32,8 +32,8 @@ class LoadingConfig:
         long_prompts: what happens to a prompt over the limit: `drop` leaves the row out and counts it,
             `error` stops. A prompt is never cut, because its end is what the policy answers.
         on_bad_row: what happens to a row that cannot be used: that cannot be read, lacks a column, is refused by the
-            chat template, has no response, or is a pair that teaches nothing. `error` stops and says where it stands,
-            `drop` leaves it out; one line says how many were left out, and why.
+            chat template or by the reward, has no response, or is a pair that teaches nothing. `error` stops and says
+            where it stands, `drop` leaves it out; one line says how many were left out, and why.
         response_marker: what stands before each response in whole transcripts; the prompt of a pair reaches through
             the last one. The default is that of hh-rlhf.
         stage_split: shares of the rows of `path` that go to supervised fine-tuning, reward model and ReMax, such as

@@ -125,6 +125,14 @@ class PreparedExamples(Sequence[Any]):
         """Say where an example stands, for messages."""
         return self.rows.where(int(self.numbers[index]))
 
+    def rows_between(self, start: int, stop: int) -> list[Row]:
+        """Return the rows of some examples, without making these: a fifth of the time."""
+        numbers = self.numbers[start:stop].tolist()
+        texts = (_Record(self.batches, number).value("row") for number in numbers)
+        return [
+            json.loads(text) if text is not None else self[index].row for index, text in enumerate(texts, start=start)
+        ]
+
     def lengths(self, name: str) -> np.ndarray[Any, Any]:
         """Return how many tokens the examples have, `[N]`; `name` is a field of token ids, or `prompt`."""
         import pyarrow.compute as pc

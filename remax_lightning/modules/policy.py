@@ -83,8 +83,8 @@ class PolicyModule(BaseModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.reward is not None and hasattr(data, "prompt_forms"):
             self.reward.check_prompts(data.prompt_forms())
-        if self.reward is not None and hasattr(data, "first_rows"):
-            self.reward.check_rows(*data.first_rows(train=self.scores_training_rows))
+        if self.reward is not None and hasattr(data, "check_scorable"):
+            data.check_scorable(self.reward, train=self.scores_training_rows)
 
     @property
     def trained_model(self) -> PreTrainedModel:

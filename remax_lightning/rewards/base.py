@@ -83,13 +83,30 @@ class Reward(ABC):
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:  # noqa: B027
         """Refuse rows that cannot be scored, before any model is loaded. Default: nothing.
 
+        It is called several times, each time with up to 1000 of the rows that will be scored.
+
         Args:
-            rows: the first rows of the data that will be scored.
+            rows: some of them.
             places: where each stands, for messages: `train.jsonl, line 7`.
 
         Raises:
-            UserError: if there is one.
+            UserError: if there is one that cannot be scored.
         """
+
+    @property
+    def checks_rows(self) -> bool:
+        """Whether `check_rows` looks at anything; else no row is read for it."""
+        return type(self).check_rows is not Reward.check_rows
+
+    def refused_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> dict[int, str]:
+        """Return what `check_rows` says of each row that it refuses, by index, for runs that leave these out."""
+        problems = {}
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+            try:
+                self.check_rows([row], [place])
+            except UserError as error:
+                problems[index] = str(error)
+        return problems
 
     @abstractmethod
     def score(

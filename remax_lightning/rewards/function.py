@@ -66,7 +66,7 @@ class FunctionReward(Reward):
     The function may be asynchronous; verl's calls then run at the same time. All coroutines share one event loop, so
     that clients can keep their connections. None is refused in styles other than TRL's.
 
-    A function's attribute `check_row`, if it has one, is called as `check_row(row, where, **arguments)` with the first
+    A function's attribute `check_row`, if it has one, is called as `check_row(row, where, **arguments)` with the
     rows before models are loaded, and raises an error for a row that cannot be scored.
 
     Args:
@@ -164,6 +164,15 @@ class FunctionReward(Reward):
             copies = [dict(row) for row in rows]
             scores = self._call(list(prompts), list(responses), copies, **self.arguments)
         return wait_for([scores])[0] if inspect.isawaitable(scores) else scores
+
+    @property
+    def checks_rows(self) -> bool:
+        """Whether the function needs columns, or has a `check_row`."""
+        return bool(self._required_columns()) or hasattr(self._call, "check_row")
+
+    def refused_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> dict[int, str]:
+        """Return what `check_rows` says of each row that it refuses, by index; of all rows in one child process."""
+        return super().refused_rows(rows, places) if self._timed is None else self._timed.refused_rows(rows, places)
 
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
         """Refuse rows without a column that the function needs, or with one that its `check_row` refuses.

@@ -116,45 +116,55 @@ class TimedReward(Reward):
 
     def check_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
         """Let the reward look at the rows, in a child process too, within `timeout` seconds."""
-        if type(self.reward).check_rows is not Reward.check_rows:
+        if self.checks_rows:
             self._check("check_rows", (list(rows), list(places)), places)
 
-    def _check(self, method: str, columns: tuple[list[Any], ...], places: Sequence[str]) -> None:
-        """Call a method that checks rows or prompts; where it takes too long, with one after the other.
+    @property
+    def checks_rows(self) -> bool:
+        """Whether the reward looks at the rows."""
+        return self.reward.checks_rows
+
+    def refused_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> dict[int, str]:
+        """Return what the reward says of each row that it refuses, in a child process too, within `timeout` seconds."""
+        return dict(self._check("refused_rows", (list(rows), list(places)), places))
+
+    def _check(self, method: str, columns: tuple[list[Any], ...], places: Sequence[str]) -> Any:
+        """Return what a method says of rows or prompts; where it takes too long, find the one that does.
 
         The child of it loads no model: it ends with the check.
 
         Raises:
             RewardError: if it takes too long, or its process ends; the message names the row.
         """
+        named = "check_rows" if method == "refused_rows" else method  # which the user has written
 
-        def call(columns: tuple[list[Any], ...], seconds: float) -> float:
-            """Return the seconds that it took; what a new child needs to import is not counted."""
+        def call(columns: tuple[list[Any], ...], seconds: float) -> tuple[Any, float]:
+            """Return its result and the seconds that it took; what a new child needs to import is not counted."""
             if self._checking is None or not self._checking.is_alive:
                 self._checking = Child(Target(__name__, "load_checks", self._pickled))
             try:
                 self._checking.start()
                 begin = time.monotonic()
-                self._checking.call((method, columns), seconds)
+                result = self._checking.call((method, columns), seconds)
             except CallEndedError as error:
-                ended = f"the process of {self!r} {error} in {method}"
+                ended = f"the process of {self!r} {error} in {named}"
                 raise RewardError(f"model.reward: {ended}; let it raise an error that says what is wrong") from None
-            return time.monotonic() - begin
+            return result, time.monotonic() - begin
 
         def too_long(place: str) -> RewardError:
             return RewardError(
-                f"{place}: model.reward: {method} of {self!r} took more than {self.timeout:g} s and was stopped; make"
+                f"{place}: model.reward: {named} of {self!r} took more than {self.timeout:g} s and was stopped; make"
                 f" it faster, or raise {_KEY}.timeout"
             )
 
         try:
-            call(columns, self.timeout)
+            return call(columns, self.timeout)[0]
         except CallTimeoutError:
             # ---- The first one that takes too long alone; after twice the time in all, the first of them is named ----
             left = 2 * self.timeout
             for index, place in enumerate(places if len(places) > 1 else ()):
                 try:
-                    left -= call(tuple([column[index]] for column in columns), min(self.timeout, _ALONE_SECONDS))
+                    left -= call(tuple([column[index]] for column in columns), min(self.timeout, _ALONE_SECONDS))[1]
                 except CallTimeoutError:
                     raise too_long(place) from None
                 if left <= 0:
@@ -292,13 +302,13 @@ def _singles(batch: Batch) -> list[Batch]:
     return [([prompt], [response], [row]) for prompt, response, row in zip(*batch, strict=True)]
 
 
-def load_checks(pickled: bytes) -> Callable[[tuple[str, tuple[Any, ...]]], None]:
+def load_checks(pickled: bytes) -> Callable[[tuple[str, tuple[Any, ...]]], Any]:
     """Return what a child does for each request: call a method of the reward that it was sent, which is not loaded."""
     reward: Reward = pickle.loads(pickled)  # from the trainer
 
-    def check(request: tuple[str, tuple[Any, ...]]) -> None:
+    def check(request: tuple[str, tuple[Any, ...]]) -> Any:
         method, columns = request
-        getattr(reward, method)(*columns)
+        return getattr(reward, method)(*columns)
 
     return check
 

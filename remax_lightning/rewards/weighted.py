@@ -130,6 +130,19 @@ class WeightedReward(Reward):
             except RewardError as error:
                 raise RewardError(f"part {name!r} of the reward: {error}") from error
 
+    @property
+    def checks_rows(self) -> bool:
+        """Whether any part looks at the rows."""
+        return any(part.checks_rows for part in self.parts.values())
+
+    def refused_rows(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> dict[int, str]:
+        """Return what the parts say of each row that one of them refuses, by index."""
+        problems: dict[int, str] = {}
+        for name, part in self.parts.items():
+            for index, problem in part.refused_rows(rows, places).items():
+                problems.setdefault(index, f"part {name!r} of the reward: {problem}")
+        return problems
+
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> Scores:
         """Return the sum and every part of it.
 

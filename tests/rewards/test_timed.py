@@ -308,6 +308,22 @@ def test_the_row_that_takes_too_long_is_found(text: str, message: str) -> None:
         reward.check_rows([{"text": "a"}, {"text": text}], ["b.jsonl, line 1", "b.jsonl, line 2"])
 
 
+def test_refused_rows_are_found_in_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(timed_rewards, "Child", lambda target: started.append(target) or Child(target))
+    reward = WeightedReward({"checked": FunctionReward("judges.checks", timeout=60.0), "other": lambda *_: []})
+    rows = [{"text": text} for text in ("a", "wrong", "b", "wrong")]
+    places = [f"b.jsonl, line {n}" for n in range(1, 5)]
+    problem = "part 'checked' of the reward: {}: FunctionReward(judges.checks): check_row raised ValueError: wrong"
+    assert reward.refused_rows(rows, places) == {n: problem.format(places[n]) for n in (1, 3)}
+    assert len(started) == 1
+    hangs = FunctionReward("judges.checks", timeout=0.5)
+    with pytest.raises(
+        RewardError, match=r"^b.jsonl, line 2: .*check_rows of FunctionReward\(judges.checks\) took more"
+    ):
+        hangs.refused_rows([{"text": "a"}, {"text": "loop"}], places[:2])
+
+
 def test_the_check_of_prompts_has_the_deadline_too(judges: Path) -> None:
     from judges import Checks
 

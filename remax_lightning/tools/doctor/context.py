@@ -266,8 +266,8 @@ class DoctorContext:
         assert self.reward is not None
         if hasattr(self.data, "prompt_forms"):
             self.reward.check_prompts(self.data.prompt_forms())
-        if hasattr(self.data, "first_rows"):
-            self.reward.check_rows(*self.data.first_rows(train=self.module.scores_training_rows))
+        if hasattr(self.data, "check_scorable"):
+            self.data.check_scorable(self.reward, train=self.module.scores_training_rows)
         self.reward.load(self.module.device)
 
     # ---- What the checks read ----
