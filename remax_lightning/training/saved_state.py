@@ -20,6 +20,8 @@ from remax_lightning.models.checkpoint_reader import refused_code
 OF_LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "optimizer_states",
                 "lr_schedulers")  # fmt: skip
 """Parts of a checkpoint that are not a user's as a whole, and without which no run could resume."""
+_NEEDED = {"optimizer_states": "the optimizer", "state_dict": "the module (`get_extra_state`)"}
+"""Those of them that a class of a user's own may write to."""
 
 
 def keep_readable_checkpoints(strategy: Strategy) -> None:
@@ -66,6 +68,14 @@ class _ReadableSave:
                     f"The state of {name} is left out of checkpoints, and a resumed run starts it anew: it holds"
                     f" {reason}. Let its state_dict() return tensors, numbers and text, in lists and dicts."
                 )
+        # ---- What cannot be left out is told at the first checkpoint, and not when a run resumes ----
+        for key, name in _NEEDED.items():
+            if key not in self._told and (reason := _obstacle(checkpoint.get(key))) is not None:
+                rank_zero_warn(
+                    f"No run can resume from the checkpoints of this one: the state of {name} holds {reason}. Let it be"
+                    " tensors, numbers and text, in lists and dicts. Exported policies are whole."
+                )
+            self._told.add(key)
         self._save(checkpoint, *args, **options)
 
 

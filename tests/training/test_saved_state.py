@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from remax_lightning.data import PromptDataModule
+from remax_lightning.errors import UserError
 from remax_lightning.modules import ReMaxModule
 
 
@@ -160,6 +161,38 @@ def test_an_attribute_of_a_schedule_that_needs_code_stays_as_it_is_made(tmp_path
         train(tmp_path, Callback(), 1, **options)
     trainer = train(tmp_path, Callback(), 2, tmp_path / "checkpoints" / "step=1.ckpt", **options)
     assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == 0.25  # step 2 of the table
+
+
+class Logs(AdamW):
+    """An optimizer of a user's own that keeps where it writes to."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.state[self.param_groups[0]["params"][0]]["file"] = Path("steps.jsonl")
+        return loss
+
+
+class Extra(ReMaxModule):
+    def get_extra_state(self) -> Any:
+        return {"file": Path("rows.jsonl")}
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError("it cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("the optimizer", {"optimizer": Logs}), (r"the module \(`get_extra_state`\)", {"kind": Extra})],
+    ids=["optimizer", "module"],
+)
+def test_a_state_that_no_run_could_resume_without_is_told_at_the_first_checkpoint(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f"No run can resume .* the state of {name} holds .*pathlib") as told:
+        train(tmp_path, Callback(), 2, **options)
+    assert sum("No run can resume" in str(warning.message) for warning in told) == 1
+    with pytest.raises(UserError, match="pathlib"):
+        train(tmp_path, Callback(), 3, tmp_path / "checkpoints" / "step=2.ckpt", **options)
 
 
 def test_the_position_of_a_data_loader_that_needs_code_is_left_out(tmp_path: Path) -> None:
