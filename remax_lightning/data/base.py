@@ -27,6 +27,7 @@ from remax_lightning.data.options import (
     hold_out,
     report_left_out,
     select_stage_rows,
+    warn_of_unseen_columns,
     within_limit,
 )
 from remax_lightning.data.preparation import Recipe, preparation_key, prepare, settings_of_rows, source_files
@@ -356,6 +357,7 @@ class TextDataModule(LightningDataModule, ABC):
         # ---- Left out because they are too long ----
         for limit in self._limits():
             usable = within_limit(usable, limit)
+        warn_of_unseen_columns(usable)
         self.num_rows += total
         self.num_left_out += total - len(usable)
         return ExampleDataset(usable)

@@ -182,6 +182,22 @@ def report_left_out(dropped: Counter[str], total: int, examples: PreparedExample
         )
 
 
+_UNSEEN = ("image", "images", "video", "videos", "audio", "audios", "documents")
+"""Columns from which models that also see and hear, and templates of retrieval, get more than the messages."""
+
+
+def warn_of_unseen_columns(examples: PreparedExamples) -> None:
+    """Say which columns hold a part of the question that the policy is not shown; of the first 100 rows."""
+    rows = examples.rows_between(0, min(100, len(examples)))
+    names = [name for name in _UNSEEN if any(row.get(name) is not None and row.get(name) != [] for row in rows)]
+    if names:
+        rank_zero_warn(
+            f"{examples.rows.source}: the policy is not shown what column {' and '.join(map(repr, names))} holds, only"
+            " the prompt's text; rewards get it with their rows. Documents for a chat template belong into a row's"
+            " chat_template_kwargs."
+        )
+
+
 class Limit(NamedTuple):
     """A limit in tokens.
 

@@ -9,6 +9,7 @@ import logging
 import pickle
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,25 @@ def test_rows_in_many_batches_keep_their_places(
         assert [prompt for batch in found for prompt in batch.prompts] == [rows[n]["prompt"] for n in numbers]
     with pytest.raises(DataError, match=r"^.*rows\.jsonl, line 6: there is no column 'prompt'"):
         batches(PromptDataModule, path, policy_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"images": ["a.png"]}, "'images'"),
+        ({"image": "a.png", "documents": [{"text": "b"}]}, "'image' and 'documents'"),
+    ],
+)
+def test_a_part_of_the_question_that_the_policy_is_not_shown_is_told(
+    columns: dict[str, Any], named: str, tmp_path: Path, policy_path: Path
+) -> None:
+    path = write(tmp_path, [ROWS[0], {**ROWS[1], **columns}])
+    with pytest.warns(UserWarning, match=f"rows.jsonl: the policy is not shown what column {named} holds"):
+        batches(PromptDataModule, path, policy_path)
+    empty = write(tmp_path, [{**row, **dict.fromkeys(columns)} for row in ROWS[:2]], "empty.jsonl")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not shown")
+        batches(PromptDataModule, empty, policy_path)
 
 
 def test_one_line_counts_what_cannot_be_read_or_used(tmp_path: Path, policy_path: Path) -> None:
