@@ -133,11 +133,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_parser() -> Iterator[None]:
     """Build the parser of the `remax` command once a process, and let it remember where its keys are."""
-    from helpers.parsing import remember_defaults, remember_lookups, share_parser
+    from helpers.parsing import remember_defaults, remember_keys, remember_lookups, share_parser
 
     with pytest.MonkeyPatch.context() as patch:
         share_parser(patch)
         remember_lookups(patch)
+        remember_keys(patch)
         remember_defaults(patch)
         yield
 
