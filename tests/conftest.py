@@ -144,6 +144,23 @@ def _one_parser() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _figures_stay_where_they_are() -> Iterator[None]:
+    """Let Lightning move no figure to the device where it is: half a millisecond each time that one is logged."""
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+
+    move = _ResultMetric.to
+
+    def to(metric: Any, device: Any, **options: Any) -> Any:
+        states = (getattr(metric, name, None) for name in ("value", "cumulated_batch_size"))
+        is_there = metric.is_tensor and all(state is None or state.device == device for state in states)
+        return metric if is_there else move(metric, device, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ResultMetric, "to", to)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _loaders() -> Iterator[WeakSet[Any]]:
     """The iterators over loaders with worker processes that are still there."""
     from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter as Workers
