@@ -98,11 +98,30 @@ def section(task: Task, curves: Curves, prices: Prices) -> str:
     if not found:
         waiting = f"No run that counts has ended yet: `python -m benchmarks.baselines run --task {task.name}`."
         return "\n".join([waiting, *([""] if tuning else []), *tuning])
-    target = target_reward(task, curves)
-    reached = "–" if target is None else f"{target:.2f}"  # noqa: RUF001 - the dash of a table
     lines = [
         f"![Held-out reward over samples and seconds](baselines_{task.name}.svg)",
         "",
+        *_table(task, found, curves, prices),
+        *_at_common_rate(task, curves, prices),
+    ]
+    return "\n".join([*lines, "", *tuning])
+
+
+def _at_common_rate(task: Task, curves: Curves, prices: Prices) -> list[str]:
+    """Return the same table of the runs that all have one learning rate, where there are some."""
+    if task.common_rate is None:
+        return []
+    found = rows(task, curves, prices, task.common_rate)
+    if len(found) < 2:
+        return []
+    return ["", f"All at a learning rate of {task.common_rate:g}:", "", *_table(task, found, curves, prices)]
+
+
+def _table(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) -> list[str]:
+    """Return a line for each arm, and what is clear of them."""
+    target = target_reward(task, curves)
+    reached = "–" if target is None else f"{target:.2f}"  # noqa: RUF001 - the dash of a table
+    return [
         "| arm | learning rate | seeds | mean reward, equal samples, minus greedy's | equal seconds, minus greedy's"
         f" | seconds to {reached}, of greedy's | reward at the end | KL at the end, nats per response"
         " | variance by the monitor |",
@@ -111,8 +130,8 @@ def section(task: Task, curves: Curves, prices: Prices) -> str:
         "",
         _what_is_clear(found),
         *_auto(task, found, curves, prices),
+        _monitor(found),
     ]
-    return "\n".join([*lines, _monitor(found), "", *tuning])
 
 
 def _tuning(task: Task, curves: Curves) -> list[str]:

@@ -141,7 +141,7 @@ def run_piece(cell: Cell, results: Path, folder: Path, limits: Limits) -> bool:
 
 
 def wanted_cells(task: Task, arms: Sequence[Arm], curves: Curves) -> Iterator[Cell]:
-    """Yield the runs that are not complete yet, those that choose a learning rate first.
+    """Yield the runs that are not complete yet, those that choose a learning rate first, those at a common one last.
 
     The grid of an arm starts around the best rate of the base, once that is known, and goes on upwards or downwards by
     factors of 2 until its best rate has a worse one on both sides.
@@ -156,11 +156,13 @@ def wanted_cells(task: Task, arms: Sequence[Arm], curves: Curves) -> Iterator[Ce
         if not waiting and rate is not None:
             tuned.append((arm, rate))
     # Seed by seed, so that what is there compares all arms at any time.
-    for seed in task.seeds:
-        for arm, rate in tuned:
-            cell = Cell(task.name, arm.name, rate, seed)
-            if not is_complete(curves.get(cell, []), task):
-                yield cell
+    common = [] if task.common_rate is None else [(arm, task.common_rate) for arm in arms]
+    for pairs in (tuned, common):
+        for seed in task.seeds:
+            for arm, rate in pairs:
+                cell = Cell(task.name, arm.name, rate, seed)
+                if not is_complete(curves.get(cell, []), task):
+                    yield cell
 
 
 def rates_to_try(task: Task, arm: Arm, curves: Curves) -> list[float]:

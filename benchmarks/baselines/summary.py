@@ -199,12 +199,19 @@ class Row(NamedTuple):
     variance: float | None
 
 
-def rows(task: Task, curves: Curves, prices: Prices) -> list[Row]:
-    """Return a row for each arm with runs that count, the base first; none before the base has some."""
+def rows(task: Task, curves: Curves, prices: Prices, common_rate: float | None = None) -> list[Row]:
+    """Return a row for each arm with runs that count, the base first; none before the base has some.
+
+    Args:
+        task: of the runs.
+        curves: all runs.
+        prices: seconds of steps.
+        common_rate: the learning rate of all arms; by default each has the one that was chosen for it.
+    """
     runs = {}
     arms = {**ARMS, PPO.name: PPO}
     for arm in arms.values():
-        rate = best_rate(task, arm, curves)
+        rate = best_rate(task, arm, curves) if common_rate is None else common_rate
         mine = _complete(curves, task, arm, task.seeds)
         by_seed = {cell.seed: evaluations for cell, evaluations in mine.items() if cell.rate == rate}
         if by_seed and rate is not None:

@@ -42,6 +42,8 @@ class Task(NamedTuple):
         prepare: writes data and start into the current folder; called once.
         seeds: of the runs that count.
         tuning_seeds: of the runs that choose learning rates; none of them counts.
+        common_rate: a learning rate that every arm runs at, too, where single runs differ so much that what is chosen
+            by a few of them may suit no other.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task(NamedTuple):
     prepare: Callable[[], None]
     seeds: tuple[int, ...] = (1, 2, 3)
     tuning_seeds: tuple[int, ...] = (100,)
+    common_rate: float | None = None
 
 
 # ---- Preparing ----
@@ -219,7 +222,7 @@ collapse: {max_truncation_rate: null}
     every=6,
     rates=(5e-4, 1e-3, 2e-3),
     prepare=_prepare_sentiment,
-    tuning_seeds=(100,),
+    common_rate=1e-3,
 )
 SUMS = Task(
     "sums",

@@ -137,8 +137,8 @@ def test_memory_is_that_above_the_base() -> None:
 # ---- Which runs come next ----
 
 
-def wanted(curves: Curves) -> list[tuple[str, float, int]]:
-    return [cell[1:] for cell in runs.wanted_cells(TASK, [ARMS["greedy"], ARMS["none"]], curves)]
+def wanted(curves: Curves, task: Task = TASK) -> list[tuple[str, float, int]]:
+    return [cell[1:] for cell in runs.wanted_cells(task, [ARMS["greedy"], ARMS["none"]], curves)]
 
 
 def test_rates_are_tuned_before_a_seed_counts_and_the_grid_goes_on_at_its_edge() -> None:
@@ -170,6 +170,25 @@ def test_runs_that_count_come_seed_by_seed_and_only_incomplete_ones() -> None:
     values["greedy", 1.0, 1] = run(0, 1, 1)
     values["none", 1.0, 1] = run(0, 1)  # stopped
     assert [cell[::2] for cell in wanted(cells(values))[:2]] == [("none", 1), ("greedy", 2)]
+
+
+def test_all_arms_run_at_a_common_rate_where_the_task_has_one() -> None:
+    task = TASK._replace(common_rate=0.5, seeds=(1, 2))
+    values = {}
+    for arm in ("greedy", "none"):
+        values |= {(arm, 0.5, 100): run(0, 0, 0), (arm, 1.0, 100): run(0, 1, 1), (arm, 2.0, 100): run(0, 0, 1)}
+        values |= {(arm, 1.0, seed): run(0, 1, 1) for seed in (1, 2)}
+    values["none", 0.5, 1] = run(0, 1, 1)
+    assert wanted(cells(values), task) == [("greedy", 0.5, 1), ("greedy", 0.5, 2), ("none", 0.5, 2)], "the last of all"
+    values |= {("greedy", 0.5, seed): run(0, 0, 0.5) for seed in (1, 2)}
+    curves = cells(values)
+    [base, other] = summary.rows(task, curves, {}, 0.5)
+    assert (base.rate, other.arm, other.rate, other.samples.value) == (0.5, "none", 0.5, pytest.approx(0.625))
+    assert summary.rows(task, curves, {})[0].rate == 1.0
+    text = page.section(task, curves, {})
+    assert "All at a learning rate of 0.5:" in text
+    assert text.count("| `none` | 1 | 2 |") == text.count("| `none` | 0.5 | 1 |") == 1
+    assert "All at" not in page.section(TASK, curves, {})
 
 
 def test_the_last_of_two_evaluations_of_a_step_counts_and_half_a_line_does_not(tmp_path: Path) -> None:
