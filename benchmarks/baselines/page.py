@@ -255,7 +255,9 @@ def picture(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) ->
     if timed:
         bands = [_band(row, prices[kinds[row.arm]]) for row in timed]
         panels.append(("seconds of one processor thread", bands))
-    title = f"{task.title}: held-out reward, mean and range of {len(found[0].runs)} seeds"
+    least, most = (find(len(row.runs) for row in found) for find in (min, max))
+    count = f"{most}" if least == most else f"{least} to {most}"
+    title = f"{task.title}: held-out reward, mean and range of {count} seeds"
     return draw(title, panels, target_reward(task, curves))
 
 
