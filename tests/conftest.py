@@ -24,7 +24,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-LONGEST = 1.0
+LONGEST = 0.5
 """Seconds that a test without the mark `slow` may take; on a busy machine half of them are waiting."""
 
 

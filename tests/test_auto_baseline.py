@@ -146,6 +146,7 @@ def test_it_stays_while_nothing_is_clear() -> None:
     assert auto.chosen == "greedy"
 
 
+@pytest.mark.slow(0.3)
 def test_it_goes_back_when_the_answer_turns() -> None:
     auto = Auto(["greedy", "batch_mean"])
     seen = Stream(lambda number: 0.0 if number < 24 else 0.98).feed(auto, 0, 160)
@@ -156,6 +157,7 @@ def test_it_goes_back_when_the_answer_turns() -> None:
     ]
 
 
+@pytest.mark.slow(0.3)
 def test_the_price_of_greedy_responses_counts() -> None:
     """Greedy rewards take a third of the variance, and all that they save, and more, at ten times the seconds."""
     cheap, dear = (Auto(["greedy", "batch_mean"]) for _ in range(2))
@@ -167,6 +169,7 @@ def test_the_price_of_greedy_responses_counts() -> None:
     assert fixed.chosen == "batch_mean"
 
 
+@pytest.mark.slow(0.3)
 def test_now_and_then_a_rollout_is_the_other_way_round() -> None:
     stay, go = Auto(["greedy", "batch_mean"]), Auto(["greedy", "batch_mean"])
     stayed = [greedy for greedy, _, _ in Stream(lambda _: 0.98).feed(stay, 0, 32)]
@@ -399,6 +402,7 @@ def test_seconds_of_training_hold_the_reference_and_not_what_measuring_takes(
     assert first.training_seconds == (11 if has_kl else 1)
 
 
+@pytest.mark.slow(0.3)
 def test_responses_that_are_masked_have_no_gradient(policy: str, tmp_path: Path) -> None:
     """Of `overlong: mask`: a response at the length limit is not trained on, so that no baseline changes its part."""
     advantage = AdvantageConfig(baseline=Told(share=0.5), overlong="mask")

@@ -120,6 +120,7 @@ def test_a_wrong_key_or_value_is_named(
     assert expected in misread(changed(config, **values), tmp_path, capsys)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("mistake", ["unknown key of the model", "missing reward", "a module that is not there"])
 def test_the_command_ends_with_that_message(
     mistake: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -231,6 +232,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(
     assert said.strip() == f"{section}.{old}: was renamed; write {section}.{new}"
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("old", MOVED_NAMES)
 def test_a_name_that_moved_is_refused_with_its_new_place(
     old: str, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]

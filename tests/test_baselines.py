@@ -194,6 +194,7 @@ def run(policy: str, folder: Path, baseline: Any, *, num_samples: int = 1, steps
     return fit(module, prompt_data(folder, policy, **data), folder, max_steps=steps)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("baseline", [CalibratedGreedy(ridge=0.5), Half(), "shrinkage", "batch_mean"])
 def test_advantages_are_rewards_above_the_baseline(baseline: Any, policy: str, tmp_path: Path) -> None:
     (output,) = run(policy, tmp_path, baseline, num_samples=2).outputs
@@ -207,6 +208,7 @@ def test_advantages_are_rewards_above_the_baseline(baseline: Any, policy: str, t
     assert expected.abs().max() > 0.1
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig("clipped")], ids=["one update", "several"])
 def test_each_token_has_its_own_baseline(loss: LossConfig, policy: str, tmp_path: Path) -> None:
     advantage = AdvantageConfig(baseline="optimal_per_token")
@@ -263,6 +265,7 @@ def test_a_baseline_of_gradients_needs_a_pass_of_its_own(policy: str) -> None:
         )
 
 
+@pytest.mark.slow(0.3)
 def test_micro_batches_share_the_baseline_of_the_whole_batch(policy: str, tmp_path: Path) -> None:
     whole = run(policy, tmp_path, "calibrated_greedy").outputs[0]
     parts = fit(

@@ -205,6 +205,7 @@ def test_the_configuration_is_never_saved_over_a_file(tmp_path: Path, policy_pat
     assert (tmp_path / "config_2.yaml").exists()
 
 
+@pytest.mark.slow
 def test_nothing_but_yaml_on_the_standard_output(
     tmp_path: Path, policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +258,7 @@ def test_an_abbreviated_key_is_refused(tmp_path: Path, policy_path: Path, capsys
     assert "trainer.max_step: there is no such key; did you mean max_steps?" in refused.err
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
 def test_the_full_help_explains_every_key(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown: Outcome = remax(capsys, subcommand, "--help-all")

@@ -354,6 +354,7 @@ def test_escapes_of_a_stranger_do_not_reach_the_terminal(
     assert message(outcome) == "the scorer answered \\x1b]0;owned\\x07 \\u202e\n  é 日本\n"
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("arguments", [["configs", "list"], ["--version"]])
 def test_a_reader_that_leaves_ends_the_command_without_a_word(arguments: list[str], tmp_path: Path) -> None:
     """As `head` does; a bug of ours would be told, with a traceback in the folder."""

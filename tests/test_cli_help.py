@@ -138,6 +138,7 @@ def test_the_help_of_a_run_shows_the_keys_that_users_set_on_one_screen(
         assert f"remax {run} --help-all" in shown.out
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("option", "name", "key"),
     [

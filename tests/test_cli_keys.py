@@ -55,6 +55,7 @@ def with_model(**values: Any) -> dict[str, Any]:
 # What is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPLETE)
 def test_a_shipped_configuration_is_right(name: str) -> None:
     is_remax = not any(stage in name for stage in ("sft", "reward_model"))
@@ -436,6 +437,7 @@ def ranges() -> list[tuple[str, str, Range]]:
     return [(path, name, parameter.range) for path, (name, parameter) in arguments if parameter.range is not None]
 
 
+@pytest.mark.slow(0.3)
 def test_every_class_refuses_what_is_out_of_the_ranges_in_its_annotations() -> None:
     known = ranges()
     assert len(known) > 100
@@ -485,6 +487,7 @@ def test_a_number_of_another_type_is_refused_from_python() -> None:
 # The signatures
 
 
+@pytest.mark.slow(0.3)
 def test_the_shipped_signatures_are_those_of_this_code() -> None:
     from remax_lightning.cli_signatures import shipped_content
 
@@ -530,6 +533,7 @@ def test_code_that_someone_is_changing_is_not_judged_by_the_signatures(
     assert not cli_schema.is_current()
 
 
+@pytest.mark.slow(0.3)
 def test_a_valid_run_is_parsed_as_before(tmp_path: Path, policy_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(small_config(tmp_path, policy_path)))

@@ -73,6 +73,7 @@ def test_arguments_beside_a_class_are_named(tmp_path: Path) -> None:
     assert str(caught.value) == expected
 
 
+@pytest.mark.slow(0.3)
 def test_options_of_the_command_do_too_and_come_later(tmp_path: Path) -> None:
     options = ("--model.policy", "owner/other", "--model.policy.dtype=bfloat16", "--model.reward=my_module.my_function")
     module = parsed(tmp_path, SHORT, *options)
@@ -122,6 +123,7 @@ def test_an_adapter_starts_with_ten_times_the_rate_unless_one_is_set(
     assert module.optimizer.init_args.lr == rate
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("lora", "rate"), [(None, 1e-5), ({"r": 2}, 1e-4)])
 def test_the_rate_is_that_of_the_stage(lora: Any, rate: float, tmp_path: Path) -> None:
     stage = {"class_path": "SFTModule", "init_args": {"policy": {"path": "p", "lora": lora}}}
@@ -223,6 +225,7 @@ def test_names_stand_in_lists_and_groups_too(tmp_path: Path) -> None:
     assert run.model.init_args.reward.init_args.parts["long"].class_path.endswith(".FunctionReward")
 
 
+@pytest.mark.slow(0.3)
 def test_text_that_happens_to_be_the_name_of_a_class_stays_text(tmp_path: Path) -> None:
     data = {"path": "Throughput", "prompt_column": "PairedEngine"}
     logger = {

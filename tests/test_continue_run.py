@@ -122,6 +122,7 @@ def test_a_checkpoint_elsewhere_names_the_folder_of_its_run(policy: str, tmp_pat
     assert folder_of_checkpoint(checkpoint, inspect_checkpoint(checkpoint).run_folder) is None
 
 
+@pytest.mark.slow(0.3)
 def test_a_live_run_is_left_alone(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = fit(tmp_path, policy, CSVLogger(tmp_path / "logs", "mine"), 1)
     before = (run_folder(first) / "metrics.csv").read_bytes()

@@ -86,6 +86,7 @@ def failing_at(patch: pytest.MonkeyPatch, name: str, number: int, calls: set[int
     patch.setattr(torch, name, save)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ERRORS)
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(
     number: int, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +129,7 @@ def test_last_is_the_one_before_where_a_save_fails(
     assert latest_checkpoint([folder], tmp_path) is not None
 
 
+@pytest.mark.slow
 def test_a_link_that_cannot_be_made_is_a_warning(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

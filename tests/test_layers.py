@@ -302,6 +302,7 @@ def is_a_model(module: str) -> bool:
     return within and ".modeling_" in module
 
 
+@pytest.mark.slow
 def test_no_test_imports_another() -> None:
     """What several tests need stands in a module without tests: in `tests/helpers`, or beside them."""
     tests = Path(__file__).parent

@@ -126,6 +126,7 @@ def test_what_the_text_adds_about_the_model_card() -> None:
 # Configuration page
 
 
+@pytest.mark.slow(0.3)
 def test_the_configuration_page_is_what_the_docstrings_say() -> None:
     script = ROOT / "docs" / "generate_configuration.py"
     spec = importlib.util.spec_from_file_location("generate_configuration", script)

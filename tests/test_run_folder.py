@@ -143,6 +143,7 @@ def test_checkpoints_of_earlier_versions_are_found(tmp_path: Path) -> None:
     assert found(False, ModelCheckpoint(tmp_path / "elsewhere")) == {"elsewhere"}
 
 
+@pytest.mark.slow(0.3)
 def test_a_dirpath_of_the_user_stays(policy: str, tmp_path: Path) -> None:
     fit(tmp_path, policy, False, [ModelCheckpoint(tmp_path / "chosen")])
     assert [path.parent.name for path in tmp_path.rglob("*.ckpt")] == ["chosen"]
@@ -160,6 +161,7 @@ def test_a_trainer_keeps_its_folder_from_stage_to_stage(policy: str, tmp_path: P
     assert not (tmp_path / "version_1").exists()
 
 
+@pytest.mark.slow(0.3)
 def test_a_dry_run_writes_nothing(policy: str, tmp_path: Path) -> None:
     data = prompt_data(tmp_path, policy)
     before = sorted(tmp_path.iterdir())
@@ -168,6 +170,7 @@ def test_a_dry_run_writes_nothing(policy: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger, None])
 def test_runs_that_start_at_once_get_different_folders(kind: Any, tmp_path: Path) -> None:
     def start(_: int) -> Path:

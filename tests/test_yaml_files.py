@@ -42,6 +42,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_text_beyond_the_bounds_is_refused_at_once(case: str) -> None:
     text, expected = REFUSED[case]

@@ -124,6 +124,7 @@ def test_ranks_of_equal_values_are_shared() -> None:
     assert math.isnan(summary.rank_correlation([(1, 1), (1, 2), (1, 3)]))
 
 
+@pytest.mark.slow(0.3)
 def test_memory_is_that_above_the_base() -> None:
     before = torch.ones(2**22)  # 16 MiB
     memory = records.PeakMemory()

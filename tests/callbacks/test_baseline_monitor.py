@@ -56,6 +56,7 @@ def test_without_greedy_responses_nothing_is_logged(tmp_path: Path) -> None:
     assert all(scalars(tmp_path, f"train/{name}") == [] for name in NAMES)
 
 
+@pytest.mark.slow(0.3)
 def test_a_step_without_greedy_responses_between_others_is_nan(tmp_path: Path) -> None:
     outputs = [make_output(0), make_output(1, greedy=False), make_output(2)]
     make_trainer(tmp_path, [BaselineMonitor()]).fit(FakeModule(outputs))

@@ -109,6 +109,7 @@ SICK: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", SICK)
 def test_a_guard_fires_once_on_its_series_and_alone(name: str, tmp_path: Path) -> None:
     before, after = SICK[name].get("before", HEALTHY), SICK[name]["after"]
@@ -121,6 +122,7 @@ def test_a_guard_fires_once_on_its_series_and_alone(name: str, tmp_path: Path) -
     assert messages == []
 
 
+@pytest.mark.slow(0.3)
 def test_the_slope_of_the_kl_fires_before_the_kl_is_large(tmp_path: Path) -> None:
     outputs = series(*[(1, {"kl": 0.2})] * 6, *[(1, {"kl": 0.2 + 1.5 * i}) for i in range(10)])
     _, messages = run(tmp_path, outputs)
@@ -153,6 +155,7 @@ def test_nothing_fires_on_noise(tmp_path: Path) -> None:
     assert run(tmp_path, [make_output(seed, n=4) for seed in range(60)])[1] == []
 
 
+@pytest.mark.slow(0.3)
 def test_one_step_out_of_line_is_no_alarm(tmp_path: Path) -> None:
     outputs = series((10, HEALTHY), (1, {"ended": 0.0, "kl": 30.0, "distinct": 0.05}), (10, HEALTHY))
     assert run(tmp_path, outputs, window=10, max_kl_slope=None)[1] == []

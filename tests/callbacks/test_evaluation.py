@@ -159,6 +159,7 @@ def test_a_test_measures_several_responses_and_validation_draws_those_of_trainin
     assert not [name for name in metrics if "pass_at" in name]
 
 
+@pytest.mark.slow(0.3)
 def test_a_figure_of_more_responses_than_there_are_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"evaluation\.maj_at_k: 3 responses .* got 2; set evaluation\.num_samples to 3 or more"
@@ -234,6 +235,7 @@ def test_a_dry_run_and_validation_leave_no_files(folders: tuple[str, str], tmp_p
     assert not list(tmp_path.glob("evaluation*"))
 
 
+@pytest.mark.slow(0.3)
 def test_surrogates_and_half_written_files_do_no_harm(folders: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / ".evaluation.jsonl.new").write_text("cut sho")
     run(folders, tmp_path, Evaluation(num_resamples=10), rows=[{"prompt": "a", "chosen": "half"}])
@@ -267,6 +269,7 @@ def test_validation_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_
     assert run(folders, tmp_path, validates=True) == plain
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_is_forgotten(folders: tuple[str, str], tmp_path: Path) -> None:
     class Once(Callback):
         def on_validation_batch_end(self, *arguments: Any) -> None:
@@ -295,6 +298,7 @@ def test_a_test_measures_what_it_is_asked_for(folders: tuple[str, str], tmp_path
     assert logged(found, "test") == {"win_rate_chosen", "chosen_reward"}
 
 
+@pytest.mark.slow(0.3)
 def test_what_is_not_there_is_left_out_and_told(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +323,7 @@ def test_what_is_asked_for_by_name_has_to_be_there(folders: tuple[str, str], tmp
         run(folders, tmp_path, Evaluation(validation=("win_rate_chosen",)), rows=plain, validates=True)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_need_not_be_there(folders: tuple[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b"}]
     asked = Evaluation(test=("win_rate_reference",), response_column="reply", num_resamples=10)
@@ -377,6 +382,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) 
         Evaluation(**options)
 
 
+@pytest.mark.slow(0.3)
 def test_a_text_has_to_be_one(folders: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")

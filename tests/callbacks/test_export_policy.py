@@ -115,6 +115,7 @@ def test_nothing_is_exported_by_validate(tmp_path: Path) -> None:
     assert not (tmp_path / "logs" / "policy").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best_score(tmp_path: Path) -> None:
     def run(scores: list[float], export: ExportPolicy, **arguments: Any) -> None:
         trainer = make_trainer(tmp_path, [export, checkpoint_at(3, tmp_path)], val_check_interval=1)
@@ -461,6 +462,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("last", [True, False])
 def test_the_policy_is_pushed_to_a_private_repository(tmp_path: Path, hub: Hub, last: bool) -> None:
     for _ in range(2):  # a second run adds a commit
@@ -513,6 +515,7 @@ def test_a_push_that_cannot_be_is_refused(options: dict[str, Any], message: str)
         ExportPolicy(**options)
 
 
+@pytest.mark.slow(0.3)
 def test_an_adapter_that_cannot_be_merged_is_refused_before_training(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

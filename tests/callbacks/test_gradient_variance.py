@@ -76,6 +76,7 @@ def second_moment(outputs: list[Any], baseline: str) -> float:
     return sum(total) / len(total)
 
 
+@pytest.mark.slow(0.3)
 def test_figures_are_those_of_the_window(tmp_path: Path) -> None:
     outputs = [with_norms(seed) for seed in range(4)]
     make_trainer(tmp_path, [GradientVariance(window=2)]).fit(Compared(outputs))
@@ -96,6 +97,7 @@ def test_figures_are_those_of_the_window(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/gradient_variance/group_mean") == []  # leave_one_out times a number
 
 
+@pytest.mark.slow(0.3)
 def test_without_greedy_responses_only_others_are_compared(tmp_path: Path) -> None:
     module = Compared([with_norms(seed, greedy=False) for seed in range(7)], "batch_mean")
     make_trainer(tmp_path, [GradientVariance()]).fit(module)
@@ -302,6 +304,7 @@ def test_a_run_measures_what_greedy_responses_cost_and_trains_the_same(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow(0.3)
 def test_a_resumed_run_goes_on_comparing(tmp_path: Path) -> None:
     outputs = [with_norms(seed) for seed in range(4)]
     whole, first, rest = (GradientVariance() for _ in range(3))
@@ -337,6 +340,7 @@ def test_auto_is_shown_as_it_decides(tmp_path: Path) -> None:
     assert module.norm_askers == []
 
 
+@pytest.mark.slow
 def test_norms_of_logits_are_those_of_gradients(tmp_path: Path) -> None:
     """Of a run's own step, by autograd at the logits of the same tokens."""
     policy = save_policy(tmp_path / "policy")

@@ -51,6 +51,7 @@ def fit(folder: Path, callback: LMEval, *callbacks: Any, steps: int = 4, **optio
     return logger
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -149,6 +150,7 @@ def test_it_measures_in_every_evaluation_outside_of_a_fit(lm_eval: FakeHarness, 
     assert KEY in logger.metrics
 
 
+@pytest.mark.slow(0.3)
 def test_a_resumed_run_remembers_the_last_measurement(lm_eval: FakeHarness, tmp_path: Path) -> None:
     fit(tmp_path, LMEval(["arc_easy"], every_n_steps=3, at_end=False), checkpoint_at(2, tmp_path), steps=5)
     logger = RecordingLogger(tmp_path)

@@ -28,6 +28,7 @@ def steps(folder: Path, policy: str, *callbacks: Callback, **options: Any) -> in
     return trainer.global_step
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
 def test_a_figure_that_no_validation_logs_is_refused(kind: Any, policy: str, tmp_path: Path) -> None:
     message = rf"trainer.callbacks: {kind.__name__} has monitor 'val/rewards', which no .* are .*val/reward, "
@@ -35,11 +36,13 @@ def test_a_figure_that_no_validation_logs_is_refused(kind: Any, policy: str, tmp
         steps(tmp_path, policy, kind(monitor="val/rewards"))
 
 
+@pytest.mark.slow(0.3)
 def test_one_that_is_logged_and_one_that_need_not_be_pass(policy: str, tmp_path: Path) -> None:
     callbacks = EarlyStopping("val/reward"), EarlyStopping("val/later", strict=False), EarlyStopping("train/loss")
     assert steps(tmp_path, policy, *callbacks) == 1
 
 
+@pytest.mark.slow(0.3)
 def test_what_lightning_refuses_itself_is_told_as_a_mistake(policy: str, tmp_path: Path) -> None:
     """Where it looks after each validation, and for figures of training."""
     with pytest.raises(RuntimeError, match="not available") as caught:

@@ -109,6 +109,7 @@ def test_validation_is_dumped_once_each_but_not_the_sanity_check(tmp_path: Path)
     assert {line["stage"] for line in written} == {"validation"}
 
 
+@pytest.mark.slow(0.3)
 def test_a_resumed_run_repeats_no_line(tmp_path: Path) -> None:
     def run(**arguments: Any) -> None:
         module = FakeModule([make_output(i) for i in range(6)], [make_output(9)])
@@ -136,6 +137,7 @@ def test_the_folder_can_be_chosen(tmp_path: Path) -> None:
 AWKWARD = "a | b\n<script>x</script> **bold** _it_ `c` [l](u) # \\ & &lt; é 数 \ud800"
 
 
+@pytest.mark.slow(0.3)
 def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     from tensorboard.plugin_util import markdown_to_safe_html
 

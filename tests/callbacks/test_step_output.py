@@ -68,6 +68,7 @@ def test_a_fast_dev_run_leaves_no_files(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.slow(0.3)
 def test_log_every_n_steps_holds(tmp_path: Path) -> None:
     outputs = [make_output(i) for i in range(6)]
     trainer = make_trainer(tmp_path, every_callback()[1:], log_every_n_steps=3)

@@ -56,6 +56,7 @@ def test_phases_of_a_step_in_two_parts(tmp_path: Path) -> None:
     assert rate == pytest.approx([tokens(first, second) / 0.05], rel=1e-4)
 
 
+@pytest.mark.slow(0.3)
 def test_a_rollout_batch_over_two_optimizer_steps_has_one_rate(tmp_path: Path) -> None:
     parts = [
         part(0, 0, 2, closes=True, rollout=0.02),
@@ -105,6 +106,7 @@ def test_real_tokens_count_once_for_every_pass() -> None:
     assert step_flops(forward, output, backward=2) == generated + trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peak", [None, 1e6])
 def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(
     peak: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -145,6 +145,7 @@ def test_a_variable_of_a_row_that_the_template_does_not_read_is_not_lost_in_sile
     assert formatter(KNOWN_ROLES).text(row, "here") == "<s>user\nHi</s>\n<s>assistant\n"
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", [PromptDataModule, SFTDataModule])
 def test_a_template_without_a_beginning_of_the_answer_is_told(kind: Any, tmp_path: Path) -> None:
     rows = [{"prompt": [user("Hi")], "response": "Hello"}]

@@ -140,6 +140,7 @@ def test_another_marker(tmp_path: Path, policy_path: Path) -> None:
     assert batch.prompts == ["Q: x A:"]
 
 
+@pytest.mark.slow(0.3)
 def test_the_reward_reads_what_the_reward_model_was_trained_on(tmp_path: Path, chat_path: str) -> None:
     """Token for token, of text and of messages."""
     make_tokenizer(chat_template=CHAT).save_pretrained(tmp_path / "tokenizer")

@@ -194,6 +194,7 @@ def test_evaluation_without_rows_names_the_key(train: str, tokenizer_path: str, 
         PromptDataModule(train, tokenizer_path, val_size=0).setup(stage)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("count", "batch_size", "held_out"), [(19, 4, 0), (23, 4, 1), (23, 23, 0), (4000, 4, 64)])
 def test_a_share_of_the_rows_is_held_out_by_default(
     count: int, batch_size: int, held_out: int, tokenizer_path: str
@@ -254,6 +255,7 @@ def test_lightning_resumes_where_it_stopped(
     assert [rest[1:] for rest in resumed.trained] == [rest[1:] for rest in whole.trained[stop_after:]]
 
 
+@pytest.mark.slow(0.3)
 def test_lightning_resumes_from_the_end_of_a_finished_run(train: str, tokenizer_path: str, tmp_path: Path) -> None:
     def run(max_epochs: int, ckpt_path: str | None = None) -> Recorder:
         module = Recorder()

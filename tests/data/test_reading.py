@@ -398,6 +398,7 @@ def test_rows_that_json_leaves_open_are_dropped_on_demand(name: str, row: str, r
     assert dict(read.dropped) == {reason: 1}
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.usefixtures("no_garbage_search")
 def test_a_row_that_was_read_can_be_read_again_deep_within_other_calls(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
@@ -416,6 +417,7 @@ def test_rows_in_memory_that_hold_themselves_are_refused() -> None:
         rows_in_memory([row])
 
 
+@pytest.mark.slow(0.3)
 def test_fingerprints_follow_contents_alone(tmp_path: Path) -> None:
     import datasets
 

@@ -35,12 +35,14 @@ def far(tmp_path: Path) -> str:
     return rows_file(tmp_path / "far.jsonl", 1300, {1205: "many", 1250: None})
 
 
+@pytest.mark.slow(0.3)
 def test_a_row_behind_the_first_thousand_is_refused_before_training(far: str, policy_path: Path) -> None:
     data = make(far, policy_path)
     with pytest.raises(RewardError, match=r"far\.jsonl, line 1206"):
         data.check_scorable(FunctionReward(SCORER))
 
 
+@pytest.mark.slow(0.3)
 def test_what_time_is_too_short_for_is_said(
     far: str, policy_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -53,6 +55,7 @@ def test_what_time_is_too_short_for_is_said(
         make(near, policy_path).check_scorable(FunctionReward(SCORER))
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("reward", ["alone", "part"])
 def test_refused_rows_are_left_out_and_counted(reward: str, far: str, policy_path: Path) -> None:
     data = make(far, policy_path, loading=DROP)

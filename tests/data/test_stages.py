@@ -53,6 +53,7 @@ def pairs(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("val_size", [0, 4])
 def test_the_three_data_modules_share_a_file(pairs: str, policy_path: Path, val_size: int) -> None:
     """Whatever seed, batch or held-out rows each of them has of its own."""

@@ -55,6 +55,7 @@ def rendered(template: str, content: str = "1+1=") -> str:
     return ChatRenderer(make_tokenizer(chat_template=template)).prompt(conversation)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("case", ENDLESS)
 def test_a_template_without_an_end_is_stopped(case: str) -> None:
@@ -64,6 +65,7 @@ def test_a_template_without_an_end_is_stopped(case: str) -> None:
     assert time.monotonic() - started < 60  # without the limit it would take days
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("case", LARGE)
 def test_a_template_without_a_bound_is_stopped(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +81,7 @@ def test_other_rows_and_other_errors_are_as_before() -> None:
         rendered("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.usefixtures("_short")
 def test_so_it_is_in_a_thread() -> None:
     """Where no signal arrives."""
@@ -111,6 +114,7 @@ def test_time_is_that_of_one_row_in_a_batch() -> None:
     assert recipe.rendered([({"prompt": f"{i}+1="}, "") for i in range(4)]) == [f"{i}+1=" for i in range(4)]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.usefixtures("_short")
 def test_a_batch_with_an_endless_row_ends() -> None:
     renderer = ChatRenderer(make_tokenizer(chat_template=ENDLESS["in one row only"]))
@@ -123,6 +127,7 @@ def test_a_batch_with_an_endless_row_ends() -> None:
         recipe.rendered([({"prompt": "2"}, "a"), ({"prompt": "1+1="}, "b")])
 
 
+@pytest.mark.slow
 def test_an_alarm_of_the_users_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     rung: list[int] = []
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)

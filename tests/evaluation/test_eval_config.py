@@ -98,6 +98,7 @@ def measured(
 # Win rates
 
 
+@pytest.mark.slow
 def test_win_rates_are_those_of_the_rewards(folders: tuple[str, str], tmp_path: Path) -> None:
     engine = Scripted()
     module = remax_module(*folders, reward=Letters(), rollout=engine, sampling=SamplingConfig(5, num_samples=2))
@@ -128,6 +129,7 @@ class PerToken(Reward):
         return [[0.5] * len(response.token_ids) for response in responses]
 
 
+@pytest.mark.slow
 def test_rewards_of_tokens_count_as_their_sums(folders: tuple[str, str], tmp_path: Path) -> None:
     """Of the data set's responses too, whose tokens are those of their text: one for each letter."""
     module = remax_module(*folders, reward=PerToken(), sampling=SamplingConfig(5))
@@ -139,6 +141,7 @@ def test_rewards_of_tokens_count_as_their_sums(folders: tuple[str, str], tmp_pat
     assert len(found) == 2
 
 
+@pytest.mark.slow(0.3)
 def test_the_penalty_of_truncation_is_the_references_too(folders: tuple[str, str], tmp_path: Path) -> None:
     engine = Scripted()
     module = remax_module(
@@ -275,6 +278,7 @@ def test_the_perplexity_is_that_of_responses_and_their_ends(
         assert metrics[f"val/{name}"] == pytest.approx(math.exp(sum(nats) / sum(tokens)), rel=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_responses_are_text_or_end_messages(folders: tuple[str, str], tmp_path: Path) -> None:
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "46"}]
     forms = [said, "46", said[:1], None, 7, [], "  ", [{"role": "assistant", "content": 3}]]
@@ -286,6 +290,7 @@ def test_responses_are_text_or_end_messages(folders: tuple[str, str], tmp_path: 
     assert all("perplexity" not in record.sums for record in found[2:])
 
 
+@pytest.mark.slow(0.3)
 def test_pairs_of_transcripts_have_their_responses(folders: tuple[str, str], tmp_path: Path) -> None:
     start = "\n\nHuman: hi\n\nAssistant:"
     data = data_of(tmp_path, folders[0], [{"chosen": f"{start} hello", "rejected": f"{start} no"}])
@@ -293,6 +298,7 @@ def test_pairs_of_transcripts_have_their_responses(folders: tuple[str, str], tmp
     assert (record.prompt, record.responses["chosen"]) == (start, [" hello"])
 
 
+@pytest.mark.slow(0.3)
 def test_without_such_responses_nothing_is_measured_of_them(folders: tuple[str, str], tmp_path: Path) -> None:
     found, metrics = measured(remax_module(folders[0]), prompt_data(tmp_path, folders[0]), tmp_path)
     assert not {"perplexity", "chosen_reward", "reference_reward", "kl"} & {
@@ -301,6 +307,7 @@ def test_without_such_responses_nothing_is_measured_of_them(folders: tuple[str, 
     assert not any("win_rate" in name or "perplexity" in name for name in metrics)
 
 
+@pytest.mark.slow(0.3)
 def test_long_responses_are_cut_to_the_positions(folders: tuple[str, str], tmp_path: Path) -> None:
     """The tiny policy has 256 of them."""
     data = data_of(tmp_path, folders[0], [{"prompt": "abcd", "chosen": "x" * 400}])
@@ -325,6 +332,7 @@ def test_every_token_of_a_text_is_predicted_once(bos: bool, folders: tuple[str, 
 # Prompts
 
 
+@pytest.mark.slow(0.3)
 def test_prompts_carry_their_places(folders: tuple[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": prompt} for prompt in ("a", "x" * 100, "b", "a")]  # the second is too long
     found, metrics = measured(remax_module(*folders), data_of(tmp_path, folders[0], rows), tmp_path)
@@ -332,6 +340,7 @@ def test_prompts_carry_their_places(folders: tuple[str, str], tmp_path: Path) ->
     assert metrics["val/reward"] == pytest.approx(sum(record.rewards["sampled"][0] for record in found) / 3)
 
 
+@pytest.mark.slow(0.3)
 def test_a_users_batches_need_no_places(folders: tuple[str, str], tmp_path: Path) -> None:
     class Plain(PromptDataModule):
         def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:

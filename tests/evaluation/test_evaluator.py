@@ -74,6 +74,7 @@ def test_greedy_figures_do_not_depend_on_the_batches(folders: tuple[str, str], t
         assert [text for output in parts.validations for text in output["rollout"].greedy.texts] == expected
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("options", [
     {"sampling": SamplingConfig(max_response_length=3)},
     {"sampling": SamplingConfig(max_response_length=3, num_samples=3)},

@@ -78,6 +78,7 @@ def test_ratios_are_those_of_the_drawn_clusters(at_once: int, monkeypatch: pytes
     assert 10 < np.isnan(found[:, 2]).sum() < 60  # (6 / 7)^7 of the draws have nothing of the third figure
 
 
+@pytest.mark.slow(0.3)
 def test_the_spread_of_a_mean_is_its_standard_error() -> None:
     values = torch.randn(200, 1, generator=generator(1), dtype=torch.float64)
     found = resampled_ratios(values, torch.ones_like(values), 20_000, seed=2)
@@ -147,6 +148,7 @@ def test_exact_intervals_are_those_of_the_tables(successes: int, trials: int, lo
     assert proportion_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("trials", [10, 64, 500])
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.97, 0.99, 0.998])
 def test_exact_intervals_hold_the_truth_at_least_as_often_as_they_say(share: float, trials: int) -> None:

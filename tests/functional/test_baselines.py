@@ -56,6 +56,7 @@ class Bandit:
         return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_prompts", "num_samples"), [(3, 1), (2, 1), (1, 1), (3, 2), (1, 2)], ids=lambda number: str(number)
 )
@@ -159,6 +160,7 @@ def test_a_greedy_reward_that_says_all_is_taken() -> None:
     torch.testing.assert_close(calibrated_greedy(reward, 1, reward, ridge=0.0), reward)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("base", [0.0, 1.0, 0.1, -3.7, 1e6 + 0.1])
 def test_ones_own_reward_does_not_decide_where_all_others_are_alike(base: float) -> None:
     # Late in training nearly all rewards of 0 or 1 are 1: spreads of the other prompts are 0 but for rounding.

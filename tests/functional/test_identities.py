@@ -133,6 +133,7 @@ def test_greedy_baseline_is_unbiased_over_all_pairs() -> None:
     assert_same(expected_gradient(problem, 2, kl_coef=BETA), exact_gradient)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_baseline_of_each_token_is_unbiased_over_all_pairs(seed: int) -> None:
     """Weighted by the other response's gradients; with one's own among the weights it is not."""
@@ -206,6 +207,7 @@ def expected_token_gradient(problem: Problem, rewards: dict[exact.Response, list
     return gradient
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("baseline", "num_samples"), [("greedy", 1), ("greedy", 2), ("none", 1), ("leave_one_out", 2), ("group_mean", 2)]
 )

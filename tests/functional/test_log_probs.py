@@ -173,6 +173,7 @@ def test_statistics_from_hidden_states_are_those_of_the_oracle(
         assert kl[m].item() == pytest.approx(divergence, rel=1e-11)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_from_hidden_states_are_the_numerical_ones(kind: str) -> None:
     case = make_case(kind)

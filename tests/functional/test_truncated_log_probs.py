@@ -114,6 +114,7 @@ def test_the_kl_is_what_the_drawn_tokens_estimate() -> None:
     assert min(expected) > 0.1
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("logits_at_once", [22, 10**6])
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_are_the_numerical_ones(kind: str, logits_at_once: int) -> None:
@@ -142,6 +143,7 @@ def test_gradient_from_logits_is_that_of_a_softmax_over_the_kept_tokens() -> Non
             assert gradient[i, t].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits_at_once", [1, 22, 10**6])
 @pytest.mark.parametrize("kind", HEADS)
 def test_tokens_that_neither_model_counts(kind: str, logits_at_once: int) -> None:
@@ -214,6 +216,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", HEADS)
 def test_no_tensor_is_larger_than_a_chunk_forward_or_backward(kind: str) -> None:
     case = make_case(kind, torch.float32, tokens=200)

@@ -66,6 +66,7 @@ def test_half_an_emoji_does_not_end_a_table(tmp_path: Path) -> None:
     assert rows[0][columns.index("response")] == "\\ud83d"
 
 
+@pytest.mark.slow(0.3)
 def test_the_evaluation_is_a_table(policy: str, tmp_path: Path) -> None:
     logger = RecordingLogger(tmp_path)
     trainer = make_trainer(tmp_path, [Evaluation(num_resamples=10)], logger=logger)
@@ -103,6 +104,7 @@ def test_artifacts_need_a_logger_that_takes_them(logger: Any, policy: str, tmp_p
 # ---- Hyper-parameters ----
 
 
+@pytest.mark.slow(0.3)
 def test_every_logger_gets_hyper_parameters_versions_and_git(policy: str, tmp_path: Path) -> None:
     other = RecordingLogger(tmp_path)
     loggers = [TensorBoardLogger(tmp_path, "logs", version=""), CSVLogger(tmp_path / "csv"), other]
@@ -128,6 +130,7 @@ def test_every_logger_gets_hyper_parameters_versions_and_git(policy: str, tmp_pa
     assert "hp_metric" not in events(tmp_path).Tags()["scalars"]
 
 
+@pytest.mark.slow(0.3)
 def test_a_trainer_that_logs_no_hyper_parameters_is_obeyed(policy: str, tmp_path: Path) -> None:
     logger = RecordingLogger(tmp_path)
     trainer = make_trainer(tmp_path, logger=logger, enable_autolog_hparams=False)

@@ -174,6 +174,7 @@ def test_a_changed_pickle_is_read_or_refused(seed: int, tmp_path: Path) -> None:
         inspect_checkpoint(path)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_any_flipped_bit_is_read_or_named(kind: str, name: str, tmp_path: Path) -> None:
     """A pickle may stay readable and lose an attribute, a name or a length, which only its use shows."""

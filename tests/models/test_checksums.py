@@ -103,6 +103,7 @@ def damage_in(path: Path, load: Callable[[Path], Any], whole: Any) -> str:
     return ""
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_is_named_or_changes_nothing(kind: str, tmp_path: Path) -> None:
     save, load = KINDS[kind]
@@ -147,6 +148,7 @@ def test_a_missing_file_of_a_folder_is_named(kind: str, tmp_path: Path) -> None:
         (tmp_path / "aside").rename(path / name)
 
 
+@pytest.mark.slow(0.3)
 def test_every_bit_inside_of_tensors_counts(tmp_path: Path) -> None:
     """Where torch itself notices nothing."""
     path = lightning_file(tmp_path / "a.ckpt", {"policy.a": torch.full((64,), 3.0)})

@@ -182,6 +182,7 @@ def kl_one_by_one(policy: Any, reference: Any, temperature: float) -> list[list[
     return found
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("padding", [{}, {"extra_left": 3, "extra_right": 2}])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("family", "other"), [("llama", "llama"), ("gpt2", "opt"), ("gemma2", "cohere")])

@@ -138,6 +138,7 @@ def test_the_way_back_is_taken_after_an_error_too(base: str, trained: str) -> No
         assert trainable(model).keys() == names
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("path", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(path: bool, base: str, trained: str) -> None:
     """With a frozen embedding a checkpointed layer may get inputs without gradient, and silently have none itself."""
@@ -154,6 +155,7 @@ def test_gradient_checkpointing_changes_no_gradient(path: bool, base: str, train
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.slow(0.3)
 def test_the_adapter_is_of_the_precision_that_is_trained_in(base: str) -> None:
     """A base of 16 bits under bf16-mixed: the adapter has 32, which small updates need. Under bf16-true all have 16."""
     model = adapted(base, LoRAConfig(), dtype="bfloat16")
@@ -183,6 +185,7 @@ def test_layers_that_are_not_there_are_named(base: str) -> None:
         adapted(base, LoRAConfig(target_modules=["q_porj"]))
 
 
+@pytest.mark.slow(0.3)
 def test_what_is_no_adapter_is_refused(base: str, trained: str, tmp_path: Path) -> None:
     from peft import IA3Config, get_peft_model
 

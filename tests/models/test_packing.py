@@ -47,6 +47,7 @@ def distance(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / largest
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("has_head", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_gradient_are_those_of_padded_rows(
@@ -91,6 +92,7 @@ def test_rows_of_one_length_have_nothing_to_save_and_run_as_they_are(monkeypatch
         policy_statistics(model, rollout_of(), SamplingConfig())
 
 
+@pytest.mark.slow(0.3)
 def test_a_layer_is_recomputed_as_it_was_run() -> None:
     plain, model = tiny_model("llama"), tiny_model("llama")
     enable_gradient_checkpointing(model)
@@ -214,6 +216,7 @@ def on_device(rollout: Rollout) -> Rollout:
     )
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("dtype", "mixed", "flash"),
     [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.float32, True, True)],
@@ -237,6 +240,7 @@ def test_a_pass_on_cuda_takes_flash_attention_in_16_bits(
     torch.testing.assert_close(found.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_a_gpu_without_flash_attention_runs_padded_rows_in_mixed_precision(
     fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -324,6 +328,7 @@ def test_flash_attn_is_taken_where_it_is_installed_and_right(
 # Reward models
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_reward_model_scores_packed_texts(family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config(family)), template=PLAIN)

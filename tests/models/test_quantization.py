@@ -113,6 +113,7 @@ def test_the_merged_policy_is_that_of_the_4_bits(policy: str, tmp_path: Path) ->
     assert error < 0.1 * (exported - unquantized).abs().max()
 
 
+@pytest.mark.slow(0.3)
 def test_a_reference_of_4_bits(policy: str, tmp_path: Path) -> None:
     made = remax_module(policy, ModelConfig(policy, quantization="nf4"))
     seen = fit(made, prompt_data(tmp_path, policy), tmp_path)

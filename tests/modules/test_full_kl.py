@@ -51,6 +51,7 @@ def kl_of(own: Any, other: Any, rollout: Rollout, temperature: float = 1.0) -> l
     return found
 
 
+@pytest.mark.slow(0.3)
 def test_kl_equals_the_oracle(folders: tuple[str, str], tmp_path: Path) -> None:
     sampling = SamplingConfig(max_response_length=6, temperature=0.7)
     recorder = one_step(folders, tmp_path, sampling=sampling, kl=FULL)
@@ -106,6 +107,7 @@ def test_the_split_leaves_the_gradient(options: Any, folders: tuple[str, str], t
     assert all(output["rollout"].reference_hidden is None for output in parts.outputs)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("kl", "kept"), [(FULL, False), (BOTH, True), (KLConfig(), False)])
 def test_several_updates_keep_hidden_states_for_the_loss_only(
     kl: KLConfig, kept: bool, folders: tuple[str, str], tmp_path: Path
@@ -133,6 +135,7 @@ def test_several_updates_keep_hidden_states_for_the_loss_only(
     assert torch.equal(second["kl"], buffer.micro_batch(1).kl)
 
 
+@pytest.mark.slow
 def test_evaluation_measures_it_too(folders: tuple[str, str], tmp_path: Path) -> None:
     module, data = remax_module(*folders, kl=FULL), prompt_data(tmp_path, folders[0])
     recorder = fit(module, data, tmp_path, limit_val_batches=1, val_check_interval=1)
@@ -144,6 +147,7 @@ def test_evaluation_measures_it_too(folders: tuple[str, str], tmp_path: Path) ->
         assert row[: len(wanted)] == pytest.approx([value.item() for value in wanted], abs=2e-5)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kl", [FULL, KLConfig(loss_coef=0.1, loss_estimator="full")])
 @pytest.mark.parametrize("name", ["policy", "reference"])
 def test_a_head_that_cannot_be_read_is_refused_before_the_first_rollout(
@@ -164,6 +168,7 @@ def test_a_head_that_cannot_be_read_is_refused_before_the_first_rollout(
     assert module.reward.scored == []
 
 
+@pytest.mark.slow(0.3)
 def test_the_objective_needs_the_kl_that_it_is_configured_for(folders: tuple[str, str], tmp_path: Path) -> None:
     module = remax_module(*folders, kl=BOTH)
     (output,) = one_step(folders, tmp_path).outputs

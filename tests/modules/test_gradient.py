@@ -107,6 +107,7 @@ def test_a_budget_of_tokens_leaves_the_gradient(variant: str, folders: tuple[str
         torch.testing.assert_close(cut.outputs[0][name], whole.outputs[0][name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow(0.3)
 def test_what_a_budget_of_tokens_cannot_be_combined_with(folders: tuple[str, str], tmp_path: Path) -> None:
     options = {"max_prompt_length": 30, "tokens_per_micro_batch": 36}
     data = prompt_data(tmp_path, folders[0], **options)
@@ -150,6 +151,7 @@ def oracle(folders: tuple[str, str], recorder: Recorder, *, beta: float, white: 
     return policies.gradient(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("variant", "white", "per_response"), [
     ("tokens", False, False),

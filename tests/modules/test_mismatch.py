@@ -110,6 +110,7 @@ def test_gradient_and_figures_are_those_of_the_oracle(
     assert "train/mismatch_kl" not in plain.logged[0]
 
 
+@pytest.mark.slow(0.3)
 def test_several_updates_compare_the_engine_with_the_policy_before_the_first(policy: str, tmp_path: Path) -> None:
     loss = LossConfig("clipped", mismatch=MismatchConfig("tis", cap=1.3))
     recorder = fitted(policy, tmp_path, 2, updates=2, loss=loss)
@@ -163,6 +164,7 @@ def test_a_value_out_of_its_range_is_refused(options: dict[str, Any], message: s
         MismatchConfig("tis", **options)
 
 
+@pytest.mark.slow(0.3)
 def test_a_checkpoint_between_two_updates_keeps_the_engines_log_probs(policy: str, tmp_path: Path) -> None:
     recorder = fitted(policy, tmp_path, 2, loss=LossConfig(mismatch=MismatchConfig("tis")))
     rollout = recorder.outputs[0]["rollout"]

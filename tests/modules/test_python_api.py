@@ -63,6 +63,7 @@ def trained(policy: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trai
     return trainer, module, path
 
 
+@pytest.mark.slow
 def test_a_path_a_function_and_rows_train_with_the_callbacks_of_the_command(trained: Any) -> None:
     trainer, *_ = trained
     assert trainer.global_step == 1
@@ -88,6 +89,7 @@ def test_the_module_of_a_checkpoint_has_its_weights_and_settings(trained: Any) -
     assert not loaded.training
 
 
+@pytest.mark.slow
 def test_its_responses_are_those_of_the_trained_module(trained: Any) -> None:
     _, module, path = trained
     prompts = [row["prompt"] for row in ROWS]
@@ -97,6 +99,7 @@ def test_its_responses_are_those_of_the_trained_module(trained: Any) -> None:
     assert sampled == loaded.generate(prompts, greedy=False, seed=1) != loaded.generate(prompts, greedy=False, seed=2)
 
 
+@pytest.mark.slow(0.3)
 def test_greedy_responses_are_transformers_own(trained: Any) -> None:
     _, _, path = trained
     module = ReMaxModule.load_from_checkpoint(path)
@@ -131,6 +134,7 @@ def test_an_adapter_is_loaded_around_its_base(policy: str, tmp_path: Path) -> No
     assert loaded.generate(prompts) == module.generate(prompts)
 
 
+@pytest.mark.slow(0.3)
 def test_a_checkpoint_without_arguments_says_what_to_give(trained: Any, tmp_path: Path) -> None:
     _, module, path = trained
     old = torch.load(path, weights_only=True)
@@ -167,6 +171,7 @@ def test_a_wrong_argument_is_a_type_error_that_names_it(policy: str, options: An
         make(**{"policy": policy} | options)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("kind", "name"), [(ReMaxModule, "PromptBatch"), (SFTModule, "SupervisedBatch")])
 def test_a_plain_loader_is_refused_with_the_data_module_to_take(
     kind: Any, name: str, policy: str, tmp_path: Path
@@ -176,6 +181,7 @@ def test_a_plain_loader_is_refused_with_the_data_module_to_take(
         fit(module, DataLoader(ROWS, batch_size=2), tmp_path)
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning_is_loaded_without_a_reward(policy: str, tmp_path: Path) -> None:
     rows = [row | {"response": "yes"} for row in ROWS]
     data = SFTDataModule(data=rows, tokenizer=policy, batch_size=2, max_prompt_length=32)

@@ -75,6 +75,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_policy(tmp_path_factory.mktemp("plain"), ends=(EOS,), pad_is_eos=True)
 
 
+@pytest.mark.slow(0.3)
 def test_a_rollout_finds_no_gradients_of_the_step_before(policy: str, tmp_path: Path) -> None:
     """They would take the memory of a policy beside keys and values."""
 
@@ -91,6 +92,7 @@ def test_a_rollout_finds_no_gradients_of_the_step_before(policy: str, tmp_path: 
 # KL
 
 
+@pytest.mark.slow(0.3)
 def test_kl_is_zero_where_the_strategy_casts_the_policy_to_bfloat16(policy: str, tmp_path: Path) -> None:
     module, data = remax_module(policy, policy), prompt_data(tmp_path, policy)
     trainer = make_trainer(tmp_path, precision="bf16-true", limit_val_batches=1)
@@ -99,6 +101,7 @@ def test_kl_is_zero_where_the_strategy_casts_the_policy_to_bfloat16(policy: str,
     assert found["val/kl"] == 0
 
 
+@pytest.mark.slow(0.3)
 def test_kl_starts_at_zero_where_reference_is_policy(policy: str, tmp_path: Path) -> None:
     recorder = fit(remax_module(policy, policy), prompt_data(tmp_path, policy), tmp_path, max_steps=2)
     first, second = (output["kl"].abs().max() for output in recorder.outputs)
@@ -125,6 +128,7 @@ def test_kl_and_reference_log_probs_equal_the_oracle(
         assert output["kl"][i].tolist() == pytest.approx(expected + [0.0] * (6 - length), abs=5e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_log_probs_need_not_be_scaled_by_the_temperature(policy: str, reference: str, tmp_path: Path) -> None:
     sampling = SamplingConfig(max_response_length=6, temperature=0.7, scale_log_probs=False)
     (output,) = fit(remax_module(policy, reference, sampling=sampling), prompt_data(tmp_path, policy), tmp_path).outputs
@@ -196,6 +200,7 @@ def truncated(plain: str, folder: Path, how: Any, **options: Any) -> tuple[Any, 
     return recorder.outputs[0], watch.logit_gradients[0], recorder
 
 
+@pytest.mark.slow(0.3)
 def test_truncated_responses_can_be_kept_or_masked(plain: str, tmp_path: Path) -> None:
     kept, kept_gradient, _ = truncated(plain, tmp_path, "keep")
     masked, masked_gradient, recorder = truncated(plain, tmp_path, "mask")
@@ -220,6 +225,7 @@ def test_nothing_is_trained_where_all_responses_are_masked(plain: str, tmp_path:
     assert recorder.logged[0]["train/loss"] == 0
 
 
+@pytest.mark.slow(0.3)
 def test_truncated_responses_can_be_penalized(plain: str, tmp_path: Path) -> None:
     kept, _, _ = truncated(plain, tmp_path, "keep")
     penalized, gradient, _ = truncated(plain, tmp_path, "penalize")
@@ -230,6 +236,7 @@ def test_truncated_responses_can_be_penalized(plain: str, tmp_path: Path) -> Non
     assert float(gradient[0, 4:].abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_long_responses_can_be_penalized_softly(plain: str, tmp_path: Path) -> None:
     kept, _, _ = truncated(plain, tmp_path, "keep")
     soft, _, _ = truncated(plain, tmp_path, "soft", overlong_cache=3)
@@ -258,6 +265,7 @@ def test_one_pass_with_gradients_per_micro_batch_and_no_other(policy: str, tmp_p
     assert len(recorder.logged) == 2
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "none"])
 def test_other_baselines_make_no_greedy_responses(baseline: Any, policy: str, tmp_path: Path) -> None:
     reward = CharacterReward()

@@ -196,6 +196,7 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path, family: str) -> 
     assert wide.logged[0] == pytest.approx(plain.logged[0], abs=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_gradient_checkpointing_leaves_the_step(start: str, tmp_path: Path) -> None:
     plain = train(reward_module(start), pair_data(tmp_path, start), tmp_path)
     module = RewardModelModule(
@@ -230,6 +231,7 @@ def test_a_trained_head_is_kept(start: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow(0.3)
 def test_from_scratch(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "start")
     make_tokenizer().save_pretrained(tmp_path / "start")
@@ -254,6 +256,7 @@ def fitted(path: str, folder: Path, rate: float = 0.0, **options: Any) -> tuple[
     return module, trainer
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("stage", ["validate", "test"])
 @pytest.mark.parametrize("batch_size", [8, 3])
 def test_figures_are_those_of_the_pairs(start: str, tmp_path: Path, batch_size: int, stage: str) -> None:
@@ -349,6 +352,7 @@ def test_the_exported_model_scores_the_validation_set_with_mean_0_and_variance_1
     assert not hasattr(module.reward_model.config, "score_normalization")
 
 
+@pytest.mark.slow(0.3)
 def test_a_run_without_a_validation_is_normalized_too(start: str, tmp_path: Path) -> None:
     """It stops in the middle of its first epoch, at whose end it would have validated."""
     module, trainer = fitted(start, tmp_path, rate=0.5, max_steps=2, data={"batch_size": 2})
@@ -379,6 +383,7 @@ def test_scores_stay_as_they_are_without_normalization(start: str, tmp_path: Pat
     torch.testing.assert_close(scores, raw.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_scores_are_not_divided_by_0(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -391,6 +396,7 @@ def test_equal_scores_are_not_divided_by_0(tmp_path: Path) -> None:
     assert rewards_of(tmp_path / "model" / "last")[0].abs().max() == 0
 
 
+@pytest.mark.slow(0.3)
 def test_a_reward_model_of_deepspeed_chat_goes_on_and_is_exported_plainly(tmp_path: Path) -> None:
     body, v_head = body_of("opt"), torch.randn(1, 32)
     path = save_deepspeed_chat(tmp_path / "start", body, v_head, opts_tokenizer())
@@ -405,6 +411,7 @@ def test_a_reward_model_of_deepspeed_chat_goes_on_and_is_exported_plainly(tmp_pa
     assert standardized(scores)
 
 
+@pytest.mark.slow(0.3)
 def test_the_exported_model_reads_messages_with_the_variables_of_its_training(tmp_path: Path) -> None:
     template = "<s>{{ style }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}</s>"
     path = save_classifier(tmp_path / "start", tiny_config("llama"), make_tokenizer(chat_template=template))
@@ -545,6 +552,7 @@ def test_a_folder_that_is_not_there(start: str, tmp_path: Path) -> None:
         train(module, pair_data(tmp_path, start), tmp_path)
 
 
+@pytest.mark.slow(0.3)
 def test_another_models_tokenizer_is_refused(start: str, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -559,18 +567,21 @@ def test_another_models_tokenizer_is_refused(start: str, tmp_path: Path) -> None
         train(module, pair_data(tmp_path, str(tmp_path / "mixed")), tmp_path)
 
 
+@pytest.mark.slow(0.3)
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     path = save_classifier(tmp_path / "start", tiny_config("llama", vocab_size=40), make_tokenizer())
     with pytest.raises(UserError, match=r"model\.tokenizer .* has \d+ tokens, the reward model .* only 40"):
         train(reward_module(path), pair_data(tmp_path, path), tmp_path)
 
 
+@pytest.mark.slow(0.3)
 def test_a_16_bit_rate_that_would_move_nothing_is_refused(start: str, tmp_path: Path) -> None:
     module = reward_module(start, optimizer=partial(torch.optim.AdamW, lr=1e-6))
     with pytest.raises(UserError, match="16-bit weights would round away"):
         train(module, pair_data(tmp_path, start), tmp_path, precision="bf16-true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision_scores_in_float32(start: str, tmp_path: Path, precision: Any) -> None:
     recorder = train(reward_module(start), pair_data(tmp_path, start), tmp_path)

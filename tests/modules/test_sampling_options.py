@@ -76,6 +76,7 @@ class StoppedEngine(FixedEngine):
         return GenerationOutput(made.sampled_ids, made.sampled_ids[:], None, self.stopped_at.repeat(2))
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("pad_is_eos", [True, False])
 def test_a_stop_string_ends_a_response_as_eos_does(pad_is_eos: bool, tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy", ends=(2,), pad_is_eos=pad_is_eos)
@@ -137,6 +138,7 @@ def test_log_probs_of_the_rollout_take_the_place_of_a_pass(
         assert taken.logged[step] == pytest.approx(recomputed.logged[step], abs=1e-4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_rollout_is_not_asked_for_log_probs_that_nothing_reads(folders: tuple[str, str], tmp_path: Path) -> None:
     class Asked(PairedEngine):
         request = None

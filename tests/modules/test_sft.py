@@ -72,6 +72,7 @@ def cross_entropy(policy: str) -> tuple[Tensor, Any, int]:
     return total / tokens, model, tokens
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_equal_plain_cross_entropy(policy: str, tmp_path: Path) -> None:
     recorder = fit(sft_module(policy), sft_data(tmp_path, policy), tmp_path)
     expected, model, _ = cross_entropy(policy)
@@ -81,6 +82,7 @@ def test_loss_and_gradient_equal_plain_cross_entropy(policy: str, tmp_path: Path
     assert distance(recorder.step(), gradient) < 1e-5
 
 
+@pytest.mark.slow(0.3)
 def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(policy: str, tmp_path: Path) -> None:
     expected, _, _ = cross_entropy(policy)
     for size in (8, 3):
@@ -101,6 +103,7 @@ def test_a_loss_too_large_for_its_exponential(policy: str, tmp_path: Path, monke
     assert metrics == {"val/loss": 1e4, "val/perplexity": math.inf}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
 def test_the_split_into_micro_batches_leaves_the_step(
@@ -114,6 +117,7 @@ def test_the_split_into_micro_batches_leaves_the_step(
     assert parts.logged[0] == pytest.approx(whole.logged[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "batches", "is_cut"), [(2, 1, True), (2, 2, True), (2, 3, False), (4, 2, False)]
 )
@@ -138,6 +142,7 @@ def test_a_checkpoint_in_the_middle_of_a_step_is_told(
     assert all(f"the first {batches} of its 3 batches count for nothing" in text for text in cut)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     "options", [{"accumulate_grad_batches": 3}, {"overfit_batches": 2, "accumulate_grad_batches": 2}]
 )
@@ -150,6 +155,7 @@ def test_a_step_that_is_not_whole_still_trains(policy: str, tmp_path: Path, opti
 # Packing
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 def test_packed_rows_take_the_same_step(tmp_path: Path, family: str) -> None:
     path = save_policy(tmp_path / "policy", family)
@@ -159,6 +165,7 @@ def test_packed_rows_take_the_same_step(tmp_path: Path, family: str) -> None:
     assert packed.logged[0] == pytest.approx(plain.logged[0], rel=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_packed_rows_without_a_head_that_can_be_read(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +175,7 @@ def test_packed_rows_without_a_head_that_can_be_read(
     assert distance(packed.step(), plain.step()) < 1e-5
 
 
+@pytest.mark.slow(0.3)
 def test_a_packed_pass_computes_no_padding(policy: str, tmp_path: Path) -> None:
     widths: list[torch.Size] = []
 
@@ -185,6 +193,7 @@ def test_a_packed_pass_computes_no_padding(policy: str, tmp_path: Path) -> None:
     assert widths == [(1, int(batch.prompt_mask.sum() + batch.response_mask.sum()))]
 
 
+@pytest.mark.slow(0.3)
 def test_a_model_whose_examples_would_see_each_other_is_not_packed(tmp_path: Path) -> None:
     """BLOOM takes no positions."""
     from transformers import AutoModelForCausalLM, BloomConfig
@@ -198,6 +207,7 @@ def test_a_model_whose_examples_would_see_each_other_is_not_packed(tmp_path: Pat
     fit(sft_module(path), sft_data(tmp_path, path), tmp_path)
 
 
+@pytest.mark.slow(0.3)
 def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None:
     class Wider(SFTDataModule):
         def _collate(self, num_micro_batches: int) -> Any:
@@ -221,6 +231,7 @@ def test_padding_of_a_batch_changes_nothing(policy: str, tmp_path: Path) -> None
     assert distance(wide.step(), plain.step()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_alone_loads_the_reward_once(stage: str, policy: str, tmp_path: Path) -> None:
     reward = Exact()
@@ -289,6 +300,7 @@ def test_a_tiny_policy_learns_its_rows_by_heart(tmp_path: Path) -> None:
     assert reward.loads == 1
 
 
+@pytest.mark.slow(0.3)
 def test_tokens_are_counted_in_32_bits_in_bf16_true(policy: str, tmp_path: Path) -> None:
     """289 tokens: in 8 bits of precision they would be 288, and the gradient 0.35 % too large."""
     rows = [{"prompt": "1+1=", "response": "a" * (36 if number == 0 else 35)} for number in range(8)]
@@ -312,6 +324,7 @@ def test_a_turn_end_that_ends_no_response_is_refused(tmp_path: Path) -> None:
         fit(sft_module(path), data, tmp_path)
 
 
+@pytest.mark.slow(0.3)
 def test_a_turn_end_that_the_policy_names_is_trained(tmp_path: Path) -> None:
     path = save_policy(tmp_path / "policy", ends=(2, 83))
     recorder = fit(sft_module(path), turn_ending_data(tmp_path, path), tmp_path)

@@ -112,6 +112,7 @@ def lengths(recorder: Recorder) -> list[int]:
     ]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_without_an_advantage_are_not_run_and_the_gradient_stays(
     variant: str, folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +144,7 @@ def test_rows_without_an_advantage_are_not_run_and_the_gradient_stays(
         assert torch.equal(output["entropy"] != 0, output["entropy_mask"])
 
 
+@pytest.mark.slow(0.3)
 def test_whitened_advantages_are_hardly_ever_zero(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,7 @@ def test_whitened_advantages_are_hardly_ever_zero(
     assert distance(watch.gradients[0], all_run.gradients[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_other_baselines_leave_out_prompts_whose_samples_agree(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +173,7 @@ def test_other_baselines_leave_out_prompts_whose_samples_agree(
     assert distance(watch.gradients[0], all_run.gradients[0]) < 1e-6
 
 
+@pytest.mark.slow(0.3)
 def test_several_updates_leave_them_out_of_the_old_log_probs_too(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +188,7 @@ def test_several_updates_leave_them_out_of_the_old_log_probs_too(
     assert recorder.logged[1]["train/clip_fraction"] > 0
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kl", [KLConfig(), KLConfig(credit="none", loss_coef=0.3)])
 def test_where_a_kl_enters_every_row_is_run(kl: KLConfig, folders: tuple[str, str], tmp_path: Path) -> None:
     recorder, watch = one_step(folders, tmp_path, kl_coef=0.05, kl=kl)
@@ -216,6 +221,7 @@ def test_a_reference_whose_kl_enters_nothing_is_run_in_validation_only(
     assert validated.validations[0]["kl"].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "passes"), [(None, [4, 4]), (3, [3, 3, 2]), (8, [8]), (100, [8])])
 def test_the_reference_has_a_batch_size_of_its_own(
     size: int | None, passes: list[int], folders: tuple[str, str], tmp_path: Path

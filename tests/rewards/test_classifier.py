@@ -49,6 +49,7 @@ def plain_texts() -> list[str]:
     return [f"Human: {p}\nAssistant: {r}</s>" for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", ["pad", "eos", "none"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", "opt projected"])
@@ -84,6 +85,7 @@ def test_transformers_own_pooling_would_differ_with_pad_as_eos(tmp_path: Path) -
     assert (theirs - ours).abs() > 1e-2
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_the_order_of_the_batch_is_restored(tmp_path: Path, batch_size: int) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")), template=PLAIN, batch_size=batch_size)
@@ -94,6 +96,7 @@ def test_the_order_of_the_batch_is_restored(tmp_path: Path, batch_size: int) -> 
     assert reward.score([], [], []).shape == (0,)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
 def test_encoders_score_as_their_own_forward_does_without_padding(tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForSequenceClassification
@@ -109,6 +112,7 @@ def test_encoders_score_as_their_own_forward_does_without_padding(tmp_path: Path
     torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("pad_id", [2, 3])
 def test_a_decoder_whose_head_has_another_name_is_scored_like_the_others(tmp_path: Path, pad_id: int) -> None:
     """CTRL pools by the pad id and calls its head `classifier`."""
@@ -128,6 +132,7 @@ def test_a_decoder_whose_head_has_another_name_is_scored_like_the_others(tmp_pat
     torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_a_model_that_reads_its_last_column_is_scored_row_by_row(tmp_path: Path) -> None:
     """XLNet wants its padding on the left; its head sees one token of each row."""
     from transformers import AutoModelForSequenceClassification, XLNetConfig
@@ -145,6 +150,7 @@ def test_a_model_that_reads_its_last_column_is_scored_row_by_row(tmp_path: Path)
     torch.testing.assert_close(reward.score(PROMPTS, RESPONSES, ROWS), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_scores_have_32_bits_in_a_run_of_16(tmp_path: Path) -> None:
     """In `bf16-true` Lightning runs a step with bfloat16 as the default dtype."""
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
@@ -157,6 +163,7 @@ def test_scores_have_32_bits_in_a_run_of_16(tmp_path: Path) -> None:
     assert torch.equal(given, expected)
 
 
+@pytest.mark.slow(0.3)
 def test_the_chat_template_is_used_without_a_template_and_writes_the_only_bos(tmp_path: Path) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")))
     text = reward.text("2+2=", "4", {})
@@ -199,6 +206,7 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_message(
     assert reward.text(prompt, response, {}) == f"<s>user: hi\nassistant: {content}\n</s>"
 
 
+@pytest.mark.slow(0.3)
 def test_the_chat_template_has_the_variables_of_training_and_not_the_policys(tmp_path: Path) -> None:
     template = CHAT.replace("<s>", "<s>{{ style }} ")
     path = Path(save_classifier(tmp_path, tiny_config("llama"), make_tokenizer(chat_template=template)))
@@ -230,6 +238,7 @@ def test_prompts_are_checked_with_the_tokenizer_alone(tmp_path: Path) -> None:
             reward.check_prompts([prompt])
 
 
+@pytest.mark.slow(0.3)
 def test_a_template_gets_one_bos_whether_it_writes_it_or_not(tmp_path: Path) -> None:
     path = save_classifier(tmp_path, tiny_config("llama"))
     without, with_bos = loaded(path, template="Q: {prompt} A: {response}"), loaded(path, template="<s>Q: {response}")
@@ -246,6 +255,7 @@ def test_an_empty_text_has_a_score(tmp_path: Path) -> None:
     assert scores.reward.isfinite().all()
 
 
+@pytest.mark.slow(0.3)
 def test_long_texts_lose_their_beginning_but_not_the_first_token(tmp_path: Path) -> None:
     reward = loaded(save_classifier(tmp_path, tiny_config("llama")), template=PLAIN, max_length=20)
     whole = reward.tokenizer(plain_texts()[3])["input_ids"]  # type: ignore[misc]
@@ -270,6 +280,7 @@ def test_positions_that_are_counted_from_the_pad_token_are_fewer(tmp_path: Path)
     check_text_length(reward.model, 252)
 
 
+@pytest.mark.slow(0.3)
 def test_the_default_limit_is_the_smaller_of_model_and_tokenizer(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=CHAT)
     assert loaded(save_classifier(tmp_path / "a", tiny_config("gpt2"), tokenizer)).max_length == 256
@@ -277,6 +288,7 @@ def test_the_default_limit_is_the_smaller_of_model_and_tokenizer(tmp_path: Path)
     assert loaded(save_classifier(tmp_path / "b", tiny_config("gpt2"), tokenizer)).max_length == 100
 
 
+@pytest.mark.slow(0.3)
 def test_the_model_is_frozen_in_eval_mode_and_of_the_wished_dtype(tmp_path: Path) -> None:
     path = save_classifier(tmp_path, tiny_config("llama"))
     reward = loaded(path)
@@ -393,6 +405,7 @@ def save_pair_classifier(path: Path) -> Any:
     return tokenizer
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("max_length", [None, 12])
 def test_a_classifier_of_pairs_is_told_which_part_is_the_response(tmp_path: Path, max_length: int | None) -> None:
     from transformers import AutoModelForSequenceClassification

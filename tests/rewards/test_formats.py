@@ -54,6 +54,7 @@ def close(scores: Tensor, expected: list[float]) -> None:
 # DeepSpeed-Chat
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", ["rwtranrsformer", "rwtransformer"])
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
 def test_deepspeed_chat_scores_the_token_before_its_padding(tmp_path: Path, family: str, name: str) -> None:
@@ -136,6 +137,7 @@ def test_an_old_bin_file_is_read_too(tmp_path: Path) -> None:
 # OpenRLHF
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("prefix", ["value_head", "score", "reward_head"])
 def test_openrlhf_scores_the_last_token_and_may_normalize(tmp_path: Path, prefix: str) -> None:
     body, head = body_of("llama"), torch.randn(1, 32)
@@ -182,6 +184,7 @@ def test_a_reward_model_of_trls_trainer_in_shards(tmp_path: Path) -> None:
     torch.testing.assert_close(scores_of(str(tmp_path / "shards")), expected)
 
 
+@pytest.mark.slow(0.3)
 def test_shards_of_a_foreign_format_and_a_missing_one(tmp_path: Path) -> None:
     body, v_head, tokenizer = body_of("llama"), torch.randn(1, 32), make_tokenizer(pad_is_eos=True)
     path = save_deepspeed_chat(tmp_path, body, v_head, tokenizer, pickled=False)
@@ -257,6 +260,7 @@ def test_code_in_an_adapter_is_named_and_not_run(content: str, tmp_path: Path) -
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_head_takes_that_of_its_base_or_is_refused(tmp_path: Path) -> None:
     path = save_adapter(tmp_path / "a", base_is_classifier=True, with_head=False)
     assert scores_of(path).isfinite().all()
@@ -265,6 +269,7 @@ def test_an_adapter_without_a_head_takes_that_of_its_base_or_is_refused(tmp_path
         scores_of(path)
 
 
+@pytest.mark.slow(0.3)
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = save_adapter(tmp_path, base_is_classifier=True)
     weights = load_file(Path(path) / "adapter_model.safetensors")
@@ -309,6 +314,7 @@ def test_a_foreign_head_of_the_wrong_shape_names_file_and_tensor(tmp_path: Path,
         scores_of(path, allow_pickle=True)
 
 
+@pytest.mark.slow(0.3)
 def test_a_foreign_checkpoint_without_its_head_or_a_layer(tmp_path: Path) -> None:
     body = body_of("llama")
     path = save_deepspeed_chat(tmp_path, body, torch.randn(1, 32), make_tokenizer(pad_is_eos=True), pickled=False)
@@ -335,6 +341,7 @@ def test_weights_that_are_no_dictionary_are_refused(tmp_path: Path) -> None:
         scores_of(path, allow_pickle=True)
 
 
+@pytest.mark.slow(0.3)
 def test_a_foreign_model_is_saved_under_transformers_names(tmp_path: Path) -> None:
     """Transformers would write it back under the names that it was loaded by."""
     path = save_deepspeed_chat(tmp_path, body_of("opt"), torch.randn(1, 32), opts_tokenizer())

@@ -219,6 +219,7 @@ def test_an_answer_that_comes_too_late_is_asked_for_again(scorer: Scorer) -> Non
     assert len(scorer.seen) >= 3  # more on a busy machine, which is late by itself
 
 
+@pytest.mark.slow(0.3)
 def test_the_server_says_how_long_to_wait(scorer: Scorer) -> None:
     scorer.answers = [saying("slow down", 429, Retry_After="0.4")]
     start = time.monotonic()
@@ -251,6 +252,7 @@ def test_nobody_there() -> None:
         score(HTTPReward("http://127.0.0.1:9/score", retries=1, backoff=0.01))
 
 
+@pytest.mark.slow(0.3)
 def test_an_answer_that_never_ends_is_given_up_in_time(scorer: Scorer) -> None:
     scorer.answers = [trickle]
     start = time.monotonic()

@@ -149,6 +149,7 @@ def test_responses_keep_their_baseline_in_another_process() -> None:
     assert (response, response.baseline) == ("a", "b")
 
 
+@pytest.mark.slow(0.3)
 def test_training_compares_with_the_greedy_response_of_the_prompt(tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy")
     recorder = Recorder()

@@ -308,6 +308,7 @@ def test_the_row_that_takes_too_long_is_found(text: str, message: str) -> None:
         reward.check_rows([{"text": "a"}, {"text": text}], ["b.jsonl, line 1", "b.jsonl, line 2"])
 
 
+@pytest.mark.slow
 def test_refused_rows_are_found_in_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
     monkeypatch.setattr(timed_rewards, "Child", lambda target: started.append(target) or Child(target))

@@ -98,6 +98,7 @@ def test_numeric_answer_reads_every_row_of_gsm8k(gsm8k: Path) -> None:
     assert set(numeric_answer(prompts, wrong, data, column="answer")) == {0.0}
 
 
+@pytest.mark.slow(0.3)
 def test_regex_format_searches_across_lines() -> None:
     responses = ["<a>x\ny</a>", "say <a>z</a> now", "<a>"]
     assert regex_format(["p"] * 3, responses, [{}] * 3, pattern="<a>.*</a>") == [1.0, 1.0, 0.0]
@@ -435,6 +436,7 @@ def test_a_comparison_that_takes_too_long_is_killed_and_scores_0() -> None:
         math_scores(pairs, time_limit=0)
 
 
+@pytest.mark.slow
 def test_lists_are_compared_with_lists_of_as_many_values() -> None:
     pairs = [("1, 2", "\\boxed{2, 1}"), ("\\{1, 2\\}", "\\boxed{1, 2}"), ("(1, 2)", "\\boxed{\\left(1, 2\\right)}")]
     assert math_scores(pairs) == [1.0] * 3

@@ -162,6 +162,7 @@ init_args:
 """
 
 
+@pytest.mark.slow(0.3)
 def test_jsonargparse_builds_it_from_short_class_names() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Reward, "reward")

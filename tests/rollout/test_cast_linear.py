@@ -408,6 +408,7 @@ def greedy_rollout(model: Any, device: str) -> torch.Tensor:
     return PairedEngine().generate(model, request).greedy_ids
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_liger_kernel_is_taken_on_cuda_where_it_is_right(
     factor: float, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -74,6 +74,7 @@ def assert_same(found: GenerationOutput, expected: GenerationOutput) -> None:
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow(0.3)
 @KINDS
 @pytest.mark.parametrize("family", ATTENTION, ids=lambda family: family.name)
 def test_a_family_writes_what_it_writes_in_masked_slots(
@@ -108,6 +109,7 @@ def long_prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.where(mask, torch.tensor(PAD)), mask
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("lengths", "paged"),
     [([3 * PAGE + 40, 30, PAGE, PAGE - 1], True), ([PAGE - 1, 30], False), ([3 * PAGE, 3 * PAGE + 2], True)],
@@ -148,6 +150,7 @@ def test_pages_that_the_device_does_not_read_are_not_shared(
     assert_same(found, decode(model, DecodeBuffers, **arguments))
 
 
+@pytest.mark.slow(0.3)
 def test_a_window_within_pages_is_the_same(decode: Any, flash: FlashByLengths) -> None:
     model = family_model(BY_NAME["Mistral (sliding window)"], sliding_window=PAGE + 20, max_position_embeddings=1024)
     ids, mask = long_prompts([3 * PAGE + 9, PAGE + 12])
@@ -157,6 +160,7 @@ def test_a_window_within_pages_is_the_same(decode: Any, flash: FlashByLengths) -
     assert flash.calls["pages"] > 0
 
 
+@pytest.mark.slow(0.3)
 def test_a_prompt_takes_memory_once_whatever_its_rows(decode: Any) -> None:
     model, (ids, mask) = family_model(BY_NAME["Llama"], max_position_embeddings=1024), long_prompts([400, 390])
     peaks = {}
@@ -183,6 +187,7 @@ def test_the_choice_is_logged_once_with_its_reason(decode: Any, caplog: pytest.L
     ]
 
 
+@pytest.mark.slow(0.3)
 def test_attention_that_is_cut_into_chunks_keeps_its_masks(decode: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     model.config.attention_chunk_size = 20
@@ -197,6 +202,7 @@ def test_attention_that_is_cut_into_chunks_keeps_its_masks(decode: Any, caplog: 
     ]
 
 
+@pytest.mark.slow(0.3)
 def test_a_model_that_attends_otherwise_keeps_its_masks(
     decode: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,6 +294,7 @@ def test_top_p_runs_in_a_graph_of_its_own_and_waits_for_nothing(flash: FlashByLe
     assert not torch.equal(found.sampled_ids, on_cuda(model, engine, 12).sampled_ids)
 
 
+@pytest.mark.slow(0.3)
 def test_many_tokens_that_end_a_response_wait_for_nothing(flash: FlashByLengths, fake_cuda: FakeCuda) -> None:
     model = tiny_model("llama").to("cuda", torch.bfloat16)
     on_cuda(model, PairedEngine(), 12, eos=10**6, others=(*range(10**6 + 1, 10**6 + 60),))

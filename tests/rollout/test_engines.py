@@ -60,6 +60,7 @@ def likely_token(model: Any) -> int:
     return int(ids[0, 4])
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_greedy_rows_are_those_of_generate(model: Any, engine: Any) -> None:
     eos = likely_token(model)
@@ -73,6 +74,7 @@ def test_greedy_rows_are_those_of_generate(model: Any, engine: Any) -> None:
     assert (greedy[:, expected.shape[1] :] == PAD).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_progress_is_told_of_and_changes_nothing(engine: Any) -> None:
     model, told = tiny_model("llama"), []
@@ -109,6 +111,7 @@ def test_a_model_may_rule_tokens_out(engine: Any) -> None:
     assert (output.sampled_ids[:, 0] >= 40).all()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_left_padding_changes_no_greedy_response(model: Any, engine: Any) -> None:
     ids, mask = left_padded([3, 7, 5])
@@ -128,6 +131,7 @@ def test_the_engines_draw_the_same_responses_from_the_same_generator(model: Any)
     assert paired.sampled_ids.shape == (6, 6)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rollouts_repeat_with_the_generator_and_ignore_the_global_one(model: Any, engine: Any) -> None:
     first = run(engine, model, [4, 6], seed=1, max_response_length=6)
@@ -138,6 +142,7 @@ def test_rollouts_repeat_with_the_generator_and_ignore_the_global_one(model: Any
     assert not torch.equal(first.sampled_ids, other.sampled_ids)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sampled_tokens_follow_the_models_distribution(engine: Any) -> None:
     model = tiny_model("llama", vocab_size=12)
@@ -158,6 +163,7 @@ def test_sampled_tokens_follow_the_models_distribution(engine: Any) -> None:
     assert chi_square < 31.3  # the 99.9 % quantile at 11 degrees of freedom
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_models_own_generation_config_adds_nothing(engine: Any) -> None:
     model = tiny_model("llama", seed=3)
@@ -170,6 +176,7 @@ def test_the_models_own_generation_config_adds_nothing(engine: Any) -> None:
     assert model.generation_config.top_k == 1
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_min_response_length_holds_back_the_end(engine: Any) -> None:
     model = tiny_model("llama")
@@ -181,6 +188,7 @@ def test_min_response_length_holds_back_the_end(engine: Any) -> None:
     assert not (held.sampled_ids[:, :9] == eos).any()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ids_without_a_token_are_never_drawn(engine: Any) -> None:
     model = tiny_model("llama")
@@ -193,6 +201,7 @@ def test_ids_without_a_token_are_never_drawn(engine: Any) -> None:
         assert not torch.isin(ids, torch.tensor(unused)).any()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_stands_after_the_end_but_padding(engine: Any) -> None:
     model = tiny_model("llama")
@@ -252,6 +261,7 @@ def test_ended_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(by_size) <= {20, 16, 8, 4, 2, 1}
 
 
+@pytest.mark.slow(0.3)
 def test_without_greedy_rows() -> None:
     for engine in ENGINES:
         asked = {"greedy": False}
@@ -293,6 +303,7 @@ def test_mixed_precision_decodes_in_slots_of_16_bits() -> None:
             assert (logits.max(-1).values - logits.gather(-1, response[:, None])[:, 0]).max() < 0.1  # a near-tie
 
 
+@pytest.mark.slow(0.3)
 def test_a_lora_wrapper_is_seen_through() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -321,6 +332,7 @@ LOG_PROBS = [
 ]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("options", LOG_PROBS, ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_at_sampling_are_those_of_a_training_pass(engine: Any, options: dict[str, Any]) -> None:
@@ -377,6 +389,7 @@ def ended_by(*endings: tuple[int, ...]) -> Any:
     return ended
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("pad", [PAD, EOS])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +411,7 @@ def test_what_ends_a_response_beside_eos_ends_it_there(engine: Any, pad: int, mo
     assert (made.stopped_at[6:] > 0).any()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_eos_before_it_counts_and_the_minimum_length_holds_it_back(engine: Any) -> None:
     model = tiny_model("llama")

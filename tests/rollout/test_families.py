@@ -68,6 +68,7 @@ def test_the_page_is_what_its_script_writes_around_these_rows() -> None:
     assert [line.strip("| ").split(" | ")[0] for line in ROWS] == list(BY_NAME)
 
 
+@pytest.mark.slow(0.3)
 @each_family
 def test_the_engine_of_a_family(family: Family) -> None:
     assert engine_cells(family) == committed(family)[:2]
@@ -92,6 +93,7 @@ def test_the_sliding_window_matters(family: Family) -> None:
     assert not torch.equal(generate(family_model(family), ids, mask, None)[0], generate(wide, ids, mask, None)[0])
 
 
+@pytest.mark.slow(0.3)
 @each_family
 def test_the_adapter_matters(family: Family) -> None:
     ids, mask = prompts()
@@ -152,6 +154,7 @@ def test_the_checks_notice_padding_that_is_not_masked(dtype: torch.dtype) -> Non
     assert not sampled_agrees(IgnoresPadding(), model)
 
 
+@pytest.mark.slow(0.3)
 def test_the_checks_notice_second_tokens_of_other_rows_and_another_temperature() -> None:
     model = family_model(LLAMA)
     assert sampled_agrees(PairedEngine(), model)

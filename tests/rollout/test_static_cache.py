@@ -30,6 +30,7 @@ def filled(model: torch.nn.Module) -> DynamicCache:
     return cache
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("make", [lambda: tiny_model("llama", vocab_size=256), gemma], ids=["llama", "sliding window"])
 def test_decoding_on_slots_gives_the_logits_of_a_growing_cache(make) -> None:
     """Across a change of the attended length, with rows leaving in the middle."""

@@ -55,6 +55,7 @@ def test_greedy_responses_are_those_of_the_own_engine(model: Any, serve: Any, tm
         shake(model)  # the servers follow
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_of_the_policy(model: Any, serve: Any, tmp_path: Path) -> None:
     output = engine_for(tmp_path, serve()).generate(model, request_for())
     assert output.sampled_ids.shape == (4, 6)
@@ -81,6 +82,7 @@ def test_a_run_repeats_and_rows_differ(model: Any, serve: Any, tmp_path: Path) -
     assert seeds.count(None) == 4
 
 
+@pytest.mark.slow(0.3)
 def test_sampled_and_greedy_requests_are_under_way_together(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(gathers=5)
     engine_for(tmp_path, server).generate(model, request_for())
@@ -88,6 +90,7 @@ def test_sampled_and_greedy_requests_are_under_way_together(model: Any, serve: A
     assert sum(body["sampling_params"]["temperature"] == 0 for body in server.requests[1:]) == 4
 
 
+@pytest.mark.slow
 def test_every_setting_that_a_server_may_have_of_its_own_is_sent(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(logprobs_mode="processed_logprobs")
     request = request_for(
@@ -101,6 +104,7 @@ def test_every_setting_that_a_server_may_have_of_its_own_is_sent(model: Any, ser
     assert not torch.isin(output.sampled_ids, torch.tensor([90, 91])).any()
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_a_response(model: Any, serve: Any, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     strings = tuple(tokenizer.decode([token]) for token in range(40, 60))
@@ -114,6 +118,7 @@ def test_a_stop_string_ends_a_response(model: Any, serve: Any, tmp_path: Path) -
     assert (output.stopped_at > 0).any()
 
 
+@pytest.mark.slow
 def test_prompts_are_spread_by_their_tokens(model: Any, serve: Any, tmp_path: Path) -> None:
     servers = [serve(), serve()]
     engine_for(tmp_path, *servers).generate(model, request_for())
@@ -150,6 +155,7 @@ def test_a_server_gets_weights_once_for_each_version(model: Any, serve: Any, tmp
     assert [path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [weight_version(model)]
 
 
+@pytest.mark.slow
 def test_the_files_go_with_the_engine(model: Any, serve: Any, tmp_path: Path) -> None:
     engine = engine_for(tmp_path, serve())
     engine.generate(model, request_for())
@@ -300,6 +306,7 @@ def test_only_what_was_refused_is_asked_for_again(status: int, model: Any, serve
         engine_for(tmp_path, server).generate(model, request_for())
 
 
+@pytest.mark.slow
 def test_an_update_that_a_killed_trainer_left_open_is_ended(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     server.paused = server.updating = True
@@ -330,6 +337,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_holds_or_samples_another_policy_ends_the_run(
     fault: str, model: Any, serve: Any, tmp_path: Path
@@ -340,6 +348,7 @@ def test_a_server_that_holds_or_samples_another_policy_ends_the_run(
         engine_for(tmp_path, serve(**faults), retries=1).generate(model, request_for())
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("fault", ["updated in name only", "a permuted layer"])
 def test_log_probs_find_what_checksums_would(fault: str, model: Any, serve: Any, tmp_path: Path) -> None:
     shake(model, 0.3)
@@ -428,6 +437,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("how", ["a row is refused", "Ctrl-C", "a server is gone"])
 @pytest.mark.usefixtures("interruptible")
 def test_what_ends_a_rollout_ends_its_requests(how: str, model: Any, serve: Any, tmp_path: Path) -> None:
@@ -522,6 +532,7 @@ def test_an_answer_of_something_else_is_told(path: str, model: Any, serve: Any, 
         engine.generate(model, request_for())
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("broken", "named"),
     [
@@ -580,6 +591,7 @@ def test_a_certificate_is_checked_with_the_file_that_is_named(
     assert output.sampled_ids.shape == (4, 6)
 
 
+@pytest.mark.slow(0.3)
 def test_log_probs_of_another_kind_are_refused(model: Any, serve: Any, tmp_path: Path) -> None:
     sampling = SamplingConfig(max_response_length=6, temperature=0.7)
     with pytest.raises(UserError, match=r"returns raw_logprobs, .* start it with --logprobs-mode processed_logprobs"):
@@ -595,6 +607,7 @@ def test_an_adapter_needs_a_server_that_takes_some(model: Any, serve: Any, tmp_p
         engine_for(tmp_path, serve()).check(adapted, request_for().sampling, 5)
 
 
+@pytest.mark.slow(0.3)
 def test_a_key_comes_from_the_environment(
     model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +635,7 @@ def test_urls_that_are_none_are_refused(urls: list[str], message: str) -> None:
         VLLMEngine(urls)
 
 
+@pytest.mark.slow(0.3)
 def test_a_port_where_nothing_listens_is_told(model: Any, tmp_path: Path) -> None:
     engine = VLLMEngine(["http://127.0.0.1:9"], transfer_dir=str(tmp_path), restart_timeout=0.3)
     with pytest.raises(UserError, match=r"the server http://127.0.0.1:9 does not answer since 0.3 s .*refused"):

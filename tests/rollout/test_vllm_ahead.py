@@ -61,6 +61,7 @@ def test_an_evaluation_in_between_waits_for_what_is_written_ahead(model: Any, se
     assert len(set(server.versions[17:])) == 1
 
 
+@pytest.mark.slow(0.3)
 def test_what_is_written_ahead_is_in_the_state(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = ahead_for(tmp_path, server)
@@ -154,6 +155,7 @@ def test_a_run_that_asks_ahead_resumes_bit_for_bit(at: str, serve: Any, tmp_path
     server.__exit__()
 
 
+@pytest.mark.slow(0.3)
 def test_ahead_is_refused_where_it_cannot_be_corrected(policy: str, serve: Any, tmp_path: Path) -> None:
     engine = ahead_for(tmp_path, serve())
     with pytest.raises(UserError, match=r"ahead 1 writes .* set model.loss.mismatch.kind to tis or mis"):

@@ -79,6 +79,7 @@ def test_it_starts_a_server_for_the_policy(started: Any, model: Any, serve: Any,
     assert "--enable-sleep-mode" not in arguments  # there is none on a CPU
 
 
+@pytest.mark.slow(0.3)
 def test_it_serves_what_remax_serve_would(started: Any, model: Any, tmp_path: Path) -> None:
     """The source of the policy, and the dtype that the trainer computes in, not that of the weights."""
     engine, _ = started()
@@ -146,6 +147,7 @@ def test_the_server_reads_whole_weights_in_the_trainers_memory(
         assert torch.equal(engine.generate(model, request_for(seed=3)).sampled_ids, expected.sampled_ids)
 
 
+@pytest.mark.slow(0.3)
 def test_weights_in_memory_are_proven_by_their_checksums(started: Any, model: Any) -> None:
     names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
     engine, _ = started("ipc", permutes=names)
@@ -153,6 +155,7 @@ def test_weights_in_memory_are_proven_by_their_checksums(started: Any, model: An
         engine.generate(model, request_for())
 
 
+@pytest.mark.slow
 def test_an_adapter_travels_in_files_also_where_memory_is_shared(started: Any, model: Any) -> None:
     engine, server = started("ipc", has_lora=True)
     engine.generate(get_peft_model(model, LORA), request_for())
@@ -175,6 +178,7 @@ def test_handles_of_cuda_memory_are_plain_values(monkeypatch: pytest.MonkeyPatch
     assert received == [*sent[:6], 0, *sent[7:]]
 
 
+@pytest.mark.slow(0.3)
 def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(model: Any, tmp_path: Path) -> None:
     words = "(EngineCore pid=9) ERROR 11-28 00:10:01 [core.py:12] ValueError: no memory for keys and values"
     last = "RuntimeError: Engine core initialization failed. See root cause above."
@@ -225,6 +229,7 @@ def living(group: int) -> list[str]:
     return [stat[0] for stat in stats if stat[2] == str(group) and stat[0] != "Z"]
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_the_engine(loaded: Any, model: Any, tmp_path: Path) -> None:
     """Not only with the process: a second run in it would have the memory of two."""
     engine = colocated(tmp_path, "exec sleep 100")

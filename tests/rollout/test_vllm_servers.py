@@ -42,6 +42,7 @@ def test_answers_may_come_in_any_order(model: Any, serve: Any, tmp_path: Path) -
     assert torch.equal(output.greedy_ids, expected.greedy_ids)
 
 
+@pytest.mark.slow(0.3)
 def test_a_response_that_the_server_cut_ends_the_run(model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
     engine = engine_for(tmp_path, server)
@@ -51,6 +52,7 @@ def test_a_response_that_the_server_cut_ends_the_run(model: Any, serve: Any, tmp
         engine.generate(model, request_for(eos_ids=[2]))
 
 
+@pytest.mark.slow(0.3)
 def test_a_response_that_ends_where_none_does_ends_the_run(model: Any, serve: Any, tmp_path: Path) -> None:
     """A server may have ends of its own; what pads the row behind would be trained on."""
     server = serve()
@@ -78,6 +80,7 @@ def test_a_response_that_the_server_gave_up_is_asked_for_again(
         engine.generate(model, request_for(seed=1))
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("fault", ["seconds", "drips"])
 def test_a_response_has_a_deadline_up_to_its_last_byte(fault: str, model: Any, serve: Any, tmp_path: Path) -> None:
     server = serve()
@@ -90,6 +93,7 @@ def test_a_response_has_a_deadline_up_to_its_last_byte(fault: str, model: Any, s
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 def test_a_gateway_may_send_spaces_to_keep_a_connection_open(model: Any, serve: Any, tmp_path: Path) -> None:
     assert engine_for(tmp_path, serve(drips=0.05)).generate(model, request_for()).sampled_ids.shape == (4, 6)
 
@@ -148,6 +152,7 @@ def test_the_first_rollout_behind_a_restart_is_proven(model: Any, serve: Any, tm
 # ---- Proxies, names and keys of the environment ----
 
 
+@pytest.mark.slow(0.3)
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
     model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +198,7 @@ def test_an_adapter_above_the_servers_rank_is_refused(
     engine_for(tmp_path, serve(has_lora=True, max_lora_rank=32)).check(adapted, request_for().sampling, 5)
 
 
+@pytest.mark.slow(0.3)
 def test_another_tokenizer_is_refused(policy: str, serve: Any, tmp_path: Path) -> None:
     server = serve(writes=lambda text: text.replace("7", "seven"))
     module = remax_module(policy, rollout=engine_for(tmp_path, server))
@@ -212,6 +218,7 @@ def test_a_server_that_shows_no_tokenizer_is_taken(status: int, policy: str, ser
 # ---- Ranks on other machines ----
 
 
+@pytest.mark.slow(0.3)
 def test_a_rank_that_sees_no_files_goes_on_once_another_one_has_sent_them(
     model: Any, serve: Any, tmp_path: Path
 ) -> None:
@@ -225,6 +232,7 @@ def test_a_rank_that_sees_no_files_goes_on_once_another_one_has_sent_them(
     assert not waiting.is_alive()
 
 
+@pytest.mark.slow(0.3)
 def test_a_folder_that_no_rank_writes_to_is_told(serve: Any, tmp_path: Path) -> None:
     engine = engine_for(tmp_path, serve())
     sync = sync_for(engine, tmp_path / "node1", 0.1)
@@ -235,6 +243,7 @@ def test_a_folder_that_no_rank_writes_to_is_told(serve: Any, tmp_path: Path) -> 
         sync.bring_up_to_date(engine.servers[0], is_adapter=False)
 
 
+@pytest.mark.slow
 def test_the_first_rank_of_each_node_writes_for_the_servers_there(
     model: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def begin(folder: Path) -> Path:
 KINDS = {"folder": save_folder, "file": save_file}
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("after", KINDS)
 @pytest.mark.parametrize("before", [*KINDS, "link", "nothing"])
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint(

@@ -77,6 +77,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("what", ["weight", "moment"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_that_is_not_finite_replaces_none(kind: str, what: str, tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ def test_whoever_saves_is_stopped(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "mine.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.slow(0.3)
 def test_an_export_that_is_not_finite_replaces_none(tmp_path: Path) -> None:
     export = ExportPolicy(str(tmp_path / "policy"))
     train(Trained(2, 9), tmp_path, export, val_check_interval=1)
@@ -136,6 +138,7 @@ def test_a_buffer_that_has_become_nan_is_not_saved(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step=1.ckpt"]
 
 
+@pytest.mark.slow(0.3)
 def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     module = Trained(3, 9)
     module.policy = ModelConfig(save_policy(tmp_path / "policy"), lora=LoRAConfig(r=2)).load("model.policy")

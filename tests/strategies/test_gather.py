@@ -146,6 +146,7 @@ def test_a_rank_that_is_interrupted_does_not(sums: list[int]) -> None:
     assert sums == []
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("gather", ["once", "layerwise"])
 def test_an_engine_may_run_the_model_inside_of_a_lora_wrapper(group: None, gather: Any) -> None:
     """It does so before the wrapper itself, which FSDP2 has to know for the root, has run."""

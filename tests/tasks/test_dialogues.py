@@ -36,6 +36,7 @@ def test_the_rule_by_hand(response: str, expected: float) -> None:
     assert true_score([PROMPT], [response], [{}]) == [pytest.approx(expected)]
 
 
+@pytest.mark.slow(0.3)
 def test_four_is_the_most_that_a_response_gets() -> None:
     pairs = make_preferences(2000)
     scores = true_score([p.prompt for p in pairs], [p.chosen for p in pairs], [{}] * len(pairs))
@@ -70,6 +71,7 @@ def test_prompts_are_all_different_and_calls_alike() -> None:
         make_preferences(10**6)
 
 
+@pytest.mark.slow
 def test_the_files_share_no_prompt_and_the_policy_is_transformers_own(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

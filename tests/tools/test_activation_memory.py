@@ -39,6 +39,7 @@ def rows() -> tuple[PromptBatch, Responses]:
     return prompt, Responses(responses, mask, ~mask[:, 0], texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [nullcontext, mixed], ids=["float32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout(family: str, autocast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +102,7 @@ def test_a_pass_without_gradients(family: str) -> None:
     assert expected == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.slow(0.3)
 def test_the_policy_is_truncated_and_the_reference_is_not() -> None:
     """Also where both are one model, as under LoRA; top-p sorts, so a truncated pass takes more."""
     sampling = SamplingConfig(max_response_length=RESPONSE, top_p=0.9, processed_log_probs=True)

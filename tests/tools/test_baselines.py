@@ -164,6 +164,7 @@ def test_table_and_picture_show_every_baseline() -> None:
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + len(figures)
 
 
+@pytest.mark.slow
 def test_the_agreement_of_norms() -> None:
     true = torch.tensor([1.0, 8.0, 27.0, 64.0, 125.0, 216.0], dtype=torch.float64)
     same = agreement(true, true.pow(1 / 3), 2)
@@ -175,6 +176,7 @@ def test_the_agreement_of_norms() -> None:
     assert ranks[1] < ranks[0] <= ranks[2]
 
 
+@pytest.mark.slow(0.3)
 def test_norms_of_nothing_leave_the_samples_of_a_prompt_together() -> None:
     """Rank correlations of three prompts, all draws of which are enumerated; a sample of the first has no norm."""
     true = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)

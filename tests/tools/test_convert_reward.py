@@ -62,6 +62,7 @@ def scores(path: str, **options: Any) -> Tensor:
     return result
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("save", "family"), SOURCES, ids=[f"{save.__name__} {family}" for save, family in SOURCES])
 def test_the_converted_model_scores_as_the_original(
     save: Any, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -29,6 +29,7 @@ def test_sums_are_right_and_none_is_in_both_files(tmp_path: Path) -> None:
     assert counts == {2, 3}
 
 
+@pytest.mark.slow(0.3)
 def test_careless_demonstrations_lack_only_the_carry_of_the_units(tmp_path: Path) -> None:
     write_addition_task(tmp_path, train=2000, val=200)
     train, demonstrations = read(tmp_path / "train.jsonl"), read(tmp_path / "demonstrations.jsonl")

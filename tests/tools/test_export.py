@@ -99,6 +99,7 @@ def test_the_configuration_of_a_run_is_found(tmp_path: Path, policy_path: Path, 
         assert (tmp_path / "out" / name).read_text() == (last / name).read_text()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("adapted", [False, True])
 def test_weights_that_are_not_finite_replace_nothing(adapted: bool, run: Run, capsys: Any) -> None:
     assert run.export(capsys).code == 0
@@ -113,6 +114,7 @@ def test_weights_that_are_not_finite_replace_nothing(adapted: bool, run: Run, ca
     assert same(written(run.out), before)
 
 
+@pytest.mark.slow(0.3)
 def test_a_configuration_can_be_given(run: Run, capsys: Any) -> None:
     elsewhere = run.config.rename(run.folder / "mine.yaml")
     assert "--config must be the configuration of the run" in run.export(capsys).err
@@ -180,6 +182,7 @@ class Evil:
         return Path.touch, (self.proof,)
 
 
+@pytest.mark.slow(0.3)
 def test_a_checkpoint_runs_no_code_unless_it_is_trusted(run: Run, capsys: Any) -> None:
     proof = run.folder / "proof"
     run.save(run.policy.state_dict(), callbacks=Evil(proof))
@@ -312,6 +315,7 @@ def test_what_cannot_be_exported_is_refused(mistake: str, run: Run, capsys: Any)
     assert not list(run.folder.glob(".out*"))
 
 
+@pytest.mark.slow(0.3)
 def test_tied_weights_that_differ_are_refused(tmp_path: Path, capsys: Any) -> None:
     run = Run(tmp_path)
     shutil.rmtree(run.base)
@@ -324,6 +328,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path, capsys: Any) -> No
     )
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("modules", [list(ADAPTED), None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_is_merged_into_its_base(
@@ -344,6 +349,7 @@ def test_an_adapter_is_merged_into_its_base(
     assert not (run.out / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_what_peft_reads(run: Run, capsys: Any) -> None:
     from peft import PeftModel
 
@@ -370,6 +376,7 @@ def test_an_adapter_alone_is_what_peft_reads(run: Run, capsys: Any) -> None:
     torch.testing.assert_close(alone(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow(0.3)
 def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run, capsys: Any) -> None:
     adapter = run.adapt()
     assert run.export(capsys).code == 0
@@ -383,6 +390,7 @@ def test_an_adapter_trained_further_has_the_settings_it_was_saved_with(run: Run,
     assert '"lora_alpha": 6' in (run.out / "adapter_config.json").read_text()
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6, 7]}])
 def test_what_an_adapter_holds_beside_its_matrices_is_exported(
@@ -407,6 +415,7 @@ def test_what_an_adapter_holds_beside_its_matrices_is_exported(
         torch.testing.assert_close(exported, policy(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(0.3)
 def test_biases_of_an_adapter_need_biases_in_the_base_to_be_merged(run: Run, capsys: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -421,6 +430,7 @@ def test_biases_of_an_adapter_need_biases_in_the_base_to_be_merged(run: Run, cap
     assert run.export(capsys).code == 0
 
 
+@pytest.mark.slow(0.3)
 def test_a_saved_adapter_that_is_gone_or_another_one_is_named(run: Run, capsys: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -439,6 +449,7 @@ def test_whole_weights_have_nothing_to_merge(run: Run, capsys: Any) -> None:
     assert "--merge needs a checkpoint with a LoRA adapter" in run.export(capsys, "--merge").err
 
 
+@pytest.mark.slow(0.3)
 def test_the_model_card_says_what_the_folder_of_the_run_knows(run: Run, capsys: Any) -> None:
     from huggingface_hub import ModelCard
 

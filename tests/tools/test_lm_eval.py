@@ -45,6 +45,7 @@ def call(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> O
     return remax(capsys, "lm-eval", str(folder), "--device", "cpu", *arguments)
 
 
+@pytest.mark.slow(0.3)
 def test_a_full_model_gives_a_table_and_a_file(
     lm_eval: FakeHarness, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_full_model_gives_a_table_and_a_file(
     assert logging.getLogger("lm_eval").level == logging.NOTSET
 
 
+@pytest.mark.slow(0.3)
 def test_an_adapter_is_measured_around_its_base(
     lm_eval: FakeHarness, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_task_of_a_users_own_needs_no_index(
     assert lm_eval.managers == [False]
 
 
+@pytest.mark.slow(0.3)
 def test_code_runs_only_where_it_is_confirmed(
     lm_eval: FakeHarness, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

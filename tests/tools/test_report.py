@@ -128,6 +128,7 @@ def test_one_sample_of_many_can_be_asked_for(tmp_path: Path) -> None:
     assert "1 of 9 samples are shown, spread evenly over the run." in notes_of(page)
 
 
+@pytest.mark.slow(0.3)
 def test_a_line_of_a_chart_has_the_curves_numbers() -> None:
     curves = {key: Curve([step for step, _ in c], [y for _, y in c]) for key, c in planted_curves(1000).items()}
     sections, missing = build_sections(curves)
@@ -214,6 +215,7 @@ def test_half_a_character_is_written(tmp_path: Path) -> None:
     assert data_of(written(tmp_path))["samples"][0]["prompt"] == "\ud800"
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("left_out", "note"),
     [

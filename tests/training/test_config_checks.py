@@ -114,6 +114,7 @@ def refused(module: Any, data: Any, folder: Path, message: str, **options: Any) 
     assert module.reward.scored == []
 
 
+@pytest.mark.slow(0.3)
 def test_reference_of_another_vocabulary(policy: str, tmp_path: Path) -> None:
     tiny_model("llama", vocab_size=100).save_pretrained(tmp_path / "reference")
     module = remax_module(policy, str(tmp_path / "reference"))
@@ -129,6 +130,7 @@ def test_tokenizer_with_more_tokens_than_the_policy(tmp_path: Path) -> None:
     refused(remax_module(str(folder)), prompt_data(tmp_path, str(folder)), tmp_path, message)
 
 
+@pytest.mark.slow(0.3)
 def test_more_tokens_than_positions(policy: str, tmp_path: Path) -> None:
     message = r"data\.max_prompt_length 251 \+ model\.sampling\.max_response_length 6 is more than the 256 positions"
     refused(remax_module(policy), prompt_data(tmp_path, policy, max_prompt_length=251), tmp_path, message)
@@ -141,6 +143,7 @@ def test_a_run_without_batches_says_that_it_trains_nothing(policy: str, tmp_path
     assert trainer.logged == []
 
 
+@pytest.mark.slow(0.3)
 def test_a_step_that_reaches_into_the_next_rollout(policy: str, tmp_path: Path) -> None:
     data = prompt_data(tmp_path, policy, micro_batch_size=4)
     message = r"trainer\.accumulate_grad_batches is 3, but a rollout batch comes in 2 micro-batches"

@@ -42,6 +42,7 @@ def check(model: Any, engine: Any = None, *, random_layers: bool = False, **samp
     judge_gaps(gaps, model, worker, is_16_bit=False, random_layers=random_layers)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 @pytest.mark.parametrize("engine", [PairedEngine, HuggingFaceEngine])
 @pytest.mark.parametrize(
@@ -74,6 +75,7 @@ class Noise(nn.Module):
         return values + torch.randn_like(values) if self.training else values
 
 
+@pytest.mark.slow(0.3)
 def test_a_random_layer_is_named_unless_it_was_asked_for() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.act_fn = Noise()
@@ -82,6 +84,7 @@ def test_a_random_layer_is_named_unless_it_was_asked_for() -> None:
     check(model, random_layers=True)
 
 
+@pytest.mark.slow(0.3)
 def test_a_router_that_jitters_is_noticed() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -129,6 +132,7 @@ class StaleGreedyEngine(StaleEngine):
         return super().generate(model, replace(request, return_log_probs=False))
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("engine", "what"),
     [

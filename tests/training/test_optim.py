@@ -78,6 +78,7 @@ def test_a_kernel_that_was_chosen_stays(options: dict[str, bool]) -> None:
         assert not optimizer.param_groups[0]["fused"]
 
 
+@pytest.mark.slow(0.3)
 def test_a_fused_optimizer_is_clipped_in_mixed_precision(policy: str, tmp_path: Path) -> None:
     """Lightning refuses it otherwise, in bfloat16 too, where there is no loss scale."""
     module = remax_module(policy, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
@@ -86,6 +87,7 @@ def test_a_fused_optimizer_is_clipped_in_mixed_precision(policy: str, tmp_path: 
     assert any(value.abs().max() > 0 for value in recorder.step().values())
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_adam_updates_in_one_kernel_on_a_cpu(kind: Any) -> None:
     weights = []
@@ -123,6 +125,7 @@ def test_bfloat16_weights_refuse_a_small_rate_before_training(policy: str, tmp_p
     assert module.reward.scored == []
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(("precision", "rate", "dtype"), [
     ("bf16-true", 1e-1, torch.bfloat16),
     ("bf16-mixed", 1e-6, torch.float32),
@@ -215,6 +218,7 @@ def test_a_given_length_stays_and_an_endless_run_decays_nothing() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -128,6 +128,7 @@ def test_the_step_is_ended_saved_and_repeated(batch: int, whole: list[float], tm
     assert rest.losses == whole[2:]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_step_is_not_written_twice(whole: list[float], tmp_path: Path) -> None:
     runs, told = Runs(tmp_path), Tell("train", 1, 2)
     with pytest.raises(SIGTERMException):
@@ -164,6 +165,7 @@ def test_a_run_counted_in_epochs_that_is_done_ends_as_ever(tmp_path: Path) -> No
     assert len(told.losses) == 2 * STEPS
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("saves", [None, {"save_weights_only": True}])
 def test_it_says_so_where_nothing_can_be_saved(saves: dict[str, Any] | None, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="saves nothing"), pytest.raises(SIGTERMException):
@@ -207,6 +209,7 @@ def test_slurms_signal_requeues_the_job_and_lightning_finds_the_checkpoint(
     assert rest.losses == whole[2:]
 
 
+@pytest.mark.slow(0.3)
 def test_outside_of_training_it_ends_at_once(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     module, data = remax_module(runs.policy, runs.reference), prompt_data(tmp_path, runs.policy)

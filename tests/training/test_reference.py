@@ -138,6 +138,7 @@ def make_policy(base: str) -> Any:
     return ModelConfig(base, lora=LoRAConfig(r=2)).load("model.policy")
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("lora", [LoRAConfig(r=3), LoRAConfig(r=2, target_modules=["q_proj"])])
 def test_another_adapter_does_not_resume(lora: LoRAConfig, base: str, checkpoints: Path) -> None:
     with pytest.raises(
@@ -181,6 +182,7 @@ def test_a_placement_that_there_is_not(base: str, tmp_path: Path) -> None:
 # The stage before
 
 
+@pytest.mark.slow(0.3)
 def test_supervised_training_of_an_adapter(base: str, tmp_path: Path) -> None:
     from remax_lightning.data import SFTDataModule
 
@@ -267,6 +269,7 @@ def test_what_cannot_move_is_refused(base: str, tmp_path: Path) -> None:
         KLConfig(reference_mixup_alpha=0.5)
 
 
+@pytest.mark.slow(0.3)
 def test_a_reference_that_gives_no_numbers_ends_the_run_before_its_first_step(base: str, tmp_path: Path) -> None:
     """Else every step would be skipped after its rollout, and the learning rate would be blamed."""
     folder = tmp_path / "broken"

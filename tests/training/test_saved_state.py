@@ -133,6 +133,7 @@ def test_tensors_numbers_and_text_come_back(tmp_path: Path) -> None:
     assert found == {"mean": 0.5, "best": [3, 1.5], "of": ("a", None), "counts": {4: {2}}}
 
 
+@pytest.mark.slow
 def test_what_a_subclass_adds_after_us_is_looked_at_too(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"The state of of_mine is left out .* it holds .*pathlib"):
         train(tmp_path, Callback(), 1, kind=Adds)
@@ -141,6 +142,7 @@ def test_what_a_subclass_adds_after_us_is_looked_at_too(tmp_path: Path) -> None:
     assert (trainer.global_step, module.found) == (2, {"of_mine": None, "count": 3})
 
 
+@pytest.mark.slow
 def test_a_learning_rate_and_a_schedule_in_numbers_of_numpy_come_back(tmp_path: Path) -> None:
     def optimizer(parameters: Any) -> Optimizer:
         return AdamW(parameters, lr=1e-4 * np.sqrt(2))
@@ -155,6 +157,7 @@ def test_a_learning_rate_and_a_schedule_in_numbers_of_numpy_come_back(tmp_path: 
     assert (trainer.global_step, rate) == (2, pytest.approx(1e-4 * 2**0.5 / 3))
 
 
+@pytest.mark.slow
 def test_an_attribute_of_a_schedule_that_needs_code_stays_as_it_is_made(tmp_path: Path) -> None:
     options = {"lr_scheduler": lambda optimizer: LambdaLR(optimizer, Table())}
     with pytest.warns(UserWarning, match="The state of the schedule's lr_lambdas is left out .* it holds .*numpy"):
@@ -180,6 +183,7 @@ class Extra(ReMaxModule):
         raise AssertionError("it cannot be read")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("the optimizer", {"optimizer": Logs}), (r"the module \(`get_extra_state`\)", {"kind": Extra})],
@@ -195,6 +199,7 @@ def test_a_state_that_no_run_could_resume_without_is_told_at_the_first_checkpoin
         train(tmp_path, Callback(), 3, tmp_path / "checkpoints" / "step=2.ckpt", **options)
 
 
+@pytest.mark.slow
 def test_the_position_of_a_data_loader_that_needs_code_is_left_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"The state of the data loader is left out .* it holds .*pathlib"):
         train(tmp_path, Callback(), 1, data=PositionData)

@@ -105,6 +105,7 @@ def test_the_cause_is_named(policy: str, tmp_path: Path) -> None:
     assert "The loss is not finite already, as train/mine" in told[0]
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("name", STAGES)
 def test_several_in_a_row_end_the_run(name: str, policy: str, tmp_path: Path) -> None:
     module, data = stage(name, policy, tmp_path, max_skipped_steps=3)
@@ -120,6 +121,7 @@ def test_a_limit_below_one_is_refused(policy: str) -> None:
         remax_module(policy, max_skipped_steps=0)
 
 
+@pytest.mark.slow(0.3)
 def test_a_resumed_run_goes_on_counting(policy: str, tmp_path: Path) -> None:
     module, data = stage("sft", policy, tmp_path)
     trainer = make_trainer(tmp_path, [Overflow({1, 2})], max_steps=2)
@@ -133,6 +135,7 @@ def test_a_resumed_run_goes_on_counting(policy: str, tmp_path: Path) -> None:
     assert module.skipped_steps.total == 3
 
 
+@pytest.mark.slow(0.3)
 def test_lowering_a_loss_scale_ends_no_run(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 searches its loss scale by overflows, and may take more steps than the limit."""
     scale = [2.0**4]

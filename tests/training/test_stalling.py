@@ -27,6 +27,7 @@ def news(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return told
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_every_rollout_and_score_is_progress(
     stage: str, news: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,6 +142,7 @@ def test_a_resumed_run_does_not_repeat_it(tmp_path: Path, policy: str) -> None:
     assert logger.steps("train/reward") == [3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": 2}])
 def test_without_validation_or_in_a_dry_run_there_is_none(options: dict[str, Any], tmp_path: Path, policy: str) -> None:
     logger, trainer, _ = fitted(tmp_path, policy, **options)

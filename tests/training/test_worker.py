@@ -127,6 +127,7 @@ class Texts(Reward):
         return [0.0] * len(responses)
 
 
+@pytest.mark.slow(0.3)
 @pytest.mark.parametrize("strings", [(), ("e",)])
 def test_stop_strings_end_the_responses_of_supervised_validation_too(strings: tuple[str, ...], tmp_path: Path) -> None:
     policy, reward = save_policy(tmp_path / "policy", ends=()), Texts()
