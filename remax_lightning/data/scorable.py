@@ -17,7 +17,7 @@ from remax_lightning.errors import DataError
 _PART = 1000
 """Rows that a reward is shown at once; of these it always sees the first."""
 _SECONDS = 5.0
-"""Time for the others: enough for 100,000 rows and a check of 20 us. A user's own may take longer."""
+"""Time for all of them, after which no further part begins: enough for 100,000 rows and a check of 20 us."""
 
 
 class ChecksRows(Protocol):
