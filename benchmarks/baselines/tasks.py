@@ -129,8 +129,8 @@ def _prepare_sentiment() -> None:
     exec(compile(script, "write_prompts.py", "exec"), {})
 
 
-EXAMPLES = "18 + 25 = 43\n31 - 6 = 25\n7 * 3 = 21\n"
-"""Before each calculation: the model answers four in ten right then, and in a chat one in twenty."""
+EXAMPLE = "7 * 3 = 21\n"
+"""Before each calculation: the model answers three in ten right then, and in a chat one in twenty."""
 
 
 def _prepare_sums() -> None:
@@ -141,7 +141,7 @@ def _prepare_sums() -> None:
         small = a % 20 + 2
         kinds = (f"{a} + {b}", a + b), (f"{max(a, b)} - {min(a, b)}", abs(a - b)), (f"{small} * {c}", small * c)
         question, answer = kinds[source.randrange(3)]
-        rows[question] = {"prompt": f"{EXAMPLES}{question} =", "response": str(answer)}
+        rows[question] = {"prompt": f"{EXAMPLE}{question} =", "response": str(answer)}
     values = list(rows.values())
     _write_rows(Path("prompts.jsonl"), values[64:])
     _write_rows(Path("val.jsonl"), values[:64])
@@ -239,7 +239,7 @@ data: {path: prompts.jsonl, val_path: val.jsonl, max_prompt_length: 64}
 collapse: {max_truncation_rate: null}
 """,
     responses=16,
-    steps=36,
+    steps=30,
     every=6,
     rates=(5e-4, 1e-3, 2e-3),
     prepare=_prepare_sums,
