@@ -1,7 +1,8 @@
 """What `make test` leaves to `make test-all`: the rest of matrices of which it runs a representative.
 
 Each row is a file and a regular expression for the names of its tests. Every row has a representative in `make test`:
-the same check for another strategy, family, shape or benchmark. Continuous integration runs the rest, too.
+the same check for another strategy, family, shape or benchmark, or of the parts of a whole command. A file stands
+without an expression where its representative is in another one. Continuous integration runs the rest, too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ EXHAUSTIVE = (
         r"lightning_alone|in_shards|step_measures|leaves_out_ppo|plan_is_held|picture_of_a_report|memory_does_not"
         r"|rollouts_of_a_server|steps_of_two_processes",
     ),
-    ("benchmarks/test_log_probs_memory.py", r"it_runs_and"),
     ("benchmarks/test_baselines.py", r"run_in_pieces|gradients_of_a_task|seconds_of_steps"),
     ("benchmarks/test_chaos.py", r"every_kind"),  # what a trial does and how it is judged stays
     ("test_architecture.py", r"measure"),
@@ -110,6 +110,85 @@ EXHAUSTIVE = (
         "modules/test_on_cuda.py",
         r"^(?!test_remax_trains_as_on_a_cpu\[parked models\]|test_remax_trains_in_16_bits\[bf16-mixed\])",
     ),
+    # Whole commands, and whole programs of the package, of which the parts are tested beside them.
+    ("callbacks/test_collapse_real.py", r"healthy_run"),  # a run that is ruined stays
+    ("callbacks/test_export_policy.py", r"transformers_alone.*\[True\]"),
+    ("distributed/test_failures.py", r"error_of_one_rank_alone"),
+    ("distributed/test_resume.py", r"cannot_be_resumed_is_refused"),  # test_bad_input.py refuses another family
+    ("rewards/test_timed.py", r"imports_from_the_path"),
+    ("test_benchmarks.py", r"gpu_runs_its_whole_path"),
+    ("test_fake_cuda.py", r"doctor_finds|device_that_is_there\[32"),
+    ("tools/test_doctor.py", r"in_16_bits|data_that_cannot_be_read"),
+    ("tools/test_export.py", r"memory_holds_one_copy"),
+    ("tools/test_pipeline.py", ""),  # test_stages.py has its stages
+    ("benchmarks/test_log_probs_memory.py", ""),  # test_benchmarks.py has a whole benchmark
+    ("training/test_preemption.py", r"terminal_is_closed"),
+    (
+        "tools/test_plan.py",
+        r"checkpointing_is_off|smaller_passes|shares_the_device|divides_what_it_says\[(zero2|fsdp2)|offloaded_memory"
+        r"|any_precision\[32|tokens_that_are_not_drawn|name_of_lightning",
+    ),
+    # Two ranks: the strategies that share a path.
+    ("distributed/test_evaluation.py", r"fsdp2_lora"),
+    ("distributed/test_export.py", r"weights_of_the_run\[(zero1-opt|zero2-llama|zero3-opt|fsdp2_file-llama)"),
+    ("distributed/test_invariance.py", r"\[zero3-(sgd|budget|clipped)"),
+    ("distributed/test_resume.py", r"goes_on\[(zero3-1|fsdp2-2|ddp-2)|moments_of_ddp|no_frozen_model\[(ddp|fsdp2)"),
+    ("distributed/test_sharded.py", r"exported_whole\[(fsdp2|zero2)\]"),
+    # Resuming: where in a run its checkpoint lies, and what the state holds.
+    ("data/test_prompts.py", r"resumes_where_it_stopped\[(2|6|8|12)-2"),
+    ("data/test_sampler.py", r"within_an_epoch_is_exact\[(1|7)-.-2"),
+    (
+        "modules/test_resume.py",
+        r"counted_in_epochs.*\[every (step|validation)|inside_an_epoch.*\[(every validation|as Lightning)"
+        r"|three_are_six\[(at the end|two micro-batches|in the middle|a baseline)|state_is_needed\[(remax|callbacks)"
+        r"|gradients_anew\[clipped",
+    ),
+    ("test_continue_run.py", r"is_the_same_run\[(none|csv and)|is_a_new_run\[(save_dir|version)"),
+    ("test_run_folder.py", r"keep_all_that_they_wrote\[(csv|remote|tracking|without)"),
+    # Gradients: losses and divisions that differ in one factor of what stays.
+    (
+        "modules/test_gradient.py",
+        r"padding_leave_the_gradient\[(?!tokens|clipped_responses|whitened_clipped)|budget.*\[(?!two_samples)"
+        r"|equals_the_oracle\[(tokens-False-False-1|clipped-False-False-4|responses-False-True-1)",
+    ),
+    ("modules/test_sft.py", r"leaves_the_step\[(?!4-2-True|1-8-False)"),
+    ("training/test_reference.py", r"second_copy\[(?!True-full|False-k1)"),
+    ("evaluation/test_eval_config.py", r"perplexity.*\[.*-(3|8)\]|its_own_responses\[(?!AutoEngine)"),
+    ("evaluation/test_intervals.py", r"differences_hold_the_truth\[0\.9"),
+    # Families and engines, as above.
+    ("modules/test_reward_model.py", r"mean_0_and_variance_1\[(?!llama|opt|bert)"),
+    ("rollout/test_families.py", r"passes_every_check\[Qwen2\]"),
+    ("rollout/test_decode_attention.py", r"may_be_left\[RowLengths"),
+    (
+        "rollout/test_cuda_graph.py",
+        r"graphs_write.*\[(?!Llama-(float32|mixed)|Mistral|OPT-|Qwen2-MoE|Gemma 2)|keep_moving.*\[False"
+        r"|copies_from_the_host.*\[(?!Falcon \(rotary\)-float32)|fails_once.*\[(?!error0-3)|inference_mode\[False"
+        r"|leave_graphs_on\[(?!adapter and)|at_looks_only\[(True-True|False)",
+    ),
+    ("rollout/test_vllm_servers.py", r"behind_its_run\[(1|None)|gave_up.*\[abort|no_tokenizer_is_taken\[(400|500)"),
+    ("training/test_on_policy.py", r"judged_by_how_likely.*\[SilentWide"),
+    # Mistakes: each way in which one is told stays, with a few of its cases.
+    (
+        "test_bad_input.py",
+        r"value_is_named\[(unknown key of (a|the data|the optimizer|the strategy|the trainer)|a class|an unknown choice"
+        r"|missing reward|text for a number)|new_name\[False|said_of_a_value\[by (a group|the data, of|the trainer)"
+        r"|exit_in_data.*\[row-(0|1-(sys|raise))|sys_exit.*\[(at once-0|in a constructor|in a callback-3)"
+        r"|shows_the_prompt\[(nan_later|too_few)|are_finite\[(?!the optimizer|the command)",
+    ),
+    ("test_cli_shorthand.py", r"with_the_nearest\[change(\d|1[0-3]|1[6-9])-|taken_by_name\[(option-full|file)"),
+    ("test_stages.py", r"with_one_message\[(?!longer|more than one|a head|equal sides|two shares)"),
+    ("test_yaml_files.py", r"right_one\[--(?!lr|batch_size|modle)|before_it_is_read\[True|together\[(a|the (data|t))"),
+    # Configurations: the two recipes and the demo stay, and an overlay of each folder.
+    (
+        "test_configs.py",
+        r"with_tiny_models\[(?!opt1|demo\.|reward)|changes_what_it_says\[(?!base|gpus/8x|loggers/wandb|strategies/fsdp2"
+        r"|presets/verl|overlays/debug)|preset_trains\[(?!presets/verl)|is_read\[validate",
+    ),
+    (
+        "tools/test_doctor_rewards.py",
+        r"is_not_there\[healthy|begins_and_ends\[\{|are_cut\[(33|256)|more_than_its_response\[(?!Dice)"
+        r"|reach_the_reward_model\[conversation",
+    ),
 )
 
 
@@ -130,7 +209,8 @@ def unmatched(collected: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def without_representative(collected: Iterable[tuple[str, str]]) -> list[str]:
-    """The files with rows of which `make test` would run nothing at all."""
+    """The files of which `make test` would run nothing at all, though their rows name tests."""
     tests = list(collected)
     left = {path for path, name in tests if not is_exhaustive(path, name)}
-    return sorted({path for path, _ in tests} & {file for file, _ in EXHAUSTIVE} - left)
+    whole = {file for file, pattern in EXHAUSTIVE if not pattern}
+    return sorted({path for path, _ in tests} & {file for file, _ in EXHAUSTIVE} - left - whole)

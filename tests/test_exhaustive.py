@@ -23,3 +23,4 @@ def test_a_file_of_which_nothing_would_run_is_named() -> None:
     path = "distributed/test_lora.py"
     assert without_representative([(path, "test[ddp]"), (path, "test[zero3]")]) == []
     assert without_representative([(path, "test[ddp]"), (path, "test[zero1]")]) == [path]
+    assert without_representative([("tools/test_pipeline.py", "test")]) == []  # its row says where the parts are tested

@@ -19,7 +19,7 @@ from helpers.training import save_policy
 
 from benchmarks.chaos.runs import STEPS, STRATEGIES, losses
 
-pytestmark = pytest.mark.slow(7)
+pytestmark = pytest.mark.slow(40)
 
 SOON = 90.0
 """Seconds: Lightning looks for dead processes every 5, more on a busy machine. A collective would wait 1800."""
