@@ -241,7 +241,7 @@ collapse: {max_truncation_rate: null}
     responses=16,
     steps=30,
     every=6,
-    rates=(5e-4, 1e-3, 2e-3),
+    rates=(2.5e-4, 5e-4, 1e-3),
     prepare=_prepare_sums,
 )
 TASKS = {task.name: task for task in (DEMO, DIALOGUES, SENTIMENT, SUMS)}
