@@ -39,7 +39,8 @@ class SFTDataModule(TextDataModule):
     A response becomes the tokens that read as it stands in the file behind its prompt, as the policy writes it. It ends
     with the end-of-sequence token, which is trained. After messages it is what the chat template writes behind the
     prompt, thoughts and calls of tools included, through the token that ends the turn. A thought that the prompt opens
-    is closed before the answer, whether the row has one or not.
+    is closed before the answer, whether the row has one or not. Earlier turns of the assistant belong to the prompt, and
+    a response with `weight: 0` is refused.
 
     Args:
         path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
@@ -164,7 +165,13 @@ class SFTDataModule(TextDataModule):
         raise DataError(f"{where}: column {name!r} must be text or messages, got {type(value).__name__}")
 
     def _check_response(self, message: Message, row: Row, where: str) -> None:
-        """Refuse a response that says nothing: the policy would learn to say nothing."""
+        """Refuse a response that says nothing, which the policy would learn, and one that is not to be trained."""
+        # {"role": "assistant", "content": ..., "weight": 0}: OpenAI's mark
+        if "weight" in message and parse_number(message["weight"]) == 0:
+            raise DataError(
+                f"{where}: the response in column {self.response_column!r} has weight 0, so it is not to be trained;"
+                " remove the row, or set data.loading.on_bad_row: drop"
+            )
         if not is_empty(message):
             return
         text = f"{where}: the response in column {self.response_column!r} is empty"

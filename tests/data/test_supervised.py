@@ -84,6 +84,11 @@ def test_long_responses_are_left_out_and_counted(
         ({"prompt": "1", "response": 2}, {}, r"a\.jsonl, line 2: column 'response' must be text or messages, got int"),
         ({"prompt": "1", "response": ""}, {}, r"a\.jsonl, line 2: the response in column 'response' is empty"),
         ({"prompt": "", "response": "2"}, {}, r"a\.jsonl, line 2: the prompt in column 'prompt' is empty"),
+        (
+            {"prompt": "1", "response": [{"role": "assistant", "content": "2", "weight": 0}]},
+            {},
+            r"a\.jsonl, line 2: the response in column 'response' has weight 0, so it is not to be trained",
+        ),
         ({"prompt": "1", "response": "2"}, {"max_response_length": 1}, r"2 of 2.*none is left, the shortest has 2"),
     ],
 )  # fmt: skip
