@@ -43,8 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
     timing.add_argument("--steps", type=int, default=10, help="steps that count in a round (default: %(default)s)")
     timing.add_argument(
         "--kind",
+        nargs="+",
         choices=list(KINDS),
-        help="measure this one alone, and the memory of its steps, for which the process must have taken no others",
+        default=list(KINDS),
+        dest="kinds",
+        help="which (default: all); one alone with the memory of its steps, for which the process must take no others",
     )
     timing.add_argument("--results", type=Path, default=SECONDS, help="default: %(default)s")
     for command in (run, timing):
@@ -75,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "seconds":
         folder, results = options.folder.resolve(), options.results.resolve()
         for name in options.tasks:
-            if options.kind is None:
-                measure_seconds(TASKS[name], folder, results, options.rounds, options.steps)
+            if len(options.kinds) > 1:
+                measure_seconds(TASKS[name], options.kinds, folder, results, options.rounds, options.steps)
             else:
-                measure_alone(TASKS[name], options.kind, folder, results, options.steps)
+                measure_alone(TASKS[name], options.kinds[0], folder, results, options.steps)
     else:
         write_page()
     return 0
@@ -94,12 +97,12 @@ KINDS = {
 """A step costs what its responses cost: a row of `seconds` for each kind of rollout."""
 
 
-def measure_seconds(task: Task, folder: Path, results: Path, rounds: int, steps: int) -> None:
-    """Measure the kinds of steps in turn, A B C A B C, and write their medians."""
-    values: dict[str, list[tuple[float, float, float]]] = {name: [] for name in KINDS}
+def measure_seconds(task: Task, kinds: Sequence[str], folder: Path, results: Path, rounds: int, steps: int) -> None:
+    """Measure kinds of steps in turn, A B C A B C, and write their medians."""
+    values: dict[str, list[tuple[float, float, float]]] = {name: [] for name in kinds}
     for _ in range(rounds):
-        for name, arm in KINDS.items():
-            values[name] += time_steps(task, arm, folder, steps, warmup=3).steps
+        for name in kinds:
+            values[name] += time_steps(task, KINDS[name], folder, steps, warmup=3).steps
     lines = [_seconds_line(task, name, triples) for name, triples in values.items()]
     replace(results, lines, ("task", "kind", "greedy"))
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from benchmarks.baselines.records import Cell, Curves, Evaluation
 from benchmarks.baselines.tasks import ARMS, PPO, Arm, Task
@@ -269,17 +269,36 @@ def _time_ratio(
 def against_best(task: Task, found: Sequence[Row], curves: Curves, prices: Prices) -> tuple[str, Interval] | None:
     """Return the fixed baseline that is the first at the target, and the seconds of `auto` there divided by its own.
 
-    None where one of them never reaches it, or no seconds were measured.
+    Baselines count of which every run gets there, over the seeds that `auto` has, too. None where there is none, where
+    a run of `auto` never gets there, or where no seconds were measured.
     """
-    rows = {row.arm: row for row in found if row.time is not None}
-    fixed = [name for name in rows if name in ARMS and name != AUTO and not ARMS[name].options]
-    if AUTO not in rows or not fixed:
+    target, by_name = target_reward(task, curves), {row.arm: row for row in found}
+    if AUTO not in by_name or target is None:
         return None
-    best = min(fixed, key=lambda name: cast(Interval, rows[name].time).value)
-    pairs = [(run, rows[best].runs[seed]) for seed, run in rows[AUTO].runs.items() if seed in rows[best].runs]
-    place, base_place = (prices[task.name, ARMS[name].kind].seconds for name in (AUTO, best))
-    ratio = _time_ratio(pairs, target_reward(task, curves), place, base_place) if pairs else None
-    return None if ratio is None else (best, ratio)
+    times = {name: _seconds_to(target, task, row, prices) for name, row in by_name.items()}
+    mine = times.pop(AUTO)
+    if not mine or not all(mine.values()):
+        return None
+    ratios = {
+        name: [math.log(mine[seed] / of_seed[seed]) for seed in sorted(mine) if seed in of_seed]
+        for name, of_seed in times.items()
+        if all(of_seed.values())
+    }
+    means = {name: statistics.fmean(values) for name, values in ratios.items() if values}
+    if not means:
+        return None
+    best = max(means, key=lambda name: means[name])
+    spread = interval(ratios[best])
+    return best, Interval(*(math.exp(value) for value in spread[:3]), spread.count)
+
+
+def _seconds_to(target: float, task: Task, row: Row, prices: Prices) -> dict[int, float]:
+    """Return the seconds to a reward by seed, 0 of a run that never reaches it; empty for what is no fixed baseline."""
+    arm = ARMS.get(row.arm)
+    if arm is None or arm.options or (task.name, arm.kind) not in prices:
+        return {}
+    place = prices[task.name, arm.kind].seconds
+    return {seed: place_of(run, target, place) or 0.0 for seed, run in row.runs.items()}
 
 
 def _variance(name: str, runs: Mapping[int, list[Evaluation]], base: Mapping[int, list[Evaluation]]) -> float | None:

@@ -111,6 +111,18 @@ def test_auto_is_compared_with_the_best_fixed_baseline() -> None:
     assert summary.against_best(TASK, without, curves, prices) is None
 
 
+def test_a_baseline_that_is_late_once_is_not_the_best_fixed_one() -> None:
+    lines = [{"task": "tiny", "kind": "n=1", "greedy": False, "processor_seconds": 1.0}]
+    values = {("greedy", 1.0, 100): run(0, 0.5, 1), ("greedy", 1.0, 1): run(0, 0.1, 0.2)}
+    values |= {("greedy", 1.0, 2): run(0, 2.0, 4), ("none", 1.0, 100): run(0, 0.5, 1)}
+    for arm, slope in (("none", 1.5), ("auto", 1.25)):
+        values[arm, 1.0, 100] = run(0, 0.5, 1)
+        values |= {(arm, 1.0, seed): run(0, slope, slope + seed) for seed in (1, 2)}
+    curves, prices = cells(values), summary.read_prices(lines)
+    best, ratio = summary.against_best(TASK, summary.rows(TASK, curves, prices), curves, prices) or ("", None)
+    assert (best, ratio.value, ratio.count) == ("none", pytest.approx(1.5 / 1.25), 2), "greedy never gets there once"
+
+
 def test_the_target_comes_from_tuning_alone() -> None:
     tuning = {("greedy", 1.0, 100): run(0.2, 0.5, 0.7), ("greedy", 2.0, 100): run(0.2, 0.3, 0.4)}
     target = summary.target_reward(TASK, cells(tuning))
