@@ -18,7 +18,8 @@ Message = dict[str, Any]
 
 # reasoning_content, reasoning, thinking, thought, cot, reasoning_details; not finish_reason
 _THOUGHT_FIELD = re.compile(
-    r"(?:reasoning|thinking|thoughts?|rationale|scratchpad|chain_of_thought|cot)(?:_(?:content|text|details|blocks))?",
+    r"(?:reasoning|think|thinking|thoughts?|rationale|scratchpad|chain_of_thought|cot|analysis)"
+    r"(?:_(?:content|text|details|blocks|traces?))?",
     re.I,
 )
 """Fields in which data sets store the thoughts of the assistant; a template reads one of them."""
@@ -243,6 +244,22 @@ def closing_mark(mark: str) -> str:
     return f"{mark[0]}/{mark[1:]}"
 
 
+def behind_thought(response: str, prompt: str = "") -> str | None:
+    """Return what a response says behind its last thought, all of it where there is none.
+
+    None is returned where a thought is not closed, in the response or by the end of its prompt: there is no answer.
+    """
+    # "<think>Maybe 42?</think>41" -> "41"; "<think>Maybe 42" -> None
+    marks = list(THOUGHT_MARKS.finditer(response))
+    if not marks:
+        return response if opened_thought(prompt) is None else None
+    return response[marks[-1].end() :] if _closes(marks[-1][0]) else None
+
+
+def _closes(mark: str) -> bool:
+    return any(end in mark for end in ("/", "END_", "end_"))
+
+
 def take_thought(message: Message) -> tuple[str, Message] | None:
     """Split a message into its thought and the message without the thought.
 
@@ -261,8 +278,7 @@ def take_thought(message: Message) -> tuple[str, Message] | None:
     # ---- A thought in the content: "<think>It is even.</think>4" ----
     opening, closing = (None, marks[0]) if len(marks) == 1 else (marks[0], marks[1])
     is_pair = opening is None or (closing_mark(opening[0]) == closing[0] and not text[: opening.start()].strip())
-    is_closed = any(end in closing[0] for end in ("/", "END_", "end_"))
-    if fields or len(marks) > 2 or not (is_pair and is_closed) or not isinstance(content, str):
+    if fields or len(marks) > 2 or not (is_pair and _closes(closing[0])) or not isinstance(content, str):
         return None
     start = 0 if opening is None else opening.end()
     return text[start : closing.start()].strip(), {**message, "content": text[closing.end() :].lstrip()}

@@ -100,12 +100,8 @@ class PromptFormatter:
             raise DataError(f"{where}: column {self.column!r} must be text or messages, got {type(value).__name__}")
         elif not value.strip():
             raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
-        elif _MESSAGES_AS_TEXT.match(value):
-            raise DataError(
-                f"{where}: column {self.column!r} holds messages written as text, as CSV does; save them as a list, in"
-                " JSON lines or Parquet, or the policy would read brackets and quotes"
-            )
         else:
+            check_is_no_printed_list(value, where, self.column)
             prompt = Prompt(value if self.template is None else self._fill(row, value, where))
         self._check(prompt, row, where)
         return prompt
@@ -116,6 +112,7 @@ class PromptFormatter:
         Raises:
             DataError: as there, or if the text is none; the message begins with `where`.
         """
+        _check_is_text(prompt, message, where)
         text = self.renderer.response(prompt, message)
         check_characters(text, f"{where}: the response")
         return text
@@ -127,6 +124,7 @@ class PromptFormatter:
             DataError: as in `response`.
         """
         if prompt.conversation is None:
+            _check_is_text(prompt, message, where)
             text = prompt + content_text(message)
         else:
             text = self.renderer.whole(prompt.conversation, message)
@@ -365,17 +363,39 @@ def separate_prompt(
                 " differ before their last ones"
             )
         responses = (first_response, second_response)
+        if first and prompt is not None:
+            _check_same_prompt(prompt, first, f"{where}: column {prompt_column!r}", columns.chosen, template)
         prompt = prompt if not first or (template is not None and isinstance(prompt, str)) else first
     else:
         if prompt is None:
             # whole transcripts, as in hh-rlhf; beside a prompt the texts are the responses
             prompt, chosen, rejected = _split_transcripts(chosen, rejected, marker, where, prompt_column)
-        responses = (as_response(chosen), as_response(rejected))
+        responses = (
+            text_response(chosen, prompt, where, columns.chosen, marker),
+            text_response(rejected, prompt, where, columns.rejected, marker),
+        )
     # ---- The row, with prompt and responses apart ----
     if prompt is None:
         get_column(row, prompt_column, where, key="data.prompt_column")  # says which columns there are
     values = dict(zip((columns.chosen, columns.rejected), map(row_value, responses), strict=True))
     return {**row, prompt_column: prompt, **values}, responses
+
+
+def _check_same_prompt(prompt: Any, first: list[Any], what: str, name: str, template: str | None) -> None:
+    """Refuse a prompt of its own that is not what stands before the responses of a pair: one of them would be lost."""
+    advice = f"make them alike, or remove the column of the prompt, as {name!r} has the whole conversation"
+    # ---- Messages: those of the pair, or the last of them ----
+    if isinstance(prompt, list):
+        if prompt and prompt != first[-len(prompt) :]:
+            raise DataError(f"{what} has other messages than those before the response in {name!r}; {advice}")
+        return
+    # ---- Text, which a template writes in place of the messages ----
+    texts = ["".join(content_text(message).split()) for message in first if isinstance(message, Mapping)]
+    if template is not None and texts != ["".join(str(prompt).split())]:
+        raise DataError(
+            f"{what} is written into data.template, so what else stands before the response in {name!r} would be lost;"
+            " remove data.template, and the chat template writes all of it"
+        )
 
 
 def row_value(message: Message) -> str | list[Message]:
@@ -384,6 +404,51 @@ def row_value(message: Message) -> str | list[Message]:
     It is text if the message has only content; otherwise a list with the message, which keeps thoughts and tool calls.
     """
     return content_text(message) if is_plain(message) else [message]
+
+
+def check_is_no_printed_list(text: str, where: str, column: str) -> None:
+    """Refuse messages that something has printed.
+
+    Raises:
+        DataError: if the text is a list of messages.
+    """
+    if _MESSAGES_AS_TEXT.match(text):
+        raise DataError(
+            f"{where}: column {column!r} holds messages written as text, as CSV does; save them as a list, in"
+            " JSON lines or Parquet, or the policy would read brackets and quotes"
+        )
+
+
+def _check_is_text(prompt: Prompt, message: Message, where: str) -> None:
+    """Refuse a response with more than text behind a prompt that is text: nothing says how the rest is written."""
+    if prompt.conversation is None and not is_plain(message):
+        fields = [name for name in message if name not in ("role", "content") and message[name]]
+        raise DataError(
+            f"{where}: the response has {' and '.join(map(repr, fields))}, for which there is no place behind a prompt"
+            " that is plain text; give the prompt as messages, or write all of the response into its content"
+        )
+
+
+def text_response(text: str, prompt: Any, where: str, column: str, marker: str) -> Message:
+    """Return a response that is text as a message.
+
+    Args:
+        text: the response.
+        prompt: what the row has in the column of the prompt.
+        where: where the row stands, for messages.
+        column: of the response, for messages.
+        marker: what stands before a response in a transcript.
+
+    Raises:
+        DataError: if it is messages that something has printed, or a transcript that repeats the prompt.
+    """
+    check_is_no_printed_list(text, where, column)
+    if isinstance(prompt, str) and marker in prompt and text.startswith(prompt):
+        raise DataError(
+            f"{where}: column {column!r} begins with the whole prompt, which would stand there twice; give the response"
+            " alone, or remove the column of the prompt"
+        )
+    return as_response(text)
 
 
 def as_response(text: str) -> Message:

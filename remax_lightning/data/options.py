@@ -186,15 +186,31 @@ _UNSEEN = ("image", "images", "video", "videos", "audio", "audios", "documents")
 """Columns from which models that also see and hear, and templates of retrieval, get more than the messages."""
 
 
+_SYSTEM = ("system", "system_prompt")
+"""Columns with the instructions of a conversation, which are no part of its messages in some data sets."""
+_FOR_TEMPLATES = ("tools", "functions", "chat_template_kwargs")
+"""Columns that a chat template writes, and text has no place for."""
+
+
 def warn_of_unseen_columns(examples: PreparedExamples) -> None:
     """Say which columns hold a part of the question that the policy is not shown; of the first 100 rows."""
-    rows = examples.rows_between(0, min(100, len(examples)))
-    names = [name for name in _UNSEEN if any(row.get(name) is not None and row.get(name) != [] for row in rows)]
-    if names:
+    count = min(100, len(examples))
+    rows, unseen = examples.rows_between(0, count), dict[str, None]()
+    for row, example in zip(rows, examples[:count], strict=True):
+        is_text = example.prompt.conversation is None
+        for name in (*_UNSEEN, *_SYSTEM, *(_FOR_TEMPLATES if is_text else ())):
+            value = row.get(name)
+            is_empty = value is None or (isinstance(value, str | list | dict) and (not value or value in ("[]", "{}")))
+            # data.template may have written the column
+            if not is_empty and not (isinstance(value, str) and value.strip() in example.prompt):
+                unseen[name] = None
+    if unseen:
+        advice = " Instructions belong into a message of the system" if not unseen.keys().isdisjoint(_SYSTEM) else ""
+        advice = " Tools need a prompt of messages" if not unseen.keys().isdisjoint(_FOR_TEMPLATES) else advice
         rank_zero_warn(
-            f"{examples.rows.source}: the policy is not shown what column {' and '.join(map(repr, names))} holds, only"
+            f"{examples.rows.source}: the policy is not shown what column {' and '.join(map(repr, unseen))} holds, only"
             " the prompt's text; rewards get it with their rows. Documents for a chat template belong into a row's"
-            " chat_template_kwargs."
+            f" chat_template_kwargs.{advice + '.' if advice else ''}"
         )
 
 

@@ -187,6 +187,12 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
         data = _of_split(data, split, key)  # {"train": Dataset, "test": Dataset}
     elif isinstance(data, Mapping) and all(isinstance(value, list | tuple) for value in data.values()):
         data = _of_columns(partial(datasets.Dataset.from_dict, dict(data)), key)  # {"prompt": [...], "answer": [...]}
+    elif form in ("pandas", "polars") and not hasattr(data, "columns"):
+        raise DataError(f"{key}: expected a DataFrame, got {type(data).__name__}; write data.to_frame('prompt')")
+    elif form in ("pandas", "polars") and (twice := [name for name, n in Counter(data.columns).items() if n > 1]):
+        raise DataError(
+            f"{key}: the column {twice[0]!r} stands there {Counter(data.columns)[twice[0]]} times; rename one"
+        )
     elif form in ("pandas", "polars"):
         data = _of_columns(partial(_of_frame, data, form), key)
     # ---- A Dataset, or any sequence of rows ----
@@ -198,11 +204,17 @@ def rows_in_memory(data: Any, *, split: str = "train", key: str = "data", on_bad
     else:
         raise DataError(
             f"{key}: expected a datasets.Dataset, a DataFrame or a list of dictionaries, got {type(data).__name__};"
-            " make a list or a Dataset of what can be read only once"
+            f" {_instead(data, key)}"
         )
     if not len(rows.values):
         raise DataError(f"{key}: it holds no rows{f': {count_reasons(rows.dropped)}' if rows.dropped else ''}")
     return rows
+
+
+def _instead(data: Any, key: str) -> str:
+    if isinstance(data, str | Path):
+        return f"write {key.removesuffix('data')}path={str(data)!r} for a file or a name on the hub"
+    return "make a list or a Dataset of what can be read only once"
 
 
 def count_reasons(dropped: Mapping[str, int], most: int = 5) -> str:

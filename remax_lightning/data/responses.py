@@ -12,12 +12,12 @@ from remax_lightning.data.conversations import Message, conversation_ids, is_emp
 from remax_lightning.data.formatting import (
     PairColumns,
     PairError,
-    as_response,
     get_column,
     row_value,
     separate_pair,
     separate_prompt,
     split_last,
+    text_response,
 )
 from remax_lightning.data.options import DEFAULT_LOADING, Count, Limit, LoadingConfig, ValSize
 from remax_lightning.data.reading import Row
@@ -39,8 +39,8 @@ class SFTDataModule(TextDataModule):
     A response becomes the tokens that read as it stands in the file behind its prompt, as the policy writes it. It ends
     with the end-of-sequence token, which is trained. After messages it is what the chat template writes behind the
     prompt, thoughts and calls of tools included, through the token that ends the turn. A thought that the prompt opens
-    is closed before the answer, whether the row has one or not. Earlier turns of the assistant belong to the prompt, and
-    a response with `weight: 0` is refused.
+    is closed before the answer, whether the row has one or not. Earlier turns of the assistant belong to the prompt,
+    and a response with `weight: 0` is refused.
 
     Args:
         path: training rows: files, a pattern, a folder or a data set on the hub, or a list of these. JSON lines, JSON,
@@ -146,7 +146,7 @@ class SFTDataModule(TextDataModule):
         # ---- A column of the response: text, or messages ----
         value = row.get(name)
         if isinstance(value, str):
-            return row, as_response(value)
+            return row, text_response(value, messages, where, name, marker)
         if isinstance(value, list):  # the response alone, or the whole conversation that ends with it
             before, message = split_last(value, where, name)
             prompt = row.get(self.prompt_column)

@@ -124,9 +124,13 @@ def final_number(text: str) -> Fraction | None:
 def gold_formula(text: str) -> str | None:
     r"""Return the formula that a right answer is, as LaTeX without dollar signs; None where it is prose, or nothing.
 
-    A worked solution has it in its last `\boxed{...}` or after `####`.
+    A worked solution has it in its `\boxed{...}` or after `####`; with several boxes that differ it has none for
+    certain.
     """
     if (boxed := _boxed(text)) is not None:
+        before = _boxed(boxed[0])
+        if before is not None and "".join(before[1].split()) != "".join(boxed[1].split()):
+            return None
         text = boxed[1]
     return _formula(text.rpartition("####")[2])
 
@@ -160,8 +164,11 @@ def voted_answer(text: str) -> Fraction | str | None:
     """Return the answer that a response votes for, so that equal answers are equal: a number, a formula, else a line.
 
     That is `final_formula`, a number where it is one, a formula without its spaces; of a response without a formula the
-    last line in small letters; None for a blank one.
+    last line in small letters; None for a blank one, and for a thought that is not closed.
     """
+    from remax_lightning.data.conversations import behind_thought  # here, since it loads much
+
+    text = behind_thought(text) or ""
     formula = final_formula(text)
     if formula is None:
         lines = text.strip().casefold().splitlines()
@@ -182,7 +189,12 @@ def score_of_plain_text(gold: str, response: str) -> float | None:
     answer, expected = final_formula(response), plain_number(gold)
     # \text{odd}; one letter, as in \text{B}, may be a formula, too
     if (words := words_of(gold)) is not None and len(words) > 1:
-        return float(answer is not None and words_of(answer) == words)
+        boxed = _boxed(response)  # \boxed{Evelyn}, without \text
+        given = boxed[1].strip(" ().").casefold() if boxed else None
+        return float(words in (given, words_of(answer) if answer is not None else None))
+    # ---- Bases of numbers, which math-verify leaves out ----
+    if answer is not None and None not in (bases := (_base(gold), _base(answer))) and len(set(bases)) > 1:
+        return 0.0
     # ---- A number on one side only ----
     if expected is None or answer is None:
         # Prose may still end with a number: "so it is 5 apples".
@@ -192,6 +204,12 @@ def score_of_plain_text(gold: str, response: str) -> float | None:
     if number == expected:
         return 1.0
     return None if number is None or "%" in gold + answer else 0.0
+
+
+def _base(formula: str) -> str | None:
+    # "2516_8", "2516_{8}" -> "8"
+    match = re.fullmatch(r"\s*[0-9A-Fa-f.]+\s*_\s*\{?\s*(\d+)\s*\}?\s*", formula)
+    return match[1] if match else None
 
 
 def num_parts(formula: str) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from remax_lightning.config import WeightDType
 from remax_lightning.distributed import agree_on_errors, num_ranks
 from remax_lightning.errors import UserError, at_least, check_ranges
+from remax_lightning.files import home_path
 from remax_lightning.models.frozen import FrozenModel, Placement, check_placement
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.formats import DeepSpeedChatConfig, PadCutoff
@@ -88,7 +89,7 @@ class ClassifierReward(Reward):
             check_template(template, f"{_KEY}.template")
         check_ranges(ClassifierReward.__init__, locals(), _KEY)
         check_placement(placement, f"{_KEY}.placement")
-        self.path = path
+        self.path = home_path(path)
         self.template = template
         self.batch_size = batch_size
         self.max_length = max_length

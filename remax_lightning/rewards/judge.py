@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -54,8 +55,37 @@ length count. Answer in JSON: first your reasoning, in a few sentences, then the
 {"reasoning": "...", "better": ...}"""
 KEPT_ANSWERS = 2**17
 """Answers that a judge remembers, about 30 MB; `cache` keeps all of them."""
-_TAG = re.compile(r"<(?=/?(?:prompt|reference|response|response_a|response_b)>)")
+# "</response>", "<|im_start|>", "<\uff5cUser\uff5c>", "<start_of_turn>", "</s>", "[INST]"
+_CONTROL = re.compile(
+    r"<(?=/?(?:prompt|reference|response|response_a|response_b)>|[|\uff5c]|(?:start|end)_of_turn>|/?s>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT)\])"
+)
 _VERDICTS = {"a": 1.0, "b": -1.0, "tie": 0.0}
+
+
+def _reference(value: Any) -> str | None:
+    """Return a right answer as text; None for what is no text, no number and no message of the assistant."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        value = value[-1].get("content")  # a response with a thought or a call of a tool is a message in the row
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return f"{value}" if isinstance(value, str | Number) and not isinstance(value, bool | complex) else None
+
+
+def _prompt_text(prompt: str) -> str:
+    """Return a prompt as its messages read, without the control tokens of the policy's chat template."""
+    conversation = getattr(prompt, "conversation", None)
+    if conversation is None:
+        return str(prompt)
+    from remax_lightning.data.conversations import content_text  # here, since it loads much
+
+    messages = conversation.messages
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return content_text(messages[0])
+    calls = [f"\n{json.dumps(m['tool_calls'], ensure_ascii=False)}" if m.get("tool_calls") else "" for m in messages]
+    return "\n\n".join(
+        f"{message['role']}: {content_text(message)}{call}" for message, call in zip(messages, calls, strict=True)
+    )
 
 
 class JudgeReward(Reward):
@@ -187,8 +217,13 @@ class JudgeReward(Reward):
             if column is not None and column not in row:
                 names = ", ".join(map(repr, row))
                 raise UserError(f"{_KEY}.reference_column: {place} has no column {column!r}; its columns are {names}")
-            if column is not None and not f"{'' if row[column] is None else row[column]}".strip():
-                raise UserError(f"{_KEY}.reference_column: {place} has nothing in column {column!r}, no right answer")
+            if column is not None and not (_reference(row[column]) or "").strip():
+                value = row[column]
+                what = "nothing" if value is None or value == "" else shorten(str(value))
+                raise UserError(
+                    f"{_KEY}.reference_column: {place} has {what} in column {column!r}, no right answer; expected a"
+                    " text or a number"
+                )
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
@@ -229,10 +264,10 @@ class JudgeReward(Reward):
 
     def _question(self, prompt: str, row: dict[str, Any], **texts: str) -> str:
         """Return the template with its placeholders filled at once, so that a response cannot bring its own."""
-        reference = "" if self.reference_column is None else f"{row.get(self.reference_column, '')}"
-        texts = {"prompt": str(prompt), "reference": reference, **texts}
-        # Nor may it close the tags around it.
-        values = {name: _TAG.sub("< ", text) for name, text in texts.items()}
+        reference = "" if self.reference_column is None else _reference(row.get(self.reference_column)) or ""
+        texts = {"prompt": _prompt_text(prompt), "reference": reference, **texts}
+        # Nor may it close the tags around it, or begin a turn of its own.
+        values = {name: _CONTROL.sub(r"\g<0> ", text) for name, text in texts.items()}
         if reference:
             values["reference"] = f"<reference>\n{values['reference']}\n</reference>\n"
         values |= {"rubric": self.rubric, "low": f"{self.scale[0]:g}", "high": f"{self.scale[1]:g}"}

@@ -166,6 +166,13 @@ def _unreadable(verifier: str, expectation: str, right: str, where: str, column:
     )
 
 
+def _answer_text(prompt: str, response: str) -> str:
+    """Return what a response says behind its thoughts; nothing where one is not closed."""
+    from remax_lightning.data.conversations import behind_thought  # here, since it loads much
+
+    return behind_thought(response, prompt) or ""
+
+
 def _of_prompt(prompt: str) -> str:
     return f"the prompt {shorten(prompt)}"
 
@@ -179,6 +186,8 @@ def exact_match(
     ignore_case: bool = False,
 ) -> list[float]:
     """1.0 where the response equals the row's `column`, 0.0 elsewhere; white space around both is ignored.
+
+    Of a response with a thought (`<think>...</think>`), what stands behind it counts.
 
     Numbers are compared as numbers: 42 in a row, or `1,234`, equals `42.0` and `1234`. A text with leading zeros, such
     as `007`, is a text.
@@ -203,10 +212,10 @@ def exact_match(
     scores = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         # "1,234" = "1234.0" as numbers, "007" only as text
-        right = _gold_text(row, _of_prompt(prompt), column)
+        right, answer = _gold_text(row, _of_prompt(prompt), column), _answer_text(prompt, response)
         expected = number(right)
-        equal = normal(response) == normal(right) or (expected is not None and number(response) == expected)
-        scores.append(float(equal))
+        given = {normal(answer), normal(response)}  # the right one may have a thought, too
+        scores.append(float(normal(right) in given or (expected is not None and number(answer) == expected)))
     return scores
 
 
@@ -223,7 +232,8 @@ def numeric_answer(
     The row holds a number and nothing else, or a worked solution with one after `####`, as GSM8K has it. The response's
     answer is the last number of its last `\boxed{...}`, else of what follows its last `####`, else of the whole. It
     scores 0.0 where that number is part of something else (3/4, 5x, 2^3, a list, a range, an inequality), denied
-    ("not 5") or scaled ("5 million"). Thousands may be parted by commas; a dollar sign before and a percent sign, unit
+    ("not 5") or scaled ("5 million"). A thought (`<think>...</think>`) is no part of the response, and one that is not
+    closed leaves no answer. Thousands may be parted by commas; a dollar sign before and a percent sign, unit
     or full stop after are ignored.
 
     Args:
@@ -240,7 +250,7 @@ def numeric_answer(
     scores = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         expected = _gold_number(row, _of_prompt(prompt), column)
-        answer = final_number(response)
+        answer = final_number(_answer_text(prompt, response))
         scores.append(float(answer is not None and _is_close(answer, expected, tolerance)))
     return scores
 
@@ -264,7 +274,8 @@ def math_answer(
     `\text{...}`, and the response must have the same ones. The response's answer is its last `\boxed{...}`, else what
     follows its last `####`, else its last formula between dollar signs, else its last line or number. It scores 0.0
     where it is denied ("not 5"), scaled ("5 million") or prose, or where it lists another number of values than the
-    row ("5, 5" and "5 or 5" for 5). Numbers must be equal exactly, and 12 digits of others.
+    row ("5, 5" and "5 or 5" for 5). A thought (`<think>...</think>`) is no part of the response, and one that is not
+    closed leaves no answer. Numbers must be equal exactly, and 12 digits of others.
 
     Args:
         prompts: `M` prompts.
@@ -284,9 +295,9 @@ def math_answer(
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
         # ---- Words and plain numbers are compared here ----
         gold = _unparsed_gold(row, _of_prompt(prompt), column)
-        score = score_of_plain_text(gold, response)
+        text = _answer_text(prompt, response)
+        score, answer = score_of_plain_text(gold, text), final_formula(text)
         scores.append(score or 0.0)
-        answer = final_formula(response)
         # "5, 5" or "5 or 5" is no answer to a question with one: math-verify compares sets, and would pay it.
         if (
             score is None
@@ -339,7 +350,8 @@ def reasoning_gym_answer(
         from reasoning_gym.utils import extract_answer  # here, since the line above says if it is not installed
 
         # "<think>...</think><answer>42</answer>" -> "42"
-        answer = response.strip() if tag is None else extract_answer(response, tag)
+        text = _answer_text(prompt, response)
+        answer = text.strip() if tag is None else extract_answer(text, tag)
         if answer:
             # what a scorer reads of the row
             requests[index] = task, answer, {name: row[name] for name in ("question", "answer", "metadata")}
@@ -355,13 +367,15 @@ def reasoning_gym_answer(
 
 
 def regex_format(
-    prompts: Sequence[str],  # noqa: ARG001
+    prompts: Sequence[str],
     responses: Sequence[str],
     rows: Sequence[dict[str, Any]],  # noqa: ARG001
     pattern: str,
     time_limit: float = 5.0,
 ) -> list[float]:
     r"""1.0 where `pattern` is found in the response, 0.0 elsewhere.
+
+    A thought that the end of the prompt opens is searched with its opening mark, as `<think>` of R1's prompts.
 
     Args:
         prompts: `M` prompts.
@@ -383,7 +397,10 @@ def regex_format(
     except (re.error, TypeError) as error:
         raise UserError(f"{_KEY}.pattern: expected a regular expression, got {pattern!r}: {error}") from error
     # True, False, or None if the search was stopped
-    found = search(pattern, list(responses), time_limit)
+    from remax_lightning.data.conversations import with_opened_thought  # here, since it loads much
+
+    whole = [with_opened_thought(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    found = search(pattern, whole, time_limit)
     for response, is_found in zip(responses, found, strict=True):
         if is_found is None:
             _warn_of_time("regex_format", f"the search for {pattern!r} in {shorten(response)}", time_limit)

@@ -118,8 +118,10 @@ def test_a_part_alone_is_no_content(content: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["reasoning", "thought", "thoughts", "Thinking", "cot", "rationale", "chain_of_thought", "reasoning_text"]
-)
+    "field",
+    ["reasoning", "thought", "thoughts", "Thinking", "cot", "rationale", "chain_of_thought", "reasoning_text", "think",
+     "analysis", "reasoning_trace"],
+)  # fmt: skip
 def test_a_thought_under_another_name_is_not_left_out(field: str) -> None:
     with pytest.raises(DataError, match=f"leaves out '{field}' of message 1"):
         response(KNOWN_ROLES, assistant("four", **{field: "two and two"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -107,4 +108,38 @@ def test_messages_that_differ_before_their_end_share_no_prompt() -> None:
 )  # fmt: skip
 def test_columns_that_are_not_there_or_hold_something_else(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"^x\.jsonl, line 3: .*{message}"):
+        split(row)
+
+
+SYSTEM = {"role": "system", "content": "Answer in Latin."}
+
+
+@pytest.mark.parametrize("prompt", [[SYSTEM, USER], [{"role": "user", "content": "3+3?"}]])
+def test_messages_of_a_prompt_that_the_pair_lacks_are_not_left_out(prompt: list[Any]) -> None:
+    row = {"prompt": prompt, "chosen": [USER, assistant("4")], "rejected": [USER, assistant("5")]}
+    with pytest.raises(DataError, match=r"line 3: column 'prompt' has other messages than those before the response"):
+        split(row)
+
+
+def test_the_pair_may_say_more_than_the_prompt() -> None:
+    row = {"prompt": [USER], "chosen": [SYSTEM, USER, assistant("4")], "rejected": [SYSTEM, USER, assistant("5")]}
+    assert split(row)[0] == [SYSTEM, USER]
+
+
+def test_a_template_does_not_leave_out_earlier_turns() -> None:
+    row = {"prompt": "2+2?", "chosen": [SYSTEM, USER, assistant("4")], "rejected": [SYSTEM, USER, assistant("5")]}
+    with pytest.raises(DataError, match=r"written into data\.template, so what else stands before the response"):
+        split(row, template="Q {prompt}")
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_responses_that_something_has_printed_are_refused(write: Any) -> None:
+    row = {"prompt": "2+2?", "chosen": write([assistant("4")]), "rejected": write([assistant("5")])}
+    with pytest.raises(DataError, match=r"line 3: column 'chosen' holds messages written as text"):
+        split(row)
+
+
+def test_a_transcript_beside_its_prompt_does_not_repeat_it() -> None:
+    row = {"prompt": START, "chosen": START + " 4", "rejected": START + " 5"}
+    with pytest.raises(DataError, match=r"line 3: column 'chosen' begins with the whole prompt"):
         split(row)

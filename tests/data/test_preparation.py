@@ -286,6 +286,8 @@ def test_rows_in_many_batches_keep_their_places(
     [
         ({"images": ["a.png"]}, "'images'"),
         ({"image": "a.png", "documents": [{"text": "b"}]}, "'image' and 'documents'"),
+        ({"system": "Answer in Latin."}, "'system'"),
+        ({"tools": '[{"name": "weather"}]', "chat_template_kwargs": {"a": 1}}, "'tools' and 'chat_template_kwargs'"),
     ],
 )
 def test_a_part_of_the_question_that_the_policy_is_not_shown_is_told(

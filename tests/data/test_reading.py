@@ -348,7 +348,9 @@ def test_rows_in_memory_are_taken_as_they_are() -> None:
     ("data", "message"),
     [
         (iter(ROWS), "data: expected a datasets.Dataset, a DataFrame or a list of dictionaries, got list_iterator"),
-        ("rows.jsonl", "data: expected a datasets.Dataset.*got str"),
+        ("rows.jsonl", "data: expected a datasets.Dataset.*got str; write path='rows.jsonl' for a file"),
+        (pandas.DataFrame({"prompt": ["1"]})["prompt"], r"data: .*got Series; write data\.to_frame\('prompt'\)"),
+        (pandas.DataFrame([["1", "2"]], columns=["a", "a"]), "data: the column 'a' stands there 2 times; rename one"),
         ({"a": 1}, "data: expected a datasets.Dataset.*got dict"),
         ([], "data: it holds no rows"),
         ({"a": ["1", 2]}, "data: expected columns of one length, each with values of one type, .*list of dictionaries"),

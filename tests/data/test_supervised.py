@@ -150,3 +150,18 @@ def test_a_pair_of_message_lists_gives_the_chosen_response(tmp_path: Path) -> No
     data.setup("fit")
     (batch,) = list(data.train_dataloader())
     assert (batch.prompts, batch.rows[0]["chosen"]) == (["1+1"], "2")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": "4", "reasoning_content": "Two and two."},
+        {"content": "", "tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {}}}]},
+    ],
+)
+def test_what_plain_text_has_no_place_for_is_not_left_out(
+    fields: dict[str, Any], tmp_path: Path, policy_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "2+2?", "response": [{"role": "assistant", **fields}]}])
+    with pytest.raises(DataError, match=r"line 1: the response has '\w+', for which there is no place behind a prompt"):
+        SFTDataModule(path, str(policy_path), batch_size=1, val_size=0).setup("fit")

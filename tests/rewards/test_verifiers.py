@@ -17,7 +17,7 @@ from remax_lightning.rewards import (
     regex_format,
     verifiers,
 )
-from remax_lightning.rewards.answers import final_number
+from remax_lightning.rewards.answers import final_number, voted_answer
 
 
 def rows(*values: Any, column: str = "response") -> list[dict[str, Any]]:
@@ -471,3 +471,39 @@ def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_the_numbers_of_list_items_are_no_answers(response: str, number: float | None) -> None:
     """A policy that writes lists would be paid for their length where the right answer is small."""
     assert final_number(response) == number
+
+
+THOUGHT = "<think>Maybe \\boxed{42}? No, I forgot one.</think>\nThe answer is 41."
+
+
+@pytest.mark.parametrize("verifier", [numeric_answer, math_answer])
+def test_a_thought_is_no_answer(verifier: Any) -> None:
+    assert verifier(["p", "p"], [THOUGHT, THOUGHT], rows("42", "41")) == [0.0, 1.0]
+    assert verifier(["p"], ["<think>2+2=4, so maybe 42"], rows("42")) == [0.0], "cut off in its thought"
+    assert verifier(["Q<think>\n"], ["maybe 42"], rows("42")) == [0.0], "opened by the prompt, and never closed"
+    assert verifier(["Q<think>\n"], ["maybe 42</think>41"], rows("41")) == [1.0]
+    assert voted_answer(THOUGHT) == 41
+    assert voted_answer("<think>maybe 42") is None
+
+
+def test_exact_match_compares_what_is_behind_a_thought() -> None:
+    responses = ["<think>Two and two.</think>\n\n4", "<think>4"]
+    assert exact_match(["p", "p"], responses, rows("4", "4")) == [1.0, 0.0]
+    assert exact_match(["p"], responses[:1], rows(responses[0])) == [1.0], "the right one has a thought, too"
+
+
+def test_a_pattern_sees_the_mark_that_the_prompt_opens() -> None:
+    pattern = r"\A<think>.*?</think>\s*<answer>.*?</answer>\Z"
+    response = "2 and 2</think><answer>4</answer>"
+    assert regex_format(["Q<think>\n", "Q"], [response, response], [{}, {}], pattern=pattern) == [1.0, 0.0]
+
+
+def test_a_solution_with_several_boxes_is_no_right_answer() -> None:
+    with pytest.raises(RewardError, match="expected a number or a formula in LaTeX"):
+        math_answer(["p"], ["\\boxed{2}"], rows("So $x=\\boxed{1}$ or $x=\\boxed{2}$."))
+    assert math_answer(["p"], ["\\boxed{1}"], rows("\\boxed{1}, so again \\boxed{1}")) == [1.0]
+
+
+def test_bases_and_names_count() -> None:
+    assert math_answer(["p"] * 2, ["\\boxed{2516_9}", "\\boxed{2516_8}"], rows("2516_8", "2516_8")) == [0.0, 1.0]
+    assert math_answer(["p"] * 2, ["\\boxed{Evelyn}", "\\boxed{Eve}"], rows(*["\\text{Evelyn}"] * 2)) == [1.0, 0.0]
