@@ -46,6 +46,17 @@ from remax_lightning.cli_shorthand import SUBCOMMANDS, named_parts
 from remax_lightning.errors import UserError
 from remax_lightning.shipped_configs import CONFIG_SUFFIXES, config_folder, config_names, config_path
 
+NO_CONFIG = "expected a file behind --config, or a name of `remax configs list`, got nothing"
+_ALONE = ("help", "h", "help-all", "version", "print_config", "print_shtab")
+"""Options that need no value; a switch needs true or false."""
+_PLACES = {
+    **dict.fromkeys(("policy", "reference", "reward_model", "tokenizer"), "a folder or a hub name"),
+    **dict.fromkeys(("path", "val_path"), "a path or a hub name"),
+    "ckpt_path": "the path of a checkpoint, or last",
+    "reward": "a class, or the dotted path of a function",
+    **dict.fromkeys(("folder", "default_root_dir"), "a folder"),
+}
+"""Keys, by their last part, at which an empty text is what an unset variable has left."""
 _LIBRARIES = ("remax_lightning", "lightning", "torch", "transformers")
 """Packages whose import brings no class of a user's own, which a configuration could then call by its name alone."""
 
@@ -170,14 +181,18 @@ class KeyCheck:
         # ---- The defaults, then files and options as they override each other ----
         sources: list[Any] = [read_config(str(config_folder() / "base.yaml"))]
         for option, name, value in words:
-            if name in CONFIG and value is not None:
-                sources.append(read_config(config_path(value)))
-            elif not name:  # no argument of a run stands alone
+            if not name:  # no argument of a run stands alone
                 is_config = Path(option[0]).suffix in CONFIG_SUFFIXES or option[0] in config_names()
                 hint = f"did you mean --config {option[0]}?" if is_config else "options begin with --"
                 self._lacks_config |= is_config
                 self.mistakes.setdefault(option[0], f"is no option; {hint}")
-            elif value is not None:
+            elif name in CONFIG and value:
+                sources.append(read_config(config_path(value)))
+            elif value is None or name in CONFIG:
+                self._without_value(name)
+            else:
+                if not value.strip():  # YAML, which it is read as, has null there
+                    self._empty(yaml_key(name), value)
                 # "--trainer.callbacks+=..." adds an element: which one it is follows from the others
                 sources.append({} if option[0].partition("=")[0].endswith("+") else nested(name, value))
         if not all(isinstance(source, Mapping) for source in sources):  # a file that cannot be read, or holds no keys
@@ -212,6 +227,18 @@ class KeyCheck:
             else:
                 self._value(full, value, parameters[name])
 
+    def _without_value(self, name: str) -> None:
+        """Note an option behind which nothing stands, as after an unset variable."""
+        if name in CONFIG:
+            self._lacks_config = True
+            self.mistakes["config"] = NO_CONFIG
+        elif name not in _ALONE and not name.endswith(".help"):
+            self.mistakes.setdefault(yaml_key(name), "expected a value behind the option, got nothing; give one")
+
+    def _empty(self, key: str, value: str) -> None:
+        if expected := _PLACES.get(key.rpartition(".")[2]):
+            self.mistakes.setdefault(key, f"expected {expected}, got {value!r}; an unset variable leaves it empty")
+
     def _argument_names(self, path: str, groups: list[str]) -> list[str]:
         parameters = self.signatures.described(path)
         for group in groups:
@@ -224,7 +251,9 @@ class KeyCheck:
         self._set.pop(key, None)  # in the order of the arguments
         self._set[key] = _number_of(value, types) if isinstance(value, str) else value
         self._parameters[key] = parameter
-        if isinstance(value, Mapping):
+        if isinstance(value, str) and not value.strip():
+            self._empty(key, value)
+        elif isinstance(value, Mapping):
             self._mapping(key, value, parameter)
         elif isinstance(value, list):
             self._list(key, value, parameter)

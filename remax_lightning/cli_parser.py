@@ -80,7 +80,7 @@ class RemaxParser(LightningArgumentParser):
         # ---- Parse; leave out what is wrong; parse the rest, until it passes or nothing changes any more ----
         tried: list[list[str]] = []
         left_out: set[str] = set()  # groups, of which then keys are missing
-        while parsed is None and len(mistakes) < MAX_MISTAKES and arguments not in tried:
+        while parsed is None and "config" not in wrong and len(mistakes) < MAX_MISTAKES and arguments not in tried:
             tried.append(arguments)
             try:
                 parsed = super().parse_args(arguments, *rest, **options)
@@ -134,8 +134,9 @@ class RemaxParser(LightningArgumentParser):
         callbacks = next((p.checked_callbacks for name, p in self.commands() if name == subcommand), {})
         lines = [] if parsed is None else explain_objects(parsed[subcommand], callbacks)
         values = raw_values(arguments) if parsed is None else parsed[subcommand]
-        if parsed is None:  # a group may be a file, and null is what a key with nothing under it is
-            values = {key: value for key, value in values.items() if not isinstance(value, str) or "." in key}
+        if parsed is None:  # a group may be a file or shorthand, and null is what a key with nothing under it is
+            is_group = {key: "." not in key or takes_group(key) for key in values}
+            values = {key: value for key, value in values.items() if not (isinstance(value, str) and is_group[key])}
         # ---- What is wrong with them, unless it follows from a mistake that is known ----
         wrong = explain_values(values, callbacks)
         missing = [key for key, text in single(mistakes) if text.startswith("missing")]  # a filler stands there

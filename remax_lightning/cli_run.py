@@ -159,7 +159,9 @@ class RemaxCLI(LightningCLI):
             raise UserError(
                 "ckpt_path: best is known only to a trainer that has trained; give the path of a checkpoint, or last"
             )
-        path = str(given or "hpc")
+        path = "hpc" if given is None else str(given)
+        if not path.strip():
+            raise UserError("ckpt_path: expected the path of a checkpoint, or last, got nothing")
         strategies.check_address(path)
         if path in ("last", "hpc") or "://" in path or path.startswith("registry"):
             return

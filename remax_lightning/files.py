@@ -37,6 +37,32 @@ MAX_DEPTH = 64
 TOO_DEEP = f"nested too deep, more than {MAX_DEPTH} lists and objects"
 
 
+def home_path(path: str) -> str:
+    """Return a path with the home folder in place of `~`, which a shell leaves in YAML files; others as they are."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # no such user
+        return path
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        UserError: if it is a folder, lies in none, or may not be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option} must be a file, and {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{option}: there is no folder {str(path.parent)!r}; make it, or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option}: {path} may not be written; name another file")
+
+
 def load_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 

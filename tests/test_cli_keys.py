@@ -539,3 +539,27 @@ def test_a_valid_run_is_parsed_as_before(tmp_path: Path, policy_path: Path) -> N
     path.write_text(yaml.safe_dump(small_config(tmp_path, policy_path)))
     parsed = remax_parser().parse_args(["fit", "--config", str(path)])
     assert parsed.fit.data.init_args.max_prompt_length == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [(["--trainer.max_steps"], "trainer.max_steps"), (["--model.kl_coef", "--trainer.max_steps", "3"], "model.kl_coef"),
+     (["--ckpt_path"], "ckpt_path")],
+)  # fmt: skip
+def test_an_option_without_its_value_is_told_alone(options: list[str], key: str, tmp_path: Path) -> None:
+    assert early(tmp_path, PLAIN, *options) == {key: "expected a value behind the option, got nothing; give one"}
+
+
+@pytest.mark.parametrize("words", [["--config"], ["--config="], ["--config", "--model.kl_coef", "0.1"]])
+def test_config_without_a_file_is_told_alone(words: list[str]) -> None:
+    assert list(wrong_keys(["fit", *words], shipped_signatures())) == ["config"]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("model.policy", "a folder or a hub name"), ("model.reward", "a class, or the dotted path of a function"),
+     ("export.folder", "a folder"), ("ckpt_path", "the path of a checkpoint, or last")],
+)  # fmt: skip
+def test_an_unset_variable_is_told(key: str, expected: str, tmp_path: Path) -> None:
+    text = f"expected {expected}, got ''; an unset variable leaves it empty"
+    assert early(tmp_path, PLAIN, f"--{key}", "") == early(tmp_path, PLAIN, f"--{key}=") == {key: text}

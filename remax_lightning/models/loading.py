@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from remax_lightning.config import WeightDType
 from remax_lightning.errors import RankError, UserError
+from remax_lightning.files import home_path
 from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.models.frozen import Placement, check_placement
@@ -114,6 +115,9 @@ class ModelConfig:
     lora: LoRAConfig | None = None
     quantization: Literal["nf4"] | None = None
     placement: Placement = "replicate"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", home_path(self.path))
 
     def load(self, key: str) -> PreTrainedModel:
         """Load the model, with its adapter if it has one.

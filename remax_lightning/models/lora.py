@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remax_lightning.errors import UserError, above, at_least, check_ranges
+from remax_lightning.files import home_path
 from remax_lightning.models.checkpoint_reader import refused_pickle
 from remax_lightning.models.checksums import check_exported
 from remax_lightning.sharding import is_peft_wrapper
@@ -53,6 +54,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_ranges(type(self), vars(self), "model.policy.lora")
+        if self.path is not None:
+            object.__setattr__(self, "path", home_path(self.path))
         if self.target_modules == []:
             raise UserError("model.policy.lora.target_modules must be null or at least one name, got none")
         if self.path is not None and replace(self, path=None) != LoRAConfig():

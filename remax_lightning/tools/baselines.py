@@ -24,6 +24,7 @@ from remax_lightning.baselines import (
 )
 from remax_lightning.errors import UserError
 from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios
+from remax_lightning.files import check_output
 from remax_lightning.modules import ReMaxModule
 from remax_lightning.tools.doctor.command import quiet_lightning
 from remax_lightning.tools.doctor.context import load_context
@@ -205,10 +206,8 @@ def main(args: Sequence[str]) -> list[Figure]:
     options, rest = baselines_parser().parse_known_args(args)
     if options.num_prompts < 8:
         raise UserError(f"--num_prompts must be at least 8, got {options.num_prompts}: intervals need some prompts")
-    for name in ("json", "picture"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"--{name}: there is no folder {str(path.parent)!r}; make it, or name another file")
+    check_output(options.json, "--json")
+    check_output(options.picture, "--picture")
     sample, seconds, batch_size = load_and_measure(rest, options.num_prompts, lambda text: print(text, flush=True))
     figures = compare(sample, seconds, batch_size)
     cheap = agreement(sample.norms.weights, sample.norms.logits, sample.num_samples)

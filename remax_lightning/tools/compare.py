@@ -31,7 +31,7 @@ from remax_lightning.evaluation.intervals import (
     with_interval,
 )
 from remax_lightning.evaluation.statistics import percentile_interval, resampled_ratios, win_rates
-from remax_lightning.files import PromptRecord, load_json
+from remax_lightning.files import PromptRecord, check_output, load_json
 
 
 class SavedEvaluation(NamedTuple):
@@ -133,6 +133,7 @@ def main(args: Sequence[str]) -> dict[str, Any]:
     options = make_parser().parse_args(args)
     if options.json is not None and options.json.exists():
         raise UserError(f"--json must be a file that does not exist yet, got {options.json}; move it away")
+    check_output(options.json, "--json")
     if not 1 <= options.num_resamples <= 10**6:
         raise UserError(f"--num_resamples must be between 1 and a million, got {options.num_resamples}")
     # ---- Read, compare, print, write ----

@@ -10,7 +10,7 @@ from conftest import make_tokenizer, tiny_config, tiny_model
 from helpers.payloads import RunsCode
 
 from remax_lightning.errors import UserError
-from remax_lightning.models import ModelConfig, freeze
+from remax_lightning.models import LoRAConfig, ModelConfig, freeze
 
 
 def test_weights_are_those_of_the_folder(policy_path: Path) -> None:
@@ -128,3 +128,16 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"model\.policy\.path: .* is an adapter.*model\.policy\.lora\.path"):
         ModelConfig(str(tmp_path)).load("model.policy")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(
+    policy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves it in YAML files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(policy_path)
+    assert ModelConfig("~/mine").load("model.policy").config.model_type == "llama"
+    assert LoRAConfig(path="~/adapter").path == str(tmp_path / "adapter")
+    assert ModelConfig("~nobody-of-this-name/mine").path == "~nobody-of-this-name/mine"
+    with pytest.raises(UserError, match=f"there is no folder '{tmp_path}/gone'"):
+        ModelConfig("~/gone").load("model.policy")

@@ -298,6 +298,7 @@ def test_the_command_prints_writes_and_trains_nothing(tmp_path: Path, capsys: py
     [
         (["--num_prompts", "3"], "--num_prompts must be at least 8, got 3"),
         (["--json", "nowhere/out.json"], "--json: there is no folder 'nowhere'"),
+        (["--json", "/"], "--json must be a file, and / is a folder"),
         (["--picture", "nowhere/out.svg"], "--picture: there is no folder 'nowhere'"),
     ],
 )

@@ -152,6 +152,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(
         (["--model.init_args.kl_coef", "-1"], "model.kl_coef: must be 0 or more, got -1"),
         (["--trainer.max_step", "3"], "trainer.max_step: there is no such key"),
         (["--json", "nowhere/out.json"], "--json: there is no folder 'nowhere'"),
+        (["--json", "/"], "--json must be a file, and / is a folder"),
     ],
 )
 def test_a_mistake_in_the_configuration_exits_with_2(

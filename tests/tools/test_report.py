@@ -418,3 +418,21 @@ def test_an_evaluation_alone_is_a_table_and_no_charts_of_one_point(tmp_path: Pat
 def test_a_curve_of_one_point_in_a_section_of_its_own_stays_a_chart(tmp_path: Path) -> None:
     write_events(tmp_path, {"val/reward": [(0, 2.0)]})
     assert [section["title"] for section in data_of(written(tmp_path))["sections"]] == ["Reward"]
+
+
+def test_a_file_that_is_no_page_is_not_replaced(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(0)])
+    mine = tmp_path / "rewards.py"
+    mine.write_text("def reward(): ...")
+    with pytest.raises(UserError, match=r"--out: .*rewards\.py is there and is no page; name another file"):
+        main([str(tmp_path), "--out", str(mine)])
+    assert mine.read_text() == "def reward(): ..."
+    page = main([str(tmp_path)])
+    assert main([str(tmp_path)]) == page, "an earlier page is replaced"
+
+
+def test_an_evaluation_that_is_named_has_to_be_one(tmp_path: Path) -> None:
+    write_samples(tmp_path, [sample(0)])
+    (tmp_path / "a.yaml").write_text("model: {}")
+    with pytest.raises(UserError, match=r"--evaluation: .*a\.yaml holds no figures; give the evaluation\.json"):
+        main([str(tmp_path), "--evaluation", str(tmp_path / "a.yaml")])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from remax_lightning.errors import UserError
+from remax_lightning.files import check_output
 from remax_lightning.modules import ReMaxModule, RewardModelModule, SFTModule
 from remax_lightning.rollout import VLLMEngine
 from remax_lightning.tools.doctor import memory, policy, prompts, responses, rewards
@@ -174,8 +175,7 @@ def main(args: Sequence[str]) -> list[Result]:
     options, rest = doctor_parser().parse_known_args(args)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json: there is no folder {str(options.json.parent)!r}; make it, or name another file")
+    check_output(options.json, "--json")
     # ---- Check, and print each result at once ----
     results = []
     with quiet_lightning():

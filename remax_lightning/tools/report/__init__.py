@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from remax_lightning.errors import UserError
@@ -30,6 +31,8 @@ def main(args: Sequence[str]) -> Path:
     out: Path = options.out or options.run / "report.html"
     if out.is_dir():
         raise UserError(f"--out must be a file, and {out} is a folder; give {out / 'report.html'}")
+    if out.is_file() and out.stat().st_size and not _is_page(out):
+        raise UserError(f"--out: {out} is there and is no page; name another file, or move it away")
     # ---- Read, render, write ----
     text = render_page(read_run(options.run, options.evaluation), options.max_samples)
     try:
@@ -39,6 +42,12 @@ def main(args: Sequence[str]) -> Path:
         raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
     print(f"wrote {out} ({out.stat().st_size / 1000:,.0f} kB)")
     return out
+
+
+def _is_page(file: Path) -> bool:
+    with suppress(OSError), file.open("rb") as stream:
+        return stream.read(15).lower() == b"<!doctype html>"
+    return False
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -219,6 +219,8 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     ]
     samples.sort(key=lambda sample: sample["step"])
     figures = _read_figures(evaluation or _latest_evaluation(folder, notes), notes)
+    if evaluation is not None and not figures:
+        raise UserError(f"--evaluation: {evaluation} holds no figures; give the evaluation.json that remax test wrote")
     # ---- First and last time that something was logged ----
     started, seconds = (min(times), max(times) - min(times)) if times else (None, 0.0)
     return Run(folder, config, _parse_settings(config, notes), curves, samples, figures, started, seconds, notes)
