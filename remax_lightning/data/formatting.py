@@ -386,7 +386,10 @@ def _check_same_prompt(prompt: Any, first: list[Any], what: str, name: str, temp
     advice = f"make them alike, or remove the column of the prompt, as {name!r} has the whole conversation"
     # ---- Messages: those of the pair, or the last of them ----
     if isinstance(prompt, list):
-        if prompt and prompt != first[-len(prompt) :]:
+        # files with columns have null fields, which may differ
+        own, before = ([(m["role"], content_text(m).strip()) for m in of if isinstance(m, Mapping) and "role" in m]
+                       for of in (prompt, first))  # fmt: skip
+        if own and own != before[-len(own) :]:
             raise DataError(f"{what} has other messages than those before the response in {name!r}; {advice}")
         return
     # ---- Text, which a template writes in place of the messages ----

@@ -122,7 +122,11 @@ def test_messages_of_a_prompt_that_the_pair_lacks_are_not_left_out(prompt: list[
 
 
 def test_the_pair_may_say_more_than_the_prompt() -> None:
-    row = {"prompt": [USER], "chosen": [SYSTEM, USER, assistant("4")], "rejected": [SYSTEM, USER, assistant("5")]}
+    row = {
+        "prompt": [{**USER, "name": None}],
+        "chosen": [SYSTEM, USER, assistant("4")],
+        "rejected": [SYSTEM, USER, assistant("5")],
+    }
     assert split(row)[0] == [SYSTEM, USER]
 
 
