@@ -51,7 +51,7 @@ _ALONE = ("help", "h", "help-all", "version", "print_config", "print_shtab")
 """Options that need no value; a switch needs true or false."""
 _PLACES = {
     **dict.fromkeys(("policy", "reference", "reward_model", "tokenizer"), "a folder or a hub name"),
-    **dict.fromkeys(("path", "val_path"), "a path or a hub name"),
+    **dict.fromkeys(("path", "val_path"), "a file, a folder or a hub name"),
     "ckpt_path": "the path of a checkpoint, or last",
     "reward": "a class, or the dotted path of a function",
     **dict.fromkeys(("folder", "default_root_dir"), "a folder"),
