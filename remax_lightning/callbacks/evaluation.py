@@ -30,7 +30,7 @@ from remax_lightning.evaluation.intervals import (
     intervals_are,
     meaning_of,
 )
-from remax_lightning.files import PromptRecord, describe_disk_error, tolerate_disk_errors
+from remax_lightning.files import PromptRecord, describe_disk_error, home_path, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters, run_config
 from remax_lightning.run_folder import run_folder
 
@@ -149,7 +149,7 @@ class Evaluation(Callback):
             names = ("evaluation.json", *(f"evaluation_{count}.json" for count in range(1, 10_000)))
             targets = [folder / name for name in names]
         else:
-            targets = [Path(self.path)]
+            targets = [Path(home_path(self.path))]
         free = next((path for path in targets if not path.exists() and not _records_file(path).exists()), None)
         free = broadcast(trainer.strategy, free)  # rank 0 writes the file
         if free is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from remax_lightning.callbacks.monitors import is_dry_run
 from remax_lightning.distributed import broadcast
 from remax_lightning.errors import UserError
-from remax_lightning.files import describe_disk_error, first_existing, is_disk_error, tolerate_disk_errors
+from remax_lightning.files import describe_disk_error, first_existing, home_path, is_disk_error, tolerate_disk_errors
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.models.checksums import MANIFEST, compute_checksums, list_files, write_manifest
 from remax_lightning.models.hf_export import NotFiniteError, policy_weights, save_exported, save_policy
@@ -110,7 +110,7 @@ class ExportPolicy(Callback):
                 "export.log_artifact must be false without a logger that takes artifacts, got true; set trainer.logger"
                 " to WandbLogger, MLFlowLogger, TrackioLogger or CometLogger"
             )
-        self._directory = Path(self.folder) if self.folder is not None else run_folder(trainer) / "policy"
+        self._directory = Path(home_path(self.folder)) if self.folder is not None else run_folder(trainer) / "policy"
         for target in [self._directory / name for name in ("best", "last") if getattr(self, name)]:
             if trainer.is_global_zero:
                 with suppress(OSError):  # a disk that refuses this refuses the export, too, which says so

@@ -24,7 +24,14 @@ from remax_lightning.callbacks.monitors import (
 from remax_lightning.data.tokenizers import special_ids
 from remax_lightning.distributed import gather_objects, max_over_ranks, sum_over_ranks
 from remax_lightning.errors import UserError, at_least, check_ranges
-from remax_lightning.files import append_lines, describe_disk_error, load_json, tolerate_disk_errors, write_json
+from remax_lightning.files import (
+    append_lines,
+    describe_disk_error,
+    home_path,
+    load_json,
+    tolerate_disk_errors,
+    write_json,
+)
 from remax_lightning.loggers import logger_adapters
 from remax_lightning.run_folder import run_folder
 from remax_lightning.types import StepOutput
@@ -123,7 +130,7 @@ class SampleDump(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder. Every rank has to call this, because rank 0 broadcasts the folder."""
-        folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "samples"
+        folder = Path(home_path(self.folder)) if self.folder is not None else run_folder(trainer) / "samples"
         self._directory = None if is_dry_run(trainer) else folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -352,7 +359,7 @@ class PredictionWriter(Callback):
             rank_zero_info(f"Wrote {total} predictions to {self._file(trainer)}{others}.")
 
     def _file(self, trainer: Trainer) -> Path:
-        path = Path(self.path) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
+        path = Path(home_path(self.path)) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
         if trainer.world_size == 1:
             return path
         return path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")

@@ -244,16 +244,16 @@ def closing_mark(mark: str) -> str:
     return f"{mark[0]}/{mark[1:]}"
 
 
-def behind_thought(response: str, prompt: str = "") -> str | None:
+def behind_thought(response: str, prompt: str = "") -> str:
     """Return what a response says behind its last thought, all of it where there is none.
 
-    None is returned where a thought is not closed, in the response or by the end of its prompt: there is no answer.
+    That is nothing where a thought, opened in the response or by the end of its prompt, is not closed.
     """
-    # "<think>Maybe 42?</think>41" -> "41"; "<think>Maybe 42" -> None
+    # "<think>Maybe 42?</think>41" -> "41"; "<think>Maybe 42" -> ""
     marks = list(THOUGHT_MARKS.finditer(response))
     if not marks:
-        return response if opened_thought(prompt) is None else None
-    return response[marks[-1].end() :] if _closes(marks[-1][0]) else None
+        return response if opened_thought(prompt) is None else ""
+    return response[marks[-1].end() :] if _closes(marks[-1][0]) else ""
 
 
 def _closes(mark: str) -> bool:

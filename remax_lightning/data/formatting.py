@@ -123,8 +123,8 @@ class PromptFormatter:
         Raises:
             DataError: as in `response`.
         """
+        _check_is_text(prompt, message, where)
         if prompt.conversation is None:
-            _check_is_text(prompt, message, where)
             text = prompt + content_text(message)
         else:
             text = self.renderer.whole(prompt.conversation, message)

@@ -194,24 +194,32 @@ _FOR_TEMPLATES = ("tools", "functions", "chat_template_kwargs")
 
 def warn_of_unseen_columns(examples: PreparedExamples) -> None:
     """Say which columns hold a part of the question that the policy is not shown; of the first 100 rows."""
-    count = min(100, len(examples))
-    rows, unseen = examples.rows_between(0, count), dict[str, None]()
-    for row, example in zip(rows, examples[:count], strict=True):
-        is_text = example.prompt.conversation is None
-        for name in (*_UNSEEN, *_SYSTEM, *(_FOR_TEMPLATES if is_text else ())):
-            value = row.get(name)
-            is_empty = value is None or (isinstance(value, str | list | dict) and (not value or value in ("[]", "{}")))
+    unseen, named = dict[str, None](), (*_UNSEEN, *_SYSTEM, *_FOR_TEMPLATES)
+    for index, row in enumerate(examples.rows_between(0, min(100, len(examples)))):
+        filled = {name: row[name] for name in named if row.get(name) is not None and not _is_empty(row[name])}
+        if not filled:
+            continue
+        prompt = examples[index].prompt
+        for name, value in filled.items():
+            is_written = name in _FOR_TEMPLATES and prompt.conversation is not None
             # data.template may have written the column
-            if not is_empty and not (isinstance(value, str) and value.strip() in example.prompt):
+            if not is_written and not (isinstance(value, str) and value.strip() in prompt):
                 unseen[name] = None
     if unseen:
-        advice = " Instructions belong into a message of the system" if not unseen.keys().isdisjoint(_SYSTEM) else ""
-        advice = " Tools need a prompt of messages" if not unseen.keys().isdisjoint(_FOR_TEMPLATES) else advice
+        advice = ""
+        if not unseen.keys().isdisjoint(_SYSTEM):
+            advice += " Instructions belong into a message of the system."
+        if not unseen.keys().isdisjoint(_FOR_TEMPLATES):
+            advice += " Tools need a prompt of messages."
         rank_zero_warn(
             f"{examples.rows.source}: the policy is not shown what column {' and '.join(map(repr, unseen))} holds, only"
             " the prompt's text; rewards get it with their rows. Documents for a chat template belong into a row's"
-            f" chat_template_kwargs.{advice + '.' if advice else ''}"
+            f" chat_template_kwargs.{advice}"
         )
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str | list | dict) and (not value or value in ("[]", "{}"))
 
 
 class Limit(NamedTuple):

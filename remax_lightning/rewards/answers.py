@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Number
+from typing import Any
 
 MAX_CHARACTERS = 200
 """Of a number; longer ones are no answer and would cost time."""
@@ -77,6 +79,20 @@ _TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\{([^{}]*)\}")
 _MISREAD = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b|\d\s+\d|\d[eE][-+]?\d|\d{4}-\d\d?-\d")
 """Mixed numbers, exponents and dates: math-verify reads 1 1/2 as 1, and subtracts."""
 _PROSE = re.compile(r"[^\W\d_]{3,}|\b(?:no|is|if|to|of|at|it|we|by|do|so|be|as)\b", re.IGNORECASE)
+
+
+def answer_text(response: str, prompt: str = "") -> str:
+    """Return what a response says behind its thoughts (`behind_thought`)."""
+    from remax_lightning.data.conversations import behind_thought  # here, since it loads much
+
+    return behind_thought(response, prompt)
+
+
+def right_answer_text(value: Any) -> str | None:
+    """Return a right answer as text; None for what is no text, no number and no message of the assistant."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        value = value[-1].get("content")  # a response with a thought or a call of a tool is a message in the row
+    return str(value) if isinstance(value, str | Number) and not isinstance(value, bool | complex) else None
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -166,9 +182,7 @@ def voted_answer(text: str) -> Fraction | str | None:
     That is `final_formula`, a number where it is one, a formula without its spaces; of a response without a formula the
     last line in small letters; None for a blank one, and for a thought that is not closed.
     """
-    from remax_lightning.data.conversations import behind_thought  # here, since it loads much
-
-    text = behind_thought(text) or ""
+    text = answer_text(text)
     formula = final_formula(text)
     if formula is None:
         lines = text.strip().casefold().splitlines()

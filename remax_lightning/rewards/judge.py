@@ -12,13 +12,13 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from numbers import Number
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from remax_lightning.errors import RewardError, UserError, check_types
 from remax_lightning.files import load_json
+from remax_lightning.rewards.answers import right_answer_text
 from remax_lightning.rewards.base import Reward, shorten
 from remax_lightning.rewards.http import Backoff, Concurrency, JSONClient, RefusedError, Retries, Seconds
 
@@ -64,12 +64,8 @@ _VERDICTS = {"a": 1.0, "b": -1.0, "tie": 0.0}
 
 
 def _reference(value: Any) -> str | None:
-    """Return a right answer as text; None for what is no text, no number and no message of the assistant."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        value = value[-1].get("content")  # a response with a thought or a call of a tool is a message in the row
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return f"{value}" if isinstance(value, str | Number) and not isinstance(value, bool | complex) else None
+    """Return a right answer as text; None for what `right_answer_text` refuses, and for NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else right_answer_text(value)
 
 
 def _prompt_text(prompt: str) -> str:
@@ -82,10 +78,11 @@ def _prompt_text(prompt: str) -> str:
     messages = conversation.messages
     if len(messages) == 1 and messages[0].get("role") == "user":
         return content_text(messages[0])
-    calls = [f"\n{json.dumps(m['tool_calls'], ensure_ascii=False)}" if m.get("tool_calls") else "" for m in messages]
-    return "\n\n".join(
-        f"{message['role']}: {content_text(message)}{call}" for message, call in zip(messages, calls, strict=True)
-    )
+    texts = []
+    for message in messages:
+        calls = f"\n{json.dumps(message['tool_calls'], ensure_ascii=False)}" if message.get("tool_calls") else ""
+        texts.append(f"{message['role']}: {content_text(message)}{calls}")
+    return "\n\n".join(texts)
 
 
 class JudgeReward(Reward):

@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
-from numbers import Number
 from typing import Any, TypeVar
 
 from remax_lightning.errors import RewardError, UserError
 from remax_lightning.rewards.answers import (
+    answer_text,
     final_formula,
     final_number,
     gold_formula,
     num_parts,
     plain_number,
+    right_answer_text,
     score_of_plain_text,
     words_of,
 )
@@ -56,15 +57,11 @@ def _gold_text(row: dict[str, Any], where: str, column: str = "response", ignore
             f"{_KEY}.column: expected every row to hold something in column {column!r}, got a row with "
             f"the columns {filled or 'none'} for {where}; name one of these there or complete the data"
         )
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        value = value[-1].get("content")  # a response with a thought or a call of a tool is a message in the row
-    if not isinstance(value, str | Number) or isinstance(value, bool | complex):
+    if (text := right_answer_text(value)) is None:
         raise RewardError(
             f"{_KEY}.column: expected a text or a number in column {column!r}, got a {type(value).__name__}, "
             f"{shorten(str(value))}, for {where}; name a column that holds the answer"
         )
-    # ---- As text, which must not be empty ----
-    text = str(value)
     if not text.strip():
         raise _unreadable("a verifier", "a text or a number", text, where, column)
     return text
@@ -166,13 +163,6 @@ def _unreadable(verifier: str, expectation: str, right: str, where: str, column:
     )
 
 
-def _answer_text(prompt: str, response: str) -> str:
-    """Return what a response says behind its thoughts; nothing where one is not closed."""
-    from remax_lightning.data.conversations import behind_thought  # here, since it loads much
-
-    return behind_thought(response, prompt) or ""
-
-
 def _of_prompt(prompt: str) -> str:
     return f"the prompt {shorten(prompt)}"
 
@@ -212,7 +202,7 @@ def exact_match(
     scores = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         # "1,234" = "1234.0" as numbers, "007" only as text
-        right, answer = _gold_text(row, _of_prompt(prompt), column), _answer_text(prompt, response)
+        right, answer = _gold_text(row, _of_prompt(prompt), column), answer_text(response, prompt)
         expected = number(right)
         given = {normal(answer), normal(response)}  # the right one may have a thought, too
         scores.append(float(normal(right) in given or (expected is not None and number(answer) == expected)))
@@ -250,7 +240,7 @@ def numeric_answer(
     scores = []
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         expected = _gold_number(row, _of_prompt(prompt), column)
-        answer = final_number(_answer_text(prompt, response))
+        answer = final_number(answer_text(response, prompt))
         scores.append(float(answer is not None and _is_close(answer, expected, tolerance)))
     return scores
 
@@ -295,7 +285,7 @@ def math_answer(
     for index, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
         # ---- Words and plain numbers are compared here ----
         gold = _unparsed_gold(row, _of_prompt(prompt), column)
-        text = _answer_text(prompt, response)
+        text = answer_text(response, prompt)
         score, answer = score_of_plain_text(gold, text), final_formula(text)
         scores.append(score or 0.0)
         # "5, 5" or "5 or 5" is no answer to a question with one: math-verify compares sets, and would pay it.
@@ -350,7 +340,7 @@ def reasoning_gym_answer(
         from reasoning_gym.utils import extract_answer  # here, since the line above says if it is not installed
 
         # "<think>...</think><answer>42</answer>" -> "42"
-        text = _answer_text(prompt, response)
+        text = answer_text(response, prompt)
         answer = text.strip() if tag is None else extract_answer(text, tag)
         if answer:
             # what a scorer reads of the row

@@ -110,6 +110,15 @@ def test_least_can_be_best_and_the_folder_chosen(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / "last").exists()
 
 
+def test_the_folder_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` in YAML files, where it would be a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path, [ExportPolicy(folder="~/policy", best=False)]).fit(PolicyModule(1, []))
+    assert (tmp_path / "home" / "policy" / "last" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_nothing_is_exported_by_validate(tmp_path: Path) -> None:
     make_trainer(tmp_path, [ExportPolicy()]).validate(PolicyModule(1, [0.5]), verbose=False)
     assert not (tmp_path / "logs" / "policy").exists()
