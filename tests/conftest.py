@@ -36,7 +36,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests on one worker with its fixtures, and all tests on several ranks on one with their processes.
+    """Keep a file's tests on one worker with its fixtures, and all that use forks on one, which imports for them once.
 
     Not by marks of groups: xdist 3.8 loses them under pytest 9.2.
     """
@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "ranks" if launches_ranks(path) else path
+            return "forks" if uses_forks(path) else path
 
     if config.getvalue("dist") != "loadfile":
         return None
@@ -54,9 +54,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @cache
-def launches_ranks(path: str) -> bool:
-    """Whether a file of tests, named from the root, uses the processes of `helpers/ranks.py`."""
-    return "from helpers.ranks import" in (TESTS.parent / path).read_text(encoding="utf-8")
+def uses_forks(path: str) -> bool:
+    """Whether a file of tests, named from the root, uses the processes of `helpers/forks.py`, or through others."""
+    text = (TESTS.parent / path).read_text(encoding="utf-8")
+    users = ("helpers.forks", "helpers.ranks", "helpers.children", "distributed.killing")
+    return any(f"from {module} import" in text for module in users)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -89,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def longest_files_first(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first, those on several ranks before all; within a file the order stays.
+    """Put the files that take longest first, those that use forks before all; within a file the order stays.
 
     A worker that begins a long file at the end leaves the others without work. The mark `slow` may tell the seconds.
     """
@@ -97,8 +99,8 @@ def longest_files_first(items: list[pytest.Item]) -> None:
     for item in items:
         mark = item.get_closest_marker("slow")
         seconds[item.path] += 0.03 if mark is None else mark.args[0] if mark.args else 1.0  # type: ignore[assignment]
-    ranks = {path for path in seconds if launches_ranks(path.relative_to(TESTS.parent).as_posix())}
-    items.sort(key=lambda item: (item.path not in ranks, -seconds[item.path]))
+    forks = {path for path in seconds if uses_forks(path.relative_to(TESTS.parent).as_posix())}
+    items.sort(key=lambda item: (item.path not in forks, -seconds[item.path]))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -122,9 +124,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what the imports have made to no later search for garbage, and search the old objects less often.
 
-    By default an eighth of the suite's time goes into them: a search of all objects takes a third of a second.
+    By default an eighth of the suite's time goes into them: a search of all objects takes a third of a second. What the
+    imports have left as garbage stays: to look for it would take two.
     """
-    gc.collect()
     gc.freeze()
     gc.set_threshold(2_000, 20, 100)
     gc.enable()
@@ -157,6 +159,16 @@ def _figures_stay_where_they_are() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ResultMetric, "to", to)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _packages_stay_the_same() -> Iterator[None]:
+    """Let Lightning read once which callbacks other packages bring: each new trainer reads the files of them all."""
+    from lightning.fabric.utilities import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(registry.entry_points))
         yield
 
 

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.forks import start_code
 from helpers.training import make_trainer, prompt_data, remax_module, save_policy
+from helpers.waiting import wait_until
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
@@ -198,24 +200,17 @@ from pathlib import Path
 from remax_lightning.run_folder import FolderLock
 lock = FolderLock(Path(sys.argv[1]), "export.folder")
 print("held", flush=True)
-sys.stdin.read()
+time.sleep(600)
 """
-
-
-def hold(folder: Path) -> subprocess.Popen[str]:
-    """Another process that has locked the folder, until it is killed."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
 
 
 @pytest.mark.slow
 def test_a_live_run_is_refused_and_a_killed_one_taken_over(policy: str, tmp_path: Path) -> None:
     folder = tmp_path / "policy"
-    holder = hold(folder)
+    log = tmp_path / "holder"
+    holder = start_code(HOLD, str(folder), log=log)
     try:
+        assert wait_until(lambda: log.exists() and log.read_text() == "held\n")
         for callbacks, key in (
             ([ExportPolicy(folder=str(folder), best=False)], "export.folder"),
             ([SampleDump(folder=str(folder))], "samples.folder"),
@@ -227,7 +222,7 @@ def test_a_live_run_is_refused_and_a_killed_one_taken_over(policy: str, tmp_path
             fit(tmp_path, policy, TrackingLogger(tmp_path, "", "policy"))
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     assert (folder / module.LOCK).exists()
     fit(tmp_path, policy, False, [ExportPolicy(folder=str(folder), best=False)])
     assert (folder / "last" / "model.safetensors").exists()

@@ -36,7 +36,7 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int]]:
     ]
     if quick:
         one = [case for case in grid if case[0] == "single"]
-        return [*one[::3], ("ddp", "backward", "SIGKILL", 1)]
+        return [*one[::5], ("ddp", "backward", "SIGKILL", 1)]
     return grid
 
 

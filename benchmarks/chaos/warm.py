@@ -190,7 +190,7 @@ def _become_command(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if ranks > 1:
             _fork_further_ranks(ranks - 1)
-        _begin_anew(rank=0)
+        begin_anew(rank=0)
         faulthandler.dump_traceback_later(max(deadline - 2, 1), exit=False)
         if prepare is not None:
             prepare()
@@ -200,7 +200,7 @@ def _become_command(
     _end_as_command()
 
 
-def _begin_anew(rank: int) -> None:
+def begin_anew(rank: int) -> None:
     """Set what modules read of their process when they are imported: the time of its start, and its rank."""
     # What is not imported yet reads it when it is.
     if checkpoints := sys.modules.get("remax_lightning.strategies.atomic_checkpoint"):
@@ -269,7 +269,7 @@ def _become_rank(connection: Connection) -> NoReturn:
         if cwd is not None:
             os.chdir(cwd)
         sys.argv = command[1:]
-        _begin_anew(int(variables["LOCAL_RANK"]))
+        begin_anew(int(variables["LOCAL_RANK"]))
     except BaseException:
         os._exit(1)
     _end_as_command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,3 +37,8 @@ def forgets(folder: Path) -> None:
     """Leave the process otherwise than it was."""
     writes(folder)
     torch.set_default_dtype(torch.float64)
+
+
+def ends(*_: Any) -> None:
+    """In place of what waits for functions to call."""
+    raise SystemExit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from helpers.cli import changed, small_config, write_config
+from helpers.forks import warm_context
 from lightning.pytorch import Callback
 
 from benchmarks.chaos import warm
@@ -178,7 +178,7 @@ class WarmCommand:
     """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = warm_context()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=become_commands, args=(theirs,), name="warm command")
         self.process.start()

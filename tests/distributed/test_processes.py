@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from distributed.absent import fails, forgets, stays_away, writes
+from distributed.absent import ends, fails, forgets, stays_away, writes
+from helpers import ranks
 from helpers.ranks import launch
 
 pytestmark = pytest.mark.slow
@@ -53,10 +52,7 @@ def test_a_rank_that_never_joins_fails_the_test() -> None:
         launch(stays_away, timeout=3)
 
 
-def test_processes_that_cannot_be_started_fail_the_test(tmp_path: Path) -> None:
-    multiprocessing.set_executable(str(tmp_path / "python"))
-    try:
-        with pytest.raises(AssertionError, match=r"ranks \[0, 1\] failed or did not end"):
-            launch(writes, tmp_path, fresh="those of the session are started")
-    finally:
-        multiprocessing.set_executable(sys.executable)
+def test_processes_that_end_at_their_start_fail_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "serve", ends)
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] failed or did not end"):
+        launch(writes, tmp_path, fresh="those of the session are started")

@@ -1,30 +1,24 @@
-"""The child processes of rewards as forks of one that has imported torch and this package, which takes each seconds."""
+"""The child processes of rewards as forks of one that has imported all that they need, which takes each seconds."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from remax_lightning.rewards import child_process
+from helpers.forks import warm_context
 
-FORKS = multiprocessing.get_context("forkserver")
+from remax_lightning.rewards import child_process
 
 
 @contextmanager
 def forked_children() -> Iterator[None]:
     """Inside, a child of a reward is a fork of a process with the imports of all of them."""
-    FORKS.set_forkserver_preload(["remax_lightning.rewards.timed", __name__])
-    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
-        forkserver.ensure_running()  # once a process; it finds the same modules as this one
     replaced = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPopen})
     with patch.object(child_process, "subprocess", replaced):
         yield
@@ -36,7 +30,7 @@ class ForkedPopen:
     def __init__(self, command: Sequence[str], *, pass_fds: tuple[int, int], stdout: int | None, **_: Any) -> None:
         ends = [Connection(os.dup(descriptor)) for descriptor in pass_fds]
         arguments = (command[2], dict(os.environ), *ends, stdout == subprocess.DEVNULL)
-        self._process = FORKS.Process(target=become_child, args=arguments, daemon=True)
+        self._process = warm_context().Process(target=become_child, args=arguments, daemon=True)
         self._process.start()
         for end in ends:
             end.close()

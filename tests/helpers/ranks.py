@@ -1,9 +1,8 @@
 """Runs a function in several processes that find each other over gloo: the ranks of a test.
 
-The processes stay for the whole session and are handed one function after the other, since importing torch, Lightning,
-transformers and DeepSpeed costs more than most of these functions. They keep their process group, too: DeepSpeed caches
-groups that belong to it. A function that fails, or that leaves the process otherwise than it was, costs the processes:
-the next one gets new ones.
+The processes stay for the whole session and are handed one function after the other. They keep their process group,
+too: DeepSpeed caches groups that belong to it. A function that fails, or that leaves the process otherwise than it was,
+costs the processes: the next one gets new ones, forks with all imports done (`helpers/forks.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,10 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from helpers.forks import warm_context
+
+from benchmarks.chaos.warm import begin_anew
 
 POOLS: dict[int, Ranks] = {}
 """By the number of ranks; each is started when a test first asks for it."""
@@ -87,7 +90,8 @@ class Ranks:
         self.logs = [Path(self.folder.name) / f"rank{rank}.log" for rank in range(ranks)]
         self.leftovers: list[str] = []
         self.processes, self.connections = [], []
-        context = multiprocessing.get_context("spawn")
+        # what is forked cannot use CUDA if its parent has looked for a device, as libraries do when they are imported
+        context = multiprocessing.get_context("spawn") if cuda else warm_context()
         common = environment(ranks, cuda)
         for rank, log in enumerate(self.logs):
             log.touch()
@@ -178,6 +182,8 @@ def serve(connection: Connection, variables: dict[str, str], log: str) -> None:
     folder = Path(log).with_suffix("")
     folder.mkdir()
     os.chdir(folder)
+    os.environ.update(variables)
+    begin_anew(int(variables["LOCAL_RANK"]))
     while True:
         try:
             module, name, arguments = connection.recv()

@@ -58,7 +58,7 @@ def test_the_pipeline_runs_from_nothing_to_a_report(run: Any) -> None:
             assert figure["low"] <= figure["value"] <= figure["high"]
             assert figure["n"] == 48
     assert figures["before"]["kl_per_response"]["value"] == pytest.approx(0, abs=1e-4)
-    assert figures["after"]["kl_per_response"]["value"] > 0
+    assert abs(figures["after"]["kl_per_response"]["value"]) > 1e-4  # an estimate of few samples may be below 0
     accuracy = figures["reward_model_accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
     assert accuracy["n"] == 48

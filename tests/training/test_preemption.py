@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from helpers.forks import start_code
 from helpers.training import PROMPTS, make_trainer, prompt_data, remax_module, save_policy
 from helpers.waiting import LONG, wait_until
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -249,22 +250,20 @@ getattr(trainer, sys.argv[4])(module, prompt_data(folder, policy))
 @pytest.mark.skipif(sys.platform != "linux", reason="a mutex of Linux stands for a library that hangs")
 @pytest.mark.parametrize(("how", "stage"), [("Python", "fit"), ("a library", "fit"), ("a library", "validate")])
 def test_a_second_sigterm_ends_a_reward_that_hangs(how: str, stage: str, tmp_path: Path) -> None:
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    command = [sys.executable, "-c", HANGS, str(tmp_path), save_policy(tmp_path / "policy"), how, stage]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "log"
+    process = start_code(HANGS, str(tmp_path), save_policy(tmp_path / "policy"), how, stage, log=log)
     try:
-        while not (tmp_path / "hangs").exists() and process.poll() is None:
+        while not (tmp_path / "hangs").exists() and process.is_alive():
             time.sleep(0.05)
         process.terminate()
         time.sleep(1)
-        assert process.poll() is None  # the first one waits for the end of the step
+        assert process.is_alive()  # the first one waits for the end of the step
         process.terminate()
-        _, said = process.communicate(timeout=LONG)
+        process.join(LONG)
     finally:
         process.kill()
-    assert process.returncode == 143
-    assert "SIGTERM came a second time" in said
+    assert process.exitcode == 143
+    assert "SIGTERM came a second time" in log.read_text()
 
 
 CLOSED = """
