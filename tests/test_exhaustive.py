@@ -21,6 +21,6 @@ def test_a_row_that_matches_nothing_is_noticed() -> None:
 
 def test_a_file_of_which_nothing_would_run_is_named() -> None:
     path = "distributed/test_lora.py"
-    assert without_representative([(path, "test[ddp]"), (path, "test[zero3]")]) == []
+    assert without_representative([(path, "test[ddp]"), (path, "test[fsdp2]")]) == []
     assert without_representative([(path, "test[ddp]"), (path, "test[zero1]")]) == [path]
     assert without_representative([("tools/test_pipeline.py", "test")]) == []  # its row says where the parts are tested
