@@ -21,6 +21,8 @@ import torch
 from fake_cuda import FakeCuda
 from helpers.minimal import run_with_only
 
+from remax_lightning.rollout.fused_layers import is_quicker_transposed
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 pytestmark = pytest.mark.slow(4)
@@ -302,6 +304,24 @@ def test_gpu_captures_graphs_of_what_it_measures(load: Any, fake_cuda: FakeCuda)
     assert parts.decode_figures(model, work, True, budget, {})["graphs"] == 2  # of a step, and of top-p
     assert all(graph.replays for graph in fake_cuda.graphs)
     assert parts.decode_figures(model, work, False, budget, {})["graphs"] == 0
+
+
+def test_products_of_few_rows_are_measured_in_both_orders(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "products.jsonl"
+    threads = torch.get_num_threads()
+    try:
+        load("products").main(
+            ["--layers", "3", "--rows", "3", "16", "--threads", "1", "--repetitions", "1", "--results", str(path)]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    lines = lines_of(path)
+    assert [line["size"] for line in lines[:2]] == ["256 to 256, 3 rows", "256 to 256, 16 rows"]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["ratio"] == pytest.approx(line["transposed"] / line["plain"], rel=1e-3)
+        layer = torch.nn.Linear(*(int(number) for number in line["size"].split(",")[0].split(" to ")))
+        assert line["is_taken"] == is_quicker_transposed(int(line["size"].split()[-2]), layer)
 
 
 def test_operators_are_counted_without_a_device(load: Any, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ differ.
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -103,17 +105,26 @@ def _is_fusible(norm: Any, epsilon: float) -> bool:
 
 # ---- Linear layers on a CPU ----
 
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux says whose the processor is; elsewhere Python knows it on Windows alone."""
 FEW_ROWS, FEW_TO_WIDER = 4, 8
-"""Rows up to which `(W x^T)^T` beats `x W^T`, in layers of fewer outputs than inputs and in others: 0.25 to 0.9 of its
-time with MKL, AVX2 or AVX-512, one thread or two."""
+"""Rows up to which `(W x^T)^T` beats `x W^T` on AMD's processors, in layers of fewer outputs than inputs and in others:
+0.25 to 0.9 of its time with MKL, AVX2 or AVX-512, one thread or two."""
 ROW_BLOCK, MOST_ROWS = 16, 64
 """With several threads it is also quicker at multiples of `ROW_BLOCK` up to `MOST_ROWS`, by up to 20 %; at the numbers
 between it is slower."""
+FEWEST_FEATURES, MOST_ROWS_OF_INTEL, MOST_WIDENING = 512, 48, 16
+"""On Intel's, MKL has kernels of its own for few rows and for narrow layers: the other order takes up to 6.4 times as
+long for 2 to 8 rows. It is quicker at multiples of `ROW_BLOCK` up to `MOST_ROWS_OF_INTEL` in layers of at least
+`FEWEST_FEATURES` inputs and at most `MOST_WIDENING` times as many outputs: 0.59 to 1.07 of the time, 0.85 in the middle
+(`benchmarks/products.py`)."""
 
 
 @contextmanager
 def transposed_products(model: nn.Module) -> Iterator[int]:
-    """Multiply few rows by the weights as `(W x^T)^T` inside: the same products, in an order that a CPU does quicker.
+    """Multiply few rows by the weights as `(W x^T)^T` inside, where the processor does this order quicker.
+
+    The products are the same up to rounding. See `is_quicker_transposed`.
 
     Args:
         model: with the weights of a rollout, in float32.
@@ -140,11 +151,27 @@ def transposed_products(model: nn.Module) -> Iterator[int]:
             del layer.forward
 
 
+@cache
+def multiplies_as_intel() -> bool:
+    """Whether this is a processor of Intel's, as far as the system tells."""
+    with suppress(OSError):
+        return "GenuineIntel" in CPUINFO.read_text(encoding="utf-8", errors="replace")
+    return "GenuineIntel" in platform.processor()
+
+
+def is_quicker_transposed(rows: int, layer: nn.Linear) -> bool:
+    """Whether `rows` are multiplied the other way around: by shapes and machine, not a clock, so that a run repeats."""
+    is_in_blocks = rows % ROW_BLOCK == 0
+    if multiplies_as_intel():
+        is_wide = layer.in_features >= FEWEST_FEATURES and layer.out_features <= MOST_WIDENING * layer.in_features
+        return is_in_blocks and rows <= MOST_ROWS_OF_INTEL and is_wide
+    few = FEW_ROWS if layer.out_features < layer.in_features else FEW_TO_WIDER
+    return 1 < rows <= few or (is_in_blocks and rows <= MOST_ROWS and torch.get_num_threads() > 1)
+
+
 def _transposed_product(layer: nn.Linear, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     rows = inputs.numel() // layer.in_features
-    few = FEW_ROWS if layer.out_features < layer.in_features else FEW_TO_WIDER
-    in_blocks = rows % ROW_BLOCK == 0 and rows <= MOST_ROWS and torch.get_num_threads() > 1
-    if not (1 < rows <= few or in_blocks):
+    if not is_quicker_transposed(rows, layer):
         return plain(inputs)
     columns = inputs.reshape(rows, -1).t()  # [in, M]
     if layer.bias is None:

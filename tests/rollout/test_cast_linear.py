@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rollout.families import FAMILIES, family_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
+from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig, fused_layers
 from remax_lightning.rollout.cuda_graph import CastLinear, cast_linears
 from remax_lightning.rollout.fused_layers import fused_norms, fused_rotary, transposed_products
 
@@ -231,6 +232,7 @@ def test_a_family_computes_the_same_with_transposed_products(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(fused_layers, "multiplies_as_intel", lambda: False)
     model = family_model(next(family for family in FAMILIES if family.name == name), torch.float32)
     ids = torch.arange(5, 5 + rows)[:, None]  # [M, 1]
     with torch.no_grad():
@@ -244,7 +246,10 @@ def test_a_family_computes_the_same_with_transposed_products(
 
 
 @pytest.mark.parametrize(("num_samples", "is_transposed"), [(1, True), (3, True), (8, False)])
-def test_rollouts_of_few_rows_multiply_the_other_way_around(num_samples: int, is_transposed: bool) -> None:
+def test_rollouts_of_few_rows_multiply_the_other_way_around(
+    num_samples: int, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_layers, "multiplies_as_intel", lambda: False)
     ids = torch.arange(5, 15)[None]
     mask, generator = torch.ones_like(ids, dtype=torch.bool), torch.Generator().manual_seed(0)
     sampling = SamplingConfig(max_response_length=3, num_samples=num_samples)
@@ -254,6 +259,38 @@ def test_rollouts_of_few_rows_multiply_the_other_way_around(num_samples: int, is
     with Products() as products:
         engine.generate(model, request)
     assert (products.transposed > 0) == is_transposed  # with the greedy response 2, 4 and 9 rows
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows"),
+    [(512, 512, {16, 32, 48}), (576, 64, {16, 32, 48}), (256, 4096, set()), (512, 8193, set())],
+)
+def test_intels_processors_do_it_with_wide_layers_and_blocks_of_rows(
+    inputs: int, outputs: int, rows: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_layers, "multiplies_as_intel", lambda: True)
+    layer = torch.nn.Linear(inputs, outputs)
+    assert {number for number in range(1, 129) if fused_layers.is_quicker_transposed(number, layer)} == rows
+    model, reference = torch.nn.Sequential(layer), torch.nn.functional.linear
+    with torch.no_grad(), transposed_products(model), Products() as products:
+        for number in (2, 16):
+            given = torch.randn(number, inputs)
+            expected = reference(given.double(), layer.weight.double(), layer.bias.double())
+            torch.testing.assert_close(model(given).double(), expected, rtol=1e-5, atol=1e-5)
+    assert products.transposed == bool(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_intel"), [("vendor_id\t: GenuineIntel\n", True), ("vendor_id\t: AuthenticAMD\n", False)]
+)
+def test_the_system_tells_whose_processor_it_is(
+    text: str, is_intel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_layers, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6 Model 143, GenuineIntel")
+    assert fused_layers.multiplies_as_intel.__wrapped__()
+    (tmp_path / "cpuinfo").write_text(text)
+    assert fused_layers.multiplies_as_intel.__wrapped__() == is_intel
 
 
 class Products(TorchDispatchMode):
