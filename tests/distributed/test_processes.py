@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from distributed.absent import ends, fails, forgets, stays_away, writes
 from helpers import ranks
+from helpers.forks import start_code
 from helpers.ranks import launch
+from helpers.waiting import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +31,15 @@ def test_a_function_finds_the_processes_of_the_one_before(tmp_path: Path) -> Non
     assert not set(processes(tmp_path)) & set(first)
     launch(writes, tmp_path)
     assert processes(tmp_path) == first
+
+
+def test_a_fork_has_imported_all_and_is_a_process_of_its_own(tmp_path: Path) -> None:
+    """What it preloads may fail without a word, and every process would import for itself."""
+    code = "import os, sys; print(all(name in sys.modules for name in sys.argv[1:]), os.getpid())"
+    process = start_code(code, "deepspeed", "peft", "datasets", "remax_lightning.cli_run", log=tmp_path / "log")
+    process.join(LONG)
+    assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == f"True {process.pid}\n"
 
 
 def test_what_a_function_leaves_behind_reaches_no_other(tmp_path: Path) -> None:
