@@ -18,7 +18,7 @@ from machine import RESULTS, description
 from timing import interleaved, medians, save, seconds
 from torch import Tensor, nn
 
-from remax_lightning.rollout.fused_layers import is_quicker_transposed
+from remax_lightning.rollout.fused_layers import is_quicker_transposed, transposed_product
 
 LAYERS = ((256, 256), (256, 4096), (512, 512), (512, 1376), (1376, 512), (512, 8192))
 LAYERS += ((576, 1536), (1536, 576), (576, 49152), (896, 4864), (4864, 896), (2048, 2048))
@@ -52,7 +52,7 @@ def measure(inputs: int, outputs: int, rows: int, threads: int, repetitions: int
     given = torch.randn(rows, inputs)  # [M, in]
     orders = {
         "plain": partial(nn.functional.linear, given, layer.weight),
-        "transposed": lambda: (layer.weight @ given.t()).t().contiguous(),
+        "transposed": partial(transposed_product, layer, given),
     }
     calls = max(3, NUMBERS // layer.weight.numel())
     times = interleaved({name: partial(_timed, run, calls) for name, run in orders.items()}, repetitions, warmup=1)

@@ -99,12 +99,8 @@ def warm_up() -> None:
     for path in (ROOT, ROOT / "tests"):
         if str(path) not in sys.path:
             sys.path.insert(0, str(path))
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401 - transformers imports it for every export
-    import peft  # noqa: F401
-    import torch
+    import_all()
     from helpers.parsing import share_parser
-    from transformers.models.llama import modeling_llama  # noqa: F401
 
     from remax_lightning.cli_run import command_parser
     from remax_lightning.shipped_configs import config_folder
@@ -112,12 +108,24 @@ def warm_up() -> None:
     share_parser(SimpleNamespace(setattr=setattr))
     # Each class that a configuration names has a parser of its own, made when it is first read.
     command_parser().parse_args(["fit", "--config", str(config_folder() / "demo.yaml")])
-    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or every collection of a fork would copy the memory of all these objects
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()][1:]
     if others := set(threads) - {"jemalloc_bg_thd"}:  # Arrow's allocator takes care of its thread in forks
         print(f"threads run before the forks, which could hold a lock in them: {', '.join(others)}", file=sys.stderr)
+
+
+def import_all() -> None:
+    """Import what runs import, however late they do, and compute with one thread."""
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401 - transformers imports it for every export
+    import peft  # noqa: F401
+    import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from remax_lightning import cli_run  # noqa: F401
+
+    torch.set_num_threads(1)
 
 
 # ---- Commands ----

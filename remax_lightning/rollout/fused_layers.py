@@ -143,7 +143,7 @@ def transposed_products(model: nn.Module) -> Iterator[int]:
     ]
     for layer in layers:
         # An attribute of the instance hides the method of its class, until it is deleted below.
-        layer.forward = partial(_transposed_product, layer, layer.forward)
+        layer.forward = partial(_quicker_product, layer, layer.forward)
     try:
         yield len(layers)
     finally:
@@ -169,17 +169,20 @@ def is_quicker_transposed(rows: int, layer: nn.Linear) -> bool:
     return 1 < rows <= few or (is_in_blocks and rows <= MOST_ROWS and torch.get_num_threads() > 1)
 
 
-def _transposed_product(layer: nn.Linear, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    rows = inputs.numel() // layer.in_features
-    if not is_quicker_transposed(rows, layer):
-        return plain(inputs)
-    columns = inputs.reshape(rows, -1).t()  # [in, M]
+def transposed_product(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """Return what the layer computes of `[..., in]` inputs, as `(W x^T)^T`."""
+    columns = inputs.reshape(-1, layer.in_features).t()  # [in, M]
     if layer.bias is None:
         product = layer.weight @ columns  # [out, M]
     else:
         product = torch.addmm(layer.bias.unsqueeze(1), layer.weight, columns)
     # In the usual order again, since families reshape what they get.
     return product.t().contiguous().view(*inputs.shape[:-1], -1)
+
+
+def _quicker_product(layer: nn.Linear, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    rows = inputs.numel() // layer.in_features
+    return transposed_product(layer, inputs) if is_quicker_transposed(rows, layer) else plain(inputs)
 
 
 # ---- Rotary embeddings ----
