@@ -229,6 +229,17 @@ def test_nothing_is_written_over(folders: tuple[str, str], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_the_file_may_be_in_the_home_folder(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run(folders, tmp_path, Evaluation(path="~/mine.json", num_resamples=10, test=()))
+    assert (tmp_path / "home" / "mine.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.slow
 def test_a_dry_run_and_validation_leave_no_files(folders: tuple[str, str], tmp_path: Path) -> None:
     run(folders, tmp_path, Evaluation(num_resamples=10), fast_dev_run=True)
     run(folders, tmp_path, Evaluation(), validates=True)

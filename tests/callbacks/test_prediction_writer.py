@@ -51,6 +51,14 @@ def test_refuses_a_file_that_exists(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_the_file_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path, [PredictionWriter("~/mine.jsonl")]).predict(Predictor(BATCHES))
+    assert (tmp_path / "home" / "mine.jsonl").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_values_that_json_has_not_are_written_as_text_or_null(tmp_path: Path) -> None:
     batch = [{"row": {"day": datetime.date(2024, 2, 3), "levels": [0.5, math.nan, -math.inf]}}]
     make_trainer(tmp_path, [PredictionWriter()]).predict(Predictor([batch]))

@@ -134,6 +134,15 @@ def test_the_folder_can_be_chosen(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "train.jsonl").read_text().count("\n") == 6
 
 
+def test_the_folder_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    dump = SampleDump(every_n_steps=1, folder="~/mine")
+    make_trainer(tmp_path, [dump], logger=False).fit(FakeModule([make_output(0)]))
+    assert (tmp_path / "home" / "mine" / "train.jsonl").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 AWKWARD = "a | b\n<script>x</script> **bold** _it_ `c` [l](u) # \\ & &lt; é 数 \ud800"
 
 
