@@ -23,7 +23,7 @@ from benchmarks.chaos import warm
 from benchmarks.chaos.totals import RESULTS, write_table, write_totals
 
 COUNTS = {"flip": 200, "truncate": 200, "yaml": 500, "jsonl": 500, "endurance": 2000}
-QUICK = {"flip": 4, "truncate": 4, "yaml": 8, "jsonl": 8, "endurance": 800}
+QUICK = {"flip": 4, "truncate": 4, "yaml": 8, "jsonl": 8, "endurance": 400}
 """Of `--quick`: what continuous integration runs in some minutes."""
 KINDS = ("yaml", "jsonl", "flip", "truncate", "payload", "server", "disk", "readonly", "kill", "endurance")
 

@@ -101,7 +101,8 @@ class FakeVLLM:
         self.statuses, self.requests, self.paths, self.dead = {}, [], [], False
         self.ends = []
         self.versions: list[str] = []  # that generated, by request
-        self.restarts = self.accepted = self.answered = 0
+        self.restarts = self.accepted = 0
+        self.open: set[int] = set()  # threads whose requests were accepted and have no answer yet
         self.at_once = self.most_at_once = 0
         self.lock = threading.RLock()
         for name, value in faults.items():
@@ -157,15 +158,16 @@ class FakeVLLM:
                 if path == "/wake_up":
                     body = {"tag": self.path.partition("tags=")[2]}
                 status, answer = server.answer(path, body, self.headers)
-                if server.dead:
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                content = b"" if answer is None else json.dumps(answer).encode()
-                server.send(self, path, status, content)
-                if path == GENERATE:
+                try:
+                    if server.dead:
+                        self.close_connection = True
+                        self.connection.close()
+                        return
+                    content = b"" if answer is None else json.dumps(answer).encode()
+                    server.send(self, path, status, content)
+                finally:  # also where nobody hears it
                     with server.lock:
-                        server.answered += 1
+                        server.open.discard(threading.get_ident())
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -353,6 +355,7 @@ class FakeVLLM:
             dies = self.dies_after is not None and self.dies_after < 0
             if not dies:
                 self.accepted += 1
+                self.open.add(threading.get_ident())
                 number = self.accepted
                 self.versions.append(body.get("model") if body.get("model") in self.adapters else self.version)
                 self.at_once += 1
@@ -405,7 +408,7 @@ class FakeVLLM:
 
     def _die(self) -> tuple[int, Any]:
         """Die once the requests before have their answers, however slow the machine is."""
-        wait_until(lambda: self.answered >= self.accepted)
+        assert wait_until(lambda: not self.open)
         with self.lock:
             if self.dies_after is not None:  # nobody died for it yet
                 self.dead, self.dies_after = True, None

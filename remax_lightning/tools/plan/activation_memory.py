@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,9 @@ from remax_lightning.training.optimization import choose_update_kernel
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+
+_DEVICE = torch.ops.prim.device.default
 
 
 class LiveBytes(TorchDispatchMode):
@@ -65,7 +69,9 @@ class LiveBytes(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Every operator passes here, those of the backward pass, too.
+        # Every operator passes here, those of the backward pass, too. Half of the calls ask where a tensor is.
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -100,8 +106,6 @@ def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     Args:
         dtype: what models are built in.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     # ---- The dtype of models, and no messages about missing values ----
     before, log = torch.get_default_dtype(), logging.getLogger("torch._subclasses.fake_tensor")
     torch.set_default_dtype(dtype)
