@@ -62,10 +62,20 @@ def uses_forks(path: str) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu`, leave out files without such tests: a machine with a GPU may lack what they import."""
-    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_") or collection_path.is_dir():
+    """Leave out files without the tests that `-m` asks for, which each worker would import.
+
+    With `-m gpu`, a machine with a GPU may lack what they import.
+    """
+    from exhaustive import EXHAUSTIVE
+
+    if not collection_path.name.startswith("test_") or collection_path.is_dir():
         return None
-    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+    if config.option.markexpr == "exhaustive":
+        path = collection_path.relative_to(TESTS).as_posix()
+        return True if all(path != file for file, _ in EXHAUSTIVE) else None
+    if config.option.markexpr == "gpu":
+        return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+    return None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -197,25 +197,41 @@ def test_the_script_for_bash_completes_subcommands_options_and_names(tmp_path: P
     (tmp_path / "remax.bash").write_text(printed.stdout)
     (tmp_path / "mine.yaml").touch()
 
-    def completed(*words: str) -> set[str]:
-        script = (
-            f"source remax.bash; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1};"
-            ' _shtab_remax; printf "%s\n" "${COMPREPLY[@]}"'
+    def completed(*lines: str) -> list[set[str]]:
+        """What each line is completed to: in one shell, since the script has megabytes."""
+        asked = [[*line.split(), *([""] if line.endswith(" ") else [])] for line in lines]
+        script = "source remax.bash\n" + "".join(
+            f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); _shtab_remax\n"
+            'printf "%s " "${COMPREPLY[@]}"; echo\n'
+            for words in asked
         )
         ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-        return set(ended.stdout.split())
+        return [set(line.split()) for line in ended.stdout.splitlines()]
 
-    assert completed("remax", "") >= {*RUNS, *TOOLS}
-    assert completed("remax", "co") == {"compare", "configs", "convert-reward"}
-    assert completed("remax", "fit", "--trainer.max_s") == {"--trainer.max_steps"}
-    assert completed("remax", "fit", "--model.sampling.num") >= {"--model.sampling.num_samples"}
-    assert "--memory" in completed("remax", "plan", "--mem")
-    assert "--trainer.max_steps" in completed("remax", "doctor", "--trainer.max")
-    assert completed("remax", "compare", "--com") == {"--common"}
-    assert completed("remax", "configs", "") >= {"list", "show", "copy"}
-    assert completed("remax", "configs", "show", "presets/v") >= {"presets/verl"}
-    assert completed("remax", "fit", "--config", "presets/v") >= {"presets/verl"}
-    assert "mine.yaml" in completed("remax", "fit", "--config", "mi")
+    subcommands, tools, steps, samples, memory, of_run, common, configs, names, of_fit, files = completed(
+        "remax ",
+        "remax co",
+        "remax fit --trainer.max_s",
+        "remax fit --model.sampling.num",
+        "remax plan --mem",
+        "remax doctor --trainer.max",
+        "remax compare --com",
+        "remax configs ",
+        "remax configs show presets/v",
+        "remax fit --config presets/v",
+        "remax fit --config mi",
+    )
+    assert subcommands >= {*RUNS, *TOOLS}
+    assert tools == {"compare", "configs", "convert-reward"}
+    assert steps == {"--trainer.max_steps"}
+    assert samples >= {"--model.sampling.num_samples"}
+    assert "--memory" in memory
+    assert "--trainer.max_steps" in of_run
+    assert common == {"--common"}
+    assert configs >= {"list", "show", "copy"}
+    assert names >= {"presets/verl"}
+    assert of_fit >= {"presets/verl"}
+    assert "mine.yaml" in files
 
 
 @pytest.mark.parametrize("shell", ["ksh", "powershell"])
