@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from helpers.cli import in_folder, message, remax, remax_parser
+from helpers.cli import are_releases_described, in_folder, message, remax, remax_parser
 from jsonargparse import Namespace
 
 import remax_lightning
@@ -110,7 +110,8 @@ def test_commands_that_read_little_need_no_torch(tmp_path: Path) -> None:
     assert json.loads(ended.stdout) == list(commands.values()), ended.stderr
     assert "Traceback" not in ended.stderr
     assert "model.kl_coeff: there is no such key; did you mean kl_coef?" in ended.stderr
-    assert "trainer.max_steps: expected a whole number, got many" in ended.stderr
+    if are_releases_described():
+        assert "trainer.max_steps: expected a whole number, got many" in ended.stderr
     assert "model.loss.kindd: there is no such key; did you mean kind?" in ended.stderr
     assert "doctor: there is no configuration; give --config FILE_OR_NAME, or see remax doctor --help" in ended.stderr
     assert (run / "report.html").stat().st_size > 10_000

@@ -15,7 +15,7 @@ from typing import Any, get_origin
 import pytest
 import torch
 import yaml
-from helpers.cli import in_folder, misread, remax_parser, small_config, write_config
+from helpers.cli import are_releases_described, in_folder, misread, remax_parser, small_config, write_config
 from jsonargparse import ArgumentParser
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch import Trainer
@@ -273,10 +273,19 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }  # fmt: skip
 
 
+OF_LIBRARIES = (
+    "several", "a callback in a list", "ranges of the trainer", "a range of an optimizer",
+    "ranges of this package's own classes",
+)  # fmt: skip
+"""Cases with keys of Lightning's and torch's classes, which are told early of the releases in `signatures.json`."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_all_that_is_wrong_is_told_by_its_full_key(case: str, tmp_path: Path, capsys: Any) -> None:
     config, expected = WRONG[case]
+    if case in OF_LIBRARIES and not are_releases_described():
+        pytest.skip("signatures.json describes other releases of torch and Lightning")
     told = early(tmp_path, config)
     assert list(told) == list(expected)
     for key, text in expected.items():

@@ -133,6 +133,7 @@ def test_messages_and_warnings_stand_above_the_bars(tmp_path: Path, monkeypatch:
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "120")  # a bar that is wider would be cut, and 100 steps a second need a column more
     logger = logging.getLogger("test_run_progress")
     handler = logging.StreamHandler(screen)
     monkeypatch.setattr(logger, "handlers", [handler])

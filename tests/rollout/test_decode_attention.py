@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +33,15 @@ ATTENTION = [family for family in FAMILIES if not any(kind in family.name for ki
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> FlashByLengths:
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashByLengths]:
+    """torch's flash attention that is told lengths, also where this torch's is not."""
     from torch.nn.attention import varlen
 
     stand_in = FlashByLengths()
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    return stand_in
+    row_lengths.flash_takes_lengths.cache_clear()
+    yield stand_in
+    row_lengths.flash_takes_lengths.cache_clear()
 
 
 @pytest.fixture
