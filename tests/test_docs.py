@@ -146,7 +146,7 @@ def test_links_that_lead_nowhere_fail_the_site(tmp_path: Path) -> None:
     page.write_text(page.read_text() + "".join(f"\n[here]({link})\n" for link in links))
     code, told = build(tmp_path / "site", tmp_path / "mkdocs.yml")
     assert code != 0
-    warnings = [line for line in told.splitlines() if "guards.md" in line]
+    warnings = [line for line in told.splitlines() if "WARNING" in line and "guards.md" in line]  # each fails by itself
     for name in ("configs/gone.yaml", "gone.md", "gone-1", "gone-2"):
         assert any(name in line for line in warnings), told
 

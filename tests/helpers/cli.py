@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +16,15 @@ import yaml
 from helpers.training import write_rows
 
 from remax_lightning.cli_keys import wrong_keys
-from remax_lightning.cli_schema import SIGNATURES, shipped_signatures
+from remax_lightning.cli_schema import shipped_signatures
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 
 
 def are_releases_described() -> bool:
     """Whether `signatures.json` describes the installed torch and Lightning: of others, wrong keys are told later."""
-    releases = json.loads(SIGNATURES.read_text(encoding="utf-8"))["releases"]
-    return all(version(library).partition("+")[0] == release for library, release in releases.items())
+    paths = "lightning.pytorch.Trainer", "torch.optim.SGD"
+    return all(shipped_signatures().parameters(path) is not None for path in paths)
 
 
 class Outcome(NamedTuple):

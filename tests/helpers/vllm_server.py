@@ -157,15 +157,15 @@ class FakeVLLM:
                     return
                 if path == "/wake_up":
                     body = {"tag": self.path.partition("tags=")[2]}
-                status, answer = server.answer(path, body, self.headers)
                 try:
+                    status, answer = server.answer(path, body, self.headers)
                     if server.dead:
                         self.close_connection = True
                         self.connection.close()
                         return
                     content = b"" if answer is None else json.dumps(answer).encode()
                     server.send(self, path, status, content)
-                finally:  # also where nobody hears it
+                finally:  # also where nobody hears it, or there is none
                     with server.lock:
                         server.open.discard(threading.get_ident())
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from remax_lightning.errors import UserError
 from remax_lightning.models.log_probs import policy_statistics, response_statistics, with_reference
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens
 from remax_lightning.rollout import GenerationRequest, PairedEngine, SamplingConfig
-from remax_lightning.tools.plan.activation_memory import LiveBytes, StepPasses, StepShape
+from remax_lightning.tools.plan.activation_memory import LiveBytes, StepPasses, StepShape, shapes_only
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 PROMPTS, PROMPT, RESPONSE = 8, 12, 20
@@ -150,3 +151,21 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4))
     with pytest.raises(UserError, match=r"PairedEngine only, which cannot decode with a MambaForCausalLM"):
         passes(model).rollout(greedy=True)
+
+
+def test_where_a_tensor_is_does_not_travel_through_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the calls of a plan ask for it."""
+    reached: list[str] = []
+    plain = FakeTensorMode.dispatch
+
+    def dispatch(self: Any, func: Any, *arguments: Any, **options: Any) -> Any:
+        reached.append(str(func))
+        return plain(self, func, *arguments, **options)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", dispatch)
+    with shapes_only(), LiveBytes():
+        tensor = torch.empty(2)
+        assert torch.ops.prim.device.default(tensor) == torch.device("cpu")
+        _ = tensor + 1
+    assert "aten.add.Tensor" in reached
+    assert "prim.device.default" not in reached

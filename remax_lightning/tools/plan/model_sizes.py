@@ -139,7 +139,7 @@ def _measure(run: PlannedRun) -> Sizes:
     # ---- PPO: no greedy responses, and the policy always scores ----
     ppo = dataclasses.replace(
         step,
-        rollout=_rollout(run, passes, greedy=False) if greedy else step.rollout,
+        rollout=_rollout(run, passes, greedy=False),
         scoring=max(shared, scoring),
         server=_server(run, policy, passes, greedy=False),
     )
