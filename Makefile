@@ -4,16 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo pipeline test test-rest test-real chaos test-all test-vllm vllm test-oldest quick lint format docs bench-rollout bench-step bench-gpu clean
+.PHONY: help demo pipeline test test-rest test-real test-left chaos test-all test-vllm vllm test-oldest quick lint format docs bench-rollout bench-step bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"remax-lightning needs Python 3.11 or newer, {sys.executable} is {v}: call make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/python -m pip install --quiet --upgrade pip
 
-# One call of pip for each set of packages: it takes 15 seconds where there is nothing to install.
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+# One call of pip for each set of packages: it takes seconds where there is nothing to install. The pip that Python 3.11
+# brings takes twice as long. Python compiles what it imports, which is a part of what would be compiled here.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 SETS := $(addprefix $(VENV)/.installed-,test test-real docs bench)
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .
@@ -22,6 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(SETS): $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[$*]'
 	@touch $(VENV)/.installed $@
+
+# All of them but the benchmarks', at once.
+$(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[test-real,docs]'
+	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,test test-real docs all)
 
 $(VENV)-ppo/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-ppo
@@ -67,6 +74,10 @@ test-real: $(VENV)/.installed-test-real ## run the tests with a pretrained model
 
 vllm: $(VENV)-vllm/.installed ## install vLLM for CPUs, 3.4 GB, in an environment of its own that `remax serve` finds
 
+test-left: $(VENV)/.installed-all ## run `make test-rest` and `make test-real` in one, whose workers import once
+	$(BIN)/python tests/real/fetch.py
+	$(PYTEST) -m 'exhaustive or (real and not vllm)'
+
 # Without a network the tests are skipped, with the reason; in continuous integration they fail.
 test-vllm: $(VENV)/.installed-test-real ## run the tests with a vLLM server on this machine, in minutes
 	$(BIN)/python tests/real/fetch.py
@@ -76,7 +87,7 @@ test-vllm: $(VENV)/.installed-test-real ## run the tests with a vLLM server on t
 chaos: $(VENV)/.installed-test ## kill, starve, deceive and damage runs, about 1600 times; goes on where it was stopped
 	$(BIN)/python -m benchmarks.chaos
 
-test-all: test test-rest test-real test-vllm chaos ## run everything
+test-all: test test-left test-vllm chaos ## run everything
 
 quick: $(VENV)/.installed-test ## run the suite without its slow tests
 	$(PYTEST) -m 'not slow and not exhaustive and not real'

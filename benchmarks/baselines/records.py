@@ -94,8 +94,8 @@ class PeakMemory:
         self._base = resident("VmRSS")
 
     def gigabytes(self) -> float:
-        """Return it, as of now."""
-        return round((resident("VmHWM") - self._base) / 1e9, 4)
+        """Return it, as of now, and not less than 0: the kernel counts some pages late."""
+        return max(0.0, round((resident("VmHWM") - self._base) / 1e9, 4))
 
 
 def machine() -> dict[str, Any]:
