@@ -67,7 +67,6 @@ class RemaxParser(LightningArgumentParser):
         arguments = original = completed(list(sys.argv[1:] if args is None else args))
         callbacks = {name: kind for _, parser in self.commands() for name, kind in parser.checked_callbacks.items()}
         mistakes = _unreadable_values(arguments, callbacks)
-        tip, parsed = "", None
         arguments = without_keys(arguments, mistakes) or arguments
         # ---- Keys and values that the signatures refuse: they are told by their full keys, at any depth ----
         check = KeyCheck(arguments[0] if arguments else "", LiveSignatures(callbacks))
@@ -78,17 +77,43 @@ class RemaxParser(LightningArgumentParser):
                 arguments = without_keys(arguments, [key]) or arguments
         mistakes |= wrong
         # ---- Parse; leave out what is wrong; parse the rest, until it passes or nothing changes any more ----
-        tried: list[list[str]] = []
+        tip, parsed = "", None
+        if "config" not in wrong:
+            tip, parsed = self._parse_in_parts(arguments, mistakes, check, *rest, **options)
+        # ---- Values that the parser accepts and nothing else will ----
+        lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
+        lines += self._wrong_values(original, parsed, mistakes)
+        if not lines:
+            return parsed
+        # ---- One message for all ----
+        print(f"remax: error: {printable(message_of(lines))}\n{tip}", end="", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2)
+
+    def _parse_in_parts(
+        self, arguments: list[str], mistakes: dict[str, str], check: KeyCheck, *rest: Any, **options: Any
+    ) -> tuple[str, Any]:
+        """Parse; where something is wrong, leave it out and parse the rest.
+
+        Args:
+            arguments: of the command line.
+            mistakes: texts by key; those that are found are added.
+            check: has the elements of lists that keys lie in.
+            *rest: for the parser.
+            **options: for the parser.
+
+        Returns:
+            The first advice that the parser gave, and what was parsed in the end; None where nothing could be.
+        """
+        tip, tried = "", list[list[str]]()
         left_out: set[str] = set()  # groups, of which then keys are missing
-        while parsed is None and "config" not in wrong and len(mistakes) < MAX_MISTAKES and arguments not in tried:
+        while len(mistakes) < MAX_MISTAKES and arguments not in tried:
             tried.append(arguments)
             try:
                 parsed = super().parse_args(arguments, *rest, **options)
-                if lines := [
-                    f'Parser key "{key}": {NOT_FINITE.format(value)}' for key, value in nonfinite_numbers(parsed)
-                ]:
-                    parsed = None
-                    self.error("\n".join(lines))
+                texts = [f'Parser key "{key}": {NOT_FINITE.format(value)}' for key, value in nonfinite_numbers(parsed)]
+                if not texts:
+                    return tip, parsed
+                self.error("\n".join(texts))
             except _ParseExit as end:
                 tip = tip or end.tip
                 further = {
@@ -109,14 +134,7 @@ class RemaxParser(LightningArgumentParser):
                     reduced = without_keys(arguments, groups)
                     left_out.update(groups)
                 arguments = reduced or arguments
-        # ---- Values that the parser accepts and nothing else will ----
-        lines = [f"{key}: {text}" if key else text for key, text in mistakes.items()]
-        lines += self._wrong_values(original, parsed, mistakes)
-        if not lines:
-            return parsed
-        # ---- One message for all ----
-        print(f"remax: error: {printable(message_of(lines))}\n{tip}", end="", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2)
+        return tip, None
 
     def dump(self, *args: Any, **options: Any) -> str:
         """Return a configuration as text; it was checked when it was parsed, which takes as long as the rest."""

@@ -233,19 +233,10 @@ def remax_advantages(
             that another one needs is None.
     """
     has_tokens = reward.dim() == 2 and reward.shape == response_mask.shape
-    if not has_tokens:
-        check_shape("reward", reward, "[S]", (None,))
-    check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
     loss_mask = response_mask if loss_mask is None else loss_mask
-    check_mask("loss_mask", loss_mask, "[S, R]", response_mask.shape)
-    check_argument(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
-    check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
-    check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
+    _check_rewards(reward, response_mask, loss_mask, gamma, reward_clip, reward_clip_at, has_tokens=has_tokens)
     _check_kl(kl, response_mask, kl_coef, kl_credit, kl_in_baseline, baseline)
-    if has_tokens:
-        check_argument(not kl_in_baseline, "kl_in_baseline", "False with a reward per token", True)
-        clips_whole = reward_clip is not None and reward_clip_at == "before_baseline"
-        check_argument(not clips_whole, "reward_clip_at", "after_baseline with a reward per token", reward_clip_at)
+    check_argument(not (has_tokens and kl_in_baseline), "kl_in_baseline", "False with a reward per token", True)
     dtype = compute_dtype(*(x for x in (reward, baseline_reward, kl) if x is not None))
     bound = math.inf if reward_clip is None else reward_clip
     # ---- beta * kl_t of every token [S, R] ----
@@ -274,6 +265,27 @@ def remax_advantages(
     cost = _discounted_sum_to_go(penalty, response_mask, gamma) if kl_credit == "to_go" else penalty  # [S, R]
     advantages = torch.where(loss_mask, above - cost, 0.0)
     return whiten_advantages(advantages, loss_mask, reduce) if whiten else advantages
+
+
+def _check_rewards(
+    reward: Tensor,
+    response_mask: Tensor,
+    loss_mask: Tensor,
+    gamma: float,
+    reward_clip: float | None,
+    reward_clip_at: RewardClipAt,
+    *,
+    has_tokens: bool,
+) -> None:
+    if not has_tokens:
+        check_shape("reward", reward, "[S]", (None,))
+    check_mask("response_mask", response_mask, "[S, R]", (reward.shape[0], None))
+    check_mask("loss_mask", loss_mask, "[S, R]", response_mask.shape)
+    check_argument(0 < gamma <= 1, "gamma", "above 0 and at most 1", gamma)
+    check_argument(reward_clip is None or reward_clip > 0, "reward_clip", "above 0 or None", reward_clip)
+    check_choice("reward_clip_at", reward_clip_at, get_args(RewardClipAt))
+    clips_whole = has_tokens and reward_clip is not None and reward_clip_at == "before_baseline"
+    check_argument(not clips_whole, "reward_clip_at", "after_baseline with a reward per token", reward_clip_at)
 
 
 def _tokens_above(

@@ -112,6 +112,7 @@ def test_a_reward_that_never_returns_on_one_rank_holds_up_no_other(
     reward = {"function": "distributed.hanging.reward", "arguments": {"rank": 1, "waits": 600.0}}
     changes = {"model__reward__init_args": reward | deadline, "model__stall_timeout": 600.0 if deadline else 8.0}
     changes |= {"evaluation__at_start": False, "trainer__max_steps": 2}  # it hangs in the second step
+    changes |= {"data__batch_size": 1} if "on_timeout" in deadline else {}  # each response that hangs costs a new child
     ended = warm(tmp_path, *write_run(tmp_path, policy, "ddp", [], **changes))
     assert "Traceback" not in ended.out
     if code is None:
