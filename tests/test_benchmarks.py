@@ -203,7 +203,7 @@ def check_gpu(path: Path) -> None:
 
 def test_gpu_runs_its_whole_path_on_a_cpu(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
-    load("gpu").main(["--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)])
+    load("gpu").main(["--shape", "toy", "--device", "cpu", "--seconds", "1000", "--results", str(path)])
     check_gpu(path)
 
 
@@ -212,7 +212,7 @@ def test_gpu_needs_torch_transformers_and_lightning_alone(tmp_path: Path) -> Non
     path, folder = tmp_path / "gpu.jsonl", tmp_path / "packages"
     folder.mkdir()
     names = ("torch", "transformers", "lightning")
-    command = ["benchmarks/gpu.py", "--shape", "toy", "--device", "cpu", "--seconds", "100", "--results", str(path)]
+    command = ["benchmarks/gpu.py", "--shape", "toy", "--device", "cpu", "--seconds", "1000", "--results", str(path)]
     ended = run_with_only(names, folder, *command)
     assert ended.returncode == 0, ended.stderr[-3000:]
     check_gpu(path)

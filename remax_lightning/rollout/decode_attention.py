@@ -310,7 +310,11 @@ class SharedPrefix:
             prompts: `[M]` the prompt of each row.
         """
         self.prompts = prompts
-        self.orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by heads of queries and of keys, see `attend`
+        # As products take them: of each layer, keys and values of prompts, [B * H', P, d], and of rows, [N * H', R, d].
+        flat = [states.flatten(0, 1) for states in self.states]
+        half = len(self.prefix)
+        self.flat = list(zip(flat[:half:2], flat[1:half:2], flat[half::2], flat[half + 1 :: 2], strict=True))
+        self.orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by heads of queries and of keys
         self.row_of_cell: Tensor = prompts  # the plan has shapes alone, and as many rows of each prompt
         self.cell_of_row: Tensor = prompts
         if isinstance(prompts, FakeTensor):
@@ -342,17 +346,45 @@ class SharedPrefix:
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """See `AttentionStates`."""
+        (rows, heads, width), groups = query.shape, self.prefix[2 * layer].shape[1]
         # ---- What the layer sees: all, or what is left in its window ----
-        (rows, heads, _), groups = query.shape, self.prefix[2 * layer].shape[1]
-        length, window = self.size.prompt_length, self.windows[layer]
-        first = 0 if window is None else max(0, length + self.width - window)
-        # A window's prompt states are the last ones of the prompt.
-        skipped = max(0, first - length + self.prefix[2 * layer].shape[2])
-        prompt_keys, prompt_values = (states[:, :, skipped:] for states in self.prefix[2 * layer : 2 * layer + 2])
+        prompt_keys, prompt_values, keys, values = self.flat[layer]
+        first, window, length = 0, self.windows[layer], self.size.prompt_length
+        if window is not None:
+            first = max(0, length + self.width - window)
+            # A window's prompt states are the last ones of the prompt.
+            skipped = max(0, first - length + prompt_keys.shape[1])
+            prompt_keys, prompt_values = prompt_keys[:, skipped:], prompt_values[:, skipped:]
         seen = slice(max(0, first - length), self.width)
-        keys, values = (states[:rows, :, seen] for states in self.suffix[2 * layer : 2 * layer + 2])
-        query, length = query * scaling, prompt_keys.shape[2]
-        # ---- Where each head of each row stands in the grid of prompts, for all layers with as many heads ----
+        keys, values = keys[: rows * groups, seen], values[: rows * groups, seen]  # [M * H', t, d]
+        length = prompt_keys.shape[1]
+        # ---- Products with the prompts, one for each head and prompt, and with what the rows have written ----
+        to_grid, to_rows = self._orders(heads, groups)
+        grid = len(prompt_keys), len(to_grid) // len(prompt_keys)  # B * H', G * H / H'
+        query = (query * scaling).flatten(0, 1)  # [M * H, d]
+        before = query.index_select(0, to_grid).view(*grid, width).bmm(prompt_keys.mT)  # [B * H', G * H / H', P]
+        if self.bias is not None:
+            bias = self.bias[..., self.bias.shape[-1] - length :]
+            before = before.view(len(bias), groups, grid[1], length) + bias
+        before = before.view(len(to_grid), length).index_select(0, to_rows)  # [M * H, P]
+        after = query.view(len(keys), -1, width).bmm(keys.mT).view(rows * heads, -1)  # [M * H, t]
+        # ---- One softmax over both ----
+        probs = torch.cat([before, after], -1).softmax(-1)  # [M * H, P + t]
+        of_prompt = probs[:, :length].index_select(0, to_grid).view(*grid, length)
+        of_row = probs[:, length:].view(len(keys), heads // groups, -1)
+        output = of_prompt.bmm(prompt_values).view(-1, values.shape[2]).index_select(0, to_rows)  # [M * H, d]
+        return output.view(rows, heads, -1).add_(of_row.bmm(values).view(rows, heads, -1))
+
+    def _orders(self, heads: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Return which head of which row stands at each place of the grid of prompts, and the way back.
+
+        Args:
+            heads: `H`, of queries.
+            groups: `H'`, of keys.
+
+        Returns:
+            `[B * H' * G * H / H']` and `[M * H]` indices, the same for all layers with as many heads.
+        """
         if (heads, groups) not in self.orders:
             share = heads // groups  # heads of queries for a head of keys
             group, head = torch.arange(groups), torch.arange(share)
@@ -362,17 +394,4 @@ class SharedPrefix:
             group, head = torch.arange(heads) // share, torch.arange(heads) % share
             in_rows = ((prompt * groups + group) * self.places + place) * share + head  # [M, H]
             self.orders[heads, groups] = in_grid.flatten(), in_rows.flatten()
-        to_grid, to_rows = self.orders[heads, groups]
-        grid = len(self.prefix[0]), groups, to_grid.shape[0] // (len(self.prefix[0]) * groups)  # B, H', G * H / H'
-        # ---- Products with the prompts, one for each head and prompt, and with what the rows have written ----
-        before = query.flatten(0, 1).index_select(0, to_grid).view(*grid, -1) @ prompt_keys.mT  # [B, H', G * H / H', P]
-        if self.bias is not None:
-            before = before + self.bias[..., self.bias.shape[-1] - length :]
-        before = before.flatten(0, 2).index_select(0, to_rows).view(rows, heads, -1)  # [M, H, P]
-        after = query.view(rows, groups, heads // groups, -1) @ keys.mT  # [M, H', H / H', t]
-        # ---- One softmax over both ----
-        probs = torch.cat([before, after.view(rows, heads, -1)], -1).softmax(-1)  # [M, H, P + t]
-        of_prompt = probs.flatten(0, 1).index_select(0, to_grid).view(*grid, -1)[..., :length]
-        of_row = probs.view(rows, groups, heads // groups, -1)[..., length:]
-        output = (of_prompt @ prompt_values).flatten(0, 2).index_select(0, to_rows).view(rows, heads, -1)  # [M, H, d]
-        return output.add_((of_row @ values).view(rows, heads, -1))
+        return self.orders[heads, groups]

@@ -36,7 +36,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 @contextmanager
 def fused_norms(model: nn.Module, checked: dict[Hashable, bool]) -> Iterator[int]:
-    """Run the RMS norms of the model as one operator each inside, where transformers has eight.
+    """Run the RMS norms of the model in fewer operators inside, where transformers has eight.
 
     On CUDA that is one kernel. In 16 bits the result is rounded once and not twice, in float32 it is the same.
     Families write their norms in many ways, some with 1 + weight; so one norm of each kind is compared with torch's on
@@ -88,7 +88,12 @@ def _fused_rms_norm(norm: Any, epsilon: float, plain: Callable[[Tensor], Tensor]
     # Under autocast, inputs and weights may differ; the result then has a dtype of the family's choice.
     if inputs.dtype != norm.weight.dtype:
         return plain(inputs)
-    return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, epsilon)
+    if inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+        return nn.functional.rms_norm(inputs, norm.weight.shape, norm.weight, epsilon)
+    # On a CPU torch's is no kernel, but these operators and more around them: twice the time for few rows, which is 3 %
+    # of a rollout of a model of 256 features. Every bit is the same.
+    scale = (inputs * inputs).sum(-1, keepdim=True).div_(inputs.shape[-1]).add_(epsilon).rsqrt_()  # [..., 1]
+    return (inputs * scale).mul_(norm.weight)
 
 
 def _is_fusible(norm: Any, epsilon: float) -> bool:

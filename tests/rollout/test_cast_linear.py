@@ -208,6 +208,34 @@ def test_weights_far_from_one_are_told_apart() -> None:
             assert number == 0
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operators that are no views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [64, 100, 576])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (3, 20)])
+def test_a_norm_on_a_cpu_is_torchs_in_every_bit(width: int, shape: tuple[int, int]) -> None:
+    norm = torch.nn.RMSNorm(width, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        inputs = 3 * torch.randn(*shape, width)
+        plain, kept = norm(inputs), inputs.clone()
+        with fused_norms(norm, {}) as number, Kernels() as kernels:
+            got = norm(inputs)
+    wide = inputs.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    assert (number, kernels.number) == (1, 7)
+    assert torch.equal(got, plain)
+    assert torch.equal(inputs, kept)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_rollouts_on_cuda_fuse_norms(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, plain = [], torch.nn.functional.rms_norm
 
