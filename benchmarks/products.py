@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from remax_lightning.rollout.fused_layers import is_quicker_transposed, transposed_product
 
-LAYERS = ((256, 256), (256, 4096), (512, 512), (512, 1376), (1376, 512), (512, 8192))
-LAYERS += ((576, 1536), (1536, 576), (576, 49152), (896, 4864), (4864, 896), (2048, 2048))
-"""Inputs and outputs: of the benchmarks' tiny and small models, of one of 135 M and one of 0.5 B, and a wider one."""
+LAYERS = ((256, 256), (256, 688), (688, 256), (256, 4096), (512, 512), (512, 1376), (1376, 512), (512, 8192))
+LAYERS += ((576, 192), (576, 1536), (1536, 576), (576, 49152), (896, 4864), (4864, 896), (1536, 256), (2048, 2048))
+"""Inputs and outputs: of the benchmarks' tiny and small models, of one of 135 M and one of 0.5 B, and of wider ones,
+with keys of grouped heads among them."""
 ROWS = (2, 4, 8, 16, 24, 32, 48, 64)
 NUMBERS = 10_000_000
 """Weights that are read between two looks at the clock."""

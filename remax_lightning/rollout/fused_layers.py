@@ -119,10 +119,11 @@ ROW_BLOCK, MOST_ROWS = 16, 64
 """With several threads it is also quicker at multiples of `ROW_BLOCK` up to `MOST_ROWS`, by up to 20 %; at the numbers
 between it is slower."""
 FEWEST_FEATURES, MOST_ROWS_OF_INTEL, MOST_WIDENING = 512, 48, 16
-"""On Intel's, MKL has kernels of its own for few rows and for narrow layers: the other order takes up to 6.4 times as
+"""On Intel's, MKL has kernels of its own for few rows and for narrow layers: the other order takes up to 8.3 times as
 long for 2 to 8 rows. It is quicker at multiples of `ROW_BLOCK` up to `MOST_ROWS_OF_INTEL` in layers of at least
-`FEWEST_FEATURES` inputs and at most `MOST_WIDENING` times as many outputs: 0.59 to 1.07 of the time, 0.85 in the middle
-(`benchmarks/products.py`)."""
+`FEWEST_FEATURES` inputs and outputs and at most `MOST_WIDENING` times as many outputs as inputs: 0.58 to
+1.01 of the time, 0.81 in the middle (`benchmarks/products.py`). With fewer outputs, as keys and values of grouped heads
+have, it took up to 1.36 times as long on two threads."""
 
 
 @contextmanager
@@ -168,7 +169,8 @@ def is_quicker_transposed(rows: int, layer: nn.Linear) -> bool:
     """Whether `rows` are multiplied the other way around: by shapes and machine, not a clock, so that a run repeats."""
     is_in_blocks = rows % ROW_BLOCK == 0
     if multiplies_as_intel():
-        is_wide = layer.in_features >= FEWEST_FEATURES and layer.out_features <= MOST_WIDENING * layer.in_features
+        is_wide = min(layer.in_features, layer.out_features) >= FEWEST_FEATURES
+        is_wide = is_wide and layer.out_features <= MOST_WIDENING * layer.in_features
         return is_in_blocks and rows <= MOST_ROWS_OF_INTEL and is_wide
     few = FEW_ROWS if layer.out_features < layer.in_features else FEW_TO_WIDER
     return 1 < rows <= few or (is_in_blocks and rows <= MOST_ROWS and torch.get_num_threads() > 1)

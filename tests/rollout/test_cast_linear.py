@@ -291,7 +291,7 @@ def test_rollouts_of_few_rows_multiply_the_other_way_around(
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "rows"),
-    [(512, 512, {16, 32, 48}), (576, 64, {16, 32, 48}), (256, 4096, set()), (512, 8193, set())],
+    [(512, 512, {16, 32, 48}), (576, 511, set()), (511, 4096, set()), (512, 8192, {16, 32, 48}), (512, 8193, set())],
 )
 def test_intels_processors_do_it_with_wide_layers_and_blocks_of_rows(
     inputs: int, outputs: int, rows: set[int], monkeypatch: pytest.MonkeyPatch
