@@ -19,7 +19,8 @@ from timing import interleaved, medians, save, seconds
 from torch.nn.functional import scaled_dot_product_attention
 
 from remax_lightning.models.forward import prompt_index_per_row
-from remax_lightning.rollout.decode_attention import RolloutSize, SharedPrefix
+from remax_lightning.rollout.decode_attention import RolloutSize
+from remax_lightning.rollout.shared_prefix import SharedPrefix
 from remax_lightning.rollout.static_cache import allocate_slots
 
 WIDTH = 64

@@ -35,7 +35,6 @@ from remax_lightning.rollout.cuda_graph import CastLinear, StepCache, cast_linea
 from remax_lightning.rollout.decode_attention import (
     RolloutSize,
     RolloutStates,
-    SharedPrefix,
     layout_of,
     slot_dtype,
     states_of,
@@ -43,6 +42,7 @@ from remax_lightning.rollout.decode_attention import (
 from remax_lightning.rollout.decode_loop import DecodeLoop
 from remax_lightning.rollout.fused_layers import fused_activations, fused_norms, fused_rotary, transposed_products
 from remax_lightning.rollout.row_lengths import RowLengths, flash_takes_lengths
+from remax_lightning.rollout.shared_prefix import SharedPrefix
 from remax_lightning.rollout.static_cache import DecodeBuffers, allocate_slots
 from remax_lightning.sharding import is_sharded, language_model
 

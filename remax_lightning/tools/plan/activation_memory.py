@@ -26,9 +26,10 @@ from remax_lightning.models.log_probs import ForwardBatch, row_statistics
 from remax_lightning.models.packing import attention_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, next_tokens
 from remax_lightning.rollout import GenerationRequest, SamplingConfig
-from remax_lightning.rollout.decode_attention import RolloutSize, RolloutStates, SharedPrefix
+from remax_lightning.rollout.decode_attention import RolloutSize, RolloutStates
 from remax_lightning.rollout.decode_loop import DecodeLoop
 from remax_lightning.rollout.engines import kind_of_states
+from remax_lightning.rollout.shared_prefix import SharedPrefix
 from remax_lightning.rollout.static_cache import allocate_slots, bucketed_length
 from remax_lightning.sharding import language_model, unwrap_peft
 from remax_lightning.tools.plan.types import BackwardPeak, RolloutBytes, TrainingBytes, UpdateBytes
