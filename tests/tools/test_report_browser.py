@@ -37,12 +37,19 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(browser: Any, report: Path) -> Any:
     """The page, just loaded."""
     browser.get_log("browser"), requests_of(browser)
-    browser.get(report.as_uri())
+    open_report(browser, report)
     return browser
 
 
 def run(page: Any, script: str) -> Any:
     return page.execute_script(f"return {script}")
+
+
+def open_report(browser: Any, report: Path) -> None:
+    """Open a page and wait until its scripts have run: once, a large one was empty when the driver returned."""
+    run(browser, "window.isLeft = true")
+    browser.get(report.as_uri())
+    assert wait_until(lambda: run(browser, "!window.isLeft && document.readyState == 'complete'"))
 
 
 def shown(page: Any) -> list[dict[str, str]]:
@@ -242,7 +249,7 @@ def test_markup_in_a_sample_is_shown_as_text(page: Any) -> None:
 def test_characters_of_several_tokens_are_one_piece(browser: Any, tmp_path: Path) -> None:
     several = sample(0, response="a数b", tokens=["a", "", "", "数", "b", ""], token_kl=[0.1, 0.2, None, 0.4, 0.5, 0.6])
     write_samples(tmp_path, [several | {"token_advantages": [1, 2, 3, 4, 5, 6]}])
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     tokens = "[...document.querySelectorAll('#rows [data-i]')]"
     assert run(browser, f"{tokens}.map((token) => token.textContent)") == ["a", "数", "b", ""]
     texts = run(browser, f"{tokens}.map(tokenText)")
@@ -254,7 +261,7 @@ def test_dumps_without_tokens_are_shown_without_shading(browser: Any, tmp_path: 
     old = {key: value for key, value in sample(3).items() if "token" not in key}
     write_samples(tmp_path, [old, old | {"reward": None, "kl": None, "greedy_response": None}])
     browser.get_log("browser")
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     assert browser.get_log("browser") == []
     assert [row["response"] for row in shown(browser)] == ["answer 3"] * 2
     assert sorted(row["reward"] for row in shown(browser)) == ["0.3", "–"]  # noqa: RUF001
@@ -269,7 +276,7 @@ def test_thousands_of_long_samples_do_not_slow_the_page(browser: Any, tmp_path: 
     figures = {"tokens": tokens, "token_kl": [math.sin(i) for i in range(300)], "token_advantages": [0.5] * 300}
     write_samples(tmp_path, [sample(i, response=text, **figures) for i in range(2000)])
     started = time.perf_counter()
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     assert time.perf_counter() - started < 60
     assert len(shown(browser)) == 20
     assert run(browser, "document.querySelectorAll('#rows [data-i]').length") == 20 * 300
@@ -407,14 +414,14 @@ def marks(page: Any, name: str) -> str:
 def test_blanks_around_a_text_are_visible(browser: Any, tmp_path: Path) -> None:
     tokens = {"response": " so ", "tokens": [" so", " ", ""], "token_kl": [0.1] * 3, "token_advantages": [0.1] * 3}
     write_samples(tmp_path, [sample(0, prompt="\n\tone two \n", greedy_response="\n", **tokens)])
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     assert marks(browser, "0") == "↵→·↵"
     assert marks(browser, "1") == "··"
     assert marks(browser, "2") == "↵"
     [row] = shown(browser)
     assert (row["prompt"], row["response"], row["greedy"]) == ("\n\tone two \n", " so ", "\n")  # what is copied
     write_samples(tmp_path, [sample(0, greedy_response="\u200b\ufeff", prompt="", **tokens)])
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     assert marks(browser, "2") == "◌◌"
     assert shown(browser)[0]["prompt"] == "empty"
 
@@ -427,7 +434,7 @@ def test_the_policy_before_training_has_rows_of_its_own(page: Any, browser: Any,
     write_samples(
         tmp_path, [sample(i, stage="validation", step=step) for step in (0, 2) for i in range(2)], "validation"
     )
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     put(browser, "stage", "before training")
     assert [(row["step"], row["stage"]) for row in shown(browser)] == [("0", "before training")] * 2
     assert "from 0.25 before training" in browser.find_element("css selector", ".tiles").text
@@ -435,7 +442,7 @@ def test_the_policy_before_training_has_rows_of_its_own(page: Any, browser: Any,
     # what never trained may be any checkpoint
     other = tmp_path / "validated"
     write_samples(other, [sample(0, stage="validation", step=0)], "validation")
-    browser.get(main([str(other)]).as_uri())
+    open_report(browser, main([str(other)]))
     assert [row["stage"] for row in shown(browser)] == ["validation"]
     assert run(browser, "stepName(0)") == "step 0"
 
@@ -445,7 +452,7 @@ def test_steps_on_the_axis_are_whole_and_begin_before_training(browser: Any, tmp
     points = [(step, 0.5 + step / 1e4) for step in range(1, steps + 1)]
     curves = {"train/reward": points, "train/grad_norm": points, "val/reward": [(0, 0.1), (steps, 0.9)]}
     write_events(tmp_path, curves)
-    browser.get(main([str(tmp_path)]).as_uri())
+    open_report(browser, main([str(tmp_path)]))
     charts = run(
         browser,
         """[...document.querySelectorAll('svg.chart')].map((chart) =>
