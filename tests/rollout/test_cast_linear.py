@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from fake_cuda import FakeCuda
+from helpers.operators import Operators
 from rollout.families import FAMILIES, family_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -208,16 +209,6 @@ def test_weights_far_from_one_are_told_apart() -> None:
             assert number == 0
 
 
-class Kernels(TorchDispatchMode):
-    """Counts the operators that are no views."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("width", [64, 100, 576])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (3, 20)])
 def test_a_norm_on_a_cpu_is_torchs_in_every_bit(width: int, shape: tuple[int, int]) -> None:
@@ -226,11 +217,11 @@ def test_a_norm_on_a_cpu_is_torchs_in_every_bit(width: int, shape: tuple[int, in
         norm.weight.uniform_(0.5, 1.5)
         inputs = 3 * torch.randn(*shape, width)
         plain, kept = norm(inputs), inputs.clone()
-        with fused_norms(norm, {}) as number, Kernels() as kernels:
+        with fused_norms(norm, {}) as number, Operators() as operators:
             got = norm(inputs)
     wide = inputs.double()
     expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
-    assert (number, kernels.number) == (1, 7)
+    assert (number, operators.counts.total()) == (1, 7)
     assert torch.equal(got, plain)
     assert torch.equal(inputs, kept)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
@@ -358,24 +349,14 @@ def test_a_family_rotates_a_token_as_it_does_itself(name: str, dtype: torch.dtyp
             with fused_rotary(model, {}) if fused else nullcontext(0) as number:
                 assert number == (fused and name != "GPT-2")
                 output = model(tokens, use_cache=True)
-                with Counts() as counts:
+                with Operators() as operators:
                     logits.append(model(tokens[:, :1], past_key_values=output.past_key_values).logits)
-            cached.append(counts.negations)
+            cached.append(operators.counts["neg"])
     assert getattr(module, "apply_rotary_pos_emb", None) is before
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert (logits[1] - logits[0]).norm() <= tolerance * logits[0].norm()
     if name in ("Llama", "Qwen3"):
         assert cached == [2 * 2, 1]  # of queries and keys in both layers; of the sines, once for all
-
-
-class Counts(TorchDispatchMode):
-    """Counts negations, of which a rotation has two."""
-
-    negations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.negations += func.overloadpacket.__name__ == "neg"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi"])
@@ -389,9 +370,9 @@ def test_a_token_in_mixed_precision_is_rotated_together(name: str) -> None:
             with fused_rotary(model, {}) if fused else nullcontext(0) as number:
                 assert number == fused
                 output = model(tokens, use_cache=True)
-                with Counts() as counts:
+                with Operators() as operators:
                     logits.append(model(tokens[:, :1], past_key_values=output.past_key_values).logits)
-            negations.append(counts.negations)
+            negations.append(operators.counts["neg"])
     assert negations == [2 * 2, 1]
     assert logits[0].dtype == logits[1].dtype
     assert (logits[1] - logits[0]).norm() <= 0.01 * logits[0].norm()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import tiny_model
 from fake_cuda import FakeCuda
+from helpers.operators import Operators
 from helpers.varlen import FlashByLengths
 from rollout.families import FAMILIES, PAD, Family, family_model, prompts
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning.rollout import (
     GenerationOutput,
@@ -109,16 +109,6 @@ def test_any_rows_of_any_prompts_may_be_left(kind: Any, decode: Any) -> None:
         assert_same(decode(model, kind, **arguments), decode(model, DecodeBuffers, **arguments))
 
 
-class Gathers(TorchDispatchMode):
-    """Counts the copies of rows into the grid of prompts, and back."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += func.overloadpacket.__name__ == "index_select"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("groups", "num_samples", "copies"), [(2, 1, 0), (2, 2, 4), (1, 1, 4)])
 def test_a_sampled_and_a_greedy_row_of_each_prompt_are_read_without_copies(
     groups: int, num_samples: int, copies: int, decode: Any
@@ -128,10 +118,10 @@ def test_a_sampled_and_a_greedy_row_of_each_prompt_are_read_without_copies(
     arguments = {"num_samples": num_samples, "max_response_length": 5, "eos": 0}
     expected = decode(model, DecodeBuffers, **arguments)
     decode(model, None, **arguments)  # chooses shared prompts, by a trial of the model
-    with Gathers() as gathers:
+    with Operators() as operators:
         found = decode(model, None, **arguments)
     assert_same(found, expected)
-    assert gathers.number == copies * model.config.num_hidden_layers * 4  # steps
+    assert operators.counts["index_select"] == copies * model.config.num_hidden_layers * 4  # steps
 
 
 def long_prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
