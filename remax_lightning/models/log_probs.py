@@ -11,6 +11,7 @@ from torch import Tensor
 from remax_lightning.config import SamplingConfig
 from remax_lightning.functional import OutputHead, TokenStatistics, hidden_statistics, token_statistics
 from remax_lightning.models.forward import accepts_argument, find_head, hidden_states, model_inputs, required_head
+from remax_lightning.models.last_mlp import skip_unread_tokens
 from remax_lightning.models.packing import packed_texts, packing_obstacle
 from remax_lightning.models.sampling import NO_TOKENS, SuppressedTokens, make_sampling_mask
 from remax_lightning.sharding import unwrap_peft
@@ -307,17 +308,19 @@ def row_statistics(
     sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
     # ---- The head cannot be read: the model computes the logits itself, and those of counted tokens are taken ----
     if head is None:
-        logits, ids = _counted_logits(model, rows)[None], rows.targets[None]  # [1, K, V], [1, K]
+        with skip_unread_tokens(model, rows.predicting):
+            logits, ids = _counted_logits(model, rows)[None], rows.targets[None]  # [1, K, V], [1, K]
         asked = {"entropy": entropy, "squared_norm": squared_norm}
         columns = token_statistics(logits, ids, temperature, sampling_mask, **asked)  # [1, K] each
         values = (None if column is None else column[0] for column in columns)
         return RowStatistics(TokenStatistics(*cast("Iterator[Tensor]", values)), None)
     # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
-    if rows.texts is None:
-        states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
-    else:
-        with packed_texts(model, rows.texts, rows.input_ids) as packed:
-            states = unwrap_peft(model).base_model(**packed.inputs, use_cache=False).last_hidden_state  # [1, T, D]
+    with skip_unread_tokens(model, rows.predicting):
+        if rows.texts is None:
+            states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
+        else:
+            with packed_texts(model, rows.texts, rows.input_ids) as packed:
+                states = unwrap_peft(model).base_model(**packed.inputs, use_cache=False).last_hidden_state  # [1, T, D]
     hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]
     del states  # free it, unless the backward pass needs it
     statistics = hidden_statistics(

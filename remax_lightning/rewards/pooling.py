@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remax_lightning.models.last_mlp import skip_unread_tokens
 from remax_lightning.models.packing import packed_texts, packing_obstacle
 
 if TYPE_CHECKING:
@@ -93,13 +94,16 @@ def pool_last_token(
     lengths = mask.sum(1)  # [b]
     has_padding = token_types is None and not bool(mask.all())
     if has_padding and not packing_obstacle(model, input_ids.shape[1], _token_scores):
-        texts = lengths.tolist()
-        with packed_texts(model, texts, input_ids[mask.bool()][None]) as packed:
+        texts, last = lengths.tolist(), lengths.cumsum(0) - 1
+        packing = packed_texts(model, texts, input_ids[mask.bool()][None])
+        with skip_unread_tokens(model, last, _token_scores), packing as packed:
             scores = _token_scores(model, packed.inputs)  # [T, 1]
-        return scores[lengths.cumsum(0) - 1, 0].float()
+        return scores[last, 0].float()
     types = {} if token_types is None else {"token_type_ids": token_types}
-    scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
-    return scores[torch.arange(len(scores), device=scores.device), lengths - 1, 0].float()
+    last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + lengths - 1  # [b], of the b * T tokens
+    with skip_unread_tokens(model, last, _token_scores):
+        scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
+    return scores.flatten()[last].float()
 
 
 def _token_scores(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

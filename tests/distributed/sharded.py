@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from remax_lightning.callbacks import ExportPolicy
 from remax_lightning.models import ModelConfig
 from remax_lightning.models.forward import find_head
+from remax_lightning.models.last_mlp import last_mlp_obstacle
 from remax_lightning.modules import LossConfig
 from remax_lightning.rollout import GenerationOutput, GenerationRequest, PairedEngine, SamplingConfig
 from remax_lightning.strategies import full_parameters, rollout_parameters
@@ -104,6 +105,7 @@ class Look(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
         self.seen["reasons"].append(find_head(pl_module.policy).reason)
+        self.seen["last_mlp"] = [last_mlp_obstacle(model) for model in (pl_module.policy, pl_module.reference)]
         self.seen["external"] = sum(len(getattr(m, "_external_params", ())) for m in pl_module.modules())
         self.seen["kept_after"] = sum(local(p).numel() for p in pl_module.policy.parameters())
 

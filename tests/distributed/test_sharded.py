@@ -69,6 +69,11 @@ def test_the_policy_is_in_shards_and_the_reference_whole(strategy: str, folder: 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_counted_tokens_run_through_the_last_mlp(strategy: str, folder: Path) -> None:
+    assert [seen["last_mlp"] for seen in found(folder, strategy)] == [["", ""]] * 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_that_end_early_leave_the_others_alone(strategy: str, folder: Path) -> None:
     for rank, seen in enumerate(found(folder, strategy)):
         assert seen["lengths"] == [LENGTHS[rank]] * 4  # two rollouts and two validations

@@ -49,6 +49,7 @@ def test_padding_changes_nothing(family: str) -> None:
 
 def test_logits_are_made_at_response_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
+    response_statistics(model, *batch())  # a model's first pass runs a few tokens before
     positions: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
     response_statistics(model, *batch(extra_left=20, extra_right=20))
@@ -139,7 +140,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_are_made_of_a_few_counted_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, without_heads: Any) -> None:
     model = tiny_model("llama", vocab_size=500)
-    find_head(model)
+    response_statistics(model, *batch())  # a model's first pass runs a few tokens before
     chunked = statistics_module.hidden_statistics
     monkeypatch.setattr(
         statistics_module,

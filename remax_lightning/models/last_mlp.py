@@ -1,0 +1,151 @@
+"""The MLP of a model's last layer, run for the tokens alone whose output is read.
+
+Behind the last attention everything works token by token: MLP, norm and head. Of a prompt, and in a reward model of all
+tokens but the last, only keys and values of the last layer are needed. The MLP is most of a layer's products.
+
+Whether a model's last layer is of this kind is found by running a few tokens in both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from remax_lightning.models.forward import eval_mode, output_gap, run_probe
+from remax_lightning.models.packing import token_logits
+from remax_lightning.sharding import decoder_layers, unwrap_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+MLPS = (("mlp", "mlp"), ("fc1", "fc2"))
+"""First and last part of a layer's MLP, as families name them: nearly all, and OPT."""
+PROBED_TOKENS, READ = 12, (3, 7, 8, 11)
+TokenOutputs = Callable[["PreTrainedModel", dict[str, Any]], Tensor]
+
+
+@contextmanager
+def skip_unread_tokens(
+    model: PreTrainedModel, read: Tensor, token_outputs: TokenOutputs = token_logits
+) -> Iterator[None]:
+    """Run the MLP of the last layer only for the tokens whose output is read; those of the others are wrong inside.
+
+    All run where the model's last layer is of another kind, and where the backward pass recomputes it, outside of this
+    context. The first call runs a few tokens, on all ranks where the model is sharded.
+
+    Args:
+        model: a language model, or another one with `token_outputs`.
+        read: `[K]` which of the `M * T` tokens of a pass; each once.
+        token_outputs: from a model and the arguments of a pass over one row to what it returns of each token, `[T, C]`.
+    """
+    if (torch.is_grad_enabled() and _recomputes(model)) or last_mlp_obstacle(model, token_outputs):
+        yield
+        return
+    with _selecting(model, read):
+        yield
+
+
+def _recomputes(model: PreTrainedModel) -> bool:
+    core = unwrap_peft(model)
+    # Renamed in 5.23; the old name goes in 6.
+    renamed = hasattr(type(core), "is_activation_checkpointing")
+    return bool(core.is_activation_checkpointing if renamed else core.is_gradient_checkpointing)
+
+
+def last_mlp_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs = token_logits) -> str:
+    """Return why all tokens of a pass run through the last MLP; empty where only those do that are read.
+
+    Args:
+        model: as in `skip_unread_tokens`.
+        token_outputs: likewise.
+    """
+    if model not in _obstacles:
+        _obstacles[model] = reason = _find_obstacle(model, token_outputs)
+        if reason:
+            log.info("%s: every token runs through its last MLP, because %s", type(unwrap_peft(model)).__name__, reason)
+    return _obstacles[model]
+
+
+@torch.no_grad()
+def _find_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs) -> str:
+    """Run a few tokens in both ways and compare what the model returns of those that are read."""
+    core = unwrap_peft(model)
+    if _last_mlp(core) is None:
+        return "it has none by a known name"
+    vocab_size = core.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab_size, (1, PROBED_TOKENS), generator=torch.Generator().manual_seed(0))
+    device = next(cast("nn.Module", model).parameters()).device
+    if isinstance(ids, FakeTensor):  # the plan has shapes alone
+        return ""
+    inputs, read = {"input_ids": ids.to(device)}, torch.tensor(READ, device=device)
+
+    def probe() -> str:
+        with eval_mode(model):
+            expected = token_outputs(model, inputs)[read]
+            with _selecting(core, read) as tokens:
+                got = token_outputs(model, inputs)[read]
+        if tokens.calls != 1:
+            return f"a pass goes through it {tokens.calls} times"
+        gap = output_gap(got, expected)  # of [K, C]
+        return f"other tokens are read behind it ({gap})" if gap else ""
+
+    return run_probe(probe, "a pass over some of the tokens fails ({})".format)
+
+
+def _last_mlp(core: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Return the first and the last part of the MLP of the last layer; None where it has none by a known name."""
+    layers = decoder_layers(core)
+    parts = dict(layers[-1].named_children()) if layers else {}
+    return next(((parts[first], parts[last]) for first, last in MLPS if {first, last} <= parts.keys()), None)
+
+
+@dataclass
+class _ReadTokens:
+    """The tokens of a pass that go through the MLP.
+
+    Args:
+        read: `[K]` which of the pass.
+        shape: `[M, T]`, or `[M * T]`, of all tokens of the pass.
+        calls: how many have entered the MLP.
+    """
+
+    read: Tensor
+    shape: tuple[int, ...] = ()
+    calls: int = 0
+
+    def enter(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return `[1, K, D]` of `[M, T, D]`, the states that the MLP reads."""
+        states = inputs[0]
+        self.shape, self.calls = states.shape[:-1], self.calls + 1
+        return states.flatten(0, -2)[self.read][None], *inputs[1:]
+
+    def leave(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        """Return `[M, T, D]` of `[1, K, D]`, with zeros for the others."""
+        states = output.new_zeros(math.prod(self.shape), output.shape[-1])  # [M * T, D]
+        return states.index_copy(0, self.read, output[0]).view(*self.shape, -1)
+
+
+@contextmanager
+def _selecting(model: PreTrainedModel, read: Tensor) -> Iterator[_ReadTokens]:
+    """Let only the tokens `read`, `[K]`, through the MLP of the last layer inside."""
+    first, last = cast("tuple[nn.Module, nn.Module]", _last_mlp(unwrap_peft(model)))
+    tokens = _ReadTokens(read)
+    with ExitStack() as hooks:
+        # Hooks, and no call of its own: a strategy that shards the weights gathers them in hooks, too.
+        hooks.callback(first.register_forward_pre_hook(tokens.enter).remove)
+        hooks.callback(last.register_forward_hook(tokens.leave).remove)
+        yield tokens
+
+
+_obstacles: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -1,0 +1,229 @@
+"""Passes whose last MLP runs only for the tokens that are read, against passes in which it runs for all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from helpers.reward_models import PLAIN, PROMPTS, RESPONSES, ROWS, loaded, save_classifier
+from helpers.six_responses import RESPONSES as SIX
+from helpers.six_responses import model_of, rollout_of
+from torch import Tensor, nn
+
+from remax_lightning.config import SamplingConfig
+from remax_lightning.models import last_mlp
+from remax_lightning.models import log_probs as statistics_module
+from remax_lightning.models.forward import HeadSearch
+from remax_lightning.models.last_mlp import last_mlp_obstacle, skip_unread_tokens
+from remax_lightning.models.loading import enable_gradient_checkpointing
+from remax_lightning.models.log_probs import policy_statistics, response_statistics
+from remax_lightning.rewards import pooling
+from remax_lightning.sharding import decoder_layers
+from remax_lightning.tools.plan.activation_memory import shapes_only
+
+FAMILIES = ("llama", "qwen2", "gpt2", "opt", "gemma2", "cohere", "granite", "mixtral")
+COUNTED = sum(map(len, SIX))
+TEXTS = COUNTED + 2 * (3 + 6 + 1)
+"""Tokens of six responses, and with their prompts."""
+
+
+def made(family: str) -> Any:
+    if family != "mixtral":
+        return model_of(family)
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rest = {"intermediate_size": 64, "vocab_size": 96, "num_local_experts": 4, "experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **rest)).eval()
+
+
+class Entering:
+    """Counts the tokens that enter a part of each layer, layer by layer."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.tokens: list[int] = []
+        layers = [layer.get_submodule(name) for layer in decoder_layers(model)]
+        self.hooks = [layer.register_forward_pre_hook(self._count) for layer in layers]
+
+    def _count(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.tokens.append(inputs[0].numel() // inputs[0].shape[-1])
+
+
+def step(model: Any, *, packed: bool) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs of a pass, and the gradient of their weighted sum."""
+    found = policy_statistics(model, rollout_of(), SamplingConfig(), packed=packed).log_probs
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad((weights * found).sum(), parameters, allow_unused=True)
+    zeros = [torch.zeros_like(parameter) for parameter in parameters]
+    return found.detach(), [zero if value is None else value for value, zero in zip(gradients, zeros, strict=True)]
+
+
+def all_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every token of a model run through its last MLP."""
+    monkeypatch.setitem(last_mlp._obstacles, model, "test")
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradient_are_those_of_all_tokens(
+    family: str, has_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_head:  # as where a strategy shards it
+        monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
+    # In double precision transformers' own attention of Gemma 2 makes NaN of padding.
+    model, tolerance = (made(family), 1e-5) if family == "gemma2" else (made(family).double(), 1e-12)
+    found = [step(model, packed=packed) for packed in (True, False)]
+    assert last_mlp_obstacle(model) == ""
+    all_tokens(model, monkeypatch)
+    for (log_probs, gradients), packed in zip(found, (True, False), strict=True):
+        expected, expected_gradients = step(model, packed=packed)
+        torch.testing.assert_close(log_probs, expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(gradients, expected_gradients, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("opt", "fc2")])
+def test_the_last_mlp_runs_for_counted_tokens_alone(family: str, name: str) -> None:
+    model = model_of(family)
+    with torch.no_grad():
+        policy_statistics(model, rollout_of(), SamplingConfig())  # a first pass runs a few tokens before
+    entering = Entering(model, name)
+    with torch.no_grad():
+        policy_statistics(model, rollout_of(extra_left=3), SamplingConfig())
+    assert entering.tokens == [TEXTS, COUNTED]
+    policy_statistics(model, rollout_of(), SamplingConfig(), packed=False)
+    assert entering.tokens[2:] == [6 * 11, COUNTED]
+
+
+def test_in_the_middle_of_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model: Any = get_peft_model(tiny_model("opt"), LoraConfig(target_modules=["fc1", "fc2"], init_lora_weights=False))
+    assert last_mlp_obstacle(model) == ""
+    found = response_statistics(model, rollout_of().prompt, rollout_of().sampled).log_probs
+    expected = response_statistics(model.merge_and_unload(), rollout_of().prompt, rollout_of().sampled).log_probs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_layer_that_is_recomputed_runs_for_all_tokens() -> None:
+    """The backward pass would recompute it for all, and torch refuses what has another shape then."""
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    enable_gradient_checkpointing(model)
+    model.train()
+    with torch.no_grad():
+        policy_statistics(model, rollout_of(), SamplingConfig())
+    entering = Entering(model, "mlp.down_proj")
+    found, gradients = step(model, packed=True)
+    assert entering.tokens[:2] == [TEXTS, TEXTS]
+    expected, expected_gradients = step(plain, packed=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+    del entering.tokens[:]
+    with torch.no_grad():  # a pass without a backward pass recomputes nothing
+        policy_statistics(model, rollout_of(), SamplingConfig())
+    assert entering.tokens == [TEXTS, COUNTED]
+
+
+# Models of another kind
+
+
+class Mixing(nn.Module):
+    """A norm behind the last layer that reads the other tokens, too."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + states.mean(1, keepdim=True)
+
+
+def unnamed() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=96)).eval()
+    model._no_split_modules = []
+    return model
+
+
+def mixing() -> Any:
+    model = tiny_model("llama")
+    model.model.norm = Mixing()
+    return model
+
+
+def repeated() -> Any:
+    model = tiny_model("llama")
+    model.model.layers[0] = model.model.layers[1]
+    return model
+
+
+def two_inputs() -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=96)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (unnamed, "it has none by a known name"),
+        (mixing, "other tokens are read behind it (they differ by "),
+        (repeated, "a pass goes through it 2 times"),
+        (two_inputs, "a pass over some of the tokens fails (RuntimeError: "),
+    ],
+)
+def test_models_of_another_kind_run_all_tokens_and_say_so_once(
+    make: Any, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    with caplog.at_level(logging.INFO, last_mlp.__name__), torch.no_grad():
+        found = [policy_statistics(model, rollout_of(), SamplingConfig()).log_probs for _ in range(2)]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == last_mlp.__name__]
+    assert f"{type(model).__name__}: every token runs through its last MLP, because {reason}" in said
+    monkeypatch.undo()
+    all_tokens(model, monkeypatch)
+    with torch.no_grad():
+        expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_what_a_probe_hooks_is_free_again_after_an_error() -> None:
+    model = tiny_model("llama")
+    expected = model(input_ids=torch.arange(8)[None]).logits
+    assert last_mlp_obstacle(model) == ""
+    with pytest.raises(KeyError), skip_unread_tokens(model, torch.tensor([7])):
+        raise KeyError
+    assert torch.equal(model(input_ids=torch.arange(8)[None]).logits, expected)
+
+
+def test_the_plan_needs_no_values() -> None:
+    with shapes_only():
+        model = model_of("llama")
+        assert last_mlp_obstacle(model) == ""
+        entering = Entering(model, "mlp.down_proj")
+        with skip_unread_tokens(model, torch.tensor([3, 7])):
+            model(input_ids=torch.zeros(1, 8, dtype=torch.long))
+    assert entering.tokens == [8, 2]
+
+
+# Reward models
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("family", "name"), [("llama", "mlp.down_proj"), ("opt", "fc2")])
+def test_a_reward_model_runs_it_for_the_last_token_alone(
+    family: str, name: str, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = loaded(save_classifier(tmp_path, tiny_config(family)), template=PLAIN, batch_size=batch_size)
+    assert reward._pooling is pooling.pool_last_token
+    entering = Entering(reward.model, name)
+    scores = reward.score(PROMPTS, RESPONSES, ROWS)
+    assert entering.tokens[1::2] == [batch_size] * (len(PROMPTS) // batch_size)
+    assert min(entering.tokens[::2]) > batch_size
+    all_tokens(reward.model, monkeypatch)
+    torch.testing.assert_close(scores, reward.score(PROMPTS, RESPONSES, ROWS), atol=1e-5, rtol=0)
+    assert entering.tokens[-1] > batch_size
