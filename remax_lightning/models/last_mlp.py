@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MLPS = (("mlp", "mlp"), ("fc1", "fc2"))
-"""First and last part of a layer's MLP, as families name them: nearly all, and OPT."""
+MLPS = (("mlp", "mlp"), ("feed_forward", "feed_forward"), ("fc1", "fc2"))
+"""First and last part of a layer's MLP, as families name them: nearly all; Llama 4, Jamba and LFM2; OPT."""
 PROBED_TOKENS, READ = 12, (3, 7, 8, 11)
 TokenOutputs = Callable[["PreTrainedModel", dict[str, Any]], Tensor]
 
@@ -130,10 +130,12 @@ class _ReadTokens:
         self.shape, self.calls = states.shape[:-1], self.calls + 1
         return states.flatten(0, -2)[self.read][None], *inputs[1:]
 
-    def leave(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """Return `[M, T, D]` of `[1, K, D]`, with zeros for the others."""
+        if isinstance(output, tuple):  # mixtures of experts may return what their router says beside
+            return self.leave(_module, _inputs, output[0]), *output[1:]
         states = output.new_zeros(math.prod(self.shape), output.shape[-1])  # [M * T, D]
-        return states.index_copy(0, self.read, output[0]).view(*self.shape, -1)
+        return states.index_copy(0, self.read, output.flatten(0, -2)).view(*self.shape, -1)
 
 
 @contextmanager
