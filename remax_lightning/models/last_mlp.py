@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -49,18 +50,15 @@ def skip_unread_tokens(
         read: `[K]` which of the `M * T` tokens of a pass; each once.
         token_outputs: from a model and the arguments of a pass over one row to what it returns of each token, `[T, C]`.
     """
-    if (torch.is_grad_enabled() and _recomputes(model)) or last_mlp_obstacle(model, token_outputs):
+    # Families keep the flag in each layer, or in what holds the layers.
+    recomputes = torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in _path_to_last_layer(unwrap_peft(model))
+    )
+    if recomputes or last_mlp_obstacle(model, token_outputs):
         yield
         return
     with _selecting(model, read):
         yield
-
-
-def _recomputes(model: PreTrainedModel) -> bool:
-    core = unwrap_peft(model)
-    # Renamed in 5.23; the old name goes in 6.
-    renamed = hasattr(type(core), "is_activation_checkpointing")
-    return bool(core.is_activation_checkpointing if renamed else core.is_gradient_checkpointing)
 
 
 def last_mlp_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs = token_logits) -> str:
@@ -105,9 +103,18 @@ def _find_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs) -> str:
 
 def _last_mlp(core: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """Return the first and the last part of the MLP of the last layer; None where it has none by a known name."""
-    layers = decoder_layers(core)
-    parts = dict(layers[-1].named_children()) if layers else {}
+    path = _path_to_last_layer(core)
+    parts = dict(path[-1].named_children()) if path else {}
     return next(((parts[first], parts[last]) for first, last in MLPS if {first, last} <= parts.keys()), None)
+
+
+def _path_to_last_layer(core: nn.Module) -> list[nn.Module]:
+    """Return the last layer behind the modules that it is in, the model first; nothing where it is not known."""
+    if core not in _last_layers:  # once: a search through all modules takes milliseconds
+        layers = decoder_layers(core)
+        _last_layers[core] = next((name for name, module in core.named_modules() if module in layers[-1:]), "")
+    names = _last_layers[core].split(".") if _last_layers[core] else []
+    return list(accumulate(names, getattr, initial=core)) if names else []
 
 
 @dataclass
@@ -151,3 +158,5 @@ def _selecting(model: PreTrainedModel, read: Tensor) -> Iterator[_ReadTokens]:
 
 
 _obstacles: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_last_layers: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""By model: the name of its last layer, as in `model.layers.31`; empty where it is not known."""

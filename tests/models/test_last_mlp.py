@@ -119,14 +119,15 @@ def test_in_the_middle_of_an_adapter() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_a_layer_that_is_recomputed_runs_for_all_tokens() -> None:
+@pytest.mark.parametrize(("family", "name"), [("llama", "mlp.down_proj"), ("opt", "fc2")])
+def test_a_layer_that_is_recomputed_runs_for_all_tokens(family: str, name: str) -> None:
     """The backward pass would recompute it for all, and torch refuses what has another shape then."""
-    plain, model = tiny_model("llama"), tiny_model("llama")
+    plain, model = tiny_model(family), tiny_model(family)
     enable_gradient_checkpointing(model)
     model.train()
     with torch.no_grad():
         policy_statistics(model, rollout_of(), SamplingConfig())
-    entering = Entering(model, "mlp.down_proj")
+    entering = Entering(model, name)
     found, gradients = step(model, packed=True)
     assert entering.tokens[:2] == [TEXTS, TEXTS]
     expected, expected_gradients = step(plain, packed=True)
