@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from remax_lightning.models.forward import eval_mode, output_gap, run_probe
-from remax_lightning.models.packing import token_logits
 from remax_lightning.sharding import decoder_layers, unwrap_peft
 
 if TYPE_CHECKING:
@@ -32,13 +31,19 @@ log = logging.getLogger(__name__)
 
 MLPS = (("mlp", "mlp"), ("feed_forward", "feed_forward"), ("fc1", "fc2"))
 """First and last part of a layer's MLP, as families name them: nearly all; Llama 4, Jamba and LFM2; OPT."""
-PROBED_TOKENS, READ = 12, (3, 7, 8, 11)
+PROBED, READ = (2, 6), (3, 5, 7, 10)
+"""Rows and tokens of the probe, and which of them are read. Two rows, since tokens may come before rows in a model."""
 TokenOutputs = Callable[["PreTrainedModel", dict[str, Any]], Tensor]
+
+
+def all_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Return `[M, T, V]` logits of all tokens."""
+    return cast(Tensor, model(**inputs, use_cache=False).logits)
 
 
 @contextmanager
 def skip_unread_tokens(
-    model: PreTrainedModel, read: Tensor, token_outputs: TokenOutputs = token_logits
+    model: PreTrainedModel, read: Tensor, token_outputs: TokenOutputs = all_logits
 ) -> Iterator[None]:
     """Run the MLP of the last layer only for the tokens whose output is read; those of the others are wrong inside.
 
@@ -48,7 +53,7 @@ def skip_unread_tokens(
     Args:
         model: a language model, or another one with `token_outputs`.
         read: `[K]` which of the `M * T` tokens of a pass; each once.
-        token_outputs: from a model and the arguments of a pass over one row to what it returns of each token, `[T, C]`.
+        token_outputs: from a model and the arguments of a pass to what it returns of each token, `[M, T, C]`.
     """
     # Families keep the flag in each layer, or in what holds the layers.
     recomputes = torch.is_grad_enabled() and any(
@@ -61,7 +66,7 @@ def skip_unread_tokens(
         yield
 
 
-def last_mlp_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs = token_logits) -> str:
+def last_mlp_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs = all_logits) -> str:
     """Return why all tokens of a pass run through the last MLP; empty where only those do that are read.
 
     Args:
@@ -82,7 +87,7 @@ def _find_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs) -> str:
     if _last_mlp(core) is None:
         return "it has none by a known name"
     vocab_size = core.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab_size, (1, PROBED_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocab_size, PROBED, generator=torch.Generator().manual_seed(0))  # [M, T]
     device = next(cast("nn.Module", model).parameters()).device
     if isinstance(ids, FakeTensor):  # the plan has shapes alone
         return ""
@@ -90,12 +95,14 @@ def _find_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs) -> str:
 
     def probe() -> str:
         with eval_mode(model):
-            expected = token_outputs(model, inputs)[read]
+            expected = token_outputs(model, inputs)  # [M, T, C]
             with _selecting(core, read) as tokens:
-                got = token_outputs(model, inputs)[read]
+                got = token_outputs(model, inputs)
+        if expected.shape[:2] != PROBED:
+            return f"it makes {tuple(expected.shape[:2])} outputs of {PROBED} tokens"
         if tokens.calls != 1:
             return f"a pass goes through it {tokens.calls} times"
-        gap = output_gap(got, expected)  # of [K, C]
+        gap = output_gap(*(outputs.flatten(0, 1)[read] for outputs in (got, expected)))  # of [K, C]
         return f"other tokens are read behind it ({gap})" if gap else ""
 
     return run_probe(probe, "a pass over some of the tokens fails ({})".format)

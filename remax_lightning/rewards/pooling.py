@@ -96,12 +96,12 @@ def pool_last_token(
     if has_padding and not packing_obstacle(model, input_ids.shape[1], _token_scores):
         texts, last = lengths.tolist(), lengths.cumsum(0) - 1
         packing = packed_texts(model, texts, input_ids[mask.bool()][None])
-        with skip_unread_tokens(model, last, _token_scores), packing as packed:
+        with skip_unread_tokens(model, last, _head_outputs), packing as packed:
             scores = _token_scores(model, packed.inputs)  # [T, 1]
         return scores[last, 0].float()
     types = {} if token_types is None else {"token_type_ids": token_types}
     last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + lengths - 1  # [b], of the b * T tokens
-    with skip_unread_tokens(model, last, _token_scores):
+    with skip_unread_tokens(model, last, _head_outputs):
         scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
     return scores.flatten()[last].float()
 

@@ -22,7 +22,7 @@ from remax_lightning.models.last_mlp import last_mlp_obstacle, skip_unread_token
 from remax_lightning.models.loading import enable_gradient_checkpointing
 from remax_lightning.models.log_probs import policy_statistics, response_statistics
 from remax_lightning.rewards import pooling
-from remax_lightning.sharding import decoder_layers
+from remax_lightning.sharding import decoder_layers, unwrap_peft
 from remax_lightning.tools.plan.activation_memory import shapes_only
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "gemma2", "cohere", "granite", "lfm2", "mixtral", "gpt_oss")
@@ -170,6 +170,25 @@ def repeated() -> Any:
     return model
 
 
+def tokens_first() -> Any:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    class TokensFirst(LlamaDecoderLayer):
+        def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+            states = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+            return states + self.mlp(self.post_attention_layernorm(states).transpose(0, 1)).transpose(0, 1)
+
+    model = tiny_model("llama")
+    model.model.layers[-1].__class__ = TokensFirst
+    return model
+
+
+def virtual_tokens() -> Any:
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
 def two_inputs() -> Any:
     from transformers import BloomConfig, BloomForCausalLM
 
@@ -182,6 +201,8 @@ def two_inputs() -> Any:
         (unnamed, "it has none by a known name"),
         (mixing, "other tokens are read behind it (they differ by "),
         (repeated, "a pass goes through it 2 times"),
+        (tokens_first, "other tokens are read behind it (they differ by "),
+        (virtual_tokens, "it makes (2, 10) outputs of (2, 6) tokens"),
         (two_inputs, "a pass over some of the tokens fails (RuntimeError: "),
     ],
 )
@@ -192,7 +213,7 @@ def test_models_of_another_kind_run_all_tokens_and_say_so_once(
     with caplog.at_level(logging.INFO, last_mlp.__name__), torch.no_grad():
         found = [policy_statistics(model, rollout_of(), SamplingConfig()).log_probs for _ in range(2)]
     (said,) = [record.getMessage() for record in caplog.records if record.name == last_mlp.__name__]
-    assert f"{type(model).__name__}: every token runs through its last MLP, because {reason}" in said
+    assert f"{type(unwrap_peft(model)).__name__}: every token runs through its last MLP, because {reason}" in said
     monkeypatch.undo()
     all_tokens(model, monkeypatch)
     with torch.no_grad():
