@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from remax_lightning.models.forward import eval_mode, output_gap, run_probe
+from remax_lightning.models.forward import eval_mode, model_inputs, output_gap, run_probe
 from remax_lightning.sharding import decoder_layers, unwrap_peft
 
 if TYPE_CHECKING:
@@ -55,15 +55,17 @@ def skip_unread_tokens(
         read: `[K]` which of the `M * T` tokens of a pass; each once.
         token_outputs: from a model and the arguments of a pass to what it returns of each token, `[M, T, C]`.
     """
-    # Families keep the flag in each layer, or in what holds the layers.
-    recomputes = torch.is_grad_enabled() and any(
-        getattr(module, "gradient_checkpointing", False) for module in _path_to_last_layer(unwrap_peft(model))
-    )
+    recomputes = torch.is_grad_enabled() and any(map(_recomputes, _path_to_last_layer(unwrap_peft(model))))
     if recomputes or last_mlp_obstacle(model, token_outputs):
         yield
         return
     with _selecting(model, read):
         yield
+
+
+def _recomputes(module: nn.Module) -> bool:
+    # Families keep the flag in each layer, or in what holds the layers; torch and FSDP put a wrapper around them.
+    return bool(getattr(module, "gradient_checkpointing", False)) or type(module).__name__ == "CheckpointWrapper"
 
 
 def last_mlp_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs = all_logits) -> str:
@@ -89,19 +91,21 @@ def _find_obstacle(model: PreTrainedModel, token_outputs: TokenOutputs) -> str:
     vocab_size = core.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, PROBED, generator=torch.Generator().manual_seed(0))  # [M, T]
     device = next(cast("nn.Module", model).parameters()).device
-    if isinstance(ids, FakeTensor):  # the plan has shapes alone
-        return ""
-    inputs, read = {"input_ids": ids.to(device)}, torch.tensor(READ, device=device)
+    ids, read = ids.to(device), torch.tensor(READ, device=device)
+    # With a mask, as passes have: with it a mixture of experts may compute a loss over what its router says.
+    inputs = model_inputs(core, ids, torch.ones_like(ids, dtype=torch.bool))
 
     def probe() -> str:
         with eval_mode(model):
-            expected = token_outputs(model, inputs)  # [M, T, C]
             with _selecting(core, read) as tokens:
-                got = token_outputs(model, inputs)
-        if expected.shape[:2] != PROBED:
-            return f"it makes {tuple(expected.shape[:2])} outputs of {PROBED} tokens"
-        if tokens.calls != 1:
-            return f"a pass goes through it {tokens.calls} times"
+                got = token_outputs(model, inputs)  # [M, T, C]
+            if got.shape[:2] != PROBED:
+                return f"it makes {tuple(got.shape[:2])} outputs of {PROBED} tokens"
+            if tokens.calls != 1:
+                return f"a pass goes through it {tokens.calls} times"
+            if isinstance(got, FakeTensor):  # the plan has shapes alone
+                return ""
+            expected = token_outputs(model, inputs)
         gap = output_gap(*(outputs.flatten(0, 1)[read] for outputs in (got, expected)))  # of [K, C]
         return f"other tokens are read behind it ({gap})" if gap else ""
 
@@ -149,7 +153,7 @@ class _ReadTokens:
         if isinstance(output, tuple):  # mixtures of experts may return what their router says beside
             return self.leave(_module, _inputs, output[0]), *output[1:]
         states = output.new_zeros(math.prod(self.shape), output.shape[-1])  # [M * T, D]
-        return states.index_copy(0, self.read, output.flatten(0, -2)).view(*self.shape, -1)
+        return states.index_copy(0, self.read, output.flatten(0, -2)).view(*self.shape, output.shape[-1])
 
 
 @contextmanager

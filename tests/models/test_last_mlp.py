@@ -139,6 +139,17 @@ def test_a_layer_that_is_recomputed_runs_for_all_tokens(family: str, name: str) 
     assert entering.tokens == [TEXTS, COUNTED]
 
 
+def test_a_layer_in_a_wrapper_of_torch_is_recomputed_for_all_tokens() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    apply_activation_checkpointing(model, check_fn=lambda module: module in list(model.model.layers))
+    with torch.no_grad():
+        assert last_mlp_obstacle(model) == ""
+    found, expected = step(model, packed=False), step(plain, packed=False)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 # Models of another kind
 
 
@@ -189,6 +200,13 @@ def virtual_tokens() -> Any:
     return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
+def router_loss() -> Any:
+    """Compares what the router of every layer says with the mask of all tokens, where there is a mask."""
+    model = made("mixtral")
+    model.config.output_router_logits = True
+    return model
+
+
 def two_inputs() -> Any:
     from transformers import BloomConfig, BloomForCausalLM
 
@@ -203,18 +221,19 @@ def two_inputs() -> Any:
         (repeated, "a pass goes through it 2 times"),
         (tokens_first, "other tokens are read behind it (they differ by "),
         (virtual_tokens, "it makes (2, 10) outputs of (2, 6) tokens"),
+        (router_loss, "a pass over some of the tokens fails (RuntimeError: "),
         (two_inputs, "a pass over some of the tokens fails (RuntimeError: "),
     ],
 )
 def test_models_of_another_kind_run_all_tokens_and_say_so_once(
     make: Any, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
     model = make()
     with caplog.at_level(logging.INFO, last_mlp.__name__), torch.no_grad():
         found = [policy_statistics(model, rollout_of(), SamplingConfig()).log_probs for _ in range(2)]
     (said,) = [record.getMessage() for record in caplog.records if record.name == last_mlp.__name__]
     assert f"{type(unwrap_peft(model)).__name__}: every token runs through its last MLP, because {reason}" in said
-    monkeypatch.undo()
     all_tokens(model, monkeypatch)
     with torch.no_grad():
         expected = policy_statistics(model, rollout_of(), SamplingConfig()).log_probs
@@ -233,10 +252,12 @@ def test_what_a_probe_hooks_is_free_again_after_an_error() -> None:
 def test_the_plan_needs_no_values() -> None:
     with shapes_only():
         model = model_of("llama")
-        assert last_mlp_obstacle(model) == ""
         entering = Entering(model, "mlp.down_proj")
+        assert last_mlp_obstacle(model) == ""
+        del entering.tokens[:]
         with skip_unread_tokens(model, torch.tensor([3, 7])):
             model(input_ids=torch.zeros(1, 8, dtype=torch.long))
+        assert "fails" in last_mlp_obstacle(two_inputs())
     assert entering.tokens == [8, 2]
 
 

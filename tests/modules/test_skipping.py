@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from remax_lightning.callbacks import KLMonitor
+from remax_lightning.models.last_mlp import PROBED
 from remax_lightning.models.packing import PROBED_LENGTHS
 from remax_lightning.modules import AdvantageConfig, KLConfig, LossConfig
 from remax_lightning.rewards.base import Reward
@@ -72,9 +73,9 @@ class Watch(Callback):
 
     @staticmethod
     def probing(options: dict[str, Any]) -> bool:
-        """How the head is looked at, and whether rows can be packed, once each."""
+        """How the head is looked at, whether rows can be packed, and who runs through the last MLP, once each."""
         shape = options["input_ids"].shape
-        return options.get("position_ids") is None or shape in ((2, 8), (1, sum(PROBED_LENGTHS)))
+        return options.get("position_ids") is None or shape in ((2, 8), (1, sum(PROBED_LENGTHS)), PROBED)
 
 
 @pytest.fixture(scope="module")
