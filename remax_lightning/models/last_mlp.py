@@ -55,11 +55,12 @@ def skip_unread_tokens(
         read: `[K]` which of the `M * T` tokens of a pass; each once.
         token_outputs: from a model and the arguments of a pass to what it returns of each token, `[M, T, C]`.
     """
-    recomputes = torch.is_grad_enabled() and any(map(_recomputes, _path_to_last_layer(unwrap_peft(model))))
+    core = unwrap_peft(model)
+    recomputes = torch.is_grad_enabled() and any(map(_recomputes, _path_to_last_layer(core)))
     if recomputes or last_mlp_obstacle(model, token_outputs):
         yield
         return
-    with _selecting(model, read):
+    with _selecting(core, read):
         yield
 
 
@@ -157,9 +158,9 @@ class _ReadTokens:
 
 
 @contextmanager
-def _selecting(model: PreTrainedModel, read: Tensor) -> Iterator[_ReadTokens]:
+def _selecting(core: nn.Module, read: Tensor) -> Iterator[_ReadTokens]:
     """Let only the tokens `read`, `[K]`, through the MLP of the last layer inside."""
-    first, last = cast("tuple[nn.Module, nn.Module]", _last_mlp(unwrap_peft(model)))
+    first, last = cast("tuple[nn.Module, nn.Module]", _last_mlp(core))
     tokens = _ReadTokens(read)
     with ExitStack() as hooks:
         # Hooks, and no call of its own: a strategy that shards the weights gathers them in hooks, too.

@@ -306,25 +306,18 @@ def row_statistics(
     # Scaled log-probs are of the distribution that is sampled from, the others of the model itself.
     temperature = sampling.temperature if sampling.scale_log_probs else 1.0
     sampling_mask = make_sampling_mask(sampling, suppressed, rows.positions, truncate=truncate)
-    # ---- The head cannot be read: the model computes the logits itself, and those of counted tokens are taken ----
+    # ---- One pass, to hidden states; where the head cannot be read, the model computes the logits itself ----
+    with skip_unread_tokens(model, rows.predicting):
+        outputs = (_counted_logits if head is None else _counted_states)(model, rows)  # [K, V] or [K, D]
     if head is None:
-        with skip_unread_tokens(model, rows.predicting):
-            logits, ids = _counted_logits(model, rows)[None], rows.targets[None]  # [1, K, V], [1, K]
+        logits, ids = outputs[None], rows.targets[None]  # [1, K, V], [1, K]
         asked = {"entropy": entropy, "squared_norm": squared_norm}
         columns = token_statistics(logits, ids, temperature, sampling_mask, **asked)  # [1, K] each
         values = (None if column is None else column[0] for column in columns)
         return RowStatistics(TokenStatistics(*cast("Iterator[Tensor]", values)), None)
-    # ---- Hidden states first, then the logits of counted tokens only, a few at a time ----
-    with skip_unread_tokens(model, rows.predicting):
-        if rows.texts is None:
-            states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
-        else:
-            with packed_texts(model, rows.texts, rows.input_ids) as packed:
-                states = unwrap_peft(model).base_model(**packed.inputs, use_cache=False).last_hidden_state  # [1, T, D]
-    hidden = states.flatten(0, 1)[rows.predicting]  # [K, D]
-    del states  # free it, unless the backward pass needs it
+    # ---- The logits of counted tokens only, a few at a time ----
     statistics = hidden_statistics(
-        hidden,
+        outputs,
         head,
         rows.targets,
         temperature,
@@ -336,7 +329,17 @@ def row_statistics(
         entropy=entropy,
         squared_norm=squared_norm,
     )
-    return RowStatistics(statistics, hidden)
+    return RowStatistics(statistics, outputs)
+
+
+def _counted_states(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:
+    """Return `[K, D]` hidden states that predict the counted tokens."""
+    if rows.texts is None:
+        states = hidden_states(model, rows.input_ids, rows.input_mask)  # [M, T, D]
+    else:
+        with packed_texts(model, rows.texts, rows.input_ids) as packed:
+            states = unwrap_peft(model).base_model(**packed.inputs, use_cache=False).last_hidden_state  # [1, T, D]
+    return states.flatten(0, 1)[rows.predicting]
 
 
 def _counted_logits(model: PreTrainedModel, rows: ForwardBatch) -> Tensor:

@@ -94,15 +94,15 @@ def pool_last_token(
     lengths = mask.sum(1)  # [b]
     has_padding = token_types is None and not bool(mask.all())
     if has_padding and not packing_obstacle(model, input_ids.shape[1], _token_scores):
-        texts, last = lengths.tolist(), lengths.cumsum(0) - 1
-        packing = packed_texts(model, texts, input_ids[mask.bool()][None])
+        last = lengths.cumsum(0) - 1  # [b], of the T tokens of the packed row
+        packing = packed_texts(model, lengths.tolist(), input_ids[mask.bool()][None])
         with skip_unread_tokens(model, last, _head_outputs), packing as packed:
-            scores = _token_scores(model, packed.inputs)  # [T, 1]
-        return scores[last, 0].float()
-    types = {} if token_types is None else {"token_type_ids": token_types}
-    last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + lengths - 1  # [b], of the b * T tokens
-    with skip_unread_tokens(model, last, _head_outputs):
-        scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
+            scores = _head_outputs(model, packed.inputs)  # [1, T, 1]
+    else:
+        last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + lengths - 1  # [b], of the b * T tokens
+        types = {} if token_types is None else {"token_type_ids": token_types}
+        with skip_unread_tokens(model, last, _head_outputs):
+            scores = _head_outputs(model, {"input_ids": input_ids, "attention_mask": mask, **types})  # [b, T, 1]
     return scores.flatten()[last].float()
 
 

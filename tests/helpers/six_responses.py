@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from conftest import tiny_model
+from torch import Tensor
 
+from remax_lightning.config import SamplingConfig
+from remax_lightning.models.log_probs import policy_statistics
 from remax_lightning.types import PromptBatch, Responses, Rollout
 
 FAMILIES = ("llama", "qwen2", "gpt2", "opt")
@@ -54,6 +57,16 @@ def rollout_of(num_micro_batches: int = 1, **padding: int) -> Rollout:
     prompt, responses = batch(**padding)
     nothing = torch.zeros(len(RESPONSES))
     return Rollout(prompt._replace(num_micro_batches=num_micro_batches), responses, None, nothing, None, {}, None, None)
+
+
+def pass_with_gradient(model: Any, *, packed: bool) -> tuple[Tensor, list[Tensor]]:
+    """Log-probs of a pass over the six responses, and the gradient of their weighted sum."""
+    found = policy_statistics(model, rollout_of(), SamplingConfig(), packed=packed).log_probs
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    # Zeros stand for weights that a pass does not touch, such as the last learned positions.
+    gradients = torch.autograd.grad((weights * found).sum(), list(model.parameters()), allow_unused=True)
+    zeros = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    return found.detach(), [zero if value is None else value for value, zero in zip(gradients, zeros, strict=True)]
 
 
 FORMS: dict[str, dict[str, Any]] = {

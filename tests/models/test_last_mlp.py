@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from helpers.reward_models import PLAIN, PROMPTS, RESPONSES, ROWS, loaded, save_classifier
 from helpers.six_responses import RESPONSES as SIX
-from helpers.six_responses import model_of, rollout_of
+from helpers.six_responses import model_of, pass_with_gradient, rollout_of
 from torch import Tensor, nn
 
 from remax_lightning.config import SamplingConfig
@@ -61,16 +61,6 @@ class Entering:
         self.tokens.append(inputs[0].numel() // inputs[0].shape[-1])
 
 
-def step(model: Any, *, packed: bool) -> tuple[Tensor, list[Tensor]]:
-    """Log-probs of a pass, and the gradient of their weighted sum."""
-    found = policy_statistics(model, rollout_of(), SamplingConfig(), packed=packed).log_probs
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad((weights * found).sum(), parameters, allow_unused=True)
-    zeros = [torch.zeros_like(parameter) for parameter in parameters]
-    return found.detach(), [zero if value is None else value for value, zero in zip(gradients, zeros, strict=True)]
-
-
 def all_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every token of a model run through its last MLP."""
     monkeypatch.setitem(last_mlp._obstacles, model, "test")
@@ -86,11 +76,11 @@ def test_log_probs_and_gradient_are_those_of_all_tokens(
     # In double precision transformers' own attention, which these two have, makes NaN of padding.
     single = family in ("gemma2", "gpt_oss")
     model, tolerance = (made(family), 1e-5) if single else (made(family).double(), 1e-12)
-    found = [step(model, packed=packed) for packed in (True, False)]
+    found = [pass_with_gradient(model, packed=packed) for packed in (True, False)]
     assert last_mlp_obstacle(model) == ""
     all_tokens(model, monkeypatch)
     for (log_probs, gradients), packed in zip(found, (True, False), strict=True):
-        expected, expected_gradients = step(model, packed=packed)
+        expected, expected_gradients = pass_with_gradient(model, packed=packed)
         torch.testing.assert_close(log_probs, expected, atol=tolerance, rtol=0)
         torch.testing.assert_close(gradients, expected_gradients, atol=tolerance, rtol=tolerance)
 
@@ -128,9 +118,9 @@ def test_a_layer_that_is_recomputed_runs_for_all_tokens(family: str, name: str) 
     with torch.no_grad():
         policy_statistics(model, rollout_of(), SamplingConfig())
     entering = Entering(model, name)
-    found, gradients = step(model, packed=True)
+    found, gradients = pass_with_gradient(model, packed=True)
     assert entering.tokens[:2] == [TEXTS, TEXTS]
-    expected, expected_gradients = step(plain, packed=True)
+    expected, expected_gradients = pass_with_gradient(plain, packed=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
     del entering.tokens[:]
@@ -146,7 +136,7 @@ def test_a_layer_in_a_wrapper_of_torch_is_recomputed_for_all_tokens() -> None:
     apply_activation_checkpointing(model, check_fn=lambda module: module in list(model.model.layers))
     with torch.no_grad():
         assert last_mlp_obstacle(model) == ""
-    found, expected = step(model, packed=False), step(plain, packed=False)
+    found, expected = pass_with_gradient(model, packed=False), pass_with_gradient(plain, packed=False)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from fake_cuda import FakeCuda
 from helpers.reward_models import PLAIN, PROMPTS, RESPONSES, ROWS, loaded, save_classifier
-from helpers.six_responses import batch, model_of, one_by_one, rollout_of
+from helpers.six_responses import batch, model_of, one_by_one, pass_with_gradient, rollout_of
 from torch import Tensor
 
 from remax_lightning.config import SamplingConfig
@@ -32,16 +32,6 @@ FAMILIES = ("llama", "qwen2", "gpt2", "opt", "cohere", "granite")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
-def step(model: Any, *, packed: bool, sampling: SamplingConfig = SamplingConfig()) -> tuple[Tensor, list[Tensor]]:  # noqa: B008
-    """Log-probs of a pass over six responses, and the gradient of their weighted sum."""
-    found = policy_statistics(model, rollout_of(), sampling, packed=packed).log_probs
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    # Zeros stand for weights that a pass does not touch, such as the last learned positions.
-    gradients = torch.autograd.grad((weights * found).sum(), list(model.parameters()), allow_unused=True)
-    zeros = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    return found.detach(), [zero if value is None else value for value, zero in zip(gradients, zeros, strict=True)]
-
-
 def distance(first: list[Tensor], second: list[Tensor]) -> float:
     largest = max(float(value.abs().max()) for value in second)
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / largest
@@ -57,8 +47,8 @@ def test_log_probs_and_gradient_are_those_of_padded_rows(
         monkeypatch.setattr(statistics_module, "find_head", lambda model: HeadSearch(None, "test"))
     model = model_of(family)
     assert packing_obstacle(model) == ""
-    log_probs, gradients = step(model, packed=True)
-    expected, expected_gradients = step(model, packed=False)
+    log_probs, gradients = pass_with_gradient(model, packed=True)
+    expected, expected_gradients = pass_with_gradient(model, packed=False)
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
     assert distance(gradients, expected_gradients) < 1e-5
     for row, wanted in zip(log_probs.tolist(), one_by_one(model, 1.0)[0], strict=True):
@@ -98,8 +88,8 @@ def test_a_layer_is_recomputed_as_it_was_run() -> None:
     enable_gradient_checkpointing(model)
     model.train()
     for packed in (True, False):
-        gradients = step(model, packed=packed)[1]
-        assert distance(gradients, step(plain, packed=packed)[1]) < 1e-6
+        gradients = pass_with_gradient(model, packed=packed)[1]
+        assert distance(gradients, pass_with_gradient(plain, packed=packed)[1]) < 1e-6
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -152,7 +142,7 @@ def test_texts_within_a_sliding_window_are_packed_and_longer_ones_are_not() -> N
     assert "longer than its attention window of 11 tokens" in packing_obstacle(model, 12)
     prompt, responses = batch()  # texts of up to 11 tokens, with 2 responses to each of the prompts
     assert int((prompt.prompt_mask.sum(1).repeat_interleave(2) + responses.response_mask.sum(1)).max()) == 11
-    assert distance(step(model, packed=True)[1], step(model, packed=False)[1]) < 1e-5
+    assert distance(pass_with_gradient(model, packed=True)[1], pass_with_gradient(model, packed=False)[1]) < 1e-5
 
 
 # The attention function
